@@ -1,0 +1,147 @@
+//! Typed memory of a backend, and views into it.
+
+use super::Backend;
+use std::ops::Range;
+
+/// What a buffer may hold.
+pub trait Element: bytemuck::Pod + Send + Sync + PartialEq + std::fmt::Debug {
+    /// `f32`, `bf16`, `u32`.
+    const NAME: &'static str;
+}
+
+/// An element that stands for a real number.
+pub trait FloatElement: Element {
+    /// Widens.
+    fn to_f32(self) -> f32;
+    /// Narrows, to nearest even.
+    fn from_f32(x: f32) -> Self;
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "f32";
+}
+impl Element for u32 {
+    const NAME: &'static str = "u32";
+}
+impl Element for half::bf16 {
+    const NAME: &'static str = "bf16";
+}
+
+impl FloatElement for f32 {
+    fn to_f32(self) -> f32 {
+        self
+    }
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+}
+impl FloatElement for half::bf16 {
+    fn to_f32(self) -> f32 {
+        Self::to_f32(self)
+    }
+    fn from_f32(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+}
+
+/// Memory for `len` elements on a backend.
+pub struct Buffer<B: Backend, T: Element> {
+    storage: B::Storage<T>,
+    len: usize,
+}
+
+impl<B: Backend, T: Element> Buffer<B, T> {
+    /// Wraps a backend's memory; `len` elements of it are visible.
+    pub fn new(storage: B::Storage<T>, len: usize) -> Self {
+        Self { storage, len }
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.len * size_of::<T>()
+    }
+
+    /// All of it.
+    pub fn view(&self) -> View<'_, B, T> {
+        self.range(0..self.len)
+    }
+
+    /// All of it, to write.
+    pub fn view_mut(&mut self) -> ViewMut<'_, B, T> {
+        let len = self.len;
+        self.range_mut(0..len)
+    }
+
+    /// Some of it. Panics outside.
+    pub fn range(&self, range: Range<usize>) -> View<'_, B, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a buffer of {}", self.len);
+        View { storage: &self.storage, range }
+    }
+
+    /// Some of it, to write. Panics outside.
+    pub fn range_mut(&mut self, range: Range<usize>) -> ViewMut<'_, B, T> {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a buffer of {}", self.len);
+        ViewMut { storage: &mut self.storage, range }
+    }
+}
+
+/// A part of a [`Buffer`], to read.
+pub struct View<'a, B: Backend, T: Element> {
+    /// The memory.
+    pub storage: &'a B::Storage<T>,
+    /// Which elements of it.
+    pub range: Range<usize>,
+}
+
+impl<B: Backend, T: Element> Clone for View<'_, B, T> {
+    fn clone(&self) -> Self {
+        Self { storage: self.storage, range: self.range.clone() }
+    }
+}
+
+impl<B: Backend, T: Element> View<'_, B, T> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+}
+
+/// A part of a [`Buffer`], to write.
+pub struct ViewMut<'a, B: Backend, T: Element> {
+    /// The memory.
+    pub storage: &'a mut B::Storage<T>,
+    /// Which elements of it.
+    pub range: Range<usize>,
+}
+
+impl<B: Backend, T: Element> ViewMut<'_, B, T> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// The same view for a shorter time, so that it can be used twice.
+    pub fn reborrow(&mut self) -> ViewMut<'_, B, T> {
+        ViewMut { storage: self.storage, range: self.range.clone() }
+    }
+}

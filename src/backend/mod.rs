@@ -1,0 +1,341 @@
+//! Arithmetic: buffers and operations, one operation a kernel family.
+//!
+//! The engine owns the order of operations; a [`Backend`] owns the arithmetic and nothing else.
+//! [`cpu`] computes in f32. Every tensor is dense and row-major; `tokens` counts the rows of a
+//! packed batch, in which documents follow one another without padding.
+//!
+//! Operations take [`View`]s and check every length: a wrong shape is a mistake in the engine, and
+//! panics. Errors are for what a device may refuse (memory, a lost device).
+
+mod buffer;
+pub mod cpu;
+mod noise;
+
+pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
+pub use noise::{Direction, NoiseKey};
+
+use crate::error::Result;
+
+/// A read-only view of activations, weights.
+pub type In<'a, B> = View<'a, B, <B as Backend>::Float>;
+/// A writable view of activations, weights.
+pub type Out<'a, B> = ViewMut<'a, B, <B as Backend>::Float>;
+
+/// Marks a position that carries no loss.
+pub const IGNORE: u32 = u32::MAX;
+
+/// Rows and columns of a linear layer: X [tokens, inputs] · Wᵀ [inputs, outputs].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Rows of X and Y.
+    pub tokens: usize,
+    /// Columns of X and of W.
+    pub inputs: usize,
+    /// Columns of Y, rows of W.
+    pub outputs: usize,
+}
+
+/// What a linear layer does to its product before it is stored: `y = alpha·x·wᵀ + bias + residual (+ y)`.
+pub struct Epilogue<'a, B: Backend> {
+    /// Factor on the product.
+    pub alpha: f32,
+    /// [outputs]
+    pub bias: Option<In<'a, B>>,
+    /// [tokens, outputs]
+    pub residual: Option<In<'a, B>>,
+    /// Add to what `y` holds.
+    pub accumulate: bool,
+}
+
+impl<B: Backend> Default for Epilogue<'_, B> {
+    fn default() -> Self {
+        Self { alpha: 1.0, bias: None, residual: None, accumulate: false }
+    }
+}
+
+/// Where the documents of a packed batch begin: `starts[i]..starts[i+1]` are the rows of document i.
+pub struct Documents<B: Backend> {
+    /// documents + 1 entries, the first 0, the last the number of tokens, ascending.
+    pub starts: Vec<u32>,
+    /// The same on the device.
+    pub device: Buffer<B, u32>,
+}
+
+/// Causal grouped-query attention inside documents.
+pub struct Attention<'a, B: Backend> {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on q·k, usually 1/√head_dim.
+    pub scale: f32,
+    /// Sliding window: a query sees itself and the `window − 1` positions before it.
+    pub window: Option<usize>,
+    /// Documents of the batch.
+    pub documents: &'a Documents<B>,
+}
+
+/// Hyper-parameters of one AdamW step (Loshchilov and Hutter, arXiv 1711.05101; as `torch.optim.AdamW`).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to √v̂.
+    pub eps: f32,
+    /// Counts from 1; bias correction uses it.
+    pub step: u32,
+    /// Clip the global norm of all gradients of the table to this; `None` = no clipping.
+    pub max_grad_norm: Option<f32>,
+    /// Seeds stochastic rounding where weights are narrower than f32.
+    pub seed: u64,
+}
+
+/// One row of the module table of a masked step.
+pub struct AdamWModule<'a, B: Backend> {
+    /// The tensor.
+    pub weight: Out<'a, B>,
+    /// Its gradient.
+    pub grad: View<'a, B, B::Grad>,
+    /// First moment.
+    pub m: ViewMut<'a, B, B::Moment>,
+    /// Second moment.
+    pub v: ViewMut<'a, B, B::Moment>,
+    /// Learning rate, the schedule applied.
+    pub lr: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+/// How the next token is drawn from a row of logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 = greedy (the first of equals).
+    pub temperature: f32,
+    /// Nucleus: the smallest set of tokens whose probability reaches this; 1 = all.
+    pub top_p: f32,
+}
+
+/// Buffers and operations. One method = one kernel family.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// Weights and activations.
+    type Float: FloatElement;
+    /// Weight gradients.
+    type Grad: FloatElement;
+    /// AdamW's moments.
+    type Moment: FloatElement;
+    /// Memory for `T`s.
+    type Storage<T: Element>: Send + Sync;
+
+    /// `cpu`, `cuda:0`.
+    fn name(&self) -> String;
+
+    /// Zeroed memory.
+    fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>>;
+    /// Host to device.
+    fn write<T: Element>(&self, host: &[T], to: ViewMut<'_, Self, T>) -> Result<()>;
+    /// Device to host; waits for the device.
+    fn read<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<()>;
+    /// Device to device.
+    fn copy<T: Element>(&self, from: View<'_, Self, T>, to: ViewMut<'_, Self, T>) -> Result<()>;
+    /// Sets every element to zero.
+    fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()>;
+    /// Waits until everything queued is done.
+    fn synchronize(&self) -> Result<()>;
+
+    // ---- gemm
+    /// Y [tokens, outputs] = epilogue(X [tokens, inputs] · W [outputs, inputs]ᵀ).
+    fn linear(
+        &self,
+        x: In<'_, Self>,
+        w: In<'_, Self>,
+        y: Out<'_, Self>,
+        shape: LinearShape,
+        epilogue: Epilogue<'_, Self>,
+    ) -> Result<()>;
+    /// dX [tokens, inputs] = alpha · dY · W, added to what dX holds if `accumulate`.
+    fn linear_backward_input(
+        &self,
+        dy: In<'_, Self>,
+        w: In<'_, Self>,
+        dx: Out<'_, Self>,
+        shape: LinearShape,
+        alpha: f32,
+        accumulate: bool,
+    ) -> Result<()>;
+    /// dW [outputs, inputs] = alpha · dYᵀ · X, added to what dW holds if `accumulate`.
+    fn linear_backward_weight(
+        &self,
+        dy: In<'_, Self>,
+        x: In<'_, Self>,
+        dw: ViewMut<'_, Self, Self::Grad>,
+        shape: LinearShape,
+        alpha: f32,
+        accumulate: bool,
+    ) -> Result<()>;
+    /// dbias [outputs] = column sums of dY [tokens, outputs].
+    fn linear_backward_bias(
+        &self,
+        dy: In<'_, Self>,
+        dbias: ViewMut<'_, Self, Self::Grad>,
+        tokens: usize,
+        outputs: usize,
+        accumulate: bool,
+    ) -> Result<()>;
+
+    // ---- attention
+    /// O = softmax(scale · Q·Kᵀ, causal inside documents) · V. Q, O [tokens, heads·head_dim]; K, V
+    /// [tokens, kv_heads·head_dim]; `lse` [heads, tokens] = log-sum-exp of each row of scores, kept for backward.
+    fn attention(
+        &self,
+        q: In<'_, Self>,
+        k: In<'_, Self>,
+        v: In<'_, Self>,
+        o: Out<'_, Self>,
+        lse: Option<ViewMut<'_, Self, f32>>,
+        shape: &Attention<'_, Self>,
+    ) -> Result<()>;
+    /// Gradients of [`Backend::attention`]; dQ, dK, dV are overwritten.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        q: In<'_, Self>,
+        k: In<'_, Self>,
+        v: In<'_, Self>,
+        o: In<'_, Self>,
+        lse: View<'_, Self, f32>,
+        d_o: In<'_, Self>,
+        dq: Out<'_, Self>,
+        dk: Out<'_, Self>,
+        dv: Out<'_, Self>,
+        shape: &Attention<'_, Self>,
+    ) -> Result<()>;
+    /// One query a span: query i (Q, O [spans, heads·head_dim]) sees the `spans[i] = (start, len)` rows of K and V
+    /// (any number of rows, e.g. a key-value cache), the last of which is its own position. `shape.documents` is not used.
+    fn attention_decode(
+        &self,
+        q: In<'_, Self>,
+        k: In<'_, Self>,
+        v: In<'_, Self>,
+        o: Out<'_, Self>,
+        spans: &[(u32, u32)],
+        shape: &Attention<'_, Self>,
+    ) -> Result<()>;
+
+    // ---- rmsnorm
+    /// y = x / √(mean(x²) + eps) · weight over rows of `width`; `rstd` [rows] is kept for backward. Also the per-head
+    /// q and k norms (rows = tokens·heads, width = head_dim).
+    fn rmsnorm(
+        &self,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        y: Out<'_, Self>,
+        rstd: Option<ViewMut<'_, Self, f32>>,
+        width: usize,
+        eps: f32,
+    ) -> Result<()>;
+    /// dx = ∂/∂x, added to what `dx` holds if `accumulate_dx` (the residual path); dweight likewise.
+    #[allow(clippy::too_many_arguments)]
+    fn rmsnorm_backward(
+        &self,
+        dy: In<'_, Self>,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        rstd: View<'_, Self, f32>,
+        dx: Option<Out<'_, Self>>,
+        dweight: Option<ViewMut<'_, Self, Self::Grad>>,
+        width: usize,
+        accumulate_dx: bool,
+        accumulate_dweight: bool,
+    ) -> Result<()>;
+
+    // ---- rope
+    /// Rotates halves in place: x [tokens, heads·head_dim]; `table` [positions, head_dim]: cosines of the head_dim/2
+    /// frequencies, then sines (attention factor included). `inverse` = the backward pass.
+    #[allow(clippy::too_many_arguments)]
+    fn rope(
+        &self,
+        x: Out<'_, Self>,
+        table: View<'_, Self, f32>,
+        positions: View<'_, Self, u32>,
+        heads: usize,
+        head_dim: usize,
+        inverse: bool,
+    ) -> Result<()>;
+
+    // ---- swiglu
+    /// y = silu(gate) · up.
+    fn swiglu(&self, gate: In<'_, Self>, up: In<'_, Self>, y: Out<'_, Self>) -> Result<()>;
+    /// In place: `gate` becomes dgate, `up` becomes dup.
+    fn swiglu_backward(&self, gate: Out<'_, Self>, up: Out<'_, Self>, dy: In<'_, Self>) -> Result<()>;
+
+    // ---- embedding
+    /// to[i] = from[rows[i]], rows of `width`. The embedding, and the choice of rows that go on.
+    fn gather_rows(&self, from: In<'_, Self>, rows: View<'_, Self, u32>, to: Out<'_, Self>, width: usize)
+    -> Result<()>;
+    /// to[rows[i]] = from[i]; rows are distinct. Fills a key-value cache.
+    fn scatter_rows(
+        &self,
+        from: In<'_, Self>,
+        rows: View<'_, Self, u32>,
+        to: Out<'_, Self>,
+        width: usize,
+    ) -> Result<()>;
+    /// dtable[rows[i]] += dy[i], in a fixed order of i; rows may repeat.
+    fn embedding_backward(
+        &self,
+        dy: In<'_, Self>,
+        rows: View<'_, Self, u32>,
+        dtable: ViewMut<'_, Self, Self::Grad>,
+        width: usize,
+    ) -> Result<()>;
+
+    // ---- cross-entropy
+    /// Per row of `logits` [rows, vocab]: losses[row] = −log softmax(row)[target], 0 where the target is [`IGNORE`].
+    /// With `scale`, logits become scale · dloss/dlogits (0 for ignored rows).
+    fn cross_entropy(
+        &self,
+        logits: Out<'_, Self>,
+        targets: View<'_, Self, u32>,
+        losses: ViewMut<'_, Self, f32>,
+        vocab: usize,
+        scale: Option<f32>,
+    ) -> Result<()>;
+
+    // ---- sampling
+    /// Draws a token a row of `logits` [rows, vocab]; `uniforms` [rows] in [0, 1) decide (unused when greedy).
+    fn sample(
+        &self,
+        logits: In<'_, Self>,
+        uniforms: View<'_, Self, f32>,
+        tokens: ViewMut<'_, Self, u32>,
+        vocab: usize,
+        sampling: Sampling,
+    ) -> Result<()>;
+
+    // ---- adamw
+    /// squares[i] = Σ parts[i]². Sums in f64 or in a fixed pairwise order.
+    fn sum_squares<T: FloatElement>(&self, parts: &[View<'_, Self, T>], squares: ViewMut<'_, Self, f32>) -> Result<()>;
+    /// One step over the table. `squares` [table] comes from [`Backend::sum_squares`] over the same gradients: it gives the
+    /// clip factor min(1, max_grad_norm / (norm + 1e-6)), and where its sum is not finite nothing at all is changed.
+    fn adamw_masked(
+        &self,
+        table: &mut [AdamWModule<'_, Self>],
+        squares: View<'_, Self, f32>,
+        hyper: AdamW,
+    ) -> Result<()>;
+
+    // ---- perturb
+    /// Out of place and at equal relative norm: plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same, with one draw of n.
+    fn perturb(
+        &self,
+        w: In<'_, Self>,
+        direction: &Direction<'_, Self>,
+        epsilon: f32,
+        plus: Out<'_, Self>,
+        minus: Option<Out<'_, Self>>,
+    ) -> Result<()>;
+}

@@ -1,0 +1,45 @@
+//! Gradient buffers of what trains, and of nothing else.
+
+use crate::backend::{Backend, Buffer};
+use crate::engine::Decoder;
+use crate::error::Result;
+use crate::modules::ParamId;
+use std::collections::BTreeMap;
+
+/// One buffer for each tensor that trains.
+pub struct Gradients<B: Backend> {
+    buffers: BTreeMap<ParamId, Buffer<B, B::Grad>>,
+}
+
+impl<B: Backend> Gradients<B> {
+    /// Zeroed buffers for the decoder's tensors that `trains` says.
+    pub fn new(decoder: &Decoder<B>, trains: impl Fn(ParamId) -> bool) -> Result<Self> {
+        let mut buffers = BTreeMap::new();
+        for p in decoder.params() {
+            if trains(p.id) {
+                buffers.insert(p.id, decoder.backend.zeros(p.values.len())?);
+            }
+        }
+        Ok(Self { buffers })
+    }
+
+    /// The buffer of a tensor; `None` = frozen.
+    pub fn get(&self, id: ParamId) -> Option<&Buffer<B, B::Grad>> {
+        self.buffers.get(&id)
+    }
+
+    /// The buffer of a tensor, to write; `None` = frozen.
+    pub fn get_mut(&mut self, id: ParamId) -> Option<&mut Buffer<B, B::Grad>> {
+        self.buffers.get_mut(&id)
+    }
+
+    /// All buffers in the order of tensors.
+    pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Buffer<B, B::Grad>)> {
+        self.buffers.iter().map(|(id, b)| (*id, b))
+    }
+
+    /// Whether a tensor trains.
+    pub fn trains(&self, id: ParamId) -> bool {
+        self.buffers.contains_key(&id)
+    }
+}

@@ -1,0 +1,16 @@
+//! Secure tuning of large language models: SWAT (Du et al., arXiv 2410.04524) on a from-scratch
+//! transformer engine with hand-written kernels and a CPU backend.
+//!
+//! Rooms, each of which may use only those above it: [`error`], [`modules`], [`model`], [`data`],
+//! [`backend`], [`engine`], [`train`], [`secure`], [`report`], [`cli`].
+
+pub mod backend;
+pub mod cli;
+pub mod data;
+pub mod engine;
+pub mod error;
+pub mod model;
+pub mod modules;
+pub mod report;
+pub mod secure;
+pub mod train;
