@@ -10,9 +10,11 @@
 mod buffer;
 pub mod cpu;
 mod noise;
+mod philox;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
 pub use noise::{Direction, NoiseKey};
+pub use philox::Philox;
 
 use crate::error::Result;
 

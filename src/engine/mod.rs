@@ -1,10 +1,20 @@
 //! A decoder: forward with taps, backward by hand, key-value cache and generation, the perturbed sweep.
 //! Written once, over [`crate::backend::Backend`].
 
+mod backward;
 mod batch;
 mod decoder;
+mod forward;
+mod generate;
 mod gradients;
+mod lora;
+mod pool;
+mod readout;
+mod sweep;
 
 pub use batch::Batch;
 pub use decoder::{Decoder, Parameter};
+pub use generate::{Finish, GenerateOptions, Generation};
 pub use gradients::Gradients;
+pub use lora::Lora;
+pub use sweep::{Member, NoiseKind, Readout, SweepOptions};

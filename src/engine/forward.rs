@@ -1,0 +1,297 @@
+//! The forward pass: one layer at a time over a packed batch.
+
+use super::decoder::Overlay;
+use super::pool::Scratch;
+use super::{Batch, Decoder};
+use crate::backend::{Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, View};
+use crate::error::Result;
+use crate::modules::{ModuleId, ModuleKind, ParamId};
+use std::sync::Arc;
+
+/// A batch on the backend.
+pub(super) struct Packed<'p, B: Backend> {
+    pub(super) tokens: usize,
+    pub(super) documents: Documents<B>,
+    pub(super) positions: Scratch<'p, B, u32>,
+    pub(super) rope: Arc<Buffer<B, f32>>,
+}
+
+/// q or k before its per-head norm.
+pub(super) struct Unnormed<'p, B: Backend> {
+    pub(super) values: Scratch<'p, B, B::Float>,
+    pub(super) rstd: Scratch<'p, B, f32>,
+}
+
+/// What the attention half of a layer leaves behind.
+pub(super) struct AttentionActivations<'p, B: Backend> {
+    pub(super) rstd: Scratch<'p, B, f32>,
+    pub(super) q_unnormed: Option<Unnormed<'p, B>>,
+    pub(super) k_unnormed: Option<Unnormed<'p, B>>,
+    pub(super) q: Scratch<'p, B, B::Float>,
+    pub(super) k: Scratch<'p, B, B::Float>,
+    pub(super) v: Scratch<'p, B, B::Float>,
+    pub(super) mixed: Scratch<'p, B, B::Float>,
+    pub(super) lse: Scratch<'p, B, f32>,
+}
+
+/// What the MLP half of a layer leaves behind.
+pub(super) struct MlpActivations<'p, B: Backend> {
+    pub(super) rstd: Scratch<'p, B, f32>,
+    pub(super) gate: Scratch<'p, B, B::Float>,
+    pub(super) up: Scratch<'p, B, B::Float>,
+}
+
+/// Everything that the backward pass of a layer needs; normed inputs and the MLP's product are computed again.
+pub(super) struct LayerActivations<'p, B: Backend> {
+    pub(super) x: Scratch<'p, B, B::Float>,
+    pub(super) attention: AttentionActivations<'p, B>,
+    pub(super) mid: Scratch<'p, B, B::Float>,
+    pub(super) mlp: MlpActivations<'p, B>,
+}
+
+impl<B: Backend> Decoder<B> {
+    pub(super) fn pack(&self, batch: &Batch) -> Result<Packed<'_, B>> {
+        self.check(batch)?;
+        let longest = batch.positions.iter().max().map_or(1, |p| *p as usize + 1);
+        Ok(Packed {
+            tokens: batch.tokens.len(),
+            documents: self.documents(&batch.starts)?,
+            positions: self.indices(&batch.positions)?,
+            rope: self.rope(longest)?,
+        })
+    }
+
+    pub(super) fn embed<'a>(&'a self, overlay: &Overlay<'a, B>, tokens: &[u32]) -> Result<Scratch<'a, B, B::Float>> {
+        let hidden = self.config.hidden;
+        let mut x = self.floats(tokens.len() * hidden)?;
+        let rows = self.indices(tokens)?;
+        self.backend.gather_rows(self.values(overlay, ParamId::Embedding), rows.view(), x.view_mut(), hidden)?;
+        Ok(x)
+    }
+
+    pub(super) fn attention_shape<'d>(&self, layer: usize, documents: &'d Documents<B>) -> Attention<'d, B> {
+        Attention {
+            heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+            scale: 1.0 / (self.config.head_dim as f32).sqrt(),
+            window: self.config.windows.get(layer).copied().flatten(),
+            documents,
+        }
+    }
+
+    pub(super) fn shape_of(&self, kind: ModuleKind, tokens: usize) -> LinearShape {
+        let (outputs, inputs) = self.config.module_shape(kind);
+        LinearShape { tokens, inputs, outputs }
+    }
+
+    /// One projection, with its bias, its adapter and an addend.
+    pub(super) fn project<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        id: ModuleId,
+        x: In<'_, B>,
+        mut y: Out<'_, B>,
+        tokens: usize,
+        residual: Option<In<'_, B>>,
+    ) -> Result<()> {
+        let shape = self.shape_of(id.kind, tokens);
+        let bias = self.values_if_any(overlay, ParamId::Bias(id));
+        let epilogue = Epilogue { bias, residual, ..Epilogue::default() };
+        self.backend.linear(x.clone(), self.values(overlay, ParamId::Weight(id)), y.reborrow(), shape, epilogue)?;
+        self.lora_forward(id, x, y, shape)
+    }
+
+    /// q or k of a layer: projected, normed per head where the model does, rotated.
+    pub(super) fn project_rotated<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        id: ModuleId,
+        x: In<'_, B>,
+        mut y: Out<'_, B>,
+        positions: View<'_, B, u32>,
+        rope: View<'_, B, f32>,
+    ) -> Result<Option<Unnormed<'a, B>>> {
+        let (tokens, head_dim) = (positions.len(), self.config.head_dim);
+        let (heads, norm) = match id.kind {
+            ModuleKind::Q => (self.config.heads, ParamId::QNorm(id.layer)),
+            _ => (self.config.kv_heads, ParamId::KNorm(id.layer)),
+        };
+        let unnormed = match self.values_if_any(overlay, norm) {
+            None => {
+                self.project(overlay, id, x, y.reborrow(), tokens, None)?;
+                None
+            }
+            Some(weight) => {
+                let mut values = self.floats(tokens * heads * head_dim)?;
+                let mut rstd = self.stats(tokens * heads)?;
+                self.project(overlay, id, x, values.view_mut(), tokens, None)?;
+                let (eps, stat) = (self.config.rms_norm_eps, Some(rstd.view_mut()));
+                self.backend.rmsnorm(values.view(), weight, y.reborrow(), stat, head_dim, eps)?;
+                Some(Unnormed { values, rstd })
+            }
+        };
+        self.backend.rope(y, rope, positions, heads, head_dim, false)?;
+        Ok(unnormed)
+    }
+
+    pub(super) fn norm<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        id: ParamId,
+        x: In<'_, B>,
+    ) -> Result<(Scratch<'a, B, B::Float>, Scratch<'a, B, f32>)> {
+        let hidden = self.config.hidden;
+        let mut rstd = self.stats(x.len() / hidden)?;
+        let mut y = self.floats(x.len())?;
+        let weight = self.values(overlay, id);
+        self.backend.rmsnorm(x, weight, y.view_mut(), Some(rstd.view_mut()), hidden, self.config.rms_norm_eps)?;
+        Ok((y, rstd))
+    }
+
+    pub(super) fn attention_half<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+        packed: &Packed<'_, B>,
+    ) -> Result<AttentionActivations<'a, B>> {
+        let (tokens, c) = (packed.tokens, &self.config);
+        let (normed, rstd) = self.norm(overlay, ParamId::InputNorm(layer), x)?;
+        let mut q = self.floats(tokens * c.q_width())?;
+        let mut k = self.floats(tokens * c.kv_width())?;
+        let mut v = self.floats(tokens * c.kv_width())?;
+        let module = |kind| ModuleId { layer, kind };
+        let (at, rope) = (|| packed.positions.view(), || packed.rope.view());
+        let q_unnormed =
+            self.project_rotated(overlay, module(ModuleKind::Q), normed.view(), q.view_mut(), at(), rope())?;
+        let k_unnormed =
+            self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), at(), rope())?;
+        self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), tokens, None)?;
+        drop(normed);
+        let mut mixed = self.floats(tokens * c.q_width())?;
+        let mut lse = self.stats(tokens * c.heads)?;
+        let shape = self.attention_shape(layer, &packed.documents);
+        self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), Some(lse.view_mut()), &shape)?;
+        Ok(AttentionActivations { rstd, q_unnormed, k_unnormed, q, k, v, mixed, lse })
+    }
+
+    /// `mid` = `x` + o_proj(`mixed`).
+    pub(super) fn output_projection<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        mixed: In<'_, B>,
+        x: In<'_, B>,
+    ) -> Result<Scratch<'a, B, B::Float>> {
+        let tokens = x.len() / self.config.hidden;
+        let mut mid = self.floats(x.len())?;
+        let id = ModuleId { layer, kind: ModuleKind::O };
+        self.project(overlay, id, mixed, mid.view_mut(), tokens, Some(x))?;
+        Ok(mid)
+    }
+
+    /// `out` = `mid` + down_proj(silu(gate_proj(norm(mid))) · up_proj(norm(mid))).
+    pub(super) fn mlp_half<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        mid: In<'_, B>,
+        out: Out<'_, B>,
+    ) -> Result<MlpActivations<'a, B>> {
+        let tokens = mid.len() / self.config.hidden;
+        let module = |kind| ModuleId { layer, kind };
+        let (normed, rstd) = self.norm(overlay, ParamId::PostAttentionNorm(layer), mid.clone())?;
+        let mut gate = self.floats(tokens * self.config.ffn)?;
+        let mut up = self.floats(tokens * self.config.ffn)?;
+        self.project(overlay, module(ModuleKind::Gate), normed.view(), gate.view_mut(), tokens, None)?;
+        self.project(overlay, module(ModuleKind::Up), normed.view(), up.view_mut(), tokens, None)?;
+        drop(normed);
+        let mut product = self.floats(tokens * self.config.ffn)?;
+        self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;
+        self.project(overlay, module(ModuleKind::Down), product.view(), out, tokens, Some(mid))?;
+        Ok(MlpActivations { rstd, gate, up })
+    }
+
+    /// A whole layer; dropping the activations gives their memory to the next one.
+    pub(super) fn layer_forward<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: Scratch<'a, B, B::Float>,
+        packed: &Packed<'_, B>,
+    ) -> Result<(LayerActivations<'a, B>, Scratch<'a, B, B::Float>)> {
+        let attention = self.attention_half(overlay, layer, x.view(), packed)?;
+        let mid = self.output_projection(overlay, layer, attention.mixed.view(), x.view())?;
+        let mut out = self.floats(packed.tokens * self.config.hidden)?;
+        let mlp = self.mlp_half(overlay, layer, mid.view(), out.view_mut())?;
+        Ok((LayerActivations { x, attention, mid, mlp }, out))
+    }
+
+    /// A layer of which only some rows go on: keys and values for all tokens, everything else for `rows` alone.
+    /// Returns the layer's output [rows, hidden], and its keys and values.
+    #[allow(clippy::type_complexity)]
+    pub(super) fn layer_forward_rows<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+        packed: &Packed<'_, B>,
+        batch: &Batch,
+        rows: &[u32],
+    ) -> Result<(Scratch<'a, B, B::Float>, Scratch<'a, B, B::Float>, Scratch<'a, B, B::Float>)> {
+        let c = &self.config;
+        let module = |kind| ModuleId { layer, kind };
+        let (normed, _) = self.norm(overlay, ParamId::InputNorm(layer), x.clone())?;
+        let mut k = self.floats(packed.tokens * c.kv_width())?;
+        let mut v = self.floats(packed.tokens * c.kv_width())?;
+        let rope = || packed.rope.view();
+        let all = packed.positions.view();
+        self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), all, rope())?;
+        self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), packed.tokens, None)?;
+
+        let chosen = self.indices(rows)?;
+        let mut x_rows = self.floats(rows.len() * c.hidden)?;
+        let mut normed_rows = self.floats(rows.len() * c.hidden)?;
+        self.backend.gather_rows(x, chosen.view(), x_rows.view_mut(), c.hidden)?;
+        self.backend.gather_rows(normed.view(), chosen.view(), normed_rows.view_mut(), c.hidden)?;
+        let positions: Vec<u32> = rows.iter().map(|r| batch.positions[*r as usize]).collect();
+        let at = self.indices(&positions)?;
+        let mut q = self.floats(rows.len() * c.q_width())?;
+        self.project_rotated(overlay, module(ModuleKind::Q), normed_rows.view(), q.view_mut(), at.view(), rope())?;
+        let spans: Vec<(u32, u32)> = rows
+            .iter()
+            .map(|r| {
+                let document = batch.starts.partition_point(|s| s <= r) - 1;
+                (batch.starts[document], r + 1 - batch.starts[document])
+            })
+            .collect();
+        let mut mixed = self.floats(rows.len() * c.q_width())?;
+        let shape = self.attention_shape(layer, &packed.documents);
+        self.backend.attention_decode(q.view(), k.view(), v.view(), mixed.view_mut(), &spans, &shape)?;
+        let mid = self.output_projection(overlay, layer, mixed.view(), x_rows.view())?;
+        let mut out = self.floats(rows.len() * c.hidden)?;
+        self.mlp_half(overlay, layer, mid.view(), out.view_mut())?;
+        Ok((out, k, v))
+    }
+
+    /// Logits [rows, vocab] of normed rows, into scratch.
+    pub(super) fn head_logits<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        normed: In<'_, B>,
+    ) -> Result<Scratch<'a, B, B::Float>> {
+        let (hidden, vocab) = (self.config.hidden, self.config.vocab);
+        let tokens = normed.len() / hidden;
+        let mut logits = self.floats(tokens * vocab)?;
+        let shape = LinearShape { tokens, inputs: hidden, outputs: vocab };
+        let head = self.values(overlay, self.head());
+        self.backend.linear(normed, head, logits.view_mut(), shape, Epilogue::default())?;
+        Ok(logits)
+    }
+
+    /// Rows of logits that are in memory at once: about 64 MiB of them.
+    pub(super) fn logit_rows(&self) -> usize {
+        ((64 << 20) / (self.config.vocab * size_of::<B::Float>())).max(1)
+    }
+}

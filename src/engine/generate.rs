@@ -1,0 +1,277 @@
+//! Key-value cache and batched generation.
+
+use super::decoder::{Overlay, read_floats};
+use super::{Batch, Decoder};
+use crate::backend::{Backend, Buffer, Philox, Sampling};
+use crate::error::{Error, Result};
+use crate::modules::{ModuleId, ModuleKind, ParamId};
+
+/// How answers are generated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// Longest answer, in tokens.
+    pub max_new_tokens: usize,
+    /// Greedy, or a temperature and a nucleus.
+    pub sampling: Sampling,
+    /// Seed of the draws; prompt i, token j always get the same uniform, whatever else is in the batch.
+    pub seed: u64,
+    /// Tokens that end an answer.
+    pub stop: Vec<u32>,
+    /// Bytes that the key-value cache may take; decides how many prompts run at once.
+    pub cache_bytes: u64,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 256,
+            sampling: Sampling { temperature: 0.0, top_p: 1.0 },
+            seed: 0,
+            stop: Vec::new(),
+            cache_bytes: 1 << 30,
+        }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// A stop token.
+    Stop,
+    /// `max_new_tokens`, or the end of the context.
+    Length,
+}
+
+/// One answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// New tokens, the stop token not among them.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// Most sequences that are decoded in one step.
+const MAX_SLOTS: usize = 64;
+
+/// Keys and values of all layers: `slots` sequences of up to `capacity` tokens.
+struct Cache<B: Backend> {
+    layers: Vec<(Buffer<B, B::Float>, Buffer<B, B::Float>)>,
+    capacity: usize,
+}
+
+/// A sequence that is being decoded.
+struct Slot {
+    prompt: usize,
+    last: u32,
+    /// Tokens in the cache.
+    len: usize,
+    tokens: Vec<u32>,
+    limit: usize,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Answers to `prompts`; `on_token(prompt, token)` sees each token as it comes (stop tokens too).
+    ///
+    /// Several sequences are decoded at once, and a prompt takes the place of each one that ends.
+    pub fn generate(
+        &self,
+        prompts: &[Vec<u32>],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(usize, u32),
+    ) -> Result<Vec<Generation>> {
+        let context = self.longest_context();
+        for (i, prompt) in prompts.iter().enumerate() {
+            if prompt.is_empty() || prompt.len() >= context {
+                let found = format!("{} tokens", prompt.len());
+                return Err(Error::input(format!("prompt {}", i + 1), found, format!("1 to {} tokens", context - 1)));
+            }
+        }
+        let mut answers: Vec<Option<Generation>> = prompts.iter().map(|_| None).collect();
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let capacity = (longest + options.max_new_tokens).min(context);
+        let token_bytes = 2 * self.config.layers * self.config.kv_width() * size_of::<B::Float>();
+        let fitting = options.cache_bytes as usize / (capacity * token_bytes).max(1);
+        let slots = fitting.clamp(1, MAX_SLOTS).min(prompts.len().max(1));
+        let mut cache = Cache::new(&self.backend, self.config.layers, slots, capacity, self.config.kv_width())?;
+        let mut active: Vec<Option<Slot>> = (0..slots).map(|_| None).collect();
+        let mut next = 0;
+        loop {
+            let free: Vec<usize> = (0..slots).filter(|i| active[*i].is_none()).collect();
+            let arrivals: Vec<(usize, usize)> = free.into_iter().zip(next..prompts.len()).collect();
+            next += arrivals.len();
+            if !arrivals.is_empty() {
+                let tokens = self.prefill(prompts, &arrivals, &mut cache, options)?;
+                for ((slot, prompt), token) in arrivals.into_iter().zip(tokens) {
+                    let len = prompts[prompt].len();
+                    let limit = options.max_new_tokens.min(capacity - len);
+                    active[slot] = Some(Slot { prompt, last: token, len, tokens: Vec::new(), limit });
+                    settle(&mut active[slot], token, options, &mut answers, on_token);
+                }
+            }
+            let running: Vec<usize> = (0..slots).filter(|i| active[*i].is_some()).collect();
+            if running.is_empty() && next == prompts.len() {
+                break;
+            }
+            if running.is_empty() {
+                continue;
+            }
+            let tokens = self.decode_step(&active, &running, &mut cache, options)?;
+            for (slot, token) in running.into_iter().zip(tokens) {
+                if let Some(s) = &mut active[slot] {
+                    s.len += 1;
+                    s.last = token;
+                }
+                settle(&mut active[slot], token, options, &mut answers, on_token);
+            }
+        }
+        Ok(answers.into_iter().flatten().collect())
+    }
+
+    /// Runs whole prompts, fills their slots of the cache and draws their first tokens.
+    fn prefill(
+        &self,
+        prompts: &[Vec<u32>],
+        arrivals: &[(usize, usize)],
+        cache: &mut Cache<B>,
+        options: &GenerateOptions,
+    ) -> Result<Vec<u32>> {
+        let none = Overlay::new();
+        let batch = Batch::from_prompts(arrivals.iter().map(|(_, p)| prompts[*p].as_slice()));
+        let packed = self.pack(&batch)?;
+        let rows: Vec<u32> = arrivals
+            .iter()
+            .map(|(slot, p)| (slot * cache.capacity, prompts[*p].len()))
+            .flat_map(|(first, len)| (first..first + len).map(|row| row as u32))
+            .collect();
+        let rows = self.indices(&rows)?;
+        let width = self.config.kv_width();
+        let mut x = self.embed(&none, &batch.tokens)?;
+        let last_rows = batch.last_rows();
+        let last_layer = self.config.layers - 1;
+        for layer in 0..self.config.layers {
+            let (keys, values) = &mut cache.layers[layer];
+            let mut fill = |k, v| {
+                self.backend.scatter_rows(k, rows.view(), keys.view_mut(), width)?;
+                self.backend.scatter_rows(v, rows.view(), values.view_mut(), width)
+            };
+            x = if layer == last_layer {
+                let (out, k, v) = self.layer_forward_rows(&none, layer, x.view(), &packed, &batch, &last_rows)?;
+                fill(k.view(), v.view())?;
+                out
+            } else {
+                let (activations, out) = self.layer_forward(&none, layer, x, &packed)?;
+                fill(activations.attention.k.view(), activations.attention.v.view())?;
+                out
+            };
+        }
+        let (normed, _) = self.norm(&none, ParamId::FinalNorm, x.view())?;
+        let draws: Vec<(usize, usize)> = arrivals.iter().map(|(_, p)| (*p, 0)).collect();
+        self.draw(normed.view(), &draws, options)
+    }
+
+    /// One token for each running slot.
+    fn decode_step(
+        &self,
+        active: &[Option<Slot>],
+        running: &[usize],
+        cache: &mut Cache<B>,
+        options: &GenerateOptions,
+    ) -> Result<Vec<u32>> {
+        let none = Overlay::new();
+        let (c, count) = (&self.config, running.len());
+        let states: Vec<(usize, &Slot)> =
+            running.iter().filter_map(|slot| active[*slot].as_ref().map(|s| (*slot, s))).collect();
+        let tokens: Vec<u32> = states.iter().map(|(_, s)| s.last).collect();
+        let position: Vec<u32> = states.iter().map(|(_, s)| s.len as u32).collect();
+        let cached: Vec<u32> = states.iter().map(|(slot, s)| (slot * cache.capacity + s.len) as u32).collect();
+        let spans: Vec<(u32, u32)> =
+            states.iter().map(|(slot, s)| ((slot * cache.capacity) as u32, s.len as u32 + 1)).collect();
+        let positions = self.indices(&position)?;
+        let rows = self.indices(&cached)?;
+        let rope = self.rope(position.iter().max().map_or(1, |p| *p as usize + 1))?;
+        let documents = self.documents(&[0, count as u32])?;
+        let mut x = self.embed(&none, &tokens)?;
+        for layer in 0..c.layers {
+            let module = |kind| ModuleId { layer, kind };
+            let (keys, values) = &mut cache.layers[layer];
+            let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
+            let mut q = self.floats(count * c.q_width())?;
+            let mut k = self.floats(count * c.kv_width())?;
+            let mut v = self.floats(count * c.kv_width())?;
+            for (kind, y) in [(ModuleKind::Q, &mut q), (ModuleKind::K, &mut k)] {
+                self.project_rotated(&none, module(kind), normed.view(), y.view_mut(), positions.view(), rope.view())?;
+            }
+            self.project(&none, module(ModuleKind::V), normed.view(), v.view_mut(), count, None)?;
+            self.backend.scatter_rows(k.view(), rows.view(), keys.view_mut(), c.kv_width())?;
+            self.backend.scatter_rows(v.view(), rows.view(), values.view_mut(), c.kv_width())?;
+            let mut mixed = self.floats(count * c.q_width())?;
+            let shape = self.attention_shape(layer, &documents);
+            self.backend.attention_decode(q.view(), keys.view(), values.view(), mixed.view_mut(), &spans, &shape)?;
+            let mid = self.output_projection(&none, layer, mixed.view(), x.view())?;
+            self.mlp_half(&none, layer, mid.view(), x.view_mut())?;
+        }
+        let (normed, _) = self.norm(&none, ParamId::FinalNorm, x.view())?;
+        let draws: Vec<(usize, usize)> = states.iter().map(|(_, s)| (s.prompt, s.tokens.len())).collect();
+        self.draw(normed.view(), &draws, options)
+    }
+
+    /// A token for each normed row; `draws` names (prompt, index of the token).
+    fn draw(
+        &self,
+        normed: crate::backend::In<'_, B>,
+        draws: &[(usize, usize)],
+        options: &GenerateOptions,
+    ) -> Result<Vec<u32>> {
+        let logits = self.head_logits(&Overlay::new(), normed)?;
+        let uniforms: Vec<f32> = draws
+            .iter()
+            .map(|(prompt, token)| Philox::at(options.seed, *prompt as u64, *token as u64).uniform() as f32)
+            .collect();
+        let mut device = self.stats(draws.len())?;
+        self.backend.write(&uniforms, device.view_mut())?;
+        let mut tokens = self.indices(&vec![0; draws.len()])?;
+        let vocab = self.config.vocab;
+        self.backend.sample(logits.view(), device.view(), tokens.view_mut(), vocab, options.sampling)?;
+        let mut host = vec![0; draws.len()];
+        self.backend.read(tokens.view(), &mut host)?;
+        if host.iter().any(|t| *t as usize >= vocab) {
+            let finite = read_floats(&self.backend, logits.view())?.iter().all(|x| x.is_finite());
+            let what = if finite { "no token could be drawn" } else { "the logits are not finite" };
+            return Err(Error::failed(what, "check the model's weights"));
+        }
+        Ok(host)
+    }
+}
+
+/// Takes a drawn token into its slot, and ends the answer where it ends.
+fn settle(
+    slot: &mut Option<Slot>,
+    token: u32,
+    options: &GenerateOptions,
+    answers: &mut [Option<Generation>],
+    on_token: &mut dyn FnMut(usize, u32),
+) {
+    let Some(s) = slot else { return };
+    let stop = options.stop.contains(&token);
+    if s.limit > 0 {
+        on_token(s.prompt, token);
+        if !stop {
+            s.tokens.push(token);
+        }
+    }
+    if stop || s.tokens.len() >= s.limit {
+        let finish = if stop && s.limit > 0 { Finish::Stop } else { Finish::Length };
+        answers[s.prompt] = Some(Generation { tokens: std::mem::take(&mut s.tokens), finish });
+        *slot = None;
+    }
+}
+
+impl<B: Backend> Cache<B> {
+    fn new(backend: &B, layers: usize, slots: usize, capacity: usize, width: usize) -> Result<Self> {
+        let len = slots * capacity * width;
+        let layers = (0..layers).map(|_| Ok((backend.zeros(len)?, backend.zeros(len)?))).collect::<Result<Vec<_>>>()?;
+        Ok(Self { layers, capacity })
+    }
+}

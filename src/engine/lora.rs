@@ -1,0 +1,104 @@
+//! Low-rank adapters (Hu et al., arXiv 2106.09685): y += alpha/rank · (x·Aᵀ)·Bᵀ beside a frozen projection.
+
+use super::Decoder;
+use super::decoder::{Parameter, upload};
+use crate::backend::{Backend, Epilogue, LinearShape, Philox};
+use crate::error::{Error, Result};
+use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
+
+/// Shape of the adapters of a decoder.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lora {
+    /// Columns of A and B.
+    pub rank: usize,
+    /// The adapter's output is scaled by alpha / rank.
+    pub alpha: f32,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self { rank: 8, alpha: 16.0 }
+    }
+}
+
+impl Lora {
+    /// alpha / rank.
+    pub fn scale(&self) -> f32 {
+        self.alpha / self.rank as f32
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Puts adapters beside the projections of `set`: A uniform in ±1/√inputs (as `peft`), B zero, so that nothing
+    /// changes until a step is taken.
+    pub fn add_lora(&mut self, set: &ModuleSet, lora: Lora, seed: u64) -> Result<()> {
+        if lora.rank == 0 {
+            return Err(Error::input("lora.rank", "0", "at least 1"));
+        }
+        let modules: Vec<ModuleId> = set
+            .iter()
+            .filter_map(|cell| if let Cell::Module(id) = cell { Some(id) } else { None })
+            .filter(|id| id.layer < self.config.layers)
+            .collect();
+        for (stream, id) in modules.into_iter().enumerate() {
+            let (outputs, inputs) = self.config.module_shape(id.kind);
+            let bound = 1.0 / (inputs as f64).sqrt();
+            let mut philox = Philox::new(seed, stream as u64);
+            let a: Vec<f32> =
+                (0..lora.rank * inputs).map(|_| ((philox.uniform() * 2.0 - 1.0) * bound) as f32).collect();
+            for (id, shape, values) in [
+                (ParamId::LoraA(id), vec![lora.rank, inputs], a),
+                (ParamId::LoraB(id), vec![outputs, lora.rank], vec![0.0; outputs * lora.rank]),
+            ] {
+                self.index.insert(id, self.params.len());
+                self.params.push(Parameter { id, shape, values: upload(&self.backend, &values)? });
+            }
+        }
+        self.lora = Some(lora);
+        Ok(())
+    }
+
+    /// The adapters' shape, if there are any.
+    pub fn lora(&self) -> Option<Lora> {
+        self.lora
+    }
+
+    /// Adds scale · B·A to each adapted weight and removes the adapters.
+    pub fn merge_lora(&mut self) -> Result<()> {
+        let Some(lora) = self.lora.take() else { return Ok(()) };
+        let base = self.params.iter().take_while(|p| !matches!(p.id, ParamId::LoraA(_))).count();
+        let adapters = self.params.split_off(base);
+        for pair in adapters.chunks_exact(2) {
+            let ParamId::LoraA(id) = pair[0].id else { unreachable!("A and B are added in pairs") };
+            let (outputs, inputs) = self.config.module_shape(id.kind);
+            // W [outputs, inputs] += scale · B [outputs, rank] · A [rank, inputs] has the form of a backward pass.
+            let shape = LinearShape { tokens: outputs, inputs, outputs: lora.rank };
+            let weight = self.params[self.index[&ParamId::Weight(id)]].values.view_mut();
+            let (a, b) = (pair[0].values.view(), pair[1].values.view());
+            self.backend.linear_backward_input(b, a, weight, shape, lora.scale(), true)?;
+        }
+        self.index.retain(|id, _| !matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_)));
+        Ok(())
+    }
+
+    /// y += scale · (x·Aᵀ)·Bᵀ where the module has an adapter.
+    pub(super) fn lora_forward(
+        &self,
+        id: ModuleId,
+        x: crate::backend::In<'_, B>,
+        y: crate::backend::Out<'_, B>,
+        shape: LinearShape,
+    ) -> Result<()> {
+        let Some(lora) = self.lora else { return Ok(()) };
+        let (Some(a), Some(b)) = (self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id))) else {
+            return Ok(());
+        };
+        let mut u = self.floats(shape.tokens * lora.rank)?;
+        let down = LinearShape { outputs: lora.rank, ..shape };
+        let up = LinearShape { inputs: lora.rank, ..shape };
+        self.backend.linear(x, a.values.view(), u.view_mut(), down, Epilogue::default())?;
+        let add = Epilogue { alpha: lora.scale(), accumulate: true, ..Epilogue::default() };
+        self.backend.linear(u.view(), b.values.view(), y, up, add)
+    }
+}

@@ -1,0 +1,431 @@
+//! The perturbed sweep: many copies of the model, each with some tensors perturbed, read at the last token of every prompt.
+//!
+//! What makes it cheap, next to perturbing, running and restoring one copy after another:
+//! - everything below the lowest perturbed layer is the clean model's, computed once for all;
+//! - inside that layer, what comes before the perturbed projection is shared as well;
+//! - above it, the copies are concatenated along the tokens, so that one large product serves them all;
+//! - an antithetic pair shares its draw, and weights are perturbed out of place;
+//! - of the last layer only the last tokens are computed, beyond keys and values.
+
+mod draws;
+
+use super::decoder::{Overlay, read_floats};
+use super::forward::Packed;
+use super::pool::Scratch;
+use super::{Batch, Decoder};
+use crate::backend::{Backend, Epilogue, In, LinearShape, Out};
+use crate::error::Result;
+use crate::modules::{ModuleId, ModuleKind, ModuleSet, ParamId};
+use draws::{Draw, draws, grouped, overlay, repeated, stage};
+use std::collections::BTreeMap;
+
+/// One perturbed copy of the model: a set of cells, all drawn from one seed, with a sign. No cells = the clean model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Member {
+    /// What is perturbed.
+    pub cells: ModuleSet,
+    /// Seed of the draw.
+    pub seed: u64,
+    /// The antithetic twin: w − δ instead of w + δ.
+    pub negative: bool,
+}
+
+/// The kind of perturbation, all at equal relative norm ‖δ‖ = epsilon·‖W‖ of each tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NoiseKind {
+    /// Independent normals.
+    Gaussian,
+    /// Independent signs.
+    Rademacher,
+    /// A product of normals of this rank.
+    LowRank(usize),
+    /// W·(1 ± epsilon).
+    Scale,
+    /// W = 0; epsilon and sign do not matter.
+    Zero,
+    /// Given directions; tensors without one stay as they are.
+    Update(BTreeMap<ParamId, Vec<f32>>),
+}
+
+/// What to perturb by, and what to read.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SweepOptions {
+    /// Kind of noise.
+    pub kind: NoiseKind,
+    /// Relative norm of the perturbation.
+    pub epsilon: f32,
+    /// Indices into the hidden states that are wanted, from 0 (the embedding's output) to layers (after the final norm).
+    pub layers: Vec<usize>,
+    /// Rows of the vocabulary whose logits are wanted.
+    pub head_rows: Vec<u32>,
+    /// Working memory that the concatenated copies may take.
+    pub budget_bytes: u64,
+}
+
+/// What one member gives at the last token of every prompt.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Readout {
+    /// For each wanted index, in ascending order, [prompts, hidden].
+    pub hidden: Vec<Vec<f32>>,
+    /// [prompts, head_rows].
+    pub logits: Vec<f32>,
+}
+
+/// The clean model's values inside one layer.
+struct CleanLayer<'p, B: Backend> {
+    normed: Scratch<'p, B, B::Float>,
+    q: Scratch<'p, B, B::Float>,
+    k: Scratch<'p, B, B::Float>,
+    v: Scratch<'p, B, B::Float>,
+    mixed: Scratch<'p, B, B::Float>,
+    mid: Scratch<'p, B, B::Float>,
+    mlp_normed: Scratch<'p, B, B::Float>,
+    gate: Scratch<'p, B, B::Float>,
+    up: Scratch<'p, B, B::Float>,
+}
+
+/// The prompts on the backend, and what is read of them.
+struct Ground<'p, B: Backend> {
+    prompts: &'p Batch,
+    rows: Vec<u32>,
+    packed: Packed<'p, B>,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Runs every member over the prompts. Members come to `sink(index, readout)` in the order of the lowest layer that
+    /// they perturb, not in their own.
+    pub fn sweep(
+        &self,
+        prompts: &Batch,
+        members: &[Member],
+        options: &SweepOptions,
+        sink: &mut dyn FnMut(usize, Readout) -> Result<()>,
+    ) -> Result<()> {
+        let none = Overlay::new();
+        let layers = self.config.layers;
+        let ground = Ground { prompts, rows: prompts.last_rows(), packed: self.pack(prompts)? };
+        let mut stages: BTreeMap<usize, Vec<Draw<'_>>> = BTreeMap::new();
+        for draw in draws(members) {
+            stages
+                .entry(draw.cells.iter().map(|c| stage(c, layers)).min().unwrap_or(layers + 1))
+                .or_default()
+                .push(draw);
+        }
+        // Stage 0 is the embedding, stage l + 1 is layer l, stage layers + 1 what comes after the last layer.
+        let mut clean = Readout::default();
+        let mut x = self.embed(&none, &prompts.tokens)?;
+        if let Some(draws) = stages.remove(&0) {
+            for draw in &draws {
+                let perturbed = self.perturbed(draw, |id| id == ParamId::Embedding, options)?;
+                let mut inputs = self.floats(draw.members.len() * x.view().len())?;
+                for (i, p) in perturbed.iter().enumerate() {
+                    let own = self.embed(&overlay(p), &prompts.tokens)?;
+                    let n = x.view().len();
+                    self.backend.copy(own.view(), inputs.range_mut(i * n..(i + 1) * n))?;
+                }
+                let readouts = vec![Readout::default(); draw.members.len()];
+                self.finish_members(std::slice::from_ref(draw), inputs, 0, readouts, &ground, options, sink)?;
+            }
+        }
+        for layer in 0..layers {
+            self.tap(&x, 1, layer, &ground, options, std::slice::from_mut(&mut clean))?;
+            let draws = stages.remove(&(layer + 1)).unwrap_or_default();
+            if layer + 1 == layers {
+                for draw in draws {
+                    self.last_layer_members(&draw, &x, &clean, &ground, options, sink)?;
+                }
+                let rows = &ground.rows;
+                x = self.layer_forward_rows(&none, layer, x.view(), &ground.packed, prompts, rows)?.0;
+                break;
+            }
+            if draws.is_empty() {
+                x = self.layer_forward(&none, layer, x, &ground.packed)?.1;
+                continue;
+            }
+            let (shared, out) = self.clean_layer(layer, &x, &ground.packed)?;
+            for group in grouped(draws, self.members_at_once(&ground, options)) {
+                let count: usize = group.iter().map(|d| d.members.len()).sum();
+                let n = x.view().len();
+                let mut inputs = self.floats(count * n)?;
+                let mut at = 0;
+                for draw in &group {
+                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), options)? {
+                        let into = inputs.range_mut(at * n..(at + 1) * n);
+                        self.perturbed_layer(layer, x.view(), &shared, &overlay(&perturbed), &ground.packed, into)?;
+                        at += 1;
+                    }
+                }
+                let readouts = vec![clean.clone(); count];
+                self.finish_members(&group, inputs, layer + 1, readouts, &ground, options, sink)?;
+            }
+            x = out;
+        }
+        for draw in stages.remove(&(layers + 1)).unwrap_or_default() {
+            for (perturbed, (member, _)) in self.perturbed(&draw, |_| true, options)?.iter().zip(&draw.members) {
+                let mut readout = clean.clone();
+                self.read_head(&overlay(perturbed), x.view(), options, &mut readout)?;
+                sink(*member, readout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Members of a draw that perturbs the last layer first: everything but its keys and values for the last tokens alone.
+    fn last_layer_members(
+        &self,
+        draw: &Draw<'_>,
+        x: &Scratch<'_, B, B::Float>,
+        clean: &Readout,
+        ground: &Ground<'_, B>,
+        options: &SweepOptions,
+        sink: &mut dyn FnMut(usize, Readout) -> Result<()>,
+    ) -> Result<()> {
+        let layer = self.config.layers - 1;
+        for (perturbed, (member, _)) in self.perturbed(draw, |_| true, options)?.iter().zip(&draw.members) {
+            let overlay = overlay(perturbed);
+            let (packed, rows) = (&ground.packed, &ground.rows);
+            let out = self.layer_forward_rows(&overlay, layer, x.view(), packed, ground.prompts, rows)?.0;
+            let mut readout = clean.clone();
+            self.read_head(&overlay, out.view(), options, &mut readout)?;
+            sink(*member, readout)?;
+        }
+        Ok(())
+    }
+
+    /// Runs concatenated members from layer `from` to the end. `x` holds the inputs of that layer, [members·tokens, hidden].
+    #[allow(clippy::too_many_arguments)]
+    fn finish_members<'a>(
+        &'a self,
+        group: &[Draw<'_>],
+        mut x: Scratch<'a, B, B::Float>,
+        from: usize,
+        mut readouts: Vec<Readout>,
+        ground: &Ground<'_, B>,
+        options: &SweepOptions,
+        sink: &mut dyn FnMut(usize, Readout) -> Result<()>,
+    ) -> Result<()> {
+        let none = Overlay::new();
+        let (layers, hidden, count) = (self.config.layers, self.config.hidden, readouts.len());
+        let tokens = ground.packed.tokens;
+        let many = repeated(ground.prompts, count);
+        let packed = self.pack(&many)?;
+        let mut last = None;
+        for layer in from..layers {
+            self.tap(&x, count, layer, ground, options, &mut readouts)?;
+            let touched = group.iter().any(|d| d.cells.iter().any(|c| c.layer() == Some(layer)));
+            match (touched, layer + 1 == layers) {
+                (false, true) => {
+                    let rows = many.last_rows();
+                    last = Some(self.layer_forward_rows(&none, layer, x.view(), &packed, &many, &rows)?.0);
+                }
+                (false, false) => x = self.layer_forward(&none, layer, x, &packed)?.1,
+                (true, is_last) => {
+                    let width = if is_last { ground.rows.len() * hidden } else { tokens * hidden };
+                    let mut out = self.floats(count * width)?;
+                    let mut at = 0;
+                    for draw in group {
+                        for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), options)? {
+                            let overlay = overlay(&perturbed);
+                            let own = x.range(at * tokens * hidden..(at + 1) * tokens * hidden);
+                            let into = out.range_mut(at * width..(at + 1) * width);
+                            self.member_layer(&overlay, layer, own, ground, into, is_last)?;
+                            at += 1;
+                        }
+                    }
+                    if is_last {
+                        last = Some(out);
+                    } else {
+                        x = out;
+                    }
+                }
+            }
+        }
+        let Some(last) = last else { return Ok(()) };
+        let width = ground.rows.len() * hidden;
+        let mut at = 0;
+        for draw in group {
+            let after = |id: ParamId| matches!(id, ParamId::FinalNorm | ParamId::Head | ParamId::Embedding);
+            for (perturbed, (member, _)) in self.perturbed(draw, after, options)?.iter().zip(&draw.members) {
+                let mut readout = std::mem::take(&mut readouts[at]);
+                let rows = last.range(at * width..(at + 1) * width);
+                self.read_head(&overlay(perturbed), rows, options, &mut readout)?;
+                sink(*member, readout)?;
+                at += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// One member through one layer with its own weights.
+    fn member_layer<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+        ground: &Ground<'_, B>,
+        out: Out<'_, B>,
+        is_last: bool,
+    ) -> Result<()> {
+        let packed = &ground.packed;
+        if is_last {
+            let rows = self.layer_forward_rows(overlay, layer, x, packed, ground.prompts, &ground.rows)?.0;
+            return self.backend.copy(rows.view(), out);
+        }
+        let attention = self.attention_half(overlay, layer, x.clone(), packed)?;
+        let mid = self.output_projection(overlay, layer, attention.mixed.view(), x)?;
+        drop(attention);
+        self.mlp_half(overlay, layer, mid.view(), out)?;
+        Ok(())
+    }
+
+    fn clean_layer<'a>(
+        &'a self,
+        layer: usize,
+        x: &Scratch<'a, B, B::Float>,
+        packed: &Packed<'_, B>,
+    ) -> Result<(CleanLayer<'a, B>, Scratch<'a, B, B::Float>)> {
+        let none = Overlay::new();
+        let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
+        let attention = self.attention_half(&none, layer, x.view(), packed)?;
+        let mid = self.output_projection(&none, layer, attention.mixed.view(), x.view())?;
+        let (mlp_normed, _) = self.norm(&none, ParamId::PostAttentionNorm(layer), mid.view())?;
+        let mut out = self.floats(x.view().len())?;
+        let mlp = self.mlp_half(&none, layer, mid.view(), out.view_mut())?;
+        let (q, k, v, mixed) = (attention.q, attention.k, attention.v, attention.mixed);
+        Ok((CleanLayer { normed, q, k, v, mixed, mid, mlp_normed, gate: mlp.gate, up: mlp.up }, out))
+    }
+
+    /// The layer's output with some of its tensors perturbed; what they do not reach is taken from the clean run.
+    fn perturbed_layer<'a>(
+        &'a self,
+        layer: usize,
+        x: In<'_, B>,
+        clean: &CleanLayer<'_, B>,
+        overlay: &Overlay<'a, B>,
+        packed: &Packed<'_, B>,
+        out: Out<'_, B>,
+    ) -> Result<()> {
+        let (tokens, c) = (packed.tokens, &self.config);
+        let module = |kind| ModuleId { layer, kind };
+        let touched = |id: ParamId| overlay.contains_key(&id);
+        let any = |kind: ModuleKind| touched(ParamId::Weight(module(kind))) || touched(ParamId::Bias(module(kind)));
+
+        let normed = match touched(ParamId::InputNorm(layer)) {
+            true => Some(self.norm(overlay, ParamId::InputNorm(layer), x.clone())?.0),
+            false => None,
+        };
+        let attention_in = || normed.as_ref().unwrap_or(&clean.normed).view();
+        let rotated = |kind, norm: ParamId| -> Result<Option<Scratch<'a, B, B::Float>>> {
+            if normed.is_none() && !any(kind) && !touched(norm) {
+                return Ok(None);
+            }
+            let mut y = self.floats(tokens * c.module_shape(kind).0)?;
+            let (at, rope) = (packed.positions.view(), packed.rope.view());
+            self.project_rotated(overlay, module(kind), attention_in(), y.view_mut(), at, rope)?;
+            Ok(Some(y))
+        };
+        let projected = |kind, x: In<'_, B>, changed: bool| -> Result<Option<Scratch<'a, B, B::Float>>> {
+            if !changed && !any(kind) {
+                return Ok(None);
+            }
+            let mut y = self.floats(tokens * c.module_shape(kind).0)?;
+            self.project(overlay, module(kind), x, y.view_mut(), tokens, None)?;
+            Ok(Some(y))
+        };
+        let q = rotated(ModuleKind::Q, ParamId::QNorm(layer))?;
+        let k = rotated(ModuleKind::K, ParamId::KNorm(layer))?;
+        let v = projected(ModuleKind::V, attention_in(), normed.is_some())?;
+        let mixed = if q.is_some() || k.is_some() || v.is_some() {
+            let mut mixed = self.floats(tokens * c.q_width())?;
+            let (q, k, v) =
+                (q.as_ref().unwrap_or(&clean.q), k.as_ref().unwrap_or(&clean.k), v.as_ref().unwrap_or(&clean.v));
+            let shape = self.attention_shape(layer, &packed.documents);
+            self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), None, &shape)?;
+            Some(mixed)
+        } else {
+            None
+        };
+        let mid = if mixed.is_some() || any(ModuleKind::O) {
+            let mixed = mixed.as_ref().unwrap_or(&clean.mixed).view();
+            Some(self.output_projection(overlay, layer, mixed, x)?)
+        } else {
+            None
+        };
+        let mlp_normed = if mid.is_some() || touched(ParamId::PostAttentionNorm(layer)) {
+            let mid = mid.as_ref().unwrap_or(&clean.mid).view();
+            Some(self.norm(overlay, ParamId::PostAttentionNorm(layer), mid)?.0)
+        } else {
+            None
+        };
+        let mlp_in = || mlp_normed.as_ref().unwrap_or(&clean.mlp_normed).view();
+        let gate = projected(ModuleKind::Gate, mlp_in(), mlp_normed.is_some())?;
+        let up = projected(ModuleKind::Up, mlp_in(), mlp_normed.is_some())?;
+        let mut product = self.floats(tokens * c.ffn)?;
+        let (gate, up) = (gate.as_ref().unwrap_or(&clean.gate), up.as_ref().unwrap_or(&clean.up));
+        self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;
+        let mid = mid.as_ref().unwrap_or(&clean.mid).view();
+        self.project(overlay, module(ModuleKind::Down), product.view(), out, tokens, Some(mid))
+    }
+
+    /// Keeps the last tokens' hidden states at index `layer`, where they are wanted.
+    fn tap(
+        &self,
+        x: &Scratch<'_, B, B::Float>,
+        count: usize,
+        layer: usize,
+        ground: &Ground<'_, B>,
+        options: &SweepOptions,
+        readouts: &mut [Readout],
+    ) -> Result<()> {
+        if !options.layers.contains(&layer) {
+            return Ok(());
+        }
+        let (hidden, tokens) = (self.config.hidden, ground.packed.tokens as u32);
+        let rows: Vec<u32> = (0..count as u32).flat_map(|m| ground.rows.iter().map(move |r| m * tokens + r)).collect();
+        let rows = self.indices(&rows)?;
+        let width = ground.rows.len() * hidden;
+        let mut tapped = self.floats(count * width)?;
+        self.backend.gather_rows(x.view(), rows.view(), tapped.view_mut(), hidden)?;
+        let host = read_floats(&self.backend, tapped.view())?;
+        for (readout, own) in readouts.iter_mut().zip(host.chunks_exact(width)) {
+            readout.hidden.push(own.to_vec());
+        }
+        Ok(())
+    }
+
+    /// Final norm and the wanted rows of the head. `rows`: the last tokens after the last layer, [prompts, hidden].
+    fn read_head<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        rows: In<'_, B>,
+        options: &SweepOptions,
+        readout: &mut Readout,
+    ) -> Result<()> {
+        let hidden = self.config.hidden;
+        let prompts = rows.len() / hidden;
+        let (normed, _) = self.norm(overlay, ParamId::FinalNorm, rows)?;
+        if options.layers.contains(&self.config.layers) {
+            readout.hidden.push(read_floats(&self.backend, normed.view())?);
+        }
+        if !options.head_rows.is_empty() {
+            let outputs = options.head_rows.len();
+            let chosen = self.indices(&options.head_rows)?;
+            let mut head = self.floats(outputs * hidden)?;
+            let all = self.values(overlay, self.head());
+            self.backend.gather_rows(all, chosen.view(), head.view_mut(), hidden)?;
+            let mut logits = self.floats(prompts * outputs)?;
+            let shape = LinearShape { tokens: prompts, inputs: hidden, outputs };
+            self.backend.linear(normed.view(), head.view(), logits.view_mut(), shape, Epilogue::default())?;
+            readout.logits = read_floats(&self.backend, logits.view())?;
+        }
+        Ok(())
+    }
+
+    /// Members that run concatenated within the budget.
+    fn members_at_once(&self, ground: &Ground<'_, B>, options: &SweepOptions) -> usize {
+        let c = &self.config;
+        let width = 5 * c.hidden + 2 * c.q_width() + 2 * c.kv_width() + 3 * c.ffn;
+        let bytes = ground.packed.tokens * width * size_of::<B::Float>();
+        (options.budget_bytes as usize / bytes.max(1)).max(2)
+    }
+}

@@ -1,0 +1,154 @@
+//! Draws of noise: which members share one, in what order they run, and the perturbed tensors themselves.
+
+use super::{Member, NoiseKind, SweepOptions};
+use crate::backend::{Backend, Buffer, Direction, NoiseKey};
+use crate::engine::decoder::{Overlay, upload};
+use crate::engine::{Batch, Decoder};
+use crate::error::Result;
+use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
+use std::collections::{BTreeMap, HashMap};
+
+/// A draw of noise and the members that use it.
+pub(super) struct Draw<'m> {
+    pub(super) cells: &'m ModuleSet,
+    pub(super) seed: u64,
+    /// (member, negative), one or two.
+    pub(super) members: Vec<(usize, bool)>,
+}
+
+pub(super) type Perturbed<B> = BTreeMap<ParamId, Buffer<B, <B as Backend>::Float>>;
+
+/// The perturbed tensors as the forward pass takes them.
+pub(super) fn overlay<B: Backend>(perturbed: &Perturbed<B>) -> Overlay<'_, B> {
+    perturbed.iter().map(|(id, b)| (*id, b.view())).collect()
+}
+
+impl<B: Backend> Decoder<B> {
+    /// The perturbed tensors of a draw that `wanted` says, one set a member (plus and minus come from one draw).
+    pub(super) fn perturbed(
+        &self,
+        draw: &Draw<'_>,
+        wanted: impl Fn(ParamId) -> bool,
+        options: &SweepOptions,
+    ) -> Result<Vec<Perturbed<B>>> {
+        let mut all: Vec<Perturbed<B>> = draw.members.iter().map(|_| BTreeMap::new()).collect();
+        for (stream, param) in self.params.iter().enumerate() {
+            let id = param.id;
+            let base = !matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
+            if !base || !draw.cells.contains(id.cell()) || !wanted(id) {
+                continue;
+            }
+            let key = NoiseKey { seed: draw.seed, stream: stream as u64 };
+            let given;
+            let (direction, epsilon) = match &options.kind {
+                NoiseKind::Gaussian => (Direction::Gaussian(key), options.epsilon),
+                NoiseKind::Rademacher => (Direction::Rademacher(key), options.epsilon),
+                NoiseKind::LowRank(rank) => {
+                    let rows = if param.shape.len() > 1 { param.shape[0] } else { 1 };
+                    (Direction::LowRank { key, rank: *rank, rows }, options.epsilon)
+                }
+                NoiseKind::Scale => (Direction::Scale, options.epsilon),
+                NoiseKind::Zero => (Direction::Scale, -1.0),
+                NoiseKind::Update(updates) => {
+                    let Some(update) = updates.get(&id) else { continue };
+                    given = upload(&self.backend, update)?;
+                    (Direction::Given(given.view()), options.epsilon)
+                }
+            };
+            let mut buffers = Vec::with_capacity(2);
+            for _ in 0..2 {
+                buffers.push(self.backend.zeros(param.values.len())?);
+            }
+            let [mut plus, mut minus]: [Buffer<B, B::Float>; 2] =
+                buffers.try_into().unwrap_or_else(|_| unreachable!("two were made"));
+            let both = draw.members.iter().any(|(_, negative)| *negative) && options.kind != NoiseKind::Zero;
+            let twin = both.then(|| minus.view_mut());
+            self.backend.perturb(param.values.view(), &direction, epsilon, plus.view_mut(), twin)?;
+            match draw.members.as_slice() {
+                [(_, negative)] => {
+                    all[0].insert(id, if *negative && both { minus } else { plus });
+                }
+                _ => {
+                    if !both {
+                        self.backend.copy(plus.view(), minus.view_mut())?;
+                    }
+                    all[0].insert(id, plus);
+                    all[1].insert(id, minus);
+                }
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// 0 for the embedding, l + 1 for layer l, layers + 1 for what comes after the last layer.
+pub(super) fn stage(cell: Cell, layers: usize) -> usize {
+    match cell {
+        Cell::Embedding => 0,
+        Cell::FinalNorm | Cell::Head => layers + 1,
+        Cell::Norms(layer) | Cell::Module(ModuleId { layer, .. }) => layer + 1,
+    }
+}
+
+/// Puts antithetic twins together.
+pub(super) fn draws(members: &[Member]) -> Vec<Draw<'_>> {
+    let mut draws: Vec<Draw<'_>> = Vec::new();
+    let mut open: HashMap<(String, u64), usize> = HashMap::new();
+    for (i, member) in members.iter().enumerate() {
+        let text: Vec<String> = member.cells.iter().map(|c| c.to_string()).collect();
+        let key = (text.join(","), member.seed);
+        if let Some(d) = open.get(&key).copied()
+            && draws[d].members.len() == 1
+            && draws[d].members[0].1 != member.negative
+        {
+            // The plus member comes first, as `perturbed` gives them.
+            let position = usize::from(member.negative);
+            draws[d].members.insert(position, (i, member.negative));
+            continue;
+        }
+        open.insert(key, draws.len());
+        draws.push(Draw { cells: &member.cells, seed: member.seed, members: vec![(i, member.negative)] });
+    }
+    draws
+}
+
+/// Groups of draws with at most `members` members; draws that reach into other layers apart from those that do not.
+pub(super) fn grouped(draws: Vec<Draw<'_>>, members: usize) -> Vec<Vec<Draw<'_>>> {
+    let one_layer = |d: &Draw<'_>| {
+        let mut layers: Vec<_> = d.cells.iter().map(|c| c.layer()).collect();
+        layers.dedup();
+        layers.len() == 1
+    };
+    let (single, joint): (Vec<_>, Vec<_>) = draws.into_iter().partition(one_layer);
+    let mut groups = Vec::new();
+    for draws in [single, joint] {
+        let (mut group, mut count) = (Vec::new(), 0);
+        for draw in draws {
+            if count + draw.members.len() > members && count > 0 {
+                groups.push(std::mem::take(&mut group));
+                count = 0;
+            }
+            count += draw.members.len();
+            group.push(draw);
+        }
+        if count > 0 {
+            groups.push(group);
+        }
+    }
+    groups
+}
+
+/// The same prompts `count` times, one after another.
+pub(super) fn repeated(prompts: &Batch, count: usize) -> Batch {
+    let tokens = prompts.tokens.len() as u32;
+    let mut starts = vec![0];
+    for m in 0..count as u32 {
+        starts.extend(prompts.starts[1..].iter().map(|s| s + m * tokens));
+    }
+    Batch {
+        tokens: prompts.tokens.repeat(count),
+        positions: prompts.positions.repeat(count),
+        starts,
+        targets: Vec::new(),
+    }
+}
