@@ -14,11 +14,7 @@ pub(super) struct Ema {
 
 impl Ema {
     /// Begins the mean of tensors that have none, at their present values.
-    pub(super) fn begin<B: Backend>(
-        &mut self,
-        decoder: &Decoder<B>,
-        ids: impl Iterator<Item = ParamId>,
-    ) -> Result<()> {
+    pub(super) fn begin<B: Backend>(&mut self, decoder: &Decoder<B>, ids: impl Iterator<Item = ParamId>) -> Result<()> {
         for id in ids {
             if !self.means.contains_key(&id) {
                 self.means.insert(id, decoder.read(id)?);

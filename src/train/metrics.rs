@@ -54,12 +54,8 @@ pub(super) struct MetricsLog {
 impl MetricsLog {
     /// Opens the log and drops everything behind `keep` bytes: lines of steps that will be taken again.
     pub(super) fn open(path: &Path, keep: u64) -> Result<Self> {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(Error::io(path, "write"))?;
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(Error::io(path, "write"))?;
         let there = file.metadata().map_err(Error::io(path, "read"))?.len();
         let bytes = keep.min(there);
         file.set_len(bytes).map_err(Error::io(path, "write"))?;
@@ -69,7 +65,8 @@ impl MetricsLog {
 
     /// Appends a line, in one write, so that a killed process leaves whole lines.
     pub(super) fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
-        let mut line = serde_json::to_vec(metrics).map_err(|e| Error::failed(format!("metrics: {e}"), "report this"))?;
+        let mut line =
+            serde_json::to_vec(metrics).map_err(|e| Error::failed(format!("metrics: {e}"), "report this"))?;
         line.push(b'\n');
         self.file.write_all(&line).map_err(Error::io(&self.path, "write"))?;
         self.bytes += line.len() as u64;
@@ -118,11 +115,8 @@ mod tests {
         drop(log);
         let mut log = MetricsLog::open(&path, keep).unwrap();
         log.append(&line(3)).unwrap();
-        let steps: Vec<StepMetrics> = std::fs::read_to_string(&path)
-            .unwrap()
-            .lines()
-            .map(|l| serde_json::from_str(l).unwrap())
-            .collect();
+        let steps: Vec<StepMetrics> =
+            std::fs::read_to_string(&path).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         assert_eq!(steps, [line(1), line(3)]);
         assert_eq!(log.bytes(), std::fs::metadata(&path).unwrap().len());
     }

@@ -121,7 +121,13 @@ mod tests {
         let q = ModuleId { layer: 0, kind: ModuleKind::Q };
         let params = [(ParamId::Weight(q), vec![2, 1]), (ParamId::Bias(q), vec![1]), (ParamId::FinalNorm, vec![1])];
         let before = |id| Ok(if id == ParamId::Weight(q) { vec![3.0, 0.0] } else { vec![4.0] });
-        let after = |id| Ok(if id == ParamId::Weight(q) { vec![4.0, 2.0] } else { vec![if id == ParamId::FinalNorm { 4.0 } else { 6.0 }] });
+        let after = |id| {
+            Ok(if id == ParamId::Weight(q) {
+                vec![4.0, 2.0]
+            } else {
+                vec![if id == ParamId::FinalNorm { 4.0 } else { 6.0 }]
+            })
+        };
         let cells = cell_updates(&params, 1.0, before, after).unwrap();
         assert_eq!(cells[&Cell::Module(q)], Update { delta_norm: 3.0, weight_norm: 5.0 });
         assert_eq!(cells[&Cell::FinalNorm], Update { delta_norm: 0.0, weight_norm: 4.0 });
