@@ -1,6 +1,7 @@
 //! Packed tokens.
 
 use crate::backend::IGNORE;
+use crate::data::Example;
 
 /// Documents one after another, without padding.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,6 +28,18 @@ impl Batch {
         batch
     }
 
+    /// Packs training examples: each is a document, and a row's target is the token behind it where that is trained.
+    pub fn from_examples<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Self {
+        let documents: Vec<&Example> = examples.into_iter().filter(|example| !example.tokens.is_empty()).collect();
+        let mut batch = Self::from_prompts(documents.iter().map(|example| example.tokens.as_slice()));
+        for example in documents {
+            let next = example.tokens.iter().zip(&example.trained).skip(1);
+            batch.targets.extend(next.map(|(token, trained)| if *trained { *token } else { IGNORE }));
+            batch.targets.push(IGNORE);
+        }
+        batch
+    }
+
     /// Number of documents.
     pub fn documents(&self) -> usize {
         self.starts.len().saturating_sub(1)
@@ -40,5 +53,27 @@ impl Batch {
     /// Positions with a loss.
     pub fn trained_tokens(&self) -> usize {
         self.targets.iter().filter(|t| **t != IGNORE).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_are_the_trained_tokens_behind_each_row() {
+        let example = |tokens: &[u32], trained: &[bool]| Example { tokens: tokens.into(), trained: trained.into() };
+        let examples = [
+            example(&[5, 6, 7], &[true, false, true]),
+            example(&[], &[]),
+            example(&[8], &[true]),
+            example(&[9, 10], &[false, true]),
+        ];
+        let batch = Batch::from_examples(&examples);
+        assert_eq!(batch.tokens, [5, 6, 7, 8, 9, 10]);
+        assert_eq!(batch.positions, [0, 1, 2, 0, 0, 1]);
+        assert_eq!(batch.starts, [0, 3, 4, 6]);
+        assert_eq!(batch.targets, [IGNORE, 7, IGNORE, IGNORE, 10, IGNORE]);
+        assert_eq!(batch.trained_tokens(), 2);
     }
 }

@@ -69,6 +69,11 @@ impl<B: Backend> Decoder<B> {
         &mut self.params
     }
 
+    /// Arithmetic, and all tensors to change: what an optimiser needs at the same time.
+    pub fn split_mut(&mut self) -> (&B, &mut [Parameter<B>]) {
+        (&self.backend, &mut self.params)
+    }
+
     /// One tensor; `None` where the model has none such.
     pub fn param(&self, id: ParamId) -> Option<&Parameter<B>> {
         self.index.get(&id).map(|i| &self.params[*i])

@@ -1,0 +1,279 @@
+//! Checkpoints: directories that are there whole or not at all.
+//!
+//! `DIR/checkpoints/step-00000120/` holds `weights.safetensors` (tensors that have trained so far), `moments.safetensors`,
+//! `state.json`, and `manifest.json` with the size and hash of each. It is written under another name, synced, renamed.
+
+use super::tensor_file::{FileMark, Header, TensorReader, TensorWriter, mark};
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const MANIFEST: &str = "manifest.json";
+const STATE: &str = "state.json";
+const PREFIX: &str = "step-";
+const UNFINISHED: &str = ".unfinished-";
+
+/// The checkpoints of a run.
+pub(super) struct Store {
+    dir: PathBuf,
+}
+
+impl Store {
+    pub(super) fn new(run: &Path) -> Self {
+        Self { dir: run.join("checkpoints") }
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.dir.join(format!("{PREFIX}{step:08}"))
+    }
+
+    /// Removes all checkpoints: a run that starts anew must not find another's later.
+    pub(super) fn clear(&self) -> Result<()> {
+        remove(&self.dir)
+    }
+
+    /// Steps of the checkpoints that are there, ascending.
+    fn steps(&self) -> Result<Vec<u64>> {
+        let mut steps = Vec::new();
+        for name in self.names()? {
+            steps.extend(name.strip_prefix(PREFIX).and_then(|step| step.parse::<u64>().ok()));
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
+        if !self.dir.exists() {
+            return Ok(Vec::new());
+        }
+        let entries = fs::read_dir(&self.dir).map_err(Error::io(&self.dir, "read"))?;
+        let names = entries.map(|entry| Ok(entry.map_err(Error::io(&self.dir, "read"))?.file_name()));
+        Ok(names.collect::<Result<Vec<_>>>()?.into_iter().filter_map(|name| name.into_string().ok()).collect())
+    }
+
+    /// Begins a checkpoint.
+    pub(super) fn begin(&self, step: u64) -> Result<Draft> {
+        let draft = self.dir.join(format!("{UNFINISHED}{step:08}"));
+        remove(&draft)?;
+        fs::create_dir_all(&draft).map_err(Error::io(&draft, "write"))?;
+        Ok(Draft { dir: draft, target: self.path(step), files: BTreeMap::new() })
+    }
+
+    /// The checkpoint of one step, its hashes checked.
+    pub(super) fn open(&self, step: u64) -> Result<Saved> {
+        let dir = self.path(step);
+        let manifest: BTreeMap<String, FileMark> = read_json(&dir.join(MANIFEST))?;
+        for (name, expected) in &manifest {
+            let path = dir.join(name);
+            let found = mark(&path)?;
+            if found != *expected {
+                return Err(Error::input(
+                    path.display().to_string(),
+                    format!("{} bytes, blake3 {:.12}", found.bytes, found.blake3),
+                    format!("{} bytes, blake3 {:.12}", expected.bytes, expected.blake3),
+                ));
+            }
+        }
+        if !manifest.contains_key(STATE) {
+            return Err(Error::input(dir.join(MANIFEST).display().to_string(), "no state.json", "one"));
+        }
+        Ok(Saved { dir })
+    }
+
+    /// The newest checkpoint that is whole; `damaged` hears of each that is not. `None` where there are none at all.
+    pub(super) fn newest(&self, mut damaged: impl FnMut(String)) -> Result<Option<Saved>> {
+        let steps = self.steps()?;
+        for step in steps.iter().rev() {
+            match self.open(*step) {
+                Ok(saved) => return Ok(Some(saved)),
+                Err(why) => damaged(format!("checkpoint of step {step} is damaged and not used: {why}")),
+            }
+        }
+        if steps.is_empty() {
+            return Ok(None);
+        }
+        Err(Error::failed(
+            format!("{}: all {} checkpoints are damaged", self.dir.display(), steps.len()),
+            "start again without --resume",
+        ))
+    }
+
+    /// Removes all but the `keep_last` newest up to `newest`, and the one of `also`.
+    pub(super) fn prune(&self, newest: u64, keep_last: usize, also: Option<u64>) -> Result<()> {
+        let steps: Vec<u64> = self.steps()?.into_iter().filter(|step| *step <= newest).collect();
+        for step in steps.iter().rev().skip(keep_last).filter(|step| Some(**step) != also) {
+            remove(&self.path(*step))?;
+        }
+        for name in self.names()?.iter().filter(|name| name.starts_with(UNFINISHED)) {
+            remove(&self.dir.join(name))?;
+        }
+        Ok(())
+    }
+}
+
+/// A checkpoint that is being written.
+pub(super) struct Draft {
+    dir: PathBuf,
+    target: PathBuf,
+    files: BTreeMap<String, FileMark>,
+}
+
+impl Draft {
+    /// Begins `NAME.safetensors`.
+    pub(super) fn tensors(&self, name: &str, header: Header) -> Result<TensorWriter> {
+        TensorWriter::create(&self.dir.join(format!("{name}.safetensors")), header)
+    }
+
+    /// Notes a finished `NAME.safetensors`.
+    pub(super) fn add(&mut self, name: &str, writer: TensorWriter) -> Result<()> {
+        self.files.insert(format!("{name}.safetensors"), writer.finish()?);
+        Ok(())
+    }
+
+    /// Writes the state and the manifest, and gives the checkpoint its name.
+    pub(super) fn commit(mut self, state: &impl serde::Serialize) -> Result<()> {
+        let path = self.dir.join(STATE);
+        write_json(&path, state)?;
+        self.files.insert(STATE.into(), mark(&path)?);
+        write_json(&self.dir.join(MANIFEST), &self.files)?;
+        sync_dir(&self.dir)?;
+        remove(&self.target)?;
+        fs::rename(&self.dir, &self.target).map_err(Error::io(&self.target, "rename"))?;
+        self.target.parent().map_or(Ok(()), sync_dir)
+    }
+}
+
+/// A whole checkpoint.
+pub(super) struct Saved {
+    pub(super) dir: PathBuf,
+}
+
+impl Saved {
+    pub(super) fn state<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        read_json(&self.dir.join(STATE))
+    }
+
+    /// `NAME.safetensors`, if the checkpoint has one.
+    pub(super) fn tensors(&self, name: &str) -> Result<Option<TensorReader>> {
+        let path = self.dir.join(format!("{name}.safetensors"));
+        path.exists().then(|| TensorReader::open(&path)).transpose()
+    }
+}
+
+/// Writes beside the target and renames: an interrupted write leaves the old file or the new one.
+pub(super) fn replace_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let beside = path.with_extension("json.unfinished");
+    write_json(&beside, value)?;
+    fs::rename(&beside, path).map_err(Error::io(path, "rename"))
+}
+
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let failed = |e| Error::failed(format!("{}: {e}", path.display()), "report this");
+    let mut text = serde_json::to_vec_pretty(value).map_err(failed)?;
+    text.push(b'\n');
+    fs::write(path, text).map_err(Error::io(path, "write"))?;
+    fs::File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path, "write"))
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).map_err(Error::io(path, "read"))?;
+    serde_json::from_slice(&text)
+        .map_err(|e| Error::input(path.display().to_string(), e.to_string(), "what this version of swat writes"))
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir, "remove")(e)),
+        _ => Ok(()),
+    }
+}
+
+/// A rename is only durable once its directory is.
+fn sync_dir(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        fs::File::open(dir).and_then(|file| file.sync_all()).map_err(Error::io(dir, "write"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn save(store: &Store, step: u64) {
+        let mut draft = store.begin(step).unwrap();
+        let mut header = Header::default();
+        header.add::<f32>("w".into(), &[4]);
+        let mut writer = draft.tensors("weights", header).unwrap();
+        writer.put(&[step as f32; 4]).unwrap();
+        draft.add("weights", writer).unwrap();
+        draft.commit(&step).unwrap();
+    }
+
+    fn newest(store: &Store) -> (Option<u64>, Vec<String>) {
+        let mut notes = Vec::new();
+        let saved = store.newest(|note| notes.push(note)).unwrap();
+        (saved.map(|s| s.state().unwrap()), notes)
+    }
+
+    #[test]
+    fn the_newest_whole_one_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        assert_eq!(newest(&store), (None, vec![]));
+        for step in [10, 20, 30] {
+            save(&store, step);
+        }
+        assert_eq!(newest(&store), (Some(30), vec![]));
+        // One bit of the weights, then a cut, then a missing file.
+        let file = store.path(30).join("weights.safetensors");
+        let mut bytes = fs::read(&file).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&file, &bytes).unwrap();
+        let (found, notes) = newest(&store);
+        assert_eq!(found, Some(20));
+        assert!(notes[0].contains("step 30") && notes[0].contains("weights.safetensors"), "{notes:?}");
+        fs::write(store.path(20).join(STATE), b"").unwrap();
+        assert_eq!(newest(&store).0, Some(10));
+        fs::remove_file(store.path(10).join(MANIFEST)).unwrap();
+        let all = store.newest(|_| ()).err().unwrap().to_string();
+        assert!(all.contains("all 3"), "{all}");
+    }
+
+    #[test]
+    fn an_unfinished_one_is_not_seen_and_goes_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        save(&store, 1);
+        let draft = store.begin(2).unwrap();
+        draft.tensors("weights", Header::default()).unwrap();
+        assert_eq!(newest(&store), (Some(1), vec![]));
+        store.prune(1, 1, None).unwrap();
+        assert_eq!(store.names().unwrap(), ["step-00000001"]);
+    }
+
+    #[test]
+    fn pruning_keeps_the_last_and_the_start_of_the_phase() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        for step in [5, 10, 15, 20] {
+            save(&store, step);
+        }
+        store.prune(20, 2, Some(5)).unwrap();
+        assert_eq!(store.steps().unwrap(), [5, 15, 20]);
+        // A damaged one from the future does not count.
+        store.prune(15, 1, None).unwrap();
+        assert_eq!(store.steps().unwrap(), [15, 20]);
+    }
+
+    #[test]
+    fn writing_a_step_again_replaces_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        save(&store, 7);
+        fs::write(store.path(7).join("weights.safetensors"), b"junk").unwrap();
+        save(&store, 7);
+        assert_eq!(newest(&store), (Some(7), vec![]));
+    }
+}

@@ -1,0 +1,141 @@
+//! `metrics.jsonl`: a line a step, each step once, also after an interruption.
+
+use crate::error::{Error, Result};
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct StepMetrics {
+    /// From 1, over all phases.
+    pub step: u64,
+    /// Name of the phase.
+    pub phase: String,
+    /// Mean −log p over the trained tokens of the step; `null` where there are none, or where it is not finite.
+    pub loss: Option<f64>,
+    /// Scheduled learning rate, before the cells' factors.
+    pub lr: f64,
+    /// Global norm before clipping; `null` in a skipped step.
+    pub grad_norm: Option<f64>,
+    /// Tokens with a loss.
+    pub trained_tokens: u64,
+    /// All tokens of the step.
+    pub tokens: u64,
+    /// `tokens` a second of this step.
+    pub tok_per_s: f64,
+    /// Largest resident memory of the process so far, in bytes; 0 where the system does not say.
+    pub peak_bytes: u64,
+    /// Duration of the step, in milliseconds.
+    pub step_ms: f64,
+    /// Why nothing was changed, where nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
+}
+
+/// The largest resident set of this process so far, in bytes (`VmHWM` of `/proc/self/status`); 0 where there is none.
+pub fn peak_bytes() -> u64 {
+    std::fs::read_to_string("/proc/self/status").ok().and_then(|status| high_water_bytes(&status)).unwrap_or(0)
+}
+
+fn high_water_bytes(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
+}
+
+/// The open file.
+pub(super) struct MetricsLog {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl MetricsLog {
+    /// Opens the log and drops everything behind `keep` bytes: lines of steps that will be taken again.
+    pub(super) fn open(path: &Path, keep: u64) -> Result<Self> {
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(Error::io(path, "write"))?;
+        let there = file.metadata().map_err(Error::io(path, "read"))?.len();
+        let bytes = keep.min(there);
+        file.set_len(bytes).map_err(Error::io(path, "write"))?;
+        file.seek(SeekFrom::Start(bytes)).map_err(Error::io(path, "write"))?;
+        Ok(Self { path: path.to_owned(), file, bytes })
+    }
+
+    /// Appends a line, in one write, so that a killed process leaves whole lines.
+    pub(super) fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
+        let mut line =
+            serde_json::to_vec(metrics).map_err(|e| Error::failed(format!("metrics: {e}"), "report this"))?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(Error::io(&self.path, "write"))?;
+        self.bytes += line.len() as u64;
+        Ok(())
+    }
+
+    /// Bytes so far.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Makes what was appended survive a loss of power.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(Error::io(&self.path, "write"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(step: u64) -> StepMetrics {
+        StepMetrics {
+            step,
+            phase: "all".into(),
+            loss: Some(1.5),
+            lr: 1e-3,
+            grad_norm: None,
+            trained_tokens: 3,
+            tokens: 9,
+            tok_per_s: 1.0,
+            peak_bytes: 0,
+            step_ms: 2.0,
+            skipped: (step == 2).then(|| "why".into()),
+        }
+    }
+
+    #[test]
+    fn reopening_cuts_what_comes_after() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut log = MetricsLog::open(&path, 0).unwrap();
+        log.append(&line(1)).unwrap();
+        let keep = log.bytes();
+        log.append(&line(2)).unwrap();
+        drop(log);
+        let mut log = MetricsLog::open(&path, keep).unwrap();
+        log.append(&line(3)).unwrap();
+        let steps: Vec<StepMetrics> =
+            std::fs::read_to_string(&path).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(steps, [line(1), line(3)]);
+        assert_eq!(log.bytes(), std::fs::metadata(&path).unwrap().len());
+    }
+
+    #[test]
+    fn a_shorter_file_is_continued_where_it_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut log = MetricsLog::open(&path, 1000).unwrap();
+        log.append(&line(1)).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap().first(), Some(&b'{'));
+    }
+
+    #[test]
+    fn high_water_mark_is_in_bytes() {
+        assert_eq!(high_water_bytes("Name:\tx\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
+        assert_eq!(high_water_bytes("nothing"), None);
+        if cfg!(target_os = "linux") {
+            assert!(peak_bytes() > 1 << 20);
+        }
+    }
+}

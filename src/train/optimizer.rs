@@ -1,0 +1,205 @@
+//! Masked AdamW: moments for what trains, and nothing for what does not.
+
+use crate::backend::{AdamW, AdamWModule, Backend, Buffer};
+use crate::engine::{Decoder, Gradients};
+use crate::error::Result;
+use crate::modules::{Cell, LearningRates, ParamId, Rate};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// State of one tensor that trains. Memory: two moments a parameter, in the backend's type.
+pub(super) struct Slot<B: Backend> {
+    pub(super) id: ParamId,
+    pub(super) m: Buffer<B, B::Moment>,
+    pub(super) v: Buffer<B, B::Moment>,
+    /// Steps that this tensor has taken; bias correction uses it.
+    pub(super) steps: u32,
+    rate: Rate,
+}
+
+/// What changes from step to step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepSettings {
+    /// Learning rate with the schedule applied; a cell's factor multiplies it.
+    pub lr: f64,
+    /// Decoupled weight decay; a cell's factor multiplies it.
+    pub weight_decay: f64,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to √v̂.
+    pub eps: f32,
+    /// Clip the global norm to this; `None` = no clipping.
+    pub max_grad_norm: Option<f32>,
+    /// Seed of stochastic rounding in this step.
+    pub seed: u64,
+}
+
+/// What a step did.
+#[derive(Clone, Debug, PartialEq)]
+pub enum StepOutcome {
+    /// Weights and moments moved.
+    Done {
+        /// Global norm of the gradients before clipping.
+        grad_norm: f64,
+    },
+    /// Nothing changed: weights, moments and step counts are as before.
+    NonFinite {
+        /// The cells whose gradients have a non-finite sum of squares.
+        cells: Vec<Cell>,
+    },
+}
+
+/// AdamW's moments of the tensors that train.
+pub struct Optimizer<B: Backend> {
+    slots: Vec<Slot<B>>,
+    squares: Buffer<B, f32>,
+}
+
+impl<B: Backend> Optimizer<B> {
+    /// Zero moments for the tensors whose cell has a rate and that `trains` says.
+    pub fn new(decoder: &Decoder<B>, rates: &LearningRates, trains: impl Fn(ParamId) -> bool) -> Result<Self> {
+        Self::continued(Vec::new(), decoder, rates, trains)
+    }
+
+    /// The same for the next phase: tensors that trained before keep their moments and step counts.
+    pub fn next_phase(
+        self,
+        decoder: &Decoder<B>,
+        rates: &LearningRates,
+        trains: impl Fn(ParamId) -> bool,
+    ) -> Result<Self> {
+        Self::continued(self.slots, decoder, rates, trains)
+    }
+
+    fn continued(
+        old: Vec<Slot<B>>,
+        decoder: &Decoder<B>,
+        rates: &LearningRates,
+        trains: impl Fn(ParamId) -> bool,
+    ) -> Result<Self> {
+        let mut old: BTreeMap<ParamId, Slot<B>> = old.into_iter().map(|slot| (slot.id, slot)).collect();
+        let mut slots = Vec::new();
+        for param in decoder.params() {
+            let Some(rate) = rates.get(param.id.cell()).filter(|_| trains(param.id)) else {
+                old.remove(&param.id);
+                continue;
+            };
+            slots.push(match old.remove(&param.id) {
+                Some(slot) => Slot { rate, ..slot },
+                None => {
+                    let (len, backend) = (param.values.len(), &decoder.backend);
+                    Slot { id: param.id, m: backend.zeros(len)?, v: backend.zeros(len)?, steps: 0, rate }
+                }
+            });
+        }
+        let squares = decoder.backend.zeros(slots.len())?;
+        Ok(Self { slots, squares })
+    }
+
+    /// Tensors that train, in the decoder's order.
+    pub fn trained(&self) -> impl Iterator<Item = ParamId> + '_ {
+        self.slots.iter().map(|slot| slot.id)
+    }
+
+    /// Bytes of moments.
+    pub fn bytes(&self) -> usize {
+        self.slots.iter().map(|slot| slot.m.bytes() + slot.v.bytes()).sum()
+    }
+
+    pub(super) fn slots(&self) -> &[Slot<B>] {
+        &self.slots
+    }
+
+    pub(super) fn slots_mut(&mut self) -> &mut [Slot<B>] {
+        &mut self.slots
+    }
+
+    /// Cells whose gradients are not finite.
+    pub fn non_finite_cells(&mut self, backend: &B, gradients: &Gradients<B>) -> Result<Vec<Cell>> {
+        let squares = self.squares(backend, gradients)?;
+        Ok(self.cells_where(&squares, |s| !s.is_finite()))
+    }
+
+    /// One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) over what trains, with the global norm clipped.
+    /// `gradients` must hold a buffer for each tensor of [`Optimizer::trained`].
+    pub fn step(
+        &mut self,
+        decoder: &mut Decoder<B>,
+        gradients: &Gradients<B>,
+        settings: &StepSettings,
+    ) -> Result<StepOutcome> {
+        let squares = self.squares(&decoder.backend, gradients)?;
+        let total: f64 = squares.iter().map(|s| f64::from(*s)).sum();
+        // A sum beyond f32 is an infinity to a backend that adds up in f32.
+        if !total.is_finite() || total > f64::from(f32::MAX) {
+            let mut cells = self.cells_where(&squares, |s| !s.is_finite());
+            if cells.is_empty() {
+                let largest = squares.iter().copied().fold(0.0, f32::max);
+                cells = self.cells_where(&squares, |s| s == largest);
+            }
+            return Ok(StepOutcome::NonFinite { cells });
+        }
+        let grad_norm = total.sqrt();
+
+        // Tensors that began to train at different times differ in bias correction: one table for each age.
+        // There is more than one only where moments were carried into a phase that trains more.
+        let (backend, params) = decoder.split_mut();
+        let mut tables: BTreeMap<u32, (Vec<AdamWModule<'_, B>>, Vec<f32>)> = BTreeMap::new();
+        let mut slots = self.slots.iter_mut().zip(&squares).peekable();
+        for param in params {
+            let Some((slot, square)) = slots.next_if(|(slot, _)| slot.id == param.id) else { continue };
+            let (table, table_squares) = tables.entry(slot.steps).or_default();
+            table.push(AdamWModule {
+                weight: param.values.view_mut(),
+                grad: buffer(gradients, slot.id).view(),
+                m: slot.m.view_mut(),
+                v: slot.v.view_mut(),
+                lr: (settings.lr * f64::from(slot.rate.lr)) as f32,
+                weight_decay: (settings.weight_decay * f64::from(slot.rate.weight_decay)) as f32,
+            });
+            table_squares.push(*square);
+        }
+        let several = tables.len() > 1;
+        for (steps, (table, table_squares)) in &mut tables {
+            let mut max_grad_norm = settings.max_grad_norm;
+            if several {
+                // The backend clips by the norm of its table: this bound gives it the factor of all tables together.
+                backend.write(table_squares, self.squares.range_mut(0..table_squares.len()))?;
+                let own: f64 = table_squares.iter().map(|s| f64::from(*s)).sum();
+                max_grad_norm = max_grad_norm.and_then(|max| {
+                    let factor = f64::from(max) / (grad_norm + 1e-6);
+                    (factor < 1.0).then_some((factor * (own.sqrt() + 1e-6)) as f32)
+                });
+            }
+            let StepSettings { beta1, beta2, eps, seed, .. } = *settings;
+            let hyper = AdamW { beta1, beta2, eps, step: steps + 1, max_grad_norm, seed };
+            backend.adamw_masked(table, self.squares.range(0..table_squares.len()), hyper)?;
+        }
+        drop(tables);
+        for slot in &mut self.slots {
+            slot.steps += 1;
+        }
+        Ok(StepOutcome::Done { grad_norm })
+    }
+
+    /// Σ g² of each slot, on the device and here.
+    fn squares(&mut self, backend: &B, gradients: &Gradients<B>) -> Result<Vec<f32>> {
+        let parts: Vec<_> = self.slots.iter().map(|slot| buffer(gradients, slot.id).view()).collect();
+        backend.sum_squares(&parts, self.squares.view_mut())?;
+        let mut squares = vec![0f32; self.squares.len()];
+        backend.read(self.squares.view(), &mut squares)?;
+        Ok(squares)
+    }
+
+    /// Cells of the slots whose square is such, without repeats.
+    fn cells_where(&self, squares: &[f32], such: impl Fn(f32) -> bool) -> Vec<Cell> {
+        let of_slots = self.slots.iter().zip(squares);
+        let found: BTreeSet<Cell> = of_slots.filter(|(_, s)| such(**s)).map(|(slot, _)| slot.id.cell()).collect();
+        found.into_iter().collect()
+    }
+}
+
+fn buffer<B: Backend>(gradients: &Gradients<B>, id: ParamId) -> &Buffer<B, B::Grad> {
+    gradients.get(id).unwrap_or_else(|| panic!("{id} trains without a gradient buffer"))
+}

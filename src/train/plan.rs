@@ -1,0 +1,146 @@
+//! What a run's phases mean for this model and this data: checks, lengths, what changes, how far it moved.
+
+use super::checkpoint::Saved;
+use super::state::{Journal, RunState};
+use super::updates::{Update, cell_updates};
+use super::{Length, Optimizer, Phase, Place, Tuner};
+use crate::backend::{Backend, Element, FloatElement};
+use crate::engine::Decoder;
+use crate::error::{Error, Result};
+use crate::modules::{Cell, ParamId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Values of what trains at the start of a phase.
+pub(super) type Snapshot<B> = BTreeMap<ParamId, Vec<<B as Backend>::Float>>;
+
+impl<B: Backend> Tuner<'_, B> {
+    /// Refuses options and phases that cannot be run on this model.
+    pub(super) fn check(&self) -> Result<()> {
+        self.options.check()?;
+        let cells: BTreeSet<Cell> = self.decoder.params().iter().map(|param| param.id.cell()).collect();
+        for phase in &self.phases {
+            let place = |field: &str| format!("phase {}: {field}", phase.name);
+            phase.options.check().map_err(|e| match e {
+                Error::Input { place: field, found, expected } => {
+                    Error::Input { place: place(&field), found, expected }
+                }
+                other => other,
+            })?;
+            for (cell, rate) in phase.rates.iter() {
+                if !cells.contains(&cell) {
+                    return Err(Error::input(place("rates"), cell.to_string(), "cells of this model"));
+                }
+                if !(rate.lr.is_finite() && rate.lr > 0.0 && rate.weight_decay.is_finite() && rate.weight_decay >= 0.0)
+                {
+                    let found = format!("{cell}: lr factor {}, weight decay factor {}", rate.lr, rate.weight_decay);
+                    return Err(Error::input(place("rates"), found, "finite factors, lr above 0, decay not below 0"));
+                }
+            }
+            if self.trained(phase).next().is_none() {
+                return Err(Error::input(place("rates"), "nothing that trains", "at least one tensor"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tensors that train in a phase, in the decoder's order.
+    pub(super) fn trained<'s>(&'s self, phase: &'s Phase) -> impl Iterator<Item = ParamId> + 's {
+        let ids = self.decoder.params().iter().map(|param| param.id);
+        ids.filter(|id| phase.rates.trains(id.cell()) && (self.trains)(*id))
+    }
+
+    /// Tensors that train in any phase up to `last`: what a checkpoint must hold.
+    pub(super) fn changed(&self, last: usize) -> BTreeSet<ParamId> {
+        self.phases.iter().take(last + 1).flat_map(|phase| self.trained(phase)).collect()
+    }
+
+    /// Steps an epoch has: a step does not reach over its end.
+    pub(super) fn steps_per_epoch(&self) -> u64 {
+        self.loader.batches_per_epoch().div_ceil(self.options.grad_accum as u64)
+    }
+
+    /// Steps of a phase.
+    pub(super) fn steps(&self, phase: &Phase) -> Result<u64> {
+        Ok(match phase.options.length()? {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => epochs.saturating_mul(self.steps_per_epoch()),
+        })
+    }
+
+    /// All that the bytes of a run depend on. What only saves time, memory or disk may change on resume.
+    pub(super) fn identity(&self, place: &Place) -> Result<serde_json::Value> {
+        let failed = |e: serde_json::Error| Error::failed(format!("options: {e}"), "report this");
+        let mut options = serde_json::to_value(&self.options).map_err(failed)?;
+        if let Some(options) = options.as_object_mut() {
+            for free in ["save_every", "keep_last", "recompute"] {
+                options.shift_remove(free);
+            }
+        }
+        let mut phases = Vec::new();
+        for phase in &self.phases {
+            let mut tensors = blake3::Hasher::new();
+            let mut count = 0;
+            for id in self.trained(phase) {
+                count += 1;
+                tensors.update(format!("{id}\n").as_bytes());
+            }
+            phases.push(serde_json::json!({
+                "name": phase.name,
+                "options": serde_json::to_value(&phase.options).map_err(failed)?,
+                "rates": serde_json::to_value(&phase.rates).map_err(failed)?,
+                "tensors": format!("{count} (blake3 {:.12})", tensors.finalize().to_hex()),
+            }));
+        }
+        let device = self.decoder.backend.name();
+        Ok(serde_json::json!({
+            "model": place.model,
+            "data": place.data,
+            "batches_per_epoch": self.loader.batches_per_epoch(),
+            "device": device.split(':').next(),
+            "precision": [B::Float::NAME, B::Grad::NAME, B::Moment::NAME],
+            "measure_updates": self.measure_updates,
+            "options": options,
+            "phases": phases,
+        }))
+    }
+
+    /// Weights, moments and running means of a checkpoint. The optimiser is `None` where no phase is left.
+    pub(super) fn restore(
+        &mut self,
+        journal: &Journal,
+        saved: &Saved,
+        run: &mut RunState,
+    ) -> Result<Option<Optimizer<B>>> {
+        journal.load_weights(saved, self.decoder)?;
+        journal.load_means(saved, self.decoder, &mut run.ema)?;
+        let Some(phase) = self.phases.get(run.phase) else { return Ok(None) };
+        let mut optimizer = Optimizer::new(self.decoder, &phase.rates, &self.trains)?;
+        journal.load_moments(saved, &self.decoder.backend, &mut optimizer)?;
+        Ok(Some(optimizer))
+    }
+
+    /// Copies what trains in a phase.
+    pub(super) fn snapshot(&self, phase: usize) -> Result<Snapshot<B>> {
+        let Some(phase) = self.phases.get(phase) else { return Ok(Snapshot::<B>::new()) };
+        let trained: BTreeSet<ParamId> = self.trained(phase).collect();
+        let mut snapshot = Snapshot::<B>::new();
+        for param in self.decoder.params().iter().filter(|param| trained.contains(&param.id)) {
+            let mut host = vec![B::Float::from_f32(0.0); param.values.len()];
+            self.decoder.backend.read(param.values.view(), &mut host)?;
+            snapshot.insert(param.id, host);
+        }
+        Ok(snapshot)
+    }
+
+    /// How far the cells moved since the snapshot.
+    pub(super) fn updates(&self, start: &Snapshot<B>) -> Result<BTreeMap<Cell, Update>> {
+        let params: Vec<_> = self.decoder.params().iter().map(|param| (param.id, param.shape.clone())).collect();
+        let decoder: &Decoder<B> = self.decoder;
+        let scale = decoder.lora().map_or(0.0, |lora| f64::from(lora.scale()));
+        let before = |id| match start.get(&id) {
+            Some(values) => Ok(values.iter().map(|x| x.to_f32()).collect()),
+            None => decoder.read(id),
+        };
+        cell_updates(&params, scale, before, |id| decoder.read(id))
+    }
+}

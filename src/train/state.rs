@@ -1,0 +1,275 @@
+//! Where a run stands, and its way into checkpoints and back.
+
+use super::checkpoint::{Saved, Store, replace_json};
+use super::ema::Ema;
+use super::step::{Group, Outcome};
+use super::tensor_file::Header;
+use super::updates::PhaseUpdates;
+use super::{Hooks, Optimizer, PhaseSummary, Place, Progress, Updates, identity};
+use crate::backend::Backend;
+use crate::data::LoaderPosition;
+use crate::engine::Decoder;
+use crate::error::{Error, Result};
+use crate::modules::{Cell, ParamId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// Cells named in a reason; more are counted.
+const NAMED_CELLS: usize = 4;
+
+/// Where a run stands. Nothing in it that decides a bit of the weights is a fraction: a JSON parser may round those.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+pub(super) struct RunState {
+    /// Index of the phase.
+    pub(super) phase: usize,
+    /// Steps taken in it.
+    pub(super) phase_step: u64,
+    /// Steps taken in all.
+    pub(super) step: u64,
+    /// `step` where the phase began.
+    pub(super) phase_start_step: u64,
+    /// Where the loader goes on.
+    pub(super) position: LoaderPosition,
+    /// Bytes of `metrics.jsonl` that belong to these steps.
+    pub(super) metrics_bytes: u64,
+    non_finite_in_a_row: u64,
+    empty_in_a_row: u64,
+    /// Why the last step was skipped, if it was.
+    pub(super) skipped: Option<String>,
+    /// One for each phase that has begun.
+    pub(super) summaries: Vec<PhaseSummary>,
+    /// One for each phase that is over and was measured.
+    pub(super) updates: Vec<PhaseUpdates>,
+    #[serde(skip)]
+    pub(super) ema: Ema,
+}
+
+impl RunState {
+    /// Before the first step.
+    pub(super) fn at(position: LoaderPosition) -> Self {
+        Self { position, ..Self::default() }
+    }
+
+    pub(super) fn progress(&self, phase: &str, phase_steps: u64) -> Progress {
+        let (step, phase_step, epoch) = (self.step, self.phase_step, self.position.epoch);
+        Progress { phase: phase.to_owned(), step, phase_step, phase_steps, epoch }
+    }
+
+    /// Counts a step.
+    pub(super) fn advance(&mut self, position: LoaderPosition, group: &Group, outcome: &Outcome) {
+        self.step += 1;
+        self.phase_step += 1;
+        self.position = position;
+        let summary = &mut self.summaries[self.phase];
+        summary.steps += 1;
+        summary.tokens += group.tokens;
+        summary.trained_tokens += group.trained_tokens;
+        self.skipped = match outcome {
+            Outcome::Trained { loss, .. } => {
+                summary.first_loss.get_or_insert(*loss);
+                summary.last_loss = Some(*loss);
+                (self.non_finite_in_a_row, self.empty_in_a_row) = (0, 0);
+                None
+            }
+            Outcome::NonFinite { loss, cells } => {
+                summary.skipped_non_finite += 1;
+                self.non_finite_in_a_row += 1;
+                self.empty_in_a_row = 0;
+                Some(reason(*loss, cells))
+            }
+            Outcome::Empty => {
+                summary.skipped_empty += 1;
+                self.empty_in_a_row += 1;
+                Some("no trained tokens".into())
+            }
+        };
+    }
+
+    /// An error where nothing has been learnt for too long.
+    pub(super) fn give_up(&self, phase: &str, max_non_finite: u64, steps_per_epoch: u64) -> Result<()> {
+        if self.non_finite_in_a_row >= max_non_finite {
+            let reason = self.skipped.as_deref().unwrap_or_default();
+            return Err(Error::failed(
+                format!("phase {phase}: {max_non_finite} steps in a row were skipped, the last for a {reason}"),
+                "lower lr or max_grad_norm, raise lr_warmup_steps, and check the model with `swat score`",
+            ));
+        }
+        if self.empty_in_a_row >= steps_per_epoch {
+            return Err(Error::failed(
+                format!("phase {phase}: a whole epoch has no trained tokens"),
+                "raise max_length, so that answers are not cut off, or check the data",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn reason(loss: f64, cells: &[Cell]) -> String {
+    let what = if loss.is_finite() { "non-finite gradient" } else { "non-finite loss" };
+    if cells.is_empty() {
+        return what.into();
+    }
+    let names: Vec<String> = cells.iter().take(NAMED_CELLS).map(Cell::to_string).collect();
+    let more = cells.len() - names.len();
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{what}, gradients of {}{more}", names.join(", "))
+}
+
+/// The state as a checkpoint holds it.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct SavedState {
+    identity: serde_json::Value,
+    /// Steps of each tensor that has moments.
+    adam_steps: BTreeMap<String, u32>,
+    run: RunState,
+}
+
+/// The files of a run.
+pub(super) struct Journal {
+    dir: PathBuf,
+    store: Store,
+    identity: serde_json::Value,
+    keep_last: usize,
+}
+
+impl Journal {
+    pub(super) fn new(place: &Place, identity: serde_json::Value, keep_last: usize) -> Self {
+        Self { dir: place.dir.clone(), store: Store::new(&place.dir), identity, keep_last }
+    }
+
+    pub(super) fn clear(&self) -> Result<()> {
+        self.store.clear()
+    }
+
+    pub(super) fn newest<B: Backend>(&self, hooks: &mut dyn Hooks<B>) -> Result<Option<Saved>> {
+        self.store.newest(|note| hooks.note(&note))
+    }
+
+    /// The state of a checkpoint of the same run.
+    pub(super) fn state(&self, saved: &Saved) -> Result<RunState> {
+        let state: SavedState = saved.state()?;
+        identity::check(&state.identity, &self.identity, &saved.dir)?;
+        Ok(state.run)
+    }
+
+    /// Puts the weights of the phase's start into the decoder; false where they are lost.
+    pub(super) fn phase_start<B: Backend>(
+        &self,
+        run: &RunState,
+        decoder: &mut Decoder<B>,
+        hooks: &mut dyn Hooks<B>,
+    ) -> Result<bool> {
+        if run.phase == 0 {
+            return Ok(true);
+        }
+        match self.store.open(run.phase_start_step) {
+            Ok(start) => self.load_weights(&start, decoder).map(|()| true),
+            Err(why) => {
+                hooks.note(&format!("the start of this phase is lost, so its updates are not measured: {why}"));
+                Ok(false)
+            }
+        }
+    }
+
+    /// Writes a checkpoint with the weights of `changed`, and removes old ones.
+    pub(super) fn save<B: Backend>(
+        &self,
+        run: &RunState,
+        decoder: &Decoder<B>,
+        optimizer: Option<&Optimizer<B>>,
+        changed: &BTreeSet<ParamId>,
+    ) -> Result<()> {
+        let backend = &decoder.backend;
+        let mut draft = self.store.begin(run.step)?;
+
+        let weights = || decoder.params().iter().filter(|param| changed.contains(&param.id));
+        let mut header = Header::default();
+        weights().for_each(|param| header.add::<B::Float>(param.id.to_string(), &param.shape));
+        let mut writer = draft.tensors("weights", header)?;
+        for param in weights() {
+            writer.put_buffer(backend, &param.values)?;
+        }
+        draft.add("weights", writer)?;
+
+        // Moments of tensors that have taken no step are zero.
+        let moving = || optimizer.into_iter().flat_map(Optimizer::slots).filter(|slot| slot.steps > 0);
+        let mut header = Header::default();
+        for slot in moving() {
+            header.add::<B::Moment>(format!("m.{}", slot.id), &[slot.m.len()]);
+            header.add::<B::Moment>(format!("v.{}", slot.id), &[slot.v.len()]);
+        }
+        let mut writer = draft.tensors("moments", header)?;
+        for slot in moving() {
+            writer.put_buffer(backend, &slot.m)?;
+            writer.put_buffer(backend, &slot.v)?;
+        }
+        draft.add("moments", writer)?;
+
+        if !run.ema.means.is_empty() {
+            let mut header = Header::default();
+            run.ema.means.iter().for_each(|(id, mean)| header.add::<f32>(id.to_string(), &[mean.len()]));
+            let mut writer = draft.tensors("means", header)?;
+            for mean in run.ema.means.values() {
+                writer.put(mean)?;
+            }
+            draft.add("means", writer)?;
+        }
+
+        let adam_steps: BTreeMap<String, u32> = moving().map(|slot| (slot.id.to_string(), slot.steps)).collect();
+        draft.commit(&serde_json::json!({ "identity": self.identity, "adam_steps": adam_steps, "run": run }))?;
+        let start = (run.phase > 0).then_some(run.phase_start_step);
+        self.store.prune(run.step, self.keep_last, start)
+    }
+
+    /// Replaces the decoder's tensors by those of a checkpoint.
+    pub(super) fn load_weights<B: Backend>(&self, saved: &Saved, decoder: &mut Decoder<B>) -> Result<()> {
+        let Some(mut reader) = saved.tensors("weights")? else { return Ok(()) };
+        let (backend, params) = decoder.split_mut();
+        for param in params {
+            let name = param.id.to_string();
+            if reader.has(&name) {
+                reader.get_buffer(&name, backend, &mut param.values)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Restores moments and step counts; tensors that the checkpoint does not hold stay at zero.
+    pub(super) fn load_moments<B: Backend>(
+        &self,
+        saved: &Saved,
+        backend: &B,
+        optimizer: &mut Optimizer<B>,
+    ) -> Result<()> {
+        let Some(mut reader) = saved.tensors("moments")? else { return Ok(()) };
+        let state: SavedState = saved.state()?;
+        for slot in optimizer.slots_mut() {
+            if let Some(steps) = state.adam_steps.get(&slot.id.to_string()) {
+                slot.steps = *steps;
+                reader.get_buffer(&format!("m.{}", slot.id), backend, &mut slot.m)?;
+                reader.get_buffer(&format!("v.{}", slot.id), backend, &mut slot.v)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Restores the running means.
+    pub(super) fn load_means<B: Backend>(&self, saved: &Saved, decoder: &Decoder<B>, ema: &mut Ema) -> Result<()> {
+        let Some(mut reader) = saved.tensors("means")? else { return Ok(()) };
+        for param in decoder.params() {
+            let name = param.id.to_string();
+            if reader.has(&name) {
+                ema.means.insert(param.id, reader.get(&name, param.values.len())?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `updates.json`.
+    pub(super) fn write_updates(&self, updates: &[PhaseUpdates]) -> Result<()> {
+        if updates.is_empty() {
+            return Ok(());
+        }
+        replace_json(&self.dir.join("updates.json"), &Updates { phases: updates.to_vec() })
+    }
+}

@@ -1,0 +1,78 @@
+//! One optimiser step: micro-batches in, one change of the weights out.
+
+use super::optimizer::{Optimizer, StepOutcome, StepSettings};
+use crate::backend::Backend;
+use crate::data::{Loader, LoaderPosition};
+use crate::engine::{Batch, Decoder, Gradients};
+use crate::error::Result;
+use crate::modules::Cell;
+
+/// The micro-batches of one step.
+pub(super) struct Group {
+    pub(super) batches: Vec<Batch>,
+    /// Tokens with a loss, over all micro-batches.
+    pub(super) trained_tokens: u64,
+    /// All tokens.
+    pub(super) tokens: u64,
+}
+
+impl Group {
+    /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch.
+    pub(super) fn next(loader: &mut Loader, grad_accum: usize) -> Self {
+        let left = loader.batches_per_epoch() - position(loader).batch;
+        let count = (grad_accum as u64).min(left);
+        Self::new((0..count).map(|_| Batch::from_examples(loader.next_documents())).collect())
+    }
+
+    pub(super) fn new(batches: Vec<Batch>) -> Self {
+        let trained_tokens = batches.iter().map(|b| b.trained_tokens() as u64).sum();
+        let tokens = batches.iter().map(|b| b.tokens.len() as u64).sum();
+        Self { batches, trained_tokens, tokens }
+    }
+}
+
+/// Where the loader stands, with a finished epoch counted as finished.
+pub(super) fn position(loader: &Loader) -> LoaderPosition {
+    let at = loader.position();
+    if at.batch >= loader.batches_per_epoch() { LoaderPosition { epoch: at.epoch + 1, batch: 0 } } else { at }
+}
+
+/// What became of a group.
+pub(super) enum Outcome {
+    /// Weights moved.
+    Trained { loss: f64, grad_norm: f64 },
+    /// The loss or a gradient is not finite: nothing moved.
+    NonFinite { loss: f64, cells: Vec<Cell> },
+    /// No token has a loss: nothing was computed.
+    Empty,
+}
+
+/// Gradients of the mean loss over the group's trained tokens, then one step of the optimiser.
+pub(super) fn take_step<B: Backend>(
+    decoder: &mut Decoder<B>,
+    optimizer: &mut Optimizer<B>,
+    gradients: &mut Gradients<B>,
+    group: &Group,
+    settings: &StepSettings,
+    recompute: bool,
+) -> Result<Outcome> {
+    if group.trained_tokens == 0 {
+        return Ok(Outcome::Empty);
+    }
+    let scale = (1.0 / group.trained_tokens as f64) as f32;
+    let mut sum = 0.0;
+    let mut accumulate = false;
+    for batch in group.batches.iter().filter(|b| b.trained_tokens() > 0) {
+        sum += decoder.loss_and_gradients(batch, gradients, scale, accumulate, recompute)?;
+        accumulate = true;
+    }
+    let loss = sum / group.trained_tokens as f64;
+    // Gradients that happen to be finite beside a loss that is not are not to be trusted.
+    if !loss.is_finite() {
+        return Ok(Outcome::NonFinite { loss, cells: optimizer.non_finite_cells(&decoder.backend, gradients)? });
+    }
+    Ok(match optimizer.step(decoder, gradients, settings)? {
+        StepOutcome::Done { grad_norm } => Outcome::Trained { loss, grad_norm },
+        StepOutcome::NonFinite { cells } => Outcome::NonFinite { loss, cells },
+    })
+}

@@ -1,0 +1,340 @@
+//! A run: phases over one decoder and one loader, heard through hooks, interrupted and resumed at will.
+
+use super::metrics::MetricsLog;
+use super::plan::Snapshot;
+use super::state::{Journal, RunState};
+use super::step::{Group, Outcome, position, take_step};
+use super::updates::PhaseUpdates;
+use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
+use crate::backend::Backend;
+use crate::data::Loader;
+use crate::engine::{Decoder, Gradients};
+use crate::error::Result;
+use crate::modules::{LearningRates, ParamId};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// So many steps in a row without a finite loss and gradient end the run.
+const MAX_NON_FINITE_IN_A_ROW: u64 = 20;
+
+/// One phase: what trains, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Phase {
+    /// Its name in metrics and updates, such as `mods` and `all`.
+    pub name: String,
+    /// What trains and how fast; a cell that is not listed is frozen.
+    pub rates: LearningRates,
+    /// The rest.
+    pub options: PhaseOptions,
+}
+
+/// Where a run keeps its files, and what its checkpoints are tied to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// Gets `metrics.jsonl`, `updates.json` and `checkpoints/`.
+    pub dir: PathBuf,
+    /// A hash of the model as given.
+    pub model: String,
+    /// A hash of the examples.
+    pub data: String,
+    /// Continue from the newest whole checkpoint, if there is one. Otherwise old metrics and checkpoints are removed.
+    pub resume: bool,
+}
+
+/// Where a run stands when a hook is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Name of the phase.
+    pub phase: String,
+    /// Steps taken, over all phases.
+    pub step: u64,
+    /// Steps taken in this phase.
+    pub phase_step: u64,
+    /// Steps that this phase has.
+    pub phase_steps: u64,
+    /// Epochs finished, over all phases.
+    pub epoch: u64,
+}
+
+/// What happened in a phase.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct PhaseSummary {
+    /// Its name.
+    pub phase: String,
+    /// Steps, with those that were skipped.
+    pub steps: u64,
+    /// Skipped because the loss or a gradient was not finite.
+    pub skipped_non_finite: u64,
+    /// Skipped because no token had a loss.
+    pub skipped_empty: u64,
+    /// Tokens with a loss.
+    pub trained_tokens: u64,
+    /// All tokens.
+    pub tokens: u64,
+    /// Loss of the first step that had one.
+    pub first_loss: Option<f64>,
+    /// Loss of the last.
+    pub last_loss: Option<f64>,
+    /// Time spent in steps, in seconds.
+    pub seconds: f64,
+}
+
+/// What happened in a run.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct TuneSummary {
+    /// One a phase; phases of length 0 are left out.
+    pub phases: Vec<PhaseSummary>,
+    /// How far each cell moved, if asked for.
+    pub updates: Updates,
+    /// The step whose checkpoint was continued.
+    pub resumed_from: Option<u64>,
+    /// Largest resident memory of the process, in bytes.
+    pub peak_bytes: u64,
+}
+
+/// What a caller may listen to. An error ends the run as an interruption does.
+///
+/// The hooks of an epoch and of a phase come before the checkpoint of that step is written: after an interruption and a
+/// resume each has been called at least once, and perhaps twice, for the same [`Progress`] and the same weights.
+pub trait Hooks<B: Backend> {
+    /// Something that the user should know, such as a damaged checkpoint.
+    fn note(&mut self, _text: &str) {}
+    /// A phase begins, or is continued.
+    fn phase_begins(&mut self, _at: &Progress) -> Result<()> {
+        Ok(())
+    }
+    /// A step was taken or skipped.
+    fn step(&mut self, _metrics: &StepMetrics, _at: &Progress) -> Result<()> {
+        Ok(())
+    }
+    /// An epoch is over.
+    fn epoch_ends(&mut self, _decoder: &Decoder<B>, _at: &Progress) -> Result<()> {
+        Ok(())
+    }
+    /// A phase is over.
+    fn phase_ends(&mut self, _decoder: &Decoder<B>, _at: &Progress) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl<B: Backend> Hooks<B> for () {}
+
+/// Runs phases one after another. The loader goes on from phase to phase, so that 2 + 4 epochs in two phases see the
+/// same batches as 6 epochs in one.
+pub struct Tuner<'a, B: Backend> {
+    pub(super) decoder: &'a mut Decoder<B>,
+    pub(super) loader: &'a mut Loader,
+    pub(super) options: TuneOptions,
+    pub(super) phases: Vec<Phase>,
+    pub(super) trains: Box<dyn Fn(ParamId) -> bool + 'a>,
+    place: Option<Place>,
+    pub(super) measure_updates: bool,
+}
+
+impl<'a, B: Backend> Tuner<'a, B> {
+    /// A run that writes nothing. Trains adapters alone where the decoder has any, else all tensors with a rate.
+    ///
+    /// The loader must have been made with [`TuneOptions::loader`]; phases of length 0 are left out.
+    pub fn new(
+        decoder: &'a mut Decoder<B>,
+        loader: &'a mut Loader,
+        options: TuneOptions,
+        phases: Vec<Phase>,
+    ) -> Result<Self> {
+        let adapter = |id: ParamId| matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
+        let adapted = decoder.params().iter().any(|param| adapter(param.id));
+        let mut kept = Vec::new();
+        for phase in phases {
+            if !matches!(phase.options.length()?, Length::Epochs(0) | Length::Steps(0)) {
+                kept.push(phase);
+            }
+        }
+        let trains = Box::new(move |id| adapter(id) || !adapted);
+        Ok(Self { decoder, loader, options, phases: kept, trains, place: None, measure_updates: false })
+    }
+
+    /// Trains only the tensors for which `trains` is true, of the cells that have a rate.
+    pub fn trains(mut self, trains: impl Fn(ParamId) -> bool + 'a) -> Self {
+        self.trains = Box::new(trains);
+        self
+    }
+
+    /// Writes metrics, updates and checkpoints.
+    pub fn at(mut self, place: Place) -> Self {
+        self.place = Some(place);
+        self
+    }
+
+    /// Measures ‖ΔW‖_F of each cell in each phase. Costs a copy of what trains on the host, in the backend's type, and
+    /// with a [`Place`] the checkpoint at the start of the phase stays until its end.
+    pub fn measure_updates(mut self) -> Self {
+        self.measure_updates = true;
+        self
+    }
+
+    /// Runs all phases, or what a checkpoint says is left of them.
+    pub fn run(mut self, hooks: &mut dyn Hooks<B>) -> Result<TuneSummary> {
+        self.check()?;
+        let mut run = RunState::at(position(self.loader));
+        let mut optimizer = None;
+        let mut snapshot = None;
+        let mut summary = TuneSummary::default();
+        let mut journal = None;
+        if let Some(place) = self.place.clone() {
+            let store = Journal::new(&place, self.identity(&place)?, self.options.keep_last);
+            let saved = if place.resume { store.newest(hooks)? } else { None };
+            match &saved {
+                Some(saved) => {
+                    run = store.state(saved)?;
+                    summary.resumed_from = Some(run.step);
+                    if self.measure_updates && run.phase_step > 0 {
+                        snapshot = store
+                            .phase_start(&run, self.decoder, hooks)?
+                            .then(|| self.snapshot(run.phase))
+                            .transpose()?;
+                    }
+                    optimizer = self.restore(&store, saved, &mut run)?;
+                    self.loader.seek(run.position);
+                }
+                None if place.resume => hooks.note("there is no checkpoint to resume; the run starts at the beginning"),
+                None => {}
+            }
+            if saved.is_none() {
+                store.clear()?;
+            }
+            let log = MetricsLog::open(&place.dir.join("metrics.jsonl"), run.metrics_bytes)?;
+            journal = Some((store, log));
+        }
+
+        while run.phase < self.phases.len() {
+            self.phase(&mut run, &mut optimizer, snapshot.take(), journal.as_mut(), hooks)?;
+        }
+        run.ema.apply(self.decoder)?;
+        summary.phases = run.summaries;
+        summary.updates = Updates { phases: run.updates };
+        summary.peak_bytes = peak_bytes();
+        Ok(summary)
+    }
+
+    /// One phase from where it stands to its end, and the step into the next.
+    fn phase(
+        &mut self,
+        run: &mut RunState,
+        optimizer: &mut Option<Optimizer<B>>,
+        snapshot: Option<Snapshot<B>>,
+        mut journal: Option<&mut (Journal, MetricsLog)>,
+        hooks: &mut dyn Hooks<B>,
+    ) -> Result<()> {
+        let phase = self.phases[run.phase].clone();
+        let total = self.steps(&phase)?;
+        let mut adam = match optimizer.take() {
+            Some(adam) => adam,
+            None => Optimizer::new(self.decoder, &phase.rates, &self.trains)?,
+        };
+        let mut gradients = Gradients::new(self.decoder, |id| phase.rates.trains(id.cell()) && (self.trains)(id))?;
+        if self.options.ema_decay.is_some() {
+            run.ema.begin(self.decoder, adam.trained())?;
+        }
+        // A resumed phase whose start is lost is not measured.
+        let start = match snapshot {
+            Some(start) => Some(start),
+            None if self.measure_updates && run.phase_step == 0 => Some(self.snapshot(run.phase)?),
+            None => None,
+        };
+        if run.summaries.len() == run.phase {
+            run.summaries.push(PhaseSummary { phase: phase.name.clone(), ..PhaseSummary::default() });
+        }
+        hooks.phase_begins(&run.progress(&phase.name, total))?;
+
+        while run.phase_step < total {
+            let metrics = self.step(&phase, total, run, &mut adam, &mut gradients)?;
+            if let Some((_, log)) = journal.as_deref_mut() {
+                log.append(&metrics)?;
+                run.metrics_bytes = log.bytes();
+            }
+            let at = run.progress(&phase.name, total);
+            hooks.step(&metrics, &at)?;
+            run.give_up(&phase.name, MAX_NON_FINITE_IN_A_ROW, self.steps_per_epoch())?;
+            if run.position.batch == 0 {
+                hooks.epoch_ends(self.decoder, &at)?;
+            }
+            let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
+            if due && run.phase_step < total {
+                if let Some((store, log)) = journal.as_deref_mut() {
+                    log.sync()?;
+                    store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
+                }
+            }
+        }
+
+        drop(gradients);
+        hooks.phase_ends(self.decoder, &run.progress(&phase.name, total))?;
+        if let Some(start) = start {
+            run.updates.push(PhaseUpdates { phase: phase.name.clone(), cells: self.updates(&start)? });
+        }
+        run.phase += 1;
+        run.phase_step = 0;
+        run.phase_start_step = run.step;
+        // Moments that are not carried over are freed before the next phase asks for its own.
+        match self.phases.get(run.phase).filter(|_| self.options.keep_optimizer) {
+            Some(next) => *optimizer = Some(adam.next_phase(self.decoder, &next.rates, &self.trains)?),
+            None => drop(adam),
+        }
+        if let Some((store, log)) = journal {
+            log.sync()?;
+            store.write_updates(&run.updates)?;
+            store.save(run, self.decoder, optimizer.as_ref(), &self.changed(run.phase - 1))?;
+        }
+        Ok(())
+    }
+
+    /// One step: batches, gradients, weights, and the line that says so.
+    fn step(
+        &mut self,
+        phase: &Phase,
+        total: u64,
+        run: &mut RunState,
+        adam: &mut Optimizer<B>,
+        gradients: &mut Gradients<B>,
+    ) -> Result<StepMetrics> {
+        let began = Instant::now();
+        let group = Group::next(self.loader, self.options.grad_accum);
+        let PhaseOptions { lr, schedule, lr_warmup_steps, min_lr_ratio, weight_decay, max_grad_norm, .. } =
+            phase.options;
+        let settings = StepSettings {
+            lr: lr * schedule.factor(run.phase_step, total, lr_warmup_steps, min_lr_ratio),
+            weight_decay,
+            beta1: self.options.beta1,
+            beta2: self.options.beta2,
+            eps: self.options.eps,
+            max_grad_norm: (max_grad_norm > 0.0).then_some(max_grad_norm as f32),
+            seed: self.options.seed ^ run.step.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        };
+        let outcome = take_step(self.decoder, adam, gradients, &group, &settings, self.options.recompute)?;
+        if let (Outcome::Trained { .. }, Some(decay)) = (&outcome, self.options.ema_decay) {
+            run.ema.update(self.decoder, decay)?;
+        }
+        run.advance(position(self.loader), &group, &outcome);
+
+        let seconds = began.elapsed().as_secs_f64();
+        run.summaries[run.phase].seconds += seconds;
+        let (loss, grad_norm, skipped) = match outcome {
+            Outcome::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
+            Outcome::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),
+            Outcome::Empty => (None, None, run.skipped.clone()),
+        };
+        Ok(StepMetrics {
+            step: run.step,
+            phase: phase.name.clone(),
+            loss,
+            lr: settings.lr,
+            grad_norm,
+            trained_tokens: group.trained_tokens,
+            tokens: group.tokens,
+            tok_per_s: group.tokens as f64 / seconds.max(1e-9),
+            peak_bytes: peak_bytes(),
+            step_ms: seconds * 1e3,
+            skipped,
+        })
+    }
+}
