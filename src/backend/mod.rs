@@ -10,6 +10,7 @@
 mod buffer;
 pub mod cpu;
 mod noise;
+pub mod philox;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
 pub use noise::{Direction, NoiseKey};
