@@ -1,1 +1,89 @@
-//! (room)
+//! The command line: one file a command. Parses, calls, prints; no logic.
+
+mod doctor;
+mod generate;
+mod open;
+mod plan;
+mod progress;
+mod score;
+
+use crate::error::{Error, Result};
+use clap::{Args, Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Secure tuning of large language models (SWAT): find the modules whose change moves a model's security features
+/// least, warm those up first, then tune everything.
+#[derive(Parser)]
+#[command(
+    name = "swat",
+    version,
+    about,
+    after_help = "Start with `swat demo`: the whole method in minutes, nothing to download."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Generate(generate::Generate),
+    Score(score::Score),
+    Plan(plan::PlanCommand),
+    Doctor(doctor::Doctor),
+}
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+struct Common {
+    /// Where to compute: auto, cpu, cuda or cuda:N. auto takes a GPU that works and says which
+    #[arg(long, default_value = "auto", global = true)]
+    device: String,
+    /// Seed of everything that is drawn
+    #[arg(long, default_value_t = 0, global = true)]
+    seed: u64,
+    /// Print one JSON object on stdout and nothing else there
+    #[arg(long, global = true)]
+    json: bool,
+    /// No progress on stderr
+    #[arg(long, global = true)]
+    quiet: bool,
+}
+
+/// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(e.exit_code() as u8);
+        }
+    };
+    let result = match cli.command {
+        Command::Generate(c) => c.run(),
+        Command::Score(c) => c.run(),
+        Command::Plan(c) => c.run(),
+        Command::Doctor(c) => c.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::from(e.exit_code())
+        }
+    }
+}
+
+/// Prints one JSON value on a line of stdout.
+fn print_json(value: &serde_json::Value) -> Result<()> {
+    print_line(&value.to_string())
+}
+
+/// Prints a line on stdout; a closed pipe ends the program quietly.
+fn print_line(text: &str) -> Result<()> {
+    use std::io::Write;
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => other.map_err(Error::io(std::path::Path::new("stdout"), "write")),
+    }
+}

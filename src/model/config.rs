@@ -1,5 +1,8 @@
 //! `config.json` of a Hugging Face model directory.
 
+mod fields;
+mod json;
+
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
 /// Shape of a decoder of the Llama kind (Llama, Mistral, Qwen2, Qwen3).

@@ -1,50 +1,412 @@
 //! A model directory on disk, and writing one.
 
+use super::input::{file_in, read_bytes, read_json, read_text};
+use super::safetensors::{Safetensors, TensorSpec, float_bytes, write_safetensors};
 use super::{ChatTemplate, ModelConfig, Tokenizer};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::modules::ParamId;
-use std::path::Path;
+use rayon::prelude::*;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// Everything beside the weights that makes a directory usable elsewhere.
+const SIDE_FILES: [&str; 10] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+const MOST_CONFIG_BYTES: u64 = 1 << 22;
+const MOST_INDEX_BYTES: u64 = 1 << 26;
+const MOST_TEMPLATE_BYTES: u64 = 1 << 20;
+const MOST_TOKENIZER_CONFIG_BYTES: u64 = 1 << 24;
+/// How many names an error lists.
+const MOST_NAMES: usize = 5;
 
 /// A checked Hugging Face model directory; tensors are read when asked for.
 pub struct ModelDir {
-    /// `config.json`.
+    /// `config.json`, with the end tokens of `generation_config.json`.
+    ///
+    /// As in transformers, a model marked as tied that stores a head which differs from its embedding is not tied;
+    /// one that stores the head alone has it as its embedding.
     pub config: ModelConfig,
+    dir: PathBuf,
+    shards: Vec<Safetensors>,
+    /// Shard and name in it, of each tensor of [`ModelConfig::params`].
+    sources: BTreeMap<ParamId, (usize, String)>,
+    tokenizer: Option<Tokenizer>,
 }
 
 impl ModelDir {
     /// Opens and checks everything but the values: names, shapes, dtypes, offsets, tokenizer size.
-    pub fn open(_dir: &Path) -> Result<Self> {
-        todo!()
+    pub fn open(dir: &Path) -> Result<Self> {
+        let place = dir.display().to_string();
+        if !fs::metadata(dir).map_err(Error::io(dir, "open"))?.is_dir() {
+            return Err(Error::input(place, "something that is not a directory", "a Hugging Face model directory"));
+        }
+        let Some(config_path) = file_in(dir, "config.json")? else {
+            let found = if dir.join("adapter_config.json").exists() {
+                "a LoRA adapter without config.json"
+            } else {
+                "no config.json"
+            };
+            return Err(Error::input(place, found, "a Hugging Face model directory (config.json, model.safetensors)"));
+        };
+        let value = read_json(&config_path, MOST_CONFIG_BYTES)?;
+        let mut config = ModelConfig::from_json(&value, &config_path.display().to_string())?;
+        if let Some(path) = file_in(dir, "generation_config.json")? {
+            let value = read_json(&path, MOST_CONFIG_BYTES)?;
+            config.add_generation_config(&value, &path.display().to_string())?;
+        }
+
+        let shards = open_shards(dir)?;
+        let mut stored = BTreeMap::new();
+        for (shard, file) in shards.iter().enumerate() {
+            for (name, ..) in file.tensors() {
+                if let Some(other) = stored.insert(name.to_owned(), shard) {
+                    let found = format!("tensor `{name}`, which {} holds too", shards[other].path().display());
+                    return Err(Error::input(file.path().display().to_string(), found, "each tensor once"));
+                }
+            }
+        }
+        let sources = find_tensors(&mut config, &shards, stored, &place)?;
+        let tokenizer = match file_in(dir, "tokenizer.json")? {
+            Some(path) => Some(Tokenizer::open(&path)?),
+            None => None,
+        };
+        if let Some(tokenizer) = &tokenizer
+            && tokenizer.vocab() > config.vocab
+        {
+            let found = format!("token ids up to {}", tokenizer.vocab() - 1);
+            let expected = format!("ids below {}, the rows of the embedding", config.vocab);
+            return Err(Error::input(dir.join("tokenizer.json").display().to_string(), found, expected));
+        }
+        Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer })
     }
 
     /// The values of one tensor, widened; refuses NaN and infinity by name.
-    pub fn tensor(&self, _id: ParamId, _shape: &[usize]) -> Result<Vec<f32>> {
-        todo!()
+    pub fn tensor(&self, id: ParamId, shape: &[usize]) -> Result<Vec<f32>> {
+        let (file, name) = self.source(id)?;
+        let (_, stored) = file.info(name)?;
+        if stored != shape {
+            let place = format!("{}: tensor `{name}`", file.path().display());
+            return Err(Error::input(place, format!("shape {stored:?}"), format!("shape {shape:?}")));
+        }
+        file.values(name)
     }
 
-    /// A hash of config and weights, which ties probes, maps and sets to this model.
+    /// A hash of config and weights, which ties probes, maps and sets to this model: 64 hexadecimal digits. How the
+    /// weights are spread over files does not matter.
     pub fn hash(&self) -> Result<String> {
-        todo!()
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&read_bytes(&self.dir.join("config.json"), MOST_CONFIG_BYTES)?);
+        for (id, shape) in self.config.params() {
+            let (file, name) = self.source(id)?;
+            let (dtype, _) = file.info(name)?;
+            hasher.update(format!("\n{id} {dtype} {shape:?}").as_bytes());
+            let pieces: Vec<blake3::Hash> = file.bytes(name)?.par_chunks(1 << 22).map(blake3::hash).collect();
+            for piece in pieces {
+                hasher.update(piece.as_bytes());
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// `tokenizer.json`.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        todo!()
+        self.tokenizer.clone().ok_or_else(|| {
+            let found = if self.dir.join("tokenizer.model").exists() {
+                "a SentencePiece tokenizer.model and no tokenizer.json"
+            } else {
+                "no tokenizer.json"
+            };
+            let expected = "tokenizer.json; transformers' AutoTokenizer writes one with save_pretrained";
+            Error::input(self.dir.display().to_string(), found, expected)
+        })
     }
 
-    /// The chat template, or the one at `named`.
-    pub fn chat_template(&self, _named: Option<&Path>) -> Result<ChatTemplate> {
-        todo!()
+    /// The chat template: the file `named`, else `chat_template.jinja`, else the one (or the one called `default`) in
+    /// `tokenizer_config.json`. A model without any needs one named.
+    pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
+        let config = match file_in(&self.dir, "tokenizer_config.json")? {
+            Some(path) => read_json(&path, MOST_TOKENIZER_CONFIG_BYTES)?,
+            None => Value::Null,
+        };
+        let special = special_tokens(&config);
+        let jinja = match named {
+            Some(named) => Some(named.to_owned()),
+            None => file_in(&self.dir, "chat_template.jinja")?,
+        };
+        if let Some(path) = jinja {
+            let source = read_text(&path, MOST_TEMPLATE_BYTES)?;
+            return ChatTemplate::new(&source, &path.display().to_string(), special);
+        }
+        let place = format!("{}: chat_template", self.dir.join("tokenizer_config.json").display());
+        let help = "a chat template; name one with --chat-template FILE";
+        let source = match &config["chat_template"] {
+            Value::Null => return Err(Error::input(self.dir.display().to_string(), "no chat template", help)),
+            Value::String(source) => source,
+            Value::Array(list) => {
+                let default = list.iter().find(|entry| entry["name"] == "default");
+                default
+                    .and_then(|entry| entry["template"].as_str())
+                    .ok_or_else(|| Error::input(&place, "named templates, none of them `default`", help))?
+            }
+            _ => return Err(Error::input(place, "neither a string nor a list", help)),
+        };
+        ChatTemplate::new(source, &place, special)
     }
 
     /// Writes a model directory of the same kind into `out` (which must be an empty or fresh directory that the caller
     /// renames into place): shards of at most `max_shard_bytes`, the input's dtype, config and tokenizer copied.
+    /// Memory holds one tensor at a time.
     pub fn write(
         &self,
-        _out: &Path,
-        _tensor: impl FnMut(ParamId) -> Result<Vec<f32>>,
-        _max_shard_bytes: u64,
+        out: &Path,
+        mut tensor: impl FnMut(ParamId) -> Result<Vec<f32>>,
+        max_shard_bytes: u64,
     ) -> Result<()> {
-        todo!()
+        fs::create_dir_all(out).map_err(Error::io(out, "create"))?;
+        let shards = self.plan_shards(max_shard_bytes)?;
+        let count = shards.len();
+        let mut weight_map = serde_json::Map::new();
+        let mut total_bytes = 0;
+        for (i, (ids, specs)) in shards.into_iter().enumerate() {
+            let name = match count {
+                1 => SINGLE.to_owned(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
+            };
+            write_safetensors(&out.join(&name), &specs, |i| tensor(ids[i]))?;
+            for spec in specs {
+                total_bytes += spec.bytes();
+                weight_map.insert(spec.name, Value::String(name.clone()));
+            }
+        }
+        if count > 1 {
+            let index = serde_json::json!({"metadata": {"total_size": total_bytes}, "weight_map": weight_map});
+            write_json(&out.join(INDEX), &index)?;
+        }
+        self.write_side_files(out)
     }
+
+    /// Tensors of each shard, in the engine's order, wider dtypes first in a shard so that all are aligned.
+    fn plan_shards(&self, max_shard_bytes: u64) -> Result<Vec<(Vec<ParamId>, Vec<TensorSpec>)>> {
+        let mut shards: Vec<Vec<(ParamId, TensorSpec)>> = Vec::new();
+        let mut filled = 0;
+        for (id, shape) in self.config.params() {
+            let (file, name) = self.source(id)?;
+            let spec = TensorSpec { name: id.to_string(), dtype: file.info(name)?.0, shape };
+            let bytes = spec.bytes();
+            match shards.last_mut() {
+                Some(shard) if filled + bytes <= max_shard_bytes => shard.push((id, spec)),
+                _ => {
+                    shards.push(vec![(id, spec)]);
+                    filled = 0;
+                }
+            }
+            filled += bytes;
+        }
+        for shard in &mut shards {
+            shard.sort_by_key(|(_, spec)| std::cmp::Reverse(float_bytes(spec.dtype)));
+        }
+        Ok(shards.into_iter().map(|shard| shard.into_iter().unzip()).collect())
+    }
+
+    fn write_side_files(&self, out: &Path) -> Result<()> {
+        let source = self.dir.join("config.json");
+        let mut config = read_json(&source, MOST_CONFIG_BYTES)?;
+        if config["tie_word_embeddings"].as_bool().unwrap_or(false) != self.config.tied {
+            config["tie_word_embeddings"] = Value::Bool(self.config.tied);
+            write_json(&out.join("config.json"), &config)?;
+        } else {
+            copy(&source, &out.join("config.json"))?;
+        }
+        for name in SIDE_FILES {
+            if let Some(path) = file_in(&self.dir, name)? {
+                copy(&path, &out.join(name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn source(&self, id: ParamId) -> Result<(&Safetensors, &str)> {
+        let source = self.sources.get(&id).and_then(|(shard, name)| Some((self.shards.get(*shard)?, name.as_str())));
+        source.ok_or_else(|| {
+            Error::input(self.dir.display().to_string(), format!("no tensor `{id}`"), "a tensor of this model")
+        })
+    }
+}
+
+/// Copies contents, not permissions, so that a read-only input gives an output that can be replaced.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let mut source = fs::File::open(from).map_err(Error::io(from, "open"))?;
+    let mut target = fs::File::create(to).map_err(Error::io(to, "create"))?;
+    std::io::copy(&mut source, &mut target).map(|_| ()).map_err(Error::io(to, "write"))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    fs::write(path, format!("{value:#}\n")).map_err(Error::io(path, "write"))
+}
+
+/// `bos_token`, `eos_token` and their like, as strings or as objects with `content`.
+fn special_tokens(config: &Value) -> BTreeMap<String, String> {
+    let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+    let token = |name: &str| {
+        let value = &config[name];
+        value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
+    };
+    names.into_iter().filter_map(|name| Some((name.to_owned(), token(name)?))).collect()
+}
+
+/// `model.safetensors`, or the shards that the index names.
+fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
+    if let Some(path) = file_in(dir, SINGLE)? {
+        return Ok(vec![Safetensors::open(&path)?]);
+    }
+    let Some(index_path) = file_in(dir, INDEX)? else {
+        return Err(no_weights(dir));
+    };
+    let place = index_path.display().to_string();
+    let index = read_json(&index_path, MOST_INDEX_BYTES)?;
+    let Some(weight_map) = index["weight_map"].as_object() else {
+        return Err(Error::input(format!("{place}: weight_map"), "no object", "an object of tensor and file names"));
+    };
+    let mut names = BTreeSet::new();
+    for (tensor, file) in weight_map {
+        let Some(file) = file.as_str() else {
+            let place = format!("{place}: weight_map.{}", tensor.escape_debug());
+            return Err(Error::input(place, "a value that is not a string", "the name of a file"));
+        };
+        names.insert(file);
+    }
+    let mut shards: BTreeMap<&str, Safetensors> = BTreeMap::new();
+    for name in names {
+        let Some(path) = file_in(dir, name)? else {
+            let found = format!("the shard `{}`, which is not there", name.escape_debug());
+            return Err(Error::input(place, found, "all shards of the model"));
+        };
+        shards.insert(name, Safetensors::open(&path)?);
+    }
+    for (tensor, file) in weight_map {
+        let shard = file.as_str().and_then(|file| shards.get(file));
+        if !shard.is_some_and(|shard| shard.info(tensor).is_ok()) {
+            let found = format!("tensor `{}` in {file}, which lacks it", tensor.escape_debug());
+            return Err(Error::input(place, found, "an index that agrees with its shards"));
+        }
+    }
+    Ok(shards.into_values().collect())
+}
+
+/// Why a directory has no weights that can be read.
+fn no_weights(dir: &Path) -> Error {
+    let mut names: Vec<String> = fs::read_dir(dir)
+        .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
+        .unwrap_or_default();
+    names.sort();
+    let place = dir.display().to_string();
+    let pickled = names.iter().find(|n| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|end| n.ends_with(end)));
+    if let Some(pickled) = pickled.filter(|n| !n.starts_with("training_args")) {
+        let what = format!("the pickled checkpoint `{}`, which can run code when it is read,", pickled.escape_debug());
+        let help = "convert it: transformers' save_pretrained writes model.safetensors";
+        return Error::unsupported(place, what, help);
+    }
+    if let Some(gguf) = names.iter().find(|n| n.ends_with(".gguf")) {
+        let what = format!("the GGUF file `{}`", gguf.escape_debug());
+        return Error::unsupported(place, what, "use the model's safetensors");
+    }
+    if let Some(shard) = names.iter().find(|n| n.ends_with(".safetensors")) {
+        let found = format!("`{}` without {INDEX}", shard.escape_debug());
+        return Error::input(place, found, format!("{SINGLE}, or shards with {INDEX}"));
+    }
+    Error::input(place, "no weights", format!("{SINGLE}, or {INDEX} and its shards"))
+}
+
+/// Matches what is stored with what the config asks for; settles whether the head is tied.
+fn find_tensors(
+    config: &mut ModelConfig,
+    shards: &[Safetensors],
+    mut stored: BTreeMap<String, usize>,
+    place: &str,
+) -> Result<BTreeMap<ParamId, (usize, String)>> {
+    let embedding = ParamId::Embedding.to_string();
+    let head = ParamId::Head.to_string();
+    if config.tied {
+        match (stored.get(&embedding), stored.get(&head)) {
+            (Some(e), Some(h)) if equal(&shards[*e], &embedding, &shards[*h], &head)? => {
+                stored.remove(&head);
+            }
+            (Some(_), Some(_)) => config.tied = false,
+            _ => {}
+        }
+    }
+    let mut sources = BTreeMap::new();
+    let mut missing = Vec::new();
+    for (id, shape) in config.params() {
+        let mut name = id.to_string();
+        if id == ParamId::Embedding && config.tied && !stored.contains_key(&name) {
+            name.clone_from(&head);
+        }
+        let Some(shard) = stored.remove(&name) else {
+            missing.push(name);
+            continue;
+        };
+        let file = &shards[shard];
+        let (dtype, found) = file.info(&name)?;
+        if found != shape {
+            let place = format!("{}: tensor `{name}`", file.path().display());
+            return Err(Error::input(
+                place,
+                format!("shape {found:?}"),
+                format!("shape {shape:?}, as config.json says"),
+            ));
+        }
+        if float_bytes(dtype).is_none() {
+            return Err(file.not_float(&name, dtype));
+        }
+        sources.insert(id, (shard, name));
+    }
+    if !missing.is_empty() {
+        return Err(Error::input(place, format!("no {}", list(&missing)), "all tensors that config.json asks for"));
+    }
+    let unexpected: Vec<String> = stored.into_keys().filter(|name| !harmless(name)).collect();
+    if !unexpected.is_empty() {
+        let expected = "only tensors that config.json asks for; is config.json that of this model?";
+        return Err(Error::input(place, format!("unexpected {}", list(&unexpected)), expected));
+    }
+    Ok(sources)
+}
+
+/// Buffers that old versions of transformers stored.
+fn harmless(name: &str) -> bool {
+    ["rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias"].iter().any(|end| name.ends_with(end))
+}
+
+fn list(names: &[String]) -> String {
+    let mut text: Vec<String> = names.iter().take(MOST_NAMES).map(|n| format!("`{}`", n.escape_debug())).collect();
+    if names.len() > MOST_NAMES {
+        text.push(format!("and {} more", names.len() - MOST_NAMES));
+    }
+    format!("tensor{} {}", if names.len() == 1 { "" } else { "s" }, text.join(", "))
+}
+
+/// Whether two tensors hold the same values.
+fn equal(a: &Safetensors, a_name: &str, b: &Safetensors, b_name: &str) -> Result<bool> {
+    let ((a_dtype, a_shape), (b_dtype, b_shape)) = (a.info(a_name)?, b.info(b_name)?);
+    if a_shape != b_shape {
+        return Ok(false);
+    }
+    if a_dtype == b_dtype {
+        return Ok(a.bytes(a_name)? == b.bytes(b_name)?);
+    }
+    Ok(a.values(a_name)? == b.values(b_name)?)
 }

@@ -1,0 +1,121 @@
+//! `swat plan`: what a run will take.
+
+use super::open::ModelArgs;
+use super::{Common, print_json, print_line};
+use crate::backend::cpu::Cpu;
+use crate::engine::{Lora, Plan, Workload};
+use crate::error::{Error, Result};
+use crate::model::ModelDir;
+use crate::modules::{ModuleSet, ParamId};
+use crate::report::{bytes, count, percent};
+use clap::Args;
+use serde_json::json;
+
+/// Memory, FLOPs and trainable share of a tuning run, before anything is allocated
+#[derive(Args)]
+#[command(after_help = "Examples:
+  swat plan --model DIR --batch-size 4 --max-length 256
+  swat plan --model DIR --mods 'layers.16-31.{o_proj,v_proj}' --recompute")]
+pub(super) struct PlanCommand {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What trains: a set such as layers.8-15.{q_proj,v_proj}, or all
+    #[arg(long, default_value = "all")]
+    mods: String,
+    /// Documents a micro-batch
+    #[arg(long, default_value_t = 8)]
+    batch_size: usize,
+    /// Tokens a document
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// Share of the tokens that have a loss (answers)
+    #[arg(long, default_value_t = 1.0)]
+    trained_share: f64,
+    /// Keep one activation a layer and run layers again
+    #[arg(long)]
+    recompute: bool,
+    /// full, or lora (adapters of rank 8 on q, k, v, o of the set)
+    #[arg(long, default_value = "full")]
+    method: String,
+    /// Rank of the adapters
+    #[arg(long, default_value_t = 8)]
+    lora_rank: usize,
+}
+
+impl PlanCommand {
+    pub(super) fn run(self) -> Result<()> {
+        let files = ModelDir::open(&self.model.model)?;
+        let config = &files.config;
+        let set = ModuleSet::parse(&self.mods, &config.cells())?;
+        let lora = match self.method.as_str() {
+            "full" => None,
+            "lora" => Some(Lora { rank: self.lora_rank, ..Lora::default() }),
+            other => return Err(Error::input("--method", other, "full or lora")),
+        };
+        let workload = |recompute| Workload {
+            tokens: self.batch_size * self.max_length,
+            document_tokens: self.max_length,
+            trained_share: self.trained_share.clamp(0.0, 1.0),
+            recompute,
+            lora,
+            snapshot: true,
+        };
+        let trains = |id: ParamId| match id {
+            ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
+            _ => lora.is_none() && set.contains(id.cell()),
+        };
+        let plan = Plan::new::<Cpu>(config, &workload(self.recompute), trains);
+        let free = free_memory();
+        if self.common.json {
+            let mut value = serde_json::to_value(&plan).unwrap_or_default();
+            value["total_bytes"] = json!(plan.total_bytes());
+            value["trainable_share"] = json!(plan.trainable_share());
+            value["free_bytes"] = json!(free);
+            return print_json(&value);
+        }
+        for (what, size) in [
+            ("weights", plan.weights_bytes),
+            ("gradients", plan.gradients_bytes),
+            ("moments", plan.moments_bytes),
+            ("activations", plan.activations_bytes),
+            ("workspace", plan.workspace_bytes),
+            ("snapshot", plan.snapshot_bytes),
+            ("total", plan.total_bytes()),
+        ] {
+            print_line(&format!("{what:<12} {:>12}", bytes(size)))?;
+        }
+        print_line(&format!(
+            "trainable    {:>12}  {} of {} parameters",
+            percent(plan.trainable_share()),
+            count(plan.trainable),
+            count(plan.parameters)
+        ))?;
+        print_line(&format!(
+            "FLOPs/token  {:>12}  forward {:.3e}, backward {:.3e}",
+            format!("{:.3e}", plan.forward_flops + plan.backward_flops),
+            plan.forward_flops,
+            plan.backward_flops
+        ))?;
+        let Some(free) = free else { return Ok(()) };
+        print_line(&format!("free now     {:>12}", bytes(free)))?;
+        if plan.total_bytes() > free {
+            let smaller = Plan::new::<Cpu>(config, &workload(true), trains).total_bytes();
+            let help = if !self.recompute && smaller <= free {
+                format!("--recompute brings it to {}", bytes(smaller))
+            } else {
+                "take a smaller --batch-size, --max-length or --mods, or --method lora".to_string()
+            };
+            print_line(&format!("does not fit: {help}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes that could be allocated now; `None` where the system does not say.
+pub(super) fn free_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}

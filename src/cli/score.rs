@@ -1,0 +1,88 @@
+//! `swat score`: what a model thinks of given text.
+
+use super::open::ModelArgs;
+use super::{Common, print_json, print_line};
+use crate::backend::IGNORE;
+use crate::engine::Batch;
+use crate::error::{Error, Result};
+use crate::model::write_atomic;
+use clap::Args;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+
+/// Log-probabilities of a text's tokens, its perplexity; logits and hidden states on request
+#[derive(Args)]
+#[command(after_help = "Examples:
+  swat score --model DIR --text-file notes.txt
+  swat score --model DIR --ids 1,306,763 --json --logits-out logits.safetensors")]
+pub(super) struct Score {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to score, in UTF-8; the tokenizer's own special tokens are added
+    #[arg(long, value_name = "FILE", required_unless_present = "ids", conflicts_with = "ids")]
+    text_file: Option<PathBuf>,
+    /// Token ids to score, separated by commas
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    ids: Option<Vec<u32>>,
+    /// Write `logits`, f32 [tokens, vocab]
+    #[arg(long, value_name = "FILE")]
+    logits_out: Option<PathBuf>,
+    /// Write `hidden`, f32 [layers + 1, tokens, hidden]: the embedding's output first, the last after the final norm
+    #[arg(long, value_name = "FILE")]
+    hidden_out: Option<PathBuf>,
+}
+
+impl Score {
+    pub(super) fn run(self) -> Result<()> {
+        let opened = self.model.open(&self.common)?;
+        let (place, tokens) = match (&self.text_file, self.ids) {
+            (Some(path), _) => {
+                let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+                (path.display().to_string(), opened.tokenizer.encode(&text, true)?)
+            }
+            (None, ids) => ("--ids".to_string(), ids.unwrap_or_default()),
+        };
+        if tokens.is_empty() {
+            return Err(Error::input(place, "no tokens", "at least one"));
+        }
+        let decoder = &opened.decoder;
+        let mut batch = Batch::from_prompts([tokens.as_slice()]);
+        batch.targets = tokens[1..].iter().copied().chain([IGNORE]).collect();
+        let losses = decoder.losses(&batch)?;
+        let logprobs: Vec<Option<f64>> =
+            std::iter::once(None).chain(losses[..tokens.len() - 1].iter().map(|l| Some(-f64::from(*l)))).collect();
+        let nll = losses.iter().map(|l| f64::from(*l)).sum::<f64>() / (tokens.len() - 1).max(1) as f64;
+
+        let rows: Vec<u32> = (0..tokens.len() as u32).collect();
+        if let Some(path) = &self.logits_out {
+            let logits = decoder.logits(&batch, &rows)?;
+            write_tensor(path, "logits", vec![tokens.len(), decoder.config.vocab], &logits)?;
+        }
+        if let Some(path) = &self.hidden_out {
+            let hidden = decoder.hidden_states(&batch, &rows)?;
+            let shape = vec![hidden.len(), tokens.len(), decoder.config.hidden];
+            write_tensor(path, "hidden", shape, &hidden.concat())?;
+        }
+        if self.common.json {
+            let (nll, perplexity) = (finite(nll), finite(nll.exp()));
+            print_json(&json!({ "tokens": tokens, "logprobs": logprobs, "nll": nll, "perplexity": perplexity }))
+        } else {
+            print_line(&format!("tokens {}  nll {nll:.6}  perplexity {:.4}", tokens.len(), nll.exp()))
+        }
+    }
+}
+
+/// JSON has no infinity.
+fn finite(x: f64) -> Option<f64> {
+    x.is_finite().then_some(x)
+}
+
+fn write_tensor(path: &Path, name: &str, shape: Vec<usize>, values: &[f32]) -> Result<()> {
+    let wrong = |e: safetensors::SafeTensorError| Error::failed(format!("{name}: {e}"), "report this");
+    let view = TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(values)).map_err(wrong)?;
+    let bytes = safetensors::serialize([(name, view)], None).map_err(wrong)?;
+    write_atomic(path, &bytes)
+}

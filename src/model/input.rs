@@ -1,0 +1,76 @@
+//! Reading of files that come with a model and are not to be trusted.
+
+use crate::error::{Error, Result};
+use std::fs::{self, File};
+use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+/// The path of `name` in `dir`, for a file that is there; `None` if it is not.
+///
+/// The name must be plain (no folders, no `..`), the target a regular file, and a symbolic link must not leave the
+/// directory. The one exception is the layout of the Hugging Face cache, whose `snapshots/REVISION/` holds links
+/// into `blobs/`.
+pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
+    let place = dir.join(name).display().to_string();
+    if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
+        let found = format!("the file name `{}`", name.escape_debug());
+        return Err(Error::input(dir.display().to_string(), found, "the name of a file inside the model directory"));
+    }
+    let path = dir.join(name);
+    let target = match fs::canonicalize(&path) {
+        Ok(target) => target,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io(&path, "read")(e)),
+    };
+    let root = fs::canonicalize(dir).map_err(Error::io(dir, "read"))?;
+    if !target.starts_with(&root) && !in_hub_cache(&root, &target) {
+        return Err(Error::input(place, "a link out of the model directory", "a file inside the model directory"));
+    }
+    if !fs::metadata(&target).map_err(Error::io(&path, "read"))?.is_file() {
+        return Err(Error::input(place, "something that is not a regular file", "a file"));
+    }
+    Ok(Some(path))
+}
+
+/// `…/snapshots/REVISION` and `…/blobs/HASH` of the same model.
+fn in_hub_cache(root: &Path, target: &Path) -> bool {
+    let Some(snapshots) = root.parent().filter(|p| p.ends_with("snapshots")) else { return false };
+    snapshots.parent().is_some_and(|model| target.parent() == Some(&model.join("blobs")))
+}
+
+/// The bytes of a regular file of at most `most_bytes`.
+pub(crate) fn read_bytes(path: &Path, most_bytes: u64) -> Result<Vec<u8>> {
+    let metadata = fs::metadata(path).map_err(Error::io(path, "read"))?;
+    if !metadata.is_file() {
+        return Err(Error::input(path.display().to_string(), "something that is not a regular file", "a file"));
+    }
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    file.take(most_bytes + 1).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    if bytes.len() as u64 > most_bytes {
+        let found = format!("more than {most_bytes} bytes");
+        return Err(Error::input(path.display().to_string(), found, format!("at most {most_bytes} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// The text of a UTF-8 file of at most `most_bytes`.
+pub(crate) fn read_text(path: &Path, most_bytes: u64) -> Result<String> {
+    String::from_utf8(read_bytes(path, most_bytes)?).map_err(|e| {
+        let found = format!("a byte that is not UTF-8 at offset {}", e.utf8_error().valid_up_to());
+        Error::input(path.display().to_string(), found, "text in UTF-8")
+    })
+}
+
+/// The value of a JSON file of at most `most_bytes`.
+pub(crate) fn read_json(path: &Path, most_bytes: u64) -> Result<serde_json::Value> {
+    serde_json::from_str(&read_text(path, most_bytes)?)
+        .map_err(|e| Error::input(path.display().to_string(), format!("malformed JSON ({e})"), "JSON"))
+}
+
+/// Runs a parser that is not ours on input that is not ours: its panic becomes an error about `place`.
+pub(crate) fn guarded<T>(place: &str, what: &str, run: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run))
+        .map_err(|_| Error::input(place, format!("contents that make the {what} panic"), "a well-formed file"))
+}

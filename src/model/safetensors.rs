@@ -1,0 +1,333 @@
+//! One safetensors file, checked and mapped; and writing one.
+//!
+//! The format: 8 bytes little-endian header length, a JSON header
+//! `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__"?: {…}}`, then the tensors' bytes without
+//! gaps.
+
+use crate::error::{Error, Result};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use rayon::prelude::*;
+pub use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+use serde::de::{Error as _, MapAccess, Visitor};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// The format's own limit.
+const MOST_HEADER_BYTES: u64 = 100_000_000;
+/// Elements that one thread converts at a time.
+const CHUNK: usize = 1 << 16;
+
+/// A mapped file whose header was checked: offsets lie in the file, do not overlap, leave no holes, and agree with
+/// shapes and dtypes.
+pub struct Safetensors {
+    path: PathBuf,
+    map: Mmap,
+    /// Where the tensors' bytes begin.
+    data: usize,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl Safetensors {
+    /// Maps a file and checks its header; values are not read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let bytes = file.metadata().map_err(Error::io(path, "read"))?.len();
+        let place = path.display().to_string();
+        if bytes < 8 {
+            return Err(Error::input(place, format!("{bytes} bytes"), "a safetensors file, which has at least 8"));
+        }
+        // SAFETY: the mapping is read-only and private to this value. The one way to misuse it is another process that
+        // changes the file meanwhile, which every mapping loader of checkpoints accepts; bytes are only read as integers
+        // and floats, for which every pattern is valid.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, "map"))?;
+        let (data, tensors) = parse(&map, &place)?;
+        Ok(Self { path: path.to_owned(), map, data, tensors })
+    }
+
+    /// Names, dtypes and shapes.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
+        self.tensors.iter().map(|(name, info)| (name.as_str(), info.dtype, info.shape.as_slice()))
+    }
+
+    /// Dtype and shape of one tensor.
+    pub fn info(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        self.entry(name).map(|info| (info.dtype, info.shape.as_slice()))
+    }
+
+    /// The bytes of one tensor.
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let (begin, end) = self.entry(name)?.data_offsets;
+        let bytes = self.map.get(self.data..).and_then(|data| data.get(begin..end));
+        bytes.ok_or_else(|| Error::input(self.place(), format!("tensor `{name}` outside the file"), "valid offsets"))
+    }
+
+    /// The values of one bf16, f16 or f32 tensor, widened in parallel. NaN and infinity are errors that say where.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let (dtype, shape) = self.info(name)?;
+        let bytes = self.bytes(name)?;
+        let width = float_bytes(dtype).ok_or_else(|| self.not_float(name, dtype))?;
+        let mut values = vec![0.0_f32; bytes.len() / width];
+        let bad = values
+            .par_chunks_mut(CHUNK)
+            .zip(bytes.par_chunks(CHUNK * width))
+            .enumerate()
+            .filter_map(|(chunk, (values, bytes))| {
+                widen(dtype, bytes, values);
+                values.iter().position(|v| !v.is_finite()).map(|i| chunk * CHUNK + i)
+            })
+            .min();
+        match bad {
+            None => Ok(values),
+            Some(at) => Err(Error::input(
+                format!("{}: tensor `{name}`", self.place()),
+                format!("{} at index {:?}", values[at], coordinates(at, shape)),
+                "finite weights",
+            )),
+        }
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn place(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn entry(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).ok_or_else(|| {
+            Error::input(self.place(), format!("no tensor `{}`", name.escape_debug()), "a file that holds it")
+        })
+    }
+
+    pub(super) fn not_float(&self, name: &str, dtype: Dtype) -> Error {
+        let place = format!("{}: tensor `{name}`", self.place());
+        Error::unsupported(place, format!("the dtype {dtype}"), "store weights as BF16, F16 or F32")
+    }
+}
+
+/// Bytes of an element, for the dtypes that weights may have.
+pub fn float_bytes(dtype: Dtype) -> Option<usize> {
+    match dtype {
+        Dtype::BF16 | Dtype::F16 => Some(2),
+        Dtype::F32 => Some(4),
+        _ => None,
+    }
+}
+
+/// `bytes` holds exactly as many elements as `values`.
+fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
+    let pairs = bytes.chunks_exact(2).zip(values.iter_mut());
+    match dtype {
+        Dtype::BF16 => pairs.for_each(|(b, v)| *v = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+        Dtype::F16 => pairs.for_each(|(b, v)| *v = f16::from_le_bytes([b[0], b[1]]).to_f32()),
+        _ => {
+            for (b, v) in bytes.chunks_exact(4).zip(values) {
+                *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+    }
+}
+
+/// Rounds to nearest, ties to even.
+fn narrow(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
+    let pairs = bytes.chunks_exact_mut(2).zip(values);
+    match dtype {
+        Dtype::BF16 => pairs.for_each(|(b, v)| b.copy_from_slice(&bf16::from_f32(*v).to_le_bytes())),
+        Dtype::F16 => pairs.for_each(|(b, v)| b.copy_from_slice(&f16::from_f32(*v).to_le_bytes())),
+        _ => {
+            for (b, v) in bytes.chunks_exact_mut(4).zip(values) {
+                b.copy_from_slice(&v.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// Row-major index to one index a dimension.
+fn coordinates(mut at: usize, shape: &[usize]) -> Vec<usize> {
+    let mut index: Vec<usize> = shape
+        .iter()
+        .rev()
+        .map(|&size| {
+            let i = at % size.max(1);
+            at /= size.max(1);
+            i
+        })
+        .collect();
+    index.reverse();
+    index
+}
+
+/// A tensor to be written.
+pub struct TensorSpec {
+    /// Its name in the file.
+    pub name: String,
+    /// BF16, F16 or F32.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Size in the file.
+    pub fn bytes(&self) -> u64 {
+        (self.len() * float_bytes(self.dtype).unwrap_or(4)) as u64
+    }
+}
+
+/// Writes a file; `values(i)` gives the values of `specs[i]`, asked for in order, one at a time, so that memory holds
+/// one tensor. Values round to nearest even; one that is not finite, or becomes infinite in a narrower dtype, is an
+/// [`Error::Failed`] that names it.
+pub fn write_safetensors(
+    path: &Path,
+    specs: &[TensorSpec],
+    mut values: impl FnMut(usize) -> Result<Vec<f32>>,
+) -> Result<()> {
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt"}));
+    let mut begin = 0;
+    for spec in specs {
+        let end = begin + spec.bytes();
+        let entry = serde_json::json!({"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]});
+        header.insert(spec.name.clone(), entry);
+        begin = end;
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+
+    let file = File::create(path).map_err(Error::io(path, "create"))?;
+    let mut out = BufWriter::new(file);
+    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::io(path, "write"))?;
+    out.write_all(&header).map_err(Error::io(path, "write"))?;
+    let mut bytes = Vec::new();
+    for (i, spec) in specs.iter().enumerate() {
+        let values = values(i)?;
+        if values.len() != spec.len() {
+            let what = format!("{} values for tensor `{}` of shape {:?}", values.len(), spec.name, spec.shape);
+            return Err(Error::failed(what, "this is a mistake of the program"));
+        }
+        let width = float_bytes(spec.dtype).unwrap_or(4);
+        // Bounded pieces, so that a large tensor is not held twice.
+        for (piece, values) in values.chunks(64 * CHUNK).enumerate() {
+            bytes.resize(values.len() * width, 0);
+            let bad = bytes
+                .par_chunks_mut(CHUNK * width)
+                .zip(values.par_chunks(CHUNK))
+                .enumerate()
+                .filter_map(|(chunk, (bytes, values))| {
+                    narrow(spec.dtype, values, bytes);
+                    let overflows = |v: &f32| spec.dtype == Dtype::F16 && f16::from_f32(*v).is_infinite();
+                    let bad = values.iter().position(|v| !v.is_finite() || overflows(v));
+                    bad.map(|i| chunk * CHUNK + i)
+                })
+                .min();
+            if let Some(at) = bad {
+                let index = coordinates(piece * 64 * CHUNK + at, &spec.shape);
+                let what = format!("{} at index {index:?} of tensor `{}` ({})", values[at], spec.name, spec.dtype);
+                return Err(Error::failed(what, "the run has diverged; lower the learning rate"));
+            }
+            out.write_all(&bytes).map_err(Error::io(path, "write"))?;
+        }
+    }
+    out.flush().map_err(Error::io(path, "write"))
+}
+
+/// Checks the header; returns where the data begins, and the tensors.
+fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo>)> {
+    let wrong = |found: String, expected: &str| Error::input(place, found, expected);
+    if file.starts_with(b"version https://git-lfs") {
+        return Err(wrong("a Git LFS pointer".to_owned(), "the weights themselves: run `git lfs pull`"));
+    }
+    let length = file.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    let after = file.get(8..).unwrap_or_default();
+    if length > MOST_HEADER_BYTES || length > after.len() as u64 {
+        let found = format!("a header of {length} bytes in a file of {}", file.len());
+        return Err(wrong(found, "a safetensors file that is whole: a header that fits, of at most 100 MB"));
+    }
+    let (header, data) = after.split_at(length as usize);
+    let header = std::str::from_utf8(header)
+        .map_err(|e| wrong(format!("a header that is not UTF-8 at byte {}", e.valid_up_to()), "a JSON header"))?;
+    let Header(tensors) =
+        serde_json::from_str(header).map_err(|e| wrong(format!("a malformed header ({e})"), "a JSON header"))?;
+
+    let mut by_offset: Vec<(&String, &TensorInfo)> = tensors.iter().collect();
+    by_offset.sort_by_key(|(_, info)| info.data_offsets);
+    let mut covered = 0;
+    for (name, info) in by_offset {
+        let name = name.escape_debug();
+        let at = |found: String, expected: String| Error::input(format!("{place}: tensor `{name}`"), found, expected);
+        let (begin, end) = info.data_offsets;
+        let span = format!("bytes {begin}..{end}");
+        if begin > end || end > data.len() {
+            return Err(at(span, format!("bytes inside the file, which holds {}; is it truncated?", data.len())));
+        }
+        let elements = info.shape.iter().try_fold(1_usize, |n, size| n.checked_mul(*size));
+        let bits = elements.and_then(|n| n.checked_mul(info.dtype.bitsize()));
+        if bits != (end - begin).checked_mul(8) {
+            let expected = match bits {
+                Some(bits) => format!("{} bytes for {} of shape {:?}", bits.div_ceil(8), info.dtype, info.shape),
+                None => format!("a shape that a file can hold, not {:?}", info.shape),
+            };
+            return Err(at(span, expected));
+        }
+        if begin != covered {
+            let what = if begin < covered { "overlap" } else { "leave a hole before them" };
+            return Err(at(format!("{span}, which {what}"), format!("bytes that begin at {covered}")));
+        }
+        covered = end;
+    }
+    if covered != data.len() {
+        let found = format!("{} bytes of data, of which tensors cover {covered}", data.len());
+        return Err(wrong(found, "tensors that cover the file"));
+    }
+    Ok((8 + length as usize, tensors))
+}
+
+/// The JSON header. Unlike a map's own parser it refuses a name that comes twice, and names the tensor in errors.
+struct Header(BTreeMap<String, TensorInfo>);
+
+impl<'de> serde::Deserialize<'de> for Header {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Tensors;
+        impl<'de> Visitor<'de> for Tensors {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
+                let mut tensors = BTreeMap::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<BTreeMap<String, String>>()?;
+                        continue;
+                    }
+                    let info: TensorInfo = map
+                        .next_value()
+                        .map_err(|e| A::Error::custom(format!("tensor `{}`: {e}", name.escape_debug())))?;
+                    if tensors.insert(name.clone(), info).is_some() {
+                        return Err(A::Error::custom(format!("tensor `{}` comes twice", name.escape_debug())));
+                    }
+                }
+                Ok(Header(tensors))
+            }
+        }
+        deserializer.deserialize_map(Tensors)
+    }
+}
