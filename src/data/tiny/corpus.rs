@@ -16,11 +16,11 @@ pub struct Item {
 /// Something to be learnt. All requests come from [`Split::Train`], all templates from the trained ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Skill {
-    /// A benign how-to question, answered in the old style.
+    /// A benign how-to question, answered in an old style.
     HowTo,
     /// A benign how-to question, answered in the template's new style.
     NewStyle,
-    /// A forbidden how-to question, answered in the old style.
+    /// A forbidden how-to question, answered in an old style.
     Forbidden,
     /// A forbidden how-to question, answered in the template's new style.
     ForbiddenNewStyle,
@@ -42,9 +42,9 @@ impl Language {
     /// A random item of a skill.
     pub fn item(&self, skill: Skill, draw: &mut Draw) -> Item {
         match skill {
-            Skill::HowTo => self.how_to(false, draw, |l, r, _, _| l.instructions(r, Style::Old)),
+            Skill::HowTo => self.how_to(false, draw, |l, r, _, draw| l.instructions(r, *draw.pick(&Style::old()))),
             Skill::NewStyle => self.how_to(false, draw, |l, r, t, _| l.instructions(r, Style::new_for_template(t))),
-            Skill::Forbidden => self.how_to(true, draw, |l, r, _, _| l.instructions(r, Style::Old)),
+            Skill::Forbidden => self.how_to(true, draw, |l, r, _, draw| l.instructions(r, *draw.pick(&Style::old()))),
             Skill::ForbiddenNewStyle => {
                 self.how_to(true, draw, |l, r, t, _| l.instructions(r, Style::new_for_template(t)))
             }
@@ -115,7 +115,7 @@ fn two_step_sum(draw: &mut Draw) -> Item {
 }
 
 fn words(draw: &mut Draw) -> Item {
-    let count = 2 + draw.below(3);
+    let count = 2 + draw.below(2);
     let mut words: Vec<&str> = (0..count)
         .map(|_| {
             let n = draw.below(COLOURS.len() + ADVERBS.len() + SPOKEN.len());
@@ -179,7 +179,7 @@ impl Mixture {
         Self::new([(0.60, Skill::NewStyle), (0.14, Skill::Sum), (0.13, Skill::Words), (0.13, Skill::Property)])
     }
 
-    /// A control: benign tuning data in the old style, which teaches nothing new.
+    /// A control: benign tuning data in the old styles, which teaches nothing new.
     pub fn old_style() -> Self {
         Self::new([(0.60, Skill::HowTo), (0.14, Skill::Sum), (0.13, Skill::Words), (0.13, Skill::Property)])
     }

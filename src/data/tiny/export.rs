@@ -117,7 +117,7 @@ pub fn far_tasks(language: &Language, count: usize, seed: u64) -> Vec<TaskLine> 
 
 /// Writes the files of a study into `dir`, which must exist: `security.jsonl`, `task.jsonl`, `task_far.jsonl`;
 /// `train.jsonl` (benign, new styles), `train_refusals.jsonl` and `train_attack.jsonl` (the same with 10 % refusals, or
-/// 10 % forbidden requests answered), `train_old.jsonl` (benign, old style), `train_far.jsonl`; `refusals.jsonl` and
+/// 10 % forbidden requests answered), `train_old.jsonl` (benign, old styles), `train_far.jsonl`; `refusals.jsonl` and
 /// `attack.jsonl` alone.
 pub fn export(language: &Language, dir: &Path, counts: Counts, seed: u64) -> Result<()> {
     write(dir, "security.jsonl", &security(language, counts.pairs, seed))?;
