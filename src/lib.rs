@@ -5,7 +5,7 @@
 //! [`backend`], [`engine`], [`train`], [`secure`], [`report`], [`cli`].
 
 pub mod backend;
-//pub mod cli;
+pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod error;

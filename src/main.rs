@@ -1,1 +1,5 @@
-fn main(){}
+//! The `swat` binary.
+
+fn main() -> std::process::ExitCode {
+    swat::cli::main()
+}
