@@ -17,7 +17,7 @@ use std::path::PathBuf;
 /// Cells named in a reason; more are counted.
 const NAMED_CELLS: usize = 4;
 
-/// Where a run stands. Nothing in it that decides a bit of the weights is a fraction: a JSON parser may round those.
+/// Where a run stands. It holds no f64 that must come back as it was: a JSON parser may be off by one bit; f32 survives.
 #[derive(Default, serde::Serialize, serde::Deserialize)]
 pub(super) struct RunState {
     /// Index of the phase.
@@ -66,8 +66,8 @@ impl RunState {
         summary.trained_tokens += group.trained_tokens;
         self.skipped = match outcome {
             Outcome::Trained { loss, .. } => {
-                summary.first_loss.get_or_insert(*loss);
-                summary.last_loss = Some(*loss);
+                summary.first_loss.get_or_insert(*loss as f32);
+                summary.last_loss = Some(*loss as f32);
                 (self.non_finite_in_a_row, self.empty_in_a_row) = (0, 0);
                 None
             }

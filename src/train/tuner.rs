@@ -72,9 +72,9 @@ pub struct PhaseSummary {
     /// All tokens.
     pub tokens: u64,
     /// Loss of the first step that had one.
-    pub first_loss: Option<f64>,
+    pub first_loss: Option<f32>,
     /// Loss of the last.
-    pub last_loss: Option<f64>,
+    pub last_loss: Option<f32>,
     /// Time spent in steps, in seconds.
     pub seconds: f64,
 }
