@@ -2,6 +2,7 @@
 
 mod example;
 mod loader;
+pub mod tiny;
 
 pub use example::Example;
 pub use loader::{Loader, LoaderOptions, LoaderPosition};

@@ -353,7 +353,7 @@ fn find_tensors(
     let mut missing = Vec::new();
     for (id, shape) in config.params() {
         let mut name = id.to_string();
-        if id == ParamId::Embedding && config.tied && !stored.contains_key(&name) {
+        if id == ParamId::Embedding && config.tied && !stored.contains_key(&name) && stored.contains_key(&head) {
             name.clone_from(&head);
         }
         let Some(shard) = stored.remove(&name) else {
