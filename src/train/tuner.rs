@@ -181,11 +181,12 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let mut summary = TuneSummary::default();
         let mut journal = None;
         if let Some(place) = self.place.clone() {
-            let store = Journal::new(&place, self.identity(&place)?, self.options.keep_last);
+            let identity = self.identity(&place)?;
+            let store = Journal::new(&place, identity, self.options.keep_last, self.measure_updates)?;
             let saved = if place.resume { store.newest(hooks)? } else { None };
             match &saved {
                 Some(saved) => {
-                    run = store.state(saved)?;
+                    run = store.state(saved, self.phases.len(), self.loader.batches_per_epoch())?;
                     summary.resumed_from = Some(run.step);
                     if self.measure_updates && run.phase_step > 0 {
                         snapshot = store
