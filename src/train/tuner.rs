@@ -72,9 +72,9 @@ pub struct PhaseSummary {
     /// All tokens.
     pub tokens: u64,
     /// Loss of the first step that had one.
-    pub first_loss: Option<f64>,
+    pub first_loss: Option<f32>,
     /// Loss of the last.
-    pub last_loss: Option<f64>,
+    pub last_loss: Option<f32>,
     /// Time spent in steps, in seconds.
     pub seconds: f64,
 }
@@ -181,11 +181,12 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let mut summary = TuneSummary::default();
         let mut journal = None;
         if let Some(place) = self.place.clone() {
-            let store = Journal::new(&place, self.identity(&place)?, self.options.keep_last);
+            let identity = self.identity(&place)?;
+            let store = Journal::new(&place, identity, self.options.keep_last, self.measure_updates)?;
             let saved = if place.resume { store.newest(hooks)? } else { None };
             match &saved {
                 Some(saved) => {
-                    run = store.state(saved)?;
+                    run = store.state(saved, self.phases.len(), self.loader.batches_per_epoch())?;
                     summary.resumed_from = Some(run.step);
                     if self.measure_updates && run.phase_step > 0 {
                         snapshot = store
