@@ -191,7 +191,7 @@ impl Examples {
 
     fn collect(
         place: &str,
-        marked: impl ParallelIterator<Item = Result<Marked>> + IndexedParallelIterator,
+        marked: impl IndexedParallelIterator<Item = Result<Marked>>,
         max_length: usize,
     ) -> Result<Self> {
         let fitted: Vec<_> = marked.map(|m| m.map(|m| m.fit(max_length))).collect();
