@@ -260,11 +260,11 @@ impl<'a, B: Backend> Tuner<'a, B> {
                 hooks.epoch_ends(self.decoder, &at)?;
             }
             let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
-            if due && run.phase_step < total {
-                if let Some((store, log)) = journal.as_deref_mut() {
-                    log.sync()?;
-                    store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
-                }
+            // The last step of a phase is saved below, with the phase behind it.
+            let due = due && run.phase_step < total;
+            if let Some((store, log)) = journal.as_deref_mut().filter(|_| due) {
+                log.sync()?;
+                store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
             }
         }
 
