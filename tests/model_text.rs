@@ -64,6 +64,7 @@ fn hostile_templates_are_errors() {
         (writes, "writes more than"),
         (recurses, "recursion"),
         (deep.as_str(), "recursion"),
+        ("{{ raise_exception('\u{1b}[31m\n') }}", "\\u{1b}[31m\\n"),
         ("{{ raise_exception('no system role') }}", "t.jinja: found invalid operation: no system role (line 1)"),
         ("a\n{% if %}", "syntax error"),
         ("a\n{% for x in messages %}", "(line 2)"),

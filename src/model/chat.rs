@@ -1,6 +1,6 @@
 //! Chat templates: Jinja as transformers runs it.
 
-use super::input::guarded;
+use super::input::{guarded, printable};
 use crate::error::{Error, Result};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior, context};
@@ -100,7 +100,7 @@ fn reason(error: &minijinja::Error) -> String {
     if let Some(line) = error.line() {
         let _ = write!(text, " (line {line})");
     }
-    text
+    printable(&text)
 }
 
 /// A writer that refuses to grow past [`MOST_OUTPUT_BYTES`].

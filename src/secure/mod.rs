@@ -1,1 +1,3 @@
-//! (room)
+//! The method.
+mod tuning;
+pub use tuning::*;
