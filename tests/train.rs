@@ -132,7 +132,7 @@ impl<'a> Process<'a> {
 
     fn run(self) -> (Result<TuneSummary>, Decoder<Cpu>, Ear) {
         let mut decoder = (self.model)();
-        let mut loader = Loader::new(self.examples, self.options.loader());
+        let mut loader = Loader::new(self.examples, self.options.loader()).unwrap();
         let mut ear = Ear { stop_at: self.stop_at, ..Ear::default() };
         let tuner = Tuner::new(&mut decoder, &mut loader, self.options, self.phases).unwrap().measure_updates();
         let tuner = match self.dir {
