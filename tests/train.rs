@@ -462,7 +462,7 @@ fn long(dir: Option<&Path>) -> Process<'_> {
 fn killed_processes_are_resumed() {
     let dir = tempfile::tempdir().unwrap();
     let mut kills = 0;
-    for milliseconds in (40..).step_by(23) {
+    for milliseconds in (5..).step_by(17) {
         let mut child = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child_process"])
             .env("SWAT_TEST_TRAIN_DIR", dir.path())
