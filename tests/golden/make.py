@@ -23,8 +23,8 @@ from transformers.utils import logging
 HERE = pathlib.Path(__file__).parent
 STEPS, RATE, DECAY, CLIP = 10, 1e-2, 0.1, 1.0
 NEW_TOKENS, PROMPT_TOKENS = 20, 5
-# f32 against f64, relative to the largest element of each tensor; the Rust test allows 1e-4.
-AGREEMENT = 2e-5
+# f32 against f64, relative to the largest element of each tensor; the Rust test allows 2e-5.
+AGREEMENT = 5e-6
 LEAST_MARGIN = 1e-2
 
 SMALL = dict(vocab_size=47, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
