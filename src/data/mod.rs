@@ -6,10 +6,10 @@ mod draw;
 mod example;
 mod jsonl;
 mod loader;
-pub mod tiny;
 mod packing;
 mod security;
 mod task;
+pub mod tiny;
 
 pub use conversation::Conversation;
 pub use example::{Chat, ChatText, Example, Examples};
