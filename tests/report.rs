@@ -147,7 +147,7 @@ fn example() -> SwatReport {
             row(Swat, "SWAT", [0.538, 0.183, 0.011, 0.963, 3.10], 1200, Some(0.402), &five),
             row(Random, "random sets", [0.861, 0.447, 0.006, 0.962, 3.11], 1200, Some(0.398), &five),
             row(Complement, "complement", [0.973, 0.688, 0.0, 0.957, 3.16], 1200, Some(0.598), &five),
-            row(Refusals, "10 % refusals", [0.012, 0.004, 0.061, 0.959, 3.14], 400, None, &five),
+            row(Refusals, "10 % refusals", [0.012, 0.004, 0.061, 0.959, 3.15], 400, None, &five),
         ],
         intervals:
             "Values are means over the seeds; in brackets 95 % Wilson intervals over 230 forbidden, 230 harmless \
@@ -271,13 +271,10 @@ fn drawings(report: &SwatReport) -> Vec<(String, String)> {
 
 /// The part of a page that browsers could load something from.
 fn foreign_addresses(html: &str) -> Vec<&str> {
-    let html_without_namespace = html.split("http://www.w3.org/2000/svg");
-    html_without_namespace
-        .flat_map(|part| {
-            let schemes =
-                ["http:", "https:", "ftp:", "//", "url(", "@import", "src=", "href=\"/", "javascript:", "data:"];
-            schemes.into_iter().filter(|s| part.contains(s)).collect::<Vec<_>>()
-        })
+    let schemes = ["http:", "https:", "ftp:", "//", "url(", "@import", "src=", "href=\"/", "javascript:", "data:"];
+    // The namespace of a drawing is a name, which nothing loads.
+    html.split("http://www.w3.org/2000/svg")
+        .flat_map(|part| schemes.into_iter().filter(|s| part.contains(s)).collect::<Vec<_>>())
         .collect()
 }
 
@@ -291,8 +288,7 @@ fn the_example_page_is_whole_and_self_contained() {
         .unwrap();
     std::fs::write(out.join("mods.png"), mods_map(report.mods.as_ref().unwrap()).png(2).unwrap()).unwrap();
 
-    let page = html.replace("// Turns headings", "");
-    assert_eq!(foreign_addresses(&page), Vec::<&str>::new());
+    assert_eq!(foreign_addresses(&html), Vec::<&str>::new());
     for needed in
         ["prefers-color-scheme: dark", "@media print", "<nav", "<main>", "width=device-width", "<h1>", "<footer>"]
     {
@@ -335,11 +331,8 @@ fn hostile_text_stays_text() {
             check_xml(&svg).unwrap_or_else(|e| panic!("{name} with {text:?}: {e}"));
         }
         let html = report.page().html();
-        for tag in ["<script", "</script", "</style", "<svg", "</svg", "<section", "</title"] {
-            // A hostile name may only change how often the program's own tooltips occur.
-            if tag != "</title" {
-                assert_eq!(count(&html, tag), count(&calm, tag), "{tag} with {text:?}");
-            }
+        for tag in ["<script", "</script", "</style", "<svg", "</svg", "<section", "</head"] {
+            assert_eq!(count(&html, tag), count(&calm, tag), "{tag} with {text:?}");
         }
         assert!(!html.contains("<img") && !html.contains("<i>") && !html.contains("<b>"), "{text:?}");
         assert!(!html.contains(['\u{0}', '\u{1b}', '\u{202e}']), "{text:?}");
