@@ -190,6 +190,7 @@ fn example() -> SwatReport {
     };
     let loss = |kind, name: &str, rate: f64, salt: u64| SettingLoss {
         setting: setting(kind, name),
+        seeds: vec![1],
         points: (0..1200)
             .map(|s| (s, 0.35 + 2.4 * (-(s as f64) * rate).exp() + 0.18 * (noise(s + salt) - 0.5)))
             .collect(),
@@ -198,6 +199,7 @@ fn example() -> SwatReport {
         setting: setting(Swat, "Mods_Rob"),
         joint_score: 0.048,
         asr: Measure { value: 0.538, interval: Some((0.47, 0.60)) },
+        seeds: five.into(),
     }];
     for i in 0..7 {
         let joint_score = 0.2 + 0.5 * noise(i + 3);
@@ -206,12 +208,14 @@ fn example() -> SwatReport {
             setting: setting(Random, &format!("random {}", i + 1)),
             joint_score,
             asr: Measure { value, interval: Some(((value - 0.06).max(0.0), (value + 0.06).min(1.0))) },
+            seeds: five.into(),
         });
     }
     sets.push(SetOutcome {
         setting: setting(Complement, "complement"),
         joint_score: 0.91,
         asr: Measure { value: 0.973, interval: Some((0.94, 0.99)) },
+        seeds: five.into(),
     });
     SwatReport {
         title: "Secure tuning of smollm2-135m-instruct".into(),
