@@ -10,11 +10,10 @@
 mod buffer;
 pub mod cpu;
 mod noise;
-mod philox;
+pub mod philox;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
 pub use noise::{Direction, NoiseKey};
-pub use philox::Philox;
 
 use crate::error::Result;
 

@@ -3,7 +3,6 @@
 use super::open::ModelArgs;
 use super::{Common, print_json, print_line, progress};
 use crate::backend::Sampling;
-use crate::data::read_prompts;
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::model::Message;
@@ -97,7 +96,8 @@ impl Generate {
             left[prompt] += 1;
             if stream && !options.stop.contains(&token) {
                 let mut out = std::io::stdout().lock();
-                let _ = out.write_all(text.push(token).as_bytes()).and_then(|()| out.flush());
+                let piece = text.step(token).unwrap_or_default();
+                let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
             } else if left[prompt] == 1 && !stream {
                 bar.inc(1);
             }
@@ -105,7 +105,7 @@ impl Generate {
         bar.finish_and_clear();
         let rate = drawn as f64 / started.elapsed().as_secs_f64();
         if stream {
-            return print_line("");
+            return print_line(&text.finish()?);
         }
         for (prompt, answer) in prompts.iter().zip(answers) {
             let decoded = opened.tokenizer.decode(&answer.tokens)?;
@@ -120,4 +120,9 @@ impl Generate {
         }
         Ok(())
     }
+}
+
+/// Conversations of a chat file. (Superseded by the data room's reader of lines once it is there.)
+fn read_prompts(_path: &std::path::Path) -> Result<Vec<Vec<Message>>> {
+    Err(Error::input("--chat", "a file", "--prompt for now"))
 }

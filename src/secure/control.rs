@@ -6,7 +6,8 @@
 //! have the same number of words, so it is usually about 0). Where all prompts are about equally long, the first word
 //! decides instead: the training prompts' first words, most frequent first, are dealt to two groups of equal size.
 
-use super::labels::{PromptLabel, Split};
+use super::labels::harmful;
+use crate::data::{SecurityPrompt, Split};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A rule that labels a prompt by its form alone.
@@ -44,13 +45,9 @@ impl ControlRule {
 
 impl ControlLabel {
     /// The rule for these prompts; `None` where neither kind of rule splits the training prompts 30 to 70 %.
-    pub fn choose<S: AsRef<str>>(prompts: &[S], labels: &[PromptLabel]) -> Option<Self> {
-        let train: Vec<(&str, bool)> = prompts
-            .iter()
-            .zip(labels)
-            .filter(|(_, l)| l.split == Split::Train)
-            .map(|(p, l)| (p.as_ref(), l.harmful()))
-            .collect();
+    pub fn choose(prompts: &[SecurityPrompt]) -> Option<Self> {
+        let train = prompts.iter().filter(|p| p.split == Split::Train);
+        let train: Vec<(&str, bool)> = train.map(|p| (p.prompt.as_str(), harmful(p))).collect();
         let lengths: BTreeSet<usize> = train.iter().map(|(p, _)| p.split_whitespace().count()).collect();
         let by_length = lengths.into_iter().map(ControlRule::WordsAbove).filter_map(|rule| measured(rule, &train));
         let best = by_length.min_by(|a, b| a.correlation.abs().total_cmp(&b.correlation.abs()));
@@ -58,8 +55,8 @@ impl ControlLabel {
     }
 
     /// Labels of prompts.
-    pub fn labels<S: AsRef<str>>(&self, prompts: &[S]) -> Vec<bool> {
-        prompts.iter().map(|p| self.rule.holds(p.as_ref())).collect()
+    pub fn labels(&self, prompts: &[SecurityPrompt]) -> Vec<bool> {
+        prompts.iter().map(|p| self.rule.holds(&p.prompt)).collect()
     }
 }
 
@@ -107,40 +104,40 @@ fn half_of_first_words(train: &[(&str, bool)]) -> BTreeSet<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::labels::Label;
     use super::*;
+    use crate::data::Label;
 
-    fn labels(n: usize) -> Vec<PromptLabel> {
+    /// Training prompts, harmful and benign in turn.
+    fn prompts(text: impl Fn(usize) -> String) -> Vec<SecurityPrompt> {
         let label = |i: usize| if i % 2 == 0 { Label::Harmful } else { Label::Benign };
-        (0..n).map(|i| PromptLabel { label: label(i), split: Split::Train, pair: None, category: None }).collect()
+        let prompt =
+            |i| SecurityPrompt { prompt: text(i), label: label(i), split: Split::Train, pair: None, category: None };
+        (0..40).map(prompt).collect()
     }
 
     #[test]
     fn length_where_it_varies() {
-        let prompts: Vec<String> = (0..40).map(|i| vec!["w"; 3 + (i / 2) % 4].join(" ")).collect();
-        let control = ControlLabel::choose(&prompts, &labels(40)).unwrap();
+        let prompts = prompts(|i| vec!["w"; 3 + (i / 2) % 4].join(" "));
+        let control = ControlLabel::choose(&prompts).unwrap();
         assert_eq!(control.rule, ControlRule::WordsAbove(4));
         assert!(control.correlation.abs() < 1e-12);
-        assert_eq!(control.labels(&["a b c", "a b c d e"]), [false, true]);
+        assert_eq!(control.labels(&prompts)[..6], [false, false, false, false, true, true]);
     }
 
     #[test]
     fn a_length_that_betrays_the_label_is_passed_over() {
         // 4 words against 5 says harmful or benign; above 5 does not.
-        let words = |i: usize| if i % 4 < 2 { 4 + i % 2 } else { 6 };
-        let prompts: Vec<String> = (0..40).map(|i| vec!["w"; words(i)].join(" ")).collect();
-        let control = ControlLabel::choose(&prompts, &labels(40)).unwrap();
+        let prompts = prompts(|i| vec!["w"; if i % 4 < 2 { 4 + i % 2 } else { 6 }].join(" "));
+        let control = ControlLabel::choose(&prompts).unwrap();
         assert_eq!(control.rule, ControlRule::WordsAbove(5));
     }
 
     #[test]
     fn first_word_where_all_are_equally_long() {
-        let prompts: Vec<String> =
-            (0..40).map(|i| format!("{} b c", ["How", "what", "why", "tell"][(i / 2) % 4])).collect();
-        let control = ControlLabel::choose(&prompts, &labels(40)).unwrap();
+        let different = prompts(|i| format!("{} b c", ["How", "what", "why", "tell"][(i / 2) % 4]));
+        let control = ControlLabel::choose(&different).unwrap();
         assert!(matches!(&control.rule, ControlRule::FirstWordIn(words) if words.len() == 2));
-        assert_eq!(control.labels(&prompts).iter().filter(|l| **l).count(), 20);
-        let same: Vec<String> = (0..40).map(|_| "how b c".to_owned()).collect();
-        assert_eq!(ControlLabel::choose(&same, &labels(40)), None);
+        assert_eq!(control.labels(&different).iter().filter(|l| **l).count(), 20);
+        assert_eq!(ControlLabel::choose(&prompts(|_| "how b c".to_owned())), None);
     }
 }

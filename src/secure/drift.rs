@@ -1,9 +1,10 @@
 //! Drift: what the frozen probe and plain geometry say of another model's features.
 
 use super::features::{Features, Snapshot};
-use super::labels::{PromptLabel, Split};
+use super::labels::harmful;
 use super::probe::{Head, Probe};
 use super::scores::{Metrics, ScoreKind, Scores, relative_drop};
+use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
@@ -48,7 +49,7 @@ pub struct LayerDrift {
 }
 
 /// Compares two snapshots of the same prompts.
-pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[PromptLabel]) -> Result<Drift> {
+pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[SecurityPrompt]) -> Result<Drift> {
     for (name, features) in [("base", &base.features), ("tuned", &tuned.features)] {
         let shape = (features.prompts, features.layers.len(), features.hidden);
         let expected = (labels.len(), probe.about.layers + 1, probe.about.hidden);
@@ -59,9 +60,9 @@ pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[PromptL
     }
     let metric_layer = probe.about.metric_layer;
     let mut splits = BTreeMap::new();
-    for split in [Split::Train, Split::Valid, Split::Test, Split::Ood] {
+    for split in Split::ALL {
         let rows: Vec<usize> = (0..labels.len()).filter(|i| labels[*i].split == split).collect();
-        let harmful: Vec<bool> = rows.iter().map(|i| labels[*i].harmful()).collect();
+        let harmful: Vec<bool> = rows.iter().map(|i| harmful(&labels[*i])).collect();
         if !harmful.contains(&true) || !harmful.contains(&false) {
             continue;
         }

@@ -1,8 +1,8 @@
 //! Features: hidden states at the last prompt token, of the prompt as the chat template renders it.
 
-use super::labels::PromptLabel;
 use super::refusal::FirstTokens;
 use crate::backend::Backend;
+use crate::data::SecurityPrompt;
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
 use crate::model::{ChatTemplate, Message, Tokenizer};
@@ -34,25 +34,25 @@ pub struct Snapshot {
 
 /// Token ids of each prompt as the model sees it: chat template with the assistant's header. `system` puts a system turn
 /// before.
-pub fn render_prompts<S: AsRef<str>>(
+pub fn render_prompts<'p>(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
-    prompts: &[S],
+    prompts: impl IntoIterator<Item = &'p str>,
     system: Option<&str>,
 ) -> Result<Vec<Vec<u32>>> {
     let turn = |role: &str, content: &str| Message { role: role.to_owned(), content: content.to_owned() };
-    let render = |prompt: &S| {
+    let render = |prompt: &str| {
         let mut messages: Vec<Message> = system.map(|text| turn("system", text)).into_iter().collect();
-        messages.push(turn("user", prompt.as_ref()));
+        messages.push(turn("user", prompt));
         tokenizer.encode(&template.render(&messages, true)?, false)
     };
-    prompts.iter().map(render).collect()
+    prompts.into_iter().map(render).collect()
 }
 
 /// A hash of rendered prompts with their labels, which ties probes and maps to them.
-pub fn prompts_hash(prompts: &[Vec<u32>], labels: &[PromptLabel]) -> String {
+pub fn prompts_hash(tokens: &[Vec<u32>], prompts: &[SecurityPrompt]) -> String {
     let mut hasher = blake3::Hasher::new();
-    for (prompt, label) in prompts.iter().zip(labels) {
+    for (prompt, label) in tokens.iter().zip(prompts) {
         hasher.update(&(prompt.len() as u64).to_le_bytes());
         hasher.update(bytemuck::cast_slice(prompt));
         let text = format!("{:?}\0", (label.label, label.split, &label.pair, &label.category));

@@ -2,9 +2,9 @@
 
 use super::check_format;
 use super::epsilon::EpsilonPoint;
-use super::labels::Split;
 use super::noise::Noise;
 use super::scores::{ScoreKind, Scores};
+use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::model::write_atomic;
 use crate::modules::Cell;

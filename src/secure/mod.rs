@@ -25,6 +25,7 @@ mod robustness;
 mod scores;
 mod search;
 mod sets;
+mod tuning;
 mod updates;
 
 pub use control::{ControlLabel, ControlRule};
@@ -36,7 +37,7 @@ pub use evaluate::{
 };
 pub use features::{Features, Progress, Snapshot, features, prompts_hash, render_prompts, snapshot};
 pub use judge::{Judge, JudgeOptions, Judgement, probe_harmfulness};
-pub use labels::{Label, PromptLabel, Split, check_labels};
+pub use labels::check_labels;
 pub use map::{CellRobustness, RobustnessMap, Stat};
 pub use mods::{ModsRob, SearchStep};
 pub use noise::{Noise, update_directions};
@@ -48,6 +49,7 @@ pub use robustness::{RobustnessOptions, robustness};
 pub use scores::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use search::{SearchOptions, search};
 pub use sets::{cell_parameters, random_set, resolve_mods, share};
+pub use tuning::*;
 pub use updates::{UpdateComparison, UpdateGroup, compare_updates};
 
 /// Whether this is the format a file says it has; else an error that names both.

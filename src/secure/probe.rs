@@ -2,9 +2,9 @@
 //! security feature space). Once trained it is frozen, its mean and deviation included, and reads any changed model.
 
 use super::control::ControlLabel;
-use super::labels::Split;
 use super::refusal::FirstTokens;
 use super::scores::Metrics;
+use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use std::collections::BTreeMap;

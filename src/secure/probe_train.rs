@@ -2,13 +2,14 @@
 
 use super::control::ControlLabel;
 use super::features::{Features, Progress};
-use super::labels::{PromptLabel, Split, check_labels};
+use super::labels::{check_labels, harmful};
 use super::linalg::Matrix;
 use super::logistic::{Design, cross_entropy};
 use super::probe::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};
 use super::probe_file::FORMAT;
 use super::refusal::FirstTokens;
 use super::scores::Metrics;
+use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,7 +43,7 @@ pub struct ProbeInput<'a> {
     /// Of all security prompts, on the unchanged model.
     pub features: &'a Features,
     /// The same prompts' labels.
-    pub labels: &'a [PromptLabel],
+    pub labels: &'a [SecurityPrompt],
     /// Whether the model's own greedy answer to each prompt refuses; gives the head `tendency`.
     pub refused: Option<&'a [bool]>,
     /// First tokens of those answers; frozen with the probe.
@@ -154,7 +155,7 @@ fn check(input: &ProbeInput<'_>, options: &ProbeOptions) -> Result<usize> {
 /// Each head that the input allows, with its labels.
 fn targets(input: &ProbeInput<'_>, options: &ProbeOptions) -> Vec<(Head, Targets)> {
     let labels = input.labels;
-    let mut heads = vec![(Head::Harmful, labels.iter().map(|l| Some(l.harmful())).collect())];
+    let mut heads = vec![(Head::Harmful, labels.iter().map(|l| Some(harmful(l))).collect())];
     if let Some(refused) = input.refused {
         heads.push((Head::Tendency, refused.iter().map(|r| Some(*r)).collect()));
     }
@@ -162,10 +163,10 @@ fn targets(input: &ProbeInput<'_>, options: &ProbeOptions) -> Vec<(Head, Targets
         heads.push((Head::Control, control.iter().map(|c| Some(*c)).collect()));
     }
     if options.categories {
-        let harmful = || labels.iter().filter(|l| l.harmful());
-        let categories: BTreeSet<&String> = harmful().filter_map(|l| l.category.as_ref()).collect();
+        let categories: BTreeSet<&String> =
+            labels.iter().filter(|l| harmful(l)).filter_map(|l| l.category.as_ref()).collect();
         for category in categories {
-            let target = |l: &PromptLabel| l.category.as_ref().filter(|_| l.harmful()).map(|c| c == category);
+            let target = |l: &SecurityPrompt| l.category.as_ref().filter(|_| harmful(l)).map(|c| c == category);
             heads.push((Head::Category(category.clone()), labels.iter().map(target).collect()));
         }
     }
@@ -176,7 +177,7 @@ fn enough() -> String {
     format!("at least {FEWEST} of either class in the training split")
 }
 
-fn too_few(targets: &Targets, labels: &[PromptLabel]) -> Option<String> {
+fn too_few(targets: &Targets, labels: &[SecurityPrompt]) -> Option<String> {
     let count =
         |class: bool| targets.iter().zip(labels).filter(|(t, l)| l.split == Split::Train && **t == Some(class)).count();
     let (positives, negatives) = (count(true), count(false));
@@ -229,7 +230,7 @@ impl Space {
         Self { x, train: train.to_vec(), design }
     }
 
-    fn fit(&self, targets: &Targets, labels: &[PromptLabel], lambdas: &[f64]) -> Fitted {
+    fn fit(&self, targets: &Targets, labels: &[SecurityPrompt], lambdas: &[f64]) -> Fitted {
         let own: Vec<usize> = self.train.iter().copied().filter(|i| targets[*i].is_some()).collect();
         let y: Vec<bool> = own.iter().filter_map(|i| targets[*i]).collect();
         let partial = (own.len() < self.train.len()).then(|| Design::new(rows_of(&self.x, &own)));
@@ -256,7 +257,7 @@ impl Space {
             let z = logits(&fit.w, fit.b);
             (0.0, 1.0, fit, z)
         });
-        let splits = [Split::Train, Split::Valid, Split::Test, Split::Ood].into_iter();
+        let splits = Split::ALL.into_iter();
         let metrics = splits.map(|s| (s, of(s, &z))).filter(|(_, (z, _))| !z.is_empty());
         Fitted {
             metrics: metrics.map(|(s, (z, y))| (s, Metrics::new(&z, &y))).collect(),

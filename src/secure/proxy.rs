@@ -3,12 +3,13 @@
 
 use super::drift::output_shift;
 use super::features::{batches, packed};
-use super::labels::{PromptLabel, Split};
+use super::labels::harmful;
 use super::noise::Noise;
 use super::probe::{Head, Probe};
 use super::probe_train::retrained_auroc;
 use super::scores::{ScoreKind, Scores, relative_drop};
 use crate::backend::Backend;
+use crate::data::{SecurityPrompt, Split};
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
@@ -62,7 +63,7 @@ pub struct ProxyInput<'a, B: Backend> {
     /// All security prompts as token ids, as the probe's features were read.
     pub prompts: &'a [Vec<u32>],
     /// Their labels.
-    pub labels: &'a [PromptLabel],
+    pub labels: &'a [SecurityPrompt],
     /// Their control labels, by the probe's rule; none = no control (c).
     pub control: Option<&'a [bool]>,
     /// [`Noise::engine_kind`] of the options' kind.
@@ -126,8 +127,8 @@ impl<'a, B: Backend> Proxy<'a, B> {
             rows.extend(of(Split::Train));
         }
         let prompts: Vec<Vec<u32>> = rows.iter().map(|i| input.prompts[*i].clone()).collect();
-        let labels: Vec<PromptLabel> = rows.iter().map(|i| input.labels[*i].clone()).collect();
-        let harmful: Vec<bool> = labels.iter().map(PromptLabel::harmful).collect();
+        let labels: Vec<SecurityPrompt> = rows.iter().map(|i| input.labels[*i].clone()).collect();
+        let harmful: Vec<bool> = labels.iter().map(harmful).collect();
         if !harmful[..scored].contains(&true) || !harmful[..scored].contains(&false) {
             let found = format!("split `{}` without both classes", options.split.name());
             return Err(Error::input("security prompts", found, "harmful and benign prompts in the scored split"));

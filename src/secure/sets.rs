@@ -1,7 +1,7 @@
 //! Module sets by name: a file, an expression, or one of the controls; and their size in parameters.
 
 use super::mods::ModsRob;
-use crate::backend::Philox;
+use crate::backend::philox::Philox;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleSet};

@@ -39,7 +39,7 @@ pub fn compare_updates(phase: &PhaseUpdates, set: &ModuleSet) -> UpdateCompariso
     let group = |wanted: &dyn Fn(Cell) -> bool| {
         let chosen: Vec<&Update> = phase.cells.iter().filter(|(c, _)| wanted(**c)).map(|(_, u)| u).collect();
         let norm = |part: &dyn Fn(&Update) -> f64| chosen.iter().map(|u| part(u).powi(2)).sum::<f64>().sqrt();
-        let (delta_norm, weight_norm) = (norm(&|u| u.delta_norm), norm(&|u| u.weight_norm));
+        let (delta_norm, weight_norm) = (norm(&|u| u.delta_norm.into()), norm(&|u| u.weight_norm.into()));
         UpdateGroup { cells: chosen.len(), delta_norm, weight_norm, relative: relative(delta_norm, weight_norm) }
     };
     let module = |c: Cell| matches!(c, Cell::Module(_));
@@ -48,7 +48,7 @@ pub fn compare_updates(phase: &PhaseUpdates, set: &ModuleSet) -> UpdateCompariso
         inside: group(&|c| set.contains(c)),
         outside: group(&|c| !set.contains(c) && module(c)),
         other: group(&|c| !set.contains(c) && !module(c)),
-        cells: phase.cells.iter().map(|(c, u)| (*c, relative(u.delta_norm, u.weight_norm))).collect(),
+        cells: phase.cells.iter().map(|(c, u)| (*c, relative(u.delta_norm.into(), u.weight_norm.into()))).collect(),
     }
 }
 
@@ -76,6 +76,6 @@ mod tests {
         assert_eq!(found.inside, UpdateGroup { cells: 2, delta_norm: 5.0, weight_norm: 13.0, relative: 5.0 / 13.0 });
         assert_eq!((found.outside.cells, found.outside.relative), (1, 0.5));
         assert_eq!((found.other.cells, found.other.relative), (1, 0.0));
-        assert_eq!(found.cells[&Cell::module(0, ModuleKind::Q)], 0.6);
+        assert_eq!(found.cells[&Cell::module(0, ModuleKind::Q)], 3.0 / 5.0);
     }
 }

@@ -1,0 +1,73 @@
+//! Cross-entropy of rows of logits, the gradient in place.
+
+use super::simd::{exp, max, simd_kernel, sum, vectorized};
+use crate::backend::IGNORE;
+use rayon::prelude::*;
+
+/// Exponentials summed in f32 before they join the f64 sum of a row.
+const BLOCK: usize = 1024;
+
+/// losses[row] = log Σ exp(logits) − logits[target]; with `scale`, logits become scale·(softmax − onehot).
+pub(super) fn cross_entropy(logits: &mut [f32], targets: &[u32], losses: &mut [f32], vocab: usize, scale: Option<f32>) {
+    logits.par_chunks_mut(vocab).zip(targets).zip(losses).for_each(|((row, &target), loss)| {
+        if target == IGNORE {
+            *loss = 0.0;
+            if scale.is_some() {
+                row.fill(0.0);
+            }
+            return;
+        }
+        let target = target as usize;
+        let chosen = row[target];
+        match scale {
+            None => {
+                let (top, total) = log_sum_exp(row);
+                *loss = (total.ln() - (chosen as f64 - top as f64)) as f32;
+            }
+            Some(scale) => {
+                let (top, total) = exponentials(row);
+                *loss = (total.ln() - (chosen as f64 - top as f64)) as f32;
+                let factor = (scale as f64 / total) as f32;
+                vectorized(|| row.iter_mut().for_each(|x| *x *= factor));
+                row[target] -= scale;
+            }
+        }
+    });
+}
+
+simd_kernel! {
+    /// (maximum, Σ exp(x − maximum)).
+    fn log_sum_exp(simd, row: &'a [f32]) -> (f32, f64) {
+        let top = max(simd, row);
+        let mut total = 0.0;
+        let mut block = [0.0; BLOCK];
+        for row in row.chunks(BLOCK) {
+            let block = &mut block[..row.len()];
+            exp_into(row, block, top);
+            total += sum(simd, block) as f64;
+        }
+        (top, total)
+    }
+}
+
+simd_kernel! {
+    /// The same, leaving the exponentials in the row.
+    fn exponentials(simd, row: &'a mut [f32]) -> (f32, f64) {
+        let top = max(simd, row);
+        let mut total = 0.0;
+        for block in row.chunks_mut(BLOCK) {
+            for x in block.iter_mut() {
+                *x = exp(*x - top);
+            }
+            total += sum(simd, block) as f64;
+        }
+        (top, total)
+    }
+}
+
+#[inline(always)]
+fn exp_into(from: &[f32], to: &mut [f32], offset: f32) {
+    for (to, x) in to.iter_mut().zip(from) {
+        *to = exp(x - offset);
+    }
+}

@@ -1,0 +1,321 @@
+//! Perturbed copies of a weight at equal relative norm. The generator runs twice, once for ‖n‖ and once for the copies:
+//! noise is stored only a block at a time.
+
+use super::adamw::{sum_squares, sum_squares_block};
+use super::gemm::{Matrix, product};
+use super::simd::vectorized;
+use crate::backend::NoiseKey;
+use crate::backend::philox::{uniform, words};
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+/// Elements of one task.
+const TASK: usize = 1 << 15;
+/// Elements of noise at hand.
+const BLOCK: usize = 1024;
+
+/// [`crate::backend::Direction`] with its view taken apart.
+#[derive(Clone, Copy)]
+pub(super) enum Noise<'a> {
+    Gaussian(NoiseKey),
+    Rademacher(NoiseKey),
+    LowRank { key: NoiseKey, rank: usize, rows: usize },
+    Scale,
+    Given(&'a [f32]),
+}
+
+/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same; where n is zero, copies of w.
+pub(super) fn perturb(w: &[f32], noise: Noise<'_>, epsilon: f32, plus: &mut [f32], minus: Option<&mut [f32]>) {
+    let factor = |squares_n: f64| {
+        let ratio = epsilon as f64 * (sum_squares(w) / squares_n).sqrt();
+        if squares_n > 0.0 { ratio as f32 } else { 0.0 }
+    };
+    match noise {
+        Noise::Scale => combine(w, plus, minus, |_, w, n| n.copy_from_slice(w), epsilon),
+        Noise::Given(n) => {
+            combine(w, plus, minus, |at, w, to| to.copy_from_slice(&n[at..at + w.len()]), factor(sum_squares(n)));
+        }
+        Noise::Rademacher(key) => combine(w, plus, minus, |at, _, n| signs(key, at, n), factor(w.len() as f64)),
+        Noise::Gaussian(key) => {
+            let squares: Vec<f64> =
+                (0..w.len().div_ceil(TASK)).into_par_iter().map(|t| squares(key, t, w.len())).collect();
+            combine(w, plus, minus, |at, _, n| normals(key, at, n), factor(squares.iter().sum()));
+        }
+        Noise::LowRank { key, rank, rows } => {
+            let columns = w.len() / rows;
+            let (a, b) = low_rank_factors(key, rank, rows, columns);
+            let factor = factor(low_rank_squares(&a, &b, rank));
+            product(
+                plus,
+                columns,
+                Matrix::rows(&a, rank),
+                Matrix::rows(&b, rank).t(),
+                (rows, columns, rank),
+                1.0,
+                false,
+                Parallelism::Rayon(0),
+            );
+            combine_in_place(w, plus, minus, factor);
+        }
+    }
+}
+
+/// Both copies; `fill(first element, w, n)` gives a block of n.
+fn combine(
+    w: &[f32],
+    plus: &mut [f32],
+    minus: Option<&mut [f32]>,
+    fill: impl Fn(usize, &[f32], &mut [f32]) + Sync,
+    factor: f32,
+) {
+    let block = |at: usize, w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>| {
+        let mut n = [0.0; BLOCK];
+        let n = &mut n[..w.len()];
+        fill(at, w, n);
+        vectorized(
+            #[inline(always)]
+            || match minus {
+                Some(minus) => add_and_subtract(w, n, plus, minus, factor),
+                None => add(w, n, plus, factor),
+            },
+        );
+    };
+    let tasks = w.par_chunks(TASK).zip(plus.par_chunks_mut(TASK)).enumerate();
+    match minus {
+        Some(minus) => tasks.zip(minus.par_chunks_mut(TASK)).for_each(|((t, (w, plus)), minus)| {
+            let blocks = w.chunks(BLOCK).zip(plus.chunks_mut(BLOCK)).zip(minus.chunks_mut(BLOCK));
+            blocks.enumerate().for_each(|(i, ((w, plus), minus))| block(t * TASK + i * BLOCK, w, plus, Some(minus)));
+        }),
+        None => tasks.for_each(|(t, (w, plus))| {
+            let blocks = w.chunks(BLOCK).zip(plus.chunks_mut(BLOCK));
+            blocks.enumerate().for_each(|(i, (w, plus))| block(t * TASK + i * BLOCK, w, plus, None));
+        }),
+    }
+}
+
+/// Both copies where `plus` holds n.
+fn combine_in_place(w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>, factor: f32) {
+    if let Some(minus) = minus {
+        let tasks = w.par_chunks(TASK).zip(plus.par_chunks(TASK)).zip(minus.par_chunks_mut(TASK));
+        tasks.for_each(|((w, n), minus)| {
+            vectorized(
+                #[inline(always)]
+                || add(w, n, minus, -factor),
+            );
+        });
+    }
+    w.par_chunks(TASK).zip(plus.par_chunks_mut(TASK)).for_each(|(w, n)| {
+        vectorized(
+            #[inline(always)]
+            || n.iter_mut().zip(w).for_each(|(n, w)| *n = n.mul_add(factor, *w)),
+        );
+    });
+}
+
+#[inline(always)]
+fn add(w: &[f32], n: &[f32], to: &mut [f32], factor: f32) {
+    for ((to, w), n) in to.iter_mut().zip(w).zip(n) {
+        *to = n.mul_add(factor, *w);
+    }
+}
+
+#[inline(always)]
+fn add_and_subtract(w: &[f32], n: &[f32], plus: &mut [f32], minus: &mut [f32], factor: f32) {
+    for (((plus, minus), w), n) in plus.iter_mut().zip(minus).zip(w).zip(n) {
+        *plus = n.mul_add(factor, *w);
+        *minus = n.mul_add(-factor, *w);
+    }
+}
+
+/// Σ n² over one task.
+fn squares(key: NoiseKey, task: usize, len: usize) -> f64 {
+    let mut n = [0.0; BLOCK];
+    let end = len.min((task + 1) * TASK);
+    (task * TASK..end)
+        .step_by(BLOCK)
+        .map(|at| {
+            let n = &mut n[..BLOCK.min(end - at)];
+            normals(key, at, n);
+            vectorized(
+                #[inline(always)]
+                || sum_squares_block(n),
+            )
+        })
+        .sum()
+}
+
+/// A [rows, rank] = elements 0.. of the stream; B [columns, rank] = elements from the next multiple of 4.
+fn low_rank_factors(key: NoiseKey, rank: usize, rows: usize, columns: usize) -> (Vec<f32>, Vec<f32>) {
+    let draw = |first: usize, len: usize| {
+        let mut values = vec![0.0; len];
+        values.par_chunks_mut(BLOCK).enumerate().for_each(|(i, to)| normals(key, first + i * BLOCK, to));
+        values
+    };
+    let a = draw(0, rows * rank);
+    let b = draw((rows * rank).next_multiple_of(4), columns * rank);
+    (a, b)
+}
+
+/// ‖A·Bᵀ‖² = Σ (AᵀA)∘(BᵀB).
+fn low_rank_squares(a: &[f32], b: &[f32], rank: usize) -> f64 {
+    let gram = |m: &[f32]| {
+        let mut gram = vec![0.0f64; rank * rank];
+        for row in m.chunks_exact(rank) {
+            for (gram, x) in gram.chunks_exact_mut(rank).zip(row) {
+                gram.iter_mut().zip(row).for_each(|(g, y)| *g += *x as f64 * *y as f64);
+            }
+        }
+        gram
+    };
+    gram(a).iter().zip(gram(b)).map(|(a, b)| a * b).sum()
+}
+
+/// Words of a block of counters, word by word.
+struct Words([[u32; BLOCK / 4]; 4]);
+
+impl Words {
+    /// Those of elements from `first`, a multiple of 4.
+    #[inline(always)]
+    fn fill(&mut self, key: NoiseKey, first: usize) {
+        let [w0, w1, w2, w3] = &mut self.0;
+        let start = first as u64 / 4;
+        let NoiseKey { seed, stream } = key;
+        for (i, (((w0, w1), w2), w3)) in w0.iter_mut().zip(w1).zip(w2).zip(w3).enumerate() {
+            [*w0, *w1, *w2, *w3] = words(seed, stream, start + i as u64);
+        }
+    }
+}
+
+/// Normals of elements from `first`, a multiple of 4; at most [`BLOCK`] of them.
+fn normals(key: NoiseKey, first: usize, to: &mut [f32]) {
+    let mut words = Words([[0; BLOCK / 4]; 4]);
+    let mut values = [[0.0; BLOCK / 4]; 4];
+    vectorized(
+        #[inline(always)]
+        || {
+            words.fill(key, first);
+            let [n0, n1, n2, n3] = &mut values;
+            pair(&words.0[0], &words.0[1], n0, n1);
+            pair(&words.0[2], &words.0[3], n2, n3);
+            interleave(&values, to);
+        },
+    );
+}
+
+/// Signs of elements from `first`, a multiple of 4; at most [`BLOCK`] of them.
+fn signs(key: NoiseKey, first: usize, to: &mut [f32]) {
+    let mut words = Words([[0; BLOCK / 4]; 4]);
+    vectorized(
+        #[inline(always)]
+        || {
+            words.fill(key, first);
+            let values = words.0.map(|w| w.map(|w| f32::from_bits(1.0f32.to_bits() | (w & 0x8000_0000))));
+            interleave(&values, to);
+        },
+    );
+}
+
+#[inline(always)]
+fn interleave(values: &[[f32; BLOCK / 4]; 4], to: &mut [f32]) {
+    let (fours, tail) = to.as_chunks_mut::<4>();
+    let whole = fours.len();
+    for (i, four) in fours.iter_mut().enumerate() {
+        *four = [values[0][i], values[1][i], values[2][i], values[3][i]];
+    }
+    for (j, x) in tail.iter_mut().enumerate() {
+        *x = values[j][whole];
+    }
+}
+
+/// Box–Muller on words: see [`crate::backend::philox`].
+#[inline(always)]
+fn pair(radii: &[u32], angles: &[u32], cosines: &mut [f32], sines: &mut [f32]) {
+    for (((radius, angle), c), s) in radii.iter().zip(angles).zip(cosines).zip(sines) {
+        let r = (-2.0 * ln(uniform(*radius))).max(0.0).sqrt();
+        let (cos, sin) = cos_sin_turns(*angle);
+        (*c, *s) = (r * cos, r * sin);
+    }
+}
+
+/// Natural logarithm of a normal positive number, by the polynomial of Cephes' `logf`.
+#[inline(always)]
+fn ln(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let exponent = bits.wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()) as i32 >> 23;
+    let f = f32::from_bits(bits.wrapping_sub((exponent << 23) as u32)) - 1.0;
+    let e = exponent as f32;
+    let z = f * f;
+    let p = 7.037_683_6e-2_f32
+        .mul_add(f, -1.151_461e-1)
+        .mul_add(f, 1.167_699_9e-1)
+        .mul_add(f, -1.242_014_1e-1)
+        .mul_add(f, 1.424_932_3e-1)
+        .mul_add(f, -1.666_805_8e-1)
+        .mul_add(f, 2.000_071_5e-1)
+        .mul_add(f, -2.499_999_4e-1)
+        .mul_add(f, 3.333_333_1e-1);
+    let y = e.mul_add(-2.121_944_4e-4, p * f * z) - 0.5 * z;
+    e.mul_add(0.693_359_375, f + y)
+}
+
+/// (cos, sin) of 2π·word·2⁻³²: the quarter turn is taken off exactly, in integers, then Cephes' `sinf` and `cosf`.
+#[inline(always)]
+fn cos_sin_turns(word: u32) -> (f32, f32) {
+    let quarter = word.wrapping_add(1 << 29) >> 30;
+    let rest = word.wrapping_sub(quarter << 30) as i32;
+    let x = rest as f32 * (std::f32::consts::TAU / 4_294_967_296.0);
+    let z = x * x;
+    let sin = (-1.951_529_6e-4_f32).mul_add(z, 8.332_161e-3).mul_add(z, -1.666_665_5e-1).mul_add(z * x, x);
+    let cos = 2.443_315_7e-5_f32.mul_add(z, -1.388_731_6e-3).mul_add(z, 4.166_664_6e-2).mul_add(z * z, 1.0 - 0.5 * z);
+    let swap = quarter & 1 == 1;
+    let (c, s) = (if swap { sin } else { cos }, if swap { cos } else { sin });
+    let negate = |x: f32, bit: u32| f32::from_bits(x.to_bits() ^ (bit << 31));
+    (negate(c, (quarter + 1) >> 1 & 1), negate(s, quarter >> 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: NoiseKey = NoiseKey { seed: 0x1234_5678_9abc_def0, stream: 42 };
+
+    #[test]
+    fn normals_follow_the_documented_mapping() {
+        let mut n = vec![0.0; 1000];
+        normals(KEY, 4096, &mut n);
+        for (i, n) in n.iter().enumerate() {
+            let w = words(KEY.seed, KEY.stream, (4096 + i as u64) / 4);
+            let (radius, angle) = if i % 4 < 2 { (w[0], w[1]) } else { (w[2], w[3]) };
+            let r = (-2.0 * (uniform(radius) as f64).ln()).sqrt();
+            let turn = std::f64::consts::TAU * angle as f64 / 2f64.powi(32);
+            let exact = r * if i % 2 == 0 { turn.cos() } else { turn.sin() };
+            assert!((*n as f64 - exact).abs() <= 4e-7 * r.max(1.0), "{i}: {n}, exact {exact}");
+        }
+    }
+
+    #[test]
+    fn signs_follow_the_documented_mapping() {
+        let mut n = vec![0.0; 1023];
+        signs(KEY, 1024, &mut n);
+        for (i, n) in n.iter().enumerate() {
+            let w = words(KEY.seed, KEY.stream, (1024 + i as u64) / 4)[i % 4];
+            assert_eq!(*n, if w >> 31 == 1 { -1.0 } else { 1.0 }, "{i}");
+        }
+    }
+
+    #[test]
+    fn logarithm_and_turns_at_their_ends() {
+        assert_eq!(ln(1.0), 0.0);
+        for word in [0u32, 1, 77, 1 << 20, 1 << 31, u32::MAX - 1000, u32::MAX] {
+            let u = uniform(word);
+            assert!((ln(u) as f64 - (u as f64).ln()).abs() <= 2e-7 * (u as f64).ln().abs().max(1e-3), "ln {u}");
+        }
+        for eighth in 0..8u32 {
+            for word in [(eighth << 29).wrapping_sub(1), eighth << 29, (eighth << 29) + 1] {
+                let turn = std::f64::consts::TAU * word as f64 / 2f64.powi(32);
+                let (c, s) = cos_sin_turns(word);
+                assert!((c as f64 - turn.cos()).abs() < 1.2e-7 && (s as f64 - turn.sin()).abs() < 1.2e-7, "{word}");
+            }
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Host memory on cache-line boundaries, and slices that several tasks write.
+
+use crate::backend::{Element, View, ViewMut};
+use rayon::prelude::*;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// One cache line: a vector load never crosses two where rows are multiples of it.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Zeroed memory for a fixed number of elements, aligned to 64 bytes.
+pub struct Memory<T> {
+    lines: Vec<Line>,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Memory<T> {
+    /// Memory for `len` elements, all zero; `None` where the allocator refuses.
+    pub(super) fn zeroed(len: usize) -> Option<Self> {
+        let count = len.checked_mul(size_of::<T>())?.div_ceil(64);
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(count).ok()?;
+        lines.resize(count, Line([0; 64]));
+        Some(Self { lines, len, element: PhantomData })
+    }
+
+    fn as_slice(&self) -> &[T] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [T] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
+
+/// The elements of a view.
+pub(super) fn slice<'a, T: Element>(view: &View<'a, super::Cpu, T>) -> &'a [T] {
+    &view.storage.as_slice()[view.range.clone()]
+}
+
+/// The elements of a view, to write.
+pub(super) fn slice_mut<'a, T: Element>(view: ViewMut<'a, super::Cpu, T>) -> &'a mut [T] {
+    &mut view.storage.as_mut_slice()[view.range]
+}
+
+/// A slice of which several tasks write disjoint parts that are not contiguous (columns of a matrix).
+pub(super) struct Shared<'a, T> {
+    start: *mut T,
+    len: usize,
+    borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it is only a pointer to elements that may be sent; `Shared::range` puts disjointness on its caller.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Shared<'_, T> {}
+
+impl<'a, T> Shared<'a, T> {
+    /// Shares `slice` for as long as it is borrowed.
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
+    }
+
+    /// The elements of `range`, to write. Panics outside the slice.
+    ///
+    /// # Safety
+    /// No two live ranges overlap.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub(super) unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
+        // SAFETY: inside the borrowed slice, and disjoint from every other range by this function's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+/// Copies in parallel where it pays.
+pub(super) fn copy<T: Element>(from: &[T], to: &mut [T]) {
+    const BLOCK: usize = 1 << 16;
+    assert_eq!(from.len(), to.len());
+    to.par_chunks_mut(BLOCK).zip(from.par_chunks(BLOCK)).for_each(|(to, from)| to.copy_from_slice(from));
+}
