@@ -22,9 +22,11 @@ mod probe_train;
 mod proxy;
 mod refusal;
 mod robustness;
+pub mod run;
 mod scores;
 mod search;
 mod sets;
+mod subject;
 mod tuning;
 mod updates;
 
@@ -49,7 +51,10 @@ pub use robustness::{RobustnessOptions, robustness};
 pub use scores::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use search::{SearchOptions, search};
 pub use sets::{cell_parameters, random_set, resolve_mods, share};
-pub use tuning::*;
+pub use subject::{AnswerLengths, Evaluation, Questions, Subject, Watch};
+pub use tuning::{
+    ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneOutput, attention_projections, examples_hash, tune, tune_directory,
+};
 pub use updates::{UpdateComparison, UpdateGroup, compare_updates};
 
 /// Whether this is the format a file says it has; else an error that names both.
