@@ -10,8 +10,8 @@ use swat::model::ModelDir;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepOutcome, StepSettings};
 
-/// Largest error of a tensor's element, relative to the tensor's largest element.
-const TENSOR_TOLERANCE: f64 = 1e-4;
+/// Largest error of an element, relative to the largest of its tensor. PyTorch in f32 stays within 3e-6 of PyTorch in f64.
+const TENSOR_TOLERANCE: f64 = 2e-5;
 /// Largest relative error of a loss.
 const LOSS_TOLERANCE: f64 = 1e-5;
 
@@ -253,7 +253,7 @@ fn compare_gradients(
 
 fn ten_masked_steps(name: &str) {
     let mut golden = Golden::open(name);
-    let batches = golden.batchings.pop().unwrap();
+    let batches = golden.batchings.last().unwrap().clone();
     let all = golden.decoder.config.cells();
     let rates = LearningRates::masked(&ModuleSet::parse(&golden.case.trained, &all).unwrap(), &all, 0.0);
     let before: BTreeMap<ParamId, Vec<f32>> =
@@ -324,7 +324,7 @@ fn lora_gradients_are_those_of_peft() {
         golden.decoder.write(id, &expected[&format!("adapter.{id}")]).unwrap();
     }
 
-    let batches = golden.batchings.pop().unwrap();
+    let batches = golden.batchings.last().unwrap().clone();
     let rows: Vec<u32> = (0..batches[0].tokens.len() as u32).collect();
     let mut comparison = Comparison::new("lora");
     let mut gradients = Gradients::new(&golden.decoder, is_adapter).unwrap();

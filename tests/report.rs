@@ -85,7 +85,8 @@ fn noise(seed: u64) -> f64 {
 }
 
 fn measure(value: f64, half: f64) -> Option<Measure> {
-    Some(Measure { value, interval: Some(((value - half).max(0.0), value + half)) })
+    let most = if value <= 1.0 { 1.0 } else { f64::INFINITY };
+    Some(Measure { value, interval: Some(((value - half).max(0.0), (value + half).min(most))) })
 }
 
 fn setting(kind: SettingKind, name: &str) -> Setting {
@@ -373,6 +374,45 @@ fn hostile_numbers_give_drawings() {
     empty.png(1).unwrap();
     check_xml(&LineChart::default().svg()).unwrap();
     check_xml(&BarChart::default().svg()).unwrap();
+}
+
+#[test]
+fn a_deep_model_with_long_names_fits() {
+    let mut report = example();
+    let mut cells = Vec::new();
+    for layer in 0..80 {
+        let kinds = ModuleKind::ALL.into_iter().map(|kind| Cell::module(layer, kind));
+        for (at, cell) in kinds.chain([Cell::Norms(layer)]).enumerate() {
+            cells.push(CellScore { cell, mean: noise((layer * 8 + at) as u64) - 0.2, std_error: f64::NAN });
+        }
+    }
+    cells.extend([Cell::Embedding, Cell::FinalNorm, Cell::Head].map(|cell| CellScore {
+        cell,
+        mean: 0.9,
+        std_error: 0.1,
+    }));
+    cells.retain(|s| s.cell.layer() != Some(41) || matches!(s.cell, Cell::Module(m) if m.kind.in_attention()));
+    let robustness = report.robustness.as_mut().unwrap();
+    robustness.cells = cells;
+    report.mods.as_mut().unwrap().agreement.clear();
+    let long = |name: &mut String, i: usize| {
+        *name = format!("setting {i} with a name that is far too long for any column of any chart")
+    };
+    for (i, row) in report.results.as_mut().unwrap().rows.iter_mut().enumerate() {
+        long(&mut row.setting.name, i);
+    }
+    for (i, run) in report.drift.as_mut().unwrap().settings.iter_mut().enumerate() {
+        long(&mut run.setting.name, i);
+    }
+    let map = robustness_map(report.robustness.as_ref().unwrap());
+    assert_eq!((map.rows.len(), map.columns.len(), map.wide_rows.clone()), (83, 8, vec![0, 81, 82]));
+    assert!(map.svg().contains("no value"));
+    for (name, svg) in drawings(&report) {
+        check_xml(&svg).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+    let out = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    std::fs::write(out.join("deep.html"), report.page().html()).unwrap();
+    std::fs::write(out.join("deep.png"), map.png(2).unwrap()).unwrap();
 }
 
 #[test]

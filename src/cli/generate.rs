@@ -60,7 +60,7 @@ impl Generate {
         }
         let conversations: Vec<Vec<Message>> = match (&self.prompt, &self.chat) {
             (Some(text), _) => vec![vec![Message { role: "user".into(), content: text.clone() }]],
-            (None, Some(path)) => crate::data::read_prompts(path)?,
+            (None, Some(path)) => read_prompts(path)?,
             (None, None) => Vec::new(),
         };
         let opened = self.model.open(&self.common)?;
@@ -120,4 +120,9 @@ impl Generate {
         }
         Ok(())
     }
+}
+
+/// Conversations of a chat file. (Superseded by the data room's reader of lines once it is there.)
+fn read_prompts(_path: &std::path::Path) -> Result<Vec<Vec<Message>>> {
+    Err(Error::input("--chat", "a file", "--prompt for now"))
 }

@@ -62,6 +62,11 @@ impl Axis {
         Self { from, to, ..self }
     }
 
+    /// The same axis, moved by some pixels.
+    pub(crate) fn shifted(self, by: f64) -> Self {
+        Self { from: self.from + by, to: self.to + by, ..self }
+    }
+
     /// The pixel of a value; values outside the range are held at its ends.
     pub(crate) fn place(&self, value: f64) -> f64 {
         let share = ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0);

@@ -19,7 +19,15 @@ const LEGEND_STEP: f64 = 19.0;
 struct LegendItem<'a> {
     name: &'a str,
     tone: Tone,
-    marker: Option<Marker>,
+    key: Key,
+}
+
+/// What stands before a name in a legend.
+#[derive(Clone, Copy)]
+enum Key {
+    Bar,
+    Line,
+    Marker(Marker),
 }
 
 /// Title, then the legend in as many lines as it takes; returns the bottom.
@@ -39,14 +47,15 @@ fn head(drawing: &mut Drawing, title: &str, legend: &[LegendItem<'_>]) -> f64 {
                 bottom += LEGEND_STEP;
             }
             let middle = bottom + LEGEND_STEP / 2.0;
-            match item.marker {
-                Some(marker) => drawing.marker((x + 5.0, middle), marker, item.tone, ""),
-                None => drawing.rect(Area::new(x, middle - 5.0, 10.0, 10.0), 2.0, item.tone, ""),
+            match item.key {
+                Key::Marker(marker) => drawing.marker((x + 5.0, middle), marker, item.tone, ""),
+                Key::Line => drawing.line((x - 1.0, middle), (x + 11.0, middle), 2.4, item.tone),
+                Key::Bar => drawing.rect(Area::new(x, middle - 5.0, 10.0, 10.0), 2.0, item.tone, ""),
             }
             drawing.text(x + 16.0, middle + 4.0, &name, Font::LABEL);
             x += width + 14.0;
         }
-        bottom += LEGEND_STEP + 2.0;
+        bottom += LEGEND_STEP + 6.0;
     }
     bottom
 }
@@ -54,5 +63,6 @@ fn head(drawing: &mut Drawing, title: &str, legend: &[LegendItem<'_>]) -> f64 {
 /// The note under a chart; returns the bottom of the drawing.
 fn foot(drawing: &mut Drawing, top: f64, note: &str) -> f64 {
     let room = drawing.width - 2.0 * MARGIN;
-    drawing.lines(MARGIN, top, &wrap(note, Font::SMALL.size, room, 4), Font::SMALL) + MARGIN
+    drawing.lines(MARGIN, top, &wrap(note, Font::SMALL.size, room, 4), Font::SMALL)
+        + if note.is_empty() { 4.0 } else { MARGIN }
 }

@@ -109,6 +109,17 @@ impl Heatmap {
         self.marks.get(self.index(row, column)).copied().unwrap_or(false)
     }
 
+    /// Whether a row's name is drawn where there is room for every `every`-th alone: counted from the first narrow row.
+    pub(super) fn named(&self, row: usize, every: usize) -> bool {
+        let first = (0..row).find(|r| !self.wide_rows.contains(r)).unwrap_or(row);
+        self.wide_rows.contains(&row) || (row - first) % every == 0
+    }
+
+    /// Whether a wide row borders on a narrow one here, which are kept apart.
+    pub(super) fn parted(&self, row: usize) -> bool {
+        row > 0 && (self.wide_rows.contains(&row) || self.wide_rows.contains(&(row - 1)))
+    }
+
     /// Cells as first column and how many columns they span, for one row.
     pub(super) fn spans(&self, row: usize) -> Vec<(usize, usize)> {
         let columns = self.columns.len();
@@ -145,6 +156,25 @@ impl Heatmap {
         edges
     }
 
+    /// Colours of outlines, edge and core: light lines on the dark viridis, dark ones on ramps that are mostly pale.
+    pub(super) fn outline_colors(&self) -> (Rgb, Rgb) {
+        let (light, dark) = (Tone::Paper.light(), Tone::Ink.light());
+        if self.scale.ramp == Ramp::Sequential { (dark, light) } else { (light, dark) }
+    }
+
+    /// A line with an edge of the opposite lightness, so that it stands out on every colour. On a ramp that lets the
+    /// page shine through it takes the page's tones.
+    fn outline_path(&self, drawing: &mut Drawing, path: &str) {
+        let (edge, core) = self.outline_colors();
+        if self.scale.ramp == Ramp::Share {
+            drawing.path(path, 3.6, Tone::Paper);
+            drawing.path(path, 1.7, Tone::Ink);
+        } else {
+            drawing.fixed_path(path, 3.6, edge);
+            drawing.fixed_path(path, 1.7, core);
+        }
+    }
+
     /// Whether the values are a set (only 0 and 1), whose legend is two names and not a scale.
     pub(super) fn is_set(&self) -> bool {
         self.scale.ramp == Ramp::Share && self.values.iter().flatten().all(|v| *v == 0.0 || *v == 1.0)
@@ -177,7 +207,8 @@ impl Heatmap {
 
     /// Ticks of the legend as share of its width and text.
     pub(super) fn ticks(&self) -> Vec<(f64, String)> {
-        let axis = Axis::exact((self.scale.low, self.scale.high), 4, false, (0.0, 1.0));
+        let ticks = if self.scale.ramp == Ramp::Share { 2 } else { 4 };
+        let axis = Axis::exact((self.scale.low, self.scale.high), ticks, false, (0.0, 1.0));
         axis.ticks().into_iter().map(|t| (axis.place(t), axis.label(t))).collect()
     }
 
@@ -212,19 +243,28 @@ impl Heatmap {
         let every = (13.0 / cell_height).ceil() as usize;
         for (row, name) in self.rows.iter().enumerate() {
             let y = top + cell_height * row as f64;
-            if row % every == 0 || self.wide_rows.contains(&row) {
+            if self.named(row, every) {
                 let middle = y + cell_height / 2.0 + 4.0;
                 drawing.text(left - 8.0, middle, &clip(name, size, names), Font::SMALL.at(Anchor::End));
             }
             for (column, span) in self.spans(row) {
                 let x = left + cell_width * column as f64;
-                let area = Area::new(x + 0.5, y + 0.5, cell_width * span as f64 - 1.0, cell_height - 1.0);
                 let tooltip = self.tooltip(row, column, span);
+                let whole = Area::new(x, y, cell_width * span as f64, cell_height);
+                let apart = Area::new(x + 0.4, y + 0.4, whole.width - 0.8, whole.height - 0.8);
                 match self.value(row, column) {
-                    Some(value) => drawing.swatch(area, self.scale.color(value), &tooltip),
-                    None => gap(&mut drawing, area, &tooltip),
+                    // Cells of a set are things of their own, those of a scale make up one surface.
+                    Some(value) if self.scale.ramp == Ramp::Share => {
+                        drawing.swatch(apart, self.scale.color(value), &tooltip);
+                    }
+                    Some(value) => drawing.tile(whole, self.scale.color(value), &tooltip),
+                    None => gap(&mut drawing, apart, &tooltip),
                 }
             }
+        }
+        for row in (0..self.rows.len()).filter(|row| self.parted(*row)) {
+            let y = top + cell_height * row as f64;
+            drawing.line((left, y), (width - MARGIN, y), 2.0, Tone::Paper);
         }
         let mut path = String::new();
         for ((c0, r0), (c1, r1)) in self.outline() {
@@ -233,7 +273,7 @@ impl Heatmap {
             let _ = write!(path, "M{x0} {y0}L{x1} {y1}");
         }
         if !path.is_empty() {
-            outline_path(&mut drawing, &path);
+            self.outline_path(&mut drawing, &path);
         }
         top += cell_height * self.rows.len() as f64 + 6.0;
         drawing.height = drawing_note(&mut drawing, top, &wrap(&self.note, Font::SMALL.size, room, 4));
@@ -251,18 +291,14 @@ impl Heatmap {
                 drawing.text(x + 28.0, y + 13.0, &name, Font::LABEL);
                 x += 28.0 + text_width(&name, Font::LABEL.size) + 14.0;
             }
-            return self.legend_symbols(drawing, x, y) + 8.0;
+            return self.legend_symbols(drawing, x, y).max(y + 17.0) + 8.0;
         }
         y = drawing.lines(x, y, &wrap(&self.unit, Font::SMALL.size, room, 2), Font::SMALL) + 3.0;
         let steps = 60;
         for i in 0..steps {
             let t = (f64::from(i) + 0.5) / f64::from(steps);
             let step = LEGEND_WIDTH / f64::from(steps);
-            // Steps overlap a little: no hairlines between them. Translucent ones would show the overlap.
-            let overlap = if self.scale.ramp == Ramp::Share { 0.0 } else { 0.6 };
-            let area =
-                Area::new(x + step * f64::from(i), y, (step + overlap).min(LEGEND_WIDTH - step * f64::from(i)), 11.0);
-            drawing.swatch(area, self.scale.ramp.color(t), "");
+            drawing.tile(Area::new(x + step * f64::from(i), y, step, 11.0), self.scale.ramp.color(t), "");
         }
         for (share, label) in self.ticks() {
             let at = x + LEGEND_WIDTH * share;
@@ -283,7 +319,8 @@ impl Heatmap {
             let (x0, y0, x1, y1) = (px(x + 1.5), px(y + 4.0), px(x + 20.5), px(y + 13.0));
             let middle = self.scale.ramp.color(0.5);
             drawing.swatch(Area::new(x + 1.5, y + 4.0, 19.0, 9.0), middle, "");
-            outline_path(drawing, &format!("M{x0} {y0}L{x1} {y0}L{x1} {y1}L{x0} {y1}Z"));
+            let path = format!("M{x0} {y0}L{x1} {y0}L{x1} {y1}L{x0} {y1}Z");
+            self.outline_path(drawing, &path);
             drawing.text(x + 28.0, y + 13.0, &clip(&self.mark_label, Font::LABEL.size, room), Font::LABEL);
             y += 17.0;
         }
@@ -292,7 +329,7 @@ impl Heatmap {
             drawing.text(x + 28.0, y + 13.0, "no value", Font::LABEL);
             y += 17.0;
         }
-        y.max(17.0)
+        y
     }
 
     fn tooltip(&self, row: usize, column: usize, span: usize) -> String {
@@ -358,10 +395,4 @@ fn gap(drawing: &mut Drawing, area: Area, tooltip: &str) {
     drawing.rect(area, 0.0, Tone::Line, tooltip);
     let (x, y) = (area.x + area.width / 2.0, area.y + area.height / 2.0);
     drawing.line((x - 4.0, y), (x + 4.0, y), 1.2, Tone::Muted);
-}
-
-/// A dark line with a light edge: it stands out on every colour of a ramp, on light and dark pages.
-fn outline_path(drawing: &mut Drawing, path: &str) {
-    drawing.fixed_path(path, 3.4, "#ffffff");
-    drawing.fixed_path(path, 1.6, "#15181c");
 }

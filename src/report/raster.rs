@@ -1,7 +1,7 @@
 //! Heat maps in pixels, with a bitmap font: the picture is the same on every machine.
 
 use super::heatmap::Heatmap;
-use super::palette::{Rgb, Tone};
+use super::palette::{Ramp, Rgb, Tone};
 use crate::error::{Error, Result};
 use font8x8::{BASIC_FONTS, GREEK_FONTS, LATIN_FONTS, UnicodeFonts};
 
@@ -111,14 +111,22 @@ pub(super) fn heatmap(map: &Heatmap, magnification: usize) -> Result<Vec<u8>> {
             let x = layout.left + layout.cell_width * column;
             let wide = layout.cell_width * span;
             match map.value(row, column) {
-                Some(value) => canvas.cell(x, y, wide, CELL_HEIGHT, on_paper(map.scale.color(value))),
+                Some(value) => {
+                    let apart = map.scale.ramp == Ramp::Share;
+                    canvas.cell((x, y, wide, CELL_HEIGHT), apart, on_paper(map.scale.color(value)));
+                }
                 None => canvas.gap(x, y, wide, CELL_HEIGHT),
             }
         }
     }
     let edges = map.outline();
-    // The light edge of all lines first, so that none covers a dark one.
-    for (color, thickness) in [(Rgb(255, 255, 255), 3), (Rgb(0x15, 0x18, 0x1c), 1)] {
+    for row in (0..map.rows.len()).filter(|row| map.parted(*row)) {
+        let wide = layout.cell_width * map.columns.len();
+        canvas.rect(layout.left, layout.grid_top + CELL_HEIGHT * row - 1, wide, 2, Tone::Paper.light());
+    }
+    let (edge, core) = map.outline_colors();
+    // The edges of all lines first, so that none covers a core.
+    for (color, thickness) in [(edge, 3), (core, 1)] {
         for ((c0, r0), (c1, r1)) in &edges {
             let at = |c: &usize, r: &usize| (layout.left + layout.cell_width * c, layout.grid_top + CELL_HEIGHT * r);
             canvas.edge(at(c0, r0), at(c1, r1), thickness, color);
@@ -141,12 +149,17 @@ fn legend(canvas: &mut Canvas, map: &Heatmap, layout: &Layout) {
             let t = (i as f64 + 0.5) / LEGEND_WIDTH as f64;
             canvas.rect(x + i, top, 1, 8, on_paper(map.scale.ramp.color(t)));
         }
+        // Labels end here so far: one that would run into another is left out.
+        let mut free = 0;
         for (share, label) in map.ticks() {
             let at = x + (LEGEND_WIDTH as f64 * share) as usize;
             canvas.rect(at.min(x + LEGEND_WIDTH - 1), top + 8, 1, 2, muted);
-            let label = label.replace('−', "-");
             let half = label.chars().count() * GLYPH / 2;
-            canvas.text_centered(at.max(MARGIN + half), top + 12, &label, muted);
+            let middle = at.max(MARGIN + half);
+            if middle >= free + half {
+                canvas.text_centered(middle, top + 12, &label, muted);
+                free = middle + half + GLYPH / 2;
+            }
         }
         x += LEGEND_WIDTH + 3 * GLYPH;
     }
@@ -155,16 +168,18 @@ fn legend(canvas: &mut Canvas, map: &Heatmap, layout: &Layout) {
         let middle = on_paper(map.scale.ramp.color(0.5));
         let text = match symbol {
             Symbol::InSet => {
-                canvas.cell(x, y, 20, 9, on_paper(map.scale.color(1.0)));
+                canvas.rect(x, y, 20, 8, on_paper(map.scale.color(1.0)));
                 map.unit.as_str()
             }
             Symbol::NotInSet => {
-                canvas.cell(x, y, 20, 9, on_paper(map.scale.color(0.0)));
+                canvas.rect(x, y, 20, 8, on_paper(map.scale.color(0.0)));
                 "not in it"
             }
             Symbol::Mark => {
-                canvas.rect(x, y, 20, 9, Tone::Ink.light());
-                canvas.rect(x + 1, y + 1, 18, 7, middle);
+                let (edge, core) = map.outline_colors();
+                canvas.rect(x, y, 20, 9, edge);
+                canvas.rect(x + 1, y + 1, 18, 7, core);
+                canvas.rect(x + 2, y + 2, 16, 5, middle);
                 map.mark_label.as_str()
             }
             Symbol::Gap => {
@@ -231,13 +246,14 @@ impl Canvas {
         }
     }
 
-    /// A cell with a hairline of paper at its right and bottom.
-    fn cell(&mut self, x: usize, y: usize, width: usize, height: usize, color: Rgb) {
-        self.rect(x, y, width - 1, height - 1, color);
+    /// A cell, with a hairline of paper at its right and bottom where it stands apart from its neighbours.
+    fn cell(&mut self, (x, y, width, height): (usize, usize, usize, usize), apart: bool, color: Rgb) {
+        let hairline = usize::from(apart);
+        self.rect(x, y, width - hairline, height - hairline, color);
     }
 
     fn gap(&mut self, x: usize, y: usize, width: usize, height: usize) {
-        self.cell(x, y, width, height, Tone::Line.light());
+        self.cell((x, y, width, height), true, Tone::Line.light());
         self.rect(x + width / 2 - 3, y + height / 2, 6, 1, Tone::Muted.light());
     }
 
@@ -300,7 +316,7 @@ fn glyph(c: char) -> [u8; 8] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Ramp, Scale};
+    use crate::report::Scale;
 
     #[test]
     fn a_picture_too_large_is_refused() {

@@ -171,9 +171,18 @@ impl Drawing {
     }
 
     /// A rectangle in a colour that is the same on light and dark pages.
-    pub(crate) fn swatch(&mut self, area: Area, (color, opacity): (Rgb, f64), tooltip: &str) {
+    pub(crate) fn swatch(&mut self, area: Area, color: (Rgb, f64), tooltip: &str) {
+        self.colored(area, color, "", tooltip);
+    }
+
+    /// The same, next to others of its kind: its edges lie on whole pixels, so that no seams show between them.
+    pub(crate) fn tile(&mut self, area: Area, color: (Rgb, f64), tooltip: &str) {
+        self.colored(area, color, " shape-rendering=\"crispEdges\"", tooltip);
+    }
+
+    fn colored(&mut self, area: Area, (color, opacity): (Rgb, f64), rendering: &str, tooltip: &str) {
         let opacity = if opacity < 1.0 { format!(" fill-opacity=\"{opacity:.3}\"") } else { String::new() };
-        self.shape(&format!("rect {} fill=\"{color}\"{opacity}", area.attributes()), tooltip);
+        self.shape(&format!("rect {} fill=\"{color}\"{opacity}{rendering}", area.attributes()), tooltip);
     }
 
     pub(crate) fn line(&mut self, from: (f64, f64), to: (f64, f64), width: f64, tone: Tone) {
@@ -189,21 +198,20 @@ impl Drawing {
     }
 
     /// A path without filling; `data` is written by the program alone.
-    pub(crate) fn path(&mut self, data: &str, width: f64, tone: Tone, dash: &str) {
-        let dash = if dash.is_empty() { String::new() } else { format!(" stroke-dasharray=\"{dash}\"") };
+    pub(crate) fn path(&mut self, data: &str, width: f64, tone: Tone) {
         let stroke = stroke(tone);
         let _ = writeln!(
             self.body,
             "<path d=\"{data}\" fill=\"none\" stroke-width=\"{width}\" stroke-linejoin=\"round\" \
-             stroke-linecap=\"round\"{dash} {stroke}/>"
+             stroke-linecap=\"round\"{stroke}/>"
         );
     }
 
     /// A path in a colour that is the same on light and dark pages.
-    pub(crate) fn fixed_path(&mut self, data: &str, width: f64, color: &str) {
+    pub(crate) fn fixed_path(&mut self, data: &str, width: f64, color: Rgb) {
         let _ = writeln!(
             self.body,
-            "<path d=\"{data}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"{width}\" stroke-linejoin=\"miter\"/>"
+            "<path d=\"{data}\" fill=\"none\" stroke=\"{color}\" stroke-width=\"{width}\" stroke-linecap=\"square\"/>"
         );
     }
 

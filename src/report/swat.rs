@@ -342,21 +342,20 @@ impl SwatReport {
         let drift = self.drift.as_ref()?;
         Some(Section {
             heading: "Drift by epoch".into(),
-            text: "What the model still represents, and what it still does. The probe is frozen: it was trained on the model \
-                   as given. A probe that holds while refusal falls means that the knowledge survives and the behaviour \
-                   fails."
+            text: "The probe is frozen: it was trained on the model as given. A probe that holds while refusal falls means \
+                   that the knowledge survives and the behaviour fails. Epoch 0 is the model as given."
                 .into(),
             figures: vec![
                 Figure {
                     name: "drift-probe".into(),
                     svg: drift_probe_chart(drift).svg(),
-                    caption: "Representation.".into(),
+                    caption: "Representation: does the model still tell harmful from harmless?".into(),
                     wide: false,
                 },
                 Figure {
                     name: "drift-refusal".into(),
                     svg: drift_refusal_chart(drift).svg(),
-                    caption: "Behaviour: log-odds of the model's own refusal, harmful minus benign prompts.".into(),
+                    caption: "Behaviour: does it still refuse what is harmful, and only that?".into(),
                     wide: false,
                 },
             ],

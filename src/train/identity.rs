@@ -1,24 +1,11 @@
 //! What must be the same for a checkpoint to be continued.
 
-use crate::data::Example;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
 
 /// Differences that are named in an error; more are counted.
 const NAMED: usize = 5;
-
-/// A hash of training examples, tokens and mask: what [`super::Place::data`] asks for.
-pub fn examples_hash(examples: &[Example]) -> String {
-    let mut hasher = blake3::Hasher::new();
-    for example in examples {
-        hasher.update(&(example.tokens.len() as u64).to_le_bytes());
-        for (token, trained) in example.tokens.iter().zip(&example.trained) {
-            hasher.update(&token.to_le_bytes()).update(&[u8::from(*trained)]);
-        }
-    }
-    hasher.finalize().to_hex().to_string()
-}
 
 /// Refuses a checkpoint of other settings, with what differs.
 pub(super) fn check(there: &Value, here: &Value, checkpoint: &Path) -> Result<()> {
@@ -83,20 +70,6 @@ mod tests {
         assert!(!text.contains("name"), "{text}");
         let fewer = json!({"model": "a", "phases": [], "old": 1});
         assert!(check(&there, &fewer, Path::new("x")).unwrap_err().to_string().contains("1 entries there and 0"));
-    }
-
-    #[test]
-    fn every_part_of_the_data_is_hashed() {
-        let example = |tokens: &[u32], trained: &[bool]| Example { tokens: tokens.into(), trained: trained.into() };
-        let sets = [
-            vec![example(&[1, 2], &[true, false]), example(&[3], &[true])],
-            vec![example(&[1], &[true]), example(&[2, 3], &[false, true])],
-            vec![example(&[1, 2], &[true, true]), example(&[3], &[true])],
-            vec![example(&[3], &[true]), example(&[1, 2], &[true, false])],
-        ];
-        let hashes: std::collections::BTreeSet<String> = sets.iter().map(|set| examples_hash(set)).collect();
-        assert_eq!(hashes.len(), sets.len());
-        assert_eq!(examples_hash(&sets[0]), examples_hash(&sets[0].clone()));
     }
 
     #[test]

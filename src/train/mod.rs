@@ -18,7 +18,6 @@ mod tensor_file;
 mod tuner;
 mod updates;
 
-pub use identity::examples_hash;
 pub use metrics::{StepMetrics, peak_bytes};
 pub use optimizer::{Optimizer, StepOutcome, StepSettings};
 pub use options::{Length, PhaseOptions, TuneOptions};

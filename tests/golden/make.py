@@ -23,8 +23,8 @@ from transformers.utils import logging
 HERE = pathlib.Path(__file__).parent
 STEPS, RATE, DECAY, CLIP = 10, 1e-2, 0.1, 1.0
 NEW_TOKENS, PROMPT_TOKENS = 20, 5
-# f32 against f64, relative to the largest element of each tensor; the Rust test allows 1e-4.
-AGREEMENT = 2e-5
+# f32 against f64, relative to the largest element of each tensor; the Rust test allows 2e-5.
+AGREEMENT = 5e-6
 LEAST_MARGIN = 1e-2
 
 SMALL = dict(vocab_size=47, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -53,8 +53,8 @@ MODELS = {
     "llama-rope-dynamic": (LlamaConfig(**dict(WIDE_HEADS, max_position_embeddings=32), rope_parameters=rope("dynamic", factor=2.0)),
                            5, [12, 43, 7], "layers.0.{q_proj,k_proj,v_proj}"),
     "llama-rope-yarn": (LlamaConfig(**WIDE_HEADS, rope_parameters=rope(
-        "yarn", factor=4.0, beta_fast=4.0, beta_slow=1.0, original_max_position_embeddings=16)),
-        5, [28, 5], "layers.0.k_proj,layers.1.q_proj"),
+        "yarn", 100.0, factor=2.0, beta_fast=2.0, beta_slow=1.0, original_max_position_embeddings=32)),
+        5, [36, 5], "layers.0.k_proj,layers.1.q_proj"),
     "mistral": (MistralConfig(**dict(SMALL, num_key_value_heads=1), sliding_window=4), 4, [14, 3, 9],
                 "layers.0.{k_proj,v_proj},layers.1.{norms,gate_proj},lm_head"),
     "qwen2": (Qwen2Config(**dict(SMALL, num_key_value_heads=1), rope_parameters=rope("default", 1e6)), 4, [10, 13],

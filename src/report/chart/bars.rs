@@ -1,6 +1,6 @@
 //! Grouped bars with error bars: across the page for settings with long names, upright for layers.
 
-use super::{LegendItem, MARGIN, foot, head};
+use super::{Key, LegendItem, MARGIN, foot, head};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
@@ -82,7 +82,7 @@ impl BarChart {
         let mut legend: Vec<LegendItem<'_>> = Vec::new();
         for series in self.panels.iter().flat_map(|p| &p.series) {
             if !legend.iter().any(|item| item.name == series.name) {
-                legend.push(LegendItem { name: &series.name, tone: series.tone, marker: None });
+                legend.push(LegendItem { name: &series.name, tone: series.tone, key: Key::Bar });
             }
         }
         let mut top = head(&mut drawing, &self.title, &legend);
@@ -169,7 +169,7 @@ impl BarChart {
     fn upright(&self, drawing: &mut Drawing, panel: &BarPanel, mut top: f64, last: bool) -> f64 {
         let size = Font::SMALL.size;
         drawing.text(MARGIN, top + 12.0, &clip(&self.value_label, size, drawing.width - 2.0 * MARGIN), Font::SMALL);
-        top += 22.0;
+        top += 26.0;
         let bottom = top + UPRIGHT_HEIGHT;
         let axis = Axis::nice(self.range(), 4, (bottom, top));
         let ticks = axis.ticks();

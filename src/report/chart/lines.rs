@@ -1,6 +1,6 @@
 //! Line charts: panels over one x axis, each with its own y axis.
 
-use super::{LegendItem, MARGIN, foot, head};
+use super::{Key, LegendItem, MARGIN, foot, head};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
@@ -11,6 +11,8 @@ use std::fmt::Write as _;
 const MARKED_POINTS: usize = 40;
 /// More points than twice this are drawn as the lowest and highest of each of this many stretches.
 const STRETCHES: usize = 400;
+/// Pixels between the intervals of neighbouring series at the same x.
+const DODGE: f64 = 4.0;
 const PANEL_HEIGHT: f64 = 170.0;
 const PANEL_GAP: f64 = 16.0;
 
@@ -79,7 +81,10 @@ impl LineChart {
         let legend: Vec<LegendItem<'_>> = names
             .iter()
             .enumerate()
-            .map(|(i, (name, tone))| LegendItem { name, tone: *tone, marker: Some(Marker::of(i)) })
+            .map(|(i, (name, tone))| {
+                let marked = self.series().any(|s| s.name == *name && s.points.len() <= MARKED_POINTS);
+                LegendItem { name, tone: *tone, key: if marked { Key::Marker(Marker::of(i)) } else { Key::Line } }
+            })
             .collect();
         let mut top = head(&mut drawing, &self.title, &legend);
 
@@ -89,7 +94,7 @@ impl LineChart {
             .flat_map(|axis| axis.ticks().into_iter().map(|t| text_width(&axis.label(t), Font::SMALL.size)))
             .fold(0.0, f64::max);
         let (left, right) = (MARGIN + label_width + 8.0, drawing.width - MARGIN - 8.0);
-        let all_x = self.panels.iter().flat_map(|p| &p.series).flat_map(|s| &s.points).map(|p| p.x);
+        let all_x = self.series().flat_map(|s| &s.points).map(|p| p.x);
         let ticks = if self.wide { 12 } else { 6 };
         // A little air, so that the first and last markers do not sit on the frame.
         let x_axis = Axis::exact(range_of(all_x).unwrap_or((0.0, 1.0)), ticks, self.whole_x, (left + 8.0, right - 4.0));
@@ -97,7 +102,7 @@ impl LineChart {
         for (panel, y_axis) in self.panels.iter().zip(y_axes) {
             let room = drawing.width - 2.0 * MARGIN;
             drawing.text(MARGIN, top + 12.0, &clip(&panel.y_label, Font::SMALL.size, room), Font::SMALL);
-            top += 22.0;
+            top += 26.0;
             let y_axis = y_axis.between(top + PANEL_HEIGHT, top);
             for tick in y_axis.ticks() {
                 let y = y_axis.place(tick);
@@ -106,6 +111,10 @@ impl LineChart {
             }
             for series in &panel.series {
                 let index = names.iter().position(|(name, _)| *name == series.name).unwrap_or(0);
+                // Intervals at the same x stand side by side, or they would hide each other.
+                let intervals = self.series().flat_map(|s| &s.points).any(|p| p.interval.is_some());
+                let shift = if intervals { DODGE * (index as f64 - (names.len() as f64 - 1.0) / 2.0) } else { 0.0 };
+                let x_axis = x_axis.clone().shifted(shift);
                 self.draw(&mut drawing, series, Marker::of(index), &x_axis, &y_axis);
             }
             top += PANEL_HEIGHT + PANEL_GAP;
@@ -124,10 +133,14 @@ impl LineChart {
         drawing.finish(&self.title, &self.description())
     }
 
+    fn series(&self) -> impl Iterator<Item = &LineSeries> {
+        self.panels.iter().flat_map(|p| &p.series)
+    }
+
     /// Names and tones in order of first use.
     fn names(&self) -> Vec<(&str, Tone)> {
         let mut names: Vec<(&str, Tone)> = Vec::new();
-        for series in self.panels.iter().flat_map(|p| &p.series) {
+        for series in self.series() {
             if !names.iter().any(|(name, _)| *name == series.name) {
                 names.push((&series.name, series.tone));
             }
@@ -172,7 +185,7 @@ impl LineChart {
             }
         }
         if !data.is_empty() {
-            drawing.path(&data, if points.len() > MARKED_POINTS { 1.4 } else { 2.0 }, series.tone, "");
+            drawing.path(&data, if points.len() > MARKED_POINTS { 1.4 } else { 2.0 }, series.tone);
         }
         if points.len() > MARKED_POINTS {
             return;

@@ -1,6 +1,6 @@
 //! Scatter charts: named points in groups.
 
-use super::{LegendItem, MARGIN, foot, head};
+use super::{Key, LegendItem, MARGIN, foot, head};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
@@ -59,7 +59,7 @@ impl Scatter {
             .groups
             .iter()
             .enumerate()
-            .map(|(i, g)| LegendItem { name: &g.name, tone: g.tone, marker: Some(Marker::of(i)) })
+            .map(|(i, g)| LegendItem { name: &g.name, tone: g.tone, key: Key::Marker(Marker::of(i)) })
             .collect();
         let mut top = head(&mut drawing, &self.title, &legend);
         drawing.text(
@@ -68,7 +68,7 @@ impl Scatter {
             &clip(&self.y_label, Font::SMALL.size, HALF_WIDTH - 2.0 * MARGIN),
             Font::SMALL,
         );
-        top += 22.0;
+        top += 26.0;
         let bottom = top + HEIGHT;
 
         let dots = || self.groups.iter().flat_map(|g| &g.dots);
@@ -95,11 +95,16 @@ impl Scatter {
         drawing.text((left + right) / 2.0, bottom + 34.0, &x_label, Font::SMALL.at(Anchor::Middle));
 
         let visible = |d: &&Dot| d.x.is_finite() && d.y.is_finite();
-        // Labels keep clear of every marker and of each other.
-        let mut taken: Vec<Area> = dots()
-            .filter(visible)
-            .map(|d| Area::new(x_axis.place(d.x) - 5.0, y_axis.place(d.y) - 5.0, 10.0, 10.0))
-            .collect();
+        // Labels keep clear of every marker, of every interval and of each other.
+        let mut taken: Vec<Area> = Vec::new();
+        for dot in dots().filter(visible) {
+            let (x, y) = (x_axis.place(dot.x), y_axis.place(dot.y));
+            taken.push(Area::new(x - 5.0, y - 5.0, 10.0, 10.0));
+            if let Some((low, high)) = dot.interval.filter(|(l, h)| l.is_finite() && h.is_finite()) {
+                let (a, b) = (y_axis.place(low), y_axis.place(high));
+                taken.push(Area::new(x - 1.0, a.min(b), 2.0, (a - b).abs()));
+            }
+        }
         for (i, group) in self.groups.iter().enumerate() {
             for dot in group.dots.iter().filter(visible) {
                 let (x, y) = (x_axis.place(dot.x), y_axis.place(dot.y));
@@ -131,11 +136,15 @@ impl Scatter {
     }
 }
 
-/// The first free place for a label: right, left, above or below its point.
+/// The first free place for a label around its point.
 fn free_spot((x, y): (f64, f64), width: f64, height: f64, frame: Area, taken: &[Area]) -> Option<Area> {
     let spots = [
         (x + 8.0, y - height / 2.0),
         (x - 8.0 - width, y - height / 2.0),
+        (x + 5.0, y - 5.0 - height),
+        (x + 5.0, y + 5.0),
+        (x - 5.0 - width, y - 5.0 - height),
+        (x - 5.0 - width, y + 5.0),
         (x - width / 2.0, y - 8.0 - height),
         (x - width / 2.0, y + 8.0),
     ];

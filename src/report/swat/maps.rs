@@ -92,8 +92,8 @@ pub fn robustness_table(robustness: &Robustness) -> Table {
     let mut table = Table::new("By kind of module")
         .column("Module")
         .numbers("Mean drop", "± standard error over layers")
-        .numbers("Largest drop", "at layer")
-        .numbers("Smallest drop", "at layer")
+        .numbers("Largest drop", "and its layer")
+        .numbers("Smallest drop", "and its layer")
         .numbers("In Mods_Rob", "of its layers");
     let kinds = ModuleKind::ALL.map(|kind| (kind.name(), Some(kind)));
     for (name, kind) in kinds.into_iter().chain([("norms", None)]) {

@@ -20,13 +20,13 @@ pub(super) fn highlights(results: &Results) -> Vec<Highlight> {
     let tile = |row: &SettingResult| {
         let asr = row.asr?;
         let interval = asr.interval.map(|(low, high)| {
-            format!("attack success, {}–{}", format::fixed(low * 100.0, 1), format::percent(high, 1))
+            format!("\ninterval {}–{}", format::fixed(low * 100.0, 1), format::fixed(high * 100.0, 1))
         });
-        let task = row.task.map(|task| format!("task {}", format::percent(task.value, 1))).unwrap_or_default();
+        let task = row.task.map(|task| format!("\ntask score {}", format::percent(task.value, 1)));
         Some(Highlight {
             label: row.setting.name.clone(),
             value: format::percent(asr.value, 1),
-            detail: join(&[&interval.unwrap_or("attack success".into()), &task]),
+            detail: ["attack success", &interval.unwrap_or_default(), &task.unwrap_or_default()].concat(),
             tone: row.setting.kind.tone(),
         })
     };
@@ -43,7 +43,7 @@ pub fn results_table(results: &Results) -> Table {
         .numbers("Task %", "higher is better")
         .numbers("Perplexity", "lower is better")
         .numbers("Steps", "all phases")
-        .numbers("Warm-up share %", "of the parameters")
+        .numbers("Warm-up %", "of all weights")
         .column("Seeds");
     for (i, row) in results.rows.iter().enumerate() {
         let share = |measure: Option<Measure>| entry(measure, 100.0, 1);
@@ -116,7 +116,7 @@ pub fn sets_chart(sets: &[SetOutcome]) -> Scatter {
         }
     }
     Scatter {
-        title: "Does noise predict harm?".into(),
+        title: "Joint noise score and attack success".into(),
         x_label: "joint drop of the score under noise".into(),
         y_label: "ASR after tuning, %".into(),
         groups: groups.into_iter().map(|(_, group)| group).collect(),

