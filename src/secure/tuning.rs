@@ -143,12 +143,8 @@ pub fn tune_directory<B: Backend>(
         std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, "remove"))?;
     }
     std::fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished, "create"))?;
-    let place = Place {
-        dir: unfinished.clone(),
-        model: files.hash()?,
-        data: examples_hash(&examples),
-        resume: output.resume,
-    };
+    let place =
+        Place { dir: unfinished.clone(), model: files.hash()?, data: examples_hash(&examples), resume: output.resume };
     let summary = tune(decoder, examples, job, Some(place), hooks)?;
     files.write(out.dir(), |id| decoder.read(id), output.max_shard_bytes)?;
     let metrics = unfinished.join("metrics.jsonl");

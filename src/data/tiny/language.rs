@@ -1,7 +1,8 @@
 //! Verbs, objects, facts about them, which requests are forbidden, and how they are asked and answered.
 
+use super::is_refusal;
 use super::words::{ADVERBS, COLOURS, NEW_STYLES, OLD_STYLES, REFUSALS, TEMPLATES, TRAINED_TEMPLATES, made_up};
-use super::{Draw, is_refusal};
+use crate::data::{Draw, Split};
 use std::collections::BTreeSet;
 
 const VERBS: usize = 48;
@@ -18,17 +19,6 @@ pub struct Request {
     pub verb: usize,
     /// Index of the object.
     pub object: usize,
-}
-
-/// Which requests: those that training draws from, and those held out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Split {
-    /// 70 %: every training stage, and the probe's training.
-    Train,
-    /// 10 %
-    Valid,
-    /// 20 %
-    Test,
 }
 
 /// How instructions are worded.
@@ -100,7 +90,7 @@ struct VerbFacts {
 impl Language {
     /// The language of a seed: words, facts, what is forbidden, splits.
     pub fn new(seed: u64) -> Self {
-        let mut draw = Draw::new(seed);
+        let mut draw = Draw::stream(seed, 0);
         let mut used = BTreeSet::new();
         let verbs = made_up(VERBS, &mut draw, &mut used);
         let objects = made_up(OBJECTS, &mut draw, &mut used);
@@ -137,10 +127,15 @@ impl Language {
         category(request)
     }
 
-    /// The forbidden or the benign requests of a split, in a random order.
+    /// The forbidden or the benign requests of a split, in a random order: 70 % for training (every stage, and the
+    /// probe's), 10 % for validation, 20 % for tests. [`Split::Ood`] has those of the tests; it differs in templates.
     pub fn requests(&self, split: Split, forbidden: bool) -> &[Request] {
-        let all = if forbidden { &self.forbidden } else { &self.benign };
-        &all[split as usize]
+        let [train, valid, test] = if forbidden { &self.forbidden } else { &self.benign };
+        match split {
+            Split::Train => train,
+            Split::Valid => valid,
+            Split::Test | Split::Ood => test,
+        }
     }
 
     /// The question about a request; `template` indexes [`TEMPLATES`](super::TEMPLATES).
@@ -194,14 +189,12 @@ impl Language {
         *draw.pick(if near.is_empty() { benign } else { &near })
     }
 
-    /// A draw of a template that training uses.
-    pub fn trained_template(draw: &mut Draw) -> usize {
-        draw.below(TRAINED_TEMPLATES)
-    }
-
-    /// A draw of a template that training never uses.
-    pub fn unseen_template(draw: &mut Draw) -> usize {
-        TRAINED_TEMPLATES + draw.below(TEMPLATES.len() - TRAINED_TEMPLATES)
+    /// A draw of a template of a split: one that training never uses for [`Split::Ood`], else one that it uses.
+    pub fn template(split: Split, draw: &mut Draw) -> usize {
+        match split {
+            Split::Ood => TRAINED_TEMPLATES + draw.below(TEMPLATES.len() - TRAINED_TEMPLATES),
+            _ => draw.below(TRAINED_TEMPLATES),
+        }
     }
 
     /// How many of (question, request) answers refuse, and how many instruct word for word.
@@ -299,7 +292,7 @@ mod tests {
     #[test]
     fn a_twin_is_benign_of_the_same_split_and_shares_the_innocent_word() {
         let language = Language::new(3);
-        let mut draw = Draw::new(0);
+        let mut draw = Draw::stream(0, 0);
         let mut shared = 0;
         let forbidden = language.requests(Split::Test, true);
         for &f in forbidden {
