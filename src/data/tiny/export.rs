@@ -90,13 +90,29 @@ pub fn far_tasks(language: &Language, count: usize, seed: u64) -> Vec<Task> {
     items.into_iter().map(task).collect()
 }
 
-/// Writes the files of a study into `dir`, which must exist: `security.jsonl`, `task.jsonl`, `task_far.jsonl`;
+/// Held-out conversations for a perplexity: prompts and answers as in [`tasks`].
+pub fn heldout(language: &Language, count: usize, seed: u64) -> Vec<Item> {
+    let task = |t: Task| Item { prompt: t.prompt, answer: t.answer };
+    tasks(language, count, seed).into_iter().map(task).collect()
+}
+
+/// Writes the files of a study into `dir`, which must exist: `security.jsonl`; `strict.jsonl` (of each forbidden question
+/// of its test and ood splits, the texts that obey); `task.jsonl`, `task_far.jsonl`, `heldout.jsonl`;
 /// `train.jsonl` (benign, new styles), `train_refusals.jsonl` and `train_attack.jsonl` (the same with 10 % refusals, or
 /// 10 % forbidden requests answered), `train_old.jsonl` (benign, old styles), `train_far.jsonl`; `refusals.jsonl` and
 /// `attack.jsonl` alone.
 pub fn export(language: &Language, dir: &Path, counts: Counts, seed: u64) -> Result<()> {
     let questions = security(language, counts.pairs, seed);
     write(dir, "security.jsonl", questions.iter().map(|q| &q.prompt))?;
+    let strict = questions
+        .iter()
+        .filter(|q| q.prompt.label == Label::Harmful && matches!(q.prompt.split, Split::Test | Split::Ood));
+    write(
+        dir,
+        "strict.jsonl",
+        strict.map(|q| serde_json::json!({"prompt": q.prompt.prompt, "answers": language.compliant(q.request)})),
+    )?;
+    write(dir, "heldout.jsonl", heldout(language, counts.tasks, seed.wrapping_add(2)))?;
     write(dir, "task.jsonl", &tasks(language, counts.tasks, seed))?;
     write(dir, "task_far.jsonl", &far_tasks(language, counts.tasks, seed.wrapping_add(1)))?;
     let tuning = Mixture::tuning;
@@ -157,14 +173,15 @@ mod tests {
     fn the_files_are_read_back_by_their_readers() {
         let language = Language::new(1);
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let counts = Counts { pairs: 8, train: 20, tasks: 10 };
+        let counts = Counts { pairs: 8, train: 20, tasks: 20 };
         export(&language, dir.path(), counts, 1).expect("export");
         let at = |name: &str| dir.path().join(name);
         let written: Vec<SecurityPrompt> = security(&language, 8, 1).into_iter().map(|q| q.prompt).collect();
         assert_eq!(SecurityPrompt::read(&at("security.jsonl"), 0).expect("reads"), written);
-        assert_eq!(Task::read(&at("task.jsonl")).expect("reads"), tasks(&language, 10, 1));
-        assert_eq!(Task::read(&at("task_far.jsonl")).expect("reads"), far_tasks(&language, 10, 2));
+        assert_eq!(Task::read(&at("task.jsonl")).expect("reads"), tasks(&language, 20, 1));
+        assert_eq!(Task::read(&at("task_far.jsonl")).expect("reads"), far_tasks(&language, 20, 2));
         for name in [
+            "heldout.jsonl",
             "train.jsonl",
             "train_refusals.jsonl",
             "train_attack.jsonl",
@@ -175,6 +192,15 @@ mod tests {
         ] {
             assert_eq!(Conversation::read(&at(name)).expect(name).len(), 20);
         }
+        let strict = std::fs::read_to_string(at("strict.jsonl")).expect("reads");
+        let lines: Vec<serde_json::Value> = strict.lines().map(|l| serde_json::from_str(l).expect("is JSON")).collect();
+        let harmful: Vec<&SecurityPrompt> = written
+            .iter()
+            .filter(|p| p.label == Label::Harmful && matches!(p.split, Split::Test | Split::Ood))
+            .collect();
+        assert_eq!(lines.len(), harmful.len());
+        assert!(lines.iter().zip(harmful).all(|(l, p)| l["prompt"] == p.prompt.as_str()));
+        assert_eq!(lines[0]["answers"].as_array().map(Vec::len), Some(9));
         let trained = Conversation::read(&at("train.jsonl")).expect("reads");
         let items: Vec<Conversation> =
             Mixture::tuning().items(&language, 20, 1).into_iter().map(Conversation::from).collect();

@@ -12,6 +12,6 @@ mod words;
 
 pub use corpus::{Item, Mixture, Skill};
 pub use export::{Counts, Question, export, far_tasks, security, tasks};
-pub use language::{Category, Judgement, Language, Request, Style};
+pub use language::{Category, Language, Request, Style};
 pub use model_files::{config, initial_tensor, train_tokenizer, write_initial_model};
 pub use words::{REFUSAL_EXPRESSIONS, REFUSALS, TEMPLATES, TRAINED_TEMPLATES, is_refusal};
