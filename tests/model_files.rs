@@ -403,6 +403,9 @@ fn chat_templates_are_found() {
         json!({"bos_token": {"content": "<b>"}, "eos_token": "<e>", "pad_token": null, "chat_template": "{{ bos_token }}one"}),
     );
     assert_eq!(say(&opened, None).unwrap(), "<b>one");
+    fs::write(dir.path().join("special_tokens_map.json"), r#"{"bos_token": "<x>", "eos_token": "<y>"}"#).unwrap();
+    write(json!({"bos_token": "<b>", "eos_token": null, "chat_template": "{{ bos_token }}{{ eos_token }}"}));
+    assert_eq!(say(&opened, None).unwrap(), "<b><y>", "tokenizer_config.json first, then special_tokens_map.json");
     write(json!({"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "two"}]}));
     assert_eq!(say(&opened, None).unwrap(), "two");
     write(json!({"chat_template": [{"name": "tools", "template": "t"}]}));

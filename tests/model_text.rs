@@ -59,11 +59,15 @@ fn hostile_templates_are_errors() {
     let writes = "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}";
     let recurses = "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}";
     let deep = format!("{{{{ {}1{} }}}}", "(".repeat(100_000), ")".repeat(100_000));
+    let doubles = format!("{{% set x = 'ab' %}}{}", "{% set x = x ~ x %}".repeat(60));
+    let captures = format!("{{% set x = 'ab' %}}{}", "{% set x %}{{ x }}{{ x }}{% endset %}".repeat(60));
+    let long = "x".repeat((1 << 20) + 1);
     for (source, message) in [
         (loops, "does not come to an end"),
         (writes, "writes more than"),
         (recurses, "recursion"),
         (deep.as_str(), "recursion"),
+        ("{{ raise_exception('\u{1b}[31m\n') }}", "\\u{1b}[31m\\n"),
         ("{{ raise_exception('no system role') }}", "t.jinja: found invalid operation: no system role (line 1)"),
         ("a\n{% if %}", "syntax error"),
         ("a\n{% for x in messages %}", "(line 2)"),
@@ -81,6 +85,22 @@ fn hostile_templates_are_errors() {
         ("{{ strftime_now('%') }}", "t.jinja"),
         ("{{ nothing | tojson }}", "undefined"),
         ("{% include 'other' %}", "t.jinja"),
+        ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}", "holds a namespace"),
+        ("{% set ns = namespace() %}{% set ns.x = [{'a': ns}] | reverse %}{{ ns.x }}", "holds a namespace"),
+        ("{% set ns = namespace() %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns }}", "32 deep"),
+        (
+            "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "keeps more",
+        ),
+        (
+            "{% set ns = namespace(x='a') %}{% for i in range(99999) %}{% set ns.x = ns.x + 'b' * 999 %}{% endfor %}",
+            "keeps",
+        ),
+        (doubles.as_str(), "keeps more"),
+        (captures.as_str(), "keeps more"),
+        ("{% macro m(x) %}{{ m([x]) }}{% endmacro %}{{ m(1) }}", "recursion"),
+        ("{% set __kept = 1 %}", "a name that this program reserves"),
+        (long.as_str(), "too long"),
         ("{{ none + 1 }}", "t.jinja"),
     ] {
         let error = render(source).unwrap_err();

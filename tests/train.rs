@@ -132,7 +132,7 @@ impl<'a> Process<'a> {
 
     fn run(self) -> (Result<TuneSummary>, Decoder<Cpu>, Ear) {
         let mut decoder = (self.model)();
-        let mut loader = Loader::new(self.examples, self.options.loader());
+        let mut loader = Loader::new(self.examples, self.options.loader()).unwrap();
         let mut ear = Ear { stop_at: self.stop_at, ..Ear::default() };
         let tuner = Tuner::new(&mut decoder, &mut loader, self.options, self.phases).unwrap().measure_updates();
         let tuner = match self.dir {
@@ -155,7 +155,7 @@ fn frozen_tensors_stay_bit_identical_and_the_loss_falls() {
     }
     let first = &summary.phases[0];
     assert_eq!((first.steps, first.skipped_empty, first.skipped_non_finite), (30, 0, 0));
-    assert!(first.last_loss.unwrap() < 0.7 * first.first_loss.unwrap(), "{first:?}");
+    assert!(first.last_loss.unwrap() < 0.85 * first.first_loss.unwrap(), "{first:?}");
     assert_eq!(ear.epochs, (1..=7).collect::<Vec<_>>(), "8 examples, 2 a step: an epoch every 4 steps");
     let cells = &summary.updates.phases[0].cells;
     for (cell, update) in cells {
@@ -182,9 +182,8 @@ fn any_interruption_leaves_the_same_bytes() {
         assert!(stopped.is_err());
         let (resumed, decoder, ear) = Process::new(Some(dir.path())).run();
         let resumed = resumed.unwrap();
-        // Checkpoints: every 3 steps, and after step 7, where the phase ends.
-        let saved = [0, 0, 0, 3, 3, 3, 6, 6, 7, 9, 9, 9, 12, 12, 12][stop as usize - 1];
-        let saved = if stop > 1 && [4, 7, 10, 13].contains(&stop) { stop - 1 } else { saved };
+        // Checkpoints: every 3 steps, and after step 7, where the phase ends; the hook fails before the step is saved.
+        let saved = [0, 3, 6, 7, 9, 12].into_iter().filter(|step| *step < stop).max().unwrap();
         assert_eq!(resumed.resumed_from.unwrap_or(0), saved, "stopped at {stop}");
         assert_eq!(ear.steps.first().unwrap().step, saved + 1);
         assert_eq!(bits(&decoder), bits(&expected), "stopped at {stop}");
@@ -209,11 +208,11 @@ fn any_interruption_leaves_the_same_bytes() {
 
 #[test]
 fn accumulation_and_moments_and_means_survive_interruptions() {
-    let with = |dir, stop_at| Process {
-        options: TuneOptions { batch_size: 1, grad_accum: 3, keep_optimizer: true, ema_decay: Some(0.9), ..options() },
-        stop_at,
-        ..Process::new(dir)
-    };
+    fn with(dir: Option<&Path>, stop_at: Option<u64>) -> Process<'_> {
+        let options =
+            TuneOptions { batch_size: 1, grad_accum: 3, keep_optimizer: true, ema_decay: Some(0.9), ..options() };
+        Process { options, stop_at, ..Process::new(dir) }
+    }
     let (_, expected, _) = with(None, None).run();
     for stop in [2, 5, 7, 8, 11, 14] {
         let dir = tempfile::tempdir().unwrap();
@@ -463,7 +462,7 @@ fn long(dir: Option<&Path>) -> Process<'_> {
 fn killed_processes_are_resumed() {
     let dir = tempfile::tempdir().unwrap();
     let mut kills = 0;
-    for milliseconds in (40..).step_by(23) {
+    for milliseconds in (5..).step_by(17) {
         let mut child = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "child_process"])
             .env("SWAT_TEST_TRAIN_DIR", dir.path())
@@ -486,4 +485,50 @@ fn killed_processes_are_resumed() {
     assert_eq!(bits(&decoder), bits(&expected));
     let steps: Vec<_> = lines(dir.path()).iter().map(|line| line["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, (1..=120).collect::<Vec<_>>());
+}
+
+#[test]
+fn phases_go_on_through_the_data() {
+    let run = |lengths: &[u64]| {
+        let phase = |epochs: &u64| Phase {
+            options: PhaseOptions { epochs: Some(*epochs), ..PhaseOptions::default() },
+            ..two_phases(0, 1).remove(1)
+        };
+        let phases = lengths.iter().map(phase).collect();
+        let (summary, _, ear) = Process { phases, examples: examples(9), ..Process::new(None) }.run();
+        let steps: Vec<u64> = summary.unwrap().phases.iter().map(|phase| phase.steps).collect();
+        (steps, ear.epochs, ear.steps.iter().map(|step| (step.tokens, step.trained_tokens)).collect::<Vec<_>>())
+    };
+    let (steps, epochs, tokens) = run(&[1, 2]);
+    assert_eq!((steps, &epochs[..]), (vec![5, 10], &[1, 2, 3][..]));
+    assert_eq!(run(&[3]), (vec![15], epochs, tokens));
+}
+
+#[test]
+fn a_checkpoint_that_stands_outside_the_run_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(Process { stop_at: Some(5), ..Process::new(Some(dir.path())) }.run().0.is_err());
+    let checkpoint = dir.path().join("checkpoints/step-00000003");
+    let read =
+        |name: &str| -> Value { serde_json::from_slice(&std::fs::read(checkpoint.join(name)).unwrap()).unwrap() };
+    let (state, mut manifest) = (read("state.json"), read("manifest.json"));
+    for (field, value) in [
+        ("/run/phase", 9.into()),
+        ("/run/position/batch", 4.into()),
+        ("/run/summaries", Value::Array(vec![])),
+        ("/run/step", u64::MAX.into()),
+        ("/run/phase_step", 4.into()),
+        ("/run/phase", Value::Null),
+    ] {
+        let mut changed = state.clone();
+        *changed.pointer_mut(field).unwrap() = value;
+        let text = changed.to_string();
+        manifest["state.json"]["bytes"] = text.len().into();
+        manifest["state.json"]["blake3"] = blake3::hash(text.as_bytes()).to_hex().to_string().into();
+        std::fs::write(checkpoint.join("state.json"), text).unwrap();
+        std::fs::write(checkpoint.join("manifest.json"), manifest.to_string()).unwrap();
+        let error = Process::new(Some(dir.path())).run().0.unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{field}: {error}");
+        assert!(error.to_string().contains("state.json"), "{field}: {error}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::{Common, plan, print_json, print_line};
 use crate::error::Result;
-use crate::report::bytes;
+use crate::report::format::bytes;
 use clap::Args;
 use serde_json::json;
 

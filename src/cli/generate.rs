@@ -3,14 +3,14 @@
 use super::open::ModelArgs;
 use super::{Common, print_json, print_line, progress};
 use crate::backend::Sampling;
-use crate::data::read_prompts;
+use crate::data::JsonLines;
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::model::Message;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Answers of a model: chat template, greedy or sampled, many prompts at once
@@ -97,7 +97,8 @@ impl Generate {
             left[prompt] += 1;
             if stream && !options.stop.contains(&token) {
                 let mut out = std::io::stdout().lock();
-                let _ = out.write_all(text.push(token).as_bytes()).and_then(|()| out.flush());
+                let piece = text.step(token).unwrap_or_default();
+                let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
             } else if left[prompt] == 1 && !stream {
                 bar.inc(1);
             }
@@ -105,7 +106,7 @@ impl Generate {
         bar.finish_and_clear();
         let rate = drawn as f64 / started.elapsed().as_secs_f64();
         if stream {
-            return print_line("");
+            return print_line(&text.finish()?);
         }
         for (prompt, answer) in prompts.iter().zip(answers) {
             let decoded = opened.tokenizer.decode(&answer.tokens)?;
@@ -120,4 +121,21 @@ impl Generate {
         }
         Ok(())
     }
+}
+
+/// Conversations of a chat file, to be continued by the model.
+fn read_prompts(path: &Path) -> Result<Vec<Vec<Message>>> {
+    JsonLines::open(path)?.parse_all(|line| {
+        if line.get("prompt").is_some() {
+            return Ok(vec![Message { role: "user".into(), content: line.text("prompt")?.into() }]);
+        }
+        let expected = "\"messages\": a list of {\"role\", \"content\"} that ends with the user, or \"prompt\": text";
+        let messages = line.get("messages").cloned().unwrap_or_default();
+        let messages: Vec<Message> =
+            serde_json::from_value(messages).map_err(|_| line.error("no such messages", expected))?;
+        match messages.last() {
+            Some(last) if last.role != "assistant" => Ok(messages),
+            _ => Err(line.error("no question to answer", expected)),
+        }
+    })
 }

@@ -6,6 +6,7 @@ mod open;
 mod plan;
 mod progress;
 mod score;
+mod tune;
 
 use crate::error::{Error, Result};
 use clap::{Args, Parser, Subcommand};
@@ -27,6 +28,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Tune(Box<tune::Tune>),
     Generate(generate::Generate),
     Score(score::Score),
     Plan(plan::PlanCommand),
@@ -60,6 +62,7 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Tune(c) => c.run(),
         Command::Generate(c) => c.run(),
         Command::Score(c) => c.run(),
         Command::Plan(c) => c.run(),

@@ -5,6 +5,7 @@ use crate::backend::cpu::Cpu;
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
 use crate::model::{ChatTemplate, ModelDir, Tokenizer};
+use crate::modules::ModuleSet;
 use clap::Args;
 use std::path::PathBuf;
 
@@ -51,4 +52,9 @@ impl ModelArgs {
     pub(super) fn template(&self, files: &ModelDir) -> Result<ChatTemplate> {
         files.chat_template(self.chat_template.as_deref())
     }
+}
+
+/// Mods_Rob from a file of `swat search`, or from a set's text.
+pub(super) fn mods(text: &str, files: &ModelDir) -> Result<ModuleSet> {
+    ModuleSet::parse(text, &files.config.cells())
 }

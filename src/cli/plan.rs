@@ -7,7 +7,7 @@ use crate::engine::{Lora, Plan, Workload};
 use crate::error::{Error, Result};
 use crate::model::ModelDir;
 use crate::modules::{ModuleSet, ParamId};
-use crate::report::{bytes, count, percent};
+use crate::report::format::{bytes, count, percent};
 use clap::Args;
 use serde_json::json;
 
@@ -88,7 +88,7 @@ impl PlanCommand {
         }
         print_line(&format!(
             "trainable    {:>12}  {} of {} parameters",
-            percent(plan.trainable_share()),
+            percent(plan.trainable_share(), 1),
             count(plan.trainable),
             count(plan.parameters)
         ))?;

@@ -1,8 +1,19 @@
 //! Examples: training conversations, security prompts, tasks; loss mask, packing, an exactly positioned loader.
 
+mod answer;
+mod conversation;
+mod draw;
 mod example;
+mod jsonl;
 mod loader;
+mod packing;
+mod security;
+mod task;
 pub mod tiny;
 
-pub use example::Example;
-pub use loader::{Loader, LoaderOptions, LoaderPosition};
+pub use conversation::Conversation;
+pub use example::{Chat, ChatText, Example, Examples};
+pub use jsonl::{JsonLines, Line, MAX_LINE_BYTES};
+pub use loader::{Loader, LoaderOptions, LoaderPosition, mix};
+pub use security::{Label, SecurityPrompt, Split};
+pub use task::{Match, Task};

@@ -2,7 +2,8 @@
 
 use super::decoder::{Overlay, read_floats};
 use super::{Batch, Decoder};
-use crate::backend::{Backend, Buffer, Philox, Sampling};
+use crate::backend::philox::{uniform, words};
+use crate::backend::{Backend, Buffer, Sampling};
 use crate::error::{Error, Result};
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
@@ -227,7 +228,11 @@ impl<B: Backend> Decoder<B> {
         let logits = self.head_logits(&Overlay::new(), normed)?;
         let uniforms: Vec<f32> = draws
             .iter()
-            .map(|(prompt, token)| Philox::at(options.seed, *prompt as u64, *token as u64).uniform() as f32)
+            .map(|(prompt, token)| {
+                let [word, ..] = words(options.seed, *prompt as u64, *token as u64);
+                // The generator's uniforms lie in (0, 1]; a draw takes [0, 1).
+                1.0 - uniform(word)
+            })
             .collect();
         let mut device = self.stats(draws.len())?;
         self.backend.write(&uniforms, device.view_mut())?;

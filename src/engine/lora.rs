@@ -2,7 +2,8 @@
 
 use super::Decoder;
 use super::decoder::{Parameter, upload};
-use crate::backend::{Backend, Epilogue, LinearShape, Philox};
+use crate::backend::philox::Philox;
+use crate::backend::{Backend, Epilogue, LinearShape};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
 

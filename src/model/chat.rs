@@ -1,9 +1,13 @@
 //! Chat templates: Jinja as transformers runs it.
 
-use super::input::guarded;
+mod prepare;
+
+use super::input::{guarded, printable};
 use crate::error::{Error, Result};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior, context};
+use prepare::{COUNTED, KEPT, prepare};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
@@ -12,6 +16,14 @@ use std::io;
 const FUEL: u64 = 5_000_000;
 /// The longest text that a template may render.
 const MOST_OUTPUT_BYTES: usize = 1 << 25;
+/// The bytes that one rendering may keep in variables and write, captured blocks included.
+const MOST_KEPT_BYTES: usize = 4 * MOST_OUTPUT_BYTES;
+/// How deeply lists and objects may nest in what a namespace holds.
+const MOST_DEPTH: usize = 32;
+/// Nested calls of macros recurse on the stack: this holds the engine's limit of them many times over.
+const STACK_BYTES: usize = 1 << 26;
+/// The longest template; published ones have up to 30 kB.
+const MOST_SOURCE_BYTES: usize = 1 << 20;
 /// The widest indentation that a template may ask for.
 const MOST_INDENT: usize = 64;
 const NAME: &str = "chat_template";
@@ -52,7 +64,7 @@ impl ChatTemplate {
         environment.add_filter("join", |value: Value, joiner: Option<&str>| join(&value, joiner.unwrap_or_default()));
         environment.add_filter("replace", replace);
         // Their sizes are not bounded, and no published template uses them.
-        for filter in ["center", "format", "batch", "slice", "pprint"] {
+        for filter in ["center", "format", "batch", "slice", "pprint", "chain", "zip"] {
             environment.remove_filter(filter);
         }
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
@@ -62,7 +74,14 @@ impl ChatTemplate {
             let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
             jiff::fmt::strtime::format(&format, &now).map_err(|e| refused(e.to_string()))
         });
-        let source = without_generation_tags(source);
+        environment.add_function(COUNTED, |value: Value| count(&value).map(|()| value));
+        environment.add_function(KEPT, |value: Value| keep(value, 0));
+        let too_long = source.len() > MOST_SOURCE_BYTES;
+        let Some(source) = prepare(source).filter(|_| !too_long) else {
+            let found = if too_long { "a template that is too long" } else { "a name that this program reserves" };
+            let expected = format!("at most {MOST_SOURCE_BYTES} bytes, neither `{COUNTED}` nor `{KEPT}`");
+            return Err(Error::input(place, found, expected));
+        };
         guarded(place, "template parser", || environment.add_template_owned(NAME, source))?
             .map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?;
         Ok(Self { environment, place: place.to_owned(), special })
@@ -80,8 +99,18 @@ impl ChatTemplate {
             ..Value::from_serialize(&self.special)
         };
         let mut text = Bounded { bytes: Vec::new() };
-        let rendered = guarded(&self.place, "template engine", || {
-            self.environment.get_template(NAME)?.render_captured_to(context, &mut text).map(|_| ())
+        let run = || {
+            guarded(&self.place, "template engine", || {
+                let template = self.environment.get_template(NAME)?;
+                template.render_captured_to(context, &mut text).map(|_| ())
+            })
+        };
+        // A thread of its own has a known stack, and fresh counters.
+        let rendered = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
+            let thread =
+                thread.map_err(|e| Error::failed(format!("cannot start a thread ({e})"), "free some memory"))?;
+            thread.join().map_err(|_| Error::failed("a chat template's thread panicked", "report this"))?
         })?;
         rendered.map_err(|e| Error::input(&self.place, reason(&e), "a template that renders these messages"))?;
         String::from_utf8(text.bytes)
@@ -100,7 +129,7 @@ fn reason(error: &minijinja::Error) -> String {
     if let Some(line) = error.line() {
         let _ = write!(text, " (line {line})");
     }
-    text
+    printable(&text)
 }
 
 /// A writer that refuses to grow past [`MOST_OUTPUT_BYTES`].
@@ -122,8 +151,54 @@ impl io::Write for Bounded {
     }
 }
 
+thread_local! {
+    /// Bytes that this thread's rendering has kept and written.
+    static KEPT_BYTES: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Adds the length of a string to what the rendering has used.
+fn count(value: &Value) -> Result<(), minijinja::Error> {
+    let total = KEPT_BYTES.get().saturating_add(value.as_str().map_or(8, str::len));
+    KEPT_BYTES.set(total);
+    if total > MOST_KEPT_BYTES {
+        return Err(refused(format!("a template that keeps more than {MOST_KEPT_BYTES} bytes")));
+    }
+    Ok(())
+}
+
+/// What a namespace may hold: strings, numbers, and lists and objects of them. Iterators become lists.
+fn keep(value: Value, depth: usize) -> Result<Value, minijinja::Error> {
+    count(&value)?;
+    if depth > MOST_DEPTH {
+        return Err(refused(format!("a namespace that holds lists nested more than {MOST_DEPTH} deep")));
+    }
+    match value.kind() {
+        ValueKind::Seq => value.try_iter()?.try_for_each(|item| keep(item, depth + 1).map(|_| ()))?,
+        ValueKind::Iterable => {
+            let items: Result<Vec<Value>, _> = value.try_iter()?.map(|item| keep(item, depth + 1)).collect();
+            return items.map(Value::from);
+        }
+        ValueKind::Map if is_namespace(&value) => return Err(refused("a namespace that holds a namespace")),
+        ValueKind::Map => {
+            for key in value.try_iter()? {
+                keep(value.get_item(&key)?, depth + 1)?;
+                keep(key, depth + 1)?;
+            }
+        }
+        ValueKind::Plain => return Err(refused("a namespace that holds a macro, a function or a loop")),
+        _ => {}
+    }
+    Ok(value)
+}
+
+fn is_namespace(value: &Value) -> bool {
+    let type_name = |value: &Value| value.as_object().map(|object| object.type_name());
+    minijinja::functions::namespace(None).is_ok_and(|namespace| type_name(&namespace) == type_name(value))
+}
+
 /// Prints as Python does: `True`, `False`, `None`.
 fn format_value(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
+    count(value)?;
     match value.kind() {
         ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
         ValueKind::None => Ok(out.write_str("None")?),
@@ -299,30 +374,4 @@ impl JsonStyle {
             }
         }
     }
-}
-
-/// `{% generation %}` marks what an assistant said; here it only opens a scope, as `{% with %}` does.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at + 2);
-        out.push_str(before);
-        let sign = tag.len() - tag.strip_prefix(['-', '+']).unwrap_or(tag).len();
-        let (sign, tag) = tag.split_at(sign);
-        let word = tag.trim_start();
-        let (spaces, _) = tag.split_at(tag.len() - word.len());
-        out.push_str(sign);
-        out.push_str(spaces);
-        rest = word;
-        for (tag, replacement) in [("generation", "with"), ("endgeneration", "endwith")] {
-            let Some(after) = word.strip_prefix(tag) else { continue };
-            if after.trim_start().trim_start_matches(['-', '+']).starts_with("%}") {
-                out.push_str(replacement);
-                rest = after;
-                break;
-            }
-        }
-    }
-    out + rest
 }

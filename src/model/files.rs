@@ -138,11 +138,13 @@ impl ModelDir {
     /// The chat template: the file `named`, else `chat_template.jinja`, else the one (or the one called `default`) in
     /// `tokenizer_config.json`. A model without any needs one named.
     pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
-        let config = match file_in(&self.dir, "tokenizer_config.json")? {
-            Some(path) => read_json(&path, MOST_TOKENIZER_CONFIG_BYTES)?,
-            None => Value::Null,
+        let read = |name: &str| match file_in(&self.dir, name)? {
+            Some(path) => read_json(&path, MOST_TOKENIZER_CONFIG_BYTES),
+            None => Ok(Value::Null),
         };
-        let special = special_tokens(&config);
+        let config = read("tokenizer_config.json")?;
+        let mut special = special_tokens(&read("special_tokens_map.json")?);
+        special.extend(special_tokens(&config));
         let jinja = match named {
             Some(named) => Some(named.to_owned()),
             None => file_in(&self.dir, "chat_template.jinja")?,
@@ -299,7 +301,7 @@ fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
     }
     for (tensor, file) in weight_map {
         let shard = file.as_str().and_then(|file| shards.get(file));
-        if !shard.is_some_and(|shard| shard.info(tensor).is_ok()) {
+        if shard.is_none_or(|shard| shard.info(tensor).is_err()) {
             let found = format!("tensor `{}` in {file}, which lacks it", tensor.escape_debug());
             return Err(Error::input(place, found, "an index that agrees with its shards"));
         }

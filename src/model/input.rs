@@ -66,7 +66,16 @@ pub(crate) fn read_text(path: &Path, most_bytes: u64) -> Result<String> {
 /// The value of a JSON file of at most `most_bytes`.
 pub(crate) fn read_json(path: &Path, most_bytes: u64) -> Result<serde_json::Value> {
     serde_json::from_str(&read_text(path, most_bytes)?)
-        .map_err(|e| Error::input(path.display().to_string(), format!("malformed JSON ({e})"), "JSON"))
+        .map_err(|e| Error::input(path.display().to_string(), format!("malformed JSON ({})", printable(&e)), "JSON"))
+}
+
+/// A parser's message, which may quote its input, on one line and without control characters.
+pub(crate) fn printable(message: &impl ToString) -> String {
+    message
+        .to_string()
+        .chars()
+        .flat_map(|c| if c.is_control() { c.escape_debug().collect() } else { vec![c] })
+        .collect()
 }
 
 /// Runs a parser that is not ours on input that is not ours: its panic becomes an error about `place`.

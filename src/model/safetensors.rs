@@ -4,6 +4,7 @@
 //! `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__"?: {…}}`, then the tensors' bytes without
 //! gaps.
 
+use super::input::printable;
 use crate::error::{Error, Result};
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -262,8 +263,8 @@ fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo
     let (header, data) = after.split_at(length as usize);
     let header = std::str::from_utf8(header)
         .map_err(|e| wrong(format!("a header that is not UTF-8 at byte {}", e.valid_up_to()), "a JSON header"))?;
-    let Header(tensors) =
-        serde_json::from_str(header).map_err(|e| wrong(format!("a malformed header ({e})"), "a JSON header"))?;
+    let Header(tensors) = serde_json::from_str(header)
+        .map_err(|e| wrong(format!("a malformed header ({})", printable(&e)), "a JSON header"))?;
 
     let mut by_offset: Vec<(&String, &TensorInfo)> = tensors.iter().collect();
     by_offset.sort_by_key(|(_, info)| info.data_offsets);

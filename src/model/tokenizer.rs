@@ -1,6 +1,6 @@
 //! Text to tokens and back.
 
-use super::input::{guarded, read_bytes};
+use super::input::{guarded, printable, read_bytes};
 use crate::error::{Error, Result};
 use std::path::Path;
 use std::sync::Arc;
@@ -25,10 +25,11 @@ impl Tokenizer {
         let place = path.display().to_string();
         let bytes = read_bytes(path, MOST_BYTES)?;
         let read = guarded(&place, "tokenizer", || tokenizers::Tokenizer::from_bytes(&bytes))?;
-        let mut inner =
-            read.map_err(|e| Error::input(&place, format!("a malformed tokenizer ({e})"), "a tokenizer.json"))?;
+        let mut inner = read.map_err(|e| {
+            Error::input(&place, format!("a malformed tokenizer ({})", printable(&e)), "a tokenizer.json")
+        })?;
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| Error::input(&place, e.to_string(), "a tokenizer.json"))?;
+        inner.with_truncation(None).map_err(|e| Error::input(&place, printable(&e), "a tokenizer.json"))?;
         let vocab = inner.get_vocab(true).values().max().map_or(0, |most| *most as usize + 1);
         if vocab == 0 {
             return Err(Error::input(place, "no tokens", "a tokenizer with a vocabulary"));
@@ -39,14 +40,14 @@ impl Tokenizer {
     /// Token ids; `special` lets the post-processor add its tokens (never for text that a chat template rendered).
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = guarded(&self.place, "tokenizer", || self.inner.encode_fast(text, special))?;
-        let encoding = encoding.map_err(|e| Error::input(&self.place, e.to_string(), "a tokenizer for this text"))?;
+        let encoding = encoding.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer for this text"))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Text, special tokens skipped. Ids that the tokenizer does not know give no text.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         let text = guarded(&self.place, "tokenizer", || self.inner.decode(tokens, true))?;
-        text.map_err(|e| Error::input(&self.place, e.to_string(), "a tokenizer that decodes its tokens"))
+        text.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer that decodes its tokens"))
     }
 
     /// Ids from 0 to this, exclusive.

@@ -28,7 +28,7 @@ impl Store {
         self.dir.join(format!("{PREFIX}{step:08}"))
     }
 
-    /// Removes all checkpoints: a run that starts anew must not find another's later.
+    /// Removes all checkpoints.
     pub(super) fn clear(&self) -> Result<()> {
         remove(&self.dir)
     }

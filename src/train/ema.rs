@@ -4,7 +4,7 @@ use crate::backend::{Backend, FloatElement};
 use crate::engine::Decoder;
 use crate::error::Result;
 use crate::modules::ParamId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 /// w̄ ← decay·w̄ + (1 − decay)·w of each tensor that has trained, on the host, in f32.
 #[derive(Default)]
@@ -16,8 +16,8 @@ impl Ema {
     /// Begins the mean of tensors that have none, at their present values.
     pub(super) fn begin<B: Backend>(&mut self, decoder: &Decoder<B>, ids: impl Iterator<Item = ParamId>) -> Result<()> {
         for id in ids {
-            if !self.means.contains_key(&id) {
-                self.means.insert(id, decoder.read(id)?);
+            if let Entry::Vacant(mean) = self.means.entry(id) {
+                mean.insert(decoder.read(id)?);
             }
         }
         Ok(())

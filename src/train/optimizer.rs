@@ -173,12 +173,12 @@ impl<B: Backend> Optimizer<B> {
                 });
             }
             let StepSettings { beta1, beta2, eps, seed, .. } = *settings;
-            let hyper = AdamW { beta1, beta2, eps, step: steps + 1, max_grad_norm, seed };
+            let hyper = AdamW { beta1, beta2, eps, step: steps.saturating_add(1), max_grad_norm, seed };
             backend.adamw_masked(table, self.squares.range(0..table_squares.len()), hyper)?;
         }
         drop(tables);
         for slot in &mut self.slots {
-            slot.steps += 1;
+            slot.steps = slot.steps.saturating_add(1);
         }
         Ok(StepOutcome::Done { grad_norm })
     }

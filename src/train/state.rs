@@ -17,7 +17,7 @@ use std::path::PathBuf;
 /// Cells named in a reason; more are counted.
 const NAMED_CELLS: usize = 4;
 
-/// Where a run stands. Nothing in it that decides a bit of the weights is a fraction: a JSON parser may round those.
+/// Where a run stands. It holds no f64 that must come back as it was: a JSON parser may be off by one bit; f32 survives.
 #[derive(Default, serde::Serialize, serde::Deserialize)]
 pub(super) struct RunState {
     /// Index of the phase.
@@ -50,6 +50,13 @@ impl RunState {
         Self { position, ..Self::default() }
     }
 
+    /// Whether a run of so many phases and micro-batches an epoch can stand here: a checkpoint comes from outside.
+    fn possible(&self, phases: usize, batches_per_epoch: u64) -> bool {
+        let begun = self.phase + usize::from(self.phase_step > 0);
+        let steps = self.step <= 1 << 53 && self.phase_step <= self.step && self.phase_start_step <= self.step;
+        steps && begun <= phases && self.summaries.len() == begun && self.position.batch < batches_per_epoch
+    }
+
     pub(super) fn progress(&self, phase: &str, phase_steps: u64) -> Progress {
         let (step, phase_step, epoch) = (self.step, self.phase_step, self.position.epoch);
         Progress { phase: phase.to_owned(), step, phase_step, phase_steps, epoch }
@@ -66,8 +73,8 @@ impl RunState {
         summary.trained_tokens += group.trained_tokens;
         self.skipped = match outcome {
             Outcome::Trained { loss, .. } => {
-                summary.first_loss.get_or_insert(*loss);
-                summary.last_loss = Some(*loss);
+                summary.first_loss.get_or_insert(*loss as f32);
+                summary.last_loss = Some(*loss as f32);
                 (self.non_finite_in_a_row, self.empty_in_a_row) = (0, 0);
                 None
             }
@@ -130,15 +137,26 @@ pub(super) struct Journal {
     store: Store,
     identity: serde_json::Value,
     keep_last: usize,
+    /// Keep the checkpoint at the start of the phase, from which its updates are measured.
+    keep_start: bool,
 }
 
 impl Journal {
-    pub(super) fn new(place: &Place, identity: serde_json::Value, keep_last: usize) -> Self {
-        Self { dir: place.dir.clone(), store: Store::new(&place.dir), identity, keep_last }
+    /// The files at a place, which is made if it is not there.
+    pub(super) fn new(place: &Place, identity: serde_json::Value, keep_last: usize, keep_start: bool) -> Result<Self> {
+        std::fs::create_dir_all(&place.dir).map_err(Error::io(&place.dir, "create"))?;
+        Ok(Self { dir: place.dir.clone(), store: Store::new(&place.dir), identity, keep_last, keep_start })
     }
 
+    /// Removes what an earlier run left: this one must not find it later.
     pub(super) fn clear(&self) -> Result<()> {
-        self.store.clear()
+        self.store.clear()?;
+        let updates = self.updates();
+        if updates.exists() { std::fs::remove_file(&updates).map_err(Error::io(&updates, "remove")) } else { Ok(()) }
+    }
+
+    fn updates(&self) -> PathBuf {
+        self.dir.join("updates.json")
     }
 
     pub(super) fn newest<B: Backend>(&self, hooks: &mut dyn Hooks<B>) -> Result<Option<Saved>> {
@@ -146,9 +164,13 @@ impl Journal {
     }
 
     /// The state of a checkpoint of the same run.
-    pub(super) fn state(&self, saved: &Saved) -> Result<RunState> {
+    pub(super) fn state(&self, saved: &Saved, phases: usize, batches_per_epoch: u64) -> Result<RunState> {
         let state: SavedState = saved.state()?;
         identity::check(&state.identity, &self.identity, &saved.dir)?;
+        if !state.run.possible(phases, batches_per_epoch) {
+            let place = saved.dir.join("state.json").display().to_string();
+            return Err(Error::input(place, "a position outside the run", "an unchanged checkpoint"));
+        }
         Ok(state.run)
     }
 
@@ -217,7 +239,7 @@ impl Journal {
 
         let adam_steps: BTreeMap<String, u32> = moving().map(|slot| (slot.id.to_string(), slot.steps)).collect();
         draft.commit(&serde_json::json!({ "identity": self.identity, "adam_steps": adam_steps, "run": run }))?;
-        let start = (run.phase > 0).then_some(run.phase_start_step);
+        let start = (self.keep_start && run.phase > 0).then_some(run.phase_start_step);
         self.store.prune(run.step, self.keep_last, start)
     }
 
@@ -270,6 +292,6 @@ impl Journal {
         if updates.is_empty() {
             return Ok(());
         }
-        replace_json(&self.dir.join("updates.json"), &Updates { phases: updates.to_vec() })
+        replace_json(&self.updates(), &Updates { phases: updates.to_vec() })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::optimizer::{Optimizer, StepOutcome, StepSettings};
 use crate::backend::Backend;
-use crate::data::{Loader, LoaderPosition};
+use crate::data::Loader;
 use crate::engine::{Batch, Decoder, Gradients};
 use crate::error::Result;
 use crate::modules::Cell;
@@ -19,7 +19,7 @@ pub(super) struct Group {
 impl Group {
     /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch.
     pub(super) fn next(loader: &mut Loader, grad_accum: usize) -> Self {
-        let left = loader.batches_per_epoch() - position(loader).batch;
+        let left = loader.batches_per_epoch() - loader.position().batch;
         let count = (grad_accum as u64).min(left);
         Self::new((0..count).map(|_| Batch::from_examples(loader.next_documents())).collect())
     }
@@ -29,12 +29,6 @@ impl Group {
         let tokens = batches.iter().map(|b| b.tokens.len() as u64).sum();
         Self { batches, trained_tokens, tokens }
     }
-}
-
-/// Where the loader stands, with a finished epoch counted as finished.
-pub(super) fn position(loader: &Loader) -> LoaderPosition {
-    let at = loader.position();
-    if at.batch >= loader.batches_per_epoch() { LoaderPosition { epoch: at.epoch + 1, batch: 0 } } else { at }
 }
 
 /// What became of a group.

@@ -3,7 +3,7 @@
 use super::metrics::MetricsLog;
 use super::plan::Snapshot;
 use super::state::{Journal, RunState};
-use super::step::{Group, Outcome, position, take_step};
+use super::step::{Group, Outcome, take_step};
 use super::updates::PhaseUpdates;
 use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
 use crate::backend::Backend;
@@ -72,9 +72,9 @@ pub struct PhaseSummary {
     /// All tokens.
     pub tokens: u64,
     /// Loss of the first step that had one.
-    pub first_loss: Option<f64>,
+    pub first_loss: Option<f32>,
     /// Loss of the last.
-    pub last_loss: Option<f64>,
+    pub last_loss: Option<f32>,
     /// Time spent in steps, in seconds.
     pub seconds: f64,
 }
@@ -175,17 +175,18 @@ impl<'a, B: Backend> Tuner<'a, B> {
     /// Runs all phases, or what a checkpoint says is left of them.
     pub fn run(mut self, hooks: &mut dyn Hooks<B>) -> Result<TuneSummary> {
         self.check()?;
-        let mut run = RunState::at(position(self.loader));
+        let mut run = RunState::at(self.loader.position());
         let mut optimizer = None;
         let mut snapshot = None;
         let mut summary = TuneSummary::default();
         let mut journal = None;
         if let Some(place) = self.place.clone() {
-            let store = Journal::new(&place, self.identity(&place)?, self.options.keep_last);
+            let identity = self.identity(&place)?;
+            let store = Journal::new(&place, identity, self.options.keep_last, self.measure_updates)?;
             let saved = if place.resume { store.newest(hooks)? } else { None };
             match &saved {
                 Some(saved) => {
-                    run = store.state(saved)?;
+                    run = store.state(saved, self.phases.len(), self.loader.batches_per_epoch())?;
                     summary.resumed_from = Some(run.step);
                     if self.measure_updates && run.phase_step > 0 {
                         snapshot = store
@@ -194,7 +195,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
                             .transpose()?;
                     }
                     optimizer = self.restore(&store, saved, &mut run)?;
-                    self.loader.seek(run.position);
+                    self.loader.seek(run.position)?;
                 }
                 None if place.resume => hooks.note("there is no checkpoint to resume; the run starts at the beginning"),
                 None => {}
@@ -259,11 +260,11 @@ impl<'a, B: Backend> Tuner<'a, B> {
                 hooks.epoch_ends(self.decoder, &at)?;
             }
             let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
-            if due && run.phase_step < total {
-                if let Some((store, log)) = journal.as_deref_mut() {
-                    log.sync()?;
-                    store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
-                }
+            // The last step of a phase is saved below, with the phase behind it.
+            let due = due && run.phase_step < total;
+            if let Some((store, log)) = journal.as_deref_mut().filter(|_| due) {
+                log.sync()?;
+                store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
             }
         }
 
@@ -314,7 +315,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         if let (Outcome::Trained { .. }, Some(decay)) = (&outcome, self.options.ema_decay) {
             run.ema.update(self.decoder, decay)?;
         }
-        run.advance(position(self.loader), &group, &outcome);
+        run.advance(self.loader.position(), &group, &outcome);
 
         let seconds = began.elapsed().as_secs_f64();
         run.summaries[run.phase].seconds += seconds;

@@ -24,9 +24,9 @@ pub struct PhaseUpdates {
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Update {
     /// ‖W_end − W_start‖_F. With adapters, W is the base weight plus scale · B·A.
-    pub delta_norm: f64,
+    pub delta_norm: f32,
     /// ‖W_start‖_F, of the base weights.
-    pub weight_norm: f64,
+    pub weight_norm: f32,
 }
 
 /// Measures the cells of `params` (ids with shapes). `before` and `after` give a tensor's values; `before` is asked for
@@ -38,31 +38,30 @@ pub fn cell_updates(
     mut before: impl FnMut(ParamId) -> Result<Vec<f32>>,
     mut after: impl FnMut(ParamId) -> Result<Vec<f32>>,
 ) -> Result<BTreeMap<Cell, Update>> {
-    // Squares first; roots at the end.
-    let mut cells: BTreeMap<Cell, Update> = BTreeMap::new();
+    // Squares of the change and of the weight.
+    let mut cells: BTreeMap<Cell, (f64, f64)> = BTreeMap::new();
     for (id, shape) in params {
-        let cell = cells.entry(id.cell()).or_default();
+        let (delta, weight) = cells.entry(id.cell()).or_default();
         match *id {
             ParamId::LoraB(_) => {}
             ParamId::LoraA(module) => {
                 let rank = shape.first().copied().unwrap_or(0);
                 let b = ParamId::LoraB(module);
-                let delta = product_change(rank, &before(*id)?, &before(b)?, &after(*id)?, &after(b)?);
-                cell.delta_norm += lora_scale * lora_scale * delta;
+                let change = product_change(rank, &before(*id)?, &before(b)?, &after(*id)?, &after(b)?);
+                *delta += lora_scale * lora_scale * change;
             }
             _ => {
                 for (old, new) in before(*id)?.into_iter().zip(after(*id)?) {
                     let (old, new) = (f64::from(old), f64::from(new));
-                    cell.delta_norm += (new - old) * (new - old);
-                    cell.weight_norm += old * old;
+                    *delta += (new - old) * (new - old);
+                    *weight += old * old;
                 }
             }
         }
     }
-    for update in cells.values_mut() {
-        *update = Update { delta_norm: update.delta_norm.sqrt(), weight_norm: update.weight_norm.sqrt() };
-    }
-    Ok(cells)
+    let norms =
+        |(delta, weight): (f64, f64)| Update { delta_norm: delta.sqrt() as f32, weight_norm: weight.sqrt() as f32 };
+    Ok(cells.into_iter().map(|(cell, squares)| (cell, norms(squares))).collect())
 }
 
 /// ‖B₁A₁ − B₀A₀‖_F² of A [rank, inputs] and B [outputs, rank], from the Gram matrices of the stacked factors

@@ -128,7 +128,7 @@ fn kv_heads(fields: &Fields<'_>, family: &str, heads: usize) -> Result<usize> {
         None if family == "llama" || fields.mentions("num_key_value_heads") => heads,
         None => return Err(fields.wrong("num_key_value_heads", format!("a whole number from 1 to {heads}"))),
     };
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         return Err(fields.wrong("num_key_value_heads", format!("a divisor of num_attention_heads ({heads})")));
     }
     Ok(kv_heads)
@@ -138,7 +138,7 @@ fn head_dim(fields: &Fields<'_>, family: &str, hidden: usize, heads: usize) -> R
     let head_dim = match fields.size("head_dim", MOST_HEAD_DIM)? {
         Some(head_dim) => head_dim,
         None if family == "qwen3" && !fields.mentions("head_dim") => 128,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             return Err(fields.wrong(
                 "num_attention_heads",
@@ -146,7 +146,7 @@ fn head_dim(fields: &Fields<'_>, family: &str, hidden: usize, heads: usize) -> R
             ));
         }
     };
-    if head_dim % 2 != 0 || head_dim > MOST_HEAD_DIM {
+    if !head_dim.is_multiple_of(2) || head_dim > MOST_HEAD_DIM {
         return Err(Error::input(
             fields.place("head_dim"),
             head_dim.to_string(),

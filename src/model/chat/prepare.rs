@@ -1,0 +1,153 @@
+//! Rewrites a template's source so that it can be run safely.
+//!
+//! - `{% generation %}` marks what an assistant said; here it only opens a scope, as `{% with %}` does.
+//! - `{% set x = e %}` becomes `{% set x = __counted((e)) %}`, and `{% set ns.x = e %}` becomes
+//!   `{% set ns.x = __kept((e)) %}`: the engine bounds instructions, not memory, and lets a namespace hold itself,
+//!   which cannot be printed.
+
+/// The function around what a variable gets: it counts bytes.
+pub(super) const COUNTED: &str = "__counted";
+/// The function around what a namespace gets: it also refuses what could hold the namespace.
+pub(super) const KEPT: &str = "__kept";
+
+/// The rewritten source; `None` if it uses one of our names.
+pub(super) fn prepare(source: &str) -> Option<String> {
+    if source.contains(COUNTED) || source.contains(KEPT) {
+        return None;
+    }
+    let mut out = String::with_capacity(source.len() + source.len() / 8);
+    let mut rest = source;
+    while let Some(at) = rest.find('{') {
+        let (text, from) = rest.split_at(at);
+        out.push_str(text);
+        let piece = match from.as_bytes().get(1) {
+            Some(b'#') => from.find("#}").map_or(from, |end| &from[..end + 2]),
+            Some(b'{') => &from[..tag_end(from, "}}")],
+            Some(b'%') => {
+                let tag = &from[..tag_end(from, "%}")];
+                if word(tag) == "raw" { raw_block(from) } else { tag }
+            }
+            _ => "{",
+        };
+        match piece.strip_prefix("{%") {
+            Some(_) if piece.ends_with("%}") => out.push_str(&prepare_tag(piece)),
+            _ => out.push_str(piece),
+        }
+        rest = &from[piece.len()..];
+    }
+    out.push_str(rest);
+    Some(out)
+}
+
+/// Where a tag that begins at 0 ends, `end` included, if that is outside of strings.
+fn tag_end(from: &str, end: &str) -> usize {
+    outside_strings(from).find(|(i, ..)| *i >= 2 && from[*i..].starts_with(end)).map_or(from.len(), |(i, ..)| i + 2)
+}
+
+/// From `{% raw %}` to its `{% endraw %}`.
+fn raw_block(from: &str) -> &str {
+    let mut searched = 2;
+    while let Some(at) = from[searched..].find("{%") {
+        searched += at;
+        let tag = &from[searched..];
+        if word(tag) == "endraw" {
+            return &from[..searched + tag_end(tag, "%}")];
+        }
+        searched += 2;
+    }
+    from
+}
+
+/// The first word of a `{%` tag.
+fn word(tag: &str) -> &str {
+    let inside = tag[2..].trim_start_matches(['-', '+']).trim_start();
+    let end = inside.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(inside.len());
+    &inside[..end]
+}
+
+/// Characters outside of strings, with their depth in brackets.
+fn outside_strings(text: &str) -> impl Iterator<Item = (usize, char, i32)> {
+    let (mut quote, mut escaped, mut depth) = (None, false, 0);
+    text.char_indices().filter_map(move |(i, c)| {
+        match quote {
+            Some(q) => {
+                if c == q && !escaped {
+                    quote = None;
+                }
+                escaped = c == '\\' && !escaped;
+                return None;
+            }
+            None if c == '\'' || c == '"' => {
+                quote = Some(c);
+                return None;
+            }
+            None => {}
+        }
+        match c {
+            '(' | '[' | '{' => depth += 1,
+            ')' | ']' | '}' => depth -= 1,
+            _ => {}
+        }
+        Some((i, c, depth))
+    })
+}
+
+/// `tag` runs from `{%` to `%}`.
+fn prepare_tag(tag: &str) -> String {
+    let word = word(tag);
+    let replaced = |with: &str| tag.replacen(word, with, 1);
+    match word {
+        "generation" => replaced("with"),
+        "endgeneration" => replaced("endwith"),
+        // Brackets of depth 1: the tag's own.
+        "set" => match outside_strings(tag).find(|(_, c, depth)| *c == '=' && *depth == 1) {
+            Some((equals, ..)) => {
+                let (target, value) = (&tag[..equals], &tag[equals + 1..tag.len() - 2]);
+                let sign = value.len() - value.strip_suffix(['-', '+']).unwrap_or(value).len();
+                let (value, sign) = value.split_at(value.len() - sign);
+                let function = if target.contains('.') { KEPT } else { COUNTED };
+                format!("{target}= {function}(({value})) {sign}%}}")
+            }
+            None => tag.to_owned(),
+        },
+        _ => tag.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn tags_are_rewritten() {
+        for (source, expected) in [
+            ("a {b} c", "a {b} c"),
+            ("{%- set x = 1 -%}", "{%- set x = __counted(( 1 )) -%}"),
+            ("{% set ns.x = ns.x + 'a %} = b' %}", "{% set ns.x = __kept(( ns.x + 'a %} = b' )) %}"),
+            ("{% set a, b = 1, 2 %}", "{% set a, b = __counted(( 1, 2 )) %}"),
+            ("{% set x %}y{% endset %}", "{% set x %}y{% endset %}"),
+            ("{% set x | replace('a', b='=') %}y{% endset %}", "{% set x | replace('a', b='=') %}y{% endset %}"),
+            ("{% generation %}y{%- endgeneration -%}", "{% with %}y{%- endwith -%}"),
+            ("{# {% set x = 1 %} #}{{ '{% set x = 1 %}' }}", "{# {% set x = 1 %} #}{{ '{% set x = 1 %}' }}"),
+            (
+                "{% raw %}{% set x = 1 %}{% endraw %}{% set y='\\'' %}",
+                "{% raw %}{% set x = 1 %}{% endraw %}{% set y= __counted(('\\'' )) %}",
+            ),
+            ("{% set x = 1", "{% set x = 1"),
+            ("{{ 'a", "{{ 'a"),
+            ("{% raw %}", "{% raw %}"),
+            ("{%", "{%"),
+        ] {
+            assert_eq!(prepare(source).as_deref(), Some(expected));
+        }
+        assert_eq!(prepare("{{ __kept(1) }}"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_prepared(source in "([{}%#'\"= é\\\\+-]|set|raw|endraw|generation|\\.x){0,30}") {
+            prop_assert!(prepare(&source).is_some());
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Tables: plain text for terminals, Markdown, and the structure that [`super::html`] draws.
+
+use super::format;
+use super::svg::is_bidi_control;
+
+/// Which characters a text table is drawn with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TextStyle {
+    /// Thin box lines, `±`.
+    Unicode,
+    /// `-`, `+-`: for logs and terminals without UTF-8.
+    Ascii,
+}
+
+/// One entry of a table.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Entry {
+    /// What it says.
+    pub text: String,
+    /// An interval or uncertainty, set beside or below it in a quieter tone; empty = none.
+    pub detail: String,
+    /// What it is sorted by; `None` sorts by the text.
+    pub order: Option<f64>,
+}
+
+impl Entry {
+    /// A text entry.
+    pub fn text(text: impl Into<String>) -> Self {
+        Self { text: text.into(), ..Self::default() }
+    }
+
+    /// A number already formatted, sorted by `value`; not finite = missing.
+    pub fn number(value: f64, text: impl Into<String>) -> Self {
+        if !value.is_finite() {
+            return Self::missing();
+        }
+        Self { text: text.into(), order: Some(value), ..Self::default() }
+    }
+
+    /// A number with a fixed number of decimals.
+    pub fn fixed(value: f64, decimals: usize) -> Self {
+        Self::number(value, format::fixed(value, decimals))
+    }
+
+    /// A mean with its standard error: `0.412 ± 0.013`, both at `decimals`.
+    pub fn plus_minus(mean: f64, error: f64, decimals: usize) -> Self {
+        let detail = if error.is_finite() { format!("± {}", format::fixed(error, decimals)) } else { String::new() };
+        Self { detail, ..Self::fixed(mean, decimals) }
+    }
+
+    /// A value with an interval: `31.2 (25.0–38.1)`, all at `decimals`.
+    pub fn interval(value: f64, low: f64, high: f64, decimals: usize) -> Self {
+        let detail = if low.is_finite() && high.is_finite() {
+            format!("({}–{})", format::fixed(low, decimals), format::fixed(high, decimals))
+        } else {
+            String::new()
+        };
+        Self { detail, ..Self::fixed(value, decimals) }
+    }
+
+    /// No value.
+    pub fn missing() -> Self {
+        Self::text(format::MISSING)
+    }
+}
+
+impl From<&str> for Entry {
+    fn from(text: &str) -> Self {
+        Self::text(text)
+    }
+}
+
+impl From<String> for Entry {
+    fn from(text: String) -> Self {
+        Self::text(text)
+    }
+}
+
+/// One column of a table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Column {
+    /// Its heading.
+    pub name: String,
+    /// Numbers are set flush right, text flush left.
+    pub numeric: bool,
+    /// What the heading means, shown where there is room; empty = nothing.
+    pub help: String,
+}
+
+/// A table. A row that is too short is filled up with empty entries; what is too long is not shown.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Table {
+    /// What the table shows, one line.
+    pub caption: String,
+    /// Columns in order.
+    pub columns: Vec<Column>,
+    /// Rows of one entry a column.
+    pub rows: Vec<Vec<Entry>>,
+    /// Set below the table: what the intervals are, how many prompts.
+    pub note: String,
+    /// Rows set off from the others, by index.
+    pub emphasized: Vec<usize>,
+}
+
+impl Table {
+    /// An empty table.
+    pub fn new(caption: impl Into<String>) -> Self {
+        Self { caption: caption.into(), ..Self::default() }
+    }
+
+    /// With a column of text.
+    pub fn column(mut self, name: impl Into<String>) -> Self {
+        self.columns.push(Column { name: name.into(), numeric: false, help: String::new() });
+        self
+    }
+
+    /// With a column of numbers; `help` says what they are.
+    pub fn numbers(mut self, name: impl Into<String>, help: impl Into<String>) -> Self {
+        self.columns.push(Column { name: name.into(), numeric: true, help: help.into() });
+        self
+    }
+
+    /// Adds a row.
+    pub fn row(&mut self, entries: impl IntoIterator<Item = Entry>) {
+        self.rows.push(entries.into_iter().collect());
+    }
+
+    /// For a terminal: caption, headings, a rule, rows, note. Control characters in the entries are replaced, so that
+    /// untrusted text cannot drive the terminal. Ends with a newline.
+    pub fn text(&self, style: TextStyle) -> String {
+        let plain = |text: &str| {
+            let line = one_line(text);
+            if style == TextStyle::Ascii { ascii(&line) } else { line }
+        };
+        let gap = "  ";
+        let rule = if style == TextStyle::Ascii { "-" } else { "─" };
+        let columns: Vec<TextColumn> = self
+            .columns
+            .iter()
+            .enumerate()
+            .map(|(at, column)| {
+                let entries = self.rows.iter().map(|row| {
+                    row.get(at).map_or((String::new(), String::new()), |e| (plain(&e.text), plain(&e.detail)))
+                });
+                TextColumn::new(plain(&column.name), column.numeric, entries.collect())
+            })
+            .collect();
+
+        let mut out = String::new();
+        if !self.caption.is_empty() {
+            out.push_str(&plain(&self.caption));
+            out.push('\n');
+        }
+        let mut push = |cells: Vec<String>| {
+            out.push_str(cells.join(gap).trim_end());
+            out.push('\n');
+        };
+        push(columns.iter().map(TextColumn::heading).collect());
+        push(columns.iter().map(|c| rule.repeat(c.width)).collect());
+        for at in 0..self.rows.len() {
+            push(columns.iter().map(|c| c.entry(at)).collect());
+        }
+        if !self.note.is_empty() {
+            push(vec![plain(&self.note)]);
+        }
+        out
+    }
+
+    /// As a Markdown table (GitHub's flavour) with caption and note as paragraphs. Ends with a newline.
+    pub fn markdown(&self) -> String {
+        let mut out = String::new();
+        if !self.caption.is_empty() {
+            out.push_str(&format!("**{}**\n\n", markdown_text(&self.caption)));
+        }
+        let mut push = |cells: Vec<String>| out.push_str(&format!("| {} |\n", cells.join(" | ")));
+        push(self.columns.iter().map(|c| markdown_text(&c.name)).collect());
+        push(self.columns.iter().map(|c| if c.numeric { "---:" } else { "---" }.to_owned()).collect());
+        for row in &self.rows {
+            let cell = |at: usize| {
+                let Some(entry) = row.get(at) else { return String::new() };
+                let text = markdown_text(&entry.text);
+                if entry.detail.is_empty() { text } else { format!("{text} {}", markdown_text(&entry.detail)) }
+            };
+            push((0..self.columns.len()).map(cell).collect());
+        }
+        if !self.note.is_empty() {
+            out.push_str(&format!("\n{}\n", markdown_text(&self.note)));
+        }
+        out
+    }
+}
+
+/// A column with its widths known. Text and detail are two sub-columns, so that both line up.
+struct TextColumn {
+    heading: String,
+    numeric: bool,
+    entries: Vec<(String, String)>,
+    text_width: usize,
+    width: usize,
+}
+
+impl TextColumn {
+    fn new(heading: String, numeric: bool, entries: Vec<(String, String)>) -> Self {
+        let widest =
+            |of: fn(&(String, String)) -> &String| entries.iter().map(|e| columns_of(of(e))).max().unwrap_or(0);
+        let (mut text_width, detail_width) = (widest(|e| &e.0), widest(|e| &e.1));
+        let entry_width = |text: usize| text + if detail_width > 0 { 1 + detail_width } else { 0 };
+        let width = entry_width(text_width).max(columns_of(&heading));
+        // A heading wider than its entries: numbers move right under it, text gets the room.
+        text_width += width - entry_width(text_width);
+        Self { heading, numeric, entries, text_width, width }
+    }
+
+    fn heading(&self) -> String {
+        pad(&self.heading, self.width, self.numeric)
+    }
+
+    fn entry(&self, at: usize) -> String {
+        let Some((text, detail)) = self.entries.get(at) else { return String::new() };
+        let mut line = pad(text, self.text_width, self.numeric);
+        if self.width > self.text_width {
+            line.push(' ');
+            line.push_str(&pad(detail, self.width - self.text_width - 1, self.numeric));
+        }
+        line
+    }
+}
+
+fn pad(text: &str, width: usize, right: bool) -> String {
+    let fill = " ".repeat(width.saturating_sub(columns_of(text)));
+    if right { format!("{fill}{text}") } else { format!("{text}{fill}") }
+}
+
+/// Terminal columns of a text: 0 for marks that combine, 2 for the wide blocks of East Asia and emoji, else 1.
+fn columns_of(text: &str) -> usize {
+    let columns = |c: char| match c {
+        '\u{300}'..='\u{36f}' | '\u{200b}'..='\u{200d}' | '\u{20d0}'..='\u{20ff}' | '\u{fe00}'..='\u{fe0f}' => 0,
+        '\u{1100}'..='\u{115f}'
+        | '\u{2e80}'..='\u{303e}'
+        | '\u{3041}'..='\u{a4cf}'
+        | '\u{ac00}'..='\u{d7a3}'
+        | '\u{f900}'..='\u{faff}'
+        | '\u{fe30}'..='\u{fe6f}'
+        | '\u{ff00}'..='\u{ff60}'
+        | '\u{ffe0}'..='\u{ffe6}'
+        | '\u{1f300}'..='\u{1faff}'
+        | '\u{20000}'..='\u{3fffd}' => 2,
+        _ => 1,
+    };
+    text.chars().map(columns).sum()
+}
+
+/// White space becomes single spaces; control characters and those that reorder text become U+FFFD.
+fn one_line(text: &str) -> String {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    words.join(" ").chars().map(|c| if c.is_control() || is_bidi_control(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// The few characters that the program itself writes, in ASCII; `?` for the others.
+fn ascii(text: &str) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        match c {
+            '±' => out.push_str("+-"),
+            '–' | '—' | '−' | '─' => out.push('-'),
+            '…' => out.push_str("..."),
+            'µ' => out.push('u'),
+            '×' => out.push('x'),
+            '≤' => out.push_str("<="),
+            '≥' => out.push_str(">="),
+            '‖' => out.push_str("||"),
+            'Δ' => out.push('D'),
+            c if c.is_ascii() => out.push(c),
+            _ => out.push('?'),
+        }
+    }
+    out
+}
+
+/// Text in Markdown, where none of its characters has a meaning.
+fn markdown_text(text: &str) -> String {
+    let mut out = String::new();
+    for c in one_line(text).chars() {
+        match c {
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '&' => out.push_str("&amp;"),
+            '\\' | '`' | '*' | '_' | '[' | ']' | '|' | '~' | '$' | '!' => {
+                out.push('\\');
+                out.push(c);
+            }
+            c => out.push(c),
+        }
+    }
+    out
+}

@@ -1,0 +1,135 @@
+//! Drift: what the frozen probe and plain geometry say of another model's features.
+
+use super::features::{Features, Snapshot};
+use super::labels::harmful;
+use super::probe::{Head, Probe};
+use super::scores::{Metrics, ScoreKind, Scores, relative_drop};
+use crate::data::{SecurityPrompt, Split};
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+
+/// Drift of a tuned model against the model that the probe was trained on.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drift {
+    /// The layer that counts.
+    pub metric_layer: usize,
+    /// Per split that holds prompts of both classes.
+    pub splits: BTreeMap<Split, SplitDrift>,
+}
+
+/// Drift over the prompts of one split.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SplitDrift {
+    /// layers + 1 entries.
+    pub layers: Vec<LayerDrift>,
+    /// Scores of the model as given, at the metric layer.
+    pub base: Scores,
+    /// Scores of the tuned model.
+    pub tuned: Scores,
+    /// R of each score that had something to lose.
+    pub drop: BTreeMap<ScoreKind, f64>,
+}
+
+/// Drift of one layer.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerDrift {
+    /// Index of the hidden state.
+    pub layer: usize,
+    /// The frozen probe on the model as given.
+    pub base: Metrics,
+    /// The frozen probe on the tuned model.
+    pub tuned: Metrics,
+    /// Mean over prompts of ‖h′ − h‖ / ‖h‖.
+    pub output_shift: f64,
+    /// Cosine between the two models' harmful-minus-benign mean directions; none where one is zero.
+    pub direction_cosine: Option<f64>,
+}
+
+/// Compares two snapshots of the same prompts.
+pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[SecurityPrompt]) -> Result<Drift> {
+    for (name, features) in [("base", &base.features), ("tuned", &tuned.features)] {
+        let shape = (features.prompts, features.layers.len(), features.hidden);
+        let expected = (labels.len(), probe.about.layers + 1, probe.about.hidden);
+        if shape != expected {
+            let found = format!("(prompts, layers + 1, hidden) = {shape:?}");
+            return Err(Error::input(format!("drift: {name} features"), found, format!("{expected:?}")));
+        }
+    }
+    let metric_layer = probe.about.metric_layer;
+    let mut splits = BTreeMap::new();
+    for split in Split::ALL {
+        let rows: Vec<usize> = (0..labels.len()).filter(|i| labels[*i].split == split).collect();
+        let harmful: Vec<bool> = rows.iter().map(|i| harmful(&labels[*i])).collect();
+        if !harmful.contains(&true) || !harmful.contains(&false) {
+            continue;
+        }
+        let mut layers = Vec::with_capacity(probe.layers.len());
+        for layer in 0..probe.layers.len() {
+            let (own, other) = (base.features.rows(layer, &rows), tuned.features.rows(layer, &rows));
+            layers.push(LayerDrift {
+                layer,
+                base: Metrics::new(&probe.logits(layer, &Head::Harmful, &own)?, &harmful),
+                tuned: Metrics::new(&probe.logits(layer, &Head::Harmful, &other)?, &harmful),
+                output_shift: output_shift(&own, &other, probe.about.hidden),
+                direction_cosine: direction_cosine(&own, &other, probe.about.hidden, &harmful),
+            });
+        }
+        let scores = |snapshot: &Snapshot| -> Result<Scores> {
+            let logits = probe.logits(metric_layer, &Head::Harmful, &snapshot.features.rows(metric_layer, &rows))?;
+            let refusal: Option<Vec<f64>> =
+                snapshot.refusal.as_ref().map(|all| rows.iter().filter_map(|i| all.get(*i).copied()).collect());
+            Ok(Scores::new(&logits, refusal.as_deref(), &harmful))
+        };
+        let (before, after) = (scores(base)?, scores(tuned)?);
+        let drop = ScoreKind::ALL
+            .into_iter()
+            .filter_map(|kind| Some((kind, relative_drop(before.get(kind)?, after.get(kind)?)?)))
+            .collect();
+        splits.insert(split, SplitDrift { layers, base: before, tuned: after, drop });
+    }
+    if splits.is_empty() {
+        return Err(Error::input("security prompts", "no split with both classes", "harmful and benign prompts"));
+    }
+    Ok(Drift { metric_layer, splits })
+}
+
+impl Features {
+    /// Some prompts' rows of a layer, [rows, hidden].
+    pub fn rows(&self, layer: usize, rows: &[usize]) -> Vec<f32> {
+        rows.iter().flat_map(|i| &self.layers[layer][i * self.hidden..(i + 1) * self.hidden]).copied().collect()
+    }
+}
+
+/// Mean over rows of ‖h′ − h‖ / ‖h‖; rows of zeros are left out.
+pub(super) fn output_shift(base: &[f32], changed: &[f32], hidden: usize) -> f64 {
+    let (mut sum, mut count) = (0.0, 0);
+    for (h, c) in base.chunks_exact(hidden).zip(changed.chunks_exact(hidden)) {
+        let norm: f64 = h.iter().map(|x| f64::from(*x).powi(2)).sum();
+        let moved: f64 = h.iter().zip(c).map(|(x, y)| (f64::from(*y) - f64::from(*x)).powi(2)).sum();
+        if norm > 0.0 {
+            sum += (moved / norm).sqrt();
+            count += 1;
+        }
+    }
+    sum / f64::from(count.max(1))
+}
+
+fn direction_cosine(base: &[f32], changed: &[f32], hidden: usize, harmful: &[bool]) -> Option<f64> {
+    let direction = |rows: &[f32]| {
+        let harm = harmful.iter().filter(|h| **h).count() as f64;
+        let rest = harmful.len() as f64 - harm;
+        let mut mean = vec![0.0; hidden];
+        for (row, is_harmful) in rows.chunks_exact(hidden).zip(harmful) {
+            let weight = if *is_harmful { 1.0 / harm } else { -1.0 / rest };
+            mean.iter_mut().zip(row).for_each(|(m, x)| *m += weight * f64::from(*x));
+        }
+        mean
+    };
+    let (a, b) = (direction(base), direction(changed));
+    let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    let norm = (product(&a, &a) * product(&b, &b)).sqrt();
+    (norm > 0.0).then(|| product(&a, &b) / norm)
+}

@@ -1,0 +1,81 @@
+//! Choosing ε: the strength at which a joint reference set loses half of its score.
+
+use super::proxy::Proxy;
+use super::scores::{ScoreKind, relative_drop};
+use super::sets::{cell_parameters, random_set};
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+
+/// Strengths that are tried, ascending, until the reference set has lost enough.
+const GRID: [f32; 14] = [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0];
+/// Share of the reference sets: one cell alone may never reach mid-range, a set of this size does.
+const REFERENCE_SHARE: f64 = 0.4;
+
+/// One strength and what it does to the reference sets.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EpsilonPoint {
+    /// Relative norm of the perturbation.
+    pub epsilon: f32,
+    /// Mean R of the reference sets.
+    pub drop: f64,
+}
+
+/// Sweeps ε over random sets of 40 % of the projections (one a draw, of which layer 0 is no part, as it alone would
+/// decide) up to the first ε whose mean R reaches `target`, and interpolates. Returns ε and the points.
+pub(super) fn choose<B: Backend>(
+    proxy: &Proxy<'_, B>,
+    score: ScoreKind,
+    target: f64,
+) -> Result<(f32, Vec<EpsilonPoint>)> {
+    let clean = proxy.clean_score(score)?;
+    let parameters = cell_parameters(&proxy.decoder.config);
+    let members: Vec<_> = proxy
+        .seeds()
+        .into_iter()
+        .flat_map(|seed| proxy.members(&random_set(&parameters, REFERENCE_SHARE, seed, false), seed))
+        .collect();
+    let mut points: Vec<EpsilonPoint> = Vec::new();
+    for epsilon in GRID {
+        let values: Vec<f64> = proxy.observe(&members, epsilon)?.iter().filter_map(|o| o.scores.get(score)).collect();
+        let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let drop = relative_drop(clean, mean).ok_or_else(|| {
+            Error::failed(format!("the score `{score}` is not finite at ε = {epsilon}"), "set --epsilon")
+        })?;
+        points.push(EpsilonPoint { epsilon, drop });
+        if drop >= target {
+            break;
+        }
+    }
+    Ok((reaching(&points, target), points))
+}
+
+/// ε at which the drop reaches the target, between the last two points; two significant digits.
+fn reaching(points: &[EpsilonPoint], target: f64) -> f32 {
+    let (below, at) = match points {
+        [.., below, at] => (*below, *at),
+        [at] => (EpsilonPoint { epsilon: 0.0, drop: 0.0 }, *at),
+        [] => return GRID[0],
+    };
+    if at.drop < target {
+        return at.epsilon;
+    }
+    let part = ((target - below.drop) / (at.drop - below.drop).max(1e-9)).clamp(0.0, 1.0) as f32;
+    let epsilon = below.epsilon + part * (at.epsilon - below.epsilon);
+    format!("{epsilon:.1e}").parse().unwrap_or(epsilon)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interpolates_to_the_target() {
+        let points = |drops: &[(f32, f64)]| -> Vec<EpsilonPoint> {
+            drops.iter().map(|(epsilon, drop)| EpsilonPoint { epsilon: *epsilon, drop: *drop }).collect()
+        };
+        assert_eq!(reaching(&points(&[(0.8, 0.3), (1.0, 0.4), (1.2, 0.6)]), 0.5), 1.1);
+        assert_eq!(reaching(&points(&[(0.05, 1.0)]), 0.5), 0.025);
+        assert_eq!(reaching(&points(&[(1.6, 0.1), (2.0, 0.2)]), 0.5), 2.0);
+    }
+}

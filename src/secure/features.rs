@@ -1,0 +1,149 @@
+//! Features: hidden states at the last prompt token, of the prompt as the chat template renders it.
+
+use super::refusal::FirstTokens;
+use crate::backend::Backend;
+use crate::data::SecurityPrompt;
+use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
+use crate::error::{Error, Result};
+use crate::model::{ChatTemplate, Message, Tokenizer};
+use crate::modules::ModuleSet;
+use std::ops::Range;
+
+/// Told (done, total) as work goes on.
+pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
+
+/// Hidden states at the last token of every prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Features {
+    /// Prompts.
+    pub prompts: usize,
+    /// Width.
+    pub hidden: usize,
+    /// layers + 1 of [prompts, hidden]: the embedding's output first, the last after the final norm.
+    pub layers: Vec<Vec<f32>>,
+}
+
+/// What a model shows of the prompts: features and the refusal log-odds at the first answer position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// Hidden states.
+    pub features: Features,
+    /// [prompts]; none without [`FirstTokens`].
+    pub refusal: Option<Vec<f64>>,
+}
+
+/// Token ids of each prompt as the model sees it: chat template with the assistant's header. `system` puts a system turn
+/// before.
+pub fn render_prompts<'p>(
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+    prompts: impl IntoIterator<Item = &'p str>,
+    system: Option<&str>,
+) -> Result<Vec<Vec<u32>>> {
+    let turn = |role: &str, content: &str| Message { role: role.to_owned(), content: content.to_owned() };
+    let render = |prompt: &str| {
+        let mut messages: Vec<Message> = system.map(|text| turn("system", text)).into_iter().collect();
+        messages.push(turn("user", prompt));
+        tokenizer.encode(&template.render(&messages, true)?, false)
+    };
+    prompts.into_iter().map(render).collect()
+}
+
+/// A hash of rendered prompts with their labels, which ties probes and maps to them.
+pub fn prompts_hash(tokens: &[Vec<u32>], prompts: &[SecurityPrompt]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for (prompt, label) in tokens.iter().zip(prompts) {
+        hasher.update(&(prompt.len() as u64).to_le_bytes());
+        hasher.update(bytemuck::cast_slice(prompt));
+        let text = format!("{:?}\0", (label.label, label.split, &label.pair, &label.category));
+        hasher.update(text.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Consecutive prompts of at most `batch_tokens` together; a longer prompt goes alone. An empty prompt is an error.
+pub(super) fn batches(prompts: &[Vec<u32>], batch_tokens: usize) -> Result<Vec<Range<usize>>> {
+    if let Some(i) = prompts.iter().position(Vec::is_empty) {
+        return Err(Error::input(format!("prompt {}", i + 1), "no tokens", "a prompt of at least one token"));
+    }
+    if prompts.is_empty() {
+        return Err(Error::input("prompts", "none", "at least one prompt"));
+    }
+    let mut batches = Vec::new();
+    let (mut first, mut tokens) = (0, 0);
+    for (i, prompt) in prompts.iter().enumerate() {
+        if i > first && tokens + prompt.len() > batch_tokens {
+            batches.push(first..i);
+            (first, tokens) = (i, 0);
+        }
+        tokens += prompt.len();
+    }
+    batches.push(first..prompts.len());
+    Ok(batches)
+}
+
+pub(super) fn packed(prompts: &[Vec<u32>]) -> Batch {
+    Batch::from_prompts(prompts.iter().map(Vec::as_slice))
+}
+
+/// Features of `prompts` (token ids), at most `batch_tokens` tokens in one forward pass.
+pub fn features<B: Backend>(
+    decoder: &Decoder<B>,
+    prompts: &[Vec<u32>],
+    batch_tokens: usize,
+    progress: Progress<'_>,
+) -> Result<Features> {
+    let mut layers = vec![Vec::new(); decoder.config.layers + 1];
+    for range in batches(prompts, batch_tokens)? {
+        let batch = packed(&prompts[range.clone()]);
+        let states = decoder.hidden_states(&batch, &batch.last_rows())?;
+        layers.iter_mut().zip(states).for_each(|(all, own)| all.extend(own));
+        progress(range.end, prompts.len());
+    }
+    Ok(Features { prompts: prompts.len(), hidden: decoder.config.hidden, layers })
+}
+
+/// Features and refusal log-odds from one pass.
+pub fn snapshot<B: Backend>(
+    decoder: &Decoder<B>,
+    prompts: &[Vec<u32>],
+    first: Option<&FirstTokens>,
+    batch_tokens: usize,
+    progress: Progress<'_>,
+) -> Result<Snapshot> {
+    let count = decoder.config.layers + 1;
+    let clean = [Member { cells: ModuleSet::default(), seed: 0, negative: false }];
+    let options = SweepOptions {
+        kind: NoiseKind::Gaussian,
+        epsilon: 0.0,
+        layers: (0..count).collect(),
+        head_rows: first.map(|f| f.tokens().to_vec()).unwrap_or_default(),
+        budget_bytes: 0,
+    };
+    let mut layers = vec![Vec::new(); count];
+    let mut logits = Vec::new();
+    for range in batches(prompts, batch_tokens)? {
+        decoder.sweep(&packed(&prompts[range.clone()]), &clean, &options, &mut |_, readout| {
+            layers.iter_mut().zip(readout.hidden).for_each(|(all, own)| all.extend(own));
+            logits.extend(readout.logits);
+            Ok(())
+        })?;
+        progress(range.end, prompts.len());
+    }
+    let features = Features { prompts: prompts.len(), hidden: decoder.config.hidden, layers };
+    Ok(Snapshot { features, refusal: first.map(|f| f.log_odds(&logits)) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_keep_order_and_bounds() {
+        let prompts: Vec<Vec<u32>> = [3, 4, 9, 1, 1, 1].iter().map(|n| vec![0; *n]).collect();
+        assert_eq!(batches(&prompts, 7).unwrap(), [0..2, 2..3, 3..6]);
+        assert_eq!(batches(&prompts, 1).unwrap().len(), 6);
+        assert!(batches(&[vec![1], vec![]], 9).unwrap_err().to_string().contains("prompt 2"));
+        assert!(batches(&[], 9).is_err());
+    }
+}

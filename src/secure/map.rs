@@ -1,0 +1,173 @@
+//! The robustness map: what each cell's perturbation costs. Its JSON is the input of the search and of the heat map.
+
+use super::check_format;
+use super::epsilon::EpsilonPoint;
+use super::noise::Noise;
+use super::scores::{ScoreKind, Scores};
+use crate::data::Split;
+use crate::error::{Error, Result};
+use crate::model::write_atomic;
+use crate::modules::Cell;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+pub(super) const FORMAT: &str = "swat.robustness/1";
+/// Far above the map of any model.
+const MOST_BYTES: u64 = 1 << 28;
+
+/// Mean and standard error over independent draws.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stat {
+    /// Mean over draws; an antithetic pair counts once, by its mean.
+    pub mean: f64,
+    /// Standard error of the mean; none with one draw.
+    pub error: Option<f64>,
+}
+
+impl Stat {
+    /// None of nothing.
+    pub fn of(values: &[f64]) -> Option<Self> {
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
+        (!values.is_empty()).then_some(Self { mean, error: (values.len() > 1).then(|| (variance / n).sqrt()) })
+    }
+}
+
+/// What perturbing one cell does.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CellRobustness {
+    /// Which cell.
+    pub cell: Cell,
+    /// Its parameters.
+    pub parameters: u64,
+    /// Scores of the perturbed copies.
+    pub scores: BTreeMap<ScoreKind, Stat>,
+    /// R of each score: 0 = robust, 1 = the score is gone. Absent where the clean score had nothing to lose.
+    pub drop: BTreeMap<ScoreKind, Stat>,
+    /// R of each score, a value a seed in the order of the map's seeds.
+    pub drop_by_seed: BTreeMap<ScoreKind, Vec<f64>>,
+    /// Mean ‖h′ − h‖ / ‖h‖ at the metric layer.
+    pub shift: Stat,
+    /// Control (b): R of the gap per unit of `shift`.
+    pub drop_per_shift: Option<Stat>,
+    /// Control (c): R of the gap of the non-security probe.
+    pub control_drop: Option<Stat>,
+    /// R of the gap minus `control_drop`, draw by draw: what is lost of security beyond what is lost of anything.
+    pub beyond_control: Option<Stat>,
+    /// Control (a): AUROC of a probe trained anew on the perturbed copy.
+    pub retrained_auroc: Option<Stat>,
+}
+
+/// The map, as saved.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RobustnessMap {
+    /// `swat.robustness/1`.
+    pub format: String,
+    /// Hash of the model.
+    pub model_hash: String,
+    /// Hash of the probe.
+    pub probe_hash: String,
+    /// Hash of the prompts that were run.
+    pub prompts_hash: String,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Hidden state that the probe read.
+    pub metric_layer: usize,
+    /// Split that was scored.
+    pub split: Split,
+    /// Scored harmful and benign prompts.
+    pub prompts: (usize, usize),
+    /// Kind of perturbation.
+    pub kind: Noise,
+    /// Its relative norm.
+    pub epsilon: f32,
+    /// How ε was found; empty where it was given.
+    pub epsilon_sweep: Vec<EpsilonPoint>,
+    /// Seeds of the draws.
+    pub seeds: Vec<u64>,
+    /// Whether each draw was used with both signs.
+    pub antithetic: bool,
+    /// Scores of the unperturbed model.
+    pub clean: Scores,
+    /// Gap of the control probe on the unperturbed model.
+    pub clean_control_gap: Option<f64>,
+    /// AUROC of a probe trained anew on the unperturbed model.
+    pub clean_retrained_auroc: Option<f64>,
+    /// Embedding first, then layer by layer.
+    pub cells: Vec<CellRobustness>,
+    /// Wall time of the cells, over all runs that contributed.
+    pub seconds: f64,
+}
+
+impl RobustnessMap {
+    /// Writes it as JSON, whole or not at all.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        save_json(self, path)
+    }
+
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self> {
+        let map: Self = load_json(path, MOST_BYTES, "a map that `swat robustness` wrote")?;
+        let place = path.display().to_string();
+        check_format(&place, &map.format, FORMAT)?;
+        for cell in &map.cells {
+            let place = || format!("{place}: cells: {}", cell.cell);
+            if cell.cell.layer().is_some_and(|l| l >= map.layers) {
+                return Err(Error::input(place(), "a layer outside the model", format!("0 to {}", map.layers)));
+            }
+            if let Some((kind, values)) = cell.drop_by_seed.iter().find(|(_, v)| v.len() != map.seeds.len()) {
+                let found = format!("{} values of `{kind}`", values.len());
+                return Err(Error::input(place(), found, format!("one for each of {} seeds", map.seeds.len())));
+            }
+        }
+        Ok(map)
+    }
+
+    /// blake3 of the map's JSON.
+    pub fn hash(&self) -> Result<String> {
+        let text = serde_json::to_string(self).map_err(not_json)?;
+        Ok(blake3::hash(text.as_bytes()).to_hex().to_string())
+    }
+
+    /// The entry of a cell.
+    pub fn cell(&self, cell: Cell) -> Option<&CellRobustness> {
+        self.cells.iter().find(|c| c.cell == cell)
+    }
+
+    /// Refuses a map of another model.
+    pub fn check_model(&self, model_hash: &str) -> Result<()> {
+        if self.model_hash == model_hash {
+            return Ok(());
+        }
+        let expected = format!("the model that it was made of, {}; make a map of this model", self.model_hash);
+        Err(Error::input("robustness map", format!("a model with hash {model_hash}"), expected))
+    }
+}
+
+fn not_json(e: serde_json::Error) -> Error {
+    Error::failed(format!("cannot write JSON: {e}"), "report this")
+}
+
+/// Writes a value as indented JSON.
+pub(super) fn save_json<T: serde::Serialize>(value: &T, path: &Path) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).map_err(not_json)?;
+    text.push('\n');
+    write_atomic(path, text.as_bytes())
+}
+
+/// Reads a value from a JSON file of bounded size; `what` says what the file should be.
+pub(super) fn load_json<T: serde::de::DeserializeOwned>(path: &Path, most_bytes: u64, what: &str) -> Result<T> {
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    let mut text = Vec::new();
+    file.take(most_bytes + 1).read_to_end(&mut text).map_err(Error::io(path, "read"))?;
+    if text.len() as u64 > most_bytes {
+        return Err(Error::input(path.display().to_string(), format!("more than {most_bytes} bytes"), what));
+    }
+    serde_json::from_slice(&text).map_err(|e| Error::input(path.display().to_string(), e.to_string(), what))
+}

@@ -1,0 +1,87 @@
+//! Finished cells of a map in the making: a JSONL file beside the output, so that an interrupted run goes on.
+//!
+//! The first line says what run it belongs to; a file of any other run, or a damaged one, is begun anew. A last line that
+//! was cut off is dropped.
+
+use super::epsilon::EpsilonPoint;
+use super::map::CellRobustness;
+use crate::error::{Error, Result};
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+
+/// Far above any map.
+const MOST_BYTES: u64 = 1 << 28;
+
+/// The first line.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Header {
+    /// blake3 of everything that decides the results.
+    pub(super) run: String,
+    pub(super) epsilon: f32,
+    pub(super) epsilon_sweep: Vec<EpsilonPoint>,
+}
+
+/// Any other line.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Done {
+    pub(super) cell: CellRobustness,
+    pub(super) seconds: f64,
+}
+
+/// The file; without a path nothing is kept.
+pub(super) struct Partial {
+    path: Option<PathBuf>,
+}
+
+impl Partial {
+    pub(super) fn new(path: Option<&Path>) -> Self {
+        Self { path: path.map(Path::to_owned) }
+    }
+
+    /// What an earlier run with the same hash left.
+    pub(super) fn read(&self, run: &str) -> Option<(Header, Vec<Done>)> {
+        let file = File::open(self.path.as_ref()?).ok()?;
+        let mut lines = BufReader::new(file.take(MOST_BYTES)).lines();
+        let header: Header = serde_json::from_str(&lines.next()?.ok()?).ok()?;
+        let cells = lines.map_while(|line| serde_json::from_str(&line.ok()?).ok());
+        (header.run == run).then(|| (header, cells.collect()))
+    }
+
+    /// Begins the file anew with what is known.
+    pub(super) fn begin(&self, header: &Header, done: &[Done]) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let mut text = line(header)?;
+        for cell in done {
+            text += &line(cell)?;
+        }
+        crate::model::write_atomic(path, text.as_bytes())
+    }
+
+    /// Adds finished cells.
+    pub(super) fn append(&self, done: &[Done]) -> Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, "write"))?;
+        for cell in done {
+            file.write_all(line(cell)?.as_bytes()).map_err(Error::io(path, "write"))?;
+        }
+        file.sync_data().map_err(Error::io(path, "write"))
+    }
+
+    /// Removes the file once the map is saved.
+    pub(super) fn remove(path: &Path) -> Result<()> {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, "remove")(e)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn line<T: serde::Serialize>(value: &T) -> Result<String> {
+    match serde_json::to_string(value) {
+        Ok(text) => Ok(text + "\n"),
+        Err(e) => Err(Error::failed(format!("cannot write JSON: {e}"), "report this")),
+    }
+}

@@ -1,0 +1,237 @@
+//! The robustness map (paper, figure 3): perturb every cell by itself and see what the frozen probe loses.
+//!
+//! R = relative drop of a score; smaller is more robust. Three controls tell security from mere distribution shift: a probe
+//! trained anew on each copy, R per unit of output shift, and the same probe shape on a non-security label.
+
+use super::epsilon;
+use super::features::Progress;
+use super::map::{CellRobustness, FORMAT, RobustnessMap, Stat};
+use super::noise::Noise;
+use super::partial::{Done, Header, Partial};
+use super::proxy::{Observation, Proxy};
+use super::scores::{ScoreKind, relative_drop};
+use super::sets::cell_parameters;
+use crate::backend::Backend;
+use crate::engine::Member;
+use crate::error::{Error, Result};
+use crate::modules::{Cell, ModuleSet};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What is mapped, and how strongly.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RobustnessOptions {
+    /// Relative norm of the perturbation; none = found by a sweep over joint reference sets.
+    pub epsilon: Option<f32>,
+    /// R of the reference sets at which the sweep stops.
+    pub epsilon_target: f64,
+    /// Score of the ε sweep.
+    pub score: ScoreKind,
+    /// Cells, as an expression of [`ModuleSet::parse`].
+    pub cells: String,
+}
+
+impl Default for RobustnessOptions {
+    fn default() -> Self {
+        Self { epsilon: None, epsilon_target: 0.5, score: ScoreKind::Gap, cells: "all".to_owned() }
+    }
+}
+
+/// The file beside `out` that keeps finished cells: `map.json.partial.jsonl`.
+fn partial_path(out: &Path) -> PathBuf {
+    let mut name = out.as_os_str().to_owned();
+    name.push(".partial.jsonl");
+    name.into()
+}
+
+/// Makes the map. With `out`, finished cells are kept beside it, an interrupted run goes on from them, and the map is saved
+/// there. `progress` counts cells.
+pub fn robustness<B: Backend>(
+    proxy: &Proxy<'_, B>,
+    options: &RobustnessOptions,
+    out: Option<&Path>,
+    progress: Progress<'_>,
+) -> Result<RobustnessMap> {
+    let wanted = ModuleSet::parse(&options.cells, &proxy.decoder.config.cells())?;
+    check(options, &wanted)?;
+    let partial_path = out.map(partial_path);
+    let partial = Partial::new(partial_path.as_deref());
+    let run = run_hash(proxy, options)?;
+    let (header, mut done) = match partial.read(&run) {
+        Some((header, done)) => (header, done),
+        None => {
+            let (epsilon, epsilon_sweep) = match options.epsilon {
+                Some(epsilon) => (epsilon, Vec::new()),
+                None if proxy.options.kind == Noise::Zero => (1.0, Vec::new()),
+                None => epsilon::choose(proxy, options.score, options.epsilon_target)?,
+            };
+            (Header { run, epsilon, epsilon_sweep }, Vec::new())
+        }
+    };
+    partial.begin(&header, &done)?;
+    let total = wanted.len();
+    let known: BTreeSet<Cell> = done.iter().map(|d| d.cell.cell).collect();
+    let left: Vec<Cell> = in_order(&wanted).into_iter().filter(|c| !known.contains(c)).collect();
+    progress(done.len(), total);
+    let parameters = cell_parameters(&proxy.decoder.config);
+    let copies_a_cell = proxy.seeds().len() * proxy.members(&ModuleSet::default(), 0).len();
+    for group in left.chunks((proxy.members_a_group() / copies_a_cell).max(1)) {
+        let start = Instant::now();
+        let members: Vec<Member> = group.iter().flat_map(|cell| cell_members(proxy, *cell)).collect();
+        let observations = proxy.observe(&members, header.epsilon)?;
+        let seconds = start.elapsed().as_secs_f64() / group.len() as f64;
+        let new: Vec<Done> = group
+            .iter()
+            .zip(observations.chunks_exact(copies_a_cell))
+            .map(|(cell, own)| {
+                let parameters = parameters.get(cell).copied().unwrap_or(0);
+                Done { cell: cell_result(proxy, *cell, parameters, own), seconds }
+            })
+            .collect();
+        partial.append(&new)?;
+        done.extend(new);
+        progress(done.len(), total);
+    }
+    let map = assemble(proxy, header, done)?;
+    if let Some(out) = out {
+        map.save(out)?;
+    }
+    if let Some(path) = &partial_path {
+        Partial::remove(path)?;
+    }
+    Ok(map)
+}
+
+fn check(options: &RobustnessOptions, wanted: &ModuleSet) -> Result<()> {
+    let wrong =
+        |field: &str, found: String, expected: &str| Err(Error::input(format!("robustness.{field}"), found, expected));
+    if wanted.is_empty() {
+        return wrong("cells", "no cell".into(), "at least one");
+    }
+    if let Some(epsilon) = options.epsilon.filter(|e| !e.is_finite() || *e <= 0.0) {
+        return wrong("epsilon", epsilon.to_string(), "a number above 0; 0.05 to 2 is usual");
+    }
+    if !(options.epsilon_target > 0.0 && options.epsilon_target <= 1.0) {
+        return wrong("epsilon_target", options.epsilon_target.to_string(), "a relative drop above 0, up to 1");
+    }
+    Ok(())
+}
+
+/// Everything that decides the numbers of a cell, in one hash.
+fn run_hash<B: Backend>(proxy: &Proxy<'_, B>, options: &RobustnessOptions) -> Result<String> {
+    let about = serde_json::json!({
+        "format": FORMAT,
+        "model": proxy.model_hash,
+        "probe": proxy.probe.hash()?,
+        "prompts": proxy.prompts_hash,
+        "kind": proxy.options.kind,
+        "directions": proxy.directions_hash(),
+        "seeds": proxy.seeds(),
+        "retrain": proxy.options.retrain,
+        "split": proxy.options.split,
+        "epsilon": options.epsilon,
+        "epsilon_target": options.epsilon_target,
+        "score": options.score,
+    });
+    Ok(blake3::hash(about.to_string().as_bytes()).to_hex().to_string())
+}
+
+/// Embedding, then layer by layer, then what comes after the last.
+fn in_order(cells: &ModuleSet) -> Vec<Cell> {
+    let mut ordered: Vec<Cell> = cells.iter().collect();
+    ordered.sort_by_key(|cell| match cell {
+        Cell::Embedding => (0, *cell),
+        Cell::FinalNorm | Cell::Head => (usize::MAX, *cell),
+        Cell::Norms(layer) => (layer + 1, *cell),
+        Cell::Module(module) => (module.layer + 1, *cell),
+    });
+    ordered
+}
+
+fn cell_members<B: Backend>(proxy: &Proxy<'_, B>, cell: Cell) -> Vec<Member> {
+    let set: ModuleSet = [cell].into_iter().collect();
+    proxy.seeds().into_iter().flat_map(|seed| proxy.members(&set, seed)).collect()
+}
+
+/// Statistics over draws; the signs of a draw are averaged first, as they are not independent.
+fn cell_result<B: Backend>(
+    proxy: &Proxy<'_, B>,
+    cell: Cell,
+    parameters: u64,
+    observations: &[Observation],
+) -> CellRobustness {
+    let signs = (observations.len() / proxy.seeds().len()).max(1);
+    let clean = proxy.clean;
+    let by_seed = |value: &dyn Fn(&Observation) -> Option<f64>| -> Option<Vec<f64>> {
+        let mean = |draw: &[Observation]| -> Option<f64> {
+            let values: Option<Vec<f64>> = draw.iter().map(value).collect();
+            values.map(|v| v.iter().sum::<f64>() / v.len() as f64)
+        };
+        observations.chunks(signs).map(mean).collect()
+    };
+    let stat = |values: &Option<Vec<f64>>| values.as_deref().and_then(Stat::of);
+    let drops = |before: Option<f64>, after: Option<Vec<f64>>| -> Option<Vec<f64>> {
+        after?.into_iter().map(|value| relative_drop(before?, value)).collect()
+    };
+    let mut scores = BTreeMap::new();
+    let mut drop = BTreeMap::new();
+    let mut drop_by_seed = BTreeMap::new();
+    for kind in ScoreKind::ALL {
+        let values = by_seed(&|o| o.scores.get(kind));
+        if let Some(stat) = stat(&values) {
+            scores.insert(kind, stat);
+        }
+        let lost = drops(clean.scores.get(kind), values);
+        if let (Some(stat), Some(lost)) = (stat(&lost), lost) {
+            drop.insert(kind, stat);
+            drop_by_seed.insert(kind, lost);
+        }
+    }
+    let shifts = by_seed(&|o| Some(o.shift));
+    let gap = drop_by_seed.get(&ScoreKind::Gap).cloned();
+    let control = drops(clean.control_gap, by_seed(&|o| o.control_gap));
+    let pairs = |other: &Option<Vec<f64>>, of: &dyn Fn(f64, f64) -> f64| -> Option<Vec<f64>> {
+        Some(gap.as_ref()?.iter().zip(other.as_ref()?).map(|(g, o)| of(*g, *o)).collect())
+    };
+    let moved = shifts.as_ref().is_some_and(|s| s.iter().all(|s| *s > 1e-9));
+    CellRobustness {
+        cell,
+        parameters,
+        scores,
+        drop,
+        shift: stat(&shifts).unwrap_or(Stat { mean: 0.0, error: None }),
+        drop_per_shift: stat(&pairs(&shifts, &|g, s| g / s)).filter(|_| moved),
+        beyond_control: stat(&pairs(&control, &|g, c| g - c)),
+        control_drop: stat(&control),
+        retrained_auroc: stat(&by_seed(&|o| o.retrained)),
+        drop_by_seed,
+    }
+}
+
+fn assemble<B: Backend>(proxy: &Proxy<'_, B>, header: Header, done: Vec<Done>) -> Result<RobustnessMap> {
+    let seconds = done.iter().map(|d| d.seconds).sum();
+    let order = in_order(&done.iter().map(|d| d.cell.cell).collect());
+    let mut cells: BTreeMap<Cell, CellRobustness> = done.into_iter().map(|d| (d.cell.cell, d.cell)).collect();
+    Ok(RobustnessMap {
+        format: FORMAT.to_owned(),
+        model_hash: proxy.model_hash.clone(),
+        probe_hash: proxy.probe.hash()?,
+        prompts_hash: proxy.prompts_hash.clone(),
+        layers: proxy.decoder.config.layers,
+        metric_layer: proxy.probe.about.metric_layer,
+        split: proxy.options.split,
+        prompts: proxy.prompts(),
+        kind: proxy.options.kind.clone(),
+        epsilon: header.epsilon,
+        epsilon_sweep: header.epsilon_sweep,
+        seeds: proxy.seeds(),
+        antithetic: proxy.options.kind.draws().1,
+        clean: proxy.clean.scores,
+        clean_control_gap: proxy.clean.control_gap,
+        clean_retrained_auroc: proxy.clean.retrained,
+        cells: order.iter().filter_map(|c| cells.remove(c)).collect(),
+        seconds,
+    })
+}
