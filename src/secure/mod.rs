@@ -30,7 +30,7 @@ mod tuning;
 mod updates;
 
 pub use control::{ControlLabel, ControlRule};
-pub use demo_model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
+pub use demo_model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model, write_demo_model};
 pub use drift::{Drift, LayerDrift, SplitDrift, drift};
 pub use epsilon::EpsilonPoint;
 pub use evaluate::{
