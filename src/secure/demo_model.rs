@@ -46,7 +46,7 @@ impl Stage {
     pub fn recipe() -> [Self; 2] {
         [
             Self { name: "helpful", mixture: Mixture::helpful(), steps: 900, lr: 3e-3 },
-            Self { name: "aligned", mixture: Mixture::aligning(), steps: 600, lr: 1e-3 },
+            Self { name: "aligned", mixture: Mixture::aligning(), steps: 900, lr: 1e-3 },
         ]
     }
 }
