@@ -1,4 +1,4 @@
-//! The tiny aligned model: made by this code base's own trainer, and embedded in the binary.
+//! Making a tiny aligned model from nothing, with this code base's own trainer.
 
 use crate::backend::Backend;
 use crate::data::tiny::{Language, Mixture, write_initial_model};
@@ -12,15 +12,6 @@ use std::path::Path;
 
 /// Seed of the embedded model's language and weights.
 pub const DEMO_SEED: u64 = 1;
-
-/// The embedded model's files.
-const DEMO_FILES: [(&str, &[u8]); 5] = [
-    ("config.json", include_bytes!("../../assets/demo-model/config.json")),
-    ("generation_config.json", include_bytes!("../../assets/demo-model/generation_config.json")),
-    ("model.safetensors", include_bytes!("../../assets/demo-model/model.safetensors")),
-    ("tokenizer.json", include_bytes!("../../assets/demo-model/tokenizer.json")),
-    ("tokenizer_config.json", include_bytes!("../../assets/demo-model/tokenizer_config.json")),
-];
 
 /// Longest conversation of the language with room to spare, in tokens.
 pub const DEMO_MAX_LENGTH: usize = 96;
@@ -111,14 +102,4 @@ fn train<B: Backend>(
     let mut loader = Loader::new(examples, options.loader())?;
     Tuner::new(decoder, &mut loader, options, vec![phase])?.run(hooks)?;
     Ok(())
-}
-
-/// Writes the embedded aligned model into a directory that a model can be opened from.
-pub fn write_demo_model(out: &Path, force: bool) -> Result<()> {
-    let output = OutputDir::create(out, force)?;
-    for (name, bytes) in DEMO_FILES {
-        let path = output.dir().join(name);
-        std::fs::write(&path, bytes).map_err(Error::io(&path, "write"))?;
-    }
-    output.commit()
 }
