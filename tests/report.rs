@@ -147,7 +147,7 @@ fn example() -> SwatReport {
             row(Swat, "SWAT", [0.538, 0.183, 0.011, 0.963, 3.10], 1200, Some(0.402), &five),
             row(Random, "random sets", [0.861, 0.447, 0.006, 0.962, 3.11], 1200, Some(0.398), &five),
             row(Complement, "complement", [0.973, 0.688, 0.0, 0.957, 3.16], 1200, Some(0.598), &five),
-            row(Refusals, "10 % refusals", [0.012, 0.004, 0.061, 0.959, 3.14], 400, None, &five),
+            row(Refusals, "10 % refusals", [0.012, 0.004, 0.061, 0.959, 3.15], 400, None, &five),
         ],
         intervals:
             "Values are means over the seeds; in brackets 95 % Wilson intervals over 230 forbidden, 230 harmless \
@@ -190,6 +190,7 @@ fn example() -> SwatReport {
     };
     let loss = |kind, name: &str, rate: f64, salt: u64| SettingLoss {
         setting: setting(kind, name),
+        seeds: vec![1],
         points: (0..1200)
             .map(|s| (s, 0.35 + 2.4 * (-(s as f64) * rate).exp() + 0.18 * (noise(s + salt) - 0.5)))
             .collect(),
@@ -198,6 +199,7 @@ fn example() -> SwatReport {
         setting: setting(Swat, "Mods_Rob"),
         joint_score: 0.048,
         asr: Measure { value: 0.538, interval: Some((0.47, 0.60)) },
+        seeds: five.into(),
     }];
     for i in 0..7 {
         let joint_score = 0.2 + 0.5 * noise(i + 3);
@@ -206,12 +208,14 @@ fn example() -> SwatReport {
             setting: setting(Random, &format!("random {}", i + 1)),
             joint_score,
             asr: Measure { value, interval: Some(((value - 0.06).max(0.0), (value + 0.06).min(1.0))) },
+            seeds: five.into(),
         });
     }
     sets.push(SetOutcome {
         setting: setting(Complement, "complement"),
         joint_score: 0.91,
         asr: Measure { value: 0.973, interval: Some((0.94, 0.99)) },
+        seeds: five.into(),
     });
     SwatReport {
         title: "Secure tuning of smollm2-135m-instruct".into(),
@@ -271,13 +275,10 @@ fn drawings(report: &SwatReport) -> Vec<(String, String)> {
 
 /// The part of a page that browsers could load something from.
 fn foreign_addresses(html: &str) -> Vec<&str> {
-    let html_without_namespace = html.split("http://www.w3.org/2000/svg");
-    html_without_namespace
-        .flat_map(|part| {
-            let schemes =
-                ["http:", "https:", "ftp:", "//", "url(", "@import", "src=", "href=\"/", "javascript:", "data:"];
-            schemes.into_iter().filter(|s| part.contains(s)).collect::<Vec<_>>()
-        })
+    let schemes = ["http:", "https:", "ftp:", "//", "url(", "@import", "src=", "href=\"/", "javascript:", "data:"];
+    // The namespace of a drawing is a name, which nothing loads.
+    html.split("http://www.w3.org/2000/svg")
+        .flat_map(|part| schemes.into_iter().filter(|s| part.contains(s)).collect::<Vec<_>>())
         .collect()
 }
 
@@ -291,8 +292,7 @@ fn the_example_page_is_whole_and_self_contained() {
         .unwrap();
     std::fs::write(out.join("mods.png"), mods_map(report.mods.as_ref().unwrap()).png(2).unwrap()).unwrap();
 
-    let page = html.replace("// Turns headings", "");
-    assert_eq!(foreign_addresses(&page), Vec::<&str>::new());
+    assert_eq!(foreign_addresses(&html), Vec::<&str>::new());
     for needed in
         ["prefers-color-scheme: dark", "@media print", "<nav", "<main>", "width=device-width", "<h1>", "<footer>"]
     {
@@ -335,11 +335,8 @@ fn hostile_text_stays_text() {
             check_xml(&svg).unwrap_or_else(|e| panic!("{name} with {text:?}: {e}"));
         }
         let html = report.page().html();
-        for tag in ["<script", "</script", "</style", "<svg", "</svg", "<section", "</title"] {
-            // A hostile name may only change how often the program's own tooltips occur.
-            if tag != "</title" {
-                assert_eq!(count(&html, tag), count(&calm, tag), "{tag} with {text:?}");
-            }
+        for tag in ["<script", "</script", "</style", "<svg", "</svg", "<section", "</head"] {
+            assert_eq!(count(&html, tag), count(&calm, tag), "{tag} with {text:?}");
         }
         assert!(!html.contains("<img") && !html.contains("<i>") && !html.contains("<b>"), "{text:?}");
         assert!(!html.contains(['\u{0}', '\u{1b}', '\u{202e}']), "{text:?}");

@@ -3,13 +3,14 @@
 use super::open::ModelArgs;
 use super::{Common, print_json, print_line, progress};
 use crate::backend::Sampling;
+use crate::data::JsonLines;
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::model::Message;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Answers of a model: chat template, greedy or sampled, many prompts at once
@@ -122,7 +123,19 @@ impl Generate {
     }
 }
 
-/// Conversations of a chat file. (Superseded by the data room's reader of lines once it is there.)
-fn read_prompts(_path: &std::path::Path) -> Result<Vec<Vec<Message>>> {
-    Err(Error::input("--chat", "a file", "--prompt for now"))
+/// Conversations of a chat file, to be continued by the model.
+fn read_prompts(path: &Path) -> Result<Vec<Vec<Message>>> {
+    JsonLines::open(path)?.parse_all(|line| {
+        if line.get("prompt").is_some() {
+            return Ok(vec![Message { role: "user".into(), content: line.text("prompt")?.into() }]);
+        }
+        let expected = "\"messages\": a list of {\"role\", \"content\"} that ends with the user, or \"prompt\": text";
+        let messages = line.get("messages").cloned().unwrap_or_default();
+        let messages: Vec<Message> =
+            serde_json::from_value(messages).map_err(|_| line.error("no such messages", expected))?;
+        match messages.last() {
+            Some(last) if last.role != "assistant" => Ok(messages),
+            _ => Err(line.error("no question to answer", expected)),
+        }
+    })
 }

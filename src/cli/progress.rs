@@ -1,10 +1,19 @@
 //! Progress on stderr, on a terminal only.
 
 use super::Common;
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::secure::MODS_PHASE;
+use crate::train::{Hooks, Progress, StepMetrics};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// A bar with rate and time left; hidden with `--quiet`, and where stderr is not a terminal.
-pub(super) fn bar(common: &Common, total: u64, what: &'static str, unit: &str) -> ProgressBar {
+pub(super) fn bar(
+    common: &Common,
+    total: u64,
+    what: impl Into<std::borrow::Cow<'static, str>>,
+    unit: &str,
+) -> ProgressBar {
     let bar = ProgressBar::new(total);
     if common.quiet {
         bar.set_draw_target(ProgressDrawTarget::hidden());
@@ -16,4 +25,85 @@ pub(super) fn bar(common: &Common, total: u64, what: &'static str, unit: &str) -
     }
     bar.set_prefix(what);
     bar
+}
+
+/// The bar of a tuning run: one a phase, with loss, rate and time left.
+pub(super) struct StepBar {
+    common: Common,
+    bar: Option<ProgressBar>,
+}
+
+impl StepBar {
+    pub(super) fn new(common: &Common) -> Self {
+        Self { common: common.clone(), bar: None }
+    }
+
+    pub(super) fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl<B: Backend> Hooks<B> for StepBar {
+    fn note(&mut self, text: &str) {
+        eprintln!("note: {text}");
+    }
+
+    fn phase_begins(&mut self, at: &Progress) -> Result<()> {
+        self.finish();
+        let what = if at.phase == MODS_PHASE { "tuning mods" } else { "tuning all" };
+        let bar = bar(&self.common, at.phase_steps, what, "steps");
+        bar.set_position(at.phase_step);
+        bar.reset_eta();
+        self.bar = Some(bar);
+        Ok(())
+    }
+
+    fn step(&mut self, metrics: &StepMetrics, _at: &Progress) -> Result<()> {
+        if let Some(bar) = &self.bar {
+            bar.inc(1);
+            let loss = metrics.loss.map_or("skipped".to_string(), |loss| format!("loss {loss:.4}"));
+            bar.set_message(format!("{loss}  {:.0} tok/s", metrics.tok_per_s));
+        }
+        Ok(())
+    }
+}
+
+/// One bar at a time for work that says what it is doing.
+pub(super) struct Bars {
+    common: Common,
+    bar: Option<(String, ProgressBar)>,
+}
+
+impl Bars {
+    pub(super) fn new(common: &Common) -> Self {
+        Self { common: common.clone(), bar: None }
+    }
+
+    /// What the library reports to.
+    pub(super) fn watch(&mut self) -> impl FnMut(&str, usize, usize) + '_ {
+        |what, done, total| {
+            // The loss in a tuning run's text changes with every step; the work is told apart by what stands before it.
+            let (key, message) = what.split_once(" loss ").unwrap_or((what, ""));
+            let known = self.bar.as_ref().is_some_and(|(name, _)| name == key);
+            if !known {
+                self.finish();
+                self.bar = Some((key.to_owned(), bar(&self.common, total as u64, key.to_owned(), "")));
+            }
+            if let Some((_, bar)) = &self.bar {
+                bar.set_length(total as u64);
+                bar.set_position(done as u64);
+                if !message.is_empty() {
+                    bar.set_message(format!("loss {message}"));
+                }
+            }
+        }
+    }
+
+    pub(super) fn finish(&mut self) {
+        if let Some((_, bar)) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
 }

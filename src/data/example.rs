@@ -11,6 +11,10 @@ use rayon::prelude::*;
 use std::collections::HashSet;
 use std::path::Path;
 
+/// More bytes than a token stands for on average in any text: what lies beyond this many for each token of the maximal
+/// length is not encoded, so that a hostile line costs no more than a long one.
+const MOST_BYTES_PER_TOKEN: usize = 256;
+
 /// How a model writes conversations; [`Chat`] is that of a real one.
 pub trait ChatText: Sync {
     /// The conversation as text; `generation_prompt` ends it with the assistant's header.
@@ -87,21 +91,29 @@ impl Example {
 /// A conversation's tokens before the cut.
 struct Marked {
     example: Example,
-    /// Some answers begin beyond `max_length`; those are not marked.
+    /// Text is left out, all of it beyond `max_length`.
     beyond: bool,
 }
 
 impl Marked {
     fn new(messages: &[Message], chat: &impl ChatText, max_length: usize) -> Result<Self> {
-        let text = chat.render(messages, false)?;
+        let mut text = chat.render(messages, false)?;
+        let most = max_length.saturating_mul(MOST_BYTES_PER_TOKEN);
+        let mut beyond = text.len() > most;
+        let truncated = beyond;
+        if truncated {
+            text.truncate((0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0));
+        }
         let mut tokens = Vec::new();
         // The text from here on is `rest`, the text before it is in `tokens`.
         let mut piece = 0;
         let mut rest = chat.encode(&text)?;
         let mut starts = Vec::new();
-        let mut beyond = false;
         for (turn, _) in messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
             let prompt = chat.render(messages.get(..turn).unwrap_or_default(), true)?;
+            if truncated && prompt.len() >= text.len() {
+                break;
+            }
             let Some(head) = text.get(piece..prompt.len()).filter(|_| text.starts_with(&prompt)) else {
                 continue;
             };
@@ -125,9 +137,12 @@ impl Marked {
         let ends: Vec<usize> = starts.iter().skip(1).copied().chain([tokens.len()]).collect();
         for (&start, end) in starts.iter().zip(ends) {
             let region = tokens.get(start..end).unwrap_or_default();
-            if let Some(last) = region.iter().position(|t| chat.ends_turn(*t)) {
-                trained.iter_mut().skip(start).take(last + 1).for_each(|t| *t = true);
-            }
+            let length = match region.iter().position(|t| chat.ends_turn(*t)) {
+                Some(last) => last + 1,
+                None if truncated && end == tokens.len() => region.len(),
+                None => 0,
+            };
+            trained.iter_mut().skip(start).take(length).for_each(|t| *t = true);
         }
         if let Some(first) = trained.first_mut() {
             *first = false;

@@ -112,7 +112,7 @@ impl Heatmap {
     /// Whether a row's name is drawn where there is room for every `every`-th alone: counted from the first narrow row.
     pub(super) fn named(&self, row: usize, every: usize) -> bool {
         let first = (0..row).find(|r| !self.wide_rows.contains(r)).unwrap_or(row);
-        self.wide_rows.contains(&row) || (row - first) % every == 0
+        self.wide_rows.contains(&row) || (row - first).is_multiple_of(every)
     }
 
     /// Whether a wide row borders on a narrow one here, which are kept apart.
@@ -241,16 +241,22 @@ impl Heatmap {
         }
         top += 19.0;
         let every = (13.0 / cell_height).ceil() as usize;
-        for (row, name) in self.rows.iter().enumerate() {
-            let y = top + cell_height * row as f64;
+        // Upper edges of the rows and the lower edge of the last; a wide row always has room for its name.
+        let mut edges = vec![top];
+        for row in 0..self.rows.len() {
+            top += if self.wide_rows.contains(&row) { cell_height.max(14.0) } else { cell_height };
+            edges.push(top);
+        }
+        for ((row, name), edge) in self.rows.iter().enumerate().zip(edges.windows(2)) {
+            let (y, height) = (edge[0], edge[1] - edge[0]);
             if self.named(row, every) {
-                let middle = y + cell_height / 2.0 + 4.0;
+                let middle = y + height / 2.0 + 4.0;
                 drawing.text(left - 8.0, middle, &clip(name, size, names), Font::SMALL.at(Anchor::End));
             }
             for (column, span) in self.spans(row) {
                 let x = left + cell_width * column as f64;
                 let tooltip = self.tooltip(row, column, span);
-                let whole = Area::new(x, y, cell_width * span as f64, cell_height);
+                let whole = Area::new(x, y, cell_width * span as f64, height);
                 let apart = Area::new(x + 0.4, y + 0.4, whole.width - 0.8, whole.height - 0.8);
                 match self.value(row, column) {
                     // Cells of a set are things of their own, those of a scale make up one surface.
@@ -262,21 +268,20 @@ impl Heatmap {
                 }
             }
         }
-        for row in (0..self.rows.len()).filter(|row| self.parted(*row)) {
-            let y = top + cell_height * row as f64;
-            drawing.line((left, y), (width - MARGIN, y), 2.0, Tone::Paper);
+        for (_, y) in edges.iter().enumerate().filter(|(row, _)| *row < self.rows.len() && self.parted(*row)) {
+            drawing.line((left, *y), (width - MARGIN, *y), 2.0, Tone::Paper);
         }
         let mut path = String::new();
         for ((c0, r0), (c1, r1)) in self.outline() {
-            let at = |c: usize, r: usize| (px(left + cell_width * c as f64), px(top + cell_height * r as f64));
+            let at = |c: usize, r: usize| (px(left + cell_width * c as f64), px(edges.get(r).copied().unwrap_or(top)));
             let ((x0, y0), (x1, y1)) = (at(c0, r0), at(c1, r1));
             let _ = write!(path, "M{x0} {y0}L{x1} {y1}");
         }
         if !path.is_empty() {
             self.outline_path(&mut drawing, &path);
         }
-        top += cell_height * self.rows.len() as f64 + 6.0;
-        drawing.height = drawing_note(&mut drawing, top, &wrap(&self.note, Font::SMALL.size, room, 4));
+        let note = wrap(&self.note, Font::SMALL.size, room, 4);
+        drawing.height = drawing.lines(MARGIN, top + 6.0, &note, Font::SMALL) + MARGIN;
         drawing.finish(&self.title, &self.description())
     }
 
@@ -384,10 +389,6 @@ impl Heatmap {
     pub fn png_size(&self, magnification: usize) -> (usize, usize) {
         raster::size(self, magnification.clamp(1, 8))
     }
-}
-
-fn drawing_note(drawing: &mut Drawing, top: f64, lines: &[String]) -> f64 {
-    drawing.lines(MARGIN, top, lines, Font::SMALL) + MARGIN
 }
 
 /// A cell without a value: empty, with a stroke through it.

@@ -1,4 +1,4 @@
-// Turns headings of tables with more than two rows into buttons that sort; without scripts the page is complete.
+/* Turns headings of tables with more than two rows into buttons that sort; without scripts the page is complete. */
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   if (!body || body.rows.length < 3) continue;

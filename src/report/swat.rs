@@ -8,6 +8,7 @@ mod runs;
 use super::html::{Figure, Footer, Report, Section};
 use super::palette::Tone;
 use crate::modules::{Cell, ModuleSet};
+use std::collections::BTreeSet;
 
 pub use maps::{mods_map, robustness_map, robustness_table};
 pub use runs::{
@@ -204,6 +205,8 @@ pub struct SettingLoss {
     pub setting: Setting,
     /// Step and loss.
     pub points: Vec<(u64, f64)>,
+    /// Training seeds over which the values are means.
+    pub seeds: Vec<u64>,
 }
 
 /// A warm-up set and what came of it.
@@ -215,6 +218,8 @@ pub struct SetOutcome {
     pub joint_score: f64,
     /// Attack success rate after the run.
     pub asr: Measure,
+    /// Training seeds over which it is a mean.
+    pub seeds: Vec<u64>,
 }
 
 /// Everything that a report can show; what is empty or `None` is left out.
@@ -378,6 +383,12 @@ impl SwatReport {
             ..Section::default()
         })
     }
+}
+
+/// Every seed that occurs, as [`seeds_text`].
+fn all_seeds<'a>(seeds: impl Iterator<Item = &'a Vec<u64>>) -> String {
+    let all: BTreeSet<u64> = seeds.flatten().copied().collect();
+    seeds_text(&all.into_iter().collect::<Vec<_>>())
 }
 
 /// `seed 3`, `seeds 1–5`, `seeds 1, 4, 9`; empty for none.

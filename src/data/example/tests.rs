@@ -187,6 +187,31 @@ fn cut_and_dropped_conversations_are_counted() {
 }
 
 #[test]
+fn the_work_is_bounded_by_the_maximal_length() {
+    struct Bounded(TestChat);
+    impl ChatText for Bounded {
+        fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
+            self.0.render(messages, generation_prompt)
+        }
+        fn encode(&self, text: &str) -> Result<Vec<u32>> {
+            assert!(text.len() <= 100 * MOST_BYTES_PER_TOKEN);
+            self.0.encode(text)
+        }
+        fn ends_turn(&self, token: u32) -> bool {
+            self.0.ends_turn(token)
+        }
+    }
+    let chat = Bounded(TestChat::new(chatml));
+    let long = "é".repeat(1 << 20);
+    let turns = [("user", "hi"), ("assistant", long.as_str()), ("user", &long), ("assistant", "x")];
+    let all = Examples::from_conversations(&[conversation(&turns)], &chat, 100).unwrap();
+    assert_eq!((all.examples[0].tokens.len(), all.cut), (100, 1));
+    let prompt = chat.encode(&chatml(&conversation(&turns[..1]).messages, true)).unwrap().len();
+    assert_eq!(all.examples[0].trained_tokens(), 100 - prompt);
+    assert_eq!(Example::from_conversation(&conversation(&turns[2..]), &chat, 100).unwrap(), None);
+}
+
+#[test]
 fn a_later_turn_beyond_the_maximal_length_is_a_cut() {
     let chat = TestChat::new(chatml);
     let turns = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two")];
@@ -220,7 +245,10 @@ fn errors_of_the_template_name_the_line() {
 
 proptest! {
     #[test]
-    fn masks_hold_answers_and_their_ends_alone(turns in proptest::collection::vec("[ans \n:x]{1,8}", 1..8)) {
+    fn masks_hold_answers_and_their_ends_alone(
+        turns in proptest::collection::vec("[ans \n:x]{1,8}", 1..8),
+        max_length in 0usize..200,
+    ) {
         let mut messages: Vec<(&str, &str)> = Vec::new();
         for (i, turn) in turns.iter().enumerate() {
             messages.push((if i % 2 == 0 { "user" } else { "assistant" }, turn));
@@ -230,9 +258,15 @@ proptest! {
         }
         let answers: String =
             messages.iter().skip(1).step_by(2).map(|(_, answer)| format!("{answer}<|im_end|>")).collect();
-        let (all, trained) = TestChat::new(chatml).texts(&messages);
+        let chat = TestChat::new(chatml);
+        let (all, trained) = chat.texts(&messages);
         prop_assert_eq!(all, chatml(&conversation(&messages).messages, false));
         prop_assert_eq!(trained, answers);
+        let mut whole = chat.example(&messages, usize::MAX).unwrap().unwrap();
+        whole.tokens.truncate(max_length);
+        whole.trained.truncate(max_length);
+        let cut = chat.example(&messages, max_length).unwrap();
+        prop_assert_eq!(cut, Some(whole).filter(|e| e.trained.contains(&true)));
     }
 
     #[test]

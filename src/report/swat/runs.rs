@@ -2,7 +2,8 @@
 
 use super::maps::join;
 use super::{
-    Drift, EpochDrift, Measure, Results, SetOutcome, SettingKind, SettingLoss, SettingResult, Updates, seeds_text,
+    Drift, EpochDrift, Measure, Results, SetOutcome, SettingKind, SettingLoss, SettingResult, Updates, all_seeds,
+    seeds_text,
 };
 use crate::report::chart::{
     Bar, BarChart, BarPanel, BarSeries, Direction, Dot, DotGroup, LineChart, LinePanel, LineSeries, Point, Scatter,
@@ -95,6 +96,7 @@ pub fn results_chart(results: &Results) -> BarChart {
         direction: Direction::Lying,
         at_least: 100.0,
         decimals: 1,
+        note: join(&["intervals as in the table", &all_seeds(results.rows.iter().map(|row| &row.seeds))]),
         ..BarChart::default()
     }
 }
@@ -121,7 +123,7 @@ pub fn sets_chart(sets: &[SetOutcome]) -> Scatter {
         y_label: "ASR after tuning, %".into(),
         groups: groups.into_iter().map(|(_, group)| group).collect(),
         y_at_least: Some((0.0, 100.0)),
-        note: String::new(),
+        note: all_seeds(sets.iter().map(|set| &set.seeds)),
     }
 }
 
@@ -254,7 +256,7 @@ pub fn loss_chart(losses: &[SettingLoss]) -> LineChart {
             at_least: Some((0.0, 0.0)),
         }],
         wide: true,
-        note: String::new(),
+        note: all_seeds(losses.iter().map(|loss| &loss.seeds)),
     }
 }
 

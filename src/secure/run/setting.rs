@@ -1,0 +1,162 @@
+//! What a study compares: the method, plain tuning, controls and ablations.
+
+use super::RunConfig;
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+use crate::modules::ModuleSet;
+use crate::secure::{TuneJob, resolve_mods};
+use crate::train::PhaseOptions;
+
+/// One setting, written as its base, then `+refusals` or `+attack`:
+///
+/// | text | is |
+/// |---|---|
+/// | `given` | the model as given |
+/// | `plain` | everything, for phase 2's length |
+/// | `plain-equal` | everything, for both phases' length: the fair control |
+/// | `swat` | Mods_Rob, then everything |
+/// | `reversed` | everything, then Mods_Rob |
+/// | `mods-only` | Mods_Rob alone |
+/// | `ml-lr:BETA` | one phase of both lengths, the rest of the modules at BETA times the rate |
+/// | `warmup:SET` | another set in the place of Mods_Rob: `random:SEED`, `random-without-layer0:SEED`, `complement`, `layer0`, `all`, an expression |
+#[derive(Clone, Debug, PartialEq)]
+pub struct SettingSpec {
+    /// As written.
+    pub text: String,
+    base: Base,
+    /// What is mixed into the training data.
+    pub mix: Option<Mix>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Base {
+    Given,
+    Plain,
+    PlainEqual,
+    Swat,
+    Reversed,
+    ModsOnly,
+    MlLr(f32),
+    Warmup(String),
+}
+
+/// What is mixed into the training data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mix {
+    /// Refusals of harmful requests.
+    Refusals,
+    /// Harmful requests that are answered.
+    Attack,
+}
+
+impl SettingSpec {
+    /// Parses the text form.
+    pub fn parse(text: &str) -> Result<Self> {
+        let wrong = || {
+            let known = "given, plain, plain-equal, swat, reversed, mods-only, ml-lr:BETA or warmup:SET, \
+                         perhaps with +refusals or +attack";
+            Error::input("settings", format!("`{text}`"), known)
+        };
+        let (base, mix) = match text.rsplit_once('+') {
+            Some((base, "refusals")) => (base, Some(Mix::Refusals)),
+            Some((base, "attack")) => (base, Some(Mix::Attack)),
+            Some(_) => return Err(wrong()),
+            None => (text, None),
+        };
+        let base = match base.split_once(':') {
+            Some(("ml-lr", beta)) => {
+                Base::MlLr(beta.parse().ok().filter(|b| (0.0..=1.0).contains(b)).ok_or_else(wrong)?)
+            }
+            Some(("warmup", set)) => Base::Warmup(set.to_owned()),
+            Some(_) => return Err(wrong()),
+            None => match base {
+                "given" if mix.is_none() => Base::Given,
+                "plain" => Base::Plain,
+                "plain-equal" => Base::PlainEqual,
+                "swat" => Base::Swat,
+                "reversed" => Base::Reversed,
+                "mods-only" => Base::ModsOnly,
+                _ => return Err(wrong()),
+            },
+        };
+        Ok(Self { text: text.to_owned(), base, mix })
+    }
+
+    /// A name for files.
+    pub fn stem(&self) -> String {
+        self.text.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
+    }
+
+    /// Whether nothing is trained.
+    pub fn is_given(&self) -> bool {
+        self.base == Base::Given
+    }
+
+    /// Whether its first phase depends on Mods_Rob.
+    pub fn needs_mods(&self) -> bool {
+        !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual)
+    }
+
+    /// The tuning run, given Mods_Rob.
+    pub fn job(&self, config: &RunConfig, model: &ModelConfig, mods: Option<&ModuleSet>) -> Result<TuneJob> {
+        let mut job = config.tune.clone();
+        let none = PhaseOptions { epochs: Some(0), steps: None, ..config.tune.all_phase.clone() };
+        let own = || mods.cloned().ok_or_else(|| Error::failed("there is no Mods_Rob", "report this"));
+        match &self.base {
+            Base::Given => job.all_phase = none,
+            Base::Plain => {}
+            Base::PlainEqual => job.all_phase = both(&config.tune)?,
+            Base::Swat => job.mods = Some(own()?),
+            Base::Reversed => (job.mods, job.reversed) = (Some(own()?), true),
+            Base::ModsOnly => (job.mods, job.all_phase) = (Some(own()?), none),
+            Base::MlLr(beta) => {
+                (job.mods, job.rest_lr_factor) = (Some(own()?), *beta);
+                (job.mods_phase, job.all_phase) = (both(&config.tune)?, none);
+            }
+            Base::Warmup(set) => job.mods = Some(resolve_mods(set, model, mods, None)?),
+        }
+        Ok(job)
+    }
+}
+
+/// Phase 2 for as long as both phases.
+fn both(job: &TuneJob) -> Result<PhaseOptions> {
+    let (first, second) = (&job.mods_phase, &job.all_phase);
+    let sum = match (first.epochs, first.steps, second.epochs, second.steps) {
+        (_, Some(a), _, Some(b)) => (None, Some(a + b)),
+        (a, None, b, None) => (Some(a.unwrap_or(1) + b.unwrap_or(1)), None),
+        _ => {
+            let found = "one phase in epochs and the other in steps";
+            return Err(Error::input("tune", found, "both in epochs or both in steps, for controls of equal length"));
+        }
+    };
+    Ok(PhaseOptions { epochs: sum.0, steps: sum.1, ..second.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_parsed_or_refused() {
+        for text in ["given", "plain", "plain-equal+refusals", "swat+attack", "ml-lr:0.0001", "warmup:random:3"] {
+            assert_eq!(SettingSpec::parse(text).unwrap().text, text);
+        }
+        for text in ["", "given+refusals", "swat+x", "ml-lr:2", "warm", "swat:1"] {
+            assert!(SettingSpec::parse(text).is_err(), "{text}");
+        }
+        assert_eq!(SettingSpec::parse("warmup:random:3").unwrap().stem(), "warmup_random_3");
+    }
+
+    #[test]
+    fn equal_steps_are_the_sum_of_both_phases() {
+        let mut job = TuneJob::default();
+        (job.mods_phase.steps, job.all_phase.steps) = (Some(3), Some(5));
+        assert_eq!(both(&job).unwrap().steps, Some(8));
+        (job.mods_phase.steps, job.all_phase.steps) = (None, None);
+        (job.mods_phase.epochs, job.all_phase.epochs) = (Some(4), Some(3));
+        assert_eq!(both(&job).unwrap().epochs, Some(7));
+        job.all_phase.steps = Some(1);
+        assert!(both(&job).is_err());
+    }
+}

@@ -1,0 +1,89 @@
+//! Stages whose results are kept: a stage runs again only when its inputs change.
+
+use crate::error::{Error, Result};
+use crate::model::write_atomic;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// The directory of a study.
+pub(super) struct Stages {
+    dir: PathBuf,
+}
+
+impl Stages {
+    pub(super) fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// The result in `NAME.json` if it was made from the same `inputs`, else what `work` makes, kept there.
+    pub(super) fn run<T: Serialize + DeserializeOwned>(
+        &self,
+        name: &str,
+        inputs: &Value,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let path = self.dir.join(format!("{name}.json"));
+        let hash = hash(inputs);
+        if let Some(kept) = read(&path, &hash) {
+            return Ok(kept);
+        }
+        let start = Instant::now();
+        let result = work()?;
+        let value = json!({ "stage": name, "inputs_hash": hash, "inputs": inputs,
+            "seconds": start.elapsed().as_secs_f64(), "result": result });
+        let text = serde_json::to_string_pretty(&value)
+            .map_err(|e| Error::failed(format!("{}: {e}", path.display()), "report this"))?;
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
+        }
+        write_atomic(&path, text.as_bytes())?;
+        Ok(result)
+    }
+}
+
+/// A hash of a stage's inputs.
+pub(super) fn hash(inputs: &Value) -> String {
+    blake3::hash(inputs.to_string().as_bytes()).to_hex()[..16].to_owned()
+}
+
+/// A hash of a file's bytes, for the inputs of a stage.
+pub(super) fn file_hash(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
+    Ok(blake3::hash(&bytes).to_hex()[..16].to_owned())
+}
+
+/// What is damaged or of other inputs is made again.
+fn read<T: DeserializeOwned>(path: &Path, hash: &str) -> Option<T> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let mut value: Value = serde_json::from_str(&text).ok()?;
+    if value["inputs_hash"] != *hash {
+        return None;
+    }
+    serde_json::from_value(value["result"].take()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_runs_once_for_the_same_inputs() {
+        let dir = tempfile::tempdir().unwrap();
+        let stages = Stages::new(dir.path());
+        let mut runs = 0;
+        let mut run = |inputs: &Value| {
+            stages.run::<u32>("a/b", inputs, || {
+                runs += 1;
+                Ok(runs)
+            })
+        };
+        assert_eq!(run(&json!({"x": 1})).unwrap(), 1);
+        assert_eq!(run(&json!({"x": 1})).unwrap(), 1);
+        assert_eq!(run(&json!({"x": 2})).unwrap(), 2);
+        std::fs::write(dir.path().join("a/b.json"), "{").unwrap();
+        assert_eq!(run(&json!({"x": 2})).unwrap(), 3);
+    }
+}
