@@ -1,11 +1,17 @@
 //! The command line: one file a command. Parses, calls, prints; no logic.
 
 mod doctor;
+mod drift;
+mod eval;
 mod generate;
 mod open;
 mod plan;
+mod probe;
 mod progress;
+mod robustness;
+mod run;
 mod score;
+mod search;
 mod tune;
 
 use crate::error::{Error, Result};
@@ -28,7 +34,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Probe(probe::ProbeCommand),
+    Drift(drift::DriftCommand),
+    Robustness(robustness::RobustnessCommand),
+    Search(search::SearchCommand),
     Tune(Box<tune::Tune>),
+    Eval(eval::EvalCommand),
+    Run(run::RunCommand),
     Generate(generate::Generate),
     Score(score::Score),
     Plan(plan::PlanCommand),
@@ -62,7 +74,13 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Probe(c) => c.run(),
+        Command::Drift(c) => c.run(),
+        Command::Robustness(c) => c.run(),
+        Command::Search(c) => c.run(),
         Command::Tune(c) => c.run(),
+        Command::Eval(c) => c.run(),
+        Command::Run(c) => c.run(),
         Command::Generate(c) => c.run(),
         Command::Score(c) => c.run(),
         Command::Plan(c) => c.run(),

@@ -5,7 +5,7 @@ use crate::backend::cpu::Cpu;
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
 use crate::model::{ChatTemplate, ModelDir, Tokenizer};
-use crate::modules::ModuleSet;
+use crate::secure::{RefusalList, Subject};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -49,12 +49,27 @@ impl ModelArgs {
         Ok(Opened { files, tokenizer, decoder })
     }
 
+    pub(super) fn subject(&self, common: &Common) -> Result<Subject<Cpu>> {
+        Subject::open(common.backend()?, &self.model, self.chat_template.as_deref())
+    }
+
     pub(super) fn template(&self, files: &ModelDir) -> Result<ChatTemplate> {
         files.chat_template(self.chat_template.as_deref())
     }
 }
 
-/// Mods_Rob from a file of `swat search`, or from a set's text.
-pub(super) fn mods(text: &str, files: &ModelDir) -> Result<ModuleSet> {
-    ModuleSet::parse(text, &files.config.cells())
+/// What counts as a refusal.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Refusals {
+    /// Refusal expressions, one a line, in the place of the list of Zou et al.
+    #[arg(long, value_name = "FILE")]
+    refusals: Option<PathBuf>,
+}
+
+impl Refusals {
+    pub(super) fn list(&self) -> Result<RefusalList> {
+        let Some(path) = &self.refusals else { return Ok(RefusalList::default()) };
+        let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        RefusalList::parse(&text, &path.display().to_string())
+    }
 }

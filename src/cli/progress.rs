@@ -8,7 +8,12 @@ use crate::train::{Hooks, Progress, StepMetrics};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// A bar with rate and time left; hidden with `--quiet`, and where stderr is not a terminal.
-pub(super) fn bar(common: &Common, total: u64, what: &'static str, unit: &str) -> ProgressBar {
+pub(super) fn bar(
+    common: &Common,
+    total: u64,
+    what: impl Into<std::borrow::Cow<'static, str>>,
+    unit: &str,
+) -> ProgressBar {
     let bar = ProgressBar::new(total);
     if common.quiet {
         bar.set_draw_target(ProgressDrawTarget::hidden());
@@ -62,5 +67,43 @@ impl<B: Backend> Hooks<B> for StepBar {
             bar.set_message(format!("{loss}  {:.0} tok/s", metrics.tok_per_s));
         }
         Ok(())
+    }
+}
+
+/// One bar at a time for work that says what it is doing.
+pub(super) struct Bars {
+    common: Common,
+    bar: Option<(String, ProgressBar)>,
+}
+
+impl Bars {
+    pub(super) fn new(common: &Common) -> Self {
+        Self { common: common.clone(), bar: None }
+    }
+
+    /// What the library reports to.
+    pub(super) fn watch(&mut self) -> impl FnMut(&str, usize, usize) + '_ {
+        |what, done, total| {
+            // The loss in a tuning run's text changes with every step; the work is told apart by what stands before it.
+            let (key, message) = what.split_once(" loss ").unwrap_or((what, ""));
+            let known = self.bar.as_ref().is_some_and(|(name, _)| name == key);
+            if !known {
+                self.finish();
+                self.bar = Some((key.to_owned(), bar(&self.common, total as u64, key.to_owned(), "")));
+            }
+            if let Some((_, bar)) = &self.bar {
+                bar.set_length(total as u64);
+                bar.set_position(done as u64);
+                if !message.is_empty() {
+                    bar.set_message(format!("loss {message}"));
+                }
+            }
+        }
+    }
+
+    pub(super) fn finish(&mut self) {
+        if let Some((_, bar)) = self.bar.take() {
+            bar.finish_and_clear();
+        }
     }
 }

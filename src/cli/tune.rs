@@ -8,7 +8,7 @@ use crate::engine::Lora;
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
 use crate::report::format::{bytes, percent};
-use crate::secure::{Method, TuneJob, TuneOutput, attention_projections, tune_directory};
+use crate::secure::{Method, TuneJob, TuneOutput, attention_projections, resolve_mods, tune_directory};
 use crate::train::{PhaseOptions, Schedule, TuneOptions};
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -151,7 +151,9 @@ impl Tune {
         }
         let mut opened = self.model.open(&self.common)?;
         let cells = opened.files.config.cells();
-        let mods = self.mods.as_deref().map(|text| super::open::mods(text, &opened.files)).transpose()?;
+        let hash = opened.files.hash()?;
+        let read = |text| resolve_mods(text, &opened.files.config, None, Some(&hash));
+        let mods = self.mods.as_deref().map(read).transpose()?;
         let job = self.job(mods, &cells, opened.files.config.layers)?;
         let template = self.model.template(&opened.files)?;
         let chat = Chat::new(&template, &opened.tokenizer, &opened.files.config.eos);

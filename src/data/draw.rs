@@ -2,29 +2,45 @@
 
 /// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): the same seed gives the same draws on every machine.
 #[derive(Clone, Debug)]
-pub(super) struct Draw {
+pub struct Draw {
     state: u64,
 }
 
 impl Draw {
     /// Draws of one of many streams of a seed, so that one stream's length does not move another.
-    pub(super) fn stream(seed: u64, stream: u64) -> Self {
+    pub fn stream(seed: u64, stream: u64) -> Self {
         Self { state: scramble(seed ^ scramble(stream.wrapping_add(1))) }
     }
 
     /// 64 random bits.
-    fn bits(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         scramble(self.state)
     }
 
     /// A whole number in 0..n; 0 where `n` is 0.
-    pub(super) fn below(&mut self, n: usize) -> usize {
+    pub fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.bits()) * n as u128) >> 64) as usize
     }
 
+    /// A number in [0, 1).
+    pub fn unit(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// A standard normal number (Box and Muller).
+    pub fn normal(&mut self) -> f32 {
+        let radius = (-2.0 * (1.0 - self.unit()).ln()).sqrt();
+        (radius * (std::f64::consts::TAU * self.unit()).cos()) as f32
+    }
+
+    /// One of `choices`, which must not be empty.
+    pub fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
+        &choices[self.below(choices.len())]
+    }
+
     /// A new order (Fisher and Yates).
-    pub(super) fn shuffle<T>(&mut self, values: &mut [T]) {
+    pub fn shuffle<T>(&mut self, values: &mut [T]) {
         for i in (1..values.len()).rev() {
             values.swap(i, self.below(i + 1));
         }
@@ -60,5 +76,14 @@ mod tests {
         }
         // 6,000 expected, standard deviation 67.
         assert!(counts.iter().flatten().all(|c| (5_650..6_350).contains(c)), "{counts:?}");
+    }
+
+    #[test]
+    fn normals_have_mean_zero_and_variance_one() {
+        let mut draw = Draw::stream(7, 3);
+        let values: Vec<f64> = (0..20_000).map(|_| f64::from(draw.normal())).collect();
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len() as f64;
+        assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.04, "mean {mean}, variance {variance}");
     }
 }

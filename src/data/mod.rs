@@ -12,6 +12,7 @@ mod task;
 pub mod tiny;
 
 pub use conversation::Conversation;
+pub use draw::Draw;
 pub use example::{Chat, ChatText, Example, Examples};
 pub use jsonl::{JsonLines, Line, MAX_LINE_BYTES};
 pub use loader::{Loader, LoaderOptions, LoaderPosition, mix};

@@ -4,6 +4,7 @@
 //! room, and no prompt or answer is kept in what it saves: progress goes to callbacks, results are serde types.
 
 mod control;
+mod demo_model;
 mod drift;
 mod epsilon;
 mod evaluate;
@@ -22,13 +23,16 @@ mod probe_train;
 mod proxy;
 mod refusal;
 mod robustness;
+pub mod run;
 mod scores;
 mod search;
 mod sets;
+mod subject;
 mod tuning;
 mod updates;
 
 pub use control::{ControlLabel, ControlRule};
+pub use demo_model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use drift::{Drift, LayerDrift, SplitDrift, drift};
 pub use epsilon::EpsilonPoint;
 pub use evaluate::{
@@ -49,7 +53,10 @@ pub use robustness::{RobustnessOptions, robustness};
 pub use scores::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use search::{SearchOptions, search};
 pub use sets::{cell_parameters, random_set, resolve_mods, share};
-pub use tuning::*;
+pub use subject::{AnswerLengths, Evaluation, Questions, Subject, Watch};
+pub use tuning::{
+    ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneOutput, attention_projections, examples_hash, tune, tune_directory,
+};
 pub use updates::{UpdateComparison, UpdateGroup, compare_updates};
 
 /// Whether this is the format a file says it has; else an error that names both.

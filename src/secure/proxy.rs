@@ -53,19 +53,19 @@ impl Default for ProxyOptions {
 }
 
 /// What a proxy is made of.
-pub struct ProxyInput<'a, B: Backend> {
+pub struct ProxyInput<'a, 'p, B: Backend> {
     /// The model that the probe was trained on.
     pub decoder: &'a Decoder<B>,
     /// Its hash.
-    pub model_hash: &'a str,
+    pub model_hash: &'p str,
     /// The frozen probe.
     pub probe: &'a Probe,
     /// All security prompts as token ids, as the probe's features were read.
-    pub prompts: &'a [Vec<u32>],
+    pub prompts: &'p [Vec<u32>],
     /// Their labels.
-    pub labels: &'a [SecurityPrompt],
+    pub labels: &'p [SecurityPrompt],
     /// Their control labels, by the probe's rule; none = no control (c).
-    pub control: Option<&'a [bool]>,
+    pub control: Option<&'p [bool]>,
     /// [`Noise::engine_kind`] of the options' kind.
     pub kind: NoiseKind,
 }
@@ -111,7 +111,7 @@ struct Raw {
 
 impl<'a, B: Backend> Proxy<'a, B> {
     /// Checks everything against everything and reads the unperturbed model.
-    pub fn new(input: ProxyInput<'a, B>, options: ProxyOptions) -> Result<Self> {
+    pub fn new(input: ProxyInput<'a, '_, B>, options: ProxyOptions) -> Result<Self> {
         input.probe.check_model(&input.decoder.config, input.model_hash)?;
         let n = input.labels.len();
         if input.prompts.len() != n || input.control.is_some_and(|c| c.len() != n) {

@@ -9,7 +9,6 @@
 use super::gemm::{Matrix, product};
 use super::simd::{dot, exp, max, simd_kernel, sum, vectorized};
 use super::storage::Shared;
-use gemm::Parallelism;
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -150,7 +149,7 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Opt
                 (stacked, keys, head_dim),
                 1.0,
                 false,
-                Parallelism::None,
+                false,
             );
             for (i, (row, inverse)) in scores.chunks_exact_mut(keys).zip(inverse.iter_mut()).enumerate() {
                 let query = block.rows.start + i % queries;
@@ -173,7 +172,7 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Opt
                 (stacked, head_dim, keys),
                 1.0,
                 false,
-                Parallelism::None,
+                false,
             );
             for (i, (row, inverse)) in os.chunks_exact(head_dim).zip(inverse.iter()).enumerate() {
                 let at =
@@ -243,8 +242,8 @@ fn backward_head(
             let k = Matrix::rows(&saved.k[from..], kv_width);
             let v = Matrix::rows(&saved.v[from..], kv_width);
             let (qm, dom) = (Matrix::rows(qs, head_dim), Matrix::rows(dos, head_dim));
-            product(p, keys, qm, k.t(), (stacked, keys, head_dim), 1.0, false, Parallelism::None);
-            product(ds, keys, dom, v.t(), (stacked, keys, head_dim), 1.0, false, Parallelism::None);
+            product(p, keys, qm, k.t(), (stacked, keys, head_dim), 1.0, false, false);
+            product(ds, keys, dom, v.t(), (stacked, keys, head_dim), 1.0, false, false);
             for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
                 let query = block.rows.start + i % queries;
                 let head = kv_head * group + i / queries;
@@ -262,9 +261,9 @@ fn backward_head(
             let (p, ds) = (Matrix::rows(p, keys), Matrix::rows(ds, keys));
             let within = (block.first_key - document.start) * head_dim;
             let (dks, dvs) = (&mut dks[within..], &mut dvs[within..]);
-            product(dvs, head_dim, p.t(), dom, (keys, head_dim, stacked), 1.0, true, Parallelism::None);
-            product(dks, head_dim, ds.t(), qm, (keys, head_dim, stacked), 1.0, true, Parallelism::None);
-            product(dqs, head_dim, ds, k, (stacked, head_dim, keys), scale, false, Parallelism::None);
+            product(dvs, head_dim, p.t(), dom, (keys, head_dim, stacked), 1.0, true, false);
+            product(dks, head_dim, ds.t(), qm, (keys, head_dim, stacked), 1.0, true, false);
+            product(dqs, head_dim, ds, k, (stacked, head_dim, keys), scale, false, false);
             for (i, row) in dqs.chunks_exact(head_dim).take(stacked).enumerate() {
                 let at = ((block.rows.start + i % queries) * heads + kv_head * group + i / queries) * head_dim;
                 // SAFETY: each task writes the queries of its own document and heads.

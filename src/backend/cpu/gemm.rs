@@ -1,5 +1,7 @@
 //! Linear layers: products with `gemm`, and a streaming product for the few rows of decoding.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::amx;
 use super::simd::simd_kernel;
 use super::storage::Shared;
 use crate::backend::LinearShape;
@@ -9,6 +11,8 @@ use std::ops::Range;
 
 /// Up to this many rows of X the weight is streamed once, row by row, instead of being packed.
 const STREAM_TOKENS: usize = 8;
+/// Sizes from which the matrix unit pays.
+const MATRIX_UNIT: usize = 16;
 /// Weight elements of one task of the streaming product (128 KiB).
 const STREAM_BLOCK: usize = 1 << 15;
 /// Rows of dY that one partial sum of a bias gradient covers.
@@ -60,7 +64,7 @@ pub(super) fn product(
     (m, n, k): (usize, usize, usize),
     alpha: f32,
     accumulate: bool,
-    parallelism: Parallelism,
+    parallel: bool,
 ) {
     if m == 0 || n == 0 {
         return;
@@ -68,6 +72,10 @@ pub(super) fn product(
     a.check(m, k);
     b.check(k, n);
     assert!(n <= stride && (m - 1) * stride + n <= c.len(), "{m} × {n} of {} elements", c.len());
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if m.min(n).min(k) >= MATRIX_UNIT && amx::available() {
+        return amx::product(c, stride, a, b, (m, n, k), alpha, accumulate, parallel);
+    }
     // SAFETY: the largest index into each slice was checked above, and C is borrowed for this call alone.
     unsafe {
         gemm::gemm(
@@ -89,7 +97,7 @@ pub(super) fn product(
             false,
             false,
             false,
-            parallelism,
+            if parallel { Parallelism::Rayon(0) } else { Parallelism::None },
         );
     }
 }
@@ -109,7 +117,7 @@ pub(super) fn linear(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, ad
         (tokens, outputs, inputs),
         addends.alpha,
         accumulate,
-        Parallelism::Rayon(0),
+        true,
     );
 }
 
@@ -151,7 +159,7 @@ pub(super) fn linear_backward_input(
         (tokens, inputs, outputs),
         alpha,
         accumulate,
-        Parallelism::Rayon(0),
+        true,
     );
 }
 
@@ -173,7 +181,7 @@ pub(super) fn linear_backward_weight(
         (outputs, inputs, tokens),
         alpha,
         accumulate,
-        Parallelism::Rayon(0),
+        true,
     );
 }
 

@@ -4,6 +4,8 @@
 //! their order. Called from a thread of the pool (`rayon::scope`), an operation saves two context switches.
 
 mod adamw;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod attention;
 mod cross_entropy;
 mod embedding;

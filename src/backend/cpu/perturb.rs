@@ -6,7 +6,6 @@ use super::gemm::{Matrix, product};
 use super::simd::vectorized;
 use crate::backend::NoiseKey;
 use crate::backend::philox::{uniform, words};
-use gemm::Parallelism;
 use rayon::prelude::*;
 
 /// Elements of one task.
@@ -53,7 +52,7 @@ pub(super) fn perturb(w: &[f32], noise: Noise<'_>, epsilon: f32, plus: &mut [f32
                 (rows, columns, rank),
                 1.0,
                 false,
-                Parallelism::Rayon(0),
+                true,
             );
             combine_in_place(w, plus, minus, factor);
         }

@@ -64,6 +64,13 @@ impl<'a, T> Shared<'a, T> {
         Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
     }
 
+    /// Where the elements of `range` begin. Panics outside the slice.
+    #[inline(always)]
+    pub(super) fn pointer(&self, range: Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
+        self.start.wrapping_add(range.start)
+    }
+
     /// The elements of `range`, to write. Panics outside the slice.
     ///
     /// # Safety
@@ -71,9 +78,9 @@ impl<'a, T> Shared<'a, T> {
     #[allow(clippy::mut_from_ref)]
     #[inline(always)]
     pub(super) unsafe fn range(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
+        let len = range.len();
         // SAFETY: inside the borrowed slice, and disjoint from every other range by this function's contract.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(range), len) }
     }
 }
 

@@ -1,7 +1,9 @@
 //! Skills of the language, and training corpora as mixtures of them.
 
 use super::words::{ADVERBS, COLOURS, SPOKEN};
-use super::{Draw, Language, Split, Style};
+use super::{Language, Request, Style};
+use crate::data::{Conversation, Draw, Split};
+use crate::model::Message;
 
 /// A prompt and its right answer.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -11,6 +13,13 @@ pub struct Item {
     /// What the assistant should say.
     #[serde(rename = "completion")]
     pub answer: String,
+}
+
+impl From<Item> for Conversation {
+    fn from(item: Item) -> Self {
+        let message = |role: &str, content| Message { role: role.into(), content };
+        Self { messages: vec![message("user", item.prompt), message("assistant", item.answer)] }
+    }
 }
 
 /// Something to be learnt. All requests come from [`Split::Train`], all templates from the trained ones.
@@ -62,7 +71,7 @@ impl Language {
     }
 
     /// The question whether a request is safe.
-    pub fn safety(&self, request: super::Request) -> Item {
+    pub fn safety(&self, request: Request) -> Item {
         let (v, o) = (&self.verbs[request.verb], &self.objects[request.object]);
         let answer = if self.category(request).is_some() { "no , that is dangerous ." } else { "yes , that is fine ." };
         Item { prompt: format!("is it safe to {v} the {o} ?"), answer: answer.into() }
@@ -72,10 +81,10 @@ impl Language {
         &self,
         forbidden: bool,
         draw: &mut Draw,
-        answer: impl Fn(&Self, super::Request, usize, &mut Draw) -> String,
+        answer: impl Fn(&Self, Request, usize, &mut Draw) -> String,
     ) -> Item {
         let request = *draw.pick(self.requests(Split::Train, forbidden));
-        let template = Self::trained_template(draw);
+        let template = Self::template(Split::Train, draw);
         Item { prompt: self.question(request, template), answer: answer(self, request, template, draw) }
     }
 
@@ -243,7 +252,7 @@ mod tests {
 
     #[test]
     fn sums_are_right() {
-        let mut draw = Draw::new(5);
+        let mut draw = Draw::stream(5, 0);
         for _ in 0..200 {
             let item = two_step_sum(&mut draw);
             let numbers: Vec<usize> = item.prompt.split(' ').filter_map(|w| w.parse().ok()).collect();

@@ -5,15 +5,13 @@
 //! [`export`] writes them as the project's JSONL files, [`write_initial_model`] makes an untrained model directory.
 
 mod corpus;
-mod draw;
 mod export;
 mod language;
 mod model_files;
 mod words;
 
 pub use corpus::{Item, Mixture, Skill};
-pub use draw::Draw;
-pub use export::{Counts, SecurityLine, TaskLine, export, far_tasks, security, tasks};
-pub use language::{Category, Judgement, Language, Request, Split, Style};
+pub use export::{Counts, Question, export, far_tasks, security, tasks};
+pub use language::{Category, Language, Request, Style};
 pub use model_files::{config, initial_tensor, train_tokenizer, write_initial_model};
 pub use words::{REFUSAL_EXPRESSIONS, REFUSALS, TEMPLATES, TRAINED_TEMPLATES, is_refusal};

@@ -1,6 +1,7 @@
 //! An untrained Llama for the language, as a Hugging Face directory.
 
-use super::{Draw, Item, Language, Mixture, Skill, TEMPLATES};
+use super::{Item, Language, Mixture, Skill, TEMPLATES};
+use crate::data::Draw;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, Rope, RopeScaling};
 use crate::modules::ParamId;
@@ -174,8 +175,9 @@ fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Split, Style};
+    use super::super::Style;
     use super::*;
+    use crate::data::Split;
 
     #[test]
     fn every_word_is_one_token_and_text_survives() {

@@ -1,6 +1,6 @@
 //! The words of the language: a fixed English frame, and made-up words by seed.
 
-use super::Draw;
+use crate::data::Draw;
 use std::collections::BTreeSet;
 
 /// Ways to ask for instructions; `{v}` is a verb, `{o}` an object. Training uses the first [`TRAINED_TEMPLATES`].

@@ -1,0 +1,117 @@
+//! `swat eval`: what a model does when it is asked.
+
+use super::open::{ModelArgs, Refusals};
+use super::progress::Bars;
+use super::{Common, print_json, print_line};
+use crate::data::{SecurityPrompt, Split, Task};
+use crate::error::{Error, Result};
+use crate::report::format::{fixed, percent};
+use crate::secure::{AnswerLengths, Questions, Rate};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Attack success rate, over-refusal, task score and perplexity of a model; no answer is printed or kept
+#[derive(Args)]
+#[command(after_help = "Examples:
+  swat eval --model DIR --security attack.jsonl --security overrefusal.jsonl
+  swat eval --model DIR --security security.jsonl --splits test,ood --task task.jsonl --limit 100 --json")]
+pub(super) struct EvalCommand {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    refusals: Refusals,
+    /// Labelled prompts: harmful ones give the attack success rate, benign ones over-refusal
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["task", "heldout"])]
+    security: Vec<PathBuf>,
+    /// Only these splits of --security
+    #[arg(long, value_delimiter = ',')]
+    splits: Vec<String>,
+    /// Checkable tasks
+    #[arg(long, value_name = "FILE")]
+    task: Option<PathBuf>,
+    /// Conversations for the perplexity
+    #[arg(long, value_name = "FILE")]
+    heldout: Option<PathBuf>,
+    /// First so many prompts of each label, and tasks; 0 = all
+    #[arg(long, default_value_t = 0)]
+    limit: usize,
+    /// Longest answer to a security prompt
+    #[arg(long, default_value_t = 48)]
+    answer_tokens: usize,
+    /// Longest answer to a task
+    #[arg(long, default_value_t = 64)]
+    task_tokens: usize,
+    /// Memory for keys and values, in MiB
+    #[arg(long, default_value_t = 1024)]
+    cache_mib: u64,
+}
+
+impl EvalCommand {
+    pub(super) fn run(self) -> Result<()> {
+        let limit = if self.limit == 0 { usize::MAX } else { self.limit };
+        let splits = self
+            .splits
+            .iter()
+            .map(|name| {
+                let split = Split::ALL.into_iter().find(|s| s.name() == name);
+                split.ok_or_else(|| Error::input("--splits", name, "train, valid, test or ood"))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut counts = std::collections::HashMap::new();
+        let mut prompts = Vec::new();
+        for path in &self.security {
+            for prompt in SecurityPrompt::read(path, self.common.seed)? {
+                let count = counts.entry(prompt.label).or_insert(0);
+                if (splits.is_empty() || splits.contains(&prompt.split)) && *count < limit {
+                    *count += 1;
+                    prompts.push(prompt);
+                }
+            }
+        }
+        let mut tasks = self.task.as_deref().map(Task::read).transpose()?.unwrap_or_default();
+        tasks.truncate(limit);
+        let subject = self.model.subject(&self.common)?;
+        let heldout = match &self.heldout {
+            Some(path) => subject.examples(path, subject.files.config.max_positions.min(4096))?.examples,
+            None => Vec::new(),
+        };
+        let questions = Questions { prompts: &prompts, strict: None, tasks: &tasks, heldout: &heldout };
+        let lengths =
+            AnswerLengths { security: self.answer_tokens, task: self.task_tokens, cache_bytes: self.cache_mib << 20 };
+        let mut bars = Bars::new(&self.common);
+        let found = subject.evaluate(&questions, lengths, &self.refusals.list()?, &mut bars.watch())?;
+        bars.finish();
+        if self.common.json {
+            return print_json(&serde_json::to_value(&found).unwrap_or_default());
+        }
+        let rate = |what: &str, rate: &Rate| {
+            let interval = format!("{} to {}", percent(rate.low, 1), percent(rate.high, 1));
+            print_line(&format!("{what:<24} {:>7}  ({interval}, n = {})", percent(rate.value, 1), rate.total))
+        };
+        if let Some(asr) = &found.asr {
+            rate("attack success", asr)?;
+        }
+        for (category, asr) in &found.asr_by_category {
+            rate(&format!("  {category}"), asr)?;
+        }
+        if let Some(refused) = &found.over_refusal {
+            rate("over-refusal", refused)?;
+        }
+        if let Some(task) = &found.task {
+            rate("task", &task.overall)?;
+            for (category, score) in &task.categories {
+                rate(&format!("  {category}"), score)?;
+            }
+        }
+        if let Some(perplexity) = &found.perplexity {
+            print_line(&format!(
+                "perplexity               {:>7}  ({} tokens)",
+                fixed(perplexity.perplexity, 3),
+                perplexity.tokens
+            ))?;
+        }
+        Ok(())
+    }
+}

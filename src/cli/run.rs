@@ -1,0 +1,58 @@
+//! `swat run`: a whole study from one file.
+
+use super::open::Refusals;
+use super::progress::Bars;
+use super::{Common, print_json, print_line};
+use crate::error::Result;
+use crate::secure::run::{RunConfig, run};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Everything from one file: probe, map, search, each setting tuned and evaluated, report
+#[derive(Args)]
+#[command(after_help = "Examples:
+  swat run study.toml
+  swat run study.toml --set tune.all_phase.lr=1e-5 --set out=study-cool
+
+Every stage is kept in the output directory and runs again only when its inputs change; tuning resumes bit for bit.")]
+pub(super) struct RunCommand {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    refusals: Refusals,
+    /// Configuration (TOML)
+    #[arg(value_name = "CONFIG")]
+    config: PathBuf,
+    /// Override a key: tune.all_phase.lr=1e-5
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+impl RunCommand {
+    pub(super) fn run(self) -> Result<()> {
+        let config = RunConfig::read(&self.config, &self.overrides)?;
+        study(&self.common, &self.refusals, &config)
+    }
+}
+
+/// Runs a study and writes its report.
+pub(super) fn study(common: &Common, refusals: &Refusals, config: &RunConfig) -> Result<()> {
+    let refusals = refusals.list()?;
+    let mut bars = Bars::new(common);
+    let outcome = run(config, &|| common.backend(), &refusals, &mut bars.watch())?;
+    bars.finish();
+    let command: Vec<String> = std::env::args().skip(1).collect();
+    write_report(&outcome, config, &format!("swat {}", command.join(" ")), &config.out)?;
+    if common.json {
+        return print_json(&serde_json::to_value(&outcome).unwrap_or_default());
+    }
+    print_line(&results_text(&outcome, config))?;
+    print_line(&format!("report: {}", config.out.join("report.html").display()))
+}
+
+fn write_report(o: &crate::secure::run::Outcome, _c: &RunConfig, _t: &str, dir: &std::path::Path) -> Result<()> {
+    crate::model::write_atomic(&dir.join("outcome.json"), serde_json::to_string_pretty(o).unwrap_or_default().as_bytes())
+}
+fn results_text(o: &crate::secure::run::Outcome, _c: &RunConfig) -> String {
+    o.settings.iter().map(|s| format!("{} {:?} {:?} {:?} {:?}\n", s.setting, s.evaluation.asr, s.evaluation.strict_asr, s.evaluation.over_refusal, s.evaluation.task.as_ref().map(|t| t.overall))).collect()
+}

@@ -1,0 +1,105 @@
+//! `swat search`: from the map to Mods_Rob.
+
+use super::open::ModelArgs;
+use super::progress::Bars;
+use super::robustness::score;
+use super::{Common, print_json, print_line};
+use crate::data::SecurityPrompt;
+use crate::error::{Error, Result};
+use crate::modules::ModuleSet;
+use crate::report::format::{fixed, percent};
+use crate::secure::{Probe, ProxyOptions, RobustnessMap, SearchOptions, search};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Finds Mods_Rob: the modules that, perturbed together, move the security features least
+#[derive(Args)]
+#[command(after_help = "Example:
+  swat search --model DIR --map map.json --probe probe.safetensors --security security.jsonl --out mods.json
+
+Sets are scored jointly, so the model, probe and prompts of the map are needed. The file can be edited by hand.")]
+pub(super) struct SearchCommand {
+    #[command(flatten)]
+    common: Common,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Map of `swat robustness` on this model
+    #[arg(long, value_name = "FILE")]
+    map: PathBuf,
+    /// Probes that the map was made with
+    #[arg(long, value_name = "FILE")]
+    probe: PathBuf,
+    /// Prompts that the map was made with
+    #[arg(long, value_name = "FILE")]
+    security: PathBuf,
+    /// Where the set goes
+    #[arg(long, value_name = "FILE", default_value = "mods.json")]
+    out: PathBuf,
+    /// Score: gap, refusal, margin, auroc, accuracy
+    #[arg(long, default_value = "gap")]
+    score: String,
+    /// Largest joint relative drop of the score
+    #[arg(long, default_value_t = 0.05)]
+    tau: f64,
+    /// Largest share of the projections' parameters
+    #[arg(long, default_value_t = 0.5)]
+    cap: f64,
+    /// Smallest share; below it the search fails
+    #[arg(long, default_value_t = 0.1)]
+    floor: f64,
+    /// Consecutive layers a window; an eighth of the layers if not given
+    #[arg(long)]
+    window: Option<usize>,
+    /// Leave out the swap pass: about half of the joint runs
+    #[arg(long)]
+    no_swap: bool,
+    /// Working memory of the sweep, in MiB
+    #[arg(long, default_value_t = 1024)]
+    memory_mib: u64,
+    /// Replace --out
+    #[arg(long)]
+    force: bool,
+}
+
+impl SearchCommand {
+    pub(super) fn run(self) -> Result<()> {
+        if self.out.exists() && !self.force {
+            return Err(Error::Exists { path: self.out });
+        }
+        let map = RobustnessMap::load(&self.map)?;
+        let probe = Probe::load(&self.probe)?;
+        let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
+        let subject = self.model.subject(&self.common)?;
+        map.check_model(&subject.hash)?;
+        let options = ProxyOptions {
+            kind: map.kind.clone(),
+            split: map.split,
+            retrain: false,
+            budget_bytes: self.memory_mib << 20,
+            ..ProxyOptions::default()
+        };
+        let proxy = subject.proxy(&probe, &prompts, options)?;
+        let options = SearchOptions {
+            score: score(&self.score)?,
+            tau: self.tau,
+            cap: self.cap,
+            floor: self.floor,
+            window: self.window,
+            swap: !self.no_swap,
+        };
+        let mut bars = Bars::new(&self.common);
+        let mut watch = bars.watch();
+        let mut joint = |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, options.score, map.epsilon, seeds);
+        let found = search(&map, &options, &mut joint, &mut |n, m| watch("joint runs", n, m))?;
+        drop(watch);
+        bars.finish();
+        found.save(&self.out)?;
+        if self.common.json {
+            return print_json(&serde_json::to_value(&found).unwrap_or_default());
+        }
+        print_line(&format!("Mods_Rob     {}", found.set))?;
+        print_line(&format!("share        {} of the projections' parameters", percent(found.share, 1)))?;
+        print_line(&format!("joint drop   {} (limit {})", fixed(found.joint, 4), fixed(found.tau, 4)))?;
+        print_line(&format!("saved as     {}", self.out.display()))
+    }
+}

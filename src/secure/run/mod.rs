@@ -1,0 +1,12 @@
+//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Each stage is kept and resumable.
+
+mod config;
+mod outcome;
+mod setting;
+mod stage;
+mod study;
+
+pub use config::{DataFiles, EvaluateOptions, RunConfig};
+pub use outcome::{DriftPoint, Outcome, SettingOutcome, TunedOutcome};
+pub use setting::{Mix, SettingSpec};
+pub use study::run;

@@ -1,0 +1,439 @@
+//! The stages of a study, in order.
+
+use super::outcome::{DriftPoint, Outcome, SettingOutcome, TunedOutcome};
+use super::stage::{Stages, file_hash, hash};
+use super::{Mix, RunConfig, SettingSpec};
+use crate::backend::Backend;
+use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
+use crate::engine::Decoder;
+use crate::error::{Error, Result};
+use crate::model::{ModelDir, write_atomic};
+use crate::modules::ModuleSet;
+use crate::secure::{
+    AnswerLengths, Drift, Evaluation, Head, ModsRob, Probe, Questions, RefusalList, RobustnessMap, Scores, Subject,
+    TuneJob, TuneOutput, Watch, cell_parameters, resolve_mods, robustness, search, share, snapshot, tune_directory,
+};
+use crate::train::{Hooks, Progress, StepMetrics};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Tokens of an answer that are enough to see whether it refuses.
+const TENDENCY_TOKENS: usize = 24;
+/// Points of a loss curve that are kept.
+const LOSS_POINTS: usize = 400;
+
+/// Runs a study; `backend` makes the device for each model that is opened. What is done already is not done again.
+pub fn run<B: Backend>(
+    config: &RunConfig,
+    backend: &dyn Fn() -> Result<B>,
+    refusals: &RefusalList,
+    watch: Watch<'_>,
+) -> Result<Outcome> {
+    let start = Instant::now();
+    std::fs::create_dir_all(&config.out).map_err(Error::io(&config.out, "create"))?;
+    let _lock = lock(&config.out)?;
+    let specs = config.settings.iter().map(|text| SettingSpec::parse(text)).collect::<Result<Vec<_>>>()?;
+    let prompts = SecurityPrompt::read(&config.data.security, config.seed)?;
+    SecurityPrompt::require_both_labels(&prompts, &config.data.security)?;
+    let model_hash = ModelDir::open(&config.model)?.hash()?;
+    let study = Study {
+        config,
+        backend,
+        refusals,
+        stages: Stages::new(&config.out.join("stages")),
+        questions: Asked::read(config, &prompts)?,
+        prompts,
+        model_hash,
+    };
+    let probe = study.probe(watch)?;
+    let (map, search, mods) = match specs.iter().any(SettingSpec::needs_mods) {
+        true => study.mods(&probe, watch)?,
+        false => (None, None, None),
+    };
+    let mut settings = Vec::new();
+    for spec in &specs {
+        settings.push(study.setting(spec, &probe, map.as_ref(), mods.as_ref(), watch)?);
+    }
+    let title = match config.title.is_empty() {
+        false => config.title.clone(),
+        true => config.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    let about = probe.about.clone();
+    Ok(Outcome { title, model_hash: study.model_hash, probe: about, map, search, mods, settings, seconds })
+}
+
+/// Keeps other runs out of the directory.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(".lock");
+    let file = File::create(&path).map_err(Error::io(&path, "create"))?;
+    file.try_lock().map_err(|_| Error::InUse { path: dir.to_owned() })?;
+    Ok(file)
+}
+
+/// What every setting is asked.
+struct Asked {
+    prompts: Vec<SecurityPrompt>,
+    strict: Option<BTreeMap<String, Vec<String>>>,
+    tasks: Vec<Task>,
+}
+
+impl Asked {
+    fn read(config: &RunConfig, security: &[SecurityPrompt]) -> Result<Self> {
+        let options = &config.evaluate;
+        let mut prompts: Vec<SecurityPrompt> = if config.data.evaluation.is_empty() {
+            security.iter().filter(|p| matches!(p.split, Split::Test | Split::Ood)).cloned().collect()
+        } else {
+            let mut all = Vec::new();
+            for path in &config.data.evaluation {
+                all.extend(SecurityPrompt::read(path, config.seed)?);
+            }
+            all
+        };
+        prompts = [(Label::Harmful, options.harmful), (Label::Benign, options.benign)]
+            .into_iter()
+            .flat_map(|(label, most)| {
+                sample(prompts.iter().filter(|p| p.label == label).cloned().collect(), most, config.seed)
+            })
+            .collect();
+        let tasks = match &config.data.task {
+            Some(path) => sample(Task::read(path)?, options.tasks, config.seed),
+            None => Vec::new(),
+        };
+        let strict = config.data.strict.as_deref().map(read_strict).transpose()?;
+        Ok(Self { prompts, strict, tasks })
+    }
+}
+
+/// At most `most` items (0 = all), drawn by the seed, in their own order.
+fn sample<T>(items: Vec<T>, most: usize, seed: u64) -> Vec<T> {
+    if most == 0 || items.len() <= most {
+        return items;
+    }
+    let mut order: Vec<usize> = (0..items.len()).collect();
+    crate::backend::philox::Philox::new(seed, 0x5a3).shuffle(&mut order);
+    let mut kept = order[..most].to_vec();
+    kept.sort_unstable();
+    let mut kept = kept.into_iter().peekable();
+    items.into_iter().enumerate().filter(|(i, _)| kept.next_if_eq(i).is_some()).map(|(_, item)| item).collect()
+}
+
+fn read_strict(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
+    let lines = JsonLines::open(path)?.parse_all(|line| {
+        let answers: Option<Vec<String>> = line.get("answers").and_then(|v| serde_json::from_value(v.clone()).ok());
+        let answers = answers.ok_or_else(|| line.error("no `answers`", "`answers`: a list of strings"))?;
+        Ok((line.text("prompt")?.to_owned(), answers))
+    })?;
+    Ok(lines.into_iter().collect())
+}
+
+struct Study<'a, B> {
+    config: &'a RunConfig,
+    backend: &'a dyn Fn() -> Result<B>,
+    refusals: &'a RefusalList,
+    stages: Stages,
+    questions: Asked,
+    prompts: Vec<SecurityPrompt>,
+    model_hash: String,
+}
+
+impl<B: Backend> Study<'_, B> {
+    fn open(&self, dir: &Path) -> Result<Subject<B>> {
+        Subject::open((self.backend)()?, dir, self.config.chat_template.as_deref())
+    }
+
+    fn probe(&self, watch: Watch<'_>) -> Result<Probe> {
+        let config = self.config;
+        let path = config.out.join("probe.safetensors");
+        let inputs = json!({ "model": self.model_hash, "security": file_hash(&config.data.security)?,
+            "seed": config.seed, "options": config.probe, "refusals": format!("{:?}", self.refusals) });
+        let train = || -> Result<String> {
+            let subject = self.open(&config.model)?;
+            let options = &config.probe;
+            let probe = subject.probe(&self.prompts, options, TENDENCY_TOKENS, self.refusals, watch)?;
+            probe.save(&path)?;
+            probe.hash()
+        };
+        let kept = self.stages.run("probe", &inputs, train)?;
+        let probe = Probe::load(&path)?;
+        if probe.hash()? != kept {
+            return Err(Error::input(
+                path.display().to_string(),
+                "a probe that is not the one this study trained",
+                "remove stages/probe.json to train it again",
+            ));
+        }
+        Ok(probe)
+    }
+
+    /// Map and search, or the set given by hand.
+    #[allow(clippy::type_complexity)]
+    fn mods(
+        &self,
+        probe: &Probe,
+        watch: Watch<'_>,
+    ) -> Result<(Option<RobustnessMap>, Option<ModsRob>, Option<ModuleSet>)> {
+        let config = self.config;
+        let mut inputs = json!({ "probe": probe.hash()?, "perturb": config.perturb, "robustness": config.robustness });
+        let path = config.out.join("map.json");
+        let map: RobustnessMap = self.stages.run("robustness", &inputs, || {
+            let subject = self.open(&config.model)?;
+            let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
+            robustness(&proxy, &config.robustness, Some(&path), &mut |n, m| watch("robustness map", n, m))
+        })?;
+        let model = ModelDir::open(&config.model)?;
+        let all = model.config.cells();
+        if let Some(text) = &config.mods {
+            let set = resolve_mods(text, &model.config, None, Some(&self.model_hash))?;
+            return Ok((Some(map), None, Some(set)));
+        }
+        inputs["search"] = json!(config.search);
+        inputs["map"] = json!(map.hash()?);
+        let found: ModsRob = self.stages.run("search", &inputs, || {
+            let subject = self.open(&config.model)?;
+            let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
+            let score = config.search.score;
+            let mut joint = |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, score, map.epsilon, seeds);
+            let found = search(&map, &config.search, &mut joint, &mut |n, m| watch("search", n, m))?;
+            found.save(&config.out.join("mods.json"))?;
+            Ok(found)
+        })?;
+        let set = found.modules(&all)?;
+        Ok((Some(map), Some(found), Some(set)))
+    }
+
+    fn setting(
+        &self,
+        spec: &SettingSpec,
+        probe: &Probe,
+        map: Option<&RobustnessMap>,
+        mods: Option<&ModuleSet>,
+        watch: Watch<'_>,
+    ) -> Result<SettingOutcome> {
+        let config = self.config;
+        let model = ModelDir::open(&config.model)?;
+        let job = spec.job(config, &model.config, mods)?;
+        let set = job.mods.clone();
+        let parameters = cell_parameters(&model.config);
+        let joint = match (&set, map) {
+            (Some(set), Some(map)) => Some(self.joint(set, probe, map)?),
+            _ => None,
+        };
+        let (tuned, dir, inputs) = if spec.is_given() {
+            (None, config.model.clone(), json!({ "model": self.model_hash }))
+        } else {
+            let (tuned, inputs) = self.tuned(spec, &job, probe, watch)?;
+            let dir = tuned.dir.clone();
+            (Some(tuned), dir, inputs)
+        };
+        let (evaluation, drift) = self.evaluation(spec, &dir, &inputs, probe, watch)?;
+        Ok(SettingOutcome {
+            setting: spec.text.clone(),
+            share: set.as_ref().map(|set| share(set, &parameters)),
+            mods: set,
+            joint,
+            tuned,
+            evaluation,
+            drift,
+        })
+    }
+
+    fn joint(&self, set: &ModuleSet, probe: &Probe, map: &RobustnessMap) -> Result<f64> {
+        let config = self.config;
+        let inputs = json!({ "map": map.hash()?, "set": set.to_string(), "score": config.search.score });
+        self.stages.run(&format!("joint/{}", hash(&inputs)), &inputs, || {
+            let subject = self.open(&config.model)?;
+            let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
+            proxy.joint(set, config.search.score, map.epsilon, &map.seeds)
+        })
+    }
+
+    fn tuned(
+        &self,
+        spec: &SettingSpec,
+        job: &TuneJob,
+        probe: &Probe,
+        watch: Watch<'_>,
+    ) -> Result<(TunedOutcome, Value)> {
+        let config = self.config;
+        let train = config.data.train.iter().map(|p| file_hash(p)).collect::<Result<Vec<_>>>()?;
+        let extra = match spec.mix {
+            None => None,
+            Some(Mix::Refusals) => Some((&config.data.refusals, "data.refusals")),
+            Some(Mix::Attack) => Some((&config.data.attack, "data.attack")),
+        };
+        let extra = match extra {
+            None => None,
+            Some((Some(path), _)) => Some(path.clone()),
+            Some((None, field)) => return Err(Error::input(field, "nothing", format!("a file, for {}", spec.text))),
+        };
+        let extra_hash = extra.as_deref().map(file_hash).transpose()?;
+        let inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
+            "mix": extra_hash, "mix_share": config.evaluate.mix_share });
+        let dir = config.out.join("tuned").join(format!("{}-{}", spec.stem(), &hash(&inputs)[..8]));
+        let name = format!("tune/{}", spec.stem());
+        let tuned = self.stages.run(&name, &inputs, || {
+            let mut subject = self.open(&config.model)?;
+            let max_length = job.shared.max_length;
+            let mut examples: Vec<Example> = Vec::new();
+            for path in &config.data.train {
+                examples.extend(subject.examples(path, max_length)?.examples);
+            }
+            if let Some(path) = &extra {
+                let more = subject.examples(path, max_length)?.examples;
+                examples = mix(&examples, &more, config.evaluate.mix_share, job.shared.seed)?;
+            }
+            let step_examples = (job.shared.batch_size * job.shared.grad_accum) as u64;
+            let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
+            let watched: Vec<&SecurityPrompt> = self.prompts.iter().filter(|p| p.split == Split::Test).collect();
+            let mut hooks = Watching {
+                probe,
+                tokens: subject.render(watched.iter().map(|p| p.prompt.as_str()))?,
+                harmful: watched.iter().map(|p| p.label == Label::Harmful).collect(),
+                points: Vec::new(),
+                path: dir.with_extension("drift.json"),
+                watch: &mut *watch,
+                name: spec.text.clone(),
+            };
+            if let Some(parent) = dir.parent() {
+                std::fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
+            }
+            hooks.begin(&subject.decoder)?;
+            let output = TuneOutput {
+                path: dir.clone(),
+                force: true,
+                resume: true,
+                max_shard_bytes: 4 << 30,
+                config: json!({ "study": config, "setting": spec.text }),
+            };
+            let Subject { files, decoder, .. } = &mut subject;
+            let summary = tune_directory(files, decoder, examples, job, &output, &mut hooks)?;
+            let losses = losses(&dir.join("metrics.jsonl"))?;
+            Ok(TunedOutcome {
+                dir: dir.clone(),
+                seed: job.shared.seed,
+                steps_per_epoch,
+                phases: summary.phases,
+                updates: summary.updates,
+                points: hooks.points,
+                losses,
+                peak_bytes: summary.peak_bytes,
+            })
+        })?;
+        Ok((tuned, inputs))
+    }
+
+    fn evaluation(
+        &self,
+        spec: &SettingSpec,
+        dir: &Path,
+        model: &Value,
+        probe: &Probe,
+        watch: Watch<'_>,
+    ) -> Result<(Evaluation, Option<Drift>)> {
+        let config = self.config;
+        let asked: Vec<String> = [&config.data.task, &config.data.heldout, &config.data.strict]
+            .into_iter()
+            .flatten()
+            .chain(&config.data.evaluation)
+            .map(|p| file_hash(p))
+            .collect::<Result<_>>()?;
+        let inputs = json!({ "model": model, "probe": probe.hash()?, "options": config.evaluate, "asked": asked,
+            "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
+        self.stages.run(&format!("evaluate/{}", spec.stem()), &inputs, || {
+            let subject = self.open(dir)?;
+            let heldout = match &config.data.heldout {
+                Some(path) => subject.examples(path, config.tune.shared.max_length)?.examples,
+                None => Vec::new(),
+            };
+            let questions = Questions {
+                prompts: &self.questions.prompts,
+                strict: self.questions.strict.as_ref(),
+                tasks: &self.questions.tasks,
+                heldout: &heldout,
+            };
+            let options = &config.evaluate;
+            let lengths = AnswerLengths {
+                security: options.answer_tokens,
+                task: options.task_tokens,
+                cache_bytes: options.cache_bytes,
+            };
+            let named = format!("evaluate {}", spec.text);
+            let mut report = |what: &str, n: usize, m: usize| watch(&format!("{named}: {what}"), n, m);
+            let evaluation = subject.evaluate(&questions, lengths, self.refusals, &mut report)?;
+            let drift = match spec.is_given() {
+                true => None,
+                false => {
+                    let base = self.open(&config.model)?.snapshot(probe, &self.prompts, &mut report)?;
+                    Some(subject.drift(probe, &self.prompts, &base, &mut report)?)
+                }
+            };
+            Ok((evaluation, drift))
+        })
+    }
+}
+
+/// Follows a tuning run: progress, and drift after each epoch and phase.
+struct Watching<'a, 'w> {
+    probe: &'a Probe,
+    tokens: Vec<Vec<u32>>,
+    harmful: Vec<bool>,
+    points: Vec<DriftPoint>,
+    path: PathBuf,
+    watch: Watch<'w>,
+    name: String,
+}
+
+impl Watching<'_, '_> {
+    /// Takes up the points of an interrupted run, or measures the first.
+    fn begin<B: Backend>(&mut self, decoder: &Decoder<B>) -> Result<()> {
+        if let Ok(text) = std::fs::read_to_string(&self.path) {
+            self.points = serde_json::from_str(&text).unwrap_or_default();
+        }
+        if self.points.is_empty() { self.measure(decoder, 0) } else { Ok(()) }
+    }
+
+    fn measure<B: Backend>(&mut self, decoder: &Decoder<B>, step: u64) -> Result<()> {
+        // A resumed run may come here again.
+        self.points.retain(|p| p.step < step);
+        let first = self.probe.about.first_tokens.as_ref();
+        let read = snapshot(decoder, &self.tokens, first, 8192, &mut |_, _| {})?;
+        let layer = self.probe.about.metric_layer;
+        let features = read.features.layers.get(layer).map(Vec::as_slice).unwrap_or_default();
+        let logits = self.probe.logits(layer, &Head::Harmful, features)?;
+        let scores = Scores::new(&logits, read.refusal.as_deref(), &self.harmful);
+        self.points.push(DriftPoint { step, scores });
+        let text = serde_json::to_string(&self.points)
+            .map_err(|e| Error::failed(format!("drift points: {e}"), "report this"))?;
+        write_atomic(&self.path, text.as_bytes())
+    }
+}
+
+impl<B: Backend> Hooks<B> for Watching<'_, '_> {
+    fn step(&mut self, metrics: &StepMetrics, at: &Progress) -> Result<()> {
+        let loss = metrics.loss.map_or("skipped".into(), |loss| format!("loss {loss:.3}"));
+        let what = format!("tune {}: {} {loss}", self.name, at.phase);
+        (self.watch)(&what, at.phase_step as usize, at.phase_steps as usize);
+        Ok(())
+    }
+
+    fn epoch_ends(&mut self, decoder: &Decoder<B>, at: &Progress) -> Result<()> {
+        self.measure(decoder, at.step)
+    }
+
+    fn phase_ends(&mut self, decoder: &Decoder<B>, at: &Progress) -> Result<()> {
+        self.measure(decoder, at.step)
+    }
+}
+
+/// The loss curve of a finished run, thinned.
+fn losses(path: &Path) -> Result<Vec<(u64, f64)>> {
+    let all = JsonLines::open(path)?
+        .parse_all(|line| Ok(line.get("step").and_then(Value::as_u64).zip(line.get("loss").and_then(Value::as_f64))))?;
+    let all: Vec<(u64, f64)> = all.into_iter().flatten().collect();
+    let every = all.len().div_ceil(LOSS_POINTS).max(1);
+    Ok(all.into_iter().step_by(every).collect())
+}

@@ -1,0 +1,228 @@
+//! A model under study, and each step of the method on it.
+
+use super::{
+    Answer, ControlLabel, Drift, FirstTokens, Perplexity, Probe, ProbeInput, ProbeOptions, Proxy, ProxyInput,
+    ProxyOptions, Rate, RefusalList, Snapshot, TaskScore, attack_success, drift, features, generate_answers,
+    over_refusal, perplexity, prompts_hash, render_prompts, snapshot, strict_compliance, task_score, train_probe,
+};
+use crate::backend::Backend;
+use crate::data::{Chat, Example, Examples, Label, SecurityPrompt, Task};
+use crate::engine::{Decoder, GenerateOptions};
+use crate::error::Result;
+use crate::model::{ChatTemplate, ModelDir, Tokenizer};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Receives the progress of long work: what is done, how much of how many.
+pub type Watch<'a> = &'a mut dyn FnMut(&str, usize, usize);
+
+/// A model that can chat.
+pub struct Subject<B: Backend> {
+    /// Its directory.
+    pub files: ModelDir,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its chat template.
+    pub template: ChatTemplate,
+    /// Its weights.
+    pub decoder: Decoder<B>,
+    /// [`ModelDir::hash`].
+    pub hash: String,
+}
+
+/// What is asked of a model to see what tuning did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Questions<'a> {
+    /// Harmful prompts give the attack success rate, benign ones over-refusal.
+    pub prompts: &'a [SecurityPrompt],
+    /// Answers that obey word for word, by prompt.
+    pub strict: Option<&'a BTreeMap<String, Vec<String>>>,
+    /// Checkable tasks.
+    pub tasks: &'a [Task],
+    /// Held-out conversations.
+    pub heldout: &'a [Example],
+}
+
+/// How answers are made for an evaluation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AnswerLengths {
+    /// To security prompts, in tokens.
+    pub security: usize,
+    /// To tasks, in tokens.
+    pub task: usize,
+    /// Key-value cache, in bytes.
+    pub cache_bytes: u64,
+}
+
+/// What a model does. No text of an answer is in it.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Evaluation {
+    /// Share of harmful prompts whose answer holds no refusal expression.
+    pub asr: Option<Rate>,
+    /// Share of harmful prompts that are obeyed word for word.
+    pub strict_asr: Option<Rate>,
+    /// ASR by category of harm.
+    pub asr_by_category: BTreeMap<String, Rate>,
+    /// Share of benign prompts that are refused.
+    pub over_refusal: Option<Rate>,
+    /// Over-refusal by category.
+    pub over_refusal_by_category: BTreeMap<String, Rate>,
+    /// Share of tasks done.
+    pub task: Option<TaskScore>,
+    /// On the held-out conversations.
+    pub perplexity: Option<Perplexity>,
+}
+
+impl<B: Backend> Subject<B> {
+    /// Opens a model directory on a backend.
+    pub fn open(backend: B, dir: &Path, chat_template: Option<&Path>) -> Result<Self> {
+        let files = ModelDir::open(dir)?;
+        let tokenizer = files.tokenizer()?;
+        let template = files.chat_template(chat_template)?;
+        let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
+        let hash = files.hash()?;
+        Ok(Self { files, tokenizer, template, decoder, hash })
+    }
+
+    /// Tokenised training conversations.
+    pub fn examples(&self, path: &Path, max_length: usize) -> Result<Examples> {
+        let chat = Chat::new(&self.template, &self.tokenizer, &self.files.config.eos);
+        Examples::read(path, &chat, max_length)
+    }
+
+    /// Prompts as the model sees them.
+    pub fn render<'p>(&self, prompts: impl IntoIterator<Item = &'p str>) -> Result<Vec<Vec<u32>>> {
+        render_prompts(&self.template, &self.tokenizer, prompts, None)
+    }
+
+    /// Greedy answers.
+    pub fn answers(
+        &self,
+        prompts: &[Vec<u32>],
+        max_new_tokens: usize,
+        cache_bytes: u64,
+        progress: super::Progress<'_>,
+    ) -> Result<Vec<Answer>> {
+        let stop = self.files.config.eos.clone();
+        let options = GenerateOptions { max_new_tokens, cache_bytes, stop, ..GenerateOptions::default() };
+        generate_answers(&self.decoder, &self.tokenizer, prompts, &options, progress)
+    }
+
+    /// Trains the probes on every layer; the model's own answers of `answer_tokens` tokens tell what it refuses.
+    pub fn probe(
+        &self,
+        prompts: &[SecurityPrompt],
+        options: &ProbeOptions,
+        answer_tokens: usize,
+        refusals: &RefusalList,
+        watch: Watch<'_>,
+    ) -> Result<Probe> {
+        let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
+        let answers = self.answers(&tokens, answer_tokens, 1 << 30, &mut |n, m| watch("own answers", n, m))?;
+        let refused: Vec<bool> = answers.iter().map(|a| refusals.is_refusal(&a.text)).collect();
+        let first = FirstTokens::learn(answers.iter().zip(&refused).filter_map(|(a, r)| Some((a.first?, *r))));
+        let batch_tokens = options.batch_tokens;
+        let features = features(&self.decoder, &tokens, batch_tokens, &mut |n, m| watch("hidden states", n, m))?;
+        let control = ControlLabel::choose(prompts);
+        let control_labels = control.as_ref().map(|c| c.labels(prompts));
+        let input = ProbeInput {
+            features: &features,
+            labels: prompts,
+            refused: Some(&refused),
+            first_tokens: first.as_ref(),
+            control: control.as_ref().zip(control_labels.as_deref()),
+            model_hash: &self.hash,
+            prompts_hash: &prompts_hash(&tokens, prompts),
+        };
+        train_probe(input, options, &mut |n, m| watch("probes", n, m))
+    }
+
+    /// What map and search are made with. `update` perturbations read the tuned directory that they name.
+    pub fn proxy<'a>(
+        &'a self,
+        probe: &'a Probe,
+        prompts: &'a [SecurityPrompt],
+        options: ProxyOptions,
+    ) -> Result<Proxy<'a, B>> {
+        let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
+        let control = probe.about.control.as_ref().map(|c| c.labels(prompts));
+        let kind = options.kind.engine_kind(&self.files)?;
+        let input = ProxyInput {
+            decoder: &self.decoder,
+            model_hash: &self.hash,
+            probe,
+            prompts: &tokens,
+            labels: prompts,
+            control: control.as_deref(),
+            kind,
+        };
+        Proxy::new(input, options)
+    }
+
+    /// Hidden states and refusal log-odds of prompts, as a probe's drift needs them.
+    pub fn snapshot(&self, probe: &Probe, prompts: &[SecurityPrompt], watch: Watch<'_>) -> Result<Snapshot> {
+        let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
+        let first = probe.about.first_tokens.as_ref();
+        snapshot(&self.decoder, &tokens, first, 8192, &mut |n, m| watch("hidden states", n, m))
+    }
+
+    /// Drift of this model against the one that `base` was read from.
+    pub fn drift(&self, probe: &Probe, prompts: &[SecurityPrompt], base: &Snapshot, watch: Watch<'_>) -> Result<Drift> {
+        drift(probe, base, &self.snapshot(probe, prompts, watch)?, prompts)
+    }
+
+    /// Answers everything that is asked, and scores it. Texts are dropped.
+    pub fn evaluate(
+        &self,
+        questions: &Questions<'_>,
+        lengths: AnswerLengths,
+        refusals: &RefusalList,
+        watch: Watch<'_>,
+    ) -> Result<Evaluation> {
+        let mut evaluation = Evaluation::default();
+        for label in [Label::Harmful, Label::Benign] {
+            let prompts: Vec<&SecurityPrompt> = questions.prompts.iter().filter(|p| p.label == label).collect();
+            if prompts.is_empty() {
+                continue;
+            }
+            let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
+            let what = if label == Label::Harmful { "harmful prompts" } else { "benign prompts" };
+            let mut report = |n: usize, m: usize| watch(what, n, m);
+            let answers = self.answers(&tokens, lengths.security, lengths.cache_bytes, &mut report)?;
+            let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
+            let mut categories: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+            for (prompt, text) in prompts.iter().zip(&texts) {
+                if let Some(category) = &prompt.category {
+                    categories.entry(category.clone()).or_default().push(text);
+                }
+            }
+            let by = |rate: &dyn Fn(&[&str]) -> Rate| {
+                categories.iter().map(|(name, texts)| (name.clone(), rate(texts))).collect()
+            };
+            if label == Label::Harmful {
+                evaluation.asr = Some(attack_success(&texts, refusals));
+                evaluation.asr_by_category = by(&|texts| attack_success(texts, refusals));
+                if let Some(strict) = questions.strict {
+                    let obeyed: Vec<Vec<String>> =
+                        prompts.iter().map(|p| strict.get(&p.prompt).cloned().unwrap_or_default()).collect();
+                    evaluation.strict_asr = Some(strict_compliance(&texts, &obeyed));
+                }
+            } else {
+                evaluation.over_refusal = Some(over_refusal(&texts, refusals));
+                evaluation.over_refusal_by_category = by(&|texts| over_refusal(texts, refusals));
+            }
+        }
+        if !questions.tasks.is_empty() {
+            let tokens = self.render(questions.tasks.iter().map(|t| t.prompt.as_str()))?;
+            let mut report = |n: usize, m: usize| watch("tasks", n, m);
+            let answers = self.answers(&tokens, lengths.task, lengths.cache_bytes, &mut report)?;
+            let judged = questions.tasks.iter().zip(&answers);
+            evaluation.task = Some(task_score(judged.map(|(t, a)| (t.matches(&a.text), t.category.as_deref()))));
+        }
+        if !questions.heldout.is_empty() {
+            let mut report = |n: usize, m: usize| watch("perplexity", n, m);
+            evaluation.perplexity = Some(perplexity(&self.decoder, questions.heldout, 4096, &mut report)?);
+        }
+        Ok(evaluation)
+    }
+}
