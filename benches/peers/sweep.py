@@ -54,4 +54,5 @@ def main():
            runs=repeats, run_s=seconds, s_per_run=median(seconds))
 
 
-main()
+if __name__ == "__main__":
+    main()
