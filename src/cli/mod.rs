@@ -1,5 +1,6 @@
 //! The command line: one file a command. Parses, calls, prints; no logic.
 
+mod demo;
 mod doctor;
 mod drift;
 mod eval;
@@ -34,6 +35,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::Demo),
     Probe(probe::ProbeCommand),
     Drift(drift::DriftCommand),
     Robustness(robustness::RobustnessCommand),
@@ -74,6 +76,7 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Demo(c) => c.run(),
         Command::Probe(c) => c.run(),
         Command::Drift(c) => c.run(),
         Command::Robustness(c) => c.run(),

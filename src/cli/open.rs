@@ -59,7 +59,7 @@ impl ModelArgs {
 }
 
 /// What counts as a refusal.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub(super) struct Refusals {
     /// Refusal expressions, one a line, in the place of the list of Zou et al.
     #[arg(long, value_name = "FILE")]

@@ -51,8 +51,23 @@ pub(super) fn study(common: &Common, refusals: &Refusals, config: &RunConfig) ->
 }
 
 fn write_report(o: &crate::secure::run::Outcome, _c: &RunConfig, _t: &str, dir: &std::path::Path) -> Result<()> {
-    crate::model::write_atomic(&dir.join("outcome.json"), serde_json::to_string_pretty(o).unwrap_or_default().as_bytes())
+    crate::model::write_atomic(
+        &dir.join("outcome.json"),
+        serde_json::to_string_pretty(o).unwrap_or_default().as_bytes(),
+    )
 }
 fn results_text(o: &crate::secure::run::Outcome, _c: &RunConfig) -> String {
-    o.settings.iter().map(|s| format!("{} {:?} {:?} {:?} {:?}\n", s.setting, s.evaluation.asr, s.evaluation.strict_asr, s.evaluation.over_refusal, s.evaluation.task.as_ref().map(|t| t.overall))).collect()
+    o.settings
+        .iter()
+        .map(|s| {
+            format!(
+                "{} {:?} {:?} {:?} {:?}\n",
+                s.setting,
+                s.evaluation.asr,
+                s.evaluation.strict_asr,
+                s.evaluation.over_refusal,
+                s.evaluation.task.as_ref().map(|t| t.overall)
+            )
+        })
+        .collect()
 }

@@ -4,6 +4,7 @@
 //! room, and no prompt or answer is kept in what it saves: progress goes to callbacks, results are serde types.
 
 mod control;
+mod demo;
 mod demo_model;
 mod drift;
 mod epsilon;
@@ -32,6 +33,7 @@ mod tuning;
 mod updates;
 
 pub use control::{ControlLabel, ControlRule};
+pub use demo::{demo_study, write_demo_model};
 pub use demo_model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use drift::{Drift, LayerDrift, SplitDrift, drift};
 pub use epsilon::EpsilonPoint;

@@ -1,0 +1,82 @@
+//! `swat demo`: the method in minutes, nothing to download.
+
+use super::open::Refusals;
+use super::progress::Bars;
+use super::{Common, print_line};
+use crate::backend::cpu::Cpu;
+use crate::error::Result;
+use crate::secure::{DEMO_SEED, Stage, demo_study, make_tiny_model, write_demo_model};
+use crate::train::{Hooks, Progress, StepMetrics};
+use clap::Args;
+use std::path::PathBuf;
+
+/// The whole method on an embedded tiny aligned model, in minutes on two cores: base, plain tuning, SWAT, controls
+#[derive(Args)]
+#[command(after_help = "Examples:
+  swat demo                            writes swat-demo/report.html
+  swat demo --make-model tiny          makes such a model from nothing (some minutes)
+  swat demo --model tiny --out other   and studies it
+
+The model speaks a language of made-up words, in which some verbs and objects are forbidden: it was trained to refuse
+them. Harmless tuning data in a new style of answers makes it forget that.")]
+pub(super) struct Demo {
+    #[command(flatten)]
+    common: Common,
+    /// Where results go; a second run goes on from what is there
+    #[arg(long, value_name = "DIR", default_value = "swat-demo")]
+    out: PathBuf,
+    /// A model made by --make-model, in the place of the embedded one
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Make a model directory from nothing: weights and data by --seed, words by --language-seed
+    #[arg(long, value_name = "DIR")]
+    make_model: Option<PathBuf>,
+    /// Seed of the words and facts of the language; that of the embedded model is 1
+    #[arg(long, default_value_t = DEMO_SEED)]
+    language_seed: u64,
+    /// Replace --make-model's directory
+    #[arg(long)]
+    force: bool,
+}
+
+impl Demo {
+    pub(super) fn run(self) -> Result<()> {
+        if let Some(dir) = &self.make_model {
+            let mut bars = Bars::new(&self.common);
+            let seed = if self.common.seed == 0 { DEMO_SEED } else { self.common.seed };
+            let (backend, stages) = (self.common.backend()?, Stage::recipe());
+            make_tiny_model(
+                backend,
+                self.language_seed,
+                seed,
+                &stages,
+                dir,
+                self.force,
+                &mut Making(&mut bars.watch()),
+            )?;
+            bars.finish();
+            return print_line(&format!("made {}", dir.display()));
+        }
+        let model = match self.model {
+            Some(dir) => dir,
+            None => {
+                let dir = self.out.join("model");
+                write_demo_model(&dir)?;
+                dir
+            }
+        };
+        let config = demo_study(&model, self.language_seed, self.common.seed, &self.out)?;
+        super::run::study(&self.common, &Refusals::default(), &config)
+    }
+}
+
+/// Progress of the stages that make a model.
+struct Making<'a>(&'a mut dyn FnMut(&str, usize, usize));
+
+impl Hooks<Cpu> for Making<'_> {
+    fn step(&mut self, metrics: &StepMetrics, at: &Progress) -> Result<()> {
+        let loss = metrics.loss.map_or("none".to_string(), |loss| format!("{loss:.3}"));
+        (self.0)(&format!("{} loss {loss}", at.phase), at.phase_step as usize, at.phase_steps as usize);
+        Ok(())
+    }
+}

@@ -1,0 +1,91 @@
+//! The demonstration: a whole study on the embedded tiny aligned model, in a language of made-up words.
+
+use super::demo_model::DEMO_MAX_LENGTH;
+use super::run::{DataFiles, EvaluateOptions, RunConfig};
+use super::{ProxyOptions, RobustnessOptions, SearchOptions, TuneJob};
+use crate::data::tiny::{Counts, Language, export};
+use crate::error::{Error, Result};
+use crate::model::write_atomic;
+use crate::train::{PhaseOptions, Schedule, TuneOptions};
+use std::path::Path;
+
+/// The embedded model directory, made by `swat demo --make-model`.
+const MODEL: [(&str, &[u8]); 5] = [
+    ("config.json", include_bytes!("../../assets/tiny/config.json")),
+    ("generation_config.json", include_bytes!("../../assets/tiny/generation_config.json")),
+    ("tokenizer.json", include_bytes!("../../assets/tiny/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../../assets/tiny/tokenizer_config.json")),
+    ("model.safetensors", include_bytes!("../../assets/tiny/model.safetensors")),
+];
+
+/// Writes the embedded model to `dir`.
+pub fn write_demo_model(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
+    for (name, bytes) in MODEL {
+        let path = dir.join(name);
+        if std::fs::read(&path).ok().as_deref() != Some(bytes) {
+            write_atomic(&path, bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the data of the language to `out/data` and gives the study of `model`: plain tuning, the method, and its controls.
+pub fn demo_study(model: &Path, language_seed: u64, seed: u64, out: &Path) -> Result<RunConfig> {
+    let data = out.join("data");
+    std::fs::create_dir_all(&data).map_err(Error::io(&data, "create"))?;
+    let language = Language::new(language_seed);
+    export(&language, &data, Counts { pairs: 200, train: 500, tasks: 100 }, 1)?;
+    let phase = |steps| PhaseOptions {
+        lr: 3e-4,
+        schedule: Schedule::Cosine,
+        lr_warmup_steps: 10,
+        min_lr_ratio: 0.1,
+        steps: Some(steps),
+        ..PhaseOptions::default()
+    };
+    let settings = [
+        "given",
+        "plain",
+        "plain-equal",
+        "swat",
+        "warmup:random:1",
+        "warmup:random-without-layer0:1",
+        "warmup:complement",
+        "plain-equal+refusals",
+    ];
+    Ok(RunConfig {
+        model: model.to_owned(),
+        out: out.to_owned(),
+        title: "SWAT on a tiny aligned model".into(),
+        seed,
+        settings: settings.map(str::to_owned).to_vec(),
+        data: DataFiles {
+            security: data.join("security.jsonl"),
+            train: vec![data.join("train.jsonl")],
+            task: Some(data.join("task.jsonl")),
+            heldout: Some(data.join("heldout.jsonl")),
+            refusals: Some(data.join("refusals.jsonl")),
+            attack: Some(data.join("attack.jsonl")),
+            strict: Some(data.join("strict.jsonl")),
+            ..DataFiles::default()
+        },
+        perturb: ProxyOptions { members: 2, seed, ..ProxyOptions::default() },
+        robustness: RobustnessOptions::default(),
+        search: SearchOptions { swap: false, ..SearchOptions::default() },
+        tune: TuneJob {
+            shared: TuneOptions {
+                batch_size: 16,
+                max_length: DEMO_MAX_LENGTH,
+                save_every: 100,
+                seed,
+                ..TuneOptions::default()
+            },
+            mods_phase: phase(100),
+            all_phase: phase(100),
+            ..TuneJob::default()
+        },
+        evaluate: EvaluateOptions { task_tokens: 48, answer_tokens: 40, ..EvaluateOptions::default() },
+        ..RunConfig::default()
+    })
+}
