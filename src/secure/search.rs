@@ -184,7 +184,7 @@ fn windows(singles: &BTreeMap<Cell, Vec<f64>>, width: usize, seed: usize) -> Vec
                 _ => None,
             })
             .collect();
-        layers.sort_by(|a, b| b.0.cmp(&a.0));
+        layers.sort_by_key(|(layer, _)| std::cmp::Reverse(*layer));
         for chunk in layers.chunks(width) {
             let single = chunk.iter().map(|(_, drop)| drop).sum::<f64>() / chunk.len() as f64;
             let cells = chunk.iter().map(|(layer, _)| Cell::module(*layer, kind)).collect();
