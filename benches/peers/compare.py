@@ -28,6 +28,8 @@ WARMUP, STEPS = 2, 5
 BATCH, LENGTH = 4, 256
 NEW_TOKENS = 64
 SWEEP_PROMPTS, SWEEP_TOKENS, SWEEP_DRAWS, SWEEP_EPSILON = 64, 32, 2, 1.2
+# Runs of the peer's loop, spread over all cells: each costs the same there.
+SWEEP_SAMPLE = 20
 
 
 class Sides:
@@ -108,16 +110,15 @@ class Sides:
         out.unlink(missing_ok=True)
         cells = ",".join(f"layers.{layer}.modules" for layer in self.swept)
         self.run_swat("robustness", *shared, "--probe", probe, "--out", out, "--cells", cells, "--epsilon", SWEEP_EPSILON,
-                      "--members", SWEEP_DRAWS, "--retrain", "false")
+                      "--members", SWEEP_DRAWS, "--no-retrain")
         found = json.loads(out.read_text())
         runs = len(found["cells"]) * len(found["seeds"]) * (2 if found["antithetic"] else 1)
         return {"s_per_run": found["seconds"] / runs, "runs": runs}
 
     def peer_sweep(self):
         layers = ",".join(map(str, self.swept))
-        runs = len(self.swept) * 7 * SWEEP_DRAWS * 2
         return self.run_peer("sweep.py", "--security", self.security, "--chat-template", self.template, "--layers", layers, "--members",
-                             2 * SWEEP_DRAWS, "--epsilon", SWEEP_EPSILON, "--warmup", 1, "--repeats", runs)
+                             2 * SWEEP_DRAWS, "--epsilon", SWEEP_EPSILON, "--warmup", 1, "--repeats", SWEEP_SAMPLE)
 
 
 def measurements(sides):

@@ -4,8 +4,8 @@ usage: sweep.py --model DIR --security F.jsonl [--chat-template F] [--members 4]
 
 For each of the seven projections of each layer in --layers and each of its --members draws: w + ε‖w‖/‖n‖·n (every second one is the
 twin w − …), the last token's hidden states of all prompts of the test split, the clean weight back. Prompts are as the chat template
-renders them, padded on the left, in one batch. --layers 0,10,20,29 samples cells of all depths; this loop costs the same for each of them. Reports seconds a
-perturbed run.
+renders them, padded on the left, in one batch. The counted runs are spread evenly over all of them; this loop costs the same for
+each. Reports seconds a perturbed run.
 """
 from measure import load, median, parser, report, rows, timed
 import torch
@@ -37,7 +37,7 @@ def main():
 
     @torch.inference_mode()
     def run(i):
-        layer, kind, member = runs[i % len(runs)]
+        layer, kind, member = runs[i * len(runs) // (args.warmup + args.repeats) % len(runs)]
         weight = model.get_parameter(f"model.layers.{layer}.{kind}.weight")
         clean = weight.clone()
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(member // 2))
@@ -48,10 +48,9 @@ def main():
         weight.copy_(clean)
         return last
 
-    repeats = min(args.repeats, len(runs))
-    seconds = timed(run, args.warmup, repeats)
+    seconds = timed(run, args.warmup, args.repeats)
     report(measurement="sweep", prompts=len(texts), tokens=int(batch["attention_mask"].sum()), padded_tokens=batch["input_ids"].numel(),
-           runs=repeats, run_s=seconds, s_per_run=median(seconds))
+           runs=args.repeats, run_s=seconds, s_per_run=median(seconds))
 
 
 if __name__ == "__main__":
