@@ -23,8 +23,9 @@ impl<B: Backend, T: Element> Shelf<B, T> {
 
     /// `len` elements of unspecified content.
     pub(super) fn take(&self, backend: &B, len: usize) -> Result<Scratch<'_, B, T>> {
-        // A buffer up to a quarter larger is reused: batches differ a little in length from step to step.
-        let fits = |b: &Buffer<B, T>| b.len() >= len && b.len() <= len + len / 4 + 64;
+        // Batches differ in length from step to step: a longer buffer serves a shorter batch, so that the pool holds what
+        // the longest one needed and no more; but a small request must not take the place of a large one.
+        let fits = |b: &Buffer<B, T>| b.len() >= len && b.len() / 4 <= len + 64;
         let mut free = self.lock();
         let best = free.iter().enumerate().filter(|(_, b)| fits(b)).min_by_key(|(_, b)| b.len()).map(|(i, _)| i);
         let buffer = match best {
