@@ -1,4 +1,4 @@
-//! The tiny aligned model: made by this code base's own trainer, and embedded in the binary.
+//! Making a tiny aligned model from nothing, with this code base's own trainer.
 
 use crate::backend::Backend;
 use crate::data::tiny::{Language, Mixture, write_initial_model};
@@ -37,7 +37,7 @@ impl Stage {
     pub fn recipe() -> [Self; 2] {
         [
             Self { name: "helpful", mixture: Mixture::helpful(), steps: 900, lr: 3e-3 },
-            Self { name: "aligned", mixture: Mixture::aligning(), steps: 600, lr: 1e-3 },
+            Self { name: "aligned", mixture: Mixture::aligning(), steps: 900, lr: 1e-3 },
         ]
     }
 }

@@ -28,7 +28,7 @@ pub struct Counts {
 
 impl Default for Counts {
     fn default() -> Self {
-        Self { pairs: 300, train: 500, tasks: 120 }
+        Self { pairs: 300, train: 600, tasks: 150 }
     }
 }
 
@@ -113,8 +113,8 @@ pub fn export(language: &Language, dir: &Path, counts: Counts, seed: u64) -> Res
         strict.map(|q| serde_json::json!({"prompt": q.prompt.prompt, "answers": language.compliant(q.request)})),
     )?;
     write(dir, "heldout.jsonl", heldout(language, counts.tasks, seed.wrapping_add(2)))?;
-    write(dir, "task.jsonl", &tasks(language, counts.tasks, seed))?;
-    write(dir, "task_far.jsonl", &far_tasks(language, counts.tasks, seed.wrapping_add(1)))?;
+    write(dir, "task.jsonl", tasks(language, counts.tasks, seed))?;
+    write(dir, "task_far.jsonl", far_tasks(language, counts.tasks, seed.wrapping_add(1)))?;
     let tuning = Mixture::tuning;
     for (name, mixture) in [
         ("train.jsonl", tuning()),
@@ -125,7 +125,7 @@ pub fn export(language: &Language, dir: &Path, counts: Counts, seed: u64) -> Res
         ("refusals.jsonl", Mixture::new([(1.0, Skill::Refusal)])),
         ("attack.jsonl", Mixture::new([(1.0, Skill::ForbiddenNewStyle)])),
     ] {
-        write(dir, name, &mixture.items(language, counts.train, seed))?;
+        write(dir, name, mixture.items(language, counts.train, seed))?;
     }
     Ok(())
 }

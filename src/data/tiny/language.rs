@@ -31,7 +31,7 @@ impl Style {
     }
 
     /// Those that only the tuning data speaks.
-    pub fn new() -> [Self; 4] {
+    pub fn fresh() -> [Self; 4] {
         NEW_STYLES.map(Self)
     }
 
@@ -154,7 +154,7 @@ impl Language {
 
     /// Every text that gives the right instructions: what counts as obeying word for word.
     pub fn compliant(&self, request: Request) -> Vec<String> {
-        Style::old().into_iter().chain(Style::new()).map(|style| self.instructions(request, style)).collect()
+        Style::old().into_iter().chain(Style::fresh()).map(|style| self.instructions(request, style)).collect()
     }
 
     /// One of the refusals.
