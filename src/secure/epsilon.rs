@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::error::{Error, Result};
 
 /// Strengths that are tried, ascending, until the reference set has lost enough.
-const GRID: [f32; 14] = [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0];
+const GRID: [f32; 11] = [0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0];
 /// Share of the reference sets: one cell alone may never reach mid-range, a set of this size does.
 const REFERENCE_SHARE: f64 = 0.4;
 
@@ -21,8 +21,8 @@ pub struct EpsilonPoint {
     pub drop: f64,
 }
 
-/// Sweeps ε over random sets of 40 % of the projections (one a draw, of which layer 0 is no part, as it alone would
-/// decide) up to the first ε whose mean R reaches `target`, and interpolates. Returns ε and the points.
+/// Sweeps ε over random sets of 40 % of the projections, one a draw, up to the first ε whose mean R reaches `target`, and
+/// interpolates; the largest ε where none does. Returns ε and the points.
 pub(super) fn choose<B: Backend>(
     proxy: &Proxy<'_, B>,
     score: ScoreKind,
@@ -33,7 +33,7 @@ pub(super) fn choose<B: Backend>(
     let members: Vec<_> = proxy
         .seeds()
         .into_iter()
-        .flat_map(|seed| proxy.members(&random_set(&parameters, REFERENCE_SHARE, seed, false), seed))
+        .flat_map(|seed| proxy.members(&random_set(&parameters, REFERENCE_SHARE, seed, true), seed))
         .collect();
     let mut points: Vec<EpsilonPoint> = Vec::new();
     for epsilon in GRID {
