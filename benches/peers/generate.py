@@ -54,4 +54,5 @@ def main():
            tok_per_s=new_tokens / median(seconds))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
 """The sweep that finds robust modules, as a script with PyTorch does it: perturb a module, run the prompts, restore it.
 
-usage: sweep.py --model DIR --security F.jsonl [--prompts 64] [--members 4] [--layers 0,10,20,29]
+usage: sweep.py --model DIR --security F.jsonl [--chat-template F] [--members 4] [--layers 0,10,20,29]
 
 For each of the seven projections of each layer in --layers and each of its --members draws: w + ε‖w‖/‖n‖·n (every second one is the
-twin w − …), the last token's hidden states of all prompts, the clean weight back. Prompts are as the chat template renders them, padded
-on the left, in one batch. --layers 0,10,20,29 samples cells of all depths; this loop costs the same for each of them. Reports seconds a
-perturbed run.
+twin w − …), the last token's hidden states of all prompts of the test split, the clean weight back. Prompts are as the chat template
+renders them, padded on the left, in one batch. The counted runs are spread evenly over all of them; this loop costs the same for
+each. Reports seconds a perturbed run.
 """
 from measure import load, median, parser, report, rows, timed
 import torch
@@ -16,7 +16,7 @@ KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 def main():
     p = parser(__doc__)
     p.add_argument("--security", required=True)
-    p.add_argument("--prompts", type=int, default=64)
+    p.add_argument("--chat-template")
     p.add_argument("--members", type=int, default=4)
     p.add_argument("--layers", default="")
     p.add_argument("--epsilon", type=float, default=1.2)
@@ -25,7 +25,10 @@ def main():
     model.eval()
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows(args.security)[: args.prompts]]
+    if args.chat_template:
+        with open(args.chat_template) as template:
+            tokenizer.chat_template = template.read()
+    chats = [[{"role": "user", "content": r["prompt"]}] for r in rows(args.security) if r["split"] == "test"]
     texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     count = model.config.num_hidden_layers
@@ -34,7 +37,7 @@ def main():
 
     @torch.inference_mode()
     def run(i):
-        layer, kind, member = runs[i % len(runs)]
+        layer, kind, member = runs[i * len(runs) // (args.warmup + args.repeats) % len(runs)]
         weight = model.get_parameter(f"model.layers.{layer}.{kind}.weight")
         clean = weight.clone()
         noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(member // 2))
@@ -45,10 +48,10 @@ def main():
         weight.copy_(clean)
         return last
 
-    repeats = min(args.repeats, len(runs))
-    seconds = timed(run, args.warmup, repeats)
+    seconds = timed(run, args.warmup, args.repeats)
     report(measurement="sweep", prompts=len(texts), tokens=int(batch["attention_mask"].sum()), padded_tokens=batch["input_ids"].numel(),
-           runs=repeats, run_s=seconds, s_per_run=median(seconds))
+           runs=args.repeats, run_s=seconds, s_per_run=median(seconds))
 
 
-main()
+if __name__ == "__main__":
+    main()

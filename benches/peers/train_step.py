@@ -75,4 +75,5 @@ def main():
            tok_per_s=tokens / median(seconds), trainable=sum(p.numel() for p in moving) / sum(p.numel() for p in model.parameters()))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -28,17 +28,21 @@ impl Element for half::bf16 {
 }
 
 impl FloatElement for f32 {
+    #[inline(always)]
     fn to_f32(self) -> f32 {
         self
     }
+    #[inline(always)]
     fn from_f32(x: f32) -> Self {
         x
     }
 }
 impl FloatElement for half::bf16 {
+    #[inline(always)]
     fn to_f32(self) -> f32 {
         Self::to_f32(self)
     }
+    #[inline(always)]
     fn from_f32(x: f32) -> Self {
         Self::from_f32(x)
     }

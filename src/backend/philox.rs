@@ -13,8 +13,10 @@
 //!
 //! The words are exact on every backend; normals agree up to the rounding of ln, cos and sin.
 
-const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
-const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+/// Multipliers of a round.
+pub(super) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+/// What the key grows by from round to round.
+pub(super) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
 /// The ten rounds: four words from a counter and a key.
 #[inline(always)]
@@ -33,10 +35,14 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 /// The four words of a block of a stream.
 #[inline(always)]
 pub fn words(seed: u64, stream: u64, block: u64) -> [u32; 4] {
-    philox4x32(
-        [block as u32, (block >> 32) as u32, stream as u32, (stream >> 32) as u32],
-        [seed as u32, (seed >> 32) as u32],
-    )
+    let ([b0, b1], [s0, s1]) = (halves(block), halves(stream));
+    philox4x32([b0, b1, s0, s1], halves(seed))
+}
+
+/// Low and high word.
+#[inline(always)]
+fn halves(x: u64) -> [u32; 2] {
+    [x as u32, (x >> 32) as u32]
 }
 
 /// A uniform in (0, 1].

@@ -18,9 +18,9 @@ const MOST_BYTES: u64 = 1 << 26;
 pub struct SearchStep {
     /// Seed of the search that took the step; none = the last check of the majority over all seeds.
     pub seed: Option<u64>,
-    /// The window, `layers.4-5.v_proj`.
+    /// The window, `layers.4-5.v_proj`; `none` where a window was only taken out, to see what it costs.
     pub window: String,
-    /// For a swap: the window that left in exchange.
+    /// The window that left.
     pub without: Option<String>,
     /// R of the set with the change, perturbed jointly.
     pub joint: f64,

@@ -147,7 +147,7 @@ impl Probe {
         let probe = self.layers.get(layer).ok_or_else(missing)?;
         let head = probe.heads.get(head).ok_or_else(missing)?;
         let hidden = self.about.hidden;
-        if hidden == 0 || features.len() % hidden != 0 {
+        if hidden == 0 || !features.len().is_multiple_of(hidden) {
             let found = format!("{} feature values", features.len());
             return Err(Error::input("probe", found, format!("rows of {hidden}, the width it was trained on")));
         }

@@ -126,7 +126,8 @@ fn contains_words(text: &str, expression: &str) -> bool {
         let word = |c: char| c.is_alphanumeric();
         let before = text[..at].chars().next_back().is_some_and(word);
         let after = text[at + found.len()..].chars().next().is_some_and(word);
-        !before && !(after && found.ends_with(word))
+        let cut = after && found.ends_with(word);
+        !(before || cut)
     })
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Windows (neighbouring layers of one kind) are walked from the most robust on; each joins the set if the set stays robust
 //! **jointly**, since robust modules together can be sensitive, and if its share stays under the cap. Then one pass tries
-//! each window that was left out in the place of the worst that is in. One such search runs for every seed; a cell that most
+//! windows that were left out in the place of those that cost the set most. One such search runs for every seed; a cell that most
 //! of them chose is in Mods_Rob, and the majority is checked once more over all seeds.
 
 use super::features::Progress;
@@ -184,7 +184,7 @@ fn windows(singles: &BTreeMap<Cell, Vec<f64>>, width: usize, seed: usize) -> Vec
                 _ => None,
             })
             .collect();
-        layers.sort_by(|a, b| b.0.cmp(&a.0));
+        layers.sort_by_key(|(layer, _)| std::cmp::Reverse(*layer));
         for chunk in layers.chunks(width) {
             let single = chunk.iter().map(|(_, drop)| drop).sum::<f64>() / chunk.len() as f64;
             let cells = chunk.iter().map(|(layer, _)| Cell::module(*layer, kind)).collect();
@@ -207,23 +207,30 @@ impl Walk<'_, '_> {
                 outside.push(window);
             }
         }
-        if !self.options.swap {
-            return Ok(());
+        if self.options.swap { self.swap(inside, outside) } else { Ok(()) }
+    }
+
+    /// Windows that cost the set most leave it for windows that were left out. What a window costs is what its absence
+    /// saves: by itself it may look robust. Each window that was left out is tried once.
+    fn swap(&mut self, inside: Vec<&Window>, outside: Vec<&Window>) -> Result<()> {
+        let mut costs = Vec::with_capacity(inside.len());
+        for window in inside {
+            let joint = (self.joint)(&self.set.difference(&window.cells), &[self.seed])?;
+            self.record(&ModuleSet::default(), Some(&window.cells), joint, false);
+            costs.push((self.reached - joint, window));
         }
+        costs.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut costly = costs.into_iter().map(|(_, window)| window).peekable();
         for window in outside {
-            let worst = (0..inside.len()).max_by(|a, b| inside[*a].single.total_cmp(&inside[*b].single));
-            let Some(worst) = worst else { break };
-            let without = self.set.difference(&inside[worst].cells);
-            let swapped = without.union(&window.cells);
-            let size = share(&swapped, self.parameters);
-            let current = share(&self.set, self.parameters);
+            let Some(worst) = costly.peek() else { break };
+            let swapped = self.set.difference(&worst.cells).union(&window.cells);
+            let (size, current) = (share(&swapped, self.parameters), share(&self.set, self.parameters));
             // A swap must not shrink the set: a smaller one is always the more robust.
             if size > self.options.cap || size < current {
                 continue;
             }
-            let limit = self.reached.min(self.options.tau);
-            if self.accepts(swapped, window, Some(&inside[worst].cells), limit)? {
-                inside[worst] = window;
+            if self.accepts(swapped, window, Some(&worst.cells), self.reached.min(self.options.tau))? {
+                costly.next();
             }
         }
         Ok(())
@@ -233,18 +240,17 @@ impl Walk<'_, '_> {
     fn accepts(&mut self, set: ModuleSet, window: &Window, out: Option<&ModuleSet>, limit: f64) -> Result<bool> {
         let joint = (self.joint)(&set, &[self.seed])?;
         let accepted = if out.is_some() { joint < limit } else { joint <= limit };
-        self.steps.push(SearchStep {
-            seed: Some(self.seed),
-            window: window.cells.to_string(),
-            without: out.map(ToString::to_string),
-            joint,
-            accepted,
-        });
+        self.record(&window.cells, out, joint, accepted);
         if accepted {
             self.set = set;
             self.reached = joint;
         }
         Ok(accepted)
+    }
+
+    fn record(&mut self, window: &ModuleSet, out: Option<&ModuleSet>, joint: f64, accepted: bool) {
+        let (window, without) = (window.to_string(), out.map(ToString::to_string));
+        self.steps.push(SearchStep { seed: Some(self.seed), window, without, joint, accepted });
     }
 }
 

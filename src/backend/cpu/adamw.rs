@@ -1,36 +1,58 @@
 //! Masked AdamW over a module table, and the sums of squares that clip it.
 
-use super::simd::vectorized;
+use super::simd::simd_kernel;
 use crate::backend::{AdamW, FloatElement};
 use rayon::prelude::*;
 
 /// Elements of one task, and of one partial sum.
 const BLOCK: usize = 1 << 16;
-/// Sums that advance side by side.
-const LANES: usize = 64;
-
 /// Σ x² in f64: fixed blocks, added in their order.
 pub(super) fn sum_squares<T: FloatElement>(x: &[T]) -> f64 {
-    let partials: Vec<f64> = x.par_chunks(BLOCK).map(|x| vectorized(|| sum_squares_block(x))).collect();
+    let partials: Vec<f64> = x.par_chunks(BLOCK).map(sum_squares_block).collect();
     partials.iter().sum()
 }
 
-/// Σ x² of one block.
-#[inline(always)]
+/// Σ x² of one block in f64.
 pub(super) fn sum_squares_block<T: FloatElement>(x: &[T]) -> f64 {
-    let mut sums = [0.0f64; LANES];
-    let (chunks, tail) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (s, x) in sums.iter_mut().zip(chunk) {
-            let x = x.to_f32() as f64;
-            *s += x * x;
+    const AT_HAND: usize = 512;
+    let mut wide = [0.0; AT_HAND];
+    let mut total = 0.0;
+    for x in x.chunks(AT_HAND) {
+        let wide = &mut wide[..x.len()];
+        wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = x.to_f32());
+        total += squares_f64(wide);
+    }
+    total
+}
+
+simd_kernel! {
+    fn squares_f64(simd, x: &'a [f32]) -> f64 {
+        let mut squares = [0.0; 512];
+        let squares = &mut squares[..x.len()];
+        for (square, x) in squares.iter_mut().zip(x) {
+            *square = *x as f64 * *x as f64;
         }
+        sum_f64(simd, squares)
     }
-    for (s, x) in sums.iter_mut().zip(tail) {
-        let x = x.to_f32() as f64;
-        *s += x * x;
+}
+
+#[inline(always)]
+fn sum_f64<S: pulp::Simd>(simd: S, x: &[f64]) -> f64 {
+    let (x, tail) = S::as_simd_f64s(x);
+    let (x4, x1) = x.as_chunks::<4>();
+    let zero = simd.splat_f64s(0.0);
+    let (mut s0, mut s1, mut s2, mut s3) = (zero, zero, zero, zero);
+    for x in x4 {
+        s0 = simd.add_f64s(s0, x[0]);
+        s1 = simd.add_f64s(s1, x[1]);
+        s2 = simd.add_f64s(s2, x[2]);
+        s3 = simd.add_f64s(s3, x[3]);
     }
-    sums.iter().sum()
+    for x in x1 {
+        s0 = simd.add_f64s(s0, *x);
+    }
+    s1 = simd.add_f64s(s1, simd.partial_load_f64s(tail));
+    simd.reduce_sum_f64s(simd.add_f64s(simd.add_f64s(s0, s1), simd.add_f64s(s2, s3)))
 }
 
 /// The factor on all gradients; `None` where the sum of `squares` is not finite.
@@ -44,7 +66,7 @@ pub(super) fn clip_factor(squares: &[f32], max_grad_norm: Option<f32>) -> Option
 
 /// Factors of one module's step.
 #[derive(Clone, Copy)]
-struct Factors {
+pub(super) struct Factors {
     clip: f32,
     beta1: f32,
     beta2: f32,
@@ -78,21 +100,19 @@ pub(super) fn step(
     };
     let written = weight.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
     written.zip(grad.par_chunks(BLOCK)).for_each(|(((w, m), v), g)| {
-        vectorized(
-            #[inline(always)]
-            || step_block(w, g, m, v, factors),
-        );
+        step_block(w, g, m, v, factors);
     });
 }
 
-#[inline(always)]
-fn step_block(w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: Factors) {
-    let (rest1, rest2) = (1.0 - f.beta1, 1.0 - f.beta2);
-    for (((w, g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
-        let g = g * f.clip;
-        *m += rest1 * (g - *m);
-        *v = f.beta2 * *v + rest2 * g * g;
-        let denominator = v.sqrt() / f.root_correction2 + f.eps;
-        *w = *w * f.keep - f.step_size * (*m / denominator);
+simd_kernel! {
+    fn step_block(_simd, w: &'a mut [f32], g: &'a [f32], m: &'a mut [f32], v: &'a mut [f32], f: Factors) {
+        let (rest1, rest2) = (1.0 - f.beta1, 1.0 - f.beta2);
+        for (((w, g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * f.clip;
+            *m += rest1 * (g - *m);
+            *v = f.beta2 * *v + rest2 * g * g;
+            let denominator = v.sqrt() / f.root_correction2 + f.eps;
+            *w = *w * f.keep - f.step_size * (*m / denominator);
+        }
     }
 }

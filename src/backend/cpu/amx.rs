@@ -198,97 +198,72 @@ struct Place {
 
 /// Fills a tile of each part. Row r of it takes two vectors of 16 elements, one for the low and one for the high halves
 /// of its words: of A, depths 0.. and 16.. of row r; of B, depths r and 16 + r of 16 columns.
+///
+/// Plain loops throughout: a closure handed to a function of the standard library would not be inlined here, where the
+/// vector instructions are.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn pack_tiles(from: Matrix<'_>, place: Place, factor: f32, side: Side, half: usize, to: &mut Step) {
+    let Place { row, rows, depth, depths } = place;
     let factor = _mm512_set1_ps(factor);
-    let mut put = |row: usize, low: &[f32; 16], high: &[f32; 16]| {
-        // SAFETY: both hold 16 elements.
-        let (low, high) = unsafe { (_mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr())) };
-        let words = split(_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor));
-        for (part, words) in to.0.iter_mut().zip(words) {
-            // SAFETY: a row of a tile is 16 words.
-            unsafe { _mm512_storeu_si512(part[half].0[row].as_mut_ptr().cast(), words) };
+    let mut vectors = [[_mm512_setzero_ps(); 16]; 2];
+    let along_depth = from.column_stride == 1;
+    for (h, x) in vectors.iter_mut().enumerate() {
+        let depths = depths.saturating_sub(16 * h).min(16);
+        let start = row * from.row_stride + (depth + 16 * h) * from.column_stride;
+        let (count, lanes, next) =
+            if along_depth { (rows, depths, from.row_stride) } else { (depths, rows, from.column_stride) };
+        if count > 0 && lanes > 0 {
+            load(&from.data[start..start + (count - 1) * next + lanes], next, lanes, x);
         }
-    };
-    let whole = place.rows == 16 && place.depths == STEP;
-    let at = |row: usize, depth: usize| {
-        &from.data[(place.row + row) * from.row_stride + (place.depth + depth) * from.column_stride..]
-    };
-    match side {
-        Side::A if whole && from.column_stride == 1 => {
-            for row in 0..16 {
-                let (x, _) = at(row, 0).as_chunks();
-                put(row, &x[0], &x[1]);
-            }
+        if along_depth != (side == Side::A) {
+            *x = transpose(x);
         }
-        Side::B if whole && from.row_stride == 1 => {
-            for row in 0..16 {
-                put(row, &at(0, row).as_chunks().0[0], &at(0, row + 16).as_chunks().0[0]);
-            }
-        }
-        Side::A => {
-            let x: [[[f32; 16]; 16]; 2] = if whole && from.row_stride == 1 {
-                [0, 16].map(|depth| transposed(|i| &at(0, depth + i).as_chunks().0[0]))
-            } else {
-                [0, 16].map(|depth| gathered(|row, i| place.get(from, row, depth + i)))
-            };
-            (0..16).for_each(|row| put(row, &x[0][row], &x[1][row]));
-        }
-        Side::B => {
-            let x: [[[f32; 16]; 16]; 2] = if whole && from.column_stride == 1 {
-                [0, 16].map(|depth| transposed(|i| &at(i, depth).as_chunks().0[0]))
-            } else {
-                [0, 16].map(|depth| gathered(|i, column| place.get(from, column, depth + i)))
-            };
-            (0..16).for_each(|row| put(row, &x[0][row], &x[1][row]));
+    }
+    for row in 0..16 {
+        let low = _mm512_mul_ps(vectors[0][row], factor);
+        let high = _mm512_mul_ps(vectors[1][row], factor);
+        let [first, second, third] = split(low, high);
+        // SAFETY: a row of a tile is 16 words.
+        unsafe {
+            _mm512_store_si512(to.0[0][half].0[row].as_mut_ptr().cast(), first);
+            _mm512_store_si512(to.0[1][half].0[row].as_mut_ptr().cast(), second);
+            _mm512_store_si512(to.0[2][half].0[row].as_mut_ptr().cast(), third);
         }
     }
 }
 
-impl Place {
-    /// An element by its place here; zero outside.
-    fn get(&self, from: Matrix<'_>, row: usize, depth: usize) -> f32 {
-        if row < self.rows && depth < self.depths {
-            from.data[(self.row + row) * from.row_stride + (self.depth + depth) * from.column_stride]
-        } else {
-            0.0
-        }
-    }
-}
-
-fn gathered(get: impl Fn(usize, usize) -> f32) -> [[f32; 16]; 16] {
-    std::array::from_fn(|i| std::array::from_fn(|j| get(i, j)))
-}
-
+/// Vectors that begin `next` elements apart, of `lanes` elements each, then zeros.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transposed<'a>(row: impl Fn(usize) -> &'a [f32; 16]) -> [[f32; 16]; 16] {
-    // SAFETY: a row holds 16 elements.
-    let rows = std::array::from_fn(|i| unsafe { _mm512_loadu_ps(row(i).as_ptr()) });
-    let mut x = [[0.0; 16]; 16];
-    for (x, column) in x.iter_mut().zip(transpose(rows)) {
-        // SAFETY: as above.
-        unsafe { _mm512_storeu_ps(x.as_mut_ptr(), column) };
+fn load(data: &[f32], next: usize, lanes: usize, x: &mut [__m512; 16]) {
+    let mask = ((1u32 << lanes) - 1) as u16;
+    let mut at = 0;
+    for x in x.iter_mut() {
+        if at + lanes > data.len() {
+            break;
+        }
+        // SAFETY: the slice holds the elements that the mask lets through.
+        *x = unsafe { _mm512_maskz_loadu_ps(mask, data.as_ptr().add(at)) };
+        at += next;
     }
-    x
 }
 
 /// The transpose of 16 × 16 elements.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(x: [__m512; 16]) -> [__m512; 16] {
-    let mut y = x;
+fn transpose(x: &[__m512; 16]) -> [__m512; 16] {
+    let mut y = *x;
     for i in 0..8 {
         y[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
         y[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
     }
     let mut z = y;
     for i in 0..4 {
-        let pd = |i: usize| _mm512_castps_pd(y[i]);
-        z[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(4 * i), pd(4 * i + 2)));
-        z[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(4 * i), pd(4 * i + 2)));
-        z[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(4 * i + 1), pd(4 * i + 3)));
-        z[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(4 * i + 1), pd(4 * i + 3)));
+        for (j, to) in [(0, 0), (1, 2)] {
+            let (even, odd) = (_mm512_castps_pd(y[4 * i + j]), _mm512_castps_pd(y[4 * i + j + 2]));
+            z[4 * i + to] = _mm512_castpd_ps(_mm512_unpacklo_pd(even, odd));
+            z[4 * i + to + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd));
+        }
     }
     for i in 0..4 {
         y[i] = _mm512_shuffle_f32x4::<0x88>(z[i], z[i + 4]);
@@ -307,16 +282,30 @@ fn transpose(x: [__m512; 16]) -> [__m512; 16] {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn split(low: __m512, high: __m512) -> [__m512i; 3] {
-    let half = _mm512_set1_epi32(0x8000);
-    let upper = _mm512_set1_epi32(0xffff_0000u32 as i32);
-    let part = |x: __m512| _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper);
-    let rest = |x: __m512, part: __m512i| _mm512_sub_ps(x, _mm512_castsi512_ps(part));
-    let words = |low: __m512i, high: __m512i| _mm512_or_si512(_mm512_srli_epi32::<16>(low), high);
     let (low1, high1) = (part(low), part(high));
     let (low, high) = (rest(low, low1), rest(high, high1));
     let (low2, high2) = (part(low), part(high));
     let (low, high) = (rest(low, low2), rest(high, high2));
     [words(low1, high1), words(low2, high2), words(part(low), part(high))]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn part(x: __m512) -> __m512i {
+    let rounded = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff_0000u32 as i32))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn rest(x: __m512, part: __m512i) -> __m512 {
+    _mm512_sub_ps(x, _mm512_castsi512_ps(part))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn words(low: __m512i, high: __m512i) -> __m512i {
+    _mm512_or_si512(_mm512_srli_epi32::<16>(low), high)
 }
 
 /// Packed panels, the first of which begins at row `first` of its operand.

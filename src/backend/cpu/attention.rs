@@ -7,7 +7,7 @@
 //! sums have one order.
 
 use super::gemm::{Matrix, product};
-use super::simd::{dot, exp, max, simd_kernel, sum, vectorized};
+use super::simd::{dot, exp, max, simd_kernel, sum};
 use super::storage::Shared;
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -256,7 +256,7 @@ fn backward_head(
                 }
                 let lse = saved.lse[head * tokens + query];
                 let (p, ds) = (&mut p[visible.clone()], &mut ds[visible]);
-                vectorized(|| probabilities_and_gradient(p, ds, lse, delta));
+                probabilities_and_gradient(p, ds, lse, delta);
             }
             let (p, ds) = (Matrix::rows(p, keys), Matrix::rows(ds, keys));
             let within = (block.first_key - document.start) * head_dim;
@@ -280,12 +280,13 @@ fn backward_head(
     });
 }
 
-/// Scores become P, dP becomes dS.
-#[inline(always)]
-fn probabilities_and_gradient(p: &mut [f32], ds: &mut [f32], lse: f32, delta: f32) {
-    for (p, ds) in p.iter_mut().zip(ds) {
-        *p = exp(*p - lse);
-        *ds = *p * (*ds - delta);
+simd_kernel! {
+    /// Scores become P, dP becomes dS.
+    fn probabilities_and_gradient(_simd, p: &'a mut [f32], ds: &'a mut [f32], lse: f32, delta: f32) {
+        for (p, ds) in p.iter_mut().zip(ds) {
+            *p = exp(*p - lse);
+            *ds = *p * (*ds - delta);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Cross-entropy of rows of logits, the gradient in place.
 
-use super::simd::{exp, max, simd_kernel, sum, vectorized};
+use super::simd::{exp, max, simd_kernel, sum};
 use crate::backend::IGNORE;
 use rayon::prelude::*;
 
@@ -28,7 +28,7 @@ pub(super) fn cross_entropy(logits: &mut [f32], targets: &[u32], losses: &mut [f
                 let (top, total) = exponentials(row);
                 *loss = (total.ln() - (chosen as f64 - top as f64)) as f32;
                 let factor = (scale as f64 / total) as f32;
-                vectorized(|| row.iter_mut().for_each(|x| *x *= factor));
+                scale_row(row, factor);
                 row[target] -= scale;
             }
         }
@@ -62,6 +62,12 @@ simd_kernel! {
             total += sum(simd, block) as f64;
         }
         (top, total)
+    }
+}
+
+simd_kernel! {
+    fn scale_row(_simd, row: &'a mut [f32], factor: f32) {
+        row.iter_mut().for_each(|x| *x *= factor);
     }
 }
 

@@ -1,8 +1,9 @@
 //! Rows chosen from a table, put into one, and added to one.
 
-use super::simd::vectorized;
+use super::simd::simd_kernel;
 use super::storage::Shared;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Elements of one task.
 const BLOCK: usize = 1 << 15;
@@ -31,23 +32,19 @@ pub(super) fn embedding_backward(dy: &[f32], rows: &[u32], dtable: &mut [f32], w
     let dtable = Shared::new(dtable);
     (0..width.div_ceil(COLUMNS)).into_par_iter().for_each(|task| {
         let columns = task * COLUMNS..width.min((task + 1) * COLUMNS);
-        vectorized(
-            #[inline(always)]
-            || {
-                for (dy, &row) in dy.chunks_exact(width).zip(rows) {
-                    let at = row as usize * width;
-                    // SAFETY: each task writes its own columns.
-                    let to = unsafe { dtable.range(at + columns.start..at + columns.end) };
-                    add(to, &dy[columns.clone()]);
-                }
-            },
-        );
+        add_columns(dy, rows, &dtable, width, columns);
     });
 }
 
-#[inline(always)]
-fn add(y: &mut [f32], x: &[f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += x;
+simd_kernel! {
+    fn add_columns(_simd, dy: &'a [f32], rows: &'a [u32], dtable: &'a Shared<'a, f32>, width: usize, columns: Range<usize>) {
+        for (dy, &row) in dy.chunks_exact(width).zip(rows) {
+            let at = row as usize * width;
+            // SAFETY: each task writes its own columns.
+            let to = unsafe { dtable.range(at + columns.start..at + columns.end) };
+            for (to, x) in to.iter_mut().zip(&dy[columns.clone()]) {
+                *to += x;
+            }
+        }
     }
 }

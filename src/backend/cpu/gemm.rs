@@ -46,6 +46,12 @@ impl<'a> Matrix<'a> {
         Self { data: self.data, row_stride: self.column_stride, column_stride: self.row_stride }
     }
 
+    /// Whether neighbours in a row or in a column are neighbours in memory.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn has_vectors(&self) -> bool {
+        self.row_stride == 1 || self.column_stride == 1
+    }
+
     fn check(&self, rows: usize, columns: usize) {
         if rows > 0 && columns > 0 {
             let last = (rows - 1) * self.row_stride + (columns - 1) * self.column_stride;
@@ -73,7 +79,7 @@ pub(super) fn product(
     b.check(k, n);
     assert!(n <= stride && (m - 1) * stride + n <= c.len(), "{m} × {n} of {} elements", c.len());
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if m.min(n).min(k) >= MATRIX_UNIT && amx::available() {
+    if m.min(n).min(k) >= MATRIX_UNIT && a.has_vectors() && b.has_vectors() && amx::available() {
         return amx::product(c, stride, a, b, (m, n, k), alpha, accumulate, parallel);
     }
     // SAFETY: the largest index into each slice was checked above, and C is borrowed for this call alone.

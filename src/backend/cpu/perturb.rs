@@ -3,9 +3,9 @@
 
 use super::adamw::{sum_squares, sum_squares_block};
 use super::gemm::{Matrix, product};
-use super::simd::vectorized;
+use super::simd::simd_kernel;
 use crate::backend::NoiseKey;
-use crate::backend::philox::{uniform, words};
+use crate::backend::philox::{MULTIPLIERS, WEYL, uniform};
 use rayon::prelude::*;
 
 /// Elements of one task.
@@ -30,15 +30,17 @@ pub(super) fn perturb(w: &[f32], noise: Noise<'_>, epsilon: f32, plus: &mut [f32
         if squares_n > 0.0 { ratio as f32 } else { 0.0 }
     };
     match noise {
-        Noise::Scale => combine(w, plus, minus, |_, w, n| n.copy_from_slice(w), epsilon),
+        Noise::Scale => combine(w, plus, minus, |_, _, w, n| n.copy_from_slice(w), epsilon),
         Noise::Given(n) => {
-            combine(w, plus, minus, |at, w, to| to.copy_from_slice(&n[at..at + w.len()]), factor(sum_squares(n)));
+            combine(w, plus, minus, |_, at, w, to| to.copy_from_slice(&n[at..at + w.len()]), factor(sum_squares(n)));
         }
-        Noise::Rademacher(key) => combine(w, plus, minus, |at, _, n| signs(key, at, n), factor(w.len() as f64)),
+        Noise::Rademacher(key) => {
+            combine(w, plus, minus, |draw, at, _, n| draw.signs(key, at, n), factor(w.len() as f64))
+        }
         Noise::Gaussian(key) => {
             let squares: Vec<f64> =
                 (0..w.len().div_ceil(TASK)).into_par_iter().map(|t| squares(key, t, w.len())).collect();
-            combine(w, plus, minus, |at, _, n| normals(key, at, n), factor(squares.iter().sum()));
+            combine(w, plus, minus, |draw, at, _, n| draw.normals(key, at, n), factor(squares.iter().sum()));
         }
         Noise::LowRank { key, rank, rows } => {
             let columns = w.len() / rows;
@@ -59,35 +61,36 @@ pub(super) fn perturb(w: &[f32], noise: Noise<'_>, epsilon: f32, plus: &mut [f32
     }
 }
 
-/// Both copies; `fill(first element, w, n)` gives a block of n.
+/// Both copies; `fill(room, first element, w, n)` gives a block of n.
 fn combine(
     w: &[f32],
     plus: &mut [f32],
     minus: Option<&mut [f32]>,
-    fill: impl Fn(usize, &[f32], &mut [f32]) + Sync,
+    fill: impl Fn(&mut Draw, usize, &[f32], &mut [f32]) + Sync,
     factor: f32,
 ) {
-    let block = |at: usize, w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>| {
+    let block = |draw: &mut Draw, at: usize, w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>| {
         let mut n = [0.0; BLOCK];
         let n = &mut n[..w.len()];
-        fill(at, w, n);
-        vectorized(
-            #[inline(always)]
-            || match minus {
-                Some(minus) => add_and_subtract(w, n, plus, minus, factor),
-                None => add(w, n, plus, factor),
-            },
-        );
+        fill(draw, at, w, n);
+        match minus {
+            Some(minus) => add_and_subtract(w, n, plus, minus, factor),
+            None => add(w, n, plus, factor),
+        }
     };
     let tasks = w.par_chunks(TASK).zip(plus.par_chunks_mut(TASK)).enumerate();
     match minus {
         Some(minus) => tasks.zip(minus.par_chunks_mut(TASK)).for_each(|((t, (w, plus)), minus)| {
+            let mut draw = Draw::new();
             let blocks = w.chunks(BLOCK).zip(plus.chunks_mut(BLOCK)).zip(minus.chunks_mut(BLOCK));
-            blocks.enumerate().for_each(|(i, ((w, plus), minus))| block(t * TASK + i * BLOCK, w, plus, Some(minus)));
+            blocks
+                .enumerate()
+                .for_each(|(i, ((w, plus), minus))| block(&mut draw, t * TASK + i * BLOCK, w, plus, Some(minus)));
         }),
         None => tasks.for_each(|(t, (w, plus))| {
+            let mut draw = Draw::new();
             let blocks = w.chunks(BLOCK).zip(plus.chunks_mut(BLOCK));
-            blocks.enumerate().for_each(|(i, (w, plus))| block(t * TASK + i * BLOCK, w, plus, None));
+            blocks.enumerate().for_each(|(i, (w, plus))| block(&mut draw, t * TASK + i * BLOCK, w, plus, None));
         }),
     }
 }
@@ -97,48 +100,50 @@ fn combine_in_place(w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>, fact
     if let Some(minus) = minus {
         let tasks = w.par_chunks(TASK).zip(plus.par_chunks(TASK)).zip(minus.par_chunks_mut(TASK));
         tasks.for_each(|((w, n), minus)| {
-            vectorized(
-                #[inline(always)]
-                || add(w, n, minus, -factor),
-            );
+            add(w, n, minus, -factor);
         });
     }
     w.par_chunks(TASK).zip(plus.par_chunks_mut(TASK)).for_each(|(w, n)| {
-        vectorized(
-            #[inline(always)]
-            || n.iter_mut().zip(w).for_each(|(n, w)| *n = n.mul_add(factor, *w)),
-        );
+        add_to_noise(w, n, factor);
     });
 }
 
-#[inline(always)]
-fn add(w: &[f32], n: &[f32], to: &mut [f32], factor: f32) {
-    for ((to, w), n) in to.iter_mut().zip(w).zip(n) {
-        *to = n.mul_add(factor, *w);
+simd_kernel! {
+    fn add(_simd, w: &'a [f32], n: &'a [f32], to: &'a mut [f32], factor: f32) {
+        for ((to, w), n) in to.iter_mut().zip(w).zip(n) {
+            *to = n.mul_add(factor, *w);
+        }
     }
 }
 
-#[inline(always)]
-fn add_and_subtract(w: &[f32], n: &[f32], plus: &mut [f32], minus: &mut [f32], factor: f32) {
-    for (((plus, minus), w), n) in plus.iter_mut().zip(minus).zip(w).zip(n) {
-        *plus = n.mul_add(factor, *w);
-        *minus = n.mul_add(-factor, *w);
+simd_kernel! {
+    fn add_to_noise(_simd, w: &'a [f32], n: &'a mut [f32], factor: f32) {
+        for (n, w) in n.iter_mut().zip(w) {
+            *n = n.mul_add(factor, *w);
+        }
+    }
+}
+
+simd_kernel! {
+    fn add_and_subtract(_simd, w: &'a [f32], n: &'a [f32], plus: &'a mut [f32], minus: &'a mut [f32], factor: f32) {
+        for (((plus, minus), w), n) in plus.iter_mut().zip(minus).zip(w).zip(n) {
+            *plus = n.mul_add(factor, *w);
+            *minus = n.mul_add(-factor, *w);
+        }
     }
 }
 
 /// Σ n² over one task.
 fn squares(key: NoiseKey, task: usize, len: usize) -> f64 {
+    let mut draw = Draw::new();
     let mut n = [0.0; BLOCK];
     let end = len.min((task + 1) * TASK);
     (task * TASK..end)
         .step_by(BLOCK)
         .map(|at| {
             let n = &mut n[..BLOCK.min(end - at)];
-            normals(key, at, n);
-            vectorized(
-                #[inline(always)]
-                || sum_squares_block(n),
-            )
+            draw.normals(key, at, n);
+            sum_squares_block(n)
         })
         .sum()
 }
@@ -147,7 +152,7 @@ fn squares(key: NoiseKey, task: usize, len: usize) -> f64 {
 fn low_rank_factors(key: NoiseKey, rank: usize, rows: usize, columns: usize) -> (Vec<f32>, Vec<f32>) {
     let draw = |first: usize, len: usize| {
         let mut values = vec![0.0; len];
-        values.par_chunks_mut(BLOCK).enumerate().for_each(|(i, to)| normals(key, first + i * BLOCK, to));
+        values.par_chunks_mut(BLOCK).enumerate().for_each(|(i, to)| Draw::new().normals(key, first + i * BLOCK, to));
         values
     };
     let a = draw(0, rows * rank);
@@ -169,70 +174,94 @@ fn low_rank_squares(a: &[f32], b: &[f32], rank: usize) -> f64 {
     gram(a).iter().zip(gram(b)).map(|(a, b)| a * b).sum()
 }
 
-/// Words of a block of counters, word by word.
-struct Words([[u32; BLOCK / 4]; 4]);
+/// Words of a block of counters, or values of their elements, by the place of the word.
+type Quads<T> = [[T; BLOCK / 4]; 4];
 
-impl Words {
-    /// Those of elements from `first`, a multiple of 4.
-    #[inline(always)]
-    fn fill(&mut self, key: NoiseKey, first: usize) {
-        let [w0, w1, w2, w3] = &mut self.0;
-        let start = first as u64 / 4;
-        let NoiseKey { seed, stream } = key;
-        for (i, (((w0, w1), w2), w3)) in w0.iter_mut().zip(w1).zip(w2).zip(w3).enumerate() {
-            [*w0, *w1, *w2, *w3] = words(seed, stream, start + i as u64);
+simd_kernel! {
+    /// Words of blocks from `start`: the rounds of [`crate::backend::philox`] on 64-bit lanes, whose upper
+    /// halves are left to hold anything, because a round needs no other shuffle then.
+    fn fill_words(_simd, words: &'a mut Quads<u32>, seed: u64, stream: u64, start: u64) {
+        let [w0, w1, w2, w3] = words;
+        const LOW: u64 = 0xffff_ffff;
+        // Zipped iterators are not vectorised here.
+        #[allow(clippy::needless_range_loop)]
+        for i in 0..BLOCK / 4 {
+            let block = start + i as u64;
+            let (mut c0, mut c1, mut c2, mut c3) = (block, block >> 32, stream, stream >> 32);
+            let (mut k0, mut k1) = (seed & LOW, seed >> 32);
+            for _ in 0..10 {
+                let (p0, p1) = ((c0 & LOW) * MULTIPLIERS[0] as u64, (c2 & LOW) * MULTIPLIERS[1] as u64);
+                (c0, c1, c2, c3) = (p1 >> 32 ^ c1 ^ k0, p1, p0 >> 32 ^ c3 ^ k1, p0);
+                k0 = (k0 + WEYL[0] as u64) & LOW;
+                k1 = (k1 + WEYL[1] as u64) & LOW;
+            }
+            (w0[i], w1[i], w2[i], w3[i]) = (c0 as u32, c1 as u32, c2 as u32, c3 as u32);
         }
     }
 }
 
-/// Normals of elements from `first`, a multiple of 4; at most [`BLOCK`] of them.
-fn normals(key: NoiseKey, first: usize, to: &mut [f32]) {
-    let mut words = Words([[0; BLOCK / 4]; 4]);
-    let mut values = [[0.0; BLOCK / 4]; 4];
-    vectorized(
-        #[inline(always)]
-        || {
-            words.fill(key, first);
-            let [n0, n1, n2, n3] = &mut values;
-            pair(&words.0[0], &words.0[1], n0, n1);
-            pair(&words.0[2], &words.0[3], n2, n3);
-            interleave(&values, to);
-        },
-    );
+/// Room for the words of [`BLOCK`] elements and for what is made of them.
+struct Draw {
+    words: Quads<u32>,
+    values: Quads<f32>,
 }
 
-/// Signs of elements from `first`, a multiple of 4; at most [`BLOCK`] of them.
-fn signs(key: NoiseKey, first: usize, to: &mut [f32]) {
-    let mut words = Words([[0; BLOCK / 4]; 4]);
-    vectorized(
-        #[inline(always)]
-        || {
-            words.fill(key, first);
-            let values = words.0.map(|w| w.map(|w| f32::from_bits(1.0f32.to_bits() | (w & 0x8000_0000))));
-            interleave(&values, to);
-        },
-    );
-}
-
-#[inline(always)]
-fn interleave(values: &[[f32; BLOCK / 4]; 4], to: &mut [f32]) {
-    let (fours, tail) = to.as_chunks_mut::<4>();
-    let whole = fours.len();
-    for (i, four) in fours.iter_mut().enumerate() {
-        *four = [values[0][i], values[1][i], values[2][i], values[3][i]];
+impl Draw {
+    fn new() -> Self {
+        Self { words: [[0; BLOCK / 4]; 4], values: [[0.0; BLOCK / 4]; 4] }
     }
-    for (j, x) in tail.iter_mut().enumerate() {
-        *x = values[j][whole];
+
+    /// Normals of elements from `first`, a multiple of 4; at most [`BLOCK`] of them.
+    fn normals(&mut self, key: NoiseKey, first: usize, to: &mut [f32]) {
+        fill_words(&mut self.words, key.seed, key.stream, first as u64 / 4);
+        let [n0, n1, n2, n3] = &mut self.values;
+        pair(&self.words[0], &self.words[1], n0, n1);
+        pair(&self.words[2], &self.words[3], n2, n3);
+        interleave(&self.values, to);
+    }
+
+    /// Signs of elements from `first`, a multiple of 4; at most [`BLOCK`] of them.
+    fn signs(&mut self, key: NoiseKey, first: usize, to: &mut [f32]) {
+        fill_words(&mut self.words, key.seed, key.stream, first as u64 / 4);
+        for (values, words) in self.values.iter_mut().zip(&self.words) {
+            signs_of(words, values);
+        }
+        interleave(&self.values, to);
     }
 }
 
-/// Box–Muller on words: see [`crate::backend::philox`].
-#[inline(always)]
-fn pair(radii: &[u32], angles: &[u32], cosines: &mut [f32], sines: &mut [f32]) {
-    for (((radius, angle), c), s) in radii.iter().zip(angles).zip(cosines).zip(sines) {
-        let r = (-2.0 * ln(uniform(*radius))).max(0.0).sqrt();
-        let (cos, sin) = cos_sin_turns(*angle);
-        (*c, *s) = (r * cos, r * sin);
+simd_kernel! {
+    fn signs_of(_simd, words: &'a [u32; BLOCK / 4], values: &'a mut [f32; BLOCK / 4]) {
+        for (value, word) in values.iter_mut().zip(words) {
+            *value = f32::from_bits(1.0f32.to_bits() | (word & 0x8000_0000));
+        }
+    }
+}
+
+simd_kernel! {
+    fn interleave(_simd, values: &'a Quads<f32>, to: &'a mut [f32]) {
+        let (fours, tail) = to.as_chunks_mut::<4>();
+        let whole = fours.len();
+        for (i, four) in fours.iter_mut().enumerate() {
+            *four = [values[0][i], values[1][i], values[2][i], values[3][i]];
+        }
+        for (j, x) in tail.iter_mut().enumerate() {
+            *x = values[j][whole];
+        }
+    }
+}
+
+simd_kernel! {
+    /// Box–Muller on words: see [`crate::backend::philox`].
+    fn pair(_simd, radii: &'a [u32; BLOCK / 4],
+    angles: &'a [u32; BLOCK / 4],
+    cosines: &'a mut [f32; BLOCK / 4],
+    sines: &'a mut [f32; BLOCK / 4]) {
+        for (((radius, angle), c), s) in radii.iter().zip(angles).zip(cosines).zip(sines) {
+            let r = (-2.0 * ln(uniform(*radius))).max(0.0).sqrt();
+            let (cos, sin) = cos_sin_turns(*angle);
+            (*c, *s) = (r * cos, r * sin);
+        }
     }
 }
 
@@ -275,13 +304,14 @@ fn cos_sin_turns(word: u32) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::philox::words;
 
     const KEY: NoiseKey = NoiseKey { seed: 0x1234_5678_9abc_def0, stream: 42 };
 
     #[test]
     fn normals_follow_the_documented_mapping() {
         let mut n = vec![0.0; 1000];
-        normals(KEY, 4096, &mut n);
+        Draw::new().normals(KEY, 4096, &mut n);
         for (i, n) in n.iter().enumerate() {
             let w = words(KEY.seed, KEY.stream, (4096 + i as u64) / 4);
             let (radius, angle) = if i % 4 < 2 { (w[0], w[1]) } else { (w[2], w[3]) };
@@ -295,7 +325,7 @@ mod tests {
     #[test]
     fn signs_follow_the_documented_mapping() {
         let mut n = vec![0.0; 1023];
-        signs(KEY, 1024, &mut n);
+        Draw::new().signs(KEY, 1024, &mut n);
         for (i, n) in n.iter().enumerate() {
             let w = words(KEY.seed, KEY.stream, (1024 + i as u64) / 4)[i % 4];
             assert_eq!(*n, if w >> 31 == 1 { -1.0 } else { 1.0 }, "{i}");

@@ -68,7 +68,7 @@ pub(super) fn rmsnorm_backward(
     let read = dy.par_chunks(rows * width).zip(x.par_chunks(rows * width)).zip(rstd.par_chunks(rows));
     let partial = |dy: &[f32], x: &[f32], rstd: &[f32]| {
         let mut sums = vec![0.0; width];
-        super::simd::vectorized(|| weight_rows(dy, x, rstd, &mut sums));
+        weight_rows(dy, x, rstd, &mut sums);
         sums
     };
     let partials: Vec<Vec<f32>> = match (dx, &dweight) {
@@ -92,12 +92,13 @@ pub(super) fn rmsnorm_backward(
     }
 }
 
-#[inline(always)]
-fn weight_rows(dy: &[f32], x: &[f32], rstd: &[f32], sums: &mut [f32]) {
-    let width = sums.len();
-    for ((dy, x), r) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(rstd) {
-        for ((s, dy), x) in sums.iter_mut().zip(dy).zip(x) {
-            *s += dy * (x * r);
+simd_kernel! {
+    fn weight_rows(_simd, dy: &'a [f32], x: &'a [f32], rstd: &'a [f32], sums: &'a mut [f32]) {
+        let width = sums.len();
+        for ((dy, x), r) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(rstd) {
+            for ((s, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+                *s += dy * (x * r);
+            }
         }
     }
 }

@@ -1,19 +1,13 @@
 //! Loops compiled for the widest vectors that the machine has, and the few building blocks they share.
 //!
-//! Element-wise loops are written plainly and vectorised by the compiler inside [`vectorized`]. Float sums may not be
-//! reordered by the compiler, so reductions name their vectors: [`simd_kernel!`] gives them a [`pulp::Simd`].
+//! [`simd_kernel!`] defines them. Element-wise loops are written plainly and vectorised by the compiler; float sums may
+//! not be reordered by it, so reductions name their vectors, through [`pulp::Simd`].
 //! Reductions have a fixed order on one instruction set; between instruction sets the last bits may differ.
 
 use pulp::Simd;
 
-/// Runs `f` compiled for the best instruction set of this machine. Everything `f` calls must be `#[inline(always)]`.
-#[inline(always)]
-pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
-}
-
-/// Defines a function whose body is compiled for every instruction set, with the vector type at hand as `$simd`.
-/// All its reference arguments live for `'a`.
+/// Defines a function whose body is compiled for every instruction set and runs on the best one of this machine, with
+/// its vectors at hand as `$simd`. All its reference arguments live for `'a`; all that it calls is `#[inline(always)]`.
 macro_rules! simd_kernel {
     ($(#[$attr:meta])* fn $name:ident($simd:ident $(, $arg:ident: $ty:ty)* $(,)?) $(-> $out:ty)? $body:block) => {
         $(#[$attr])*
@@ -137,15 +131,19 @@ mod tests {
         }
     }
 
+    simd_kernel! {
+        fn exponentials(_simd, xs: &'a [f32], ys: &'a mut [f32]) {
+            for (y, x) in ys.iter_mut().zip(xs) {
+                *y = exp(*x);
+            }
+        }
+    }
+
     #[test]
     fn exp_is_within_two_ulp() {
         let xs: Vec<f32> = (0..400_000).map(|i| -87.3 + i as f32 * (175.6 / 400_000.0)).collect();
         let mut ys = vec![0.0; xs.len()];
-        vectorized(|| {
-            for (y, x) in ys.iter_mut().zip(&xs) {
-                *y = exp(*x);
-            }
-        });
+        exponentials(&xs, &mut ys);
         for (x, y) in xs.iter().zip(&ys) {
             let exact = (*x as f64).exp();
             let ulp = f32::from_bits((exact as f32).to_bits() + 1) as f64 - exact as f32 as f64;

@@ -155,18 +155,17 @@ impl<B: Backend> Study<'_, B> {
             let options = &config.probe;
             let probe = subject.probe(&self.prompts, options, TENDENCY_TOKENS, self.refusals, watch)?;
             probe.save(&path)?;
-            probe.hash()
+            file_hash(&path)
         };
         let kept = self.stages.run("probe", &inputs, train)?;
-        let probe = Probe::load(&path)?;
-        if probe.hash()? != kept {
+        if file_hash(&path)? != kept {
             return Err(Error::input(
                 path.display().to_string(),
                 "a probe that is not the one this study trained",
                 "remove stages/probe.json to train it again",
             ));
         }
-        Ok(probe)
+        Probe::load(&path)
     }
 
     /// Map and search, or the set given by hand.
