@@ -35,9 +35,9 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, out: &Path) -> Re
     let data = out.join("data");
     std::fs::create_dir_all(&data).map_err(Error::io(&data, "create"))?;
     let language = Language::new(language_seed);
-    export(&language, &data, Counts { pairs: 200, train: 500, tasks: 100 }, 1)?;
+    export(&language, &data, Counts { pairs: 200, train: 600, tasks: 100 }, 1)?;
     let phase = |steps| PhaseOptions {
-        lr: 3e-4,
+        lr: 5e-4,
         schedule: Schedule::Cosine,
         lr_warmup_steps: 10,
         min_lr_ratio: 0.1,
@@ -82,7 +82,7 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, out: &Path) -> Re
                 ..TuneOptions::default()
             },
             mods_phase: phase(100),
-            all_phase: phase(100),
+            all_phase: phase(200),
             ..TuneJob::default()
         },
         evaluate: EvaluateOptions { task_tokens: 48, answer_tokens: 40, ..EvaluateOptions::default() },
