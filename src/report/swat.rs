@@ -10,7 +10,7 @@ use super::palette::Tone;
 use crate::modules::{Cell, ModuleSet};
 use std::collections::BTreeSet;
 
-pub use maps::{mods_map, robustness_map, robustness_table};
+pub use maps::{layers_table, mods_map, robustness_map, robustness_table};
 pub use runs::{
     drift_probe_chart, drift_refusal_chart, loss_chart, results_chart, results_table, sets_chart, updates_chart,
     updates_table,
@@ -89,7 +89,7 @@ pub struct SettingResult {
     pub perplexity: Option<Measure>,
     /// Optimiser steps of all phases.
     pub steps: u64,
-    /// Share of the parameters that the first phase trains; `None` where there is no such phase.
+    /// Share of the projections' parameters in the set that is trained apart; `None` where there is none.
     pub trainable_share: Option<f64>,
     /// Training seeds over which the values are means.
     pub seeds: Vec<u64>,
@@ -139,7 +139,7 @@ pub struct Mods {
     pub chosen: ModuleSet,
     /// Share of the searches that chose a cell; empty after a single search.
     pub agreement: Vec<(Cell, f64)>,
-    /// Share of the parameters in the set.
+    /// Share of the projections' parameters in the set.
     pub trainable_share: f64,
     /// Joint score of the whole set, and its limit τ.
     pub joint_score: Option<(f64, f64)>,
@@ -152,7 +152,7 @@ pub struct Mods {
 pub struct SettingUpdates {
     /// The run.
     pub setting: Setting,
-    /// ‖ΔW‖_F / ‖W‖_F of cells, over all phases.
+    /// ‖ΔW‖_F / ‖W‖_F of cells, phases as a root of summed squares.
     pub relative: Vec<(Cell, f64)>,
     /// Training seeds over which the values are means.
     pub seeds: Vec<u64>,
@@ -315,6 +315,7 @@ impl SwatReport {
                 wide: false,
             });
             section.tables.push(robustness_table(robustness));
+            section.tables.push(layers_table(robustness));
         }
         if let Some(mods) = &self.mods {
             section.figures.push(Figure {
@@ -336,7 +337,7 @@ impl SwatReport {
             figures: vec![Figure {
                 name: "updates".into(),
                 svg: updates_chart(updates).svg(),
-                caption: String::new(),
+                caption: "Phases together: the root of the sum of their squared updates.".into(),
                 wide: true,
             }],
             tables: vec![updates_table(updates)],

@@ -278,7 +278,7 @@ fn ascii(text: &str) -> String {
 }
 
 /// Text in Markdown, where none of its characters has a meaning.
-fn markdown_text(text: &str) -> String {
+pub(super) fn markdown_text(text: &str) -> String {
     let mut out = String::new();
     for c in one_line(text).chars() {
         match c {

@@ -6,7 +6,7 @@ use crate::report::format;
 use crate::report::heatmap::{Heatmap, Scale};
 use crate::report::palette::Ramp;
 use crate::report::table::{Entry, Table};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Where cells lie on the grid: rows of layers, those without a layer over the whole width.
 struct Grid {
@@ -129,6 +129,37 @@ pub fn robustness_table(robustness: &Robustness) -> Table {
     table
 }
 
+/// Robustness by layer: mean over its projections, the most sensitive of them, how many are in Mods_Rob.
+pub fn layers_table(robustness: &Robustness) -> Table {
+    let mut table = Table::new("By layer")
+        .column("Layer")
+        .numbers("Mean drop", "of its projections")
+        .numbers("Largest drop", "and its module")
+        .numbers("In Mods_Rob", "of its projections");
+    let mut layers: BTreeMap<usize, Vec<(ModuleKind, CellScore)>> = BTreeMap::new();
+    for score in robustness.cells.iter().filter(|s| s.mean.is_finite()) {
+        if let Cell::Module(module) = score.cell {
+            layers.entry(module.layer).or_default().push((module.kind, *score));
+        }
+    }
+    for (layer, scores) in &layers {
+        let n = scores.len() as f64;
+        let largest = scores.iter().max_by(|a, b| a.1.mean.total_cmp(&b.1.mean));
+        let chosen = scores.iter().filter(|(_, s)| robustness.mods.contains(s.cell)).count();
+        table.row([
+            Entry::number(*layer as f64, layer.to_string()),
+            Entry::fixed(scores.iter().map(|(_, s)| s.mean).sum::<f64>() / n, 3),
+            largest.map_or(Entry::missing(), |(kind, s)| Entry {
+                detail: kind.name().to_owned(),
+                ..Entry::fixed(s.mean, 3)
+            }),
+            Entry::number(chosen as f64 / n, format!("{chosen} of {}", scores.len())),
+        ]);
+    }
+    table.note = join(&[&format!("Relative drop of {}", robustness.score), &seeds_text(&robustness.seeds)]);
+    table
+}
+
 /// The map of Mods_Rob: which cells are in the set, or how many of the searches chose them.
 pub fn mods_map(mods: &Mods) -> Heatmap {
     let votes: HashMap<Cell, f64> = mods.agreement.iter().copied().collect();
@@ -137,7 +168,7 @@ pub fn mods_map(mods: &Mods) -> Heatmap {
     let several = !votes.is_empty();
     let marks = if several { grid.cells.iter().map(|c| c.is_some_and(chosen)).collect() } else { Vec::new() };
     let count = format!("{} of {} cells", mods.chosen.len(), mods.all.len());
-    let share = format!("{} of the parameters", format::percent(mods.trainable_share, 1));
+    let share = format!("{} of the projections' parameters", format::percent(mods.trainable_share, 1));
     let joint = mods.joint_score.map_or(String::new(), |(score, limit)| {
         format!("joint drop {} (limit {})", format::significant(score, 2), format::significant(limit, 2))
     });

@@ -44,7 +44,7 @@ pub fn results_table(results: &Results) -> Table {
         .numbers("Task %", "higher is better")
         .numbers("Perplexity", "lower is better")
         .numbers("Steps", "all phases")
-        .numbers("Warm-up %", "of all weights")
+        .numbers("Set %", "of projections")
         .column("Seeds");
     for (i, row) in results.rows.iter().enumerate() {
         let share = |measure: Option<Measure>| entry(measure, 100.0, 1);
