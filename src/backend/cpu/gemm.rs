@@ -83,6 +83,24 @@ pub(super) fn product(
     if m.min(n).min(k) >= MATRIX_UNIT && a.has_vectors() && b.has_vectors() && amx::available() {
         return amx::product(c, stride, a, b, (m, n, k), alpha, accumulate, parallel);
     }
+    product_by_crate(c, stride, a, b, (m, n, k), alpha, accumulate, parallel);
+}
+
+/// [`product`] without the matrix unit.
+#[allow(clippy::too_many_arguments)]
+fn product_by_crate(
+    c: &mut [f32],
+    stride: usize,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    (m, n, k): (usize, usize, usize),
+    alpha: f32,
+    accumulate: bool,
+    parallel: bool,
+) {
+    a.check(m, k);
+    b.check(k, n);
+    assert!(n <= stride && (m - 1) * stride + n <= c.len(), "{m} × {n} of {} elements", c.len());
     // SAFETY: the largest index into each slice was checked above, and C is borrowed for this call alone.
     unsafe {
         gemm::gemm(
@@ -287,5 +305,62 @@ fn dots<S: pulp::Simd, const TOKENS: usize>(simd: S, x: &[f32], w: &[f32], sums:
         let (w, x) = (simd.partial_load_f32s(tail), simd.partial_load_f32s(xs[t].1));
         partial[t][1] = simd.mul_add_f32s(w, x, partial[t][1]);
         sums[t] = simd.reduce_sum_f32s(simd.add_f32s(partial[t][0], partial[t][1]));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::philox::Philox;
+
+    fn normals(stream: u64, len: usize) -> Vec<f32> {
+        let mut rng = Philox::new(5, stream);
+        (0..len).map(|_| rng.normal() as f32).collect()
+    }
+
+    /// Root mean square of what a product is off by, against f64.
+    fn error(c: &[f32], before: &[f32], a: Matrix<'_>, b: Matrix<'_>, (m, n, k): (usize, usize, usize)) -> f64 {
+        let at = |x: Matrix<'_>, i: usize, j: usize| x.data[i * x.row_stride + j * x.column_stride] as f64;
+        let mut squares = 0.0;
+        for i in 0..m {
+            for j in 0..n {
+                let exact = before[i * n + j] as f64 - 0.5 * (0..k).map(|l| at(a, i, l) * at(b, l, j)).sum::<f64>();
+                squares += (c[i * n + j] as f64 - exact).powi(2);
+            }
+        }
+        (squares / (m * n) as f64).sqrt()
+    }
+
+    /// Both ways of computing, whichever the machine prefers, in all layouts; the unit is as exact as f32.
+    #[test]
+    fn either_way_is_exact() {
+        for size in [(8, 8, 8), (33, 65, 31), (100, 40, 900), (17, 300, 64), (129, 96, 1600)] {
+            let (m, n, k) = size;
+            let (x, y, before) = (normals(1, m * k), normals(2, k * n), normals(3, m * n));
+            for a in [Matrix::rows(&x, k), Matrix::rows(&x, m).t()] {
+                for b in [Matrix::rows(&y, n), Matrix::rows(&y, k).t()] {
+                    let (mut preferred, mut by_crate) = (before.clone(), before.clone());
+                    product(&mut preferred, n, a, b, size, -0.5, true, true);
+                    product_by_crate(&mut by_crate, n, a, b, size, -0.5, true, true);
+                    let [preferred, by_crate] = [preferred, by_crate].map(|c| error(&c, &before, a, b, size));
+                    assert!(by_crate < 1e-6 * (k as f64).sqrt(), "{size:?}: {by_crate}");
+                    assert!(preferred < 2.0 * by_crate + 1e-7, "{size:?}: {preferred}, {by_crate}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let (mut x, w) = (normals(1, 40 * 64), normals(2, 48 * 64));
+            x[7 * 64 + 3] = broken;
+            let mut y = vec![0.0; 40 * 48];
+            let (a, b) = (Matrix::rows(&x, 64), Matrix::rows(&w, 64).t());
+            product(&mut y, 48, a, b, (40, 48, 64), 1.0, false, true);
+            for (i, y) in y.chunks(48).enumerate() {
+                assert!(y.iter().all(|y| y.is_finite() == (i != 7)), "row {i}");
+            }
+        }
     }
 }
