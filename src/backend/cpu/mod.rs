@@ -42,7 +42,7 @@ impl Cpu {
 fn attention_shape<'a>(shape: &Attention<'a, Cpu>, kv_len: usize) -> attention::Shape<'a> {
     let Attention { heads, kv_heads, head_dim, scale, window, documents } = *shape;
     assert!(kv_heads > 0 && head_dim > 0 && heads % kv_heads == 0, "{heads} heads on {kv_heads}");
-    assert!(kv_len % (kv_heads * head_dim) == 0 && window != Some(0));
+    assert!(kv_len.is_multiple_of(kv_heads * head_dim) && window != Some(0));
     attention::Shape { heads, kv_heads, head_dim, scale, window, starts: &documents.starts }
 }
 
@@ -239,7 +239,7 @@ impl Backend for Cpu {
         width: usize,
         eps: f32,
     ) -> Result<()> {
-        assert!(width > 0 && x.len() % width == 0 && weight.len() == width);
+        assert!(width > 0 && x.len().is_multiple_of(width) && weight.len() == width);
         assert_eq!(x.len(), y.len());
         assert!(rstd.as_ref().is_none_or(|r| r.len() == x.len() / width));
         rmsnorm::rmsnorm(slice(&x), slice(&weight), slice_mut(y), rstd.map(slice_mut), width, eps);
@@ -258,7 +258,7 @@ impl Backend for Cpu {
         accumulate_dx: bool,
         accumulate_dweight: bool,
     ) -> Result<()> {
-        assert!(width > 0 && x.len() % width == 0 && weight.len() == width);
+        assert!(width > 0 && x.len().is_multiple_of(width) && weight.len() == width);
         assert_eq!([dy.len(), rstd.len() * width], [x.len(); 2]);
         assert!(dx.as_ref().is_none_or(|dx| dx.len() == x.len()));
         assert!(dweight.as_ref().is_none_or(|dw| dw.len() == width));
@@ -277,7 +277,7 @@ impl Backend for Cpu {
         head_dim: usize,
         inverse: bool,
     ) -> Result<()> {
-        assert!(head_dim > 0 && head_dim % 2 == 0 && heads > 0);
+        assert!(head_dim > 0 && head_dim.is_multiple_of(2) && heads > 0);
         assert_eq!(x.len(), positions.len() * heads * head_dim);
         rope::rope(slice_mut(x), slice(&table), slice(&positions), heads, head_dim, inverse);
         Ok(())
@@ -399,7 +399,7 @@ impl Backend for Cpu {
             Direction::Gaussian(key) => perturb::Noise::Gaussian(*key),
             Direction::Rademacher(key) => perturb::Noise::Rademacher(*key),
             Direction::LowRank { key, rank, rows } => {
-                assert!(*rank > 0 && *rows > 0 && w.len() % rows == 0);
+                assert!(*rank > 0 && *rows > 0 && w.len().is_multiple_of(*rows));
                 perturb::Noise::LowRank { key: *key, rank: *rank, rows: *rows }
             }
             Direction::Scale => perturb::Noise::Scale,

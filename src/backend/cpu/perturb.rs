@@ -281,9 +281,9 @@ fn ln(x: f32) -> f32 {
         .mul_add(f, -1.666_805_8e-1)
         .mul_add(f, 2.000_071_5e-1)
         .mul_add(f, -2.499_999_4e-1)
-        .mul_add(f, 3.333_333_1e-1);
+        .mul_add(f, 3.333_333e-1);
     let y = e.mul_add(-2.121_944_4e-4, p * f * z) - 0.5 * z;
-    e.mul_add(0.693_359_375, f + y)
+    e.mul_add(0.693_359_4, f + y)
 }
 
 /// (cos, sin) of 2π·word·2⁻³²: the quarter turn is taken off exactly, in integers, then Cephes' `sinf` and `cosf`.
