@@ -4,6 +4,7 @@ use super::open::Refusals;
 use super::progress::Bars;
 use super::{Common, print_json, print_line};
 use crate::error::Result;
+use crate::report::{results_text, write_report};
 use crate::secure::run::{RunConfig, run};
 use clap::Args;
 use std::path::PathBuf;
@@ -46,28 +47,6 @@ pub(super) fn study(common: &Common, refusals: &Refusals, config: &RunConfig) ->
     if common.json {
         return print_json(&serde_json::to_value(&outcome).unwrap_or_default());
     }
-    print_line(&results_text(&outcome, config))?;
+    print_line(results_text(&outcome, config).trim_end())?;
     print_line(&format!("report: {}", config.out.join("report.html").display()))
-}
-
-fn write_report(o: &crate::secure::run::Outcome, _c: &RunConfig, _t: &str, dir: &std::path::Path) -> Result<()> {
-    crate::model::write_atomic(
-        &dir.join("outcome.json"),
-        serde_json::to_string_pretty(o).unwrap_or_default().as_bytes(),
-    )
-}
-fn results_text(o: &crate::secure::run::Outcome, _c: &RunConfig) -> String {
-    o.settings
-        .iter()
-        .map(|s| {
-            format!(
-                "{} {:?} {:?} {:?} {:?}\n",
-                s.setting,
-                s.evaluation.asr,
-                s.evaluation.strict_asr,
-                s.evaluation.over_refusal,
-                s.evaluation.task.as_ref().map(|t| t.overall)
-            )
-        })
-        .collect()
 }
