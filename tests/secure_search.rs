@@ -34,6 +34,7 @@ fn map(seeds: &[u64], drop: impl Fn(ModuleId, u64) -> f64) -> RobustnessMap {
         }
     }
     RobustnessMap {
+        made_from: None,
         format: "swat.robustness/1".into(),
         model_hash: "model".into(),
         probe_hash: "probe".into(),

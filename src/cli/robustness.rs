@@ -9,7 +9,7 @@ use crate::model::write_atomic;
 use crate::modules::ModuleSet;
 use crate::report::TextStyle;
 use crate::report::swat::{CellScore, Robustness, robustness_map, robustness_table};
-use crate::secure::{Noise, Probe, ProxyOptions, RobustnessMap, RobustnessOptions, ScoreKind, robustness};
+use crate::secure::{MadeFrom, Noise, Probe, ProxyOptions, RobustnessMap, RobustnessOptions, ScoreKind, robustness};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -89,9 +89,16 @@ impl RobustnessCommand {
             RobustnessOptions { epsilon: self.epsilon, score, cells: self.cells, ..RobustnessOptions::default() };
         let mut bars = Bars::new(&self.common);
         let mut watch = bars.watch();
-        let map = robustness(&proxy, &options, Some(&self.out), &mut |n, m| watch("cells", n, m))?;
+        let mut map = robustness(&proxy, &options, Some(&self.out), &mut |n, m| watch("cells", n, m))?;
         drop(watch);
         bars.finish();
+        let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, "resolve"));
+        map.made_from = Some(MadeFrom {
+            model: absolute(&self.model.model)?,
+            probe: absolute(&self.probe)?,
+            security: absolute(&self.security)?,
+        });
+        map.save(&self.out)?;
         let drawn = drawn(&map, score);
         let heatmap = robustness_map(&drawn);
         write_atomic(&self.out.with_extension("svg"), heatmap.svg().as_bytes())?;

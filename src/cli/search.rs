@@ -15,23 +15,28 @@ use std::path::PathBuf;
 /// Finds Mods_Rob: the modules that, perturbed together, move the security features least
 #[derive(Args)]
 #[command(after_help = "Example:
-  swat search --model DIR --map map.json --probe probe.safetensors --security security.jsonl --out mods.json
+  swat search --map map.json --out mods.json
 
-Sets are scored jointly, so the model, probe and prompts of the map are needed. The file can be edited by hand.")]
+Sets are scored jointly, so the model, probe and prompts of the map are needed again: the map knows where they were.
+The file that comes out can be edited by hand.")]
 pub(super) struct SearchCommand {
     #[command(flatten)]
     common: Common,
-    #[command(flatten)]
-    model: ModelArgs,
+    /// The map's model, if it moved
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Chat template (Jinja) for a model that has none of its own
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
     /// Map of `swat robustness` on this model
     #[arg(long, value_name = "FILE")]
     map: PathBuf,
-    /// Probes that the map was made with
+    /// The map's probes, if they moved
     #[arg(long, value_name = "FILE")]
-    probe: PathBuf,
-    /// Prompts that the map was made with
+    probe: Option<PathBuf>,
+    /// The map's prompts, if they moved
     #[arg(long, value_name = "FILE")]
-    security: PathBuf,
+    security: Option<PathBuf>,
     /// Where the set goes
     #[arg(long, value_name = "FILE", default_value = "mods.json")]
     out: PathBuf,
@@ -67,9 +72,17 @@ impl SearchCommand {
             return Err(Error::Exists { path: self.out });
         }
         let map = RobustnessMap::load(&self.map)?;
-        let probe = Probe::load(&self.probe)?;
-        let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
-        let subject = self.model.subject(&self.common)?;
+        let from = map.made_from.as_ref();
+        let known = |own: Option<PathBuf>, there: Option<&PathBuf>, option: &str| {
+            let missing = || Error::input(self.map.display().to_string(), "no record of its inputs", option);
+            own.or_else(|| there.cloned()).ok_or_else(missing)
+        };
+        let model = known(self.model, from.map(|f| &f.model), "--model DIR")?;
+        let probe = Probe::load(&known(self.probe, from.map(|f| &f.probe), "--probe FILE")?)?;
+        let security = known(self.security, from.map(|f| &f.security), "--security FILE")?;
+        let prompts = SecurityPrompt::read(&security, self.common.seed)?;
+        let model = ModelArgs { model, chat_template: self.chat_template };
+        let subject = model.subject(&self.common)?;
         map.check_model(&subject.hash)?;
         let options = ProxyOptions {
             kind: map.kind.clone(),

@@ -11,7 +11,7 @@ use crate::modules::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub(super) const FORMAT: &str = "swat.robustness/1";
 /// Far above the map of any model.
@@ -103,6 +103,21 @@ pub struct RobustnessMap {
     pub cells: Vec<CellRobustness>,
     /// Wall time of the cells, over all runs that contributed.
     pub seconds: f64,
+    /// The files that it was made from, where a command made it: a search needs them again.
+    #[serde(default)]
+    pub made_from: Option<MadeFrom>,
+}
+
+/// The inputs of a map, by path.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MadeFrom {
+    /// Model directory.
+    pub model: PathBuf,
+    /// Probe file.
+    pub probe: PathBuf,
+    /// Labelled prompts.
+    pub security: PathBuf,
 }
 
 impl RobustnessMap {

@@ -44,7 +44,7 @@ pub use evaluate::{
 pub use features::{Features, Progress, Snapshot, features, prompts_hash, render_prompts, snapshot};
 pub use judge::{Judge, JudgeOptions, Judgement, probe_harmfulness};
 pub use labels::check_labels;
-pub use map::{CellRobustness, RobustnessMap, Stat};
+pub use map::{CellRobustness, MadeFrom, RobustnessMap, Stat};
 pub use mods::{ModsRob, SearchStep};
 pub use noise::{Noise, update_directions};
 pub use probe::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};

@@ -215,6 +215,7 @@ fn assemble<B: Backend>(proxy: &Proxy<'_, B>, header: Header, done: Vec<Done>) -
     let order = in_order(&done.iter().map(|d| d.cell.cell).collect());
     let mut cells: BTreeMap<Cell, CellRobustness> = done.into_iter().map(|d| (d.cell.cell, d.cell)).collect();
     Ok(RobustnessMap {
+        made_from: None,
         format: FORMAT.to_owned(),
         model_hash: proxy.model_hash.clone(),
         probe_hash: proxy.probe.hash()?,
