@@ -239,7 +239,10 @@ fn elementwise(c: &mut Criterion) {
             B.rmsnorm_backward(dy.view(), x.view(), weight.view(), rstd.view(), dx, dw, hidden, true, true).unwrap();
         });
         let positions = integers((0..tokens as u32).map(|i| i % 256));
-        let (mut q, table) = (float(tokens * heads * head_dim), float(256 * head_dim));
+        let (mut q, mut table) = (float(tokens * heads * head_dim), float(256 * head_dim));
+        let angle = |i: usize| (i / head_dim) as f32 * 0.7f32.powi((i % (head_dim / 2)) as i32);
+        let turns = (0..table.len()).map(|i| if i % head_dim < head_dim / 2 { angle(i).cos() } else { angle(i).sin() });
+        B.write(&turns.collect::<Vec<f32>>(), table.view_mut()).unwrap();
         let bytes = 8 * q.len();
         bench("rope", bytes, &mut || {
             B.rope(q.view_mut(), table.view(), positions.view(), heads, head_dim, false).unwrap();
@@ -247,7 +250,11 @@ fn elementwise(c: &mut Criterion) {
         let n = tokens * ffn;
         let (mut gate, mut up, mut y) = (float(n), float(n), float(n));
         bench("swiglu-forward", 12 * n, &mut || B.swiglu(gate.view(), up.view(), y.view_mut()).unwrap());
-        bench("swiglu-backward", 20 * n, &mut || {
+        let (gate_before, up_before) = (float(n), float(n));
+        // In place: both are put back each time, and counted.
+        bench("swiglu-backward-and-copies", 36 * n, &mut || {
+            B.copy(gate_before.view(), gate.view_mut()).unwrap();
+            B.copy(up_before.view(), up.view_mut()).unwrap();
             B.swiglu_backward(gate.view_mut(), up.view_mut(), y.view()).unwrap();
         });
         let rows = 64;

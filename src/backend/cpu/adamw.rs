@@ -66,7 +66,7 @@ pub(super) fn clip_factor(squares: &[f32], max_grad_norm: Option<f32>) -> Option
 
 /// Factors of one module's step.
 #[derive(Clone, Copy)]
-pub(super) struct Factors {
+struct Factors {
     clip: f32,
     beta1: f32,
     beta2: f32,

@@ -9,7 +9,7 @@
 //! and holds six tiles of 1 KiB, part by part, two tiles a part. A word of a tile pairs depths i and i + 16: a tile of A
 //! is 16 rows of 16 pairs; a tile of B is 16 pairs of 16 columns.
 //!
-//! Not finite stays not finite, but an infinity may become NaN.
+//! Not finite stays not finite, but an infinity may become NaN. The unit takes parts below 2⁻¹²⁶ for zero.
 
 mod pack;
 

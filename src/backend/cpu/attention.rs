@@ -38,6 +38,7 @@ struct Block {
 
 impl Block {
     /// Keys that some query of the block sees.
+    #[inline(always)]
     fn keys(&self) -> usize {
         self.rows.end - self.first_key
     }
@@ -65,6 +66,7 @@ impl Shape<'_> {
     }
 
     /// Which keys, counted from the block's first, the query `row` sees.
+    #[inline(always)]
     fn visible(&self, block: &Block, row: usize) -> Range<usize> {
         let from = match self.window {
             Some(window) => (row + 1).saturating_sub(window).max(block.first_key),
@@ -100,9 +102,16 @@ fn stack(from: &[f32], shape: &Shape<'_>, kv_head: usize, rows: &Range<usize>, f
     let group = shape.group();
     for (h, to) in to.chunks_exact_mut(rows.len() * head_dim).take(group).enumerate() {
         let column = (kv_head * group + h) * head_dim;
-        for (row, to) in rows.clone().zip(to.chunks_exact_mut(head_dim)) {
-            let at = row * heads * head_dim + column;
-            for (to, x) in to.iter_mut().zip(&from[at..at + head_dim]) {
+        let from = &from[rows.start * heads * head_dim + column..];
+        scaled_rows(from, heads * head_dim, to, head_dim, factor);
+    }
+}
+
+simd_kernel! {
+    /// Rows of `width` that are `stride` apart, times `factor`, one after another.
+    fn scaled_rows(_simd, from: &'a [f32], stride: usize, to: &'a mut [f32], width: usize, factor: f32) {
+        for (i, to) in to.chunks_exact_mut(width).enumerate() {
+            for (to, x) in to.iter_mut().zip(&from[i * stride..][..width]) {
                 *to = x * factor;
             }
         }
@@ -110,11 +119,26 @@ fn stack(from: &[f32], shape: &Shape<'_>, kv_head: usize, rows: &Range<usize>, f
 }
 
 simd_kernel! {
-    /// Turns a row of scores into exponentials and returns (maximum, sum).
-    fn softmax_row(simd, row: &'a mut [f32]) -> (f32, f32) {
-        let top = max(simd, row);
-        exp_minus(row, top);
-        (top, sum(simd, row))
+    /// Turns rows of scores into exponentials, 0 where a query does not see a key. Gives 1 / the sum and
+    /// the maximum of each row.
+    fn softmax_rows(
+        simd,
+        scores: &'a mut [f32],
+        shape: &'a Shape<'a>,
+        block: &'a Block,
+        inverse: &'a mut [f32],
+        tops: &'a mut [f32],
+    ) {
+        let rows = scores.chunks_exact_mut(block.keys()).zip(inverse).zip(tops);
+        for (i, ((row, inverse), top)) in rows.enumerate() {
+            let visible = shape.visible(block, block.rows.start + i % block.rows.len());
+            row[..visible.start].fill(0.0);
+            row[visible.end..].fill(0.0);
+            let row = &mut row[visible];
+            *top = max(simd, row);
+            exp_minus(row, *top);
+            *inverse = 1.0 / sum(simd, row);
+        }
     }
 }
 
@@ -136,8 +160,8 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Opt
         let (block, kv_head) = (&blocks[task / kv_heads], task % kv_heads);
         let (queries, keys) = (block.rows.len(), block.keys());
         let stacked = group * queries;
-        let lengths = [stacked * head_dim, stacked * keys, stacked * head_dim, stacked];
-        with_scratch(lengths, |[qs, scores, os, inverse]| {
+        let lengths = [stacked * head_dim, stacked * keys, stacked * head_dim, stacked, stacked];
+        with_scratch(lengths, |[qs, scores, os, inverse, tops]| {
             stack(q, &shape, kv_head, &block.rows, shape.scale, qs);
             let kv_width = kv_heads * head_dim;
             let from = block.first_key * kv_width + kv_head * head_dim;
@@ -151,17 +175,12 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Opt
                 false,
                 false,
             );
-            for (i, (row, inverse)) in scores.chunks_exact_mut(keys).zip(inverse.iter_mut()).enumerate() {
-                let query = block.rows.start + i % queries;
-                let visible = shape.visible(block, query);
-                row[..visible.start].fill(0.0);
-                row[visible.end..].fill(0.0);
-                let (top, total) = softmax_row(&mut row[visible]);
-                *inverse = 1.0 / total;
-                if let Some(lse) = &lse {
-                    let at = (kv_head * group + i / queries) * tokens + query;
+            softmax_rows(scores, &shape, block, inverse, tops);
+            if let Some(lse) = &lse {
+                for (i, (inverse, top)) in inverse.iter().zip(&*tops).enumerate() {
+                    let at = (kv_head * group + i / queries) * tokens + block.rows.start + i % queries;
                     // SAFETY: each task writes the queries of its own block and heads.
-                    unsafe { lse.range(at..at + 1)[0] = top + total.ln() };
+                    unsafe { lse.range(at..at + 1)[0] = top - inverse.ln() };
                 }
             }
             product(
@@ -175,11 +194,11 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Opt
                 false,
             );
             for (i, (row, inverse)) in os.chunks_exact(head_dim).zip(inverse.iter()).enumerate() {
-                let at =
-                    (block.rows.start + i % queries) * heads * head_dim + (kv_head * group + i / queries) * head_dim;
+                let column = (kv_head * group + i / queries) * head_dim;
+                let at = (block.rows.start + i % queries) * heads * head_dim + column;
                 // SAFETY: each task writes the queries of its own block and heads.
                 let to = unsafe { o.range(at..at + head_dim) };
-                to.iter_mut().zip(row).for_each(|(to, x)| *to = x * inverse);
+                scaled_rows(row, head_dim, to, head_dim, *inverse);
             }
         });
     });
@@ -283,10 +302,15 @@ fn backward_head(
 simd_kernel! {
     /// Scores become P, dP becomes dS.
     fn probabilities_and_gradient(_simd, p: &'a mut [f32], ds: &'a mut [f32], lse: f32, delta: f32) {
-        for (p, ds) in p.iter_mut().zip(ds) {
-            *p = exp(*p - lse);
-            *ds = *p * (*ds - delta);
-        }
+        exp_minus(p, lse);
+        times_difference(ds, p, delta);
+    }
+}
+
+#[inline(always)]
+fn times_difference(ds: &mut [f32], p: &[f32], delta: f32) {
+    for (ds, p) in ds.iter_mut().zip(p) {
+        *ds = p * (*ds - delta);
     }
 }
 

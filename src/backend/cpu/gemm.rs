@@ -1,4 +1,5 @@
-//! Linear layers: products with `gemm`, and a streaming product for the few rows of decoding.
+//! Linear layers: products on the matrix unit where the machine has one, else with the crate `gemm`, and a streaming
+//! product for the few rows of decoding.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::amx;
@@ -11,6 +12,7 @@ use rayon::prelude::*;
 /// Up to this many rows of X the weight is streamed once, row by row, instead of being packed.
 const STREAM_TOKENS: usize = 8;
 /// Rows, columns and depths from which the matrix unit pays.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 const MATRIX_UNIT: usize = 8;
 /// Weight elements of one task of the streaming product (128 KiB).
 const STREAM_BLOCK: usize = 1 << 15;

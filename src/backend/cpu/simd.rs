@@ -12,7 +12,7 @@ macro_rules! simd_kernel {
     ($(#[$attr:meta])* fn $name:ident($simd:ident $(, $arg:ident: $ty:ty)* $(,)?) $(-> $out:ty)? $body:block) => {
         $(#[$attr])*
         #[allow(clippy::too_many_arguments)]
-        pub(super) fn $name<'a>($($arg: $ty),*) $(-> $out)? {
+        fn $name<'a>($($arg: $ty),*) $(-> $out)? {
             struct Kernel<'a> {
                 $($arg: $ty,)*
                 lifetime: std::marker::PhantomData<&'a ()>,
