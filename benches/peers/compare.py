@@ -107,7 +107,8 @@ class Sides:
         shared = ["--security", self.security, "--chat-template", self.template]
         if not probe.exists():
             self.run_swat("probe", *shared, "--out", probe)
-        out.unlink(missing_ok=True)
+        for left in self.work.glob("map.*"):
+            left.unlink()
         cells = ",".join(f"layers.{layer}.modules" for layer in self.swept)
         self.run_swat("robustness", *shared, "--probe", probe, "--out", out, "--cells", cells, "--epsilon", SWEEP_EPSILON,
                       "--members", SWEEP_DRAWS, "--no-retrain")
