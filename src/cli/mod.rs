@@ -75,7 +75,8 @@ pub fn main() -> ExitCode {
             return ExitCode::from(e.exit_code() as u8);
         }
     };
-    let result = match cli.command {
+    // Inside the pool from the start: an operation then does not have to hand its work over and wait.
+    let result = rayon::scope(|_| match cli.command {
         Command::Demo(c) => c.run(),
         Command::Probe(c) => c.run(),
         Command::Drift(c) => c.run(),
@@ -88,7 +89,7 @@ pub fn main() -> ExitCode {
         Command::Score(c) => c.run(),
         Command::Plan(c) => c.run(),
         Command::Doctor(c) => c.run(),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
