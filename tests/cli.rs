@@ -87,7 +87,8 @@ fn score_keeps_its_contract() {
     assert_eq!(shape[0], 4);
     // Row 0 of the logits gives the log-probability of token 1.
     let view = file.tensor("logits").unwrap();
-    let row: Vec<f32> = bytemuck::pod_collect_to_vec(&view.data()[..4 * shape[1]]);
+    let row: Vec<f32> =
+        view.data()[..4 * shape[1]].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     let most = row.iter().fold(f32::MIN, |m, x| m.max(*x));
     let total: f64 = row.iter().map(|x| f64::from(x - most).exp()).sum();
     let expected = f64::from(row[9] - most) - total.ln();
@@ -211,7 +212,7 @@ fn damaged_models_are_refused_by_file_and_field() {
     std::fs::write(&weights, &whole).unwrap();
 
     let config = std::fs::read_to_string(model.join("config.json")).unwrap();
-    let mut change = |key: &str, value: Value, expected: &[&str]| {
+    let change = |key: &str, value: Value, expected: &[&str]| {
         let mut changed: Value = serde_json::from_str(&config).unwrap();
         changed[key] = value;
         std::fs::write(model.join("config.json"), changed.to_string()).unwrap();

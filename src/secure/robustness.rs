@@ -39,6 +39,10 @@ impl Default for RobustnessOptions {
     }
 }
 
+/// Most cells between two saves: about two layers, so that an interruption costs little and the clean prefix, run again for
+/// each group, stays a small part of the work.
+const CELLS_A_SAVE: usize = 16;
+
 /// The file beside `out` that keeps finished cells: `map.json.partial.jsonl`.
 fn partial_path(out: &Path) -> PathBuf {
     let mut name = out.as_os_str().to_owned();
@@ -77,7 +81,7 @@ pub fn robustness<B: Backend>(
     progress(done.len(), total);
     let parameters = cell_parameters(&proxy.decoder.config);
     let copies_a_cell = proxy.seeds().len() * proxy.members(&ModuleSet::default(), 0).len();
-    for group in left.chunks((proxy.members_a_group() / copies_a_cell).max(1)) {
+    for group in left.chunks((proxy.members_a_group() / copies_a_cell).clamp(1, CELLS_A_SAVE)) {
         let start = Instant::now();
         let members: Vec<Member> = group.iter().flat_map(|cell| cell_members(proxy, *cell)).collect();
         let observations = proxy.observe(&members, header.epsilon)?;
