@@ -230,7 +230,7 @@ fn damaged_models_are_refused_by_file_and_field() {
     let index = "{\"weight_map\": {\"model.embed_tokens.weight\": \"../../etc/passwd\"}}";
     std::fs::rename(&weights, dir.path().join("aside")).unwrap();
     std::fs::write(model.join("model.safetensors.index.json"), index).unwrap();
-    score(&["index"]);
+    score(&["model.safetensors.index.json", "inside the model directory"]);
     assert!(refused(&["score", "--model", "no/such/dir", "--ids", "1"]).contains("no/such/dir"));
 }
 
@@ -254,7 +254,7 @@ fn wrong_data_and_options_are_refused_by_line_and_name() {
     tune(good, &["--mods", "layers.99.q_proj", "--mods-steps", "1"], "99");
     tune(good, &["--mods", "layers.0.qq_proj", "--mods-steps", "1"], "qq_proj");
     tune(good, &["--mods-steps", "1"], "--mods");
-    tune(good, &["--lr", "-1"], "lr");
+    tune(good, &["--lr=-1"], "lr");
     tune(good, &["--device", "cuda"], "cuda");
     let score = |ids: &str| refused(&["score", "--model", text(&model), "--ids", ids]);
     assert!(score("999999").contains("999999"));

@@ -293,7 +293,11 @@ fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
     }
     let mut shards: BTreeMap<&str, Safetensors> = BTreeMap::new();
     for name in names {
-        let Some(path) = file_in(dir, name)? else {
+        let at_index = |e| match e {
+            Error::Input { found, expected, .. } => Error::input(index_path.display().to_string(), found, expected),
+            other => other,
+        };
+        let Some(path) = file_in(dir, name).map_err(at_index)? else {
             let found = format!("the shard `{}`, which is not there", name.escape_debug());
             return Err(Error::input(place, found, "all shards of the model"));
         };
