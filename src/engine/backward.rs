@@ -2,7 +2,7 @@
 
 use super::decoder::{Overlay, read_floats};
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
-use super::pool::Scratch;
+use super::pool::{Floats, Scratch, Stats};
 use super::readout::trained_rows;
 use super::{Batch, Decoder, Gradients};
 use crate::backend::{Backend, Epilogue, In, LinearShape, Out, ViewMut};
@@ -14,7 +14,7 @@ enum Saved<'p, B: Backend> {
     /// Below everything that trains.
     Nothing,
     /// The input alone: the layer runs again.
-    Input(Scratch<'p, B, B::Float>),
+    Input(Floats<'p, B>),
     /// All that backward needs.
     Activations(Box<LayerActivations<'p, B>>),
 }
@@ -117,16 +117,15 @@ impl<B: Backend> Decoder<B> {
 
     /// Final norm, head and loss over the rows that have a target. Returns their losses, and the gradient of `x` where
     /// something `below` trains.
-    #[allow(clippy::type_complexity)]
     fn head_backward<'a>(
         &'a self,
-        x: Scratch<'a, B, B::Float>,
+        x: Floats<'a, B>,
         targets: &[u32],
         gradients: &mut Gradients<B>,
         scale: f32,
         accumulate: bool,
         below: bool,
-    ) -> Result<(Scratch<'a, B, f32>, Option<Scratch<'a, B, B::Float>>)> {
+    ) -> Result<(Stats<'a, B>, Option<Floats<'a, B>>)> {
         let (hidden, vocab, rows) = (self.config.hidden, self.config.vocab, targets.len());
         let none = Overlay::new();
         let (normed, rstd) = self.norm(&none, ParamId::FinalNorm, x.view())?;
@@ -196,7 +195,7 @@ impl<B: Backend> Decoder<B> {
         &self,
         layer: usize,
         saved: LayerActivations<'_, B>,
-        dx: &mut Scratch<'_, B, B::Float>,
+        dx: &mut Floats<'_, B>,
         packed: &Packed<'_, B>,
         gradients: &mut Gradients<B>,
         accumulate: bool,
@@ -279,9 +278,9 @@ impl<B: Backend> Decoder<B> {
         &'a self,
         layer: usize,
         saved: AttentionActivations<'a, B>,
-        x: &Scratch<'_, B, B::Float>,
-        dx: &Scratch<'_, B, B::Float>,
-        dnormed: &mut Scratch<'_, B, B::Float>,
+        x: &Floats<'_, B>,
+        dx: &Floats<'_, B>,
+        dnormed: &mut Floats<'_, B>,
         packed: &Packed<'_, B>,
         gradients: &mut Gradients<B>,
         accumulate: bool,
@@ -334,7 +333,7 @@ impl<B: Backend> Decoder<B> {
         &self,
         norm: ParamId,
         unnormed: Option<Unnormed<'_, B>>,
-        dy: &mut Scratch<'_, B, B::Float>,
+        dy: &mut Floats<'_, B>,
         gradients: &mut Gradients<B>,
         accumulate: bool,
     ) -> Result<()> {

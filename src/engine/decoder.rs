@@ -1,7 +1,7 @@
 //! Weights on a backend.
 
 use super::lora::Lora;
-use super::pool::{Pool, Scratch};
+use super::pool::{Floats, Pool, Scratch};
 use crate::backend::{Backend, Buffer, Documents, FloatElement, In, View};
 use crate::engine::Batch;
 use crate::error::{Error, Result};
@@ -116,7 +116,7 @@ impl<B: Backend> Decoder<B> {
         self.index.contains_key(&id).then(|| self.values(overlay, id))
     }
 
-    pub(super) fn floats(&self, len: usize) -> Result<Scratch<'_, B, B::Float>> {
+    pub(super) fn floats(&self, len: usize) -> Result<Floats<'_, B>> {
         self.pool.floats.take(&self.backend, len)
     }
 

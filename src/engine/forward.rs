@@ -1,7 +1,7 @@
 //! The forward pass: one layer at a time over a packed batch.
 
 use super::decoder::Overlay;
-use super::pool::Scratch;
+use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
 use crate::backend::{Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, View};
 use crate::error::Result;
@@ -18,7 +18,7 @@ pub(super) struct Packed<'p, B: Backend> {
 
 /// q or k before its per-head norm.
 pub(super) struct Unnormed<'p, B: Backend> {
-    pub(super) values: Scratch<'p, B, B::Float>,
+    pub(super) values: Floats<'p, B>,
     pub(super) rstd: Scratch<'p, B, f32>,
 }
 
@@ -27,25 +27,25 @@ pub(super) struct AttentionActivations<'p, B: Backend> {
     pub(super) rstd: Scratch<'p, B, f32>,
     pub(super) q_unnormed: Option<Unnormed<'p, B>>,
     pub(super) k_unnormed: Option<Unnormed<'p, B>>,
-    pub(super) q: Scratch<'p, B, B::Float>,
-    pub(super) k: Scratch<'p, B, B::Float>,
-    pub(super) v: Scratch<'p, B, B::Float>,
-    pub(super) mixed: Scratch<'p, B, B::Float>,
+    pub(super) q: Floats<'p, B>,
+    pub(super) k: Floats<'p, B>,
+    pub(super) v: Floats<'p, B>,
+    pub(super) mixed: Floats<'p, B>,
     pub(super) lse: Scratch<'p, B, f32>,
 }
 
 /// What the MLP half of a layer leaves behind.
 pub(super) struct MlpActivations<'p, B: Backend> {
     pub(super) rstd: Scratch<'p, B, f32>,
-    pub(super) gate: Scratch<'p, B, B::Float>,
-    pub(super) up: Scratch<'p, B, B::Float>,
+    pub(super) gate: Floats<'p, B>,
+    pub(super) up: Floats<'p, B>,
 }
 
 /// Everything that the backward pass of a layer needs; normed inputs and the MLP's product are computed again.
 pub(super) struct LayerActivations<'p, B: Backend> {
-    pub(super) x: Scratch<'p, B, B::Float>,
+    pub(super) x: Floats<'p, B>,
     pub(super) attention: AttentionActivations<'p, B>,
-    pub(super) mid: Scratch<'p, B, B::Float>,
+    pub(super) mid: Floats<'p, B>,
     pub(super) mlp: MlpActivations<'p, B>,
 }
 
@@ -61,7 +61,7 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    pub(super) fn embed<'a>(&'a self, overlay: &Overlay<'a, B>, tokens: &[u32]) -> Result<Scratch<'a, B, B::Float>> {
+    pub(super) fn embed<'a>(&'a self, overlay: &Overlay<'a, B>, tokens: &[u32]) -> Result<Floats<'a, B>> {
         let hidden = self.config.hidden;
         let mut x = self.floats(tokens.len() * hidden)?;
         let rows = self.indices(tokens)?;
@@ -140,7 +140,7 @@ impl<B: Backend> Decoder<B> {
         overlay: &Overlay<'a, B>,
         id: ParamId,
         x: In<'_, B>,
-    ) -> Result<(Scratch<'a, B, B::Float>, Scratch<'a, B, f32>)> {
+    ) -> Result<(Floats<'a, B>, Scratch<'a, B, f32>)> {
         let hidden = self.config.hidden;
         let mut rstd = self.stats(x.len() / hidden)?;
         let mut y = self.floats(x.len())?;
@@ -183,7 +183,7 @@ impl<B: Backend> Decoder<B> {
         layer: usize,
         mixed: In<'_, B>,
         x: In<'_, B>,
-    ) -> Result<Scratch<'a, B, B::Float>> {
+    ) -> Result<Floats<'a, B>> {
         let tokens = x.len() / self.config.hidden;
         let mut mid = self.floats(x.len())?;
         let id = ModuleId { layer, kind: ModuleKind::O };
@@ -218,9 +218,9 @@ impl<B: Backend> Decoder<B> {
         &'a self,
         overlay: &Overlay<'a, B>,
         layer: usize,
-        x: Scratch<'a, B, B::Float>,
+        x: Floats<'a, B>,
         packed: &Packed<'_, B>,
-    ) -> Result<(LayerActivations<'a, B>, Scratch<'a, B, B::Float>)> {
+    ) -> Result<(LayerActivations<'a, B>, Floats<'a, B>)> {
         let attention = self.attention_half(overlay, layer, x.view(), packed)?;
         let mid = self.output_projection(overlay, layer, attention.mixed.view(), x.view())?;
         let mut out = self.floats(packed.tokens * self.config.hidden)?;
@@ -230,7 +230,6 @@ impl<B: Backend> Decoder<B> {
 
     /// A layer of which only some rows go on: keys and values for all tokens, everything else for `rows` alone.
     /// Returns the layer's output [rows, hidden], and its keys and values.
-    #[allow(clippy::type_complexity)]
     pub(super) fn layer_forward_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -239,7 +238,7 @@ impl<B: Backend> Decoder<B> {
         packed: &Packed<'_, B>,
         batch: &Batch,
         rows: &[u32],
-    ) -> Result<(Scratch<'a, B, B::Float>, Scratch<'a, B, B::Float>, Scratch<'a, B, B::Float>)> {
+    ) -> Result<(Floats<'a, B>, Floats<'a, B>, Floats<'a, B>)> {
         let c = &self.config;
         let module = |kind| ModuleId { layer, kind };
         let (normed, _) = self.norm(overlay, ParamId::InputNorm(layer), x.clone())?;
@@ -276,11 +275,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Logits [rows, vocab] of normed rows, into scratch.
-    pub(super) fn head_logits<'a>(
-        &'a self,
-        overlay: &Overlay<'a, B>,
-        normed: In<'_, B>,
-    ) -> Result<Scratch<'a, B, B::Float>> {
+    pub(super) fn head_logits<'a>(&'a self, overlay: &Overlay<'a, B>, normed: In<'_, B>) -> Result<Floats<'a, B>> {
         let (hidden, vocab) = (self.config.hidden, self.config.vocab);
         let tokens = normed.len() / hidden;
         let mut logits = self.floats(tokens * vocab)?;

@@ -58,8 +58,14 @@ const MAX_SLOTS: usize = 64;
 
 /// Keys and values of all layers: `slots` sequences of up to `capacity` tokens.
 struct Cache<B: Backend> {
-    layers: Vec<(Buffer<B, B::Float>, Buffer<B, B::Float>)>,
+    layers: Vec<CachedLayer<B>>,
     capacity: usize,
+}
+
+/// Keys and values of one layer, each [slots·capacity, kv_width].
+struct CachedLayer<B: Backend> {
+    keys: Buffer<B, B::Float>,
+    values: Buffer<B, B::Float>,
 }
 
 /// A sequence that is being decoded.
@@ -152,7 +158,7 @@ impl<B: Backend> Decoder<B> {
         let last_rows = batch.last_rows();
         let last_layer = self.config.layers - 1;
         for layer in 0..self.config.layers {
-            let (keys, values) = &mut cache.layers[layer];
+            let CachedLayer { keys, values } = &mut cache.layers[layer];
             let mut fill = |k, v| {
                 self.backend.scatter_rows(k, rows.view(), keys.view_mut(), width)?;
                 self.backend.scatter_rows(v, rows.view(), values.view_mut(), width)
@@ -196,7 +202,7 @@ impl<B: Backend> Decoder<B> {
         let mut x = self.embed(&none, &tokens)?;
         for layer in 0..c.layers {
             let module = |kind| ModuleId { layer, kind };
-            let (keys, values) = &mut cache.layers[layer];
+            let CachedLayer { keys, values } = &mut cache.layers[layer];
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
             let mut q = self.floats(count * c.q_width())?;
             let mut k = self.floats(count * c.kv_width())?;
@@ -276,7 +282,9 @@ fn settle(
 impl<B: Backend> Cache<B> {
     fn new(backend: &B, layers: usize, slots: usize, capacity: usize, width: usize) -> Result<Self> {
         let len = slots * capacity * width;
-        let layers = (0..layers).map(|_| Ok((backend.zeros(len)?, backend.zeros(len)?))).collect::<Result<Vec<_>>>()?;
+        let layers = (0..layers)
+            .map(|_| Ok(CachedLayer { keys: backend.zeros(len)?, values: backend.zeros(len)? }))
+            .collect::<Result<Vec<_>>>()?;
         Ok(Self { layers, capacity })
     }
 }

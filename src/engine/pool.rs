@@ -78,6 +78,12 @@ impl<B: Backend> Pool<B> {
     }
 }
 
+/// Statistics of rows, lent by the pool.
+pub(super) type Stats<'p, B> = Scratch<'p, B, f32>;
+
+/// Activations lent by the pool.
+pub(super) type Floats<'p, B> = Scratch<'p, B, <B as Backend>::Float>;
+
 /// A buffer lent by a shelf; it goes back when dropped.
 pub(super) struct Scratch<'p, B: Backend, T: Element> {
     buffer: Option<Buffer<B, T>>,

@@ -1,7 +1,7 @@
 //! What can be read from a forward pass: hidden states, logits, losses.
 
 use super::decoder::{Overlay, read_floats};
-use super::pool::Scratch;
+use super::pool::Floats;
 use super::{Batch, Decoder};
 use crate::backend::{Backend, IGNORE};
 use crate::error::Result;
@@ -66,8 +66,8 @@ impl<B: Backend> Decoder<B> {
         &self,
         batch: &Batch,
         rows: &[u32],
-        mut tap: impl FnMut(&Scratch<'_, B, B::Float>) -> Result<()>,
-    ) -> Result<Scratch<'_, B, B::Float>> {
+        mut tap: impl FnMut(&Floats<'_, B>) -> Result<()>,
+    ) -> Result<Floats<'_, B>> {
         let none = Overlay::new();
         let packed = self.pack(batch)?;
         let hidden = self.config.hidden;

@@ -11,7 +11,7 @@ mod draws;
 
 use super::decoder::{Overlay, read_floats};
 use super::forward::Packed;
-use super::pool::Scratch;
+use super::pool::Floats;
 use super::{Batch, Decoder};
 use crate::backend::{Backend, Epilogue, In, LinearShape, Out};
 use crate::error::Result;
@@ -73,15 +73,15 @@ pub struct Readout {
 
 /// The clean model's values inside one layer.
 struct CleanLayer<'p, B: Backend> {
-    normed: Scratch<'p, B, B::Float>,
-    q: Scratch<'p, B, B::Float>,
-    k: Scratch<'p, B, B::Float>,
-    v: Scratch<'p, B, B::Float>,
-    mixed: Scratch<'p, B, B::Float>,
-    mid: Scratch<'p, B, B::Float>,
-    mlp_normed: Scratch<'p, B, B::Float>,
-    gate: Scratch<'p, B, B::Float>,
-    up: Scratch<'p, B, B::Float>,
+    normed: Floats<'p, B>,
+    q: Floats<'p, B>,
+    k: Floats<'p, B>,
+    v: Floats<'p, B>,
+    mixed: Floats<'p, B>,
+    mid: Floats<'p, B>,
+    mlp_normed: Floats<'p, B>,
+    gate: Floats<'p, B>,
+    up: Floats<'p, B>,
 }
 
 /// The prompts on the backend, and what is read of them.
@@ -174,7 +174,7 @@ impl<B: Backend> Decoder<B> {
     fn last_layer_members(
         &self,
         draw: &Draw<'_>,
-        x: &Scratch<'_, B, B::Float>,
+        x: &Floats<'_, B>,
         clean: &Readout,
         ground: &Ground<'_, B>,
         options: &SweepOptions,
@@ -197,7 +197,7 @@ impl<B: Backend> Decoder<B> {
     fn finish_members<'a>(
         &'a self,
         group: &[Draw<'_>],
-        mut x: Scratch<'a, B, B::Float>,
+        mut x: Floats<'a, B>,
         from: usize,
         mut readouts: Vec<Readout>,
         ground: &Ground<'_, B>,
@@ -281,9 +281,9 @@ impl<B: Backend> Decoder<B> {
     fn clean_layer<'a>(
         &'a self,
         layer: usize,
-        x: &Scratch<'a, B, B::Float>,
+        x: &Floats<'a, B>,
         packed: &Packed<'_, B>,
-    ) -> Result<(CleanLayer<'a, B>, Scratch<'a, B, B::Float>)> {
+    ) -> Result<(CleanLayer<'a, B>, Floats<'a, B>)> {
         let none = Overlay::new();
         let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
         let attention = self.attention_half(&none, layer, x.view(), packed)?;
@@ -315,7 +315,7 @@ impl<B: Backend> Decoder<B> {
             false => None,
         };
         let attention_in = || normed.as_ref().unwrap_or(&clean.normed).view();
-        let rotated = |kind, norm: ParamId| -> Result<Option<Scratch<'a, B, B::Float>>> {
+        let rotated = |kind, norm: ParamId| -> Result<Option<Floats<'a, B>>> {
             if normed.is_none() && !any(kind) && !touched(norm) {
                 return Ok(None);
             }
@@ -324,7 +324,7 @@ impl<B: Backend> Decoder<B> {
             self.project_rotated(overlay, module(kind), attention_in(), y.view_mut(), at, rope)?;
             Ok(Some(y))
         };
-        let projected = |kind, x: In<'_, B>, changed: bool| -> Result<Option<Scratch<'a, B, B::Float>>> {
+        let projected = |kind, x: In<'_, B>, changed: bool| -> Result<Option<Floats<'a, B>>> {
             if !changed && !any(kind) {
                 return Ok(None);
             }
@@ -370,7 +370,7 @@ impl<B: Backend> Decoder<B> {
     /// Keeps the last tokens' hidden states at index `layer`, where they are wanted.
     fn tap(
         &self,
-        x: &Scratch<'_, B, B::Float>,
+        x: &Floats<'_, B>,
         count: usize,
         layer: usize,
         ground: &Ground<'_, B>,

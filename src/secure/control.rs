@@ -109,7 +109,7 @@ mod tests {
 
     /// Training prompts, harmful and benign in turn.
     fn prompts(text: impl Fn(usize) -> String) -> Vec<SecurityPrompt> {
-        let label = |i: usize| if i % 2 == 0 { Label::Harmful } else { Label::Benign };
+        let label = |i: usize| if i.is_multiple_of(2) { Label::Harmful } else { Label::Benign };
         let prompt =
             |i| SecurityPrompt { prompt: text(i), label: label(i), split: Split::Train, pair: None, category: None };
         (0..40).map(prompt).collect()
