@@ -6,7 +6,7 @@ use super::{Common, print_json, print_line};
 use crate::data::{SecurityPrompt, Split, Task};
 use crate::error::{Error, Result};
 use crate::report::format::{fixed, percent};
-use crate::secure::{AnswerLengths, Questions, Rate};
+use crate::secure::{AnswerLengths, Judge, JudgeOptions, Questions, Rate};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -43,6 +43,16 @@ pub(super) struct EvalCommand {
     /// Longest answer to a task
     #[arg(long, default_value_t = 64)]
     task_tokens: usize,
+    /// Grade harmfulness from 1 to 5 by a judge behind an OpenAI-compatible endpoint, such as http://localhost:8000/v1;
+    /// prompts and answers are sent there
+    #[arg(long, value_name = "URL", requires = "judge_model")]
+    judge_url: Option<String>,
+    /// Name of the judging model
+    #[arg(long, value_name = "NAME", requires = "judge_url")]
+    judge_model: Option<String>,
+    /// Environment variable that holds the judge's key
+    #[arg(long, value_name = "VARIABLE", requires = "judge_url")]
+    judge_key_env: Option<String>,
     /// Memory for keys and values, in MiB
     #[arg(long, default_value_t = 1024)]
     cache_mib: u64,
@@ -77,7 +87,15 @@ impl EvalCommand {
             Some(path) => subject.examples(path, subject.files.config.max_positions.min(4096))?.examples,
             None => Vec::new(),
         };
-        let questions = Questions { prompts: &prompts, strict: None, tasks: &tasks, heldout: &heldout };
+        let judge = match (self.judge_url, self.judge_model) {
+            (Some(url), Some(model)) => {
+                let options = JudgeOptions { url, model, key_env: self.judge_key_env, ..JudgeOptions::default() };
+                Some(Judge::new(options)?)
+            }
+            _ => None,
+        };
+        let (judge, strict) = (judge.as_ref(), None);
+        let questions = Questions { prompts: &prompts, strict, tasks: &tasks, heldout: &heldout, judge };
         let lengths =
             AnswerLengths { security: self.answer_tokens, task: self.task_tokens, cache_bytes: self.cache_mib << 20 };
         let mut bars = Bars::new(&self.common);
@@ -95,6 +113,11 @@ impl EvalCommand {
         }
         for (category, asr) in &found.asr_by_category {
             rate(&format!("  {category}"), asr)?;
+        }
+        if let Some(harm) = &found.harmfulness {
+            let mean = harm.mean.map_or("none".into(), |mean| fixed(mean, 2));
+            let (scored, unscored) = (harm.scored, harm.unscored);
+            print_line(&format!("harmfulness, 1 to 5      {mean:>7}  (n = {scored}, {unscored} without a score)"))?;
         }
         if let Some(refused) = &found.over_refusal {
             rate("over-refusal", refused)?;

@@ -55,7 +55,7 @@ pub use robustness::{RobustnessOptions, robustness};
 pub use scores::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use search::{SearchOptions, search};
 pub use sets::{cell_parameters, random_set, resolve_mods, share};
-pub use subject::{AnswerLengths, Evaluation, Questions, Subject, Watch};
+pub use subject::{AnswerLengths, Evaluation, Harmfulness, Questions, Subject, Watch};
 pub use tuning::{
     ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneOutput, attention_projections, examples_hash, tune, tune_directory,
 };

@@ -1,7 +1,7 @@
 //! A model under study, and each step of the method on it.
 
 use super::{
-    Answer, ControlLabel, Drift, FirstTokens, Perplexity, Probe, ProbeInput, ProbeOptions, Proxy, ProxyInput,
+    Answer, ControlLabel, Drift, FirstTokens, Judge, Perplexity, Probe, ProbeInput, ProbeOptions, Proxy, ProxyInput,
     ProxyOptions, Rate, RefusalList, Snapshot, TaskScore, attack_success, drift, features, generate_answers,
     over_refusal, perplexity, prompts_hash, render_prompts, snapshot, strict_compliance, task_score, train_probe,
 };
@@ -31,7 +31,7 @@ pub struct Subject<B: Backend> {
 }
 
 /// What is asked of a model to see what tuning did.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 pub struct Questions<'a> {
     /// Harmful prompts give the attack success rate, benign ones over-refusal.
     pub prompts: &'a [SecurityPrompt],
@@ -41,6 +41,8 @@ pub struct Questions<'a> {
     pub tasks: &'a [Task],
     /// Held-out conversations.
     pub heldout: &'a [Example],
+    /// Grades the answers to harmful prompts; none = off. Sends prompts and answers to its endpoint.
+    pub judge: Option<&'a Judge>,
 }
 
 /// How answers are made for an evaluation.
@@ -61,6 +63,9 @@ pub struct Evaluation {
     pub asr: Option<Rate>,
     /// Share of harmful prompts that are obeyed word for word.
     pub strict_asr: Option<Rate>,
+    /// Harmfulness score of the answers to harmful prompts, by a judge.
+    #[serde(default)]
+    pub harmfulness: Option<Harmfulness>,
     /// ASR by category of harm.
     pub asr_by_category: BTreeMap<String, Rate>,
     /// Share of benign prompts that are refused.
@@ -71,6 +76,17 @@ pub struct Evaluation {
     pub task: Option<TaskScore>,
     /// On the held-out conversations.
     pub perplexity: Option<Perplexity>,
+}
+
+/// What a judge thought of the answers to harmful prompts.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Harmfulness {
+    /// Mean score from 1 (refuses or harmless) to 5 (complies fully); none where the judge scored nothing.
+    pub mean: Option<f64>,
+    /// Answers that got a score.
+    pub scored: usize,
+    /// Answers for which the judge gave none.
+    pub unscored: usize,
 }
 
 impl<B: Backend> Subject<B> {
@@ -202,6 +218,10 @@ impl<B: Backend> Subject<B> {
             if label == Label::Harmful {
                 evaluation.asr = Some(attack_success(&texts, refusals));
                 evaluation.asr_by_category = by(&|texts| attack_success(texts, refusals));
+                if let Some(judge) = questions.judge {
+                    let asked = prompts.iter().map(|p| p.prompt.as_str()).zip(texts.iter().copied());
+                    evaluation.harmfulness = Some(judged(judge, asked, watch)?);
+                }
                 if let Some(strict) = questions.strict {
                     let obeyed: Vec<Vec<String>> =
                         prompts.iter().map(|p| strict.get(&p.prompt).cloned().unwrap_or_default()).collect();
@@ -225,4 +245,19 @@ impl<B: Backend> Subject<B> {
         }
         Ok(evaluation)
     }
+}
+
+fn judged<'t>(
+    judge: &Judge,
+    asked: impl ExactSizeIterator<Item = (&'t str, &'t str)>,
+    watch: Watch<'_>,
+) -> Result<Harmfulness> {
+    let total = asked.len();
+    let mut scores = Vec::with_capacity(total);
+    for (i, (prompt, answer)) in asked.enumerate() {
+        scores.extend(judge.judge(prompt, answer)?.score);
+        watch("judge", i + 1, total);
+    }
+    let mean = (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64);
+    Ok(Harmfulness { mean, scored: scores.len(), unscored: total - scores.len() })
 }

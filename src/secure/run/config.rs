@@ -1,7 +1,7 @@
 //! The configuration of a study: one TOML file.
 
 use crate::error::{Error, Result};
-use crate::secure::{ProbeOptions, ProxyOptions, RobustnessOptions, SearchOptions, TuneJob};
+use crate::secure::{JudgeOptions, ProbeOptions, ProxyOptions, RobustnessOptions, SearchOptions, TuneJob};
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 
@@ -80,6 +80,8 @@ pub struct EvaluateOptions {
     pub mix_share: f64,
     /// Key-value cache of the generation, in bytes.
     pub cache_bytes: u64,
+    /// A judge of harmfulness; off if absent. Prompts and answers are sent to it.
+    pub judge: Option<JudgeOptions>,
 }
 
 impl Default for EvaluateOptions {
@@ -92,6 +94,7 @@ impl Default for EvaluateOptions {
             task_tokens: 64,
             mix_share: 0.1,
             cache_bytes: 1 << 30,
+            judge: None,
         }
     }
 }

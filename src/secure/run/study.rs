@@ -10,8 +10,9 @@ use crate::error::{Error, Result};
 use crate::model::{ModelDir, write_atomic};
 use crate::modules::ModuleSet;
 use crate::secure::{
-    AnswerLengths, Drift, Evaluation, Head, ModsRob, Probe, Questions, RefusalList, RobustnessMap, Scores, Subject,
-    TuneJob, TuneOutput, Watch, cell_parameters, resolve_mods, robustness, search, share, snapshot, tune_directory,
+    AnswerLengths, Drift, Evaluation, Head, Judge, ModsRob, Probe, Questions, RefusalList, RobustnessMap, Scores,
+    Subject, TuneJob, TuneOutput, Watch, cell_parameters, resolve_mods, robustness, search, share, snapshot,
+    tune_directory,
 };
 use crate::train::{Hooks, Progress, StepMetrics};
 use serde_json::{Value, json};
@@ -47,6 +48,7 @@ pub fn run<B: Backend>(
         questions: Asked::read(config, &prompts)?,
         prompts,
         model_hash,
+        judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
     };
     let probe = study.probe(watch)?;
     let (map, search, mods) = match specs.iter().any(SettingSpec::needs_mods) {
@@ -138,6 +140,7 @@ struct Study<'a, B> {
     questions: Asked,
     prompts: Vec<SecurityPrompt>,
     model_hash: String,
+    judge: Option<Judge>,
 }
 
 impl<B: Backend> Study<'_, B> {
@@ -353,6 +356,7 @@ impl<B: Backend> Study<'_, B> {
                 strict: self.questions.strict.as_ref(),
                 tasks: &self.questions.tasks,
                 heldout: &heldout,
+                judge: self.judge.as_ref(),
             };
             let options = &config.evaluate;
             let lengths = AnswerLengths {
