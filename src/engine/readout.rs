@@ -37,6 +37,7 @@ impl<B: Backend> Decoder<B> {
 
     /// −log p of each row's target (0 where ignored), [tokens].
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
+        self.check(batch)?;
         let (rows, targets) = trained_rows(batch);
         let mut losses = vec![0.0; batch.tokens.len()];
         if rows.is_empty() {
