@@ -118,6 +118,7 @@ impl ModelDir {
             for piece in pieces {
                 hasher.update(piece.as_bytes());
             }
+            file.release(name)?;
         }
         Ok(hasher.finalize().to_hex().to_string())
     }

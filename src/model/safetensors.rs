@@ -81,7 +81,7 @@ impl Safetensors {
                 values.iter().position(|v| !v.is_finite()).map(|i| chunk * CHUNK + i)
             })
             .min();
-        self.release(bytes.len(), name)?;
+        self.release(name)?;
         match bad {
             None => Ok(values),
             Some(at) => Err(Error::input(
@@ -93,12 +93,18 @@ impl Safetensors {
     }
 
     /// Gives the pages of a tensor back, so that a loaded file does not stay in the process's memory beside its copy.
-    fn release(&self, len: usize, name: &str) -> Result<()> {
-        let offset = self.data + self.entry(name)?.data_offsets.0;
-        // SAFETY: the map is of a file and read-only: dropped pages hold nothing that the file does not, and are read again
-        // when touched. The range lies inside the map (`bytes` checked it).
-        let advised = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
-        advised.map_err(Error::io(&self.path, "release"))
+    pub(crate) fn release(&self, name: &str) -> Result<()> {
+        let bytes = self.bytes(name)?;
+        #[cfg(unix)]
+        if !bytes.is_empty() {
+            let len = bytes.len();
+            let offset = self.data + self.entry(name)?.data_offsets.0;
+            // SAFETY: the map is of a file and read-only: dropped pages hold nothing that the file does not, and are read again
+            // when touched. The range lies inside the map: `bytes` checked it.
+            let advised = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
+            advised.map_err(Error::io(&self.path, "release"))?;
+        }
+        Ok(())
     }
 
     /// The file.
