@@ -1,92 +1,17 @@
 //! Model directories: what is read, what is refused and with which words, what is written; and outputs that appear whole.
 
-use proptest::prelude::*;
+mod fuzz;
+mod outputs;
+mod stored;
+
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
+use stored::*;
 use swat::error::{Error, Result};
-use swat::model::safetensors::{Dtype, Safetensors};
-use swat::model::{ModelDir, OutputDir, write_atomic};
+use swat::model::ModelDir;
 use swat::modules::{ModuleKind, ParamId};
 use tempfile::TempDir;
-
-fn config() -> Value {
-    json!({
-        "model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5
-    })
-}
-
-/// A tensor as a file holds it.
-#[derive(Clone)]
-struct Stored {
-    name: String,
-    dtype: &'static str,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-/// Every tensor of [`config`] as f32, values counting up in eighths (exact in every dtype).
-fn tensors() -> Vec<Stored> {
-    let config = swat::model::ModelConfig::from_json(&config(), "config.json").unwrap();
-    let mut next = 0;
-    let mut values = |n: usize| {
-        next += n;
-        (next - n..next).flat_map(|i| (i as f32 % 61.0 / 8.0).to_le_bytes()).collect()
-    };
-    let stored = |(id, shape): (ParamId, Vec<usize>)| Stored {
-        name: id.to_string(),
-        dtype: "F32",
-        bytes: values(shape.iter().product()),
-        shape,
-    };
-    config.params().into_iter().map(stored).collect()
-}
-
-fn floats(tensor: &Stored) -> Vec<f32> {
-    tensor.bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
-}
-
-/// The bytes of a safetensors file with this header.
-fn file(header: &str, data: &[u8]) -> Vec<u8> {
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.extend(data);
-    bytes
-}
-
-fn safetensors(tensors: &[Stored]) -> Vec<u8> {
-    let mut header = json!({"__metadata__": {"format": "pt"}});
-    let mut data = Vec::new();
-    for t in tensors {
-        let begin = data.len();
-        data.extend(&t.bytes);
-        header[&t.name] = json!({"dtype": t.dtype, "shape": t.shape, "data_offsets": [begin, data.len()]});
-    }
-    file(&header.to_string(), &data)
-}
-
-fn model(config: &Value, tensors: &[Stored]) -> TempDir {
-    let dir = TempDir::new().unwrap();
-    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-    fs::write(dir.path().join("model.safetensors"), safetensors(tensors)).unwrap();
-    dir
-}
-
-fn error(dir: &TempDir) -> String {
-    let error = ModelDir::open(dir.path()).err().expect("an error");
-    assert_eq!(error.exit_code(), 2, "{error}");
-    let text = error.to_string();
-    assert!(text.contains(dir.path().to_str().unwrap()), "no path in: {text}");
-    text
-}
-
-/// The error of a directory whose one weight file has these bytes.
-fn error_of(bytes: &[u8]) -> String {
-    let dir = model(&config(), &[]);
-    fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
-    error(&dir)
-}
 
 #[test]
 fn tensors_are_read() {
@@ -289,23 +214,6 @@ fn shape_of(model: &ModelDir, id: ParamId) -> Vec<usize> {
     model.config.params().into_iter().find(|(other, _)| *other == id).unwrap().1
 }
 
-/// The model in two shards with an index.
-fn sharded(change: impl FnOnce(&mut Value)) -> TempDir {
-    let stored = tensors();
-    let dir = model(&config(), &[]);
-    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
-    let mut index = json!({"metadata": {"total_size": 1}, "weight_map": {}});
-    for (half, name) in stored.chunks(stored.len() / 2 + 1).zip(["a.safetensors", "b.safetensors"]) {
-        fs::write(dir.path().join(name), safetensors(half)).unwrap();
-        for tensor in half {
-            index["weight_map"][&tensor.name] = json!(name);
-        }
-    }
-    change(&mut index);
-    fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
-    dir
-}
-
 #[test]
 fn shards() {
     let dir = sharded(|_| {});
@@ -495,151 +403,6 @@ fn a_full_disk_is_an_error_with_the_path() {
     let error = model.write(out.path(), |id| model.tensor(id, &shape_of(&model, id)), u64::MAX).unwrap_err();
     assert!(matches!(&error, Error::Io { path: at, doing: "write", .. } if *at == path), "{error}");
     assert_eq!(error.exit_code(), 1);
-}
-
-#[test]
-fn safetensors_of_any_kind_are_read() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("x.safetensors");
-    fs::write(&path, safetensors(&tensors())).unwrap();
-    let file = Safetensors::open(&path).unwrap();
-    assert_eq!(file.tensors().count(), tensors().len());
-    assert_eq!(file.info("model.norm.weight").unwrap(), (Dtype::F32, &[4][..]));
-    assert!(file.values("nothing").unwrap_err().to_string().contains("no tensor `nothing`"));
-}
-
-fn opens(dir: &TempDir) {
-    if let Ok(model) = ModelDir::open(dir.path()) {
-        for (id, shape) in model.config.params() {
-            let _ = model.tensor(id, &shape);
-        }
-        model.hash().unwrap();
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
-
-    #[test]
-    fn random_weights_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), length in 0u64..300) {
-        let dir = model(&config(), &[]);
-        let path = dir.path().join("model.safetensors");
-        fs::write(&path, &bytes).unwrap();
-        opens(&dir);
-        fs::write(&path, [&length.to_le_bytes()[..], &bytes].concat()).unwrap();
-        opens(&dir);
-    }
-
-    #[test]
-    fn mutated_weights_never_panic(at in 0usize..1_000_000, bytes in proptest::collection::vec(any::<u8>(), 0..6), cut in 0usize..6) {
-        let mut file = safetensors(&tensors());
-        let header = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
-        let at = at % header;
-        file.splice(at..(at + cut).min(file.len()), bytes);
-        let dir = model(&config(), &[]);
-        fs::write(dir.path().join("model.safetensors"), file).unwrap();
-        opens(&dir);
-    }
-
-    #[test]
-    fn mutated_numbers_never_panic(at in 0usize..1000, number: u64) {
-        // Every number of the header in turn.
-        let file_bytes = safetensors(&tensors());
-        let length = u64::from_le_bytes(file_bytes[..8].try_into().unwrap()) as usize;
-        let header = std::str::from_utf8(&file_bytes[8..8 + length]).unwrap();
-        let starts: Vec<usize> = header.char_indices().filter(|(i, c)| {
-            c.is_ascii_digit() && matches!(header.as_bytes()[i - 1], b'[' | b',')
-        }).map(|(i, _)| i).collect();
-        let start = starts[at % starts.len()];
-        let end = start + header[start..].find(|c: char| !c.is_ascii_digit()).unwrap();
-        let header = format!("{}{number}{}", &header[..start], &header[end..]);
-        let dir = model(&config(), &[]);
-        fs::write(dir.path().join("model.safetensors"), file(&header, &file_bytes[8 + length..])).unwrap();
-        opens(&dir);
-    }
-
-    #[test]
-    fn mutated_indices_never_panic(at in 0usize..1_000_000, bytes in proptest::collection::vec(any::<u8>(), 0..6), cut in 0usize..6) {
-        let dir = sharded(|_| {});
-        let path = dir.path().join("model.safetensors.index.json");
-        let mut index = fs::read(&path).unwrap();
-        let at = at % index.len();
-        index.splice(at..(at + cut).min(index.len()), bytes);
-        fs::write(&path, index).unwrap();
-        opens(&dir);
-    }
-}
-
-#[test]
-fn outputs_appear_whole() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("deep/out");
-    let names = || {
-        let mut names: Vec<String> = fs::read_dir(dir.path().join("deep"))
-            .unwrap()
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    };
-    let output = OutputDir::create(&path, false).unwrap();
-    fs::write(output.dir().join("a"), "1").unwrap();
-    assert!(!path.exists());
-    let busy = OutputDir::create(&path, true).unwrap_err();
-    assert!(matches!(busy, Error::InUse { .. }) && busy.to_string().contains("another swat process"));
-    output.commit().unwrap();
-    assert_eq!(fs::read_to_string(path.join("a")).unwrap(), "1");
-    assert_eq!(names(), ["out"]);
-
-    assert!(matches!(OutputDir::create(&path, false).unwrap_err(), Error::Exists { .. }));
-    let dropped = OutputDir::create(&path, true).unwrap();
-    fs::write(dropped.dir().join("b"), "2").unwrap();
-    drop(dropped);
-    assert_eq!(names(), ["out"]);
-    assert!(path.join("a").exists());
-
-    let replaced = OutputDir::create(&path, true).unwrap();
-    fs::create_dir(replaced.dir().join("sub")).unwrap();
-    fs::write(replaced.dir().join("sub/c"), "3").unwrap();
-    replaced.commit().unwrap();
-    assert!(!path.join("a").exists() && path.join("sub/c").exists());
-    assert_eq!(names(), ["out"]);
-}
-
-#[test]
-fn outputs_recover_from_a_kill() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("out");
-    fs::create_dir(dir.path().join(".out.partial")).unwrap();
-    fs::write(dir.path().join(".out.partial/junk"), "").unwrap();
-    fs::create_dir(dir.path().join(".out.old")).unwrap();
-    fs::write(dir.path().join(".out.old/kept"), "").unwrap();
-    assert!(matches!(OutputDir::create(&path, false).unwrap_err(), Error::Exists { .. }), "put back");
-    assert!(path.join("kept").exists());
-    let output = OutputDir::create(&path, true).unwrap();
-    assert_eq!(fs::read_dir(output.dir()).unwrap().count(), 0, "cleared");
-}
-
-#[test]
-fn outputs_do_not_overwrite_what_appeared_meanwhile() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("out");
-    let output = OutputDir::create(&path, false).unwrap();
-    fs::create_dir(&path).unwrap();
-    assert!(matches!(output.commit().unwrap_err(), Error::Exists { .. }));
-    assert!(OutputDir::create(Path::new("/"), false).is_err());
-}
-
-#[test]
-fn files_are_replaced_whole() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("map.json");
-    write_atomic(&path, b"one").unwrap();
-    write_atomic(&path, b"two").unwrap();
-    assert_eq!(fs::read(&path).unwrap(), b"two");
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    let error = write_atomic(&dir.path().join("none/map.json"), b"").unwrap_err();
-    assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("none/map.json")), "{error}");
 }
 
 #[test]
