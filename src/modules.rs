@@ -172,19 +172,19 @@ impl<'de> serde::Deserialize<'de> for Cell {
 pub enum ParamId {
     /// `model.embed_tokens.weight` [vocab, hidden]
     Embedding,
-    /// `model.layers.L.input_layernorm.weight` [hidden]
+    /// `model.layers.L.input_layernorm.weight` \[hidden\]
     InputNorm(usize),
     /// `model.layers.L.….weight` [outputs, inputs]
     Weight(ModuleId),
-    /// `model.layers.L.….bias` [outputs]
+    /// `model.layers.L.….bias` \[outputs\]
     Bias(ModuleId),
-    /// `model.layers.L.self_attn.q_norm.weight` [head_dim]
+    /// `model.layers.L.self_attn.q_norm.weight` \[head_dim\]
     QNorm(usize),
-    /// `model.layers.L.self_attn.k_norm.weight` [head_dim]
+    /// `model.layers.L.self_attn.k_norm.weight` \[head_dim\]
     KNorm(usize),
-    /// `model.layers.L.post_attention_layernorm.weight` [hidden]
+    /// `model.layers.L.post_attention_layernorm.weight` \[hidden\]
     PostAttentionNorm(usize),
-    /// `model.norm.weight` [hidden]
+    /// `model.norm.weight` \[hidden\]
     FinalNorm,
     /// `lm_head.weight` [vocab, hidden], absent when tied
     Head,

@@ -40,7 +40,7 @@ pub struct LinearShape {
 pub struct Epilogue<'a, B: Backend> {
     /// Factor on the product.
     pub alpha: f32,
-    /// [outputs]
+    /// \[outputs\]
     pub bias: Option<In<'a, B>>,
     /// [tokens, outputs]
     pub residual: Option<In<'a, B>>,
@@ -177,7 +177,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
         alpha: f32,
         accumulate: bool,
     ) -> Result<()>;
-    /// dbias [outputs] = column sums of dY [tokens, outputs].
+    /// dbias \[outputs\] = column sums of dY [tokens, outputs].
     fn linear_backward_bias(
         &self,
         dy: In<'_, Self>,
@@ -227,7 +227,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<()>;
 
     // ---- rmsnorm
-    /// y = x / √(mean(x²) + eps) · weight over rows of `width`; `rstd` [rows] is kept for backward. Also the per-head
+    /// y = x / √(mean(x²) + eps) · weight over rows of `width`; `rstd` \[rows\] is kept for backward. Also the per-head
     /// q and k norms (rows = tokens·heads, width = head_dim).
     fn rmsnorm(
         &self,
@@ -274,10 +274,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn swiglu_backward(&self, gate: Out<'_, Self>, up: Out<'_, Self>, dy: In<'_, Self>) -> Result<()>;
 
     // ---- embedding
-    /// to[i] = from[rows[i]], rows of `width`. The embedding, and the choice of rows that go on.
+    /// to\[i\] = from[rows\[i\]], rows of `width`. The embedding, and the choice of rows that go on.
     fn gather_rows(&self, from: In<'_, Self>, rows: View<'_, Self, u32>, to: Out<'_, Self>, width: usize)
     -> Result<()>;
-    /// to[rows[i]] = from[i]; rows are distinct. Fills a key-value cache.
+    /// to[rows\[i\]] = from\[i\]; rows are distinct. Fills a key-value cache.
     fn scatter_rows(
         &self,
         from: In<'_, Self>,
@@ -285,7 +285,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
         to: Out<'_, Self>,
         width: usize,
     ) -> Result<()>;
-    /// dtable[rows[i]] += dy[i], in a fixed order of i; rows may repeat.
+    /// dtable[rows\[i\]] += dy\[i\], in a fixed order of i; rows may repeat.
     fn embedding_backward(
         &self,
         dy: In<'_, Self>,
@@ -295,7 +295,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<()>;
 
     // ---- cross-entropy
-    /// Per row of `logits` [rows, vocab]: losses[row] = −log softmax(row)[target], 0 where the target is [`IGNORE`].
+    /// Per row of `logits` [rows, vocab]: losses\[row\] = −log softmax(row)\[target\], 0 where the target is [`IGNORE`].
     /// With `scale`, logits become scale · dloss/dlogits (0 for ignored rows).
     fn cross_entropy(
         &self,
@@ -307,7 +307,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<()>;
 
     // ---- sampling
-    /// Draws a token a row of `logits` [rows, vocab]; `uniforms` [rows] in [0, 1) decide (unused when greedy).
+    /// Draws a token a row of `logits` [rows, vocab]; `uniforms` \[rows\] in [0, 1) decide (unused when greedy).
     fn sample(
         &self,
         logits: In<'_, Self>,
@@ -318,9 +318,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
     ) -> Result<()>;
 
     // ---- adamw
-    /// squares[i] = Σ parts[i]². Sums in f64 or in a fixed pairwise order.
+    /// squares\[i\] = Σ parts\[i\]². Sums in f64 or in a fixed pairwise order.
     fn sum_squares<T: FloatElement>(&self, parts: &[View<'_, Self, T>], squares: ViewMut<'_, Self, f32>) -> Result<()>;
-    /// One step over the table. `squares` [table] comes from [`Backend::sum_squares`] over the same gradients: it gives the
+    /// One step over the table. `squares` \[table\] comes from [`Backend::sum_squares`] over the same gradients: it gives the
     /// clip factor min(1, max_grad_norm / (norm + 1e-6)), and where its sum is not finite nothing at all is changed.
     fn adamw_masked(
         &self,

@@ -62,7 +62,7 @@ impl ChatText for Chat<'_> {
 pub struct Example {
     /// Token ids.
     pub tokens: Vec<u32>,
-    /// Whether the loss counts for predicting this token, [tokens]; never the first.
+    /// Whether the loss counts for predicting this token, \[tokens\]; never the first.
     pub trained: Vec<bool>,
 }
 

@@ -35,7 +35,7 @@ impl<B: Backend> Decoder<B> {
         Ok(host)
     }
 
-    /// −log p of each row's target (0 where ignored), [tokens].
+    /// −log p of each row's target (0 where ignored), \[tokens\].
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
         self.check(batch)?;
         let (rows, targets) = trained_rows(batch);

@@ -36,7 +36,7 @@ pub struct ModelConfig {
     pub biases: Vec<ModuleKind>,
     /// RMSNorm on each head of q and k (Qwen3).
     pub qk_norm: bool,
-    /// Sliding window of each layer, [layers].
+    /// Sliding window of each layer, \[layers\].
     pub windows: Vec<Option<usize>>,
     /// Beginning of text, where the tokenizer adds one.
     pub bos: Option<u32>,

@@ -1,6 +1,6 @@
 //! How results look: plain-text and Markdown tables, heat maps (SVG and PNG), charts (SVG), one self-contained HTML
 //! page, and Chrome traces. Every string that comes in is untrusted and escaped here; numbers are formatted in
-//! [`format`] and nowhere else.
+//! [`mod@format`] and nowhere else.
 //!
 //! A drawing carries its light colours as attributes, so a saved `.svg` looks right in any viewer, and class names
 //! through which the page recolours it in dark mode.

@@ -28,7 +28,7 @@ pub struct Features {
 pub struct Snapshot {
     /// Hidden states.
     pub features: Features,
-    /// [prompts]; none without [`FirstTokens`].
+    /// \[prompts\]; none without [`FirstTokens`].
     pub refusal: Option<Vec<f64>>,
 }
 

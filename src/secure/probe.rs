@@ -111,7 +111,7 @@ pub struct ProbeAbout {
 /// A direction and a threshold in standardised features.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearHead {
-    /// [hidden]
+    /// \[hidden\]
     pub w: Vec<f32>,
     /// Bias.
     pub b: f32,
@@ -120,7 +120,7 @@ pub struct LinearHead {
 /// The probes of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProbeLayer {
-    /// Of the training prompts on the unperturbed model, [hidden].
+    /// Of the training prompts on the unperturbed model, \[hidden\].
     pub mean: Vec<f32>,
     /// Likewise; 1 where a feature does not vary.
     pub deviation: Vec<f32>,

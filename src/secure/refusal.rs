@@ -172,7 +172,7 @@ impl FirstTokens {
     }
 
     /// ln Σ pᵢ·P(refusal | i) − ln Σ pᵢ·P(compliance | i) from the first answer position's `logits`
-    /// [prompts, tokens]; the normaliser of the softmax cancels. [prompts].
+    /// [prompts, tokens]; the normaliser of the softmax cancels. \[prompts\].
     pub fn log_odds(&self, logits: &[f32]) -> Vec<f64> {
         let odds = |row: &[f32]| {
             let side = |share: &dyn Fn(f64) -> f64| {

@@ -57,7 +57,7 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// From the probe's logits and, if there are any, refusal log-odds, both [prompts]. Classes that are missing give 0
+    /// From the probe's logits and, if there are any, refusal log-odds, both \[prompts\]. Classes that are missing give 0
     /// (0.5 for `auroc`).
     pub fn new(logits: &[f64], refusal: Option<&[f64]>, harmful: &[bool]) -> Self {
         let metrics = Metrics::new(logits, harmful);
@@ -105,7 +105,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// From logits and labels, both [prompts].
+    /// From logits and labels, both \[prompts\].
     pub fn new(logits: &[f64], positive: &[bool]) -> Self {
         let right = logits.iter().zip(positive).filter(|(z, y)| (**z > 0.0) == **y).count();
         let found = logits.iter().zip(positive).filter(|(z, y)| **y && **z > 0.0).count();
