@@ -262,11 +262,18 @@ proptest! {
         let (all, trained) = chat.texts(&messages);
         prop_assert_eq!(all, chatml(&conversation(&messages).messages, false));
         prop_assert_eq!(trained, answers);
-        let mut whole = chat.example(&messages, usize::MAX).unwrap().unwrap();
-        whole.tokens.truncate(max_length);
-        whole.trained.truncate(max_length);
-        let cut = chat.example(&messages, max_length).unwrap();
-        prop_assert_eq!(cut, Some(whole).filter(|e| e.trained.contains(&true)));
+        let whole = chat.example(&messages, usize::MAX).unwrap().unwrap();
+        let trained = whole.trained.iter().take(max_length).rposition(|t| *t).map_or(0, |last| last + 1);
+        let Some(cut) = chat.example(&messages, max_length).unwrap() else {
+            prop_assert_eq!(trained, 0);
+            return Ok(());
+        };
+        prop_assert_eq!(cut.tokens.len(), whole.tokens.len().min(max_length));
+        // Behind the last trained token the text is cut before the later answers are looked at, where their prompts
+        // would have been encoded apart; nothing is learnt there.
+        prop_assert!(trained > 0);
+        prop_assert_eq!(cut.tokens.get(..trained), whole.tokens.get(..trained));
+        prop_assert_eq!(cut.trained.get(..max_length.min(whole.trained.len())), whole.trained.get(..cut.trained.len()));
     }
 
     #[test]
