@@ -1,0 +1,124 @@
+//! Compiles `kernels/*.cu` to fatbins that the library embeds; never needs a GPU.
+//!
+//! `SWAT_CUDA` = `auto` (default: compile where an nvcc is found, else embed nothing), `off`, or `require` (no nvcc is an
+//! error). nvcc is looked for in `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `.cuda/` (scripts/install_nvcc.sh), `PATH` and
+//! `/usr/local/cuda`. Files named `*_sm90.cu` hold Hopper code and are compiled for sm_90a alone.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs, thread};
+
+const VARIABLES: [&str; 4] = ["SWAT_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH"];
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=kernels");
+    for variable in VARIABLES {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by cargo"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
+    let nvcc = match env::var("SWAT_CUDA").as_deref().unwrap_or("auto") {
+        "off" => None,
+        "auto" => find_nvcc(&root),
+        "require" => Some(find_nvcc(&root).unwrap_or_else(|| {
+            fail("SWAT_CUDA=require, but there is no nvcc: run scripts/install_nvcc.sh, or set NVCC or CUDA_HOME")
+        })),
+        other => fail(&format!("SWAT_CUDA={other}: expected auto, off or require")),
+    };
+    let sources = files(&root.join("kernels"), "cu");
+    let headers: String = files(&root.join("kernels"), "cuh").iter().map(|path| read(path)).collect();
+    if let Some(nvcc) = &nvcc {
+        let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        thread::scope(|scope| {
+            for _ in 0..thread::available_parallelism().map_or(1, |n| n.get()) {
+                scope.spawn(|| {
+                    while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if let Err(message) = compile(nvcc, source, &headers, &out) {
+                            failed.lock().expect("not poisoned").push(message);
+                        }
+                    }
+                });
+            }
+        });
+        let failed = failed.into_inner().expect("not poisoned");
+        if !failed.is_empty() {
+            fail(&failed.join("\n"));
+        }
+    }
+    let mut table = String::from("/// File stem and fatbin; empty where the library was built without nvcc.\n");
+    table += "pub static IMAGES: &[(&str, &[u8])] = &[\n";
+    for source in &sources {
+        let image = if nvcc.is_some() { format!("include_bytes!({:?})", image(source, &out)) } else { "&[]".into() };
+        table += &format!("    ({:?}, {image}),\n", stem(source));
+    }
+    fs::write(out.join("images.rs"), table + "];\n").unwrap_or_else(|e| fail(&e.to_string()));
+}
+
+fn fail(message: &str) -> ! {
+    eprintln!("{message}");
+    std::process::exit(1)
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|e| fail(&format!("{}: {e}", path.display())))
+}
+
+fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap_or_else(|e| fail(&format!("{}: {e}", directory.display())));
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == extension))
+        .collect();
+    files.sort();
+    files
+}
+
+fn stem(source: &Path) -> &str {
+    source.file_stem().and_then(|s| s.to_str()).unwrap_or_else(|| fail("a kernel file whose name is not UTF-8"))
+}
+
+fn image(source: &Path, out: &Path) -> PathBuf {
+    out.join(stem(source)).with_extension("fatbin")
+}
+
+fn find_nvcc(root: &Path) -> Option<PathBuf> {
+    let variable = |name: &str| env::var_os(name).map(PathBuf::from);
+    let mut candidates: Vec<PathBuf> = variable("NVCC").into_iter().collect();
+    candidates.extend(["CUDA_HOME", "CUDA_PATH"].iter().filter_map(|v| variable(v)).map(|home| home.join("bin/nvcc")));
+    for python in fs::read_dir(root.join(".cuda/lib")).into_iter().flatten().flatten() {
+        candidates.push(python.path().join("site-packages/nvidia/cu13/bin/nvcc"));
+    }
+    candidates.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|path| path.join("nvcc")));
+    candidates.push("/usr/local/cuda/bin/nvcc".into());
+    // nvcc finds its parts beside itself, which a symbolic link hides.
+    candidates.into_iter().find(|path| path.is_file()).and_then(|path| path.canonicalize().ok())
+}
+
+/// One file to its fatbin, unless that was made of the same text by the same command.
+fn compile(nvcc: &Path, source: &Path, headers: &str, out: &Path) -> Result<(), String> {
+    let image = image(source, out);
+    let mut arguments = vec!["-O3", "-std=c++17", "-fatbin", "--compress-mode=size", "-lineinfo", "-Xptxas", "-warn-spills"];
+    if stem(source).ends_with("_sm90") {
+        arguments.extend(["-gencode", "arch=compute_90a,code=sm_90a"]);
+    } else {
+        arguments.extend(["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_80,code=compute_80"]);
+        arguments.extend(["-gencode", "arch=compute_90,code=sm_90"]);
+    }
+    let key = format!("{} {arguments:?}\n{}{headers}", nvcc.display(), read(source));
+    let key_file = image.with_extension("key");
+    if image.is_file() && fs::read_to_string(&key_file).is_ok_and(|made| made == key) {
+        return Ok(());
+    }
+    let mut command = Command::new(nvcc);
+    command.args(&arguments).arg("-I").arg(source.parent().unwrap_or(out)).arg("-o").arg(&image).arg(source);
+    let output = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(format!("nvcc failed on {}:\n{text}", source.display()));
+    }
+    fs::write(&key_file, key).map_err(|e| format!("{}: {e}", key_file.display()))
+}
