@@ -196,14 +196,14 @@ SUM_SQUARES_BASELINE(sum_squares_baseline_bf16, bf16)
   extern "C" __global__ void __launch_bounds__(256) name(const Part<T>* table, double* sums, uint32_t tensors) {   \
     const Part<T> part = table[row_of_chunk(table, tensors, blockIdx.x)];                                          \
     const uint64_t first = (blockIdx.x - part.first_chunk) * CHUNK;                                                \
-    const double sum = squares_of_range(part.values, first, part.len - first < CHUNK ? part.len : first + CHUNK);  \
+    const double sum = squares_of_range<true>(part.values, first, part.len - first < CHUNK ? part.len : first + CHUNK);  \
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;                                                                  \
   }                                                                                                                \
   EXPORT(name)
 SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_f32, float)
 SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_bf16, bf16)
 
-// The chunks' sums of each tensor; an empty tensor has none.
+// The chunks' sums of each tensor, of any type; an empty tensor has none.
 // grid: tensors, block: 256, 2 KiB for sums
 extern "C" __global__ void __launch_bounds__(256) sum_squares_tensors(const Part<float>* table, const double* sums, float* squares) {
   const uint64_t first = table[blockIdx.x].first_chunk, chunks = (table[blockIdx.x].len + CHUNK - 1) / CHUNK;

@@ -88,14 +88,20 @@ __device__ __forceinline__ double squares8(const float (&x)[8], float) {
 }
 
 // Σ x² of the elements first … end − 1 by a block of THREADS threads; `first` a multiple of 8. Thread t adds up the groups of eight
-// t, t + THREADS, …; every thread gets the sum.
-template <class T> __device__ __forceinline__ double squares_of_range(const T* tensor, uint64_t first, uint64_t end) {
-  const bool aligned = aligned16(tensor);
+// t, t + THREADS, …, four loads under way at once; every thread gets the sum.
+template <bool Once, class T> __device__ __forceinline__ double squares_of_range(const T* tensor, uint64_t first, uint64_t end) {
+  uint64_t at = first + 8 * threadIdx.x;
   double sum = 0.0;
+  float x[8];
+  if (aligned16(tensor)) {
 #pragma unroll 4
-  for (uint64_t at = first + 8 * threadIdx.x; at < end; at += 8 * THREADS) {
-    float x[8];
-    load8<false>(tensor, at, end, aligned && at + 8 <= end, x);
+    for (; at + 8 <= end; at += 8 * THREADS) {
+      load8<Once>(tensor, at, end, true, x);
+      sum += squares8(x, T());
+    }
+  }
+  for (; at < end; at += 8 * THREADS) {
+    load8<Once>(tensor, at, end, false, x);
     sum += squares8(x, T());
   }
   return block_sum_f64(sum);

@@ -3,7 +3,8 @@
 use super::*;
 use swat::backend::{AdamW, AdamWModule};
 
-const HYPER: AdamW = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 1, max_grad_norm: None, seed: 0 };
+const HYPER: AdamW =
+    AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 1, max_grad_norm: None, seed: 0, rounding: Rounding::Nearest };
 
 struct Module<B: Backend> {
     weight: Tensor<B, B::Float>,
