@@ -90,18 +90,22 @@ __device__ __forceinline__ double squares8(const float (&x)[8], float) {
 // Σ x² of the elements first … end − 1 by a block of THREADS threads; `first` a multiple of 8. Thread t adds up the groups of eight
 // t, t + THREADS, …, four loads under way at once; every thread gets the sum.
 template <bool Once, class T> __device__ __forceinline__ double squares_of_range(const T* tensor, uint64_t first, uint64_t end) {
+  constexpr uint64_t STRIDE = 8 * THREADS;
+  const bool aligned = aligned16(tensor);
   uint64_t at = first + 8 * threadIdx.x;
   double sum = 0.0;
-  float x[8];
-  if (aligned16(tensor)) {
-#pragma unroll 4
-    for (; at + 8 <= end; at += 8 * THREADS) {
-      load8<Once>(tensor, at, end, true, x);
-      sum += squares8(x, T());
+  if (aligned) {
+    for (; at + 3 * STRIDE + 8 <= end; at += 4 * STRIDE) {
+      float x[4][8];
+#pragma unroll
+      for (int i = 0; i < 4; i++) load_whole8<Once>(tensor + at + i * STRIDE, x[i]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum += squares8(x[i], T());
     }
   }
-  for (; at < end; at += 8 * THREADS) {
-    load8<Once>(tensor, at, end, false, x);
+  for (; at < end; at += STRIDE) {
+    float x[8];
+    load8<Once>(tensor, at, end, aligned && at + 8 <= end, x);
     sum += squares8(x, T());
   }
   return block_sum_f64(sum);

@@ -1,7 +1,7 @@
 //! Masked AdamW and the sums of squares.
 
 use super::*;
-use swat::backend::{AdamW, AdamWModule};
+use swat::backend::{AdamW, AdamWModule, Rounding};
 
 const HYPER: AdamW =
     AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 1, max_grad_norm: None, seed: 0, rounding: Rounding::Nearest };
