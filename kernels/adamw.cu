@@ -134,10 +134,17 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
   for (uint64_t at = first + 8 * threadIdx.x; at < end; at += 8 * THREADS) {
     const bool whole = aligned && at + 8 <= end;
     float w[8], g[8], m[8], v[8];
-    load8<true>(row.weight, at, end, whole, w);
-    load8<true>(row.grad, at, end, whole, g);
-    load8<true>(row.m, at, end, whole, m);
-    load8<true>(row.v, at, end, whole, v);
+    if (whole) {  // one branch: all loads are under way at once
+      load_whole8<true>(row.weight + at, w);
+      load_whole8<true>(row.grad + at, g);
+      load_whole8<true>(row.m + at, m);
+      load_whole8<true>(row.v + at, v);
+    } else {
+      load8<true>(row.weight, at, end, false, w);
+      load8<true>(row.grad, at, end, false, g);
+      load8<true>(row.m, at, end, false, m);
+      load8<true>(row.v, at, end, false, v);
+    }
 #pragma unroll
     for (int j = 0; j < 8; j++) adamw_step(w[j], g[j], m[j], v[j], factors);
     if (stochastic) {
@@ -166,7 +173,7 @@ ADAMW_BASELINE(adamw_masked_baseline_bf16_bf16, bf16, bf16)
 
 // grid: chunks of all modules, block: 256, 2 KiB for sums
 #define ADAMW_VEC8(name, Grad, Moment)                                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256, 4) name(const Module<Grad, Moment>* table, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
+  extern "C" __global__ void __launch_bounds__(256, 3) name(const Module<Grad, Moment>* table, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
     adamw_vec8(table, rates, squares, modules, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, stochastic);                     \
   }                                                                                                                                         \
   EXPORT(name)

@@ -4,7 +4,7 @@
 // radius of 0), mostly to 1e-6.
 //
 // First passes: f64 partial sums of squares, of w and of n; then the copies, each block of which adds up the partial sums in the same order.
-//   of a tensor    ≤ 1024 ranges of equal length (a multiple of 2048): each a block, groups of eight as in vec8.cuh
+//   of a tensor    ≤ 512 ranges of equal length (a multiple of 2048): each a block, groups of eight as in vec8.cuh
 //   of normals     cos² + sin² = 1: the squares of a whole group of eight are the sum of its four −2·ln u, no root and no sine is taken
 //   of signs       their number
 //   of A·Bᵀ        Σ (AᵀA)∘(BᵀB): a block an entry
@@ -24,12 +24,12 @@
 #include "philox.cuh"
 #include "vec8.cuh"
 
-// Words as they are, block after block: to check the stream.
+// Words as they are, block after block from `first` on: to check the stream.
 // grid: ceil(blocks / 256), block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256) perturb_words_u32(uint32_t* to, uint64_t blocks, uint64_t seed, uint64_t stream) {
+extern "C" __global__ void __launch_bounds__(256) perturb_words_u32(uint32_t* to, uint64_t blocks, uint64_t first, uint64_t seed, uint64_t stream) {
   const uint64_t block = (uint64_t)blockIdx.x * THREADS + threadIdx.x;
   if (block >= blocks) return;
-  const uint4 words = philox(seed, stream, block);
+  const uint4 words = philox(seed, stream, first + block);
   to[4 * block] = words.x;
   to[4 * block + 1] = words.y;
   to[4 * block + 2] = words.z;
@@ -180,27 +180,27 @@ extern "C" __global__ void __launch_bounds__(256) perturb_gaussian_baseline_bf16
 EXPORT(perturb_gaussian_baseline_bf16)
 
 // grid: any, block: 256, 2 KiB for sums
-extern "C" __global__ void __launch_bounds__(256) perturb_gaussian_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon, const double* w_sums, uint32_t w_count, const double* n_sums, uint32_t n_count, uint64_t seed, uint64_t stream) {
+extern "C" __global__ void __launch_bounds__(256, 6) perturb_gaussian_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon, const double* w_sums, uint32_t w_count, const double* n_sums, uint32_t n_count, uint64_t seed, uint64_t stream) {
   const float factor = equal_norm_factor(epsilon, w_sums, w_count, n_sums, n_count, 0.0);
   perturb_vec8(w, plus, minus, len, factor, Gaussian{seed, stream});
 }
 EXPORT(perturb_gaussian_vec8_bf16)
 
 // grid: any, block: 256, 2 KiB for sums
-extern "C" __global__ void __launch_bounds__(256) perturb_rademacher_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon, const double* w_sums, uint32_t w_count, uint64_t seed, uint64_t stream) {
+extern "C" __global__ void __launch_bounds__(256, 6) perturb_rademacher_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon, const double* w_sums, uint32_t w_count, uint64_t seed, uint64_t stream) {
   const float factor = equal_norm_factor(epsilon, w_sums, w_count, nullptr, 0, (double)len);
   perturb_vec8(w, plus, minus, len, factor, Rademacher{seed, stream});
 }
 EXPORT(perturb_rademacher_vec8_bf16)
 
 // grid: any, block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256) perturb_scale_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon) {
+extern "C" __global__ void __launch_bounds__(256, 6) perturb_scale_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon) {
   perturb_vec8(w, plus, minus, len, epsilon, Scale{});
 }
 EXPORT(perturb_scale_vec8_bf16)
 
 // grid: any, block: 256, 2 KiB for sums
-extern "C" __global__ void __launch_bounds__(256) perturb_given_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon, const double* w_sums, uint32_t w_count, const double* n_sums, uint32_t n_count, const bf16* direction) {
+extern "C" __global__ void __launch_bounds__(256, 6) perturb_given_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t len, float epsilon, const double* w_sums, uint32_t w_count, const double* n_sums, uint32_t n_count, const bf16* direction) {
   const float factor = equal_norm_factor(epsilon, w_sums, w_count, n_sums, n_count, 0.0);
   perturb_vec8(w, plus, minus, len, factor, Given{direction});
 }
@@ -209,7 +209,7 @@ EXPORT(perturb_given_vec8_bf16)
 // A warp makes tiles of 4 rows × 256 columns, a block of 32 × 256; at and bt as in perturb_squares_low_rank_f64, aligned to 16 bytes. Rows
 // that begin off the grid of 16 bytes go element by element.
 // grid: ceil(columns / 256) × any, block: 256, 2 KiB for sums
-extern "C" __global__ void __launch_bounds__(256) perturb_low_rank_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t rows, uint64_t columns, float epsilon, const double* w_sums, uint32_t w_count, const double* n_sums, uint32_t n_count, const float* at, const float* bt, uint32_t rank) {
+extern "C" __global__ void __launch_bounds__(256, 3) perturb_low_rank_vec8_bf16(const bf16* w, bf16* plus, bf16* minus, uint64_t rows, uint64_t columns, float epsilon, const double* w_sums, uint32_t w_count, const double* n_sums, uint32_t n_count, const float* at, const float* bt, uint32_t rank) {
   const float factor = equal_norm_factor(epsilon, w_sums, w_count, n_sums, n_count, 0.0);
   const bool aligned = aligned16(w) && aligned16(plus) && aligned16(minus) && columns % 8 == 0;
   const uint64_t column = (uint64_t)blockIdx.x * 256 + threadIdx.x % 32 * 8, warp = blockIdx.y * 8 + threadIdx.x / 32;
