@@ -66,7 +66,7 @@ __device__ __forceinline__ double block_sum_f64(double x) {
   __syncthreads();
   parts[threadIdx.x] = x;
 #pragma unroll
-  for (int half = THREADS / 2; half > 0; half >>= 1) {
+  for (unsigned half = THREADS / 2; half > 0; half >>= 1) {
     __syncthreads();
     if (threadIdx.x < half) parts[threadIdx.x] += parts[threadIdx.x + half];
   }
