@@ -16,8 +16,8 @@
 //
 // Rounding. What is stored as bf16 is rounded once, from f32; the step itself uses the unrounded moments. Stochastic: up with the
 // probability of what is cut off / the distance of the neighbours, so that the expectation is exact and representable values stay.
-// Weights need it because an update is mostly less than half a unit of theirs (2⁻⁹ of the weight); bf16 moments because 1 − β₂ = 0.001 is
-// less than that half unit too: to nearest, a second moment could never decay. 16 random bits an element and tensor, as many as are cut
+// Weights need it because an update is mostly less than half a unit of theirs (2⁻⁹ to 2⁻⁸ of the weight); bf16 moments because
+// 1 − β₂ = 0.001 is less than half a unit, too: to nearest, a second moment could never decay. 16 random bits an element and tensor, as many as are cut
 // off: key = seed, stream = step·2³² + tensor·2³⁰ + module (tensor 0 weight, 1 m, 2 v), block = element / 8, word j of which serves elements
 // 2j (low half) and 2j + 1. The result depends neither on the launch nor on alignment.
 //

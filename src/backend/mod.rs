@@ -93,7 +93,7 @@ pub struct Attention<'a, B: Backend> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Rounding {
     /// Up or down with probabilities that keep the expectation, by [`AdamW::seed`]: updates smaller than half a unit in
-    /// the last place (2⁻⁹ of a bf16 weight) still count on average.
+    /// the last place (2⁻⁹ to 2⁻⁸ of a bf16 weight) still count on average.
     #[default]
     Stochastic,
     /// To nearest even: smaller updates are lost, and a second moment in bf16 cannot decay at beta2 = 0.999.

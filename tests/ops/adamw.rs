@@ -1,6 +1,7 @@
 //! Masked AdamW and the sums of squares.
 
 use super::*;
+use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::philox::words;
 use swat::backend::{AdamW, AdamWModule, Rounding, View, ViewMut};
 
@@ -404,6 +405,82 @@ fn sums_in_f32<B: Backend>(b: &B) {
 
 fn sums_in_bf16<B: Backend>(b: &B) {
     sums_of_any_length::<B, half::bf16>(b);
+}
+
+/// f32 gradients and bf16 moments, and the other way round: the forms that no other test runs.
+struct NarrowMoments;
+struct NarrowGradients;
+impl Precision for NarrowMoments {
+    type Grad = f32;
+    type Moment = half::bf16;
+}
+impl Precision for NarrowGradients {
+    type Grad = half::bf16;
+    type Moment = f32;
+}
+
+#[test]
+fn mixed_forms() {
+    standin::open::<NarrowMoments>(0).iter().for_each(ten_steps);
+    standin::open::<NarrowGradients>(2).iter().for_each(ten_steps);
+    standin::open::<NarrowMoments>(1).iter().for_each(random_bits_are_those_documented);
+}
+
+/// The versions differ in nothing that they write.
+fn baseline_writes_the_same<P: Precision>(ordinal: u32) {
+    let Some(b) = standin::open::<P>(ordinal) else { return };
+    for rounding in [Rounding::Stochastic, Rounding::Nearest] {
+        let hyper = AdamW { step: 9, max_grad_norm: Some(2.0), rounding, ..HYPER };
+        let [mut first, mut second] = [(), ()].map(|()| modules::<Cuda<P>>(&b, &[1, 0, 1000, 16_500]));
+        let expected = step(&b, &mut first, hyper);
+        let mut squares = put::<_, f32>(&b, &vec![f64::NAN; second.len()]);
+        let parts: Vec<_> = second.iter().map(|m| m.grad.view()).collect();
+        b.sum_squares_baseline(&parts, squares.device.view_mut()).unwrap();
+        assert_no_worse(&get(&b, &squares.device), &expected, &expected, 1.2e-7, "squares");
+        b.write(&expected.iter().map(|s| *s as f32).collect::<Vec<_>>(), squares.device.view_mut()).unwrap();
+        let mut table: Vec<_> = second.iter_mut().map(Module::row).collect();
+        b.adamw_masked_baseline(&mut table, squares.device.view(), hyper).unwrap();
+        for (first, second) in first.iter().zip(&second) {
+            assert!(first.state(&b) == second.state(&b), "{} elements", first.weight.host().len());
+        }
+    }
+}
+
+#[test]
+fn baselines() {
+    baseline_writes_the_same::<F32State>(0);
+    baseline_writes_the_same::<Bf16State>(1);
+    baseline_writes_the_same::<NarrowMoments>(2);
+    baseline_writes_the_same::<NarrowGradients>(3);
+}
+
+/// After the first step there is nothing to allocate, whichever tables take turns.
+#[test]
+fn later_steps_need_no_memory() {
+    let Some(b) = standin::open::<F32State>(1) else { return };
+    let mut all = [vec![100, 3000], vec![50], vec![7, 20_000, 9]].map(|lengths| modules(&b, &lengths));
+    let mut round = |number| all.iter_mut().for_each(|m| drop(step(&b, m, AdamW { step: number, ..HYPER })));
+    round(1);
+    let peak = b.peak_bytes();
+    (2..6).for_each(&mut round);
+    assert_eq!(b.peak_bytes(), peak);
+}
+
+/// More tables in turn than the device keeps.
+#[test]
+fn many_tables_take_turns() {
+    let Some(b) = standin::open::<Bf16State>(0) else { return };
+    let mut tables: Vec<_> = (1..12).map(|i| modules(&b, &[i, 3 * i])).collect();
+    let mut alone: Vec<_> = (1..12).map(|i| modules(&b, &[i, 3 * i])).collect();
+    for number in 1..4 {
+        tables.iter_mut().for_each(|m| drop(step(&b, m, AdamW { step: number, ..HYPER })));
+    }
+    for (table, alone) in tables.iter().zip(&mut alone) {
+        for number in 1..4 {
+            step(&b, alone, AdamW { step: number, ..HYPER });
+        }
+        assert!(table.iter().zip(&*alone).all(|(x, y)| x.state(&b) == y.state(&b)));
+    }
 }
 
 on_every_backend!(
