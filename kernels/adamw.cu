@@ -2,10 +2,12 @@
 //
 //   g ← clip·g,  m ← m + (1 − β₁)(g − m),  v ← β₂v + (1 − β₂)g²,  w ← keep·w − step_size·m / (√v·inverse_root + ε)
 //   keep = 1 − lr·decay,  step_size = lr/(1 − β₁ᵗ),  inverse_root = 1/√(1 − β₂ᵗ): by the host in f64
-//   clip = min(1, max_grad_norm / (√Σ squares + 1e-6)), in f64 by every block alike; where Σ squares is not finite, nothing is written
+//   clip = min(1, max_grad_norm / (√Σ squares + 1e-6)): in f64, by every block alike
+//   where Σ squares is not finite, nothing is written
 //
-// Weights bf16; gradients and moments each f32 or bf16: the last two words of a symbol. A frozen module has no row and costs nothing. The
-// table lies in device memory; pointers need the alignment of their element only: a module not aligned to 16 bytes goes element by element.
+// Weights bf16; gradients and moments each f32 or bf16: the last two words of a symbol. A frozen module has no row and
+// costs nothing. The table lies in device memory; pointers need the alignment of their element only: a module not
+// aligned to 16 bytes goes element by element.
 //
 //   kernel                          bytes an element     FLOPs   7.6e9 elements (Qwen2.5-7B), 3.0 TB/s
 //   adamw_masked_*_bf16_bf16        14                   14      35.5 ms
@@ -14,18 +16,21 @@
 //   adamw_masked_*_f32_f32          24                   14      60.8 ms
 //   sum_squares_*_bf16 / _f32       2 / 4                2       5.1 / 10.1 ms
 //
-// Rounding. What is stored as bf16 is rounded once, from f32; the step itself uses the unrounded moments. Stochastic: up with the
-// probability of what is cut off / the distance of the neighbours, so that the expectation is exact and representable values stay.
-// Weights need it because an update is mostly less than half a unit of theirs (2⁻⁹ to 2⁻⁸ of the weight); bf16 moments because
-// 1 − β₂ = 0.001 is less than half a unit, too: to nearest, a second moment could never decay. 16 random bits an element and tensor, as many as are cut
-// off: key = seed, stream = step·2³² + tensor·2³⁰ + module (tensor 0 weight, 1 m, 2 v), block = element / 8, word j of which serves elements
-// 2j (low half) and 2j + 1. The result depends neither on the launch nor on alignment.
+// Rounding. What is stored as bf16 is rounded once, from f32; the step itself uses the unrounded moments. Stochastic:
+// up with the probability of what is cut off / the distance of the neighbours, so that the expectation is exact and
+// representable values stay. Weights need it because an update is mostly less than half a unit of theirs (2⁻⁹ to 2⁻⁸ of
+// the weight); bf16 moments because 1 − β₂ = 0.001 is less than half a unit, too: to nearest, a second moment could
+// never decay. 16 random bits an element and tensor, as many as are cut off: key = seed, stream = step·2³² + tensor·2³⁰
+// + module (tensor 0 weight, 1 m, 2 v), block = element / 8, word j of which serves elements 2j (low half) and 2j + 1.
+// The result depends neither on the launch nor on alignment.
 //
-// Order of sums: squares in f64 (groups of eight bf16 in f32: exact products, a tree): a thread's groups in order, threads by halves, chunks
-// in the same way. Instructions: 3 Philox blocks for 8 elements and about 20 an element besides: a third of what 14 bytes leave time for.
+// Order of sums: squares in f64 (groups of eight bf16 in f32: exact products, a tree): a thread's groups in order,
+// threads by halves, chunks in the same way. Instructions: about 60 an element with 3 Philox blocks for 8, of the 130
+// that 14 bytes leave time for. Loads are all under way before the first is used, 64 to 112 bytes a thread.
 //
-// Versions: baseline, an element a thread, a launch a module (the norm: a block a tensor); vec8, 16 bytes an access, one launch over
-// all modules in chunks of 16384 elements: wins at every size. No shared memory beyond reductions: no bank conflicts.
+// Versions: baseline, an element a thread, a launch a module (the norm: a block a tensor); vec8, 16 bytes an access,
+// one launch over all modules in chunks of 16384 elements: wins at every size. No shared memory beyond reductions: no
+// bank conflicts.
 #include "philox.cuh"
 #include "vec8.cuh"
 
@@ -102,7 +107,9 @@ __device__ __forceinline__ float round1(float x, uint64_t seed, uint64_t stream,
 }
 
 template <class Grad, class Moment>
-__device__ __forceinline__ void adamw_baseline(bf16* weight, const Grad* grad, Moment* m, Moment* v, uint64_t len, uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) {
+__device__ __forceinline__ void adamw_baseline(bf16* weight, const Grad* grad, Moment* m, Moment* v, uint64_t len,
+    uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1,
+    float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) {
   const float clip = clip_factor(squares, modules, max_grad_norm);
   const uint64_t i = (uint64_t)blockIdx.x * THREADS + threadIdx.x;
   if (clip != clip || i >= len) return;
@@ -122,14 +129,17 @@ __device__ __forceinline__ void adamw_baseline(bf16* weight, const Grad* grad, M
 }
 
 template <class Grad, class Moment>
-__device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) {
+__device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, const float2* rates, const float* squares,
+    uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed,
+    uint32_t step, uint32_t stochastic) {
   const uint32_t module = row_of_chunk(table, modules, blockIdx.x);
   const float clip = clip_factor(squares, modules, max_grad_norm);
   if (clip != clip) return;
   const Module<Grad, Moment> row = table[module];
   const Factors factors = {clip, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
   const bool aligned = aligned16(row.weight) && aligned16(row.grad) && aligned16(row.m) && aligned16(row.v);
-  const uint64_t first = (blockIdx.x - row.first_chunk) * CHUNK, end = row.len - first < CHUNK ? row.len : first + CHUNK;
+  const uint64_t first = (blockIdx.x - row.first_chunk) * CHUNK;
+  const uint64_t end = row.len - first < CHUNK ? row.len : first + CHUNK;
 #pragma unroll 1
   for (uint64_t at = first + 8 * threadIdx.x; at < end; at += 8 * THREADS) {
     const bool whole = aligned && at + 8 <= end;
@@ -161,10 +171,13 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
 }
 
 // grid: ceil(len / 256), block: 256, 2 KiB for sums
-#define ADAMW_BASELINE(name, Grad, Moment)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(256) name(bf16* weight, const Grad* grad, Moment* m, Moment* v, uint64_t len, uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
-    adamw_baseline(weight, grad, m, v, len, module, rates, squares, modules, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, stochastic); \
-  }                                                                                                                                         \
+#define ADAMW_BASELINE(name, Grad, Moment) \
+  extern "C" __global__ void __launch_bounds__(256) name(bf16* weight, const Grad* grad, Moment* m, Moment* v, \
+      uint64_t len, uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, \
+      float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
+    adamw_baseline(weight, grad, m, v, len, module, rates, squares, modules, max_grad_norm, beta1, beta2, \
+        inverse_root, eps, seed, step, stochastic); \
+  } \
   EXPORT(name)
 ADAMW_BASELINE(adamw_masked_baseline_f32_f32, float, float)
 ADAMW_BASELINE(adamw_masked_baseline_f32_bf16, float, bf16)
@@ -172,10 +185,13 @@ ADAMW_BASELINE(adamw_masked_baseline_bf16_f32, bf16, float)
 ADAMW_BASELINE(adamw_masked_baseline_bf16_bf16, bf16, bf16)
 
 // grid: chunks of all modules, block: 256, 2 KiB for sums
-#define ADAMW_VEC8(name, Grad, Moment)                                                                                                      \
-  extern "C" __global__ void __launch_bounds__(256, 3) name(const Module<Grad, Moment>* table, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
-    adamw_vec8(table, rates, squares, modules, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, stochastic);                     \
-  }                                                                                                                                         \
+#define ADAMW_VEC8(name, Grad, Moment) \
+  extern "C" __global__ void __launch_bounds__(256, 3) name(const Module<Grad, Moment>* table, const float2* rates, \
+      const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, \
+      float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
+    adamw_vec8(table, rates, squares, modules, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, \
+        stochastic); \
+  } \
   EXPORT(name)
 ADAMW_VEC8(adamw_masked_vec8_f32_f32, float, float)
 ADAMW_VEC8(adamw_masked_vec8_f32_bf16, float, bf16)
@@ -203,7 +219,8 @@ SUM_SQUARES_BASELINE(sum_squares_baseline_bf16, bf16)
   extern "C" __global__ void __launch_bounds__(256) name(const Part<T>* table, double* sums, uint32_t tensors) {   \
     const Part<T> part = table[row_of_chunk(table, tensors, blockIdx.x)];                                          \
     const uint64_t first = (blockIdx.x - part.first_chunk) * CHUNK;                                                \
-    const double sum = squares_of_range<true>(part.values, first, part.len - first < CHUNK ? part.len : first + CHUNK);  \
+    const uint64_t end = part.len - first < CHUNK ? part.len : first + CHUNK; \
+    const double sum = squares_of_range<true>(part.values, first, end); \
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;                                                                  \
   }                                                                                                                \
   EXPORT(name)
@@ -212,7 +229,8 @@ SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_bf16, bf16)
 
 // The chunks' sums of each tensor, of any type; an empty tensor has none.
 // grid: tensors, block: 256, 2 KiB for sums
-extern "C" __global__ void __launch_bounds__(256) sum_squares_tensors(const Part<float>* table, const double* sums, float* squares) {
+extern "C" __global__ void __launch_bounds__(256) sum_squares_tensors(const Part<float>* table, const double* sums,
+    float* squares) {
   const uint64_t first = table[blockIdx.x].first_chunk, chunks = (table[blockIdx.x].len + CHUNK - 1) / CHUNK;
   double sum = 0.0;
   for (uint64_t i = threadIdx.x; i < chunks; i += THREADS) sum += sums[first + i];

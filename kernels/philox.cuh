@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011), word for word the stream of src/backend/philox.rs, which documents the
-// mapping from counters to elements: key = seed, counter = (block, stream), four words a block. About 50 instructions a block: the
-// round keys do not depend on the thread.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011), word for word the stream of src/backend/philox.rs, which
+// documents the mapping from counters to elements: key = seed, counter = (block, stream), four words a block. About 60
+// instructions a block: the round keys do not depend on the thread.
 #pragma once
 #include "prelude.cuh"
 
@@ -20,8 +20,8 @@ __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t stream, uint64_t
   return make_uint4(c0, c1, c2, c3);
 }
 
-// −2·ln u of the uniform u in (0, 1] of a word: the square of Box and Muller's radius. The approximate logarithm may come out above 0
-// next to u = 1.
+// −2·ln u of the uniform u in (0, 1] of a word: the square of Box and Muller's radius. The approximate logarithm may
+// come out above 0 next to u = 1.
 __device__ __forceinline__ float squared_radius(uint32_t word) {
   const float u = fmaf((float)word, 0x1p-32f, 0x1p-33f);
   return fmaxf(-1.38629436112f * log2_approx(u), 0.f);

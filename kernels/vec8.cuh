@@ -22,7 +22,9 @@ template <bool Once> __device__ __forceinline__ void store16(uint4* p, uint4 v) 
   if (Once) store_streaming(p, v);
   else *p = v;
 }
-template <bool Once> __device__ __forceinline__ void load_whole8(const bf16* p, float (&x)[8]) { unpack8(load16<Once>((const uint4*)p), x); }
+template <bool Once> __device__ __forceinline__ void load_whole8(const bf16* p, float (&x)[8]) {
+  unpack8(load16<Once>((const uint4*)p), x);
+}
 template <bool Once> __device__ __forceinline__ void load_whole8(const float* p, float (&x)[8]) {
   F32x4 low, high;
   low.bits = load16<Once>((const uint4*)p);
@@ -33,7 +35,9 @@ template <bool Once> __device__ __forceinline__ void load_whole8(const float* p,
     x[4 + j] = high.x[j];
   }
 }
-template <bool Once> __device__ __forceinline__ void store_whole8(bf16* p, const float (&x)[8]) { store16<Once>((uint4*)p, pack8(x)); }
+template <bool Once> __device__ __forceinline__ void store_whole8(bf16* p, const float (&x)[8]) {
+  store16<Once>((uint4*)p, pack8(x));
+}
 template <bool Once> __device__ __forceinline__ void store_whole8(float* p, const float (&x)[8]) {
   F32x4 low, high;
 #pragma unroll
@@ -45,15 +49,17 @@ template <bool Once> __device__ __forceinline__ void store_whole8(float* p, cons
   store16<Once>((uint4*)p + 1, high.bits);
 }
 
-// Elements at … at + 7, those from `len` on as 0. `whole`: the tensor is aligned to 16 bytes (then `at`, a multiple of 8, is too) and
-// at + 8 ≤ len.
-template <bool Once, class T> __device__ __forceinline__ void load8(const T* tensor, uint64_t at, uint64_t len, bool whole, float (&x)[8]) {
+// Elements at … at + 7, those from `len` on as 0. `whole`: the tensor is aligned to 16 bytes (then `at`, a multiple of
+// 8, is too) and at + 8 ≤ len.
+template <bool Once, class T> __device__ __forceinline__ void load8(const T* tensor, uint64_t at, uint64_t len,
+    bool whole, float (&x)[8]) {
   if (whole) return load_whole8<Once>(tensor + at, x);
 #pragma unroll
   for (int j = 0; j < 8; j++) x[j] = at + j < len ? to_float(tensor[at + j]) : 0.f;
 }
 // bf16 to nearest even.
-template <bool Once, class T> __device__ __forceinline__ void store8(T* tensor, uint64_t at, uint64_t len, bool whole, const float (&x)[8]) {
+template <bool Once, class T> __device__ __forceinline__ void store8(T* tensor, uint64_t at, uint64_t len, bool whole,
+    const float (&x)[8]) {
   if (whole) return store_whole8<Once>(tensor + at, x);
 #pragma unroll
   for (int j = 0; j < 8; j++)
@@ -74,7 +80,8 @@ __device__ __forceinline__ double block_sum_f64(double x) {
   return parts[0];
 }
 
-// Σ x² of eight elements. Squares of bf16 are exact in f32, and a tree of eight rounds three times at most; f32 needs f64 throughout.
+// Σ x² of eight elements. Squares of bf16 are exact in f32, and a tree of eight rounds three times at most; f32 needs
+// f64 throughout.
 __device__ __forceinline__ double squares8(const float (&x)[8], bf16) {
   const float a = fmaf(x[0], x[0], x[1] * x[1]), b = fmaf(x[2], x[2], x[3] * x[3]);
   const float c = fmaf(x[4], x[4], x[5] * x[5]), d = fmaf(x[6], x[6], x[7] * x[7]);
@@ -87,9 +94,10 @@ __device__ __forceinline__ double squares8(const float (&x)[8], float) {
   return sum;
 }
 
-// Σ x² of the elements first … end − 1 by a block of THREADS threads; `first` a multiple of 8. Thread t adds up the groups of eight
-// t, t + THREADS, …, four loads under way at once; every thread gets the sum.
-template <bool Once, class T> __device__ __forceinline__ double squares_of_range(const T* tensor, uint64_t first, uint64_t end) {
+// Σ x² of the elements first … end − 1 by a block of THREADS threads; `first` a multiple of 8. Thread t adds up the
+// groups of eight t, t + THREADS, …, four loads under way at once; every thread gets the sum.
+template <bool Once, class T> __device__ __forceinline__ double squares_of_range(const T* tensor, uint64_t first,
+    uint64_t end) {
   constexpr uint64_t STRIDE = 8 * THREADS;
   const bool aligned = aligned16(tensor);
   uint64_t at = first + 8 * threadIdx.x;
