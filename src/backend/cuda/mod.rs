@@ -17,6 +17,7 @@ mod rmsnorm;
 mod rope;
 mod sampling;
 mod swiglu;
+mod timing;
 
 pub use memory::Memory;
 
@@ -151,6 +152,10 @@ impl<P: Precision> Backend for Cuda<P> {
 
     fn synchronize(&self) -> Result<()> {
         self.device.synchronize()
+    }
+
+    fn profiler(&self, begins: bool) -> Result<()> {
+        self.device.profiler(begins)
     }
 
     fn linear(
