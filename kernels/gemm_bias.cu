@@ -30,7 +30,7 @@ GEMM_BIAS_BASELINE(f32, float)
 extern "C" __global__ void __launch_bounds__(256)
     gemm_bias_vec8_f32(const bf16* __restrict__ dy, float* __restrict__ sums, uint32_t rows, uint32_t n, uint32_t part) {
   constexpr int WARPS = 8;
-  __shared__ float warp_sums[WARPS][256];
+  __shared__ __align__(16) float warp_sums[WARPS][256];
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x & 31, column0 = blockIdx.x * 256;
   const uint32_t first = blockIdx.y * part, last = first + part < rows ? first + part : rows;
   const bool aligned = n % 8 == 0 && ((uint64_t)dy & 15) == 0;
@@ -51,8 +51,13 @@ extern "C" __global__ void __launch_bounds__(256)
       for (int i = 0; i < 8; i++)
         if (column0 + 32 * i + lane < n) columns[i] += widen(dy[(size_t)row * n + column0 + 32 * i + lane]);
   }
+  if (aligned) {
+    store4(&warp_sums[warp][8 * lane], make_float4(columns[0], columns[1], columns[2], columns[3]));
+    store4(&warp_sums[warp][8 * lane + 4], make_float4(columns[4], columns[5], columns[6], columns[7]));
+  } else {
 #pragma unroll
-  for (int i = 0; i < 8; i++) warp_sums[warp][aligned ? 8 * lane + i : 32 * i + lane] = columns[i];
+    for (int i = 0; i < 8; i++) warp_sums[warp][32 * i + lane] = columns[i];
+  }
   __syncthreads();
   float sum = warp_sums[0][threadIdx.x];
 #pragma unroll
