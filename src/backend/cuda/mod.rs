@@ -18,6 +18,7 @@ mod rope;
 mod sampling;
 mod swiglu;
 
+pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 pub use memory::Memory;
 
 use super::{
