@@ -44,10 +44,10 @@ __device__ __forceinline__ void decode(const bf16* __restrict__ x, const bf16* _
   const uint4* x_rows[Tokens];
   // Rows and tokens past the end repeat the last; they are not stored.
 #pragma unroll
-  for (int r = 0; r < ROWS; r++)
+  for (uint32_t r = 0; r < ROWS; r++)
     w_rows[r] = reinterpret_cast<const uint4*>(w) + (size_t)(row0 + r < epilogue.n ? row0 + r : epilogue.n - 1) * chunks;
 #pragma unroll
-  for (int t = 0; t < Tokens; t++)
+  for (uint32_t t = 0; t < Tokens; t++)
     x_rows[t] = reinterpret_cast<const uint4*>(x) + (size_t)(t < epilogue.m ? t : epilogue.m - 1) * chunks;
 
   float sums[ROWS][Tokens];
