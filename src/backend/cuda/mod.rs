@@ -19,6 +19,7 @@ mod sampling;
 mod swiglu;
 mod timing;
 
+pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 pub use memory::Memory;
 
 use super::{
