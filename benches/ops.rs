@@ -7,7 +7,8 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use std::hint::black_box;
 use swat::backend::cpu::Cpu;
 use swat::backend::{
-    AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Documents, Epilogue, LinearShape, NoiseKey, Sampling,
+    AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Documents, Epilogue, LinearShape, NoiseKey, Rounding,
+    Sampling,
 };
 
 const B: Cpu = Cpu;
@@ -289,7 +290,15 @@ fn modules(c: &mut Criterion) {
     B.clear(v.view_mut()).unwrap();
     group.throughput(Throughput::Bytes(4 * n as u64));
     group.bench_function("sum-squares", |b| b.iter(|| B.sum_squares(&[g.view()], squares.view_mut()).unwrap()));
-    let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3, max_grad_norm: Some(1.0), seed: 1 };
+    let hyper = AdamW {
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        step: 3,
+        max_grad_norm: Some(1.0),
+        seed: 1,
+        rounding: Rounding::Nearest,
+    };
     group.throughput(Throughput::Bytes(28 * n as u64));
     group.bench_function("adamw", |b| {
         b.iter(|| {

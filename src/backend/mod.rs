@@ -90,6 +90,17 @@ pub struct Attention<'a, B: Backend> {
     pub documents: &'a Documents<B>,
 }
 
+/// How a step stores what is narrower than f32: bf16 weights and moments. Backends that keep them in f32 ignore it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rounding {
+    /// Up or down with probabilities that keep the expectation, by [`AdamW::seed`]: updates smaller than half a unit in
+    /// the last place (2⁻⁹ to 2⁻⁸ of a bf16 weight) still count on average.
+    #[default]
+    Stochastic,
+    /// To nearest even: smaller updates are lost, and a second moment in bf16 cannot decay at beta2 = 0.999.
+    Nearest,
+}
+
 /// Hyper-parameters of one AdamW step (Loshchilov and Hutter, arXiv 1711.05101; as `torch.optim.AdamW`).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -103,8 +114,10 @@ pub struct AdamW {
     pub step: u32,
     /// Clip the global norm of all gradients of the table to this; `None` = no clipping.
     pub max_grad_norm: Option<f32>,
-    /// Seeds stochastic rounding where weights are narrower than f32.
+    /// Seeds stochastic rounding, together with `step`, a module's place in the table and an element's in the module.
     pub seed: u64,
+    /// How bf16 weights and moments are rounded.
+    pub rounding: Rounding,
 }
 
 /// One row of the module table of a masked step.

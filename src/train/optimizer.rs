@@ -1,6 +1,6 @@
 //! Masked AdamW: moments for what trains, and nothing for what does not.
 
-use crate::backend::{AdamW, AdamWModule, Backend, Buffer};
+use crate::backend::{AdamW, AdamWModule, Backend, Buffer, Rounding};
 use crate::engine::{Decoder, Gradients};
 use crate::error::Result;
 use crate::modules::{Cell, LearningRates, ParamId, Rate};
@@ -173,7 +173,15 @@ impl<B: Backend> Optimizer<B> {
                 });
             }
             let StepSettings { beta1, beta2, eps, seed, .. } = *settings;
-            let hyper = AdamW { beta1, beta2, eps, step: steps.saturating_add(1), max_grad_norm, seed };
+            let hyper = AdamW {
+                beta1,
+                beta2,
+                eps,
+                step: steps.saturating_add(1),
+                max_grad_norm,
+                seed,
+                rounding: Rounding::Stochastic,
+            };
             backend.adamw_masked(table, self.squares.range(0..table_squares.len()), hyper)?;
         }
         drop(tables);

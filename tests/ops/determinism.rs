@@ -2,7 +2,7 @@
 
 use super::*;
 use swat::backend::cpu::Cpu;
-use swat::backend::{AdamW, AdamWModule, Attention, Direction, Epilogue, LinearShape, NoiseKey};
+use swat::backend::{AdamW, AdamWModule, Attention, Direction, Epilogue, LinearShape, NoiseKey, Rounding};
 
 /// Runs `f` in pools of 1, 2 and 5 threads and compares what it returns bit by bit.
 #[track_caller]
@@ -107,7 +107,15 @@ fn steps_and_perturbations() {
             lr: 1e-3,
             weight_decay: 0.1,
         }];
-        let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3, max_grad_norm: Some(1.0), seed: 1 };
+        let hyper = AdamW {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            step: 3,
+            max_grad_norm: Some(1.0),
+            seed: 1,
+            rounding: Rounding::Nearest,
+        };
         B.adamw_masked(&mut table, squares.view(), hyper).unwrap();
         let key = NoiseKey { seed: 1, stream: 2 };
         let mut out = vec![];

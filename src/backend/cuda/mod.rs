@@ -60,12 +60,13 @@ impl Precision for Bf16State {
 /// A GPU. Clones are the same device.
 pub struct Cuda<P: Precision = F32State> {
     device: Arc<Device>,
+    tables: Arc<adamw::Tables>,
     precision: PhantomData<P>,
 }
 
 impl<P: Precision> Clone for Cuda<P> {
     fn clone(&self) -> Self {
-        Self { device: self.device.clone(), precision: PhantomData }
+        Self { device: self.device.clone(), tables: self.tables.clone(), precision: PhantomData }
     }
 }
 
@@ -89,7 +90,7 @@ impl<P: Precision> Cuda<P> {
     /// [`crate::Error::Input`] where there is no such device, no driver for it, or no kernels are embedded;
     /// [`crate::Error::Device`] where the driver fails.
     pub fn open(ordinal: u32) -> Result<Self> {
-        Ok(Self { device: Arc::new(Device::open(ordinal)?), precision: PhantomData })
+        Ok(Self { device: Arc::new(Device::open(ordinal)?), tables: Arc::default(), precision: PhantomData })
     }
 
     /// The product's name, such as `NVIDIA H100 80GB HBM3`.
@@ -389,7 +390,7 @@ impl<P: Precision> Backend for Cuda<P> {
     fn sum_squares<T: FloatElement>(&self, parts: &[View<'_, Self, T>], squares: ViewMut<'_, Self, f32>) -> Result<()> {
         assert_eq!(parts.len(), squares.len());
         let parts: Vec<_> = parts.iter().map(slice).collect();
-        adamw::sum_squares(&self.device, &parts, slice_mut(squares))
+        adamw::sum_squares(&self.device, &self.tables, &parts, slice_mut(squares))
     }
 
     fn adamw_masked(
@@ -399,18 +400,8 @@ impl<P: Precision> Backend for Cuda<P> {
         hyper: AdamW,
     ) -> Result<()> {
         assert_eq!(table.len(), squares.len());
-        let table: Vec<_> = table
-            .iter_mut()
-            .map(|module| adamw::Module {
-                weight: slice_mut(module.weight.reborrow()),
-                grad: slice(&module.grad),
-                m: slice_mut(module.m.reborrow()),
-                v: slice_mut(module.v.reborrow()),
-                lr: module.lr,
-                weight_decay: module.weight_decay,
-            })
-            .collect();
-        adamw::adamw_masked(&self.device, &table, slice(&squares), hyper)
+        let table: Vec<_> = table.iter_mut().map(adamw::Module::new).collect();
+        adamw::adamw_masked(&self.device, &self.tables, &table, slice(&squares), hyper)
     }
 
     fn perturb(

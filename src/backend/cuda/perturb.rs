@@ -1,13 +1,26 @@
-//! See `kernels/perturb.cu`.
+//! Perturbed copies of a weight: see `kernels/perturb.cu`.
 
-use super::device::Device;
-use super::memory::{Slice, SliceMut};
-use crate::backend::NoiseKey;
+use super::device::{Device, Launch, args, blocks};
+use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
+use super::{Cuda, Precision};
+use crate::backend::{Cost, In, NoiseKey, Out, ViewMut};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
 
+const BLOCK: usize = 256;
+/// Elements of a round of a block's threads.
+const ROUND: usize = 8 * BLOCK;
+/// Most partial sums of a tensor: four blocks a multiprocessor of an H100, and little for each block that adds them up.
+const SUMS: usize = 512;
+/// Blocks of a multiprocessor that the copies' kernels are bounded to: the grid is one wave.
+const RESIDENT: u32 = 6;
+const RESIDENT_LOW_RANK: u32 = 3;
+/// Columns and rows of a block of the low-rank kernel.
+const TILE: [usize; 2] = [256, 32];
+
 /// A direction.
+#[derive(Clone, Copy)]
 pub(super) enum Noise<'a> {
     Gaussian(NoiseKey),
     Rademacher(NoiseKey),
@@ -15,13 +28,243 @@ pub(super) enum Noise<'a> {
     Scale,
     Given(Slice<'a, bf16>),
 }
-pub(super) fn perturb(
-    _: &Arc<Device>,
-    _: Slice<bf16>,
-    _: Noise,
-    _: f32,
-    _: SliceMut<bf16>,
-    _: Option<SliceMut<bf16>>,
+
+fn launch(kernel: &'static str, grid: [u32; 2], cost: Cost) -> Launch {
+    let [x, y] = grid;
+    Launch { image: "perturb", kernel, grid: [x, y, 1], block: BLOCK as u32, shared_bytes: 0, cost }
+}
+
+fn cost(elements: usize, bytes: usize, flops: usize) -> Cost {
+    Cost { bytes: (elements * bytes) as u64, flops: (elements * flops) as u64 }
+}
+
+/// Partial sums of squares, in f64.
+struct Sums {
+    memory: Memory<u32>,
+    count: usize,
+}
+
+impl Sums {
+    fn new(device: &Arc<Device>, count: usize) -> Result<Self> {
+        Ok(Self { memory: Memory::new(device, count * 2)?, count })
+    }
+
+    fn all(&mut self) -> SliceMut<'_, u32> {
+        self.memory.all(self.count * 2)
+    }
+}
+
+/// Elements of a partial sum of a tensor.
+fn range(len: usize) -> usize {
+    len.div_ceil(SUMS).next_multiple_of(ROUND)
+}
+
+/// ‖w‖² in parts.
+fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
+    let range = range(w.len());
+    let mut sums = Sums::new(device, w.len().div_ceil(range))?;
+    let launch = launch("perturb_squares_vec8_bf16", [sums.count as u32, 1], cost(w.len(), 2, 2));
+    // SAFETY: a tensor of `len` elements; a range of it has a block and a place in `sums`.
+    unsafe { device.launch(launch, args![w, w.len() as u64, range as u64, &sums.all()]) }?;
+    Ok(sums)
+}
+
+/// ‖n‖² in parts, of `len` normals.
+fn squares_of_normals(device: &Arc<Device>, key: NoiseKey, len: usize) -> Result<Sums> {
+    let range = range(len);
+    let mut sums = Sums::new(device, len.div_ceil(range))?;
+    let launch = launch("perturb_squares_gaussian_f64", [sums.count as u32, 1], cost(len, 0, 4));
+    // SAFETY: a range of the normals has a block and a place in `sums`.
+    unsafe { device.launch(launch, args![len as u64, range as u64, key.seed, key.stream, &sums.all()]) }?;
+    Ok(sums)
+}
+
+/// Normals of the stream from block `first`, by columns of `rows`: element row·rank + k lies at k·rows + row.
+fn normals(
+    device: &Device,
+    key: NoiseKey,
+    first: usize,
+    rows: usize,
+    rank: usize,
+    to: &SliceMut<'_, f32>,
 ) -> Result<()> {
-    todo!()
+    assert_eq!(to.len(), rows * rank);
+    let launch = launch("perturb_normals_f32", [blocks(rows * rank, 4 * BLOCK), 1], cost(rows * rank, 4, 8));
+    // SAFETY: `to` has a place for each of rows·rank elements.
+    unsafe { device.launch(launch, args![to, rows as u64, rank as u32, first as u64, key.seed, key.stream]) }
+}
+
+/// The copies that a direction makes of w.
+struct Copies<'a> {
+    w: Slice<'a, bf16>,
+    plus: SliceMut<'a, bf16>,
+    minus: Option<SliceMut<'a, bf16>>,
+    epsilon: f32,
+}
+
+impl Copies<'_> {
+    /// A launch of one wave; the direction costs `bytes` and `flops` an element.
+    fn launch(&self, device: &Device, kernel: &'static str, bytes: usize, flops: usize) -> Launch {
+        let grid = blocks(self.w.len(), ROUND).min(device.multiprocessors * RESIDENT);
+        launch(kernel, [grid, 1], self.cost(bytes, flops))
+    }
+
+    fn cost(&self, bytes: usize, flops: usize) -> Cost {
+        let copies = 1 + usize::from(self.minus.is_some());
+        cost(self.w.len(), 2 + 2 * copies + bytes, 2 * copies + flops)
+    }
+
+    fn gaussian(&self, device: &Arc<Device>, key: NoiseKey, kernel: &'static str, grid: u32) -> Result<()> {
+        let Self { w, plus, minus, epsilon } = self;
+        let launch = launch(kernel, [grid, 1], self.cost(0, 8));
+        let (mut of_w, mut of_n) = (squares_of_tensor(device, *w)?, squares_of_normals(device, key, w.len())?);
+        let (w_count, n_count) = (of_w.count as u32, of_n.count as u32);
+        let (of_w, of_n, len) = (of_w.all(), of_n.all(), w.len() as u64);
+        let arguments =
+            args![*w, plus, minus.as_ref(), len, *epsilon, &of_w, w_count, &of_n, n_count, key.seed, key.stream];
+        // SAFETY: tensors of `len` elements, the copies borrowed mutably; `count` partial sums each.
+        unsafe { device.launch(launch, arguments) }
+    }
+
+    fn rademacher(&self, device: &Arc<Device>, key: NoiseKey) -> Result<()> {
+        let Self { w, plus, minus, epsilon } = self;
+        let launch = self.launch(device, "perturb_rademacher_vec8_bf16", 0, 0);
+        let mut of_w = squares_of_tensor(device, *w)?;
+        let (count, len) = (of_w.count as u32, w.len() as u64);
+        let of_w = of_w.all();
+        let arguments = args![*w, plus, minus.as_ref(), len, *epsilon, &of_w, count, key.seed, key.stream];
+        // SAFETY: tensors of `len` elements, the copies borrowed mutably; `count` partial sums.
+        unsafe { device.launch(launch, arguments) }
+    }
+
+    fn scale(&self, device: &Device) -> Result<()> {
+        let Self { w, plus, minus, epsilon } = self;
+        let launch = self.launch(device, "perturb_scale_vec8_bf16", 0, 0);
+        // SAFETY: tensors of `len` elements, the copies borrowed mutably.
+        unsafe { device.launch(launch, args![*w, plus, minus.as_ref(), w.len() as u64, *epsilon]) }
+    }
+
+    fn given(&self, device: &Arc<Device>, n: Slice<bf16>) -> Result<()> {
+        let Self { w, plus, minus, epsilon } = self;
+        assert_eq!(n.len(), w.len());
+        let launch = self.launch(device, "perturb_given_vec8_bf16", 2, 0);
+        let (mut of_w, mut of_n) = (squares_of_tensor(device, *w)?, squares_of_tensor(device, n)?);
+        let (w_count, n_count) = (of_w.count as u32, of_n.count as u32);
+        let (of_w, of_n, len) = (of_w.all(), of_n.all(), w.len() as u64);
+        let arguments = args![*w, plus, minus.as_ref(), len, *epsilon, &of_w, w_count, &of_n, n_count, n];
+        // SAFETY: tensors of `len` elements, the copies borrowed mutably; `count` partial sums each.
+        unsafe { device.launch(launch, arguments) }
+    }
+
+    fn low_rank(&self, device: &Arc<Device>, key: NoiseKey, rank: usize, rows: usize) -> Result<()> {
+        let Self { w, plus, minus, epsilon } = self;
+        let columns = w.len() / rows;
+        assert_eq!(w.len(), rows * columns);
+        let [mut a, mut b] = [Memory::new(device, rows * rank)?, Memory::new(device, columns * rank)?];
+        let (a, b) = (a.all(rows * rank), b.all(columns * rank));
+        normals(device, key, 0, rows, rank, &a)?;
+        normals(device, key, (rows * rank).div_ceil(4), columns, rank, &b)?;
+        let mut of_w = squares_of_tensor(device, *w)?;
+        let mut of_n = Sums::new(device, rank * rank)?;
+        let (w_count, n_count, sides) = (of_w.count as u32, of_n.count as u32, [rows as u64, columns as u64]);
+        let (of_w, of_n, rank32) = (of_w.all(), of_n.all(), rank as u32);
+        let gram = launch("perturb_squares_low_rank_f64", [rank32; 2], cost(rank * rank, 4, 2 * (rows + columns)));
+        // SAFETY: factors of rank·rows and rank·columns elements; an entry has a block and a place in `of_n`.
+        unsafe { device.launch(gram, args![*a, *b, sides[0], sides[1], &of_n]) }?;
+        let across = blocks(columns, TILE[0]);
+        let down = blocks(rows, TILE[1]).min((device.multiprocessors * RESIDENT_LOW_RANK).div_ceil(across));
+        let launch = launch("perturb_low_rank_vec8_bf16", [across, down], self.cost(0, 2 * rank));
+        let arguments = args![
+            *w,
+            plus,
+            minus.as_ref(),
+            sides[0],
+            sides[1],
+            *epsilon,
+            &of_w,
+            w_count,
+            &of_n,
+            n_count,
+            *a,
+            *b,
+            rank32
+        ];
+        // SAFETY: tensors of rows·columns elements, the copies borrowed mutably; the factors as above, aligned to 16 bytes
+        // as all memory is; `count` partial sums each.
+        unsafe { device.launch(launch, arguments) }
+    }
+}
+
+/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same.
+pub(super) fn perturb(
+    device: &Arc<Device>,
+    w: Slice<bf16>,
+    noise: Noise,
+    epsilon: f32,
+    plus: SliceMut<bf16>,
+    minus: Option<SliceMut<bf16>>,
+) -> Result<()> {
+    assert_eq!(plus.len(), w.len());
+    assert!(minus.as_ref().is_none_or(|minus| minus.len() == w.len()));
+    if w.len() == 0 {
+        return Ok(());
+    }
+    let copies = Copies { w, plus, minus, epsilon };
+    match noise {
+        Noise::Gaussian(key) => {
+            let grid = blocks(w.len(), ROUND).min(device.multiprocessors * RESIDENT);
+            copies.gaussian(device, key, "perturb_gaussian_vec8_bf16", grid)
+        }
+        Noise::Rademacher(key) => copies.rademacher(device, key),
+        Noise::LowRank { key, rank, rows } => copies.low_rank(device, key, rank, rows),
+        Noise::Scale => copies.scale(device),
+        Noise::Given(n) => copies.given(device, n),
+    }
+}
+
+/// The generator itself, and the first version of a kernel: for benches and tests.
+impl<P: Precision> Cuda<P> {
+    /// The words of a stream from block `first` on ([`crate::backend::philox`]); `to` holds whole blocks of four.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn philox_words(&self, key: NoiseKey, first: u64, to: ViewMut<'_, Self, u32>) -> Result<()> {
+        let to = slice_mut(to);
+        assert!(to.len().is_multiple_of(4));
+        let count = to.len() / 4;
+        let launch = launch("perturb_words_u32", [blocks(count, BLOCK), 1], cost(to.len(), 4, 0));
+        // SAFETY: four places for each of `count` blocks.
+        unsafe { self.device.launch(launch, args![&to, count as u64, first, key.seed, key.stream]) }
+    }
+
+    /// The normals of a stream, from element 0.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn philox_normals(&self, key: NoiseKey, to: ViewMut<'_, Self, f32>) -> Result<()> {
+        let to = slice_mut(to);
+        normals(&self.device, key, 0, to.len(), 1, &to)
+    }
+
+    /// [`crate::backend::Backend::perturb`] by normals, an element a thread: the same bytes.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails; [`crate::Error::Memory`] where there is none for partial sums.
+    pub fn perturb_gaussian_baseline(
+        &self,
+        w: In<'_, Self>,
+        key: NoiseKey,
+        epsilon: f32,
+        plus: Out<'_, Self>,
+        minus: Option<Out<'_, Self>>,
+    ) -> Result<()> {
+        let (w, plus, minus) = (slice(&w), slice_mut(plus), minus.map(slice_mut));
+        assert_eq!(plus.len(), w.len());
+        assert!(minus.as_ref().is_none_or(|minus| minus.len() == w.len()));
+        if w.len() == 0 {
+            return Ok(());
+        }
+        let grid = blocks(w.len(), BLOCK);
+        Copies { w, plus, minus, epsilon }.gaussian(&self.device, key, "perturb_gaussian_baseline_bf16", grid)
+    }
 }

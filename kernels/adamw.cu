@@ -1,0 +1,240 @@
+// Masked AdamW (Loshchilov and Hutter, arXiv 1711.05101) over a module table, and the sums of squares that clip it.
+//
+//   g ← clip·g,  m ← m + (1 − β₁)(g − m),  v ← β₂v + (1 − β₂)g²,  w ← keep·w − step_size·m / (√v·inverse_root + ε)
+//   keep = 1 − lr·decay,  step_size = lr/(1 − β₁ᵗ),  inverse_root = 1/√(1 − β₂ᵗ): by the host in f64
+//   clip = min(1, max_grad_norm / (√Σ squares + 1e-6)): in f64, by every block alike
+//   where Σ squares is not finite, nothing is written
+//
+// Weights bf16; gradients and moments each f32 or bf16: the last two words of a symbol. A frozen module has no row and
+// costs nothing. The table lies in device memory; pointers need the alignment of their element only: a module not
+// aligned to 16 bytes goes element by element.
+//
+//   kernel                          bytes an element     FLOPs   7.6e9 elements (Qwen2.5-7B), 3.0 TB/s
+//   adamw_masked_*_bf16_bf16        14                   14      35.5 ms
+//   adamw_masked_*_bf16_f32         22                   14      55.7 ms
+//   adamw_masked_*_f32_bf16         16                   14      40.5 ms
+//   adamw_masked_*_f32_f32          24                   14      60.8 ms
+//   sum_squares_*_bf16 / _f32       2 / 4                2       5.1 / 10.1 ms
+//
+// Rounding. What is stored as bf16 is rounded once, from f32; the step itself uses the unrounded moments. Stochastic:
+// up with the probability of what is cut off / the distance of the neighbours, so that the expectation is exact and
+// representable values stay. Weights need it because an update is mostly less than half a unit of theirs (2⁻⁹ to 2⁻⁸ of
+// the weight); bf16 moments because 1 − β₂ = 0.001 is less than half a unit, too: to nearest, a second moment could
+// never decay. 16 random bits an element and tensor, as many as are cut off: key = seed, stream = step·2³² + tensor·2³⁰
+// + module (tensor 0 weight, 1 m, 2 v), block = element / 8, word j of which serves elements 2j (low half) and 2j + 1.
+// The result depends neither on the launch nor on alignment.
+//
+// Order of sums: squares in f64 (groups of eight bf16 in f32: exact products, a tree): a thread's groups in order,
+// threads by halves, chunks in the same way. Instructions: about 60 an element with 3 Philox blocks for 8, of the 130
+// that 14 bytes leave time for. Loads are all under way before the first is used, 64 to 112 bytes a thread.
+//
+// Versions: baseline, an element a thread, a launch a module (the norm: a block a tensor); vec8, 16 bytes an access,
+// one launch over all modules in chunks of 16384 elements: wins at every size. No shared memory beyond reductions: no
+// bank conflicts.
+#include "philox.cuh"
+#include "vec8.cuh"
+
+constexpr uint64_t CHUNK = 16384;
+
+// A module of the table; `first_chunk` counts the chunks of the rows before it.
+template <class Grad, class Moment> struct Module {
+  bf16* weight;
+  const Grad* grad;
+  Moment* m;
+  Moment* v;
+  uint64_t len;
+  uint64_t first_chunk;
+};
+
+// A tensor whose squares are summed.
+template <class T> struct Part {
+  const T* values;
+  uint64_t len;
+  uint64_t first_chunk;
+};
+
+// The row that holds this chunk, looked for by the whole block at once; nothing reads the table twice.
+template <class Row> __device__ __forceinline__ uint32_t row_of_chunk(const Row* table, uint32_t rows, uint64_t chunk) {
+  __shared__ uint32_t found;
+  for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
+    const uint64_t first = table[i].first_chunk;
+    if (chunk >= first && chunk - first < (table[i].len + CHUNK - 1) / CHUNK) found = i;
+  }
+  __syncthreads();
+  return found;
+}
+
+// The factor on all gradients; NaN where the sum of squares is not finite.
+__device__ __forceinline__ float clip_factor(const float* squares, uint32_t modules, float max_grad_norm) {
+  __shared__ float factor;
+  double sum = 0.0;
+  for (uint32_t i = threadIdx.x; i < modules; i += THREADS) sum += (double)squares[i];
+  sum = block_sum_f64(sum);
+  if (threadIdx.x == 0) factor = sum < INFINITY ? (float)fmin(1.0, (double)max_grad_norm / (sqrt(sum) + 1e-6)) : NAN;
+  __syncthreads();
+  return factor;
+}
+
+struct Factors {
+  float clip, beta1, beta2, inverse_root, eps, keep, step_size;
+};
+
+__device__ __forceinline__ void adamw_step(float& w, float g, float& m, float& v, const Factors& f) {
+  g *= f.clip;
+  m = fmaf(1.f - f.beta1, g - m, m);
+  v = fmaf(f.beta2, v, (1.f - f.beta2) * g * g);
+  const float denominator = fmaf(sqrt_approx(v), f.inverse_root, f.eps);
+  w = fmaf(w, f.keep, -f.step_size * (m * rcp_approx(denominator)));
+}
+
+// One of the two bf16 neighbours of x; NaN as it is.
+__device__ __forceinline__ float round_stochastically(float x, uint32_t bits16) {
+  return x == x ? __uint_as_float((__float_as_uint(x) + bits16) & 0xffff0000u) : x;
+}
+__device__ __forceinline__ uint64_t rounding_stream(uint32_t step, uint32_t tensor, uint32_t module) {
+  return (uint64_t)step << 32 | tensor << 30 | module;
+}
+__device__ __forceinline__ void round8(float (&x)[8], uint64_t seed, uint64_t stream, uint64_t group) {
+  const uint4 words = philox(seed, stream, group);
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int j = 0; j < 8; j++) x[j] = round_stochastically(x[j], j % 2 ? word[j / 2] >> 16 : word[j / 2] & 0xffffu);
+}
+__device__ __forceinline__ float round1(float x, uint64_t seed, uint64_t stream, uint64_t element) {
+  const uint4 words = philox(seed, stream, element / 8);
+  const uint32_t j = element % 8, word = j < 2 ? words.x : j < 4 ? words.y : j < 6 ? words.z : words.w;
+  return round_stochastically(x, j % 2 ? word >> 16 : word & 0xffffu);
+}
+
+template <class Grad, class Moment>
+__device__ __forceinline__ void adamw_baseline(bf16* weight, const Grad* grad, Moment* m, Moment* v, uint64_t len,
+    uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1,
+    float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) {
+  const float clip = clip_factor(squares, modules, max_grad_norm);
+  const uint64_t i = (uint64_t)blockIdx.x * THREADS + threadIdx.x;
+  if (clip != clip || i >= len) return;
+  const Factors factors = {clip, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
+  float w1 = to_float(weight[i]), m1 = to_float(m[i]), v1 = to_float(v[i]);
+  adamw_step(w1, to_float(grad[i]), m1, v1, factors);
+  if (stochastic) {
+    w1 = round1(w1, seed, rounding_stream(step, 0, module), i);
+    if (sizeof(Moment) == 2) {
+      m1 = round1(m1, seed, rounding_stream(step, 1, module), i);
+      v1 = round1(v1, seed, rounding_stream(step, 2, module), i);
+    }
+  }
+  from_float(weight[i], w1);
+  from_float(m[i], m1);
+  from_float(v[i], v1);
+}
+
+template <class Grad, class Moment>
+__device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, const float2* rates, const float* squares,
+    uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed,
+    uint32_t step, uint32_t stochastic) {
+  const uint32_t module = row_of_chunk(table, modules, blockIdx.x);
+  const float clip = clip_factor(squares, modules, max_grad_norm);
+  if (clip != clip) return;
+  const Module<Grad, Moment> row = table[module];
+  const Factors factors = {clip, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
+  const bool aligned = aligned16(row.weight) && aligned16(row.grad) && aligned16(row.m) && aligned16(row.v);
+  const uint64_t first = (blockIdx.x - row.first_chunk) * CHUNK;
+  const uint64_t end = row.len - first < CHUNK ? row.len : first + CHUNK;
+#pragma unroll 1
+  for (uint64_t at = first + 8 * threadIdx.x; at < end; at += 8 * THREADS) {
+    const bool whole = aligned && at + 8 <= end;
+    float w[8], g[8], m[8], v[8];
+    if (whole) {  // one branch: all loads are under way at once
+      load_whole8<true>(row.weight + at, w);
+      load_whole8<true>(row.grad + at, g);
+      load_whole8<true>(row.m + at, m);
+      load_whole8<true>(row.v + at, v);
+    } else {
+      load8<true>(row.weight, at, end, false, w);
+      load8<true>(row.grad, at, end, false, g);
+      load8<true>(row.m, at, end, false, m);
+      load8<true>(row.v, at, end, false, v);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) adamw_step(w[j], g[j], m[j], v[j], factors);
+    if (stochastic) {
+      round8(w, seed, rounding_stream(step, 0, module), at / 8);
+      if (sizeof(Moment) == 2) {
+        round8(m, seed, rounding_stream(step, 1, module), at / 8);
+        round8(v, seed, rounding_stream(step, 2, module), at / 8);
+      }
+    }
+    store8<true>(row.weight, at, end, whole, w);
+    store8<true>(row.m, at, end, whole, m);
+    store8<true>(row.v, at, end, whole, v);
+  }
+}
+
+// grid: ceil(len / 256), block: 256, 2 KiB for sums
+#define ADAMW_BASELINE(name, Grad, Moment) \
+  extern "C" __global__ void __launch_bounds__(256) name(bf16* weight, const Grad* grad, Moment* m, Moment* v, \
+      uint64_t len, uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, \
+      float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
+    adamw_baseline(weight, grad, m, v, len, module, rates, squares, modules, max_grad_norm, beta1, beta2, \
+        inverse_root, eps, seed, step, stochastic); \
+  } \
+  EXPORT(name)
+ADAMW_BASELINE(adamw_masked_baseline_f32_f32, float, float)
+ADAMW_BASELINE(adamw_masked_baseline_f32_bf16, float, bf16)
+ADAMW_BASELINE(adamw_masked_baseline_bf16_f32, bf16, float)
+ADAMW_BASELINE(adamw_masked_baseline_bf16_bf16, bf16, bf16)
+
+// grid: chunks of all modules, block: 256, 2 KiB for sums
+#define ADAMW_VEC8(name, Grad, Moment) \
+  extern "C" __global__ void __launch_bounds__(256, 3) name(const Module<Grad, Moment>* table, const float2* rates, \
+      const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, \
+      float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
+    adamw_vec8(table, rates, squares, modules, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, \
+        stochastic); \
+  } \
+  EXPORT(name)
+ADAMW_VEC8(adamw_masked_vec8_f32_f32, float, float)
+ADAMW_VEC8(adamw_masked_vec8_f32_bf16, float, bf16)
+ADAMW_VEC8(adamw_masked_vec8_bf16_f32, bf16, float)
+ADAMW_VEC8(adamw_masked_vec8_bf16_bf16, bf16, bf16)
+
+// grid: tensors, block: 256, 2 KiB for sums
+#define SUM_SQUARES_BASELINE(name, T)                                                             \
+  extern "C" __global__ void __launch_bounds__(256) name(const Part<T>* table, float* squares) {  \
+    const Part<T> part = table[blockIdx.x];                                                       \
+    double sum = 0.0;                                                                             \
+    for (uint64_t i = threadIdx.x; i < part.len; i += THREADS) {                                  \
+      const double x = (double)to_float(part.values[i]);                                          \
+      sum += x * x;                                                                               \
+    }                                                                                             \
+    sum = block_sum_f64(sum);                                                                     \
+    if (threadIdx.x == 0) squares[blockIdx.x] = (float)sum;                                       \
+  }                                                                                               \
+  EXPORT(name)
+SUM_SQUARES_BASELINE(sum_squares_baseline_f32, float)
+SUM_SQUARES_BASELINE(sum_squares_baseline_bf16, bf16)
+
+// grid: chunks of all tensors, block: 256, 2 KiB for sums
+#define SUM_SQUARES_CHUNKS(name, T)                                                                                \
+  extern "C" __global__ void __launch_bounds__(256) name(const Part<T>* table, double* sums, uint32_t tensors) {   \
+    const Part<T> part = table[row_of_chunk(table, tensors, blockIdx.x)];                                          \
+    const uint64_t first = (blockIdx.x - part.first_chunk) * CHUNK;                                                \
+    const uint64_t end = part.len - first < CHUNK ? part.len : first + CHUNK; \
+    const double sum = squares_of_range<true>(part.values, first, end); \
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;                                                                  \
+  }                                                                                                                \
+  EXPORT(name)
+SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_f32, float)
+SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_bf16, bf16)
+
+// The chunks' sums of each tensor, of any type; an empty tensor has none.
+// grid: tensors, block: 256, 2 KiB for sums
+extern "C" __global__ void __launch_bounds__(256) sum_squares_tensors(const Part<float>* table, const double* sums,
+    float* squares) {
+  const uint64_t first = table[blockIdx.x].first_chunk, chunks = (table[blockIdx.x].len + CHUNK - 1) / CHUNK;
+  double sum = 0.0;
+  for (uint64_t i = threadIdx.x; i < chunks; i += THREADS) sum += sums[first + i];
+  sum = block_sum_f64(sum);
+  if (threadIdx.x == 0) squares[blockIdx.x] = (float)sum;
+}
+EXPORT(sum_squares_tensors)
