@@ -260,7 +260,7 @@ __device__ __forceinline__ void add_long(const bf16* __restrict__ dy, const uint
     add_short(dy, sorted, runs, totals, dtable, width);                                                             \
   }                                                                                                                 \
   EXPORT(embedding_backward_short_##name)                                                                           \
-  extern "C" __global__ void __launch_bounds__(32 * LONG_WARPS) embedding_backward_long_##name(                     \
+  extern "C" __global__ void __launch_bounds__(32 * LONG_WARPS, 1) embedding_backward_long_##name(                  \
       const bf16* __restrict__ dy, const uint32_t* __restrict__ sorted, const Run* __restrict__ runs,               \
       const Totals* __restrict__ totals, Grad* __restrict__ dtable, uint32_t count, uint32_t width) {               \
     add_long(dy, sorted, runs, totals, dtable, count, width);                                                       \
