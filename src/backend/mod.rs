@@ -145,6 +145,13 @@ pub struct Sampling {
     pub top_p: f32,
 }
 
+impl Sampling {
+    /// log₂e / temperature: what an exponent of 2 has for each unit of a logit. Finite.
+    fn exponent_scale(self) -> f32 {
+        ((std::f64::consts::LOG2_E / self.temperature as f64) as f32).min(f32::MAX)
+    }
+}
+
 /// Buffers and operations. One method = one kernel family. Clones are the same device.
 pub trait Backend: Clone + Send + Sync + 'static {
     /// Weights and activations.
