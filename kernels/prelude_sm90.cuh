@@ -30,7 +30,52 @@ __device__ __forceinline__ void tma_load_2d(void* to, const CUtensorMap* map, ui
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int Pending> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"); }
+#define WGMMA_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+template <bool TransA, bool TransB> __device__ __forceinline__ void wgmma_bf16_n128(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+               "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+               "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+               "%64, %65, 1, 1, 1, %66, %67;\n"
+               : WGMMA_8(d, 0), WGMMA_8(d, 8), WGMMA_8(d, 16), WGMMA_8(d, 24), WGMMA_8(d, 32), WGMMA_8(d, 40),
+                 WGMMA_8(d, 48), WGMMA_8(d, 56)
+               : "l"(a), "l"(b), "n"(TransA ? 1 : 0), "n"(TransB ? 1 : 0));
+}
+template <bool TransA, bool TransB> __device__ __forceinline__ void wgmma_bf16_n256(float (&d)[128], uint64_t a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+               "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+               "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+               "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+               "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+               "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+               "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "
+               "%128, %129, 1, 1, 1, %130, %131;\n"
+               : WGMMA_8(d, 0), WGMMA_8(d, 8), WGMMA_8(d, 16), WGMMA_8(d, 24), WGMMA_8(d, 32), WGMMA_8(d, 40),
+                 WGMMA_8(d, 48), WGMMA_8(d, 56), WGMMA_8(d, 64), WGMMA_8(d, 72), WGMMA_8(d, 80), WGMMA_8(d, 88),
+                 WGMMA_8(d, 96), WGMMA_8(d, 104), WGMMA_8(d, 112), WGMMA_8(d, 120)
+               : "l"(a), "l"(b), "n"(TransA ? 1 : 0), "n"(TransB ? 1 : 0));
+}
+#undef WGMMA_8
+// d += a·b: m64nNk16, bf16 with f32 sums, both operands in shared memory as wgmma_descriptor says. Trans: the operand's m or n, not
+// its k, is contiguous. Element e of d[4·j + e] lies at row 16·(warp mod 4) + lane/4 + 8·(e/2), column 8·j + 2·(lane mod 4) + e mod 2.
+template <int N, bool TransA, bool TransB> __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  static_assert(N == 128 || N == 256, "another width: write it like these");
+  if constexpr (N == 128) wgmma_bf16_n128<TransA, TransB>(d, a, b);
+  else wgmma_bf16_n256<TransA, TransB>(d, a, b);
+}
 // Registers of a warpgroup's threads, taken from or given to the other warpgroups.
 template <int Registers> __device__ __forceinline__ void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers)); }
 template <int Registers> __device__ __forceinline__ void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers)); }
 #endif
+
+// An operand of wgmma in shared memory as bulk copies with the 128-byte swizzle leave it: lines of 128 bytes, groups of 8 lines (1024
+// bytes) `group_bytes` apart. If k is contiguous, lines are of m or n, 64 of k wide, and slabs are not read past these 64. If m or n is
+// contiguous, lines are of k, 64 of m or n wide, and the next 64 lie `slab_bytes` on. Lines begin at 1024-byte places; steps of 16 in a
+// contiguous k add 32 bytes to the address.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* operand, uint32_t slab_bytes, uint32_t group_bytes) {
+  return (uint64_t)((shared_address(operand) & 0x3ffff) >> 4) | (uint64_t)(slab_bytes >> 4) << 16 |
+         (uint64_t)(group_bytes >> 4) << 32 | 1ull << 62;
+}

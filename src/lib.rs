@@ -2,7 +2,7 @@
 //! transformer engine with hand-written kernels and a CPU backend.
 //!
 //! Rooms, each of which may use only those above it: [`error`], [`modules`], [`model`], [`data`],
-//! [`backend`], [`engine`], [`train`], [`secure`], [`report`], [`cli`].
+//! [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`], [`cli`].
 
 pub mod backend;
 pub mod cli;
@@ -11,6 +11,7 @@ pub mod engine;
 pub mod error;
 pub mod model;
 pub mod modules;
+pub mod profile;
 pub mod report;
 pub mod secure;
 pub mod train;

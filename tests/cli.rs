@@ -57,9 +57,21 @@ fn every_command_explains_itself() {
     let help = swat(&["--help"]);
     assert!(help.status.success());
     let help = String::from_utf8(help.stdout).unwrap();
-    for command in
-        ["demo", "probe", "drift", "robustness", "search", "tune", "eval", "run", "generate", "score", "plan", "doctor"]
-    {
+    for command in [
+        "demo",
+        "probe",
+        "drift",
+        "robustness",
+        "search",
+        "tune",
+        "eval",
+        "run",
+        "generate",
+        "score",
+        "plan",
+        "profile",
+        "doctor",
+    ] {
         assert!(help.contains(command), "{command} is not in --help");
         let own = swat(&[command, "--help"]);
         assert!(own.status.success() && own.stdout.len() > 300, "{command} --help");

@@ -13,6 +13,7 @@ pub mod cpu;
 pub mod cuda;
 mod noise;
 pub mod philox;
+pub mod trace;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
 pub use noise::{Direction, NoiseKey};
@@ -144,6 +145,13 @@ pub struct Sampling {
     pub top_p: f32,
 }
 
+impl Sampling {
+    /// log₂e / temperature: what an exponent of 2 has for each unit of a logit. Finite.
+    fn exponent_scale(self) -> f32 {
+        ((std::f64::consts::LOG2_E / self.temperature as f64) as f32).min(f32::MAX)
+    }
+}
+
 /// Buffers and operations. One method = one kernel family. Clones are the same device.
 pub trait Backend: Clone + Send + Sync + 'static {
     /// Weights and activations.
@@ -170,6 +178,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()>;
     /// Waits until everything queued is done.
     fn synchronize(&self) -> Result<()>;
+    /// Tells an outside profiler (nsys, ncu) that what it is to look at begins, or ends. Nothing on the CPU.
+    fn profiler(&self, _begins: bool) -> Result<()> {
+        Ok(())
+    }
 
     // ---- gemm
     /// Y [tokens, outputs] = epilogue(X [tokens, inputs] · W [outputs, inputs]ᵀ).

@@ -8,6 +8,7 @@ mod generate;
 mod open;
 mod plan;
 mod probe;
+mod profile;
 mod progress;
 mod robustness;
 mod run;
@@ -47,6 +48,7 @@ enum Command {
     Generate(generate::Generate),
     Score(score::Score),
     Plan(plan::PlanCommand),
+    Profile(profile::ProfileCommand),
     Doctor(doctor::Doctor),
 }
 
@@ -95,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Generate(c) => c.start(),
         Command::Score(c) => c.start(),
         Command::Plan(c) => c.run(),
+        Command::Profile(c) => c.start(),
         Command::Doctor(c) => c.run(),
     });
     match result {

@@ -216,10 +216,9 @@ extern "C" STANDIN_API void standin_image(const char* stem, const unsigned char*
   std::lock_guard<std::mutex> guard(lock);
   images.push_back({stem, {bytes, bytes + length}});
 }
-// The size of parameter `index` of a kernel, 0 past the last one, −1 for a kernel that is not there.
-extern "C" STANDIN_API int standin_parameter(const char* kernel, int index) {
-  const Kernel* k = find_kernel(kernel, "");
-  return !k ? -1 : index >= k->parameters ? 0 : (int)k->layout[index].size;
+// Calls with each registered kernel: its name, its file's stem, and offset and size of each parameter.
+extern "C" STANDIN_API void standin_kernels(void* to, void (*visit)(void* to, const char* name, const char* stem, const Parameter*, int)) {
+  for (const Kernel* k : kernels()) visit(to, k->name, stem_of(*k).c_str(), k->layout, k->parameters);
 }
 
 // ---- errors, devices, contexts

@@ -1,6 +1,311 @@
 // The asynchronous parts of the stand-in's Hopper instructions.
 #include "hopper.h"
+#include <cmath>
 
 namespace standin {
-bool finish_awaited_copy() { return false; }
+
+namespace {
+
+// An mbarrier as it lies in shared memory. Poisoned memory is no barrier: it expects all ones.
+struct State {
+  uint64_t pending : 20, expected : 20, bytes : 22, unused : 1, phase : 1;
+};
+static_assert(sizeof(State) == 8);
+constexpr uint64_t NO_BYTES = 1 << 21, MOST_BYTES = (1 << 20) - 1;
+
+State load(const uint64_t* barrier) {
+  shared_address(barrier);
+  if (reinterpret_cast<uintptr_t>(barrier) & 7) die("an mbarrier that is not aligned to 8 bytes");
+  State state;
+  memcpy(&state, barrier, 8);
+  if (state.expected == 0xfffff || state.expected == 0) die("an mbarrier that has not been initialised");
+  return state;
+}
+
+bool awaited(const uint64_t* barrier) {
+  const int threads = block->warps * 32 < MAX_THREADS ? block->warps * 32 : MAX_THREADS;
+  for (int i = 0; i < threads; i++) {
+    if (block->fibers[i].awaits == barrier) return true;
+  }
+  return false;
+}
+
+TensorCopy tensor_copy(const CUtensorMap* map, const void* shared, uint64_t* barrier, std::initializer_list<int> at) {
+  if (reinterpret_cast<uintptr_t>(map) & 63) die("a tensor map that is not aligned to 64 bytes");
+  if (shared_address(shared) & 127) die("bulk copy: the address in shared memory is not a multiple of 128 bytes");
+  TensorCopy c{};
+  memcpy(&c.map, map, sizeof c.map);
+  if (c.map.rank != at.size()) die("bulk copy: the tensor map has another number of dimensions");
+  c.shared = static_cast<unsigned char*>(const_cast<void*>(shared));
+  c.barrier = barrier;
+  std::copy(at.begin(), at.end(), c.at);
+  return c;
+}
+
+int box_bytes(const TensorMap& map) {
+  int bytes = map.element;
+  for (int i = 0; i < map.rank; i++) bytes *= map.box[i];
+  return bytes;
+}
+
+// What lies outside the tensor is read as zeros, and not written.
+void move(const TensorCopy& c) {
+  const TensorMap& m = c.map;
+  const int line = m.box[0] * m.element, lines = box_bytes(m) / line;
+  shared_address(c.shared + line * lines - 1);
+  int index[5] = {};
+  for (int i = 0; i < lines; i++) {
+    bool inside = true;
+    unsigned char* row = m.base;
+    for (int d = 1; d < m.rank; d++) {
+      const int64_t at = (int64_t)c.at[d] + index[d];
+      inside &= at >= 0 && at < (int64_t)m.size[d];
+      row += at * (int64_t)m.stride[d - 1];
+    }
+    for (int piece = 0; piece < line; piece += 16) {
+      unsigned char* here = swizzled(c.shared + i * line + piece, m.swizzle);
+      const int64_t first = c.at[0] + piece / m.element, past = first + 16 / m.element;
+      if (inside && first >= 0 && past <= (int64_t)m.size[0]) {
+        unsigned char* there = row + first * m.element;
+        c.barrier ? memcpy(here, there, 16) : memcpy(there, here, 16);
+        continue;
+      }
+      for (int64_t x = first; x < past; x++, here += m.element) {
+        const bool exists = inside && x >= 0 && x < (int64_t)m.size[0];
+        if (c.barrier && !exists) memset(here, 0, m.element);
+        else if (exists) c.barrier ? memcpy(here, row + x * m.element, m.element) : memcpy(row + x * m.element, here, m.element);
+      }
+    }
+    for (int d = 1; d < m.rank && ++index[d] == m.box[d]; d++) index[d] = 0;
+  }
+  if (c.barrier) mbarrier_add(c.barrier, 0, -(int64_t)box_bytes(m));
+}
+
+WarpProducts& my_products() { return block->hopper->products[block->current->rank >> 5]; }
+
+void complete(const Product& product) {
+  auto& accumulators = my_products().accumulators;
+  if (--product.to->products) return;
+  product.to->give();
+  accumulators.remove_if([&](const Accumulator& a) { return &a == product.to; });
+}
+
+}  // namespace
+
+void Hopper::start() {
+  loads.clear();
+  barriers_fenced = true;
+  for (int w = 0; w < block->warps; w++) {
+    products[w].fenced = false;
+    products[w].open.clear();
+    products[w].groups.clear();
+    products[w].accumulators.clear();
+  }
+}
+
+void Hopper::finish() {
+  if (!loads.empty()) die("the block ends while bulk copies into its shared memory are under way");
+  for (int i = 0; i < block->warps * 32 && i < MAX_THREADS; i++) {
+    if (!stores[i].empty()) die("the block ends while bulk copies out of its shared memory have not been waited for");
+  }
+  for (int w = 0; w < block->warps; w++) {
+    if (!products[w].accumulators.empty()) die("the block ends while wgmma is under way");
+  }
+}
+
+// ---- mbarrier
+void mbarrier_start(uint64_t* barrier, uint32_t arrivals) {
+  shared_address(barrier);
+  if (arrivals == 0 || arrivals >= 0xfffff) die("mbarrier_init: arrivals outside 1 to 2^20 - 2");
+  const State state{arrivals, arrivals, NO_BYTES, 0, 0};
+  memcpy(barrier, &state, 8);
+  block->hopper->barriers_fenced = false;
+}
+
+// Counts arrivals, and bytes that are expected (above 0) or have come (below). The phase ends when none are left of both.
+void mbarrier_add(uint64_t* barrier, int arrivals, int64_t bytes) {
+  State state = load(barrier);
+  if (bytes > (int64_t)MOST_BYTES) die("mbarrier_expect: 2^20 bytes or more");
+  if ((int64_t)state.pending < arrivals) die("more arrivals at an mbarrier than it was initialised for");
+  state.pending -= (uint64_t)arrivals;
+  state.bytes += (uint64_t)bytes;
+  const bool ends = state.pending == 0 && state.bytes == NO_BYTES;
+  if (ends) {
+    state.phase ^= 1;
+    state.pending = state.expected;
+  }
+  memcpy(barrier, &state, 8);
+  if (!ends) return;
+  for (int i = 0; i < block->warps * 32 && i < MAX_THREADS; i++) {
+    Fiber& fiber = block->fibers[i];
+    if (fiber.awaits != barrier) continue;
+    fiber.awaits = nullptr;
+    make_ready(&fiber);
+  }
+}
+
+void mbarrier_sleep(uint64_t* barrier, uint32_t parity) {
+  if (parity > 1) die("mbarrier_wait: a parity other than 0 and 1");
+  while (load(barrier).phase == parity) {
+    block->current->awaits = barrier;
+    park();
+  }
+}
+
+// ---- bulk tensor copies
+void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at) {
+  if (!block->hopper->barriers_fenced) die("a bulk copy before mbarrier_fence_init");
+  load(barrier);
+  const TensorCopy copy = tensor_copy(map, to, barrier, at);
+  if (block->launch->habits.late) block->hopper->loads.push_back(copy);
+  else move(copy);
+}
+
+bool finish_awaited_copy() {
+  auto& loads = block->hopper->loads;
+  for (size_t i = 0; i < loads.size(); i++) {
+    if (!awaited(loads[i].barrier)) continue;
+    const TensorCopy copy = loads[i];
+    loads.erase(loads.begin() + (ptrdiff_t)i);
+    move(copy);
+    return true;
+  }
+  return false;
+}
+
+void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at) {
+  const TensorCopy copy = tensor_copy(map, from, nullptr, at);
+  if (block->launch->habits.late) block->hopper->stores[block->current->rank].push_back(copy);
+  else move(copy);
+}
+
+void store_commit() {
+  const int me = block->current->rank;
+  block->hopper->store_groups[me].push_back((int)block->hopper->stores[me].size());
+}
+
+void store_wait(int pending) {
+  auto& stores = block->hopper->stores[block->current->rank];
+  auto& groups = block->hopper->store_groups[block->current->rank];
+  const int done = (int)groups.size() - pending;
+  if (done <= 0) return;
+  const int end = groups[(size_t)done - 1];
+  for (int i = 0; i < end; i++) move(stores[(size_t)i]);
+  stores.erase(stores.begin(), stores.begin() + end);
+  groups.erase(groups.begin(), groups.begin() + done);
+  for (int& group : groups) group -= end;
+}
+
+// ---- warpgroup products
+// Lane l holds of column group j (8 wide) the pairs at row l / 4, columns 2·(l mod 4), and 8 rows below.
+void Accumulator::take() {
+  for (int l = 0; l < 32; l++) {
+    for (int j = 0; j < columns / 8; j++) {
+      for (int below = 0; below < 2; below++) {
+        memcpy(&sums[l / 4 + 8 * below][8 * j + 2 * (l & 3)], registers[l] + 4 * j + 2 * below, 8);
+      }
+    }
+    for (int i = 0; i < columns / 2; i++) registers[l][i] = NAN;
+  }
+}
+
+void Accumulator::give() const {
+  for (int l = 0; l < 32; l++) {
+    for (int j = 0; j < columns / 8; j++) {
+      for (int below = 0; below < 2; below++) {
+        memcpy(registers[l] + 4 * j + 2 * below, &sums[l / 4 + 8 * below][8 * j + 2 * (l & 3)], 8);
+      }
+    }
+  }
+}
+
+void product_issue(float* const* d, int columns, Product product) {
+  WarpProducts& mine = my_products();
+  for (Accumulator& a : mine.accumulators) {
+    if (a.registers[0] == d[0]) product.to = &a;
+  }
+  if (!product.to) {
+    if (!mine.fenced) die("wgmma on registers that were free to use, without wgmma_fence before it");
+    product.to = &mine.accumulators.emplace_back();
+    std::copy(d, d + 32, product.to->registers);
+    product.to->columns = columns;
+    product.to->products = 0;
+    product.to->first_row = (block->current->rank >> 5 & 3) * 16;
+    product.to->take();
+  }
+  if (product.to->columns != columns) die("wgmma of different shapes on the same registers at a time");
+  product.to->products++;
+  if (!block->launch->habits.late) product.run(product);
+  mine.open.push_back(product);
+}
+
+void product_commit() {
+  WarpProducts& mine = my_products();
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+void product_wait(int pending) {
+  WarpProducts& mine = my_products();
+  while ((int)mine.groups.size() > pending) {
+    for (const Product& product : mine.groups.front()) {
+      if (block->launch->habits.late) product.run(product);
+      complete(product);
+    }
+    mine.groups.erase(mine.groups.begin());
+  }
+  mine.fenced = false;
+}
+
+// A descriptor: start, leading and stride offsets in 16 bytes, swizzle. Canonical layouts in pieces T of 8 bf16 (16 bytes):
+//   k contiguous:  swizzled ((8, m), (T, 2)) : ((span, stride), (1, T));   none ((8, m), (T, 2)) : ((T, stride), (1, leading))
+//   m contiguous:  swizzled ((T, span / T, m), (8, k)) : ((1, T, leading), (span, stride));
+//                  none     ((T, 1, m), (8, k)) : ((1, T, stride), (T, leading))
+void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, int chunk) {
+  const auto field = [&](int bit) { return (size_t)(descriptor >> bit & 0x3fff) << 4; };
+  const size_t start = field(0), leading = field(16), stride = field(32);
+  if (descriptor >> 49 & 7) die("wgmma descriptor: a base offset (operands begin at whole repetitions of the swizzle here)");
+  const int swizzle = (4 - (int)(descriptor >> 62)) & 3;  // 1: 128 bytes, 2: 64, 3: 32
+  const size_t eight = (size_t)line >> 3, within = (size_t)line & 7, span = swizzle ? (size_t)16 << swizzle : 16;
+  const size_t pieces = span / 16, c = (size_t)chunk;
+  size_t offset = within * span + eight * stride;
+  if (!transposed) offset += swizzle ? c * 16 : c * leading;
+  else if (swizzle) offset += c % pieces * 16 + c / pieces * leading;
+  else offset = within * 16 + eight * leading + c * stride;
+  const size_t statics = block->launch->kernel->statics_bytes, window = 0x40000, address = start + offset;
+  unsigned char* piece;
+  if (address + 16 <= block->launch->shared) piece = block->dynamic + address;
+  else if (address >= window - statics && address + 16 <= window) piece = block->statics + (address - (window - statics));
+  else die("wgmma: an operand reaches outside shared memory");
+  uint16_t bits[8];
+  memcpy(bits, swizzled(piece, swizzle), 16);
+  for (int i = 0; i < 8; i++) out[i] = __uint_as_float((uint32_t)bits[i] << 16);
+}
+
 }  // namespace standin
+
+// ---- tensor maps
+extern "C" STANDIN_API int cuTensorMapEncodeTiled(CUtensorMap* map, int type, unsigned rank, void* base, const uint64_t* size, const uint64_t* stride,
+                           const uint32_t* box, const uint32_t* element_stride, int interleave, int swizzle, int promotion, int fill) {
+  constexpr int INVALID = 1, UNSUPPORTED = 801;  // CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_SUPPORTED
+  static const uint8_t bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
+  const auto multiple = [](const void* p, uintptr_t of) { return reinterpret_cast<uintptr_t>(p) % of == 0; };
+  if (!map || !multiple(map, 64) || !base || !multiple(base, 16) || type < 0 || type > 12 || rank < 1 || rank > 5) return INVALID;
+  if (swizzle < 0 || swizzle > 3 || promotion < 0 || promotion > 3) return INVALID;
+  if (interleave || fill) return UNSUPPORTED;
+  standin::TensorMap m{};
+  m.base = static_cast<unsigned char*>(base);
+  m.rank = (uint8_t)rank, m.element = bytes[type], m.swizzle = (uint8_t)swizzle;
+  for (unsigned i = 0; i < rank; i++) {
+    if (!size[i] || size[i] > 1ull << 32 || !box[i] || box[i] > 256 || element_stride[i] != 1) return INVALID;
+    if (i && (stride[i - 1] % 16 || stride[i - 1] >= 1ull << 40)) return INVALID;
+    m.size[i] = size[i], m.box[i] = (uint16_t)box[i];
+    if (i) m.stride[i - 1] = stride[i - 1];
+  }
+  const unsigned line = box[0] * m.element;
+  if (line % 16 || (swizzle && line > 16u << swizzle)) return INVALID;
+  // The manual does not say how lines lie that are narrower than the swizzle.
+  if (swizzle && line < 16u << swizzle) return UNSUPPORTED;
+  memset(map, 0, sizeof *map);
+  return memcpy(map, &m, sizeof m), 0;
+}

@@ -1,12 +1,16 @@
-// The twin of every wrapper of kernels/prelude_sm90.cuh: mbarriers, bulk tensor copies, warpgroup products.
+// The twin of every wrapper of kernels/prelude_sm90.cuh: mbarriers, bulk tensor copies, warpgroup products, as the PTX manual
+// (ISA 9.0) describes them. Proxy fences do nothing here: a fence that is missing between writes of threads and a bulk store or a
+// product that reads them is not noticed.
 #pragma once
+#include <initializer_list>
+#include <list>
 #include "device.h"
 
 struct alignas(64) CUtensorMap { uint64_t opaque[16]; };
 
 namespace standin {
 
-// What cuTensorMapEncodeTiled writes. Bytes for strides, elements for the rest; dimension 0 is the contiguous one.
+// What cuTensorMapEncodeTiled writes. Dimension 0 is the contiguous one; strides (of the others) are bytes.
 struct TensorMap {
   unsigned char* base;
   uint64_t size[5], stride[4];
@@ -22,15 +26,170 @@ struct TensorCopy {
   int at[5];
 };
 
+// Where a 16-byte piece of shared memory lies under a swizzle: its place in the line is xor'ed with the line's number.
+inline unsigned char* swizzled(unsigned char* p, int swizzle) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  return reinterpret_cast<unsigned char*>(address ^ ((address >> 7 & ((1u << swizzle) - 1)) << 4));
+}
+
+// One wgmma of one warp: 16 of the 64 rows.
+struct Accumulator;
+struct Product {
+  Accumulator* to;
+  uint64_t a, b;            // descriptors
+  uint32_t registers[32][4];  // a, where it is not in shared memory
+  bool accumulate;
+  void (*run)(const Product& product);
+};
+// The registers of a warp that products under way add to. Meanwhile the threads see NaN in them.
+struct Accumulator {
+  float* registers[32];
+  int columns, products, first_row;
+  alignas(32) float sums[16][256];
+  void take();
+  void give() const;
+};
+struct WarpProducts {
+  bool fenced;
+  std::vector<Product> open;
+  std::vector<std::vector<Product>> groups;
+  std::list<Accumulator> accumulators;
+};
+
 // What of the asynchronous Hopper instructions a block has under way.
 struct Hopper {
   std::vector<TensorCopy> loads;
-  bool fenced;
-  void start() { loads.clear(); fenced = true; }
-  void finish() {
-    if (!loads.empty()) die("the block ends while bulk copies into its shared memory are under way");
-  }
+  std::vector<TensorCopy> stores[MAX_THREADS];
+  std::vector<int> store_groups[MAX_THREADS];
+  WarpProducts products[MAX_WARPS];
+  bool barriers_fenced;
+  void start();
+  void finish();
 };
+
+STANDIN_API void mbarrier_add(uint64_t* barrier, int arrivals, int64_t bytes);
+STANDIN_API void mbarrier_start(uint64_t* barrier, uint32_t arrivals);
+STANDIN_API void mbarrier_sleep(uint64_t* barrier, uint32_t parity);
+STANDIN_API void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at);
+STANDIN_API void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at);
+STANDIN_API void store_commit();
+STANDIN_API void store_wait(int pending);
+STANDIN_API void product_issue(float* const* d, int columns, Product product);
+STANDIN_API void product_commit();
+STANDIN_API void product_wait(int pending);
 STANDIN_API bool finish_awaited_copy();
+// Eight bf16 of a wgmma operand as floats: for a contiguous k, k = 8·chunk … of row `line`; else rows 8·chunk … at k = `line`.
+STANDIN_API void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, int chunk);
+
+template <int N, bool TransA, bool TransB, bool InRegisters> void multiply(const Product& p) {
+  alignas(32) float A[16][16], B[16][N];
+  const int row = p.to->first_row;
+  for (int i = 0; i < 16; i++) {
+    for (int half = 0; half < 2; half++) {
+      float x[8];
+      if (InRegisters) {
+        for (int e = 0; e < 8; e++) {
+          const uint32_t pair = p.registers[4 * (i & 7) + e / 2][2 * half + i / 8];
+          x[e] = e & 1 ? high_half(pair) : low_half(pair);
+        }
+      } else if (TransA) {
+        operand_chunk(x, p.a, true, i, row / 8 + half);
+      } else {
+        operand_chunk(x, p.a, false, row + i, half);
+      }
+      for (int e = 0; e < 8; e++) (TransA && !InRegisters ? A[8 * half + e][i] : A[i][8 * half + e]) = x[e];
+    }
+  }
+  if (TransB) {
+    for (int k = 0; k < 16; k++) {
+      for (int n = 0; n < N; n += 8) operand_chunk(&B[k][n], p.b, true, k, n / 8);
+    }
+  } else {
+    for (int n = 0; n < N; n++) {
+      for (int half = 0; half < 2; half++) {
+        float x[8];
+        operand_chunk(x, p.b, false, n, half);
+        for (int e = 0; e < 8; e++) B[8 * half + e][n] = x[e];
+      }
+    }
+  }
+  constexpr int TILE = N % 32 == 0 ? 32 : 8;
+  for (int i = 0; i < 16; i++) {
+    float* sums = p.to->sums[i];
+    for (int n = 0; n < N; n += TILE) {
+      float tile[TILE];
+      for (int j = 0; j < TILE; j++) tile[j] = p.accumulate ? sums[n + j] : 0.f;
+      for (int k = 0; k < 16; k++) {
+        for (int j = 0; j < TILE; j++) tile[j] += A[i][k] * B[k][n + j];
+      }
+      for (int j = 0; j < TILE; j++) sums[n + j] = tile[j];
+    }
+  }
+}
+
+template <int N, bool TransA, bool TransB, bool InRegisters>
+inline void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  struct Lane { float* d; const uint32_t* a; } mine{d, a_registers};
+  const int what = 1024 + N + 512 * TransA + 1024 * TransB + 2048 * InRegisters;
+  meet_all(what, &mine, [&](void** each) {
+    Product product{nullptr, a, b, {}, accumulate, multiply<N, TransA, TransB, InRegisters>};
+    float* registers[32];
+    for (int l = 0; l < 32; l++) {
+      const Lane& lane = *static_cast<Lane*>(each[l]);
+      registers[l] = lane.d;
+      if (InRegisters) memcpy(product.registers[l], lane.a, sizeof product.registers[l]);
+    }
+    product_issue(registers, N, product);
+  });
+}
 
 }  // namespace standin
+
+// ---- mbarrier
+static inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { ::standin::mbarrier_start(barrier, arrivals); }
+static inline void mbarrier_fence_init() { ::standin::block->hopper->barriers_fenced = true; }
+static inline void fence_proxy_async() {}
+static inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) { ::standin::mbarrier_add(barrier, 1, bytes); }
+static inline void mbarrier_arrive(uint64_t* barrier) { ::standin::mbarrier_add(barrier, 1, 0); }
+static inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) { ::standin::mbarrier_sleep(barrier, parity); }
+
+// ---- bulk tensor copies
+static inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+  ::standin::tensor_load(to, map, barrier, {x, y});
+}
+static inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
+  ::standin::tensor_load(to, map, barrier, {x, y, z});
+}
+static inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
+  ::standin::tensor_store(map, from, {x, y});
+}
+static inline void tma_store_3d(const CUtensorMap* map, const void* from, int x, int y, int z) {
+  ::standin::tensor_store(map, from, {x, y, z});
+}
+static inline void tma_store_commit() { ::standin::store_commit(); }
+template <int Pending> static inline void tma_store_wait() { ::standin::store_wait(Pending); }
+
+// ---- warpgroup products
+static inline void wgmma_fence() {
+  ::standin::meet_all(48, nullptr, [](void**) {
+    ::standin::block->hopper->products[::standin::block->current->rank >> 5].fenced = true;
+  });
+}
+static inline void wgmma_commit() {
+  ::standin::meet_all(49, nullptr, [](void**) { ::standin::product_commit(); });
+}
+template <int Pending> static inline void wgmma_wait() {
+  ::standin::meet_all(50, nullptr, [](void**) { ::standin::product_wait(Pending); });
+}
+template <int N, int TransA, int TransB>
+static inline void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
+  ::standin::wgmma<N, TransA != 0, TransB != 0, false>(d, nullptr, a, b, accumulate);
+}
+// a in registers, laid out as for mma_bf16.
+template <int N, int TransB>
+static inline void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
+  ::standin::wgmma<N, false, TransB != 0, true>(d, a, 0, b, accumulate);
+}
+template <int Registers> static inline void registers_increase() { static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256); }
+template <int Registers> static inline void registers_decrease() { static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256); }

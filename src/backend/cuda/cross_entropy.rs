@@ -1,18 +1,55 @@
-//! See `kernels/cross_entropy.cu`.
+//! Cross-entropy: see `kernels/cross_entropy.cu`.
 
-use super::device::Device;
+use super::device::{Device, Launch, args, blocks};
 use super::memory::{Slice, SliceMut};
+use crate::backend::Cost;
 use crate::error::Result;
 use half::bf16;
-use std::sync::Arc;
 
+const BLOCK: u32 = 512;
+/// Bytes of a row that one step of a block covers: what is kept in shared memory is a multiple of it.
+const SPAN_BYTES: u32 = 16 << 10;
+/// Shared memory of a block beside what it keeps of its row: its own, and the driver's.
+const RESERVED_BYTES: u32 = 2 << 10;
+
+/// Bytes of a row of `vocab` logits to keep: all where two blocks share a multiprocessor, else what one block may have.
+fn kept_bytes(device: &Device, vocab: usize) -> u32 {
+    let row = (2 * vocab as u64 / u64::from(SPAN_BYTES) * u64::from(SPAN_BYTES)).min(u64::from(u32::MAX)) as u32;
+    let whole = |bytes: u32| bytes / SPAN_BYTES * SPAN_BYTES;
+    let most = whole(device.shared_bytes_block.saturating_sub(RESERVED_BYTES));
+    let half = whole((device.shared_bytes_block / 2).saturating_sub(RESERVED_BYTES));
+    if row <= half { row } else { row.min(most) }
+}
+
+/// Losses of rows of logits; with `scale`, the gradients in place.
 pub(super) fn cross_entropy(
-    _: &Arc<Device>,
-    _: SliceMut<bf16>,
-    _: Slice<u32>,
-    _: SliceMut<f32>,
-    _: usize,
-    _: Option<f32>,
+    device: &Device,
+    logits: SliceMut<bf16>,
+    targets: Slice<u32>,
+    losses: SliceMut<f32>,
+    vocab: usize,
+    scale: Option<f32>,
 ) -> Result<()> {
-    todo!()
+    assert_eq!([logits.len(), losses.len()], [targets.len() * vocab, targets.len()]);
+    let grid = [blocks(targets.len(), 1), 1, 1];
+    let launch =
+        |kernel, shared_bytes, cost| Launch { image: "cross_entropy", kernel, grid, block: BLOCK, shared_bytes, cost };
+    let elements = logits.len() as u64;
+    // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check targets; logits
+    // and losses are borrowed mutably. What the second keeps is whole steps, in as much shared memory as it is launched with.
+    unsafe {
+        match scale {
+            None => {
+                let cost = Cost { bytes: 2 * elements, flops: 4 * elements };
+                let launch = launch("cross_entropy_loss_vec8_bf16", 0, cost);
+                device.launch(launch, args![&logits, targets, &losses, vocab as u32])
+            }
+            Some(scale) => {
+                let kept = kept_bytes(device, vocab);
+                let cost = Cost { bytes: 4 * elements, flops: 7 * elements };
+                let launch = launch("cross_entropy_backward_vec8_bf16", kept, cost);
+                device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, kept / 16])
+            }
+        }
+    }
 }

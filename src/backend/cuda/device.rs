@@ -1,6 +1,7 @@
 //! One GPU: its context, its stream, the images loaded on it, and the one place that launches kernels.
 
 use super::memory::Arena;
+use super::timing::Pending;
 use crate::backend::Cost;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
@@ -38,6 +39,8 @@ pub(super) struct Device {
     stream: sys::CUstream,
     modules: HashMap<&'static str, sys::CUmodule>,
     functions: Mutex<HashMap<&'static str, Function>>,
+    /// Kernels that are being timed.
+    pub(super) pending: Mutex<Pending>,
     /// Free memory, kept for the next buffer of its size.
     pub(super) arena: Mutex<Arena>,
     /// Major, minor.
@@ -213,6 +216,7 @@ impl Device {
             stream: std::ptr::null_mut(),
             modules: HashMap::new(),
             functions: Mutex::default(),
+            pending: Mutex::default(),
             arena: Mutex::default(),
             capability,
             multiprocessors,
@@ -271,7 +275,9 @@ impl Device {
     pub(super) fn synchronize(&self) -> Result<()> {
         self.bind()?;
         // SAFETY: the stream lives as long as the device.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|error| self.failed("failed in its work", error))
+        unsafe { result::stream::synchronize(self.stream) }
+            .and_then(|()| self.settle())
+            .map_err(|error| self.failed("failed in its work", error))
     }
 
     /// An [`Error::Device`] of this device.
@@ -306,18 +312,12 @@ impl Device {
         );
         let mut pointers: Vec<*mut c_void> = arguments.iter().map(Arg::pointer).collect();
         let [x, y, z] = launch.grid;
-        // SAFETY: a function of a loaded module with as many arguments, of the sizes it was compiled for; the rest is this
-        // function's own contract.
-        unsafe {
-            result::launch_kernel(
-                function.raw,
-                (x, y, z),
-                (launch.block, 1, 1),
-                launch.shared_bytes,
-                self.stream,
-                &mut pointers,
-            )
-        }
+        let (block, shared_bytes) = ((launch.block, 1, 1), launch.shared_bytes);
+        self.timed(launch.kernel, launch.cost, || {
+            // SAFETY: a function of a loaded module with as many arguments, of the sizes it was compiled for; the rest is
+            // this function's own contract.
+            unsafe { result::launch_kernel(function.raw, (x, y, z), block, shared_bytes, self.stream, &mut pointers) }
+        })
         .map_err(|error| self.failed(&format!("refused the kernel {}", launch.kernel), error))
     }
 
@@ -376,6 +376,7 @@ impl Drop for Device {
             if !self.stream.is_null() {
                 let _ = result::stream::synchronize(self.stream);
             }
+            self.pending.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).destroy();
             self.arena.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).flush();
             for module in self.modules.values() {
                 let _ = result::module::unload(*module);

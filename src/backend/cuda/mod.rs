@@ -17,7 +17,9 @@ mod rmsnorm;
 mod rope;
 mod sampling;
 mod swiglu;
+mod timing;
 
+pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 pub use memory::Memory;
 
 use super::{
@@ -152,6 +154,10 @@ impl<P: Precision> Backend for Cuda<P> {
 
     fn synchronize(&self) -> Result<()> {
         self.device.synchronize()
+    }
+
+    fn profiler(&self, begins: bool) -> Result<()> {
+        self.device.profiler(begins)
     }
 
     fn linear(

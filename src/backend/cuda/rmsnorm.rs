@@ -1,11 +1,30 @@
-//! See `kernels/rmsnorm.cu`.
+//! RMSNorm: see `kernels/rmsnorm.cu`.
 
-use super::device::Device;
-use super::memory::{Slice, SliceMut};
-use crate::backend::FloatElement;
+use super::device::{Device, Launch, args, blocks};
+use super::memory::{Memory, Slice, SliceMut};
+use crate::backend::{Cost, Element, FloatElement};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
+
+/// Threads of the lanes, warp and baseline kernels.
+const BLOCK: u32 = 256;
+/// Elements of a vector, and what vector kernels ask of every pointer.
+const VECTOR: usize = 8;
+const VECTOR_BYTES: u64 = 16;
+/// Widest row of the lanes kernels, and of the forward pass by a warp.
+const LANES_WIDTH: usize = 256;
+const WARP_WIDTH: usize = 1024;
+/// Rows that a group of lanes has under way at once.
+const FORWARD_ROWS: u32 = 4;
+const BACKWARD_ROWS: u32 = 2;
+/// Columns of a block of the column kernel, and its threads.
+const COLUMNS: usize = 32;
+const COLUMNS_BLOCK: u32 = 1024;
+/// Parts of the rows in a sum of dweight: two, or four small blocks, for each of an H100's 132 multiprocessors. A constant, so
+/// that the sums are the same on every device.
+const PARTS: usize = 264;
+const SMALL_PARTS: usize = 528;
 
 /// What forward keeps for backward.
 pub(super) struct Saved<'a> {
@@ -14,25 +33,142 @@ pub(super) struct Saved<'a> {
     pub(super) weight: Slice<'a, bf16>,
     pub(super) rstd: Slice<'a, f32>,
 }
-pub(super) fn rmsnorm(
-    _: &Arc<Device>,
-    _: Slice<bf16>,
-    _: Slice<bf16>,
-    _: SliceMut<bf16>,
-    _: Option<SliceMut<f32>>,
-    _: usize,
-    _: f32,
-) -> Result<()> {
-    todo!()
+
+/// Lanes of a row of the lanes kernels.
+fn lanes(width: usize) -> u32 {
+    (width.div_ceil(VECTOR) as u32).next_power_of_two().max(2)
 }
-pub(super) fn rmsnorm_backward<G: FloatElement>(
-    _: &Arc<Device>,
-    _: Saved,
-    _: Option<SliceMut<bf16>>,
-    _: Option<SliceMut<G>>,
-    _: usize,
-    _: bool,
-    _: bool,
+
+/// y = bf16(x·rstd)·weight over rows of `width`.
+pub(super) fn rmsnorm(
+    device: &Arc<Device>,
+    x: Slice<bf16>,
+    weight: Slice<bf16>,
+    y: SliceMut<bf16>,
+    rstd: Option<SliceMut<f32>>,
+    width: usize,
+    eps: f32,
 ) -> Result<()> {
-    todo!()
+    let rows = x.len() / width;
+    assert_eq!([x.len(), y.len(), weight.len()], [rows * width, rows * width, width]);
+    assert!(rstd.as_ref().is_none_or(|rstd| rstd.len() == rows));
+    let aligned = width.is_multiple_of(VECTOR) && [x, weight, *y].iter().all(|tensor| tensor.aligned(VECTOR_BYTES));
+    let by_warps = blocks(rows, (BLOCK / 32) as usize);
+    let by_lanes = || blocks(rows, (BLOCK / lanes(width) * FORWARD_ROWS) as usize);
+    let (kernel, blocks, block) = match width {
+        _ if !aligned => ("rmsnorm_forward_baseline_bf16", by_warps, BLOCK),
+        ..=LANES_WIDTH => ("rmsnorm_forward_lanes_bf16", by_lanes(), BLOCK),
+        ..=WARP_WIDTH => ("rmsnorm_forward_warp_bf16", by_warps, BLOCK),
+        ..=2048 => ("rmsnorm_forward_row2048_bf16", blocks(rows, 1), 128),
+        ..=4096 => ("rmsnorm_forward_row4096_bf16", blocks(rows, 1), 128),
+        ..=8192 => ("rmsnorm_forward_row8192_bf16", blocks(rows, 1), 256),
+        _ => ("rmsnorm_forward_baseline_bf16", by_warps, BLOCK),
+    };
+    let kept = if rstd.is_some() { 4 * rows } else { 0 };
+    let cost = Cost { bytes: (4 * x.len() + 2 * width + kept) as u64, flops: 4 * x.len() as u64 };
+    let launch = Launch { image: "rmsnorm", kernel, grid: [blocks, 1, 1], block, shared_bytes: 0, cost };
+    let shape = (rows as u64, width as u32);
+    // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks, which also
+    // bounds the width; y and rstd are borrowed mutably.
+    unsafe {
+        match kernel {
+            "rmsnorm_forward_lanes_bf16" => {
+                device.launch(launch, args![x, weight, &y, rstd.as_ref(), shape.0, shape.1, eps, lanes(width)])
+            }
+            _ => device.launch(launch, args![x, weight, &y, rstd.as_ref(), shape.0, shape.1, eps]),
+        }
+    }
+}
+
+/// How rows are cut for the sums of dweight: rows a part, and parts.
+fn parts(rows: usize, parts: usize, least: usize) -> (usize, usize) {
+    let rows_a_part = rows.div_ceil(parts).max(least);
+    (rows_a_part, rows.div_ceil(rows_a_part))
+}
+
+/// dx and dweight, each overwritten or added to.
+pub(super) fn rmsnorm_backward<G: FloatElement>(
+    device: &Arc<Device>,
+    saved: Saved,
+    dx: Option<SliceMut<bf16>>,
+    dweight: Option<SliceMut<G>>,
+    width: usize,
+    accumulate_dx: bool,
+    accumulate_dweight: bool,
+) -> Result<()> {
+    let Saved { dy, x, weight, rstd } = saved;
+    let rows = rstd.len();
+    assert_eq!([dy.len(), x.len(), weight.len()], [rows * width, rows * width, width]);
+    assert!(dx.as_ref().is_none_or(|dx| dx.len() == rows * width));
+    assert!(dweight.as_ref().is_none_or(|dweight| dweight.len() == width));
+    if dx.is_none() && dweight.is_none() {
+        return Ok(());
+    }
+    let aligned = width.is_multiple_of(VECTOR)
+        && [dy, x, weight].iter().all(|tensor| tensor.aligned(VECTOR_BYTES))
+        && dx.as_ref().is_none_or(|dx| dx.aligned(VECTOR_BYTES));
+    let least = (BLOCK / lanes(width.min(LANES_WIDTH)) * BACKWARD_ROWS) as usize;
+    let (kernel, block, (rows_a_part, parts)) = match width {
+        _ if !aligned => (None, BLOCK, parts(rows, SMALL_PARTS, 1)),
+        ..=LANES_WIDTH => (Some("rmsnorm_backward_lanes_bf16"), BLOCK, parts(rows, SMALL_PARTS, least)),
+        ..=1024 => (Some("rmsnorm_backward_row1024_bf16"), 128, parts(rows, SMALL_PARTS, 1)),
+        ..=2048 => (Some("rmsnorm_backward_row2048_bf16"), 256, parts(rows, PARTS, 1)),
+        ..=4096 => (Some("rmsnorm_backward_row4096_bf16"), 256, parts(rows, PARTS, 1)),
+        ..=8192 => (Some("rmsnorm_backward_row8192_bf16"), 512, parts(rows, PARTS, 1)),
+        _ => (None, BLOCK, parts(rows, SMALL_PARTS, 1)),
+    };
+    let mut workspace = Memory::<f32>::new(device, if dweight.is_some() { parts * width } else { 0 })?;
+    let partial = dweight.as_ref().map(|_| workspace.all(parts * width));
+    let (rows_a_part, parts, width32) = (rows_a_part as u32, parts as u32, width as u32);
+    let (rows64, accumulate_dx) = (rows as u64, accumulate_dx as u32);
+    let launch = |kernel, grid, block, cost| Launch { image: "rmsnorm", kernel, grid, block, shared_bytes: 0, cost };
+    let (reads, writes) = (4 * x.len() as u64, 2 * x.len() as u64 * (1 + accumulate_dx as u64));
+    let cost = |with_dx: bool, with_dweight: bool| Cost {
+        bytes: reads + 4 * rows64 + if with_dx { writes } else { 0 },
+        flops: x.len() as u64 * (if with_dx { 8 } else { 0 } + if with_dweight { 3 } else { 0 }),
+    };
+    // SAFETY: x, dy and dx have `rows` rows of `width`, weight one, rstd an element a row, `partial` `parts` rows, and `parts` of
+    // `rows_a_part` rows cover all; aligned as the kernels ask, which also bounds the width; dx, dweight and the workspace are
+    // borrowed mutably.
+    unsafe {
+        match kernel {
+            Some(kernel) => {
+                let launch = launch(kernel, [parts, 1, 1], block, cost(dx.is_some(), dweight.is_some()));
+                let (dx, partial) = (dx.as_ref(), partial.as_ref());
+                match kernel {
+                    "rmsnorm_backward_lanes_bf16" => {
+                        let lanes = lanes(width);
+                        let shape =
+                            args![dy, x, weight, rstd, dx, partial, rows64, rows_a_part, width32, accumulate_dx, lanes];
+                        device.launch(launch, shape)?;
+                    }
+                    _ => device.launch(
+                        launch,
+                        args![dy, x, weight, rstd, dx, partial, rows64, rows_a_part, width32, accumulate_dx],
+                    )?,
+                }
+            }
+            None => {
+                if let Some(dx) = &dx {
+                    let grid = [blocks(rows, (BLOCK / 32) as usize), 1, 1];
+                    let launch = launch("rmsnorm_backward_input_baseline_bf16", grid, BLOCK, cost(true, false));
+                    device.launch(launch, args![dy, x, weight, rstd, dx, rows64, width32, accumulate_dx])?;
+                }
+                if let Some(partial) = &partial {
+                    let grid = [blocks(width, BLOCK as usize), parts, 1];
+                    let launch = launch("rmsnorm_backward_weight_baseline_bf16", grid, BLOCK, cost(false, true));
+                    device.launch(launch, args![dy, x, rstd, partial, rows64, rows_a_part, width32])?;
+                }
+            }
+        }
+        let (Some(dweight), Some(partial)) = (&dweight, &partial) else { return Ok(()) };
+        let kernel = match G::NAME {
+            f32::NAME => "rmsnorm_backward_columns_f32",
+            _ => "rmsnorm_backward_columns_bf16",
+        };
+        let sums = u64::from(parts) * width as u64;
+        let cost = Cost { bytes: 4 * sums + (width * size_of::<G>()) as u64, flops: sums };
+        let launch = launch(kernel, [blocks(width, COLUMNS), 1, 1], COLUMNS_BLOCK, cost);
+        device.launch(launch, args![partial, dweight, parts, width32, accumulate_dweight as u32])
+    }
 }

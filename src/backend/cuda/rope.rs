@@ -1,19 +1,50 @@
-//! See `kernels/rope.cu`.
+//! Rotary position embedding: see `kernels/rope.cu`.
 
-use super::device::Device;
+use super::device::{Device, Launch, args, blocks};
 use super::memory::{Slice, SliceMut};
+use crate::backend::Cost;
 use crate::error::Result;
 use half::bf16;
-use std::sync::Arc;
 
+const BLOCK: usize = 256;
+/// Heads of a thread of the vector kernel.
+const HEADS: usize = 4;
+/// What the vector kernel asks of x and of the table, and of head_dim.
+const VECTOR_BYTES: u64 = 16;
+const HEAD_DIM_STEP: usize = 16;
+
+/// x [tokens, heads·head_dim] in place; `table` [positions, head_dim].
 pub(super) fn rope(
-    _: &Arc<Device>,
-    _: SliceMut<bf16>,
-    _: Slice<f32>,
-    _: Slice<u32>,
-    _: usize,
-    _: usize,
-    _: bool,
+    device: &Device,
+    x: SliceMut<bf16>,
+    table: Slice<f32>,
+    positions: Slice<u32>,
+    heads: usize,
+    head_dim: usize,
+    inverse: bool,
 ) -> Result<()> {
-    todo!()
+    let tokens = positions.len();
+    assert_eq!(x.len(), tokens * heads * head_dim);
+    assert!(head_dim.is_multiple_of(2) && table.len().is_multiple_of(head_dim));
+    let vectors = head_dim.is_multiple_of(HEAD_DIM_STEP) && x.aligned(VECTOR_BYTES) && table.aligned(VECTOR_BYTES);
+    let (kernel, threads) = match vectors {
+        true => ("rope_forward_vec8_bf16", tokens * heads.div_ceil(HEADS) * head_dim / HEAD_DIM_STEP),
+        false => ("rope_forward_baseline_bf16", x.len() / 2),
+    };
+    let cost = Cost { bytes: 4 * x.len() as u64, flops: 3 * x.len() as u64 };
+    let launch = Launch {
+        image: "rope",
+        kernel,
+        grid: [blocks(threads, BLOCK), 1, 1],
+        block: BLOCK as u32,
+        shared_bytes: 0,
+        cost,
+    };
+    let length = (table.len() / head_dim) as u32;
+    let sign = if inverse { -1f32 } else { 1.0 };
+    // SAFETY: x has `tokens` rows of `heads·head_dim`, aligned as the kernel asks, and is borrowed mutably; positions has one
+    // element a token; the kernel skips positions from `length`, the rows of the table, on.
+    unsafe {
+        device.launch(launch, args![&x, table, positions, tokens as u64, length, heads as u32, head_dim as u32, sign])
+    }
 }

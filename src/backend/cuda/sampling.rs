@@ -1,19 +1,36 @@
-//! See `kernels/sampling.cu`.
+//! The next token: see `kernels/sampling.cu`.
 
-use super::device::Device;
+use super::device::{Device, Launch, args, blocks};
 use super::memory::{Slice, SliceMut};
-use crate::backend::Sampling;
+use crate::backend::{Cost, Sampling};
 use crate::error::Result;
 use half::bf16;
-use std::sync::Arc;
 
+const BLOCK: u32 = 1024;
+
+/// One token a row of `vocab` logits.
 pub(super) fn sample(
-    _: &Arc<Device>,
-    _: Slice<bf16>,
-    _: Slice<f32>,
-    _: SliceMut<u32>,
-    _: usize,
-    _: Sampling,
+    device: &Device,
+    logits: Slice<bf16>,
+    uniforms: Slice<f32>,
+    tokens: SliceMut<u32>,
+    vocab: usize,
+    sampling: Sampling,
 ) -> Result<()> {
-    todo!()
+    assert_eq!([logits.len(), uniforms.len()], [tokens.len() * vocab, tokens.len()]);
+    let elements = logits.len() as u64;
+    let grid = [blocks(tokens.len(), 1), 1, 1];
+    let launch = |kernel, flops| {
+        let cost = Cost { bytes: 2 * elements, flops: flops * elements };
+        Launch { image: "sampling", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
+    };
+    // SAFETY: logits has a row of `vocab` for each uniform and token; the kernels ask for no alignment; tokens is borrowed mutably.
+    unsafe {
+        if sampling.temperature > 0.0 {
+            let arguments = args![logits, uniforms, &tokens, vocab as u32, sampling.exponent_scale(), sampling.top_p];
+            device.launch(launch("sampling_nucleus_vec8_bf16", 80), arguments)
+        } else {
+            device.launch(launch("sampling_greedy_vec8_bf16", 1), args![logits, &tokens, vocab as u32])
+        }
+    }
 }

@@ -1,0 +1,236 @@
+// Products of linear layers: C [m, n] = alpha·A·B + bias [n] + residual [m, n] + C, bf16 operands, f32 sums, in the three
+// layouts of a layer with X [tokens, inputs], W [outputs, inputs]; all matrices dense and row-major in memory:
+//
+//   layout  product       m, n, k                    A in memory  B in memory  C
+//   tn      Y = X·Wᵀ      tokens, outputs, inputs    [m, k]       [n, k]       bf16
+//   nn      dX = dY·W     tokens, inputs, outputs    [m, k]       [k, n]       bf16
+//   nt      dW = dYᵀ·X    outputs, inputs, tokens    [k, m]       [k, n]       f32 or bf16
+//
+// Any sizes. `mma128` and `mma64` want A and B aligned to 16 bytes with rows of whole 16 bytes; the other operands may
+// lie anywhere (accesses of 4 elements where alignment allows, else of one).
+//
+//   kernel      bytes                     FLOPs    at 4096 × 4096 × 4096, 800 TFLOP/s and 3.0 TB/s
+//   gemm_*      2·(mk + nk) + |C|·mn      2·mnk    0.17 ms (mma.sync reaches about 60 % of wgmma's rate)
+//   gemm_combine  4·splits·mn + |C|·mn    splits·mn
+//
+// Rounding: once, to nearest even, when C is stored. Sums: an output's k are added in ascending blocks of 16, each by the
+// tensor core. With `partials`, block (tile, s) sums k-blocks s·K/splits … (s+1)·K/splits into partials[s], and
+// gemm_combine adds s = 0, 1, … in order: results depend on the shape and on `splits`, never on timing.
+//
+// Shared memory: a ring of STAGES tiles filled by cp.async. Lines of a tile (of k where K is contiguous, else of m or n)
+// are cut into 16-byte chunks, permuted in a line by the line's number: the 8 chunks that an ldmatrix or a quarter-warp's
+// cp.async touches lie in different banks. Operands whose k is not contiguous are read with ldmatrix.trans.
+//
+// Versions: baseline, an output a thread; mma64, tiles 64 × 64 × 64: wins where 128 × 128 tiles would not fill the device;
+// mma128, tiles 128 × 128 × 32, warps of 64 × 64: wins elsewhere without Hopper (gemm_sm90.cu); scalar64: mma64 for
+// operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_rows.cu): few tokens.
+#include "gemm.cuh"
+
+enum Layout { TN, NN, NT };
+
+struct Product {
+  const bf16 *a, *b;
+  uint32_t m, n, k;
+};
+
+// grid: ceil(m·n / 256), block: 256, no shared memory
+template <Layout L, typename T> __device__ __forceinline__ void baseline(const Product p, const Epilogue<T> epilogue) {
+  const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
+  if (i >= (size_t)p.m * p.n) return;
+  const uint32_t row = i / p.n, column = i % p.n;
+  float sum = 0.f;
+  for (uint32_t k = 0; k < p.k; k++) {
+    const bf16 a = L == NT ? p.a[(size_t)k * p.m + row] : p.a[(size_t)row * p.k + k];
+    const bf16 b = L == TN ? p.b[(size_t)column * p.k + k] : p.b[(size_t)k * p.n + column];
+    sum += __bfloat162float(a) * __bfloat162float(b);
+  }
+  epilogue.put(row, column, sum);
+}
+
+// One operand's tile in shared memory: Extent (of m or n) × Depth (of k), K contiguous or not.
+template <bool KMajor, int Extent, int Depth, int Threads, bool Aligned> struct Operand {
+  static constexpr int LINES = KMajor ? Extent : Depth, CHUNKS = (KMajor ? Depth : Extent) / 8, BYTES = Extent * Depth * 2;
+  static_assert(CHUNKS == 4 || CHUNKS == 8 || CHUNKS == 16, "the permutation below");
+
+  static __device__ __forceinline__ unsigned char* chunk(unsigned char* tile, uint32_t line, uint32_t chunk) {
+    return tile + 16 * (line * CHUNKS + (chunk ^ (CHUNKS == 4 ? (line >> 1) & 3 : line & 7)));
+  }
+
+  // Fills the tile that begins at (extent0, k0) of the operand; what lies outside is zero.
+  static __device__ __forceinline__ void fill(unsigned char* tile, const bf16* from, uint32_t extent0, uint32_t k0,
+                                              uint32_t extent, uint32_t depth) {
+    const uint32_t line0 = KMajor ? extent0 : k0, lines = KMajor ? extent : depth;
+    const uint32_t column0 = KMajor ? k0 : extent0, columns = KMajor ? depth : extent;
+#pragma unroll
+    for (int i = 0; i < LINES * CHUNKS / Threads; i++) {
+      const uint32_t place = i * Threads + threadIdx.x, l = place / CHUNKS, c = place % CHUNKS;
+      const uint32_t line = line0 + l, column = column0 + 8 * c;
+      const bool inside = line < lines && column < columns;
+      const bf16* source = from + (inside ? (size_t)line * columns + column : 0);
+      unsigned char* to = chunk(tile, l, c);
+      if (Aligned) {
+        cp_async16(to, source, inside ? 16 : 0);
+      } else {
+        float x[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) x[e] = inside && column + e < columns ? __bfloat162float(source[e]) : 0.f;
+        *reinterpret_cast<uint4*>(to) = pack8(x);
+      }
+    }
+  }
+
+  // Rows extent0 … +15, depth k0 … +15 as the A operand of mma.
+  static __device__ __forceinline__ void load_a(uint32_t (&r)[4], unsigned char* tile, uint32_t extent0, uint32_t k0) {
+    const uint32_t lane = threadIdx.x & 31;
+    if (KMajor) {
+      ldmatrix_x4(r, chunk(tile, extent0 + (lane & 15), k0 / 8 + lane / 16));
+    } else {
+      ldmatrix_x4_trans(r, chunk(tile, k0 + (lane & 7) + lane / 16 * 8, extent0 / 8 + (lane / 8 & 1)));
+    }
+  }
+
+  // Columns extent0 … +15, depth k0 … +15 as two B operands.
+  static __device__ __forceinline__ void load_b(uint32_t (&r)[4], unsigned char* tile, uint32_t extent0, uint32_t k0) {
+    const uint32_t lane = threadIdx.x & 31;
+    if (KMajor) {
+      ldmatrix_x4(r, chunk(tile, extent0 + (lane & 7) + lane / 16 * 8, k0 / 8 + (lane / 8 & 1)));
+    } else {
+      ldmatrix_x4_trans(r, chunk(tile, k0 + (lane & 15), extent0 / 8 + lane / 16));
+    }
+  }
+};
+
+constexpr int STAGES = 4, THREADS = 128;
+
+// Four warps, 2 × 2, each of Tile/2 × Tile/2 outputs.
+template <Layout L, int Tile, int Depth, bool Aligned, typename T>
+__device__ __forceinline__ void mma(const Product p, Epilogue<T> epilogue) {
+  typedef Operand<L != NT, Tile, Depth, THREADS, Aligned> OperandA;
+  typedef Operand<L == TN, Tile, Depth, THREADS, Aligned> OperandB;
+  constexpr int HALF = Tile / 2, ROWS = HALF / 16, COLUMNS = HALF / 8, STAGE = OperandA::BYTES + OperandB::BYTES;
+  const uint32_t warp = threadIdx.x / 32, row_in_tile = warp / 2 * HALF, column_in_tile = warp % 2 * HALF;
+  const TilePlace place = tile_place(blockIdx.x, (p.m + Tile - 1) / Tile, (p.n + Tile - 1) / Tile);
+  const uint32_t row0 = place.row * Tile, column0 = place.column * Tile;
+  const uint32_t blocks = (p.k + Depth - 1) / Depth;
+  const uint32_t first = (uint64_t)blocks * blockIdx.y / gridDim.y, last = (uint64_t)blocks * (blockIdx.y + 1) / gridDim.y;
+  if (epilogue.partials) epilogue.partials += (size_t)blockIdx.y * p.m * p.n;
+
+  const auto fill = [&](uint32_t block) {
+    if (block < last) {
+      unsigned char* stage = dynamic_shared + (block - first) % STAGES * STAGE;
+      OperandA::fill(stage, p.a, row0, block * Depth, p.m, p.k);
+      OperandB::fill(stage + OperandA::BYTES, p.b, column0, block * Depth, p.n, p.k);
+    }
+    cp_async_commit();
+  };
+  float sums[ROWS][COLUMNS][4];
+#pragma unroll
+  for (int i = 0; i < ROWS; i++)
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[i][j][e] = 0.f;
+
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) fill(first + s);
+  for (uint32_t block = first; block < last; block++) {
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    fill(block + STAGES - 1);
+    unsigned char* tile_a = dynamic_shared + (block - first) % STAGES * STAGE;
+    unsigned char* tile_b = tile_a + OperandA::BYTES;
+    uint32_t a[2][ROWS][4], b[2][COLUMNS / 2][4];
+    const auto load = [&](int slot, int k) {
+#pragma unroll
+      for (int i = 0; i < ROWS; i++) OperandA::load_a(a[slot][i], tile_a, row_in_tile + 16 * i, k);
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 2; j++) OperandB::load_b(b[slot][j], tile_b, column_in_tile + 16 * j, k);
+    };
+    load(0, 0);
+#pragma unroll
+    for (int step = 0; step < Depth / 16; step++) {
+      if (step + 1 < Depth / 16) load((step + 1) & 1, 16 * (step + 1));
+#pragma unroll
+      for (int i = 0; i < ROWS; i++)
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) {
+          const uint32_t pair[2] = {b[step & 1][j / 2][j % 2 * 2], b[step & 1][j / 2][j % 2 * 2 + 1]};
+          mma_bf16(sums[i][j], a[step & 1][i], pair);
+        }
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();
+  float* stage = reinterpret_cast<float*>(dynamic_shared) + warp * 16 * HALF;
+  const bool in_fours = epilogue.in_fours();
+#pragma unroll
+  for (int i = 0; i < ROWS; i++)
+    store_rows16<HALF>(stage, epilogue, in_fours, row0 + row_in_tile + 16 * i, column0 + column_in_tile,
+                       [&](int j, int e) { return sums[i][j][e]; });
+}
+
+#define GEMM_ARGUMENTS(T)                                                                                              \
+  const bf16 *__restrict__ a, const bf16 *__restrict__ b, T *c, const bf16 *__restrict__ bias, const bf16 *residual,   \
+      float *__restrict__ partials, float alpha, uint32_t accumulate, uint32_t m, uint32_t n, uint32_t k
+#define GEMM_PASS {a, b, m, n, k}, {c, bias, residual, partials, alpha, accumulate != 0, m, n}
+
+// A layout's kernels for one type of C.
+// baseline  grid: ceil(m·n / 256), block: 256, no shared memory; no partials
+// mma128    grid: (ceil(m / 128)·ceil(n / 128), splits), block: 128, shared: 65536 bytes
+// mma64     grid: (ceil(m / 64)·ceil(n / 64), splits), block: 128, shared: 65536 bytes
+// scalar64  as mma64
+#define GEMM_LAYOUT(LAYOUT, name, dtype, T)                                                                            \
+  extern "C" __global__ void __launch_bounds__(256) gemm_##name##_baseline_##dtype(GEMM_ARGUMENTS(T)) {                \
+    baseline<LAYOUT, T>(GEMM_PASS);                                                                                    \
+  }                                                                                                                    \
+  EXPORT(gemm_##name##_baseline_##dtype)                                                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2) gemm_##name##_mma128_##dtype(GEMM_ARGUMENTS(T)) {           \
+    mma<LAYOUT, 128, 32, true, T>(GEMM_PASS);                                                                          \
+  }                                                                                                                    \
+  EXPORT(gemm_##name##_mma128_##dtype)                                                                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3) gemm_##name##_mma64_##dtype(GEMM_ARGUMENTS(T)) {            \
+    mma<LAYOUT, 64, 64, true, T>(GEMM_PASS);                                                                           \
+  }                                                                                                                    \
+  EXPORT(gemm_##name##_mma64_##dtype)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3) gemm_##name##_scalar64_##dtype(GEMM_ARGUMENTS(T)) {         \
+    mma<LAYOUT, 64, 64, false, T>(GEMM_PASS);                                                                          \
+  }                                                                                                                    \
+  EXPORT(gemm_##name##_scalar64_##dtype)
+
+GEMM_LAYOUT(TN, tn, bf16, bf16)
+GEMM_LAYOUT(NN, nn, bf16, bf16)
+GEMM_LAYOUT(NT, nt, bf16, bf16)
+GEMM_LAYOUT(NT, nt, f32, float)
+
+// C = epilogue(partials[0] + partials[1] + …), f32 [splits, m, n].
+template <typename T>
+__device__ __forceinline__ void combine(const float* __restrict__ partials, uint32_t splits, const Epilogue<T> epilogue) {
+  const size_t size = (size_t)epilogue.m * epilogue.n;
+  const size_t stride = (size_t)gridDim.x * 256, first = (size_t)blockIdx.x * 256 + threadIdx.x;
+  if (epilogue.in_fours()) {
+    for (size_t i = 4 * first; i < size; i += 4 * stride) {
+      float4 sum = load4(partials + i);
+      for (uint32_t s = 1; s < splits; s++) add4(sum, load4(partials + s * size + i));
+      epilogue.put4(i / epilogue.n, i % epilogue.n, sum);
+    }
+  } else {
+    for (size_t i = first; i < size; i += stride) {
+      float sum = partials[i];
+      for (uint32_t s = 1; s < splits; s++) sum += partials[s * size + i];
+      epilogue.put(i / epilogue.n, i % epilogue.n, sum);
+    }
+  }
+}
+
+// grid: any, block: 256, no shared memory
+#define GEMM_COMBINE(dtype, T)                                                                                         \
+  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+      gemm_combine_##dtype(const float* __restrict__ partials, uint32_t splits, T* c, const bf16* __restrict__ bias,   \
+                           const bf16* residual, float alpha, uint32_t accumulate, uint32_t m, uint32_t n) {           \
+    combine<T>(partials, splits, {c, bias, residual, nullptr, alpha, accumulate != 0, m, n});                          \
+  }                                                                                                                    \
+  EXPORT(gemm_combine_##dtype)
+
+GEMM_COMBINE(bf16, bf16)
+GEMM_COMBINE(f32, float)

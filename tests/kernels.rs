@@ -1,0 +1,274 @@
+//! The kernel files and what nvcc made of them: names and parameters against their source, registers that do not spill, the
+//! instructions that the fast versions are for, and the rules of the house. Needs no GPU, but an nvcc at build time, its
+//! cuobjdump and nvdisasm (scripts/install_nvcc.sh), and a C++ compiler; what is missing is said on standard error.
+
+#[path = "common/standin.rs"]
+mod standin;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Kernel files and their headers: name and text.
+fn sources(extensions: &[&str]) -> Vec<(String, String)> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(root().join("kernels")).unwrap().map(|e| e.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| extensions.iter().any(|extension| e == *extension)));
+    files.sort();
+    files.iter().map(|path| (name(path), std::fs::read_to_string(path).unwrap())).collect()
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap().to_str().unwrap().into()
+}
+
+/// Images with code; `None`, and said so, where the library was built without nvcc.
+fn images() -> Option<Vec<(&'static str, &'static [u8])>> {
+    let images: Vec<_> = standin::IMAGES.iter().copied().filter(|(_, image)| !image.is_empty()).collect();
+    if images.is_empty() {
+        let _ = writeln!(std::io::stderr(), "skipped: tests of compiled kernels (the library was built without nvcc)");
+        return None;
+    }
+    Some(images)
+}
+
+/// The directory of cuobjdump and nvdisasm, beside an nvcc; `None`, and said so, where there is none.
+fn tools() -> Option<PathBuf> {
+    let mut directories: Vec<PathBuf> = Vec::new();
+    directories.extend(std::env::var_os("NVCC").and_then(|nvcc| Some(Path::new(&nvcc).parent()?.into())));
+    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os);
+    directories.extend(homes.map(|home| Path::new(&home).join("bin")));
+    for python in std::fs::read_dir(root().join(".cuda/lib")).into_iter().flatten().flatten() {
+        directories.push(python.path().join("site-packages/nvidia/cu13/bin"));
+    }
+    directories.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    directories.push("/usr/local/cuda/bin".into());
+    let found = directories.into_iter().find(|d| d.join("cuobjdump").is_file() && d.join("nvdisasm").is_file());
+    if found.is_none() {
+        let _ = writeln!(std::io::stderr(), "skipped: tests of machine code (no cuobjdump: scripts/install_nvcc.sh)");
+    }
+    found
+}
+
+/// Runs cuobjdump on an image, in a directory with a copy of it, and returns what it prints.
+fn cuobjdump(tools: &Path, directory: &Path, image: &[u8], arguments: &[&str]) -> String {
+    let path = directory.join("image.fatbin");
+    std::fs::write(&path, image).unwrap();
+    let mut paths = vec![tools.to_path_buf()];
+    paths.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    let output = Command::new(tools.join("cuobjdump"))
+        .args(arguments)
+        .arg(&path)
+        .current_dir(directory)
+        .env("PATH", std::env::join_paths(paths).unwrap())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "cuobjdump: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a cubin says of a kernel.
+#[derive(Default)]
+struct Compiled {
+    /// Offset and bytes of each parameter.
+    parameters: BTreeMap<u16, (u32, u32)>,
+    launch_bounds: bool,
+}
+
+/// The kernels of a cubin, by the sections `.nv.info.<kernel>`.
+fn compiled(cubin: &[u8]) -> BTreeMap<String, Compiled> {
+    let number = |at: usize, bytes: usize| (0..bytes).fold(0, |n, i| n | (cubin[at + i] as usize) << (8 * i));
+    assert_eq!(cubin[..5], *b"\x7fELF\x02");
+    let (table, entry, count, names) = (number(0x28, 8), number(0x3a, 2), number(0x3c, 2), number(0x3e, 2));
+    let section = |i: usize| {
+        let header = table + i * entry;
+        (number(header, 4), number(header + 0x18, 8), number(header + 0x20, 8))
+    };
+    let text_at = section(names).1;
+    let mut kernels = BTreeMap::new();
+    for (name, start, size) in (0..count).map(section) {
+        let name: Vec<u8> = cubin[text_at + name..].iter().copied().take_while(|byte| *byte != 0).collect();
+        let name = String::from_utf8(name).unwrap();
+        let Some(kernel) = name.strip_prefix(".nv.info.") else { continue };
+        let compiled: &mut Compiled = kernels.entry(kernel.to_string()).or_default();
+        let mut at = start;
+        while at < start + size {
+            // Format, attribute, and a value or (format 4) the bytes of one that follows.
+            let (format, attribute, value) = (cubin[at], cubin[at + 1], number(at + 2, 2));
+            at += 4;
+            match attribute {
+                0x17 => {
+                    let (ordinal, offset) = (number(at + 4, 2) as u16, number(at + 6, 2) as u32);
+                    compiled.parameters.insert(ordinal, (offset, number(at + 8, 4) as u32 >> 18));
+                }
+                0x05 => compiled.launch_bounds = true,
+                _ => {}
+            }
+            at += if format == 4 { value } else { 0 };
+        }
+    }
+    kernels
+}
+
+#[test]
+fn every_kernel_is_compiled_as_it_is_exported() {
+    let (Some(images), Some(tools)) = (images(), tools()) else { return };
+    let mut exported: BTreeMap<String, BTreeMap<String, Vec<(u32, u32)>>> = BTreeMap::new();
+    if !standin::available() || standin::real() {
+        return;
+    }
+    for kernel in standin::kernels() {
+        exported.entry(kernel.stem).or_default().insert(kernel.name, kernel.parameters);
+    }
+    let stems: BTreeSet<&str> = images.iter().map(|(stem, _)| *stem).collect();
+    assert_eq!(stems, exported.keys().map(String::as_str).collect(), "files that export nothing, or are not built in");
+    for (stem, image) in images {
+        let directory = tempfile::tempdir().unwrap();
+        cuobjdump(&tools, directory.path(), image, &["-xelf", "all"]);
+        let cubins: Vec<PathBuf> = std::fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().path()).collect();
+        let cubins: Vec<&PathBuf> = cubins.iter().filter(|path| path.extension().is_some_and(|e| e == "cubin")).collect();
+        let architectures = if stem.ends_with("_sm90") { 1 } else { 2 };
+        assert_eq!(cubins.len(), architectures, "{stem}: code for each architecture");
+        for cubin in cubins {
+            let place = format!("{stem}, {}", name(cubin));
+            let compiled = compiled(&std::fs::read(cubin).unwrap());
+            let names: Vec<&String> = compiled.keys().collect();
+            assert_eq!(names, exported[stem].keys().collect::<Vec<_>>(), "{place}: each kernel is in one EXPORT");
+            for (kernel, compiled) in &compiled {
+                let parameters: Vec<(u32, u32)> = compiled.parameters.values().copied().collect();
+                assert_eq!(parameters, exported[stem][kernel], "{place}: {kernel}");
+                assert!(compiled.launch_bounds, "{place}: {kernel} has no __launch_bounds__");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_kernel_keeps_registers_in_memory() {
+    let (Some(images), Some(tools)) = (images(), tools()) else { return };
+    let mut spills = Vec::new();
+    for (stem, image) in images {
+        let directory = tempfile::tempdir().unwrap();
+        let usage = cuobjdump(&tools, directory.path(), image, &["-res-usage"]);
+        let (mut architecture, mut kernel, mut seen) = ("", "", 0);
+        for line in usage.lines().map(str::trim) {
+            if let Some(found) = line.strip_prefix("arch = ") {
+                architecture = found;
+            } else if let Some(found) = line.strip_prefix("Function ") {
+                kernel = found.trim_end_matches(':');
+            } else if line.starts_with("REG:") {
+                seen += 1;
+                let bytes = |what| line.split(' ').find_map(|field| field.strip_prefix(what)).expect("a number");
+                if (bytes("STACK:"), bytes("LOCAL:")) != ("0", "0") {
+                    spills.push(format!("{stem}, {architecture}: {kernel}: {line}"));
+                }
+            }
+        }
+        assert!(seen > 0, "{stem}: {usage}");
+    }
+    assert!(spills.is_empty(), "stack or local memory:\n{}", spills.join("\n"));
+}
+
+/// Whether the text has these characters where a word begins.
+fn calls(text: &str, call: &str) -> bool {
+    let mut before = text.match_indices(call).map(|(at, _)| text[..at].chars().next_back());
+    before.any(|c| !c.is_some_and(|c| c.is_alphanumeric() || c == '_'))
+}
+
+#[test]
+fn tensor_cores_do_the_products() {
+    let (Some(images), Some(tools)) = (images(), tools()) else { return };
+    let texts: BTreeMap<String, String> = sources(&["cu"]).into_iter().collect();
+    for (stem, image) in images {
+        let text = &texts[&format!("{stem}.cu")];
+        // What the source calls, and the instruction that must come of it.
+        let expected: Vec<&str> = [("mma_bf16(", "HMMA"), ("cp_async16(", "LDGSTS"), ("ldmatrix_", "LDSM")]
+            .into_iter()
+            .chain([("wgmma_bf16<", "HGMMA"), ("tma_load_", "UTMALDG"), ("tma_store_", "UTMASTG")])
+            .filter(|(call, _)| calls(text, call))
+            .map(|(_, instruction)| instruction)
+            .collect();
+        if stem.ends_with("_sm90") {
+            assert!(expected.contains(&"HGMMA") && expected.contains(&"UTMALDG"), "{stem} does nothing that needs sm_90a");
+        }
+        if expected.is_empty() {
+            continue;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let code = cuobjdump(&tools, directory.path(), image, &["-sass"]);
+        let parts: Vec<&str> = code.split("code for ").skip(1).collect();
+        assert!(!parts.is_empty(), "{stem}: no machine code");
+        for part in parts {
+            let architecture = part.lines().next().unwrap_or_default();
+            for instruction in &expected {
+                let found = part.lines().any(|line| line.split_whitespace().any(|w| w.split('.').next() == Some(*instruction)));
+                assert!(found, "{stem}: no {instruction} in the code for {architecture}");
+            }
+        }
+    }
+    for family in ["gemm", "attention"] {
+        let mut files = texts.iter().filter(|(name, _)| name.starts_with(family));
+        assert!(files.any(|(_, text)| calls(text, "mma_bf16(")), "{family} has no version on tensor cores");
+    }
+}
+
+/// The text without comments.
+fn code(text: &str) -> String {
+    text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn kernel_files_keep_the_rules() {
+    let words = |text: &str| -> BTreeSet<String> {
+        text.split(|c: char| !c.is_alphanumeric() && c != '_').map(String::from).collect()
+    };
+    for (name, text) in sources(&["cu", "cuh"]) {
+        let code = code(&text);
+        let words = words(&code);
+        let prelude = name.starts_with("prelude");
+        assert!(text.starts_with("//"), "{name} begins by saying what it is");
+        for word in ["printf", "cooperative_groups", "cub", "thrust", "goto"] {
+            assert!(!words.contains(word), "{name}: {word}");
+        }
+        assert!(!code.contains("<<<"), "{name}: kernels are launched by name");
+        assert!(prelude || !words.contains("asm"), "{name}: PTX belongs into the prelude");
+        assert!(prelude || !code.contains("extern __shared__"), "{name}: dynamic shared memory is `dynamic_shared`");
+        assert!(prelude || !words.contains("__CUDACC__"), "{name}: one text for both compilers");
+        assert!(prelude || !code.contains("#include <"), "{name}: everything comes through the prelude");
+        if name.ends_with(".cuh") {
+            assert!(code.contains("#pragma once"), "{name}");
+            assert!(!code.contains("EXPORT(") || prelude, "{name}: kernels are in .cu files");
+            continue;
+        }
+        let hopper = name.ends_with("_sm90.cu");
+        assert_eq!(words.contains("prelude_sm90"), hopper, "{name}: Hopper code is in *_sm90.cu");
+        let (kernels, exports) = (code.matches("extern \"C\"").count(), code.matches("EXPORT(").count());
+        assert!(kernels > 0 && kernels == exports, "{name}: {kernels} kernels, {exports} EXPORTs");
+        assert_eq!(code.matches("__launch_bounds__").count(), kernels, "{name}");
+    }
+}
+
+/// A family of kernels has one name in four places.
+#[test]
+fn one_stem_has_its_places() {
+    let stems = |directory: &str| -> BTreeSet<String> {
+        let files = std::fs::read_dir(root().join(directory)).unwrap().map(|e| e.unwrap().path());
+        files.map(|path| path.file_stem().unwrap().to_str().unwrap().to_string()).collect()
+    };
+    let (cuda, cpu, ops) = (stems("src/backend/cuda"), stems("src/backend/cpu"), stems("tests/ops"));
+    let kernels: BTreeSet<String> = sources(&["cu"]).iter().map(|(name, _)| name.replace(".cu", "")).collect();
+    let families: BTreeSet<&String> = cuda.iter().filter(|stem| cpu.contains(*stem) && *stem != "mod").collect();
+    assert!(families.len() >= 10, "{families:?}");
+    for family in &families {
+        assert!(ops.contains(*family), "tests/ops/{family}.rs");
+        assert!(kernels.contains(*family), "kernels/{family}.cu");
+    }
+    for kernel in kernels {
+        let known = families.iter().any(|f| kernel == **f || kernel.starts_with(&format!("{f}_")));
+        assert!(known, "kernels/{kernel}.cu: src/backend/cuda, src/backend/cpu and tests/ops have no such stem");
+    }
+}

@@ -1,0 +1,88 @@
+// Hopper kernels with known answers: operands put where the PTX manual says they lie.
+#include "prelude_sm90.cuh"
+
+// grid: 1, block: 128, shared: `bytes`. y = shared memory after the box at (x0, x1) has come.
+extern "C" __global__ void __launch_bounds__(128) known_box(const __grid_constant__ CUtensorMap map, int x0, int x1, uint32_t bytes, uint4* __restrict__ y) {
+  __shared__ __align__(8) uint64_t barrier;
+  if (threadIdx.x == 0) {
+    mbarrier_init(&barrier, 1);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_expect(&barrier, bytes);
+    tma_load_2d(dynamic_shared, &map, &barrier, x0, x1);
+  }
+  mbarrier_wait(&barrier, 0);
+  for (uint32_t i = threadIdx.x; i < bytes / 16; i += 128) y[i] = reinterpret_cast<const uint4*>(dynamic_shared)[i];
+}
+EXPORT(known_box)
+
+// grid: 1, block: 128. Two halves of the block hand a number back and forth; y = it and the rounds, at the end.
+extern "C" __global__ void __launch_bounds__(128) known_phases(uint32_t rounds, uint32_t* __restrict__ y) {
+  __shared__ __align__(8) uint64_t full, empty;
+  __shared__ uint32_t number;
+  if (threadIdx.x == 0) {
+    mbarrier_init(&full, 64);
+    mbarrier_init(&empty, 64);
+    mbarrier_fence_init();
+    number = 1;
+  }
+  __syncthreads();
+  uint32_t sum = 0;
+  for (uint32_t round = 0; round < rounds; round++) {
+    if (threadIdx.x < 64) {
+      if (round) mbarrier_wait(&empty, (round - 1) & 1);
+      if (threadIdx.x == round % 64) number = number * 3 + round;
+      mbarrier_arrive(&full);
+    } else {
+      mbarrier_wait(&full, round & 1);
+      sum += number;
+      mbarrier_arrive(&empty);
+    }
+  }
+  y[threadIdx.x] = sum;
+}
+EXPORT(known_phases)
+
+// Byte offsets of the operands of four steps, and descriptors without an address.
+struct Operands {
+  uint64_t a, b;
+  uint32_t a_at[4], b_at[4];
+};
+
+// grid: 1, block: 128, shared: `bytes`. d (64 × N by rows) = Σ a·b over four steps of 16, from an image of shared memory.
+template <int N, bool TransA, bool TransB> __device__ __forceinline__ void product(const uint4* image, uint32_t bytes, const Operands& operands, float* d) {
+  for (uint32_t i = threadIdx.x; i < bytes / 16; i += 128) reinterpret_cast<uint4*>(dynamic_shared)[i] = image[i];
+#ifdef __CUDACC__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  __syncthreads();
+  float sums[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) sums[i] = 0.f;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    const uint64_t a = operands.a | (shared_address(dynamic_shared + operands.a_at[step]) & 0x3ffff) >> 4;
+    const uint64_t b = operands.b | (shared_address(dynamic_shared + operands.b_at[step]) & 0x3ffff) >> 4;
+    wgmma_bf16<N, TransA, TransB>(sums, a, b);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) d[(16 * warp + lane / 4 + 8 * (i / 2 % 2)) * N + 8 * (i / 4) + 2 * (lane % 4) + i % 2] = sums[i];
+}
+#define PRODUCT(name, n, a, b)                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(128) known_wgmma##n##_##name(const uint4* __restrict__ image, uint32_t bytes, Operands operands, \
+                                                                            float* __restrict__ d) {                                           \
+    product<n, a, b>(image, bytes, operands, d);                                                                                               \
+  }                                                                                                                                            \
+  EXPORT(known_wgmma##n##_##name)
+PRODUCT(tn, 128, false, false)
+PRODUCT(nn, 128, false, true)
+PRODUCT(nt, 128, true, true)
+PRODUCT(tt, 128, true, false)
+PRODUCT(tn, 256, false, false)
+PRODUCT(nt, 256, true, true)

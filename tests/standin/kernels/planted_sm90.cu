@@ -1,0 +1,114 @@
+// planted.cu's Hopper part. The boxes of `map` are 256 floats each, one after the other: y[i] = x[255 − i] of each 256 elements.
+// grid: 1, block: 256, shared: 2048 bytes, n = 512.
+#include "prelude_sm90.cuh"
+
+#define PLANT(name)                                                                                                                   \
+  extern "C" __global__ void __launch_bounds__(256) name##_right(const __grid_constant__ CUtensorMap map, float* y, uint32_t n) {     \
+    name<true>(map, y, n);                                                                                                            \
+  }                                                                                                                                   \
+  EXPORT(name##_right)                                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256) name##_wrong(const __grid_constant__ CUtensorMap map, float* y, uint32_t n) {     \
+    name<false>(map, y, n);                                                                                                           \
+  }                                                                                                                                   \
+  EXPORT(name##_wrong)
+
+struct Plan {
+  bool initialise = true, fence = true, wait_full = true, wait_empty = true;
+  uint32_t bytes = 1024, arrivals = 256;
+};
+
+// One buffer, filled by thread 0 as soon as everybody has read it.
+__device__ __forceinline__ void reverse(const CUtensorMap& map, float* y, uint32_t n, const Plan& plan) {
+  __shared__ __align__(8) uint64_t full, empty;
+  if (threadIdx.x == 0) {
+    if (plan.initialise) mbarrier_init(&full, 1);
+    mbarrier_init(&empty, plan.arrivals);
+    if (plan.fence) mbarrier_fence_init();
+  }
+  __syncthreads();
+  for (uint32_t tile = 0; tile < n / 256; tile++) {
+    if (threadIdx.x == 0) {
+      if (plan.wait_empty && tile) mbarrier_wait(&empty, (tile - 1) & 1);
+      mbarrier_expect(&full, plan.bytes);
+      tma_load_2d(dynamic_shared, &map, &full, 0, tile);
+    }
+    if (plan.wait_full) mbarrier_wait(&full, tile & 1);
+    y[tile * 256 + threadIdx.x] = reinterpret_cast<const float*>(dynamic_shared)[255 - threadIdx.x];
+    mbarrier_arrive(&empty);
+  }
+  mbarrier_wait(&full, (n / 256 - 1) & 1);
+}
+
+template <bool Right> __device__ __forceinline__ void box_not_awaited(const CUtensorMap& map, float* y, uint32_t n) {
+  Plan plan;
+  plan.wait_full = Right;
+  reverse(map, y, n, plan);
+}
+PLANT(box_not_awaited)
+
+template <bool Right> __device__ __forceinline__ void box_too_early(const CUtensorMap& map, float* y, uint32_t n) {
+  Plan plan;
+  plan.wait_empty = Right;
+  reverse(map, y, n, plan);
+}
+PLANT(box_too_early)
+
+template <bool Right> __device__ __forceinline__ void no_mbarrier(const CUtensorMap& map, float* y, uint32_t n) {
+  Plan plan;
+  plan.initialise = Right;
+  reverse(map, y, n, plan);
+}
+PLANT(no_mbarrier)
+
+template <bool Right> __device__ __forceinline__ void no_fence(const CUtensorMap& map, float* y, uint32_t n) {
+  Plan plan;
+  plan.fence = Right;
+  reverse(map, y, n, plan);
+}
+PLANT(no_fence)
+
+template <bool Right> __device__ __forceinline__ void wrong_bytes(const CUtensorMap& map, float* y, uint32_t n) {
+  Plan plan;
+  plan.bytes = Right ? 1024 : 2048;
+  reverse(map, y, n, plan);
+}
+PLANT(wrong_bytes)
+
+template <bool Right> __device__ __forceinline__ void too_many_arrivals(const CUtensorMap& map, float* y, uint32_t n) {
+  Plan plan;
+  plan.arrivals = Right ? 256 : 257;
+  reverse(map, y, n, plan);
+}
+PLANT(too_many_arrivals)
+
+// The products: y[i] = 64, the sum of 64 registers of ones to which a product of zeros is added.
+template <bool Fence, bool Wait, bool Keep> __device__ __forceinline__ void ones_and_zeros(float* y, uint32_t n) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
+  words[threadIdx.x % 32] = 0;
+  __syncthreads();
+  float sums[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) sums[i] = 1.f;
+  if (Fence) wgmma_fence();
+  // No swizzle, offsets of 0: every piece of the operands is the same 128 bytes of zeros.
+  const uint64_t zeros = (shared_address(dynamic_shared) & 0x3ffff) >> 4;
+  wgmma_bf16<128, false, false>(sums, zeros, zeros);
+  wgmma_commit();
+  if (!Keep) words[threadIdx.x % 32] = 0x3f803f80;
+  if (Wait) wgmma_wait<0>();
+  float total = 0.f;
+#pragma unroll
+  for (int i = 0; i < 64; i++) total += sums[i];
+  wgmma_wait<0>();
+  for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = total;
+}
+
+#define PLANT_PRODUCT(name, fence, wait, keep)                                                                                     \
+  extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ CUtensorMap, float* y, uint32_t n) {              \
+    ones_and_zeros<fence, wait, keep>(y, n);                                                                                       \
+  }                                                                                                                                \
+  EXPORT(name)
+PLANT_PRODUCT(product_right, true, true, true)
+PLANT_PRODUCT(product_not_fenced_wrong, false, true, true)
+PLANT_PRODUCT(product_not_awaited_wrong, true, false, true)
+PLANT_PRODUCT(operand_overwritten_wrong, true, true, false)

@@ -1,0 +1,396 @@
+//! Instructions with known answers, on every device that has them.
+
+use super::*;
+use half::bf16;
+use swat::backend::philox::Philox;
+use sys::CUtensorMapSwizzle::{self, *};
+
+fn normals(stream: u64, len: usize) -> Vec<bf16> {
+    let mut rng = Philox::new(7, stream);
+    (0..len).map(|_| bf16::from_f64(rng.normal())).collect()
+}
+
+/// Rows of `a` (m × k) times rows of `b` (n × k).
+fn product(a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) -> Vec<f64> {
+    let dot = |i: usize, j: usize| (0..k).map(|l| a[i * k + l] * b[j * k + l]).sum();
+    (0..m * n).map(|at| dot(at / n, at % n)).collect()
+}
+
+fn wide(x: &[bf16]) -> Vec<f64> {
+    x.iter().map(|x| x.to_f64()).collect()
+}
+
+#[track_caller]
+fn assert_near(got: &[f32], exact: &[f64], what: &str) {
+    assert_eq!(got.len(), exact.len());
+    for (i, (got, exact)) in got.iter().zip(exact).enumerate() {
+        assert!((*got as f64 - exact).abs() < 1e-4, "{what}: element {i} is {got}, exact {exact}");
+    }
+}
+
+#[test]
+fn bf16_rounds_to_nearest_even() {
+    let mut x: Vec<f32> =
+        [0, 1, 0x7f80_0000, 0x7f80_0001, 0x7fff_ffff, 0x7f7f_ffff, 0x7f7f_8000, 0x7f7f_7fff, 0x8000_0000]
+            .map(f32::from_bits)
+            .to_vec();
+    for low in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+        x.extend((0..512).map(|i| f32::from_bits(u32::wrapping_mul(i, 0x0081_0000) ^ low)));
+    }
+    for ordinal in DEVICES {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let (from, to) = (gpu.put(&x), gpu.put(&vec![0u16; x.len()]));
+        let n = x.len() as u32;
+        let rounding = gpu.function("known", "known_rounding");
+        gpu.run(rounding, [1; 3], [32, 1, 1], 0, &mut [arg(&from), arg(&to), arg(&n)]);
+        for (x, got) in x.iter().zip(gpu.get::<u16>(to, x.len())) {
+            let expected = if x.is_nan() { 0x7fff } else { bf16::from_f32(*x).to_bits() };
+            assert_eq!(got, expected, "{x:e} ({:#x})", x.to_bits());
+        }
+    }
+}
+
+#[test]
+fn mma_multiplies() {
+    for ordinal in DEVICES {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let (a, b) = (normals(1, 256), normals(2, 128));
+        let (pa, pb, pd) = (gpu.put(&a), gpu.put(&b), gpu.put(&[0f32; 128]));
+        gpu.run(gpu.function("known", "known_mma"), [1; 3], [32, 1, 1], 0, &mut [arg(&pa), arg(&pb), arg(&pd)]);
+        let transposed: Vec<f64> = (0..128).map(|i| b[i % 16 * 8 + i / 16].to_f64()).collect();
+        assert_near(&gpu.get(pd, 128), &product(&wide(&a), &transposed, [16, 8, 16]), "mma");
+    }
+}
+
+#[test]
+fn ldmatrix_deals_out_pairs() {
+    for (kernel, transposed) in [("known_ldmatrix", false), ("known_ldmatrix_trans", true)] {
+        for ordinal in DEVICES {
+            let Some(gpu) = Gpu::open(ordinal) else { return };
+            let x: Vec<u16> = (0..256).collect();
+            let (from, to) = (gpu.put(&x), gpu.put(&[0u32; 128]));
+            gpu.run(gpu.function("known", kernel), [1; 3], [32, 1, 1], 512, &mut [arg(&from), arg(&to)]);
+            let expected: Vec<u32> = (0..128)
+                .map(|at| {
+                    let (matrix, row, pair) = (at / 32, at % 32 / 4, at % 4);
+                    let element = |e: u32| {
+                        let (i, j) = if transposed { (2 * pair + e, row) } else { (row, 2 * pair + e) };
+                        matrix * 64 + i * 8 + j
+                    };
+                    element(0) | element(1) << 16
+                })
+                .collect();
+            assert_eq!(gpu.get::<u32>(to, 128), expected, "{kernel}");
+        }
+    }
+}
+
+#[test]
+fn shuffles_and_votes() {
+    for ordinal in DEVICES {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let to = gpu.put(&[0i32; 9 * 64]);
+        gpu.run(gpu.function("known", "known_shuffles"), [1; 3], [64, 1, 1], 0, &mut [arg(&to)]);
+        let got = gpu.get::<i32>(to, 9 * 64);
+        for rank in 0..64i32 {
+            let (warp, lane) = (rank / 32 * 32, rank % 32);
+            let votes = (0..32).filter(|l| (warp + l) % 3 == 0).fold(0u32, |bits, l| bits | 1 << l);
+            let expected = [
+                warp + (lane ^ 5),
+                if lane + 3 < 32 { rank + 3 } else { rank },
+                if lane >= 3 { rank - 3 } else { rank },
+                warp + 7,
+                if lane % 8 + 3 < 8 { rank + 3 } else { rank },
+                if lane % 8 >= 3 { rank - 3 } else { rank },
+                rank / 8 * 8 + 7,
+                votes as i32,
+                if warp == 32 { 2 } else { 1 },
+            ];
+            for (i, expected) in expected.iter().enumerate() {
+                assert_eq!(got[i * 64 + rank as usize], *expected, "number {i} of thread {rank}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_thread_of_every_block_runs_once() {
+    let (grid, block) = ([3u32, 4, 2], [5u32, 3, 7]);
+    let (blocks, threads) = (grid.iter().product::<u32>(), block.iter().product::<u32>());
+    for ordinal in DEVICES {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let to = gpu.put(&vec![0u32; (blocks * threads * 4) as usize]);
+        gpu.run(gpu.function("known", "known_places"), grid, block, 0, &mut [arg(&to)]);
+        let got = gpu.get::<u32>(to, (blocks * threads * 4) as usize);
+        let place = |n: u32, [x, y, _]: [u32; 3]| [n % x, n / x % y, n / (x * y)];
+        for i in 0..blocks * threads {
+            let (b, t) = (place(i / threads, grid), place(i % threads, block));
+            let expected = [b[0] + 256 * t[0], b[1] + 256 * t[1], b[2] + 256 * t[2], 1];
+            assert_eq!(got[4 * i as usize..][..4], expected);
+        }
+        let sums = gpu.put(&[0u32; 3]);
+        gpu.run(gpu.function("known", "known_atomics"), [10, 1, 1], [128, 1, 1], 0, &mut [arg(&sums)]);
+        assert_eq!(gpu.get::<u32>(sums, 3), [10 * 127 * 64, 10, 1279]);
+    }
+}
+
+#[test]
+fn parameters_are_laid_out_as_on_the_device() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    let function = gpu.function("known", "known_parameters");
+    let layout: Vec<(usize, usize)> = (0..)
+        .map_while(|index| {
+            let (mut offset, mut size) = (0, 0);
+            // SAFETY: writes two integers.
+            let found = unsafe { sys::cuFuncGetParamInfo(function, index, &mut offset, &mut size) };
+            found.result().ok().map(|()| (offset, size))
+        })
+        .collect();
+    assert_eq!(layout, [(0, 1), (8, 8), (16, 2), (24, 16), (40, 8), (48, 1)]);
+    #[repr(C)]
+    struct Mixed(u64, u8);
+    let y = gpu.put(&[0f32; 6]);
+    let (a, b, c, d, e) = (200u8, 0.5f64, 40_000u16, Mixed(1 << 40, 9), -3i8);
+    gpu.run(function, [1; 3], [32, 1, 1], 0, &mut [arg(&a), arg(&b), arg(&c), arg(&d), arg(&y), arg(&e)]);
+    assert_eq!(gpu.get::<f32>(y, 6), [200.0, 0.5, 40_000.0, (1u64 << 40) as f32, 9.0, -3.0]);
+}
+
+#[test]
+fn phases_of_mbarriers_hand_numbers_over() {
+    for ordinal in HOPPERS {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let (rounds, y) = (9u32, gpu.put(&[0u32; 128]));
+        gpu.run(gpu.function("known_sm90", "known_phases"), [1; 3], [128, 1, 1], 0, &mut [arg(&rounds), arg(&y)]);
+        let (mut number, mut sum) = (1u32, 0u32);
+        for round in 0..rounds {
+            number = number * 3 + round;
+            sum += number;
+        }
+        let got = gpu.get::<u32>(y, 128);
+        assert_eq!(got[..64], [0; 64]);
+        assert_eq!(got[64..], [sum; 64]);
+    }
+}
+
+/// Where byte `offset` of unswizzled lines lies: within each 128 bytes × (8, 4, 2 lines of 16, 32, 64) the 16-byte places of a
+/// line are xor'ed with the line's number.
+fn place(offset: usize, swizzle: CUtensorMapSwizzle) -> usize {
+    let (line, in_line) = (offset / 128, offset % 128);
+    let moved = match swizzle {
+        CU_TENSOR_MAP_SWIZZLE_128B => line % 8,
+        CU_TENSOR_MAP_SWIZZLE_64B => line % 4,
+        CU_TENSOR_MAP_SWIZZLE_32B => line % 2,
+        _ => 0,
+    };
+    line * 128 + ((in_line / 16) ^ moved) * 16 + in_line % 16
+}
+
+const SWIZZLES: [(CUtensorMapSwizzle, usize); 4] = [
+    (CU_TENSOR_MAP_SWIZZLE_NONE, 96),
+    (CU_TENSOR_MAP_SWIZZLE_32B, 32),
+    (CU_TENSOR_MAP_SWIZZLE_64B, 64),
+    (CU_TENSOR_MAP_SWIZZLE_128B, 128),
+];
+
+#[test]
+fn boxes_come_swizzled_with_zeros_outside() {
+    // 30 rows of 72 numbers, 80 apart.
+    let x: Vec<bf16> = (0..30 * 80).map(|i| bf16::from_bits(i as u16 + 1)).collect();
+    for (swizzle, line) in SWIZZLES {
+        for (x0, x1) in [(0, 0), (8, 16), (-5, -3), (60, 20), (200, 0)] {
+            for ordinal in HOPPERS {
+                let Some(gpu) = Gpu::open(ordinal) else { return };
+                let (rows, columns, bytes) = (24usize, line / 2, 24 * line as u32);
+                let (from, to) = (gpu.put(&x), gpu.put(&vec![0u16; rows * columns]));
+                let map = tensor_map::<bf16>(from, &[72, 30], 160, &[columns as u32, rows as u32], swizzle).unwrap();
+                let known_box = gpu.function("known_sm90", "known_box");
+                let arguments = &mut [arg(&map), arg(&x0), arg(&x1), arg(&bytes), arg(&to)];
+                gpu.run(known_box, [1; 3], [128, 1, 1], bytes, arguments);
+                let got = gpu.get::<u16>(to, rows * columns);
+                for (at, (row, column)) in (0..rows).flat_map(|r| (0..columns).map(move |c| (r, c))).enumerate() {
+                    let (r, c) = (row as i32 + x1, column as i32 + x0);
+                    let inside = (0..30).contains(&r) && (0..72).contains(&c);
+                    let expected = if inside { x[(r * 80 + c) as usize].to_bits() } else { 0 };
+                    assert_eq!(
+                        got[place(2 * at, swizzle) / 2],
+                        expected,
+                        "{line} bytes at {x0}, {x1}: {row}, {column}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn boxes_of_three_dimensions() {
+    let x: Vec<f32> = (0..5 * 6 * 16).map(|i| i as f32 + 1.0).collect();
+    for ordinal in HOPPERS {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let (x0, x1, x2, bytes) = (4i32, 5i32, 3i32, 8 * 2 * 3 * 4u32);
+        let (from, to) = (gpu.put(&x), gpu.put(&[0f32; 48]));
+        let map = tensor_map::<f32>(from, &[16, 6, 5], 64, &[8, 2, 3], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
+        let function = gpu.function("ahead_sm90", "ahead_box");
+        let arguments = &mut [arg(&map), arg(&x0), arg(&x1), arg(&x2), arg(&bytes), arg(&to)];
+        gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
+        let got = gpu.get::<f32>(to, 48);
+        for (at, got) in got.iter().enumerate() {
+            let (column, row, plane) = (4 + at % 8, 5 + at / 8 % 2, 3 + at / 16);
+            let expected = if row < 6 && plane < 5 { x[(plane * 6 + row) * 16 + column] } else { 0.0 };
+            assert_eq!(*got, expected);
+        }
+    }
+}
+
+#[test]
+fn stores_write_what_is_inside() {
+    let x: Vec<u16> = (1..=16 * 64).collect();
+    for ordinal in HOPPERS {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let (from, to) = (gpu.put(&x), gpu.put(&[0u16; 20 * 88]));
+        let map = tensor_map::<bf16>(to, &[80, 20], 176, &[64, 16], CU_TENSOR_MAP_SWIZZLE_128B).unwrap();
+        let (x0, x1, bytes) = (24i32, 8i32, 2048u32);
+        let function = gpu.function("ahead_sm90", "ahead_store");
+        gpu.run(function, [1; 3], [128, 1, 1], bytes, &mut [arg(&map), arg(&x0), arg(&x1), arg(&bytes), arg(&from)]);
+        let got = gpu.get::<u16>(to, 20 * 88);
+        for (at, got) in got.iter().enumerate() {
+            let (row, column) = ((at / 88) as i32 - x1, (at % 88) as i32 - x0);
+            let inside = (0..12).contains(&row) && (0..56).contains(&column);
+            let expected =
+                if inside { x[place((row * 128 + 2 * column) as usize, CU_TENSOR_MAP_SWIZZLE_128B) / 2] } else { 0 };
+            assert_eq!(*got, expected, "{row}, {column}");
+        }
+    }
+}
+
+/// An operand of 64 columns of k in shared memory, as one of wgmma's canonical layouts.
+struct Operand {
+    /// Byte of element (row, k).
+    at: fn(usize, usize, usize) -> usize,
+    /// Bytes from one slab to the next, of this many rows.
+    slab: fn(usize) -> usize,
+    /// Byte at which step s of 16 k starts.
+    step: fn(usize, usize) -> usize,
+    /// Descriptor for slabs of these bytes.
+    descriptor: fn(u64) -> u64,
+}
+
+fn fields(leading: u64, stride: u64, swizzle: u64) -> u64 {
+    leading >> 4 << 16 | stride >> 4 << 32 | swizzle << 62
+}
+
+/// k contiguous: rows of 16, 32, 64 or 128 bytes, then the next slab of k.
+const K_MAJOR: [Operand; 4] = [
+    Operand {
+        at: |r, k, slab| k / 8 * slab + r * 16 + k % 8 * 2,
+        slab: |rows| rows * 16,
+        step: |s, slab| 2 * s * slab,
+        descriptor: |slab| fields(slab, 128, 0),
+    },
+    Operand {
+        at: |r, k, slab| k / 16 * slab + place(r * 32 + k % 16 * 2, CU_TENSOR_MAP_SWIZZLE_32B),
+        slab: |rows| rows * 32,
+        step: |s, slab| s * slab,
+        descriptor: |_| fields(0, 256, 3),
+    },
+    Operand {
+        at: |r, k, slab| k / 32 * slab + place(r * 64 + k % 32 * 2, CU_TENSOR_MAP_SWIZZLE_64B),
+        slab: |rows| rows * 64,
+        step: |s, slab| s / 2 * slab + s % 2 * 32,
+        descriptor: |_| fields(0, 512, 2),
+    },
+    Operand {
+        at: |r, k, _| place(r * 128 + k * 2, CU_TENSOR_MAP_SWIZZLE_128B),
+        slab: |rows| rows * 128,
+        step: |s, _| s * 32,
+        descriptor: |_| fields(0, 1024, 1),
+    },
+];
+
+/// Rows contiguous: a line for each k of 8, 16, 32 or 64 rows, then the next slab of rows.
+const ROW_MAJOR: [Operand; 4] = [
+    Operand {
+        at: |r, k, slab| r / 8 * slab + k * 16 + r % 8 * 2,
+        slab: |_| 64 * 16,
+        step: |s, _| s * 256,
+        descriptor: |slab| fields(128, slab, 0),
+    },
+    Operand {
+        at: |r, k, slab| r / 16 * slab + place(k * 32 + r % 16 * 2, CU_TENSOR_MAP_SWIZZLE_32B),
+        slab: |_| 64 * 32,
+        step: |s, _| s * 512,
+        descriptor: |slab| fields(slab, 256, 3),
+    },
+    Operand {
+        at: |r, k, slab| r / 32 * slab + place(k * 64 + r % 32 * 2, CU_TENSOR_MAP_SWIZZLE_64B),
+        slab: |_| 64 * 64,
+        step: |s, _| s * 1024,
+        descriptor: |slab| fields(slab, 512, 2),
+    },
+    Operand {
+        at: |r, k, slab| r / 64 * slab + place(k * 128 + r % 64 * 2, CU_TENSOR_MAP_SWIZZLE_128B),
+        slab: |_| 64 * 128,
+        step: |s, _| s * 2048,
+        descriptor: |slab| fields(slab, 1024, 1),
+    },
+];
+
+#[repr(C)]
+struct Operands {
+    a: u64,
+    b: u64,
+    a_at: [u32; 4],
+    b_at: [u32; 4],
+}
+
+#[test]
+fn wgmma_multiplies_in_every_canonical_layout() {
+    let kernels = [("tn", 128), ("nn", 128), ("nt", 128), ("tt", 128), ("tn", 256), ("nt", 256)];
+    for ((name, n), layout) in kernels.iter().flat_map(|kernel| (0..4).map(move |layout| (*kernel, layout))) {
+        let (a_layout, b_layout) = match name {
+            "tn" => (&K_MAJOR[layout], &K_MAJOR[layout]),
+            "nn" => (&K_MAJOR[layout], &ROW_MAJOR[layout]),
+            "nt" => (&ROW_MAJOR[layout], &ROW_MAJOR[layout]),
+            _ => (&ROW_MAJOR[layout], &K_MAJOR[layout]),
+        };
+        let (a, b) = (normals(3, 64 * 64), normals(4, n * 64));
+        let (a_slab, b_slab) = ((a_layout.slab)(64), (b_layout.slab)(n));
+        let (a_bytes, bytes) = (8192, 8192 + n * 128);
+        let mut image = vec![bf16::NAN; bytes / 2];
+        for (r, k) in (0..64 * 64).map(|i| (i / 64, i % 64)) {
+            image[(a_layout.at)(r, k, a_slab) / 2] = a[r * 64 + k];
+        }
+        for (r, k) in (0..n * 64).map(|i| (i / 64, i % 64)) {
+            image[(a_bytes + (b_layout.at)(r, k, b_slab)) / 2] = b[r * 64 + k];
+        }
+        assert!(image.iter().all(|x| !x.is_nan()), "{name}{n}, layout {layout}: two elements in one place");
+        let steps = [0, 1, 2, 3usize];
+        let operands = Operands {
+            a: (a_layout.descriptor)(a_slab as u64),
+            b: (b_layout.descriptor)(b_slab as u64),
+            a_at: steps.map(|s| (a_layout.step)(s, a_slab) as u32),
+            b_at: steps.map(|s| (a_bytes + (b_layout.step)(s, b_slab)) as u32),
+        };
+        for ordinal in HOPPERS {
+            let Some(gpu) = Gpu::open(ordinal) else { return };
+            let (from, to, bytes) = (gpu.put(&image), gpu.put(&vec![0f32; 64 * n]), bytes as u32);
+            let function = gpu.function("known_sm90", &format!("known_wgmma{n}_{name}"));
+            let arguments = &mut [arg(&from), arg(&bytes), arg(&operands), arg(&to)];
+            gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
+            let exact = product(&wide(&a), &wide(&b), [64, n, 64]);
+            assert_near(&gpu.get(to, 64 * n), &exact, &format!("wgmma{n} {name}, layout {layout}, device {ordinal}"));
+        }
+    }
+}
+
+#[test]
+fn wgmma_takes_an_operand_from_registers() {
+    for ordinal in HOPPERS {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let (a, b) = (normals(5, 64 * 16), normals(6, 128 * 16));
+        let (pa, pb, pd) = (gpu.put(&a), gpu.put(&b), gpu.put(&[0f32; 64 * 128]));
+        let function = gpu.function("ahead_sm90", "ahead_registers");
+        gpu.run(function, [1; 3], [128, 1, 1], 4096, &mut [arg(&pa), arg(&pb), arg(&pd)]);
+        assert_near(&gpu.get(pd, 64 * 128), &product(&wide(&a), &wide(&b), [64, 128, 16]), "registers");
+    }
+}

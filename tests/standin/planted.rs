@@ -1,0 +1,125 @@
+//! Mistakes planted in small kernels. A child process runs each; it must report the mistake and abort, or give wrong numbers.
+//! The right twin gives right numbers on every device.
+
+use super::*;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE;
+
+const WRONG_NUMBERS: &str = "wrong numbers";
+/// Where a mistake shows: everywhere, where asynchronous operations are late, where they are early.
+const ALL: &[i32] = &[0, 1, 2, 3];
+const LATE: &[i32] = &[0, 2];
+const EARLY: &[i32] = &[1, 3];
+
+/// Kernel without its ending, devices that show the mistake, and what they say.
+const PLANTED: [(&str, &[i32], &str); 16] = [
+    ("missing_barrier", ALL, WRONG_NUMBERS),
+    ("missing_second_barrier", ALL, WRONG_NUMBERS),
+    ("copy_not_awaited", LATE, WRONG_NUMBERS),
+    ("copy_too_early", EARLY, WRONG_NUMBERS),
+    ("copy_left_over", LATE, "ends with a cp.async that it has not waited for"),
+    ("divergent_shuffle", ALL, "meet in different collectives"),
+    ("wrong_mask", ALL, "not in the mask"),
+    ("absent_lane", ALL, "reads from a lane that takes no part"),
+    ("two_barriers", ALL, "deadlock"),
+    ("past_shared", ALL, "past the end of dynamic shared memory"),
+    ("past_array", ALL, "past an array's end"),
+    ("misaligned_vector", ALL, "misaligned access"),
+    ("misaligned_copy", ALL, "cp.async: an address that is not a multiple of 16"),
+    ("misaligned_matrix", ALL, "ldmatrix: the address of a row is not a multiple of 16"),
+    ("lost_lane", ALL, "of which lanes have ended"),
+    ("past_buffer", ALL, "illegal address"),
+];
+const PLANTED_HOPPER: [(&str, &[i32], &str); 9] = [
+    ("box_not_awaited", &[0], "more arrivals at an mbarrier"),
+    ("box_too_early", &[1], "deadlock"),
+    ("no_mbarrier", &[0, 1], "an mbarrier that has not been initialised"),
+    ("no_fence", &[0, 1], "before mbarrier_fence_init"),
+    ("wrong_bytes", &[0, 1], "deadlock"),
+    ("too_many_arrivals", &[0, 1], "deadlock"),
+    ("product_not_fenced", &[0, 1], "without wgmma_fence"),
+    ("product_not_awaited", &[0, 1], WRONG_NUMBERS),
+    ("operand_overwritten", &[0], WRONG_NUMBERS),
+];
+
+/// Whether the kernel gives what it should.
+fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
+    let n = 512u32;
+    let x: Vec<f32> = (0..n).map(|i| i as f32 + 0.5).collect();
+    let (from, to) = (gpu.put(&x), gpu.put(&vec![0f32; n as usize]));
+    let hopper = PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name)) || kernel.starts_with("product");
+    if hopper {
+        let map = tensor_map::<f32>(from, &[256, 2], 1024, &[256, 1], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
+        let function = gpu.function("planted_sm90", kernel);
+        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&map), arg(&to), arg(&n)]);
+    } else {
+        let function = gpu.function("planted", kernel);
+        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&from), arg(&to), arg(&n)]);
+    }
+    let product = kernel.starts_with("product") || kernel.starts_with("operand");
+    let right = |i: usize| if product { 64.0 } else { x[i / 256 * 256 + 255 - i % 256] };
+    gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == right(i))
+}
+
+/// The child's part: what `SWAT_PLANTED` = `device kernel` names.
+#[test]
+#[ignore = "a part of the tests of planted mistakes, which call it"]
+fn child() {
+    let planted = std::env::var("SWAT_PLANTED").expect("set by the parent");
+    let (ordinal, kernel) = planted.split_once(' ').unwrap();
+    let gpu = Gpu::open(ordinal.parse().unwrap()).expect("a stand-in");
+    assert!(runs_right(&gpu, kernel), "{WRONG_NUMBERS}");
+}
+
+#[track_caller]
+fn assert_seen(kernel: &str, ordinal: i32, message: &str) {
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "planted::child", "--ignored", "--nocapture"])
+        .env("SWAT_PLANTED", format!("{ordinal} {kernel}_wrong"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stderr);
+    assert!(said.contains(message), "{kernel} on device {ordinal}: {}, said: {said}", child.status);
+    if message != WRONG_NUMBERS {
+        assert_eq!(child.status.signal(), Some(6), "{kernel} on device {ordinal}");
+        let place = format!("stand-in GPU: {kernel}_wrong: ");
+        assert!(said.contains(&place) && said.contains("block (0, 0, 0), thread ("), "{said}");
+    }
+}
+
+#[test]
+fn right_twins_pass() {
+    for ordinal in DEVICES {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        for (name, ..) in PLANTED {
+            assert!(runs_right(&gpu, &format!("{name}_right")), "{name} on device {ordinal}");
+        }
+        let hoppers = PLANTED_HOPPER.iter().map(|(name, ..)| *name).filter(|name| name.split('_').count() > 1);
+        for name in hoppers.filter(|_| HOPPERS.contains(&ordinal)) {
+            let product = name.starts_with("product") || name.starts_with("operand");
+            let kernel = if product { "product_right".into() } else { format!("{name}_right") };
+            assert!(runs_right(&gpu, &kernel), "{name} on device {ordinal}");
+        }
+    }
+}
+
+#[test]
+fn mistakes_are_seen() {
+    if Gpu::open(0).is_none() {
+        return;
+    }
+    for (kernel, devices, message) in PLANTED {
+        devices.iter().for_each(|ordinal| assert_seen(kernel, *ordinal, message));
+    }
+}
+
+#[test]
+fn mistakes_of_hopper_kernels_are_seen() {
+    if Gpu::open(0).is_none() {
+        return;
+    }
+    for (kernel, devices, message) in PLANTED_HOPPER {
+        devices.iter().for_each(|ordinal| assert_seen(kernel, *ordinal, message));
+    }
+}
