@@ -1,14 +1,16 @@
 //! Arithmetic: buffers and operations, one operation a kernel family.
 //!
 //! The engine owns the order of operations; a [`Backend`] owns the arithmetic and nothing else.
-//! [`cpu`] computes in f32. Every tensor is dense and row-major; `tokens` counts the rows of a
+//! [`cpu`] computes in f32, [`cuda`] in bf16 with f32 sums. Every tensor is dense and row-major; `tokens` counts the rows of a
 //! packed batch, in which documents follow one another without padding.
 //!
 //! Operations take [`View`]s and check every length: a wrong shape is a mistake in the engine, and
 //! panics. Errors are for what a device may refuse (memory, a lost device).
 
 mod buffer;
+mod check;
 pub mod cpu;
+pub mod cuda;
 mod noise;
 pub mod philox;
 
@@ -24,6 +26,15 @@ pub type Out<'a, B> = ViewMut<'a, B, <B as Backend>::Float>;
 
 /// Marks a position that carries no loss.
 pub const IGNORE: u32 = u32::MAX;
+
+/// What an operation cannot do without: a bound on its time on any machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Read and written, each tensor once.
+    pub bytes: u64,
+    /// Multiplications and additions.
+    pub flops: u64,
+}
 
 /// Rows and columns of a linear layer: X [tokens, inputs] · Wᵀ [inputs, outputs].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,263 @@
+//! Device memory. What is given back stays with the arena for the next buffer of the same size, so that a step allocates
+//! nothing after the first; one stream orders the old user before the new one.
+
+use super::Cuda;
+use super::Precision;
+use super::device::{Arg, Device};
+use crate::backend::{Element, View, ViewMut};
+use crate::error::{Error, Result};
+use cudarc::driver::{DriverError, result, sys};
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Every allocation is a multiple of this; the driver aligns each to 256 bytes.
+const GRANULE_BYTES: usize = 16;
+
+/// Free memory by size, and the books.
+#[derive(Default)]
+pub(super) struct Arena {
+    free: HashMap<usize, Vec<sys::CUdeviceptr>>,
+    free_bytes: usize,
+    used_bytes: usize,
+    peak_bytes: usize,
+}
+
+impl Arena {
+    /// Gives all free memory back to the driver. The context is current, and nothing queued uses that memory.
+    ///
+    /// # Safety
+    /// The context of the device is current and its stream is idle.
+    pub(super) unsafe fn flush(&mut self) {
+        for pointer in self.free.drain().flat_map(|(_, pointers)| pointers) {
+            // SAFETY: an allocation of the driver that nobody uses. A refusal leaks it, until the process ends.
+            let _ = unsafe { result::free_sync(pointer) };
+        }
+        self.free_bytes = 0;
+    }
+
+    /// Most bytes in use at once.
+    pub(super) fn peak_bytes(&self) -> usize {
+        self.peak_bytes
+    }
+
+    fn take(&mut self, bytes: usize) -> Option<sys::CUdeviceptr> {
+        let pointer = self.free.get_mut(&bytes)?.pop()?;
+        self.free_bytes -= bytes;
+        Some(pointer)
+    }
+
+    fn count(&mut self, bytes: usize) {
+        self.used_bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.used_bytes);
+    }
+}
+
+/// Memory of a device for a fixed number of elements.
+pub struct Memory<T> {
+    device: Arc<Device>,
+    pointer: sys::CUdeviceptr,
+    bytes: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Memory<T> {
+    /// Memory for `len` elements that holds anything.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with the planned and the free bytes.
+    pub(super) fn new(device: &Arc<Device>, len: usize) -> Result<Self> {
+        let too_much = || Error::failed(format!("{len} elements of {} are beyond any memory", T::NAME), "use less");
+        let bytes = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_next_multiple_of(GRANULE_BYTES));
+        let bytes = bytes.ok_or_else(too_much)?;
+        let memory = |pointer| Self { device: device.clone(), pointer, bytes, element: PhantomData };
+        if bytes == 0 {
+            return Ok(memory(0));
+        }
+        device.bind()?;
+        let mut arena = device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let pointer = match arena.take(bytes) {
+            Some(pointer) => pointer,
+            None => Self::allocate(device, &mut arena, bytes)?,
+        };
+        arena.count(bytes);
+        Ok(memory(pointer))
+    }
+
+    fn allocate(device: &Arc<Device>, arena: &mut Arena, bytes: usize) -> Result<sys::CUdeviceptr> {
+        // SAFETY: the context is current.
+        let first = unsafe { result::malloc_sync(bytes) };
+        let error = match first {
+            Ok(pointer) => return Ok(pointer),
+            Err(error) => error,
+        };
+        if error != DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) {
+            return Err(device.failed("gave no memory", error));
+        }
+        device.synchronize()?;
+        // SAFETY: the context is current and the stream is idle; then as above.
+        unsafe {
+            arena.flush();
+            result::malloc_sync(bytes)
+        }
+        .or_else(|_| {
+            let (free, _) = device.memory()?;
+            Err(Error::Memory {
+                what: format!(
+                    "a buffer of {} on {}, beside {} bytes in use,",
+                    T::NAME,
+                    device.label(),
+                    arena.used_bytes
+                ),
+                planned_bytes: bytes as u64,
+                free_bytes: free,
+                help: "use a smaller batch, a shorter --max-length or --recompute; `swat plan` tells what fits".into(),
+            })
+        })
+    }
+
+    /// The elements `range`.
+    fn slice(&self, range: Range<usize>) -> Slice<'_, T> {
+        debug_assert!(range.end * size_of::<T>() <= self.bytes);
+        Slice { pointer: self.pointer + (range.start * size_of::<T>()) as u64, len: range.len(), borrow: PhantomData }
+    }
+
+    /// All `len` elements of a workspace, to write.
+    pub(super) fn all(&mut self, len: usize) -> SliceMut<'_, T> {
+        assert!(len * size_of::<T>() <= self.bytes);
+        SliceMut(self.slice(0..len))
+    }
+}
+
+impl<T> Drop for Memory<T> {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            let mut arena = self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            arena.used_bytes -= self.bytes;
+            arena.free_bytes += self.bytes;
+            arena.free.entry(self.bytes).or_default().push(self.pointer);
+        }
+    }
+}
+
+/// Device memory that is read: where it begins, and how many elements.
+pub(super) struct Slice<'a, T> {
+    pointer: sys::CUdeviceptr,
+    len: usize,
+    borrow: PhantomData<&'a T>,
+}
+
+impl<T> Clone for Slice<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Slice<'_, T> {}
+
+impl<'a, T> Slice<'a, T> {
+    /// Elements.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address.
+    pub(super) fn pointer(&self) -> sys::CUdeviceptr {
+        self.pointer
+    }
+
+    /// Whether it begins on a multiple of `bytes`.
+    pub(super) fn aligned(&self, bytes: u64) -> bool {
+        self.pointer.is_multiple_of(bytes)
+    }
+}
+
+/// Device memory that is written.
+pub(super) struct SliceMut<'a, T>(Slice<'a, T>);
+
+impl<'a, T> std::ops::Deref for SliceMut<'a, T> {
+    type Target = Slice<'a, T>;
+    fn deref(&self) -> &Slice<'a, T> {
+        &self.0
+    }
+}
+
+impl<T> From<Slice<'_, T>> for Arg {
+    fn from(slice: Slice<'_, T>) -> Self {
+        Self::Pointer(slice.pointer)
+    }
+}
+impl<T> From<&SliceMut<'_, T>> for Arg {
+    fn from(slice: &SliceMut<'_, T>) -> Self {
+        Self::Pointer(slice.pointer)
+    }
+}
+impl<T> From<Option<Slice<'_, T>>> for Arg {
+    fn from(slice: Option<Slice<'_, T>>) -> Self {
+        Self::Pointer(slice.map_or(0, |slice| slice.pointer))
+    }
+}
+impl<T> From<Option<&SliceMut<'_, T>>> for Arg {
+    fn from(slice: Option<&SliceMut<'_, T>>) -> Self {
+        Self::Pointer(slice.map_or(0, |slice| slice.pointer))
+    }
+}
+
+/// The memory of a view.
+pub(super) fn slice<'a, T: Element, P: Precision>(view: &View<'a, Cuda<P>, T>) -> Slice<'a, T> {
+    view.storage.slice(view.range.clone())
+}
+
+/// The memory of a view, to write.
+pub(super) fn slice_mut<'a, T: Element, P: Precision>(view: ViewMut<'a, Cuda<P>, T>) -> SliceMut<'a, T> {
+    let storage: &'a Memory<T> = view.storage;
+    SliceMut(storage.slice(view.range))
+}
+
+/// Zeros every byte.
+pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result<()> {
+    if to.len == 0 {
+        return Ok(());
+    }
+    device.bind()?;
+    // SAFETY: as many bytes as the borrowed memory has.
+    unsafe { result::memset_d8_async(to.pointer, 0, to.len * size_of::<T>(), device.stream()) }
+        .map_err(|error| device.failed("cannot clear memory", error))
+}
+
+/// Host to device. The driver has taken the host's bytes when this returns: they are pageable.
+pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T>) -> Result<()> {
+    assert_eq!(from.len(), to.len);
+    if from.is_empty() {
+        return Ok(());
+    }
+    device.bind()?;
+    // SAFETY: both sides have `len` elements; pageable memory is staged before the call returns.
+    unsafe { result::memcpy_htod_async(to.pointer, from, device.stream()) }
+        .map_err(|error| device.failed("cannot copy from the host", error))
+}
+
+/// Device to host; waits for the device.
+pub(super) fn read<T: Element>(device: &Device, from: Slice<'_, T>, to: &mut [T]) -> Result<()> {
+    assert_eq!(from.len, to.len());
+    if to.is_empty() {
+        return device.synchronize();
+    }
+    device.bind()?;
+    // SAFETY: both sides have `len` elements, and the host's are borrowed until the copy is done.
+    unsafe { result::memcpy_dtoh_async(to, from.pointer, device.stream()) }
+        .map_err(|error| device.failed("cannot copy to the host", error))?;
+    device.synchronize()
+}
+
+/// Device to device.
+pub(super) fn copy<T: Element>(device: &Device, from: Slice<'_, T>, to: &SliceMut<'_, T>) -> Result<()> {
+    assert_eq!(from.len, to.len);
+    if from.len == 0 {
+        return Ok(());
+    }
+    device.bind()?;
+    // SAFETY: both sides have `len` elements, and a buffer is not borrowed to read and to write at once.
+    unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, from.len * size_of::<T>(), device.stream()) }
+        .map_err(|error| device.failed("cannot copy", error))
+}

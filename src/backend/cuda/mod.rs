@@ -1,0 +1,428 @@
+//! bf16 with f32 sums on a GPU, in the kernels of `kernels/`.
+//!
+//! A kernel, its wrapper here, its CPU twin, its tests and its benches share a stem: `kernels/rmsnorm.cu`,
+//! `backend/cuda/rmsnorm.rs`, `backend/cpu/rmsnorm.rs`, `tests/ops/rmsnorm.rs`. A wrapper checks what its kernel assumes,
+//! chooses the version, and launches. All work of a device goes through one stream: nothing waits but
+//! [`Backend::read`] and [`Backend::synchronize`], and results do not depend on timing.
+
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod device;
+mod embedding;
+mod gemm;
+mod memory;
+mod perturb;
+mod rmsnorm;
+mod rope;
+mod sampling;
+mod swiglu;
+
+pub use memory::Memory;
+
+use super::{
+    AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Element, Epilogue, FloatElement, In, LinearShape, Out,
+    Sampling, View, ViewMut, check,
+};
+use crate::error::Result;
+use device::Device;
+use half::bf16;
+use memory::{slice, slice_mut};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+/// What gradients and moments are kept in.
+pub trait Precision: Send + Sync + 'static {
+    /// Weight gradients.
+    type Grad: FloatElement;
+    /// AdamW's moments.
+    type Moment: FloatElement;
+}
+
+/// f32 gradients and moments: 12 bytes a trained parameter beside its weight.
+pub struct F32State;
+
+impl Precision for F32State {
+    type Grad = f32;
+    type Moment = f32;
+}
+
+/// bf16 gradients and moments, rounded stochastically: 6 bytes a trained parameter beside its weight.
+pub struct Bf16State;
+
+impl Precision for Bf16State {
+    type Grad = bf16;
+    type Moment = bf16;
+}
+
+/// A GPU. Clones are the same device.
+pub struct Cuda<P: Precision = F32State> {
+    device: Arc<Device>,
+    precision: PhantomData<P>,
+}
+
+impl<P: Precision> Clone for Cuda<P> {
+    fn clone(&self) -> Self {
+        Self { device: self.device.clone(), precision: PhantomData }
+    }
+}
+
+/// What is known of the CUDA side of this machine and this build, for `swat doctor`.
+pub struct Survey {
+    /// Kernel files with embedded code, and its bytes.
+    pub images: Vec<(&'static str, usize)>,
+    /// GPUs that the driver shows, or why there are none.
+    pub devices: Result<u32, String>,
+}
+
+/// Looks at the driver and the embedded images; opens nothing.
+pub fn survey() -> Survey {
+    Survey { images: device::images().collect(), devices: device::count() }
+}
+
+impl<P: Precision> Cuda<P> {
+    /// Opens GPU `ordinal` and loads the kernels.
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] where there is no such device, no driver for it, or no kernels are embedded;
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn open(ordinal: u32) -> Result<Self> {
+        Ok(Self { device: Arc::new(Device::open(ordinal)?), precision: PhantomData })
+    }
+
+    /// The product's name, such as `NVIDIA H100 80GB HBM3`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn product(&self) -> Result<String> {
+        self.device.product()
+    }
+
+    /// Major and minor of the compute capability.
+    pub fn capability(&self) -> (i32, i32) {
+        self.device.capability
+    }
+
+    /// Free and total bytes of the device's memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        self.device.memory()
+    }
+
+    /// Most bytes of device memory that buffers held at once.
+    pub fn peak_bytes(&self) -> u64 {
+        self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).peak_bytes() as u64
+    }
+}
+
+impl<P: Precision> Backend for Cuda<P> {
+    type Float = bf16;
+    type Grad = P::Grad;
+    type Moment = P::Moment;
+    type Storage<T: Element> = Memory<T>;
+
+    fn name(&self) -> String {
+        self.device.label()
+    }
+
+    fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {
+        let mut memory = Memory::new(&self.device, len)?;
+        memory::clear(&self.device, &memory.all(len))?;
+        Ok(Buffer::new(memory, len))
+    }
+
+    fn write<T: Element>(&self, host: &[T], to: ViewMut<'_, Self, T>) -> Result<()> {
+        memory::write(&self.device, host, &slice_mut(to))
+    }
+
+    fn read<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<()> {
+        memory::read(&self.device, slice(&from), host)
+    }
+
+    fn copy<T: Element>(&self, from: View<'_, Self, T>, to: ViewMut<'_, Self, T>) -> Result<()> {
+        memory::copy(&self.device, slice(&from), &slice_mut(to))
+    }
+
+    fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()> {
+        memory::clear(&self.device, &slice_mut(to))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.device.synchronize()
+    }
+
+    fn linear(
+        &self,
+        x: In<'_, Self>,
+        w: In<'_, Self>,
+        y: Out<'_, Self>,
+        shape: LinearShape,
+        epilogue: Epilogue<'_, Self>,
+    ) -> Result<()> {
+        check::linear(&x, &w, &y, shape, &epilogue);
+        let addends = gemm::Addends {
+            alpha: epilogue.alpha,
+            bias: epilogue.bias.as_ref().map(slice),
+            residual: epilogue.residual.as_ref().map(slice),
+            accumulate: epilogue.accumulate,
+        };
+        gemm::linear(&self.device, slice(&x), slice(&w), slice_mut(y), shape, addends)
+    }
+
+    fn linear_backward_input(
+        &self,
+        dy: In<'_, Self>,
+        w: In<'_, Self>,
+        dx: Out<'_, Self>,
+        shape: LinearShape,
+        alpha: f32,
+        accumulate: bool,
+    ) -> Result<()> {
+        check::linear_backward_input(&dy, &w, &dx, shape);
+        gemm::linear_backward_input(&self.device, slice(&dy), slice(&w), slice_mut(dx), shape, alpha, accumulate)
+    }
+
+    fn linear_backward_weight(
+        &self,
+        dy: In<'_, Self>,
+        x: In<'_, Self>,
+        dw: ViewMut<'_, Self, P::Grad>,
+        shape: LinearShape,
+        alpha: f32,
+        accumulate: bool,
+    ) -> Result<()> {
+        check::linear_backward_weight(&dy, &x, &dw, shape);
+        gemm::linear_backward_weight(&self.device, slice(&dy), slice(&x), slice_mut(dw), shape, alpha, accumulate)
+    }
+
+    fn linear_backward_bias(
+        &self,
+        dy: In<'_, Self>,
+        dbias: ViewMut<'_, Self, P::Grad>,
+        tokens: usize,
+        outputs: usize,
+        accumulate: bool,
+    ) -> Result<()> {
+        assert_eq!([dy.len(), dbias.len()], [tokens * outputs, outputs]);
+        gemm::linear_backward_bias(&self.device, slice(&dy), slice_mut(dbias), outputs, accumulate)
+    }
+
+    fn attention(
+        &self,
+        q: In<'_, Self>,
+        k: In<'_, Self>,
+        v: In<'_, Self>,
+        o: Out<'_, Self>,
+        lse: Option<ViewMut<'_, Self, f32>>,
+        shape: &Attention<'_, Self>,
+    ) -> Result<()> {
+        let lse_len = lse.as_ref().map(ViewMut::len);
+        check::attention(q.len(), k.len(), v.len(), &[o.len()], &[], lse_len, shape);
+        let shape = attention::Shape::new(shape);
+        let lse = lse.map(slice_mut);
+        attention::attention(&self.device, slice(&q), slice(&k), slice(&v), slice_mut(o), lse, shape)
+    }
+
+    fn attention_backward(
+        &self,
+        q: In<'_, Self>,
+        k: In<'_, Self>,
+        v: In<'_, Self>,
+        o: In<'_, Self>,
+        lse: View<'_, Self, f32>,
+        d_o: In<'_, Self>,
+        dq: Out<'_, Self>,
+        dk: Out<'_, Self>,
+        dv: Out<'_, Self>,
+        shape: &Attention<'_, Self>,
+    ) -> Result<()> {
+        let like_q = [o.len(), d_o.len(), dq.len()];
+        check::attention(q.len(), k.len(), v.len(), &like_q, &[dk.len(), dv.len()], Some(lse.len()), shape);
+        let saved = attention::Saved {
+            q: slice(&q),
+            k: slice(&k),
+            v: slice(&v),
+            o: slice(&o),
+            lse: slice(&lse),
+            d_o: slice(&d_o),
+        };
+        let shape = attention::Shape::new(shape);
+        attention::attention_backward(&self.device, saved, slice_mut(dq), slice_mut(dk), slice_mut(dv), shape)
+    }
+
+    fn attention_decode(
+        &self,
+        q: In<'_, Self>,
+        k: In<'_, Self>,
+        v: In<'_, Self>,
+        o: Out<'_, Self>,
+        spans: &[(u32, u32)],
+        shape: &Attention<'_, Self>,
+    ) -> Result<()> {
+        check::heads(shape, k.len());
+        assert_eq!([q.len(), o.len()], [spans.len() * shape.heads * shape.head_dim; 2]);
+        assert_eq!(k.len(), v.len());
+        let shape = attention::Shape::new(shape);
+        attention::attention_decode(&self.device, slice(&q), slice(&k), slice(&v), slice_mut(o), spans, shape)
+    }
+
+    fn rmsnorm(
+        &self,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        y: Out<'_, Self>,
+        rstd: Option<ViewMut<'_, Self, f32>>,
+        width: usize,
+        eps: f32,
+    ) -> Result<()> {
+        check::rmsnorm(&x, &weight, y.len(), rstd.as_ref().map(ViewMut::len), width);
+        rmsnorm::rmsnorm(&self.device, slice(&x), slice(&weight), slice_mut(y), rstd.map(slice_mut), width, eps)
+    }
+
+    fn rmsnorm_backward(
+        &self,
+        dy: In<'_, Self>,
+        x: In<'_, Self>,
+        weight: In<'_, Self>,
+        rstd: View<'_, Self, f32>,
+        dx: Option<Out<'_, Self>>,
+        dweight: Option<ViewMut<'_, Self, P::Grad>>,
+        width: usize,
+        accumulate_dx: bool,
+        accumulate_dweight: bool,
+    ) -> Result<()> {
+        check::rmsnorm(&x, &weight, dy.len(), Some(rstd.len()), width);
+        assert!(dx.as_ref().is_none_or(|dx| dx.len() == x.len()));
+        assert!(dweight.as_ref().is_none_or(|dw| dw.len() == width));
+        let saved = rmsnorm::Saved { dy: slice(&dy), x: slice(&x), weight: slice(&weight), rstd: slice(&rstd) };
+        let (dx, dweight) = (dx.map(slice_mut), dweight.map(slice_mut));
+        rmsnorm::rmsnorm_backward(&self.device, saved, dx, dweight, width, accumulate_dx, accumulate_dweight)
+    }
+
+    fn rope(
+        &self,
+        x: Out<'_, Self>,
+        table: View<'_, Self, f32>,
+        positions: View<'_, Self, u32>,
+        heads: usize,
+        head_dim: usize,
+        inverse: bool,
+    ) -> Result<()> {
+        check::rope(&x, &positions, heads, head_dim);
+        rope::rope(&self.device, slice_mut(x), slice(&table), slice(&positions), heads, head_dim, inverse)
+    }
+
+    fn swiglu(&self, gate: In<'_, Self>, up: In<'_, Self>, y: Out<'_, Self>) -> Result<()> {
+        swiglu::swiglu(&self.device, slice(&gate), slice(&up), slice_mut(y))
+    }
+
+    fn swiglu_backward(&self, gate: Out<'_, Self>, up: Out<'_, Self>, dy: In<'_, Self>) -> Result<()> {
+        swiglu::swiglu_backward(&self.device, slice_mut(gate), slice_mut(up), slice(&dy))
+    }
+
+    fn gather_rows(
+        &self,
+        from: In<'_, Self>,
+        rows: View<'_, Self, u32>,
+        to: Out<'_, Self>,
+        width: usize,
+    ) -> Result<()> {
+        check::rows(to.len(), &rows, width);
+        embedding::gather_rows(&self.device, slice(&from), slice(&rows), slice_mut(to), width)
+    }
+
+    fn scatter_rows(
+        &self,
+        from: In<'_, Self>,
+        rows: View<'_, Self, u32>,
+        to: Out<'_, Self>,
+        width: usize,
+    ) -> Result<()> {
+        check::rows(from.len(), &rows, width);
+        embedding::scatter_rows(&self.device, slice(&from), slice(&rows), slice_mut(to), width)
+    }
+
+    fn embedding_backward(
+        &self,
+        dy: In<'_, Self>,
+        rows: View<'_, Self, u32>,
+        dtable: ViewMut<'_, Self, P::Grad>,
+        width: usize,
+    ) -> Result<()> {
+        check::rows(dy.len(), &rows, width);
+        embedding::embedding_backward(&self.device, slice(&dy), slice(&rows), slice_mut(dtable), width)
+    }
+
+    fn cross_entropy(
+        &self,
+        logits: Out<'_, Self>,
+        targets: View<'_, Self, u32>,
+        losses: ViewMut<'_, Self, f32>,
+        vocab: usize,
+        scale: Option<f32>,
+    ) -> Result<()> {
+        check::logits(logits.len(), vocab, [targets.len(), losses.len()]);
+        let (logits, losses) = (slice_mut(logits), slice_mut(losses));
+        cross_entropy::cross_entropy(&self.device, logits, slice(&targets), losses, vocab, scale)
+    }
+
+    fn sample(
+        &self,
+        logits: In<'_, Self>,
+        uniforms: View<'_, Self, f32>,
+        tokens: ViewMut<'_, Self, u32>,
+        vocab: usize,
+        sampling: Sampling,
+    ) -> Result<()> {
+        check::logits(logits.len(), vocab, [uniforms.len(), tokens.len()]);
+        sampling::sample(&self.device, slice(&logits), slice(&uniforms), slice_mut(tokens), vocab, sampling)
+    }
+
+    fn sum_squares<T: FloatElement>(&self, parts: &[View<'_, Self, T>], squares: ViewMut<'_, Self, f32>) -> Result<()> {
+        assert_eq!(parts.len(), squares.len());
+        let parts: Vec<_> = parts.iter().map(slice).collect();
+        adamw::sum_squares(&self.device, &parts, slice_mut(squares))
+    }
+
+    fn adamw_masked(
+        &self,
+        table: &mut [AdamWModule<'_, Self>],
+        squares: View<'_, Self, f32>,
+        hyper: AdamW,
+    ) -> Result<()> {
+        assert_eq!(table.len(), squares.len());
+        let table: Vec<_> = table
+            .iter_mut()
+            .map(|module| adamw::Module {
+                weight: slice_mut(module.weight.reborrow()),
+                grad: slice(&module.grad),
+                m: slice_mut(module.m.reborrow()),
+                v: slice_mut(module.v.reborrow()),
+                lr: module.lr,
+                weight_decay: module.weight_decay,
+            })
+            .collect();
+        adamw::adamw_masked(&self.device, &table, slice(&squares), hyper)
+    }
+
+    fn perturb(
+        &self,
+        w: In<'_, Self>,
+        direction: &Direction<'_, Self>,
+        epsilon: f32,
+        plus: Out<'_, Self>,
+        minus: Option<Out<'_, Self>>,
+    ) -> Result<()> {
+        check::perturb(&w, direction, &plus, minus.as_ref());
+        let noise = match direction {
+            Direction::Gaussian(key) => perturb::Noise::Gaussian(*key),
+            Direction::Rademacher(key) => perturb::Noise::Rademacher(*key),
+            Direction::LowRank { key, rank, rows } => perturb::Noise::LowRank { key: *key, rank: *rank, rows: *rows },
+            Direction::Scale => perturb::Noise::Scale,
+            Direction::Given(n) => perturb::Noise::Given(slice(n)),
+        };
+        perturb::perturb(&self.device, slice(&w), noise, epsilon, slice_mut(plus), minus.map(slice_mut))
+    }
+}

@@ -1,0 +1,54 @@
+//! SwiGLU: see `kernels/swiglu.cu`.
+
+use super::device::{Device, Launch, args, blocks};
+use super::memory::{Slice, SliceMut};
+use crate::backend::Cost;
+use crate::error::Result;
+use half::bf16;
+
+const BLOCK: u32 = 256;
+/// Elements of one thread of the vector kernels, and what their loads must be aligned to.
+const VECTOR: usize = 8;
+const VECTOR_BYTES: u64 = 16;
+/// Blocks of the vector kernels: enough to fill a device of this many multiprocessors.
+const BLOCKS_MULTIPROCESSOR: u32 = 8;
+
+/// The kernel and the grid: vectors where all three tensors allow 16-byte accesses.
+fn choose(device: &Device, len: usize, aligned: bool, kernels: [&'static str; 2], cost: Cost) -> Launch {
+    let [vec8, baseline] = kernels;
+    let (kernel, blocks) = match aligned {
+        true => (vec8, blocks(len, VECTOR * BLOCK as usize).min(device.multiprocessors * BLOCKS_MULTIPROCESSOR)),
+        false => (baseline, blocks(len, BLOCK as usize)),
+    };
+    Launch { image: "swiglu", kernel, grid: [blocks, 1, 1], block: BLOCK, shared_bytes: 0, cost }
+}
+
+/// Of `len` elements: 3 tensors forward, 5 backward.
+fn cost(len: usize, tensors: u64, flops: u64) -> Cost {
+    Cost { bytes: len as u64 * tensors * 2, flops: len as u64 * flops }
+}
+
+/// y = silu(gate) · up.
+pub(super) fn swiglu(device: &Device, gate: Slice<bf16>, up: Slice<bf16>, y: SliceMut<bf16>) -> Result<()> {
+    assert_eq!([gate.len(), up.len()], [y.len(); 2]);
+    let aligned = gate.aligned(VECTOR_BYTES) && up.aligned(VECTOR_BYTES) && y.aligned(VECTOR_BYTES);
+    let kernels = ["swiglu_forward_vec8_bf16", "swiglu_forward_baseline_bf16"];
+    let launch = choose(device, y.len(), aligned, kernels, cost(y.len(), 3, 5));
+    // SAFETY: three tensors of `len` elements, aligned as the kernel asks; y is borrowed mutably.
+    unsafe { device.launch(launch, args![gate, up, &y, y.len() as u64]) }
+}
+
+/// In place: `gate` becomes dgate, `up` becomes dup.
+pub(super) fn swiglu_backward(
+    device: &Device,
+    gate: SliceMut<bf16>,
+    up: SliceMut<bf16>,
+    dy: Slice<bf16>,
+) -> Result<()> {
+    assert_eq!([gate.len(), up.len()], [dy.len(); 2]);
+    let aligned = gate.aligned(VECTOR_BYTES) && up.aligned(VECTOR_BYTES) && dy.aligned(VECTOR_BYTES);
+    let kernels = ["swiglu_backward_vec8_bf16", "swiglu_backward_baseline_bf16"];
+    let launch = choose(device, dy.len(), aligned, kernels, cost(dy.len(), 5, 13));
+    // SAFETY: three tensors of `len` elements, aligned as the kernel asks; gate and up are borrowed mutably.
+    unsafe { device.launch(launch, args![&gate, &up, dy, dy.len() as u64]) }
+}
