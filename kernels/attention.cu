@@ -6,7 +6,7 @@
 //
 //   kernel                                       FLOPs a seen pair and head   bytes read a seen pair and head
 //   attention_forward_baseline_bf16              4·d                          4·d (L1 and L2 hold most)
-//   attention_backward_delta_bf16                2·d a row                    4·d a row: 0.05 ms at 8192 tokens, 28 heads of 128, 3.0 TB/s
+//   attention_backward_delta_*_bf16              2·d a row                    4·d a row: 0.04 ms at 8192 tokens, 28 heads of 128, 3.0 TB/s
 //   attention_backward_query_baseline_bf16       6·d                          6·d
 //   attention_backward_key_baseline_bf16         8·d                          8·d
 //   attention_decode_baseline_bf16               4·d                          4·d (once a query head)
@@ -14,7 +14,7 @@
 // Everything is f32 inside and is rounded once, at the end. A warp owns a row of the result; its lanes share 32 keys (or queries) for the
 // scores, then the columns for the sums, which run over keys (queries; heads of the group, then queries) in ascending order.
 // Versions: these, the baseline; attention_flash.cu, attention_flash_backward.cu and attention_decode.cu (tensor cores) win by far where
-// head_dim is 64 or 128. attention_backward_delta_bf16 and attention_decode_combine_bf16 serve those, too.
+// head_dim is 64 or 128. attention_backward_delta_vec8_bf16 and attention_decode_combine_bf16 serve those.
 #include "attention.cuh"
 
 constexpr int WARPS = 4, MAX_HEAD_DIM = 256, PARTS = MAX_HEAD_DIM / 32;
@@ -74,12 +74,12 @@ __device__ __forceinline__ void attend(const float* query, float* weights, const
   }
 }
 
-// grid: heads × ceil(tokens / 4), block: 128, no dynamic shared memory; lse may be null
+// grid: ceil(tokens / 4) × heads, block: 128, no dynamic shared memory; lse may be null
 extern "C" __global__ void __launch_bounds__(128) attention_forward_baseline_bf16(
     const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, bf16* __restrict__ o, float* __restrict__ lse,
     const uint32_t* __restrict__ starts, int documents, int tokens, int heads, int kv_heads, int head_dim, float scale, uint32_t window) {
   __shared__ float queries[WARPS][MAX_HEAD_DIM], weights[WARPS][32];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.x, row = blockIdx.y * WARPS + warp;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.y, row = blockIdx.x * WARPS + warp;
   if (row >= tokens) return;
   const size_t at = ((size_t)row * heads + head) * head_dim, stride = (size_t)kv_heads * head_dim;
   load_row(queries[warp], q + at, head_dim, lane);
@@ -94,8 +94,9 @@ extern "C" __global__ void __launch_bounds__(128) attention_forward_baseline_bf1
 EXPORT(attention_forward_baseline_bf16)
 
 // D [heads, tokens]. grid: ceil(tokens · heads / 4), block: 128, no dynamic shared memory
-extern "C" __global__ void __launch_bounds__(128) attention_backward_delta_bf16(const bf16* __restrict__ o, const bf16* __restrict__ d_o,
-                                                                               float* __restrict__ delta, int tokens, int heads, int head_dim) {
+extern "C" __global__ void __launch_bounds__(128) attention_backward_delta_baseline_bf16(const bf16* __restrict__ o, const bf16* __restrict__ d_o,
+                                                                                        float* __restrict__ delta, int tokens, int heads,
+                                                                                        int head_dim) {
   const int lane = threadIdx.x & 31;
   const size_t row = (size_t)blockIdx.x * WARPS + (threadIdx.x >> 5);
   if (row >= (size_t)tokens * heads) return;
@@ -106,15 +107,35 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_delta_bf16(
   sum = warp_sum(sum);
   if (lane == 0) delta[row % heads * tokens + row / heads] = sum;
 }
-EXPORT(attention_backward_delta_bf16)
+EXPORT(attention_backward_delta_baseline_bf16)
 
-// dQ. grid: heads × ceil(tokens / 4), block: 128, no dynamic shared memory
+// The same, 16 bytes a lane: head_dim / 8 (a power of two up to 32) lanes share a row, so that a warp reads 512 bytes of each tensor at once.
+// grid: ceil(tokens · heads · head_dim / 2048), block: 256, no shared memory
+extern "C" __global__ void __launch_bounds__(256) attention_backward_delta_vec8_bf16(const uint4* __restrict__ o, const uint4* __restrict__ d_o,
+                                                                                    float* __restrict__ delta, int tokens, int heads, int head_dim) {
+  const int lanes = head_dim / 8;
+  const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x, row = i / lanes;
+  const bool inside = row < (size_t)tokens * heads;
+  float sum = 0.f;
+  if (inside) {
+    float x[8], dx[8];
+    unpack8(o[i], x);
+    unpack8(d_o[i], dx);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum = fmaf(x[j], dx[j], sum);
+  }
+  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  if (inside && i % lanes == 0) delta[row % heads * tokens + row / heads] = sum;
+}
+EXPORT(attention_backward_delta_vec8_bf16)
+
+// dQ. grid: ceil(tokens / 4) × heads, block: 128, no dynamic shared memory
 extern "C" __global__ void __launch_bounds__(128) attention_backward_query_baseline_bf16(
     const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const bf16* __restrict__ d_o, const float* __restrict__ lse,
     const float* __restrict__ delta, bf16* __restrict__ dq, const uint32_t* __restrict__ starts, int documents, int tokens, int heads, int kv_heads,
     int head_dim, float scale, uint32_t window) {
   __shared__ float queries[WARPS][MAX_HEAD_DIM], gradients[WARPS][MAX_HEAD_DIM], weights[WARPS][32];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.x, row = blockIdx.y * WARPS + warp;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.y, row = blockIdx.x * WARPS + warp;
   if (row >= tokens) return;
   const size_t at = ((size_t)row * heads + head) * head_dim, stride = (size_t)kv_heads * head_dim;
   load_row(queries[warp], q + at, head_dim, lane);
@@ -140,13 +161,13 @@ extern "C" __global__ void __launch_bounds__(128) attention_backward_query_basel
 }
 EXPORT(attention_backward_query_baseline_bf16)
 
-// dK, dV. grid: kv_heads × ceil(tokens / 4), block: 128, no dynamic shared memory
+// dK, dV. grid: ceil(tokens / 4) × kv_heads, block: 128, no dynamic shared memory
 extern "C" __global__ void __launch_bounds__(128) attention_backward_key_baseline_bf16(
     const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const bf16* __restrict__ d_o, const float* __restrict__ lse,
     const float* __restrict__ delta, bf16* __restrict__ dk, bf16* __restrict__ dv, const uint32_t* __restrict__ starts, int documents, int tokens,
     int heads, int kv_heads, int head_dim, float scale, uint32_t window) {
   __shared__ float keys[WARPS][MAX_HEAD_DIM], values[WARPS][MAX_HEAD_DIM], weights[WARPS][32], gradients[WARPS][32];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, kv_head = blockIdx.x, row = blockIdx.y * WARPS + warp, group = heads / kv_heads;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, kv_head = blockIdx.y, row = blockIdx.x * WARPS + warp, group = heads / kv_heads;
   if (row >= tokens) return;
   const size_t at = ((size_t)row * kv_heads + kv_head) * head_dim, stride = (size_t)heads * head_dim;
   load_row(keys[warp], k + at, head_dim, lane);
@@ -180,11 +201,11 @@ EXPORT(attention_backward_key_baseline_bf16)
 // (maximum, sum) [spans, heads, chunks]. grid: chunks × ceil(heads / 4) × spans, block: 128, no dynamic shared memory
 extern "C" __global__ void __launch_bounds__(128) attention_decode_baseline_bf16(
     const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, bf16* __restrict__ o, float* __restrict__ partial,
-    float2* __restrict__ stats, const uint2* __restrict__ spans, int heads, int kv_heads, int head_dim, float scale, uint32_t window) {
+    float2* __restrict__ stats, const uint32_t* __restrict__ spans, int heads, int kv_heads, int head_dim, float scale, uint32_t window) {
   __shared__ float queries[WARPS][MAX_HEAD_DIM], weights[WARPS][32];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.y * WARPS + warp;
   if (head >= heads) return;
-  const Chunk chunk(spans[blockIdx.z], window, blockIdx.x);
+  const Chunk chunk(spans + 2 * blockIdx.z, window, blockIdx.x);
   if (chunk.count <= 0 && gridDim.x > 1) return;
   const size_t row = (size_t)blockIdx.z * heads + head, stride = (size_t)kv_heads * head_dim;
   const size_t first_at = chunk.first * stride + head / (heads / kv_heads) * head_dim;
@@ -207,9 +228,9 @@ EXPORT(attention_decode_baseline_bf16)
 // O of all chunks of a span, added in their order: Σ 2^(topᵢ − top)·sumsᵢ / Σ 2^(topᵢ − top)·totalᵢ.
 // grid: heads × spans, block: 128, no dynamic shared memory
 extern "C" __global__ void __launch_bounds__(128) attention_decode_combine_bf16(const float* __restrict__ partial, const float2* __restrict__ stats,
-                                                                               const uint2* __restrict__ spans, bf16* __restrict__ o, int chunks,
+                                                                               const uint32_t* __restrict__ spans, bf16* __restrict__ o, int chunks,
                                                                                int head_dim, uint32_t window) {
-  const int used = Chunk(spans[blockIdx.y], window, 0).chunks();
+  const int used = Chunk(spans + 2 * blockIdx.y, window, 0).chunks();
   const size_t row = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
   stats += row * chunks;
   partial += row * chunks * head_dim;

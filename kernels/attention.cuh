@@ -52,9 +52,9 @@ struct Chunk {
   size_t first;
   int count;  // ≤ 0 behind the end
 
-  __device__ __forceinline__ Chunk(uint2 span, uint32_t window, uint32_t chunk) {
-    seen = span.y < window ? span.y : window;
-    first = (size_t)span.x + (span.y - seen) + (size_t)chunk * DECODE_KEYS;
+  __device__ __forceinline__ Chunk(const uint32_t* span, uint32_t window, uint32_t chunk) {
+    seen = span[1] < window ? span[1] : window;
+    first = (size_t)span[0] + (span[1] - seen) + (size_t)chunk * DECODE_KEYS;
     const int left = (int)seen - (int)(chunk * DECODE_KEYS);
     count = left < DECODE_KEYS ? left : DECODE_KEYS;
   }

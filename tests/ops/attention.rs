@@ -132,7 +132,9 @@ fn decode_equals_packed<B: Backend>(b: &B) {
         let v = put::<B, B::Float>(b, &normals(3, s.kv_len()));
         let (exact, _) = attend(s, &q.host, &k.host, &v.host);
         let documents = documents(b, s.lengths);
-        let spans: Vec<(u32, u32)> = documents.starts.windows(2).map(|w| (w[0], w[1] - w[0])).collect();
+        let spans: Vec<u32> = documents.starts.windows(2).flat_map(|w| [w[0], w[1] - w[0]]).collect();
+        let spans = put_u32(b, &spans);
+        let longest = s.lengths.iter().copied().max().unwrap_or(0);
         let width = s.heads * s.head_dim;
         let last = |x: &[f64]| -> Vec<f64> {
             documents.starts[1..].iter().flat_map(|end| x[(*end as usize - 1) * width..][..width].to_vec()).collect()
@@ -140,7 +142,8 @@ fn decode_equals_packed<B: Backend>(b: &B) {
         let q_last = put::<B, B::Float>(b, &last(&q.host));
         let mut o = put::<B, B::Float>(b, &vec![f64::NAN; q_last.host.len()]);
         let (kv, vv) = (k.device.view(), v.device.view());
-        b.attention_decode(q_last.device.view(), kv, vv, o.device.view_mut(), &spans, &shape(s, &documents)).unwrap();
+        let q_view = q_last.device.view();
+        b.attention_decode(q_view, kv, vv, o.device.view_mut(), spans.view(), longest, &shape(s, &documents)).unwrap();
         assert_close::<B>(&get(b, &o.device), &last(&exact), 1e-5, &format!("{s:?}"));
     }
 }
