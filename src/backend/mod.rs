@@ -131,8 +131,8 @@ pub struct Sampling {
     pub top_p: f32,
 }
 
-/// Buffers and operations. One method = one kernel family.
-pub trait Backend: Sized + Send + Sync + 'static {
+/// Buffers and operations. One method = one kernel family. Clones are the same device.
+pub trait Backend: Clone + Send + Sync + 'static {
     /// Weights and activations.
     type Float: FloatElement;
     /// Weight gradients.

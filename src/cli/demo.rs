@@ -1,9 +1,9 @@
 //! `swat demo`: the method in minutes, nothing to download.
 
-use super::open::Refusals;
+use super::open::{OnDevice, Refusals};
 use super::progress::Bars;
 use super::{Common, print_line};
-use crate::backend::cpu::Cpu;
+use crate::backend::Backend;
 use crate::error::Result;
 use crate::secure::{DEMO_SEED, Stage, demo_study, make_tiny_model, write_demo_model};
 use crate::train::{Hooks, Progress, StepMetrics};
@@ -39,12 +39,16 @@ pub(super) struct Demo {
     force: bool,
 }
 
-impl Demo {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for Demo {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         if let Some(dir) = &self.make_model {
             let mut bars = Bars::new(&self.common);
             let seed = if self.common.seed == 0 { DEMO_SEED } else { self.common.seed };
-            let (backend, stages) = (self.common.backend()?, Stage::recipe());
+            let stages = Stage::recipe();
             make_tiny_model(
                 backend,
                 self.language_seed,
@@ -66,14 +70,14 @@ impl Demo {
             }
         };
         let config = demo_study(&model, self.language_seed, self.common.seed, &self.out)?;
-        super::run::study(&self.common, &Refusals::default(), &config)
+        super::run::study(backend, &self.common, &Refusals::default(), &config)
     }
 }
 
 /// Progress of the stages that make a model.
 struct Making<'a>(&'a mut dyn FnMut(&str, usize, usize));
 
-impl Hooks<Cpu> for Making<'_> {
+impl<B: Backend> Hooks<B> for Making<'_> {
     fn step(&mut self, metrics: &StepMetrics, at: &Progress) -> Result<()> {
         let loss = metrics.loss.map_or("none".to_string(), |loss| format!("{loss:.3}"));
         (self.0)(&format!("{} loss {loss}", at.phase), at.phase_step as usize, at.phase_steps as usize);

@@ -1,6 +1,7 @@
 //! `swat doctor`: what this machine and this build can do.
 
 use super::{Common, plan, print_json, print_line};
+use crate::backend::cuda::{self, Cuda, F32State};
 use crate::error::Result;
 use crate::report::format::bytes;
 use clap::Args;
@@ -18,25 +19,69 @@ impl Doctor {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let memory = plan::free_memory();
         let disk = fs4::available_space(".").ok();
-        let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
-        let driver = driver.as_deref().and_then(|t| t.lines().next()).map(str::to_owned);
+        let cuda = cuda::survey();
         let nvcc = std::env::var_os("PATH")
             .and_then(|paths| std::env::split_paths(&paths).map(|p| p.join("nvcc")).find(|p| p.is_file()));
         let simd = simd();
+        let gpus: Vec<_> = (0..*cuda.devices.as_ref().unwrap_or(&0)).map(|ordinal| (ordinal, gpu(ordinal))).collect();
         if self.common.json {
+            let images: Vec<_> =
+                cuda.images.iter().map(|(stem, bytes)| json!({ "stem": stem, "bytes": bytes })).collect();
+            let gpus: Vec<_> = gpus.iter().map(|(ordinal, gpu)| match gpu {
+                Ok(gpu) => json!({ "device": format!("cuda:{ordinal}"), "name": gpu.name, "free_bytes": gpu.free, "total_bytes": gpu.total,
+                    "capability": format!("{}.{}", gpu.capability.0, gpu.capability.1) }),
+                Err(e) => json!({ "device": format!("cuda:{ordinal}"), "error": e.to_string() }),
+            }).collect();
             return print_json(&json!({
                 "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "free_memory_bytes": memory,
-                "free_disk_bytes": disk, "cuda_driver": driver, "cuda_kernels": false, "nvcc": nvcc,
+                "free_disk_bytes": disk, "cuda_images": images, "cuda_devices": gpus,
+                "cuda_driver": cuda.devices.as_ref().map_or_else(|why| json!({ "error": why }), |count| json!({ "devices": count })),
+                "nvcc": nvcc,
             }));
         }
         print_line(&format!("swat         {}", env!("CARGO_PKG_VERSION")))?;
         print_line(&format!("cpu          {cores} cores, {simd}"))?;
         print_line(&format!("memory       {} free", memory.map_or("unknown".into(), bytes)))?;
         print_line(&format!("disk         {} free here", disk.map_or("unknown".into(), bytes)))?;
-        print_line(&format!("CUDA driver  {}", driver.as_deref().unwrap_or("none")))?;
-        print_line("CUDA kernels not in this build: everything runs on the CPU")?;
+        let stems: Vec<&str> = cuda.images.iter().map(|(stem, _)| *stem).collect();
+        let size = cuda.images.iter().map(|(_, size)| *size as u64).sum();
+        print_line(&match stems.is_empty() {
+            true => "CUDA kernels none in this build: everything runs on the CPU".into(),
+            false => format!("CUDA kernels {}: {}", bytes(size), stems.join(", ")),
+        })?;
+        print_line(&match &cuda.devices {
+            Ok(count) => format!("CUDA driver  {count} device(s)"),
+            Err(why) => format!("CUDA driver  {why}"),
+        })?;
+        for (ordinal, gpu) in gpus {
+            print_line(&match gpu {
+                Ok(gpu) => format!(
+                    "cuda:{ordinal}       {}, compute capability {}.{}, {} of {} free",
+                    gpu.name,
+                    gpu.capability.0,
+                    gpu.capability.1,
+                    bytes(gpu.free),
+                    bytes(gpu.total)
+                ),
+                Err(e) => format!("cuda:{ordinal}       cannot be used: {e}"),
+            })?;
+        }
         print_line(&format!("nvcc         {}", nvcc.map_or("none".into(), |p| p.display().to_string())))
     }
+}
+
+/// What a GPU says of itself.
+struct Gpu {
+    name: String,
+    capability: (i32, i32),
+    free: u64,
+    total: u64,
+}
+
+fn gpu(ordinal: u32) -> Result<Gpu> {
+    let device = Cuda::<F32State>::open(ordinal)?;
+    let (free, total) = device.memory()?;
+    Ok(Gpu { name: device.product()?, capability: device.capability(), free, total })
 }
 
 /// The widest vector instructions that the CPU backend's loops will use here.

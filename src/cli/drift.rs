@@ -1,8 +1,9 @@
 //! `swat drift`: one model against another with a frozen probe.
 
-use super::open::ModelArgs;
+use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
 use super::{Common, print_json, print_line};
+use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::Result;
 use crate::report::format::{fixed, percent};
@@ -31,18 +32,22 @@ pub(super) struct DriftCommand {
     security: PathBuf,
 }
 
-impl DriftCommand {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for DriftCommand {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
         let probe = Probe::load(&self.probe)?;
         let mut bars = Bars::new(&self.common);
         let base = {
-            let subject = self.model.subject(&self.common)?;
+            let subject = self.model.subject(backend.clone())?;
             probe.check_model(&subject.files.config, &subject.hash)?;
             subject.snapshot(&probe, &prompts, &mut bars.watch())?
         };
         let template = self.model.chat_template.as_deref();
-        let tuned = Subject::open(self.common.backend()?, &self.tuned, template)?;
+        let tuned = Subject::open(backend, &self.tuned, template)?;
         probe.check_shape(&tuned.files.config)?;
         let drift = tuned.drift(&probe, &prompts, &base, &mut bars.watch())?;
         bars.finish();

@@ -1,8 +1,9 @@
 //! `swat eval`: what a model does when it is asked.
 
-use super::open::{ModelArgs, Refusals};
+use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use super::{Common, print_json, print_line};
+use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split, Task};
 use crate::error::{Error, Result};
 use crate::report::format::{fixed, percent};
@@ -58,8 +59,12 @@ pub(super) struct EvalCommand {
     cache_mib: u64,
 }
 
-impl EvalCommand {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for EvalCommand {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         let limit = if self.limit == 0 { usize::MAX } else { self.limit };
         let splits = self
             .splits
@@ -82,7 +87,7 @@ impl EvalCommand {
         }
         let mut tasks = self.task.as_deref().map(Task::read).transpose()?.unwrap_or_default();
         tasks.truncate(limit);
-        let subject = self.model.subject(&self.common)?;
+        let subject = self.model.subject(backend)?;
         let heldout = match &self.heldout {
             Some(path) => subject.examples(path, subject.files.config.max_positions.min(4096))?.examples,
             None => Vec::new(),

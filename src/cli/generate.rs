@@ -1,8 +1,8 @@
 //! `swat generate`: answers of a model.
 
-use super::open::ModelArgs;
+use super::open::{ModelArgs, OnDevice};
 use super::{Common, print_json, print_line, progress};
-use crate::backend::Sampling;
+use crate::backend::{Backend, Sampling};
 use crate::data::JsonLines;
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
@@ -51,8 +51,12 @@ pub(super) struct Generate {
     cache_mib: u64,
 }
 
-impl Generate {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for Generate {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(Error::input("--temperature", self.temperature.to_string(), "0 (greedy) or more"));
         }
@@ -64,7 +68,7 @@ impl Generate {
             (None, Some(path)) => read_prompts(path)?,
             (None, None) => Vec::new(),
         };
-        let opened = self.model.open(&self.common)?;
+        let opened = self.model.open(backend)?;
         let template = if self.raw { None } else { Some(self.model.template(&opened.files)?) };
         let mut prompts = Vec::with_capacity(conversations.len());
         for mut messages in conversations {

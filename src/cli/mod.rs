@@ -17,6 +17,7 @@ mod tune;
 
 use crate::error::{Error, Result};
 use clap::{Args, Parser, Subcommand};
+use open::OnDevice;
 use std::process::ExitCode;
 
 /// Secure tuning of large language models (SWAT): find the modules whose change moves a model's security features
@@ -77,16 +78,22 @@ pub fn main() -> ExitCode {
     };
     // Inside the pool from the start: an operation then does not have to hand its work over and wait.
     let result = rayon::scope(|_| match cli.command {
-        Command::Demo(c) => c.run(),
-        Command::Probe(c) => c.run(),
-        Command::Drift(c) => c.run(),
-        Command::Robustness(c) => c.run(),
-        Command::Search(c) => c.run(),
-        Command::Tune(c) => c.run(),
-        Command::Eval(c) => c.run(),
-        Command::Run(c) => c.run(),
-        Command::Generate(c) => c.run(),
-        Command::Score(c) => c.run(),
+        Command::Demo(c) => c.start(),
+        Command::Probe(c) => c.start(),
+        Command::Drift(c) => c.start(),
+        Command::Robustness(c) => c.start(),
+        Command::Search(c) => c.start(),
+        Command::Tune(c) => {
+            let state = c.state;
+            c.start_training(state)
+        }
+        Command::Eval(c) => c.start(),
+        Command::Run(c) => {
+            let state = c.state;
+            c.start_training(state)
+        }
+        Command::Generate(c) => c.start(),
+        Command::Score(c) => c.start(),
         Command::Plan(c) => c.run(),
         Command::Doctor(c) => c.run(),
     });

@@ -1,12 +1,14 @@
 //! Opening what most commands need: a device, a model, its tokenizer.
 
 use super::Common;
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
 use crate::model::{ChatTemplate, ModelDir, Tokenizer};
 use crate::secure::{RefusalList, Subject};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 
 /// Which model.
@@ -21,36 +23,105 @@ pub(super) struct ModelArgs {
 }
 
 /// A model ready to run.
-pub(super) struct Opened {
+pub(super) struct Opened<B: Backend> {
     pub(super) files: ModelDir,
     pub(super) tokenizer: Tokenizer,
-    pub(super) decoder: Decoder<Cpu>,
+    pub(super) decoder: Decoder<B>,
 }
 
-impl Common {
-    /// The backend that `--device` names.
-    pub(super) fn backend(&self) -> Result<Cpu> {
-        match self.device.as_str() {
-            "cpu" | "auto" => Ok(Cpu::new()),
-            name if name == "cuda" || name.strip_prefix("cuda:").is_some_and(|n| n.parse::<u32>().is_ok()) => {
-                Err(Error::input("--device", name, "cpu: this build has no CUDA backend yet"))
+/// A command that computes, written once for every backend.
+pub(super) trait OnDevice: Sized {
+    fn common(&self) -> &Common;
+
+    /// The whole command.
+    fn run<B: Backend>(self, backend: B) -> Result<()>;
+
+    /// The command on the device that `--device` names.
+    fn start(self) -> Result<()> {
+        match self.common().device()? {
+            None => self.run(Cpu::new()),
+            Some(ordinal) => {
+                let backend = self.common().open::<F32State>(ordinal)?;
+                self.run(backend)
             }
-            other => Err(Error::input("--device", other, "auto, cpu, cuda or cuda:N")),
+        }
+    }
+
+    /// A command that trains, with gradients and moments of the dtype that `--state` names where it runs on a GPU.
+    fn start_training(self, state: State) -> Result<()> {
+        match state {
+            State::F32 => self.start(),
+            State::Bf16 => match self.common().device()? {
+                None => self.run(Cpu::new()),
+                Some(ordinal) => {
+                    let backend = self.common().open::<Bf16State>(ordinal)?;
+                    self.run(backend)
+                }
+            },
         }
     }
 }
 
+/// What gradients and moments are kept in on a GPU.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum State {
+    /// 12 bytes a trained parameter
+    F32,
+    /// 6 bytes a trained parameter, rounded stochastically
+    Bf16,
+}
+
+impl Common {
+    /// The ordinal of the GPU that `--device` names; `None` = the CPU. `auto` takes the first GPU where it can be opened,
+    /// and says so.
+    fn device(&self) -> Result<Option<u32>> {
+        match self.device.as_str() {
+            "cpu" => Ok(None),
+            "auto" => Ok(self.find()),
+            "cuda" => Ok(Some(0)),
+            other => match other.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
+                Some(ordinal) => Ok(Some(ordinal)),
+                None => Err(Error::input("--device", other, "auto, cpu, cuda or cuda:N")),
+            },
+        }
+    }
+
+    /// Looks for a GPU. Where one is there but cannot be used, that is said.
+    fn find(&self) -> Option<u32> {
+        let survey = cuda::survey();
+        if survey.images.is_empty() || !survey.devices.is_ok_and(|count| count > 0) {
+            return None;
+        }
+        match Cuda::<F32State>::open(0) {
+            Ok(_) => Some(0),
+            Err(e) => {
+                if !self.quiet {
+                    eprintln!("on the CPU: {e}");
+                }
+                None
+            }
+        }
+    }
+
+    fn open<P: Precision>(&self, ordinal: u32) -> Result<Cuda<P>> {
+        let backend = Cuda::open(ordinal)?;
+        if !self.quiet {
+            eprintln!("on cuda:{ordinal}, {}", backend.product()?);
+        }
+        Ok(backend)
+    }
+}
+
 impl ModelArgs {
-    pub(super) fn open(&self, common: &Common) -> Result<Opened> {
-        let backend = common.backend()?;
+    pub(super) fn open<B: Backend>(&self, backend: B) -> Result<Opened<B>> {
         let files = ModelDir::open(&self.model)?;
         let tokenizer = files.tokenizer()?;
         let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
         Ok(Opened { files, tokenizer, decoder })
     }
 
-    pub(super) fn subject(&self, common: &Common) -> Result<Subject<Cpu>> {
-        Subject::open(common.backend()?, &self.model, self.chat_template.as_deref())
+    pub(super) fn subject<B: Backend>(&self, backend: B) -> Result<Subject<B>> {
+        Subject::open(backend, &self.model, self.chat_template.as_deref())
     }
 
     pub(super) fn template(&self, files: &ModelDir) -> Result<ChatTemplate> {

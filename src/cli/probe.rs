@@ -1,8 +1,9 @@
 //! `swat probe`: the security-feature classifiers of a model.
 
-use super::open::{ModelArgs, Refusals};
+use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use super::{Common, print_json, print_line};
+use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use crate::report::format::{fixed, percent};
@@ -42,14 +43,18 @@ pub(super) struct ProbeCommand {
     force: bool,
 }
 
-impl ProbeCommand {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for ProbeCommand {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         if self.out.exists() && !self.force {
             return Err(Error::Exists { path: self.out });
         }
         let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
         SecurityPrompt::require_both_labels(&prompts, &self.security)?;
-        let subject = self.model.subject(&self.common)?;
+        let subject = self.model.subject(backend)?;
         let options =
             ProbeOptions { metric_layer: self.metric_layer, seed: self.common.seed, ..ProbeOptions::default() };
         let mut bars = Bars::new(&self.common);

@@ -1,8 +1,9 @@
 //! `swat robustness`: the layer × module map.
 
-use super::open::ModelArgs;
+use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
 use super::{Common, print_json, print_line};
+use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use crate::model::write_atomic;
@@ -64,8 +65,12 @@ pub(super) struct RobustnessCommand {
     force: bool,
 }
 
-impl RobustnessCommand {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for RobustnessCommand {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         if self.out.exists() && !self.force {
             return Err(Error::Exists { path: self.out });
         }
@@ -74,7 +79,7 @@ impl RobustnessCommand {
         let split = split.ok_or_else(|| Error::input("--split", &self.split, "train, valid, test or ood"))?;
         let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
         let probe = Probe::load(&self.probe)?;
-        let subject = self.model.subject(&self.common)?;
+        let subject = self.model.subject(backend)?;
         let options = ProxyOptions {
             kind: self.kind,
             members: self.members,

@@ -1,8 +1,9 @@
 //! `swat run`: a whole study from one file.
 
-use super::open::Refusals;
+use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
 use super::{Common, print_json, print_line};
+use crate::backend::Backend;
 use crate::error::Result;
 use crate::report::{results_text, write_report};
 use crate::secure::run::{RunConfig, run};
@@ -24,23 +25,30 @@ pub(super) struct RunCommand {
     /// Configuration (TOML)
     #[arg(value_name = "CONFIG")]
     config: PathBuf,
+    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    #[arg(long, value_enum, default_value_t = State::F32)]
+    pub(super) state: State,
     /// Override a key: tune.all_phase.lr=1e-5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
 
-impl RunCommand {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for RunCommand {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         let config = RunConfig::read(&self.config, &self.overrides)?;
-        study(&self.common, &self.refusals, &config)
+        study(backend, &self.common, &self.refusals, &config)
     }
 }
 
 /// Runs a study and writes its report.
-pub(super) fn study(common: &Common, refusals: &Refusals, config: &RunConfig) -> Result<()> {
+pub(super) fn study<B: Backend>(backend: B, common: &Common, refusals: &Refusals, config: &RunConfig) -> Result<()> {
     let refusals = refusals.list()?;
     let mut bars = Bars::new(common);
-    let outcome = run(config, &|| common.backend(), &refusals, &mut bars.watch())?;
+    let outcome = run(config, &|| Ok(backend.clone()), &refusals, &mut bars.watch())?;
     bars.finish();
     let command: Vec<String> = std::env::args().skip(1).collect();
     write_report(&outcome, config, &format!("swat {}", command.join(" ")), &config.out)?;

@@ -1,8 +1,8 @@
 //! `swat score`: what a model thinks of given text.
 
-use super::open::ModelArgs;
+use super::open::{ModelArgs, OnDevice};
 use super::{Common, print_json, print_line};
-use crate::backend::IGNORE;
+use crate::backend::{Backend, IGNORE};
 use crate::engine::Batch;
 use crate::error::{Error, Result};
 use crate::model::write_atomic;
@@ -35,9 +35,13 @@ pub(super) struct Score {
     hidden_out: Option<PathBuf>,
 }
 
-impl Score {
-    pub(super) fn run(self) -> Result<()> {
-        let opened = self.model.open(&self.common)?;
+impl OnDevice for Score {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
+        let opened = self.model.open(backend)?;
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
                 let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;

@@ -1,9 +1,10 @@
 //! `swat search`: from the map to Mods_Rob.
 
-use super::open::ModelArgs;
+use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
 use super::robustness::score;
 use super::{Common, print_json, print_line};
+use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
@@ -66,8 +67,12 @@ pub(super) struct SearchCommand {
     force: bool,
 }
 
-impl SearchCommand {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for SearchCommand {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         if self.out.exists() && !self.force {
             return Err(Error::Exists { path: self.out });
         }
@@ -82,7 +87,7 @@ impl SearchCommand {
         let security = known(self.security, from.map(|f| &f.security), "--security FILE")?;
         let prompts = SecurityPrompt::read(&security, self.common.seed)?;
         let model = ModelArgs { model, chat_template: self.chat_template };
-        let subject = model.subject(&self.common)?;
+        let subject = model.subject(backend)?;
         map.check_model(&subject.hash)?;
         let options = ProxyOptions {
             kind: map.kind.clone(),

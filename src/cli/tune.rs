@@ -1,8 +1,9 @@
 //! `swat tune`: two-phase tuning, or any of its ablations.
 
-use super::open::ModelArgs;
+use super::open::{ModelArgs, OnDevice, State};
 use super::progress::StepBar;
 use super::{Common, print_json, print_line};
+use crate::backend::Backend;
 use crate::data::{Chat, Examples, mix};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
@@ -125,6 +126,9 @@ pub(super) struct Tune {
     /// Replace --out, and forget an unfinished run
     #[arg(long)]
     force: bool,
+    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    #[arg(long, value_enum, default_value_t = State::F32)]
+    pub(super) state: State,
     /// Largest safetensors shard, in MiB
     #[arg(long, default_value_t = 4096)]
     max_shard_mib: u64,
@@ -144,12 +148,16 @@ enum ScheduleArg {
     Wsd,
 }
 
-impl Tune {
-    pub(super) fn run(self) -> Result<()> {
+impl OnDevice for Tune {
+    fn common(&self) -> &Common {
+        &self.common
+    }
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
         if self.mods.is_none() && (self.mods_epochs.is_some() || self.mods_steps.is_some()) {
             return Err(Error::input("--mods-epochs", "no --mods", "--mods SET_OR_FILE: what phase 1 trains"));
         }
-        let mut opened = self.model.open(&self.common)?;
+        let mut opened = self.model.open(backend)?;
         let cells = opened.files.config.cells();
         let hash = opened.files.hash()?;
         let read = |text| resolve_mods(text, &opened.files.config, None, Some(&hash));
@@ -192,7 +200,9 @@ impl Tune {
         }
         print_line(&format!("peak memory {}; the tuned model is in {}", bytes(summary.peak_bytes), self.out.display()))
     }
+}
 
+impl Tune {
     fn read(&self, path: &std::path::Path, chat: &Chat<'_>) -> Result<Vec<crate::data::Example>> {
         let read = Examples::read(path, chat, self.max_length)?;
         let total = read.examples.len() + read.dropped;

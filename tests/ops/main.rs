@@ -11,6 +11,8 @@ mod perturb;
 mod rmsnorm;
 mod rope;
 mod sampling;
+#[path = "../common/standin.rs"]
+mod standin;
 mod swiglu;
 
 use swat::backend::philox::Philox;
@@ -21,6 +23,18 @@ macro_rules! on_every_backend {
     ($($name:ident),* $(,)?) => {
         mod cpu {
             $(#[test] fn $name() { super::$name(&swat::backend::cpu::Cpu::new()); })*
+        }
+        on_every_backend!(cuda cuda_0 0 F32State: $($name),*);
+        on_every_backend!(cuda cuda_1 1 Bf16State: $($name),*);
+        on_every_backend!(cuda cuda_2 2 Bf16State: $($name),*);
+        on_every_backend!(cuda cuda_3 3 F32State: $($name),*);
+    };
+    (cuda $module:ident $ordinal:literal $state:ident: $($name:ident),*) => {
+        mod $module {
+            $(#[test] fn $name() {
+                let device = crate::standin::open::<swat::backend::cuda::$state>($ordinal);
+                device.iter().for_each(super::$name);
+            })*
         }
     };
 }

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Runs the CUDA tests and benches of scripts/gpu_pack.sh on this machine's GPU, and writes one JSON record of what came out.
+
+usage: gpu_check.py [--out RECORD.json] [--no-sanitizer] [--no-bench] [--seconds N]
+
+The record goes to benches/records/<device>/<date>-<commit>.json in the repository. Needs Python 3.9 and an NVIDIA driver; compute-sanitizer
+is used where it is found (PATH, CUDA_HOME, /usr/local/cuda). Exit code 0: every test passed and every sanitizer was clean; 1 otherwise.
+"""
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+# Tests of kernels alone: short enough to run under a sanitizer, which is ten to a hundred times slower.
+SANITIZED = ["swiglu", "rmsnorm", "rope", "embedding", "cross_entropy", "sampling", "adamw", "perturb", "gemm", "attention"]
+TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+
+
+def run(command, seconds, **environment):
+    """Exit code, output and seconds of a command; its code is None where it took too long."""
+    started = time.time()
+    try:
+        done = subprocess.run(command, cwd=HERE, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, errors="replace", timeout=max(1, seconds))
+        code, text = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        code, text = None, late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
+    return code, text, round(time.time() - started, 2)
+
+
+def device():
+    fields = ["name", "driver_version", "compute_cap", "memory.total", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu"]
+    code, text, _ = run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"], 30)
+    values = [value.strip() for value in text.strip().splitlines()[0].split(",")] if code == 0 and text.strip() else []
+    return dict(zip(fields, values)) or {"error": text.strip()}
+
+
+def tests(name, filters, seconds):
+    """Each test of an executable on the GPU: ok, failed or missing, with what a failed one printed."""
+    command = [str(HERE / name), "--test-threads", "2", *filters]
+    code, text, took = run(command, seconds, SWAT_TEST_CUDA="gpu", RUST_BACKTRACE="0")
+    found = {test: {"ok": "ok", "FAILED": "failed"}.get(result, result) for test, result in re.findall(r"^test (\S+) \.\.\. (\w+)", text, re.M)}
+    failures = dict(re.findall(r"^---- (\S+) stdout ----\n(.*?)(?=\n---- |\nfailures:|\Z)", text, re.M | re.S))
+    entry = {"seconds": took, "exit": code, "passed": sum(r == "ok" for r in found.values()), "tests": found}
+    if code != 0:
+        entry["failures"] = {test: said[-1500:] for test, said in failures.items()}
+        entry["tail"] = text[-3000:]
+    return entry
+
+
+def sanitizer():
+    places = [shutil.which("compute-sanitizer")]
+    places += [f"{home}/bin/compute-sanitizer" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return next((place for place in places if place and os.path.exists(place)), None)
+
+
+def sanitized(tool_path, deadline):
+    """Each tool over each family's tests: clean, its findings, or why it did not run."""
+    results = {}
+    for tool in TOOLS:
+        results[tool] = {}
+        for family in SANITIZED:
+            left = deadline - time.time()
+            if left < 10:
+                results[tool][family] = "no time left"
+                continue
+            command = [tool_path, "--tool", tool, "--error-exitcode", "86", "--print-limit", "5", str(HERE / "ops"), "--test-threads", "1", f"{family}::cuda_0"]
+            code, text, took = run(command, min(left, 120), SWAT_TEST_CUDA="gpu", SWAT_TEST_SMALL="1")
+            summary = re.findall(r"ERROR SUMMARY: (.*)|RACECHECK SUMMARY: (.*)", text)
+            summary = next(filter(None, summary[-1]), "") if summary else text[-400:]
+            clean = code == 0
+            results[tool][family] = {"clean": clean, "seconds": took, "summary": summary if code is not None else "took too long"}
+            if not clean:
+                results[tool][family]["tail"] = text[-2000:]
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "record.json")
+    parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--no-bench", action="store_true")
+    parser.add_argument("--seconds", type=float, default=540, help="for all of it; what does not fit is left out, by name")
+    options = parser.parse_args()
+    deadline = time.time() + options.seconds
+    record = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": (HERE / "commit").read_text().strip(),
+        "command": "gpu_check.py " + " ".join(sys.argv[1:]),
+        "device": device(),
+    }
+
+    def save():
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    save()
+    code, text, _ = run([str(HERE / "swat"), "doctor", "--json"], 60)
+    record["doctor"] = json.loads(text) if code == 0 else {"error": text[-2000:]}
+    record["ops"] = tests("ops", ["cuda_0"], min(240, deadline - time.time()))
+    record["cuda"] = tests("cuda", [], min(120, deadline - time.time()))
+    save()
+    if not options.no_bench:
+        # The bench prints one JSON object a line on stdout with --json.
+        code, text, took = run([str(HERE / "kernels"), "--bench", "--json"], min(180, deadline - time.time()))
+        lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        record["bench"] = {"exit": code, "seconds": took, "results": lines}
+        if code != 0:
+            record["bench"]["tail"] = text[-3000:]
+        save()
+    tool_path = None if options.no_sanitizer else sanitizer()
+    record["sanitizer"] = sanitized(tool_path, deadline) if tool_path else "not run: no compute-sanitizer here" if not options.no_sanitizer else "not asked for"
+    record["device_after"] = device()
+    save()
+    print(json.dumps({"ops": record["ops"]["passed"], "cuda": record["cuda"]["passed"], "record": str(options.out)}))
+    dirty = isinstance(record["sanitizer"], dict) and any(not f.get("clean") for t in record["sanitizer"].values() for f in t.values() if isinstance(f, dict))
+    failed = record["ops"]["exit"] != 0 or record["cuda"]["exit"] != 0 or not record["ops"]["tests"]
+    for suite in ("ops", "cuda"):
+        for test, said in record[suite].get("failures", {}).items():
+            print(f"FAILED {suite} {test}: {said[:400]}")
+    return 1 if failed or dirty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

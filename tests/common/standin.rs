@@ -1,0 +1,212 @@
+//! CUDA devices for tests: the stand-in of `tests/standin`, which runs the kernel files on the CPU below the real driver
+//! calls; or, with `SWAT_TEST_CUDA=gpu`, the GPU of this machine.
+//!
+//! The stand-in's devices: 0 and 1 have compute capability 9.0, 2 and 3 have 8.0; on 0 and 2 asynchronous operations happen
+//! as late as CUDA allows, on 1 and 3 at once. 4 is too old, 5 has 1 MiB of memory, 6 loads no kernel.
+#![allow(dead_code)]
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use swat::backend::cuda::{Cuda, Precision};
+
+include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// Whether there are CUDA devices to test on. The first call builds and loads the stand-in; it comes before any other use of
+/// the driver. Where there can be none, it says so once, on standard error.
+pub fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| match start() {
+        Ok(()) => true,
+        Err(reason) => {
+            let _ = writeln!(std::io::stderr(), "skipped: tests of the CUDA backend ({reason})");
+            false
+        }
+    })
+}
+
+/// Device `ordinal`, where there is one. Of a real GPU's machine only device 0 is used.
+pub fn open<P: Precision>(ordinal: u32) -> Option<Cuda<P>> {
+    if !available() || (real() && ordinal > 0) {
+        return None;
+    }
+    Some(Cuda::open(ordinal).unwrap_or_else(|e| panic!("cuda:{ordinal}: {e}")))
+}
+
+/// Whether tests run on a GPU.
+pub fn real() -> bool {
+    std::env::var_os("SWAT_TEST_CUDA").is_some_and(|value| value == "gpu")
+}
+
+/// Kernels that device `ordinal` of the stand-in has run.
+pub fn launches(ordinal: i32) -> u64 {
+    counter("standin_launches", ordinal)
+}
+
+/// Allocations that device `ordinal` of the stand-in has made.
+pub fn allocations(ordinal: i32) -> u64 {
+    counter("standin_allocations", ordinal)
+}
+
+/// Bytes allocated now on device `ordinal` of the stand-in.
+pub fn bytes(ordinal: i32) -> u64 {
+    counter("standin_bytes", ordinal)
+}
+
+fn counter(name: &str, ordinal: i32) -> u64 {
+    // SAFETY: the driver's stand-in exports these names with this type.
+    unsafe { hook::<unsafe extern "C" fn(i32) -> u64>(name)(ordinal) }
+}
+
+/// An exported function of the driver's stand-in.
+///
+/// # Safety
+/// `F` is the type of that function.
+pub unsafe fn hook<F: Copy>(name: &str) -> F {
+    let driver = DRIVER.get().expect("the stand-in is loaded");
+    // SAFETY: the caller's promise.
+    *unsafe { driver.get::<F>(name) }.unwrap_or_else(|e| panic!("{e}"))
+}
+
+static DRIVER: OnceLock<Library> = OnceLock::new();
+
+fn start() -> Result<(), String> {
+    if IMAGES.iter().all(|(_, image)| image.is_empty()) {
+        return Err("the library was built without nvcc: scripts/install_nvcc.sh".into());
+    }
+    if real() {
+        let devices = swat::backend::cuda::survey().devices;
+        assert!(matches!(devices, Ok(1..)), "SWAT_TEST_CUDA=gpu, but: {devices:?}");
+        return Ok(());
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut sources: Vec<PathBuf> = files(&root.join("kernels"), "cu");
+    sources.insert(0, root.join("tests/standin/driver.cpp"));
+    let libraries = build(&sources)?;
+    // SAFETY: what the libraries run when loaded is the registration of kernels.
+    let driver = unsafe { Library::open(Some(&libraries[0]), RTLD_NOW | RTLD_GLOBAL) };
+    DRIVER.set(driver.map_err(|e| e.to_string())?).expect("loaded once");
+    for (library, source) in libraries.iter().zip(&sources).skip(1) {
+        let image = IMAGES.iter().find(|(stem, _)| Some(*stem) == source.file_stem().and_then(|s| s.to_str()));
+        load(library, image.unwrap_or_else(|| panic!("{} is not built in", source.display())).1);
+    }
+    Ok(())
+}
+
+/// Loads the library of a kernel file; `image` is what stands for it in the driver's calls.
+pub fn load(library: &Path, image: &[u8]) {
+    // SAFETY: as above.
+    let loaded = unsafe { Library::open(Some(library), RTLD_NOW | RTLD_LOCAL) }.unwrap_or_else(|e| panic!("{e}"));
+    std::mem::forget(loaded);
+    let name = library.file_stem().and_then(|s| s.to_str()).expect("a name of ours");
+    let stem = name.rsplit_once('-').expect("a name of ours").0;
+    let stem = CString::new(stem).expect("no NUL");
+    type Image = unsafe extern "C" fn(*const std::ffi::c_char, *const u8, usize);
+    // SAFETY: exported with this type; it copies the bytes.
+    unsafe { hook::<Image>("standin_image")(stem.as_ptr(), image.as_ptr(), image.len()) }
+}
+
+/// Compiles each source to a library of its own, unless one was made of the same text by the same command; `driver.cpp` is
+/// the driver's stand-in.
+///
+/// # Errors
+/// Where there is no C++ compiler, or the machine is not x86-64 Linux.
+///
+/// # Panics
+/// Where a source does not compile.
+pub fn build(sources: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
+    if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+        return Err("the stand-in GPU needs x86-64 Linux".into());
+    }
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
+    let version = Command::new(&compiler).arg("--version").output();
+    let version = version.map_err(|e| format!("no C++ compiler: {compiler}: {e}"))?.stdout;
+
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (standin, kernels) = (root.join("tests/standin"), root.join("kernels"));
+    let mut arguments: Vec<String> = FLAGS.split_whitespace().map(String::from).collect();
+    arguments.push(format!("-march={}", if avx2() { "x86-64-v3" } else { "x86-64" }));
+    arguments.extend([&standin, &kernels].map(|directory| format!("-I{}", directory.display())));
+    let mut common = blake3::Hasher::new();
+    common.update(&version).update(format!("{arguments:?}").as_bytes());
+    for header in files(&standin, "h").iter().chain(&files(&kernels, "cuh")).chain(&files(&standin, "cpp")) {
+        common.update(&fs::read(header).expect("a readable header"));
+    }
+
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin");
+    fs::create_dir_all(&directory).expect("a directory for the stand-in");
+    let lock = File::create(directory.join("lock")).expect("a lock file");
+    lock.lock().expect("a lock between the test processes");
+    let library = |source: &PathBuf| {
+        let key = common.clone().update(&fs::read(source).expect("a readable source")).finalize();
+        let stem = source.file_stem().expect("a file name").to_string_lossy();
+        directory.join(format!("{stem}-{}.so", &key.to_hex()[..16]))
+    };
+    let libraries: Vec<PathBuf> = sources.iter().map(library).collect();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(|| {
+                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let library = &libraries[sources.iter().position(|s| s == source).expect("one of them")];
+                    if !library.is_file() {
+                        compile(&compiler, &arguments, source, library);
+                    }
+                }
+            });
+        }
+    });
+    Ok(libraries)
+}
+
+/// -fno-strict-aliasing: kernels read bf16 by the 16 bytes. The sanitizers trap where an access is not aligned, or an index
+/// past the end of an array of known size.
+const FLAGS: &str = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -fno-stack-protector -ffp-contract=fast \
+    -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error -Wall -Wextra -Wno-unknown-pragmas -Werror";
+
+fn compile(compiler: &str, arguments: &[String], source: &Path, library: &Path) {
+    let stem = source.file_stem().expect("a file name").to_string_lossy();
+    let directory = library.parent().expect("a directory");
+    for stale in files(directory, "so") {
+        let name = stale.file_stem().expect("a file name").to_string_lossy();
+        if name.rsplit_once('-').is_some_and(|(of, _)| of == stem) {
+            let _ = fs::remove_file(stale);
+        }
+    }
+    let partial = library.with_extension("partial");
+    let mut command = Command::new(compiler);
+    command.args(arguments).arg("-o").arg(&partial);
+    if source.extension().is_some_and(|e| e == "cu") {
+        command.args(["-x", "c++"]).arg(source);
+    } else {
+        let parts = files(source.parent().expect("a directory"), "cpp");
+        command.arg("-Wl,-soname,libcuda.so").args(parts);
+    }
+    let output = command.output().unwrap_or_else(|e| panic!("{compiler}: {e}"));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{} does not compile for the stand-in GPU:\n{text}", source.display());
+    fs::rename(&partial, library).expect("a library in its place");
+}
+
+#[cfg(target_arch = "x86_64")]
+fn avx2() -> bool {
+    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn avx2() -> bool {
+    false
+}
+
+fn files(directory: &Path, extension: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+    let paths = entries.flatten().map(|entry| entry.path());
+    let mut files: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|e| e == extension)).collect();
+    files.sort();
+    files
+}

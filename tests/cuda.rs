@@ -1,0 +1,331 @@
+//! The whole engine on CUDA devices against the CPU backend with the same weights, rounded to bf16: what the engine makes of
+//! many kernels. Each kernel alone is held against f64 loops in `tests/ops`.
+//!
+//! Tolerances are for bf16: one rounding is 2⁻⁹ of a value, and what was rounded a few times in a row is compared.
+
+mod common;
+#[path = "common/standin.rs"]
+mod standin;
+
+use common::{batch, config, numbers};
+use std::collections::BTreeMap;
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
+use swat::backend::{Backend, FloatElement, Sampling};
+use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Member, NoiseKind, SweepOptions};
+use swat::model::ModelConfig;
+use swat::modules::{LearningRates, ModuleSet, ParamId};
+use swat::train::{Optimizer, StepOutcome, StepSettings};
+
+/// Devices of both compute capabilities, with asynchronous operations late and early.
+const DEVICES: [u32; 4] = [0, 1, 2, 3];
+
+/// A shape whose sizes all fast kernels take, with a group of two queries a key.
+fn wide(layers: usize, head_dim: usize) -> ModelConfig {
+    ModelConfig {
+        vocab: 320,
+        hidden: 128,
+        ffn: 192,
+        heads: 4,
+        kv_heads: 2,
+        head_dim,
+        max_positions: 256,
+        ..config(layers, true, false, false)
+    }
+}
+
+/// Odd sizes with biases and q/k norms, and sizes for the fast kernels.
+fn shapes() -> Vec<(&'static str, ModelConfig, Vec<usize>)> {
+    let mut window = wide(2, 64);
+    window.windows = vec![Some(20), None];
+    vec![
+        ("odd", config(3, false, true, true), vec![7, 1, 12]),
+        ("tied", config(2, true, false, true), vec![9, 4]),
+        ("wide", wide(2, 64), vec![70, 5, 21]),
+        ("window", window, vec![50, 33]),
+        ("wide heads", wide(1, 128), vec![40, 25]),
+    ]
+}
+
+/// Random weights that bf16 holds exactly, so that both backends have the same.
+fn decoder<B: Backend>(backend: &B, config: &ModelConfig, seed: u64) -> Decoder<B> {
+    let mut next = numbers(seed);
+    Decoder::new(backend.clone(), config.clone(), |_, shape| {
+        let (centre, spread) = match shape {
+            [_] => (1.0, 0.3),
+            [_, inputs, ..] => (0.0, 1.7 / (*inputs as f32).sqrt()),
+            [] => unreachable!("a tensor without dimensions"),
+        };
+        let round = |x: f32| half::bf16::from_f32(x).to_f32();
+        Ok((0..shape.iter().product::<usize>()).map(|_| round(centre + spread * next())).collect())
+    })
+    .expect("a valid model")
+}
+
+/// ‖got − expected‖ / ‖expected‖.
+fn error(got: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut got.iter().zip(expected).map(|(g, e)| f64::from(*g) - f64::from(*e)));
+    difference / norm(&mut expected.iter().map(|e| f64::from(*e))).max(1e-30)
+}
+
+#[track_caller]
+fn assert_near(got: &[f32], expected: &[f32], tolerance: f64, what: &str) {
+    let error = error(got, expected);
+    assert!(error <= tolerance, "{what}: off by {error:.4} of its norm, {tolerance} allowed");
+}
+
+fn gradients_of<B: Backend>(model: &Decoder<B>, batch: &Batch, recompute: bool) -> (f64, BTreeMap<ParamId, Vec<f32>>) {
+    let mut gradients = Gradients::new(model, |_| true).unwrap();
+    let loss = model.loss_and_gradients(batch, &mut gradients, 0.05, false, recompute).unwrap();
+    let read = |(id, buffer): (ParamId, &swat::backend::Buffer<B, B::Grad>)| {
+        let mut values = vec![<B::Grad as FloatElement>::from_f32(0.0); buffer.len()];
+        model.backend.read(buffer.view(), &mut values).unwrap();
+        (id, values.into_iter().map(FloatElement::to_f32).collect())
+    };
+    (loss, gradients.iter().map(read).collect())
+}
+
+/// Runs `test` on every device, with f32 and bf16 gradients in turn.
+macro_rules! on_every_device {
+    ($test:ident) => {
+        for ordinal in DEVICES {
+            if ordinal % 3 == 0 {
+                if let Some(backend) = standin::open::<F32State>(ordinal) {
+                    $test(&backend);
+                }
+            } else if let Some(backend) = standin::open::<Bf16State>(ordinal) {
+                $test(&backend);
+            }
+        }
+    };
+}
+
+fn forward_on<P: Precision>(cuda: &Cuda<P>) {
+    for (name, config, lengths) in shapes() {
+        let (host, device) = (decoder(&Cpu::new(), &config, 1), decoder(cuda, &config, 1));
+        let batch = batch(&config, &lengths, 2);
+        let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
+        let what = |what: &str| format!("{what} of {name} on {}", cuda.name());
+        let expected = host.hidden_states(&batch, &rows).unwrap();
+        for (i, (got, expected)) in device.hidden_states(&batch, &rows).unwrap().iter().zip(&expected).enumerate() {
+            assert_near(got, expected, 0.015, &what(&format!("hidden state {i}")));
+        }
+        let last = batch.last_rows();
+        let (got, expected) = (device.logits(&batch, &last).unwrap(), host.logits(&batch, &last).unwrap());
+        assert_near(&got, &expected, 0.02, &what("logits"));
+        let (got, expected) = (device.losses(&batch).unwrap(), host.losses(&batch).unwrap());
+        assert_near(&got, &expected, 0.02, &what("losses"));
+    }
+}
+
+#[test]
+fn forward() {
+    on_every_device!(forward_on);
+}
+
+fn gradients_on<P: Precision>(cuda: &Cuda<P>) {
+    for (name, config, lengths) in shapes() {
+        let (host, device) = (decoder(&Cpu::new(), &config, 3), decoder(cuda, &config, 3));
+        let batch = batch(&config, &lengths, 4);
+        let (loss, expected) = gradients_of(&host, &batch, false);
+        let (first, got) = gradients_of(&device, &batch, false);
+        assert!((first - loss).abs() <= 0.01 * loss, "{name}: loss {first}, {loss} on the CPU");
+        for (id, gradient) in &got {
+            assert_near(gradient, &expected[id], 0.04, &format!("gradient of {id} of {name} on {}", cuda.name()));
+        }
+        let (second, again) = gradients_of(&device, &batch, true);
+        assert_eq!(first.to_bits(), second.to_bits(), "{name}: the loss of a second run");
+        assert!(got == again, "{name}: a second run, with layers computed again, gave other bytes");
+    }
+}
+
+#[test]
+fn gradients() {
+    on_every_device!(gradients_on);
+}
+
+const SETTINGS: StepSettings = StepSettings {
+    lr: 4e-3,
+    weight_decay: 0.1,
+    beta1: 0.9,
+    beta2: 0.999,
+    eps: 1e-8,
+    max_grad_norm: Some(1.0),
+    seed: 6,
+};
+
+/// Losses before each of ten steps of `model` on its Mods_Rob, then on everything.
+fn ten_steps<B: Backend>(model: &mut Decoder<B>, batch: &Batch, mods: &str) -> Vec<f64> {
+    let all = model.config.cells();
+    let mods = LearningRates::masked(&ModuleSet::parse(mods, &all).unwrap(), &all, 0.0);
+    let mut losses = Vec::new();
+    for (rates, first) in [(mods, 0), (LearningRates::masked(&all, &all, 0.0), 5)] {
+        let mut gradients = Gradients::new(model, |id| rates.trains(id.cell())).unwrap();
+        let mut optimizer = Optimizer::new(model, &rates, |_| true).unwrap();
+        let frozen: Vec<ParamId> = model.params().iter().map(|p| p.id).filter(|id| !rates.trains(id.cell())).collect();
+        let before: Vec<Vec<f32>> = frozen.iter().map(|id| model.read(*id).unwrap()).collect();
+        for step in first..first + 5 {
+            let scale = 1.0 / batch.trained_tokens() as f32;
+            losses.push(model.loss_and_gradients(batch, &mut gradients, scale, false, false).unwrap());
+            let settings = StepSettings { seed: SETTINGS.seed + step, ..SETTINGS };
+            let outcome = optimizer.step(model, &gradients, &settings).unwrap();
+            assert!(matches!(outcome, StepOutcome::Done { .. }), "{outcome:?}");
+        }
+        for (id, before) in frozen.iter().zip(before) {
+            assert!(model.read(*id).unwrap() == before, "{id} is frozen and moved");
+        }
+    }
+    losses
+}
+
+fn ten_masked_steps_on<P: Precision>(cuda: &Cuda<P>) {
+    for (config, lengths, mods) in [
+        (config(3, false, true, true), vec![7, 1, 12], "layers.1.{q,v}, layers.2.down"),
+        (wide(2, 64), vec![40, 25], "layers.0.{k,o,up}, layers.1.gate"),
+    ] {
+        let batch = batch(&config, &lengths, 8);
+        let expected = ten_steps(&mut decoder(&Cpu::new(), &config, 7), &batch, mods);
+        let mut model = decoder(cuda, &config, 7);
+        let got = ten_steps(&mut model, &batch, mods);
+        assert!(expected[9] < 0.9 * expected[0], "ten steps learn: {expected:?}");
+        for (step, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            let what = format!("{}: loss {got} before step {step}, {expected} on the CPU", cuda.name());
+            assert!((got - expected).abs() <= 0.02 * expected, "{what}");
+        }
+        let mut again = decoder(cuda, &config, 7);
+        assert_eq!(ten_steps(&mut again, &batch, mods), got, "a second run");
+        for param in model.params() {
+            assert!(model.read(param.id).unwrap() == again.read(param.id).unwrap(), "{}: a second run", param.id);
+        }
+    }
+}
+
+#[test]
+fn ten_masked_steps() {
+    on_every_device!(ten_masked_steps_on);
+}
+
+fn sweep_on<P: Precision>(cuda: &Cuda<P>) {
+    let config = wide(2, 64);
+    let (host, device) = (decoder(&Cpu::new(), &config, 9), decoder(cuda, &config, 9));
+    let prompts = batch(&config, &[9, 14, 5], 10);
+    for kind in [NoiseKind::Gaussian, NoiseKind::Rademacher, NoiseKind::LowRank(2), NoiseKind::Scale] {
+        let cells = config.cells();
+        let one = |cell| [cell].into_iter().collect::<ModuleSet>();
+        let members: Vec<Member> = (cells.iter().map(one).chain([ModuleSet::default(), cells.clone()]))
+            .flat_map(|cells| [false, true].map(|negative| Member { cells: cells.clone(), seed: 5, negative }))
+            .collect();
+        let options = SweepOptions {
+            kind: kind.clone(),
+            epsilon: 0.3,
+            layers: vec![1, 2],
+            head_rows: vec![3, 160, 7],
+            budget_bytes: 1 << 20,
+        };
+        let run = |model: &dyn Fn(&mut dyn FnMut(usize, Vec<f32>))| {
+            let mut readouts = vec![Vec::new(); members.len()];
+            model(&mut |i, values| readouts[i] = values);
+            readouts
+        };
+        let expected = run(&|keep| sweep(&host, &prompts, &members, &options, keep));
+        let got = run(&|keep| sweep(&device, &prompts, &members, &options, keep));
+        for ((member, got), expected) in members.iter().zip(&got).zip(&expected) {
+            assert_near(got, expected, 0.025, &format!("{kind:?} of {member:?} on {}", cuda.name()));
+        }
+    }
+}
+
+/// Hidden states and logits of each member, in one row.
+fn sweep<B: Backend>(
+    model: &Decoder<B>,
+    prompts: &Batch,
+    members: &[Member],
+    options: &SweepOptions,
+    keep: &mut dyn FnMut(usize, Vec<f32>),
+) {
+    model
+        .sweep(prompts, members, options, &mut |i, readout| {
+            keep(i, [readout.hidden.concat(), readout.logits].concat());
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn robustness_sweep() {
+    on_every_device!(sweep_on);
+}
+
+fn generation_on<P: Precision>(cuda: &Cuda<P>) {
+    for config in [config(3, false, true, true), wide(2, 64)] {
+        let (host, device) = (decoder(&Cpu::new(), &config, 11), decoder(cuda, &config, 11));
+        let prompts = batch(&config, &[4, 9, 1, 17], 12);
+        let prompts: Vec<Vec<u32>> =
+            prompts.starts.windows(2).map(|w| prompts.tokens[w[0] as usize..w[1] as usize].to_vec()).collect();
+        let options = GenerateOptions { max_new_tokens: 8, stop: Vec::new(), ..GenerateOptions::default() };
+        let answers = device.generate(&prompts, &options, &mut |_, _| {}).unwrap();
+        for (prompt, answer) in prompts.iter().zip(&answers) {
+            assert_eq!(answer.tokens.len(), 8);
+            let mut text = prompt.clone();
+            for token in &answer.tokens {
+                let so_far = Batch::from_prompts([text.as_slice()]);
+                let logits = host.logits(&so_far, &so_far.last_rows()).unwrap();
+                let (low, best) = logits.iter().fold((f32::MAX, f32::MIN), |(l, b), x| (l.min(*x), b.max(*x)));
+                let chosen = logits[*token as usize];
+                assert!(best - chosen <= 0.02 * (best - low), "{}: {chosen} was chosen, {best} is best", cuda.name());
+                text.push(*token);
+            }
+        }
+        let sampled = GenerateOptions { sampling: Sampling { temperature: 1.0, top_p: 0.9 }, seed: 4, ..options };
+        let run = || device.generate(&prompts, &sampled, &mut |_, _| {}).unwrap();
+        assert_eq!(run(), run(), "the same seed gives the same tokens");
+    }
+}
+
+#[test]
+fn generation() {
+    on_every_device!(generation_on);
+}
+
+#[test]
+fn a_step_allocates_nothing_after_the_first() {
+    let Some(cuda) = standin::open::<F32State>(0).filter(|_| !standin::real()) else { return };
+    let config = wide(2, 64);
+    let mut model = decoder(&cuda, &config, 13);
+    let batch = batch(&config, &[30, 20], 14);
+    let rates = LearningRates::masked(&config.cells(), &config.cells(), 0.0);
+    let mut gradients = Gradients::new(&model, |_| true).unwrap();
+    let mut optimizer = Optimizer::new(&model, &rates, |_| true).unwrap();
+    let mut allocations = Vec::new();
+    for _ in 0..3 {
+        model.loss_and_gradients(&batch, &mut gradients, 0.01, false, false).unwrap();
+        optimizer.step(&mut model, &gradients, &SETTINGS).unwrap();
+        allocations.push(standin::allocations(0));
+    }
+    assert_eq!(allocations[0], allocations[2], "driver allocations: {allocations:?}");
+}
+
+#[test]
+fn what_cannot_be_used_is_refused_with_the_reason() {
+    if !standin::available() || standin::real() {
+        return;
+    }
+    let refused = |ordinal| match Cuda::<F32State>::open(ordinal) {
+        Ok(_) => panic!("cuda:{ordinal} opens"),
+        Err(e) => (e.exit_code(), e.to_string()),
+    };
+    let (code, text) = refused(4);
+    assert!(code == 2 && text.contains("compute capability 7.0"), "{text}");
+    let (code, text) = refused(6);
+    assert!(code == 1 && text.contains("does not load the kernels"), "{text}");
+    let (code, text) = refused(99);
+    assert!(code == 2 && text.contains("cuda:99") && text.contains("device(s)"), "{text}");
+
+    let small = Cuda::<F32State>::open(5).unwrap();
+    let Err(error) = small.zeros::<f32>(1 << 20) else { panic!("4 MiB fit into 1 MiB") };
+    let text = error.to_string();
+    assert!(error.exit_code() == 1 && text.contains(&(4u64 << 20).to_string()), "{text}");
+    small.zeros::<f32>(1 << 10).expect("less than all of it");
+}
