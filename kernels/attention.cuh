@@ -199,9 +199,9 @@ template <int Tiles> struct Softmax {
         for (int n = 0; n < Columns; n++) largest = fmaxf(largest, fmaxf(products[t][n][2 * half], products[t][n][2 * half + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        // A row that has seen no key yet keeps zeros: −∞ − 0, not −∞ − −∞.
-        const float offset = largest == -INFINITY ? 0.f : largest * scale_log2;
-        const float factor = exp2_approx(top[t][half] * scale_log2 - offset);
+        // A row that has seen no key yet keeps zeros: −∞ − 0, not −∞ − −∞. Where the maximum stays, the factor is exactly 1.
+        const float finite = largest == -INFINITY ? 0.f : largest, offset = finite * scale_log2;
+        const float factor = exp2_approx((top[t][half] - finite) * scale_log2);
         top[t][half] = largest;
         float part = 0.f;
 #pragma unroll

@@ -18,7 +18,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
                                              int kv_heads, float scale, uint32_t window) {
   constexpr int Warps = 4, Keys = 16, TileBytes = Keys * HeadDim * 2, Stages = TileBytes;
   __shared__ float tops[Warps][16], totals[Warps][16];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const Chunk chunk(spans + 2 * blockIdx.z, window, blockIdx.x);
   if (chunk.count <= 0 && gridDim.x > 1) return;
   const int group = heads / kv_heads, parts = (group + 15) / 16, kv_head = blockIdx.y / parts;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
     }
     cp_async_commit();
   };
-  copy_tile<HeadDim, 16, 128>(0, q + row * HeadDim, 0, HeadDim, rows, threadIdx.x);
+  copy_tile<HeadDim, 16, 128>(0, q + row * HeadDim, 0, HeadDim, rows, thread);
   copy_keys(0);
   copy_keys(1);
   cp_async_wait<1>();
@@ -93,7 +93,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * HeadDim; i += 128) {
+  for (int i = thread; i < rows * HeadDim; i += 128) {
     const int r = i / HeadDim, d = i % HeadDim;
     const float top = fmaxf(fmaxf(tops[0][r], tops[1][r]), fmaxf(tops[2][r], tops[3][r]));
     float sum = 0.f, total = 0.f;

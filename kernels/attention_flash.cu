@@ -26,29 +26,29 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
   constexpr bool Resident = Tiles == 1;
   __shared__ int first_keys[Queries];
   constexpr int Stages = Queries * HeadDim * 2;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int head = blockIdx.x, first_row = (gridDim.y - 1 - blockIdx.y) * Queries;
   const int rows = tokens - first_row < Queries ? tokens - first_row : Queries;
   const uint32_t q_stride = heads * HeadDim, kv_stride = kv_heads * HeadDim;
   const int kv_head = head / (heads / kv_heads);
 
-  copy_tile<HeadDim, Queries, 128>(0, q, first_row * q_stride + head * HeadDim, q_stride, rows, threadIdx.x);
+  copy_tile<HeadDim, Queries, 128>(0, q, first_row * q_stride + head * HeadDim, q_stride, rows, thread);
 
   const int last_row = first_row + rows - 1, document = documents.of(first_row);
   const bool straddles = documents.starts[document + 1] <= (uint32_t)last_row;
   const int last_document = straddles ? documents.of(last_row, document) : document;
   const int first_tile = documents.first_key(first_row, documents.starts[document]) / KEYS, tiles = last_row / KEYS + 1;
   const int all_see = documents.first_key(last_row, documents.starts[last_document]);
-  if (threadIdx.x < Queries) {
-    const int row = first_row + threadIdx.x < last_row ? first_row + threadIdx.x : last_row;
-    first_keys[threadIdx.x] = documents.first_key(row, documents.starts[straddles ? documents.of(row, document) : document]);
+  if (thread < Queries) {
+    const int row = first_row + thread < last_row ? first_row + thread : last_row;
+    first_keys[thread] = documents.first_key(row, documents.starts[straddles ? documents.of(row, document) : document]);
   }
 
   const auto copy_keys = [&](int tile) {
     const int stage = Stages + (tile & 1) * 2 * TileBytes;
     const uint32_t at = tile * KEYS * kv_stride + kv_head * HeadDim;
-    copy_tile<HeadDim, KEYS, 128>(stage, k, at, kv_stride, tokens - tile * KEYS, threadIdx.x);
-    copy_tile<HeadDim, KEYS, 128>(stage + TileBytes, v, at, kv_stride, tokens - tile * KEYS, threadIdx.x);
+    copy_tile<HeadDim, KEYS, 128>(stage, k, at, kv_stride, tokens - tile * KEYS, thread);
+    copy_tile<HeadDim, KEYS, 128>(stage + TileBytes, v, at, kv_stride, tokens - tile * KEYS, thread);
     cp_async_commit();
   };
   copy_keys(first_tile);

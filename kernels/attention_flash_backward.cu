@@ -30,32 +30,32 @@ __device__ __forceinline__ void flash_backward_key(const bf16* __restrict__ q, c
   constexpr int TileBytes = ROWS * HeadDim * 2, Columns = ROWS / 8, Values = TileBytes, Stages = 2 * TileBytes;
   __shared__ int last_queries[ROWS];
   __shared__ float stats[2][2 * ROWS];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int kv_head = blockIdx.x / parts, part = blockIdx.x % parts, group = heads / kv_heads, share = (group + parts - 1) / parts;
   const int first_head = kv_head * group + part * share;
   const int heads_here = group - part * share < share ? group - part * share : share;
   const int first_row = blockIdx.y * ROWS, rows = tokens - first_row < ROWS ? tokens - first_row : ROWS;
   const uint32_t q_stride = heads * HeadDim, kv_stride = kv_heads * HeadDim, kv_at = first_row * kv_stride + kv_head * HeadDim;
 
-  copy_tile<HeadDim, ROWS, 128>(0, k, kv_at, kv_stride, rows, threadIdx.x);
-  copy_tile<HeadDim, ROWS, 128>(Values, v, kv_at, kv_stride, rows, threadIdx.x);
+  copy_tile<HeadDim, ROWS, 128>(0, k, kv_at, kv_stride, rows, thread);
+  copy_tile<HeadDim, ROWS, 128>(Values, v, kv_at, kv_stride, rows, thread);
   const int all_until = documents.last_query(first_row), tiles = documents.last_query(first_row + rows - 1) / ROWS + 1 - blockIdx.y;
-  if (threadIdx.x < ROWS) last_queries[threadIdx.x] = threadIdx.x < rows ? documents.last_query(first_row + threadIdx.x) : -1;
+  if (thread < ROWS) last_queries[thread] = thread < rows ? documents.last_query(first_row + thread) : -1;
 
   // Of the item after the last this reads nothing.
   const auto copy_queries = [&](int item) {
     const int stage = Stages + (item & 1) * 2 * TileBytes, row = first_row + item % tiles * ROWS;
     const uint32_t at = row * q_stride + (first_head + item / tiles) * HeadDim;
-    copy_tile<HeadDim, ROWS, 128>(stage, q, at, q_stride, tokens - row, threadIdx.x);
-    copy_tile<HeadDim, ROWS, 128>(stage + TileBytes, d_o, at, q_stride, tokens - row, threadIdx.x);
+    copy_tile<HeadDim, ROWS, 128>(stage, q, at, q_stride, tokens - row, thread);
+    copy_tile<HeadDim, ROWS, 128>(stage + TileBytes, d_o, at, q_stride, tokens - row, thread);
     cp_async_commit();
   };
   // Half of the threads carry lse · log2 e, half D, each of one query.
   const auto load_stat = [&](int item) {
-    const int row = first_row + item % tiles * ROWS + (threadIdx.x & 63);
+    const int row = first_row + item % tiles * ROWS + (thread & 63);
     const size_t at = (size_t)(first_head + item / tiles) * tokens + row;
     if (row >= tokens) return 0.f;
-    return threadIdx.x < ROWS ? lse[at] * LOG2E : delta[at];
+    return thread < ROWS ? lse[at] * LOG2E : delta[at];
   };
 
   const int items = heads_here * tiles;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void flash_backward_key(const bf16* __restrict__ q, c
   clear(dks);
   clear(dvs);
   copy_queries(0);
-  stats[0][threadIdx.x] = load_stat(0);
+  stats[0][thread] = load_stat(0);
   for (int item = 0; item < items; item++) {
     cp_async_wait<0>();
     __syncthreads();
@@ -106,7 +106,7 @@ __device__ __forceinline__ void flash_backward_key(const bf16* __restrict__ q, c
       for (int i = 0; i < 4; i++) ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - row_stats[ROWS + n * 8 + (i & 1)]);
     }
     multiply_weights<HeadDim>(dks, ds, queries, lane);
-    stats[(item + 1) & 1][threadIdx.x] = next;
+    stats[(item + 1) & 1][thread] = next;
   }
 
   const int row = warp * 16, own = row * HeadDim * 2;
@@ -136,22 +136,22 @@ __device__ __forceinline__ void flash_backward_query(const bf16* __restrict__ q,
                                                      bf16* __restrict__ dq, Documents documents, int tokens, int heads, int kv_heads, float scale) {
   constexpr int TileBytes = ROWS * HeadDim * 2, Columns = ROWS / 8, Gradients = TileBytes, Stages = 2 * TileBytes;
   __shared__ int first_keys[ROWS];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int head = blockIdx.x, kv_head = head / (heads / kv_heads), first_row = (gridDim.y - 1 - blockIdx.y) * ROWS;
   const int rows = tokens - first_row < ROWS ? tokens - first_row : ROWS;
   const uint32_t q_stride = heads * HeadDim, kv_stride = kv_heads * HeadDim, q_at = first_row * q_stride + head * HeadDim;
 
-  copy_tile<HeadDim, ROWS, 128>(0, q, q_at, q_stride, rows, threadIdx.x);
-  copy_tile<HeadDim, ROWS, 128>(Gradients, d_o, q_at, q_stride, rows, threadIdx.x);
+  copy_tile<HeadDim, ROWS, 128>(0, q, q_at, q_stride, rows, thread);
+  copy_tile<HeadDim, ROWS, 128>(Gradients, d_o, q_at, q_stride, rows, thread);
   const int first_tile = documents.first_key(first_row) / ROWS, tiles = (first_row + rows - 1) / ROWS + 1;
   const int all_see = documents.first_key(first_row + rows - 1);
-  if (threadIdx.x < ROWS) first_keys[threadIdx.x] = documents.first_key(first_row + (threadIdx.x < rows ? threadIdx.x : rows - 1));
+  if (thread < ROWS) first_keys[thread] = documents.first_key(first_row + (thread < rows ? thread : rows - 1));
 
   const auto copy_keys = [&](int tile) {
     const int stage = Stages + (tile & 1) * 2 * TileBytes;
     const uint32_t at = tile * ROWS * kv_stride + kv_head * HeadDim;
-    copy_tile<HeadDim, ROWS, 128>(stage, k, at, kv_stride, tokens - tile * ROWS, threadIdx.x);
-    copy_tile<HeadDim, ROWS, 128>(stage + TileBytes, v, at, kv_stride, tokens - tile * ROWS, threadIdx.x);
+    copy_tile<HeadDim, ROWS, 128>(stage, k, at, kv_stride, tokens - tile * ROWS, thread);
+    copy_tile<HeadDim, ROWS, 128>(stage + TileBytes, v, at, kv_stride, tokens - tile * ROWS, thread);
     cp_async_commit();
   };
   copy_keys(first_tile);
