@@ -204,13 +204,16 @@ fn attention(c: &mut Criterion) {
                     .unwrap();
                 });
             });
-            let spans: Vec<(u32, u32)> = (0..count).map(|i| ((i * len) as u32, len as u32)).collect();
+            let mut spans = B.zeros::<u32>(2 * count).unwrap();
+            let host: Vec<u32> = (0..count).flat_map(|i| [(i * len) as u32, len as u32]).collect();
+            B.write(&host, spans.view_mut()).unwrap();
             let width = count * heads * head_dim;
             group.throughput(Throughput::Bytes((8 * k.len()) as u64));
             group.bench_function(BenchmarkId::new("last-rows", &id), |b| {
                 b.iter(|| {
                     let to = o.range_mut(0..width);
-                    B.attention_decode(q.range(0..width), k.view(), v.view(), to, &spans, &shape).unwrap();
+                    let (q, spans) = (q.range(0..width), spans.view());
+                    B.attention_decode(q, k.view(), v.view(), to, spans, len, &shape).unwrap();
                 });
             });
             group.finish();

@@ -250,15 +250,18 @@ pub trait Backend: Clone + Send + Sync + 'static {
         dv: Out<'_, Self>,
         shape: &Attention<'_, Self>,
     ) -> Result<()>;
-    /// One query a span: query i (Q, O [spans, heads·head_dim]) sees the `spans[i] = (start, len)` rows of K and V
-    /// (any number of rows, e.g. a key-value cache), the last of which is its own position. `shape.documents` is not used.
+    /// One query a span: query i (Q, O [spans, heads·head_dim]) sees the rows of K and V (any number of rows, e.g. a key-value
+    /// cache) that `spans` [spans, 2] names by (start, rows); the last of them is its own position. `longest` is the largest
+    /// number of rows (or more: it bounds the work). `shape.documents` is not used.
+    #[allow(clippy::too_many_arguments)]
     fn attention_decode(
         &self,
         q: In<'_, Self>,
         k: In<'_, Self>,
         v: In<'_, Self>,
         o: Out<'_, Self>,
-        spans: &[(u32, u32)],
+        spans: View<'_, Self, u32>,
+        longest: usize,
         shape: &Attention<'_, Self>,
     ) -> Result<()>;
 

@@ -258,16 +258,18 @@ impl<B: Backend> Decoder<B> {
         let at = self.indices(&positions)?;
         let mut q = self.floats(rows.len() * c.q_width())?;
         self.project_rotated(overlay, module(ModuleKind::Q), normed_rows.view(), q.view_mut(), at.view(), rope())?;
-        let spans: Vec<(u32, u32)> = rows
+        let spans: Vec<u32> = rows
             .iter()
-            .map(|r| {
-                let document = batch.starts.partition_point(|s| s <= r) - 1;
-                (batch.starts[document], r + 1 - batch.starts[document])
+            .flat_map(|r| {
+                let start = batch.starts[batch.starts.partition_point(|s| s <= r) - 1];
+                [start, r + 1 - start]
             })
             .collect();
+        let longest = spans.iter().skip(1).step_by(2).max().map_or(0, |rows| *rows as usize);
+        let spans = self.indices(&spans)?;
         let mut mixed = self.floats(rows.len() * c.q_width())?;
         let shape = self.attention_shape(layer, &packed.documents);
-        self.backend.attention_decode(q.view(), k.view(), v.view(), mixed.view_mut(), &spans, &shape)?;
+        self.backend.attention_decode(q.view(), k.view(), v.view(), mixed.view_mut(), spans.view(), longest, &shape)?;
         let mid = self.output_projection(overlay, layer, mixed.view(), x_rows.view())?;
         let mut out = self.floats(rows.len() * c.hidden)?;
         self.mlp_half(overlay, layer, mid.view(), out.view_mut())?;

@@ -193,8 +193,10 @@ impl<B: Backend> Decoder<B> {
         let tokens: Vec<u32> = states.iter().map(|(_, s)| s.last).collect();
         let position: Vec<u32> = states.iter().map(|(_, s)| s.len as u32).collect();
         let cached: Vec<u32> = states.iter().map(|(slot, s)| (slot * cache.capacity + s.len) as u32).collect();
-        let spans: Vec<(u32, u32)> =
-            states.iter().map(|(slot, s)| ((slot * cache.capacity) as u32, s.len as u32 + 1)).collect();
+        let spans: Vec<u32> =
+            states.iter().flat_map(|(slot, s)| [(slot * cache.capacity) as u32, s.len as u32 + 1]).collect();
+        let spans = self.indices(&spans)?;
+        let longest = states.iter().map(|(_, s)| s.len + 1).max().unwrap_or(0);
         let positions = self.indices(&position)?;
         let rows = self.indices(&cached)?;
         let rope = self.rope(position.iter().max().map_or(1, |p| *p as usize + 1))?;
@@ -215,7 +217,8 @@ impl<B: Backend> Decoder<B> {
             self.backend.scatter_rows(v.view(), rows.view(), values.view_mut(), c.kv_width())?;
             let mut mixed = self.floats(count * c.q_width())?;
             let shape = self.attention_shape(layer, &documents);
-            self.backend.attention_decode(q.view(), keys.view(), values.view(), mixed.view_mut(), &spans, &shape)?;
+            let (k, v) = (keys.view(), values.view());
+            self.backend.attention_decode(q.view(), k, v, mixed.view_mut(), spans.view(), longest, &shape)?;
             let mid = self.output_projection(&none, layer, mixed.view(), x.view())?;
             self.mlp_half(&none, layer, mid.view(), x.view_mut())?;
         }

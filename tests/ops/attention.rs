@@ -1,7 +1,10 @@
-//! Attention: packed, backward, decoding.
+//! Attention: packed, backward, decoding; every version of the CUDA kernels against an emulation of what they round.
 
 use super::*;
+use half::bf16;
 use swat::backend::Attention;
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{AttentionVersion, with_attention_version};
 
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
@@ -39,8 +42,24 @@ const SIZES: [Sizes; 9] = [
     Sizes { heads: 2, kv_heads: 1, head_dim: 24, window: Some(64), lengths: &[1, 1, 200, 1] },
 ];
 
+/// What a number goes through on its way into a product.
+type Round = fn(f64) -> f64;
+
+fn exactly(x: f64) -> f64 {
+    x
+}
+
+fn to_bf16(x: f64) -> f64 {
+    bf16::from_f64(x).to_f64()
+}
+
 /// (O, log-sum-exp) by the definition.
 fn attend(s: &Sizes, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    attend_rounding(s, q, k, v, exactly)
+}
+
+/// The same, where the weights (before their sum divides) are rounded.
+fn attend_rounding(s: &Sizes, q: &[f64], k: &[f64], v: &[f64], round: Round) -> (Vec<f64>, Vec<f64>) {
     let (mut o, mut lse) = (vec![0.0; s.q_len()], vec![0.0; s.heads * s.tokens()]);
     let mut start = 0;
     for len in s.lengths {
@@ -55,7 +74,7 @@ fn attend(s: &Sizes, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
                 let total: f64 = scores.iter().map(|x| (x - top).exp()).sum();
                 lse[head * s.tokens() + query] = top + total.ln();
                 for (key, score) in (first..=query).zip(&scores) {
-                    let p = (score - top).exp() / total;
+                    let p = round((score - top).exp()) / total;
                     for d in 0..s.head_dim {
                         o[(query * s.heads + head) * s.head_dim + d] += p * v[at(key) + d];
                     }
@@ -65,6 +84,37 @@ fn attend(s: &Sizes, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
         start += len;
     }
     (o, lse)
+}
+
+/// [dQ, dK, dV] from O and the log-sum-exp, where P and dS are rounded before the products with them.
+fn gradients(s: &Sizes, [q, k, v, o, lse, d_o]: [&[f64]; 6], round: Round) -> [Vec<f64>; 3] {
+    let (mut dq, mut dk, mut dv) = (vec![0.0; s.q_len()], vec![0.0; s.kv_len()], vec![0.0; s.kv_len()]);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut start = 0;
+    for len in s.lengths {
+        for query in start..start + len {
+            let first = (query + 1).saturating_sub(s.window.unwrap_or(usize::MAX)).max(start);
+            for head in 0..s.heads {
+                let row = (query * s.heads + head) * s.head_dim..(query * s.heads + head + 1) * s.head_dim;
+                let delta = dot(&o[row.clone()], &d_o[row.clone()]);
+                for key in first..=query {
+                    let at = (key * s.kv_heads + head * s.kv_heads / s.heads) * s.head_dim;
+                    let key = at..at + s.head_dim;
+                    let score = s.scale() * dot(&q[row.clone()], &k[key.clone()]);
+                    let p = (score - lse[head * s.tokens() + query]).exp();
+                    let ds = round(p * (dot(&d_o[row.clone()], &v[key.clone()]) - delta));
+                    let p = round(p);
+                    for (q_at, k_at) in row.clone().zip(key) {
+                        dq[q_at] += s.scale() * ds * k[k_at];
+                        dk[k_at] += s.scale() * ds * q[q_at];
+                        dv[k_at] += p * d_o[q_at];
+                    }
+                }
+            }
+        }
+        start += len;
+    }
+    [dq, dk, dv]
 }
 
 fn shape<'a, B: Backend>(s: &Sizes, documents: &'a Documents<B>) -> Attention<'a, B> {
@@ -115,12 +165,26 @@ fn backward<B: Backend>(b: &B) {
             &shape(s, &documents),
         )
         .unwrap();
-        let [dq, dk, dv] = [dq, dk, dv].map(|d| get(b, &d.device));
+        let saved = [&q.host, &k.host, &v.host, &o.host, &lse.host, &d_o.host].map(Vec::as_slice);
+        let exact = gradients(s, saved, exactly);
+        for (name, got, exact) in [("dq", dq, &exact[0]), ("dk", dk, &exact[1]), ("dv", dv, &exact[2])] {
+            assert_close::<B>(&get(b, &got.device), exact, 2e-5, &format!("{name} of {s:?}"));
+        }
+    }
+}
+
+/// The gradients that the others are held against are those of [`attend`].
+#[test]
+fn gradients_are_differences() {
+    for s in &SIZES {
+        let [q, d_o] = [1, 4].map(|stream| normals(stream, s.q_len()));
+        let [k, v] = [2, 3].map(|stream| normals(stream, s.kv_len()));
+        let (o, lse) = attend(s, &q, &k, &v);
+        let [dq, dk, dv] = gradients(s, [&q, &k, &v, &o, &lse, &d_o], exactly);
         let what = |name| format!("{name} of {s:?}");
-        assert!([&dq, &dk, &dv].iter().all(|d| d.iter().all(|x| x.is_finite())), "{s:?}");
-        assert_gradient::<B>(&dq, |q| attend(s, q, &k.host, &v.host).0, &q.host, &d_o.host, &what("dq"));
-        assert_gradient::<B>(&dk, |k| attend(s, &q.host, k, &v.host).0, &k.host, &d_o.host, &what("dk"));
-        assert_gradient::<B>(&dv, |v| attend(s, &q.host, &k.host, v).0, &v.host, &d_o.host, &what("dv"));
+        assert_gradient::<Cpu>(&dq, |q| attend(s, q, &k, &v).0, &q, &d_o, &what("dq"));
+        assert_gradient::<Cpu>(&dk, |k| attend(s, &q, k, &v).0, &k, &d_o, &what("dk"));
+        assert_gradient::<Cpu>(&dv, |v| attend(s, &q, &k, v).0, &v, &d_o, &what("dv"));
     }
 }
 
@@ -132,7 +196,9 @@ fn decode_equals_packed<B: Backend>(b: &B) {
         let v = put::<B, B::Float>(b, &normals(3, s.kv_len()));
         let (exact, _) = attend(s, &q.host, &k.host, &v.host);
         let documents = documents(b, s.lengths);
-        let spans: Vec<(u32, u32)> = documents.starts.windows(2).map(|w| (w[0], w[1] - w[0])).collect();
+        let spans: Vec<u32> = documents.starts.windows(2).flat_map(|w| [w[0], w[1] - w[0]]).collect();
+        let spans = put_u32(b, &spans);
+        let longest = s.lengths.iter().copied().max().unwrap_or(0);
         let width = s.heads * s.head_dim;
         let last = |x: &[f64]| -> Vec<f64> {
             documents.starts[1..].iter().flat_map(|end| x[(*end as usize - 1) * width..][..width].to_vec()).collect()
@@ -140,23 +206,222 @@ fn decode_equals_packed<B: Backend>(b: &B) {
         let q_last = put::<B, B::Float>(b, &last(&q.host));
         let mut o = put::<B, B::Float>(b, &vec![f64::NAN; q_last.host.len()]);
         let (kv, vv) = (k.device.view(), v.device.view());
-        b.attention_decode(q_last.device.view(), kv, vv, o.device.view_mut(), &spans, &shape(s, &documents)).unwrap();
+        let q_view = q_last.device.view();
+        b.attention_decode(q_view, kv, vv, o.device.view_mut(), spans.view(), longest, &shape(s, &documents)).unwrap();
         assert_close::<B>(&get(b, &o.device), &last(&exact), 1e-5, &format!("{s:?}"));
+    }
+}
+
+/// Sizes for each version of the kernels: tiles of 64 and 128 rows that end, straddle and are skipped, every ratio of heads.
+const VERSION_SIZES: [Sizes; 12] = [
+    Sizes { heads: 1, kv_heads: 1, head_dim: 64, window: None, lengths: &[1] },
+    Sizes { heads: 2, kv_heads: 1, head_dim: 64, window: None, lengths: &[63] },
+    Sizes { heads: 3, kv_heads: 3, head_dim: 64, window: None, lengths: &[64, 0, 65] },
+    Sizes { heads: 6, kv_heads: 2, head_dim: 64, window: None, lengths: &[5, 1, 33, 20, 64, 70] },
+    Sizes { heads: 7, kv_heads: 1, head_dim: 64, window: Some(40), lengths: &[150, 3, 130] },
+    Sizes { heads: 2, kv_heads: 1, head_dim: 64, window: Some(300), lengths: &[600] },
+    Sizes { heads: 20, kv_heads: 1, head_dim: 64, window: None, lengths: &[30] },
+    Sizes { heads: 3, kv_heads: 1, head_dim: 128, window: None, lengths: &[130, 3] },
+    Sizes { heads: 2, kv_heads: 2, head_dim: 128, window: Some(100), lengths: &[7, 257] },
+    Sizes { heads: 2, kv_heads: 1, head_dim: 128, window: Some(1), lengths: &[65] },
+    Sizes { heads: 4, kv_heads: 2, head_dim: 48, window: None, lengths: &[70, 2] },
+    Sizes { heads: 2, kv_heads: 1, head_dim: 80, window: Some(33), lengths: &[66, 1] },
+];
+
+const VERSIONS: [AttentionVersion; 3] =
+    [AttentionVersion::Baseline, AttentionVersion::Flash64, AttentionVersion::Flash128];
+
+/// What the kernels of `version` round P and dS to.
+fn rounding(s: &Sizes, version: AttentionVersion) -> Round {
+    let flash = version != AttentionVersion::Baseline && matches!(s.head_dim, 64 | 128);
+    if flash { to_bf16 } else { exactly }
+}
+
+/// Asserts that the largest error is at most twice that of the emulation, and a little. f32 gets a tolerance of its own.
+#[track_caller]
+fn assert_rule<B: Backend>(got: &[f64], exact: &[f64], emulated: &[f64], what: &str) {
+    let worst = |x: &[f64]| x.iter().zip(exact).map(|(x, e)| (x - e).abs()).fold(0.0, f64::max);
+    let emulated: Vec<f64> = emulated.iter().map(|x| to_bf16(*x)).collect();
+    let most = if B::Float::NAME == "f32" { 5e-5 } else { 2.0 * worst(&emulated) + 2e-5 };
+    assert_eq!(got.len(), exact.len(), "{what}");
+    assert!(got.iter().all(|x| x.is_finite()), "{what}");
+    assert!(worst(got) <= most, "{what}: error {}, allowed {most}", worst(got));
+}
+
+/// Forward, of every version: the rule, the same bytes twice, and from both sizes of blocks.
+fn forward_versions<B: Backend>(b: &B) {
+    for s in &VERSION_SIZES {
+        let q = put::<B, B::Float>(b, &normals(1, s.q_len()));
+        let [k, v] = [2, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, s.kv_len())));
+        let (exact, exact_lse) = attend(s, &q.host, &k.host, &v.host);
+        let documents = documents(b, s.lengths);
+        let run = |version| {
+            let mut o = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
+            let mut lse = put::<B, f32>(b, &vec![f64::NAN; s.heads * s.tokens()]);
+            let (o_view, lse_view) = (o.device.view_mut(), Some(lse.device.view_mut()));
+            with_attention_version(version, || {
+                b.attention(q.device.view(), k.device.view(), v.device.view(), o_view, lse_view, &shape(s, &documents))
+            })
+            .unwrap();
+            (get(b, &o.device), get(b, &lse.device))
+        };
+        for version in VERSIONS {
+            let (o, lse) = run(version);
+            let emulated = attend_rounding(s, &q.host, &k.host, &v.host, rounding(s, version)).0;
+            assert_rule::<B>(&o, &exact, &emulated, &format!("o, {version:?} of {s:?}"));
+            for (got, exact) in lse.iter().zip(&exact_lse) {
+                assert!((got - exact).abs() < 1e-5 * exact.abs().max(1.0), "lse {got} {exact}, {version:?} of {s:?}");
+            }
+            assert_eq!(run(version), (o, lse), "{version:?} of {s:?}");
+        }
+        assert_eq!(run(AttentionVersion::Flash64), run(AttentionVersion::Flash128), "{s:?}");
+    }
+}
+
+/// Backward, of every version: the rule, and the same bytes twice.
+fn backward_versions<B: Backend>(b: &B) {
+    for s in &VERSION_SIZES {
+        let [q, d_o] = [1, 4].map(|stream| put::<B, B::Float>(b, &normals(stream, s.q_len())));
+        let [k, v] = [2, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, s.kv_len())));
+        let (exact_o, exact_lse) = attend(s, &q.host, &k.host, &v.host);
+        let (o, lse) = (put::<B, B::Float>(b, &exact_o), put::<B, f32>(b, &exact_lse));
+        let exact = gradients(s, [&q.host, &k.host, &v.host, &exact_o, &exact_lse, &d_o.host], exactly);
+        let documents = documents(b, s.lengths);
+        let run = |version| {
+            let mut dq = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
+            let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len()]));
+            with_attention_version(version, || {
+                b.attention_backward(
+                    q.device.view(),
+                    k.device.view(),
+                    v.device.view(),
+                    o.device.view(),
+                    lse.device.view(),
+                    d_o.device.view(),
+                    dq.device.view_mut(),
+                    dk.device.view_mut(),
+                    dv.device.view_mut(),
+                    &shape(s, &documents),
+                )
+            })
+            .unwrap();
+            [dq, dk, dv].map(|d| get(b, &d.device))
+        };
+        for version in VERSIONS {
+            let saved = [&q.host, &k.host, &v.host, &o.host, &lse.host, &d_o.host].map(Vec::as_slice);
+            let emulated = gradients(s, saved, rounding(s, version));
+            let got = run(version);
+            for (name, i) in [("dq", 0), ("dk", 1), ("dv", 2)] {
+                assert_rule::<B>(&got[i], &exact[i], &emulated[i], &format!("{name}, {version:?} of {s:?}"));
+            }
+            assert_eq!(run(version), got, "{version:?} of {s:?}");
+        }
+    }
+}
+
+/// Rows of packed attention asked for as spans, of every version: the rule, and the same bytes whatever else is decoded.
+fn decode_versions<B: Backend>(b: &B) {
+    for s in &VERSION_SIZES {
+        let q = put::<B, B::Float>(b, &normals(1, s.q_len()));
+        let [k, v] = [2, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, s.kv_len())));
+        let documents = documents(b, s.lengths);
+        let start = |row: usize| documents.starts[documents.starts.partition_point(|s| *s as usize <= row) - 1];
+        let rows: Vec<usize> = (0..s.tokens()).filter(|row| row % 37 == 0 || row + 1 == s.tokens()).collect();
+        let width = s.heads * s.head_dim;
+        let choose = |x: &[f64]| -> Vec<f64> { rows.iter().flat_map(|r| x[r * width..][..width].to_vec()).collect() };
+        let exact = choose(&attend(s, &q.host, &k.host, &v.host).0);
+        let chosen = put::<B, B::Float>(b, &choose(&q.host));
+        let spans: Vec<u32> = rows.iter().flat_map(|row| [start(*row), *row as u32 + 1 - start(*row)]).collect();
+        let spans = put_u32(b, &spans);
+        let run = |version, range: std::ops::Range<usize>| {
+            let mut o = put::<B, B::Float>(b, &vec![f64::NAN; range.len() * width]);
+            let (q, to) = (chosen.device.range(range.start * width..range.end * width), o.device.view_mut());
+            let spans = spans.range(2 * range.start..2 * range.end);
+            let longest = range.map(|i| rows[i] + 1 - start(rows[i]) as usize).max().unwrap_or(0);
+            with_attention_version(version, || {
+                b.attention_decode(q, k.device.view(), v.device.view(), to, spans, longest, &shape(s, &documents))
+            })
+            .unwrap();
+            get(b, &o.device)
+        };
+        for version in VERSIONS {
+            let o = run(version, 0..rows.len());
+            let emulated = choose(&attend_rounding(s, &q.host, &k.host, &v.host, rounding(s, version)).0);
+            assert_rule::<B>(&o, &exact, &emulated, &format!("{version:?} of {s:?}"));
+            for i in 0..rows.len() {
+                assert_eq!(run(version, i..i + 1), o[i * width..(i + 1) * width], "span {i}, {version:?} of {s:?}");
+            }
+        }
+    }
+}
+
+/// Tensors that begin where no vector access may, and a batch of nothing.
+fn unaligned_and_empty<B: Backend>(b: &B) {
+    let s = Sizes { heads: 2, kv_heads: 1, head_dim: 64, window: None, lengths: &[70] };
+    let [q, d_o] = [1, 4].map(|stream| put::<B, B::Float>(b, &normals(stream, s.q_len() + 1)));
+    let [k, v] = [2, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, s.kv_len() + 1)));
+    let (exact_o, exact_lse) = attend(&s, &q.host[1..], &k.host[1..], &v.host[1..]);
+    let saved = [&q.host[1..], &k.host[1..], &v.host[1..], &exact_o, &exact_lse, &d_o.host[1..]];
+    let exact = gradients(&s, saved, exactly);
+    for lengths in [s.lengths, &[]] {
+        let s = Sizes { lengths, ..s };
+        let documents = documents(b, lengths);
+        let shape = shape(&s, &documents);
+        let (q_range, kv_range) = (1..1 + s.q_len(), 1..1 + s.kv_len());
+        let [mut o, mut dq] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.q_len() + 1]));
+        let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len() + 1]));
+        let mut lse = put::<B, f32>(b, &vec![f64::NAN; s.heads * s.tokens()]);
+        let q_view = q.device.range(q_range.clone());
+        let (k_view, v_view) = (k.device.range(kv_range.clone()), v.device.range(kv_range.clone()));
+        let (o_view, lse_view) = (o.device.range_mut(q_range.clone()), Some(lse.device.view_mut()));
+        b.attention(q_view.clone(), k_view.clone(), v_view.clone(), o_view, lse_view, &shape).unwrap();
+        b.attention_backward(
+            q_view,
+            k_view,
+            v_view,
+            o.device.range(q_range.clone()),
+            lse.device.view(),
+            d_o.device.range(q_range.clone()),
+            dq.device.range_mut(q_range.clone()),
+            dk.device.range_mut(kv_range.clone()),
+            dv.device.range_mut(kv_range),
+            &shape,
+        )
+        .unwrap();
+        let outside = [&o, &dq, &dk, &dv].map(|t| get(b, &t.device)[0]);
+        assert!(outside.iter().all(|x| x.is_nan()), "{outside:?}");
+        for (got, exact) in [(o, &exact_o), (dq, &exact[0]), (dk, &exact[1]), (dv, &exact[2])] {
+            let got = &get(b, &got.device)[1..];
+            assert_close::<B>(got, &exact[..got.len()], 1e-5, "unaligned");
+        }
     }
 }
 
 /// Scores far apart neither overflow nor lose the largest.
 fn large_scores<B: Backend>(b: &B) {
-    let s = Sizes { heads: 1, kv_heads: 1, head_dim: 16, window: None, lengths: &[40] };
-    let big: Vec<f64> = normals(1, s.q_len()).iter().map(|x| x * 64.0).collect();
-    let (q, k) = (put::<B, B::Float>(b, &big), put::<B, B::Float>(b, &normals(2, s.kv_len())));
-    let v = put::<B, B::Float>(b, &normals(3, s.kv_len()));
-    let (exact, _) = attend(&s, &q.host, &k.host, &v.host);
-    let documents = documents(b, s.lengths);
-    let mut o = put::<B, B::Float>(b, &vec![0.0; s.q_len()]);
-    let (qv, kv, vv) = (q.device.view(), k.device.view(), v.device.view());
-    b.attention(qv, kv, vv, o.device.view_mut(), None, &shape(&s, &documents)).unwrap();
-    assert_close::<B>(&get(b, &o.device), &exact, 2e-4, "large scores");
+    for (head_dim, version) in [(16, VERSIONS[0]), (64, VERSIONS[0]), (64, VERSIONS[1]), (64, VERSIONS[2])] {
+        let s = Sizes { heads: 1, kv_heads: 1, head_dim, window: None, lengths: &[140] };
+        let big: Vec<f64> = normals(1, s.q_len()).iter().map(|x| x * 64.0).collect();
+        let (q, k) = (put::<B, B::Float>(b, &big), put::<B, B::Float>(b, &normals(2, s.kv_len())));
+        let v = put::<B, B::Float>(b, &normals(3, s.kv_len()));
+        let (exact, _) = attend(&s, &q.host, &k.host, &v.host);
+        let documents = documents(b, s.lengths);
+        let mut o = put::<B, B::Float>(b, &vec![0.0; s.q_len()]);
+        let (qv, kv, vv) = (q.device.view(), k.device.view(), v.device.view());
+        with_attention_version(version, || {
+            b.attention(qv, kv, vv, o.device.view_mut(), None, &shape(&s, &documents)).unwrap();
+        });
+        assert_close::<B>(&get(b, &o.device), &exact, 2e-4, &format!("large scores, {version:?}, {head_dim}"));
+    }
 }
 
-on_every_backend!(forward, backward, decode_equals_packed, large_scores);
+on_every_backend!(
+    forward,
+    backward,
+    decode_equals_packed,
+    forward_versions,
+    backward_versions,
+    decode_versions,
+    unaligned_and_empty,
+    large_scores,
+);

@@ -66,8 +66,9 @@ fn attention() {
             )
             .unwrap();
             let mut last = float(7, 6 * 64);
-            let spans = [(0, lengths[0] as u32)];
-            B.attention_decode(q.range(0..6 * 64), k.view(), v.view(), last.view_mut(), &spans, &shape).unwrap();
+            let spans = put_u32(&B, &[0, lengths[0] as u32]);
+            let (q, spans) = (q.range(0..6 * 64), spans.view());
+            B.attention_decode(q, k.view(), v.view(), last.view_mut(), spans, lengths[0], &shape).unwrap();
             [o, lse, dq, dk, dv, last].iter().flat_map(|t| read(&B, t)).collect()
         });
     }

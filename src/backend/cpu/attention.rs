@@ -315,13 +315,13 @@ fn times_difference(ds: &mut [f32], p: &[f32], delta: f32) {
 }
 
 /// One query a span of keys; see [`crate::backend::Backend::attention_decode`].
-pub(super) fn attention_decode(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], spans: &[(u32, u32)], shape: Shape<'_>) {
+pub(super) fn attention_decode(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], spans: &[u32], shape: Shape<'_>) {
     let Shape { heads, kv_heads, head_dim, .. } = shape;
     let group = shape.group();
     let o = Shared::new(o);
-    (0..spans.len() * kv_heads).into_par_iter().for_each(|task| {
+    (0..spans.len() / 2 * kv_heads).into_par_iter().for_each(|task| {
         let (query, kv_head) = (task / kv_heads, task % kv_heads);
-        let (start, len) = (spans[query].0 as usize, spans[query].1 as usize);
+        let (start, len) = (spans[2 * query] as usize, spans[2 * query + 1] as usize);
         let seen = len.min(shape.window.unwrap_or(usize::MAX));
         let rows = start + len - seen..start + len;
         let at = (query * heads + kv_head * group) * head_dim;

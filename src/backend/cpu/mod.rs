@@ -218,14 +218,18 @@ impl Backend for Cpu {
         k: In<'_, Self>,
         v: In<'_, Self>,
         o: Out<'_, Self>,
-        spans: &[(u32, u32)],
+        spans: View<'_, Self, u32>,
+        longest: usize,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
         let shape = attention_shape(shape, k.len());
-        assert_eq!([q.len(), o.len()], [spans.len() * shape.heads * shape.head_dim; 2]);
+        let spans = slice(&spans);
+        assert!(spans.len().is_multiple_of(2));
+        assert_eq!([q.len(), o.len()], [spans.len() / 2 * shape.heads * shape.head_dim; 2]);
         assert_eq!(k.len(), v.len());
         let rows = k.len() / (shape.kv_heads * shape.head_dim);
-        assert!(spans.iter().all(|(start, len)| *len > 0 && *start as usize + *len as usize <= rows));
+        assert!(spans.chunks_exact(2).all(|span| (1..=longest).contains(&(span[1] as usize))));
+        assert!(spans.chunks_exact(2).all(|span| span[0] as usize + span[1] as usize <= rows));
         attention::attention_decode(slice(&q), slice(&k), slice(&v), slice_mut(o), spans, shape);
         Ok(())
     }

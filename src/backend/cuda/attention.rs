@@ -1,14 +1,69 @@
-//! See `kernels/attention.cu`.
+//! Attention: see `kernels/attention.cu` (by the definition, any head_dim up to 256), `kernels/attention_flash.cu`,
+//! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores).
+//!
+//! | head_dim 64 or 128, tensors on 16 bytes, scale > 0 | forward | backward | decode |
+//! |---|---|---|---|
+//! | yes, at least two blocks of 128 queries a multiprocessor | `flash128` | `flash` | `flash` |
+//! | yes, fewer | `flash64` | `flash`, heads of a group on blocks of their own | `flash` |
+//! | no | `baseline` | `baseline` | `baseline` |
 
-use super::device::Device;
-use super::memory::{Slice, SliceMut};
+use super::device::{Device, Launch, args, blocks};
+use super::memory::{Memory, Slice, SliceMut};
 use super::{Cuda, Precision, slice};
-use crate::backend::Attention;
+use crate::backend::{Attention, Cost};
 use crate::error::Result;
 use half::bf16;
+use std::cell::Cell;
 use std::sync::Arc;
 
+/// Threads of a block; of the baseline kernels, a warp a row.
+const BLOCK: u32 = 128;
+const BASELINE_ROWS: usize = 4;
+/// Widest head of the baseline kernels.
+const MOST_HEAD_DIM: usize = 256;
+/// Keys of a tile of the flash kernels; queries of one backward.
+const TILE: usize = 64;
+/// Keys of a chunk of the decode form.
+const DECODE_KEYS: usize = 256;
+/// Keys that a block of the decode form has in shared memory, and its queries.
+const DECODE_ROWS: usize = 256 + 16;
+/// Query heads that a block of the decode form takes.
+const DECODE_HEADS: usize = 16;
+/// Blocks of the forward kernels and of dK and dV that a multiprocessor holds at once.
+const BLOCKS_MULTIPROCESSOR: usize = 2;
+/// Blocks that a grid may have in y and z.
+const MOST_BLOCKS: usize = 65535;
+
+/// A version of the attention kernels, for tests and benches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionVersion {
+    /// By the definition.
+    Baseline,
+    /// Tensor cores: blocks of 64 queries; backward, a block takes all heads of a group.
+    Flash64,
+    /// Tensor cores: blocks of 128 queries; backward, a block takes one head of a group.
+    Flash128,
+}
+
+thread_local! {
+    static FORCED: Cell<Option<AttentionVersion>> = const { Cell::new(None) };
+}
+
+/// Runs `f`, in which attention called from this thread uses `version` wherever its kernels fit the tensors (elsewhere the
+/// baseline).
+pub fn with_attention_version<R>(version: AttentionVersion, f: impl FnOnce() -> R) -> R {
+    struct Restore(Option<AttentionVersion>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FORCED.set(self.0);
+        }
+    }
+    let _restore = Restore(FORCED.replace(Some(version)));
+    f()
+}
+
 /// The sizes of a call.
+#[derive(Clone, Copy)]
 pub(super) struct Shape<'a> {
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
@@ -18,21 +73,75 @@ pub(super) struct Shape<'a> {
     pub(super) starts: &'a [u32],
     pub(super) starts_device: Slice<'a, u32>,
 }
+
 impl<'a> Shape<'a> {
     pub(super) fn new<P: Precision>(shape: &Attention<'a, Cuda<P>>) -> Self {
         let Attention { heads, kv_heads, head_dim, scale, window, documents } = *shape;
-        Self {
-            heads,
-            kv_heads,
-            head_dim,
-            scale,
-            window,
-            starts: &documents.starts,
-            starts_device: slice(&documents.device.view()),
+        assert!(head_dim <= MOST_HEAD_DIM, "heads of {head_dim}: the kernels take up to {MOST_HEAD_DIM}");
+        assert_eq!(documents.starts.len(), documents.device.len());
+        let starts_device = slice(&documents.device.view());
+        Self { heads, kv_heads, head_dim, scale, window, starts: &documents.starts, starts_device }
+    }
+
+    fn tokens(&self) -> usize {
+        self.starts.last().map_or(0, |end| *end as usize)
+    }
+
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    fn window(&self) -> u32 {
+        self.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX)
+    }
+
+    /// Pairs of a query and a key that it sees, of one head.
+    fn pairs(&self) -> u64 {
+        let window = u64::from(self.window());
+        let document = |len: u64| match len.checked_sub(window) {
+            Some(whole) => window * (window + 1) / 2 + whole * window,
+            None => len * (len + 1) / 2,
+        };
+        self.starts.windows(2).map(|w| document(u64::from(w[1] - w[0]))).sum()
+    }
+
+    /// Reads or writes `q_tensors` tensors like Q, `kv_tensors` like K, `stats` like lse; `flops` a pair, head and column.
+    fn cost(&self, q_tensors: usize, kv_tensors: usize, stats: usize, flops: u64) -> Cost {
+        let width = (q_tensors * self.heads + kv_tensors * self.kv_heads) * self.head_dim * size_of::<bf16>();
+        Cost {
+            bytes: (self.tokens() * (width + stats * self.heads * size_of::<f32>())) as u64,
+            flops: self.pairs() * flops * (self.heads * self.head_dim) as u64,
         }
     }
+
+    /// Whether the flash kernels take tensors of which all are aligned to 16 bytes or not, and this is not against orders.
+    fn flash(&self, aligned: bool, queries: usize) -> bool {
+        FORCED.get() != Some(AttentionVersion::Baseline)
+            && aligned
+            && matches!(self.head_dim, 64 | 128)
+            && self.scale > 0.0
+            && queries.div_ceil(TILE) <= MOST_BLOCKS
+            && u32::try_from(queries * self.heads * self.head_dim).is_ok()
+    }
+
+    /// One of two symbols, by head_dim.
+    fn symbol(&self, hd64: &'static str, hd128: &'static str) -> &'static str {
+        if self.head_dim == 64 { hd64 } else { hd128 }
+    }
+
+    /// Bytes of `rows` rows of one head.
+    fn row_bytes(&self, rows: usize) -> u32 {
+        (rows * self.head_dim * size_of::<bf16>()) as u32
+    }
+
+    /// A launch of a baseline kernel: a warp a row and head.
+    fn baseline(&self, kernel: &'static str, heads: usize, cost: Cost) -> Launch {
+        let grid = [blocks(self.tokens(), BASELINE_ROWS), heads as u32, 1];
+        Launch { image: "attention", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
+    }
 }
-/// What forward keeps for backward.
+
+/// What forward keeps for backward, and dO.
 pub(super) struct Saved<'a> {
     pub(super) q: Slice<'a, bf16>,
     pub(super) k: Slice<'a, bf16>,
@@ -41,35 +150,207 @@ pub(super) struct Saved<'a> {
     pub(super) lse: Slice<'a, f32>,
     pub(super) d_o: Slice<'a, bf16>,
 }
+
+/// Whether vector accesses to all of them are allowed.
+fn all_aligned(tensors: &[Slice<bf16>]) -> bool {
+    tensors.iter().all(|tensor| tensor.aligned(16))
+}
+
+/// O and lse; the lengths are checked by the caller.
 pub(super) fn attention(
-    _: &Arc<Device>,
-    _: Slice<bf16>,
-    _: Slice<bf16>,
-    _: Slice<bf16>,
-    _: SliceMut<bf16>,
-    _: Option<SliceMut<f32>>,
-    _: Shape,
+    device: &Arc<Device>,
+    q: Slice<bf16>,
+    k: Slice<bf16>,
+    v: Slice<bf16>,
+    o: SliceMut<bf16>,
+    lse: Option<SliceMut<f32>>,
+    shape: Shape,
 ) -> Result<()> {
-    todo!()
+    let (tokens, lse) = (shape.tokens(), lse.as_ref());
+    let cost = shape.cost(2, 2, usize::from(lse.is_some()), 4);
+    let (starts, documents) = (shape.starts_device, (shape.starts.len() - 1) as u32);
+    let (heads, kv_heads) = (shape.heads as u32, shape.kv_heads as u32);
+    if !shape.flash(all_aligned(&[q, k, v, *o]), tokens) {
+        let launch = shape.baseline("attention_forward_baseline_bf16", shape.heads, cost);
+        let head_dim = shape.head_dim as u32;
+        let (tokens, scale, window) = (tokens as u32, shape.scale, shape.window());
+        let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, head_dim, scale, window];
+        // SAFETY: q, o [tokens, heads·head_dim], k, v [tokens, kv_heads·head_dim], lse [heads, tokens]; documents end with
+        // tokens; o and lse are borrowed mutably.
+        return unsafe { device.launch(launch, arguments) };
+    }
+    let full =
+        blocks(tokens, 2 * TILE) as usize * shape.heads >= BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize;
+    let (queries, kernel) = match FORCED.get().map_or(full, |version| version == AttentionVersion::Flash128) {
+        true => {
+            let kernel = "attention_forward_flash128_hd64_bf16";
+            (2 * TILE, shape.symbol(kernel, "attention_forward_flash128_hd128_bf16"))
+        }
+        false => {
+            let kernel = "attention_forward_flash64_hd64_bf16";
+            (TILE, shape.symbol(kernel, "attention_forward_flash64_hd128_bf16"))
+        }
+    };
+    let launch = Launch {
+        image: "attention_flash",
+        kernel,
+        grid: [heads, blocks(tokens, queries), 1],
+        block: BLOCK,
+        shared_bytes: shape.row_bytes(queries + 4 * TILE),
+        cost,
+    };
+    let (tokens, scale, window) = (tokens as u32, shape.scale, shape.window());
+    let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
+    // SAFETY: as above; all on 16 bytes, and no offset is beyond 32 bits.
+    unsafe { device.launch(launch, arguments) }
 }
+
+/// dQ, dK, dV; the lengths are checked by the caller.
 pub(super) fn attention_backward(
-    _: &Arc<Device>,
-    _: Saved,
-    _: SliceMut<bf16>,
-    _: SliceMut<bf16>,
-    _: SliceMut<bf16>,
-    _: Shape,
+    device: &Arc<Device>,
+    saved: Saved,
+    dq: SliceMut<bf16>,
+    dk: SliceMut<bf16>,
+    dv: SliceMut<bf16>,
+    shape: Shape,
 ) -> Result<()> {
-    todo!()
+    let Saved { q, k, v, o, lse, d_o } = saved;
+    let flash = shape.flash(all_aligned(&[q, k, v, o, d_o, *dq, *dk, *dv]), shape.tokens());
+    let (tokens, heads, head_dim) = (shape.tokens() as u32, shape.heads as u32, shape.head_dim as u32);
+    let kv_heads = shape.kv_heads as u32;
+    let (starts, documents) = (shape.starts_device, (shape.starts.len() - 1) as u32);
+    let (scale, window) = (shape.scale, shape.window());
+
+    let mut delta: Memory<f32> = Memory::new(device, lse.len())?;
+    let delta = delta.all(lse.len());
+    let cost = Cost { bytes: (q.len() * 4 + lse.len() * 4) as u64, flops: 2 * q.len() as u64 };
+    let (kernel, grid, block) = match flash {
+        true => ("attention_backward_delta_vec8_bf16", blocks(q.len(), 2048), 256),
+        false => ("attention_backward_delta_baseline_bf16", blocks(lse.len(), BASELINE_ROWS), BLOCK),
+    };
+    let launch = Launch { image: "attention", kernel, grid: [grid, 1, 1], block, shared_bytes: 0, cost };
+    // SAFETY: o, dO [tokens, heads·head_dim], on 16 bytes where the kernel asks for it; D [heads, tokens] is this call's own.
+    unsafe { device.launch(launch, args![o, d_o, &delta, tokens, heads, head_dim]) }?;
+
+    // What the kernels do is 14 FLOPs; what they must is 10.
+    let (query_cost, key_cost) = (shape.cost(3, 2, 2, 4), shape.cost(2, 4, 2, 6));
+    if !flash {
+        let launch = shape.baseline("attention_backward_query_baseline_bf16", shape.heads, query_cost);
+        let rest = (tokens, heads, kv_heads, head_dim, scale, window);
+        let (t, h, kh, d, s, w) = rest;
+        // SAFETY: as in `attention`; lse and D [heads, tokens]; dQ, dK, dV like q, k, v and borrowed mutably.
+        unsafe { device.launch(launch, args![q, k, v, d_o, lse, *delta, &dq, starts, documents, t, h, kh, d, s, w]) }?;
+        let launch = shape.baseline("attention_backward_key_baseline_bf16", shape.kv_heads, key_cost);
+        let arguments = args![q, k, v, d_o, lse, *delta, &dk, &dv, starts, documents, t, h, kh, d, s, w];
+        // SAFETY: as above.
+        return unsafe { device.launch(launch, arguments) };
+    }
+
+    let tiles = blocks(shape.tokens(), TILE);
+    let launch = |kernel, heads: u32, cost| Launch {
+        image: "attention_flash_backward",
+        kernel,
+        grid: [heads, tiles, 1],
+        block: BLOCK,
+        shared_bytes: shape.row_bytes(6 * TILE),
+        cost,
+    };
+    let kernel = shape.symbol("attention_backward_query_flash_hd64_bf16", "attention_backward_query_flash_hd128_bf16");
+    let arguments = args![q, k, v, d_o, lse, *delta, &dq, starts, documents, tokens, heads, kv_heads, scale, window];
+    // SAFETY: as above; all on 16 bytes, and no offset is beyond 32 bits.
+    unsafe { device.launch(launch(kernel, heads, query_cost), arguments) }?;
+
+    let parts = parts(device, &shape, tiles as usize);
+    let partial_len = if parts == 1 { 0 } else { 2 * parts * k.len() };
+    let mut partial = Memory::new(device, partial_len)?;
+    let partial: SliceMut<f32> = partial.all(partial_len);
+    let kernel = shape.symbol("attention_backward_key_flash_hd64_bf16", "attention_backward_key_flash_hd128_bf16");
+    let (blocks_x, parts) = (kv_heads * parts as u32, parts as u32);
+    let arguments = args![
+        q, k, v, d_o, lse, *delta, &dk, &dv, &partial, starts, documents, tokens, heads, kv_heads, parts, scale, window
+    ];
+    // SAFETY: as above; the partial sums are [parts, 2, tokens, kv_heads·head_dim] where there are any.
+    unsafe { device.launch(launch(kernel, blocks_x, key_cost), arguments) }?;
+    if parts == 1 {
+        return Ok(());
+    }
+    let cost = Cost { bytes: (partial_len + k.len()) as u64 * 4, flops: partial_len as u64 };
+    let launch = Launch {
+        image: "attention_flash_backward",
+        kernel: "attention_backward_reduce_bf16",
+        grid: [blocks(k.len(), 1024), 2, 1],
+        block: 256,
+        shared_bytes: 0,
+        cost,
+    };
+    // SAFETY: the sums that were just written; dK, dV as above.
+    unsafe { device.launch(launch, args![&partial, &dk, &dv, k.len() as u64, parts]) }
 }
+
+/// Blocks that share the heads of a group in dK and dV: as few as fill the device, each with at least one head.
+fn parts(device: &Device, shape: &Shape, tiles: usize) -> usize {
+    let wanted = match FORCED.get() {
+        Some(AttentionVersion::Flash64) => 1,
+        Some(_) => shape.group(),
+        None => (BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize).div_ceil((tiles * shape.kv_heads).max(1)),
+    };
+    let share = shape.group().div_ceil(wanted.clamp(1, shape.group()));
+    shape.group().div_ceil(share)
+}
+
+/// One query a span of at most `longest` rows; the lengths are checked by the caller.
 pub(super) fn attention_decode(
-    _: &Arc<Device>,
-    _: Slice<bf16>,
-    _: Slice<bf16>,
-    _: Slice<bf16>,
-    _: SliceMut<bf16>,
-    _: &[(u32, u32)],
-    _: Shape,
+    device: &Arc<Device>,
+    q: Slice<bf16>,
+    [k, v]: [Slice<bf16>; 2],
+    o: SliceMut<bf16>,
+    spans: Slice<u32>,
+    longest: usize,
+    shape: Shape,
 ) -> Result<()> {
-    todo!()
+    let count = spans.len() / 2;
+    let seen = longest.min(shape.window() as usize);
+    let chunks = seen.div_ceil(DECODE_KEYS).max(1);
+    let flash = shape.flash(all_aligned(&[q, k, v, *o]), 1);
+    let (image, kernel, grid_y, shared_bytes) = if flash {
+        let kernel = shape.symbol("attention_decode_flash_hd64_bf16", "attention_decode_flash_hd128_bf16");
+        let grid_y = shape.kv_heads * shape.group().div_ceil(DECODE_HEADS);
+        ("attention_decode", kernel, grid_y, shape.row_bytes(DECODE_ROWS))
+    } else {
+        ("attention", "attention_decode_baseline_bf16", shape.heads.div_ceil(BASELINE_ROWS), 0)
+    };
+    let rows = (count * shape.heads * shape.head_dim) as u64;
+    let keys = (2 * count * seen * shape.kv_heads * shape.head_dim * size_of::<bf16>()) as u64;
+    let cost = Cost { bytes: keys + 4 * rows, flops: 4 * seen as u64 * rows };
+    let grid = [chunks as u32, grid_y as u32, count as u32];
+    let launch = Launch { image, kernel, grid, block: BLOCK, shared_bytes, cost };
+
+    let parts = if chunks == 1 { 0 } else { count * shape.heads * chunks };
+    let (mut partial, mut stats) = (Memory::new(device, parts * shape.head_dim)?, Memory::new(device, 2 * parts)?);
+    let partial: SliceMut<f32> = partial.all(parts * shape.head_dim);
+    let stats: SliceMut<f32> = stats.all(2 * parts);
+    let (heads, kv_heads, head_dim) = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
+    let (scale, window) = (shape.scale, shape.window());
+    let arguments: &[_] = if flash {
+        args![q, k, v, &o, &partial, &stats, spans, heads, kv_heads, scale, window]
+    } else {
+        args![q, k, v, &o, &partial, &stats, spans, heads, kv_heads, head_dim, scale, window]
+    };
+    // SAFETY: q, o [spans, heads·head_dim], on 16 bytes where the kernel asks for it; spans are rows of k and v, as the
+    // trait says; the partial sums [spans, heads, chunks, head_dim] and their (maximum, sum) are this call's own.
+    unsafe { device.launch(launch, arguments) }?;
+    if chunks == 1 {
+        return Ok(());
+    }
+    let cost = Cost { bytes: (parts * (shape.head_dim + 2) * 4) as u64 + 2 * rows, flops: 2 * chunks as u64 * rows };
+    let launch = Launch {
+        image: "attention",
+        kernel: "attention_decode_combine_bf16",
+        grid: [heads, count as u32, 1],
+        block: BLOCK,
+        shared_bytes: 0,
+        cost,
+    };
+    // SAFETY: the sums that were just written; spans and o as above.
+    unsafe { device.launch(launch, args![&partial, &stats, spans, &o, chunks as u32, head_dim, window]) }
 }

@@ -19,6 +19,7 @@ mod sampling;
 mod swiglu;
 mod timing;
 
+pub use attention::{AttentionVersion, with_attention_version};
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 pub use memory::Memory;
 
@@ -265,14 +266,17 @@ impl<P: Precision> Backend for Cuda<P> {
         k: In<'_, Self>,
         v: In<'_, Self>,
         o: Out<'_, Self>,
-        spans: &[(u32, u32)],
+        spans: View<'_, Self, u32>,
+        longest: usize,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
         check::heads(shape, k.len());
-        assert_eq!([q.len(), o.len()], [spans.len() * shape.heads * shape.head_dim; 2]);
+        assert!(spans.len().is_multiple_of(2));
+        assert_eq!([q.len(), o.len()], [spans.len() / 2 * shape.heads * shape.head_dim; 2]);
         assert_eq!(k.len(), v.len());
         let shape = attention::Shape::new(shape);
-        attention::attention_decode(&self.device, slice(&q), slice(&k), slice(&v), slice_mut(o), spans, shape)
+        let cache = [slice(&k), slice(&v)];
+        attention::attention_decode(&self.device, slice(&q), cache, slice_mut(o), slice(&spans), longest, shape)
     }
 
     fn rmsnorm(
