@@ -18,8 +18,6 @@ pub struct Workload {
     pub recompute: bool,
     /// Adapters, if that is what trains.
     pub lora: Option<Lora>,
-    /// A copy of what trains is kept on the host for `updates.json`.
-    pub snapshot: bool,
 }
 
 /// Bytes by category, at the highest point of a step.
@@ -35,8 +33,6 @@ pub struct Plan {
     pub activations_bytes: u64,
     /// Buffers of the layer at work and of the head.
     pub workspace_bytes: u64,
-    /// Host copy of what trains, for the update magnitudes.
-    pub snapshot_bytes: u64,
     /// Parameters, and those that train.
     pub parameters: u64,
     /// Parameters that train.
@@ -84,7 +80,6 @@ impl Plan {
             moments_bytes: 2 * trainable * size_of::<B::Moment>() as u64,
             activations_bytes: activations,
             workspace_bytes: (head + layer + below) * float,
-            snapshot_bytes: if work.snapshot { trainable * 4 } else { 0 },
             parameters,
             trainable,
             forward_flops: forward_flops(config, work),
@@ -94,12 +89,7 @@ impl Plan {
 
     /// Everything together.
     pub fn total_bytes(&self) -> u64 {
-        self.weights_bytes
-            + self.gradients_bytes
-            + self.moments_bytes
-            + self.activations_bytes
-            + self.workspace_bytes
-            + self.snapshot_bytes
+        self.weights_bytes + self.gradients_bytes + self.moments_bytes + self.activations_bytes + self.workspace_bytes
     }
 
     /// Share of the parameters that trains.
