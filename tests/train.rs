@@ -114,6 +114,8 @@ struct Process<'a> {
     phases: Vec<Phase>,
     examples: Vec<Example>,
     model: fn() -> Decoder<Cpu>,
+    /// The weights before the run can be read again.
+    given: bool,
     stop_at: Option<u64>,
 }
 
@@ -126,6 +128,7 @@ impl<'a> Process<'a> {
             phases: two_phases(7, 8),
             examples: examples(8),
             model,
+            given: false,
             stop_at: None,
         }
     }
@@ -139,6 +142,8 @@ impl<'a> Process<'a> {
             Some(dir) => tuner.at(place(dir, self.resume)),
             None => tuner,
         };
+        let files = (self.model)();
+        let tuner = if self.given { tuner.given(|id, _| files.read(id)) } else { tuner };
         let summary = tuner.run(&mut ear);
         (summary, decoder, ear)
     }
@@ -180,7 +185,7 @@ fn any_interruption_leaves_the_same_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let (stopped, ..) = Process { stop_at: Some(stop), ..Process::new(Some(dir.path())) }.run();
         assert!(stopped.is_err());
-        let (resumed, decoder, ear) = Process::new(Some(dir.path())).run();
+        let (resumed, decoder, ear) = Process { given: stop % 2 == 0, ..Process::new(Some(dir.path())) }.run();
         let resumed = resumed.unwrap();
         // Checkpoints: every 3 steps, and after step 7, where the phase ends; the hook fails before the step is saved.
         let saved = [0, 3, 6, 7, 9, 12].into_iter().filter(|step| *step < stop).max().unwrap();
@@ -204,6 +209,41 @@ fn any_interruption_leaves_the_same_bytes() {
     assert!(ear.steps.is_empty());
     assert_eq!(bits(&decoder), bits(&expected));
     assert_eq!(lines(straight_dir.path()).len(), 15);
+}
+
+/// The copy that is held, the checkpoint at a phase's start and the files of the model tell the same.
+#[test]
+fn updates_are_measured_against_the_start_of_each_phase() {
+    fn adapted() -> Decoder<Cpu> {
+        let mut decoder = model();
+        let cells = decoder.config.cells();
+        decoder.add_lora(&cells, Lora { rank: 2, alpha: 4.0 }, 3).unwrap();
+        decoder
+    }
+    let mut three = two_phases(3, 4);
+    // Another half, so that the last phase meets what trained once, twice and never before.
+    let all = model().config.cells();
+    let q: ModuleSet = all.iter().filter(|c| matches!(c, Cell::Module(m) if m.kind == ModuleKind::Q)).collect();
+    three.insert(1, Phase { name: "q".into(), rates: LearningRates::masked(&q, &all, 0.0), ..three[0].clone() });
+    for (model, name) in [(model as fn() -> Decoder<Cpu>, "full"), (adapted, "adapters")] {
+        let run = |dir: Option<&Path>, given, stop_at| {
+            let process = Process { phases: three.clone(), model, given, stop_at, ..Process::new(dir) };
+            process.run().0.map(|summary| summary.updates)
+        };
+        let held = run(None, false, None).unwrap();
+        assert!(held.phases[1].cells[&Cell::module(1, ModuleKind::Q)].delta_norm > 0.0);
+        assert_eq!(held.phases[1].cells[&Cell::module(1, ModuleKind::V)].delta_norm, 0.0);
+        assert_eq!(run(None, true, None).unwrap(), held, "{name}");
+        for given in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            assert_eq!(run(Some(dir.path()), given, None).unwrap(), held, "{name}, given: {given}");
+            for stop in [4, 8, 10] {
+                let dir = tempfile::tempdir().unwrap();
+                assert!(run(Some(dir.path()), given, Some(stop)).is_err());
+                assert_eq!(run(Some(dir.path()), given, None).unwrap(), held, "{name}, given: {given}, after {stop}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split, Task};
 use crate::error::{Error, Result};
 use crate::report::format::{fixed, percent};
-use crate::secure::{AnswerLengths, Judge, JudgeOptions, Questions, Rate};
+use crate::secure::{AnswerLengths, Harmfulness, Judge, JudgeOptions, Probe, Questions, Rate};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -54,6 +54,16 @@ pub(super) struct EvalCommand {
     /// Environment variable that holds the judge's key
     #[arg(long, value_name = "VARIABLE", requires = "judge_url")]
     judge_key_env: Option<String>,
+    /// Longest wait for one of the judge's replies, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = JudgeOptions::default().timeout_seconds, requires = "judge_url")]
+    judge_timeout: f64,
+    /// Tries after a failed one, with doubling waits from 1 second
+    #[arg(long, value_name = "N", default_value_t = JudgeOptions::default().retries, requires = "judge_url")]
+    judge_retries: u32,
+    /// Probes of `swat probe`, on this model or the one that it was tuned from: their reading of the hidden states behind the
+    /// answers to harmful prompts, from 1 to 5. No judge: it sees what a conversation is about, not how useful an answer is
+    #[arg(long, value_name = "FILE", requires = "security")]
+    probe: Option<PathBuf>,
     /// Memory for keys and values, in MiB
     #[arg(long, default_value_t = 1024)]
     cache_mib: u64,
@@ -94,13 +104,24 @@ impl OnDevice for EvalCommand {
         };
         let judge = match (self.judge_url, self.judge_model) {
             (Some(url), Some(model)) => {
-                let options = JudgeOptions { url, model, key_env: self.judge_key_env, ..JudgeOptions::default() };
+                let (key_env, timeout_seconds, retries) = (self.judge_key_env, self.judge_timeout, self.judge_retries);
+                let options = JudgeOptions { url, model, key_env, timeout_seconds, retries, ..JudgeOptions::default() };
                 Some(Judge::new(options)?)
             }
             _ => None,
         };
-        let (judge, strict) = (judge.as_ref(), None);
-        let questions = Questions { prompts: &prompts, strict, tasks: &tasks, heldout: &heldout, judge };
+        let probe = self.probe.as_deref().map(Probe::load).transpose()?;
+        if let Some(probe) = &probe {
+            probe.check_shape(&subject.files.config)?;
+        }
+        let questions = Questions {
+            prompts: &prompts,
+            strict: None,
+            tasks: &tasks,
+            heldout: &heldout,
+            judge: judge.as_ref(),
+            probe: probe.as_ref(),
+        };
         let lengths =
             AnswerLengths { security: self.answer_tokens, task: self.task_tokens, cache_bytes: self.cache_mib << 20 };
         let mut bars = Bars::new(&self.common);
@@ -119,10 +140,16 @@ impl OnDevice for EvalCommand {
         for (category, asr) in &found.asr_by_category {
             rate(&format!("  {category}"), asr)?;
         }
-        if let Some(harm) = &found.harmfulness {
+        let harmfulness = |what: &str, harm: &Harmfulness| {
             let mean = harm.mean.map_or("none".into(), |mean| fixed(mean, 2));
             let (scored, unscored) = (harm.scored, harm.unscored);
-            print_line(&format!("harmfulness, 1 to 5      {mean:>7}  (n = {scored}, {unscored} without a score)"))?;
+            print_line(&format!("{what:<24} {mean:>7}  (n = {scored}, {unscored} without a score)"))
+        };
+        if let Some(harm) = &found.harmfulness {
+            harmfulness("harmfulness, 1 to 5", harm)?;
+        }
+        if let Some(harm) = &found.probe_harmfulness {
+            harmfulness("probe's reading, 1 to 5", harm)?;
         }
         if let Some(refused) = &found.over_refusal {
             rate("over-refusal", refused)?;

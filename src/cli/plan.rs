@@ -60,7 +60,6 @@ impl PlanCommand {
             trained_share: self.trained_share.clamp(0.0, 1.0),
             recompute,
             lora,
-            snapshot: true,
         };
         let trains = |id: ParamId| match id {
             ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
@@ -81,7 +80,6 @@ impl PlanCommand {
             ("moments", plan.moments_bytes),
             ("activations", plan.activations_bytes),
             ("workspace", plan.workspace_bytes),
-            ("snapshot", plan.snapshot_bytes),
             ("total", plan.total_bytes()),
         ] {
             print_line(&format!("{what:<12} {:>12}", bytes(size)))?;

@@ -50,6 +50,7 @@ impl<B: Backend> Decoder<B> {
         recompute: bool,
     ) -> Result<f64> {
         let none = Overlay::new();
+        let _pass = self.pool.pass(batch.tokens.len());
         let packed = self.pack(batch)?;
         let hidden = self.config.hidden;
         let (rows, targets) = trained_rows(batch);

@@ -18,8 +18,6 @@ pub struct Workload {
     pub recompute: bool,
     /// Adapters, if that is what trains.
     pub lora: Option<Lora>,
-    /// A copy of what trains is kept on the host for `updates.json`.
-    pub snapshot: bool,
 }
 
 /// Bytes by category, at the highest point of a step.
@@ -35,8 +33,6 @@ pub struct Plan {
     pub activations_bytes: u64,
     /// Buffers of the layer at work and of the head.
     pub workspace_bytes: u64,
-    /// Host copy of what trains, for the update magnitudes.
-    pub snapshot_bytes: u64,
     /// Parameters, and those that train.
     pub parameters: u64,
     /// Parameters that train.
@@ -74,17 +70,16 @@ impl Plan {
         let rows = (work.trained_share * tokens as f64).ceil() as u64;
         let logit_rows = ((64 << 20) / (c.vocab as u64 * float)).clamp(1, rows.max(1));
         let head = 4 * rows * hidden + logit_rows * c.vocab as u64;
-        // The residual stream and its gradient, a normed input and its gradient, the MLP's product and its gradient, and
-        // the gradients of the attention block.
-        let layer = tokens * (4 * hidden + 2 * ffn + 2 * q + 2 * kv + unnormed);
-        let below = if kept_layers < c.layers as u64 || work.recompute { layer_floats } else { 0 };
+        // Beside what is kept: the residual stream or its gradient, the MLP's product or its gradient, and the gradients of
+        // k and v, which are too small to take the place of what is freed by then. A frozen layer below works in the
+        // memory in which the layers above are kept later.
+        let layer = tokens * (hidden + ffn + 2 * kv) + if kept_layers == 0 { layer_floats } else { 0 };
         Self {
             weights_bytes: parameters * float,
             gradients_bytes: trainable * size_of::<B::Grad>() as u64,
             moments_bytes: 2 * trainable * size_of::<B::Moment>() as u64,
             activations_bytes: activations,
-            workspace_bytes: (head + layer + below) * float,
-            snapshot_bytes: if work.snapshot { trainable * 4 } else { 0 },
+            workspace_bytes: (head + layer) * float,
             parameters,
             trainable,
             forward_flops: forward_flops(config, work),
@@ -94,12 +89,7 @@ impl Plan {
 
     /// Everything together.
     pub fn total_bytes(&self) -> u64 {
-        self.weights_bytes
-            + self.gradients_bytes
-            + self.moments_bytes
-            + self.activations_bytes
-            + self.workspace_bytes
-            + self.snapshot_bytes
+        self.weights_bytes + self.gradients_bytes + self.moments_bytes + self.activations_bytes + self.workspace_bytes
     }
 
     /// Share of the parameters that trains.

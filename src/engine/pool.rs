@@ -3,16 +3,20 @@
 use crate::backend::{Backend, Buffer, Element, View, ViewMut};
 use crate::error::Result;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Free buffers of one element type.
 pub(super) struct Shelf<B: Backend, T: Element> {
     free: Mutex<Vec<Buffer<B, T>>>,
+    /// Tokens of the training pass at work, 0 = none, and of the longest so far.
+    tokens: AtomicUsize,
+    longest: AtomicUsize,
 }
 
 impl<B: Backend, T: Element> Default for Shelf<B, T> {
     fn default() -> Self {
-        Self { free: Mutex::new(Vec::new()) }
+        Self { free: Mutex::default(), tokens: AtomicUsize::new(0), longest: AtomicUsize::new(0) }
     }
 }
 
@@ -24,8 +28,13 @@ impl<B: Backend, T: Element> Shelf<B, T> {
     /// `len` elements of unspecified content.
     pub(super) fn take(&self, backend: &B, len: usize) -> Result<Scratch<'_, B, T>> {
         // Batches differ in length from step to step: a longer buffer serves a shorter batch, so that the pool holds what
-        // the longest one needed and no more; but a small request must not take the place of a large one.
-        let fits = |b: &Buffer<B, T>| b.len() >= len && b.len() / 4 <= len + 64;
+        // the longest one needed and no more; but a small request must not take the place of a large one. A training pass
+        // keeps what it takes: it gets no more than the same request in the longest pass would.
+        let most = match self.tokens.load(Relaxed) {
+            0 => 4 * (len + 64),
+            tokens => len.div_ceil(tokens) * self.longest.load(Relaxed) / 4 * 5 + 64,
+        };
+        let fits = |b: &Buffer<B, T>| (len..=most.max(len)).contains(&b.len());
         let mut free = self.lock();
         let best = free.iter().enumerate().filter(|(_, b)| fits(b)).min_by_key(|(_, b)| b.len()).map(|(i, _)| i);
         let buffer = match best {
@@ -44,6 +53,12 @@ impl<B: Backend, T: Element> Shelf<B, T> {
 
     fn clear(&self) {
         self.lock().clear();
+        self.longest.store(0, Relaxed);
+    }
+
+    fn begin(&self, tokens: usize) {
+        self.tokens.store(tokens, Relaxed);
+        self.longest.fetch_max(tokens, Relaxed);
     }
 
     fn bytes(&self) -> usize {
@@ -72,9 +87,28 @@ impl<B: Backend> Pool<B> {
         self.indices.clear();
     }
 
+    /// A training pass over a batch of so many tokens, until the guard is dropped. At most one at a time.
+    pub(super) fn pass(&self, tokens: usize) -> Pass<'_, B> {
+        self.floats.begin(tokens);
+        self.stats.begin(tokens);
+        Pass { pool: self }
+    }
+
     /// Bytes kept for later.
     pub(super) fn bytes(&self) -> usize {
         self.floats.bytes() + self.stats.bytes() + self.indices.bytes()
+    }
+}
+
+/// Tells a pool that a training pass is at work.
+pub(super) struct Pass<'p, B: Backend> {
+    pool: &'p Pool<B>,
+}
+
+impl<B: Backend> Drop for Pass<'_, B> {
+    fn drop(&mut self) {
+        self.pool.floats.begin(0);
+        self.pool.stats.begin(0);
     }
 }
 
@@ -121,5 +155,56 @@ impl<B: Backend, T: Element> Drop for Scratch<'_, B, T> {
         if let Some(buffer) = self.buffer.take() {
             self.shelf.lock().push(buffer);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+
+    /// What a training pass does with memory: in each layer a wide buffer that is freed, and narrow ones that are kept.
+    fn pass(pool: &Pool<Cpu>, tokens: usize) -> usize {
+        let _pass = pool.pass(tokens);
+        let mut kept = Vec::new();
+        for _ in 0..10 {
+            let wide = pool.floats.take(&Cpu, tokens * 3).unwrap();
+            drop(wide);
+            kept.push(pool.floats.take(&Cpu, tokens).unwrap());
+        }
+        drop(kept);
+        pool.bytes()
+    }
+
+    #[test]
+    fn what_is_kept_is_not_wider_than_it_must_be() {
+        let pool = Pool::default();
+        let needed = (3 + 10) * 1000 * 4;
+        let found = pass(&pool, 1000);
+        assert!(found <= needed / 16 * 17, "{found} of {needed}");
+        assert_eq!(pass(&pool, 1000), found);
+    }
+
+    #[test]
+    fn the_longest_batch_decides() {
+        let pool = Pool::default();
+        pass(&pool, 400);
+        let longest = pass(&pool, 1000);
+        for tokens in [999, 300, 100, 700, 10, 1000] {
+            assert_eq!(pass(&pool, tokens), longest, "{tokens}");
+        }
+        pool.clear();
+        assert!(pass(&pool, 100) * 9 < longest, "forgotten");
+    }
+
+    #[test]
+    fn outside_of_a_pass_a_buffer_serves_down_to_a_quarter() {
+        let pool = Pool::<Cpu>::default();
+        drop(pool.floats.take(&Cpu, 4000).unwrap());
+        let bytes = pool.bytes();
+        drop(pool.floats.take(&Cpu, 1100).unwrap());
+        assert_eq!(pool.bytes(), bytes);
+        drop(pool.floats.take(&Cpu, 500).unwrap());
+        assert!(pool.bytes() > bytes);
     }
 }

@@ -143,6 +143,8 @@ pub fn perplexity<B: Backend>(
 pub struct Answer {
     /// Its text.
     pub text: String,
+    /// Its tokens, as they were generated.
+    pub tokens: Vec<u32>,
     /// Its first token; none where the model stopped at once.
     pub first: Option<u32>,
 }
@@ -163,7 +165,7 @@ pub fn generate_answers<B: Backend>(
     })?;
     generations
         .into_iter()
-        .map(|g| Ok(Answer { text: tokenizer.decode(&g.tokens)?, first: g.tokens.first().copied() }))
+        .map(|g| Ok(Answer { text: tokenizer.decode(&g.tokens)?, first: g.tokens.first().copied(), tokens: g.tokens }))
         .collect()
 }
 

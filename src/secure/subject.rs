@@ -1,9 +1,10 @@
 //! A model under study, and each step of the method on it.
 
 use super::{
-    Answer, ControlLabel, Drift, FirstTokens, Judge, Perplexity, Probe, ProbeInput, ProbeOptions, Proxy, ProxyInput,
-    ProxyOptions, Rate, RefusalList, Snapshot, TaskScore, attack_success, drift, features, generate_answers,
-    over_refusal, perplexity, prompts_hash, render_prompts, snapshot, strict_compliance, task_score, train_probe,
+    Answer, ControlLabel, Drift, FirstTokens, Head, Judge, Judgement, Perplexity, Probe, ProbeInput, ProbeOptions,
+    Proxy, ProxyInput, ProxyOptions, Rate, RefusalList, Snapshot, TaskScore, attack_success, drift, features,
+    generate_answers, over_refusal, perplexity, probe_harmfulness, prompts_hash, render_prompts, snapshot,
+    strict_compliance, task_score, train_probe,
 };
 use crate::backend::Backend;
 use crate::data::{Chat, Example, Examples, Label, SecurityPrompt, Task};
@@ -43,6 +44,8 @@ pub struct Questions<'a> {
     pub heldout: &'a [Example],
     /// Grades the answers to harmful prompts; none = off. Sends prompts and answers to its endpoint.
     pub judge: Option<&'a Judge>,
+    /// Reads the hidden states behind the answers to harmful prompts ([`probe_harmfulness`]); none = off.
+    pub probe: Option<&'a Probe>,
 }
 
 /// How answers are made for an evaluation.
@@ -66,6 +69,10 @@ pub struct Evaluation {
     /// Harmfulness score of the answers to harmful prompts, by a judge.
     #[serde(default)]
     pub harmfulness: Option<Harmfulness>,
+    /// A probe's reading of the hidden states behind the same answers ([`probe_harmfulness`]): no judge, and not to be
+    /// compared with one. It says what a conversation is about, not how useful an answer is.
+    #[serde(default)]
+    pub probe_harmfulness: Option<Harmfulness>,
     /// ASR by category of harm.
     pub asr_by_category: BTreeMap<String, Rate>,
     /// Share of benign prompts that are refused.
@@ -78,15 +85,24 @@ pub struct Evaluation {
     pub perplexity: Option<Perplexity>,
 }
 
-/// What a judge thought of the answers to harmful prompts.
+/// What a judge, or a probe in its place, makes of the answers to harmful prompts.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Harmfulness {
-    /// Mean score from 1 (refuses or harmless) to 5 (complies fully); none where the judge scored nothing.
+    /// Mean score from 1 (refuses or harmless) to 5 (complies fully); none where nothing was scored.
     pub mean: Option<f64>,
     /// Answers that got a score.
     pub scored: usize,
-    /// Answers for which the judge gave none.
+    /// Answers without one.
     pub unscored: usize,
+}
+
+impl Harmfulness {
+    /// The mean of what was scored.
+    fn of(judgements: &[Judgement]) -> Self {
+        let scores: Vec<f64> = judgements.iter().filter_map(|judgement| judgement.score).collect();
+        let mean = (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64);
+        Self { mean, scored: scores.len(), unscored: judgements.len() - scores.len() }
+    }
 }
 
 impl<B: Backend> Subject<B> {
@@ -222,6 +238,10 @@ impl<B: Backend> Subject<B> {
                     let asked = prompts.iter().map(|p| p.prompt.as_str()).zip(texts.iter().copied());
                     evaluation.harmfulness = Some(judged(judge, asked, watch)?);
                 }
+                if let Some(probe) = questions.probe {
+                    let judgements = self.probed(probe, &tokens, &answers, refusals, watch)?;
+                    evaluation.probe_harmfulness = Some(Harmfulness::of(&judgements));
+                }
                 if let Some(strict) = questions.strict {
                     let obeyed: Vec<Vec<String>> =
                         prompts.iter().map(|p| strict.get(&p.prompt).cloned().unwrap_or_default()).collect();
@@ -245,6 +265,28 @@ impl<B: Backend> Subject<B> {
         }
         Ok(evaluation)
     }
+
+    /// [`probe_harmfulness`] of each answer, at the probe's metric layer, behind the last token of prompt and answer.
+    fn probed(
+        &self,
+        probe: &Probe,
+        prompts: &[Vec<u32>],
+        answers: &[Answer],
+        refusals: &RefusalList,
+        watch: Watch<'_>,
+    ) -> Result<Vec<Judgement>> {
+        probe.check_shape(&self.files.config)?;
+        let longest = self.decoder.longest_context();
+        let conversations: Vec<Vec<u32>> = prompts
+            .iter()
+            .zip(answers)
+            .map(|(prompt, answer)| prompt.iter().chain(&answer.tokens).copied().take(longest).collect())
+            .collect();
+        let read = features(&self.decoder, &conversations, 8192, &mut |n, m| watch("hidden states", n, m))?;
+        let layer = probe.about.metric_layer;
+        let logits = probe.logits(layer, &Head::Harmful, &read.layers[layer])?;
+        Ok(answers.iter().zip(logits).map(|(a, logit)| probe_harmfulness(&a.text, logit, refusals)).collect())
+    }
 }
 
 fn judged<'t>(
@@ -253,11 +295,10 @@ fn judged<'t>(
     watch: Watch<'_>,
 ) -> Result<Harmfulness> {
     let total = asked.len();
-    let mut scores = Vec::with_capacity(total);
+    let mut judgements = Vec::with_capacity(total);
     for (i, (prompt, answer)) in asked.enumerate() {
-        scores.extend(judge.judge(prompt, answer)?.score);
+        judgements.push(judge.judge(prompt, answer)?);
         watch("judge", i + 1, total);
     }
-    let mean = (!scores.is_empty()).then(|| scores.iter().sum::<f64>() / scores.len() as f64);
-    Ok(Harmfulness { mean, scored: scores.len(), unscored: total - scores.len() })
+    Ok(Harmfulness::of(&judgements))
 }

@@ -98,9 +98,11 @@ impl TuneOutput {
     }
 }
 
-/// Tunes a decoder in memory.
+/// Tunes a decoder in memory. Where it holds the weights of `files`, updates are measured against those, and no copy of
+/// what trains is kept.
 pub fn tune<B: Backend>(
     decoder: &mut Decoder<B>,
+    files: Option<&ModelDir>,
     examples: Vec<Example>,
     job: &TuneJob,
     place: Option<Place>,
@@ -112,6 +114,9 @@ pub fn tune<B: Backend>(
     }
     let mut loader = Loader::new(examples, job.shared.loader())?;
     let mut tuner = Tuner::new(decoder, &mut loader, job.shared.clone(), phases)?.measure_updates();
+    if let Some(files) = files {
+        tuner = tuner.given(|id, shape| files.tensor(id, shape));
+    }
     if let Some(place) = place {
         tuner = tuner.at(place);
     }
@@ -120,7 +125,8 @@ pub fn tune<B: Backend>(
     Ok(summary)
 }
 
-/// Tunes a model directory into another one, with `metrics.jsonl`, `updates.json` and `tune.json` beside the weights.
+/// Tunes a model directory, whose weights `decoder` holds, into another one, with `metrics.jsonl`, `updates.json` and
+/// `tune.json` beside the weights.
 /// An interrupted run leaves `OUT.unfinished`, from which `resume` continues bit for bit.
 pub fn tune_directory<B: Backend>(
     files: &ModelDir,
@@ -145,7 +151,7 @@ pub fn tune_directory<B: Backend>(
     std::fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished, "create"))?;
     let place =
         Place { dir: unfinished.clone(), model: files.hash()?, data: examples_hash(&examples), resume: output.resume };
-    let summary = tune(decoder, examples, job, Some(place), hooks)?;
+    let summary = tune(decoder, Some(files), examples, job, Some(place), hooks)?;
     files.write(out.dir(), |id| decoder.read(id), output.max_shard_bytes)?;
     let metrics = unfinished.join("metrics.jsonl");
     let to = out.dir().join("metrics.jsonl");

@@ -12,6 +12,7 @@ mod optimizer;
 mod options;
 mod plan;
 mod schedule;
+mod start;
 mod state;
 mod step;
 mod tensor_file;

@@ -1,17 +1,12 @@
-//! What a run's phases mean for this model and this data: checks, lengths, what changes, how far it moved.
+//! What a run's phases mean for this model and this data: checks, lengths, what changes.
 
 use super::checkpoint::Saved;
 use super::state::{Journal, RunState};
-use super::updates::{Update, cell_updates};
 use super::{Length, Optimizer, Phase, Place, Tuner};
-use crate::backend::{Backend, Element, FloatElement};
-use crate::engine::Decoder;
+use crate::backend::{Backend, Element};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ParamId};
-use std::collections::{BTreeMap, BTreeSet};
-
-/// Values of what trains at the start of a phase.
-pub(super) type Snapshot<B> = BTreeMap<ParamId, Vec<<B as Backend>::Float>>;
+use std::collections::BTreeSet;
 
 impl<B: Backend> Tuner<'_, B> {
     /// Refuses options and phases that cannot be run on this model.
@@ -117,30 +112,5 @@ impl<B: Backend> Tuner<'_, B> {
         let mut optimizer = Optimizer::new(self.decoder, &phase.rates, &self.trains)?;
         journal.load_moments(saved, &self.decoder.backend, &mut optimizer)?;
         Ok(Some(optimizer))
-    }
-
-    /// Copies what trains in a phase.
-    pub(super) fn snapshot(&self, phase: usize) -> Result<Snapshot<B>> {
-        let Some(phase) = self.phases.get(phase) else { return Ok(Snapshot::<B>::new()) };
-        let trained: BTreeSet<ParamId> = self.trained(phase).collect();
-        let mut snapshot = Snapshot::<B>::new();
-        for param in self.decoder.params().iter().filter(|param| trained.contains(&param.id)) {
-            let mut host = vec![B::Float::from_f32(0.0); param.values.len()];
-            self.decoder.backend.read(param.values.view(), &mut host)?;
-            snapshot.insert(param.id, host);
-        }
-        Ok(snapshot)
-    }
-
-    /// How far the cells moved since the snapshot.
-    pub(super) fn updates(&self, start: &Snapshot<B>) -> Result<BTreeMap<Cell, Update>> {
-        let params: Vec<_> = self.decoder.params().iter().map(|param| (param.id, param.shape.clone())).collect();
-        let decoder: &Decoder<B> = self.decoder;
-        let scale = decoder.lora().map_or(0.0, |lora| f64::from(lora.scale()));
-        let before = |id| match start.get(&id) {
-            Some(values) => Ok(values.iter().map(|x| x.to_f32()).collect()),
-            None => decoder.read(id),
-        };
-        cell_updates(&params, scale, before, |id| decoder.read(id))
     }
 }

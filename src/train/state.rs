@@ -3,7 +3,7 @@
 use super::checkpoint::{Saved, Store, replace_json};
 use super::ema::Ema;
 use super::step::{Group, Outcome};
-use super::tensor_file::Header;
+use super::tensor_file::{Header, TensorReader};
 use super::updates::PhaseUpdates;
 use super::{Hooks, Optimizer, PhaseSummary, Place, Progress, Updates, identity};
 use crate::backend::Backend;
@@ -174,23 +174,11 @@ impl Journal {
         Ok(state.run)
     }
 
-    /// Puts the weights of the phase's start into the decoder; false where they are lost.
-    pub(super) fn phase_start<B: Backend>(
-        &self,
-        run: &RunState,
-        decoder: &mut Decoder<B>,
-        hooks: &mut dyn Hooks<B>,
-    ) -> Result<bool> {
-        if run.phase == 0 {
-            return Ok(true);
-        }
-        match self.store.open(run.phase_start_step) {
-            Ok(start) => self.load_weights(&start, decoder).map(|()| true),
-            Err(why) => {
-                hooks.note(&format!("the start of this phase is lost, so its updates are not measured: {why}"));
-                Ok(false)
-            }
-        }
+    /// The weights in the checkpoint of a step, its hashes checked.
+    pub(super) fn weights(&self, step: u64) -> Result<TensorReader> {
+        let saved = self.store.open(step)?;
+        let none = || Error::input(saved.dir.display().to_string(), "no weights", "a whole checkpoint");
+        saved.tensors("weights")?.ok_or_else(none)
     }
 
     /// Writes a checkpoint with the weights of `changed`, and removes old ones.

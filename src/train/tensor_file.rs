@@ -1,4 +1,4 @@
-//! Tensors of a checkpoint as safetensors, one at a time, so that neither way holds more than one on the host.
+//! Tensors of a checkpoint as safetensors, written and read in pieces: between steps there is little memory to spare.
 
 use crate::backend::{Backend, Buffer, Element};
 use crate::error::{Error, Result};
@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 
 /// Larger headers are refused before they are read, as in the `safetensors` crate.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// Elements on the host at once, on the way from a backend or to it.
+const PIECE: usize = 1 << 20;
 
 /// Size and hash of a finished file.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -75,11 +78,15 @@ impl TensorWriter {
         self.file.write_all(bytes).map_err(Error::io(&self.path, "write"))
     }
 
-    /// Appends the next tensor from a backend, bit by bit.
+    /// Appends the next tensor from a backend, bit by bit, a piece at a time.
     pub(super) fn put_buffer<B: Backend, T: Element>(&mut self, backend: &B, buffer: &Buffer<B, T>) -> Result<()> {
-        let mut host = vec![T::zeroed(); buffer.len()];
-        backend.read(buffer.view(), &mut host)?;
-        self.put(&host)
+        let mut host = vec![T::zeroed(); buffer.len().min(PIECE)];
+        for first in (0..buffer.len()).step_by(PIECE) {
+            let piece = &mut host[..PIECE.min(buffer.len() - first)];
+            backend.read(buffer.range(first..first + piece.len()), piece)?;
+            self.put(piece)?;
+        }
+        Ok(())
     }
 
     /// Makes the file survive a loss of power.
@@ -124,6 +131,32 @@ impl TensorReader {
 
     /// The values of a tensor, which must have `len` elements of type `T`.
     pub(super) fn get<T: Element>(&mut self, name: &str, len: usize) -> Result<Vec<T>> {
+        self.find::<T>(name, len)?;
+        let mut values = vec![T::zeroed(); len];
+        self.next(&mut values)?;
+        Ok(values)
+    }
+
+    /// Puts a tensor into a backend's buffer, bit by bit, a piece at a time.
+    pub(super) fn get_buffer<B: Backend, T: Element>(
+        &mut self,
+        name: &str,
+        backend: &B,
+        buffer: &mut Buffer<B, T>,
+    ) -> Result<()> {
+        let len = buffer.len();
+        self.find::<T>(name, len)?;
+        let mut host = vec![T::zeroed(); len.min(PIECE)];
+        for first in (0..len).step_by(PIECE) {
+            let piece = &mut host[..PIECE.min(len - first)];
+            self.next(piece)?;
+            backend.write(piece, buffer.range_mut(first..first + piece.len()))?;
+        }
+        Ok(())
+    }
+
+    /// Goes to the first value of a tensor of `len` elements of type `T`.
+    fn find<T: Element>(&mut self, name: &str, len: usize) -> Result<()> {
         let wrong = |found: String| {
             Error::input(
                 format!("{}: {name}", self.path.display()),
@@ -137,21 +170,11 @@ impl TensorReader {
             return Err(wrong(format!("{} {:?}", entry.dtype, entry.shape)));
         }
         let at = self.data_start.checked_add(start).ok_or_else(|| wrong(format!("offset {start}")))?;
-        let mut values = vec![T::zeroed(); len];
-        self.file.seek(SeekFrom::Start(at)).map_err(Error::io(&self.path, "read"))?;
-        self.file.read_exact(bytemuck::cast_slice_mut(&mut values)).map_err(Error::io(&self.path, "read"))?;
-        Ok(values)
+        self.file.seek(SeekFrom::Start(at)).map(drop).map_err(Error::io(&self.path, "read"))
     }
 
-    /// Puts a tensor into a backend's buffer, bit by bit.
-    pub(super) fn get_buffer<B: Backend, T: Element>(
-        &mut self,
-        name: &str,
-        backend: &B,
-        buffer: &mut Buffer<B, T>,
-    ) -> Result<()> {
-        let values: Vec<T> = self.get(name, buffer.len())?;
-        backend.write(&values, buffer.view_mut())
+    fn next<T: Element>(&mut self, values: &mut [T]) -> Result<()> {
+        self.file.read_exact(bytemuck::cast_slice_mut(values)).map_err(Error::io(&self.path, "read"))
     }
 }
 

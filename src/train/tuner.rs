@@ -1,7 +1,7 @@
 //! A run: phases over one decoder and one loader, heard through hooks, interrupted and resumed at will.
 
 use super::metrics::MetricsLog;
-use super::plan::Snapshot;
+use super::start::{Given, PhaseStart};
 use super::state::{Journal, RunState};
 use super::step::{Group, Outcome, take_step};
 use super::updates::PhaseUpdates;
@@ -127,8 +127,9 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) options: TuneOptions,
     pub(super) phases: Vec<Phase>,
     pub(super) trains: Box<dyn Fn(ParamId) -> bool + 'a>,
-    place: Option<Place>,
+    pub(super) place: Option<Place>,
     pub(super) measure_updates: bool,
+    pub(super) given: Option<Given<'a>>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -150,7 +151,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             }
         }
         let trains = Box::new(move |id| adapter(id) || !adapted);
-        Ok(Self { decoder, loader, options, phases: kept, trains, place: None, measure_updates: false })
+        Ok(Self { decoder, loader, options, phases: kept, trains, place: None, measure_updates: false, given: None })
     }
 
     /// Trains only the tensors for which `trains` is true, of the cells that have a rate.
@@ -165,10 +166,18 @@ impl<'a, B: Backend> Tuner<'a, B> {
         self
     }
 
-    /// Measures ‖ΔW‖_F of each cell in each phase. Costs a copy of what trains on the host, in the backend's type, and
-    /// with a [`Place`] the checkpoint at the start of the phase stays until its end.
+    /// Measures ‖ΔW‖_F of each cell in each phase. What a phase starts from is kept until its end: as a copy on the host
+    /// of what trains, in the backend's type, or where there is a [`Place`], in the checkpoint at the phase's start. The
+    /// first phase has none and needs the copy, unless [`Tuner::given`] spares it.
     pub fn measure_updates(mut self) -> Self {
         self.measure_updates = true;
+        self
+    }
+
+    /// `tensor(id, shape)` gives the values of a tensor, except adapters, as the decoder had them before the run; it is
+    /// asked when a phase ends, one tensor at a time.
+    pub fn given(mut self, tensor: impl Fn(ParamId, &[usize]) -> Result<Vec<f32>> + 'a) -> Self {
+        self.given = Some(Box::new(tensor));
         self
     }
 
@@ -177,7 +186,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         self.check()?;
         let mut run = RunState::at(self.loader.position());
         let mut optimizer = None;
-        let mut snapshot = None;
+        let mut start = None;
         let mut summary = TuneSummary::default();
         let mut journal = None;
         if let Some(place) = self.place.clone() {
@@ -189,10 +198,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
                     run = store.state(saved, self.phases.len(), self.loader.batches_per_epoch())?;
                     summary.resumed_from = Some(run.step);
                     if self.measure_updates && run.phase_step > 0 {
-                        snapshot = store
-                            .phase_start(&run, self.decoder, hooks)?
-                            .then(|| self.snapshot(run.phase))
-                            .transpose()?;
+                        start = Some(self.phase_start(run.phase)?);
                     }
                     optimizer = self.restore(&store, saved, &mut run)?;
                     self.loader.seek(run.position)?;
@@ -208,7 +214,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         }
 
         while run.phase < self.phases.len() {
-            self.phase(&mut run, &mut optimizer, snapshot.take(), journal.as_mut(), hooks)?;
+            self.phase(&mut run, &mut optimizer, start.take(), journal.as_mut(), hooks)?;
         }
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
@@ -222,7 +228,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         &mut self,
         run: &mut RunState,
         optimizer: &mut Option<Optimizer<B>>,
-        snapshot: Option<Snapshot<B>>,
+        start: Option<PhaseStart<B>>,
         mut journal: Option<&mut (Journal, MetricsLog)>,
         hooks: &mut dyn Hooks<B>,
     ) -> Result<()> {
@@ -236,11 +242,9 @@ impl<'a, B: Backend> Tuner<'a, B> {
         if self.options.ema_decay.is_some() {
             run.ema.begin(self.decoder, adam.trained())?;
         }
-        // A resumed phase whose start is lost is not measured.
-        let start = match snapshot {
-            Some(start) => Some(start),
-            None if self.measure_updates && run.phase_step == 0 => Some(self.snapshot(run.phase)?),
-            None => None,
+        let start = match start {
+            None if self.measure_updates => Some(self.phase_start(run.phase)?),
+            start => start,
         };
         if run.summaries.len() == run.phase {
             run.summaries.push(PhaseSummary { phase: phase.name.clone(), ..PhaseSummary::default() });
@@ -268,10 +272,15 @@ impl<'a, B: Backend> Tuner<'a, B> {
             }
         }
 
+        // What follows holds tensors on the host: not beside the gradients and activations of a step.
         drop(gradients);
+        self.decoder.release_pool();
         hooks.phase_ends(self.decoder, &run.progress(&phase.name, total))?;
         if let Some(start) = start {
-            run.updates.push(PhaseUpdates { phase: phase.name.clone(), cells: self.updates(&start)? });
+            let store = journal.as_deref().map(|(store, _)| store);
+            if let Some(cells) = self.updates(&start, run, store, hooks)? {
+                run.updates.push(PhaseUpdates { phase: phase.name.clone(), cells });
+            }
         }
         run.phase += 1;
         run.phase_step = 0;

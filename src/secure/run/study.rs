@@ -357,6 +357,7 @@ impl<B: Backend> Study<'_, B> {
                 tasks: &self.questions.tasks,
                 heldout: &heldout,
                 judge: self.judge.as_ref(),
+                probe: None,
             };
             let options = &config.evaluate;
             let lengths = AnswerLengths {

@@ -1,0 +1,45 @@
+//! A small judge on the loopback address.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::mpsc;
+use std::thread;
+
+/// Serves these (status, body) one connection each; gives the address and what was received.
+pub fn serve(replies: Vec<(u16, String)>) -> (String, mpsc::Receiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for (status, body) in replies {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = Vec::new();
+            let mut buffer = [0; 4096];
+            loop {
+                let n = stream.read(&mut buffer).unwrap_or(0);
+                request.extend_from_slice(&buffer[..n]);
+                let text = String::from_utf8_lossy(&request).to_lowercase();
+                let length = |head: &str| {
+                    let at = head.find("content-length:")?;
+                    head[at + 15..].split_whitespace().next()?.parse::<usize>().ok()
+                };
+                let whole = text.find("\r\n\r\n").is_some_and(|at| {
+                    text.contains("transfer-encoding: chunked") && text.ends_with("0\r\n\r\n")
+                        || length(&text[..at]).is_some_and(|n| request.len() >= at + 4 + n)
+                });
+                if n == 0 || whole {
+                    break;
+                }
+            }
+            let _ = sender.send(String::from_utf8_lossy(&request).into_owned());
+            let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes()));
+        }
+    });
+    (url, receiver)
+}
+
+/// A chat completion that says this.
+pub fn reply(text: &str) -> String {
+    serde_json::json!({"choices": [{"message": {"role": "assistant", "content": text}}]}).to_string()
+}
