@@ -134,6 +134,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// `cpu`, `cuda:0`.
     fn name(&self) -> String;
 
+    /// Rows from which a product is no faster for having more. Where nothing is kept for backward the engine works in
+    /// pieces of about this many, whose intermediate values then stay in a cache; no limit by default.
+    fn enough_tokens(&self) -> usize {
+        usize::MAX
+    }
+
     /// Zeroed memory.
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>>;
     /// Host to device.

@@ -1,16 +1,20 @@
 //! The forward pass: one layer at a time over a packed batch.
 
 use super::decoder::Overlay;
+use super::fold::{Fold, Folded};
 use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
-use crate::backend::{Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, View};
+use crate::backend::{Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, View, ViewMut};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A batch on the backend.
 pub(super) struct Packed<'p, B: Backend> {
+    /// Rows that are computed: all, or where the batch is folded the distinct ones.
     pub(super) tokens: usize,
+    pub(super) folded: Option<Folded<'p, B>>,
     pub(super) documents: Documents<B>,
     pub(super) positions: Scratch<'p, B, u32>,
     pub(super) rope: Arc<Buffer<B, f32>>,
@@ -49,15 +53,40 @@ pub(super) struct LayerActivations<'p, B: Backend> {
     pub(super) mlp: MlpActivations<'p, B>,
 }
 
+impl<B: Backend> Packed<'_, B> {
+    /// Rows of the batch.
+    pub(super) fn rows(&self) -> usize {
+        self.folded.as_ref().map_or(self.tokens, |folded| folded.fold.places.len())
+    }
+
+    /// Where rows of the batch are computed.
+    pub(super) fn places(&self, rows: &[u32]) -> Vec<u32> {
+        match &self.folded {
+            Some(folded) => rows.iter().map(|r| folded.fold.places[*r as usize]).collect(),
+            None => rows.to_vec(),
+        }
+    }
+}
+
 impl<B: Backend> Decoder<B> {
     pub(super) fn pack(&self, batch: &Batch) -> Result<Packed<'_, B>> {
+        self.pack_folded(batch, None)
+    }
+
+    /// With a fold, of forward passes alone: activations hold the distinct rows.
+    pub(super) fn pack_folded(&self, batch: &Batch, fold: Option<Fold>) -> Result<Packed<'_, B>> {
         self.check(batch)?;
         let longest = batch.positions.iter().max().map_or(1, |p| *p as usize + 1);
+        let positions = match &fold {
+            Some(fold) => self.indices(&fold.choose(&batch.positions))?,
+            None => self.indices(&batch.positions)?,
+        };
         Ok(Packed {
-            tokens: batch.tokens.len(),
+            tokens: positions.view().len(),
             documents: self.documents(&batch.starts)?,
-            positions: self.indices(&batch.positions)?,
+            positions,
             rope: self.rope(longest)?,
+            folded: fold.map(|fold| self.folded(fold)).transpose()?,
         })
     }
 
@@ -169,11 +198,28 @@ impl<B: Backend> Decoder<B> {
             self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), at(), rope())?;
         self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), tokens, None)?;
         drop(normed);
-        let mut mixed = self.floats(tokens * c.q_width())?;
-        let mut lse = self.stats(tokens * c.heads)?;
-        let shape = self.attention_shape(layer, &packed.documents);
-        self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), Some(lse.view_mut()), &shape)?;
+        let mut lse = self.stats(packed.rows() * c.heads)?;
+        let mixed = self.mix(layer, [q.view(), k.view(), v.view()], packed, Some(lse.view_mut()))?;
         Ok(AttentionActivations { rstd, q_unnormed, k_unnormed, q, k, v, mixed, lse })
+    }
+
+    /// Attention of q, k and v; `lse` is over all rows.
+    pub(super) fn mix<'a>(
+        &'a self,
+        layer: usize,
+        [q, k, v]: [In<'_, B>; 3],
+        packed: &Packed<'_, B>,
+        lse: Option<ViewMut<'_, B, f32>>,
+    ) -> Result<Floats<'a, B>> {
+        let shape = self.attention_shape(layer, &packed.documents);
+        let mut mixed = self.floats(packed.rows() * self.config.q_width())?;
+        let Some(folded) = &packed.folded else {
+            self.backend.attention(q, k, v, mixed.view_mut(), lse, &shape)?;
+            return Ok(mixed);
+        };
+        let (q, k, v) = (folded.unfold(self, q)?, folded.unfold(self, k)?, folded.unfold(self, v)?);
+        self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), lse, &shape)?;
+        folded.fold(self, mixed.view())
     }
 
     /// `mid` = `x` + o_proj(`mixed`).
@@ -228,8 +274,33 @@ impl<B: Backend> Decoder<B> {
         Ok((LayerActivations { x, attention, mid, mlp }, out))
     }
 
-    /// A layer of which only some rows go on: keys and values for all tokens, everything else for `rows` alone.
-    /// Returns the layer's output [rows, hidden], and its keys and values.
+    /// The output of a layer, with nothing kept: the MLP in pieces.
+    pub(super) fn layer_output<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+        packed: &Packed<'_, B>,
+        mut out: Out<'_, B>,
+    ) -> Result<()> {
+        let mixed = self.attention_half(overlay, layer, x.clone(), packed)?.mixed;
+        let (hidden, q_width) = (self.config.hidden, self.config.q_width());
+        for piece in self.pieces(packed.tokens) {
+            let [own, mixed_own] = [hidden, q_width].map(|width| piece.start * width..piece.end * width);
+            let mid = self.output_projection(overlay, layer, mixed.range(mixed_own), x.part(own.clone()))?;
+            self.mlp_half(overlay, layer, mid.view(), out.part(own))?;
+        }
+        Ok(())
+    }
+
+    /// Rows in pieces as equal as may be, none longer than [`Backend::enough_tokens`].
+    pub(super) fn pieces(&self, tokens: usize) -> impl Iterator<Item = Range<usize>> + use<B> {
+        let count = tokens.div_ceil(self.backend.enough_tokens()).max(1);
+        (0..count).map(move |i| i * tokens / count..(i + 1) * tokens / count)
+    }
+
+    /// A layer of which only some rows of the batch go on: keys and values for all tokens, everything else for `rows`
+    /// alone. Returns the layer's output [rows, hidden], and its keys and values.
     pub(super) fn layer_forward_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -249,7 +320,11 @@ impl<B: Backend> Decoder<B> {
         self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), all, rope())?;
         self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), packed.tokens, None)?;
 
-        let chosen = self.indices(rows)?;
+        let (k, v) = match &packed.folded {
+            Some(folded) => (folded.unfold(self, k.view())?, folded.unfold(self, v.view())?),
+            None => (k, v),
+        };
+        let chosen = self.indices(&packed.places(rows))?;
         let mut x_rows = self.floats(rows.len() * c.hidden)?;
         let mut normed_rows = self.floats(rows.len() * c.hidden)?;
         self.backend.gather_rows(x, chosen.view(), x_rows.view_mut(), c.hidden)?;

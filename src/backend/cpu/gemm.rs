@@ -1,8 +1,9 @@
-//! Linear layers: products on the matrix unit where the machine has one, else with the crate `gemm`, and a streaming
-//! product for the few rows of decoding.
+//! Linear layers: products on the matrix unit where the machine has one, else on packed panels or, where these do not
+//! pay, with the crate `gemm`; and a streaming product for the few rows of decoding.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::amx;
+use super::panels;
 use super::simd::{prefetch, simd_kernel};
 use super::storage::Shared;
 use crate::backend::LinearShape;
@@ -85,10 +86,14 @@ pub(super) fn product(
     if m.min(n).min(k) >= MATRIX_UNIT && a.has_vectors() && b.has_vectors() && amx::available() {
         return amx::product(c, stride, a, b, (m, n, k), alpha, accumulate, parallel);
     }
+    if parallel && panels::suits(a, (m, n, k)) {
+        let addends = Addends { alpha, bias: None, residual: None, accumulate };
+        return panels::product(c, stride, a, b, (m, n, k), addends);
+    }
     product_by_crate(c, stride, a, b, (m, n, k), alpha, accumulate, parallel);
 }
 
-/// [`product`] without the matrix unit.
+/// [`product`] by the crate `gemm`.
 #[allow(clippy::too_many_arguments)]
 fn product_by_crate(
     c: &mut [f32],
@@ -134,18 +139,20 @@ pub(super) fn linear(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, ad
     if tokens <= STREAM_TOKENS {
         return stream(x, w, y, shape, addends);
     }
+    let (a, b, size) = (Matrix::rows(x, inputs), Matrix::rows(w, inputs).t(), (tokens, outputs, inputs));
+    if !has_matrix_unit() && panels::suits(a, size) {
+        return panels::product(y, outputs, a, b, size, addends);
+    }
     prepare(y, outputs, addends);
     let accumulate = addends.accumulate || addends.bias.is_some() || addends.residual.is_some();
-    product(
-        y,
-        outputs,
-        Matrix::rows(x, inputs),
-        Matrix::rows(w, inputs).t(),
-        (tokens, outputs, inputs),
-        addends.alpha,
-        accumulate,
-        true,
-    );
+    product(y, outputs, a, b, size, addends.alpha, accumulate, true);
+}
+
+fn has_matrix_unit() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return amx::available();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    false
 }
 
 /// Puts what is added to the product into `y`.

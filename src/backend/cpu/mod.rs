@@ -10,6 +10,7 @@ mod attention;
 mod cross_entropy;
 mod embedding;
 mod gemm;
+mod panels;
 mod perturb;
 mod rmsnorm;
 mod rope;
@@ -64,6 +65,10 @@ impl Backend for Cpu {
 
     fn name(&self) -> String {
         "cpu".into()
+    }
+
+    fn enough_tokens(&self) -> usize {
+        1024
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {

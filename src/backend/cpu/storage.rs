@@ -9,7 +9,18 @@ use std::ops::Range;
 /// One cache line: a vector load never crosses two where rows are multiples of it.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(super) struct Line([u8; 64]);
+
+impl Line {
+    /// Elements of f32 on a line.
+    pub(super) const FLOATS: usize = 16;
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self([0; 64])
+    }
+}
 
 /// From this size memory is mapped in huge pages, where the system has them: a decoding step, which reads every weight
 /// once, is a quarter faster.
@@ -40,7 +51,7 @@ impl<T: Element> Memory<T> {
         } else {
             let mut lines = Vec::new();
             lines.try_reserve_exact(size.div_ceil(64)).ok()?;
-            lines.resize(size.div_ceil(64), Line([0; 64]));
+            lines.resize(size.div_ceil(64), Line::default());
             Bytes::Heap(lines)
         };
         Some(Self { bytes, len, element: PhantomData })
