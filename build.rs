@@ -101,7 +101,8 @@ fn find_nvcc(root: &Path) -> Option<PathBuf> {
 /// One file to its fatbin, unless that was made of the same text by the same command.
 fn compile(nvcc: &Path, source: &Path, headers: &str, out: &Path) -> Result<(), String> {
     let image = image(source, out);
-    let mut arguments = vec!["-O3", "-std=c++17", "-fatbin", "--compress-mode=size", "-lineinfo", "-Xptxas", "-warn-spills"];
+    let mut arguments =
+        vec!["-O3", "-std=c++17", "-fatbin", "--compress-mode=size", "-lineinfo", "-Xptxas", "-warn-spills"];
     if stem(source).ends_with("_sm90") {
         arguments.extend(["-gencode", "arch=compute_90a,code=sm_90a"]);
     } else {

@@ -54,6 +54,16 @@ impl<B: Backend> Default for Epilogue<'_, B> {
     }
 }
 
+/// One of several linear layers of the same X.
+pub struct Projection<'a, B: Backend> {
+    /// [outputs, inputs]
+    pub w: In<'a, B>,
+    /// \[outputs\]
+    pub bias: Option<In<'a, B>>,
+    /// [tokens, outputs]
+    pub y: Out<'a, B>,
+}
+
 /// Where the documents of a packed batch begin: `starts[i]..starts[i+1]` are the rows of document i.
 pub struct Documents<B: Backend> {
     /// documents + 1 entries, the first 0, the last the number of tokens, ascending.
@@ -163,6 +173,17 @@ pub trait Backend: Sized + Send + Sync + 'static {
         shape: LinearShape,
         epilogue: Epilogue<'_, Self>,
     ) -> Result<()>;
+    /// Several layers of one X [tokens, inputs] (q, k and v; gate and up): each Y = X·Wᵀ + bias. One after another by
+    /// default.
+    fn linear_each(&self, x: In<'_, Self>, layers: &mut [Projection<'_, Self>], tokens: usize) -> Result<()> {
+        let inputs = x.len() / tokens;
+        for Projection { w, bias, y } in layers {
+            let shape = LinearShape { tokens, inputs, outputs: w.len() / inputs };
+            let epilogue = Epilogue { bias: bias.clone(), ..Epilogue::default() };
+            self.linear(x.clone(), w.clone(), y.reborrow(), shape, epilogue)?;
+        }
+        Ok(())
+    }
     /// dX [tokens, inputs] = alpha · dY · W, added to what dX holds if `accumulate`.
     fn linear_backward_input(
         &self,

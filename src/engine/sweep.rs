@@ -242,7 +242,15 @@ impl<B: Backend> Decoder<B> {
                     for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), options)? {
                         let member = at..at + 1;
                         let (x, out) = (x.range(own(&member, tokens * hidden)), out.range_mut(own(&member, width)));
-                        self.member_layer(&overlay(&perturbed), layer, x, &ground.packed, ground.prompts, out, is_last)?;
+                        self.member_layer(
+                            &overlay(&perturbed),
+                            layer,
+                            x,
+                            &ground.packed,
+                            ground.prompts,
+                            out,
+                            is_last,
+                        )?;
                         at += 1;
                     }
                 }

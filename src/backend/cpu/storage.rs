@@ -9,18 +9,7 @@ use std::ops::Range;
 /// One cache line: a vector load never crosses two where rows are multiples of it.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
-pub(super) struct Line([u8; 64]);
-
-impl Line {
-    /// Elements of f32 on a line.
-    pub(super) const FLOATS: usize = 16;
-}
-
-impl Default for Line {
-    fn default() -> Self {
-        Self([0; 64])
-    }
-}
+struct Line([u8; 64]);
 
 /// From this size memory is mapped in huge pages, where the system has them: a decoding step, which reads every weight
 /// once, is a quarter faster.
@@ -51,7 +40,7 @@ impl<T: Element> Memory<T> {
         } else {
             let mut lines = Vec::new();
             lines.try_reserve_exact(size.div_ceil(64)).ok()?;
-            lines.resize(size.div_ceil(64), Line::default());
+            lines.resize(size.div_ceil(64), Line([0; 64]));
             Bytes::Heap(lines)
         };
         Some(Self { bytes, len, element: PhantomData })
