@@ -113,7 +113,7 @@ impl<B: Backend, T: Element> Clone for View<'_, B, T> {
     }
 }
 
-impl<B: Backend, T: Element> View<'_, B, T> {
+impl<'a, B: Backend, T: Element> View<'a, B, T> {
     /// Elements.
     pub fn len(&self) -> usize {
         self.range.len()
@@ -122,6 +122,12 @@ impl<B: Backend, T: Element> View<'_, B, T> {
     /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
+    }
+
+    /// Some of it. Panics outside.
+    pub fn part(&self, range: Range<usize>) -> View<'a, B, T> {
+        assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of a view of {}", self.len());
+        View { storage: self.storage, range: self.range.start + range.start..self.range.start + range.end }
     }
 }
 
@@ -147,5 +153,11 @@ impl<B: Backend, T: Element> ViewMut<'_, B, T> {
     /// The same view for a shorter time, so that it can be used twice.
     pub fn reborrow(&mut self) -> ViewMut<'_, B, T> {
         ViewMut { storage: self.storage, range: self.range.clone() }
+    }
+
+    /// Some of it, to write. Panics outside.
+    pub fn part(&mut self, range: Range<usize>) -> ViewMut<'_, B, T> {
+        assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of a view of {}", self.len());
+        ViewMut { storage: self.storage, range: self.range.start + range.start..self.range.start + range.end }
     }
 }

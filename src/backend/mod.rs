@@ -66,6 +66,16 @@ impl<B: Backend> Default for Epilogue<'_, B> {
     }
 }
 
+/// One of several linear layers of the same X.
+pub struct Projection<'a, B: Backend> {
+    /// [outputs, inputs]
+    pub w: In<'a, B>,
+    /// \[outputs\]
+    pub bias: Option<In<'a, B>>,
+    /// [tokens, outputs]
+    pub y: Out<'a, B>,
+}
+
 /// Where the documents of a packed batch begin: `starts[i]..starts[i+1]` are the rows of document i.
 pub struct Documents<B: Backend> {
     /// documents + 1 entries, the first 0, the last the number of tokens, ascending.
@@ -166,6 +176,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// `cpu`, `cuda:0`.
     fn name(&self) -> String;
 
+    /// Rows from which a product is no faster for having more. Where nothing is kept for backward the engine works in
+    /// pieces of about this many, whose intermediate values then stay in a cache; no limit by default.
+    fn enough_tokens(&self) -> usize {
+        usize::MAX
+    }
+
     /// Zeroed memory.
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>>;
     /// Host to device.
@@ -193,6 +209,17 @@ pub trait Backend: Clone + Send + Sync + 'static {
         shape: LinearShape,
         epilogue: Epilogue<'_, Self>,
     ) -> Result<()>;
+    /// Several layers of one X [tokens, inputs] (q, k and v; gate and up): each Y = X·Wᵀ + bias. One after another by
+    /// default.
+    fn linear_each(&self, x: In<'_, Self>, layers: &mut [Projection<'_, Self>], tokens: usize) -> Result<()> {
+        let inputs = x.len() / tokens;
+        for Projection { w, bias, y } in layers {
+            let shape = LinearShape { tokens, inputs, outputs: w.len() / inputs };
+            let epilogue = Epilogue { bias: bias.clone(), ..Epilogue::default() };
+            self.linear(x.clone(), w.clone(), y.reborrow(), shape, epilogue)?;
+        }
+        Ok(())
+    }
     /// dX [tokens, inputs] = alpha · dY · W, added to what dX holds if `accumulate`.
     fn linear_backward_input(
         &self,

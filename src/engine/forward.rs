@@ -1,16 +1,22 @@
 //! The forward pass: one layer at a time over a packed batch.
 
 use super::decoder::Overlay;
+use super::fold::{Fold, Folded};
 use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
-use crate::backend::{Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, View};
+use crate::backend::{
+    Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, Projection, View, ViewMut,
+};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A batch on the backend.
 pub(super) struct Packed<'p, B: Backend> {
+    /// Rows that are computed: all, or where the batch is folded the distinct ones.
     pub(super) tokens: usize,
+    pub(super) folded: Option<Folded<'p, B>>,
     pub(super) documents: Documents<B>,
     pub(super) positions: Scratch<'p, B, u32>,
     pub(super) rope: Arc<Buffer<B, f32>>,
@@ -49,15 +55,40 @@ pub(super) struct LayerActivations<'p, B: Backend> {
     pub(super) mlp: MlpActivations<'p, B>,
 }
 
+impl<B: Backend> Packed<'_, B> {
+    /// Rows of the batch.
+    pub(super) fn rows(&self) -> usize {
+        self.folded.as_ref().map_or(self.tokens, |folded| folded.fold.places.len())
+    }
+
+    /// Where rows of the batch are computed.
+    pub(super) fn places(&self, rows: &[u32]) -> Vec<u32> {
+        match &self.folded {
+            Some(folded) => rows.iter().map(|r| folded.fold.places[*r as usize]).collect(),
+            None => rows.to_vec(),
+        }
+    }
+}
+
 impl<B: Backend> Decoder<B> {
     pub(super) fn pack(&self, batch: &Batch) -> Result<Packed<'_, B>> {
+        self.pack_folded(batch, None)
+    }
+
+    /// With a fold, of forward passes alone: activations hold the distinct rows.
+    pub(super) fn pack_folded(&self, batch: &Batch, fold: Option<Fold>) -> Result<Packed<'_, B>> {
         self.check(batch)?;
         let longest = batch.positions.iter().max().map_or(1, |p| *p as usize + 1);
+        let positions = match &fold {
+            Some(fold) => self.indices(&fold.choose(&batch.positions))?,
+            None => self.indices(&batch.positions)?,
+        };
         Ok(Packed {
-            tokens: batch.tokens.len(),
+            tokens: positions.view().len(),
             documents: self.documents(&batch.starts)?,
-            positions: self.indices(&batch.positions)?,
+            positions,
             rope: self.rope(longest)?,
+            folded: fold.map(|fold| self.folded(fold)).transpose()?,
         })
     }
 
@@ -102,7 +133,53 @@ impl<B: Backend> Decoder<B> {
         self.lora_forward(id, x, y, shape)
     }
 
-    /// q or k of a layer: projected, normed per head where the model does, rotated.
+    /// Projections of one x: [tokens, hidden] into several modules of a layer.
+    pub(super) fn project_each<'a, const N: usize>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+        mut outs: [(ModuleKind, Out<'_, B>); N],
+    ) -> Result<()> {
+        let tokens = x.len() / self.config.hidden;
+        let mut layers = outs.each_mut().map(|(kind, y)| {
+            let id = ModuleId { layer, kind: *kind };
+            let bias = self.values_if_any(overlay, ParamId::Bias(id));
+            Projection { w: self.values(overlay, ParamId::Weight(id)), bias, y: y.reborrow() }
+        });
+        self.backend.linear_each(x.clone(), &mut layers, tokens)?;
+        for (kind, y) in outs {
+            self.lora_forward(ModuleId { layer, kind }, x.clone(), y, self.shape_of(kind, tokens))?;
+        }
+        Ok(())
+    }
+
+    /// q, k and v of a layer from its normed input: q and k normed per head where the model does, and rotated.
+    /// Returns q and k as they were before their norms.
+    pub(super) fn project_qkv<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+        [mut q, mut k, v]: [Out<'_, B>; 3],
+        positions: View<'_, B, u32>,
+        rope: View<'_, B, f32>,
+    ) -> Result<[Option<Unnormed<'a, B>>; 2]> {
+        let [q_id, k_id] = [ModuleKind::Q, ModuleKind::K].map(|kind| ModuleId { layer, kind });
+        let mut unnormed = [self.unnormed(q_id, q.len())?, self.unnormed(k_id, k.len())?];
+        let [q_to, k_to] = &mut unnormed;
+        let outs = [
+            (ModuleKind::Q, q_to.as_mut().map_or_else(|| q.reborrow(), |to| to.values.view_mut())),
+            (ModuleKind::K, k_to.as_mut().map_or_else(|| k.reborrow(), |to| to.values.view_mut())),
+            (ModuleKind::V, v),
+        ];
+        self.project_each(overlay, layer, x, outs)?;
+        self.norm_and_rotate(overlay, q_id, q_to.as_mut(), q, positions.clone(), rope.clone())?;
+        self.norm_and_rotate(overlay, k_id, k_to.as_mut(), k, positions, rope)?;
+        Ok(unnormed)
+    }
+
+    /// q or k alone, as [`Decoder::project_qkv`] gives them.
     pub(super) fn project_rotated<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -111,28 +188,42 @@ impl<B: Backend> Decoder<B> {
         mut y: Out<'_, B>,
         positions: View<'_, B, u32>,
         rope: View<'_, B, f32>,
-    ) -> Result<Option<Unnormed<'a, B>>> {
-        let (tokens, head_dim) = (positions.len(), self.config.head_dim);
-        let (heads, norm) = match id.kind {
-            ModuleKind::Q => (self.config.heads, ParamId::QNorm(id.layer)),
-            _ => (self.config.kv_heads, ParamId::KNorm(id.layer)),
-        };
-        let unnormed = match self.values_if_any(overlay, norm) {
-            None => {
-                self.project(overlay, id, x, y.reborrow(), tokens, None)?;
-                None
-            }
-            Some(weight) => {
-                let mut values = self.floats(tokens * heads * head_dim)?;
-                let mut rstd = self.stats(tokens * heads)?;
-                self.project(overlay, id, x, values.view_mut(), tokens, None)?;
-                let (eps, stat) = (self.config.rms_norm_eps, Some(rstd.view_mut()));
-                self.backend.rmsnorm(values.view(), weight, y.reborrow(), stat, head_dim, eps)?;
-                Some(Unnormed { values, rstd })
-            }
-        };
-        self.backend.rope(y, rope, positions, heads, head_dim, false)?;
-        Ok(unnormed)
+    ) -> Result<()> {
+        let mut unnormed = self.unnormed(id, y.len())?;
+        let to = unnormed.as_mut().map_or_else(|| y.reborrow(), |to| to.values.view_mut());
+        self.project(overlay, id, x, to, positions.len(), None)?;
+        self.norm_and_rotate(overlay, id, unnormed.as_mut(), y, positions, rope)
+    }
+
+    fn head_norm(id: ModuleId) -> ParamId {
+        if id.kind == ModuleKind::Q { ParamId::QNorm(id.layer) } else { ParamId::KNorm(id.layer) }
+    }
+
+    /// Room for q or k before its norm, where the model has one.
+    fn unnormed(&self, id: ModuleId, len: usize) -> Result<Option<Unnormed<'_, B>>> {
+        if !self.index.contains_key(&Self::head_norm(id)) {
+            return Ok(None);
+        }
+        Ok(Some(Unnormed { values: self.floats(len)?, rstd: self.stats(len / self.config.head_dim)? }))
+    }
+
+    fn norm_and_rotate<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        id: ModuleId,
+        unnormed: Option<&mut Unnormed<'_, B>>,
+        mut y: Out<'_, B>,
+        positions: View<'_, B, u32>,
+        rope: View<'_, B, f32>,
+    ) -> Result<()> {
+        let head_dim = self.config.head_dim;
+        if let Some(Unnormed { values, rstd }) = unnormed {
+            let weight = self.values(overlay, Self::head_norm(id));
+            let (eps, stat) = (self.config.rms_norm_eps, Some(rstd.view_mut()));
+            self.backend.rmsnorm(values.view(), weight, y.reborrow(), stat, head_dim, eps)?;
+        }
+        let heads = y.len() / (positions.len() * head_dim);
+        self.backend.rope(y, rope, positions, heads, head_dim, false)
     }
 
     pub(super) fn norm<'a>(
@@ -161,19 +252,32 @@ impl<B: Backend> Decoder<B> {
         let mut q = self.floats(tokens * c.q_width())?;
         let mut k = self.floats(tokens * c.kv_width())?;
         let mut v = self.floats(tokens * c.kv_width())?;
-        let module = |kind| ModuleId { layer, kind };
-        let (at, rope) = (|| packed.positions.view(), || packed.rope.view());
-        let q_unnormed =
-            self.project_rotated(overlay, module(ModuleKind::Q), normed.view(), q.view_mut(), at(), rope())?;
-        let k_unnormed =
-            self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), at(), rope())?;
-        self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), tokens, None)?;
+        let outs = [q.view_mut(), k.view_mut(), v.view_mut()];
+        let (at, rope) = (packed.positions.view(), packed.rope.view());
+        let [q_unnormed, k_unnormed] = self.project_qkv(overlay, layer, normed.view(), outs, at, rope)?;
         drop(normed);
-        let mut mixed = self.floats(tokens * c.q_width())?;
-        let mut lse = self.stats(tokens * c.heads)?;
-        let shape = self.attention_shape(layer, &packed.documents);
-        self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), Some(lse.view_mut()), &shape)?;
+        let mut lse = self.stats(packed.rows() * c.heads)?;
+        let mixed = self.mix(layer, [q.view(), k.view(), v.view()], packed, Some(lse.view_mut()))?;
         Ok(AttentionActivations { rstd, q_unnormed, k_unnormed, q, k, v, mixed, lse })
+    }
+
+    /// Attention of q, k and v; `lse` is over all rows.
+    pub(super) fn mix<'a>(
+        &'a self,
+        layer: usize,
+        [q, k, v]: [In<'_, B>; 3],
+        packed: &Packed<'_, B>,
+        lse: Option<ViewMut<'_, B, f32>>,
+    ) -> Result<Floats<'a, B>> {
+        let shape = self.attention_shape(layer, &packed.documents);
+        let mut mixed = self.floats(packed.rows() * self.config.q_width())?;
+        let Some(folded) = &packed.folded else {
+            self.backend.attention(q, k, v, mixed.view_mut(), lse, &shape)?;
+            return Ok(mixed);
+        };
+        let (q, k, v) = (folded.unfold(self, q)?, folded.unfold(self, k)?, folded.unfold(self, v)?);
+        self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), lse, &shape)?;
+        folded.fold(self, mixed.view())
     }
 
     /// `mid` = `x` + o_proj(`mixed`).
@@ -200,16 +304,16 @@ impl<B: Backend> Decoder<B> {
         out: Out<'_, B>,
     ) -> Result<MlpActivations<'a, B>> {
         let tokens = mid.len() / self.config.hidden;
-        let module = |kind| ModuleId { layer, kind };
         let (normed, rstd) = self.norm(overlay, ParamId::PostAttentionNorm(layer), mid.clone())?;
         let mut gate = self.floats(tokens * self.config.ffn)?;
         let mut up = self.floats(tokens * self.config.ffn)?;
-        self.project(overlay, module(ModuleKind::Gate), normed.view(), gate.view_mut(), tokens, None)?;
-        self.project(overlay, module(ModuleKind::Up), normed.view(), up.view_mut(), tokens, None)?;
+        let outs = [(ModuleKind::Gate, gate.view_mut()), (ModuleKind::Up, up.view_mut())];
+        self.project_each(overlay, layer, normed.view(), outs)?;
         drop(normed);
         let mut product = self.floats(tokens * self.config.ffn)?;
         self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;
-        self.project(overlay, module(ModuleKind::Down), product.view(), out, tokens, Some(mid))?;
+        let down = ModuleId { layer, kind: ModuleKind::Down };
+        self.project(overlay, down, product.view(), out, tokens, Some(mid))?;
         Ok(MlpActivations { rstd, gate, up })
     }
 
@@ -228,8 +332,33 @@ impl<B: Backend> Decoder<B> {
         Ok((LayerActivations { x, attention, mid, mlp }, out))
     }
 
-    /// A layer of which only some rows go on: keys and values for all tokens, everything else for `rows` alone.
-    /// Returns the layer's output [rows, hidden], and its keys and values.
+    /// The output of a layer, with nothing kept: the MLP in pieces.
+    pub(super) fn layer_output<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+        packed: &Packed<'_, B>,
+        mut out: Out<'_, B>,
+    ) -> Result<()> {
+        let mixed = self.attention_half(overlay, layer, x.clone(), packed)?.mixed;
+        let (hidden, q_width) = (self.config.hidden, self.config.q_width());
+        for piece in self.pieces(packed.tokens) {
+            let [own, mixed_own] = [hidden, q_width].map(|width| piece.start * width..piece.end * width);
+            let mid = self.output_projection(overlay, layer, mixed.range(mixed_own), x.part(own.clone()))?;
+            self.mlp_half(overlay, layer, mid.view(), out.part(own))?;
+        }
+        Ok(())
+    }
+
+    /// Rows in pieces as equal as may be, none longer than [`Backend::enough_tokens`].
+    pub(super) fn pieces(&self, tokens: usize) -> impl Iterator<Item = Range<usize>> + use<B> {
+        let count = tokens.div_ceil(self.backend.enough_tokens()).max(1);
+        (0..count).map(move |i| i * tokens / count..(i + 1) * tokens / count)
+    }
+
+    /// A layer of which only some rows of the batch go on: keys and values for all tokens, everything else for `rows`
+    /// alone. Returns the layer's output [rows, hidden], and its keys and values.
     pub(super) fn layer_forward_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -249,7 +378,11 @@ impl<B: Backend> Decoder<B> {
         self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), all, rope())?;
         self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), packed.tokens, None)?;
 
-        let chosen = self.indices(rows)?;
+        let (k, v) = match &packed.folded {
+            Some(folded) => (folded.unfold(self, k.view())?, folded.unfold(self, v.view())?),
+            None => (k, v),
+        };
+        let chosen = self.indices(&packed.places(rows))?;
         let mut x_rows = self.floats(rows.len() * c.hidden)?;
         let mut normed_rows = self.floats(rows.len() * c.hidden)?;
         self.backend.gather_rows(x, chosen.view(), x_rows.view_mut(), c.hidden)?;

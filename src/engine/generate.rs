@@ -5,7 +5,7 @@ use super::{Batch, Decoder};
 use crate::backend::philox::{uniform, words};
 use crate::backend::{Backend, Buffer, Sampling};
 use crate::error::{Error, Result};
-use crate::modules::{ModuleId, ModuleKind, ParamId};
+use crate::modules::ParamId;
 
 /// How answers are generated.
 #[derive(Clone, Debug, PartialEq)]
@@ -203,16 +203,13 @@ impl<B: Backend> Decoder<B> {
         let documents = self.documents(&[0, count as u32])?;
         let mut x = self.embed(&none, &tokens)?;
         for layer in 0..c.layers {
-            let module = |kind| ModuleId { layer, kind };
             let CachedLayer { keys, values } = &mut cache.layers[layer];
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
             let mut q = self.floats(count * c.q_width())?;
             let mut k = self.floats(count * c.kv_width())?;
             let mut v = self.floats(count * c.kv_width())?;
-            for (kind, y) in [(ModuleKind::Q, &mut q), (ModuleKind::K, &mut k)] {
-                self.project_rotated(&none, module(kind), normed.view(), y.view_mut(), positions.view(), rope.view())?;
-            }
-            self.project(&none, module(ModuleKind::V), normed.view(), v.view_mut(), count, None)?;
+            let outs = [q.view_mut(), k.view_mut(), v.view_mut()];
+            self.project_qkv(&none, layer, normed.view(), outs, positions.view(), rope.view())?;
             self.backend.scatter_rows(k.view(), rows.view(), keys.view_mut(), c.kv_width())?;
             self.backend.scatter_rows(v.view(), rows.view(), values.view_mut(), c.kv_width())?;
             let mut mixed = self.floats(count * c.q_width())?;

@@ -4,6 +4,7 @@
 mod backward;
 mod batch;
 mod decoder;
+mod fold;
 mod forward;
 mod generate;
 mod gradients;

@@ -1,15 +1,17 @@
 //! The perturbed sweep: many copies of the model, each with some tensors perturbed, read at the last token of every prompt.
 //!
 //! What makes it cheap, next to perturbing, running and restoring one copy after another:
+//! - what prompts have in common from their beginnings on is computed once ([`Fold`]);
 //! - everything below the lowest perturbed layer is the clean model's, computed once for all;
 //! - inside that layer, what comes before the perturbed projection is shared as well;
-//! - above it, the copies are concatenated along the tokens, so that one large product serves them all;
+//! - above it, copies are concatenated along the tokens until products are large enough for the backend;
 //! - an antithetic pair shares its draw, and weights are perturbed out of place;
 //! - of the last layer only the last tokens are computed, beyond keys and values.
 
 mod draws;
 
 use super::decoder::{Overlay, read_floats};
+use super::fold::Fold;
 use super::forward::Packed;
 use super::pool::Floats;
 use super::{Batch, Decoder};
@@ -18,6 +20,7 @@ use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ModuleSet, ParamId};
 use draws::{Draw, draws, grouped, overlay, repeated, stage};
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// One perturbed copy of the model: a set of cells, all drawn from one seed, with a sign. No cells = the clean model.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,8 +90,20 @@ struct CleanLayer<'p, B: Backend> {
 /// The prompts on the backend, and what is read of them.
 struct Ground<'p, B: Backend> {
     prompts: &'p Batch,
+    fold: Option<Fold>,
+    /// The tokens that are computed.
+    tokens: Vec<u32>,
+    /// The last row of each prompt.
     rows: Vec<u32>,
     packed: Packed<'p, B>,
+}
+
+/// Members that run concatenated.
+struct Piece<'p, B: Backend> {
+    members: Range<usize>,
+    prompts: Batch,
+    /// Of several members; one takes the prompts' own.
+    packed: Option<Packed<'p, B>>,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -103,7 +118,10 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<()> {
         let none = Overlay::new();
         let layers = self.config.layers;
-        let ground = Ground { prompts, rows: prompts.last_rows(), packed: self.pack(prompts)? };
+        let fold = Fold::of(prompts);
+        let tokens = fold.as_ref().map_or_else(|| prompts.tokens.clone(), |fold| fold.choose(&prompts.tokens));
+        let packed = self.pack_folded(prompts, fold.clone())?;
+        let ground = Ground { prompts, fold, tokens, rows: prompts.last_rows(), packed };
         let mut stages: BTreeMap<usize, Vec<Draw<'_>>> = BTreeMap::new();
         for draw in draws(members) {
             stages
@@ -113,13 +131,13 @@ impl<B: Backend> Decoder<B> {
         }
         // Stage 0 is the embedding, stage l + 1 is layer l, stage layers + 1 what comes after the last layer.
         let mut clean = Readout::default();
-        let mut x = self.embed(&none, &prompts.tokens)?;
+        let mut x = self.embed(&none, &ground.tokens)?;
         if let Some(draws) = stages.remove(&0) {
             for draw in &draws {
                 let perturbed = self.perturbed(draw, |id| id == ParamId::Embedding, options)?;
                 let mut inputs = self.floats(draw.members.len() * x.view().len())?;
                 for (i, p) in perturbed.iter().enumerate() {
-                    let own = self.embed(&overlay(p), &prompts.tokens)?;
+                    let own = self.embed(&overlay(p), &ground.tokens)?;
                     let n = x.view().len();
                     self.backend.copy(own.view(), inputs.range_mut(i * n..(i + 1) * n))?;
                 }
@@ -139,7 +157,9 @@ impl<B: Backend> Decoder<B> {
                 break;
             }
             if draws.is_empty() {
-                x = self.layer_forward(&none, layer, x, &ground.packed)?.1;
+                let mut out = self.floats(x.view().len())?;
+                self.layer_output(&none, layer, x.view(), &ground.packed, out.view_mut())?;
+                x = out;
                 continue;
             }
             let (shared, out) = self.clean_layer(layer, &x, &ground.packed)?;
@@ -207,37 +227,45 @@ impl<B: Backend> Decoder<B> {
         let none = Overlay::new();
         let (layers, hidden, count) = (self.config.layers, self.config.hidden, readouts.len());
         let tokens = ground.packed.tokens;
-        let many = repeated(ground.prompts, count);
-        let packed = self.pack(&many)?;
+        let own = |members: &Range<usize>, width: usize| members.start * width..members.end * width;
+        let pieces = self.member_pieces(count, ground)?;
         let mut last = None;
         for layer in from..layers {
             self.tap(&x, count, layer, ground, options, &mut readouts)?;
             let touched = group.iter().any(|d| d.cells.iter().any(|c| c.layer() == Some(layer)));
-            match (touched, layer + 1 == layers) {
-                (false, true) => {
-                    let rows = many.last_rows();
-                    last = Some(self.layer_forward_rows(&none, layer, x.view(), &packed, &many, &rows)?.0);
-                }
-                (false, false) => x = self.layer_forward(&none, layer, x, &packed)?.1,
-                (true, is_last) => {
-                    let width = if is_last { ground.rows.len() * hidden } else { tokens * hidden };
-                    let mut out = self.floats(count * width)?;
-                    let mut at = 0;
-                    for draw in group {
-                        for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), options)? {
-                            let overlay = overlay(&perturbed);
-                            let own = x.range(at * tokens * hidden..(at + 1) * tokens * hidden);
-                            let into = out.range_mut(at * width..(at + 1) * width);
-                            self.member_layer(&overlay, layer, own, ground, into, is_last)?;
-                            at += 1;
-                        }
-                    }
-                    if is_last {
-                        last = Some(out);
-                    } else {
-                        x = out;
+            let is_last = layer + 1 == layers;
+            let width = if is_last { ground.rows.len() * hidden } else { tokens * hidden };
+            let mut out = self.floats(count * width)?;
+            if touched {
+                let mut at = 0;
+                for draw in group {
+                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), options)? {
+                        let member = at..at + 1;
+                        let (x, out) = (x.range(own(&member, tokens * hidden)), out.range_mut(own(&member, width)));
+                        self.member_layer(
+                            &overlay(&perturbed),
+                            layer,
+                            x,
+                            &ground.packed,
+                            ground.prompts,
+                            out,
+                            is_last,
+                        )?;
+                        at += 1;
                     }
                 }
+            } else {
+                for piece in &pieces {
+                    let (x, out) =
+                        (x.range(own(&piece.members, tokens * hidden)), out.range_mut(own(&piece.members, width)));
+                    let packed = piece.packed.as_ref().unwrap_or(&ground.packed);
+                    self.member_layer(&none, layer, x, packed, &piece.prompts, out, is_last)?;
+                }
+            }
+            if is_last {
+                last = Some(out);
+            } else {
+                x = out;
             }
         }
         let Some(last) = last else { return Ok(()) };
@@ -256,26 +284,40 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// One member through one layer with its own weights.
+    /// Members through one layer with the same weights; of the last layer only the last tokens.
+    #[allow(clippy::too_many_arguments)]
     fn member_layer<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
         layer: usize,
         x: In<'_, B>,
-        ground: &Ground<'_, B>,
+        packed: &Packed<'_, B>,
+        prompts: &Batch,
         out: Out<'_, B>,
         is_last: bool,
     ) -> Result<()> {
-        let packed = &ground.packed;
         if is_last {
-            let rows = self.layer_forward_rows(overlay, layer, x, packed, ground.prompts, &ground.rows)?.0;
+            let rows = self.layer_forward_rows(overlay, layer, x, packed, prompts, &prompts.last_rows())?.0;
             return self.backend.copy(rows.view(), out);
         }
-        let attention = self.attention_half(overlay, layer, x.clone(), packed)?;
-        let mid = self.output_projection(overlay, layer, attention.mixed.view(), x)?;
-        drop(attention);
-        self.mlp_half(overlay, layer, mid.view(), out)?;
-        Ok(())
+        self.layer_output(overlay, layer, x, packed, out)
+    }
+
+    /// Members cut into pieces that are large enough for the backend.
+    fn member_pieces<'a>(&'a self, count: usize, ground: &Ground<'_, B>) -> Result<Vec<Piece<'a, B>>> {
+        let most = self.backend.enough_tokens().div_ceil(ground.packed.tokens).min(count);
+        (0..count)
+            .step_by(most)
+            .map(|first| {
+                let members = first..(first + most).min(count);
+                let prompts = repeated(ground.prompts, members.len());
+                let packed = match members.len() {
+                    1 => None,
+                    n => Some(self.pack_folded(&prompts, ground.fold.as_ref().map(|fold| fold.repeated(n)))?),
+                };
+                Ok(Piece { members, prompts, packed })
+            })
+            .collect()
     }
 
     fn clean_layer<'a>(
@@ -336,12 +378,9 @@ impl<B: Backend> Decoder<B> {
         let k = rotated(ModuleKind::K, ParamId::KNorm(layer))?;
         let v = projected(ModuleKind::V, attention_in(), normed.is_some())?;
         let mixed = if q.is_some() || k.is_some() || v.is_some() {
-            let mut mixed = self.floats(tokens * c.q_width())?;
             let (q, k, v) =
                 (q.as_ref().unwrap_or(&clean.q), k.as_ref().unwrap_or(&clean.k), v.as_ref().unwrap_or(&clean.v));
-            let shape = self.attention_shape(layer, &packed.documents);
-            self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), None, &shape)?;
-            Some(mixed)
+            Some(self.mix(layer, [q.view(), k.view(), v.view()], packed, None)?)
         } else {
             None
         };
@@ -381,7 +420,8 @@ impl<B: Backend> Decoder<B> {
             return Ok(());
         }
         let (hidden, tokens) = (self.config.hidden, ground.packed.tokens as u32);
-        let rows: Vec<u32> = (0..count as u32).flat_map(|m| ground.rows.iter().map(move |r| m * tokens + r)).collect();
+        let places = ground.packed.places(&ground.rows);
+        let rows: Vec<u32> = (0..count as u32).flat_map(|m| places.iter().map(move |r| m * tokens + r)).collect();
         let rows = self.indices(&rows)?;
         let width = ground.rows.len() * hidden;
         let mut tapped = self.floats(count * width)?;
@@ -424,8 +464,10 @@ impl<B: Backend> Decoder<B> {
     /// Members that run concatenated within the budget.
     fn members_at_once(&self, ground: &Ground<'_, B>, options: &SweepOptions) -> usize {
         let c = &self.config;
-        let width = 5 * c.hidden + 2 * c.q_width() + 2 * c.kv_width() + 3 * c.ffn;
-        let bytes = ground.packed.tokens * width * size_of::<B::Float>();
+        let heads = 2 * c.q_width() + 2 * c.kv_width();
+        let unfolded = if ground.fold.is_some() { ground.packed.rows() * heads } else { 0 };
+        let elements = ground.packed.tokens * (5 * c.hidden + heads + 3 * c.ffn) + unfolded;
+        let bytes = elements * size_of::<B::Float>();
         (options.budget_bytes as usize / bytes.max(1)).max(2)
     }
 }

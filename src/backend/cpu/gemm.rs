@@ -148,6 +148,27 @@ pub(super) fn linear(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, ad
     );
 }
 
+/// One of several layers of the same X: W, bias and Y.
+pub(super) struct Layer<'a> {
+    pub w: &'a [f32],
+    pub bias: Option<&'a [f32]>,
+    pub y: &'a mut [f32],
+}
+
+/// [`linear`] for each layer; few tokens go through all of them in one parallel pass.
+pub(super) fn linear_each(x: &[f32], layers: Vec<Layer<'_>>, tokens: usize, inputs: usize) {
+    let layers = layers.into_iter().map(|Layer { w, bias, y }| {
+        let shape = LinearShape { tokens, inputs, outputs: w.len() / inputs };
+        (w, y, shape, Addends { alpha: 1.0, bias, residual: None, accumulate: false })
+    });
+    if tokens > STREAM_TOKENS {
+        return layers.for_each(|(w, y, shape, addends)| linear(x, w, y, shape, addends));
+    }
+    let streams: Vec<Stream<'_>> = layers.map(|(w, y, shape, addends)| Stream::new(x, w, y, shape, addends)).collect();
+    let tasks: Vec<(&Stream<'_>, usize)> = streams.iter().flat_map(|s| (0..s.blocks()).map(move |b| (s, b))).collect();
+    tasks.into_par_iter().for_each(|(stream, block)| stream.run(block));
+}
+
 /// Puts what is added to the product into `y`.
 fn prepare(y: &mut [f32], outputs: usize, addends: Addends<'_>) {
     let row = |y: &mut [f32], residual: Option<&[f32]>| {
@@ -234,19 +255,46 @@ pub(super) fn linear_backward_bias(dy: &[f32], dbias: &mut [f32], outputs: usize
 
 /// [`linear`] for few tokens, bound by reading W: each row of W is read once, for all rows of X.
 fn stream(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, addends: Addends<'_>) {
-    let LinearShape { tokens, inputs, outputs } = shape;
-    if tokens == 0 || outputs == 0 {
-        return;
+    if shape.tokens > 0 {
+        let stream = Stream::new(x, w, y, shape, addends);
+        (0..stream.blocks()).into_par_iter().for_each(|block| stream.run(block));
     }
-    let rows = (STREAM_BLOCK / inputs.max(1)).max(1);
-    let y = Shared::new(y);
-    (0..outputs.div_ceil(rows)).into_par_iter().for_each(|block| {
+}
+
+/// A streaming product, cut into blocks of rows of W.
+struct Stream<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    y: Shared<'a, f32>,
+    tokens: usize,
+    inputs: usize,
+    outputs: usize,
+    addends: Addends<'a>,
+}
+
+impl<'a> Stream<'a> {
+    fn new(x: &'a [f32], w: &'a [f32], y: &'a mut [f32], shape: LinearShape, addends: Addends<'a>) -> Self {
+        let LinearShape { tokens, inputs, outputs } = shape;
+        Self { x, w, y: Shared::new(y), tokens, inputs, outputs, addends }
+    }
+
+    fn rows_a_block(&self) -> usize {
+        (STREAM_BLOCK / self.inputs.max(1)).max(1)
+    }
+
+    fn blocks(&self) -> usize {
+        self.outputs.div_ceil(self.rows_a_block())
+    }
+
+    fn run(&self, block: usize) {
+        let Self { x, w, inputs, outputs, tokens, addends, .. } = *self;
+        let rows = self.rows_a_block();
         let range = block * rows..outputs.min((block + 1) * rows);
         stream_rows(x, &w[range.start * inputs..range.end * inputs], inputs, tokens, &mut |row, token, sum| {
             let output = range.start + row;
             let at = token * outputs + output;
-            // SAFETY: each task writes the columns of its own block of outputs.
-            let y = unsafe { &mut y.range(at..at + 1)[0] };
+            // SAFETY: each block writes the columns of its own outputs, and runs once.
+            let y = unsafe { &mut self.y.range(at..at + 1)[0] };
             let mut value = addends.alpha * sum;
             if let Some(bias) = addends.bias {
                 value += bias[output];
@@ -256,7 +304,7 @@ fn stream(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, addends: Adde
             }
             *y = if addends.accumulate { *y + value } else { value };
         });
-    });
+    }
 }
 
 simd_kernel! {

@@ -22,7 +22,7 @@ pub use storage::Memory;
 
 use super::{
     AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Element, Epilogue, FloatElement, In, LinearShape, Out,
-    Sampling, View, ViewMut,
+    Projection, Sampling, View, ViewMut,
 };
 use crate::error::{Error, Result};
 use storage::{slice, slice_mut};
@@ -64,6 +64,10 @@ impl Backend for Cpu {
 
     fn name(&self) -> String {
         "cpu".into()
+    }
+
+    fn enough_tokens(&self) -> usize {
+        1024
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {
@@ -119,6 +123,19 @@ impl Backend for Cpu {
             accumulate: epilogue.accumulate,
         };
         gemm::linear(slice(&x), slice(&w), slice_mut(y), shape, addends);
+        Ok(())
+    }
+
+    fn linear_each(&self, x: In<'_, Self>, layers: &mut [Projection<'_, Self>], tokens: usize) -> Result<()> {
+        assert!(tokens > 0 && !x.is_empty() && x.len().is_multiple_of(tokens));
+        let inputs = x.len() / tokens;
+        let layers = layers.iter_mut().map(|Projection { w, bias, y }| {
+            let outputs = w.len() / inputs;
+            assert_eq!([w.len(), y.len()], [outputs * inputs, tokens * outputs]);
+            assert!(bias.as_ref().is_none_or(|b| b.len() == outputs));
+            gemm::Layer { w: slice(w), bias: bias.as_ref().map(slice), y: slice_mut(y.reborrow()) }
+        });
+        gemm::linear_each(slice(&x), layers.collect(), tokens, inputs);
         Ok(())
     }
 
