@@ -9,15 +9,21 @@ use crate::backend::LinearShape;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-/// Up to this many rows of X the weight is streamed once, row by row, instead of being packed.
-const STREAM_TOKENS: usize = 8;
+/// Up to this many rows of X the weight is streamed once, instead of being packed: by products alone, and where there is
+/// a matrix unit.
+const STREAM_TOKENS: usize = 32;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const STREAM_TOKENS_BESIDE_UNIT: usize = 16;
 /// Rows, columns and depths from which the matrix unit pays.
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 const MATRIX_UNIT: usize = 8;
 /// Weight elements of one task of the streaming product (128 KiB).
 const STREAM_BLOCK: usize = 1 << 15;
-/// How far in front of its reads the streaming product fetches (2 KiB: 15 % more than the hardware's own fetching).
+/// How far in front of its reads the streaming product of one row of X fetches (2 KiB: 15 % more than the hardware's own
+/// fetching).
 const AHEAD: usize = 512;
+/// Rows of W and rows of X whose products are summed side by side: two sums for each pair fill 32 vector registers.
+const TILE: (usize, usize) = (2, 6);
 /// Rows of dY that one partial sum of a bias gradient covers.
 const BIAS_ROWS: usize = 128;
 
@@ -88,6 +94,15 @@ pub(super) fn product(
     product_by_crate(c, stride, a, b, (m, n, k), alpha, accumulate, parallel);
 }
 
+/// Whether so few rows of X are multiplied by streaming the weight.
+fn streams(tokens: usize) -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if amx::available() {
+        return tokens <= STREAM_TOKENS_BESIDE_UNIT;
+    }
+    tokens <= STREAM_TOKENS
+}
+
 /// [`product`] without the matrix unit.
 #[allow(clippy::too_many_arguments)]
 fn product_by_crate(
@@ -131,7 +146,7 @@ fn product_by_crate(
 
 pub(super) fn linear(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, addends: Addends<'_>) {
     let LinearShape { tokens, inputs, outputs } = shape;
-    if tokens <= STREAM_TOKENS {
+    if streams(tokens) {
         return stream(x, w, y, shape, addends);
     }
     prepare(y, outputs, addends);
@@ -161,7 +176,7 @@ pub(super) fn linear_each(x: &[f32], layers: Vec<Layer<'_>>, tokens: usize, inpu
         let shape = LinearShape { tokens, inputs, outputs: w.len() / inputs };
         (w, y, shape, Addends { alpha: 1.0, bias, residual: None, accumulate: false })
     });
-    if tokens > STREAM_TOKENS {
+    if !streams(tokens) {
         return layers.for_each(|(w, y, shape, addends)| linear(x, w, y, shape, addends));
     }
     let streams: Vec<Stream<'_>> = layers.map(|(w, y, shape, addends)| Stream::new(x, w, y, shape, addends)).collect();
@@ -290,71 +305,112 @@ impl<'a> Stream<'a> {
         let Self { x, w, inputs, outputs, tokens, addends, .. } = *self;
         let rows = self.rows_a_block();
         let range = block * rows..outputs.min((block + 1) * rows);
-        stream_rows(x, &w[range.start * inputs..range.end * inputs], inputs, tokens, &mut |row, token, sum| {
-            let output = range.start + row;
-            let at = token * outputs + output;
-            // SAFETY: each block writes the columns of its own outputs, and runs once.
-            let y = unsafe { &mut self.y.range(at..at + 1)[0] };
-            let mut value = addends.alpha * sum;
-            if let Some(bias) = addends.bias {
-                value += bias[output];
+        let w = &w[range.start * inputs..range.end * inputs];
+        stream_rows(x, w, inputs, tokens, &mut |row, token, sums| {
+            for (row, sums) in (range.start + row..).zip(sums) {
+                for (token, sum) in (token..).zip(sums.iter()) {
+                    let at = token * outputs + row;
+                    // SAFETY: each block writes the columns of its own outputs, and runs once.
+                    let y = unsafe { &mut self.y.range(at..at + 1)[0] };
+                    let mut value = addends.alpha * sum;
+                    if let Some(bias) = addends.bias {
+                        value += bias[row];
+                    }
+                    if let Some(residual) = addends.residual {
+                        value += residual[at];
+                    }
+                    *y = if addends.accumulate { *y + value } else { value };
+                }
             }
-            if let Some(residual) = addends.residual {
-                value += residual[at];
-            }
-            *y = if addends.accumulate { *y + value } else { value };
         });
     }
 }
 
+/// Takes the first row of W, the first row of X and the products of the rows of W from there, a slice each, with the rows
+/// of X from there.
+type Put<'a> = dyn FnMut(usize, usize, &[&[f32]]) + 'a;
+
 simd_kernel! {
-    /// Calls `put(row of W, row of X, their product)` for all pairs, W row by row.
-    fn stream_rows(simd, x: &'a [f32], w: &'a [f32], inputs: usize, tokens: usize, put: &'a mut dyn FnMut(usize, usize, f32)) {
-        for (row, w) in w.chunks_exact(inputs).enumerate() {
-            let mut token = 0;
-            while token < tokens {
-                let x = &x[token * inputs..];
-                let count = (tokens - token).min(4);
-                let mut sums = [0.0; 4];
-                match count {
-                    1 => dots::<S, 1>(simd, x, w, &mut sums),
-                    2 => dots::<S, 2>(simd, x, w, &mut sums),
-                    3 => dots::<S, 3>(simd, x, w, &mut sums),
-                    _ => dots::<S, 4>(simd, x, w, &mut sums),
+    /// All products of a row of W and a row of X, a few rows of both at a time.
+    fn stream_rows(simd, x: &'a [f32], w: &'a [f32], inputs: usize, tokens: usize, put: &'a mut Put<'a>) {
+        // Of 16 registers, half as many sums.
+        let most = if S::REGISTER_COUNT >= 32 { TILE.1 } else { TILE.1 / 2 };
+        let rows_a_tile = if tokens == 1 { 1 } else { TILE.0 };
+        for (first, w) in (0..).step_by(rows_a_tile).zip(w.chunks(rows_a_tile * inputs)) {
+            for (token, x) in (0..).step_by(most).zip(x[..tokens * inputs].chunks(most * inputs)) {
+                let mut sums = [[0.0; TILE.1]; TILE.0];
+                let count = x.len() / inputs;
+                if w.len() == inputs {
+                    match count {
+                        1 => dots::<S, 1, 1>(simd, x, w, AHEAD, &mut sums),
+                        2 => dots::<S, 1, 2>(simd, x, w, AHEAD, &mut sums),
+                        3 => dots::<S, 1, 3>(simd, x, w, AHEAD, &mut sums),
+                        4 => dots::<S, 1, 4>(simd, x, w, AHEAD, &mut sums),
+                        5 => dots::<S, 1, 5>(simd, x, w, AHEAD, &mut sums),
+                        _ => dots::<S, 1, 6>(simd, x, w, AHEAD, &mut sums),
+                    }
+                    put(first, token, &[&sums[0][..count]]);
+                } else {
+                    // The same place of the next rows.
+                    let ahead = TILE.0 * inputs;
+                    match count {
+                        1 => dots::<S, 2, 1>(simd, x, w, ahead, &mut sums),
+                        2 => dots::<S, 2, 2>(simd, x, w, ahead, &mut sums),
+                        3 => dots::<S, 2, 3>(simd, x, w, ahead, &mut sums),
+                        4 => dots::<S, 2, 4>(simd, x, w, ahead, &mut sums),
+                        5 => dots::<S, 2, 5>(simd, x, w, ahead, &mut sums),
+                        _ => dots::<S, 2, 6>(simd, x, w, ahead, &mut sums),
+                    }
+                    put(first, token, &[&sums[0][..count], &sums[1][..count]]);
                 }
-                for (i, sum) in sums[..count].iter().enumerate() {
-                    put(row, token + i, *sum);
-                }
-                token += count;
             }
         }
     }
 }
 
-/// Products of a row of W with `TOKENS` rows of X. The order of each sum does not depend on `TOKENS`: a token's result is
-/// the same in any batch.
+/// Products of `ROWS` rows of W with `TOKENS` rows of X. The order of each sum depends on neither: a token's result is the
+/// same in any batch.
 #[inline(always)]
-fn dots<S: pulp::Simd, const TOKENS: usize>(simd: S, x: &[f32], w: &[f32], sums: &mut [f32; 4]) {
-    let (vectors, tail) = S::as_simd_f32s(w);
-    let (pairs, last) = vectors.as_chunks::<2>();
-    let xs: [(&[S::f32s], &[f32]); TOKENS] = std::array::from_fn(|t| S::as_simd_f32s(&x[t * w.len()..][..w.len()]));
+fn dots<S: pulp::Simd, const ROWS: usize, const TOKENS: usize>(
+    simd: S,
+    x: &[f32],
+    w: &[f32],
+    ahead: usize,
+    sums: &mut [[f32; TILE.1]; TILE.0],
+) {
+    let inputs = w.len() / ROWS;
+    let ws: [(&[S::f32s], &[f32]); ROWS] = std::array::from_fn(|r| S::as_simd_f32s(&w[r * inputs..][..inputs]));
+    let xs: [(&[S::f32s], &[f32]); TOKENS] = std::array::from_fn(|t| S::as_simd_f32s(&x[t * inputs..][..inputs]));
+    let (pairs, last) = ws[0].0.as_chunks::<2>();
+    let w_pairs: [&[[S::f32s; 2]]; ROWS] = std::array::from_fn(|r| &ws[r].0.as_chunks::<2>().0[..pairs.len()]);
     let x_pairs: [&[[S::f32s; 2]]; TOKENS] = std::array::from_fn(|t| &xs[t].0.as_chunks::<2>().0[..pairs.len()]);
-    let mut partial = [[simd.splat_f32s(0.0); 2]; TOKENS];
-    for (i, pair) in pairs.iter().enumerate() {
-        prefetch(pair.as_ptr().cast::<f32>().wrapping_add(AHEAD));
-        prefetch(pair.as_ptr().cast::<f32>().wrapping_add(AHEAD + S::F32_LANES));
-        for t in 0..TOKENS {
-            partial[t][0] = simd.mul_add_f32s(pair[0], x_pairs[t][i][0], partial[t][0]);
-            partial[t][1] = simd.mul_add_f32s(pair[1], x_pairs[t][i][1], partial[t][1]);
+    let mut partial = [[[simd.splat_f32s(0.0); 2]; TOKENS]; ROWS];
+    for i in 0..pairs.len() {
+        for w in &w_pairs {
+            let next = w[i].as_ptr().cast::<f32>().wrapping_add(ahead);
+            prefetch(next);
+            prefetch(next.wrapping_add(S::F32_LANES));
+        }
+        for half in 0..2 {
+            let w: [S::f32s; ROWS] = std::array::from_fn(|r| w_pairs[r][i][half]);
+            for t in 0..TOKENS {
+                let x = x_pairs[t][i][half];
+                for r in 0..ROWS {
+                    partial[r][t][half] = simd.mul_add_f32s(w[r], x, partial[r][t][half]);
+                }
+            }
         }
     }
-    for t in 0..TOKENS {
-        if let [last] = last {
-            partial[t][0] = simd.mul_add_f32s(*last, xs[t].0[2 * pairs.len()], partial[t][0]);
+    for r in 0..ROWS {
+        let w_tail = simd.partial_load_f32s(ws[r].1);
+        for t in 0..TOKENS {
+            let [even, odd] = &mut partial[r][t];
+            if !last.is_empty() {
+                *even = simd.mul_add_f32s(ws[r].0[2 * pairs.len()], xs[t].0[2 * pairs.len()], *even);
+            }
+            *odd = simd.mul_add_f32s(w_tail, simd.partial_load_f32s(xs[t].1), *odd);
+            sums[r][t] = simd.reduce_sum_f32s(simd.add_f32s(*even, *odd));
         }
-        let (w, x) = (simd.partial_load_f32s(tail), simd.partial_load_f32s(xs[t].1));
-        partial[t][1] = simd.mul_add_f32s(w, x, partial[t][1]);
-        sums[t] = simd.reduce_sum_f32s(simd.add_f32s(partial[t][0], partial[t][1]));
     }
 }
 
@@ -410,6 +466,29 @@ mod tests {
             product(&mut y, 48, a, b, (40, 48, 64), 1.0, false, true);
             for (i, y) in y.chunks(48).enumerate() {
                 assert!(y.iter().all(|y| y.is_finite() == (i != 7)), "row {i}");
+            }
+        }
+    }
+    /// Streamed products: exact, and the same bits for a token in any batch.
+    #[test]
+    fn a_token_is_the_same_in_any_batch() {
+        for (inputs, outputs) in [(31, 7), (64, 33), (100, 20), (576, 41)] {
+            let (x, w) = (normals(1, STREAM_TOKENS * inputs), normals(2, outputs * inputs));
+            let run = |x: &[f32]| {
+                let shape = LinearShape { tokens: x.len() / inputs, inputs, outputs };
+                let mut y = vec![0.0; shape.tokens * outputs];
+                stream(x, &w, &mut y, shape, Addends { alpha: 1.0, bias: None, residual: None, accumulate: false });
+                y
+            };
+            let alone: Vec<f32> = x.chunks(inputs).flat_map(run).collect();
+            for tokens in [2, 3, 6, 7, 11, STREAM_TOKENS] {
+                assert_eq!(run(&x[..tokens * inputs]), alone[..tokens * outputs], "{tokens} tokens of {inputs}");
+            }
+            for (y, x) in alone.chunks(outputs).zip(x.chunks(inputs)) {
+                for (y, w) in y.iter().zip(w.chunks(inputs)) {
+                    let exact: f64 = x.iter().zip(w).map(|(x, w)| *x as f64 * *w as f64).sum();
+                    assert!((*y as f64 - exact).abs() < 1e-6 * inputs as f64, "{y}, {exact}");
+                }
             }
         }
     }
