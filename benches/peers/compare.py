@@ -102,9 +102,13 @@ class Sides:
 
     # ---- the sweep: `swat robustness` writes the wall time of its cells into the map
 
-    def swat_sweep(self):
-        probe, out = self.work / "probe.safetensors", self.work / "map.json"
-        shared = ["--security", self.security, "--chat-template", self.template]
+    def sweep_inputs(self, chat):
+        """Prompts alone, or as users send them: through the model's own template, with its system prompt."""
+        return ["--security", self.security, *([] if chat else ["--chat-template", self.template])]
+
+    def swat_sweep(self, chat):
+        probe, out = self.work / f"probe{'-chat' * chat}.safetensors", self.work / "map.json"
+        shared = self.sweep_inputs(chat)
         if not probe.exists():
             self.run_swat("probe", *shared, "--out", probe)
         for left in self.work.glob("map.*"):
@@ -116,10 +120,10 @@ class Sides:
         runs = len(found["cells"]) * len(found["seeds"]) * (2 if found["antithetic"] else 1)
         return {"s_per_run": found["seconds"] / runs, "runs": runs}
 
-    def peer_sweep(self):
+    def peer_sweep(self, chat):
         layers = ",".join(map(str, self.swept))
-        return self.run_peer("sweep.py", "--security", self.security, "--chat-template", self.template, "--layers", layers, "--members",
-                             2 * SWEEP_DRAWS, "--epsilon", SWEEP_EPSILON, "--warmup", 1, "--repeats", SWEEP_SAMPLE)
+        return self.run_peer("sweep.py", *self.sweep_inputs(chat), "--layers", layers, "--members", 2 * SWEEP_DRAWS, "--epsilon", SWEEP_EPSILON,
+                             "--warmup", 1, "--repeats", SWEEP_SAMPLE)
 
 
 def measurements(sides):
@@ -133,8 +137,10 @@ def measurements(sides):
                        lambda: sides.peer_generate(1), "tok_per_s", True),
         "generate-20": (f"greedy generation, 20 prompts at once, up to {NEW_TOKENS} tokens each", lambda: sides.swat_generate(20),
                         lambda: sides.peer_generate(20), "tok_per_s", True),
-        "sweep": (f"sweep: a perturbed run of {SWEEP_PROMPTS} prompts × {SWEEP_TOKENS} tokens, layers {sides.swept}", sides.swat_sweep,
-                  sides.peer_sweep, "s_per_run", False),
+        "sweep": (f"sweep: a perturbed run of {SWEEP_PROMPTS} prompts × {SWEEP_TOKENS} tokens, layers {sides.swept}",
+                  lambda: sides.swat_sweep(False), lambda: sides.peer_sweep(False), "s_per_run", False),
+        "sweep-chat": ("the same prompts through the model's chat template, with its system prompt",
+                       lambda: sides.swat_sweep(True), lambda: sides.peer_sweep(True), "s_per_run", False),
     }
 
 
@@ -202,7 +208,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=HERE.parent.parent / "docs" / "results")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="train, train-masked, generate-1, generate-20, sweep")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="train, train-masked, generate-1, generate-20, sweep, sweep-chat")
     args = parser.parse_args()
     sides = Sides(args)
     chosen = measurements(sides)
