@@ -1,7 +1,7 @@
 //! Masked AdamW over a module table of a few layers, and the sums of squares that clip it, with moments and gradients in
 //! f32 and, on a GPU, in bf16. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Model, Session, random};
 use swat::backend::cpu::Cpu;

@@ -2,7 +2,7 @@
 //!
 //! The baseline is left out where it would take more than about a tenth of a second.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Device, Model, Session, documents, integers, random};
 use swat::backend::cpu::Cpu;

@@ -1,6 +1,6 @@
 //! Cross-entropy: losses alone, and with the gradient in place. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Device, Session, integers, random};
 use swat::backend::Cost;

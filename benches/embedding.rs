@@ -1,6 +1,6 @@
 //! Rows of a table: gather, scatter, and the gradient of the table. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Device, Session, integers, random};
 use std::cell::{OnceCell, RefCell};

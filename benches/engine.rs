@@ -1,7 +1,7 @@
 //! What users wait for, on models with random weights: a training step (of everything, of some modules, of adapters), a
 //! decoded token, and the perturbed copies of a layer in a sweep. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::shapes::Steps;
 use common::{Device, Model, Session};

@@ -3,7 +3,7 @@
 //! A version runs whole (`splits: 1`), `swat` by the plan that is chosen for the device and the shape. The two slowest
 //! versions are left out where they would take more than about a tenth of a second.
 
-mod common;
+pub(crate) mod common;
 
 use common::cublaslt::CublasLt;
 use common::{Device, Model, Scale, Session, random};

@@ -1,6 +1,6 @@
 //! Perturbed copies of a weight, both signs at once. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Device, Session, random};
 use swat::backend::cpu::Cpu;

@@ -1,6 +1,6 @@
 //! Rotary position embedding of a layer's queries. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Device, Session, integers, random};
 use swat::backend::Cost;

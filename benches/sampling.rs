@@ -1,6 +1,6 @@
 //! The next token: greedy and nucleus. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;

@@ -1,6 +1,6 @@
 //! SwiGLU, forward and backward. `common` tells how to run it.
 
-mod common;
+pub(crate) mod common;
 
 use common::{Device, Session, random};
 use swat::backend::Cost;

@@ -208,7 +208,7 @@ def section(record):
     """A row an operation, at its largest shape of the largest model."""
     lines = record["bench"]["results"]
     ceilings = ceilings_of(lines)
-    order = [model["name"] for model in json.loads((ROOT / "benches/shapes.json").read_text())]
+    order = [model["name"] for model in json.loads((ROOT / "benches/shapes.json").read_text())["models"]]
     place = lambda shape: order.index(shape.split("/")[0]) if shape.split("/")[0] in order else -1
     chosen = {}
     for (family, op, shape), ladder in ladders(lines).items():

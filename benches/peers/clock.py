@@ -1,7 +1,7 @@
-"""How the peers of the kernel benches are timed: as benches/common/clock.rs times ours.
+"""How the peers of the kernel benches are timed: as benches/common times ours, at the shapes of benches/shapes.json.
 
 Random data; buffers that are rotated so that together they exceed three times the L2 cache; on a GPU, CUDA events around many calls,
-queued behind one that is not counted, and calls under 50 µs captured in a CUDA graph; samples of about 10 ms, of which the median and
+queued behind one that is not counted, and calls under 50 µs captured in a CUDA graph; samples of about 5 ms, of which the median and
 the 10th and 90th percentiles are reported, one JSON object a line on stdout.
 """
 import argparse
@@ -14,19 +14,16 @@ import time
 
 import torch
 
-SAMPLES, SAMPLE_S, MOST_S, LEAST = 21, 0.01, 4.0, 7
-SHORT_S, REPLAYED = 50e-6, 64
-CPU_CACHE_BYTES = 64 << 20
+SAMPLES, SAMPLE_S, MOST_S, LEAST = 21, 0.005, 1.0, 7
+SHORT_S, LONG_S, REPLAYED = 50e-6, 1e-3, 64
 SHAPES = pathlib.Path(__file__).parent.parent / "shapes.json"
-# For trying the scripts out: no shape of a model.
-TINY = [{"name": "tiny", "hidden": 64, "ffn": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 256, "layers": 2, "tied": True}]
 
 
 def arguments(doc, families):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("filters", nargs="*", help="parts of ids family/operation/shape to choose by; all without any")
     p.add_argument("--device", default="cuda", help="cuda (default), or cpu with --tiny to try the script out")
-    p.add_argument("--tiny", action="store_true", help="one tiny shape, and no compilation: the numbers mean nothing")
+    p.add_argument("--tiny", action="store_true", help="tiny shapes, and no compilation: the numbers mean nothing")
     p.add_argument("--list", action="store_true", help=f"print the families ({', '.join(families)}) and stop")
     args = p.parse_args()
     if args.list:
@@ -48,12 +45,13 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         # As on our side: bf16 on a GPU, f32 on the CPU.
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.models = TINY if self.tiny else json.loads(SHAPES.read_text())
-        self.tokens = 64 if self.tiny else 8192
-        self.cache_bytes = 3 * torch.cuda.get_device_properties(self.device).L2_cache_size if self.cuda else CPU_CACHE_BYTES
+        shapes = json.loads(SHAPES.read_text())
+        self.scale = shapes["tiny" if self.tiny else "gpu"]
+        self.all_models = {model["name"]: model for model in shapes["models"]}
+        self.models, self.tokens = [self.all_models[name] for name in self.scale["models"]], self.scale["tokens"]
+        cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size if self.cuda else 0
+        self.rotated_bytes = self.scale["rotated_caches"] * cache_bytes
         self.product = torch.cuda.get_device_name(self.device) if self.cuda else "CPU, a trial"
-        if self.tiny:
-            self.cache_bytes = 0
 
     def random(self, *shape, dtype=None, grad=False):
         return torch.randn(*shape, device=self.device).to(dtype or self.dtype).requires_grad_(grad)
@@ -69,7 +67,7 @@ class Bench:
         if self.filters and not any(part in f"{family}/{op}/{shape}/{variant}" for part in self.filters):
             return
         size = max(cost[0], 1 << 16)
-        sets = [make() for _ in range(self.cache_bytes // size + 1 if cost[0] else 1)]
+        sets = [make() for _ in range(self.rotated_bytes // size + 1 if cost[0] else 1)]
         try:
             samples = self.samples(sets, call, capture)
         except (RuntimeError, NotImplementedError) as error:
@@ -105,7 +103,7 @@ class Bench:
         repeats = max(1, round(repeats * SAMPLE_S / spent))
         samples, total = [], 0.0
         while len(samples) < LEAST or (len(samples) < SAMPLES and total < MOST_S):
-            spent = self.elapsed(lambda: [work() for _ in range(repeats)], before=work if one < 1e-3 else None)
+            spent = self.elapsed(lambda: [work() for _ in range(repeats)], before=work if one < LONG_S else None)
             total += spent
             samples.append(spent * 1e9 / (repeats * calls_a_turn))
         return samples

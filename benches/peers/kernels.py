@@ -23,7 +23,7 @@ def layers(model):
 
 def gemm(bench):
     for model in bench.models:
-        shapes = [(bench.tokens, *layer) for layer in layers(model)] + [(min(bench.tokens, 4096) // 4, model["hidden"], model["vocab"])]
+        shapes = [(bench.tokens, *layer) for layer in layers(model)] + [(bench.scale["head_tokens"], model["hidden"], model["vocab"])]
         for tokens, inputs, outputs in shapes:
             shape, flops = f"{model['name']}/{tokens}x{inputs}x{outputs}", 2 * tokens * inputs * outputs
             size = bench.element() * (tokens * inputs + inputs * outputs + tokens * outputs)
@@ -34,7 +34,7 @@ def gemm(bench):
             wide = size + (4 - bench.element()) * inputs * outputs
             weight = (lambda x, w, dy: torch.mm(dy.t(), x, out_dtype=torch.float32)) if bench.cuda else (lambda x, w, dy: torch.mm(dy.t(), x))
             bench.run("gemm", "backward-weight", shape, "torch", (wide, flops), make, weight)
-        for tokens in (1, 4, 8):
+        for tokens in bench.scale["decoded_tokens"]:
             for outputs in (model["ffn"], model["vocab"]):
                 inputs = model["hidden"]
                 size = bench.element() * (tokens * inputs + inputs * outputs + tokens * outputs)
@@ -44,10 +44,9 @@ def gemm(bench):
 
 
 def attention(bench):
-    packed = [(2, 32)] if bench.tiny else [(1, 8192), (8, 1024), (128, 64)]
     for model in bench.models:
         heads, kv_heads, head_dim = model["heads"], model["kv_heads"], model["head_dim"]
-        for count, length in packed:
+        for count, length in bench.scale["packed"]:
             shape, pairs, tokens = f"{model['name']}/{count}x{length}", count * length * (length + 1) // 2, count * length
             q_len, kv_len = tokens * heads * head_dim, tokens * kv_heads * head_dim
             size = lambda q, kv: bench.element() * (q * q_len + kv * kv_len) + 4 * tokens * heads
@@ -122,7 +121,7 @@ def swiglu(bench):
 
 
 def embedding(bench):
-    rows = 512 if bench.tiny else 32768
+    rows = bench.scale["table_rows"]
     for model in bench.models:
         width, n = model["hidden"], bench.tokens * model["hidden"]
         shape, moved = f"{model['name']}/{bench.tokens}x{width}", (2 * bench.element() * n + 4 * bench.tokens, 0)
@@ -152,7 +151,7 @@ def cross_entropy(bench):
         chosen = F.one_hot(targets, logits.shape[-1])
         return F.cross_entropy(wide, targets, reduction="none"), (probabilities - chosen).to(logits.dtype)
 
-    rows = 8 if bench.tiny else 1024
+    rows = bench.scale["logit_rows"]
     compiled = bench.compiled(losses), bench.compiled(gradient)
     for model in bench.models:
         n = rows * model["vocab"]
@@ -170,7 +169,7 @@ def sampling(bench):
         return order.gather(-1, torch.multinomial(ordered, 1))
 
     for model in bench.models:
-        for rows in (1, 64):
+        for rows in bench.scale["sampled_rows"]:
             shape, cost = f"{model['name']}/{rows}x{model['vocab']}", (bench.element() * rows * model["vocab"], 0)
             make = lambda: (bench.random(rows, model["vocab"]),)
             bench.run("sampling", "greedy", shape, "torch", cost, make, lambda logits: logits.argmax(-1))
@@ -178,7 +177,7 @@ def sampling(bench):
 
 
 def adamw(bench):
-    least = 1 << 10 if bench.tiny else 1 << 26
+    least = bench.scale["stepped_elements"]
     for model in bench.models:
         (h, q), (_, kv), (_, ffn), _ = layers(model)
         module = [(q, h), (kv, h), (kv, h), (h, q), (ffn, h), (ffn, h), (h, ffn)]
@@ -221,15 +220,9 @@ FAMILIES = [gemm, attention, rmsnorm, rope, swiglu, embedding, cross_entropy, sa
 def main():
     bench = clock.Bench(clock.arguments(__doc__, [family.__name__ for family in FAMILIES]))
     for family in FAMILIES:
-        # A filter that names another family alone spares the compilation of this one.
-        names = [part.split("/")[0] for part in bench.filters]
-        if not any(name in [f.__name__ for f in FAMILIES] and name != family.__name__ for name in names):
-            family(bench)
-        elif family.__name__ in names:
-            family(bench)
+        family(bench)
 
 
 if __name__ == "__main__":
-    with torch.device("cpu"):
-        torch.manual_seed(0)
+    torch.manual_seed(0)
     main()

@@ -5,8 +5,8 @@ usage: steps.py [FILTER ...] [--device cuda|cpu] [--tiny] [--list]
 Models of the same shapes with random weights (transformers, bf16, SDPA attention):
   train-all       forward, backward, clipping, fused AdamW
   train-lora-16   the same with adapters of rank 16 on every projection (peft)
-  sweep-layer     the loop that perturbs a projection of the middle layer, runs 64 prompts of 32 tokens, and restores it: 14 copies
-  generate        32 greedy tokens of prompts of 32
+  sweep-layer     the loop that perturbs a projection of the middle layer, runs all prompts, and restores it: 14 copies
+  generate        greedy tokens
 """
 import gc
 
@@ -30,8 +30,8 @@ def documents(vocab, count, tokens):
     return [[(d * 7919 + i * 104_729) % vocab for i in range(tokens)] for d in range(count)]
 
 
-def train(bench, shape, op, adapters):
-    count, tokens = (2, 16) if bench.tiny else (4, 256) if shape["layers"] == 30 else (8, 1024)
+def train(bench, shape, op, adapters, packed):
+    count, tokens = packed
 
     def make():
         model = build(bench, shape)
@@ -53,8 +53,8 @@ def train(bench, shape, op, adapters):
     bench.run("engine", op, f"{shape['name']}/{count}x{tokens}", "torch-peft" if adapters else "torch", (0, 0), make, step, capture=False)
 
 
-def sweep(bench, shape):
-    count, tokens = (4, 8) if bench.tiny else (64, 32)
+def sweep(bench, shape, prompts):
+    count, tokens = prompts
 
     def make():
         model = build(bench, shape).eval()
@@ -76,9 +76,8 @@ def sweep(bench, shape):
     bench.run("engine", "sweep-layer", f"{shape['name']}/{count}x{tokens}", "torch-loop", (0, 0), make, layer, capture=False)
 
 
-def generate(bench, shape):
-    for count in (1, 16):
-        length = 4 if bench.tiny else 32
+def generate(bench, shape, answers):
+    for count, length in answers:
 
         def make():
             return build(bench, shape).eval(), torch.tensor(documents(shape["vocab"], count, length), device=bench.device)
@@ -93,13 +92,12 @@ def generate(bench, shape):
 def main():
     bench = clock.Bench(clock.arguments(__doc__, ["engine"]))
     transformers.utils.logging.set_verbosity_error()
-    # The models of benches/engine.rs on a GPU.
-    chosen = bench.models if bench.tiny else [bench.models[0], bench.models[2]]
-    for shape in chosen:
-        train(bench, shape, "train-all", False)
-        generate(bench, shape)
-        sweep(bench, shape)
-        train(bench, shape, "train-lora-16", True)
+    for steps in bench.scale["steps"]:
+        shape = bench.all_models[steps["model"]]
+        train(bench, shape, "train-all", False, steps["packed"])
+        generate(bench, shape, steps["answers"])
+        sweep(bench, shape, steps["prompts"])
+        train(bench, shape, "train-lora-16", True, steps["packed"])
         gc.collect()
 
 
