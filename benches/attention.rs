@@ -58,6 +58,9 @@ struct Tensors<D: Device> {
     documents: Documents<D>,
 }
 
+/// A call.
+type Work<D> = fn(&D, &mut Tensors<D>, &Model);
+
 fn shape<'a, D: Device>(model: &Model, documents: &'a Documents<D>) -> Attention<'a, D> {
     let Model { heads, kv_heads, head_dim, .. } = *model;
     Attention { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip(), window: None, documents }
@@ -115,7 +118,7 @@ fn sequences<D: Device>(
         bytes: (element * (q_tensors * q_len + kv_tensors * kv_len) + 4 * tokens * model.heads) as u64,
         flops: (flops * pairs * model.q_width()) as u64,
     };
-    let works: [(&str, Cost, fn(&D, &mut Tensors<D>, &Model)); 2] =
+    let works: [(&str, Cost, Work<D>); 2] =
         [("forward", cost(2, 2, 4), forward::<D>), ("backward", cost(4, 4, 10), backward::<D>)];
     for (op, cost, work) in works {
         let ladder = session.ladder(device, op, &name, cost, make);

@@ -1,6 +1,9 @@
 //! The benches' own arithmetic and clocks: intervals against known cases, kernels of known length on the stand-in GPU, and
 //! every ladder of every family once, at sizes that are not worth measuring.
 
+// Each bench has the common part for itself, as its own executable does.
+#![allow(clippy::duplicate_mod)]
+
 #[path = "../benches/common/mod.rs"]
 mod common;
 #[path = "common/standin.rs"]

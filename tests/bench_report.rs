@@ -34,7 +34,8 @@ fn line(op: &str, shape: &str, variant: &str, peer: bool, [low, ns, high]: [f64;
 
 /// A record of a made-up GPU whose ceilings are 1000 GB/s and 100 TFLOP/s.
 fn record(commit: &str, date: &str, lines: &[Value]) -> Value {
-    let ceilings = json!({ "family": "rmsnorm", "ceilings": { "flops_per_s": 1e14, "bytes_per_s": 1e12 }, "product_by": "swat" });
+    let ceilings =
+        json!({ "family": "rmsnorm", "ceilings": { "flops_per_s": 1e14, "bytes_per_s": 1e12 }, "product_by": "swat" });
     let results: Vec<_> = [ceilings].iter().chain(lines).cloned().collect();
     json!({
         "date": date, "commit": commit, "command": ["made up"], "device": { "name": "made-up GPU", "driver_version": "1.2" },

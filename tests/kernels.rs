@@ -277,7 +277,10 @@ fn one_stem_has_its_places() {
         let target = format!("[[bench]]\nname = \"{family}\"\nharness = false");
         assert!(targets.contains(&target), "Cargo.toml: {target}");
         let bench = std::fs::read_to_string(root().join(format!("benches/{family}.rs"))).unwrap();
-        assert!(bench.contains(&format!("common::main(\"{family}\", cpu, cuda);")), "benches/{family}.rs: ids begin otherwise");
+        assert!(
+            bench.contains(&format!("common::main(\"{family}\", cpu, cuda);")),
+            "benches/{family}.rs: ids begin otherwise"
+        );
     }
     for kernel in kernels {
         let known = families.iter().any(|f| kernel == **f || kernel.starts_with(&format!("{f}_")));

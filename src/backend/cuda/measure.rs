@@ -95,11 +95,16 @@ impl<P: Precision> Cuda<P> {
                 .map_err(failed)?;
             let queued = queue();
             let graph = result::stream::end_capture(device.stream());
+            let executable = graph.and_then(|graph| match &queued {
+                Ok(()) => result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map(Some),
+                Err(_) => Ok(None),
+            });
+            if let Ok(graph) = graph {
+                let _ = result::graph::destroy(graph);
+            }
             queued?;
-            let graph = graph.map_err(failed)?;
-            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            let _ = result::graph::destroy(graph);
-            Ok(Captured { device: device.clone(), executable: executable.map_err(failed)? })
+            let executable = executable.map_err(failed)?.expect("made where the work was queued");
+            Ok(Captured { device: device.clone(), executable })
         }
     }
 
