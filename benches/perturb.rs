@@ -5,7 +5,7 @@ pub(crate) mod common;
 use common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Buffer, Cost, Direction, NoiseKey};
+use swat::backend::{Backend, Buffer, Cost, Direction, NoiseKey};
 
 const KEY: NoiseKey = NoiseKey { seed: 1, stream: 2 };
 const EPSILON: f32 = 0.1;
@@ -16,7 +16,7 @@ type Tensors<D, F> = [Buffer<D, F>; 4];
 /// A call.
 type Work<D, F> = fn(&D, &mut Tensors<D, F>);
 /// A direction, of the tensor that may be given and the rows of the weight.
-type Kind<D, F> = fn(&Buffer<D, F>, usize) -> Direction<'_, D>;
+type Kind<D> = fn(&Buffer<D, <D as Backend>::Float>, usize) -> Direction<'_, D>;
 
 fn main() {
     common::main("perturb", cpu, cuda);
@@ -45,7 +45,7 @@ fn perturb<D: Device>(session: &mut Session, device: &D, gaussian_baseline: Opti
         };
         let make = move |d: &D| [(); 4].map(|()| random::<D, D::Float>(d, len));
         // FLOPs beside those of the random numbers, which are integers' work.
-        let kinds: [(&str, Cost, Kind<D, D::Float>); 5] = [
+        let kinds: [(&str, Cost, Kind<D>); 5] = [
             ("gaussian", cost(3, 12), |_, _| Direction::Gaussian(KEY)),
             ("rademacher", cost(3, 4), |_, _| Direction::Rademacher(KEY)),
             ("lowrank-4", cost(3, 4 + 2 * RANK), |_, rows| Direction::LowRank { key: KEY, rank: RANK, rows }),

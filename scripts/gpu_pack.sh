@@ -24,7 +24,7 @@ for line in sys.stdin:
 }
 executables build --bin swat >"$out/built"
 executables test --no-run --test ops --test cuda >>"$out/built"
-executables bench --no-run --benches | sed 's|^|bench/|' >>"$out/built"
+executables bench --no-run --benches | sed '/^swat /d; s|^|bench/|' >>"$out/built"
 while read -r name path; do
   strip -o "$out/$name" "$path"
 done <"$out/built"

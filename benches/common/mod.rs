@@ -17,6 +17,7 @@
 //! cache. What `--ab` prints for a pair is the median over pairs of samples, taken in turns: B's time over A's, above 1
 //! where A is faster; "not told apart" where the interval holds 1.
 
+// Each bench uses some of it.
 #![allow(dead_code, unused_imports)]
 
 pub mod clock;
@@ -132,6 +133,8 @@ pub struct Session {
     /// Said before the first measurement.
     note: Option<String>,
     ceilings: Option<(Ceilings, &'static str)>,
+    /// Ladders on which two variants were held against each other.
+    compared: usize,
     /// So far.
     pub measured: Vec<Measured>,
 }
@@ -139,7 +142,7 @@ pub struct Session {
 impl Session {
     /// Nothing is measured yet.
     pub fn new(family: &'static str, mode: Mode, scale: &'static Scale) -> Self {
-        Self { family, mode, scale, note: None, ceilings: None, measured: Vec::new() }
+        Self { family, mode, scale, note: None, ceilings: None, compared: 0, measured: Vec::new() }
     }
 
     /// The variants of an operation at a shape; `make` allocates the tensors of a call, as often as buffers are rotated.
@@ -166,6 +169,9 @@ impl Session {
 
     /// Prints the table, or the record's lines.
     pub fn finish<D: Device>(mut self, device: &D) {
+        if let (Mode::Ab([a, b], _), 0) = (&self.mode, self.compared) {
+            eprintln!("{}: no ladder that was chosen has both {a} and {b}", self.family);
+        }
         if self.measured.is_empty() {
             return;
         }
@@ -309,6 +315,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
                 let found = names.each_ref().map(|name| self.variants.iter().position(|v| v.name == *name));
                 if let ([Some(a), Some(b)], true) = (found, chosen(&filters, &id)) {
                     println!("{id}: {}", verdict(&names, &self.ratios([a, b])));
+                    self.session.compared += 1;
                 }
                 self.session.mode = Mode::Ab(names, filters);
             }

@@ -138,7 +138,7 @@ pub fn random<B: Backend, T: FloatElement>(b: &B, len: usize) -> Buffer<B, T> {
         (0..DRAWN).map(|_| rng.normal() as f32).collect()
     });
     let from = NEXT.replace(NEXT.get() + 104_729) % DRAWN;
-    let values: Vec<T> = (normals.iter().cycle()).skip(from).take(DRAWN).map(|x| T::from_f32(*x)).collect();
+    let values: Vec<T> = (normals.iter().cycle()).skip(from).take(DRAWN.min(len)).map(|x| T::from_f32(*x)).collect();
     let mut buffer = b.zeros(len).expect("memory for a tensor of a bench");
     for start in (0..len).step_by(DRAWN) {
         let end = len.min(start + DRAWN);
