@@ -1,35 +1,63 @@
-//! What users wait for, on the shape of SmolLM2-135M with random weights: a training step (full, and with only some
-//! modules trained), a decoded token, and a cell of the perturbed sweep.
+//! What users wait for, on models with random weights: a training step (of everything, of some modules, of adapters), a
+//! decoded token, and the perturbed copies of a layer in a sweep. `common` tells how to run it.
 
-use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use std::time::Duration;
+pub(crate) mod common;
+
+use common::shapes::Steps;
+use common::{Device, Model, Session};
+use std::cell::{OnceCell, RefCell};
 use swat::backend::cpu::Cpu;
-use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Member, NoiseKind, SweepOptions};
+use swat::backend::cuda::{Cuda, F32State};
+use swat::backend::{Backend, Cost};
+use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Lora, Member, NoiseKind, SweepOptions};
 use swat::model::{ModelConfig, Rope, RopeScaling};
-use swat::modules::{Cell, ModuleKind, ModuleSet, ParamId};
+use swat::modules::{Cell, LearningRates, ModuleKind, ModuleSet, ParamId};
+use swat::train::{Optimizer, StepSettings};
 
-fn smollm2_135m() -> Decoder<Cpu> {
-    let config = ModelConfig {
+fn main() {
+    common::main("engine", cpu, cuda);
+}
+
+pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
+    engine(session, cpu);
+}
+
+pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
+    engine(session, cuda);
+}
+
+fn engine<D: Device>(session: &mut Session, device: &D) {
+    for steps in &session.scale.steps {
+        Bench { device, model: Model::named(&steps.model), decoder: OnceCell::new(), steps }.run(session);
+    }
+}
+
+/// Without biases: they cost nothing.
+fn config(model: &Model) -> ModelConfig {
+    ModelConfig {
         family: "llama".into(),
-        vocab: 49152,
-        hidden: 576,
-        ffn: 1536,
-        layers: 30,
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
+        vocab: model.vocab,
+        hidden: model.hidden,
+        ffn: model.ffn,
+        layers: model.layers,
+        heads: model.heads,
+        kv_heads: model.kv_heads,
+        head_dim: model.head_dim,
         rms_norm_eps: 1e-5,
         rope: Rope { theta: 100_000.0, scaling: RopeScaling::None },
         max_positions: 8192,
-        tied: true,
+        tied: model.tied,
         biases: vec![],
         qk_norm: false,
-        windows: vec![None; 30],
+        windows: vec![None; model.layers],
         bos: None,
         eos: vec![],
-    };
+    }
+}
+
+fn decoder<B: Backend>(backend: &B, model: &Model) -> Decoder<B> {
     let mut state = 1u32;
-    Decoder::new(Cpu::new(), config, |_, shape| {
+    Decoder::new(backend.clone(), config(model), |_, shape| {
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 24) as f32 - 0.5
@@ -37,82 +65,132 @@ fn smollm2_135m() -> Decoder<Cpu> {
         let norm = shape.len() == 1;
         Ok((0..shape.iter().product::<usize>()).map(|_| if norm { 1.0 } else { 0.1 * next() }).collect())
     })
-    .expect("memory for 135M parameters")
+    .expect("memory for the model")
 }
 
-fn documents(count: usize, tokens: usize) -> Vec<Vec<u32>> {
-    (0..count).map(|d| (0..tokens).map(|i| ((d * 7919 + i * 104_729) % 49152) as u32).collect()).collect()
+fn documents(vocab: usize, count: usize, tokens: usize) -> Vec<Vec<u32>> {
+    (0..count).map(|d| (0..tokens).map(|i| ((d * 7919 + i * 104_729) % vocab) as u32).collect()).collect()
 }
 
-fn train_step(c: &mut Criterion, model: &Decoder<Cpu>) {
-    let documents = documents(4, 256);
-    let mut batch = Batch::from_prompts(documents.iter().map(Vec::as_slice));
-    batch.targets = batch.tokens[1..].iter().copied().chain([0]).collect();
-    let mut group = c.benchmark_group("train_step/smollm2-135m/4x256");
-    group.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(30));
-    group.throughput(Throughput::Elements(1024));
-    let attention = |id: ParamId| matches!(id.cell(), Cell::Module(m) if m.kind.in_attention());
-    let top_half = |id: ParamId| matches!(id.cell(), Cell::Module(m) if m.layer >= 15);
-    let top_down = |id: ParamId| matches!(id.cell(), Cell::Module(m) if m.layer >= 23 && m.kind == ModuleKind::Down);
-    let all = |_: ParamId| true;
-    let sets: [(&str, &dyn Fn(ParamId) -> bool); 4] =
-        [("all", &all), ("qkvo", &attention), ("top-half", &top_half), ("top-quarter-down", &top_down)];
-    for (name, trains) in sets {
-        let mut gradients = Gradients::new(model, trains).expect("memory");
-        group.bench_function(name, |b| {
-            b.iter(|| model.loss_and_gradients(&batch, &mut gradients, 1e-3, false, false).expect("a valid batch"))
-        });
+/// A model, made when something of it is timed first.
+struct Bench<'a, D: Device> {
+    device: &'a D,
+    model: &'static Model,
+    decoder: OnceCell<RefCell<Decoder<D>>>,
+    steps: &'static Steps,
+}
+
+/// What a training step keeps.
+struct Training<D: Device> {
+    gradients: Gradients<D>,
+    optimizer: Optimizer<D>,
+    batch: Batch,
+}
+
+impl<D: Device> Bench<'_, D> {
+    fn run(self, session: &mut Session) {
+        let layers = self.model.layers;
+        let attention = |cell: Cell| matches!(cell, Cell::Module(m) if m.kind.in_attention());
+        let top_half = |cell: Cell| matches!(cell, Cell::Module(m) if m.layer >= layers / 2);
+        let top_down =
+            |cell: Cell| matches!(cell, Cell::Module(m) if m.layer >= layers * 3 / 4 && m.kind == ModuleKind::Down);
+        let all = |_: Cell| true;
+        let sets: [(&str, &dyn Fn(Cell) -> bool); 4] =
+            [("all", &all), ("qkvo", &attention), ("top-half", &top_half), ("top-quarter-down", &top_down)];
+        for (name, trains) in sets {
+            let set: ModuleSet = self.cells().iter().filter(|cell| trains(*cell)).collect();
+            self.step(session, &format!("train-{name}"), &set, false);
+        }
+        self.generate(session);
+        self.sweep(session);
+        // Last: the adapters stay.
+        let projections: ModuleSet = self.cells().iter().filter(|cell| matches!(cell, Cell::Module(_))).collect();
+        self.step(session, "train-lora-16", &projections, true);
     }
-    group.finish();
-}
 
-fn decode(c: &mut Criterion, model: &Decoder<Cpu>) {
-    let mut group = c.benchmark_group("generate/smollm2-135m");
-    group.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(10));
-    for count in [1, 16] {
-        let prompts = documents(count, 32);
-        let options = GenerateOptions { max_new_tokens: 32, ..GenerateOptions::default() };
-        group.throughput(Throughput::Elements(32 * count as u64));
-        group.bench_function(format!("{count}x32"), |b| {
-            b.iter(|| model.generate(&prompts, &options, &mut |_, _| {}).expect("valid prompts"))
-        });
+    fn decoder(&self) -> &RefCell<Decoder<D>> {
+        self.decoder.get_or_init(|| RefCell::new(decoder(self.device, self.model)))
     }
-    group.finish();
-}
 
-fn sweep(c: &mut Criterion, model: &Decoder<Cpu>) {
-    let documents = documents(64, 32);
-    let prompts = Batch::from_prompts(documents.iter().map(Vec::as_slice));
-    let options = SweepOptions {
-        kind: NoiseKind::Gaussian,
-        epsilon: 1.0,
-        layers: vec![30],
-        head_rows: vec![1, 2, 3],
-        budget_bytes: 1 << 30,
-    };
-    let mut group = c.benchmark_group("sweep/smollm2-135m/64x32");
-    group.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(20));
-    // A third of the way from both ends, and the middle: together about the mean cost of a cell.
-    for layer in [5, 15, 25] {
+    fn cells(&self) -> ModuleSet {
+        config(self.model).cells()
+    }
+
+    /// Forward, backward and AdamW of what is trained: a set, or adapters of rank 16 beside the projections of a set.
+    fn step(&self, session: &mut Session, op: &str, set: &ModuleSet, adapters: bool) {
+        let [count, tokens] = self.steps.packed;
+        let rates = LearningRates::masked(set, &self.cells(), 0.0);
+        let trains = |id: ParamId| !adapters || matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
+        let make = |_: &D| {
+            let mut decoder = self.decoder().borrow_mut();
+            if adapters {
+                decoder.add_lora(set, Lora { rank: 16, alpha: 32.0 }, 1).expect("memory for adapters");
+            }
+            let documents = documents(self.model.vocab, count, tokens);
+            let mut batch = Batch::from_prompts(documents.iter().map(Vec::as_slice));
+            batch.targets = batch.tokens[1..].iter().copied().chain([0]).collect();
+            let gradients = Gradients::new(&decoder, |id| trains(id) && rates.trains(id.cell())).expect("memory");
+            Training { gradients, optimizer: Optimizer::new(&decoder, &rates, trains).expect("memory"), batch }
+        };
+        let settings = StepSettings {
+            lr: 1e-5,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            max_grad_norm: Some(1.0),
+            seed: 1,
+        };
+        let shape = format!("{}/{count}x{tokens}", self.model.name);
+        let ladder = session.ladder(self.device, op, shape, Cost::default(), make).uncaptured().tokens(count * tokens);
+        let ladder = ladder.variant("swat", |_, training| {
+            let Training { gradients, optimizer, batch } = training;
+            let scale = 1.0 / (count * tokens) as f32;
+            let mut decoder = self.decoder().borrow_mut();
+            decoder.loss_and_gradients(batch, gradients, scale, false, false).expect("a valid batch");
+            optimizer.step(&mut decoder, gradients, &settings).expect("a working device");
+        });
+        ladder.run();
+    }
+
+    /// As many greedy tokens as each prompt has.
+    fn generate(&self, session: &mut Session) {
+        for [count, length] in self.steps.answers.iter().copied() {
+            let prompts = documents(self.model.vocab, count, length);
+            let options = GenerateOptions { max_new_tokens: length, ..GenerateOptions::default() };
+            let shape = format!("{}/{count}x{length}", self.model.name);
+            let ladder = session.ladder(self.device, "generate", shape, Cost::default(), |_| ());
+            let ladder = ladder.uncaptured().tokens(length * count).variant("swat", |_, ()| {
+                let decoder = self.decoder().borrow();
+                decoder.generate(&prompts, &options, &mut |_, _| {}).expect("valid prompts");
+            });
+            ladder.run();
+        }
+    }
+
+    /// Every projection of the middle layer (about the mean cost of a cell) with both signs.
+    fn sweep(&self, session: &mut Session) {
+        let (layers, [count, length]) = (self.model.layers, self.steps.prompts);
+        let documents = documents(self.model.vocab, count, length);
+        let prompts = Batch::from_prompts(documents.iter().map(Vec::as_slice));
+        let options = SweepOptions {
+            kind: NoiseKind::Gaussian,
+            epsilon: 1.0,
+            layers: vec![layers],
+            head_rows: vec![1, 2, 3],
+            budget_bytes: 1 << 30,
+        };
         let members: Vec<Member> = ModuleKind::ALL
             .into_iter()
-            .map(|kind| [Cell::module(layer, kind)].into_iter().collect::<ModuleSet>())
+            .map(|kind| [Cell::module(layers / 2, kind)].into_iter().collect::<ModuleSet>())
             .flat_map(|cells| [false, true].map(|negative| Member { cells: cells.clone(), seed: 1, negative }))
             .collect();
-        group.throughput(Throughput::Elements(members.len() as u64));
-        group.bench_function(format!("layer{layer}"), |b| {
-            b.iter(|| model.sweep(&prompts, &members, &options, &mut |_, _| Ok(())).expect("valid prompts"))
+        let shape = format!("{}/{count}x{length}", self.model.name);
+        let ladder = session.ladder(self.device, "sweep-layer", shape, Cost::default(), |_| ());
+        let ladder = ladder.uncaptured().tokens(count * length * members.len()).variant("swat", |_, ()| {
+            let decoder = self.decoder().borrow();
+            decoder.sweep(&prompts, &members, &options, &mut |_, _| Ok(())).expect("valid prompts");
         });
+        ladder.run();
     }
-    group.finish();
 }
-
-fn engine(c: &mut Criterion) {
-    let model = smollm2_135m();
-    train_step(c, &model);
-    decode(c, &model);
-    sweep(c, &model);
-}
-
-criterion_group!(benches, engine);
-criterion_main!(benches);

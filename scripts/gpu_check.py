@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the CUDA tests and benches of scripts/gpu_pack.sh on this machine's GPU, and writes one JSON record of what came out.
 
-usage: gpu_check.py [--out RECORD.json] [--no-sanitizer] [--no-bench] [--seconds N]
+usage: gpu_check.py [--out RECORD.json] [--no-sanitizer] [--no-bench] [--bench PART ...] [--seconds N]
 
 The record goes to benches/records/<device>/<date>-<commit>.json in the repository. Needs Python 3.9 and an NVIDIA driver; compute-sanitizer
 is used where it is found (PATH, CUDA_HOME, /usr/local/cuda). Exit code 0: every test passed and every sanitizer was clean; 1 otherwise.
@@ -18,8 +18,8 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-# Tests of kernels alone: short enough to run under a sanitizer, which is ten to a hundred times slower.
-SANITIZED = ["swiglu", "rmsnorm", "rope", "embedding", "cross_entropy", "sampling", "adamw", "perturb", "gemm", "attention"]
+# Kernel families: a bench executable each, and tests short enough to run under a sanitizer, which is ten to a hundred times slower.
+FAMILIES = ["swiglu", "rmsnorm", "rope", "embedding", "cross_entropy", "sampling", "adamw", "perturb", "gemm", "attention"]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 
 
@@ -66,7 +66,7 @@ def sanitized(tool_path, deadline):
     results = {}
     for tool in TOOLS:
         results[tool] = {}
-        for family in SANITIZED:
+        for family in FAMILIES:
             left = deadline - time.time()
             if left < 10:
                 results[tool][family] = "no time left"
@@ -82,11 +82,34 @@ def sanitized(tool_path, deadline):
     return results
 
 
+def benches(parts, seconds):
+    """The JSON lines of each family's bench, and its exit code; a family that took too long keeps what it had measured."""
+    ends = time.time() + seconds
+    results, exits = [], {}
+    for family in FAMILIES:
+        left = ends - time.time()
+        if left < 5:
+            exits[family] = "no time left"
+            continue
+        code, text, _ = run([str(HERE / "bench" / family), "--bench", "--json", *parts], left)
+        exits[family] = "took too long" if code is None else code
+        for line in text.splitlines():
+            try:
+                results += [json.loads(line)] if line.startswith("{") else []
+            except json.JSONDecodeError:
+                exits[family] = f"cut off: {line[:80]}"
+        if code:
+            exits[family] = {"exit": code, "tail": text[-2000:]}
+    return {"seconds": round(time.time() - ends + seconds, 2), "exit": exits, "results": results}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "record.json")
     parser.add_argument("--no-sanitizer", action="store_true")
     parser.add_argument("--no-bench", action="store_true")
+    parser.add_argument("--bench", nargs="+", default=[], metavar="PART", help="parts of bench ids to choose by, such as qwen2.5-7b")
+    parser.add_argument("--bench-seconds", type=float, default=180, help="for all families together")
     parser.add_argument("--seconds", type=float, default=540, help="for all of it; what does not fit is left out, by name")
     options = parser.parse_args()
     deadline = time.time() + options.seconds
@@ -107,12 +130,7 @@ def main():
     record["cuda"] = tests("cuda", [], min(120, deadline - time.time()))
     save()
     if not options.no_bench:
-        # The bench prints one JSON object a line on stdout with --json.
-        code, text, took = run([str(HERE / "kernels"), "--bench", "--json"], min(180, deadline - time.time()))
-        lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-        record["bench"] = {"exit": code, "seconds": took, "results": lines}
-        if code != 0:
-            record["bench"]["tail"] = text[-3000:]
+        record["bench"] = benches(options.bench, min(options.bench_seconds, deadline - time.time()))
         save()
     tool_path = None if options.no_sanitizer else sanitizer()
     record["sanitizer"] = sanitized(tool_path, deadline) if tool_path else "not run: no compute-sanitizer here" if not options.no_sanitizer else "not asked for"

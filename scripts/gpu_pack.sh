@@ -2,7 +2,7 @@
 # Builds what a GPU host without Rust needs into a folder: stripped release tests of the CUDA backend, benches, the binary, the
 # check that runs them, and the commit they were made of. Copy the folder to the host and run `python3 gpu_check.py` in it.
 #
-# usage: scripts/gpu_pack.sh [OUT]      (default: target/gpu; about 20 MB)
+# usage: scripts/gpu_pack.sh [OUT]      (default: target/gpu; benches in its folder bench)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/gpu}
@@ -10,7 +10,7 @@ commit=$(git rev-parse HEAD)
 [ -z "$(git status --porcelain --untracked-files=no)" ] || commit="$commit-dirty"
 export SWAT_CUDA=require
 rm -rf "$out"
-mkdir -p "$out"
+mkdir -p "$out/bench"
 
 # Paths of executables, from cargo's own messages.
 executables() {
@@ -24,7 +24,7 @@ for line in sys.stdin:
 }
 executables build --bin swat >"$out/built"
 executables test --no-run --test ops --test cuda >>"$out/built"
-executables bench --no-run --bench kernels >>"$out/built"
+executables bench --no-run --benches | sed '/^swat /d; s|^|bench/|' >>"$out/built"
 while read -r name path; do
   strip -o "$out/$name" "$path"
 done <"$out/built"

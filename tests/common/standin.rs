@@ -58,6 +58,13 @@ pub fn bytes(ordinal: i32) -> u64 {
     counter("standin_bytes", ordinal)
 }
 
+/// By the events of device `ordinal` of the stand-in, each kernel and each copy within it takes so long from now on; 0: as
+/// long as it does.
+pub fn each_takes(ordinal: i32, ns: u64) {
+    // SAFETY: exported with this type.
+    unsafe { hook::<unsafe extern "C" fn(i32, u64)>("standin_each_takes")(ordinal, ns) }
+}
+
 /// A kernel that EXPORT has registered.
 #[derive(Debug)]
 pub struct Kernel {

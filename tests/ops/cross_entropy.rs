@@ -14,7 +14,7 @@ fn losses(logits: &[f64], targets: &[u32], vocab: usize) -> Vec<f64> {
     logits.chunks(vocab).zip(targets).map(row).collect()
 }
 
-fn loss_and_gradient<B: Backend>(b: &B) {
+pub(super) fn loss_and_gradient<B: Backend>(b: &B) {
     for (rows, vocab) in [(1, 1), (2, 17), (5, 1000), (3, 49_152), (40, 945)] {
         let values: Vec<f64> = normals(1, rows * vocab).iter().map(|x| x * 5.0).collect();
         let mut logits = put::<B, B::Float>(b, &values);
@@ -45,7 +45,7 @@ fn loss_and_gradient<B: Backend>(b: &B) {
     }
 }
 
-fn far_logits_stay_finite<B: Backend>(b: &B) {
+pub(super) fn far_logits_stay_finite<B: Backend>(b: &B) {
     let mut logits = put::<B, B::Float>(b, &[1e4, -1e4, 0.0, -1e4, -1e4, -1e4]);
     let targets = put_u32(b, &[0, 1]);
     let mut loss = put::<B, f32>(b, &[f64::NAN; 2]);
@@ -56,7 +56,7 @@ fn far_logits_stay_finite<B: Backend>(b: &B) {
     assert_close::<B>(&gradient, &[0.0, 0.0, 0.0, third, third - 1.0, third], 1e-6, "gradients");
 }
 
-fn a_broken_row_is_not_hidden<B: Backend>(b: &B) {
+pub(super) fn a_broken_row_is_not_hidden<B: Backend>(b: &B) {
     let mut logits = put::<B, B::Float>(b, &[0.0, f64::NAN, 0.0]);
     let targets = put_u32(b, &[0]);
     let mut loss = put::<B, f32>(b, &[0.0]);

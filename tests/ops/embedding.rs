@@ -5,7 +5,7 @@ use super::*;
 /// (rows chosen, rows of the table, width)
 const SIZES: [(usize, usize, usize); 4] = [(1, 1, 1), (5, 9, 17), (300, 40, 64), (129, 1000, 576)];
 
-fn gather_and_scatter<B: Backend>(b: &B) {
+pub(super) fn gather_and_scatter<B: Backend>(b: &B) {
     for (count, rows, width) in SIZES {
         let count = count.min(rows);
         let table = put::<B, B::Float>(b, &normals(1, rows * width));
@@ -31,7 +31,7 @@ fn gather_and_scatter<B: Backend>(b: &B) {
     }
 }
 
-fn backward_adds_repeated_rows<B: Backend>(b: &B) {
+pub(super) fn backward_adds_repeated_rows<B: Backend>(b: &B) {
     for (count, rows, width) in SIZES {
         let mut rng = Philox::new(6, 0);
         let chosen: Vec<u32> = (0..count).map(|_| rng.below(rows) as u32).collect();

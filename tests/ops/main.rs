@@ -14,6 +14,7 @@ mod sampling;
 #[path = "../common/standin.rs"]
 mod standin;
 mod swiglu;
+mod versions;
 
 use swat::backend::philox::Philox;
 use swat::backend::{Backend, Buffer, Documents, Element, FloatElement};

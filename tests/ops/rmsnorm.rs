@@ -13,7 +13,7 @@ fn norm(x: &[f64], weight: &[f64]) -> (Vec<f64>, Vec<f64>) {
     (x.iter().enumerate().map(|(i, x)| x * rstds[i / width] * weight[i % width]).collect(), rstds)
 }
 
-fn forward<B: Backend>(b: &B) {
+pub(super) fn forward<B: Backend>(b: &B) {
     for (rows, width) in SIZES {
         let x = put::<B, B::Float>(b, &normals(1, rows * width));
         let weight = put::<B, B::Float>(b, &normals(2, width));
@@ -31,7 +31,7 @@ fn forward<B: Backend>(b: &B) {
     }
 }
 
-fn backward<B: Backend>(b: &B) {
+pub(super) fn backward<B: Backend>(b: &B) {
     for (rows, width) in SIZES {
         let [x, dy] = [1, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, rows * width)));
         let weight = put::<B, B::Float>(b, &normals(2, width));

@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn rotates_and_turns_back<B: Backend>(b: &B) {
+pub(super) fn rotates_and_turns_back<B: Backend>(b: &B) {
     for (tokens, heads, head_dim) in [(1, 1, 2), (7, 3, 16), (33, 9, 64), (5, 2, 80), (300, 2, 128)] {
         let half = head_dim / 2;
         let length = 64;

@@ -13,7 +13,7 @@ fn draw<B: Backend>(b: &B, logits: &[f64], uniforms: &[f64], temperature: f32, t
     read(b, &tokens)
 }
 
-fn greedy_takes_the_first_of_equals<B: Backend>(b: &B) {
+pub(super) fn greedy_takes_the_first_of_equals<B: Backend>(b: &B) {
     assert_eq!(draw(b, &[1.0, 3.0, 3.0, -1.0, /**/ -5.0, -5.0, -9.0, -5.0], &[0.9, 0.9], 0.0, 1.0), [1, 0]);
     let mut row = normals(1, 151_936);
     row[100_000] = 50.0;
@@ -25,7 +25,7 @@ fn greedy_takes_the_first_of_equals<B: Backend>(b: &B) {
 const ROW: [f64; 4] =
     [-1.386_294_361_119_890_6, -2.079_441_541_679_835_7, -std::f64::consts::LN_2, -2.079_441_541_679_835_7];
 
-fn nucleus_is_the_smallest_set_that_reaches_top_p<B: Backend>(b: &B) {
+pub(super) fn nucleus_is_the_smallest_set_that_reaches_top_p<B: Backend>(b: &B) {
     let rows: Vec<f64> = ROW.repeat(5);
     let uniforms = [0.0, 0.4, 0.6, 0.7, 0.99];
     assert_eq!(draw(b, &rows, &uniforms, 1.0, 0.3), [2; 5]);
@@ -67,7 +67,7 @@ fn frequencies_follow_the_softmax<B: Backend>(b: &B) {
 }
 
 /// A nucleus wider than the head that is sorted first.
-fn wide_nucleus<B: Backend>(b: &B) {
+pub(super) fn wide_nucleus<B: Backend>(b: &B) {
     let vocab = 5000;
     assert_eq!(draw(b, &vec![0.0; vocab], &[0.0], 1.0, 0.9), [0]);
     assert_eq!(draw(b, &vec![0.0; vocab], &[0.5001], 1.0, 0.75), [1875]);

@@ -6,7 +6,7 @@ fn silu_times_up(gate: &[f64], up: &[f64]) -> Vec<f64> {
     gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
 }
 
-fn forward_and_backward<B: Backend>(b: &B) {
+pub(super) fn forward_and_backward<B: Backend>(b: &B) {
     for len in [1, 15, 64, 1000, 100_003] {
         let gates: Vec<f64> = normals(1, len).iter().map(|x| x * 4.0).collect();
         let (mut gate, mut up) = (put::<B, B::Float>(b, &gates), put::<B, B::Float>(b, &normals(2, len)));

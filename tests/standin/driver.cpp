@@ -49,6 +49,8 @@ struct Device {
   size_t memory;
   bool loads_images;
   std::atomic<uint64_t> launches{0}, allocations{0}, bytes{0};
+  // A clock of its own, on which whatever the device runs takes equally long; 0: the host's clock.
+  std::atomic<uint64_t> clock_ns{0}, each_ns{0};
 
   int shared_optin() const { return major >= 9 ? 232448 : major == 8 ? 166912 : 98304; }
   int shared_per_processor() const { return shared_optin() + 1024; }
@@ -125,7 +127,10 @@ int refuse_capture(Stream* s) {
   return CAPTURE_UNSUPPORTED;
 }
 
-double now() {
+void tick(Device* device) { device->clock_ns += device->each_ns; }
+
+double now(const Device* device) {
+  if (device->each_ns) return (double)device->clock_ns / 1e6;
   using namespace std::chrono;
   return duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
 }
@@ -211,6 +216,8 @@ const Kernel* find_kernel(const std::string& name, const std::string& stem) {
 extern "C" STANDIN_API uint64_t standin_launches(int device) { return devices[device].launches; }
 extern "C" STANDIN_API uint64_t standin_allocations(int device) { return devices[device].allocations; }
 extern "C" STANDIN_API uint64_t standin_bytes(int device) { return devices[device].bytes; }
+// From now on each kernel and each copy within the device takes so long by its events.
+extern "C" STANDIN_API void standin_each_takes(int device, uint64_t ns) { devices[device].each_ns = ns; }
 // Names the kernel file that an image is made of. A module of an image finds the kernels of that file alone.
 extern "C" STANDIN_API void standin_image(const char* stem, const unsigned char* bytes, size_t length) {
   std::lock_guard<std::mutex> guard(lock);
@@ -303,7 +310,8 @@ API cuEventCreate(Event** event, unsigned flags) {
 }
 API cuEventDestroy_v2(Event* event) { return delete event, SUCCESS; }
 API cuEventRecord(Event* event, Stream* s) {
-  return enqueue(s, [=] { event->milliseconds = now(); });
+  Device* const device = device_of(s);
+  return enqueue(s, [=] { event->milliseconds = now(device); });
 }
 API cuEventSynchronize(Event*) { return SUCCESS; }
 API cuEventQuery(Event*) { return SUCCESS; }
@@ -350,8 +358,12 @@ API cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* s) {
   return copy(to, reinterpret_cast<void*>(from), bytes, s);
 }
 API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream* s) {
-  if (bytes && (!owns(device_of(s), to, bytes) || !owns(device_of(s), from, bytes))) return INVALID_VALUE;
-  return copy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes, s);
+  Device* const device = device_of(s);
+  if (bytes && (!owns(device, to, bytes) || !owns(device, from, bytes))) return INVALID_VALUE;
+  return enqueue(s, [=] {
+    memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+    tick(device);
+  });
 }
 API cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) { return cuMemcpyHtoDAsync_v2(to, from, bytes, nullptr); }
 API cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) { return cuMemcpyDtoHAsync_v2(to, from, bytes, nullptr); }
@@ -440,12 +452,14 @@ API cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned 
     Launch launch;
     start(launch);
     device->launches++;
+    tick(device);
     return run(launch), SUCCESS;
   }
   auto launch = std::make_shared<Launch>();
   start(*launch);
   return enqueue(s, [=] {
     device->launches++;
+    tick(device);
     run(*launch);
   });
 }

@@ -1,12 +1,14 @@
 //! Cross-entropy: see `kernels/cross_entropy.cu`.
 
 use super::device::{Device, Launch, args, blocks};
+use super::measure;
 use super::memory::{Slice, SliceMut};
 use crate::backend::Cost;
 use crate::error::Result;
 use half::bf16;
 
 const BLOCK: u32 = 512;
+const BASELINE_BLOCK: u32 = 256;
 /// Bytes of a row that one step of a block covers: what is kept in shared memory is a multiple of it.
 const SPAN_BYTES: u32 = 16 << 10;
 /// Shared memory of a block beside what it keeps of its row: its own, and the driver's.
@@ -32,22 +34,30 @@ pub(super) fn cross_entropy(
 ) -> Result<()> {
     assert_eq!([logits.len(), losses.len()], [targets.len() * vocab, targets.len()]);
     let grid = [blocks(targets.len(), 1), 1, 1];
-    let launch =
-        |kernel, shared_bytes, cost| Launch { image: "cross_entropy", kernel, grid, block: BLOCK, shared_bytes, cost };
     let elements = logits.len() as u64;
+    let cost = match scale {
+        None => Cost { bytes: 2 * elements, flops: 4 * elements },
+        Some(_) => Cost { bytes: 4 * elements, flops: 7 * elements },
+    };
+    let launch =
+        |kernel, shared_bytes| Launch { image: "cross_entropy", kernel, grid, block: BLOCK, shared_bytes, cost };
+    if measure::baseline() {
+        let launch = Launch { block: BASELINE_BLOCK, ..launch("cross_entropy_baseline_bf16", 0) };
+        let (with_gradient, scale) = (u32::from(scale.is_some()), scale.unwrap_or(0.0));
+        // SAFETY: as below.
+        return unsafe { device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, with_gradient]) };
+    }
     // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check targets; logits
     // and losses are borrowed mutably. What the second keeps is whole steps, in as much shared memory as it is launched with.
     unsafe {
         match scale {
             None => {
-                let cost = Cost { bytes: 2 * elements, flops: 4 * elements };
-                let launch = launch("cross_entropy_loss_vec8_bf16", 0, cost);
+                let launch = launch("cross_entropy_loss_vec8_bf16", 0);
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32])
             }
             Some(scale) => {
                 let kept = kept_bytes(device, vocab);
-                let cost = Cost { bytes: 4 * elements, flops: 7 * elements };
-                let launch = launch("cross_entropy_backward_vec8_bf16", kept, cost);
+                let launch = launch("cross_entropy_backward_vec8_bf16", kept);
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, kept / 16])
             }
         }

@@ -1,6 +1,7 @@
 //! Rows of a table: see `kernels/embedding.cu`.
 
 use super::device::{Device, Launch, args, blocks};
+use super::measure;
 use super::memory::{self, Memory, Slice, SliceMut};
 use crate::backend::{Cost, Element, FloatElement};
 use crate::error::Result;
@@ -65,7 +66,7 @@ unsafe fn move_rows(
 ) -> Result<()> {
     let aligned = width.is_multiple_of(VECTOR) && from.aligned(VECTOR_BYTES) && to.aligned(VECTOR_BYTES);
     let elements = rows.len() * width;
-    let (kernel, elements_a_block) = match aligned {
+    let (kernel, elements_a_block) = match aligned && !measure::baseline() {
         true => ("embedding_move_vec8_bf16", BLOCK as usize * VECTORS * VECTOR),
         false => ("embedding_move_baseline_bf16", BLOCK as usize),
     };
@@ -105,7 +106,7 @@ pub(super) fn embedding_backward<G: FloatElement>(
     let sums = Cost { bytes: (dy.len() * (2 + 2 * size_of::<G>())) as u64, flops: dy.len() as u64 };
     let (count32, table_rows32, width32) = (count as u32, table_rows as u32, width as u32);
     let aligned = width.is_multiple_of(VECTOR) && dy.aligned(VECTOR_BYTES) && dtable.aligned(VECTOR_BYTES);
-    if count <= FEW || !aligned {
+    if count <= FEW || !aligned || measure::baseline() {
         let launch = launch(baseline, count32, BLOCK, sums);
         // SAFETY: dy has a row of `width` for each index, dtable `table_rows` of them, and is borrowed mutably; the kernel skips
         // rows outside.

@@ -11,6 +11,7 @@ mod cross_entropy;
 mod device;
 mod embedding;
 mod gemm;
+mod measure;
 mod memory;
 mod perturb;
 mod rmsnorm;
@@ -21,6 +22,7 @@ mod timing;
 
 pub use attention::{AttentionVersion, with_attention_version};
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
+pub use measure::{Captured, with_version};
 pub use memory::Memory;
 
 use super::{

@@ -1,6 +1,7 @@
 //! Rotary position embedding: see `kernels/rope.cu`.
 
 use super::device::{Device, Launch, args, blocks};
+use super::measure;
 use super::memory::{Slice, SliceMut};
 use crate::backend::Cost;
 use crate::error::Result;
@@ -26,7 +27,8 @@ pub(super) fn rope(
     let tokens = positions.len();
     assert_eq!(x.len(), tokens * heads * head_dim);
     assert!(head_dim.is_multiple_of(2) && table.len().is_multiple_of(head_dim));
-    let vectors = head_dim.is_multiple_of(HEAD_DIM_STEP) && x.aligned(VECTOR_BYTES) && table.aligned(VECTOR_BYTES);
+    let aligned = x.aligned(VECTOR_BYTES) && table.aligned(VECTOR_BYTES);
+    let vectors = head_dim.is_multiple_of(HEAD_DIM_STEP) && aligned && !measure::baseline();
     let (kernel, threads) = match vectors {
         true => ("rope_forward_vec8_bf16", tokens * heads.div_ceil(HEADS) * head_dim / HEAD_DIM_STEP),
         false => ("rope_forward_baseline_bf16", x.len() / 2),

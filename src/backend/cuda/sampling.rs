@@ -1,6 +1,7 @@
 //! The next token: see `kernels/sampling.cu`.
 
 use super::device::{Device, Launch, args, blocks};
+use super::measure;
 use super::memory::{Slice, SliceMut};
 use crate::backend::{Cost, Sampling};
 use crate::error::Result;
@@ -18,6 +19,10 @@ pub(super) fn sample(
     sampling: Sampling,
 ) -> Result<()> {
     assert_eq!([logits.len(), uniforms.len()], [tokens.len() * vocab, tokens.len()]);
+    let [greedy, nucleus] = match measure::baseline() {
+        true => ["sampling_greedy_baseline_bf16", "sampling_nucleus_baseline_bf16"],
+        false => ["sampling_greedy_vec8_bf16", "sampling_nucleus_vec8_bf16"],
+    };
     let elements = logits.len() as u64;
     let grid = [blocks(tokens.len(), 1), 1, 1];
     let launch = |kernel, flops| {
@@ -28,9 +33,9 @@ pub(super) fn sample(
     unsafe {
         if sampling.temperature > 0.0 {
             let arguments = args![logits, uniforms, &tokens, vocab as u32, sampling.exponent_scale(), sampling.top_p];
-            device.launch(launch("sampling_nucleus_vec8_bf16", 80), arguments)
+            device.launch(launch(nucleus, 80), arguments)
         } else {
-            device.launch(launch("sampling_greedy_vec8_bf16", 1), args![logits, &tokens, vocab as u32])
+            device.launch(launch(greedy, 1), args![logits, &tokens, vocab as u32])
         }
     }
 }

@@ -1,6 +1,7 @@
 //! SwiGLU: see `kernels/swiglu.cu`.
 
 use super::device::{Device, Launch, args, blocks};
+use super::measure;
 use super::memory::{Slice, SliceMut};
 use crate::backend::Cost;
 use crate::error::Result;
@@ -16,7 +17,7 @@ const BLOCKS_MULTIPROCESSOR: u32 = 8;
 /// The kernel and the grid: vectors where all three tensors allow 16-byte accesses.
 fn choose(device: &Device, len: usize, aligned: bool, kernels: [&'static str; 2], cost: Cost) -> Launch {
     let [vec8, baseline] = kernels;
-    let (kernel, blocks) = match aligned {
+    let (kernel, blocks) = match aligned && !measure::baseline() {
         true => (vec8, blocks(len, VECTOR * BLOCK as usize).min(device.multiprocessors * BLOCKS_MULTIPROCESSOR)),
         false => (baseline, blocks(len, BLOCK as usize)),
     };

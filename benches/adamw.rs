@@ -1,0 +1,129 @@
+//! Masked AdamW over a module table of a few layers, and the sums of squares that clip it, with moments and gradients in
+//! f32 and, on a GPU, in bf16. `common` tells how to run it.
+
+pub(crate) mod common;
+
+use common::{Model, Session, random};
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
+use swat::backend::{AdamW, AdamWModule, Backend, Buffer, Cost, Rounding};
+
+fn main() {
+    common::main("adamw", cpu, cuda);
+}
+
+pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
+    on_a_gpu(session, cuda, "f32");
+    on_a_gpu(session, &Cuda::<Bf16State>::open(0).expect("a device that was opened before"), "bf16");
+}
+
+/// Tensors of a module.
+struct Module<B: Backend> {
+    weight: Buffer<B, B::Float>,
+    grad: Buffer<B, B::Grad>,
+    m: Buffer<B, B::Moment>,
+    v: Buffer<B, B::Moment>,
+}
+
+struct Tensors<B: Backend> {
+    modules: Vec<Module<B>>,
+    squares: Buffer<B, f32>,
+}
+
+impl<B: Backend> Tensors<B> {
+    fn new(b: &B, lengths: &[usize]) -> Self {
+        let module = |len: &usize| Module {
+            weight: random(b, *len),
+            grad: random(b, *len),
+            m: random(b, *len),
+            v: b.zeros(*len).expect("memory for a moment"),
+        };
+        Self {
+            modules: lengths.iter().map(module).collect(),
+            squares: b.zeros(lengths.len()).expect("memory for sums"),
+        }
+    }
+
+    fn step(&mut self, work: impl FnOnce(&mut [AdamWModule<'_, B>], &Buffer<B, f32>, AdamW)) {
+        let mut table = Vec::new();
+        for Module { weight, grad, m, v } in &mut self.modules {
+            let (weight, grad, m, v) = (weight.view_mut(), grad.view(), m.view_mut(), v.view_mut());
+            table.push(AdamWModule { weight, grad, m, v, lr: 1e-5, weight_decay: 0.1 });
+        }
+        let hyper = AdamW {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            step: 3,
+            max_grad_norm: Some(1.0),
+            seed: 1,
+            rounding: Rounding::Stochastic,
+        };
+        work(&mut table, &self.squares, hyper);
+    }
+}
+
+/// The projections of as many layers as hold `least` elements.
+fn lengths(model: &Model, least: usize) -> Vec<usize> {
+    let layer = model.modules();
+    let layers = least.div_ceil(layer.iter().sum());
+    layer.iter().copied().cycle().take(layers * layer.len()).collect()
+}
+
+fn name(model: &Model, lengths: &[usize]) -> String {
+    format!("{}/{}-layers", model.name, lengths.len() / model.modules().len())
+}
+
+fn costs<B: Backend>(lengths: &[usize]) -> [Cost; 2] {
+    let elements = lengths.iter().sum::<usize>() as u64;
+    let [weight, grad, moment] =
+        [size_of::<B::Float>(), size_of::<B::Grad>(), size_of::<B::Moment>()].map(|n| n as u64);
+    [
+        Cost { bytes: elements * (2 * weight + grad + 4 * moment), flops: 14 * elements },
+        Cost { bytes: elements * grad, flops: 2 * elements },
+    ]
+}
+
+fn squares<B: Backend>(b: &B, tensors: &mut Tensors<B>) {
+    let parts: Vec<_> = tensors.modules.iter().map(|module| module.grad.view()).collect();
+    b.sum_squares(&parts, tensors.squares.view_mut()).expect("a working device");
+}
+
+fn step<B: Backend>(b: &B, tensors: &mut Tensors<B>) {
+    tensors.step(|table, squares, hyper| b.adamw_masked(table, squares.view(), hyper).expect("a working device"));
+}
+
+pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
+    let scale = session.scale;
+    for model in scale.models() {
+        let lengths = lengths(model, scale.stepped_elements);
+        let make = |cpu: &Cpu| Tensors::new(cpu, &lengths);
+        let [step_cost, squares_cost] = costs::<Cpu>(&lengths);
+        session.ladder(cpu, "step-f32", name(model, &lengths), step_cost, make).variant("swat", step).copy().run();
+        let ladder = session.ladder(cpu, "squares-f32", name(model, &lengths), squares_cost, make);
+        ladder.variant("swat", squares).copy().run();
+    }
+}
+
+fn on_a_gpu<P: Precision>(session: &mut Session, cuda: &Cuda<P>, state: &str) {
+    let scale = session.scale;
+    for model in scale.models() {
+        let lengths = lengths(model, scale.stepped_elements);
+        let make = |cuda: &Cuda<P>| Tensors::new(cuda, &lengths);
+        let [step_cost, squares_cost] = costs::<Cuda<P>>(&lengths);
+        // Rates come from the host with each step, so a step is never captured.
+        let ladder = session.ladder(cuda, format!("step-{state}"), name(model, &lengths), step_cost, make).uncaptured();
+        let ladder = ladder.variant("swat", step).variant("baseline", |cuda, tensors| {
+            tensors.step(|table, squares, hyper| {
+                cuda.adamw_masked_baseline(table, squares.view(), hyper).expect("a working device");
+            });
+        });
+        ladder.copy().run();
+        let ladder = session.ladder(cuda, format!("squares-{state}"), name(model, &lengths), squares_cost, make);
+        let ladder = ladder.uncaptured().variant("swat", squares).variant("baseline", |cuda, tensors| {
+            let parts: Vec<_> = tensors.modules.iter().map(|module| module.grad.view()).collect();
+            cuda.sum_squares_baseline(&parts, tensors.squares.view_mut()).expect("a working device");
+        });
+        ladder.copy().run();
+    }
+}

@@ -1,0 +1,162 @@
+//! Attention: forward, backward, and one query a span of a key-value cache. `common` tells how to run it.
+//!
+//! The baseline is left out where it would take more than about a tenth of a second.
+
+pub(crate) mod common;
+
+use common::{Device, Model, Session, documents, integers, random};
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{AttentionVersion, Cuda, F32State, with_attention_version};
+use swat::backend::{Attention, Buffer, Cost, Documents};
+
+/// FLOPs of the largest call of the baseline.
+const BASELINE_FLOPS: u64 = 1 << 36;
+
+fn main() {
+    common::main("attention", cpu, cuda);
+}
+
+/// A version by name, and what makes a call use it.
+type Version = (&'static str, fn(&mut dyn FnMut()));
+
+const VERSIONS: [Version; 3] = [
+    ("baseline", |call| with_attention_version(AttentionVersion::Baseline, call)),
+    ("flash64", |call| with_attention_version(AttentionVersion::Flash64, call)),
+    ("flash128", |call| with_attention_version(AttentionVersion::Flash128, call)),
+];
+/// Of the form for a cache, which has one fast version.
+const DECODE_VERSIONS: [Version; 2] =
+    [VERSIONS[0], ("flash", |call| with_attention_version(AttentionVersion::Flash64, call))];
+
+pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
+    attention(session, cuda, &VERSIONS, &DECODE_VERSIONS);
+}
+
+pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
+    attention(session, cpu, &[], &[]);
+}
+
+fn attention<D: Device>(session: &mut Session, device: &D, versions: &[Version], decode_versions: &[Version]) {
+    let scale = session.scale;
+    for model in scale.models() {
+        scale.packed.iter().for_each(|packed| sequences(session, device, model, *packed, versions));
+        scale.spans.iter().for_each(|spans| decode(session, device, model, *spans, decode_versions));
+    }
+}
+
+/// The tensors of a layer, and of its gradients.
+struct Tensors<D: Device> {
+    q: Buffer<D, D::Float>,
+    k: Buffer<D, D::Float>,
+    v: Buffer<D, D::Float>,
+    o: Buffer<D, D::Float>,
+    lse: Buffer<D, f32>,
+    d_o: Buffer<D, D::Float>,
+    dq: Buffer<D, D::Float>,
+    dk: Buffer<D, D::Float>,
+    dv: Buffer<D, D::Float>,
+    documents: Documents<D>,
+}
+
+/// A call.
+type Work<D> = fn(&D, &mut Tensors<D>, &Model);
+
+fn shape<'a, D: Device>(model: &Model, documents: &'a Documents<D>) -> Attention<'a, D> {
+    let Model { heads, kv_heads, head_dim, .. } = *model;
+    Attention { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip(), window: None, documents }
+}
+
+fn forward<D: Device>(d: &D, t: &mut Tensors<D>, model: &Model) {
+    let Tensors { q, k, v, o, lse, documents, .. } = t;
+    let shape = shape(model, documents);
+    d.attention(q.view(), k.view(), v.view(), o.view_mut(), Some(lse.view_mut()), &shape).expect("a working device");
+}
+
+fn backward<D: Device>(d: &D, t: &mut Tensors<D>, model: &Model) {
+    let Tensors { q, k, v, o, lse, d_o, dq, dk, dv, documents } = t;
+    d.attention_backward(
+        q.view(),
+        k.view(),
+        v.view(),
+        o.view(),
+        lse.view(),
+        d_o.view(),
+        dq.view_mut(),
+        dk.view_mut(),
+        dv.view_mut(),
+        &shape(model, documents),
+    )
+    .expect("a working device");
+}
+
+/// `count` documents of `length` tokens.
+fn sequences<D: Device>(
+    session: &mut Session,
+    device: &D,
+    model: &'static Model,
+    [count, length]: [usize; 2],
+    versions: &[Version],
+) {
+    let tokens = count * length;
+    let (q_len, kv_len) = (tokens * model.q_width(), tokens * model.kv_width());
+    let make = move |d: &D| {
+        let q_like = || random(d, q_len);
+        let kv_like = || random(d, kv_len);
+        let (q, k, v) = (q_like(), kv_like(), kv_like());
+        let (o, lse, documents) = (q_like(), random(d, tokens * model.heads), documents(d, count, length));
+        let mut tensors =
+            Tensors { q, k, v, o, lse, d_o: q_like(), dq: q_like(), dk: kv_like(), dv: kv_like(), documents };
+        // So that backward finds what belongs together.
+        forward(d, &mut tensors, model);
+        tensors
+    };
+    let name = format!("{}/{count}x{length}", model.name);
+    let element = size_of::<D::Float>();
+    // Causal: half of the square.
+    let pairs = count * length * (length + 1) / 2;
+    let cost = |q_tensors: usize, kv_tensors: usize, flops: usize| Cost {
+        bytes: (element * (q_tensors * q_len + kv_tensors * kv_len) + 4 * tokens * model.heads) as u64,
+        flops: (flops * pairs * model.q_width()) as u64,
+    };
+    let works: [(&str, Cost, Work<D>); 2] =
+        [("forward", cost(2, 2, 4), forward::<D>), ("backward", cost(4, 4, 10), backward::<D>)];
+    for (op, cost, work) in works {
+        let ladder = session.ladder(device, op, &name, cost, make);
+        let ladder = ladder.variant("swat", move |d, t| work(d, t, model));
+        let quick = |version: &&Version| version.0 != "baseline" || cost.flops <= BASELINE_FLOPS;
+        let ladder = versions.iter().filter(quick).fold(ladder, |ladder, (version, force)| {
+            ladder.variant(*version, move |d, t| force(&mut || work(d, t, model)))
+        });
+        ladder.run();
+    }
+}
+
+/// A query for each of `count` spans of `length` rows.
+fn decode<D: Device>(
+    session: &mut Session,
+    device: &D,
+    model: &'static Model,
+    [count, length]: [usize; 2],
+    versions: &[Version],
+) {
+    let width = count * model.q_width();
+    let cache = count * length * model.kv_width();
+    let make = move |d: &D| {
+        let spans = (0..count).flat_map(|i| [(i * length) as u32, length as u32]);
+        let [q, k, v, o] = [width, cache, cache, width].map(|len| random::<D, D::Float>(d, len));
+        (q, k, v, o, integers(d, spans), documents(d, 1, 1))
+    };
+    let cost =
+        Cost { bytes: ((2 * cache + 2 * width) * size_of::<D::Float>()) as u64, flops: (4 * length * width) as u64 };
+    let ladder = session.ladder(device, "decode", format!("{}/{count}x{length}", model.name), cost, make);
+    type Cached<D, F> = (Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, u32>, Documents<D>);
+    let work = move |d: &D, (q, k, v, o, spans, documents): &mut Cached<D, D::Float>| {
+        let shape = shape(model, documents);
+        let (q, k, v, o) = (q.view(), k.view(), v.view(), o.view_mut());
+        d.attention_decode(q, k, v, o, spans.view(), length, &shape).expect("a working device");
+    };
+    let ladder = versions.iter().fold(ladder.variant("swat", work), |ladder, (version, force)| {
+        ladder.variant(*version, move |d, t| force(&mut || work(d, t)))
+    });
+    ladder.copy().run();
+}

@@ -1,0 +1,168 @@
+//! How a device's time is taken. On a GPU: events around many calls, queued behind one that is not counted, so that the
+//! host is ahead when the clock starts; calls under 50 µs are captured and replayed, so that their launches cost nothing.
+//! On the CPU: the host's clock.
+
+use super::cublaslt::CublasLt;
+use super::shapes::{Scale, random};
+use std::time::{Duration, Instant};
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{Captured, Cuda, GemmLayout, GemmShape, Precision, with_version};
+use swat::backend::{Backend, Epilogue, LinearShape, trace};
+use swat::profile::{self, Ceilings};
+
+/// Calls shorter than this are captured.
+const SHORT: Duration = Duration::from_micros(50);
+/// Calls longer than this need no other before them.
+const LONG: Duration = Duration::from_millis(1);
+/// Least number of calls in a capture.
+const REPLAYED: usize = 64;
+/// Of a core's caches and its share of what all have.
+const CPU_CACHE_BYTES: u64 = 64 << 20;
+
+/// A backend whose time can be taken.
+pub trait Device: Backend {
+    /// What [`Device::elapsed`] needs of a piece of work.
+    type Prepared;
+
+    /// What it is, for people.
+    fn product(&self) -> String;
+    /// Bytes of its last cache.
+    fn cache_bytes(&self) -> u64;
+    /// Runs `call`, in which operations use the version of that name.
+    ///
+    /// # Panics
+    /// Where no kernel of that version was launched.
+    fn with_version(&self, version: &'static str, call: &mut dyn FnMut());
+    /// Makes ready to time `call(0), call(1), …`, of which `rotation` differ; may capture them.
+    fn prepare(&self, rotation: usize, capture: bool, call: &mut dyn FnMut(usize)) -> Self::Prepared;
+    /// The time of so many calls.
+    fn elapsed(&self, prepared: &Self::Prepared, calls: u64, call: &mut dyn FnMut(usize)) -> Duration;
+    /// What the device can do: the best of a few runs of a large product and a large copy; and whose product it was.
+    fn ceilings(&self, scale: &Scale) -> (Ceilings, &'static str);
+}
+
+impl Device for Cpu {
+    type Prepared = ();
+
+    fn product(&self) -> String {
+        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        let threads = rayon::current_num_threads();
+        format!("{}, {threads} threads", name.map_or(std::env::consts::ARCH, |(_, name)| name))
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        CPU_CACHE_BYTES
+    }
+
+    fn with_version(&self, version: &'static str, _: &mut dyn FnMut()) {
+        panic!("{version}: the CPU backend has one version of each operation");
+    }
+
+    fn prepare(&self, rotation: usize, _: bool, call: &mut dyn FnMut(usize)) {
+        (0..rotation.min(2)).for_each(call);
+    }
+
+    fn elapsed(&self, (): &(), calls: u64, call: &mut dyn FnMut(usize)) -> Duration {
+        let began = Instant::now();
+        (0..calls as usize).for_each(call);
+        began.elapsed()
+    }
+
+    fn ceilings(&self, _: &Scale) -> (Ceilings, &'static str) {
+        (profile::ceilings(self).expect("memory for a large product"), "swat")
+    }
+}
+
+/// Calls that were measured once, and captured where they are short.
+pub struct CudaCalls {
+    captured: Option<Captured>,
+    /// Calls in a capture.
+    replayed: u64,
+    /// Whether one call leaves the host no time to get ahead.
+    short: bool,
+}
+
+impl<P: Precision> Device for Cuda<P> {
+    type Prepared = CudaCalls;
+
+    fn product(&self) -> String {
+        Cuda::product(self).unwrap_or_else(|_| self.name())
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        self.l2_bytes().unwrap_or(0)
+    }
+
+    fn with_version(&self, version: &'static str, call: &mut dyn FnMut()) {
+        with_version(version, call);
+    }
+
+    fn prepare(&self, rotation: usize, capture: bool, call: &mut dyn FnMut(usize)) -> CudaCalls {
+        (0..rotation).for_each(&mut *call);
+        self.synchronize().expect("a working device");
+        let one = timed(self, || call(0));
+        let replayed = rotation * REPLAYED.div_ceil(rotation);
+        let captured = (capture && one < SHORT).then(|| {
+            self.capture(|| {
+                (0..replayed).for_each(&mut *call);
+                Ok(())
+            })
+            .expect("work that may be captured")
+        });
+        CudaCalls { captured, replayed: replayed as u64, short: one < LONG }
+    }
+
+    fn elapsed(&self, prepared: &CudaCalls, calls: u64, call: &mut dyn FnMut(usize)) -> Duration {
+        let Some(captured) = &prepared.captured else {
+            if prepared.short {
+                call(0);
+            }
+            return timed(self, || (1..=calls as usize).for_each(call));
+        };
+        let replay = || captured.launch().expect("a working device");
+        let replays = calls.div_ceil(prepared.replayed);
+        replay();
+        let time = timed(self, || (0..replays).for_each(|_| replay()));
+        time.mul_f64(calls as f64 / (replays * prepared.replayed) as f64)
+    }
+
+    fn ceilings(&self, scale: &Scale) -> (Ceilings, &'static str) {
+        let Scale { ceiling_side: side, ceiling_bytes: copied_bytes, .. } = *scale;
+        let best = |call: &mut dyn FnMut()| (0..6).map(|_| timed(self, &mut *call)).min().unwrap_or_default();
+        let rate = |work: f64, time: Duration| work / time.as_secs_f64().max(1e-9);
+        let [x, w, mut y] = [(); 3].map(|()| random(self, side * side));
+        let peer = CublasLt::open(self, scale);
+        let whose = if peer.is_some() { "cublaslt" } else { "swat" };
+        let shape = GemmShape { layout: GemmLayout::Tn, m: side, n: side, k: side };
+        let time = match peer.map(|peer| peer.product::<half::bf16>(shape)) {
+            Some(product) => best(&mut || product.run(&x, &w, &mut y)),
+            None => best(&mut || {
+                let shape = LinearShape { tokens: side, inputs: side, outputs: side };
+                self.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()).expect("a working device");
+            }),
+        };
+        let flops_per_s = rate(2.0 * (side as f64).powi(3), time);
+        drop((x, w, y));
+        let [from, mut to] = [(); 2].map(|()| random::<_, half::bf16>(self, copied_bytes / 2));
+        let time = best(&mut || self.copy(from.view(), to.view_mut()).expect("a working device"));
+        (Ceilings { flops_per_s, bytes_per_s: rate(2.0 * copied_bytes as f64, time) }, whose)
+    }
+}
+
+/// By the device's events.
+fn timed<P: Precision>(cuda: &Cuda<P>, queue: impl FnOnce()) -> Duration {
+    let queue = || {
+        queue();
+        Ok(())
+    };
+    cuda.time(queue).expect("a working device")
+}
+
+/// The kernels that `call` launches; none on the CPU.
+pub fn kernels<B: Backend>(device: &B, call: impl FnOnce()) -> Vec<&'static str> {
+    let recording = trace::record().expect("nothing else records");
+    call();
+    device.synchronize().expect("a working device");
+    recording.take().iter().filter(|span| span.lane == trace::Lane::Kernel).map(|span| span.name).collect()
+}

@@ -1,0 +1,162 @@
+//! Layer shapes of the models that are benched, and random tensors.
+
+use serde::Deserialize;
+use std::cell::Cell;
+use std::sync::OnceLock;
+use swat::backend::philox::Philox;
+use swat::backend::{Backend, Buffer, Documents, FloatElement};
+
+/// The sizes of a model's layers.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    pub name: String,
+    pub hidden: usize,
+    pub ffn: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab: usize,
+    pub layers: usize,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+}
+
+/// How large everything is on a device; the peers in Python read the same file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scale {
+    /// Whose layer shapes are benched, by name.
+    models: Vec<String>,
+    /// Rows of a batch in training.
+    pub tokens: usize,
+    /// Rows of a chunk of the head.
+    pub head_tokens: usize,
+    /// Rows of a batch in generation.
+    pub decoded_tokens: Vec<usize>,
+    /// Documents of a batch, and tokens of each.
+    pub packed: Vec<[usize; 2]>,
+    /// Queries on a cache, and rows that each sees.
+    pub spans: Vec<[usize; 2]>,
+    /// Rows of logits for a loss, and for a draw.
+    pub logit_rows: usize,
+    pub sampled_rows: Vec<usize>,
+    /// Rows of an embedding: more than a cache holds, less than a vocabulary.
+    pub table_rows: usize,
+    /// Least elements of a table of modules.
+    pub stepped_elements: usize,
+    /// Whole steps.
+    pub steps: Vec<Steps>,
+    /// How many times the cache the rotated buffers exceed.
+    pub rotated_caches: u64,
+    /// Side of the product and bytes of the copy that the ceilings are measured by.
+    pub ceiling_side: usize,
+    pub ceiling_bytes: usize,
+    /// Whether other libraries are looked for.
+    pub libraries: bool,
+}
+
+/// Whole steps of a model: documents of a training step, prompts of a sweep, prompts and new tokens of answers; how many,
+/// and tokens of each.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Steps {
+    pub model: String,
+    pub packed: [usize; 2],
+    pub prompts: [usize; 2],
+    pub answers: Vec<[usize; 2]>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shapes {
+    models: Vec<Model>,
+    gpu: Scale,
+    cpu: Scale,
+    tiny: Scale,
+}
+
+fn shapes() -> &'static Shapes {
+    static SHAPES: OnceLock<Shapes> = OnceLock::new();
+    SHAPES.get_or_init(|| serde_json::from_str(include_str!("../shapes.json")).expect("models and scales"))
+}
+
+impl Scale {
+    /// Of a GPU.
+    pub fn gpu() -> &'static Self {
+        &shapes().gpu
+    }
+
+    /// Of the CPU backend.
+    pub fn cpu() -> &'static Self {
+        &shapes().cpu
+    }
+
+    /// For trying things out: nothing of it is worth measuring.
+    pub fn tiny() -> &'static Self {
+        &shapes().tiny
+    }
+
+    /// The models, by size.
+    pub fn models(&self) -> impl Iterator<Item = &'static Model> {
+        shapes().models.iter().filter(|model| self.models.contains(&model.name))
+    }
+}
+
+impl Model {
+    /// By its name.
+    pub fn named(name: &str) -> &'static Self {
+        shapes().models.iter().find(|model| model.name == name).expect("a model of shapes.json")
+    }
+}
+
+impl Model {
+    /// Columns of queries.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Columns of keys, and of values.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Elements of each projection of a layer: q, k, v, o, gate, up, down.
+    pub fn modules(&self) -> [usize; 7] {
+        let (q, kv, ffn) = (self.hidden * self.q_width(), self.hidden * self.kv_width(), self.hidden * self.ffn);
+        [q, kv, kv, q, ffn, ffn, ffn]
+    }
+}
+
+/// Normals. Tensors begin at different places of one draw that is longer than any tile of a kernel.
+pub fn random<B: Backend, T: FloatElement>(b: &B, len: usize) -> Buffer<B, T> {
+    const DRAWN: usize = (1 << 20) + 7;
+    static NORMALS: OnceLock<Vec<f32>> = OnceLock::new();
+    thread_local!(static NEXT: Cell<usize> = const { Cell::new(0) });
+    let normals = NORMALS.get_or_init(|| {
+        let mut rng = Philox::new(2024, 0);
+        (0..DRAWN).map(|_| rng.normal() as f32).collect()
+    });
+    let from = NEXT.replace(NEXT.get() + 104_729) % DRAWN;
+    let values: Vec<T> = (normals.iter().cycle()).skip(from).take(DRAWN.min(len)).map(|x| T::from_f32(*x)).collect();
+    let mut buffer = b.zeros(len).expect("memory for a tensor of a bench");
+    for start in (0..len).step_by(DRAWN) {
+        let end = len.min(start + DRAWN);
+        b.write(&values[..end - start], buffer.range_mut(start..end)).expect("a working device");
+    }
+    buffer
+}
+
+/// Integers.
+pub fn integers<B: Backend>(b: &B, values: impl IntoIterator<Item = u32>) -> Buffer<B, u32> {
+    let values: Vec<u32> = values.into_iter().collect();
+    let mut buffer = b.zeros(values.len()).expect("memory for a tensor of a bench");
+    b.write(&values, buffer.view_mut()).expect("a working device");
+    buffer
+}
+
+/// `count` documents of `tokens` each.
+pub fn documents<B: Backend>(b: &B, count: usize, tokens: usize) -> Documents<B> {
+    let starts: Vec<u32> = (0..=count).map(|i| (i * tokens) as u32).collect();
+    Documents { device: integers(b, starts.iter().copied()), starts }
+}

@@ -1,0 +1,47 @@
+//! Cross-entropy: losses alone, and with the gradient in place. `common` tells how to run it.
+
+pub(crate) mod common;
+
+use common::{Device, Session, integers, random};
+use swat::backend::Cost;
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{Cuda, F32State};
+
+fn main() {
+    common::main("cross_entropy", cpu, cuda);
+}
+
+pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
+    cross_entropy(session, cpu, &[]);
+}
+
+pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
+    cross_entropy(session, cuda, &["baseline", "vec8"]);
+}
+
+fn cross_entropy<D: Device>(session: &mut Session, device: &D, versions: &[&'static str]) {
+    let rows = session.scale.logit_rows;
+    for model in session.scale.models() {
+        let (vocab, len) = (model.vocab, rows * model.vocab);
+        let shape = format!("{}/{rows}x{vocab}", model.name);
+        let make = move |d: &D| {
+            let targets = integers(d, (0..rows).map(|i| (i * 7919 % vocab) as u32));
+            let (logits, before) = (random::<D, D::Float>(d, len), random::<D, D::Float>(d, len));
+            (logits, before, targets, random::<D, f32>(d, rows))
+        };
+        for (op, scale, tensors, flops) in [("loss", None, 1, 4), ("gradient", Some(1.0), 2, 7)] {
+            let cost = Cost { bytes: (tensors * len * size_of::<D::Float>()) as u64, flops: flops * len as u64 };
+            // In place: a gradient is put back before each sample.
+            let ladder = session.ladder(device, op, &shape, cost, make).refresh(move |d, (logits, before, ..)| {
+                if scale.is_some() {
+                    d.copy(before.view(), logits.view_mut()).expect("a working device");
+                }
+            });
+            let ladder = ladder.versions(versions, move |d, (logits, _, targets, losses)| {
+                let (targets, losses) = (targets.view(), losses.view_mut());
+                d.cross_entropy(logits.view_mut(), targets, losses, vocab, scale).expect("a working device");
+            });
+            ladder.copy().run();
+        }
+    }
+}

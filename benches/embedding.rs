@@ -1,0 +1,76 @@
+//! Rows of a table: gather, scatter, and the gradient of the table. `common` tells how to run it.
+
+pub(crate) mod common;
+
+use common::{Device, Session, integers, random};
+use std::cell::{OnceCell, RefCell};
+use std::rc::Rc;
+use swat::backend::Cost;
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{Cuda, F32State};
+
+fn main() {
+    common::main("embedding", cpu, cuda);
+}
+
+pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
+    embedding(session, cpu, &[], &[]);
+}
+
+pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
+    // Up to 128 rows the backward pass has the baseline alone.
+    let backward: &[_] = if session.scale.tokens > 128 { &["baseline", "short"] } else { &["baseline"] };
+    embedding(session, cuda, &["baseline", "vec8"], backward);
+}
+
+fn embedding<D: Device>(
+    session: &mut Session,
+    device: &D,
+    versions: &[&'static str],
+    backward_versions: &[&'static str],
+) {
+    let (tokens, table_rows) = (session.scale.tokens, session.scale.table_rows);
+    for model in session.scale.models() {
+        let (width, len) = (model.hidden, tokens * model.hidden);
+        let shape = format!("{}/{tokens}x{width}", model.name);
+        // All calls share the table, and take other rows of it.
+        let draws = RefCell::new(0);
+        let next_rows = |d: &D, step: usize| {
+            let first = draws.replace_with(|first| *first + tokens * step);
+            integers(d, (0..tokens).map(|i| ((first + i * step) % table_rows) as u32))
+        };
+        let moved = Cost { bytes: (2 * len * size_of::<D::Float>() + 4 * tokens) as u64, flops: 0 };
+        let table = OnceCell::new();
+        let make = |d: &D| {
+            let table = table.get_or_init(|| Rc::new(RefCell::new(random::<D, D::Float>(d, table_rows * width))));
+            // An odd step: all rows are different.
+            (table.clone(), next_rows(d, 7919), random::<D, D::Float>(d, len))
+        };
+        let ladder = session.ladder(device, "gather", &shape, moved, make);
+        let ladder = ladder.versions(versions, |d, (table, rows, to)| {
+            d.gather_rows(table.borrow().view(), rows.view(), to.view_mut(), width).expect("a working device");
+        });
+        ladder.copy().run();
+        let ladder = session.ladder(device, "scatter", &shape, moved, make);
+        let ladder = ladder.versions(versions, |d, (table, rows, from)| {
+            let mut table = table.borrow_mut();
+            d.scatter_rows(from.view(), rows.view(), table.view_mut(), width).expect("a working device");
+        });
+        ladder.copy().run();
+
+        let element = size_of::<D::Float>() + 2 * size_of::<D::Grad>();
+        let cost = Cost { bytes: (element * len + 4 * tokens) as u64, flops: len as u64 };
+        let gradients = OnceCell::new();
+        let make = |d: &D| {
+            let table = gradients.get_or_init(|| Rc::new(RefCell::new(random::<D, D::Grad>(d, table_rows * width))));
+            // Every sixteenth row, again and again where the tokens are more: tokens of a text come back.
+            (table.clone(), next_rows(d, 16), random::<D, D::Float>(d, len))
+        };
+        let ladder = session.ladder(device, "backward", &shape, cost, make);
+        let ladder = ladder.versions(backward_versions, |d, (table, rows, dy)| {
+            let mut table = table.borrow_mut();
+            d.embedding_backward(dy.view(), rows.view(), table.view_mut(), width).expect("a working device");
+        });
+        ladder.copy().run();
+    }
+}

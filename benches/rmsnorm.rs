@@ -1,0 +1,81 @@
+//! RMSNorm, forward and backward. `common` tells how to run it.
+
+pub(crate) mod common;
+
+use common::{Device, Session, random};
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{Cuda, F32State};
+use swat::backend::{Buffer, Cost};
+
+fn main() {
+    common::main("rmsnorm", cpu, cuda);
+}
+
+pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
+    rmsnorm(session, cpu, &[], &[]);
+}
+
+pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
+    rmsnorm(session, cuda, &FORWARD, &BACKWARD);
+}
+
+/// A version of the kernels and the widest rows that it takes.
+type Version = (&'static str, usize);
+const FORWARD: [Version; 6] =
+    [("baseline", usize::MAX), ("lanes", 256), ("warp", 1024), ("row2048", 2048), ("row4096", 4096), ("row8192", 8192)];
+const BACKWARD: [Version; 6] = [
+    ("baseline", usize::MAX),
+    ("lanes", 256),
+    ("row1024", 1024),
+    ("row2048", 2048),
+    ("row4096", 4096),
+    ("row8192", 8192),
+];
+
+struct Tensors<D: Device> {
+    x: Buffer<D, D::Float>,
+    weight: Buffer<D, D::Float>,
+    y: Buffer<D, D::Float>,
+    rstd: Buffer<D, f32>,
+    dx: Buffer<D, D::Float>,
+    dweight: Buffer<D, D::Grad>,
+}
+
+fn rmsnorm<D: Device>(session: &mut Session, device: &D, forward: &[Version], backward: &[Version]) {
+    let tokens = session.scale.tokens;
+    let models = session.scale.models().map(|model| (model.name.as_str(), tokens, model.hidden));
+    // The norm of the queries of Qwen3: rows of a head.
+    for (name, rows, width) in models.chain([("q-norm", tokens * 16, 128)]) {
+        let len = rows * width;
+        let make = move |d: &D| Tensors {
+            x: random(d, len),
+            weight: random(d, width),
+            y: random(d, len),
+            rstd: random(d, rows),
+            dx: random(d, len),
+            dweight: random(d, width),
+        };
+        let fitting = |versions: &[Version]| -> Vec<&'static str> {
+            versions.iter().filter(|(_, most)| width <= *most).map(|(version, _)| *version).collect()
+        };
+        let shape = format!("{name}/{rows}x{width}");
+        let cost = |tensors: usize, flops: usize| Cost {
+            bytes: (tensors * len * size_of::<D::Float>() + 4 * rows) as u64,
+            flops: (flops * len) as u64,
+        };
+        let ladder = session.ladder(device, "forward", &shape, cost(2, 4), make);
+        let ladder = ladder.versions(&fitting(forward), move |d, t| {
+            let (y, rstd) = (t.y.view_mut(), Some(t.rstd.view_mut()));
+            d.rmsnorm(t.x.view(), t.weight.view(), y, rstd, width, 1e-5).expect("a working device");
+        });
+        ladder.copy().run();
+        // With what the residual path brings.
+        let ladder = session.ladder(device, "backward", &shape, cost(4, 11), make);
+        let ladder = ladder.versions(&fitting(backward), move |d, t| {
+            let (dx, dweight) = (Some(t.dx.view_mut()), Some(t.dweight.view_mut()));
+            let (dy, x, weight) = (t.y.view(), t.x.view(), t.weight.view());
+            d.rmsnorm_backward(dy, x, weight, t.rstd.view(), dx, dweight, width, true, true).expect("a working device");
+        });
+        ladder.copy().run();
+    }
+}

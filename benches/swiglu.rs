@@ -1,0 +1,50 @@
+//! SwiGLU, forward and backward. `common` tells how to run it.
+
+pub(crate) mod common;
+
+use common::{Device, Session, random};
+use swat::backend::Cost;
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::{Cuda, F32State};
+
+fn main() {
+    common::main("swiglu", cpu, cuda);
+}
+
+pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
+    swiglu(session, cpu, &[]);
+}
+
+pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
+    swiglu(session, cuda, &["baseline", "vec8"]);
+}
+
+fn swiglu<D: Device>(session: &mut Session, device: &D, versions: &[&'static str]) {
+    let tokens = session.scale.tokens;
+    for model in session.scale.models() {
+        let len = tokens * model.ffn;
+        let shape = format!("{}/{tokens}x{}", model.name, model.ffn);
+        let cost = |tensors: usize, flops: usize| Cost {
+            bytes: (tensors * len * size_of::<D::Float>()) as u64,
+            flops: (flops * len) as u64,
+        };
+        let make = move |d: &D| [(); 3].map(|()| random::<D, D::Float>(d, len));
+        let ladder = session.ladder(device, "forward", &shape, cost(3, 5), make);
+        let ladder = ladder.versions(versions, move |d, [gate, up, y]| {
+            d.swiglu(gate.view(), up.view(), y.view_mut()).expect("a working device");
+        });
+        ladder.copy().run();
+        // In place: gate and up come back before each sample, or they would shrink to nothing.
+        let make = move |d: &D| ([(); 3].map(|()| random::<D, D::Float>(d, len)), [(); 2].map(|()| random(d, len)));
+        let ladder = session.ladder(device, "backward", &shape, cost(5, 13), make);
+        let ladder = ladder.refresh(|d, ([gate, up, _], before)| {
+            for (before, now) in before.iter().zip([gate, up]) {
+                d.copy(before.view(), now.view_mut()).expect("a working device");
+            }
+        });
+        let ladder = ladder.versions(versions, move |d, ([gate, up, dy], _)| {
+            d.swiglu_backward(gate.view_mut(), up.view_mut(), dy.view()).expect("a working device");
+        });
+        ladder.copy().run();
+    }
+}

@@ -1,0 +1,157 @@
+//! What benches need beside [`Cuda::time`]: a version of a kernel by its name, work captured once and replayed, and what
+//! another library must know of a device to work in its stream.
+
+use super::device::Device;
+use super::{Cuda, Precision, slice};
+use crate::backend::{Element, View};
+use crate::error::Result;
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUstreamCaptureMode as Mode};
+use cudarc::driver::{DriverError, result};
+use std::cell::Cell;
+use std::sync::Arc;
+
+thread_local! {
+    static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// Runs `f`, in which an operation called from this thread uses the version of its kernels of this name (the last part but
+/// one of a symbol: `baseline`, `vec8`, `row2048`) where it has one that fits the tensors, else what it would have chosen.
+/// Products and attention have their own: [`Cuda::gemm`], [`super::with_attention_version`].
+pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
+    struct Restore(Option<&'static str>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            FORCED.set(self.0);
+        }
+    }
+    let _restore = Restore(FORCED.replace(Some(version)));
+    f()
+}
+
+/// Whether baseline kernels are asked for.
+pub(super) fn baseline() -> bool {
+    FORCED.get() == Some("baseline")
+}
+
+/// Of the versions that fit, the best first: the one that is asked for, else the first. `None`: the baseline.
+pub(super) fn choose<T>(fitting: impl IntoIterator<Item = (&'static str, T)>) -> Option<T> {
+    if baseline() {
+        return None;
+    }
+    let mut first = None;
+    for (name, version) in fitting {
+        if FORCED.get() == Some(name) {
+            return Some(version);
+        }
+        first.get_or_insert(version);
+    }
+    first
+}
+
+/// Work of a device that was captured once, to be queued again without the host's cost of its launches.
+pub struct Captured {
+    device: Arc<Device>,
+    executable: sys::CUgraphExec,
+}
+
+impl Captured {
+    /// Queues it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn launch(&self) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: an executable graph and the stream of this device's context, which is current.
+        unsafe { result::graph::launch(self.executable, self.device.stream()) }
+            .map_err(|error| self.device.failed("refused captured work", error))
+    }
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        // What still runs of it must end first. A refusal leaks it, until the process ends.
+        if self.device.synchronize().is_ok() {
+            // SAFETY: an executable graph that nothing uses any more.
+            let _ = unsafe { result::graph::exec_destroy(self.executable) };
+        }
+    }
+}
+
+impl<P: Precision> Cuda<P> {
+    /// Captures what `queue` puts into the stream; nothing of it runs. The buffers that it uses must outlive what is returned.
+    /// It must have run once before, so that it finds its workspace in the arena (which others may use between replays), and
+    /// must not copy from the host: `adamw_masked` cannot be captured.
+    ///
+    /// # Errors
+    /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
+    pub fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
+        let device = &self.device;
+        device.synchronize()?;
+        let failed = |error: DriverError| device.failed("cannot capture work", error);
+        // SAFETY: the stream of this device's context, which is current; what the capture returns is a graph, which is
+        // destroyed once, after it was made executable.
+        unsafe {
+            result::stream::begin_capture(device.stream(), Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+                .map_err(failed)?;
+            let queued = queue();
+            let graph = result::stream::end_capture(device.stream());
+            let executable = graph.and_then(|graph| match &queued {
+                Ok(()) => result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map(Some),
+                Err(_) => Ok(None),
+            });
+            if let Ok(graph) = graph {
+                let _ = result::graph::destroy(graph);
+            }
+            queued?;
+            let executable = executable.map_err(failed)?.expect("made where the work was queued");
+            Ok(Captured { device: device.clone(), executable })
+        }
+    }
+
+    /// Bytes of the L2 cache.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn l2_bytes(&self) -> Result<u64> {
+        self.device.bind()?;
+        let failed = |error: DriverError| self.device.failed("does not tell its L2 cache", error);
+        let mut raw = 0;
+        // SAFETY: a context is current; the call writes one integer.
+        unsafe { sys::cuCtxGetDevice(&mut raw) }.result().map_err(failed)?;
+        // SAFETY: `raw` is a device of the driver.
+        let bytes = unsafe { result::device::get_attribute(raw, Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE) };
+        Ok(bytes.map_err(failed)?.max(0) as u64)
+    }
+
+    /// The stream of everything, for another library's work among ours; the context is made current.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    pub fn stream(&self) -> Result<sys::CUstream> {
+        self.device.bind()?;
+        Ok(self.device.stream())
+    }
+
+    /// The device's address of a view's first element, for another library.
+    pub fn address<T: Element>(&self, view: &View<'_, Self, T>) -> u64 {
+        slice(view).pointer()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_chosen_by_name() {
+        let fitting = || [("lanes", 1), ("warp", 2), ("row2048", 3)];
+        assert_eq!(choose(fitting()), Some(1));
+        assert_eq!(choose(fitting().into_iter().take(0)), None);
+        assert_eq!(with_version("warp", || choose(fitting())), Some(2));
+        assert_eq!(with_version("lanes", || choose(fitting())), Some(1));
+        assert_eq!(with_version("vec8", || choose(fitting())), Some(1));
+        assert_eq!(with_version("baseline", || with_version("row2048", || choose(fitting()))), Some(3));
+        assert_eq!(with_version("baseline", || (choose(fitting()), baseline())), (None, true));
+        assert_eq!((choose(fitting()), baseline()), (Some(1), false));
+    }
+}

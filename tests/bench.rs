@@ -1,0 +1,277 @@
+//! The benches' own arithmetic and clocks: intervals against known cases, kernels of known length on the stand-in GPU, and
+//! every ladder of every family once, at sizes that are not worth measuring.
+
+// Each bench has the common part for itself, as its own executable does.
+#![allow(clippy::duplicate_mod)]
+
+#[path = "../benches/common/mod.rs"]
+mod common;
+#[path = "common/standin.rs"]
+mod standin;
+
+use common::roofline::{Measured, table};
+use common::stats::{median, median_interval, quantile};
+use common::{Device, Mode, Scale, Session, random, verdict};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use swat::backend::cpu::Cpu;
+use swat::backend::cuda::F32State;
+use swat::backend::{Backend, Buffer, Cost};
+use swat::profile::Ceilings;
+use swat::report::TextStyle;
+
+/// Benches of a family, as `cargo bench` runs them.
+macro_rules! families {
+    ($($name:ident: $path:literal),* $(,)?) => {
+        $(
+            #[path = $path]
+            #[allow(dead_code, unused_imports)]
+            mod $name;
+        )*
+
+        #[test]
+        fn every_ladder_runs_on_the_cpu() {
+            $({
+                use $name::common;
+                let mut session = common::Session::new(stringify!($name), common::Mode::Json(Vec::new()), common::Scale::tiny());
+                $name::cpu(&mut session, &Cpu::new());
+                let names: Vec<_> = session.measured.iter().map(|m| m.variant.as_str()).collect();
+                assert!(names.contains(&"swat"), "{}: {names:?}", stringify!($name));
+                assert!(session.measured.iter().all(|m| m.ns() > 0.0), "{}", stringify!($name));
+            })*
+        }
+
+        #[test]
+        fn every_ladder_runs_on_a_gpu() {
+            let _turn = turn();
+            let Some(cuda) = standin::open::<F32State>(0) else { return };
+            known_clock(0, 5_000_000);
+            $({
+                use $name::common;
+                let mut session = common::Session::new(stringify!($name), common::Mode::Json(Vec::new()), common::Scale::tiny());
+                $name::cuda(&mut session, &cuda);
+                let names: Vec<_> = session.measured.iter().map(|m| m.variant.as_str()).collect();
+                assert!(names.contains(&"swat"), "{}: {names:?}", stringify!($name));
+                let laddered = stringify!($name) == "engine" || names.contains(&"baseline");
+                assert!(laddered, "{} shows no baseline: {names:?}", stringify!($name));
+            })*
+            known_clock(0, 0);
+        }
+    };
+}
+
+families! {
+    adamw: "../benches/adamw.rs",
+    attention: "../benches/attention.rs",
+    cross_entropy: "../benches/cross_entropy.rs",
+    embedding: "../benches/embedding.rs",
+    engine: "../benches/engine.rs",
+    gemm: "../benches/gemm.rs",
+    perturb: "../benches/perturb.rs",
+    rmsnorm: "../benches/rmsnorm.rs",
+    rope: "../benches/rope.rs",
+    sampling: "../benches/sampling.rs",
+    swiglu: "../benches/swiglu.rs",
+}
+
+/// One at a time: the clock of a stand-in's device and the recording of kernels belong to the process.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Lets each kernel take so long on the stand-in; a real GPU keeps its own clock.
+fn known_clock(ordinal: i32, ns: u64) {
+    if !standin::real() {
+        standin::each_takes(ordinal, ns);
+    }
+}
+
+#[test]
+fn quantiles_are_between_neighbours() {
+    let samples = [5.0, 1.0, 3.0, 2.0, 4.0];
+    assert_eq!(median(&samples), 3.0);
+    assert_eq!([quantile(&samples, 0.0), quantile(&samples, 1.0)], [1.0, 5.0]);
+    assert!((quantile(&samples, 0.1) - 1.4).abs() < 1e-12);
+    assert_eq!(median(&[1.0, 2.0]), 1.5);
+    assert_eq!(median(&[7.0]), 7.0);
+    assert!(median(&[]).is_nan());
+}
+
+/// The ranks of the tables of the sign test (Dixon and Mood 1946): n, and the k-th from both ends.
+#[test]
+fn intervals_have_the_ranks_of_the_sign_test() {
+    for (n, rank) in [(6, 1), (8, 1), (9, 2), (11, 2), (12, 3), (15, 4), (20, 6), (25, 8), (41, 14), (100, 40)] {
+        let samples: Vec<f64> = (1..=n).rev().map(f64::from).collect();
+        let [low, high] = median_interval(&samples);
+        assert_eq!([low, high], [f64::from(rank), f64::from(n + 1 - rank)], "{n} samples");
+    }
+    assert_eq!(median_interval(&[3.0, 1.0]), [1.0, 3.0]);
+    assert!(median_interval(&[]).iter().all(|end| end.is_nan()));
+}
+
+/// Of many draws, at least 95 % of the intervals hold the true median, and not nearly all of them do.
+#[test]
+fn intervals_hold_the_median_as_often_as_they_say() {
+    let mut rng = swat::backend::philox::Philox::new(5, 0);
+    let held = (0..4000).filter(|_| {
+        let samples: Vec<f64> = (0..20).map(|_| rng.normal().exp()).collect();
+        let [low, high] = median_interval(&samples);
+        (low..=high).contains(&1.0)
+    });
+    let share = held.count() as f64 / 4000.0;
+    // By the binomial distribution 95.86 %; four standard errors are 1.3 %.
+    assert!((0.945..0.972).contains(&share), "{share}");
+}
+
+#[test]
+fn a_verdict_needs_an_interval_that_leaves_1_out() {
+    let names = ["a".to_string(), "b".to_string()];
+    let about = |centre: f64| -> Vec<f64> { (0..21).map(|i| centre + 0.001 * f64::from(i - 10)).collect() };
+    assert!(verdict(&names, &about(1.1)).ends_with("a is faster"));
+    assert!(verdict(&names, &about(0.9)).ends_with("b is faster"));
+    let same = verdict(&names, &about(1.0));
+    assert!(same.ends_with("not told apart") && same.contains("1.000"), "{same}");
+}
+
+#[test]
+fn a_roofline_names_the_nearer_ceiling_and_the_best_peer() {
+    let ceilings = Ceilings { flops_per_s: 1e15, bytes_per_s: 1e12 };
+    let measured = |variant: &str, peer, ns, bytes, flops| Measured {
+        family: "gemm",
+        op: "forward".into(),
+        shape: "m/1x1".into(),
+        variant: variant.into(),
+        peer,
+        samples: vec![ns; 5],
+        cost: Cost { bytes, flops },
+    };
+    // 1000 bytes take 1 ns, 10⁷ FLOPs 10 ns.
+    let by_memory = measured("swat", false, 4.0, 1000, 1000);
+    assert!((by_memory.of_ceiling(&ceilings) - 0.25).abs() < 1e-12);
+    let by_compute = measured("swat", false, 20.0, 1000, 10_000_000);
+    assert!((by_compute.of_ceiling(&ceilings) - 0.5).abs() < 1e-12);
+    assert!((by_compute.tflop_per_s() - 500.0).abs() < 1e-9 && (by_compute.gb_per_s() - 50.0).abs() < 1e-9);
+    let slow = measured("slow", true, 40.0, 1000, 1000);
+    let all = [by_memory.clone(), slow, measured("fast", true, 6.0, 1000, 1000)];
+    assert_eq!(by_memory.of_best_peer(&all), Some(1.5));
+    assert_eq!(by_memory.of_best_peer(&all[..1]), None);
+    let text = table(&all, "a device", &ceilings, "swat").text(TextStyle::Ascii);
+    assert!(text.contains("fast (peer)") && text.contains("1.50"), "{text}");
+}
+
+/// Two tensors, the second written by a copy.
+type Pair<D> = [Buffer<D, f32>; 2];
+
+fn pair<D: Device>(d: &D) -> Pair<D> {
+    [random(d, 64), random(d, 64)]
+}
+
+fn copy<D: Device>(d: &D, [from, to]: &mut Pair<D>) {
+    d.copy(from.view(), to.view_mut()).unwrap();
+}
+
+/// A ladder whose variants run one copy, and two.
+fn with_copies<D: Device, R>(device: &D, f: impl FnOnce(&mut common::Ladder<'_, D, Pair<D>>) -> R) -> R {
+    let mut session = Session::new("clock", Mode::Json(Vec::new()), Scale::tiny());
+    let cost = Cost { bytes: 512, flops: 0 };
+    let ladder = session.ladder(device, "copy", "64", cost, pair).variant("one", copy);
+    let mut ladder = ladder.variant("two", |d, tensors| {
+        copy(d, tensors);
+        copy(d, tensors);
+    });
+    f(&mut ladder)
+}
+
+#[test]
+fn work_of_known_length_is_timed_right() {
+    let _turn = turn();
+    let Some(cuda) = standin::open::<F32State>(0) else { return };
+    if standin::real() {
+        return;
+    }
+    // Short enough to be captured, not, and long enough to need nothing queued before it.
+    for ns in [20_000, 400_000, 6_000_000] {
+        known_clock(0, ns);
+        with_copies(&cuda, |ladder| {
+            for (at, copies) in [(0, 1), (1, 2)] {
+                let samples = ladder.samples(at);
+                assert!(samples.len() >= 7, "{ns}: {samples:?}");
+                // Events tell milliseconds as f32.
+                let exact = (ns * copies) as f64;
+                assert!(samples.iter().all(|sample| (sample / exact - 1.0).abs() < 1e-4), "{exact}: {samples:?}");
+            }
+            let ratios = ladder.ratios([0, 1]);
+            assert!(ratios.iter().all(|ratio| (ratio - 2.0).abs() < 1e-3), "{ratios:?}");
+        });
+    }
+    known_clock(0, 0);
+}
+
+#[test]
+fn captured_work_runs_when_it_is_replayed() {
+    let Some(cuda) = standin::open::<F32State>(1) else { return };
+    let [from, mut to] = pair(&cuda);
+    let mut copied = false;
+    let captured = cuda.capture(|| {
+        copied = true;
+        cuda.copy(from.view(), to.view_mut())
+    });
+    let (captured, mut before, mut after) = (captured.unwrap(), [0f32; 64], [0f32; 64]);
+    let mut expected = [0f32; 64];
+    cuda.read(to.view(), &mut before).unwrap();
+    cuda.read(from.view(), &mut expected).unwrap();
+    assert!(copied && before != expected, "nothing runs while it is captured");
+    captured.launch().unwrap();
+    cuda.read(to.view(), &mut after).unwrap();
+    assert_eq!(after, expected);
+    let refused = cuda.capture(|| Err(swat::error::Error::failed("no", "nothing")));
+    assert!(refused.is_err());
+    cuda.synchronize().unwrap();
+}
+
+#[test]
+fn ceilings_are_not_absurd() {
+    let (Ceilings { flops_per_s, bytes_per_s }, whose) = Cpu::new().ceilings(Scale::tiny());
+    assert_eq!(whose, "swat");
+    assert!((1e9..1e14).contains(&flops_per_s), "{flops_per_s}");
+    assert!((1e8..1e13).contains(&bytes_per_s), "{bytes_per_s}");
+    let _turn = turn();
+    let Some(cuda) = standin::open::<F32State>(0) else { return };
+    if standin::real() {
+        return;
+    }
+    known_clock(0, 1_000_000);
+    let scale = Scale::tiny();
+    let (Ceilings { flops_per_s, bytes_per_s }, _) = cuda.ceilings(scale);
+    known_clock(0, 0);
+    // One launch each, of a millisecond.
+    assert!((flops_per_s / (2e3 * (scale.ceiling_side as f64).powi(3)) - 1.0).abs() < 1e-4, "{flops_per_s}");
+    assert!((bytes_per_s / (2e3 * scale.ceiling_bytes as f64) - 1.0).abs() < 1e-4, "{bytes_per_s}");
+}
+
+/// Two runs of one piece of work agree within a quarter, on a machine that may do other things: the best of ten tries.
+#[test]
+fn repeated_runs_agree() {
+    let device = Cpu::new();
+    let mut session = Session::new("clock", Mode::Json(Vec::new()), Scale::tiny());
+    let make = |d: &Cpu| [random(d, 1 << 16), random(d, 1 << 16)];
+    let ladder = session.ladder(&device, "copy", "65536", Cost { bytes: 1 << 19, flops: 0 }, make);
+    let mut ladder = ladder.variant("swat", copy);
+    let ratios: Vec<f64> = (0..10).map(|_| median(&ladder.samples(0)) / median(&ladder.samples(0))).collect();
+    assert!(ratios.iter().any(|ratio| (0.8..1.25).contains(ratio)), "{ratios:?}");
+}
+
+#[test]
+fn buffers_are_rotated_beyond_the_cache() {
+    let device = Cpu::new();
+    let made = std::cell::Cell::new(0);
+    let mut session = Session::new("clock", Mode::Json(Vec::new()), Scale::cpu());
+    let bytes = device.cache_bytes() / 10;
+    let make = |d: &Cpu| {
+        made.set(made.get() + 1);
+        pair(d)
+    };
+    let ladder = session.ladder(&device, "copy", "large", Cost { bytes, flops: 0 }, make);
+    ladder.variant("swat", copy).samples(0);
+    assert_eq!(made.get(), 11);
+}

@@ -1,0 +1,63 @@
+//! The kernels that the wrappers would not choose for these tensors, asked for by name, in the tests of those that they do.
+
+use super::*;
+use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision, with_version};
+
+fn baselines_of<P: Precision>(b: &Cuda<P>) {
+    with_version("baseline", || {
+        rmsnorm::forward(b);
+        rmsnorm::backward(b);
+        rope::rotates_and_turns_back(b);
+        swiglu::forward_and_backward(b);
+        embedding::gather_and_scatter(b);
+        embedding::backward_adds_repeated_rows(b);
+        cross_entropy::loss_and_gradient(b);
+        cross_entropy::far_logits_stay_finite(b);
+        cross_entropy::a_broken_row_is_not_hidden(b);
+        sampling::greedy_takes_the_first_of_equals(b);
+        sampling::nucleus_is_the_smallest_set_that_reaches_top_p(b);
+        sampling::wide_nucleus(b);
+    });
+}
+
+#[test]
+fn baselines() {
+    standin::open::<F32State>(0).iter().for_each(baselines_of);
+    standin::open::<Bf16State>(3).iter().for_each(baselines_of);
+}
+
+#[test]
+fn rows_in_wider_kernels_than_they_need() {
+    for version in ["warp", "row1024", "row2048", "row4096", "row8192"] {
+        let run = |b: &Cuda<F32State>| {
+            with_version(version, || {
+                rmsnorm::forward(b);
+                rmsnorm::backward(b);
+            });
+        };
+        standin::open(0).iter().for_each(run);
+        standin::open(1).iter().for_each(run);
+    }
+}
+
+/// A version by its name is that kernel.
+#[test]
+fn versions_are_the_kernels_of_their_names() {
+    let Some(b) = standin::open::<F32State>(2) else { return };
+    let [x, weight, mut y] = [(64 * 128, 1), (128, 2), (64 * 128, 3)]
+        .map(|(len, stream)| put::<_, half::bf16>(&b, &normals(stream, len)).device);
+    let mut kernels = |version| {
+        let recording = swat::backend::trace::record().expect("no other test of this file records");
+        with_version(version, || b.rmsnorm(x.view(), weight.view(), y.view_mut(), None, 128, 1e-5)).unwrap();
+        b.synchronize().unwrap();
+        recording.take().iter().map(|span| span.name).filter(|name| name.starts_with("rmsnorm_")).collect::<Vec<_>>()
+    };
+    for (version, kernel) in [
+        ("baseline", "rmsnorm_forward_baseline_bf16"),
+        ("warp", "rmsnorm_forward_warp_bf16"),
+        ("row4096", "rmsnorm_forward_row4096_bf16"),
+        ("vec8", "rmsnorm_forward_lanes_bf16"),
+    ] {
+        assert!(kernels(version).contains(&kernel), "{version}");
+    }
+}
