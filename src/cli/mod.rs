@@ -64,6 +64,10 @@ struct Common {
     /// Print one JSON object on stdout and nothing else there
     #[arg(long, global = true)]
     json: bool,
+    /// Mark phases and layers as NVTX ranges, for nsys and ncu: needs libnvtx3interop.so.1 (CUDA toolkit, or the package
+    /// nvidia-nvtx)
+    #[arg(long, global = true)]
+    nvtx: bool,
     /// No progress on stderr
     #[arg(long, global = true)]
     quiet: bool,

@@ -1,9 +1,9 @@
 //! Opening what most commands need: a device, a model, its tokenizer.
 
 use super::Common;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
+use crate::backend::{Backend, trace};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
 use crate::model::{ChatTemplate, ModelDir, Tokenizer};
@@ -38,6 +38,7 @@ pub(super) trait OnDevice: Sized {
 
     /// The command on the device that `--device` names.
     fn start(self) -> Result<()> {
+        self.common().annotate()?;
         match self.common().device()? {
             None => self.run(Cpu::new()),
             Some(ordinal) => {
@@ -49,6 +50,7 @@ pub(super) trait OnDevice: Sized {
 
     /// A command that trains, with gradients and moments of the dtype that `--state` names where it runs on a GPU.
     fn start_training(self, state: State) -> Result<()> {
+        self.common().annotate()?;
         match state {
             State::F32 => self.start(),
             State::Bf16 => match self.common().device()? {
@@ -72,6 +74,10 @@ pub(super) enum State {
 }
 
 impl Common {
+    fn annotate(&self) -> Result<()> {
+        if self.nvtx { trace::annotate() } else { Ok(()) }
+    }
+
     /// The ordinal of the GPU that `--device` names; `None` = the CPU. `auto` takes the first GPU where it can be opened,
     /// and says so.
     fn device(&self) -> Result<Option<u32>> {

@@ -68,9 +68,7 @@ impl PlanCommand {
         let plan = Plan::new::<Cpu>(config, &workload(self.recompute), trains);
         let free = free_memory();
         if self.common.json {
-            let mut value = serde_json::to_value(&plan).unwrap_or_default();
-            value["total_bytes"] = json!(plan.total_bytes());
-            value["trainable_share"] = json!(plan.trainable_share());
+            let mut value = plan_json(&plan);
             value["free_bytes"] = json!(free);
             return print_json(&value);
         }
@@ -109,6 +107,14 @@ impl PlanCommand {
         }
         Ok(())
     }
+}
+
+/// A plan as scripts see it.
+pub(super) fn plan_json(plan: &Plan) -> serde_json::Value {
+    let mut value = serde_json::to_value(plan).unwrap_or_default();
+    value["total_bytes"] = json!(plan.total_bytes());
+    value["trainable_share"] = json!(plan.trainable_share());
+    value
 }
 
 /// Bytes that could be allocated now; `None` where the system does not say.

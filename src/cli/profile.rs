@@ -20,9 +20,13 @@ use std::path::PathBuf;
   swat profile --model DIR --mods 'layers.16-29.{q,k,v,o}' --trace step.json     open step.json in ui.perfetto.dev
   swat profile --model DIR --work generate --batch-size 1 --length 64
   ncu --profile-from-start off swat profile --model DIR --steps 5 --range 3:3
+  nsys profile -t cuda,nvtx swat profile --model DIR --nvtx
 
 The ceilings are measured first: a large product and a large copy on the same backend. \"of ceiling\" is the time that a
-row's bytes and FLOPs would take there over the time it took.")]
+row's bytes and FLOPs would take there over the time it took: each tensor of a call counts once, so that what stays in a
+cache between calls can be faster than a copy of memory. The speed of light is the same of the whole step, of which only
+this counts: products and attention, causal and without what --recompute runs again; weights once a pass, gradients and
+moments once a step, keys and values once a token. It cannot exceed 100 % but by what the ceilings were measured too low.")]
 pub(super) struct ProfileCommand {
     #[command(flatten)]
     common: Common,

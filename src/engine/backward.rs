@@ -5,7 +5,7 @@ use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::pool::{Floats, Scratch, Stats};
 use super::readout::trained_rows;
 use super::{Batch, Decoder, Gradients};
-use crate::backend::{Backend, Epilogue, In, LinearShape, Out, ViewMut};
+use crate::backend::{Backend, Epilogue, In, LinearShape, Out, ViewMut, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
@@ -50,6 +50,7 @@ impl<B: Backend> Decoder<B> {
         recompute: bool,
     ) -> Result<f64> {
         let none = Overlay::new();
+        let span = trace::phase("forward");
         let _pass = self.pool.pass(batch.tokens.len());
         let packed = self.pack(batch)?;
         let hidden = self.config.hidden;
@@ -79,6 +80,8 @@ impl<B: Backend> Decoder<B> {
             x = out;
         }
 
+        drop(span);
+        let span = trace::phase("head");
         let chosen = self.indices(&rows)?;
         let mut x_rows = self.floats(rows.len() * hidden)?;
         self.backend.gather_rows(x.view(), chosen.view(), x_rows.view_mut(), hidden)?;
@@ -86,6 +89,8 @@ impl<B: Backend> Decoder<B> {
         let below = lowest < self.config.layers || gradients.trains(ParamId::Embedding);
         let (losses, dx_rows) = self.head_backward(x_rows, &targets, gradients, scale, accumulate, below)?;
 
+        drop(span);
+        let _span = trace::phase("backward");
         if let Some(dx_rows) = dx_rows {
             let mut dx = self.floats(packed.tokens * hidden)?;
             self.backend.clear(dx.view_mut())?;
@@ -94,7 +99,10 @@ impl<B: Backend> Decoder<B> {
             for layer in (lowest..self.config.layers).rev() {
                 let activations = match saved.pop() {
                     Some(Saved::Activations(activations)) => *activations,
-                    Some(Saved::Input(x)) => self.layer_forward(&none, layer, x, &packed)?.0,
+                    Some(Saved::Input(x)) => {
+                        let _span = trace::phase("recompute");
+                        self.layer_forward(&none, layer, x, &packed)?.0
+                    }
                     Some(Saved::Nothing) | None => break,
                 };
                 self.layer_backward(layer, activations, &mut dx, &packed, gradients, accumulate)?;
@@ -201,6 +209,7 @@ impl<B: Backend> Decoder<B> {
         gradients: &mut Gradients<B>,
         accumulate: bool,
     ) -> Result<()> {
+        let _span = trace::layer(layer);
         let none = Overlay::new();
         let needs = self.needs(layer, gradients);
         let (tokens, hidden) = (packed.tokens, self.config.hidden);

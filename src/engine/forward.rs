@@ -5,7 +5,7 @@ use super::fold::{Fold, Folded};
 use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
 use crate::backend::{
-    Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, Projection, View, ViewMut,
+    Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, Projection, View, ViewMut, trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
@@ -325,6 +325,7 @@ impl<B: Backend> Decoder<B> {
         x: Floats<'a, B>,
         packed: &Packed<'_, B>,
     ) -> Result<(LayerActivations<'a, B>, Floats<'a, B>)> {
+        let _span = trace::layer(layer);
         let attention = self.attention_half(overlay, layer, x.view(), packed)?;
         let mid = self.output_projection(overlay, layer, attention.mixed.view(), x.view())?;
         let mut out = self.floats(packed.tokens * self.config.hidden)?;
@@ -341,6 +342,7 @@ impl<B: Backend> Decoder<B> {
         packed: &Packed<'_, B>,
         mut out: Out<'_, B>,
     ) -> Result<()> {
+        let _span = trace::layer(layer);
         let mixed = self.attention_half(overlay, layer, x.clone(), packed)?.mixed;
         let (hidden, q_width) = (self.config.hidden, self.config.q_width());
         for piece in self.pieces(packed.tokens) {
@@ -368,6 +370,7 @@ impl<B: Backend> Decoder<B> {
         batch: &Batch,
         rows: &[u32],
     ) -> Result<(Floats<'a, B>, Floats<'a, B>, Floats<'a, B>)> {
+        let _span = trace::layer(layer);
         let c = &self.config;
         let module = |kind| ModuleId { layer, kind };
         let (normed, _) = self.norm(overlay, ParamId::InputNorm(layer), x.clone())?;

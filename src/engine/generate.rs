@@ -3,7 +3,7 @@
 use super::decoder::{Overlay, read_floats};
 use super::{Batch, Decoder};
 use crate::backend::philox::{uniform, words};
-use crate::backend::{Backend, Buffer, Sampling};
+use crate::backend::{Backend, Buffer, Sampling, trace};
 use crate::error::{Error, Result};
 use crate::modules::ParamId;
 
@@ -101,7 +101,9 @@ impl<B: Backend> Decoder<B> {
         let token_bytes = 2 * self.config.layers * self.config.kv_width() * size_of::<B::Float>();
         let fitting = options.cache_bytes as usize / (capacity * token_bytes).max(1);
         let slots = fitting.clamp(1, MAX_SLOTS).min(prompts.len().max(1));
+        let span = trace::phase("cache");
         let mut cache = Cache::new(&self.backend, self.config.layers, slots, capacity, self.config.kv_width())?;
+        drop(span);
         let mut active: Vec<Option<Slot>> = (0..slots).map(|_| None).collect();
         let mut next = 0;
         loop {
@@ -144,6 +146,7 @@ impl<B: Backend> Decoder<B> {
         cache: &mut Cache<B>,
         options: &GenerateOptions,
     ) -> Result<Vec<u32>> {
+        let _span = trace::phase("prefill");
         let none = Overlay::new();
         let batch = Batch::from_prompts(arrivals.iter().map(|(_, p)| prompts[*p].as_slice()));
         let packed = self.pack(&batch)?;
@@ -158,6 +161,7 @@ impl<B: Backend> Decoder<B> {
         let last_rows = batch.last_rows();
         let last_layer = self.config.layers - 1;
         for layer in 0..self.config.layers {
+            let _span = trace::layer(layer);
             let CachedLayer { keys, values } = &mut cache.layers[layer];
             let mut fill = |k, v| {
                 self.backend.scatter_rows(k, rows.view(), keys.view_mut(), width)?;
@@ -186,6 +190,7 @@ impl<B: Backend> Decoder<B> {
         cache: &mut Cache<B>,
         options: &GenerateOptions,
     ) -> Result<Vec<u32>> {
+        let _span = trace::phase("decode");
         let none = Overlay::new();
         let (c, count) = (&self.config, running.len());
         let states: Vec<(usize, &Slot)> =
@@ -203,6 +208,7 @@ impl<B: Backend> Decoder<B> {
         let documents = self.documents(&[0, count as u32])?;
         let mut x = self.embed(&none, &tokens)?;
         for layer in 0..c.layers {
+            let _span = trace::layer(layer);
             let CachedLayer { keys, values } = &mut cache.layers[layer];
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
             let mut q = self.floats(count * c.q_width())?;

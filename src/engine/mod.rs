@@ -4,6 +4,7 @@
 mod backward;
 mod batch;
 mod decoder;
+mod floor;
 mod fold;
 mod forward;
 mod generate;
@@ -16,6 +17,7 @@ mod sweep;
 
 pub use batch::Batch;
 pub use decoder::{Decoder, Parameter};
+pub use floor::{Floor, light_seconds};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use gradients::Gradients;
 pub use lora::Lora;

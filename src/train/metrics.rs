@@ -24,24 +24,17 @@ pub struct StepMetrics {
     pub tokens: u64,
     /// `tokens` a second of this step.
     pub tok_per_s: f64,
-    /// Largest resident memory of the process so far, in bytes; 0 where the system does not say.
+    /// The time that the least of computing and moving would take at the measured ceilings, over the step's: see
+    /// [`crate::engine::Floor`]. None where the ceilings were not measured, and in a step without a loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed_of_light: Option<f64>,
+    /// [`crate::backend::Backend::peak_bytes`] so far.
     pub peak_bytes: u64,
     /// Duration of the step, in milliseconds.
     pub step_ms: f64,
     /// Why nothing was changed, where nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
-}
-
-/// The largest resident set of this process so far, in bytes (`VmHWM` of `/proc/self/status`); 0 where there is none.
-pub fn peak_bytes() -> u64 {
-    std::fs::read_to_string("/proc/self/status").ok().and_then(|status| high_water_bytes(&status)).unwrap_or(0)
-}
-
-fn high_water_bytes(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
 }
 
 /// The open file.
@@ -98,6 +91,7 @@ mod tests {
             trained_tokens: 3,
             tokens: 9,
             tok_per_s: 1.0,
+            speed_of_light: Some(0.5),
             peak_bytes: 0,
             step_ms: 2.0,
             skipped: (step == 2).then(|| "why".into()),
@@ -128,14 +122,5 @@ mod tests {
         let mut log = MetricsLog::open(&path, 1000).unwrap();
         log.append(&line(1)).unwrap();
         assert_eq!(std::fs::read(&path).unwrap().first(), Some(&b'{'));
-    }
-
-    #[test]
-    fn high_water_mark_is_in_bytes() {
-        assert_eq!(high_water_bytes("Name:\tx\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
-        assert_eq!(high_water_bytes("nothing"), None);
-        if cfg!(target_os = "linux") {
-            assert!(peak_bytes() > 1 << 20);
-        }
     }
 }

@@ -1,6 +1,8 @@
 //! Small random models for tests.
 #![allow(dead_code)]
 
+pub mod trace;
+
 use swat::backend::cpu::Cpu;
 use swat::engine::{Batch, Decoder};
 use swat::model::{ModelConfig, Rope, RopeScaling};

@@ -58,6 +58,11 @@ pub fn bytes(ordinal: i32) -> u64 {
     counter("standin_bytes", ordinal)
 }
 
+/// Kernels that device `ordinal` of the stand-in has run while a profiler was told to look.
+pub fn profiled(ordinal: i32) -> u64 {
+    counter("standin_profiled", ordinal)
+}
+
 /// A kernel that EXPORT has registered.
 #[derive(Debug)]
 pub struct Kernel {

@@ -48,7 +48,7 @@ struct Device {
   Habits habits;
   size_t memory;
   bool loads_images;
-  std::atomic<uint64_t> launches{0}, allocations{0}, bytes{0};
+  std::atomic<uint64_t> launches{0}, allocations{0}, bytes{0}, profiled{0};
 
   int shared_optin() const { return major >= 9 ? 232448 : major == 8 ? 166912 : 98304; }
   int shared_per_processor() const { return shared_optin() + 1024; }
@@ -211,6 +211,7 @@ const Kernel* find_kernel(const std::string& name, const std::string& stem) {
 extern "C" STANDIN_API uint64_t standin_launches(int device) { return devices[device].launches; }
 extern "C" STANDIN_API uint64_t standin_allocations(int device) { return devices[device].allocations; }
 extern "C" STANDIN_API uint64_t standin_bytes(int device) { return devices[device].bytes; }
+extern "C" STANDIN_API uint64_t standin_profiled(int device) { return devices[device].profiled; }
 // Names the kernel file that an image is made of. A module of an image finds the kernels of that file alone.
 extern "C" STANDIN_API void standin_image(const char* stem, const unsigned char* bytes, size_t length) {
   std::lock_guard<std::mutex> guard(lock);
@@ -493,5 +494,6 @@ API cuGraphExecUpdate_v2(Graph* executable, Graph* graph, int* result) {
 }
 API cuGraphExecDestroy(Graph* executable) { return delete executable, SUCCESS; }
 API cuGraphDestroy(Graph* graph) { return delete graph, SUCCESS; }
-API cuProfilerStart() { return SUCCESS; }
-API cuProfilerStop() { return SUCCESS; }
+// Counts the launches between them.
+API cuProfilerStart() { return current ? (current->profiled -= current->launches, SUCCESS) : INVALID_CONTEXT; }
+API cuProfilerStop() { return current ? (current->profiled += current->launches, SUCCESS) : INVALID_CONTEXT; }

@@ -1,8 +1,9 @@
 //! Cross-entropy: see `kernels/cross_entropy.cu`.
 
+use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
 use super::memory::{Slice, SliceMut};
-use crate::backend::Cost;
+use crate::backend::cost;
 use crate::error::Result;
 use half::bf16;
 
@@ -32,22 +33,20 @@ pub(super) fn cross_entropy(
 ) -> Result<()> {
     assert_eq!([logits.len(), losses.len()], [targets.len() * vocab, targets.len()]);
     let grid = [blocks(targets.len(), 1), 1, 1];
+    let cost = cost::cross_entropy(logits.len(), scale.is_some(), FLOAT);
     let launch =
-        |kernel, shared_bytes, cost| Launch { image: "cross_entropy", kernel, grid, block: BLOCK, shared_bytes, cost };
-    let elements = logits.len() as u64;
+        |kernel, shared_bytes| Launch { image: "cross_entropy", kernel, grid, block: BLOCK, shared_bytes, cost };
     // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check targets; logits
     // and losses are borrowed mutably. What the second keeps is whole steps, in as much shared memory as it is launched with.
     unsafe {
         match scale {
             None => {
-                let cost = Cost { bytes: 2 * elements, flops: 4 * elements };
-                let launch = launch("cross_entropy_loss_vec8_bf16", 0, cost);
+                let launch = launch("cross_entropy_loss_vec8_bf16", 0);
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32])
             }
             Some(scale) => {
                 let kept = kept_bytes(device, vocab);
-                let cost = Cost { bytes: 4 * elements, flops: 7 * elements };
-                let launch = launch("cross_entropy_backward_vec8_bf16", kept, cost);
+                let launch = launch("cross_entropy_backward_vec8_bf16", kept);
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, kept / 16])
             }
         }

@@ -4,7 +4,7 @@
 use super::Cuda;
 use super::Precision;
 use super::device::{Arg, Device};
-use crate::backend::{Element, View, ViewMut};
+use crate::backend::{Cost, Element, View, ViewMut};
 use crate::error::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::HashMap;
@@ -220,9 +220,10 @@ pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result
         return Ok(());
     }
     device.bind()?;
+    let bytes = to.len * size_of::<T>();
     // SAFETY: as many bytes as the borrowed memory has.
-    unsafe { result::memset_d8_async(to.pointer, 0, to.len * size_of::<T>(), device.stream()) }
-        .map_err(|error| device.failed("cannot clear memory", error))
+    let clear = || unsafe { result::memset_d8_async(to.pointer, 0, bytes, device.stream()) };
+    device.timed("memset", Cost::moved(bytes), clear).map_err(|error| device.failed("cannot clear memory", error))
 }
 
 /// Host to device. The driver has taken the host's bytes when this returns: they are pageable.
@@ -233,7 +234,9 @@ pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T
     }
     device.bind()?;
     // SAFETY: both sides have `len` elements; pageable memory is staged before the call returns.
-    unsafe { result::memcpy_htod_async(to.pointer, from, device.stream()) }
+    let copy = || unsafe { result::memcpy_htod_async(to.pointer, from, device.stream()) };
+    device
+        .timed("memcpy_host_to_device", Cost::moved(size_of_val(from)), copy)
         .map_err(|error| device.failed("cannot copy from the host", error))
 }
 
@@ -244,8 +247,11 @@ pub(super) fn read<T: Element>(device: &Device, from: Slice<'_, T>, to: &mut [T]
         return device.synchronize();
     }
     device.bind()?;
+    let cost = Cost::moved(size_of_val(to));
     // SAFETY: both sides have `len` elements, and the host's are borrowed until the copy is done.
-    unsafe { result::memcpy_dtoh_async(to, from.pointer, device.stream()) }
+    let copy = || unsafe { result::memcpy_dtoh_async(to, from.pointer, device.stream()) };
+    device
+        .timed("memcpy_device_to_host", cost, copy)
         .map_err(|error| device.failed("cannot copy to the host", error))?;
     device.synchronize()
 }
@@ -257,7 +263,10 @@ pub(super) fn copy<T: Element>(device: &Device, from: Slice<'_, T>, to: &SliceMu
         return Ok(());
     }
     device.bind()?;
+    let bytes = from.len * size_of::<T>();
     // SAFETY: both sides have `len` elements, and a buffer is not borrowed to read and to write at once.
-    unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, from.len * size_of::<T>(), device.stream()) }
+    let copy = || unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, bytes, device.stream()) };
+    device
+        .timed("memcpy_device_to_device", Cost::moved(2 * bytes), copy)
         .map_err(|error| device.failed("cannot copy", error))
 }
