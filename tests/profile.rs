@@ -14,7 +14,7 @@ use swat::backend::{Backend, Ceilings, Cost};
 use swat::engine::{Decoder, Floor};
 use swat::model::ModelConfig;
 use swat::modules::ModuleSet;
-use swat::profile::{Profile, ProfileOptions, Work, profile, summarize};
+use swat::profile::{Profile, ProfileOptions, Summary, Work, profile, summarize};
 use swat::report::write_trace;
 
 /// Large enough that operations take most of a step, small enough that a step takes milliseconds.
@@ -101,12 +101,21 @@ fn the_rows_explain_a_step() {
     let config = small();
     let mut model = common::decoder(config.clone(), 1);
     for work in works(&config) {
-        let options = ProfileOptions { batch_size: 4, length: 100, steps: 3, ..options(work.clone()) };
+        let options = ProfileOptions { batch_size: 4, length: 48, steps: 3, ..options(work.clone()) };
         // Whatever else the machine does while the engine is between two operations is not explained.
-        let best = (0..4)
-            .map(|_| summarize(&profile(&mut model, &options).unwrap()))
-            .max_by(|a, b| a.explained.total_cmp(&b.explained));
+        let attempts = (0..5).map(|_| summarize(&profile(&mut model, &options).unwrap()));
+        let mut best: Option<Summary> = None;
+        for attempt in attempts {
+            let explained = attempt.explained;
+            if best.as_ref().is_none_or(|best| best.explained < explained) {
+                best = Some(attempt);
+            }
+            if explained >= 0.95 {
+                break;
+            }
+        }
         let summary = best.unwrap();
+        eprintln!("{work:?}: the rows explain {:.3}", summary.explained);
         assert!((0.9..=1.0).contains(&summary.explained), "{work:?}: {summary:?}");
         let sum = |rows: &[swat::profile::Row]| rows.iter().map(|row| row.ns).sum::<u64>();
         assert_eq!(sum(&summary.rows), sum(&summary.layers));

@@ -24,13 +24,16 @@ impl Ceilings {
 }
 
 /// Sides of the product, and bytes of the copy, from where they start to where they end: doubled until one takes [`LONG`].
-/// The last is more than a cache holds.
+/// No cache holds the copy.
 const SIDES: [usize; 2] = [256, 8192];
-const COPIED_BYTES: [usize; 2] = [4 << 20, 256 << 20];
-/// Long enough for a host's clock, short enough not to be waited for.
-const LONG: Duration = Duration::from_millis(10);
-/// The best of so many timings counts.
-const TIMINGS: usize = 5;
+const COPIED_BYTES: [usize; 2] = [64 << 20, 256 << 20];
+/// Long enough for a host's clock, and short enough that one of many timings meets a moment in which a busy machine does
+/// nothing else.
+const LONG: Duration = Duration::from_millis(2);
+/// What the timings of one work may take together; the best counts.
+const BUDGET: Duration = Duration::from_millis(250);
+/// Fewest and most timings.
+const TIMINGS: [u128; 2] = [5, 100];
 /// Numbers that are drawn; larger tensors repeat them.
 const DRAWN: usize = 1 << 16;
 
@@ -95,9 +98,11 @@ fn seconds<B: Backend>(backend: &B, last: bool, mut work: impl FnMut() -> Result
     if once < LONG && !last {
         return Ok(None);
     }
-    let times = LONG.as_nanos().div_ceil(once.as_nanos().max(1)).min(1000) as usize;
-    let mut best = once;
-    for _ in 0..TIMINGS {
+    let once_ns = once.as_nanos().max(1);
+    let times = LONG.as_nanos().div_ceil(once_ns).min(1000);
+    let timings = (BUDGET.as_nanos() / (once_ns * times)).clamp(TIMINGS[0], TIMINGS[1]);
+    let (mut best, times) = (once, times as usize);
+    for _ in 0..timings {
         best = best.min(time(times)?);
     }
     Ok(Some(best.as_secs_f64().max(1e-9)))

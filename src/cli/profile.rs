@@ -17,7 +17,7 @@ use std::path::PathBuf;
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat profile --model DIR --batch-size 4 --length 256
-  swat profile --model DIR --mods 'layers.16-29.{q,k,v,o}' --trace step.json     open step.json in ui.perfetto.dev
+  swat profile --model DIR --mods 'layers.16-29.{q_proj,k_proj,v_proj,o_proj}' --trace step.json     open step.json in ui.perfetto.dev
   swat profile --model DIR --work generate --batch-size 1 --length 64
   ncu --profile-from-start off swat profile --model DIR --steps 5 --range 3:3
   nsys profile -t cuda,nvtx swat profile --model DIR --nvtx

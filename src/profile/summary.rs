@@ -76,7 +76,7 @@ pub fn summarize(profile: &Profile) -> Summary {
         of_ceiling: (sum.ideal_ns > 0.0).then(|| sum.ideal_ns / sum.ns.max(1) as f64),
     };
     let mut rows: Vec<Row> = rows.into_iter().map(finish).collect();
-    rows.sort_by(|a, b| b.ns.cmp(&a.ns));
+    rows.sort_by_key(|row| std::cmp::Reverse(row.ns));
     let explained: u64 = rows.iter().map(|row| row.ns).sum();
     let light = profile.steps.len() as f64 * light_seconds(&profile.floor, &profile.ceilings);
     let mut steps: Vec<u64> = profile.steps.iter().map(|(_, ns)| *ns).collect();
