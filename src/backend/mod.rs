@@ -199,6 +199,17 @@ pub trait Backend: Clone + Send + Sync + 'static {
         Ok(())
     }
 
+    /// Most bytes of the device's own memory that buffers held at once; `None` where they are in the memory of the process.
+    fn device_peak_bytes(&self) -> Option<u64> {
+        None
+    }
+    /// Runs `work`, a part of a step that comes again and again: it queues operations, and neither reads from the device nor
+    /// writes to it. A GPU may hold its operations back until `work` is done, and get all of them in one launch where they
+    /// are those of an earlier step. The values are the same either way; by default nothing is held back.
+    fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        work()
+    }
+
     // ---- gemm
     /// Y [tokens, outputs] = epilogue(X [tokens, inputs] · W [outputs, inputs]ᵀ).
     fn linear(

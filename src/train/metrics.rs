@@ -24,7 +24,8 @@ pub struct StepMetrics {
     pub tokens: u64,
     /// `tokens` a second of this step.
     pub tok_per_s: f64,
-    /// Largest resident memory of the process so far, in bytes; 0 where the system does not say.
+    /// On a GPU, the most bytes of its memory that buffers held so far; else the largest resident memory of the process so
+    /// far, 0 where the system does not say.
     pub peak_bytes: u64,
     /// Duration of the step, in milliseconds.
     pub step_ms: f64,

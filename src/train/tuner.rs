@@ -88,7 +88,7 @@ pub struct TuneSummary {
     pub updates: Updates,
     /// The step whose checkpoint was continued.
     pub resumed_from: Option<u64>,
-    /// Largest resident memory of the process, in bytes.
+    /// The most memory that was used, in bytes: as [`StepMetrics::peak_bytes`].
     pub peak_bytes: u64,
 }
 
@@ -219,8 +219,12 @@ impl<'a, B: Backend> Tuner<'a, B> {
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
         summary.updates = Updates { phases: run.updates };
-        summary.peak_bytes = peak_bytes();
+        summary.peak_bytes = self.peak_bytes();
         Ok(summary)
+    }
+
+    fn peak_bytes(&self) -> u64 {
+        self.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes)
     }
 
     /// One phase from where it stands to its end, and the step into the next.
@@ -342,7 +346,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             trained_tokens: group.trained_tokens,
             tokens: group.tokens,
             tok_per_s: group.tokens as f64 / seconds.max(1e-9),
-            peak_bytes: peak_bytes(),
+            peak_bytes: self.peak_bytes(),
             step_ms: seconds * 1e3,
             skipped,
         })
