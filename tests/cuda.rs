@@ -7,7 +7,7 @@ mod common;
 #[path = "common/standin.rs"]
 mod standin;
 
-use common::{batch, config, numbers};
+use common::{batch, config, decoder_on as decoder, wide};
 use std::collections::BTreeMap;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
@@ -20,20 +20,6 @@ use swat::train::{Optimizer, StepOutcome, StepSettings};
 /// Devices of both compute capabilities, with asynchronous operations late and early.
 const DEVICES: [u32; 4] = [0, 1, 2, 3];
 
-/// A shape whose sizes all fast kernels take, with a group of two queries a key.
-fn wide(layers: usize, head_dim: usize) -> ModelConfig {
-    ModelConfig {
-        vocab: 320,
-        hidden: 128,
-        ffn: 192,
-        heads: 4,
-        kv_heads: 2,
-        head_dim,
-        max_positions: 256,
-        ..config(layers, true, false, false)
-    }
-}
-
 /// Odd sizes with biases and q/k norms, and sizes for the fast kernels.
 fn shapes() -> Vec<(&'static str, ModelConfig, Vec<usize>)> {
     let mut window = wide(2, 64);
@@ -45,21 +31,6 @@ fn shapes() -> Vec<(&'static str, ModelConfig, Vec<usize>)> {
         ("window", window, vec![50, 33]),
         ("wide heads", wide(1, 128), vec![40, 25]),
     ]
-}
-
-/// Random weights that bf16 holds exactly, so that both backends have the same.
-fn decoder<B: Backend>(backend: &B, config: &ModelConfig, seed: u64) -> Decoder<B> {
-    let mut next = numbers(seed);
-    Decoder::new(backend.clone(), config.clone(), |_, shape| {
-        let (centre, spread) = match shape {
-            [_] => (1.0, 0.3),
-            [_, inputs, ..] => (0.0, 1.7 / (*inputs as f32).sqrt()),
-            [] => unreachable!("a tensor without dimensions"),
-        };
-        let round = |x: f32| half::bf16::from_f32(x).to_f32();
-        Ok((0..shape.iter().product::<usize>()).map(|_| round(centre + spread * next())).collect())
-    })
-    .expect("a valid model")
 }
 
 /// ‖got − expected‖ / ‖expected‖.

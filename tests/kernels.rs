@@ -16,8 +16,7 @@ fn root() -> &'static Path {
 
 /// Kernel files and their headers: name and text.
 fn sources(extensions: &[&str]) -> Vec<(String, String)> {
-    let mut files: Vec<PathBuf> =
-        std::fs::read_dir(root().join("kernels")).unwrap().map(|e| e.unwrap().path()).collect();
+    let mut files: Vec<PathBuf> = std::fs::read_dir(root().join("kernels")).unwrap().map(|e| e.unwrap().path()).collect();
     files.retain(|path| path.extension().is_some_and(|e| extensions.iter().any(|extension| e == *extension)));
     files.sort();
     files.iter().map(|path| (name(path), std::fs::read_to_string(path).unwrap())).collect()
@@ -131,8 +130,7 @@ fn every_kernel_is_compiled_as_it_is_exported() {
         let directory = tempfile::tempdir().unwrap();
         cuobjdump(&tools, directory.path(), image, &["-xelf", "all"]);
         let cubins: Vec<PathBuf> = std::fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().path()).collect();
-        let cubins: Vec<&PathBuf> =
-            cubins.iter().filter(|path| path.extension().is_some_and(|e| e == "cubin")).collect();
+        let cubins: Vec<&PathBuf> = cubins.iter().filter(|path| path.extension().is_some_and(|e| e == "cubin")).collect();
         let architectures = if stem.ends_with("_sm90") { 1 } else { 2 };
         assert_eq!(cubins.len(), architectures, "{stem}: code for each architecture");
         for cubin in cubins {
@@ -195,10 +193,7 @@ fn tensor_cores_do_the_products() {
             .map(|(_, instruction)| instruction)
             .collect();
         if stem.ends_with("_sm90") {
-            assert!(
-                expected.contains(&"HGMMA") && expected.contains(&"UTMALDG"),
-                "{stem} does nothing that needs sm_90a"
-            );
+            assert!(expected.contains(&"HGMMA") && expected.contains(&"UTMALDG"), "{stem} does nothing that needs sm_90a");
         }
         if expected.is_empty() {
             continue;
@@ -210,8 +205,7 @@ fn tensor_cores_do_the_products() {
         for part in parts {
             let architecture = part.lines().next().unwrap_or_default();
             for instruction in &expected {
-                let found =
-                    part.lines().any(|line| line.split_whitespace().any(|w| w.split('.').next() == Some(*instruction)));
+                let found = part.lines().any(|line| line.split_whitespace().any(|w| w.split('.').next() == Some(*instruction)));
                 assert!(found, "{stem}: no {instruction} in the code for {architecture}");
             }
         }

@@ -5,13 +5,12 @@
 
 mod common;
 
-use swat::backend::Backend;
 use swat::backend::cpu::Cpu;
 use swat::data::{Example, Loader};
 use swat::engine::{Decoder, Lora, Plan, Workload};
 use swat::model::ModelConfig;
 use swat::modules::{Cell, LearningRates, ModuleSet, ParamId};
-use swat::train::{Phase, PhaseOptions, Place, TuneOptions, Tuner};
+use swat::train::{Phase, PhaseOptions, Place, TuneOptions, Tuner, peak_bytes};
 
 const CASE: &str = "SWAT_TEST_MEMORY_CASE";
 const DOCUMENT: usize = 128;
@@ -118,7 +117,7 @@ fn child_process() {
             train(ModelConfig { vocab: 2048, max_positions: DOCUMENT, ..common::config(2, true, false, false) }, FULL)
         }
     }
-    eprintln!("measured {}", Cpu::new().peak_bytes());
+    eprintln!("measured {}", peak_bytes());
 }
 
 fn measured(case: &str) -> f64 {

@@ -213,12 +213,20 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()>;
     /// Waits until everything queued is done.
     fn synchronize(&self) -> Result<()>;
-    /// Most bytes that were in use at once: of a device's memory those of buffers, on the CPU those of the whole process
-    /// (0 where the system does not say).
-    fn peak_bytes(&self) -> u64;
     /// Tells an outside profiler (nsys, ncu) that what it is to look at begins, or ends. Nothing on the CPU.
     fn profiler(&self, _begins: bool) -> Result<()> {
         Ok(())
+    }
+
+    /// Most bytes of the device's own memory that buffers held at once; `None` where they are in the memory of the process.
+    fn device_peak_bytes(&self) -> Option<u64> {
+        None
+    }
+    /// Runs `work`, a part of a step that comes again and again: it queues operations, and neither reads from the device nor
+    /// writes to it. A GPU may hold its operations back until `work` is done, and get all of them in one launch where they
+    /// are those of an earlier step. The values are the same either way; by default nothing is held back.
+    fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        work()
     }
 
     // ---- gemm

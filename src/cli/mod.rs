@@ -101,7 +101,10 @@ pub fn main() -> ExitCode {
         Command::Generate(c) => c.start(),
         Command::Score(c) => c.start(),
         Command::Plan(c) => c.run(),
-        Command::Profile(c) => c.start(),
+        Command::Profile(c) => {
+            let state = c.state;
+            c.start_training(state)
+        }
         Command::Doctor(c) => c.run(),
     });
     match result {

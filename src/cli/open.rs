@@ -80,7 +80,7 @@ impl Common {
 
     /// The ordinal of the GPU that `--device` names; `None` = the CPU. `auto` takes the first GPU where it can be opened,
     /// and says so.
-    fn device(&self) -> Result<Option<u32>> {
+    pub(super) fn device(&self) -> Result<Option<u32>> {
         match self.device.as_str() {
             "cpu" => Ok(None),
             "auto" => Ok(self.find()),
@@ -95,18 +95,18 @@ impl Common {
     /// Looks for a GPU. Where one is there but cannot be used, that is said.
     fn find(&self) -> Option<u32> {
         let survey = cuda::survey();
-        if survey.images.is_empty() || !survey.devices.is_ok_and(|count| count > 0) {
+        if survey.images.is_empty() || !survey.driver {
             return None;
         }
-        match Cuda::<F32State>::open(0) {
-            Ok(_) => Some(0),
-            Err(e) => {
-                if !self.quiet {
-                    eprintln!("on the CPU: {e}");
-                }
-                None
-            }
+        let found = match survey.devices {
+            Ok(0) => return None,
+            Ok(_) => Cuda::<F32State>::open(0).map(drop).map_err(|e| e.to_string()),
+            Err(why) => Err(why),
+        };
+        if let (Err(why), false) = (&found, self.quiet) {
+            eprintln!("on the CPU: {why}");
         }
+        found.is_ok().then_some(0)
     }
 
     fn open<P: Precision>(&self, ordinal: u32) -> Result<Cuda<P>> {

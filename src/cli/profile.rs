@@ -1,6 +1,6 @@
 //! `swat profile`: where a step's time goes.
 
-use super::open::{ModelArgs, OnDevice};
+use super::open::{ModelArgs, OnDevice, State};
 use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -8,6 +8,7 @@ use crate::modules::ModuleSet;
 use crate::profile::{ProfileOptions, Work, profile, summarize};
 use crate::report::format::{fixed, percent};
 use crate::report::{TextStyle, profile_tables, write_trace};
+use crate::train::peak_bytes;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::ops::RangeInclusive;
@@ -53,6 +54,9 @@ pub(super) struct ProfileCommand {
     /// Keep one activation a layer and run layers again
     #[arg(long)]
     recompute: bool,
+    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    #[arg(long, value_enum, default_value_t = State::F32)]
+    pub(super) state: State,
     /// Write all spans as a Chrome trace
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -120,6 +124,7 @@ impl OnDevice for ProfileCommand {
             let mut value = serde_json::to_value(&summary).unwrap_or_default();
             value["device"] = json!(device);
             value["tokens"] = json!(profile.tokens);
+            value["peak_bytes"] = json!(opened.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes));
             return print_json(&value);
         }
         for table in profile_tables(&summary) {

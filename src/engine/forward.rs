@@ -93,10 +93,19 @@ impl<B: Backend> Decoder<B> {
     }
 
     pub(super) fn embed<'a>(&'a self, overlay: &Overlay<'a, B>, tokens: &[u32]) -> Result<Floats<'a, B>> {
+        let rows = self.indices(tokens)?;
+        self.embed_rows(overlay, rows.view())
+    }
+
+    /// The same of tokens that the backend has.
+    pub(super) fn embed_rows<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        tokens: View<'_, B, u32>,
+    ) -> Result<Floats<'a, B>> {
         let hidden = self.config.hidden;
         let mut x = self.floats(tokens.len() * hidden)?;
-        let rows = self.indices(tokens)?;
-        self.backend.gather_rows(self.values(overlay, ParamId::Embedding), rows.view(), x.view_mut(), hidden)?;
+        self.backend.gather_rows(self.values(overlay, ParamId::Embedding), tokens, x.view_mut(), hidden)?;
         Ok(x)
     }
 

@@ -28,13 +28,25 @@ pub struct StepMetrics {
     /// [`crate::engine::Floor`]. None where the ceilings were not measured, and in a step without a loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed_of_light: Option<f64>,
-    /// [`crate::backend::Backend::peak_bytes`] so far.
+    /// On a GPU, the most bytes of its memory that buffers held so far; else the largest resident memory of the process so
+    /// far, 0 where the system does not say.
     pub peak_bytes: u64,
     /// Duration of the step, in milliseconds.
     pub step_ms: f64,
     /// Why nothing was changed, where nothing was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
+}
+
+/// The largest resident set of this process so far, in bytes (`VmHWM` of `/proc/self/status`); 0 where there is none.
+pub fn peak_bytes() -> u64 {
+    std::fs::read_to_string("/proc/self/status").ok().and_then(|status| high_water_bytes(&status)).unwrap_or(0)
+}
+
+fn high_water_bytes(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
 }
 
 /// The open file.
@@ -122,5 +134,14 @@ mod tests {
         let mut log = MetricsLog::open(&path, 1000).unwrap();
         log.append(&line(1)).unwrap();
         assert_eq!(std::fs::read(&path).unwrap().first(), Some(&b'{'));
+    }
+
+    #[test]
+    fn high_water_mark_is_in_bytes() {
+        assert_eq!(high_water_bytes("Name:\tx\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
+        assert_eq!(high_water_bytes("nothing"), None);
+        if cfg!(target_os = "linux") {
+            assert!(peak_bytes() > 1 << 20);
+        }
     }
 }

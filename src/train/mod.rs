@@ -19,7 +19,7 @@ mod tensor_file;
 mod tuner;
 mod updates;
 
-pub use metrics::StepMetrics;
+pub use metrics::{StepMetrics, peak_bytes};
 pub use optimizer::{Optimizer, StepOutcome, StepSettings};
 pub use options::{Length, PhaseOptions, TuneOptions};
 pub use schedule::Schedule;

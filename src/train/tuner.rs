@@ -5,7 +5,7 @@ use super::start::{Given, PhaseStart};
 use super::state::{Journal, RunState};
 use super::step::{Group, Outcome, take_step};
 use super::updates::PhaseUpdates;
-use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates};
+use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
 use crate::backend::{Backend, Ceilings};
 use crate::data::Loader;
 use crate::engine::{Decoder, Floor, Gradients, Plan, light_seconds};
@@ -88,7 +88,7 @@ pub struct TuneSummary {
     pub updates: Updates,
     /// The step whose checkpoint was continued.
     pub resumed_from: Option<u64>,
-    /// [`crate::backend::Backend::peak_bytes`] at the end.
+    /// The most memory that was used, in bytes: as [`StepMetrics::peak_bytes`].
     pub peak_bytes: u64,
     /// [`Plan::total_bytes`] of the phase that takes most.
     #[serde(default)]
@@ -243,9 +243,13 @@ impl<'a, B: Backend> Tuner<'a, B> {
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
         summary.updates = Updates { phases: run.updates };
-        summary.peak_bytes = self.decoder.backend.peak_bytes();
+        summary.peak_bytes = self.peak_bytes();
         summary.planned_bytes = plans.iter().map(|(_, plan)| plan.total_bytes()).max().unwrap_or(0);
         Ok(summary)
+    }
+
+    fn peak_bytes(&self) -> u64 {
+        self.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes)
     }
 
     /// One phase from where it stands to its end, and the step into the next.
@@ -372,7 +376,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             tokens: group.tokens,
             tok_per_s: group.tokens as f64 / seconds.max(1e-9),
             speed_of_light: light.map(|light| light / seconds.max(1e-9)),
-            peak_bytes: self.decoder.backend.peak_bytes(),
+            peak_bytes: self.peak_bytes(),
             step_ms: seconds * 1e3,
             skipped,
         })

@@ -112,10 +112,6 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn peak_bytes(&self) -> u64 {
-        storage::peak_bytes()
-    }
-
     fn linear(
         &self,
         x: In<'_, Self>,

@@ -63,17 +63,6 @@ impl<T: Element> Memory<T> {
     }
 }
 
-/// The largest resident set of this process so far, in bytes (`VmHWM` of `/proc/self/status`); 0 where there is none.
-pub(super) fn peak_bytes() -> u64 {
-    std::fs::read_to_string("/proc/self/status").ok().and_then(|status| high_water_bytes(&status)).unwrap_or(0)
-}
-
-fn high_water_bytes(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
-}
-
 /// The elements of a view.
 pub(super) fn slice<'a, T: Element>(view: &View<'a, super::Cpu, T>) -> &'a [T] {
     &view.storage.as_slice()[view.range.clone()]
@@ -127,18 +116,4 @@ pub(super) fn copy<T: Element>(from: &[T], to: &mut [T]) {
     const BLOCK: usize = 1 << 16;
     assert_eq!(from.len(), to.len());
     to.par_chunks_mut(BLOCK).zip(from.par_chunks(BLOCK)).for_each(|(to, from)| to.copy_from_slice(from));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn high_water_mark_is_in_bytes() {
-        assert_eq!(high_water_bytes("Name:\tx\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
-        assert_eq!(high_water_bytes("nothing"), None);
-        if cfg!(target_os = "linux") {
-            assert!(peak_bytes() > 1 << 20);
-        }
-    }
 }

@@ -11,6 +11,7 @@ mod cross_entropy;
 mod device;
 mod embedding;
 mod gemm;
+mod graph;
 mod memory;
 pub(super) mod nvtx;
 mod perturb;
@@ -77,15 +78,28 @@ impl<P: Precision> Clone for Cuda<P> {
 
 /// What is known of the CUDA side of this machine and this build, for `swat doctor`.
 pub struct Survey {
-    /// Kernel files with embedded code, and its bytes.
-    pub images: Vec<(&'static str, usize)>,
+    /// Embedded code.
+    pub images: Vec<Image>,
+    /// Whether there is a driver at all.
+    pub driver: bool,
     /// GPUs that the driver shows, or why there are none.
     pub devices: Result<u32, String>,
 }
 
+/// The embedded code of a kernel file.
+#[derive(serde::Serialize)]
+pub struct Image {
+    /// Of the file.
+    pub stem: &'static str,
+    /// Compressed.
+    pub bytes: usize,
+    /// `sm_80` for code of a compute capability, `compute_80` for PTX that the driver compiles for newer ones.
+    pub architectures: &'static [&'static str],
+}
+
 /// Looks at the driver and the embedded images; opens nothing.
 pub fn survey() -> Survey {
-    Survey { images: device::images().collect(), devices: device::count() }
+    Survey { images: device::images().collect(), driver: device::driver(), devices: device::count() }
 }
 
 impl<P: Precision> Cuda<P> {
@@ -117,6 +131,16 @@ impl<P: Precision> Cuda<P> {
     /// [`crate::Error::Device`] where the driver fails.
     pub fn memory(&self) -> Result<(u64, u64)> {
         self.device.memory()
+    }
+
+    /// Most bytes of device memory that buffers held at once.
+    pub fn peak_bytes(&self) -> u64 {
+        self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).peak_bytes() as u64
+    }
+
+    /// Whether [`Backend::replay`] makes graphs; it does unless the environment says `SWAT_CUDA_GRAPHS=off`.
+    pub fn replays(&self, on: bool) {
+        self.device.replays.store(on, std::sync::atomic::Ordering::Relaxed);
     }
 }
 
@@ -161,12 +185,16 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.synchronize()
     }
 
-    fn peak_bytes(&self) -> u64 {
-        self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).peak_bytes() as u64
-    }
-
     fn profiler(&self, begins: bool) -> Result<()> {
         self.device.profiler(begins)
+    }
+
+    fn device_peak_bytes(&self) -> Option<u64> {
+        Some(self.peak_bytes())
+    }
+
+    fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.device.replay(work)
     }
 
     fn linear(

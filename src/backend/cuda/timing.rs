@@ -111,6 +111,7 @@ impl<P: Precision> Cuda<P> {
     /// What `queue` returns; [`crate::Error::Device`] where the driver fails.
     pub fn time(&self, queue: impl FnOnce() -> Result<()>) -> Result<Duration> {
         let device = &self.device;
+        device.flush()?;
         device.bind()?;
         let failed = |error| device.failed("cannot take the time", error);
         let event = || result::event::create(CU_EVENT_DEFAULT).map_err(failed);
