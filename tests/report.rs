@@ -1,5 +1,6 @@
 //! The looks: escaping, self-containedness, well-formed drawings, tables, pictures, traces.
 
+#[allow(dead_code)]
 #[path = "common/trace.rs"]
 mod rules;
 
