@@ -116,7 +116,7 @@ fn the_rows_explain_a_step() {
         }
         let summary = best.unwrap();
         eprintln!("{work:?}: the rows explain {:.3}", summary.explained);
-        assert!((0.9..=1.0).contains(&summary.explained), "{work:?}: {summary:?}");
+        assert!((0.95..=1.0).contains(&summary.explained), "{work:?}: {summary:?}");
         let sum = |rows: &[swat::profile::Row]| rows.iter().map(|row| row.ns).sum::<u64>();
         assert_eq!(sum(&summary.rows), sum(&summary.layers));
         assert!(summary.speed_of_light > 0.0 && summary.tok_per_s > 0.0);

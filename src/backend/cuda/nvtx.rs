@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use libloading::Library;
+use std::error::Error as _;
 use std::ffi::{CString, c_char, c_int};
 use std::sync::OnceLock;
 
@@ -22,7 +23,12 @@ static RANGES: OnceLock<Ranges> = OnceLock::new();
 pub(in crate::backend) fn find() -> Result<()> {
     if RANGES.get().is_none() {
         let ranges = open().map_err(|why| {
-            Error::input("--nvtx", why.to_string(), format!("{LIBRARY} where LD_LIBRARY_PATH points"))
+            let why = why.source().map_or_else(|| why.to_string(), ToString::to_string);
+            Error::input(
+                "--nvtx",
+                why,
+                "the library where LD_LIBRARY_PATH points: from the CUDA toolkit, or nvidia-nvtx",
+            )
         })?;
         // Another thread may have been first.
         let _ = RANGES.set(ranges);
