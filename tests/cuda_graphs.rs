@@ -225,8 +225,9 @@ fn a_graph_is_changed_where_there_are_more_keys() {
     let mut generate = || model.generate(std::slice::from_ref(&prompt), &options, &mut |_, _| {}).unwrap();
     let mut with = Vec::new();
     let [made, changed] = calls(1, [INSTANTIATE, SET_PARAMS], || with = generate());
-    // In each of two layers, the kernel that sees the keys and the one that combines its parts.
-    assert_eq!([made, changed], [1, 4]);
+    // In each of two layers, the kernel that sees the keys and the one that combines its parts: for the third block, and where
+    // their memory has another address.
+    assert!(made == 1 && changed >= 4 && changed % 4 == 0, "{made} made, {changed} nodes changed");
     cuda.replays(false);
     assert_eq!(with, generate());
 }
