@@ -213,6 +213,25 @@ fn generation_gives_the_same_tokens() {
     }
 }
 
+/// The decode form of attention takes a block for each 256 keys.
+#[test]
+fn a_graph_is_changed_where_there_are_more_keys() {
+    let _alone = alone();
+    let Some(cuda) = standin::open::<F32State>(1).filter(|_| !standin::real()) else { return };
+    let config = ModelConfig { max_positions: 600, ..wide(2, 64) };
+    let model = decoder_on(&cuda, &config, 11);
+    let prompt = batch(&config, &[507], 5).tokens;
+    let options = GenerateOptions { max_new_tokens: 12, stop: Vec::new(), ..GenerateOptions::default() };
+    let mut generate = || model.generate(std::slice::from_ref(&prompt), &options, &mut |_, _| {}).unwrap();
+    let mut with = Vec::new();
+    let [made, changed] = calls(1, [INSTANTIATE, SET_PARAMS], || with = generate());
+    // In each of two layers, the kernel that sees the keys and the one that combines its parts: for the third block, and where
+    // their memory has another address.
+    assert!(made == 1 && changed >= 4 && changed % 4 == 0, "{made} made, {changed} nodes changed");
+    cuda.replays(false);
+    assert_eq!(with, generate());
+}
+
 #[test]
 fn a_token_asks_for_nothing_else() {
     let _alone = alone();

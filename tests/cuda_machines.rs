@@ -30,6 +30,11 @@ fn run(mut command: Command, driver: Option<&Path>, environment: &[(&str, &str)]
     (status.code(), stdout, stderr)
 }
 
+fn number(json: &str, key: &str) -> f64 {
+    let value: serde_json::Value = serde_json::from_str(json).expect("JSON");
+    value[key].as_f64().unwrap_or_else(|| panic!("no number {key} in {json}"))
+}
+
 /// A machine with a driver that shows no GPU that can be used, and the exit code and the words that say why.
 const MACHINES: [(&[(&str, &str)], i32, &str); 5] = [
     (&[("STANDIN_DEVICES", "0")], 2, "no CUDA-capable device is detected"),
@@ -89,9 +94,7 @@ fn a_gpu_that_can_be_used() {
     let (code, on_gpu, message) = score("auto", Some(&folder), &environment);
     assert!(code == Some(0) && message.contains("on cuda:0, stand-in GPU 9.0, late"), "{message}");
     let (_, on_cpu, _) = score("cpu", Some(&folder), &environment);
-    let nll =
-        |json: &str| serde_json::from_str::<serde_json::Value>(json).expect("JSON")["nll"].as_f64().expect("a number");
-    let (on_gpu, on_cpu) = (nll(&on_gpu), nll(&on_cpu));
+    let (on_gpu, on_cpu) = (number(&on_gpu, "nll"), number(&on_cpu, "nll"));
     assert!((on_gpu - on_cpu).abs() < 0.02 * on_cpu, "{on_gpu} on the GPU, {on_cpu} on the CPU");
 
     let mut doctor = Command::new(env!("CARGO_BIN_EXE_swat"));
@@ -106,4 +109,36 @@ fn a_gpu_that_can_be_used() {
     ] {
         assert!(said.contains(part), "`{part}` not in: {said}");
     }
+}
+
+#[test]
+fn a_plan_for_a_gpu_needs_none() {
+    let plan = |device: &str, state: &str, driver: Option<&Path>| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+        command.args(["plan", "--json", "--device", device, "--state", state, "--model"]);
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny"));
+        let kernels = driver.map(|folder| folder.join("kernels").to_str().expect("UTF-8").to_owned());
+        let environment: Vec<_> = kernels.iter().map(|list| ("STANDIN_KERNELS", list.as_str())).collect();
+        let (code, json, message) = run(command, driver, &environment);
+        assert_eq!(code, Some(0), "{message}");
+        json
+    };
+    let [cpu, f32_state, bf16_state] =
+        [("cpu", "f32"), ("cuda", "f32"), ("cuda", "bf16")].map(|(device, state)| plan(device, state, None));
+    for (key, of_f32, of_bf16) in
+        [("weights_bytes", 2.0, 2.0), ("gradients_bytes", 1.0, 2.0), ("moments_bytes", 1.0, 2.0)]
+    {
+        assert_eq!(number(&cpu, key), of_f32 * number(&f32_state, key), "{key}");
+        assert_eq!(number(&cpu, key), of_bf16 * number(&bf16_state, key), "{key}");
+    }
+    if standin::real() {
+        return;
+    }
+    assert!(f32_state.contains("\"free_bytes\":null"), "{f32_state}");
+    let Some((folder, _)) = standin::folder() else { return };
+    let with_gpu = plan("cuda", "f32", Some(&folder));
+    assert!(
+        (1.0..=f64::from(64 << 10)).contains(&(number(&with_gpu, "free_bytes") / f64::from(1 << 20))),
+        "{with_gpu}"
+    );
 }

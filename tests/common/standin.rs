@@ -148,18 +148,21 @@ pub fn folder() -> Option<(PathBuf, PathBuf)> {
     let libraries = build(&sources).expect("it was built");
     let folder = libraries[0].parent().expect("a folder").join("process");
     let list = folder.join("kernels");
-    let lock = File::create(folder.with_extension("lock")).expect("a lock file");
-    lock.lock().expect("a lock between the test processes");
     fs::create_dir_all(&folder).expect("a folder");
-    fs::copy(&libraries[0], folder.join("libcuda.so")).expect("a copy of the driver's stand-in");
+    // Renamed into their place: other processes may have the files open.
+    let put = |path: &Path, bytes: &[u8]| {
+        let partial = path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
+        fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path)).expect("a writable folder");
+    };
+    put(&folder.join("libcuda.so"), &fs::read(&libraries[0]).expect("the driver's stand-in"));
     let mut lines = String::new();
     for (source, library) in sources.iter().zip(&libraries).skip(1) {
         let stem = source.file_stem().and_then(|s| s.to_str()).expect("a name of ours");
         let image = folder.join(stem).with_extension("fatbin");
-        fs::write(&image, image_of(source)).expect("a writable folder");
+        put(&image, image_of(source));
         lines += &format!("{stem} {} {}\n", library.display(), image.display());
     }
-    fs::write(&list, lines).expect("a writable folder");
+    put(&list, lines.as_bytes());
     Some((folder, list))
 }
 

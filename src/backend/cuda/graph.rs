@@ -1,17 +1,18 @@
 //! One launch for what a step queues again and again ([`crate::backend::Backend::replay`]).
 //!
 //! While a part of a step runs, its kernels and memsets are put down here instead of going to the driver. At its end they are
-//! compared with what earlier parts have put down: the same work becomes a graph, and from then on one launch; where a few
-//! kernels have other arguments (a loss scale, an address), their nodes are changed first. Nothing is taken on trust: what the
+//! compared with what earlier parts have put down: the same work becomes a graph, and from then on one launch; where some
+//! kernels have other arguments or sizes (a loss scale, more keys to look at), their nodes are changed first. Nothing is taken on trust: what the
 //! GPU gets is always what this very pass has put down, with the memory that this pass holds, so that a graph needs no memory
 //! of its own and no key. What must wait for the device, or copies, ends the part: all of it then goes the plain way.
 //!
-//! | pass of a shape | what happens |
+//! | the same work, with the same memory | what happens |
 //! |---|---|
-//! | first | memory is allocated; plain |
-//! | second | plain, and remembered |
-//! | third | made a graph, and launched |
-//! | later | launched |
+//! | seen for the first time | plain, and remembered |
+//! | for the second | made a graph, and launched |
+//! | again | launched |
+//!
+//! The first steps of a shape allocate; after that the engine's pool and the arena give the same request the same memory.
 //!
 //! `SWAT_CUDA_GRAPHS=off` leaves all of it out. While `swat profile` records, every kernel is queued and timed by itself.
 
@@ -28,7 +29,7 @@ use std::sync::atomic::Ordering::Relaxed;
 /// Parts of steps that are remembered; a graph of each may take some megabytes of the driver's own memory.
 const KNOWN: usize = 8;
 /// A graph is changed to fit where at most one in so many of its nodes differs.
-const CHANGED: usize = 8;
+const CHANGED: usize = 4;
 
 /// What is put down, and what is known from earlier.
 #[derive(Default)]
@@ -68,14 +69,19 @@ enum Work {
 }
 
 impl Work {
-    fn same(&self, other: &Self) -> bool {
+    /// Whether a node of this can be changed to one of `other`.
+    fn fits(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Clear, Self::Clear) => true,
-            (
-                Self::Kernel { function, grid, block, shared_bytes },
-                Self::Kernel { function: f, grid: g, block: b, shared_bytes: s },
-            ) => function.raw == f.raw && grid == g && block == b && shared_bytes == s,
+            (Self::Kernel { function, .. }, Self::Kernel { function: other, .. }) => function.raw == other.raw,
             _ => false,
+        }
+    }
+
+    fn dimensions(&self) -> Option<([u32; 3], u32, u32)> {
+        match self {
+            Self::Kernel { grid, block, shared_bytes, .. } => Some((*grid, *block, *shared_bytes)),
+            Self::Clear => None,
         }
     }
 }
@@ -109,18 +115,21 @@ impl Sequence {
         &self.words[self.nodes[node].words.clone()]
     }
 
-    /// The nodes whose arguments differ from those of `other`; `None` where more than arguments of a few kernels does.
+    /// The nodes that differ from those of `other`; `None` where that is more than sizes and arguments of a few kernels.
     fn changes(&self, other: &Self) -> Option<Vec<usize>> {
         let (nodes, others) = (&self.nodes, &other.nodes);
-        if nodes.len() != others.len() || !nodes.iter().zip(others).all(|(node, other)| node.work.same(&other.work)) {
+        if nodes.len() != others.len() || !nodes.iter().zip(others).all(|(node, other)| node.work.fits(&other.work)) {
             return None;
         }
         let mut changed: Vec<usize> = Vec::new();
-        for node in (0..nodes.len()).filter(|node| self.words(*node) != other.words(*node)) {
-            if matches!(nodes[node].work, Work::Clear) || (changed.len() + 1) * CHANGED > nodes.len() {
+        for (i, (node, other_node)) in nodes.iter().zip(others).enumerate() {
+            if self.words(i) == other.words(i) && node.work.dimensions() == other_node.work.dimensions() {
+                continue;
+            }
+            if matches!(node.work, Work::Clear) || (changed.len() + 1) * CHANGED > nodes.len() {
                 return None;
             }
-            changed.push(node);
+            changed.push(i);
         }
         Some(changed)
     }
@@ -256,7 +265,7 @@ impl Graph {
 }
 
 impl Known {
-    /// Queues what this pass has put down, which differs from what is known in the arguments of the nodes `changed`.
+    /// Queues what this pass has put down, which differs from what is known in the nodes `changed`.
     ///
     /// # Safety
     /// As [`Sequence::queue`].
