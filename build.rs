@@ -10,6 +10,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, thread};
 
+/// Virtual architecture and code of what goes into an image; of Hopper files.
+const CODE: [(&str, &str); 3] = [("compute_80", "sm_80"), ("compute_80", "compute_80"), ("compute_90", "sm_90")];
+const HOPPER_CODE: [(&str, &str); 1] = [("compute_90a", "sm_90a")];
+
 const VARIABLES: [&str; 4] = ["SWAT_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH"];
 
 fn main() {
@@ -48,7 +52,14 @@ fn main() {
             fail(&failed.join("\n"));
         }
     }
-    let mut table = String::from("/// File stem and fatbin; empty where the library was built without nvcc.\n");
+    let names = |code: &[(&'static str, &'static str)]| code.iter().map(|(_, name)| *name).collect::<Vec<_>>();
+    let mut table = format!(
+        "/// What the images hold code for; those of `*_sm90`.\npub static CODE: &[&str] = &{:?};\n\
+         pub static HOPPER_CODE: &[&str] = &{:?};\n",
+        names(&CODE),
+        names(&HOPPER_CODE)
+    );
+    table += "/// File stem and fatbin; empty where the library was built without nvcc.\n";
     table += "pub static IMAGES: &[(&str, &[u8])] = &[\n";
     for source in &sources {
         let image = if nvcc.is_some() { format!("include_bytes!({:?})", image(source, &out)) } else { "&[]".into() };
@@ -103,12 +114,9 @@ fn compile(nvcc: &Path, source: &Path, headers: &str, out: &Path) -> Result<(), 
     let image = image(source, out);
     let mut arguments =
         vec!["-O3", "-std=c++17", "-fatbin", "--compress-mode=size", "-lineinfo", "-Xptxas", "-warn-spills"];
-    if stem(source).ends_with("_sm90") {
-        arguments.extend(["-gencode", "arch=compute_90a,code=sm_90a"]);
-    } else {
-        arguments.extend(["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_80,code=compute_80"]);
-        arguments.extend(["-gencode", "arch=compute_90,code=sm_90"]);
-    }
+    let code: &[_] = if stem(source).ends_with("_sm90") { &HOPPER_CODE } else { &CODE };
+    let code: Vec<String> = code.iter().map(|(arch, code)| format!("arch={arch},code={code}")).collect();
+    arguments.extend(code.iter().flat_map(|code| ["-gencode", code]));
     let key = format!("{} {arguments:?}\n{}{headers}", nvcc.display(), read(source));
     let key_file = image.with_extension("key");
     if image.is_file() && fs::read_to_string(&key_file).is_ok_and(|made| made == key) {

@@ -20,6 +20,8 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 # Kernel families: a bench executable each, and tests short enough to run under a sanitizer, which is ten to a hundred times slower.
 FAMILIES = ["swiglu", "rmsnorm", "rope", "embedding", "cross_entropy", "sampling", "adamw", "perturb", "gemm", "attention"]
+# The kernels' own tests, and those of the engine on them.
+SUITES = ["ops", "cuda", "cuda_graphs"]
 TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
 
 
@@ -127,7 +129,8 @@ def main():
     code, text, _ = run([str(HERE / "swat"), "doctor", "--json"], 60)
     record["doctor"] = json.loads(text) if code == 0 else {"error": text[-2000:]}
     record["ops"] = tests("ops", ["cuda_0"], min(240, deadline - time.time()))
-    record["cuda"] = tests("cuda", [], min(120, deadline - time.time()))
+    for suite in SUITES[1:]:
+        record[suite] = tests(suite, [], min(120, deadline - time.time()))
     save()
     if not options.no_bench:
         record["bench"] = benches(options.bench, min(options.bench_seconds, deadline - time.time()))
@@ -136,10 +139,10 @@ def main():
     record["sanitizer"] = sanitized(tool_path, deadline) if tool_path else "not run: no compute-sanitizer here" if not options.no_sanitizer else "not asked for"
     record["device_after"] = device()
     save()
-    print(json.dumps({"ops": record["ops"]["passed"], "cuda": record["cuda"]["passed"], "record": str(options.out)}))
+    print(json.dumps({**{suite: record[suite]["passed"] for suite in SUITES}, "record": str(options.out)}))
     dirty = isinstance(record["sanitizer"], dict) and any(not f.get("clean") for t in record["sanitizer"].values() for f in t.values() if isinstance(f, dict))
-    failed = record["ops"]["exit"] != 0 or record["cuda"]["exit"] != 0 or not record["ops"]["tests"]
-    for suite in ("ops", "cuda"):
+    failed = any(record[suite]["exit"] != 0 or not record[suite]["tests"] for suite in SUITES)
+    for suite in SUITES:
         for test, said in record[suite].get("failures", {}).items():
             print(f"FAILED {suite} {test}: {said[:400]}")
     return 1 if failed or dirty else 0

@@ -13,10 +13,10 @@ use common::roofline::{Measured, table};
 use common::stats::{median, median_interval, quantile};
 use common::{Device, Mode, Scale, Session, random, verdict};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use swat::backend::Ceilings;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::F32State;
 use swat::backend::{Backend, Buffer, Cost};
-use swat::profile::Ceilings;
 use swat::report::TextStyle;
 
 /// Benches of a family, as `cargo bench` runs them.

@@ -1,6 +1,8 @@
 //! The binary as a user meets it: the contract for scripts, and what wrong inputs get — a clear message, exit code 2, no
 //! panic, no partial output. The model is the one that the demo embeds.
 
+mod common;
+
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -161,6 +163,9 @@ fn the_method_runs_command_by_command() {
     let steps = ["--mods-steps", "2", "--steps", "2", "--batch-size", "4", "--max-length", "96", "--json"];
     let found = json(&[&tune[..], &steps[..]].concat());
     assert_eq!(found["phases"].as_array().unwrap().len(), 2);
+    let planned = |phase: &str| found["plans"][phase]["total_bytes"].as_u64().unwrap();
+    assert!(planned("mods") < planned("all") && found["planned_bytes"] == planned("all"), "{found}");
+    assert!(found["peak_bytes"].as_u64().unwrap() > 1 << 20);
     for name in ["config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl", "updates.json"] {
         assert!(out.join(name).is_file(), "{name}");
     }
@@ -169,6 +174,7 @@ fn the_method_runs_command_by_command() {
     for key in ["step", "phase", "loss", "lr", "grad_norm", "trained_tokens", "tok_per_s", "peak_bytes", "step_ms"] {
         assert!(!first[key].is_null(), "{key}");
     }
+    assert!(first["speed_of_light"].as_f64().is_some_and(|share| share > 0.0 && share < 1.5), "{first}");
     assert!(refused(&[&tune[..], &steps[..]].concat()).contains("--force"));
     let drift = ["drift", "--tuned", text(&out), "--probe", text(&probe), "--json"];
     assert!(json(&[&drift[..], &inputs[..]].concat())["splits"]["test"].is_object());
@@ -330,4 +336,75 @@ fn a_killed_run_resumes_to_the_same_bytes() {
     };
     assert_eq!(steps(&straight), steps(&killed));
     assert!(!dir.path().join("killed.unfinished").exists());
+}
+
+#[test]
+fn profile_prints_tables_and_writes_a_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, trace) = (tiny(), dir.path().join("trace.json"));
+    let sizes = ["--batch-size", "2", "--length", "16", "--steps", "2", "--device", "cpu"];
+    let profile = [&["profile", "--model", text(&model)], &sizes[..]].concat();
+    let output = swat(&[&profile[..], &["--trace", text(&trace)]].concat());
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for what in
+        ["By operation", "adamw_masked", "By layer", "backward, layer 0", "between the operations", "speed of light"]
+    {
+        assert!(printed.contains(what), "{what} is not in {printed}");
+    }
+    let events: Value = serde_json::from_slice(&std::fs::read(&trace).unwrap()).unwrap();
+    common::trace::check(events["traceEvents"].as_array().unwrap());
+    for work in ["train", "forward", "generate", "sweep"] {
+        let found = json(&[&profile[..], &["--work", work, "--mods", "layers.1.{q_proj,o_proj}", "--json"]].concat());
+        assert!(
+            found["explained"].as_f64().unwrap() > 0.3 && found["speed_of_light"].as_f64().unwrap() > 0.0,
+            "{found}"
+        );
+        assert!(found["rows"].as_array().unwrap().iter().any(|row| row["name"] == "linear"), "{found}");
+    }
+    assert!(refused(&[&profile[..], &["--range", "2:3"]].concat()).contains("--range"));
+}
+
+/// Stands for NVTX's library: writes what it is called with to a file.
+const NVTX: &str = r#"
+#include <stdio.h>
+#include <stdlib.h>
+static void note(const char* what) {
+    FILE* file = fopen(getenv("NVTX_CALLS"), "a");
+    fprintf(file, "%s\n", what);
+    fclose(file);
+}
+int nvtxRangePushA(const char* name) { return note(name), 0; }
+int nvtxRangePop(void) { return note("pop"), 0; }
+"#;
+
+#[test]
+#[cfg(target_os = "linux")]
+fn phases_and_layers_are_ranges_where_the_library_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    std::fs::write(at("nvtx.c"), NVTX).unwrap();
+    let library = at("libnvtx3interop.so.1");
+    let compiled = Command::new("cc").args(["-shared", "-fPIC", "-o", text(&library), text(&at("nvtx.c"))]).status();
+    if !compiled.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: there is no C compiler");
+        return;
+    }
+    let model = tiny();
+    let args = ["score", "--model", text(&model), "--ids", "5,9,300,7", "--json", "--nvtx", "--device", "cpu"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+    let output = command.args(args).env("LD_LIBRARY_PATH", dir.path()).env("NVTX_CALLS", at("calls")).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let calls = std::fs::read_to_string(at("calls")).unwrap();
+    let calls: Vec<&str> = calls.lines().collect();
+    assert!(
+        calls.starts_with(&["forward", "layer 0", "pop", "layer 1", "pop"]) && calls.ends_with(&["pop"]),
+        "{calls:?}"
+    );
+    assert_eq!(2 * calls.iter().filter(|call| **call == "pop").count(), calls.len(), "{calls:?}");
+
+    let output = Command::new(env!("CARGO_BIN_EXE_swat")).args(args).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    let named = output.status.code() == Some(2) && message.contains("--nvtx") && message.contains("libnvtx3interop");
+    assert!(named || output.status.success(), "a machine without the library is told so: {message}");
 }

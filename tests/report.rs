@@ -1,7 +1,11 @@
 //! The looks: escaping, self-containedness, well-formed drawings, tables, pictures, traces.
 
+#[allow(dead_code)]
+#[path = "common/trace.rs"]
+mod rules;
+
 use serde_json::{Map, Value, json};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::time::Duration;
 use swat::modules::{Cell, ModuleKind, ModuleSet};
 use swat::report::chart::{Bar, BarChart, BarPanel, BarSeries, Direction, LineChart, LinePanel, LineSeries, Point};
@@ -529,34 +533,7 @@ fn traces_follow_the_rules() {
     assert_eq!(json["displayTimeUnit"], "ms");
     let list = json["traceEvents"].as_array().unwrap();
     assert_eq!(list.len() as u64, events);
-    let mut named = HashSet::new();
-    let mut open: HashMap<(u64, u64), Vec<(f64, f64)>> = HashMap::new();
-    for event in list {
-        let track = (event["pid"].as_u64().unwrap(), event["tid"].as_u64().unwrap());
-        assert!(!event["name"].as_str().unwrap().is_empty());
-        match event["ph"].as_str().unwrap() {
-            "M" => {
-                if event["name"] == "thread_name" {
-                    assert!(event["args"]["name"].is_string());
-                    named.insert(track);
-                }
-            }
-            "X" => {
-                let (ts, dur) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
-                assert!(ts >= 0.0 && dur >= 0.0 && event["cat"].is_string());
-                assert!(named.contains(&track), "an event on a track without a name");
-                // Events of a track nest or follow each other.
-                let stack = open.entry(track).or_default();
-                while stack.last().is_some_and(|(_, end)| *end <= ts) {
-                    stack.pop();
-                }
-                assert!(stack.last().is_none_or(|(_, end)| ts + dur <= *end));
-                stack.push((ts, ts + dur));
-            }
-            "C" => assert!(event["args"]["value"].is_u64()),
-            other => panic!("phase {other}"),
-        }
-    }
+    rules::check(list);
     assert_eq!(list.iter().filter(|e| e["ph"] == "X").map(|e| e["ts"].as_f64().unwrap()).next(), Some(1.0));
     let text = std::fs::read_to_string(&path).unwrap();
     assert!(text.contains("\"ts\":2.500,\"dur\":40.000") && text.contains("\"dur\":90.001"), "times are not rounded");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Captured, Cuda, GemmLayout, GemmShape, Precision, with_version};
 use swat::backend::{Backend, Epilogue, LinearShape, trace};
-use swat::profile::{self, Ceilings};
+use swat::backend::{Ceilings, ceilings};
 
 /// Calls shorter than this are captured.
 const SHORT: Duration = Duration::from_micros(50);
@@ -70,7 +70,7 @@ impl Device for Cpu {
     }
 
     fn ceilings(&self, _: &Scale) -> (Ceilings, &'static str) {
-        (profile::ceilings(self).expect("memory for a large product"), "swat")
+        (ceilings(self).expect("memory for a large product"), "swat")
     }
 }
 

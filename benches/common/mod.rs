@@ -34,10 +34,10 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use serde_json::json;
 use stats::{median, median_interval};
 use std::time::Duration;
+use swat::backend::Ceilings;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{self, Cuda, F32State};
 use swat::backend::{Backend, Cost};
-use swat::profile::Ceilings;
 use swat::report::table::TextStyle;
 
 /// FLOPs a byte from which a ladder's throughput is elements (so that Gelem/s reads as GFLOP/s), not bytes.

@@ -8,7 +8,9 @@
 //! panics. Errors are for what a device may refuse (memory, a lost device).
 
 mod buffer;
+mod ceilings;
 mod check;
+pub mod cost;
 pub mod cpu;
 pub mod cuda;
 mod noise;
@@ -16,9 +18,12 @@ pub mod philox;
 pub mod trace;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
+pub use ceilings::{Ceilings, ceilings};
+pub use cost::Cost;
 pub use noise::{Direction, NoiseKey};
 
 use crate::error::Result;
+use cost::AttentionSize;
 
 /// A read-only view of activations, weights.
 pub type In<'a, B> = View<'a, B, <B as Backend>::Float>;
@@ -27,15 +32,6 @@ pub type Out<'a, B> = ViewMut<'a, B, <B as Backend>::Float>;
 
 /// Marks a position that carries no loss.
 pub const IGNORE: u32 = u32::MAX;
-
-/// What an operation cannot do without: a bound on its time on any machine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cost {
-    /// Read and written, each tensor once.
-    pub bytes: u64,
-    /// Multiplications and additions.
-    pub flops: u64,
-}
 
 /// Rows and columns of a linear layer: X [tokens, inputs] · Wᵀ [inputs, outputs].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +54,14 @@ pub struct Epilogue<'a, B: Backend> {
     pub residual: Option<In<'a, B>>,
     /// Add to what `y` holds.
     pub accumulate: bool,
+}
+
+impl<B: Backend> Epilogue<'_, B> {
+    /// Elements that are added to a product of `y` elements.
+    fn addends(&self, y: usize) -> usize {
+        let bias = self.bias.as_ref().map_or(0, View::len);
+        bias + self.residual.as_ref().map_or(0, View::len) + if self.accumulate { y } else { 0 }
+    }
 }
 
 impl<B: Backend> Default for Epilogue<'_, B> {
@@ -98,6 +102,20 @@ pub struct Attention<'a, B: Backend> {
     pub window: Option<usize>,
     /// Documents of the batch.
     pub documents: &'a Documents<B>,
+}
+
+impl<B: Backend> Attention<'_, B> {
+    /// Its sizes over its documents.
+    fn size(&self) -> AttentionSize {
+        let tokens = self.documents.starts.last().map_or(0, |end| *end as usize);
+        self.decode_size(tokens, cost::attention_pairs(&self.documents.starts, self.window))
+    }
+
+    /// Its sizes over queries that see `pairs` rows in all.
+    fn decode_size(&self, tokens: usize, pairs: u64) -> AttentionSize {
+        let Self { heads, kv_heads, head_dim, .. } = *self;
+        AttentionSize { tokens, heads, kv_heads, head_dim, pairs }
+    }
 }
 
 /// How a step stores what is narrower than f32: bf16 weights and moments. Backends that keep them in f32 ignore it.
@@ -162,7 +180,8 @@ impl Sampling {
     }
 }
 
-/// Buffers and operations. One method = one kernel family. Clones are the same device.
+/// Buffers and operations. One method = one kernel family. Clones are the same device. Every operation is a span of
+/// [`trace`] with its [`cost`].
 pub trait Backend: Clone + Send + Sync + 'static {
     /// Weights and activations.
     type Float: FloatElement;
@@ -197,6 +216,17 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Tells an outside profiler (nsys, ncu) that what it is to look at begins, or ends. Nothing on the CPU.
     fn profiler(&self, _begins: bool) -> Result<()> {
         Ok(())
+    }
+
+    /// Most bytes of the device's own memory that buffers held at once; `None` where they are in the memory of the process.
+    fn device_peak_bytes(&self) -> Option<u64> {
+        None
+    }
+    /// Runs `work`, a part of a step that comes again and again: it queues operations, and neither reads from the device nor
+    /// writes to it. A GPU may hold its operations back until `work` is done, and get all of them in one launch where they
+    /// are those of an earlier step. The values are the same either way; by default nothing is held back.
+    fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        work()
     }
 
     // ---- gemm

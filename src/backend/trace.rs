@@ -1,18 +1,22 @@
-//! What ran when: spans of phases, layers, operations and kernels, recorded on request for `swat profile`.
+//! What ran when: spans of phases, layers, operations and kernels, recorded on request for `swat profile`; and the same phases
+//! and layers as NVTX ranges, for `nsys` and `ncu`.
 //!
-//! While nothing records, a span costs one relaxed load. There is one recording in a process; spans that come from a GPU
-//! arrive when its backend is synchronised.
+//! A recording holds the spans of its thread, which is where the engine runs; operations that compute on several threads
+//! begin and end there. While nothing records or annotates, a span costs one load. Spans that come from a GPU arrive when its
+//! backend is synchronised.
 
 use super::Cost;
-use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use super::cuda::nvtx;
+use crate::error::Result;
+use std::cell::{Cell, RefCell};
+use std::marker::PhantomData;
 use std::time::Instant;
 
 /// What a span is a span of; the outer ones contain the inner ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Lane {
-    /// A part of a step: `forward`, `backward`, `optimizer`, `sweep`, `decode`.
+    /// A part of a step: `forward`, `head`, `backward`, `optimizer`, `prefill`, `decode`, `sweep`; inside of others, `recompute`
+    /// and `perturb`.
     Phase,
     /// A layer of the model.
     Layer,
@@ -29,7 +33,7 @@ pub struct Span {
     pub lane: Lane,
     /// `forward`, `layer`, `linear`, `gemm_tn_mma128_bf16`.
     pub name: &'static str,
-    /// The phase around it; its own name for a phase, empty outside all phases.
+    /// The innermost phase around it; its own name for a phase, empty outside all phases.
     pub phase: &'static str,
     /// The layer around it.
     pub layer: Option<usize>,
@@ -41,17 +45,20 @@ pub struct Span {
     pub cost: Cost,
 }
 
-static ON: AtomicBool = AtomicBool::new(false);
-static RECORDER: Mutex<Option<Recorder>> = Mutex::new(None);
+const RECORD: u8 = 1;
+const ANNOTATE: u8 = 2;
+
+thread_local! {
+    /// Who wants to know of this thread's spans: [`RECORD`], [`ANNOTATE`].
+    static WANTED: Cell<u8> = const { Cell::new(0) };
+    /// The phase and the layer that this thread is in.
+    static PLACE: Cell<Place> = const { Cell::new(Place { phase: "", layer: None }) };
+    static RECORDER: RefCell<Option<Recorder>> = const { RefCell::new(None) };
+}
 
 struct Recorder {
     began: Instant,
     spans: Vec<Span>,
-}
-
-thread_local! {
-    /// The phase and the layer that this thread is in.
-    static PLACE: RefCell<Place> = const { RefCell::new(Place { phase: "", layer: None }) };
 }
 
 /// Where in a step a thread is.
@@ -61,24 +68,37 @@ pub(super) struct Place {
     pub(super) layer: Option<usize>,
 }
 
-/// A running recording; dropped, it records no more.
-pub struct Recording(());
+/// A running recording of this thread; dropped, it records no more.
+pub struct Recording(PhantomData<*const ()>);
 
-/// Starts to record; `None` where something records already.
+/// Starts to record this thread; `None` where something records it already.
 pub fn record() -> Option<Recording> {
-    let mut recorder = recorder();
-    if recorder.is_some() {
-        return None;
-    }
-    *recorder = Some(Recorder { began: Instant::now(), spans: Vec::new() });
-    ON.store(true, Ordering::Relaxed);
-    Some(Recording(()))
+    RECORDER.with_borrow_mut(|recorder| {
+        if recorder.is_some() {
+            return None;
+        }
+        *recorder = Some(Recorder { began: Instant::now(), spans: Vec::new() });
+        WANTED.set(WANTED.get() | RECORD);
+        Some(Recording(PhantomData))
+    })
+}
+
+/// From now on phases and layers of this thread are NVTX ranges too.
+///
+/// # Errors
+/// [`crate::Error::Input`] where NVTX's library is not found.
+pub fn annotate() -> Result<()> {
+    nvtx::find()?;
+    WANTED.set(WANTED.get() | ANNOTATE);
+    Ok(())
 }
 
 impl Recording {
     /// The spans so far, in the order of their ends. The backend must have been synchronised.
     pub fn take(&self) -> Vec<Span> {
-        recorder().as_mut().map(|recorder| std::mem::take(&mut recorder.spans)).unwrap_or_default()
+        RECORDER
+            .with_borrow_mut(|recorder| recorder.as_mut().map(|recorder| std::mem::take(&mut recorder.spans)))
+            .unwrap_or_default()
     }
 
     /// Nanoseconds since it began.
@@ -89,36 +109,34 @@ impl Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        ON.store(false, Ordering::Relaxed);
-        *recorder() = None;
+        WANTED.set(WANTED.get() & !RECORD);
+        RECORDER.set(None);
     }
 }
 
-fn recorder() -> MutexGuard<'static, Option<Recorder>> {
-    RECORDER.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Whether something records.
+/// Whether something records this thread.
 #[inline]
 pub(super) fn on() -> bool {
-    ON.load(Ordering::Relaxed)
+    WANTED.get() & RECORD != 0
 }
 
 /// Nanoseconds since the recording began; 0 where there is none.
 pub(super) fn now_ns() -> u64 {
-    recorder().as_ref().map_or(0, |recorder| recorder.began.elapsed().as_nanos() as u64)
+    RECORDER.with_borrow(|recorder| recorder.as_ref().map_or(0, |recorder| recorder.began.elapsed().as_nanos() as u64))
 }
 
 /// The phase and layer of this thread.
 pub(super) fn place() -> Place {
-    PLACE.with_borrow(|place| *place)
+    PLACE.get()
 }
 
 /// Adds a span that was timed elsewhere.
 pub(super) fn push(span: Span) {
-    if let Some(recorder) = recorder().as_mut() {
-        recorder.spans.push(span);
-    }
+    RECORDER.with_borrow_mut(|recorder| {
+        if let Some(recorder) = recorder {
+            recorder.spans.push(span);
+        }
+    });
 }
 
 /// A span that ends when this is dropped.
@@ -130,6 +148,8 @@ struct Open {
     name: &'static str,
     start_ns: u64,
     cost: Cost,
+    /// Whether it is a range of NVTX.
+    annotated: bool,
     /// What this thread was in before.
     outer: Place,
 }
@@ -137,38 +157,69 @@ struct Open {
 /// A part of a step.
 #[inline]
 pub fn phase(name: &'static str) -> Guard {
-    open(Lane::Phase, name, |place| *place = Place { phase: name, layer: None }, || Cost::default())
+    open(Lane::Phase, name, |_| Place { phase: name, layer: None }, Cost::default)
 }
 
-/// A layer of the model.
+/// A layer of the model; nothing inside of a span of the same layer.
 #[inline]
 pub fn layer(index: usize) -> Guard {
-    open(Lane::Layer, "layer", |place| place.layer = Some(index), || Cost::default())
+    open(Lane::Layer, "layer", |outer| Place { layer: Some(index), ..outer }, Cost::default)
 }
 
 /// An operation of a backend.
 #[inline]
 pub(super) fn op(name: &'static str, cost: impl FnOnce() -> Cost) -> Guard {
-    open(Lane::Op, name, |_| {}, cost)
+    open(Lane::Op, name, |outer| outer, cost)
 }
 
 #[inline]
-fn open(lane: Lane, name: &'static str, enter: impl FnOnce(&mut Place), cost: impl FnOnce() -> Cost) -> Guard {
-    if !on() {
+fn open(lane: Lane, name: &'static str, enter: impl FnOnce(Place) -> Place, cost: impl FnOnce() -> Cost) -> Guard {
+    match WANTED.get() {
+        0 => Guard(None),
+        wanted => open_wanted(wanted, lane, name, enter, cost),
+    }
+}
+
+#[cold]
+fn open_wanted(
+    wanted: u8,
+    lane: Lane,
+    name: &'static str,
+    enter: impl FnOnce(Place) -> Place,
+    cost: impl FnOnce() -> Cost,
+) -> Guard {
+    let outer = place();
+    let here = enter(outer);
+    let annotated = wanted & ANNOTATE != 0 && lane != Lane::Op;
+    if (wanted & RECORD == 0 && !annotated) || (lane == Lane::Layer && here.layer == outer.layer) {
         return Guard(None);
     }
-    let outer = place();
-    PLACE.with_borrow_mut(enter);
-    Guard(Some(Open { lane, name, start_ns: now_ns(), cost: cost(), outer }))
+    PLACE.set(here);
+    if annotated {
+        match here.layer.filter(|_| lane == Lane::Layer) {
+            Some(layer) => nvtx::push(&format!("layer {layer}")),
+            None => nvtx::push(name),
+        }
+    }
+    Guard(Some(Open { lane, name, start_ns: now_ns(), cost: cost(), annotated, outer }))
 }
 
 impl Drop for Guard {
+    #[inline]
     fn drop(&mut self) {
-        let Some(Open { lane, name, start_ns, cost, outer }) = self.0.take() else { return };
-        let Place { phase, layer } = place();
-        PLACE.with_borrow_mut(|place| *place = outer);
-        let duration_ns = now_ns().saturating_sub(start_ns);
-        push(Span { lane, name, phase, layer, start_ns, duration_ns, cost });
+        if let Some(open) = self.0.take() {
+            close(open);
+        }
+    }
+}
+
+#[cold]
+fn close(Open { lane, name, start_ns, cost, annotated, outer }: Open) {
+    let Place { phase, layer } = PLACE.replace(outer);
+    let duration_ns = now_ns().saturating_sub(start_ns);
+    push(Span { lane, name, phase, layer, start_ns, duration_ns, cost });
+    if annotated {
+        nvtx::pop();
     }
 }
 
@@ -180,25 +231,26 @@ mod tests {
     fn spans_nest_and_know_their_place() {
         drop(phase("before"));
         let recording = record().unwrap();
-        assert!(record().is_none(), "one recording in a process");
+        assert!(record().is_none(), "one recording of a thread");
         {
             let _phase = phase("forward");
             let _layer = layer(3);
+            drop(layer(3));
             drop(op("linear", || Cost { bytes: 8, flops: 2 }));
         }
         drop(op("copy", Cost::default));
-        let mut spans = recording.take();
-        // Other tests of this process may run operations meanwhile.
-        spans.retain(|s| s.phase == "forward" || s.name == "copy");
+        // Another thread's spans are its own.
+        std::thread::spawn(|| drop(phase("elsewhere"))).join().unwrap();
+        let spans = recording.take();
         let names: Vec<_> = spans.iter().map(|s| (s.lane, s.name, s.phase, s.layer)).collect();
         let expected = [
             (Lane::Op, "linear", "forward", Some(3)),
             (Lane::Layer, "layer", "forward", Some(3)),
+            // The guard of a layer closes before that of its phase, which has left the layer by then.
             (Lane::Phase, "forward", "forward", None),
+            (Lane::Op, "copy", "", None),
         ];
-        // A guard of a layer closes before that of its phase, which has left the layer by then.
-        assert_eq!(names[..3], expected);
-        assert!(names[3..].contains(&(Lane::Op, "copy", "", None)));
+        assert_eq!(names, expected);
         assert_eq!(spans[0].cost, Cost { bytes: 8, flops: 2 });
         assert!(spans[0].start_ns >= spans[2].start_ns);
         drop(recording);

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::report::format::bytes;
 use clap::Args;
 use serde_json::json;
+use std::collections::BTreeMap;
 
 /// Device, driver, kernels in this build, cores, memory, disk
 #[derive(Args)]
@@ -25,8 +26,6 @@ impl Doctor {
         let simd = simd();
         let gpus: Vec<_> = (0..*cuda.devices.as_ref().unwrap_or(&0)).map(|ordinal| (ordinal, gpu(ordinal))).collect();
         if self.common.json {
-            let images: Vec<_> =
-                cuda.images.iter().map(|(stem, bytes)| json!({ "stem": stem, "bytes": bytes })).collect();
             let gpus: Vec<_> = gpus.iter().map(|(ordinal, gpu)| match gpu {
                 Ok(gpu) => json!({ "device": format!("cuda:{ordinal}"), "name": gpu.name, "free_bytes": gpu.free, "total_bytes": gpu.total,
                     "capability": format!("{}.{}", gpu.capability.0, gpu.capability.1) }),
@@ -34,7 +33,7 @@ impl Doctor {
             }).collect();
             return print_json(&json!({
                 "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "free_memory_bytes": memory,
-                "free_disk_bytes": disk, "cuda_images": images, "cuda_devices": gpus,
+                "free_disk_bytes": disk, "cuda_images": cuda.images, "cuda_devices": gpus,
                 "cuda_driver": cuda.devices.as_ref().map_or_else(|why| json!({ "error": why }), |count| json!({ "devices": count })),
                 "nvcc": nvcc,
             }));
@@ -43,12 +42,18 @@ impl Doctor {
         print_line(&format!("cpu          {cores} cores, {simd}"))?;
         print_line(&format!("memory       {} free", memory.map_or("unknown".into(), bytes)))?;
         print_line(&format!("disk         {} free here", disk.map_or("unknown".into(), bytes)))?;
-        let stems: Vec<&str> = cuda.images.iter().map(|(stem, _)| *stem).collect();
-        let size = cuda.images.iter().map(|(_, size)| *size as u64).sum();
-        print_line(&match stems.is_empty() {
-            true => "CUDA kernels none in this build: everything runs on the CPU".into(),
-            false => format!("CUDA kernels {}: {}", bytes(size), stems.join(", ")),
-        })?;
+        let size = cuda.images.iter().map(|image| image.bytes as u64).sum();
+        match cuda.images.is_empty() {
+            true => print_line("CUDA kernels none in this build: everything runs on the CPU")?,
+            false => print_line(&format!("CUDA kernels {} in {} files", bytes(size), cuda.images.len()))?,
+        }
+        let mut by_code: BTreeMap<&[&str], Vec<&str>> = BTreeMap::new();
+        for image in &cuda.images {
+            by_code.entry(image.architectures).or_default().push(image.stem);
+        }
+        for (code, stems) in by_code {
+            print_line(&format!("             {}: {}", code.join(" "), stems.join(", ")))?;
+        }
         print_line(&match &cuda.devices {
             Ok(count) => format!("CUDA driver  {count} device(s)"),
             Err(why) => format!("CUDA driver  {why}"),

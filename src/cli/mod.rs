@@ -64,6 +64,10 @@ struct Common {
     /// Print one JSON object on stdout and nothing else there
     #[arg(long, global = true)]
     json: bool,
+    /// Mark phases and layers as NVTX ranges, for nsys and ncu: needs libnvtx3interop.so.1 (CUDA toolkit, or the package
+    /// nvidia-nvtx)
+    #[arg(long, global = true)]
+    nvtx: bool,
     /// No progress on stderr
     #[arg(long, global = true)]
     quiet: bool,
@@ -97,7 +101,10 @@ pub fn main() -> ExitCode {
         Command::Generate(c) => c.start(),
         Command::Score(c) => c.start(),
         Command::Plan(c) => c.run(),
-        Command::Profile(c) => c.start(),
+        Command::Profile(c) => {
+            let state = c.state;
+            c.start_training(state)
+        }
         Command::Doctor(c) => c.run(),
     });
     match result {

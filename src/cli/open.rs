@@ -1,9 +1,9 @@
 //! Opening what most commands need: a device, a model, its tokenizer.
 
 use super::Common;
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
+use crate::backend::{Backend, trace};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
 use crate::model::{ChatTemplate, ModelDir, Tokenizer};
@@ -38,6 +38,7 @@ pub(super) trait OnDevice: Sized {
 
     /// The command on the device that `--device` names.
     fn start(self) -> Result<()> {
+        self.common().annotate()?;
         match self.common().device()? {
             None => self.run(Cpu::new()),
             Some(ordinal) => {
@@ -49,6 +50,7 @@ pub(super) trait OnDevice: Sized {
 
     /// A command that trains, with gradients and moments of the dtype that `--state` names where it runs on a GPU.
     fn start_training(self, state: State) -> Result<()> {
+        self.common().annotate()?;
         match state {
             State::F32 => self.start(),
             State::Bf16 => match self.common().device()? {
@@ -72,9 +74,13 @@ pub(super) enum State {
 }
 
 impl Common {
+    fn annotate(&self) -> Result<()> {
+        if self.nvtx { trace::annotate() } else { Ok(()) }
+    }
+
     /// The ordinal of the GPU that `--device` names; `None` = the CPU. `auto` takes the first GPU where it can be opened,
     /// and says so.
-    fn device(&self) -> Result<Option<u32>> {
+    pub(super) fn device(&self) -> Result<Option<u32>> {
         match self.device.as_str() {
             "cpu" => Ok(None),
             "auto" => Ok(self.find()),
@@ -89,18 +95,18 @@ impl Common {
     /// Looks for a GPU. Where one is there but cannot be used, that is said.
     fn find(&self) -> Option<u32> {
         let survey = cuda::survey();
-        if survey.images.is_empty() || !survey.devices.is_ok_and(|count| count > 0) {
+        if survey.images.is_empty() || !survey.driver {
             return None;
         }
-        match Cuda::<F32State>::open(0) {
-            Ok(_) => Some(0),
-            Err(e) => {
-                if !self.quiet {
-                    eprintln!("on the CPU: {e}");
-                }
-                None
-            }
+        let found = match survey.devices {
+            Ok(0) => return None,
+            Ok(_) => Cuda::<F32State>::open(0).map(drop).map_err(|e| e.to_string()),
+            Err(why) => Err(why),
+        };
+        if let (Err(why), false) = (&found, self.quiet) {
+            eprintln!("on the CPU: {why}");
         }
+        found.is_ok().then_some(0)
     }
 
     fn open<P: Precision>(&self, ordinal: u32) -> Result<Cuda<P>> {

@@ -1,8 +1,9 @@
 //! `swat plan`: what a run will take.
 
-use super::open::ModelArgs;
+use super::open::{ModelArgs, State};
 use super::{Common, print_json, print_line};
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::engine::{Lora, Plan, Workload};
 use crate::error::{Error, Result};
 use crate::model::ModelDir;
@@ -15,7 +16,8 @@ use serde_json::json;
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat plan --model DIR --batch-size 4 --max-length 256
-  swat plan --model DIR --mods 'layers.16-31.{o_proj,v_proj}' --recompute")]
+  swat plan --model DIR --mods 'layers.16-31.{o_proj,v_proj}' --recompute
+  swat plan --model DIR --device cuda --state bf16        needs no GPU; where there is one, its free memory is shown")]
 pub(super) struct PlanCommand {
     #[command(flatten)]
     common: Common,
@@ -42,6 +44,9 @@ pub(super) struct PlanCommand {
     /// Rank of the adapters
     #[arg(long, default_value_t = 8)]
     lora_rank: usize,
+    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    #[arg(long, value_enum, default_value_t = State::F32)]
+    state: State,
 }
 
 impl PlanCommand {
@@ -65,15 +70,25 @@ impl PlanCommand {
             ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
             _ => lora.is_none() && set.contains(id.cell()),
         };
-        let plan = Plan::new::<Cpu>(config, &workload(self.recompute), trains);
-        let free = free_memory();
+        let device = self.common.device()?;
+        let plan = |recompute| match (device, self.state) {
+            (None, _) => Plan::new::<Cpu>(config, &workload(recompute), trains),
+            (Some(_), State::F32) => Plan::new::<Cuda<F32State>>(config, &workload(recompute), trains),
+            (Some(_), State::Bf16) => Plan::new::<Cuda<Bf16State>>(config, &workload(recompute), trains),
+        };
+        let free = match device {
+            None => free_memory(),
+            Some(ordinal) => Cuda::<F32State>::open(ordinal).and_then(|gpu| gpu.memory()).ok().map(|(free, _)| free),
+        };
+        let (smaller, plan) = (plan(true).total_bytes(), plan(self.recompute));
+        let device = device.map_or("cpu".into(), |ordinal| format!("cuda:{ordinal}"));
         if self.common.json {
-            let mut value = serde_json::to_value(&plan).unwrap_or_default();
-            value["total_bytes"] = json!(plan.total_bytes());
-            value["trainable_share"] = json!(plan.trainable_share());
+            let mut value = plan_json(&plan);
+            value["device"] = json!(device);
             value["free_bytes"] = json!(free);
             return print_json(&value);
         }
+        print_line(&format!("{:<12} {device:>12}", "device"))?;
         for (what, size) in [
             ("weights", plan.weights_bytes),
             ("gradients", plan.gradients_bytes),
@@ -99,7 +114,6 @@ impl PlanCommand {
         let Some(free) = free else { return Ok(()) };
         print_line(&format!("free now     {:>12}", bytes(free)))?;
         if plan.total_bytes() > free {
-            let smaller = Plan::new::<Cpu>(config, &workload(true), trains).total_bytes();
             let help = if !self.recompute && smaller <= free {
                 format!("--recompute brings it to {}", bytes(smaller))
             } else {
@@ -109,6 +123,14 @@ impl PlanCommand {
         }
         Ok(())
     }
+}
+
+/// A plan as scripts see it.
+pub(super) fn plan_json(plan: &Plan) -> serde_json::Value {
+    let mut value = serde_json::to_value(plan).unwrap_or_default();
+    value["total_bytes"] = json!(plan.total_bytes());
+    value["trainable_share"] = json!(plan.trainable_share());
+    value
 }
 
 /// Bytes that could be allocated now; `None` where the system does not say.

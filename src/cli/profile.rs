@@ -1,6 +1,6 @@
 //! `swat profile`: where a step's time goes.
 
-use super::open::{ModelArgs, OnDevice};
+use super::open::{ModelArgs, OnDevice, State};
 use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -8,6 +8,7 @@ use crate::modules::ModuleSet;
 use crate::profile::{ProfileOptions, Work, profile, summarize};
 use crate::report::format::{fixed, percent};
 use crate::report::{TextStyle, profile_tables, write_trace};
+use crate::train::peak_bytes;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use std::ops::RangeInclusive;
@@ -17,12 +18,16 @@ use std::path::PathBuf;
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat profile --model DIR --batch-size 4 --length 256
-  swat profile --model DIR --mods 'layers.16-29.{q,k,v,o}' --trace step.json     open step.json in ui.perfetto.dev
+  swat profile --model DIR --mods 'layers.16-29.{q_proj,k_proj,v_proj,o_proj}' --trace step.json     open step.json in ui.perfetto.dev
   swat profile --model DIR --work generate --batch-size 1 --length 64
   ncu --profile-from-start off swat profile --model DIR --steps 5 --range 3:3
+  nsys profile -t cuda,nvtx swat profile --model DIR --nvtx
 
 The ceilings are measured first: a large product and a large copy on the same backend. \"of ceiling\" is the time that a
-row's bytes and FLOPs would take there over the time it took.")]
+row's bytes and FLOPs would take there over the time it took: each tensor of a call counts once, so that what stays in a
+cache between calls can be faster than a copy of memory. The speed of light is the same of the whole step, of which only
+this counts: products and attention, causal and without what --recompute runs again; weights once a pass, gradients and
+moments once a step, keys and values once a token. It cannot exceed 100 % but by what the ceilings were measured too low.")]
 pub(super) struct ProfileCommand {
     #[command(flatten)]
     common: Common,
@@ -49,6 +54,9 @@ pub(super) struct ProfileCommand {
     /// Keep one activation a layer and run layers again
     #[arg(long)]
     recompute: bool,
+    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    #[arg(long, value_enum, default_value_t = State::F32)]
+    pub(super) state: State,
     /// Write all spans as a Chrome trace
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -116,6 +124,7 @@ impl OnDevice for ProfileCommand {
             let mut value = serde_json::to_value(&summary).unwrap_or_default();
             value["device"] = json!(device);
             value["tokens"] = json!(profile.tokens);
+            value["peak_bytes"] = json!(opened.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes));
             return print_json(&value);
         }
         for table in profile_tables(&summary) {

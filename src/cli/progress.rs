@@ -2,7 +2,10 @@
 
 use super::Common;
 use crate::backend::Backend;
+use crate::engine::Plan;
 use crate::error::Result;
+use crate::report::format::{bytes, percent};
+use crate::report::{TextStyle, memory_table};
 use crate::secure::MODS_PHASE;
 use crate::train::{Hooks, Progress, StepMetrics};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -31,11 +34,13 @@ pub(super) fn bar(
 pub(super) struct StepBar {
     common: Common,
     bar: Option<ProgressBar>,
+    /// What each phase takes, by its name.
+    pub(super) plans: Vec<(String, Plan)>,
 }
 
 impl StepBar {
     pub(super) fn new(common: &Common) -> Self {
-        Self { common: common.clone(), bar: None }
+        Self { common: common.clone(), bar: None, plans: Vec::new() }
     }
 
     pub(super) fn finish(&mut self) {
@@ -46,6 +51,13 @@ impl StepBar {
 }
 
 impl<B: Backend> Hooks<B> for StepBar {
+    fn run_begins(&mut self, plans: &[(String, Plan)]) {
+        self.plans = plans.to_vec();
+        if !self.common.quiet {
+            eprint!("{}", memory_table(plans).text(TextStyle::Unicode));
+        }
+    }
+
     fn note(&mut self, text: &str) {
         eprintln!("note: {text}");
     }
@@ -64,7 +76,10 @@ impl<B: Backend> Hooks<B> for StepBar {
         if let Some(bar) = &self.bar {
             bar.inc(1);
             let loss = metrics.loss.map_or("skipped".to_string(), |loss| format!("loss {loss:.4}"));
-            bar.set_message(format!("{loss}  {:.0} tok/s", metrics.tok_per_s));
+            let light =
+                metrics.speed_of_light.map_or(String::new(), |share| format!("  {} of light", percent(share, 0)));
+            let peak = bytes(metrics.peak_bytes);
+            bar.set_message(format!("{loss}  {:.0} tok/s{light}  {peak}", metrics.tok_per_s));
         }
         Ok(())
     }

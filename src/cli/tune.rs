@@ -1,9 +1,10 @@
 //! `swat tune`: two-phase tuning, or any of its ablations.
 
 use super::open::{ModelArgs, OnDevice, State};
+use super::plan::plan_json;
 use super::progress::StepBar;
 use super::{Common, print_json, print_line};
-use crate::backend::Backend;
+use crate::backend::{Backend, ceilings};
 use crate::data::{Chat, Examples, mix};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
@@ -157,6 +158,8 @@ impl OnDevice for Tune {
         if self.mods.is_none() && (self.mods_epochs.is_some() || self.mods_steps.is_some()) {
             return Err(Error::input("--mods-epochs", "no --mods", "--mods SET_OR_FILE: what phase 1 trains"));
         }
+        // Before the model is there, so that what it takes is not on top of the run's peak.
+        ceilings(&backend)?;
         let mut opened = self.model.open(backend)?;
         let cells = opened.files.config.cells();
         let hash = opened.files.hash()?;
@@ -184,8 +187,10 @@ impl OnDevice for Tune {
         let summary = tune_directory(&opened.files, &mut opened.decoder, examples, &job, &output, &mut hooks)?;
         hooks.finish();
         if self.common.json {
+            let plans = hooks.plans.iter().map(|(phase, plan)| (phase.clone(), plan_json(plan)));
             return print_json(&json!({ "out": self.out, "phases": summary.phases,
-                "peak_bytes": summary.peak_bytes, "resumed_from": summary.resumed_from }));
+                "peak_bytes": summary.peak_bytes, "planned_bytes": summary.planned_bytes,
+                "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from }));
         }
         for phase in &summary.phases {
             let loss = |x: Option<f32>| x.map_or("none".into(), |x| format!("{x:.4}"));
@@ -198,7 +203,8 @@ impl OnDevice for Tune {
                 phase.tokens as f64 / phase.seconds.max(1e-9)
             ))?;
         }
-        print_line(&format!("peak memory {}; the tuned model is in {}", bytes(summary.peak_bytes), self.out.display()))
+        print_line(&format!("peak memory {}, {} planned", bytes(summary.peak_bytes), bytes(summary.planned_bytes)))?;
+        print_line(&format!("the tuned model is in {}", self.out.display()))
     }
 }
 

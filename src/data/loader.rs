@@ -34,6 +34,17 @@ pub struct LoaderPosition {
     pub batch: u64,
 }
 
+/// The size of a micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchSize {
+    /// Tokens.
+    pub tokens: usize,
+    /// Those that are trained.
+    pub trained_tokens: usize,
+    /// Tokens of its longest document.
+    pub longest: usize,
+}
+
 /// An endless sequence of micro-batches: epoch after epoch, each example once an epoch. The order of an epoch depends
 /// on the seed and the epoch's number alone. Packed rows stay the same in all epochs, so that all are equally long.
 pub struct Loader {
@@ -78,6 +89,23 @@ impl Loader {
     /// Micro-batches an epoch; the last may be smaller than the others.
     pub fn batches_per_epoch(&self) -> u64 {
         self.rows.len().div_ceil(self.options.batch_size) as u64
+    }
+
+    /// A bound on the micro-batches of all epochs: that of the longest rows.
+    pub fn largest_batch(&self) -> BatchSize {
+        let sum = |row: &Vec<usize>, of: &dyn Fn(&Example) -> usize| row.iter().map(|e| of(&self.examples[*e])).sum();
+        let tokens = |row: &Vec<usize>| -> usize { sum(row, &|example| example.tokens.len()) };
+        let trained =
+            |row: &Vec<usize>| sum(row, &|example| example.trained.iter().skip(1).filter(|trained| **trained).count());
+        let mut rows: Vec<&Vec<usize>> = self.rows.iter().collect();
+        rows.sort_by_key(|row| std::cmp::Reverse(tokens(row)));
+        rows.truncate(self.options.batch_size);
+        let longest = rows.iter().flat_map(|row| row.iter()).map(|e| self.examples[*e].tokens.len()).max();
+        BatchSize {
+            tokens: rows.iter().map(|row| tokens(row)).sum(),
+            trained_tokens: rows.iter().map(|row| trained(row)).sum(),
+            longest: longest.unwrap_or(0),
+        }
     }
 
     /// Tokens of all examples over the tokens that their rows could hold, at most 1.
@@ -194,6 +222,22 @@ mod tests {
         assert_eq!(ids(plain.next_documents()), [4]);
         assert_eq!(plain.position(), LoaderPosition { epoch: 1, batch: 0 });
         assert_eq!(ids(plain.next_documents()), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn no_batch_is_larger_than_the_largest() {
+        for packing in [false, true] {
+            let mut loader = loader(23, LoaderOptions { packing, ..options() });
+            let largest = loader.largest_batch();
+            let sizes = (0..60).map(|_| {
+                let documents = loader.next_documents();
+                assert!(documents.iter().all(|e| e.tokens.len() <= largest.longest));
+                documents.iter().map(|e| e.tokens.len()).sum()
+            });
+            let most: usize = sizes.max().unwrap();
+            assert!(most <= largest.tokens && largest.trained_tokens < largest.tokens, "{most} of {largest:?}");
+            assert!(most + 4 > largest.tokens, "a bound that is far away");
+        }
     }
 
     #[test]

@@ -15,6 +15,6 @@ pub use conversation::Conversation;
 pub use draw::Draw;
 pub use example::{Chat, ChatText, Example, Examples};
 pub use jsonl::{JsonLines, Line, MAX_LINE_BYTES};
-pub use loader::{Loader, LoaderOptions, LoaderPosition, mix};
+pub use loader::{BatchSize, Loader, LoaderOptions, LoaderPosition, mix};
 pub use security::{Label, SecurityPrompt, Split};
 pub use task::{Match, Task};

@@ -1,13 +1,22 @@
 //! The backward pass, by hand. It computes the gradients of what trains and stops below the lowest of it.
 
-use super::decoder::{Overlay, read_floats};
+use super::decoder::Overlay;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
-use super::pool::{Floats, Scratch, Stats};
+use super::losses::Losses;
+use super::pool::{Floats, Scratch};
 use super::readout::trained_rows;
 use super::{Batch, Decoder, Gradients};
-use crate::backend::{Backend, Epilogue, In, LinearShape, Out, ViewMut};
+use crate::backend::{Backend, Epilogue, In, LinearShape, Out, View, ViewMut, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
+
+/// What a micro-batch brings beside its [`Packed`] form.
+struct Inputs<'p, B: Backend> {
+    tokens: Scratch<'p, B, u32>,
+    /// Rows that have a target, and their targets.
+    rows: Scratch<'p, B, u32>,
+    targets: Scratch<'p, B, u32>,
+}
 
 /// What is kept of a layer until its backward pass.
 enum Saved<'p, B: Backend> {
@@ -49,28 +58,75 @@ impl<B: Backend> Decoder<B> {
         accumulate: bool,
         recompute: bool,
     ) -> Result<f64> {
-        let none = Overlay::new();
+        let mut losses = self.losses_of(batch.trained_tokens())?;
+        self.queue_gradients(batch, gradients, scale, accumulate, recompute, &mut losses)?;
+        losses.sum()
+    }
+
+    /// Room for the losses of a step of so many trained tokens.
+    pub fn losses_of(&self, trained_tokens: usize) -> Result<Losses<'_, B>> {
+        Ok(Losses::new(&self.backend, self.stats(trained_tokens)?))
+    }
+
+    /// [`Decoder::loss_and_gradients`] of one of a step's micro-batches, without waiting for the device: the losses are added
+    /// to `losses`, and read when the whole step is queued.
+    pub fn queue_gradients(
+        &self,
+        batch: &Batch,
+        gradients: &mut Gradients<B>,
+        scale: f32,
+        accumulate: bool,
+        recompute: bool,
+        losses: &mut Losses<'_, B>,
+    ) -> Result<()> {
+        let span = trace::phase("forward");
         let _pass = self.pool.pass(batch.tokens.len());
         let packed = self.pack(batch)?;
-        let hidden = self.config.hidden;
         let (rows, targets) = trained_rows(batch);
+        let inputs = Inputs {
+            tokens: self.indices(&batch.tokens)?,
+            rows: self.indices(&rows)?,
+            targets: self.indices(&targets)?,
+        };
+        drop(span);
+        self.backend
+            .replay(|| self.forward_and_backward(&packed, &inputs, gradients, scale, accumulate, recompute, losses))
+    }
+
+    /// All that the device does for a micro-batch; nothing comes from the host any more.
+    #[allow(clippy::too_many_arguments)]
+    fn forward_and_backward(
+        &self,
+        packed: &Packed<'_, B>,
+        inputs: &Inputs<'_, B>,
+        gradients: &mut Gradients<B>,
+        scale: f32,
+        accumulate: bool,
+        recompute: bool,
+        losses: &mut Losses<'_, B>,
+    ) -> Result<()> {
+        let span = trace::phase("forward");
+        let none = Overlay::new();
+        let hidden = self.config.hidden;
+        let (tokens, chosen, targets) = (inputs.tokens.view(), inputs.rows.view(), inputs.targets.view());
+        let rows = chosen.len();
         if !accumulate {
             // The embedding's rows are added one by one; without targets nothing else would be written.
             let ids: Vec<ParamId> = gradients.iter().map(|(id, _)| id).collect();
-            for id in ids.into_iter().filter(|id| rows.is_empty() || *id == ParamId::Embedding) {
+            for id in ids.into_iter().filter(|id| rows == 0 || *id == ParamId::Embedding) {
                 if let Some(gradient) = gradients.get_mut(id) {
                     self.backend.clear(gradient.view_mut())?;
                 }
             }
         }
-        if rows.is_empty() {
-            return Ok(0.0);
+        if rows == 0 {
+            return Ok(());
         }
         let lowest = self.lowest_trained_layer(gradients);
         let mut saved = Vec::with_capacity(self.config.layers);
-        let mut x = self.embed(&none, &batch.tokens)?;
+        let mut x = self.embed_rows(&none, tokens.clone())?;
         for layer in 0..self.config.layers {
-            let (activations, out) = self.layer_forward(&none, layer, x, &packed)?;
+            let (activations, out) = self.layer_forward(&none, layer, x, packed)?;
             saved.push(match (layer >= lowest, recompute) {
                 (false, _) => Saved::Nothing,
                 (true, true) => Saved::Input(activations.x),
@@ -79,33 +135,38 @@ impl<B: Backend> Decoder<B> {
             x = out;
         }
 
-        let chosen = self.indices(&rows)?;
-        let mut x_rows = self.floats(rows.len() * hidden)?;
-        self.backend.gather_rows(x.view(), chosen.view(), x_rows.view_mut(), hidden)?;
+        drop(span);
+        let span = trace::phase("head");
+        let mut x_rows = self.floats(rows * hidden)?;
+        self.backend.gather_rows(x.view(), chosen.clone(), x_rows.view_mut(), hidden)?;
         drop(x);
         let below = lowest < self.config.layers || gradients.trains(ParamId::Embedding);
-        let (losses, dx_rows) = self.head_backward(x_rows, &targets, gradients, scale, accumulate, below)?;
+        let losses = losses.next(rows);
+        let dx_rows = self.head_backward(x_rows, targets, losses, gradients, scale, accumulate, below)?;
 
+        drop(span);
+        let _span = trace::phase("backward");
         if let Some(dx_rows) = dx_rows {
             let mut dx = self.floats(packed.tokens * hidden)?;
             self.backend.clear(dx.view_mut())?;
-            self.backend.scatter_rows(dx_rows.view(), chosen.view(), dx.view_mut(), hidden)?;
+            self.backend.scatter_rows(dx_rows.view(), chosen, dx.view_mut(), hidden)?;
             drop(dx_rows);
             for layer in (lowest..self.config.layers).rev() {
                 let activations = match saved.pop() {
                     Some(Saved::Activations(activations)) => *activations,
-                    Some(Saved::Input(x)) => self.layer_forward(&none, layer, x, &packed)?.0,
+                    Some(Saved::Input(x)) => {
+                        let _span = trace::phase("recompute");
+                        self.layer_forward(&none, layer, x, packed)?.0
+                    }
                     Some(Saved::Nothing) | None => break,
                 };
-                self.layer_backward(layer, activations, &mut dx, &packed, gradients, accumulate)?;
+                self.layer_backward(layer, activations, &mut dx, packed, gradients, accumulate)?;
             }
             if let Some(gradient) = gradients.get_mut(ParamId::Embedding) {
-                let tokens = self.indices(&batch.tokens)?;
-                self.backend.embedding_backward(dx.view(), tokens.view(), gradient.view_mut(), hidden)?;
+                self.backend.embedding_backward(dx.view(), tokens, gradient.view_mut(), hidden)?;
             }
         }
-        let losses = read_floats(&self.backend, losses.view())?;
-        Ok(losses.into_iter().map(f64::from).sum())
+        Ok(())
     }
 
     /// The lowest layer in which, or below which, something trains.
@@ -116,22 +177,22 @@ impl<B: Backend> Decoder<B> {
         gradients.iter().filter_map(|(id, _)| id.layer()).min().unwrap_or(self.config.layers)
     }
 
-    /// Final norm, head and loss over the rows that have a target. Returns their losses, and the gradient of `x` where
+    /// Final norm, head and loss over the rows that have a target. Fills their losses, and returns the gradient of `x` where
     /// something `below` trains.
+    #[allow(clippy::too_many_arguments)]
     fn head_backward<'a>(
         &'a self,
         x: Floats<'a, B>,
-        targets: &[u32],
+        targets: View<'_, B, u32>,
+        mut losses: ViewMut<'_, B, f32>,
         gradients: &mut Gradients<B>,
         scale: f32,
         accumulate: bool,
         below: bool,
-    ) -> Result<(Stats<'a, B>, Option<Floats<'a, B>>)> {
+    ) -> Result<Option<Floats<'a, B>>> {
         let (hidden, vocab, rows) = (self.config.hidden, self.config.vocab, targets.len());
         let none = Overlay::new();
         let (normed, rstd) = self.norm(&none, ParamId::FinalNorm, x.view())?;
-        let targets = self.indices(targets)?;
-        let mut losses = self.stats(rows)?;
         let norm_trains = gradients.trains(ParamId::FinalNorm);
         let mut dnormed = if below || norm_trains { Some(self.floats(rows * hidden)?) } else { None };
         for first in (0..rows).step_by(self.logit_rows()) {
@@ -139,8 +200,8 @@ impl<B: Backend> Decoder<B> {
             let shape = LinearShape { tokens: chunk.len(), inputs: hidden, outputs: vocab };
             let wide = chunk.start * hidden..chunk.end * hidden;
             let mut logits = self.head_logits(&none, normed.range(wide.clone()))?;
-            let at = losses.range_mut(chunk.clone());
-            self.backend.cross_entropy(logits.view_mut(), targets.range(chunk), at, vocab, Some(scale))?;
+            let at = losses.part(chunk.clone());
+            self.backend.cross_entropy(logits.view_mut(), targets.part(chunk), at, vocab, Some(scale))?;
             if let Some(gradient) = gradients.get_mut(self.head()) {
                 // A tied embedding's gradient was cleared above, and gets its own rows later.
                 let add = accumulate || first > 0 || self.config.tied;
@@ -153,7 +214,7 @@ impl<B: Backend> Decoder<B> {
                 self.backend.linear_backward_input(logits.view(), head, into, shape, 1.0, false)?;
             }
         }
-        let Some(dnormed) = dnormed else { return Ok((losses, None)) };
+        let Some(dnormed) = dnormed else { return Ok(None) };
         let mut dx = if below { Some(self.floats(rows * hidden)?) } else { None };
         self.backend.rmsnorm_backward(
             dnormed.view(),
@@ -166,7 +227,7 @@ impl<B: Backend> Decoder<B> {
             false,
             accumulate,
         )?;
-        Ok((losses, dx))
+        Ok(dx)
     }
 
     fn needs(&self, layer: usize, gradients: &Gradients<B>) -> Needs {
@@ -201,6 +262,7 @@ impl<B: Backend> Decoder<B> {
         gradients: &mut Gradients<B>,
         accumulate: bool,
     ) -> Result<()> {
+        let _span = trace::layer(layer);
         let none = Overlay::new();
         let needs = self.needs(layer, gradients);
         let (tokens, hidden) = (packed.tokens, self.config.hidden);
@@ -330,11 +392,11 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Through the per-head norm of q or k, where the model has one: `dy` becomes the gradient before it.
-    fn head_norm_backward(
-        &self,
+    fn head_norm_backward<'a>(
+        &'a self,
         norm: ParamId,
         unnormed: Option<Unnormed<'_, B>>,
-        dy: &mut Floats<'_, B>,
+        dy: &mut Floats<'a, B>,
         gradients: &mut Gradients<B>,
         accumulate: bool,
     ) -> Result<()> {
@@ -351,7 +413,8 @@ impl<B: Backend> Decoder<B> {
             false,
             accumulate,
         )?;
-        self.backend.copy(before.view(), dy.view_mut())
+        *dy = before;
+        Ok(())
     }
 
     fn module_trains(&self, id: ModuleId, gradients: &Gradients<B>) -> bool {

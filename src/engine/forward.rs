@@ -5,7 +5,7 @@ use super::fold::{Fold, Folded};
 use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
 use crate::backend::{
-    Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, Projection, View, ViewMut,
+    Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, Projection, View, ViewMut, trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
@@ -93,10 +93,19 @@ impl<B: Backend> Decoder<B> {
     }
 
     pub(super) fn embed<'a>(&'a self, overlay: &Overlay<'a, B>, tokens: &[u32]) -> Result<Floats<'a, B>> {
+        let rows = self.indices(tokens)?;
+        self.embed_rows(overlay, rows.view())
+    }
+
+    /// The same of tokens that the backend has.
+    pub(super) fn embed_rows<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        tokens: View<'_, B, u32>,
+    ) -> Result<Floats<'a, B>> {
         let hidden = self.config.hidden;
         let mut x = self.floats(tokens.len() * hidden)?;
-        let rows = self.indices(tokens)?;
-        self.backend.gather_rows(self.values(overlay, ParamId::Embedding), rows.view(), x.view_mut(), hidden)?;
+        self.backend.gather_rows(self.values(overlay, ParamId::Embedding), tokens, x.view_mut(), hidden)?;
         Ok(x)
     }
 
@@ -325,6 +334,7 @@ impl<B: Backend> Decoder<B> {
         x: Floats<'a, B>,
         packed: &Packed<'_, B>,
     ) -> Result<(LayerActivations<'a, B>, Floats<'a, B>)> {
+        let _span = trace::layer(layer);
         let attention = self.attention_half(overlay, layer, x.view(), packed)?;
         let mid = self.output_projection(overlay, layer, attention.mixed.view(), x.view())?;
         let mut out = self.floats(packed.tokens * self.config.hidden)?;
@@ -341,6 +351,7 @@ impl<B: Backend> Decoder<B> {
         packed: &Packed<'_, B>,
         mut out: Out<'_, B>,
     ) -> Result<()> {
+        let _span = trace::layer(layer);
         let mixed = self.attention_half(overlay, layer, x.clone(), packed)?.mixed;
         let (hidden, q_width) = (self.config.hidden, self.config.q_width());
         for piece in self.pieces(packed.tokens) {
@@ -368,6 +379,7 @@ impl<B: Backend> Decoder<B> {
         batch: &Batch,
         rows: &[u32],
     ) -> Result<(Floats<'a, B>, Floats<'a, B>, Floats<'a, B>)> {
+        let _span = trace::layer(layer);
         let c = &self.config;
         let module = |kind| ModuleId { layer, kind };
         let (normed, _) = self.norm(overlay, ParamId::InputNorm(layer), x.clone())?;

@@ -1,9 +1,10 @@
 //! Key-value cache and batched generation.
 
 use super::decoder::{Overlay, read_floats};
+use super::pool::{Floats, Scratch, Stats};
 use super::{Batch, Decoder};
 use crate::backend::philox::{uniform, words};
-use crate::backend::{Backend, Buffer, Sampling};
+use crate::backend::{Backend, Buffer, Documents, In, Sampling, View, trace};
 use crate::error::{Error, Result};
 use crate::modules::ParamId;
 
@@ -60,12 +61,33 @@ const MAX_SLOTS: usize = 64;
 struct Cache<B: Backend> {
     layers: Vec<CachedLayer<B>>,
     capacity: usize,
+    /// None: what a token sees is told by its span.
+    documents: Documents<B>,
 }
 
 /// Keys and values of one layer, each [slots·capacity, kv_width].
 struct CachedLayer<B: Backend> {
     keys: Buffer<B, B::Float>,
     values: Buffer<B, B::Float>,
+}
+
+/// Where the tokens of a step stand, on the backend.
+struct At<'a, B: Backend> {
+    tokens: View<'a, B, u32>,
+    positions: View<'a, B, u32>,
+    /// Rows of the cache that get their keys and values.
+    rows: View<'a, B, u32>,
+    /// Rows of the cache that they see: (start, rows).
+    spans: View<'a, B, u32>,
+    /// Rows of the longest span.
+    longest: usize,
+    rope: View<'a, B, f32>,
+}
+
+/// What tokens are drawn with (unspecified where the draw is greedy), and into.
+struct Draw<'p, B: Backend> {
+    uniforms: Stats<'p, B>,
+    tokens: Scratch<'p, B, u32>,
 }
 
 /// A sequence that is being decoded.
@@ -101,7 +123,9 @@ impl<B: Backend> Decoder<B> {
         let token_bytes = 2 * self.config.layers * self.config.kv_width() * size_of::<B::Float>();
         let fitting = options.cache_bytes as usize / (capacity * token_bytes).max(1);
         let slots = fitting.clamp(1, MAX_SLOTS).min(prompts.len().max(1));
+        let span = trace::phase("cache");
         let mut cache = Cache::new(&self.backend, self.config.layers, slots, capacity, self.config.kv_width())?;
+        drop(span);
         let mut active: Vec<Option<Slot>> = (0..slots).map(|_| None).collect();
         let mut next = 0;
         loop {
@@ -144,6 +168,7 @@ impl<B: Backend> Decoder<B> {
         cache: &mut Cache<B>,
         options: &GenerateOptions,
     ) -> Result<Vec<u32>> {
+        let _span = trace::phase("prefill");
         let none = Overlay::new();
         let batch = Batch::from_prompts(arrivals.iter().map(|(_, p)| prompts[*p].as_slice()));
         let packed = self.pack(&batch)?;
@@ -158,6 +183,7 @@ impl<B: Backend> Decoder<B> {
         let last_rows = batch.last_rows();
         let last_layer = self.config.layers - 1;
         for layer in 0..self.config.layers {
+            let _span = trace::layer(layer);
             let CachedLayer { keys, values } = &mut cache.layers[layer];
             let mut fill = |k, v| {
                 self.backend.scatter_rows(k, rows.view(), keys.view_mut(), width)?;
@@ -175,7 +201,9 @@ impl<B: Backend> Decoder<B> {
         }
         let (normed, _) = self.norm(&none, ParamId::FinalNorm, x.view())?;
         let draws: Vec<(usize, usize)> = arrivals.iter().map(|(_, p)| (*p, 0)).collect();
-        self.draw(normed.view(), &draws, options)
+        let mut draw = self.uniforms(&draws, options)?;
+        let logits = self.draw(normed.view(), &mut draw, options)?;
+        self.drawn(&draw, &logits)
     }
 
     /// One token for each running slot.
@@ -186,68 +214,90 @@ impl<B: Backend> Decoder<B> {
         cache: &mut Cache<B>,
         options: &GenerateOptions,
     ) -> Result<Vec<u32>> {
-        let none = Overlay::new();
-        let (c, count) = (&self.config, running.len());
+        let _span = trace::phase("decode");
+        let count = running.len();
         let states: Vec<(usize, &Slot)> =
             running.iter().filter_map(|slot| active[*slot].as_ref().map(|s| (*slot, s))).collect();
-        let tokens: Vec<u32> = states.iter().map(|(_, s)| s.last).collect();
-        let position: Vec<u32> = states.iter().map(|(_, s)| s.len as u32).collect();
-        let cached: Vec<u32> = states.iter().map(|(slot, s)| (slot * cache.capacity + s.len) as u32).collect();
-        let spans: Vec<u32> =
-            states.iter().flat_map(|(slot, s)| [(slot * cache.capacity) as u32, s.len as u32 + 1]).collect();
-        let spans = self.indices(&spans)?;
         let longest = states.iter().map(|(_, s)| s.len + 1).max().unwrap_or(0);
-        let positions = self.indices(&position)?;
-        let rows = self.indices(&cached)?;
-        let rope = self.rope(position.iter().max().map_or(1, |p| *p as usize + 1))?;
-        let documents = self.documents(&[0, count as u32])?;
-        let mut x = self.embed(&none, &tokens)?;
-        for layer in 0..c.layers {
-            let CachedLayer { keys, values } = &mut cache.layers[layer];
+        let rope = self.rope(longest)?;
+        // Everything that comes from the host, in one copy.
+        let first = |slot: usize| slot * cache.capacity;
+        let tokens = states.iter().map(|(_, s)| s.last);
+        let positions = states.iter().map(|(_, s)| s.len as u32);
+        let rows = states.iter().map(|(slot, s)| (first(*slot) + s.len) as u32);
+        let spans = states.iter().flat_map(|(slot, s)| [first(*slot) as u32, s.len as u32 + 1]);
+        let inputs: Vec<u32> = tokens.chain(positions).chain(rows).chain(spans).collect();
+        let inputs = self.indices(&inputs)?;
+        let [tokens, positions, rows] = [0, 1, 2].map(|part| inputs.range(part * count..(part + 1) * count));
+        let at = At { tokens, positions, rows, spans: inputs.range(3 * count..5 * count), longest, rope: rope.view() };
+        let draws: Vec<(usize, usize)> = states.iter().map(|(_, s)| (s.prompt, s.tokens.len())).collect();
+        let mut draw = self.uniforms(&draws, options)?;
+        let logits = self.backend.replay(|| self.decode(&at, cache, &mut draw, options))?;
+        self.drawn(&draw, &logits)
+    }
+
+    /// All that the device does for a step: logits, and tokens drawn from them.
+    fn decode(
+        &self,
+        at: &At<'_, B>,
+        cache: &mut Cache<B>,
+        draw: &mut Draw<'_, B>,
+        options: &GenerateOptions,
+    ) -> Result<Floats<'_, B>> {
+        let none = Overlay::new();
+        let (c, count) = (&self.config, at.tokens.len());
+        let Cache { layers, documents, .. } = cache;
+        let mut x = self.embed_rows(&none, at.tokens.clone())?;
+        for (layer, CachedLayer { keys, values }) in layers.iter_mut().enumerate() {
+            let _span = trace::layer(layer);
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
             let mut q = self.floats(count * c.q_width())?;
             let mut k = self.floats(count * c.kv_width())?;
             let mut v = self.floats(count * c.kv_width())?;
             let outs = [q.view_mut(), k.view_mut(), v.view_mut()];
-            self.project_qkv(&none, layer, normed.view(), outs, positions.view(), rope.view())?;
-            self.backend.scatter_rows(k.view(), rows.view(), keys.view_mut(), c.kv_width())?;
-            self.backend.scatter_rows(v.view(), rows.view(), values.view_mut(), c.kv_width())?;
+            self.project_qkv(&none, layer, normed.view(), outs, at.positions.clone(), at.rope.clone())?;
+            self.backend.scatter_rows(k.view(), at.rows.clone(), keys.view_mut(), c.kv_width())?;
+            self.backend.scatter_rows(v.view(), at.rows.clone(), values.view_mut(), c.kv_width())?;
             let mut mixed = self.floats(count * c.q_width())?;
-            let shape = self.attention_shape(layer, &documents);
-            let (k, v) = (keys.view(), values.view());
-            self.backend.attention_decode(q.view(), k, v, mixed.view_mut(), spans.view(), longest, &shape)?;
+            let shape = self.attention_shape(layer, documents);
+            let (k, v, spans) = (keys.view(), values.view(), at.spans.clone());
+            self.backend.attention_decode(q.view(), k, v, mixed.view_mut(), spans, at.longest, &shape)?;
             let mid = self.output_projection(&none, layer, mixed.view(), x.view())?;
             self.mlp_half(&none, layer, mid.view(), x.view_mut())?;
         }
         let (normed, _) = self.norm(&none, ParamId::FinalNorm, x.view())?;
-        let draws: Vec<(usize, usize)> = states.iter().map(|(_, s)| (s.prompt, s.tokens.len())).collect();
-        self.draw(normed.view(), &draws, options)
+        self.draw(normed.view(), draw, options)
     }
 
-    /// A token for each normed row; `draws` names (prompt, index of the token).
-    fn draw(
-        &self,
-        normed: crate::backend::In<'_, B>,
-        draws: &[(usize, usize)],
-        options: &GenerateOptions,
-    ) -> Result<Vec<u32>> {
-        let logits = self.head_logits(&Overlay::new(), normed)?;
-        let uniforms: Vec<f32> = draws
-            .iter()
-            .map(|(prompt, token)| {
+    /// What tokens are drawn with; `draws` names (prompt, index of the token).
+    fn uniforms(&self, draws: &[(usize, usize)], options: &GenerateOptions) -> Result<Draw<'_, B>> {
+        let mut uniforms = self.stats(draws.len())?;
+        if options.sampling.temperature > 0.0 {
+            let uniform = |(prompt, token): &(usize, usize)| {
                 let [word, ..] = words(options.seed, *prompt as u64, *token as u64);
                 // The generator's uniforms lie in (0, 1]; a draw takes [0, 1).
                 1.0 - uniform(word)
-            })
-            .collect();
-        let mut device = self.stats(draws.len())?;
-        self.backend.write(&uniforms, device.view_mut())?;
-        let mut tokens = self.indices(&vec![0; draws.len()])?;
+            };
+            let host: Vec<f32> = draws.iter().map(uniform).collect();
+            self.backend.write(&host, uniforms.view_mut())?;
+        }
+        Ok(Draw { uniforms, tokens: self.pool.indices.take(&self.backend, draws.len())? })
+    }
+
+    /// Logits of normed rows, and a token drawn from each.
+    fn draw(&self, normed: In<'_, B>, draw: &mut Draw<'_, B>, options: &GenerateOptions) -> Result<Floats<'_, B>> {
+        let logits = self.head_logits(&Overlay::new(), normed)?;
+        let Draw { uniforms, tokens } = draw;
         let vocab = self.config.vocab;
-        self.backend.sample(logits.view(), device.view(), tokens.view_mut(), vocab, options.sampling)?;
-        let mut host = vec![0; draws.len()];
-        self.backend.read(tokens.view(), &mut host)?;
-        if host.iter().any(|t| *t as usize >= vocab) {
+        self.backend.sample(logits.view(), uniforms.view(), tokens.view_mut(), vocab, options.sampling)?;
+        Ok(logits)
+    }
+
+    /// The tokens that were drawn; waits for the device.
+    fn drawn(&self, draw: &Draw<'_, B>, logits: &Floats<'_, B>) -> Result<Vec<u32>> {
+        let mut host = vec![0; draw.tokens.view().len()];
+        self.backend.read(draw.tokens.view(), &mut host)?;
+        if host.iter().any(|t| *t as usize >= self.config.vocab) {
             let finite = read_floats(&self.backend, logits.view())?.iter().all(|x| x.is_finite());
             let what = if finite { "no token could be drawn" } else { "the logits are not finite" };
             return Err(Error::failed(what, "check the model's weights"));
@@ -285,6 +335,7 @@ impl<B: Backend> Cache<B> {
         let layers = (0..layers)
             .map(|_| Ok(CachedLayer { keys: backend.zeros(len)?, values: backend.zeros(len)? }))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { layers, capacity })
+        let documents = Documents { starts: vec![0], device: backend.zeros(1)? };
+        Ok(Self { layers, capacity, documents })
     }
 }

@@ -4,11 +4,13 @@
 mod backward;
 mod batch;
 mod decoder;
+mod floor;
 mod fold;
 mod forward;
 mod generate;
 mod gradients;
 mod lora;
+mod losses;
 mod plan;
 mod pool;
 mod readout;
@@ -16,8 +18,10 @@ mod sweep;
 
 pub use batch::Batch;
 pub use decoder::{Decoder, Parameter};
+pub use floor::{Floor, light_seconds};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use gradients::Gradients;
 pub use lora::Lora;
+pub use losses::Losses;
 pub use plan::{Plan, Workload};
 pub use sweep::{Member, NoiseKind, Readout, SweepOptions};

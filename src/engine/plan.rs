@@ -1,9 +1,10 @@
 //! What a run will take, before anything is allocated: bytes by category, FLOPs a token, trainable share.
 
 use super::Lora;
+use super::floor::{Floor, lowest_trained_layer, tensors};
 use crate::backend::Backend;
 use crate::model::ModelConfig;
-use crate::modules::{Cell, ModuleId, ModuleKind, ParamId};
+use crate::modules::ParamId;
 
 /// A training step's shape.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,6 +57,12 @@ impl Plan {
         let lowest = lowest_trained_layer(config, &params, &trains);
         let kept_layers = (config.layers - lowest) as u64;
 
+        let floor = Floor::new::<B>(config, work.lora, &trains);
+        let document = &[0, work.document_tokens as u32];
+        let document_rows = (work.trained_share * work.document_tokens as f64).ceil() as usize;
+        let recomputed = if work.recompute { floor.recomputed_flops(document, lowest) } else { 0 };
+        let a_token = |flops: u64| flops as f64 / work.document_tokens.max(1) as f64;
+
         let (tokens, c) = (work.tokens as u64, config);
         let (hidden, ffn, q, kv) = (c.hidden as u64, c.ffn as u64, c.q_width() as u64, c.kv_width() as u64);
         let unnormed = if c.qk_norm { q + kv } else { 0 };
@@ -82,95 +89,29 @@ impl Plan {
             workspace_bytes: (head + layer) * float,
             parameters,
             trainable,
-            forward_flops: forward_flops(config, work),
-            backward_flops: backward_flops(config, work, &params, &trains, lowest),
+            forward_flops: a_token(floor.forward(document, document_rows).flops),
+            backward_flops: a_token(floor.backward(document, document_rows).flops + recomputed),
         }
+    }
+
+    /// Bytes by category, with its name.
+    pub fn categories(&self) -> [(&'static str, u64); 5] {
+        [
+            ("weights", self.weights_bytes),
+            ("gradients", self.gradients_bytes),
+            ("moments", self.moments_bytes),
+            ("activations", self.activations_bytes),
+            ("workspace", self.workspace_bytes),
+        ]
     }
 
     /// Everything together.
     pub fn total_bytes(&self) -> u64 {
-        self.weights_bytes + self.gradients_bytes + self.moments_bytes + self.activations_bytes + self.workspace_bytes
+        self.categories().iter().map(|(_, bytes)| bytes).sum()
     }
 
     /// Share of the parameters that trains.
     pub fn trainable_share(&self) -> f64 {
         self.trainable as f64 / self.parameters.max(1) as f64
     }
-}
-
-/// Every tensor with its number of elements; adapters on all projections if there are any.
-fn tensors(config: &ModelConfig, lora: Option<Lora>) -> Vec<(ParamId, usize)> {
-    let mut params: Vec<(ParamId, usize)> =
-        config.params().into_iter().map(|(id, shape)| (id, shape.iter().product())).collect();
-    if let Some(lora) = lora {
-        for cell in config.cells().iter() {
-            if let Cell::Module(id) = cell {
-                let (outputs, inputs) = config.module_shape(id.kind);
-                params.push((ParamId::LoraA(id), lora.rank * inputs));
-                params.push((ParamId::LoraB(id), lora.rank * outputs));
-            }
-        }
-    }
-    params
-}
-
-fn lowest_trained_layer(config: &ModelConfig, params: &[(ParamId, usize)], trains: &impl Fn(ParamId) -> bool) -> usize {
-    if trains(ParamId::Embedding) {
-        return 0;
-    }
-    params.iter().filter(|(id, _)| trains(*id)).filter_map(|(id, _)| id.layer()).min().unwrap_or(config.layers)
-}
-
-/// Products of one layer's projections, and of its causal attention, a token.
-fn layer_flops(config: &ModelConfig, document_tokens: usize) -> (f64, f64) {
-    let linear: usize = ModuleKind::ALL.iter().map(|k| config.module_shape(*k)).map(|(o, i)| 2 * o * i).sum();
-    // Q·Kᵀ and P·V over half of the document on average.
-    let attention = 2.0 * config.q_width() as f64 * (document_tokens as f64 + 1.0);
-    (linear as f64, attention)
-}
-
-fn forward_flops(config: &ModelConfig, work: &Workload) -> f64 {
-    let (linear, attention) = layer_flops(config, work.document_tokens);
-    config.layers as f64 * (linear + attention) + work.trained_share * 2.0 * (config.vocab * config.hidden) as f64
-}
-
-fn backward_flops(
-    config: &ModelConfig,
-    work: &Workload,
-    params: &[(ParamId, usize)],
-    trains: &impl Fn(ParamId) -> bool,
-    lowest: usize,
-) -> f64 {
-    let (linear, attention) = layer_flops(config, work.document_tokens);
-    let above = config.layers.saturating_sub(lowest) as f64;
-    let head = 2.0 * (config.vocab * config.hidden) as f64 * work.trained_share;
-    let head_id = if config.tied { ParamId::Embedding } else { ParamId::Head };
-    // Input gradients stop inside the lowest layer at its highest frozen half.
-    let half = |kinds: &[ModuleKind]| {
-        kinds.iter().any(|kind| {
-            let id = ModuleId { layer: lowest, kind: *kind };
-            trains(ParamId::Weight(id)) || trains(ParamId::LoraA(id))
-        })
-    };
-    let attention_half = half(&[ModuleKind::Q, ModuleKind::K, ModuleKind::V, ModuleKind::O]);
-    let skipped = if lowest == 0 && trains(ParamId::Embedding) || above == 0.0 {
-        0.0
-    } else {
-        let flops = |kinds: &[ModuleKind]| -> f64 {
-            kinds.iter().map(|k| config.module_shape(*k)).map(|(o, i)| 2.0 * (o * i) as f64).sum()
-        };
-        let qkv = flops(&[ModuleKind::Q, ModuleKind::K, ModuleKind::V]);
-        if attention_half { qkv } else { linear - flops(&[ModuleKind::Down]) + 2.0 * attention }
-    };
-    let weights: f64 = params
-        .iter()
-        .filter(|(id, n)| trains(*id) && *n > config.hidden && !matches!(id, ParamId::Embedding | ParamId::Head))
-        .map(|(_, n)| 2.0 * *n as f64)
-        .sum();
-    let recomputed = if work.recompute { above * (linear + attention) } else { 0.0 };
-    let inputs = if above > 0.0 || trains(ParamId::FinalNorm) { head } else { 0.0 };
-    inputs + above * (linear + 2.0 * attention) - skipped
-        + weights
-        + if trains(head_id) { head } else { 0.0 }
-        + recomputed
 }

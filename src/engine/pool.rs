@@ -8,7 +8,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Free buffers of one element type.
 pub(super) struct Shelf<B: Backend, T: Element> {
-    free: Mutex<Vec<Buffer<B, T>>>,
+    /// With the order in which they were made, which decides between equals: a step that asks for the same again gets the
+    /// same again.
+    free: Mutex<Vec<(usize, Buffer<B, T>)>>,
+    made: AtomicUsize,
     /// Tokens of the training pass at work, 0 = none, and of the longest so far.
     tokens: AtomicUsize,
     longest: AtomicUsize,
@@ -16,12 +19,13 @@ pub(super) struct Shelf<B: Backend, T: Element> {
 
 impl<B: Backend, T: Element> Default for Shelf<B, T> {
     fn default() -> Self {
-        Self { free: Mutex::default(), tokens: AtomicUsize::new(0), longest: AtomicUsize::new(0) }
+        let zero = || AtomicUsize::new(0);
+        Self { free: Mutex::default(), made: zero(), tokens: zero(), longest: zero() }
     }
 }
 
 impl<B: Backend, T: Element> Shelf<B, T> {
-    fn lock(&self) -> MutexGuard<'_, Vec<Buffer<B, T>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<(usize, Buffer<B, T>)>> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -36,19 +40,20 @@ impl<B: Backend, T: Element> Shelf<B, T> {
         };
         let fits = |b: &Buffer<B, T>| (len..=most.max(len)).contains(&b.len());
         let mut free = self.lock();
-        let best = free.iter().enumerate().filter(|(_, b)| fits(b)).min_by_key(|(_, b)| b.len()).map(|(i, _)| i);
-        let buffer = match best {
+        let fitting = free.iter().enumerate().filter(|(_, (_, b))| fits(b));
+        let best = fitting.min_by_key(|(_, (made, b))| (b.len(), *made)).map(|(i, _)| i);
+        let (made, buffer) = match best {
             Some(i) => free.swap_remove(i),
             None => {
                 // What is too small for this request would otherwise pile up while batches grow.
-                if let Some(i) = free.iter().position(|b| b.len() < len && b.len() >= len / 2) {
+                if let Some(i) = free.iter().position(|(_, b)| b.len() < len && b.len() >= len / 2) {
                     free.swap_remove(i);
                 }
                 drop(free);
-                backend.zeros(len + len / 16)?
+                (self.made.fetch_add(1, Relaxed), backend.zeros(len + len / 16)?)
             }
         };
-        Ok(Scratch { buffer: Some(buffer), len, shelf: self })
+        Ok(Scratch { buffer: Some(buffer), made, len, shelf: self })
     }
 
     fn clear(&self) {
@@ -62,7 +67,7 @@ impl<B: Backend, T: Element> Shelf<B, T> {
     }
 
     fn bytes(&self) -> usize {
-        self.lock().iter().map(Buffer::bytes).sum()
+        self.lock().iter().map(|(_, buffer)| buffer.bytes()).sum()
     }
 }
 
@@ -121,6 +126,7 @@ pub(super) type Floats<'p, B> = Scratch<'p, B, <B as Backend>::Float>;
 /// A buffer lent by a shelf; it goes back when dropped.
 pub(super) struct Scratch<'p, B: Backend, T: Element> {
     buffer: Option<Buffer<B, T>>,
+    made: usize,
     len: usize,
     shelf: &'p Shelf<B, T>,
 }
@@ -153,7 +159,7 @@ impl<B: Backend, T: Element> Scratch<'_, B, T> {
 impl<B: Backend, T: Element> Drop for Scratch<'_, B, T> {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            self.shelf.lock().push(buffer);
+            self.shelf.lock().push((self.made, buffer));
         }
     }
 }

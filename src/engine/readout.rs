@@ -3,7 +3,7 @@
 use super::decoder::{Overlay, read_floats};
 use super::pool::Floats;
 use super::{Batch, Decoder};
-use crate::backend::{Backend, IGNORE};
+use crate::backend::{Backend, IGNORE, trace};
 use crate::error::Result;
 use crate::modules::ParamId;
 
@@ -11,6 +11,7 @@ impl<B: Backend> Decoder<B> {
     /// Hidden states at `rows` of the packed batch, each [rows, hidden], layers + 1 of them: the embedding's output
     /// first, the last after the final norm (as `output_hidden_states` of transformers).
     pub fn hidden_states(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<Vec<f32>>> {
+        let _span = trace::phase("forward");
         let mut states = Vec::with_capacity(self.config.layers + 1);
         let last = self.run_layers(batch, rows, |state| {
             states.push(read_floats(&self.backend, state.view())?);
@@ -23,6 +24,7 @@ impl<B: Backend> Decoder<B> {
 
     /// Logits [rows, vocab] at `rows` of the packed batch.
     pub fn logits(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<f32>> {
+        let _span = trace::phase("forward");
         let last = self.run_layers(batch, rows, |_| Ok(()))?;
         let (normed, _) = self.norm(&Overlay::new(), ParamId::FinalNorm, last.view())?;
         let hidden = self.config.hidden;
@@ -37,6 +39,7 @@ impl<B: Backend> Decoder<B> {
 
     /// −log p of each row's target (0 where ignored), \[tokens\].
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
+        let _span = trace::phase("forward");
         self.check(batch)?;
         let (rows, targets) = trained_rows(batch);
         let mut losses = vec![0.0; batch.tokens.len()];

@@ -15,7 +15,7 @@ use super::fold::Fold;
 use super::forward::Packed;
 use super::pool::Floats;
 use super::{Batch, Decoder};
-use crate::backend::{Backend, Epilogue, In, LinearShape, Out};
+use crate::backend::{Backend, Epilogue, In, LinearShape, Out, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ModuleSet, ParamId};
 use draws::{Draw, draws, grouped, overlay, repeated, stage};
@@ -116,6 +116,7 @@ impl<B: Backend> Decoder<B> {
         options: &SweepOptions,
         sink: &mut dyn FnMut(usize, Readout) -> Result<()>,
     ) -> Result<()> {
+        let _span = trace::phase("sweep");
         let none = Overlay::new();
         let layers = self.config.layers;
         let fold = Fold::of(prompts);
@@ -326,6 +327,7 @@ impl<B: Backend> Decoder<B> {
         x: &Floats<'a, B>,
         packed: &Packed<'_, B>,
     ) -> Result<(CleanLayer<'a, B>, Floats<'a, B>)> {
+        let _span = trace::layer(layer);
         let none = Overlay::new();
         let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
         let attention = self.attention_half(&none, layer, x.view(), packed)?;
@@ -347,6 +349,7 @@ impl<B: Backend> Decoder<B> {
         packed: &Packed<'_, B>,
         out: Out<'_, B>,
     ) -> Result<()> {
+        let _span = trace::layer(layer);
         let (tokens, c) = (packed.tokens, &self.config);
         let module = |kind| ModuleId { layer, kind };
         let touched = |id: ParamId| overlay.contains_key(&id);

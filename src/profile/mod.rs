@@ -5,14 +5,12 @@ mod summary;
 pub use summary::{Row, Summary, summarize};
 
 use crate::backend::trace::{self, Span};
-use crate::backend::{Backend, Epilogue, LinearShape};
-use crate::engine::{Batch, Decoder, GenerateOptions, Gradients, Member, NoiseKind, SweepOptions};
+use crate::backend::{Backend, Ceilings, Cost, ceilings};
+use crate::engine::{Batch, Decoder, Floor, GenerateOptions, Gradients, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
-use crate::modules::{LearningRates, ModuleSet};
+use crate::modules::{Cell, LearningRates, ModuleSet, ParamId};
 use crate::train::{Optimizer, StepSettings};
-use serde::Serialize;
 use std::ops::RangeInclusive;
-use std::time::Instant;
 
 /// What is run.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,15 +46,6 @@ pub struct ProfileOptions {
     pub range: Option<RangeInclusive<usize>>,
 }
 
-/// The most that was seen of this backend on this machine, now: a large product and a large copy.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Ceilings {
-    /// Multiplications and additions a second.
-    pub flops_per_s: f64,
-    /// Bytes read and written a second.
-    pub bytes_per_s: f64,
-}
-
 /// What was recorded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Profile {
@@ -66,6 +55,8 @@ pub struct Profile {
     pub tokens: usize,
     /// All spans.
     pub spans: Vec<Span>,
+    /// The least that a step must compute and move: passes that follow one another.
+    pub floor: Vec<Cost>,
     /// The ceilings of this run.
     pub ceilings: Ceilings,
 }
@@ -78,9 +69,15 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions) -
     if options.batch_size == 0 || options.length == 0 || options.steps == 0 {
         return Err(Error::input("--batch-size, --length, --steps", "0", "at least 1"));
     }
+    let tokens = options.length * if options.work == Work::Generate { 2 } else { 1 };
+    if tokens > decoder.longest_context() {
+        let most = format!("at most the model's context of {}", decoder.longest_context());
+        return Err(Error::input("--length", format!("documents of {tokens} tokens"), most));
+    }
     let backend = decoder.backend.clone();
     let ceilings = ceilings(&backend)?;
     let batch = batch(decoder, options);
+    let floor = floor(decoder, options, &batch);
     let mut step = runner(decoder, options, &batch)?;
     for _ in 0..options.warmup {
         step()?;
@@ -103,9 +100,24 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions) -
     }
     let tokens = match options.work {
         Work::Train(_) | Work::Forward | Work::Generate => options.batch_size * options.length,
-        Work::Sweep(ref set) => 2 * set.len() * options.batch_size * options.length,
+        Work::Sweep(ref set) => 2 * projections(set).count() * options.batch_size * options.length,
     };
-    Ok(Profile { steps, tokens, spans: recording.take(), ceilings })
+    Ok(Profile { steps, tokens, spans: recording.take(), floor, ceilings })
+}
+
+/// What the sweep perturbs.
+fn projections(set: &ModuleSet) -> impl Iterator<Item = Cell> + '_ {
+    set.iter().filter(|cell| matches!(cell, Cell::Module(_)))
+}
+
+fn floor<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions, batch: &Batch) -> Vec<Cost> {
+    let of = |trains: &dyn Fn(ParamId) -> bool| Floor::new::<B>(&decoder.config, None, trains);
+    match &options.work {
+        Work::Forward => vec![of(&|_| false).forward(&batch.starts, batch.trained_tokens())],
+        Work::Train(set) => of(&|id| set.contains(id.cell())).step(std::slice::from_ref(batch)),
+        Work::Generate => of(&|_| false).generation(&batch.starts, options.length),
+        Work::Sweep(set) => vec![of(&|_| false).sweep(&batch.starts, set)],
+    }
 }
 
 type Step<'a> = Box<dyn FnMut() -> Result<()> + 'a>;
@@ -116,10 +128,7 @@ fn runner<'a, B: Backend>(
     batch: &'a Batch,
 ) -> Result<Step<'a>> {
     Ok(match &options.work {
-        Work::Forward => Box::new(|| {
-            let _phase = trace::phase("forward");
-            decoder.losses(batch).map(drop)
-        }),
+        Work::Forward => Box::new(|| decoder.losses(batch).map(drop)),
         Work::Train(set) => {
             let rates = LearningRates::masked(set, &decoder.config.cells(), 0.0);
             let mut gradients = Gradients::new(decoder, |id| rates.trains(id.cell()))?;
@@ -146,7 +155,7 @@ fn runner<'a, B: Backend>(
             Box::new(move || decoder.generate(&prompts, &generate, &mut |_, _| {}).map(drop))
         }
         Work::Sweep(set) => {
-            let members: Vec<Member> = (set.iter())
+            let members: Vec<Member> = projections(set)
                 .flat_map(|cell| {
                     let cells: ModuleSet = [cell].into_iter().collect();
                     [false, true].map(|negative| Member { cells: cells.clone(), seed: options.seed, negative })
@@ -176,41 +185,4 @@ fn batch<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions) -> Batch {
         batch.targets.push(crate::backend::IGNORE);
     }
     batch
-}
-
-/// Measures the ceilings: the best of a few runs of one product and one copy that no cache holds.
-///
-/// # Errors
-/// A device without memory for them, or that fails.
-pub fn ceilings<B: Backend>(backend: &B) -> Result<Ceilings> {
-    const RUNS: usize = 5;
-    // Long enough to be timed by the host, short enough not to be waited for.
-    let (side, copied) = if backend.name() == "cpu" { (1024, 64 << 20) } else { (8192, 1 << 30) };
-    let element = size_of::<B::Float>();
-    let best = |work: &mut dyn FnMut() -> Result<()>| {
-        let mut best = f64::INFINITY;
-        for _ in 0..RUNS {
-            backend.synchronize()?;
-            let began = Instant::now();
-            work()?;
-            backend.synchronize()?;
-            best = best.min(began.elapsed().as_secs_f64());
-        }
-        Ok::<f64, Error>(best.max(1e-9))
-    };
-    let mut rng = crate::backend::philox::Philox::new(1, 1);
-    let values: Vec<B::Float> =
-        (0..side * side).map(|_| crate::backend::FloatElement::from_f32(rng.normal() as f32)).collect();
-    let (mut x, mut w, mut y) =
-        (backend.zeros(side * side)?, backend.zeros(side * side)?, backend.zeros::<B::Float>(side * side)?);
-    backend.write(&values, x.view_mut())?;
-    backend.write(&values, w.view_mut())?;
-    let shape = LinearShape { tokens: side, inputs: side, outputs: side };
-    let seconds = best(&mut || backend.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()))?;
-    let flops_per_s = 2.0 * (side as f64).powi(3) / seconds;
-    drop((x, w, y));
-    let from = backend.zeros::<B::Float>(copied / element)?;
-    let mut to = backend.zeros::<B::Float>(copied / element)?;
-    let seconds = best(&mut || backend.copy(from.view(), to.view_mut()))?;
-    Ok(Ceilings { flops_per_s, bytes_per_s: 2.0 * copied as f64 / seconds })
 }

@@ -1,7 +1,9 @@
 //! From spans to a table.
 
-use super::{Ceilings, Profile};
+use super::Profile;
+use crate::backend::Ceilings;
 use crate::backend::trace::{Lane, Span};
+use crate::engine::light_seconds;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -37,9 +39,12 @@ pub struct Summary {
     pub rows: Vec<Row>,
     /// By phase and layer, in their order.
     pub layers: Vec<Row>,
-    /// The rows' share of the steps' time; the rest is waiting, launching and what the host does between.
+    /// Time between the rows, of all steps: what the host does beside operations, and on a GPU launching and waiting.
+    pub between_ns: u64,
+    /// The rows' share of the steps' time.
     pub explained: f64,
-    /// The time at the ceilings of all that the rows had to move and compute, over the steps' time.
+    /// The time that the least of computing and moving would take at the ceilings, over the steps' time: see
+    /// [`crate::engine::Floor`] for what is counted.
     pub speed_of_light: f64,
     /// What it is measured by.
     pub ceilings: Ceilings,
@@ -50,9 +55,7 @@ pub fn summarize(profile: &Profile) -> Summary {
     let lane = if profile.spans.iter().any(|s| s.lane == Lane::Kernel) { Lane::Kernel } else { Lane::Op };
     let total: u64 = profile.steps.iter().map(|(_, ns)| ns).sum();
     let (mut rows, mut layers) = (BTreeMap::new(), BTreeMap::new());
-    let mut ideal = 0.0;
     for span in profile.spans.iter().filter(|s| s.lane == lane) {
-        ideal += ideal_ns(span, &profile.ceilings);
         add(rows.entry(span.name.to_string()).or_default(), span, &profile.ceilings);
         let place = match span.layer {
             Some(layer) => format!("{}, layer {layer}", span.phase),
@@ -73,7 +76,9 @@ pub fn summarize(profile: &Profile) -> Summary {
         of_ceiling: (sum.ideal_ns > 0.0).then(|| sum.ideal_ns / sum.ns.max(1) as f64),
     };
     let mut rows: Vec<Row> = rows.into_iter().map(finish).collect();
-    rows.sort_by(|a, b| b.ns.cmp(&a.ns));
+    rows.sort_by_key(|row| std::cmp::Reverse(row.ns));
+    let explained: u64 = rows.iter().map(|row| row.ns).sum();
+    let light = profile.steps.len() as f64 * light_seconds(&profile.floor, &profile.ceilings);
     let mut steps: Vec<u64> = profile.steps.iter().map(|(_, ns)| *ns).collect();
     steps.sort_unstable();
     let median = steps.get(steps.len() / 2).copied().unwrap_or(0).max(1);
@@ -81,8 +86,9 @@ pub fn summarize(profile: &Profile) -> Summary {
         kernels: lane == Lane::Kernel,
         step_ms: median as f64 / 1e6,
         tok_per_s: profile.tokens as f64 / (median as f64 / 1e9),
-        explained: rows.iter().map(|row| row.ns).sum::<u64>() as f64 / total.max(1) as f64,
-        speed_of_light: ideal / total.max(1) as f64,
+        between_ns: total.saturating_sub(explained),
+        explained: explained as f64 / total.max(1) as f64,
+        speed_of_light: light * 1e9 / total.max(1) as f64,
         rows,
         layers: layers.into_iter().map(|((_, _, name), sum)| finish((name, sum))).collect(),
         ceilings: profile.ceilings,
@@ -103,14 +109,7 @@ fn add(sum: &mut Sum, span: &Span, ceilings: &Ceilings) {
     sum.ns += span.duration_ns;
     sum.bytes += span.cost.bytes;
     sum.flops += span.cost.flops;
-    sum.ideal_ns += ideal_ns(span, ceilings);
-}
-
-/// What a span would take at the ceilings, bound by computation or by memory.
-fn ideal_ns(span: &Span, ceilings: &Ceilings) -> f64 {
-    let compute = span.cost.flops as f64 / ceilings.flops_per_s;
-    let memory = span.cost.bytes as f64 / ceilings.bytes_per_s;
-    compute.max(memory) * 1e9
+    sum.ideal_ns += ceilings.seconds(span.cost) * 1e9;
 }
 
 fn first_start(profile: &Profile, phase: &str) -> u64 {
@@ -141,12 +140,13 @@ mod tests {
             span(Lane::Phase, "forward", "forward", None, 0, 950, 0),
         ];
         let ceilings = Ceilings { flops_per_s: 1e9, bytes_per_s: 1e9 };
-        let profile = Profile { steps: vec![(0, 1000)], tokens: 5, spans, ceilings };
+        let floor = vec![Cost { bytes: 20, flops: 150 }, Cost { bytes: 50, flops: 1 }];
+        let profile = Profile { steps: vec![(0, 1000)], tokens: 5, spans, floor, ceilings };
         let summary = summarize(&profile);
         assert!(!summary.kernels);
-        assert!((summary.explained - 0.9).abs() < 1e-9);
-        // 100 ns of computation twice, and 10 bytes at one a nanosecond.
-        assert!((summary.speed_of_light - 0.21).abs() < 1e-9);
+        assert!((summary.explained - 0.9).abs() < 1e-9 && summary.between_ns == 100);
+        // 150 ns of computation, then 50 of moving.
+        assert!((summary.speed_of_light - 0.2).abs() < 1e-9);
         assert_eq!((summary.rows[0].name.as_str(), summary.rows[0].calls, summary.rows[0].ns), ("linear", 2, 800));
         assert_eq!(summary.rows[0].of_ceiling, Some(0.25));
         let layers: Vec<&str> = summary.layers.iter().map(|row| row.name.as_str()).collect();
@@ -169,6 +169,7 @@ mod tests {
             steps: vec![(0, 100)],
             tokens: 1,
             spans: vec![span(Lane::Op, 90), span(Lane::Kernel, 40)],
+            floor: Vec::new(),
             ceilings: Ceilings { flops_per_s: 1.0, bytes_per_s: 1.0 },
         };
         let summary = summarize(&profile);

@@ -22,7 +22,7 @@ pub mod trace;
 pub use heatmap::{Heatmap, Scale};
 pub use html::{Figure, Footer, Highlight, Report, Section};
 pub use palette::{Ramp, Tone};
-pub use profile::{profile_tables, write_trace};
+pub use profile::{memory_table, profile_tables, write_trace};
 pub use study::{results_text, swat_report, write_report};
 pub use table::{Entry, Table, TextStyle};
 pub use trace::TraceWriter;

@@ -1,19 +1,53 @@
-//! A profile as tables, and as a Chrome trace.
+//! What a run costs: a plan's memory and a profile as tables, and a profile as a Chrome trace.
 
 use super::format::{bytes, compact, fixed, percent};
 use super::trace::{TraceWriter, Track};
 use super::{Entry, Table};
 use crate::backend::trace::{Lane, Span};
+use crate::engine::Plan;
 use crate::error::Result;
 use crate::profile::{Profile, Row, Summary};
 use serde_json::{Map, json};
 use std::path::Path;
 
+/// Memory by category as it is planned, a column a phase.
+pub fn memory_table(plans: &[(String, Plan)]) -> Table {
+    let mut table = Table::new("Memory, as planned").column("");
+    for (phase, _) in plans {
+        table = table.numbers(phase, "");
+    }
+    let mut row = |name: &str, of: &dyn Fn(&Plan) -> u64| {
+        let sizes = plans.iter().map(|(_, plan)| Entry::number(of(plan) as f64, bytes(of(plan))));
+        table.row([Entry::text(name)].into_iter().chain(sizes));
+    };
+    for (i, (name, _)) in Plan::default().categories().iter().enumerate() {
+        row(name, &|plan| plan.categories()[i].1);
+    }
+    row("total", &Plan::total_bytes);
+    table
+}
+
 /// By kernel (or operation), and by layer.
 pub fn profile_tables(summary: &Summary) -> [Table; 2] {
     let what = if summary.kernels { "kernel" } else { "operation" };
-    let by_kernel = table(format!("By {what}"), what, &summary.rows);
-    [by_kernel, table("By layer".into(), "phase", &summary.layers)]
+    let mut tables =
+        [table(format!("By {what}"), what, &summary.rows), table("By layer".into(), "phase", &summary.layers)];
+    for table in &mut tables {
+        let mut between = vec![Entry::missing(); table.columns.len()];
+        between[0] = Entry::text(format!("between the {what}s"));
+        between[2] = time(summary.between_ns);
+        between[3] = share(1.0 - summary.explained);
+        table.row(between);
+    }
+    tables
+}
+
+fn time(ns: u64) -> Entry {
+    Entry::number(ns as f64, fixed(ns as f64 / 1e6, 3))
+}
+
+fn share(share: f64) -> Entry {
+    Entry::number(share, percent(share, 1))
 }
 
 fn table(caption: String, what: &str, rows: &[Row]) -> Table {
@@ -29,72 +63,84 @@ fn table(caption: String, what: &str, rows: &[Row]) -> Table {
         table.row([
             Entry::text(&row.name),
             Entry::number(row.calls as f64, row.calls.to_string()),
-            Entry::number(row.ns as f64, fixed(row.ns as f64 / 1e6, 3)),
-            Entry::number(row.share, percent(row.share, 1)),
+            time(row.ns),
+            share(row.share),
             Entry::number(row.bytes as f64, bytes(row.bytes)),
             per_s(row.bytes),
             Entry::number(row.flops as f64, compact(row.flops)),
             per_s(row.flops),
-            row.of_ceiling.map_or(Entry::missing(), |share| Entry::number(share, percent(share, 1))),
+            row.of_ceiling.map_or(Entry::missing(), share),
         ]);
     }
     table
 }
 
-/// Process of the host's tracks, and of the GPU's.
-const HOST: u32 = 1;
-const GPU: u32 = 2;
+/// The track of the thread that runs the engine, and that of the GPU's stream.
+const HOST: Track = Track { pid: 1, tid: 1 };
+const GPU: Track = Track { pid: 2, tid: 1 };
 
-/// Writes all spans: steps, phases, layers and operations on tracks of the host, kernels on one of the GPU.
+/// Writes all spans: steps, phases, layers and operations nested on a track of the host, kernels on one of the GPU.
 ///
 /// # Errors
 /// [`crate::Error::Io`] where the file cannot be written.
 pub fn write_trace(profile: &Profile, device: &str, path: &Path) -> Result<u64> {
     let mut trace = TraceWriter::create(path)?;
-    trace.name_process(HOST, "host")?;
-    let step = Track { pid: HOST, tid: 1 };
-    trace.name_track(step, "steps")?;
-    for (lane, name) in [(Lane::Phase, "phases"), (Lane::Layer, "layers"), (Lane::Op, "operations")] {
-        trace.name_track(track(lane), name)?;
-    }
+    trace.name_process(HOST.pid, "host")?;
+    trace.name_track(HOST, "engine")?;
     if profile.spans.iter().any(|s| s.lane == Lane::Kernel) {
-        trace.name_process(GPU, device)?;
-        trace.name_track(track(Lane::Kernel), "kernels")?;
+        trace.name_process(GPU.pid, device)?;
+        trace.name_track(GPU, "kernels")?;
     }
-    for (i, (start_ns, ns)) in profile.steps.iter().enumerate() {
-        trace.complete(step, &format!("step {}", i + 1), "step", *start_ns, *ns, Map::new())?;
-    }
+    // The outer span first: it begins no later, ends no earlier, and is of an outer lane where both are the same.
     let mut spans: Vec<&Span> = profile.spans.iter().collect();
-    // Within a track the outer span first.
-    spans.sort_by_key(|s| (s.lane, s.start_ns, std::cmp::Reverse(s.duration_ns)));
-    for span in spans {
-        let name = match span.layer.filter(|_| span.lane == Lane::Layer) {
-            Some(layer) => format!("layer {layer}"),
-            None => span.name.to_string(),
-        };
-        let mut args = Map::new();
-        if matches!(span.lane, Lane::Op | Lane::Kernel) {
-            args.insert("bytes".into(), json!(span.cost.bytes));
-            args.insert("flops".into(), json!(span.cost.flops));
-            args.insert("layer".into(), json!(span.layer));
-            args.insert("phase".into(), json!(span.phase));
+    spans.sort_by_key(|s| (s.start_ns, std::cmp::Reverse(s.duration_ns), s.lane));
+    let mut spans = spans.into_iter().peekable();
+    for (i, (start_ns, ns)) in profile.steps.iter().enumerate() {
+        while let Some(span) = spans.next_if(|span| span.start_ns < *start_ns) {
+            write_span(&mut trace, span)?;
         }
-        let category = match span.lane {
-            Lane::Phase => "phase",
-            Lane::Layer => "layer",
-            Lane::Op => "operation",
-            Lane::Kernel => "kernel",
-        };
-        trace.complete(track(span.lane), &name, category, span.start_ns, span.duration_ns, args)?;
+        trace.complete(HOST, &format!("step {}", i + 1), "step", *start_ns, *ns, Map::new())?;
     }
+    spans.try_for_each(|span| write_span(&mut trace, span))?;
     trace.finish()
 }
 
-fn track(lane: Lane) -> Track {
-    match lane {
-        Lane::Phase => Track { pid: HOST, tid: 2 },
-        Lane::Layer => Track { pid: HOST, tid: 3 },
-        Lane::Op => Track { pid: HOST, tid: 4 },
-        Lane::Kernel => Track { pid: GPU, tid: 1 },
+fn write_span(trace: &mut TraceWriter, span: &Span) -> Result<()> {
+    let name = match span.layer.filter(|_| span.lane == Lane::Layer) {
+        Some(layer) => format!("layer {layer}"),
+        None => span.name.to_string(),
+    };
+    let (track, category) = match span.lane {
+        Lane::Phase => (HOST, "phase"),
+        Lane::Layer => (HOST, "layer"),
+        Lane::Op => (HOST, "operation"),
+        Lane::Kernel => (GPU, "kernel"),
+    };
+    let mut args = Map::new();
+    if matches!(span.lane, Lane::Op | Lane::Kernel) {
+        args.insert("bytes".into(), json!(span.cost.bytes));
+        args.insert("flops".into(), json!(span.cost.flops));
+        args.insert("layer".into(), json!(span.layer));
+        args.insert("phase".into(), json!(span.phase));
+    }
+    trace.complete(track, &name, category, span.start_ns, span.duration_ns, args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::TextStyle;
+
+    #[test]
+    fn a_plan_has_a_column_a_phase_and_a_total() {
+        let plan = |weights_bytes| Plan { weights_bytes, moments_bytes: 1 << 10, ..Plan::default() };
+        let text =
+            memory_table(&[("mods".into(), plan(1 << 20)), ("all".into(), plan(2 << 20))]).text(TextStyle::Ascii);
+        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let lines: Vec<Vec<String>> = text.lines().map(words).collect();
+        assert_eq!(lines[1], ["mods", "all"], "{text}");
+        assert!(
+            lines.contains(&words("weights 1.00 MiB 2.00 MiB")) && lines.contains(&words("total 1.00 MiB 2.00 MiB"))
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! Two-phase tuning, its ablations, and the model directory that comes out.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, ceilings};
 use crate::data::{Example, Loader};
 use crate::engine::{Decoder, Lora};
 use crate::error::{Error, Result};
@@ -98,7 +98,7 @@ impl TuneOutput {
     }
 }
 
-/// Tunes a decoder in memory. Where it holds the weights of `files`, updates are measured against those, and no copy of
+/// Tunes a decoder in memory; with a place, steps are held against the backend's ceilings. Where it holds the weights of `files`, updates are measured against those, and no copy of
 /// what trains is kept.
 pub fn tune<B: Backend>(
     decoder: &mut Decoder<B>,
@@ -112,13 +112,14 @@ pub fn tune<B: Backend>(
     if let Method::Lora { lora, modules } = &job.method {
         decoder.add_lora(modules, *lora, job.shared.seed)?;
     }
+    let ceilings = place.is_some().then(|| ceilings(&decoder.backend)).transpose()?;
     let mut loader = Loader::new(examples, job.shared.loader())?;
     let mut tuner = Tuner::new(decoder, &mut loader, job.shared.clone(), phases)?.measure_updates();
     if let Some(files) = files {
         tuner = tuner.given(|id, shape| files.tensor(id, shape));
     }
-    if let Some(place) = place {
-        tuner = tuner.at(place);
+    if let (Some(place), Some(ceilings)) = (place, ceilings) {
+        tuner = tuner.at(place).ceilings(ceilings);
     }
     let summary = tuner.run(hooks)?;
     decoder.merge_lora()?;
@@ -158,7 +159,8 @@ pub fn tune_directory<B: Backend>(
     std::fs::copy(&metrics, &to).map_err(Error::io(&to, "write"))?;
     write_json(&out.dir().join("updates.json"), &summary.updates)?;
     let record = serde_json::json!({ "config": output.config, "job": job, "summary": {
-        "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes } });
+        "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes,
+        "planned_bytes": summary.planned_bytes } });
     write_json(&out.dir().join("tune.json"), &record)?;
     out.commit()?;
     std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, "remove"))?;

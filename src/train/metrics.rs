@@ -24,7 +24,12 @@ pub struct StepMetrics {
     pub tokens: u64,
     /// `tokens` a second of this step.
     pub tok_per_s: f64,
-    /// Largest resident memory of the process so far, in bytes; 0 where the system does not say.
+    /// The time that the least of computing and moving would take at the measured ceilings, over the step's: see
+    /// [`crate::engine::Floor`]. None where the ceilings were not measured, and in a step without a loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed_of_light: Option<f64>,
+    /// On a GPU, the most bytes of its memory that buffers held so far; else the largest resident memory of the process so
+    /// far, 0 where the system does not say.
     pub peak_bytes: u64,
     /// Duration of the step, in milliseconds.
     pub step_ms: f64,
@@ -98,6 +103,7 @@ mod tests {
             trained_tokens: 3,
             tokens: 9,
             tok_per_s: 1.0,
+            speed_of_light: Some(0.5),
             peak_bytes: 0,
             step_ms: 2.0,
             skipped: (step == 2).then(|| "why".into()),

@@ -1,6 +1,6 @@
 //! Masked AdamW: moments for what trains, and nothing for what does not.
 
-use crate::backend::{AdamW, AdamWModule, Backend, Buffer, Rounding};
+use crate::backend::{AdamW, AdamWModule, Backend, Buffer, Rounding, trace};
 use crate::engine::{Decoder, Gradients};
 use crate::error::Result;
 use crate::modules::{Cell, LearningRates, ParamId, Rate};
@@ -129,6 +129,7 @@ impl<B: Backend> Optimizer<B> {
         gradients: &Gradients<B>,
         settings: &StepSettings,
     ) -> Result<StepOutcome> {
+        let _span = trace::phase("optimizer");
         let squares = self.squares(&decoder.backend, gradients)?;
         let total: f64 = squares.iter().map(|s| f64::from(*s)).sum();
         // A sum beyond f32 is an infinity to a backend that adds up in f32.

@@ -4,6 +4,8 @@ use super::checkpoint::Saved;
 use super::state::{Journal, RunState};
 use super::{Length, Optimizer, Phase, Place, Tuner};
 use crate::backend::{Backend, Element};
+use crate::data::BatchSize;
+use crate::engine::{Floor, Plan, Workload};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ParamId};
 use std::collections::BTreeSet;
@@ -42,6 +44,29 @@ impl<B: Backend> Tuner<'_, B> {
     pub(super) fn trained<'s>(&'s self, phase: &'s Phase) -> impl Iterator<Item = ParamId> + 's {
         let ids = self.decoder.params().iter().map(|param| param.id);
         ids.filter(|id| phase.rates.trains(id.cell()) && (self.trains)(*id))
+    }
+
+    /// What each phase takes, with the longest batch that the data can give.
+    pub(super) fn plans(&self) -> Vec<(String, Plan)> {
+        let BatchSize { tokens, trained_tokens, longest } = self.loader.largest_batch();
+        let work = Workload {
+            tokens,
+            document_tokens: longest,
+            trained_share: trained_tokens as f64 / tokens.max(1) as f64,
+            recompute: self.options.recompute,
+            lora: self.decoder.lora(),
+        };
+        let plan = |phase: &Phase| {
+            let trained: BTreeSet<ParamId> = self.trained(phase).collect();
+            (phase.name.clone(), Plan::new::<B>(&self.decoder.config, &work, |id| trained.contains(&id)))
+        };
+        self.phases.iter().map(plan).collect()
+    }
+
+    /// The least that steps of a phase must compute and move.
+    pub(super) fn floor(&self, phase: &Phase) -> Floor {
+        let trained: BTreeSet<ParamId> = self.trained(phase).collect();
+        Floor::new::<B>(&self.decoder.config, self.decoder.lora(), |id| trained.contains(&id))
     }
 
     /// Tensors that train in any phase up to `last`: what a checkpoint must hold.

@@ -54,13 +54,13 @@ pub(super) fn take_step<B: Backend>(
         return Ok(Outcome::Empty);
     }
     let scale = (1.0 / group.trained_tokens as f64) as f32;
-    let mut sum = 0.0;
+    let mut losses = decoder.losses_of(group.trained_tokens as usize)?;
     let mut accumulate = false;
     for batch in group.batches.iter().filter(|b| b.trained_tokens() > 0) {
-        sum += decoder.loss_and_gradients(batch, gradients, scale, accumulate, recompute)?;
+        decoder.queue_gradients(batch, gradients, scale, accumulate, recompute, &mut losses)?;
         accumulate = true;
     }
-    let loss = sum / group.trained_tokens as f64;
+    let loss = losses.sum()? / group.trained_tokens as f64;
     // Gradients that happen to be finite beside a loss that is not are not to be trusted.
     if !loss.is_finite() {
         return Ok(Outcome::NonFinite { loss, cells: optimizer.non_finite_cells(&decoder.backend, gradients)? });

@@ -6,9 +6,9 @@ use super::state::{Journal, RunState};
 use super::step::{Group, Outcome, take_step};
 use super::updates::PhaseUpdates;
 use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
-use crate::backend::Backend;
+use crate::backend::{Backend, Ceilings};
 use crate::data::Loader;
-use crate::engine::{Decoder, Gradients};
+use crate::engine::{Decoder, Floor, Gradients, Plan, light_seconds};
 use crate::error::Result;
 use crate::modules::{LearningRates, ParamId};
 use std::path::PathBuf;
@@ -88,8 +88,11 @@ pub struct TuneSummary {
     pub updates: Updates,
     /// The step whose checkpoint was continued.
     pub resumed_from: Option<u64>,
-    /// Largest resident memory of the process, in bytes.
+    /// The most memory that was used, in bytes: as [`StepMetrics::peak_bytes`].
     pub peak_bytes: u64,
+    /// [`Plan::total_bytes`] of the phase that takes most.
+    #[serde(default)]
+    pub planned_bytes: u64,
 }
 
 /// What a caller may listen to. An error ends the run as an interruption does.
@@ -99,6 +102,8 @@ pub struct TuneSummary {
 pub trait Hooks<B: Backend> {
     /// Something that the user should know, such as a damaged checkpoint.
     fn note(&mut self, _text: &str) {}
+    /// The run begins: what each phase will take, by its name.
+    fn run_begins(&mut self, _plans: &[(String, Plan)]) {}
     /// A phase begins, or is continued.
     fn phase_begins(&mut self, _at: &Progress) -> Result<()> {
         Ok(())
@@ -130,6 +135,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) place: Option<Place>,
     pub(super) measure_updates: bool,
     pub(super) given: Option<Given<'a>>,
+    ceilings: Option<Ceilings>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -151,7 +157,17 @@ impl<'a, B: Backend> Tuner<'a, B> {
             }
         }
         let trains = Box::new(move |id| adapter(id) || !adapted);
-        Ok(Self { decoder, loader, options, phases: kept, trains, place: None, measure_updates: false, given: None })
+        Ok(Self {
+            decoder,
+            loader,
+            options,
+            phases: kept,
+            trains,
+            place: None,
+            measure_updates: false,
+            given: None,
+            ceilings: None,
+        })
     }
 
     /// Trains only the tensors for which `trains` is true, of the cells that have a rate.
@@ -181,9 +197,17 @@ impl<'a, B: Backend> Tuner<'a, B> {
         self
     }
 
+    /// Holds every step against these: [`StepMetrics::speed_of_light`].
+    pub fn ceilings(mut self, ceilings: Ceilings) -> Self {
+        self.ceilings = Some(ceilings);
+        self
+    }
+
     /// Runs all phases, or what a checkpoint says is left of them.
     pub fn run(mut self, hooks: &mut dyn Hooks<B>) -> Result<TuneSummary> {
         self.check()?;
+        let plans = self.plans();
+        hooks.run_begins(&plans);
         let mut run = RunState::at(self.loader.position());
         let mut optimizer = None;
         let mut start = None;
@@ -219,8 +243,13 @@ impl<'a, B: Backend> Tuner<'a, B> {
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
         summary.updates = Updates { phases: run.updates };
-        summary.peak_bytes = peak_bytes();
+        summary.peak_bytes = self.peak_bytes();
+        summary.planned_bytes = plans.iter().map(|(_, plan)| plan.total_bytes()).max().unwrap_or(0);
         Ok(summary)
+    }
+
+    fn peak_bytes(&self) -> u64 {
+        self.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes)
     }
 
     /// One phase from where it stands to its end, and the step into the next.
@@ -239,6 +268,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             None => Optimizer::new(self.decoder, &phase.rates, &self.trains)?,
         };
         let mut gradients = Gradients::new(self.decoder, |id| phase.rates.trains(id.cell()) && (self.trains)(id))?;
+        let floor = self.floor(&phase);
         if self.options.ema_decay.is_some() {
             run.ema.begin(self.decoder, adam.trained())?;
         }
@@ -252,7 +282,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         hooks.phase_begins(&run.progress(&phase.name, total))?;
 
         while run.phase_step < total {
-            let metrics = self.step(&phase, total, run, &mut adam, &mut gradients)?;
+            let metrics = self.step(&phase, &floor, total, run, &mut adam, &mut gradients)?;
             if let Some((_, log)) = journal.as_deref_mut() {
                 log.append(&metrics)?;
                 run.metrics_bytes = log.bytes();
@@ -302,6 +332,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
     fn step(
         &mut self,
         phase: &Phase,
+        floor: &Floor,
         total: u64,
         run: &mut RunState,
         adam: &mut Optimizer<B>,
@@ -328,6 +359,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
 
         let seconds = began.elapsed().as_secs_f64();
         run.summaries[run.phase].seconds += seconds;
+        let light = self.ceilings.filter(|_| group.trained_tokens > 0);
+        let light = light.map(|ceilings| light_seconds(&floor.step(&group.batches), &ceilings));
         let (loss, grad_norm, skipped) = match outcome {
             Outcome::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
             Outcome::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),
@@ -342,7 +375,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
             trained_tokens: group.trained_tokens,
             tokens: group.tokens,
             tok_per_s: group.tokens as f64 / seconds.max(1e-9),
-            peak_bytes: peak_bytes(),
+            speed_of_light: light.map(|light| light / seconds.max(1e-9)),
+            peak_bytes: self.peak_bytes(),
             step_ms: seconds * 1e3,
             skipped,
         })

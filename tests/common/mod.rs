@@ -1,6 +1,9 @@
 //! Small random models for tests.
 #![allow(dead_code)]
 
+pub mod trace;
+
+use swat::backend::Backend;
 use swat::backend::cpu::Cpu;
 use swat::engine::{Batch, Decoder};
 use swat::model::{ModelConfig, Rope, RopeScaling};
@@ -29,6 +32,20 @@ pub fn config(layers: usize, tied: bool, biases: bool, qk_norm: bool) -> ModelCo
     }
 }
 
+/// A shape whose sizes all fast kernels take, with a group of two queries a key.
+pub fn wide(layers: usize, head_dim: usize) -> ModelConfig {
+    ModelConfig {
+        vocab: 320,
+        hidden: 128,
+        ffn: 192,
+        heads: 4,
+        kv_heads: 2,
+        head_dim,
+        max_positions: 256,
+        ..config(layers, true, false, false)
+    }
+}
+
 /// A stream of numbers in [-1, 1) that depends on the seed alone.
 pub fn numbers(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -46,6 +63,21 @@ pub fn decoder(config: ModelConfig, seed: u64) -> Decoder<Cpu> {
     Decoder::new(Cpu::new(), config, |_, shape| {
         let centre = if shape.len() == 1 { 1.0 } else { 0.0 };
         Ok((0..shape.iter().product::<usize>()).map(|_| centre + 0.35 * next()).collect())
+    })
+    .expect("a valid model")
+}
+
+/// Random weights that bf16 holds exactly, so that both backends have the same.
+pub fn decoder_on<B: Backend>(backend: &B, config: &ModelConfig, seed: u64) -> Decoder<B> {
+    let mut next = numbers(seed);
+    Decoder::new(backend.clone(), config.clone(), |_, shape| {
+        let (centre, spread) = match shape {
+            [_] => (1.0, 0.3),
+            [_, inputs, ..] => (0.0, 1.7 / (*inputs as f32).sqrt()),
+            [] => unreachable!("a tensor without dimensions"),
+        };
+        let round = |x: f32| half::bf16::from_f32(x).to_f32();
+        Ok((0..shape.iter().product::<usize>()).map(|_| round(centre + spread * next())).collect())
     })
     .expect("a valid model")
 }

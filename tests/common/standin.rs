@@ -65,6 +65,20 @@ pub fn each_takes(ordinal: i32, ns: u64) {
     unsafe { hook::<unsafe extern "C" fn(i32, u64)>("standin_each_takes")(ordinal, ns) }
 }
 
+/// Kernels that device `ordinal` of the stand-in has run while a profiler was told to look.
+pub fn profiled(ordinal: i32) -> u64 {
+    counter("standin_profiled", ordinal)
+}
+
+/// Calls of the driver's function `name` for device `ordinal` of the stand-in; those of launches, copies, memory and waiting are
+/// counted.
+pub fn calls(ordinal: i32, name: &str) -> u64 {
+    let name = CString::new(name).expect("no NUL");
+    type Calls = unsafe extern "C" fn(i32, *const std::ffi::c_char) -> u64;
+    // SAFETY: exported with this type; it reads the name.
+    unsafe { hook::<Calls>("standin_calls")(ordinal, name.as_ptr()) }
+}
+
 /// A kernel that EXPORT has registered.
 #[derive(Debug)]
 pub struct Kernel {
@@ -119,18 +133,58 @@ fn start() -> Result<(), String> {
         assert!(matches!(devices, Ok(1..)), "SWAT_TEST_CUDA=gpu, but: {devices:?}");
         return Ok(());
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut sources: Vec<PathBuf> = files(&root.join("kernels"), "cu");
-    sources.insert(0, root.join("tests/standin/driver.cpp"));
+    let sources = sources();
     let libraries = build(&sources)?;
     // SAFETY: what the libraries run when loaded is the registration of kernels.
     let driver = unsafe { Library::open(Some(&libraries[0]), RTLD_NOW | RTLD_GLOBAL) };
     DRIVER.set(driver.map_err(|e| e.to_string())?).expect("loaded once");
     for (library, source) in libraries.iter().zip(&sources).skip(1) {
-        let image = IMAGES.iter().find(|(stem, _)| Some(*stem) == source.file_stem().and_then(|s| s.to_str()));
-        load(library, image.unwrap_or_else(|| panic!("{} is not built in", source.display())).1);
+        load(library, image_of(source));
     }
     Ok(())
+}
+
+/// A folder with the driver's stand-in under the name by which a process finds it (`LD_LIBRARY_PATH`), and a list of its kernels
+/// (`STANDIN_KERNELS`); `None` where there can be none. What that process finds is told by `STANDIN_VERSION`, `STANDIN_FIRST` and
+/// `STANDIN_DEVICES`.
+pub fn folder() -> Option<(PathBuf, PathBuf)> {
+    if !available() || real() {
+        return None;
+    }
+    let sources = sources();
+    let libraries = build(&sources).expect("it was built");
+    let folder = libraries[0].parent().expect("a folder").join("process");
+    let list = folder.join("kernels");
+    fs::create_dir_all(&folder).expect("a folder");
+    // Renamed into their place: other processes may have the files open.
+    let put = |path: &Path, bytes: &[u8]| {
+        let partial = path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
+        fs::write(&partial, bytes).and_then(|()| fs::rename(&partial, path)).expect("a writable folder");
+    };
+    put(&folder.join("libcuda.so"), &fs::read(&libraries[0]).expect("the driver's stand-in"));
+    let mut lines = String::new();
+    for (source, library) in sources.iter().zip(&libraries).skip(1) {
+        let stem = source.file_stem().and_then(|s| s.to_str()).expect("a name of ours");
+        let image = folder.join(stem).with_extension("fatbin");
+        put(&image, image_of(source));
+        lines += &format!("{stem} {} {}\n", library.display(), image.display());
+    }
+    put(&list, lines.as_bytes());
+    Some((folder, list))
+}
+
+/// The driver's stand-in and the kernel files.
+fn sources() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut sources = files(&root.join("kernels"), "cu");
+    sources.insert(0, root.join("tests/standin/driver.cpp"));
+    sources
+}
+
+/// What is embedded for a kernel file.
+fn image_of(source: &Path) -> &'static [u8] {
+    let image = IMAGES.iter().find(|(stem, _)| Some(*stem) == source.file_stem().and_then(|s| s.to_str()));
+    image.unwrap_or_else(|| panic!("{} is not built in", source.display())).1
 }
 
 /// Loads the library of a kernel file; `image` is what stands for it in the driver's calls.

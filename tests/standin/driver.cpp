@@ -1,33 +1,27 @@
 // libcuda's stand-in: the driver calls that cudarc makes, carried out at once, over several devices that behave differently.
 // Device memory is NaN when allocated and ends before a page that cannot be touched. A call that CUDA refuses is refused
 // with the same error.
+#include <dlfcn.h>
 #include <sys/mman.h>
-#include <atomic>
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
-#include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <string>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include "driver.h"
 #include "hopper.h"
 
 using namespace standin;
 
-#define API extern "C" STANDIN_API int
-
 namespace {
 
-enum Error {
-  SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-  INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_OUT_OF_RESOURCES = 701,
-  NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903, UPDATE_FAILURE = 910,
-};
 const std::map<int, std::pair<const char*, const char*>> ERRORS = {
     {SUCCESS, {"CUDA_SUCCESS", "no error"}},
     {INVALID_VALUE, {"CUDA_ERROR_INVALID_VALUE", "invalid argument"}},
     {OUT_OF_MEMORY, {"CUDA_ERROR_OUT_OF_MEMORY", "out of memory"}},
     {NOT_INITIALIZED, {"CUDA_ERROR_NOT_INITIALIZED", "initialization error"}},
+    {NO_DEVICE, {"CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"}},
     {INVALID_DEVICE, {"CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"}},
     {INVALID_IMAGE, {"CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"}},
     {INVALID_CONTEXT, {"CUDA_ERROR_INVALID_CONTEXT", "invalid device context"}},
@@ -39,23 +33,8 @@ const std::map<int, std::pair<const char*, const char*>> ERRORS = {
     {CAPTURE_UNSUPPORTED, {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"}},
     {CAPTURE_INVALIDATED, {"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"}},
     {CAPTURE_UNMATCHED, {"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "the capture was not initiated in this stream"}},
-    {UPDATE_FAILURE, {"CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE", "the graph update was not performed"}},
 };
 
-struct Device {
-  const char* name;
-  int major;
-  Habits habits;
-  size_t memory;
-  bool loads_images;
-  std::atomic<uint64_t> launches{0}, allocations{0}, bytes{0};
-  // A clock of its own, on which whatever the device runs takes equally long; 0: the host's clock.
-  std::atomic<uint64_t> clock_ns{0}, each_ns{0};
-
-  int shared_optin() const { return major >= 9 ? 232448 : major == 8 ? 166912 : 98304; }
-  int shared_per_processor() const { return shared_optin() + 1024; }
-  int processors() const { return major >= 9 ? 132 : major == 8 ? 108 : 80; }
-};
 constexpr size_t GIB = 1ull << 30;
 constexpr bool LATE = true, EARLY = false, DOWN = true, UP = false;
 Device devices[] = {
@@ -69,29 +48,9 @@ Device devices[] = {
 };
 constexpr int DEVICES = sizeof devices / sizeof devices[0];
 
-using Operation = std::function<void()>;
-struct Graph {
-  std::vector<Operation> operations;
-  bool invalid = false;
-};
-struct Stream {
-  Device* device;
-  std::unique_ptr<Graph> capture;
-};
 struct Event {
   bool timed;
   double milliseconds = -1;  // −1: not recorded
-};
-struct Module;
-struct Function {
-  const Kernel* kernel;
-  Module* module;
-  int dynamic_limit = 49152;
-};
-struct Module {
-  Device* device;
-  std::string stem;  // of the kernel file; empty: any
-  std::map<std::string, Function> functions;
 };
 struct Image {
   std::string stem;
@@ -106,28 +65,15 @@ struct Allocation {
 std::mutex lock;  // of what follows
 std::map<uint64_t, Allocation> allocations;
 std::vector<Image> images;
+std::set<void*> pinned;
 std::atomic<bool> initialised{false};
-thread_local Device* current = nullptr;  // a context is its device
 
-bool is_default(Stream* s) { return reinterpret_cast<uintptr_t>(s) <= 2; }
-Device* device_of(Stream* s) { return is_default(s) ? current : s->device; }
-bool capturing(Stream* s) { return !is_default(s) && s->capture; }
-
-int enqueue(Stream* s, Operation operation) {
-  if (!device_of(s)) return INVALID_CONTEXT;
-  if (!capturing(s)) operation();
-  else if (s->capture->invalid) return CAPTURE_INVALIDATED;
-  else s->capture->operations.push_back(std::move(operation));
-  return SUCCESS;
-}
 // What may not be captured ends the capture.
 int refuse_capture(Stream* s) {
   if (!capturing(s)) return SUCCESS;
   s->capture->invalid = true;
   return CAPTURE_UNSUPPORTED;
 }
-
-void tick(Device* device) { device->clock_ns += device->each_ns; }
 
 double now(const Device* device) {
   if (device->each_ns) return (double)device->clock_ns / 1e6;
@@ -176,17 +122,18 @@ int release_memory(uint64_t pointer) {
   return SUCCESS;
 }
 
-// Whether these bytes are inside one allocation of the device.
-bool owns(Device* device, uint64_t pointer, size_t bytes) {
-  std::lock_guard<std::mutex> guard(lock);
-  auto next = allocations.upper_bound(pointer);
-  if (next == allocations.begin()) return false;
-  const auto& [start, a] = *--next;
-  return a.device == device && pointer + bytes <= start + a.bytes;
-}
-
 int copy(void* to, const void* from, size_t bytes, Stream* s) {
   return enqueue(s, [=] { memmove(to, from, bytes); });
+}
+// A copy that the host takes part in; its memory must be pinned to be captured.
+int copy_host(void* to, const void* from, const void* host, size_t bytes, Stream* s) {
+  if (capturing(s)) {
+    std::unique_lock<std::mutex> guard(lock);
+    const bool known = pinned.count(const_cast<void*>(host));
+    guard.unlock();
+    if (const int error = known ? SUCCESS : refuse_capture(s)) return error;
+  }
+  return copy(to, from, bytes, s);
 }
 
 template <class T> int fill(uint64_t to, T value, size_t count, Stream* s) {
@@ -212,12 +159,71 @@ const Kernel* find_kernel(const std::string& name, const std::string& stem) {
 
 }  // namespace
 
+// ---- a process of its own is told by the environment what it finds: the driver's version, which device is the first, how many
+// there are; and a file with a line a kernel file: its stem, its library, its image
+namespace {
+int setting(const char* name, int otherwise) {
+  const char* text = getenv(name);
+  return text ? atoi(text) : otherwise;
+}
+int first() { return std::clamp(setting("STANDIN_FIRST", 0), 0, DEVICES - 1); }
+int shown() { return std::clamp(setting("STANDIN_DEVICES", DEVICES), 0, DEVICES - first()); }
+
+void load_kernels(const char* list) {
+  // The kernels' libraries use this one's names.
+  Dl_info self;
+  dladdr(reinterpret_cast<void*>(&setting), &self);
+  dlopen(self.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD);
+  std::ifstream lines(list);
+  for (std::string stem, library, image; lines >> stem >> library >> image;) {
+    if (!dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL)) die(dlerror());
+    std::ifstream file(image, std::ios::binary);
+    const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+    images.push_back({stem, {bytes.begin(), bytes.end()}});
+  }
+}
+}  // namespace
+
+// ---- shared
+namespace standin {
+thread_local Device* current = nullptr;
+
+int enqueue(Stream* s, Operation operation) {
+  if (!device_of(s)) return INVALID_CONTEXT;
+  if (!capturing(s)) operation();
+  else if (s->capture->invalid) return CAPTURE_INVALIDATED;
+  else s->capture->append(std::move(operation));
+  return SUCCESS;
+}
+
+bool owns(Device* device, uint64_t pointer, size_t bytes) {
+  std::lock_guard<std::mutex> guard(lock);
+  auto next = allocations.upper_bound(pointer);
+  if (next == allocations.begin()) return false;
+  const auto& [start, a] = *--next;
+  return a.device == device && pointer + bytes <= start + a.bytes;
+}
+
+void tick(Device* device) { device->clock_ns += device->each_ns; }
+
+void called(Device* device, const char* name) {
+  if (!device) return;
+  std::lock_guard<std::mutex> guard(device->lock);
+  device->calls[name]++;
+}
+}  // namespace standin
+
 // ---- for tests
+extern "C" STANDIN_API uint64_t standin_calls(int device, const char* name) {
+  std::lock_guard<std::mutex> guard(devices[device].lock);
+  return devices[device].calls[name];
+}
 extern "C" STANDIN_API uint64_t standin_launches(int device) { return devices[device].launches; }
 extern "C" STANDIN_API uint64_t standin_allocations(int device) { return devices[device].allocations; }
 extern "C" STANDIN_API uint64_t standin_bytes(int device) { return devices[device].bytes; }
 // From now on each kernel and each copy within the device takes so long by its events.
 extern "C" STANDIN_API void standin_each_takes(int device, uint64_t ns) { devices[device].each_ns = ns; }
+extern "C" STANDIN_API uint64_t standin_profiled(int device) { return devices[device].profiled; }
 // Names the kernel file that an image is made of. A module of an image finds the kernels of that file alone.
 extern "C" STANDIN_API void standin_image(const char* stem, const unsigned char* bytes, size_t length) {
   std::lock_guard<std::mutex> guard(lock);
@@ -230,10 +236,12 @@ extern "C" STANDIN_API void standin_kernels(void* to, void (*visit)(void* to, co
 
 // ---- errors, devices, contexts
 API cuInit(unsigned) {
-  if (!initialised.exchange(true)) watch_for_faults();
-  return SUCCESS;
+  if (shown() == 0) return NO_DEVICE;
+  if (initialised.exchange(true)) return SUCCESS;
+  if (const char* list = getenv("STANDIN_KERNELS")) load_kernels(list);
+  return watch_for_faults(), SUCCESS;
 }
-API cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+API cuDriverGetVersion(int* version) { return *version = setting("STANDIN_VERSION", 13000), SUCCESS; }
 API cuGetErrorName(int error, const char** text) {
   const auto found = ERRORS.find(error);
   return *text = found == ERRORS.end() ? nullptr : found->second.first, *text ? SUCCESS : INVALID_VALUE;
@@ -244,12 +252,12 @@ API cuGetErrorString(int error, const char** text) {
 }
 API cuDeviceGetCount(int* count) {
   if (!initialised) return NOT_INITIALIZED;
-  return *count = DEVICES, SUCCESS;
+  return *count = shown(), SUCCESS;
 }
 API cuDeviceGet(int* device, int ordinal) {
   if (!initialised) return NOT_INITIALIZED;
-  if (ordinal < 0 || ordinal >= DEVICES) return INVALID_DEVICE;
-  return *device = ordinal, SUCCESS;
+  if (ordinal < 0 || ordinal >= shown()) return INVALID_DEVICE;
+  return *device = first() + ordinal, SUCCESS;
 }
 API cuDeviceGetName(char* name, int length, int device) { return snprintf(name, (size_t)length, "%s", devices[device].name), SUCCESS; }
 API cuDeviceTotalMem_v2(size_t* bytes, int device) { return *bytes = devices[device].memory, SUCCESS; }
@@ -284,7 +292,7 @@ API cuCtxGetDevice(int* device) {
   if (!current) return INVALID_CONTEXT;
   return *device = (int)(current - devices), SUCCESS;
 }
-API cuCtxSynchronize() { return current ? SUCCESS : INVALID_CONTEXT; }
+API cuCtxSynchronize() { return called(current, __func__), current ? SUCCESS : INVALID_CONTEXT; }
 API cuCtxSetFlags(unsigned) { return SUCCESS; }
 API cuCtxGetStreamPriorityRange(int* least, int* greatest) { return *least = 0, *greatest = -5, SUCCESS; }
 
@@ -298,7 +306,7 @@ API cuStreamDestroy_v2(Stream* s) {
   if (is_default(s)) return INVALID_HANDLE;
   return delete s, SUCCESS;
 }
-API cuStreamSynchronize(Stream* s) { return device_of(s) ? refuse_capture(s) : INVALID_CONTEXT; }
+API cuStreamSynchronize(Stream* s) { return called(device_of(s), __func__), device_of(s) ? refuse_capture(s) : INVALID_CONTEXT; }
 API cuStreamQuery(Stream* s) { return refuse_capture(s); }
 API cuStreamWaitEvent(Stream*, Event*, unsigned) { return SUCCESS; }
 API cuLaunchHostFunc(Stream* s, void (*function)(void*), void* data) {
@@ -313,7 +321,7 @@ API cuEventRecord(Event* event, Stream* s) {
   Device* const device = device_of(s);
   return enqueue(s, [=] { event->milliseconds = now(device); });
 }
-API cuEventSynchronize(Event*) { return SUCCESS; }
+API cuEventSynchronize(Event*) { return called(current, __func__), SUCCESS; }
 API cuEventQuery(Event*) { return SUCCESS; }
 API cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
   if (!start->timed || !end->timed || start->milliseconds < 0 || end->milliseconds < 0) return INVALID_HANDLE;
@@ -322,13 +330,19 @@ API cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
 API cuEventElapsedTime(float* milliseconds, Event* start, Event* end) { return cuEventElapsedTime_v2(milliseconds, start, end); }
 
 // ---- memory
-API cuMemAlloc_v2(uint64_t* pointer, size_t bytes) { return allocate(current, pointer, bytes); }
+API cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
+  called(current, __func__);
+  return captures_strictly() ? CAPTURE_UNSUPPORTED : allocate(current, pointer, bytes);
+}
 API cuMemAllocAsync(uint64_t* pointer, size_t bytes, Stream* s) {
   if (const int error = refuse_capture(s)) return error;
   return allocate(device_of(s), pointer, bytes);
 }
 API cuMemAllocFromPoolAsync(uint64_t* pointer, size_t bytes, void*, Stream* s) { return cuMemAllocAsync(pointer, bytes, s); }
-API cuMemFree_v2(uint64_t pointer) { return release_memory(pointer); }
+API cuMemFree_v2(uint64_t pointer) {
+  called(current, __func__);
+  return captures_strictly() ? CAPTURE_UNSUPPORTED : release_memory(pointer);
+}
 API cuMemFreeAsync(uint64_t pointer, Stream* s) {
   if (const int error = refuse_capture(s)) return error;
   return release_memory(pointer);
@@ -338,9 +352,14 @@ API cuMemGetInfo_v2(size_t* available, size_t* total) {
   return *total = current->memory, *available = *total - current->bytes, SUCCESS;
 }
 API cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
-  return posix_memalign(pointer, PAGE, std::max<size_t>(bytes, 1)) ? OUT_OF_MEMORY : SUCCESS;
+  if (posix_memalign(pointer, PAGE, std::max<size_t>(bytes, 1))) return OUT_OF_MEMORY;
+  std::lock_guard<std::mutex> guard(lock);
+  return pinned.insert(*pointer), SUCCESS;
 }
-API cuMemFreeHost(void* pointer) { return free(pointer), SUCCESS; }
+API cuMemFreeHost(void* pointer) {
+  std::lock_guard<std::mutex> guard(lock);
+  return pinned.erase(pointer), free(pointer), SUCCESS;
+}
 API cuDeviceGetDefaultMemPool(Device** pool, int device) { return *pool = &devices[device], SUCCESS; }
 API cuDeviceGetMemPool(Device** pool, int device) { return *pool = &devices[device], SUCCESS; }
 API cuMemPoolSetAttribute(Device*, int, void*) { return SUCCESS; }
@@ -350,15 +369,18 @@ API cuMemPoolGetAttribute(Device* pool, int attribute, uint64_t* value) {
 API cuMemPoolTrimTo(Device*, size_t) { return SUCCESS; }
 
 API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* s) {
+  called(device_of(s), __func__);
   if (bytes && !owns(device_of(s), to, bytes)) return INVALID_VALUE;
-  return copy(reinterpret_cast<void*>(to), from, bytes, s);
+  return copy_host(reinterpret_cast<void*>(to), from, from, bytes, s);
 }
 API cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* s) {
+  called(device_of(s), __func__);
   if (bytes && !owns(device_of(s), from, bytes)) return INVALID_VALUE;
-  return copy(to, reinterpret_cast<void*>(from), bytes, s);
+  return copy_host(to, reinterpret_cast<void*>(from), to, bytes, s);
 }
 API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream* s) {
   Device* const device = device_of(s);
+  called(device, __func__);
   if (bytes && (!owns(device, to, bytes) || !owns(device, from, bytes))) return INVALID_VALUE;
   return enqueue(s, [=] {
     memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
@@ -368,7 +390,7 @@ API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream* s) {
 API cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) { return cuMemcpyHtoDAsync_v2(to, from, bytes, nullptr); }
 API cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) { return cuMemcpyDtoHAsync_v2(to, from, bytes, nullptr); }
 API cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t bytes) { return cuMemcpyDtoDAsync_v2(to, from, bytes, nullptr); }
-API cuMemsetD8Async(uint64_t to, unsigned char value, size_t count, Stream* s) { return fill(to, value, count, s); }
+API cuMemsetD8Async(uint64_t to, unsigned char value, size_t count, Stream* s) { return called(device_of(s), __func__), fill(to, value, count, s); }
 API cuMemsetD16Async(uint64_t to, unsigned short value, size_t count, Stream* s) { return fill(to, value, count, s); }
 API cuMemsetD32Async(uint64_t to, unsigned value, size_t count, Stream* s) { return fill(to, value, count, s); }
 API cuMemsetD8_v2(uint64_t to, unsigned char value, size_t count) { return fill(to, value, count, nullptr); }
@@ -428,35 +450,31 @@ API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function* f, int th
 }
 
 // ---- launches
+int standin::prepare(Function* f, const Dimensions& d, void** parameters, Launch& launch) {
+  const Device* device = f->module->device;
+  if (!d.gx || !d.gy || !d.gz || !d.bx || !d.by || !d.bz || d.gx > 2147483647 || d.gy > 65535 || d.gz > 65535) return INVALID_VALUE;
+  if (d.bx > 1024 || d.by > 1024 || d.bz > 64 || (uint64_t)d.bx * d.by * d.bz > 1024) return INVALID_VALUE;
+  if (d.shared > (unsigned)f->dynamic_limit || (f->kernel->parameters && !parameters)) return INVALID_VALUE;
+  if (d.shared + f->kernel->statics_bytes > (size_t)device->shared_optin()) return LAUNCH_OUT_OF_RESOURCES;
+  launch.kernel = f->kernel;
+  launch.habits = device->habits;
+  launch.grid = {d.gx, d.gy, d.gz};
+  launch.block = {d.bx, d.by, d.bz};
+  launch.shared = d.shared;
+  for (int i = 0; i < f->kernel->parameters; i++) {
+    memcpy(launch.arguments + f->kernel->layout[i].offset, parameters[i], f->kernel->layout[i].size);
+  }
+  return SUCCESS;
+}
 API cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    Stream* s, void** parameters, void** extra) {
   if (extra) return NOT_SUPPORTED;
   if (!f || !device_of(s)) return f ? INVALID_CONTEXT : INVALID_HANDLE;
   Device* device = f->module->device;
   if (device_of(s) != device) return INVALID_HANDLE;
-  if (!gx || !gy || !gz || !bx || !by || !bz || gx > 2147483647 || gy > 65535 || gz > 65535) return INVALID_VALUE;
-  if (bx > 1024 || by > 1024 || bz > 64 || (uint64_t)bx * by * bz > 1024) return INVALID_VALUE;
-  if (shared > (unsigned)f->dynamic_limit || (f->kernel->parameters && !parameters)) return INVALID_VALUE;
-  if (shared + f->kernel->statics_bytes > (size_t)device->shared_optin()) return LAUNCH_OUT_OF_RESOURCES;
-  const auto start = [&](Launch& launch) {
-    launch.kernel = f->kernel;
-    launch.habits = device->habits;
-    launch.grid = {gx, gy, gz};
-    launch.block = {bx, by, bz};
-    launch.shared = shared;
-    for (int i = 0; i < f->kernel->parameters; i++) {
-      memcpy(launch.arguments + f->kernel->layout[i].offset, parameters[i], f->kernel->layout[i].size);
-    }
-  };
-  if (!capturing(s)) {
-    Launch launch;
-    start(launch);
-    device->launches++;
-    tick(device);
-    return run(launch), SUCCESS;
-  }
+  called(device, __func__);
   auto launch = std::make_shared<Launch>();
-  start(*launch);
+  if (const int error = prepare(f, {gx, gy, gz, bx, by, bz, shared}, parameters, *launch)) return error;
   return enqueue(s, [=] {
     device->launches++;
     tick(device);
@@ -479,33 +497,7 @@ API cuLaunchKernelEx(const LaunchConfig* c, Function* f, void** parameters, void
   return cuLaunchKernel(f, c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, c->stream, parameters, extra);
 }
 
-// ---- graphs
-API cuStreamBeginCapture_v2(Stream* s, int) {
-  if (is_default(s)) return CAPTURE_UNSUPPORTED;
-  if (s->capture) return INVALID_VALUE;
-  return s->capture.reset(new Graph), SUCCESS;
-}
-API cuStreamIsCapturing(Stream* s, int* status) { return *status = !capturing(s) ? 0 : s->capture->invalid ? 2 : 1, SUCCESS; }
-API cuStreamEndCapture(Stream* s, Graph** graph) {
-  if (!capturing(s)) return CAPTURE_UNMATCHED;
-  *graph = s->capture.release();
-  if (!(*graph)->invalid) return SUCCESS;
-  delete *graph;
-  return *graph = nullptr, CAPTURE_INVALIDATED;
-}
-API cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long) { return *executable = new Graph(*graph), SUCCESS; }
-API cuGraphGetNodes(Graph* graph, void** nodes, size_t* count) { return nodes ? NOT_SUPPORTED : (*count = graph->operations.size(), SUCCESS); }
-API cuGraphUpload(Graph*, Stream*) { return SUCCESS; }
-API cuGraphLaunch(Graph* executable, Stream* s) {
-  return enqueue(s, [=] { for (const Operation& operation : executable->operations) operation(); });
-}
-API cuGraphExecUpdate_v2(Graph* executable, Graph* graph, int* result) {
-  const bool same = executable->operations.size() == graph->operations.size();
-  if (result) *result = same ? 0 : 2;
-  if (!same) return UPDATE_FAILURE;
-  return executable->operations = graph->operations, SUCCESS;
-}
-API cuGraphExecDestroy(Graph* executable) { return delete executable, SUCCESS; }
-API cuGraphDestroy(Graph* graph) { return delete graph, SUCCESS; }
-API cuProfilerStart() { return SUCCESS; }
-API cuProfilerStop() { return SUCCESS; }
+// ---- profilers
+// Counts the launches between them.
+API cuProfilerStart() { return current ? (current->profiled -= current->launches, SUCCESS) : INVALID_CONTEXT; }
+API cuProfilerStop() { return current ? (current->profiled += current->launches, SUCCESS) : INVALID_CONTEXT; }

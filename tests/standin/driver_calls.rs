@@ -111,9 +111,72 @@ fn graphs_replay_what_was_captured() {
         sys::cuGraphExecDestroy(executable).result().unwrap();
         sys::cuGraphDestroy(graph).result().unwrap();
 
+        for forbidden in [&(|| result::stream::synchronize(stream)) as &dyn Fn() -> Result<(), DriverError>, &|| {
+            result::memcpy_htod_async(sums, &[0u32; 3], stream)
+        }] {
+            result::stream::begin_capture(stream, mode).unwrap();
+            assert_eq!(refused(forbidden()), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+            assert_eq!(refused(result::stream::end_capture(stream)), CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        }
         result::stream::begin_capture(stream, mode).unwrap();
-        assert_eq!(refused(result::stream::synchronize(stream)), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
-        assert_eq!(refused(result::stream::end_capture(stream)), CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        assert_eq!(refused(result::malloc_sync(16)), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+        sys::cuGraphDestroy(result::stream::end_capture(stream).unwrap()).result().unwrap();
+        result::free_sync(result::malloc_sync(16).unwrap()).unwrap();
+        result::stream::destroy(stream).unwrap();
+    }
+}
+
+#[test]
+fn graphs_are_made_node_by_node() {
+    let Some(gpu) = Gpu::open(3) else { return };
+    let function = gpu.function("known", "known_atomics");
+    let sums = gpu.put(&[5u32; 3]);
+    let mut arguments = [arg(&sums)];
+    let parameters = arguments.as_mut_ptr();
+    let params = |blocks| sys::CUDA_KERNEL_NODE_PARAMS {
+        func: function,
+        gridDimX: blocks,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: 128,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: 0,
+        kernelParams: parameters,
+        extra: std::ptr::null_mut(),
+        kern: std::ptr::null_mut(),
+        ctx: std::ptr::null_mut(),
+    };
+    // SAFETY: the kernel's one parameter; handles are used while they live.
+    unsafe {
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).unwrap();
+        let mut context = std::ptr::null_mut();
+        sys::cuCtxGetCurrent(&mut context).result().unwrap();
+        let run = |with_dependency| {
+            let (mut graph, mut zero, mut kernel) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+            sys::cuGraphCreate(&mut graph, 0).result().unwrap();
+            let memset =
+                sys::CUDA_MEMSET_NODE_PARAMS { dst: sums, pitch: 0, value: 0, elementSize: 1, width: 12, height: 1 };
+            sys::cuGraphAddMemsetNode(&mut zero, graph, std::ptr::null(), 0, &memset, context).result().unwrap();
+            let count = usize::from(with_dependency);
+            let launch = params(2);
+            sys::cuGraphAddKernelNode_v2(&mut kernel, graph, &zero, count, &launch).result().unwrap();
+            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).unwrap();
+            result::graph::launch(executable, stream).unwrap();
+            let first = gpu.get::<u32>(sums, 2);
+            let set = |node, params: &_| sys::cuGraphExecKernelNodeSetParams_v2(executable, node, params).result();
+            set(kernel, &params(4)).unwrap();
+            assert_eq!(refused(set(zero, &launch)), CUDA_ERROR_INVALID_VALUE, "not a kernel");
+            assert_eq!(refused(set(kernel, &params(0))), CUDA_ERROR_INVALID_VALUE);
+            result::graph::launch(executable, stream).unwrap();
+            result::graph::destroy(graph).unwrap();
+            assert_eq!(refused(set(kernel, &launch)), CUDA_ERROR_INVALID_VALUE, "of a graph that is gone");
+            result::graph::exec_destroy(executable).unwrap();
+            [first, gpu.get::<u32>(sums, 2)]
+        };
+        let blocks = |count: u32| vec![count * 127 * 64, count];
+        assert_eq!(run(true), [blocks(2), blocks(4)]);
+        assert_eq!(run(false), [vec![0, 0], vec![0, 0]], "a missing dependency shows");
         result::stream::destroy(stream).unwrap();
     }
 }

@@ -21,11 +21,14 @@ mod swiglu;
 pub use storage::Memory;
 
 use super::{
-    AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Element, Epilogue, FloatElement, In, LinearShape, Out,
-    Projection, Sampling, View, ViewMut,
+    AdamW, AdamWModule, Attention, Backend, Buffer, Cost, Direction, Element, Epilogue, FloatElement, In, LinearShape,
+    Out, Projection, Sampling, View, ViewMut, cost, trace,
 };
 use crate::error::{Error, Result};
 use storage::{slice, slice_mut};
+
+/// Bytes of a weight, an activation, a gradient, a moment.
+const FLOAT: usize = size_of::<f32>();
 
 /// The host.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,6 +74,7 @@ impl Backend for Cpu {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {
+        let _span = trace::op("zeros", Cost::default);
         let memory = Memory::zeroed(len).ok_or_else(|| {
             Error::failed(
                 format!("no memory for {len} elements of {}", T::NAME),
@@ -81,21 +85,25 @@ impl Backend for Cpu {
     }
 
     fn write<T: Element>(&self, host: &[T], to: ViewMut<'_, Self, T>) -> Result<()> {
+        let _span = trace::op("write", || Cost::moved(2 * size_of_val(host)));
         slice_mut(to).copy_from_slice(host);
         Ok(())
     }
 
     fn read<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<()> {
+        let _span = trace::op("read", || Cost::moved(2 * size_of_val(host)));
         host.copy_from_slice(slice(&from));
         Ok(())
     }
 
     fn copy<T: Element>(&self, from: View<'_, Self, T>, to: ViewMut<'_, Self, T>) -> Result<()> {
+        let _span = trace::op("copy", || Cost::moved(2 * from.len() * size_of::<T>()));
         storage::copy(slice(&from), slice_mut(to));
         Ok(())
     }
 
     fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()> {
+        let _span = trace::op("clear", || Cost::moved(to.len() * size_of::<T>()));
         slice_mut(to).fill(bytemuck::Zeroable::zeroed());
         Ok(())
     }
@@ -112,6 +120,7 @@ impl Backend for Cpu {
         shape: LinearShape,
         epilogue: Epilogue<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("linear", || cost::linear(shape, epilogue.addends(y.len()), FLOAT));
         let LinearShape { tokens, inputs, outputs } = shape;
         assert_eq!([x.len(), w.len(), y.len()], [tokens * inputs, outputs * inputs, tokens * outputs], "{shape:?}");
         assert!(epilogue.bias.as_ref().is_none_or(|b| b.len() == outputs), "{shape:?}");
@@ -127,6 +136,11 @@ impl Backend for Cpu {
     }
 
     fn linear_each(&self, x: In<'_, Self>, layers: &mut [Projection<'_, Self>], tokens: usize) -> Result<()> {
+        let _span = trace::op("linear_each", || {
+            let biases = layers.iter().filter_map(|layer| layer.bias.as_ref()).map(View::len).sum();
+            let outputs = layers.iter().map(|layer| layer.y.len()).sum::<usize>() / tokens;
+            cost::linear_each(tokens, x.len() / tokens, outputs, biases, FLOAT)
+        });
         assert!(tokens > 0 && !x.is_empty() && x.len().is_multiple_of(tokens));
         let inputs = x.len() / tokens;
         let layers = layers.iter_mut().map(|Projection { w, bias, y }| {
@@ -148,6 +162,7 @@ impl Backend for Cpu {
         alpha: f32,
         accumulate: bool,
     ) -> Result<()> {
+        let _span = trace::op("linear_backward_input", || cost::linear_backward_input(shape, accumulate, FLOAT));
         let LinearShape { tokens, inputs, outputs } = shape;
         assert_eq!([dy.len(), w.len(), dx.len()], [tokens * outputs, outputs * inputs, tokens * inputs], "{shape:?}");
         gemm::linear_backward_input(slice(&dy), slice(&w), slice_mut(dx), shape, alpha, accumulate);
@@ -163,6 +178,8 @@ impl Backend for Cpu {
         alpha: f32,
         accumulate: bool,
     ) -> Result<()> {
+        let _span =
+            trace::op("linear_backward_weight", || cost::linear_backward_weight(shape, accumulate, FLOAT, FLOAT));
         let LinearShape { tokens, inputs, outputs } = shape;
         assert_eq!([dy.len(), x.len(), dw.len()], [tokens * outputs, tokens * inputs, outputs * inputs], "{shape:?}");
         gemm::linear_backward_weight(slice(&dy), slice(&x), slice_mut(dw), shape, alpha, accumulate);
@@ -177,6 +194,8 @@ impl Backend for Cpu {
         outputs: usize,
         accumulate: bool,
     ) -> Result<()> {
+        let _span =
+            trace::op("linear_backward_bias", || cost::linear_backward_bias(tokens, outputs, accumulate, FLOAT, FLOAT));
         assert_eq!([dy.len(), dbias.len()], [tokens * outputs, outputs]);
         gemm::linear_backward_bias(slice(&dy), slice_mut(dbias), outputs, accumulate);
         Ok(())
@@ -191,6 +210,7 @@ impl Backend for Cpu {
         lse: Option<ViewMut<'_, Self, f32>>,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("attention", || shape.size().forward(lse.is_some(), FLOAT));
         let shape = attention_shape(shape, k.len());
         let tokens = check_packed(&shape, q.len(), k.len(), v.len());
         assert_eq!(o.len(), q.len());
@@ -212,6 +232,7 @@ impl Backend for Cpu {
         dv: Out<'_, Self>,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("attention_backward", || shape.size().backward(FLOAT));
         let shape = attention_shape(shape, k.len());
         let tokens = check_packed(&shape, q.len(), k.len(), v.len());
         assert_eq!([o.len(), d_o.len(), dq.len()], [q.len(); 3]);
@@ -239,6 +260,12 @@ impl Backend for Cpu {
         longest: usize,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("attention_decode", || {
+            let seen = slice(&spans).chunks_exact(2).map(|span| span[1] as usize);
+            let pairs: usize = seen.map(|rows| rows.min(shape.window.unwrap_or(usize::MAX))).sum();
+            let rows = k.len() / (shape.kv_heads * shape.head_dim);
+            shape.decode_size(spans.len() / 2, pairs as u64).decode(rows, FLOAT)
+        });
         let shape = attention_shape(shape, k.len());
         let spans = slice(&spans);
         assert!(spans.len().is_multiple_of(2));
@@ -260,6 +287,7 @@ impl Backend for Cpu {
         width: usize,
         eps: f32,
     ) -> Result<()> {
+        let _span = trace::op("rmsnorm", || cost::rmsnorm(x.len(), width, rstd.is_some(), FLOAT));
         assert!(width > 0 && x.len().is_multiple_of(width) && weight.len() == width);
         assert_eq!(x.len(), y.len());
         assert!(rstd.as_ref().is_none_or(|r| r.len() == x.len() / width));
@@ -279,6 +307,9 @@ impl Backend for Cpu {
         accumulate_dx: bool,
         accumulate_dweight: bool,
     ) -> Result<()> {
+        let _span = trace::op("rmsnorm_backward", || {
+            cost::rmsnorm_backward(x.len(), width, dx.as_ref().map(|_| accumulate_dx), dweight.is_some(), FLOAT)
+        });
         assert!(width > 0 && x.len().is_multiple_of(width) && weight.len() == width);
         assert_eq!([dy.len(), rstd.len() * width], [x.len(); 2]);
         assert!(dx.as_ref().is_none_or(|dx| dx.len() == x.len()));
@@ -298,6 +329,7 @@ impl Backend for Cpu {
         head_dim: usize,
         inverse: bool,
     ) -> Result<()> {
+        let _span = trace::op("rope", || cost::rope(x.len(), FLOAT));
         assert!(head_dim > 0 && head_dim.is_multiple_of(2) && heads > 0);
         assert_eq!(x.len(), positions.len() * heads * head_dim);
         rope::rope(slice_mut(x), slice(&table), slice(&positions), heads, head_dim, inverse);
@@ -305,12 +337,14 @@ impl Backend for Cpu {
     }
 
     fn swiglu(&self, gate: In<'_, Self>, up: In<'_, Self>, y: Out<'_, Self>) -> Result<()> {
+        let _span = trace::op("swiglu", || cost::swiglu(y.len(), FLOAT));
         assert_eq!([gate.len(), up.len()], [y.len(); 2]);
         swiglu::swiglu(slice(&gate), slice(&up), slice_mut(y));
         Ok(())
     }
 
     fn swiglu_backward(&self, gate: Out<'_, Self>, up: Out<'_, Self>, dy: In<'_, Self>) -> Result<()> {
+        let _span = trace::op("swiglu_backward", || cost::swiglu_backward(dy.len(), FLOAT));
         assert_eq!([gate.len(), up.len()], [dy.len(); 2]);
         swiglu::swiglu_backward(slice_mut(gate), slice_mut(up), slice(&dy));
         Ok(())
@@ -323,6 +357,7 @@ impl Backend for Cpu {
         to: Out<'_, Self>,
         width: usize,
     ) -> Result<()> {
+        let _span = trace::op("gather_rows", || cost::move_rows(rows.len(), width, FLOAT));
         assert!(width > 0 && to.len() == rows.len() * width);
         embedding::gather_rows(slice(&from), slice(&rows), slice_mut(to), width);
         Ok(())
@@ -335,6 +370,7 @@ impl Backend for Cpu {
         to: Out<'_, Self>,
         width: usize,
     ) -> Result<()> {
+        let _span = trace::op("scatter_rows", || cost::move_rows(rows.len(), width, FLOAT));
         assert!(width > 0 && from.len() == rows.len() * width);
         embedding::scatter_rows(slice(&from), slice(&rows), slice_mut(to), width);
         Ok(())
@@ -347,6 +383,7 @@ impl Backend for Cpu {
         dtable: ViewMut<'_, Self, f32>,
         width: usize,
     ) -> Result<()> {
+        let _span = trace::op("embedding_backward", || cost::embedding_backward(dy.len(), FLOAT, FLOAT));
         assert!(width > 0 && dy.len() == rows.len() * width);
         embedding::embedding_backward(slice(&dy), slice(&rows), slice_mut(dtable), width);
         Ok(())
@@ -360,6 +397,7 @@ impl Backend for Cpu {
         vocab: usize,
         scale: Option<f32>,
     ) -> Result<()> {
+        let _span = trace::op("cross_entropy", || cost::cross_entropy(logits.len(), scale.is_some(), FLOAT));
         assert!(vocab > 0 && logits.len() == targets.len() * vocab);
         assert_eq!(losses.len(), targets.len());
         cross_entropy::cross_entropy(slice_mut(logits), slice(&targets), slice_mut(losses), vocab, scale);
@@ -374,6 +412,7 @@ impl Backend for Cpu {
         vocab: usize,
         sampling: Sampling,
     ) -> Result<()> {
+        let _span = trace::op("sample", || cost::sample(logits.len(), sampling, FLOAT));
         assert!(vocab > 0 && logits.len() == tokens.len() * vocab);
         assert_eq!(uniforms.len(), tokens.len());
         sampling::sample(slice(&logits), slice(&uniforms), slice_mut(tokens), vocab, sampling);
@@ -381,6 +420,7 @@ impl Backend for Cpu {
     }
 
     fn sum_squares<T: FloatElement>(&self, parts: &[View<'_, Self, T>], squares: ViewMut<'_, Self, f32>) -> Result<()> {
+        let _span = trace::op("sum_squares", || cost::sum_squares(parts.iter().map(View::len).sum(), size_of::<T>()));
         assert_eq!(parts.len(), squares.len());
         for (part, square) in parts.iter().zip(slice_mut(squares)) {
             *square = adamw::sum_squares(slice(part)) as f32;
@@ -394,6 +434,9 @@ impl Backend for Cpu {
         squares: View<'_, Self, f32>,
         hyper: AdamW,
     ) -> Result<()> {
+        let _span = trace::op("adamw_masked", || {
+            cost::adamw(table.iter().map(|module| module.grad.len()).sum(), FLOAT, FLOAT, FLOAT)
+        });
         assert_eq!(table.len(), squares.len());
         let Some(clip) = adamw::clip_factor(slice(&squares), hyper.max_grad_norm) else { return Ok(()) };
         for module in table {
@@ -414,6 +457,7 @@ impl Backend for Cpu {
         plus: Out<'_, Self>,
         minus: Option<Out<'_, Self>>,
     ) -> Result<()> {
+        let _span = trace::op("perturb", || cost::perturb(w.len(), 1 + usize::from(minus.is_some()), direction, FLOAT));
         assert_eq!(w.len(), plus.len());
         assert!(minus.as_ref().is_none_or(|m| m.len() == w.len()));
         let noise = match direction {

@@ -2,8 +2,8 @@
 
 use super::device::{Device, Launch, args, blocks};
 use super::memory::{self, Memory, Slice, SliceMut, slice, slice_mut};
-use super::{Cuda, Precision};
-use crate::backend::{AdamW, AdamWModule, Cost, FloatElement, Rounding, View, ViewMut};
+use super::{Cuda, FLOAT, Precision};
+use crate::backend::{AdamW, AdamWModule, Cost, FloatElement, Rounding, View, ViewMut, cost};
 use crate::error::Result;
 use half::bf16;
 use std::sync::{Arc, Mutex};
@@ -96,8 +96,7 @@ fn by_state<G: FloatElement, M: FloatElement>(forms: [&'static str; 4]) -> &'sta
 }
 
 fn squares_cost<T: FloatElement>(parts: &[Slice<T>]) -> Cost {
-    let elements = parts.iter().map(|part| part.len() as u64).sum::<u64>();
-    Cost { bytes: elements * size_of::<T>() as u64, flops: elements * 2 }
+    cost::sum_squares(parts.iter().map(|part| part.len()).sum(), size_of::<T>())
 }
 
 /// squares\[i\] = Σ parts\[i\]².
@@ -149,8 +148,8 @@ impl Hyper {
 }
 
 fn step_cost<G, M>(modules: &[Module<G, M>]) -> Cost {
-    let elements = modules.iter().map(|module| module.weight.len() as u64).sum::<u64>();
-    Cost { bytes: elements * (4 + size_of::<G>() + 4 * size_of::<M>()) as u64, flops: elements * 14 }
+    let elements = modules.iter().map(|module| module.weight.len()).sum();
+    cost::adamw(elements, FLOAT, size_of::<G>(), size_of::<M>())
 }
 
 fn check<G, M>(modules: &[Module<G, M>], squares: usize) {

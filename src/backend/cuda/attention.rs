@@ -9,7 +9,8 @@
 
 use super::device::{Device, Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut};
-use super::{Cuda, Precision, slice};
+use super::{Cuda, FLOAT, Precision, slice};
+use crate::backend::cost::{self, AttentionSize};
 use crate::backend::{Attention, Cost};
 use crate::error::Result;
 use half::bf16;
@@ -95,23 +96,11 @@ impl<'a> Shape<'a> {
         self.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX)
     }
 
-    /// Pairs of a query and a key that it sees, of one head.
-    fn pairs(&self) -> u64 {
-        let window = u64::from(self.window());
-        let document = |len: u64| match len.checked_sub(window) {
-            Some(whole) => window * (window + 1) / 2 + whole * window,
-            None => len * (len + 1) / 2,
-        };
-        self.starts.windows(2).map(|w| document(u64::from(w[1] - w[0]))).sum()
-    }
-
-    /// Reads or writes `q_tensors` tensors like Q, `kv_tensors` like K, `stats` like lse; `flops` a pair, head and column.
-    fn cost(&self, q_tensors: usize, kv_tensors: usize, stats: usize, flops: u64) -> Cost {
-        let width = (q_tensors * self.heads + kv_tensors * self.kv_heads) * self.head_dim * size_of::<bf16>();
-        Cost {
-            bytes: (self.tokens() * (width + stats * self.heads * size_of::<f32>())) as u64,
-            flops: self.pairs() * flops * (self.heads * self.head_dim) as u64,
-        }
+    /// What its cost depends on.
+    fn size(&self) -> AttentionSize {
+        let Self { heads, kv_heads, head_dim, .. } = *self;
+        let pairs = cost::attention_pairs(self.starts, self.window);
+        AttentionSize { tokens: self.tokens(), heads, kv_heads, head_dim, pairs }
     }
 
     /// Whether the flash kernels take tensors of which all are aligned to 16 bytes or not, and this is not against orders.
@@ -167,7 +156,7 @@ pub(super) fn attention(
     shape: Shape,
 ) -> Result<()> {
     let (tokens, lse) = (shape.tokens(), lse.as_ref());
-    let cost = shape.cost(2, 2, usize::from(lse.is_some()), 4);
+    let cost = shape.size().forward(lse.is_some(), FLOAT);
     let (starts, documents) = (shape.starts_device, (shape.starts.len() - 1) as u32);
     let (heads, kv_heads) = (shape.heads as u32, shape.kv_heads as u32);
     if !shape.flash(all_aligned(&[q, k, v, *o]), tokens) {
@@ -233,7 +222,7 @@ pub(super) fn attention_backward(
     unsafe { device.launch(launch, args![o, d_o, &delta, tokens, heads, head_dim]) }?;
 
     // What the kernels do is 14 FLOPs; what they must is 10.
-    let (query_cost, key_cost) = (shape.cost(3, 2, 2, 4), shape.cost(2, 4, 2, 6));
+    let (query_cost, key_cost) = (shape.size().pass(3, 2, 2, 4, FLOAT), shape.size().pass(2, 4, 2, 6, FLOAT));
     if !flash {
         let launch = shape.baseline("attention_backward_query_baseline_bf16", shape.heads, query_cost);
         let rest = (tokens, heads, kv_heads, head_dim, scale, window);
@@ -320,8 +309,8 @@ pub(super) fn attention_decode(
         ("attention", "attention_decode_baseline_bf16", shape.heads.div_ceil(BASELINE_ROWS), 0)
     };
     let rows = (count * shape.heads * shape.head_dim) as u64;
-    let keys = (2 * count * seen * shape.kv_heads * shape.head_dim * size_of::<bf16>()) as u64;
-    let cost = Cost { bytes: keys + 4 * rows, flops: 4 * seen as u64 * rows };
+    let size = AttentionSize { tokens: count, pairs: (count * seen) as u64, ..shape.size() };
+    let cost = size.decode(k.len() / (shape.kv_heads * shape.head_dim), FLOAT);
     let grid = [chunks as u32, grid_y as u32, count as u32];
     let launch = Launch { image, kernel, grid, block: BLOCK, shared_bytes, cost };
 

@@ -1,9 +1,10 @@
 //! Cross-entropy: see `kernels/cross_entropy.cu`.
 
+use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{Slice, SliceMut};
-use crate::backend::Cost;
+use crate::backend::cost;
 use crate::error::Result;
 use half::bf16;
 
@@ -34,11 +35,7 @@ pub(super) fn cross_entropy(
 ) -> Result<()> {
     assert_eq!([logits.len(), losses.len()], [targets.len() * vocab, targets.len()]);
     let grid = [blocks(targets.len(), 1), 1, 1];
-    let elements = logits.len() as u64;
-    let cost = match scale {
-        None => Cost { bytes: 2 * elements, flops: 4 * elements },
-        Some(_) => Cost { bytes: 4 * elements, flops: 7 * elements },
-    };
+    let cost = cost::cross_entropy(logits.len(), scale.is_some(), FLOAT);
     let launch =
         |kernel, shared_bytes| Launch { image: "cross_entropy", kernel, grid, block: BLOCK, shared_bytes, cost };
     if measure::baseline() {

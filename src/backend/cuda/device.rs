@@ -1,5 +1,7 @@
 //! One GPU: its context, its stream, the images loaded on it, and the one place that launches kernels.
 
+use super::Image;
+use super::graph::Graphs;
 use super::memory::Arena;
 use super::timing::Pending;
 use crate::backend::Cost;
@@ -8,7 +10,8 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attr
 use cudarc::driver::{DriverError, result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
@@ -18,15 +21,17 @@ const DRIVER_VERSION: i32 = 13000;
 const CAPABILITY: (i32, i32) = (8, 0);
 /// Hopper images hold code for exactly this one.
 const HOPPER: (i32, i32) = (9, 0);
+/// `off`: every kernel is launched by itself.
+const GRAPHS: &str = "SWAT_CUDA_GRAPHS";
 /// What a kernel may use without asking for more.
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 
 /// A kernel, found once.
 #[derive(Clone)]
-struct Function {
-    raw: sys::CUfunction,
+pub(super) struct Function {
+    pub(super) raw: sys::CUfunction,
     /// Bytes of each parameter, as compiled.
-    parameters: Vec<usize>,
+    pub(super) parameters: Arc<[usize]>,
     /// Dynamic shared memory that it was allowed so far.
     shared_bytes: u32,
 }
@@ -43,6 +48,10 @@ pub(super) struct Device {
     pub(super) pending: Mutex<Pending>,
     /// Free memory, kept for the next buffer of its size.
     pub(super) arena: Mutex<Arena>,
+    /// What is queued again and again.
+    pub(super) graphs: Mutex<Graphs>,
+    /// Whether that is made a graph.
+    pub(super) replays: AtomicBool,
     /// Major, minor.
     pub(super) capability: (i32, i32),
     /// Streaming multiprocessors.
@@ -106,6 +115,21 @@ impl Arg {
             Self::TensorMap(_) => size_of::<sys::CUtensorMap>(),
         }
     }
+
+    /// Its bytes, each value from the first byte of a word on.
+    pub(super) fn words(&self) -> impl Iterator<Item = u64> {
+        let narrow = |bytes: [u8; 4]| {
+            let [a, b, c, d] = bytes;
+            u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0])
+        };
+        let (one, map) = match self {
+            Self::Pointer(value) | Self::U64(value) => (Some(*value), None),
+            Self::U32(value) => (Some(narrow(value.to_ne_bytes())), None),
+            Self::F32(value) => (Some(narrow(value.to_ne_bytes())), None),
+            Self::TensorMap(value) => (None, Some(value.opaque)),
+        };
+        one.into_iter().chain(map.into_iter().flatten())
+    }
 }
 
 impl From<u32> for Arg {
@@ -145,15 +169,24 @@ fn image(stem: &str) -> Option<&'static [u8]> {
     IMAGES.iter().find(|(name, image)| *name == stem && !image.is_empty()).map(|(_, image)| *image)
 }
 
-/// Kernel files whose code is embedded: stem and bytes.
-pub(super) fn images() -> impl Iterator<Item = (&'static str, usize)> {
-    IMAGES.iter().filter(|(_, image)| !image.is_empty()).map(|(stem, image)| (*stem, image.len()))
+/// Kernel files whose code is embedded.
+pub(super) fn images() -> impl Iterator<Item = Image> {
+    IMAGES.iter().filter(|(_, image)| !image.is_empty()).map(|(stem, image)| Image {
+        stem,
+        bytes: image.len(),
+        architectures: if stem.ends_with("_sm90") { HOPPER_CODE } else { CODE },
+    })
+}
+
+/// Whether there is a driver.
+pub(super) fn driver() -> bool {
+    // SAFETY: only opens the driver's library.
+    unsafe { sys::is_culib_present() }
 }
 
 /// How many devices the driver shows; the reason where there is no driver, or an old one.
 pub(super) fn count() -> Result<u32, String> {
-    // SAFETY: only opens the driver's library.
-    if !unsafe { sys::is_culib_present() } {
+    if !driver() {
         return Err("no NVIDIA driver (libcuda) on this machine".into());
     }
     let mut version = 0;
@@ -218,6 +251,8 @@ impl Device {
             functions: Mutex::default(),
             pending: Mutex::default(),
             arena: Mutex::default(),
+            graphs: Mutex::default(),
+            replays: AtomicBool::new(std::env::var_os(GRAPHS).is_none_or(|value| value != "off")),
             capability,
             multiprocessors,
             shared_bytes_block,
@@ -271,8 +306,14 @@ impl Device {
         self.stream
     }
 
+    /// The context of everything.
+    pub(super) fn context(&self) -> sys::CUcontext {
+        self.context
+    }
+
     /// Waits until everything queued is done.
     pub(super) fn synchronize(&self) -> Result<()> {
+        self.flush()?;
         self.bind()?;
         // SAFETY: the stream lives as long as the device.
         unsafe { result::stream::synchronize(self.stream) }
@@ -310,6 +351,10 @@ impl Device {
             function.parameters,
             given.collect::<Vec<_>>()
         );
+        // SAFETY: the arguments were checked; the rest is this function's own contract.
+        if unsafe { self.put_down(&launch, &function, arguments) } {
+            return Ok(());
+        }
         let mut pointers: Vec<*mut c_void> = arguments.iter().map(Arg::pointer).collect();
         let [x, y, z] = launch.grid;
         let (block, shared_bytes) = ((launch.block, 1, 1), launch.shared_bytes);
@@ -347,7 +392,7 @@ impl Device {
 }
 
 /// Bytes of each parameter of a kernel.
-fn parameters(function: sys::CUfunction) -> Vec<usize> {
+fn parameters(function: sys::CUfunction) -> Arc<[usize]> {
     let size = |index| {
         let (mut offset, mut size) = (0, 0);
         // SAFETY: writes two integers; an index past the end is an error and nothing else.
@@ -377,6 +422,7 @@ impl Drop for Device {
                 let _ = result::stream::synchronize(self.stream);
             }
             self.pending.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).destroy();
+            self.graphs.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
             self.arena.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).flush();
             for module in self.modules.values() {
                 let _ = result::module::unload(*module);

@@ -1,9 +1,10 @@
 //! Rows of a table: see `kernels/embedding.cu`.
 
+use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{self, Memory, Slice, SliceMut};
-use crate::backend::{Cost, Element, FloatElement};
+use crate::backend::{Cost, Element, FloatElement, cost};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -70,7 +71,7 @@ unsafe fn move_rows(
         true => ("embedding_move_vec8_bf16", BLOCK as usize * VECTORS * VECTOR),
         false => ("embedding_move_baseline_bf16", BLOCK as usize),
     };
-    let cost = Cost { bytes: 4 * (elements + rows.len()) as u64, flops: 0 };
+    let cost = cost::move_rows(rows.len(), width, FLOAT);
     let grid = [blocks(elements, elements_a_block), 1, 1];
     let launch = Launch { image: "embedding", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
     let shape = (rows.len() as u64, table_rows as u32, width as u32);
@@ -103,7 +104,7 @@ pub(super) fn embedding_backward<G: FloatElement>(
         shared_bytes: 0,
         cost,
     };
-    let sums = Cost { bytes: (dy.len() * (2 + 2 * size_of::<G>())) as u64, flops: dy.len() as u64 };
+    let sums = cost::embedding_backward(dy.len(), FLOAT, size_of::<G>());
     let (count32, table_rows32, width32) = (count as u32, table_rows as u32, width as u32);
     let aligned = width.is_multiple_of(VECTOR) && dy.aligned(VECTOR_BYTES) && dtable.aligned(VECTOR_BYTES);
     if count <= FEW || !aligned || measure::baseline() {

@@ -50,10 +50,10 @@ impl Addends<'_> {
     }
 
     /// Bytes that they read, for a C of `size` elements of `element_bytes`.
-    fn bytes(&self, size: usize, element_bytes: usize) -> u64 {
+    fn bytes(&self, size: usize, element_bytes: usize) -> usize {
         let bias = self.bias.map_or(0, |bias| 2 * bias.len());
         let residual = self.residual.map_or(0, |residual| 2 * residual.len());
-        (bias + residual + if self.accumulate { element_bytes * size } else { 0 }) as u64
+        bias + residual + if self.accumulate { element_bytes * size } else { 0 }
     }
 }
 
@@ -136,8 +136,7 @@ fn product<T: FloatElement>(
     if m == 0 || n == 0 {
         return Ok(plan);
     }
-    let whole = Cost { bytes: addends.bytes(m * n, size_of::<T>()), ..Cost::default() };
-    let whole = plus(whole, shape.cost(size_of::<T>()));
+    let whole = shape.cost(size_of::<T>()) + Cost::moved(addends.bytes(m * n, size_of::<T>()));
     let Some(tile) = version.tile() else {
         return untiled(device, a, b, c, shape, addends, plan, whole).map(|()| plan);
     };
@@ -218,10 +217,6 @@ fn untiled<T: FloatElement>(
     unsafe { device.launch(launch, arguments) }
 }
 
-fn plus(a: Cost, b: Cost) -> Cost {
-    Cost { bytes: a.bytes + b.bytes, flops: a.flops + b.flops }
-}
-
 /// Adds the parts of C [m, n] in order, and the addends.
 fn combine<T: FloatElement>(
     device: &Device,
@@ -233,7 +228,7 @@ fn combine<T: FloatElement>(
 ) -> Result<()> {
     assert_eq!(partials.len(), splits as usize * m * n);
     let kernel = if T::NAME == "f32" { "gemm_combine_f32" } else { "gemm_combine_bf16" };
-    let bytes = (4 * partials.len() + size_of::<T>() * c.len()) as u64 + addends.bytes(m * n, size_of::<T>());
+    let bytes = 4 * partials.len() + size_of::<T>() * c.len() + addends.bytes(m * n, size_of::<T>());
     let launch = Launch {
         image: "gemm",
         kernel,
@@ -241,7 +236,7 @@ fn combine<T: FloatElement>(
         grid: [blocks(m * n, 4 * BLOCK as usize), 1, 1],
         block: BLOCK,
         shared_bytes: 0,
-        cost: Cost { bytes, flops: partials.len() as u64 },
+        cost: Cost { bytes: bytes as u64, flops: partials.len() as u64 },
     };
     let (alpha, accumulate) = (addends.alpha, addends.accumulate as u32);
     let arguments = args![partials, splits, c, addends.bias, addends.residual, alpha, accumulate, size(m), size(n)];

@@ -4,10 +4,10 @@
 use super::Cuda;
 use super::Precision;
 use super::device::{Arg, Device};
-use crate::backend::{Element, View, ViewMut};
+use crate::backend::{Cost, Element, View, ViewMut};
 use crate::error::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use std::sync::Arc;
 /// Every allocation is a multiple of this; the driver aligns each to 256 bytes.
 const GRANULE_BYTES: usize = 16;
 
-/// Free memory by size, and the books.
+/// Free memory by size, and the books. The lowest address goes first: a step that asks for the same again gets the same again.
 #[derive(Default)]
 pub(super) struct Arena {
-    free: HashMap<usize, Vec<sys::CUdeviceptr>>,
+    free: HashMap<usize, BTreeSet<sys::CUdeviceptr>>,
     free_bytes: usize,
     used_bytes: usize,
     peak_bytes: usize,
@@ -43,7 +43,7 @@ impl Arena {
     }
 
     fn take(&mut self, bytes: usize) -> Option<sys::CUdeviceptr> {
-        let pointer = self.free.get_mut(&bytes)?.pop()?;
+        let pointer = self.free.get_mut(&bytes)?.pop_first()?;
         self.free_bytes -= bytes;
         Some(pointer)
     }
@@ -95,7 +95,7 @@ impl<T: Element> Memory<T> {
         if error != DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) {
             return Err(device.failed("gave no memory", error));
         }
-        device.synchronize()?;
+        device.drop_graphs()?;
         // SAFETY: the context is current and the stream is idle; then as above.
         unsafe {
             arena.flush();
@@ -136,7 +136,7 @@ impl<T> Drop for Memory<T> {
             let mut arena = self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             arena.used_bytes -= self.bytes;
             arena.free_bytes += self.bytes;
-            arena.free.entry(self.bytes).or_default().push(self.pointer);
+            arena.free.entry(self.bytes).or_default().insert(self.pointer);
         }
     }
 }
@@ -219,10 +219,15 @@ pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result
     if to.len == 0 {
         return Ok(());
     }
+    let bytes = to.len * size_of::<T>();
+    // SAFETY: the memory is borrowed mutably.
+    if unsafe { device.put_down_clear(to.pointer, bytes) } {
+        return Ok(());
+    }
     device.bind()?;
     // SAFETY: as many bytes as the borrowed memory has.
-    unsafe { result::memset_d8_async(to.pointer, 0, to.len * size_of::<T>(), device.stream()) }
-        .map_err(|error| device.failed("cannot clear memory", error))
+    let clear = || unsafe { result::memset_d8_async(to.pointer, 0, bytes, device.stream()) };
+    device.timed("memset", Cost::moved(bytes), clear).map_err(|error| device.failed("cannot clear memory", error))
 }
 
 /// Host to device. The driver has taken the host's bytes when this returns: they are pageable.
@@ -231,9 +236,12 @@ pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T
     if from.is_empty() {
         return Ok(());
     }
+    device.flush()?;
     device.bind()?;
     // SAFETY: both sides have `len` elements; pageable memory is staged before the call returns.
-    unsafe { result::memcpy_htod_async(to.pointer, from, device.stream()) }
+    let copy = || unsafe { result::memcpy_htod_async(to.pointer, from, device.stream()) };
+    device
+        .timed("memcpy_host_to_device", Cost::moved(size_of_val(from)), copy)
         .map_err(|error| device.failed("cannot copy from the host", error))
 }
 
@@ -243,9 +251,13 @@ pub(super) fn read<T: Element>(device: &Device, from: Slice<'_, T>, to: &mut [T]
     if to.is_empty() {
         return device.synchronize();
     }
+    device.flush()?;
     device.bind()?;
+    let cost = Cost::moved(size_of_val(to));
     // SAFETY: both sides have `len` elements, and the host's are borrowed until the copy is done.
-    unsafe { result::memcpy_dtoh_async(to, from.pointer, device.stream()) }
+    let copy = || unsafe { result::memcpy_dtoh_async(to, from.pointer, device.stream()) };
+    device
+        .timed("memcpy_device_to_host", cost, copy)
         .map_err(|error| device.failed("cannot copy to the host", error))?;
     device.synchronize()
 }
@@ -256,8 +268,12 @@ pub(super) fn copy<T: Element>(device: &Device, from: Slice<'_, T>, to: &SliceMu
     if from.len == 0 {
         return Ok(());
     }
+    device.flush()?;
     device.bind()?;
+    let bytes = from.len * size_of::<T>();
     // SAFETY: both sides have `len` elements, and a buffer is not borrowed to read and to write at once.
-    unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, from.len * size_of::<T>(), device.stream()) }
+    let copy = || unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, bytes, device.stream()) };
+    device
+        .timed("memcpy_device_to_device", Cost::moved(2 * bytes), copy)
         .map_err(|error| device.failed("cannot copy", error))
 }

@@ -11,8 +11,10 @@ mod cross_entropy;
 mod device;
 mod embedding;
 mod gemm;
+mod graph;
 mod measure;
 mod memory;
+pub(super) mod nvtx;
 mod perturb;
 mod rmsnorm;
 mod rope;
@@ -26,8 +28,8 @@ pub use measure::{Captured, with_version};
 pub use memory::Memory;
 
 use super::{
-    AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Element, Epilogue, FloatElement, In, LinearShape, Out,
-    Sampling, View, ViewMut, check,
+    AdamW, AdamWModule, Attention, Backend, Buffer, Cost, Direction, Element, Epilogue, FloatElement, In, LinearShape,
+    Out, Sampling, View, ViewMut, check, cost, trace,
 };
 use crate::error::Result;
 use device::Device;
@@ -35,6 +37,9 @@ use half::bf16;
 use memory::{slice, slice_mut};
 use std::marker::PhantomData;
 use std::sync::Arc;
+
+/// Bytes of a weight or an activation.
+const FLOAT: usize = size_of::<bf16>();
 
 /// What gradients and moments are kept in.
 pub trait Precision: Send + Sync + 'static {
@@ -75,15 +80,28 @@ impl<P: Precision> Clone for Cuda<P> {
 
 /// What is known of the CUDA side of this machine and this build, for `swat doctor`.
 pub struct Survey {
-    /// Kernel files with embedded code, and its bytes.
-    pub images: Vec<(&'static str, usize)>,
+    /// Embedded code.
+    pub images: Vec<Image>,
+    /// Whether there is a driver at all.
+    pub driver: bool,
     /// GPUs that the driver shows, or why there are none.
     pub devices: Result<u32, String>,
 }
 
+/// The embedded code of a kernel file.
+#[derive(serde::Serialize)]
+pub struct Image {
+    /// Of the file.
+    pub stem: &'static str,
+    /// Compressed.
+    pub bytes: usize,
+    /// `sm_80` for code of a compute capability, `compute_80` for PTX that the driver compiles for newer ones.
+    pub architectures: &'static [&'static str],
+}
+
 /// Looks at the driver and the embedded images; opens nothing.
 pub fn survey() -> Survey {
-    Survey { images: device::images().collect(), devices: device::count() }
+    Survey { images: device::images().collect(), driver: device::driver(), devices: device::count() }
 }
 
 impl<P: Precision> Cuda<P> {
@@ -121,6 +139,11 @@ impl<P: Precision> Cuda<P> {
     pub fn peak_bytes(&self) -> u64 {
         self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).peak_bytes() as u64
     }
+
+    /// Whether [`Backend::replay`] makes graphs; it does unless the environment says `SWAT_CUDA_GRAPHS=off`.
+    pub fn replays(&self, on: bool) {
+        self.device.replays.store(on, std::sync::atomic::Ordering::Relaxed);
+    }
 }
 
 impl<P: Precision> Backend for Cuda<P> {
@@ -134,24 +157,29 @@ impl<P: Precision> Backend for Cuda<P> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {
+        let _span = trace::op("zeros", Cost::default);
         let mut memory = Memory::new(&self.device, len)?;
         memory::clear(&self.device, &memory.all(len))?;
         Ok(Buffer::new(memory, len))
     }
 
     fn write<T: Element>(&self, host: &[T], to: ViewMut<'_, Self, T>) -> Result<()> {
+        let _span = trace::op("write", || Cost::moved(size_of_val(host)));
         memory::write(&self.device, host, &slice_mut(to))
     }
 
     fn read<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<()> {
+        let _span = trace::op("read", || Cost::moved(size_of_val(host)));
         memory::read(&self.device, slice(&from), host)
     }
 
     fn copy<T: Element>(&self, from: View<'_, Self, T>, to: ViewMut<'_, Self, T>) -> Result<()> {
+        let _span = trace::op("copy", || Cost::moved(2 * from.len() * size_of::<T>()));
         memory::copy(&self.device, slice(&from), &slice_mut(to))
     }
 
     fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()> {
+        let _span = trace::op("clear", || Cost::moved(to.len() * size_of::<T>()));
         memory::clear(&self.device, &slice_mut(to))
     }
 
@@ -163,6 +191,14 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.profiler(begins)
     }
 
+    fn device_peak_bytes(&self) -> Option<u64> {
+        Some(self.peak_bytes())
+    }
+
+    fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.device.replay(work)
+    }
+
     fn linear(
         &self,
         x: In<'_, Self>,
@@ -171,6 +207,7 @@ impl<P: Precision> Backend for Cuda<P> {
         shape: LinearShape,
         epilogue: Epilogue<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("linear", || cost::linear(shape, epilogue.addends(y.len()), FLOAT));
         check::linear(&x, &w, &y, shape, &epilogue);
         let addends = gemm::Addends {
             alpha: epilogue.alpha,
@@ -190,6 +227,7 @@ impl<P: Precision> Backend for Cuda<P> {
         alpha: f32,
         accumulate: bool,
     ) -> Result<()> {
+        let _span = trace::op("linear_backward_input", || cost::linear_backward_input(shape, accumulate, FLOAT));
         check::linear_backward_input(&dy, &w, &dx, shape);
         gemm::linear_backward_input(&self.device, slice(&dy), slice(&w), slice_mut(dx), shape, alpha, accumulate)
     }
@@ -203,6 +241,9 @@ impl<P: Precision> Backend for Cuda<P> {
         alpha: f32,
         accumulate: bool,
     ) -> Result<()> {
+        let _span = trace::op("linear_backward_weight", || {
+            cost::linear_backward_weight(shape, accumulate, FLOAT, size_of::<P::Grad>())
+        });
         check::linear_backward_weight(&dy, &x, &dw, shape);
         gemm::linear_backward_weight(&self.device, slice(&dy), slice(&x), slice_mut(dw), shape, alpha, accumulate)
     }
@@ -215,6 +256,9 @@ impl<P: Precision> Backend for Cuda<P> {
         outputs: usize,
         accumulate: bool,
     ) -> Result<()> {
+        let _span = trace::op("linear_backward_bias", || {
+            cost::linear_backward_bias(tokens, outputs, accumulate, FLOAT, size_of::<P::Grad>())
+        });
         assert_eq!([dy.len(), dbias.len()], [tokens * outputs, outputs]);
         gemm::linear_backward_bias(&self.device, slice(&dy), slice_mut(dbias), outputs, accumulate)
     }
@@ -228,6 +272,7 @@ impl<P: Precision> Backend for Cuda<P> {
         lse: Option<ViewMut<'_, Self, f32>>,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("attention", || shape.size().forward(lse.is_some(), FLOAT));
         let lse_len = lse.as_ref().map(ViewMut::len);
         check::attention(q.len(), k.len(), v.len(), &[o.len()], &[], lse_len, shape);
         let shape = attention::Shape::new(shape);
@@ -248,6 +293,7 @@ impl<P: Precision> Backend for Cuda<P> {
         dv: Out<'_, Self>,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("attention_backward", || shape.size().backward(FLOAT));
         let like_q = [o.len(), d_o.len(), dq.len()];
         check::attention(q.len(), k.len(), v.len(), &like_q, &[dk.len(), dv.len()], Some(lse.len()), shape);
         let saved = attention::Saved {
@@ -272,6 +318,11 @@ impl<P: Precision> Backend for Cuda<P> {
         longest: usize,
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
+        let _span = trace::op("attention_decode", || {
+            let pairs = spans.len() / 2 * longest.min(shape.window.unwrap_or(usize::MAX));
+            let rows = k.len() / (shape.kv_heads * shape.head_dim);
+            shape.decode_size(spans.len() / 2, pairs as u64).decode(rows, FLOAT)
+        });
         check::heads(shape, k.len());
         assert!(spans.len().is_multiple_of(2));
         assert_eq!([q.len(), o.len()], [spans.len() / 2 * shape.heads * shape.head_dim; 2]);
@@ -290,6 +341,7 @@ impl<P: Precision> Backend for Cuda<P> {
         width: usize,
         eps: f32,
     ) -> Result<()> {
+        let _span = trace::op("rmsnorm", || cost::rmsnorm(x.len(), width, rstd.is_some(), FLOAT));
         check::rmsnorm(&x, &weight, y.len(), rstd.as_ref().map(ViewMut::len), width);
         rmsnorm::rmsnorm(&self.device, slice(&x), slice(&weight), slice_mut(y), rstd.map(slice_mut), width, eps)
     }
@@ -306,6 +358,9 @@ impl<P: Precision> Backend for Cuda<P> {
         accumulate_dx: bool,
         accumulate_dweight: bool,
     ) -> Result<()> {
+        let _span = trace::op("rmsnorm_backward", || {
+            cost::rmsnorm_backward(x.len(), width, dx.as_ref().map(|_| accumulate_dx), dweight.is_some(), FLOAT)
+        });
         check::rmsnorm(&x, &weight, dy.len(), Some(rstd.len()), width);
         assert!(dx.as_ref().is_none_or(|dx| dx.len() == x.len()));
         assert!(dweight.as_ref().is_none_or(|dw| dw.len() == width));
@@ -323,15 +378,18 @@ impl<P: Precision> Backend for Cuda<P> {
         head_dim: usize,
         inverse: bool,
     ) -> Result<()> {
+        let _span = trace::op("rope", || cost::rope(x.len(), FLOAT));
         check::rope(&x, &positions, heads, head_dim);
         rope::rope(&self.device, slice_mut(x), slice(&table), slice(&positions), heads, head_dim, inverse)
     }
 
     fn swiglu(&self, gate: In<'_, Self>, up: In<'_, Self>, y: Out<'_, Self>) -> Result<()> {
+        let _span = trace::op("swiglu", || cost::swiglu(y.len(), FLOAT));
         swiglu::swiglu(&self.device, slice(&gate), slice(&up), slice_mut(y))
     }
 
     fn swiglu_backward(&self, gate: Out<'_, Self>, up: Out<'_, Self>, dy: In<'_, Self>) -> Result<()> {
+        let _span = trace::op("swiglu_backward", || cost::swiglu_backward(dy.len(), FLOAT));
         swiglu::swiglu_backward(&self.device, slice_mut(gate), slice_mut(up), slice(&dy))
     }
 
@@ -342,6 +400,7 @@ impl<P: Precision> Backend for Cuda<P> {
         to: Out<'_, Self>,
         width: usize,
     ) -> Result<()> {
+        let _span = trace::op("gather_rows", || cost::move_rows(rows.len(), width, FLOAT));
         check::rows(to.len(), &rows, width);
         embedding::gather_rows(&self.device, slice(&from), slice(&rows), slice_mut(to), width)
     }
@@ -353,6 +412,7 @@ impl<P: Precision> Backend for Cuda<P> {
         to: Out<'_, Self>,
         width: usize,
     ) -> Result<()> {
+        let _span = trace::op("scatter_rows", || cost::move_rows(rows.len(), width, FLOAT));
         check::rows(from.len(), &rows, width);
         embedding::scatter_rows(&self.device, slice(&from), slice(&rows), slice_mut(to), width)
     }
@@ -364,6 +424,7 @@ impl<P: Precision> Backend for Cuda<P> {
         dtable: ViewMut<'_, Self, P::Grad>,
         width: usize,
     ) -> Result<()> {
+        let _span = trace::op("embedding_backward", || cost::embedding_backward(dy.len(), FLOAT, size_of::<P::Grad>()));
         check::rows(dy.len(), &rows, width);
         embedding::embedding_backward(&self.device, slice(&dy), slice(&rows), slice_mut(dtable), width)
     }
@@ -376,6 +437,7 @@ impl<P: Precision> Backend for Cuda<P> {
         vocab: usize,
         scale: Option<f32>,
     ) -> Result<()> {
+        let _span = trace::op("cross_entropy", || cost::cross_entropy(logits.len(), scale.is_some(), FLOAT));
         check::logits(logits.len(), vocab, [targets.len(), losses.len()]);
         let (logits, losses) = (slice_mut(logits), slice_mut(losses));
         cross_entropy::cross_entropy(&self.device, logits, slice(&targets), losses, vocab, scale)
@@ -389,11 +451,13 @@ impl<P: Precision> Backend for Cuda<P> {
         vocab: usize,
         sampling: Sampling,
     ) -> Result<()> {
+        let _span = trace::op("sample", || cost::sample(logits.len(), sampling, FLOAT));
         check::logits(logits.len(), vocab, [uniforms.len(), tokens.len()]);
         sampling::sample(&self.device, slice(&logits), slice(&uniforms), slice_mut(tokens), vocab, sampling)
     }
 
     fn sum_squares<T: FloatElement>(&self, parts: &[View<'_, Self, T>], squares: ViewMut<'_, Self, f32>) -> Result<()> {
+        let _span = trace::op("sum_squares", || cost::sum_squares(parts.iter().map(View::len).sum(), size_of::<T>()));
         assert_eq!(parts.len(), squares.len());
         let parts: Vec<_> = parts.iter().map(slice).collect();
         adamw::sum_squares(&self.device, &self.tables, &parts, slice_mut(squares))
@@ -405,6 +469,14 @@ impl<P: Precision> Backend for Cuda<P> {
         squares: View<'_, Self, f32>,
         hyper: AdamW,
     ) -> Result<()> {
+        let _span = trace::op("adamw_masked", || {
+            cost::adamw(
+                table.iter().map(|module| module.grad.len()).sum(),
+                FLOAT,
+                size_of::<P::Grad>(),
+                size_of::<P::Moment>(),
+            )
+        });
         assert_eq!(table.len(), squares.len());
         let table: Vec<_> = table.iter_mut().map(adamw::Module::new).collect();
         adamw::adamw_masked(&self.device, &self.tables, &table, slice(&squares), hyper)
@@ -418,6 +490,7 @@ impl<P: Precision> Backend for Cuda<P> {
         plus: Out<'_, Self>,
         minus: Option<Out<'_, Self>>,
     ) -> Result<()> {
+        let _span = trace::op("perturb", || cost::perturb(w.len(), 1 + usize::from(minus.is_some()), direction, FLOAT));
         check::perturb(&w, direction, &plus, minus.as_ref());
         let noise = match direction {
             Direction::Gaussian(key) => perturb::Noise::Gaussian(*key),

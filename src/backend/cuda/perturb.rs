@@ -2,7 +2,8 @@
 
 use super::device::{Device, Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
-use super::{Cuda, Precision};
+use super::{Cuda, FLOAT, Precision};
+use crate::backend::cost::{NORMAL_FLOPS, perturbed_copies, sum_squares};
 use crate::backend::{Cost, In, NoiseKey, Out, ViewMut};
 use crate::error::Result;
 use half::bf16;
@@ -63,7 +64,7 @@ fn range(len: usize) -> usize {
 fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
     let range = range(w.len());
     let mut sums = Sums::new(device, w.len().div_ceil(range))?;
-    let launch = launch("perturb_squares_vec8_bf16", [sums.count as u32, 1], cost(w.len(), 2, 2));
+    let launch = launch("perturb_squares_vec8_bf16", [sums.count as u32, 1], sum_squares(w.len(), FLOAT));
     // SAFETY: a tensor of `len` elements; a range of it has a block and a place in `sums`.
     unsafe { device.launch(launch, args![w, w.len() as u64, range as u64, &sums.all()]) }?;
     Ok(sums)
@@ -73,7 +74,7 @@ fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
 fn squares_of_normals(device: &Arc<Device>, key: NoiseKey, len: usize) -> Result<Sums> {
     let range = range(len);
     let mut sums = Sums::new(device, len.div_ceil(range))?;
-    let launch = launch("perturb_squares_gaussian_f64", [sums.count as u32, 1], cost(len, 0, 4));
+    let launch = launch("perturb_squares_gaussian_f64", [sums.count as u32, 1], cost(len, 0, 2 + NORMAL_FLOPS));
     // SAFETY: a range of the normals has a block and a place in `sums`.
     unsafe { device.launch(launch, args![len as u64, range as u64, key.seed, key.stream, &sums.all()]) }?;
     Ok(sums)
@@ -89,7 +90,7 @@ fn normals(
     to: &SliceMut<'_, f32>,
 ) -> Result<()> {
     assert_eq!(to.len(), rows * rank);
-    let launch = launch("perturb_normals_f32", [blocks(rows * rank, 4 * BLOCK), 1], cost(rows * rank, 4, 8));
+    let launch = launch("perturb_normals_f32", [blocks(rows * rank, 4 * BLOCK), 1], cost(rows * rank, 4, NORMAL_FLOPS));
     // SAFETY: `to` has a place for each of rows·rank elements.
     unsafe { device.launch(launch, args![to, rows as u64, rank as u32, first as u64, key.seed, key.stream]) }
 }
@@ -110,13 +111,12 @@ impl Copies<'_> {
     }
 
     fn cost(&self, bytes: usize, flops: usize) -> Cost {
-        let copies = 1 + usize::from(self.minus.is_some());
-        cost(self.w.len(), 2 + 2 * copies + bytes, 2 * copies + flops)
+        perturbed_copies(self.w.len(), 1 + usize::from(self.minus.is_some()), bytes, flops, FLOAT)
     }
 
     fn gaussian(&self, device: &Arc<Device>, key: NoiseKey, kernel: &'static str, grid: u32) -> Result<()> {
         let Self { w, plus, minus, epsilon } = self;
-        let launch = launch(kernel, [grid, 1], self.cost(0, 8));
+        let launch = launch(kernel, [grid, 1], self.cost(0, NORMAL_FLOPS));
         let (mut of_w, mut of_n) = (squares_of_tensor(device, *w)?, squares_of_normals(device, key, w.len())?);
         let (w_count, n_count) = (of_w.count as u32, of_n.count as u32);
         let (of_w, of_n, len) = (of_w.all(), of_n.all(), w.len() as u64);

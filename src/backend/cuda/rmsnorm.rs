@@ -1,9 +1,10 @@
 //! RMSNorm: see `kernels/rmsnorm.cu`.
 
+use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{Memory, Slice, SliceMut};
-use crate::backend::{Cost, Element, FloatElement};
+use crate::backend::{Cost, Element, FloatElement, cost};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -68,8 +69,7 @@ pub(super) fn rmsnorm(
     let fitting = versions.iter().filter(|(_, most, ..)| aligned && width <= *most);
     let chosen = measure::choose(fitting.map(|(name, _, kernel, blocks, block)| (*name, (*kernel, *blocks, *block))));
     let (kernel, blocks, block) = chosen.unwrap_or(("rmsnorm_forward_baseline_bf16", by_warps, BLOCK));
-    let kept = if rstd.is_some() { 4 * rows } else { 0 };
-    let cost = Cost { bytes: (4 * x.len() + 2 * width + kept) as u64, flops: 4 * x.len() as u64 };
+    let cost = cost::rmsnorm(x.len(), width, rstd.is_some(), FLOAT);
     let launch = Launch { image: "rmsnorm", kernel, grid: [blocks, 1, 1], block, shared_bytes: 0, cost };
     let shape = (rows as u64, width as u32);
     // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks, which also
@@ -126,13 +126,10 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
     let mut workspace = Memory::<f32>::new(device, if dweight.is_some() { parts * width } else { 0 })?;
     let partial = dweight.as_ref().map(|_| workspace.all(parts * width));
     let (rows_a_part, parts, width32) = (rows_a_part as u32, parts as u32, width as u32);
+    let cost =
+        |dx: bool, dweight: bool| cost::rmsnorm_backward(x.len(), width, dx.then_some(accumulate_dx), dweight, FLOAT);
     let (rows64, accumulate_dx) = (rows as u64, accumulate_dx as u32);
     let launch = |kernel, grid, block, cost| Launch { image: "rmsnorm", kernel, grid, block, shared_bytes: 0, cost };
-    let (reads, writes) = (4 * x.len() as u64, 2 * x.len() as u64 * (1 + accumulate_dx as u64));
-    let cost = |with_dx: bool, with_dweight: bool| Cost {
-        bytes: reads + 4 * rows64 + if with_dx { writes } else { 0 },
-        flops: x.len() as u64 * (if with_dx { 8 } else { 0 } + if with_dweight { 3 } else { 0 }),
-    };
     // SAFETY: x, dy and dx have `rows` rows of `width`, weight one, rstd an element a row, `partial` `parts` rows, and `parts` of
     // `rows_a_part` rows cover all; aligned as the kernels ask, which also bounds the width; dx, dweight and the workspace are
     // borrowed mutably.

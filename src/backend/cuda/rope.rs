@@ -1,9 +1,10 @@
 //! Rotary position embedding: see `kernels/rope.cu`.
 
+use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{Slice, SliceMut};
-use crate::backend::Cost;
+use crate::backend::cost;
 use crate::error::Result;
 use half::bf16;
 
@@ -33,14 +34,13 @@ pub(super) fn rope(
         true => ("rope_forward_vec8_bf16", tokens * heads.div_ceil(HEADS) * head_dim / HEAD_DIM_STEP),
         false => ("rope_forward_baseline_bf16", x.len() / 2),
     };
-    let cost = Cost { bytes: 4 * x.len() as u64, flops: 3 * x.len() as u64 };
     let launch = Launch {
         image: "rope",
         kernel,
         grid: [blocks(threads, BLOCK), 1, 1],
         block: BLOCK as u32,
         shared_bytes: 0,
-        cost,
+        cost: cost::rope(x.len(), FLOAT),
     };
     let length = (table.len() / head_dim) as u32;
     let sign = if inverse { -1f32 } else { 1.0 };

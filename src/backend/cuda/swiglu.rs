@@ -1,9 +1,10 @@
 //! SwiGLU: see `kernels/swiglu.cu`.
 
+use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{Slice, SliceMut};
-use crate::backend::Cost;
+use crate::backend::{Cost, cost};
 use crate::error::Result;
 use half::bf16;
 
@@ -24,17 +25,12 @@ fn choose(device: &Device, len: usize, aligned: bool, kernels: [&'static str; 2]
     Launch { image: "swiglu", kernel, grid: [blocks, 1, 1], block: BLOCK, shared_bytes: 0, cost }
 }
 
-/// Of `len` elements: 3 tensors forward, 5 backward.
-fn cost(len: usize, tensors: u64, flops: u64) -> Cost {
-    Cost { bytes: len as u64 * tensors * 2, flops: len as u64 * flops }
-}
-
 /// y = silu(gate) · up.
 pub(super) fn swiglu(device: &Device, gate: Slice<bf16>, up: Slice<bf16>, y: SliceMut<bf16>) -> Result<()> {
     assert_eq!([gate.len(), up.len()], [y.len(); 2]);
     let aligned = gate.aligned(VECTOR_BYTES) && up.aligned(VECTOR_BYTES) && y.aligned(VECTOR_BYTES);
     let kernels = ["swiglu_forward_vec8_bf16", "swiglu_forward_baseline_bf16"];
-    let launch = choose(device, y.len(), aligned, kernels, cost(y.len(), 3, 5));
+    let launch = choose(device, y.len(), aligned, kernels, cost::swiglu(y.len(), FLOAT));
     // SAFETY: three tensors of `len` elements, aligned as the kernel asks; y is borrowed mutably.
     unsafe { device.launch(launch, args![gate, up, &y, y.len() as u64]) }
 }
@@ -49,7 +45,7 @@ pub(super) fn swiglu_backward(
     assert_eq!([gate.len(), up.len()], [dy.len(); 2]);
     let aligned = gate.aligned(VECTOR_BYTES) && up.aligned(VECTOR_BYTES) && dy.aligned(VECTOR_BYTES);
     let kernels = ["swiglu_backward_vec8_bf16", "swiglu_backward_baseline_bf16"];
-    let launch = choose(device, dy.len(), aligned, kernels, cost(dy.len(), 5, 13));
+    let launch = choose(device, dy.len(), aligned, kernels, cost::swiglu_backward(dy.len(), FLOAT));
     // SAFETY: three tensors of `len` elements, aligned as the kernel asks; gate and up are borrowed mutably.
     unsafe { device.launch(launch, args![&gate, &up, dy, dy.len() as u64]) }
 }

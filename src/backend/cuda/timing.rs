@@ -90,9 +90,12 @@ impl Device {
             let milliseconds = unsafe { result::event::elapsed(from, to) }?;
             Ok::<u64, DriverError>((f64::from(milliseconds.max(0.0)) * 1e6) as u64)
         };
+        let mut free_ns = 0;
         for (mut span, start, end) in std::mem::take(&mut pending.spans) {
-            span.start_ns = base_ns + between(base, start)?;
+            // One stream runs one at a time; times are rounded, each by itself.
+            span.start_ns = (base_ns + between(base, start)?).max(free_ns);
             span.duration_ns = between(start, end)?;
+            free_ns = span.start_ns + span.duration_ns;
             trace::push(span);
             pending.free.extend([start, end]);
         }
@@ -108,6 +111,7 @@ impl<P: Precision> Cuda<P> {
     /// What `queue` returns; [`crate::Error::Device`] where the driver fails.
     pub fn time(&self, queue: impl FnOnce() -> Result<()>) -> Result<Duration> {
         let device = &self.device;
+        device.flush()?;
         device.bind()?;
         let failed = |error| device.failed("cannot take the time", error);
         let event = || result::event::create(CU_EVENT_DEFAULT).map_err(failed);

@@ -1,7 +1,7 @@
 //! Draws of noise: which members share one, in what order they run, and the perturbed tensors themselves.
 
 use super::{Member, NoiseKind, SweepOptions};
-use crate::backend::{Backend, Buffer, Direction, NoiseKey};
+use crate::backend::{Backend, Buffer, Direction, NoiseKey, trace};
 use crate::engine::decoder::{Overlay, upload};
 use crate::engine::{Batch, Decoder};
 use crate::error::Result;
@@ -31,6 +31,7 @@ impl<B: Backend> Decoder<B> {
         wanted: impl Fn(ParamId) -> bool,
         options: &SweepOptions,
     ) -> Result<Vec<Perturbed<B>>> {
+        let _span = trace::phase("perturb");
         let mut all: Vec<Perturbed<B>> = draw.members.iter().map(|_| BTreeMap::new()).collect();
         for (stream, param) in self.params.iter().enumerate() {
             let id = param.id;
@@ -38,6 +39,7 @@ impl<B: Backend> Decoder<B> {
             if !base || !draw.cells.contains(id.cell()) || !wanted(id) {
                 continue;
             }
+            let _span = id.layer().map(trace::layer);
             let key = NoiseKey { seed: draw.seed, stream: stream as u64 };
             let given;
             let (direction, epsilon) = match &options.kind {

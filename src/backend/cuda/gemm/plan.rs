@@ -1,6 +1,7 @@
 //! Which kernel computes a product.
 
-use crate::backend::Cost;
+use crate::backend::cuda::FLOAT;
+use crate::backend::{Cost, cost};
 
 /// A product of a linear layer with X [tokens, inputs] and W [outputs, inputs].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +31,7 @@ impl GemmShape {
     /// Of the product alone, C in elements of `element_bytes`.
     pub fn cost(self, element_bytes: usize) -> Cost {
         let Self { m, n, k, .. } = self;
-        Cost { bytes: (2 * (m * k + n * k) + element_bytes * m * n) as u64, flops: 2 * (m * n * k) as u64 }
+        cost::product([m, n, k], FLOAT, element_bytes)
     }
 
     /// Contiguous elements of A and of B.

@@ -1,0 +1,142 @@
+//! What a backend can do at most on this machine, measured: what percentages are percentages of.
+
+use super::philox::Philox;
+use super::{Backend, Buffer, Cost, Epilogue, FloatElement, LinearShape};
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The most that was seen of a backend: a large product of random numbers, and a large copy.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Ceilings {
+    /// Multiplications and additions a second.
+    pub flops_per_s: f64,
+    /// Bytes read and written a second.
+    pub bytes_per_s: f64,
+}
+
+impl Ceilings {
+    /// What a cost takes at the ceilings, where computing and moving overlap.
+    pub fn seconds(&self, cost: Cost) -> f64 {
+        (cost.flops as f64 / self.flops_per_s).max(cost.bytes as f64 / self.bytes_per_s)
+    }
+}
+
+/// Sides of the product, and bytes of the copy, from where they start to where they end: doubled until one takes [`LONG`].
+/// No cache holds the copy.
+const SIDES: [usize; 2] = [256, 8192];
+const COPIED_BYTES: [usize; 2] = [64 << 20, 256 << 20];
+/// Long enough for a host's clock, and short enough that one of many timings meets a moment in which a busy machine does
+/// nothing else.
+const LONG: Duration = Duration::from_millis(2);
+/// What the timings of one work may take together; the best counts.
+const BUDGET: Duration = Duration::from_millis(250);
+/// Fewest and most timings.
+const TIMINGS: [u128; 2] = [5, 100];
+/// Numbers that are drawn; larger tensors repeat them.
+const DRAWN: usize = 1 << 16;
+
+/// The ceilings of a backend. The first call in a process measures them, in less than a second and with at most 600 MB of
+/// memory, and whatever else the machine does meanwhile lowers them; later calls return the same.
+///
+/// # Errors
+/// A device without memory for them, or that fails.
+pub fn ceilings<B: Backend>(backend: &B) -> Result<Ceilings> {
+    static KNOWN: Mutex<BTreeMap<String, Ceilings>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(ceilings) = known.get(&backend.name()) {
+        return Ok(*ceilings);
+    }
+    let measured = Ceilings { flops_per_s: product(backend)?, bytes_per_s: copy(backend)? };
+    known.insert(backend.name(), measured);
+    Ok(measured)
+}
+
+/// FLOPs a second of a large product.
+fn product<B: Backend>(backend: &B) -> Result<f64> {
+    let [mut side, most] = SIDES;
+    loop {
+        let shape = LinearShape { tokens: side, inputs: side, outputs: side };
+        let (x, w) = (random(backend, side * side)?, random(backend, side * side)?);
+        let mut y = backend.zeros::<B::Float>(side * side)?;
+        let work = || backend.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default());
+        if let Some(seconds) = seconds(backend, side == most, work)? {
+            return Ok(2.0 * (side as f64).powi(3) / seconds);
+        }
+        side *= 2;
+    }
+}
+
+/// Bytes a second of a large copy, read and written.
+fn copy<B: Backend>(backend: &B) -> Result<f64> {
+    let [mut bytes, most] = COPIED_BYTES;
+    loop {
+        let from = random(backend, bytes / size_of::<B::Float>())?;
+        let mut to = backend.zeros::<B::Float>(from.len())?;
+        if let Some(seconds) = seconds(backend, bytes == most, || backend.copy(from.view(), to.view_mut()))? {
+            return Ok(2.0 * bytes as f64 / seconds);
+        }
+        bytes *= 2;
+    }
+}
+
+/// What `work` takes at best; `None` where it is too short to be timed alone, unless it is the `last`, which is then timed
+/// several times in a row.
+fn seconds<B: Backend>(backend: &B, last: bool, mut work: impl FnMut() -> Result<()>) -> Result<Option<f64>> {
+    let mut time = |times: usize| {
+        backend.synchronize()?;
+        let began = Instant::now();
+        for _ in 0..times {
+            work()?;
+        }
+        backend.synchronize()?;
+        Ok::<Duration, Error>(began.elapsed() / times as u32)
+    };
+    time(1)?;
+    let once = time(1)?;
+    if once < LONG && !last {
+        return Ok(None);
+    }
+    let once_ns = once.as_nanos().max(1);
+    let times = LONG.as_nanos().div_ceil(once_ns).min(1000);
+    let timings = (BUDGET.as_nanos() / (once_ns * times)).clamp(TIMINGS[0], TIMINGS[1]);
+    let (mut best, times) = (once, times as usize);
+    for _ in 0..timings {
+        best = best.min(time(times)?);
+    }
+    Ok(Some(best.as_secs_f64().max(1e-9)))
+}
+
+/// Normals: a product of zeros takes less power, so that clocks are higher than in real work.
+fn random<B: Backend>(backend: &B, len: usize) -> Result<Buffer<B, B::Float>> {
+    let mut rng = Philox::new(1, 1);
+    let host: Vec<B::Float> = (0..len.min(DRAWN)).map(|_| B::Float::from_f32(rng.normal() as f32)).collect();
+    let mut buffer = backend.zeros(len)?;
+    for first in (0..len).step_by(DRAWN) {
+        let part = first..(first + DRAWN).min(len);
+        backend.write(&host[..part.len()], buffer.range_mut(part))?;
+    }
+    Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+
+    #[test]
+    fn ceilings_are_not_absurd_and_are_measured_once() {
+        let measured = ceilings(&Cpu::new()).unwrap();
+        assert!((1e8..1e14).contains(&measured.flops_per_s), "{measured:?}");
+        assert!((1e8..1e13).contains(&measured.bytes_per_s), "{measured:?}");
+        assert_eq!(ceilings(&Cpu::new()).unwrap(), measured);
+    }
+
+    #[test]
+    fn the_longer_of_computing_and_moving_counts() {
+        let ceilings = Ceilings { flops_per_s: 10.0, bytes_per_s: 2.0 };
+        assert_eq!(ceilings.seconds(Cost { bytes: 4, flops: 100 }), 10.0);
+        assert_eq!(ceilings.seconds(Cost { bytes: 40, flops: 100 }), 20.0);
+    }
+}

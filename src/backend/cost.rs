@@ -1,0 +1,245 @@
+//! What operations must move and compute: one function a family, shared by the spans of both backends, the launches of
+//! kernels, `swat plan` and the benches.
+//!
+//! Bytes count each tensor once, as it is read or written; small ones that no time goes into (positions, starts of documents)
+//! are left out. FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends
+//! differ in their types: `float`, `grad` and `moment` are bytes of an element.
+
+use super::{Backend, Direction, LinearShape, Sampling};
+use std::iter::Sum;
+use std::ops::Add;
+
+/// What an operation cannot do without: a bound on its time on any machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Read and written, each tensor once.
+    pub bytes: u64,
+    /// Multiplications and additions.
+    pub flops: u64,
+}
+
+impl Cost {
+    /// Bytes alone.
+    pub fn moved(bytes: usize) -> Self {
+        Self { bytes: bytes as u64, flops: 0 }
+    }
+
+    /// So many bytes and FLOPs for each of `elements`.
+    fn each(elements: usize, bytes: usize, flops: usize) -> Self {
+        Self { bytes: elements as u64 * bytes as u64, flops: elements as u64 * flops as u64 }
+    }
+}
+
+impl Add for Cost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { bytes: self.bytes + other.bytes, flops: self.flops + other.flops }
+    }
+}
+
+impl Sum for Cost {
+    fn sum<I: Iterator<Item = Self>>(costs: I) -> Self {
+        costs.fold(Self::default(), Self::add)
+    }
+}
+
+/// C [m, n] = A·B over a depth of k; A and B have elements of `float` bytes, C of `result`.
+pub fn product([m, n, k]: [usize; 3], float: usize, result: usize) -> Cost {
+    let [m, n, k] = [m, n, k].map(|size| size as u64);
+    Cost { bytes: float as u64 * (m * k + n * k) + result as u64 * m * n, flops: 2 * m * n * k }
+}
+
+/// Y = X·Wᵀ, and `addends` elements that are added to it: bias, residual, what Y held.
+pub fn linear(shape: LinearShape, addends: usize, float: usize) -> Cost {
+    product([shape.tokens, shape.outputs, shape.inputs], float, float) + Cost::moved(addends * float)
+}
+
+/// Layers of one X [tokens, inputs] that have `outputs` and `biases` in all: X is read once.
+pub fn linear_each(tokens: usize, inputs: usize, outputs: usize, biases: usize, float: usize) -> Cost {
+    linear(LinearShape { tokens, inputs, outputs }, biases, float)
+}
+
+/// dX = dY·W.
+pub fn linear_backward_input(shape: LinearShape, accumulate: bool, float: usize) -> Cost {
+    let LinearShape { tokens, inputs, outputs } = shape;
+    let old = if accumulate { tokens * inputs } else { 0 };
+    product([tokens, inputs, outputs], float, float) + Cost::moved(old * float)
+}
+
+/// dW = dYᵀ·X.
+pub fn linear_backward_weight(shape: LinearShape, accumulate: bool, float: usize, grad: usize) -> Cost {
+    let LinearShape { tokens, inputs, outputs } = shape;
+    let old = if accumulate { outputs * inputs } else { 0 };
+    product([outputs, inputs, tokens], float, grad) + Cost::moved(old * grad)
+}
+
+/// Column sums of dY [tokens, outputs].
+pub fn linear_backward_bias(tokens: usize, outputs: usize, accumulate: bool, float: usize, grad: usize) -> Cost {
+    Cost::each(tokens * outputs, float, 1) + Cost::moved((1 + usize::from(accumulate)) * outputs * grad)
+}
+
+/// Pairs of a query and a key that it sees, of one head, over documents that begin at `starts`.
+pub fn attention_pairs(starts: &[u32], window: Option<usize>) -> u64 {
+    let window = window.map_or(u64::MAX, |window| window as u64);
+    let document = |len: u64| match len.checked_sub(window) {
+        Some(whole) => window * (window + 1) / 2 + whole * window,
+        None => len * (len + 1) / 2,
+    };
+    starts.windows(2).map(|w| document(u64::from(w[1] - w[0]))).sum()
+}
+
+/// Sizes of an attention call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionSize {
+    /// Queries.
+    pub tokens: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Pairs of a query and a key that it sees, of one head.
+    pub pairs: u64,
+}
+
+impl AttentionSize {
+    /// A pass over `q_tensors` tensors like Q, `kv_tensors` like K and `stats` like lse, with `flops` a pair, head and column.
+    pub fn pass(self, q_tensors: usize, kv_tensors: usize, stats: usize, flops: u64, float: usize) -> Cost {
+        let Self { tokens, heads, kv_heads, head_dim, pairs } = self;
+        let row = (q_tensors * heads + kv_tensors * kv_heads) * head_dim * float + stats * heads * size_of::<f32>();
+        Cost { bytes: tokens as u64 * row as u64, flops: pairs * flops * (heads * head_dim) as u64 }
+    }
+
+    /// O from Q, K and V: two products a pair.
+    pub fn forward(self, lse: bool, float: usize) -> Cost {
+        self.pass(2, 2, usize::from(lse), 4, float)
+    }
+
+    /// dQ, dK and dV from Q, K, V, O, lse and dO: five products a pair.
+    pub fn backward(self, float: usize) -> Cost {
+        self.pass(4, 4, 1, 10, float)
+    }
+
+    /// O from Q and a cache of `rows` rows of K and V, of which no more is read than it has.
+    pub fn decode(self, rows: usize, float: usize) -> Cost {
+        let Self { tokens, heads, kv_heads, head_dim, pairs } = self;
+        let read = pairs.min(rows as u64) * (2 * kv_heads * head_dim) as u64;
+        let moved = read + (2 * tokens * heads * head_dim) as u64;
+        Cost { bytes: float as u64 * moved, flops: 4 * pairs * (heads * head_dim) as u64 }
+    }
+}
+
+/// y and, where it is `kept`, rstd, of `elements` in rows of `width`.
+pub fn rmsnorm(elements: usize, width: usize, kept: bool, float: usize) -> Cost {
+    let stats = if kept { elements / width * size_of::<f32>() } else { 0 };
+    Cost::each(elements, 2 * float, 4) + Cost::moved(width * float + stats)
+}
+
+/// dx, which may be added to, and dweight; each may be left out.
+pub fn rmsnorm_backward(elements: usize, width: usize, dx: Option<bool>, dweight: bool, float: usize) -> Cost {
+    let written = dx.map_or(0, |accumulate| 1 + usize::from(accumulate));
+    let flops = if dx.is_some() { 8 } else { 0 } + if dweight { 3 } else { 0 };
+    Cost::each(elements, (2 + written) * float, flops)
+        + Cost::moved(width * float + elements / width * size_of::<f32>())
+}
+
+/// In place.
+pub fn rope(elements: usize, float: usize) -> Cost {
+    Cost::each(elements, 2 * float, 3)
+}
+
+/// y = silu(gate) · up.
+pub fn swiglu(elements: usize, float: usize) -> Cost {
+    Cost::each(elements, 3 * float, 5)
+}
+
+/// dgate and dup in the place of gate and up.
+pub fn swiglu_backward(elements: usize, float: usize) -> Cost {
+    Cost::each(elements, 5 * float, 13)
+}
+
+/// `rows` rows of `width` from one place to another.
+pub fn move_rows(rows: usize, width: usize, float: usize) -> Cost {
+    Cost::moved(2 * rows * width * float + rows * size_of::<u32>())
+}
+
+/// Rows of dy added to rows of a table of gradients.
+pub fn embedding_backward(elements: usize, float: usize, grad: usize) -> Cost {
+    Cost::each(elements, float + 2 * grad, 1)
+}
+
+/// Losses of rows of logits, and with `gradients` these in the place of the logits.
+pub fn cross_entropy(logits: usize, gradients: bool, float: usize) -> Cost {
+    if gradients { Cost::each(logits, 2 * float, 7) } else { Cost::each(logits, float, 4) }
+}
+
+/// A token a row of logits.
+pub fn sample(logits: usize, sampling: Sampling, float: usize) -> Cost {
+    Cost::each(logits, float, if sampling.temperature > 0.0 { 80 } else { 1 })
+}
+
+/// Σ x² of elements of `element` bytes.
+pub fn sum_squares(elements: usize, element: usize) -> Cost {
+    Cost::each(elements, element, 2)
+}
+
+/// A step of AdamW: weights and moments read and written, gradients read.
+pub fn adamw(elements: usize, float: usize, grad: usize, moment: usize) -> Cost {
+    Cost::each(elements, 2 * float + grad + 4 * moment, 14)
+}
+
+/// `copies` copies of a tensor along a direction whose values take `bytes` and `flops` an element.
+pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usize, float: usize) -> Cost {
+    Cost::each(elements, (1 + copies) * float + bytes, 2 * copies + flops)
+}
+
+/// Perturbed copies with the norms of the tensor and of the direction, whose values are made once.
+pub fn perturb<B: Backend>(elements: usize, copies: usize, direction: &Direction<'_, B>, float: usize) -> Cost {
+    let (bytes, flops) = match direction {
+        Direction::Gaussian(_) => (0, 4 + NORMAL_FLOPS),
+        Direction::Rademacher(_) => (0, 2),
+        Direction::LowRank { rank, .. } => (0, 2 + 2 * rank),
+        Direction::Scale => (0, 0),
+        Direction::Given(_) => (float, 4),
+    };
+    perturbed_copies(elements, copies, bytes, flops, float)
+}
+
+/// FLOPs of a normal: a logarithm, a root, a sine or cosine, and what is between them.
+pub const NORMAL_FLOPS: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_those_that_a_mask_lets_through() {
+        let counted = |starts: &[u32], window: Option<usize>| {
+            let sees = |query: u32, key: u32| key <= query && window.is_none_or(|w| ((query - key) as usize) < w);
+            let document = |w: &[u32]| (w[0]..w[1]).flat_map(|q| (w[0]..w[1]).map(move |k| (q, k))).collect::<Vec<_>>();
+            starts.windows(2).flat_map(document).filter(|(q, k)| sees(*q, *k)).count() as u64
+        };
+        for window in [None, Some(1), Some(3), Some(7), Some(8), Some(100)] {
+            for starts in [&[0, 7][..], &[0, 1, 9, 12], &[0]] {
+                assert_eq!(attention_pairs(starts, window), counted(starts, window), "{window:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn tensors_are_counted_once() {
+        let shape = LinearShape { tokens: 3, inputs: 5, outputs: 7 };
+        assert_eq!(linear(shape, 7 + 21, 2), Cost { bytes: 2 * (15 + 35 + 21 + 7 + 21), flops: 210 });
+        assert_eq!(linear_backward_input(shape, true, 4), Cost { bytes: 4 * (21 + 35 + 2 * 15), flops: 210 });
+        assert_eq!(linear_backward_weight(shape, false, 2, 4), Cost { bytes: 2 * (21 + 15) + 4 * 35, flops: 210 });
+        let size = AttentionSize { tokens: 4, heads: 2, kv_heads: 1, head_dim: 8, pairs: 10 };
+        assert_eq!(size.forward(true, 2), Cost { bytes: 4 * (48 * 2 + 8), flops: 10 * 4 * 16 });
+        // What several queries see is read once.
+        let decode = AttentionSize { tokens: 2, ..size };
+        assert_eq!(decode.decode(5, 4).bytes, 4 * (2 * 5 * 8 + 2 * 2 * 16));
+        assert_eq!(decode.decode(50, 4), Cost { bytes: 4 * (2 * 10 * 8 + 2 * 2 * 16), flops: 4 * 10 * 16 });
+        assert_eq!([linear(shape, 0, 2), linear(shape, 0, 2)].into_iter().sum::<Cost>().flops, 420);
+    }
+}

@@ -1,0 +1,414 @@
+//! One launch for what a step queues again and again ([`crate::backend::Backend::replay`]).
+//!
+//! While a part of a step runs, its kernels and memsets are put down here instead of going to the driver. At its end they are
+//! compared with what earlier parts have put down: the same work becomes a graph, and from then on one launch; where some
+//! kernels have other arguments or sizes (a loss scale, more keys to look at), their nodes are changed first. Nothing is taken on trust: what the
+//! GPU gets is always what this very pass has put down, with the memory that this pass holds, so that a graph needs no memory
+//! of its own and no key. What must wait for the device, or copies, ends the part: all of it then goes the plain way.
+//!
+//! | the same work, with the same memory | what happens |
+//! |---|---|
+//! | seen for the first time | plain, and remembered |
+//! | for the second | made a graph, and launched |
+//! | again | launched |
+//!
+//! The first steps of a shape allocate; after that the engine's pool and the arena give the same request the same memory.
+//!
+//! `SWAT_CUDA_GRAPHS=off` leaves all of it out. While `swat profile` records, every kernel is queued and timed by itself.
+
+use super::device::{Arg, Device, Function, Launch};
+use crate::backend::trace;
+use crate::error::Result;
+use cudarc::driver::{DriverError, result, sys};
+use std::ffi::c_void;
+use std::ops::Range;
+use std::ptr::null_mut;
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// Parts of steps that are remembered; a graph of each may take some megabytes of the driver's own memory.
+const KNOWN: usize = 8;
+/// A graph is changed to fit where at most one in so many of its nodes differs.
+const CHANGED: usize = 4;
+
+/// What is put down, and what is known from earlier.
+#[derive(Default)]
+pub(super) struct Graphs {
+    /// Of the part of a step that runs now.
+    open: Option<Sequence>,
+    /// The most recently used last.
+    known: Vec<Known>,
+}
+
+// SAFETY: graphs of the driver may be used from any thread, one at a time; they are behind a mutex.
+unsafe impl Send for Graphs {}
+
+/// Kernels and memsets, one after another.
+#[derive(Default)]
+struct Sequence {
+    nodes: Vec<Node>,
+    /// Arguments of all nodes: a tensor map has sixteen words, anything else one.
+    words: Vec<u64>,
+}
+
+struct Node {
+    work: Work,
+    words: Range<usize>,
+}
+
+#[derive(Clone)]
+enum Work {
+    Kernel {
+        function: Function,
+        grid: [u32; 3],
+        block: u32,
+        shared_bytes: u32,
+    },
+    /// Zeros; its words are the address and the number of bytes.
+    Clear,
+}
+
+impl Work {
+    /// Whether a node of this can be changed to one of `other`.
+    fn fits(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Clear, Self::Clear) => true,
+            (Self::Kernel { function, .. }, Self::Kernel { function: other, .. }) => function.raw == other.raw,
+            _ => false,
+        }
+    }
+
+    fn dimensions(&self) -> Option<([u32; 3], u32, u32)> {
+        match self {
+            Self::Kernel { grid, block, shared_bytes, .. } => Some((*grid, *block, *shared_bytes)),
+            Self::Clear => None,
+        }
+    }
+}
+
+struct Known {
+    sequence: Sequence,
+    graph: Graph,
+}
+
+/// The driver's form of a sequence.
+enum Graph {
+    /// Seen once.
+    None,
+    /// The driver would not make one.
+    Refused,
+    Ready {
+        graph: sys::CUgraph,
+        executable: sys::CUgraphExec,
+        nodes: Vec<sys::CUgraphNode>,
+    },
+}
+
+impl Sequence {
+    fn add(&mut self, work: Work, words: impl Iterator<Item = u64>) {
+        let first = self.words.len();
+        self.words.extend(words);
+        self.nodes.push(Node { work, words: first..self.words.len() });
+    }
+
+    fn words(&self, node: usize) -> &[u64] {
+        &self.words[self.nodes[node].words.clone()]
+    }
+
+    /// The nodes that differ from those of `other`; `None` where that is more than sizes and arguments of a few kernels.
+    fn changes(&self, other: &Self) -> Option<Vec<usize>> {
+        let (nodes, others) = (&self.nodes, &other.nodes);
+        if nodes.len() != others.len() || !nodes.iter().zip(others).all(|(node, other)| node.work.fits(&other.work)) {
+            return None;
+        }
+        let mut changed: Vec<usize> = Vec::new();
+        for (i, (node, other_node)) in nodes.iter().zip(others).enumerate() {
+            if self.words(i) == other.words(i) && node.work.dimensions() == other_node.work.dimensions() {
+                continue;
+            }
+            if matches!(node.work, Work::Clear) || (changed.len() + 1) * CHANGED > nodes.len() {
+                return None;
+            }
+            changed.push(i);
+        }
+        Some(changed)
+    }
+
+    /// Hands a kernel's arguments to `to` as the driver wants them.
+    fn with_arguments<R>(&self, node: usize, function: &Function, to: impl FnOnce(&mut [*mut c_void]) -> R) -> R {
+        let words = self.words(node);
+        // Room for tensor maps, which are aligned to more than words are.
+        let mut maps: Vec<sys::CUtensorMap> = Vec::with_capacity(function.parameters.len());
+        let mut pointers = Vec::with_capacity(function.parameters.len());
+        let mut at = 0;
+        for bytes in function.parameters.iter() {
+            if *bytes <= size_of::<u64>() {
+                pointers.push(std::ptr::from_ref(&words[at]) as *mut c_void);
+                at += 1;
+            } else {
+                let mut map = sys::CUtensorMap { opaque: [0; 16] };
+                map.opaque.copy_from_slice(&words[at..at + 16]);
+                maps.push(map);
+                // The room was reserved: what is in it stays where it is.
+                pointers.push(maps.last().map_or(null_mut(), |map| std::ptr::from_ref(map) as *mut c_void));
+                at += 16;
+            }
+        }
+        to(&mut pointers)
+    }
+
+    /// The driver's description of a kernel, handed to `to`.
+    fn with_kernel<R>(&self, node: usize, to: impl FnOnce(&sys::CUDA_KERNEL_NODE_PARAMS) -> R) -> Option<R> {
+        let Work::Kernel { function, grid, block, shared_bytes } = &self.nodes[node].work else { return None };
+        Some(self.with_arguments(node, function, |arguments| {
+            to(&sys::CUDA_KERNEL_NODE_PARAMS {
+                func: function.raw,
+                gridDimX: grid[0],
+                gridDimY: grid[1],
+                gridDimZ: grid[2],
+                blockDimX: *block,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: *shared_bytes,
+                kernelParams: arguments.as_mut_ptr(),
+                extra: null_mut(),
+                kern: null_mut(),
+                ctx: null_mut(),
+            })
+        }))
+    }
+
+    /// Queues everything, one by one.
+    ///
+    /// # Safety
+    /// The context is current, and all of it was put down by [`Device::put_down`].
+    unsafe fn queue(&self, stream: sys::CUstream) -> Result<(), DriverError> {
+        for (i, node) in self.nodes.iter().enumerate() {
+            let words = self.words(i);
+            match &node.work {
+                Work::Kernel { function, grid: [x, y, z], block, shared_bytes } => {
+                    self.with_arguments(i, function, |arguments| {
+                        // SAFETY: a launch that was checked when it was put down.
+                        unsafe {
+                            let (grid, block) = ((*x, *y, *z), (*block, 1, 1));
+                            result::launch_kernel(function.raw, grid, block, *shared_bytes, stream, arguments)
+                        }
+                    })?;
+                }
+                // SAFETY: memory that was borrowed mutably when this was put down.
+                Work::Clear => unsafe { result::memset_d8_async(words[0], 0, words[1] as usize, stream) }?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Graph {
+    /// A chain of the nodes of `sequence`.
+    ///
+    /// # Safety
+    /// The context is current, and all of it was put down by [`Device::put_down`].
+    unsafe fn new(sequence: &Sequence, context: sys::CUcontext) -> Result<Self, DriverError> {
+        let mut graph = null_mut();
+        // SAFETY: writes the handle of a new graph.
+        unsafe { sys::cuGraphCreate(&mut graph, 0) }.result()?;
+        let mut nodes: Vec<sys::CUgraphNode> = Vec::with_capacity(sequence.nodes.len());
+        let mut fill = || {
+            for i in 0..sequence.nodes.len() {
+                let (before, count) = nodes.last().map_or((std::ptr::null(), 0), |last| (std::ptr::from_ref(last), 1));
+                let mut node = null_mut();
+                let kernel = sequence.with_kernel(i, |kernel| {
+                    // SAFETY: a launch that was checked when it was put down; the driver copies the arguments.
+                    unsafe { sys::cuGraphAddKernelNode_v2(&mut node, graph, before, count, kernel) }
+                });
+                let words = sequence.words(i);
+                let clear = || {
+                    let params = sys::CUDA_MEMSET_NODE_PARAMS {
+                        dst: words[0],
+                        pitch: 0,
+                        value: 0,
+                        elementSize: 1,
+                        width: words[1] as usize,
+                        height: 1,
+                    };
+                    // SAFETY: memory that was borrowed mutably when this was put down.
+                    unsafe { sys::cuGraphAddMemsetNode(&mut node, graph, before, count, &params, context) }
+                };
+                kernel.unwrap_or_else(clear).result()?;
+                nodes.push(node);
+            }
+            // SAFETY: a graph of this function's own.
+            unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) }
+        };
+        match fill() {
+            Ok(executable) => Ok(Self::Ready { graph, executable, nodes }),
+            Err(error) => {
+                // SAFETY: as above; nothing uses it.
+                let _ = unsafe { result::graph::destroy(graph) };
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives it back to the driver.
+    ///
+    /// # Safety
+    /// The context is current and the stream is idle.
+    unsafe fn destroy(&mut self) {
+        if let Self::Ready { graph, executable, .. } = std::mem::replace(self, Self::None) {
+            // SAFETY: handles of ours that nothing uses any more. A refusal leaks them, until the process ends.
+            unsafe {
+                let _ = (result::graph::exec_destroy(executable), result::graph::destroy(graph));
+            }
+        }
+    }
+}
+
+impl Known {
+    /// Queues what this pass has put down, which differs from what is known in the nodes `changed`.
+    ///
+    /// # Safety
+    /// As [`Sequence::queue`].
+    unsafe fn queue(&mut self, device: &Device, sequence: Sequence, changed: &[usize]) -> Result<(), DriverError> {
+        self.sequence = sequence;
+        let sequence = &self.sequence;
+        // SAFETY: the caller's promise; a node belongs to the graph that this one was made of.
+        unsafe {
+            let ready = match &self.graph {
+                Graph::Refused => Ok(()),
+                Graph::None => Graph::new(sequence, device.context()).map(|graph| self.graph = graph),
+                Graph::Ready { executable, nodes, .. } => changed.iter().try_for_each(|node| {
+                    let set = |kernel: &_| sys::cuGraphExecKernelNodeSetParams_v2(*executable, nodes[*node], kernel);
+                    sequence.with_kernel(*node, set).map_or(Ok(()), sys::CUresult::result)
+                }),
+            };
+            // Where the driver has no memory for a graph, or will not change it, the work goes on without.
+            let launched = ready.and_then(|()| match &self.graph {
+                Graph::Ready { executable, .. } => result::graph::launch(*executable, device.stream()).map(|()| true),
+                Graph::None | Graph::Refused => Ok(false),
+            });
+            match launched {
+                Ok(true) => Ok(()),
+                Ok(false) => sequence.queue(device.stream()),
+                Err(error) => {
+                    result::stream::synchronize(device.stream()).map_err(|_| error)?;
+                    self.graph.destroy();
+                    self.graph = Graph::Refused;
+                    sequence.queue(device.stream())
+                }
+            }
+        }
+    }
+}
+
+impl Graphs {
+    /// Begins to put down; false where that has begun already.
+    fn begin(&mut self) -> bool {
+        let begins = self.open.is_none();
+        self.open.get_or_insert_default();
+        begins
+    }
+
+    /// Gives all graphs back to the driver.
+    ///
+    /// # Safety
+    /// The context is current and the stream is idle.
+    pub(super) unsafe fn clear(&mut self) {
+        for mut known in self.known.drain(..) {
+            // SAFETY: the caller's promise.
+            unsafe { known.graph.destroy() };
+        }
+    }
+}
+
+impl Device {
+    fn graphs(&self) -> MutexGuard<'_, Graphs> {
+        self.graphs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Runs `work`, a part of a step, and queues what it puts down: as one where that is known.
+    pub(super) fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        if trace::on() || !self.replays.load(Relaxed) || !self.graphs().begin() {
+            return work();
+        }
+        let done = work();
+        // Also where `work` has failed: memory that it gave back may have another user, whose work comes behind this.
+        let queued = self.close();
+        done.and_then(|result| queued.map(|()| result))
+    }
+
+    fn close(&self) -> Result<()> {
+        let mut graphs = self.graphs();
+        let Some(sequence) = graphs.open.take() else { return Ok(()) };
+        self.bind()?;
+        let found = |(i, known): (usize, &Known)| known.sequence.changes(&sequence).map(|changed| (i, changed));
+        let found = graphs.known.iter().enumerate().rev().find_map(found);
+        // SAFETY: the context is current; what is in a sequence was put down below; the stream is idle where a graph goes.
+        let queued = unsafe {
+            match found {
+                Some((i, changed)) => {
+                    let mut known = graphs.known.remove(i);
+                    let queued = known.queue(self, sequence, &changed);
+                    graphs.known.push(known);
+                    queued
+                }
+                None => {
+                    if graphs.known.len() == KNOWN {
+                        let mut oldest = graphs.known.remove(0);
+                        if matches!(oldest.graph, Graph::Ready { .. }) {
+                            let _ = result::stream::synchronize(self.stream());
+                            oldest.graph.destroy();
+                        }
+                    }
+                    let queued = sequence.queue(self.stream());
+                    graphs.known.push(Known { sequence, graph: Graph::None });
+                    queued
+                }
+            }
+        };
+        queued.map_err(|error| self.failed("cannot queue a part of a step", error))
+    }
+
+    /// Queues what a part of a step has put down so far: the rest of it goes the plain way. Comes before anything that does
+    /// not go through [`Device::put_down`].
+    pub(super) fn flush(&self) -> Result<()> {
+        let mut graphs = self.graphs();
+        let Some(sequence) = graphs.open.take() else { return Ok(()) };
+        self.bind()?;
+        // SAFETY: the context is current, and the sequence was put down below.
+        let queued = unsafe { sequence.queue(self.stream()) };
+        queued.map_err(|error| self.failed("cannot queue a part of a step", error))
+    }
+
+    /// Puts a launch down where a part of a step runs; false where it is to be queued now.
+    ///
+    /// # Safety
+    /// As [`Device::launch`], which has checked the arguments.
+    pub(super) unsafe fn put_down(&self, launch: &Launch, function: &Function, arguments: &[Arg]) -> bool {
+        let mut graphs = self.graphs();
+        let Some(sequence) = &mut graphs.open else { return false };
+        let &Launch { grid, block, shared_bytes, .. } = launch;
+        let words = arguments.iter().flat_map(Arg::words);
+        sequence.add(Work::Kernel { function: function.clone(), grid, block, shared_bytes }, words);
+        true
+    }
+
+    /// The same for `bytes` of zeros at `pointer`.
+    ///
+    /// # Safety
+    /// That memory is live and borrowed mutably.
+    pub(super) unsafe fn put_down_clear(&self, pointer: sys::CUdeviceptr, bytes: usize) -> bool {
+        let mut graphs = self.graphs();
+        let Some(sequence) = &mut graphs.open else { return false };
+        sequence.add(Work::Clear, [pointer, bytes as u64].into_iter());
+        true
+    }
+
+    /// Gives all graphs back to the driver; waits for the device.
+    pub(super) fn drop_graphs(&self) -> Result<()> {
+        self.synchronize()?;
+        // SAFETY: bound and idle.
+        unsafe { self.graphs().clear() };
+        Ok(())
+    }
+}

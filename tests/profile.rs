@@ -1,0 +1,261 @@
+//! `swat profile` on tiny models: spans that explain a step, costs that agree with the floor of the work, traces that nest;
+//! on the CPU, and on CUDA devices with kernels under the spans of the host.
+
+mod common;
+#[path = "common/standin.rs"]
+mod standin;
+
+use common::config;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use swat::backend::cuda::F32State;
+use swat::backend::trace::{Lane, Span};
+use swat::backend::{Backend, Ceilings, Cost};
+use swat::engine::{Decoder, Floor};
+use swat::model::ModelConfig;
+use swat::modules::ModuleSet;
+use swat::profile::{Profile, ProfileOptions, Summary, Work, profile, summarize};
+use swat::report::write_trace;
+
+/// Large enough that operations take most of a step, small enough that a step takes milliseconds.
+fn small() -> ModelConfig {
+    ModelConfig {
+        vocab: 1024,
+        hidden: 256,
+        ffn: 640,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        max_positions: 256,
+        ..config(4, true, false, false)
+    }
+}
+
+fn options(work: Work) -> ProfileOptions {
+    ProfileOptions { work, batch_size: 3, length: 40, steps: 2, warmup: 1, recompute: false, seed: 3, range: None }
+}
+
+fn set(text: &str, config: &ModelConfig) -> ModuleSet {
+    ModuleSet::parse(text, &config.cells()).unwrap()
+}
+
+/// What each command of `swat profile` runs.
+fn works(config: &ModelConfig) -> Vec<Work> {
+    vec![
+        Work::Forward,
+        Work::Train(set("all", config)),
+        Work::Train(set("layers.2-3.{q_proj,v_proj,down_proj}", config)),
+        Work::Generate,
+        Work::Sweep(set("layers.0-3.{k_proj,o_proj,up_proj}", config)),
+    ]
+}
+
+/// FLOPs of products and attention of one step, but for what is computed again.
+fn necessary_flops(found: &Profile) -> f64 {
+    let again = |span: &Span| match span.name {
+        // Backward, attention computes its scores again: a product of five.
+        "attention_backward" => span.cost.flops as f64 * 0.8,
+        name if name.starts_with("linear") || name.starts_with("attention") => span.cost.flops as f64,
+        _ => 0.0,
+    };
+    let spans = found.spans.iter().filter(|span| span.lane == Lane::Op && span.phase != "recompute");
+    spans.map(again).sum::<f64>() / found.steps.len() as f64
+}
+
+#[test]
+fn the_operations_of_a_step_do_what_the_floor_says_and_no_more() {
+    let mut config = ModelConfig { layers: 4, ..small() };
+    for windows in [vec![None; 4], vec![Some(9), None, Some(9), Some(9)]] {
+        config.windows = windows;
+        let mut model = common::decoder(config.clone(), 1);
+        for (work, recompute) in works(&config).into_iter().flat_map(|work| [(work.clone(), false), (work, true)]) {
+            let found = profile(&mut model, &ProfileOptions { recompute, ..options(work.clone()) }).unwrap();
+            // AdamW's are elementwise.
+            let passes = if matches!(work, Work::Train(_)) { found.floor.len() - 1 } else { found.floor.len() };
+            let floor: u64 = found.floor[..passes].iter().map(|pass| pass.flops).sum();
+            let ratio = necessary_flops(&found) / floor as f64;
+            // A sweep's last layer is run anew for each member, and its head reads one row.
+            let most = if matches!(work, Work::Sweep(_)) { 1.2 } else { 1.0 + 1e-9 };
+            assert!((1.0 - 1e-9..=most).contains(&ratio), "{work:?}: {ratio}");
+        }
+    }
+}
+
+#[test]
+fn the_plan_counts_the_same() {
+    use swat::engine::{Plan, Workload};
+    let config = small();
+    let all = |_| true;
+    let floor = Floor::new::<swat::backend::cpu::Cpu>(&config, None, all);
+    let work = Workload { tokens: 120, document_tokens: 40, trained_share: 0.5, recompute: false, lora: None };
+    let plan = Plan::new::<swat::backend::cpu::Cpu>(&config, &work, all);
+    let forward = floor.forward(&[0, 40, 80, 120], 60).flops as f64 / 120.0;
+    assert!((plan.forward_flops - forward).abs() < 1e-6 * forward);
+    let recomputed = Plan::new::<swat::backend::cpu::Cpu>(&config, &Workload { recompute: true, ..work }, all);
+    let head = 0.5 * 2.0 * (config.vocab * config.hidden) as f64;
+    assert!((recomputed.backward_flops - plan.backward_flops - (forward - head)).abs() < 1.0);
+}
+
+#[test]
+fn the_rows_explain_a_step() {
+    let config = small();
+    let mut model = common::decoder(config.clone(), 1);
+    for work in works(&config) {
+        let options = ProfileOptions { batch_size: 4, length: 48, steps: 3, ..options(work.clone()) };
+        // Whatever else the machine does while the engine is between two operations is not explained.
+        let attempts = (0..5).map(|_| summarize(&profile(&mut model, &options).unwrap()));
+        let mut best: Option<Summary> = None;
+        for attempt in attempts {
+            let explained = attempt.explained;
+            if best.as_ref().is_none_or(|best| best.explained < explained) {
+                best = Some(attempt);
+            }
+            if explained >= 0.95 {
+                break;
+            }
+        }
+        let summary = best.unwrap();
+        eprintln!("{work:?}: the rows explain {:.3}", summary.explained);
+        assert!((0.95..=1.0).contains(&summary.explained), "{work:?}: {summary:?}");
+        let sum = |rows: &[swat::profile::Row]| rows.iter().map(|row| row.ns).sum::<u64>();
+        assert_eq!(sum(&summary.rows), sum(&summary.layers));
+        assert!(summary.speed_of_light > 0.0 && summary.tok_per_s > 0.0);
+        let phases: BTreeSet<&str> = summary.layers.iter().map(|row| row.name.split(',').next().unwrap()).collect();
+        let expected: &[&str] = match work {
+            Work::Forward => &["forward"],
+            Work::Train(_) => &["forward", "head", "backward", "optimizer"],
+            Work::Generate => &["cache", "prefill", "decode"],
+            Work::Sweep(_) => &["sweep", "perturb"],
+        };
+        assert_eq!(phases, expected.iter().copied().collect(), "{work:?}");
+    }
+}
+
+#[test]
+fn documents_longer_than_the_context_are_refused() {
+    let mut model = common::decoder(small(), 1);
+    for (work, length) in [(Work::Forward, 257), (Work::Generate, 129)] {
+        let error = profile(&mut model, &ProfileOptions { length, ..options(work) }).unwrap_err().to_string();
+        assert!(error.contains("--length") && error.contains("256"), "{error}");
+    }
+}
+
+/// A trace of one step on this backend, held against the rules of the format and against what must be inside of what.
+fn check_trace<B: Backend>(model: &mut Decoder<B>, work: Work) -> Vec<Value> {
+    let found = profile(model, &ProfileOptions { recompute: true, ..options(work) }).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.json");
+    let events = write_trace(&found, &model.backend.name(), &path).unwrap();
+    let json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let list = json["traceEvents"].as_array().unwrap().clone();
+    assert_eq!(list.len() as u64, events);
+    common::trace::check(&list);
+    list
+}
+
+#[test]
+fn a_trace_nests_steps_phases_layers_and_operations() {
+    let config = small();
+    let mut model = common::decoder(config.clone(), 1);
+    let list = check_trace(&mut model, Work::Train(set("all", &config)));
+    let paths = common::trace::paths(&list);
+    for path in [
+        "step 1/forward/layer 0/attention",
+        "step 2/forward/layer 3/linear_each",
+        "step 1/head/cross_entropy",
+        "step 1/backward/layer 3/linear_backward_weight",
+        "step 2/backward/recompute/layer 0/swiglu",
+        "step 1/optimizer/adamw_masked",
+    ] {
+        assert!(paths.contains(path), "{path} is not among {paths:?}");
+    }
+    assert!(list.iter().all(|event| event["pid"] == 1), "no track of a GPU");
+    let paths = common::trace::paths(&check_trace(&mut model, Work::Generate));
+    for path in
+        ["step 1/prefill/layer 0/scatter_rows", "step 1/decode/layer 3/attention_decode", "step 2/decode/sample"]
+    {
+        assert!(paths.contains(path), "{path} is not among {paths:?}");
+    }
+    let paths = common::trace::paths(&check_trace(&mut model, Work::Sweep(set("layers.1.{q_proj}", &config))));
+    for path in ["step 1/sweep/perturb/layer 1/perturb", "step 1/sweep/layer 3/attention_decode"] {
+        assert!(paths.contains(path), "{path} is not among {paths:?}");
+    }
+}
+
+/// A model of a few kernels on a CUDA device.
+fn tiny_on<B: Backend>(backend: &B) -> Decoder<B> {
+    let config = ModelConfig {
+        vocab: 64,
+        hidden: 64,
+        ffn: 64,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 64,
+        ..config(2, true, false, false)
+    };
+    let mut next = common::numbers(5);
+    Decoder::new(backend.clone(), config, |_, shape| {
+        Ok((0..shape.iter().product::<usize>()).map(|_| 0.1 * next()).collect())
+    })
+    .unwrap()
+}
+
+#[test]
+fn kernels_have_a_track_under_the_operations() {
+    let Some(backend) = standin::open::<F32State>(0) else { return };
+    let mut model = tiny_on(&backend);
+    let all = set("all", &model.config);
+    let list = check_trace(&mut model, Work::Train(all));
+    let of = |pid: u64| list.iter().filter(move |event| event["ph"] == "X" && event["pid"] == pid);
+    let kernels: BTreeSet<&str> = of(2).filter_map(|event| event["name"].as_str()).collect();
+    assert!(kernels.iter().any(|name| name.starts_with("gemm_tn_")), "{kernels:?}");
+    assert!(kernels.contains("memcpy_host_to_device") && kernels.contains("memset"), "{kernels:?}");
+    let forward = of(2).find(|event| event["name"].as_str().is_some_and(|name| name.starts_with("gemm_tn_"))).unwrap();
+    assert_eq!((&forward["args"]["phase"], &forward["args"]["layer"]), (&"forward".into(), &0.into()));
+    assert!(common::trace::paths(&list).contains("step 1/forward/layer 0/attention"));
+}
+
+#[test]
+fn costs_do_not_depend_on_the_backend() {
+    let Some(backend) = standin::open::<F32State>(0) else { return };
+    let flops = |spans: &[Span]| {
+        let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
+        for span in spans.iter().filter(|span| span.lane == Lane::Op) {
+            // One X for several layers is one operation on the CPU.
+            *sums.entry(if span.name == "linear_each" { "linear" } else { span.name }).or_default() += span.cost.flops;
+        }
+        sums
+    };
+    for work in [Work::Train(set("all", &tiny_on(&backend).config)), Work::Generate] {
+        let options = ProfileOptions { batch_size: 2, length: 12, steps: 1, warmup: 0, ..options(work) };
+        let device = profile(&mut tiny_on(&backend), &options).unwrap();
+        let host = profile(&mut tiny_on(&swat::backend::cpu::Cpu::new()), &options).unwrap();
+        let (device, host) = (flops(&device.spans), flops(&host.spans));
+        for (name, flops) in host {
+            // A GPU does not tell the host how many rows of a cache its queries see, only the most.
+            let same = if name == "attention_decode" { device[name] >= flops } else { device[name] == flops };
+            assert!(same, "{name}: {} on the device, {flops} on the host", device[name]);
+        }
+    }
+}
+
+#[test]
+fn the_profiler_is_told_of_the_steps_in_its_range() {
+    if standin::real() {
+        return;
+    }
+    let Some(backend) = standin::open::<F32State>(2) else { return };
+    let mut model = tiny_on(&backend);
+    let options = ProfileOptions { batch_size: 1, length: 8, steps: 4, range: Some(2..=3), ..options(Work::Forward) };
+    let found = profile(&mut model, &options).unwrap();
+    let launched = found.spans.iter().filter(|span| span.lane == Lane::Kernel && !span.name.starts_with("mem")).count();
+    assert!(launched > 0);
+    assert_eq!(standin::profiled(2), launched as u64 / 2, "of {launched} launches in four steps");
+}
+
+#[test]
+fn a_floor_is_the_longer_of_computing_and_moving_of_each_pass() {
+    let ceilings = Ceilings { flops_per_s: 10.0, bytes_per_s: 5.0 };
+    let passes = [Cost { bytes: 1, flops: 100 }, Cost { bytes: 100, flops: 1 }];
+    assert_eq!(swat::engine::light_seconds(&passes, &ceilings), 30.0);
+}
