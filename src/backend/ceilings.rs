@@ -37,8 +37,8 @@ const TIMINGS: [u128; 2] = [5, 100];
 /// Numbers that are drawn; larger tensors repeat them.
 const DRAWN: usize = 1 << 16;
 
-/// The ceilings of a backend. The first call in a process measures them, in less than a second and with at most 600 MB of
-/// memory, and whatever else the machine does meanwhile lowers them; later calls return the same.
+/// The ceilings of a backend. The first call in a process measures them: about half a second of a quiet machine and at most
+/// 600 MB of memory. Whatever else the machine does meanwhile lowers them. Later calls return the same.
 ///
 /// # Errors
 /// A device without memory for them, or that fails.
