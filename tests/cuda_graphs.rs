@@ -222,7 +222,7 @@ fn a_graph_is_changed_where_there_are_more_keys() {
     let model = decoder_on(&cuda, &config, 11);
     let prompt = batch(&config, &[507], 5).tokens;
     let options = GenerateOptions { max_new_tokens: 12, stop: Vec::new(), ..GenerateOptions::default() };
-    let mut generate = || model.generate(std::slice::from_ref(&prompt), &options, &mut |_, _| {}).unwrap();
+    let generate = || model.generate(std::slice::from_ref(&prompt), &options, &mut |_, _| {}).unwrap();
     let mut with = Vec::new();
     let [made, changed] = calls(1, [INSTANTIATE, SET_PARAMS], || with = generate());
     // In each of two layers, the kernel that sees the keys and the one that combines its parts: for the third block, and where

@@ -19,9 +19,7 @@ const DEVICES: [i32; 4] = [0, 1, 2, 3];
 const HOPPERS: [i32; 2] = [0, 1];
 
 /// A device of the stand-in with the driver's raw calls; its own thread's context.
-struct Gpu {
-    ordinal: i32,
-}
+struct Gpu;
 
 /// A kernel's argument: the address of a value.
 fn arg<T>(value: &T) -> *mut c_void {
@@ -42,7 +40,7 @@ impl Gpu {
             let context = result::primary_ctx::retain(device).unwrap();
             result::ctx::set_current(context).unwrap();
         }
-        Some(Self { ordinal })
+        Some(Self)
     }
 
     fn module(&self, stem: &str) -> Result<sys::CUmodule, result::DriverError> {

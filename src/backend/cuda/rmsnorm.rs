@@ -55,6 +55,7 @@ pub(super) fn rmsnorm(
     let aligned = width.is_multiple_of(VECTOR) && [x, weight, *y].iter().all(|tensor| tensor.aligned(VECTOR_BYTES));
     let by_warps = blocks(rows, (BLOCK / 32) as usize);
     let by_lanes = || blocks(rows, (BLOCK / lanes(width) * FORWARD_ROWS) as usize);
+    #[allow(clippy::match_overlapping_arm)] // The first that fits.
     let (kernel, blocks, block) = match width {
         _ if !aligned => ("rmsnorm_forward_baseline_bf16", by_warps, BLOCK),
         ..=LANES_WIDTH => ("rmsnorm_forward_lanes_bf16", by_lanes(), BLOCK),
@@ -108,6 +109,7 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
         && [dy, x, weight].iter().all(|tensor| tensor.aligned(VECTOR_BYTES))
         && dx.as_ref().is_none_or(|dx| dx.aligned(VECTOR_BYTES));
     let least = (BLOCK / lanes(width.min(LANES_WIDTH)) * BACKWARD_ROWS) as usize;
+    #[allow(clippy::match_overlapping_arm)] // The first that fits.
     let (kernel, block, (rows_a_part, parts)) = match width {
         _ if !aligned => (None, BLOCK, parts(rows, SMALL_PARTS, 1)),
         ..=LANES_WIDTH => (Some("rmsnorm_backward_lanes_bf16"), BLOCK, parts(rows, SMALL_PARTS, least)),
