@@ -198,7 +198,8 @@ fn sweep_on<P: Precision>(cuda: &Cuda<P>) {
             head_rows: vec![3, 160, 7],
             budget_bytes: 1 << 20,
         };
-        let run = |model: &dyn Fn(&mut dyn FnMut(usize, Vec<f32>))| {
+        type Keep<'a> = &'a mut dyn FnMut(usize, Vec<f32>);
+        let run = |model: &dyn Fn(Keep)| {
             let mut readouts = vec![Vec::new(); members.len()];
             model(&mut |i, values| readouts[i] = values);
             readouts

@@ -11,14 +11,14 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 /// `swat score` of a few tokens on `device`; `None` = a machine without a driver.
-fn score(device: &str, driver: Option<&Path>, environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
+fn score(device: &str, driver: Option<&Path>, environment: Machine) -> (Option<i32>, String, String) {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
     let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
     command.args(["score", "--ids", "1,2,3,4", "--json", "--device", device, "--model"]).arg(model);
     run(command, driver, environment)
 }
 
-fn run(mut command: Command, driver: Option<&Path>, environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
+fn run(mut command: Command, driver: Option<&Path>, environment: Machine) -> (Option<i32>, String, String) {
     command.env_remove("LD_LIBRARY_PATH").envs(environment.iter().copied());
     if let Some(folder) = driver {
         command.env("LD_LIBRARY_PATH", folder);
@@ -35,8 +35,11 @@ fn number(json: &str, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("no number {key} in {json}"))
 }
 
+/// What the environment says of a machine.
+type Machine<'a> = &'a [(&'a str, &'a str)];
+
 /// A machine with a driver that shows no GPU that can be used, and the exit code and the words that say why.
-const MACHINES: [(&[(&str, &str)], i32, &str); 5] = [
+const MACHINES: [(Machine, i32, &str); 5] = [
     (&[("STANDIN_DEVICES", "0")], 2, "no CUDA-capable device is detected"),
     (&[("STANDIN_VERSION", "12080")], 2, "a driver for CUDA 12.8; the kernels need 13.0"),
     (&[("STANDIN_FIRST", "4")], 2, "compute capability 7.0"),

@@ -67,7 +67,8 @@ pub fn cell_updates(
 /// ‖B₁A₁ − B₀A₀‖_F² of A [rank, inputs] and B [outputs, rank], from the Gram matrices of the stacked factors
 /// M = [B₁, −B₀] and N = [A₁; A₀]: ‖MN‖² = Σ (MᵀM) ∘ (NNᵀ).
 fn product_change(rank: usize, a0: &[f32], b0: &[f32], a1: &[f32], b1: &[f32]) -> f64 {
-    if rank == 0 {
+    // What did not move has moved by exactly 0, however the sums below round.
+    if rank == 0 || (a0 == a1 && b0 == b1) {
         return 0.0;
     }
     let inputs = a0.len() / rank;

@@ -43,6 +43,7 @@ fn modules_hold_the_kernels_of_their_file() {
     for ordinal in DEVICES {
         let Some(gpu) = Gpu::open(ordinal) else { return };
         let module = gpu.module("known").unwrap();
+        // SAFETY: a loaded module.
         let find = |kernel: &str| unsafe { result::module::get_function(module, CString::new(kernel).unwrap()) };
         assert!(find("known_mma").is_ok());
         assert_eq!(refused(find("known_mma2")), CUDA_ERROR_NOT_FOUND);

@@ -53,6 +53,7 @@ simd_kernel! {
 /// A probability as an integer: the whole part of 2⁴⁰·2^((x − top)·scale), so that sums are exact and the same in any order.
 /// 2^z = 2ⁿ·2^f, n the nearest integer; 2^f by its Taylor series, to 1.2e-7. 0 for NaN.
 #[inline(always)]
+#[allow(clippy::approx_constant, clippy::excessive_precision)] // Coefficients, in decimal.
 fn weight_of(x: f32, top: f32, scale: f32) -> u64 {
     /// Added and subtracted, it rounds to an integer, ties to even.
     const ROUND: f32 = 12_582_912.0;

@@ -165,8 +165,8 @@ pub(super) fn choose(shape: GemmShape, aligned: bool, hopper: bool, multiprocess
     if GemmVersion::Decode.supports(shape, aligned, hopper) {
         let enough = |slices: &usize| shape.n * slices >= DECODE_OUTPUTS * DECODE_BLOCKS * multiprocessors;
         let fits = |slices: &usize| slices * DECODE_INPUTS <= shape.k || *slices == 1;
-        let slices = [1, 2, 4, 8].into_iter().filter(fits);
-        let slices = slices.clone().find(enough).or(slices.last()).unwrap_or(1);
+        let mut slices = [1, 2, 4, 8].into_iter().filter(fits);
+        let slices = slices.clone().find(enough).or(slices.next_back()).unwrap_or(1);
         return GemmPlan { version: GemmVersion::Decode, splits: slices as u32 };
     }
     let plans = TILES.iter().filter(|tile| tile.version.supports(shape, aligned, hopper)).flat_map(|tile| {
