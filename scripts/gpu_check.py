@@ -34,6 +34,8 @@ def run(command, seconds, **environment):
         code, text = done.returncode, done.stdout
     except subprocess.TimeoutExpired as late:
         code, text = None, late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
+    except OSError as error:
+        code, text = 127, str(error)
     return code, text, round(time.time() - started, 2)
 
 

@@ -360,6 +360,8 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
             // Criterion warms up by 1, 2, 4 … calls; samples are what comes behind.
             let (mut samples, mut before, mut warm) = (Vec::new(), 0, false);
             group.bench_function(self.variants[at].name.clone(), |bencher| {
+                // Here, not inside the call that criterion plans its samples by.
+                self.ready(at);
                 bencher.iter_custom(|calls| {
                     if !warm && calls != (2 * before).max(1) {
                         (samples, warm) = (Vec::new(), true);
@@ -377,29 +379,39 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         group.finish();
     }
 
-    /// The time of so many calls of a variant; the first checks and prepares it.
-    fn time(&mut self, at: usize, calls: u64) -> Duration {
+    /// Allocates the tensors, checks a variant and prepares it, once.
+    fn ready(&mut self, at: usize) {
         if let Some(note) = self.session.note.take() {
             eprintln!("{note}");
         }
         let rotation = self.rotation();
         let (device, variant) = (self.device, &mut self.variants[at]);
-        let Tensors { make, refresh, sets } = &mut self.tensors;
+        let Tensors { make, sets, .. } = &mut self.tensors;
         while sets.len() < rotation {
             sets.push(make(device));
         }
-        if let Some(refresh) = refresh {
-            sets.iter_mut().for_each(|set| refresh(device, set));
+        if variant.prepared.is_some() {
+            return;
         }
-        if let (Some(version), None) = (variant.version, &variant.prepared) {
+        if let Some(version) = variant.version {
             let kernels = clock::kernels(device, || (variant.work)(device, &mut sets[0]));
             let named = kernels.iter().any(|kernel| kernel.split('_').any(|part| part == version));
             assert!(named, "{} {}: {version} is not among {kernels:?}", self.op, self.shape);
         }
         let mut call = |i: usize| (variant.work)(device, &mut sets[i % rotation]);
-        if variant.prepared.is_none() {
-            variant.prepared = Some(device.prepare(rotation, self.capture, &mut call));
+        variant.prepared = Some(device.prepare(rotation, self.capture, &mut call));
+    }
+
+    /// The time of so many calls of a variant.
+    fn time(&mut self, at: usize, calls: u64) -> Duration {
+        self.ready(at);
+        let (device, variant) = (self.device, &mut self.variants[at]);
+        let Tensors { refresh, sets, .. } = &mut self.tensors;
+        if let Some(refresh) = refresh {
+            sets.iter_mut().for_each(|set| refresh(device, set));
         }
+        let rotation = sets.len();
+        let mut call = |i: usize| (variant.work)(device, &mut sets[i % rotation]);
         let prepared = variant.prepared.as_ref().expect("prepared above");
         device.elapsed(prepared, calls, &mut call)
     }

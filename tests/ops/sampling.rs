@@ -25,7 +25,7 @@ pub(super) fn greedy_takes_the_first_of_equals<B: Backend>(b: &B) {
 const ROW: [f64; 4] =
     [-1.386_294_361_119_890_6, -2.079_441_541_679_835_7, -std::f64::consts::LN_2, -2.079_441_541_679_835_7];
 
-pub(super) fn nucleus_is_the_smallest_set_that_reaches_top_p<B: Backend>(b: &B) {
+fn nucleus_is_the_smallest_set_that_reaches_top_p<B: Backend>(b: &B) {
     let rows: Vec<f64> = ROW.repeat(5);
     let uniforms = [0.0, 0.4, 0.6, 0.7, 0.99];
     assert_eq!(draw(b, &rows, &uniforms, 1.0, 0.3), [2; 5]);

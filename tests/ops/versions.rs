@@ -15,7 +15,6 @@ fn baselines_of<P: Precision>(b: &Cuda<P>) {
         cross_entropy::far_logits_stay_finite(b);
         cross_entropy::a_broken_row_is_not_hidden(b);
         sampling::greedy_takes_the_first_of_equals(b);
-        sampling::nucleus_is_the_smallest_set_that_reaches_top_p(b);
         sampling::wide_nucleus(b);
     });
 }
