@@ -56,7 +56,6 @@ pub(super) fn rmsnorm(
     assert!(rstd.as_ref().is_none_or(|rstd| rstd.len() == rows));
     let aligned = width.is_multiple_of(VECTOR) && [x, weight, *y].iter().all(|tensor| tensor.aligned(VECTOR_BYTES));
     let by_warps = blocks(rows, (BLOCK / 32) as usize);
-<<<<<<< HEAD
     let by_lanes = blocks(rows, (BLOCK / lanes(width.min(LANES_WIDTH)) * FORWARD_ROWS) as usize);
     let by_rows = blocks(rows, 1);
     // Each takes rows up to its width.
@@ -71,21 +70,6 @@ pub(super) fn rmsnorm(
     let chosen = measure::choose(fitting.map(|(name, _, kernel, blocks, block)| (*name, (*kernel, *blocks, *block))));
     let (kernel, blocks, block) = chosen.unwrap_or(("rmsnorm_forward_baseline_bf16", by_warps, BLOCK));
     let cost = cost::rmsnorm(x.len(), width, rstd.is_some(), FLOAT);
-=======
-    let by_lanes = || blocks(rows, (BLOCK / lanes(width) * FORWARD_ROWS) as usize);
-    #[allow(clippy::match_overlapping_arm)] // The first that fits.
-    let (kernel, blocks, block) = match width {
-        _ if !aligned => ("rmsnorm_forward_baseline_bf16", by_warps, BLOCK),
-        ..=LANES_WIDTH => ("rmsnorm_forward_lanes_bf16", by_lanes(), BLOCK),
-        ..=WARP_WIDTH => ("rmsnorm_forward_warp_bf16", by_warps, BLOCK),
-        ..=2048 => ("rmsnorm_forward_row2048_bf16", blocks(rows, 1), 128),
-        ..=4096 => ("rmsnorm_forward_row4096_bf16", blocks(rows, 1), 128),
-        ..=8192 => ("rmsnorm_forward_row8192_bf16", blocks(rows, 1), 256),
-        _ => ("rmsnorm_forward_baseline_bf16", by_warps, BLOCK),
-    };
-    let kept = if rstd.is_some() { 4 * rows } else { 0 };
-    let cost = Cost { bytes: (4 * x.len() + 2 * width + kept) as u64, flops: 4 * x.len() as u64 };
->>>>>>> graph
     let launch = Launch { image: "rmsnorm", kernel, grid: [blocks, 1, 1], block, shared_bytes: 0, cost };
     let shape = (rows as u64, width as u32);
     // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks, which also
@@ -128,7 +112,6 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
         && [dy, x, weight].iter().all(|tensor| tensor.aligned(VECTOR_BYTES))
         && dx.as_ref().is_none_or(|dx| dx.aligned(VECTOR_BYTES));
     let least = (BLOCK / lanes(width.min(LANES_WIDTH)) * BACKWARD_ROWS) as usize;
-<<<<<<< HEAD
     // Each takes rows up to its width.
     let versions = [
         ("lanes", LANES_WIDTH, "rmsnorm_backward_lanes_bf16", BLOCK, parts(rows, SMALL_PARTS, least)),
@@ -140,18 +123,6 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
     let fitting = versions.iter().filter(|(_, most, ..)| aligned && width <= *most);
     let chosen = measure::choose(fitting.map(|(name, _, kernel, block, cut)| (*name, (Some(*kernel), *block, *cut))));
     let (kernel, block, (rows_a_part, parts)) = chosen.unwrap_or((None, BLOCK, parts(rows, SMALL_PARTS, 1)));
-=======
-    #[allow(clippy::match_overlapping_arm)] // The first that fits.
-    let (kernel, block, (rows_a_part, parts)) = match width {
-        _ if !aligned => (None, BLOCK, parts(rows, SMALL_PARTS, 1)),
-        ..=LANES_WIDTH => (Some("rmsnorm_backward_lanes_bf16"), BLOCK, parts(rows, SMALL_PARTS, least)),
-        ..=1024 => (Some("rmsnorm_backward_row1024_bf16"), 128, parts(rows, SMALL_PARTS, 1)),
-        ..=2048 => (Some("rmsnorm_backward_row2048_bf16"), 256, parts(rows, PARTS, 1)),
-        ..=4096 => (Some("rmsnorm_backward_row4096_bf16"), 256, parts(rows, PARTS, 1)),
-        ..=8192 => (Some("rmsnorm_backward_row8192_bf16"), 512, parts(rows, PARTS, 1)),
-        _ => (None, BLOCK, parts(rows, SMALL_PARTS, 1)),
-    };
->>>>>>> graph
     let mut workspace = Memory::<f32>::new(device, if dweight.is_some() { parts * width } else { 0 })?;
     let partial = dweight.as_ref().map(|_| workspace.all(parts * width));
     let (rows_a_part, parts, width32) = (rows_a_part as u32, parts as u32, width as u32);
