@@ -27,13 +27,13 @@ const ROW: [f64; 4] =
 
 fn nucleus_is_the_smallest_set_that_reaches_top_p<B: Backend>(b: &B) {
     let rows: Vec<f64> = ROW.repeat(5);
-    let uniforms = [0.0, 0.4, 0.6, 0.7, 0.99];
+    let uniforms = [0.0, 0.3, 0.4, 0.7, 0.99];
     assert_eq!(draw(b, &rows, &uniforms, 1.0, 0.3), [2; 5]);
-    // {2, 0}: two thirds and one third.
-    assert_eq!(draw(b, &rows, &uniforms, 1.0, 0.7), [2, 2, 2, 0, 0]);
-    // {2, 0, 1}: of the equals 1 and 3, the lower id.
-    let uniforms = [0.0, 0.58, 0.84, 0.88, 0.999];
-    assert_eq!(draw(b, &rows, &uniforms, 1.0, 0.8), [2, 0, 0, 1, 1]);
+    // {0, 2}, in the order of the ids: one third and two thirds.
+    assert_eq!(draw(b, &rows, &uniforms, 1.0, 0.7), [0, 0, 2, 2, 2]);
+    // {0, 1, 2}, of the equals 1 and 3 the lower id: 2/7, 1/7 and 4/7.
+    let uniforms = [0.0, 0.27, 0.3, 0.41, 0.45];
+    assert_eq!(draw(b, &rows, &uniforms, 1.0, 0.8), [0, 0, 1, 1, 2]);
     // A cold draw is greedy.
     assert_eq!(draw(b, &rows, &uniforms, 0.01, 0.9), [2; 5]);
 }
