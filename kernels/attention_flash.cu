@@ -13,6 +13,7 @@
 // Q at head_dim 128 is read again from shared memory each time, else it stays in registers.
 // Rounds: P to bf16 before P·V (the sum of P takes the unrounded), O once. Sums are f32, over keys in ascending tiles: results do not depend
 // on the launch, and the two versions differ in nothing.
+// flash128 at head_dim 128 wants two registers more than there are on sm_90: 8 bytes of stack.
 // Versions: flash128 wins where the grid fills the device; flash64 where it would not (wrapper: fewer than 264 blocks of 128 queries).
 #include "attention.cuh"
 
@@ -36,9 +37,7 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
 
   const int last_row = first_row + rows - 1, document = documents.of(first_row);
   const bool straddles = documents.starts[document + 1] <= (uint32_t)last_row;
-  const int last_document = straddles ? documents.of(last_row, document) : document;
   const int first_tile = documents.first_key(first_row, documents.starts[document]) / KEYS, tiles = last_row / KEYS + 1;
-  const int all_see = documents.first_key(last_row, documents.starts[last_document]);
   if (thread < Queries) {
     const int row = first_row + thread < last_row ? first_row + thread : last_row;
     first_keys[thread] = documents.first_key(row, documents.starts[straddles ? documents.of(row, document) : document]);
@@ -78,7 +77,8 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
     } else {
       multiply_transposed<HeadDim>(scores, own, keys, lane);
     }
-    if (tile * KEYS < all_see || tile * KEYS + KEYS - 1 > first_row) {
+    // The last of the first keys is that of the last row: all see from there on.
+    if (tile * KEYS < first_keys[Queries - 1] || tile * KEYS + KEYS - 1 > first_row) {
 #pragma unroll
       for (int t = 0; t < Tiles; t++) {
         const int row = (warp * Tiles + t) * 16 + (lane >> 2);

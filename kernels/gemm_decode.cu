@@ -16,20 +16,25 @@
 
 constexpr int ROWS = 4, WARPS = 8;
 
-// Adds each of V (a power of two up to 32) values over the warp; lane l gets the sum of value l / (32 / V).
-template <int V> __device__ __forceinline__ float fold(float (&values)[V]) {
-  int offset = 16;
+// Adds each of V (a power of two up to 32) values over the warp; lane l gets the sum of value l / (32 / V). A template a step: every
+// index is known, and the values stay in registers.
+template <int V, int Offset = 16> __device__ __forceinline__ float fold(const float (&values)[V]) {
+  if constexpr (V > 1) {
+    constexpr int HALF = V / 2;
+    const bool upper = threadIdx.x & Offset;
+    float halved[HALF];
 #pragma unroll
-  for (int half = V / 2; half > 0; half /= 2, offset /= 2) {
-    const bool upper = threadIdx.x & offset;
-#pragma unroll
-    for (int i = 0; i < half; i++) {
-      const float keep = upper ? values[i + half] : values[i], give = upper ? values[i] : values[i + half];
-      values[i] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
+    for (int i = 0; i < HALF; i++) {
+      const float low = values[i], high = values[i + HALF];
+      halved[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, Offset);
     }
+    return fold<HALF, Offset / 2>(halved);
+  } else {
+    float sum = values[0];
+#pragma unroll
+    for (int offset = Offset; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
   }
-  for (; offset > 0; offset /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], offset);
-  return values[0];
 }
 
 template <int Tokens>
