@@ -62,11 +62,10 @@ fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == right(i))
 }
 
-/// The child's part: what `SWAT_PLANTED` = `device kernel` names.
+/// The child's part: what `SWAT_PLANTED` = `device kernel` names. Nothing where no parent has set it.
 #[test]
-#[ignore = "a part of the tests of planted mistakes, which call it"]
 fn child() {
-    let planted = std::env::var("SWAT_PLANTED").expect("set by the parent");
+    let Ok(planted) = std::env::var("SWAT_PLANTED") else { return };
     let (ordinal, kernel) = planted.split_once(' ').unwrap();
     let gpu = Gpu::open(ordinal.parse().unwrap()).expect("a stand-in");
     assert!(runs_right(&gpu, kernel), "{WRONG_NUMBERS}");
@@ -75,7 +74,7 @@ fn child() {
 #[track_caller]
 fn assert_seen(kernel: &str, ordinal: i32, message: &str) {
     let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "planted::child", "--ignored", "--nocapture"])
+        .args(["--exact", "planted::child", "--nocapture"])
         .env("SWAT_PLANTED", format!("{ordinal} {kernel}_wrong"))
         .output()
         .unwrap();
