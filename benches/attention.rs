@@ -6,7 +6,7 @@ pub(crate) mod common;
 
 use common::{Device, Model, Session, documents, integers, random};
 use swat::backend::cpu::Cpu;
-use swat::backend::cuda::{AttentionVersion, Cuda, F32State, with_attention_version};
+use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Attention, Buffer, Cost, Documents};
 
 /// FLOPs of the largest call of the baseline.
@@ -16,17 +16,10 @@ fn main() {
     common::main("attention", cpu, cuda);
 }
 
-/// A version by name, and what makes a call use it.
-type Version = (&'static str, fn(&mut dyn FnMut()));
-
-const VERSIONS: [Version; 3] = [
-    ("baseline", |call| with_attention_version(AttentionVersion::Baseline, call)),
-    ("flash64", |call| with_attention_version(AttentionVersion::Flash64, call)),
-    ("flash128", |call| with_attention_version(AttentionVersion::Flash128, call)),
-];
-/// Of the form for a cache, which has one fast version.
-const DECODE_VERSIONS: [Version; 2] =
-    [VERSIONS[0], ("flash", |call| with_attention_version(AttentionVersion::Flash64, call))];
+/// Of forward; backward these names choose how the heads of a group are spread over blocks.
+const VERSIONS: [&str; 3] = ["baseline", "flash64", "flash128"];
+/// Of the form for a cache.
+const DECODE_VERSIONS: [&str; 2] = ["baseline", "flash"];
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
     attention(session, cuda, &VERSIONS, &DECODE_VERSIONS);
@@ -36,7 +29,12 @@ pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     attention(session, cpu, &[], &[]);
 }
 
-fn attention<D: Device>(session: &mut Session, device: &D, versions: &[Version], decode_versions: &[Version]) {
+fn attention<D: Device>(
+    session: &mut Session,
+    device: &D,
+    versions: &[&'static str],
+    decode_versions: &[&'static str],
+) {
     let scale = session.scale;
     for model in scale.models() {
         scale.packed.iter().for_each(|packed| sequences(session, device, model, *packed, versions));
@@ -95,7 +93,7 @@ fn sequences<D: Device>(
     device: &D,
     model: &'static Model,
     [count, length]: [usize; 2],
-    versions: &[Version],
+    versions: &[&'static str],
 ) {
     let tokens = count * length;
     let (q_len, kv_len) = (tokens * model.q_width(), tokens * model.kv_width());
@@ -123,9 +121,9 @@ fn sequences<D: Device>(
     for (op, cost, work) in works {
         let ladder = session.ladder(device, op, &name, cost, make);
         let ladder = ladder.variant("swat", move |d, t| work(d, t, model));
-        let quick = |version: &&Version| version.0 != "baseline" || cost.flops <= BASELINE_FLOPS;
-        let ladder = versions.iter().filter(quick).fold(ladder, |ladder, (version, force)| {
-            ladder.variant(*version, move |d, t| force(&mut || work(d, t, model)))
+        let quick = |version: &&'static str| *version != "baseline" || cost.flops <= BASELINE_FLOPS;
+        let ladder = versions.iter().copied().filter(quick).fold(ladder, |ladder, version| {
+            ladder.variant(version, move |d, t| d.with_version(version, &mut || work(d, t, model)))
         });
         ladder.run();
     }
@@ -137,7 +135,7 @@ fn decode<D: Device>(
     device: &D,
     model: &'static Model,
     [count, length]: [usize; 2],
-    versions: &[Version],
+    versions: &[&'static str],
 ) {
     let width = count * model.q_width();
     let cache = count * length * model.kv_width();
@@ -155,8 +153,5 @@ fn decode<D: Device>(
         let (q, k, v, o) = (q.view(), k.view(), v.view(), o.view_mut());
         d.attention_decode(q, k, v, o, spans.view(), length, &shape).expect("a working device");
     };
-    let ladder = versions.iter().fold(ladder.variant("swat", work), |ladder, (version, force)| {
-        ladder.variant(*version, move |d, t| force(&mut || work(d, t)))
-    });
-    ladder.copy().run();
+    ladder.versions(versions, work).copy().run();
 }

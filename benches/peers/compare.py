@@ -157,12 +157,26 @@ def agreement(name, ours, theirs):
     return f"{ours['runs']} runs" if ours["runs"] == theirs["runs"] else f"{ours['runs']} runs against a sample of {theirs['runs']}"
 
 
+def busy(seconds=1.0):
+    """Cores that anything on this machine keeps busy while this program only waits; none where the system does not tell."""
+    def jiffies():
+        fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _, _, *rest = map(int, fields)
+        return user + nice + system + sum(rest)
+    try:
+        before = jiffies()
+        time.sleep(seconds)
+        return round((jiffies() - before) / os.sysconf("SC_CLK_TCK") / seconds, 2)
+    except (OSError, ValueError):
+        return None
+
+
 def measure(name, what, ours, theirs, key, more_is_better, rounds):
     sides = {"swat": [], "peer": []}
-    loads = []
+    busy_before = []
     for i in range(rounds):
         for side, run in (("swat", ours), ("peer", theirs)):
-            loads.append(os.getloadavg()[0])
+            busy_before.append(busy())
             start = time.perf_counter()
             result = run()
             sides[side].append(result)
@@ -173,7 +187,7 @@ def measure(name, what, ours, theirs, key, more_is_better, rounds):
     peaks = {side: max(r["peak_bytes"] for r in results) for side, results in sides.items() if "peak_bytes" in results[0]}
     return {"name": name, "what": what, "unit": key, "rounds": {s: [r[key] for r in results] for s, results in sides.items()},
             "median": medians, "swat_is_faster_by": ratio, "peak_bytes": peaks, "agreement": agreement(name, sides["swat"][0], sides["peer"][0]),
-            "peer": sides["peer"][0]["peer"], "load_before": loads}
+            "peer": sides["peer"][0]["peer"], "busy_cores_before": busy_before}
 
 
 def machine():
@@ -194,9 +208,8 @@ def table(report):
         lines.append(f"| {m['what']} | {rate('swat')} | {rate('peer')} | **{m['swat_is_faster_by']:.2f} ×** | {peak} | {m['agreement']} |")
     about = (f"{report['machine']['cpu']}, {report['threads']} threads; {report['model']} in f32; {report['measurements'][0]['peer']}; "
              f"{report['swat']}; medians of {report['rounds']} alternating rounds.")
-    # Before the first round nothing of this program was running yet.
-    busiest = max(m["load_before"][0] for m in report["measurements"][:1])
-    warning = "" if busiest < 0.5 else f"\n**The machine was not idle (load {busiest:.1f}): these numbers are of no use.**\n"
+    busiest = max((b for m in report["measurements"] for b in m["busy_cores_before"] if b is not None), default=0)
+    warning = "" if busiest < 0.2 else f"\n**The machine was not idle (other work on {busiest:.1f} cores): these numbers are of no use.**\n"
     return "\n".join(lines) + f"\n\n{about}\n{warning}"
 
 

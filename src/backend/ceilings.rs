@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The most that was seen of a backend: a large product of random numbers, and a large copy.
+/// The most that was seen of a backend: large products of random numbers, and a large copy.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Ceilings {
     /// Multiplications and additions a second.
@@ -37,7 +37,7 @@ const TIMINGS: [u128; 2] = [5, 100];
 /// Numbers that are drawn; larger tensors repeat them.
 const DRAWN: usize = 1 << 16;
 
-/// The ceilings of a backend. The first call in a process measures them: about half a second of a quiet machine and at most
+/// The ceilings of a backend. The first call in a process measures them: about a second of a quiet machine and at most
 /// 600 MB of memory. Whatever else the machine does meanwhile lowers them. Later calls return the same.
 ///
 /// # Errors
@@ -53,16 +53,21 @@ pub fn ceilings<B: Backend>(backend: &B) -> Result<Ceilings> {
     Ok(measured)
 }
 
-/// FLOPs a second of a large product.
+/// FLOPs a second of the fastest of the three products of training, as large.
 fn product<B: Backend>(backend: &B) -> Result<f64> {
     let [mut side, most] = SIDES;
     loop {
         let shape = LinearShape { tokens: side, inputs: side, outputs: side };
         let (x, w) = (random(backend, side * side)?, random(backend, side * side)?);
         let mut y = backend.zeros::<B::Float>(side * side)?;
-        let work = || backend.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default());
-        if let Some(seconds) = seconds(backend, side == most, work)? {
-            return Ok(2.0 * (side as f64).powi(3) / seconds);
+        let forward = || backend.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default());
+        if let Some(forward) = seconds(backend, side == most, forward)? {
+            let input = || backend.linear_backward_input(x.view(), w.view(), y.view_mut(), shape, 1.0, false);
+            let input = seconds(backend, true, input)?.unwrap_or(forward);
+            let mut dw = backend.zeros::<B::Grad>(side * side)?;
+            let weight = || backend.linear_backward_weight(x.view(), w.view(), dw.view_mut(), shape, 1.0, false);
+            let weight = seconds(backend, true, weight)?.unwrap_or(forward);
+            return Ok(2.0 * (side as f64).powi(3) / forward.min(input).min(weight));
         }
         side *= 2;
     }

@@ -4,7 +4,7 @@ use super::*;
 use half::bf16;
 use swat::backend::Attention;
 use swat::backend::cpu::Cpu;
-use swat::backend::cuda::{AttentionVersion, with_attention_version};
+use swat::backend::cuda::with_version;
 
 #[derive(Clone, Copy, Debug)]
 struct Sizes {
@@ -228,12 +228,11 @@ const VERSION_SIZES: [Sizes; 12] = [
     Sizes { heads: 2, kv_heads: 1, head_dim: 80, window: Some(33), lengths: &[66, 1] },
 ];
 
-const VERSIONS: [AttentionVersion; 3] =
-    [AttentionVersion::Baseline, AttentionVersion::Flash64, AttentionVersion::Flash128];
+const VERSIONS: [&str; 3] = ["baseline", "flash64", "flash128"];
 
 /// What the kernels of `version` round P and dS to.
-fn rounding(s: &Sizes, version: AttentionVersion) -> Round {
-    let flash = version != AttentionVersion::Baseline && matches!(s.head_dim, 64 | 128);
+fn rounding(s: &Sizes, version: &str) -> Round {
+    let flash = version != "baseline" && matches!(s.head_dim, 64 | 128);
     if flash { to_bf16 } else { exactly }
 }
 
@@ -259,7 +258,7 @@ fn forward_versions<B: Backend>(b: &B) {
             let mut o = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
             let mut lse = put::<B, f32>(b, &vec![f64::NAN; s.heads * s.tokens()]);
             let (o_view, lse_view) = (o.device.view_mut(), Some(lse.device.view_mut()));
-            with_attention_version(version, || {
+            with_version(version, || {
                 b.attention(q.device.view(), k.device.view(), v.device.view(), o_view, lse_view, &shape(s, &documents))
             })
             .unwrap();
@@ -274,7 +273,7 @@ fn forward_versions<B: Backend>(b: &B) {
             }
             assert_eq!(run(version), (o, lse), "{version:?} of {s:?}");
         }
-        assert_eq!(run(AttentionVersion::Flash64), run(AttentionVersion::Flash128), "{s:?}");
+        assert_eq!(run("flash64"), run("flash128"), "{s:?}");
     }
 }
 
@@ -290,7 +289,7 @@ fn backward_versions<B: Backend>(b: &B) {
         let run = |version| {
             let mut dq = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
             let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len()]));
-            with_attention_version(version, || {
+            with_version(version, || {
                 b.attention_backward(
                     q.device.view(),
                     k.device.view(),
@@ -338,7 +337,7 @@ fn decode_versions<B: Backend>(b: &B) {
             let (q, to) = (chosen.device.range(range.start * width..range.end * width), o.device.view_mut());
             let spans = spans.range(2 * range.start..2 * range.end);
             let longest = range.map(|i| rows[i] + 1 - start(rows[i]) as usize).max().unwrap_or(0);
-            with_attention_version(version, || {
+            with_version(version, || {
                 b.attention_decode(q, k.device.view(), v.device.view(), to, spans, longest, &shape(s, &documents))
             })
             .unwrap();
@@ -408,7 +407,7 @@ fn large_scores<B: Backend>(b: &B) {
         let documents = documents(b, s.lengths);
         let mut o = put::<B, B::Float>(b, &vec![0.0; s.q_len()]);
         let (qv, kv, vv) = (q.device.view(), k.device.view(), v.device.view());
-        with_attention_version(version, || {
+        with_version(version, || {
             b.attention(qv, kv, vv, o.device.view_mut(), None, &shape(&s, &documents)).unwrap();
         });
         assert_close::<B>(&get(b, &o.device), &exact, 2e-4, &format!("large scores, {version:?}, {head_dim}"));

@@ -14,7 +14,7 @@ pub(super) fn sum_squares<T: FloatElement>(x: &[T]) -> f64 {
 
 /// Σ x² of one block in f64.
 pub(super) fn sum_squares_block<T: FloatElement>(x: &[T]) -> f64 {
-    const AT_HAND: usize = 512;
+    const AT_HAND: usize = 2048;
     let mut wide = [0.0; AT_HAND];
     let mut total = 0.0;
     for x in x.chunks(AT_HAND) {
@@ -26,33 +26,20 @@ pub(super) fn sum_squares_block<T: FloatElement>(x: &[T]) -> f64 {
 }
 
 simd_kernel! {
-    fn squares_f64(simd, x: &'a [f32]) -> f64 {
-        let mut squares = [0.0; 512];
-        let squares = &mut squares[..x.len()];
-        for (square, x) in squares.iter_mut().zip(x) {
-            *square = *x as f64 * *x as f64;
+    fn squares_f64(_simd, x: &'a [f32]) -> f64 {
+        // Squares of f32 are exact in f64, and each sum has its own elements: the same bits on every instruction set.
+        let mut sums = [0.0; 32];
+        let (rows, tail) = x.as_chunks::<32>();
+        for row in rows {
+            for (sum, x) in sums.iter_mut().zip(row) {
+                *sum += f64::from(*x) * f64::from(*x);
+            }
         }
-        sum_f64(simd, squares)
+        for (sum, x) in sums.iter_mut().zip(tail) {
+            *sum += f64::from(*x) * f64::from(*x);
+        }
+        sums.iter().sum()
     }
-}
-
-#[inline(always)]
-fn sum_f64<S: pulp::Simd>(simd: S, x: &[f64]) -> f64 {
-    let (x, tail) = S::as_simd_f64s(x);
-    let (x4, x1) = x.as_chunks::<4>();
-    let zero = simd.splat_f64s(0.0);
-    let (mut s0, mut s1, mut s2, mut s3) = (zero, zero, zero, zero);
-    for x in x4 {
-        s0 = simd.add_f64s(s0, x[0]);
-        s1 = simd.add_f64s(s1, x[1]);
-        s2 = simd.add_f64s(s2, x[2]);
-        s3 = simd.add_f64s(s3, x[3]);
-    }
-    for x in x1 {
-        s0 = simd.add_f64s(s0, *x);
-    }
-    s1 = simd.add_f64s(s1, simd.partial_load_f64s(tail));
-    simd.reduce_sum_f64s(simd.add_f64s(simd.add_f64s(s0, s1), simd.add_f64s(s2, s3)))
 }
 
 /// The factor on all gradients; `None` where the sum of `squares` is not finite.

@@ -6,15 +6,18 @@
 //! | yes, at least two blocks of 128 queries a multiprocessor | `flash128` | `flash` | `flash` |
 //! | yes, fewer | `flash64` | `flash`, heads of a group on blocks of their own | `flash` |
 //! | no | `baseline` | `baseline` | `baseline` |
+//!
+//! Asked for by name ([`super::with_version`]): `flash64` gives all heads of a group to one block of dK and dV, `flash128`
+//! a block to each.
 
 use super::device::{Device, Launch, args, blocks};
+use super::measure;
 use super::memory::{Memory, Slice, SliceMut};
 use super::{Cuda, FLOAT, Precision, slice};
 use crate::backend::cost::{self, AttentionSize};
 use crate::backend::{Attention, Cost};
 use crate::error::Result;
 use half::bf16;
-use std::cell::Cell;
 use std::sync::Arc;
 
 /// Threads of a block; of the baseline kernels, a warp a row.
@@ -34,34 +37,6 @@ const DECODE_HEADS: usize = 16;
 const BLOCKS_MULTIPROCESSOR: usize = 2;
 /// Blocks that a grid may have in y and z.
 const MOST_BLOCKS: usize = 65535;
-
-/// A version of the attention kernels, for tests and benches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttentionVersion {
-    /// By the definition.
-    Baseline,
-    /// Tensor cores: blocks of 64 queries; backward, a block takes all heads of a group.
-    Flash64,
-    /// Tensor cores: blocks of 128 queries; backward, a block takes one head of a group.
-    Flash128,
-}
-
-thread_local! {
-    static FORCED: Cell<Option<AttentionVersion>> = const { Cell::new(None) };
-}
-
-/// Runs `f`, in which attention called from this thread uses `version` wherever its kernels fit the tensors (elsewhere the
-/// baseline).
-pub fn with_attention_version<R>(version: AttentionVersion, f: impl FnOnce() -> R) -> R {
-    struct Restore(Option<AttentionVersion>);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            FORCED.set(self.0);
-        }
-    }
-    let _restore = Restore(FORCED.replace(Some(version)));
-    f()
-}
 
 /// The sizes of a call.
 #[derive(Clone, Copy)]
@@ -105,7 +80,7 @@ impl<'a> Shape<'a> {
 
     /// Whether the flash kernels take tensors of which all are aligned to 16 bytes or not, and this is not against orders.
     fn flash(&self, aligned: bool, queries: usize) -> bool {
-        FORCED.get() != Some(AttentionVersion::Baseline)
+        !measure::baseline()
             && aligned
             && matches!(self.head_dim, 64 | 128)
             && self.scale > 0.0
@@ -170,7 +145,7 @@ pub(super) fn attention(
     }
     let full =
         blocks(tokens, 2 * TILE) as usize * shape.heads >= BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize;
-    let (queries, kernel) = match FORCED.get().map_or(full, |version| version == AttentionVersion::Flash128) {
+    let (queries, kernel) = match measure::asked().map_or(full, |version| version == "flash128") {
         true => {
             let kernel = "attention_forward_flash128_hd64_bf16";
             (2 * TILE, shape.symbol(kernel, "attention_forward_flash128_hd128_bf16"))
@@ -278,10 +253,10 @@ pub(super) fn attention_backward(
 
 /// Blocks that share the heads of a group in dK and dV: as few as fill the device, each with at least one head.
 fn parts(device: &Device, shape: &Shape, tiles: usize) -> usize {
-    let wanted = match FORCED.get() {
-        Some(AttentionVersion::Flash64) => 1,
-        Some(_) => shape.group(),
-        None => (BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize).div_ceil((tiles * shape.kv_heads).max(1)),
+    let wanted = match measure::asked() {
+        Some("flash64") => 1,
+        Some("flash128") => shape.group(),
+        _ => (BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize).div_ceil((tiles * shape.kv_heads).max(1)),
     };
     let share = shape.group().div_ceil(wanted.clamp(1, shape.group()));
     shape.group().div_ceil(share)

@@ -16,7 +16,7 @@ thread_local! {
 
 /// Runs `f`, in which an operation called from this thread uses the version of its kernels of this name (the last part but
 /// one of a symbol: `baseline`, `vec8`, `row2048`) where it has one that fits the tensors, else what it would have chosen.
-/// Products and attention have their own: [`Cuda::gemm`], [`super::with_attention_version`].
+/// Products are asked for by version and parts: [`Cuda::gemm`].
 pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
     struct Restore(Option<&'static str>);
     impl Drop for Restore {
@@ -28,9 +28,14 @@ pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// The version that is asked for.
+pub(super) fn asked() -> Option<&'static str> {
+    FORCED.get()
+}
+
 /// Whether baseline kernels are asked for.
 pub(super) fn baseline() -> bool {
-    FORCED.get() == Some("baseline")
+    asked() == Some("baseline")
 }
 
 /// Of the versions that fit, the best first: the one that is asked for, else the first. `None`: the baseline.
@@ -40,7 +45,7 @@ pub(super) fn choose<T>(fitting: impl IntoIterator<Item = (&'static str, T)>) ->
     }
     let mut first = None;
     for (name, version) in fitting {
-        if FORCED.get() == Some(name) {
+        if asked() == Some(name) {
             return Some(version);
         }
         first.get_or_insert(version);

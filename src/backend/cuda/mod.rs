@@ -22,7 +22,6 @@ mod sampling;
 mod swiglu;
 mod timing;
 
-pub use attention::{AttentionVersion, with_attention_version};
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
