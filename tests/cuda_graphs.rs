@@ -225,9 +225,10 @@ fn a_graph_is_changed_where_there_are_more_keys() {
     let generate = || model.generate(std::slice::from_ref(&prompt), &options, &mut |_, _| {}).unwrap();
     let mut with = Vec::new();
     let [made, changed] = calls(1, [INSTANTIATE, SET_PARAMS], || with = generate());
-    // In each of two layers, the kernel that sees the keys and the one that combines its parts: for the third block, and where
-    // their memory has another address.
-    assert!(made == 1 && changed >= 4 && changed % 4 == 0, "{made} made, {changed} nodes changed");
+    // At the one token with a third block, in each of two layers: the kernel that sees the keys and the one that combines its
+    // parts; and where the memory of the smaller parts, free from then on, has the lowest address of its size, the two kernels
+    // that write and read what is there now.
+    assert!(made == 1 && matches!(changed, 4 | 8), "{made} made, {changed} nodes changed");
     cuda.replays(false);
     assert_eq!(with, generate());
 }
