@@ -14,7 +14,7 @@
 // Rounds: P to bf16 before P·V (the sum of P takes the unrounded), O once. Sums are f32, over keys in ascending tiles: results do not depend
 // on the launch, and the two versions differ in nothing.
 // flash128 at head_dim 128 wants two registers more than there are on sm_90: two offsets of the copies are in local memory, and read
-// once a tile.
+// once a tile. Maxima and sums in shared memory would make room, for 16 accesses a tile.
 // Versions: flash128 wins where the grid fills the device; flash64 where it would not (wrapper: fewer than 264 blocks of 128 queries).
 #include "attention.cuh"
 

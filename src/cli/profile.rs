@@ -23,7 +23,7 @@ use std::path::PathBuf;
   ncu --profile-from-start off swat profile --model DIR --steps 5 --range 3:3
   nsys profile -t cuda,nvtx swat profile --model DIR --nvtx
 
-The ceilings are measured first: a large product and a large copy on the same backend. \"of ceiling\" is the time that a
+The ceilings are measured first: large products and a large copy on the same backend. \"of ceiling\" is the time that a
 row's bytes and FLOPs would take there over the time it took: each tensor of a call counts once, so that what stays in a
 cache between calls can be faster than a copy of memory. The speed of light is the same of the whole step, of which only
 this counts: products and attention, causal and without what --recompute runs again; weights once a pass, gradients and
