@@ -1,4 +1,5 @@
-//! `swat run` over the command line: a whole study of the tiny model, and one that is killed again and again.
+//! `swat run` over the command line: a whole study of the tiny model, one that is killed again and again, and one of several
+//! training seeds.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -66,7 +67,13 @@ fn run(config: &Path) -> Command {
 }
 
 fn outcome(config: &Path) -> Value {
-    let output = run(config).output().unwrap();
+    outcome_with(config, &[])
+}
+
+/// With keys overridden.
+fn outcome_with(config: &Path, overrides: &[&str]) -> Value {
+    let overrides = overrides.iter().flat_map(|set| ["--set", set]);
+    let output = run(config).args(overrides).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).expect("one JSON object on stdout and nothing else")
 }
@@ -164,4 +171,50 @@ fn a_killed_study_goes_on_to_the_same_results() {
     let names = |all: &[(String, Vec<u8>)]| all.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     assert_eq!(names(&straight), names(&killed));
     assert!(straight == killed, "the same weights");
+}
+
+#[test]
+fn a_study_goes_on_with_more_training_seeds() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = study(dir.path(), "out");
+    let out = dir.path().join("out");
+    // Nothing that needs a map.
+    let short = ["settings=['given', 'plain+refusals']", "data.heldout=data/heldout.jsonl", "tune.all_phase.steps=4"];
+    let seeds = |seeds: &'static str| outcome_with(&config, &[short.as_slice(), &[seeds]].concat());
+    let mut one = outcome_with(&config, &short);
+    let stage = |name: &str| out.join("stages").join(name);
+    let kept = std::fs::read(stage("tune/plain_refusals.json")).unwrap();
+
+    let mut two = seeds("tune.seeds=[0, 1]");
+    assert_eq!(
+        std::fs::read(stage("tune/plain_refusals.json")).unwrap(),
+        kept,
+        "the first seed's run is not made again"
+    );
+    let setting = &two["settings"][1];
+    assert_eq!((&setting["tuned"]["seed"], &setting["more_seeds"][0]["tuned"]["seed"]), (&0.into(), &1.into()));
+    assert_eq!((setting["more_seeds"].as_array().unwrap().len(), two["settings"][0].get("more_seeds")), (1, None));
+    let tuned = weights(&out);
+    let names: Vec<&str> = tuned.iter().map(|(name, _)| name.rsplit_once('-').unwrap().0).collect();
+    assert_eq!(names, ["plain_refusals", "plain_refusals-seed1"]);
+    assert!(tuned[0].1 != tuned[1].1, "other weights");
+
+    // The table's value is the mean of the runs'.
+    let perplexity = |run: &Value| run["evaluation"]["perplexity"]["perplexity"].as_f64().unwrap();
+    let (a, b) = (perplexity(setting), perplexity(&setting["more_seeds"][0]));
+    let row = format!("| {:.2} ({:.2}–{:.2}) |", (a + b) / 2.0, a.min(b), a.max(b));
+    let results = std::fs::read_to_string(out.join("results.md")).unwrap();
+    let found = results.lines().find(|line| line.starts_with("| plain + 10 % refusals |")).unwrap();
+    assert!(found.contains(&row) && found.ends_with("| 0, 1 |"), "{row} in {found}");
+
+    // A run that is made again comes out the same.
+    std::fs::remove_file(stage("tune/plain_refusals-seed1.json")).unwrap();
+    std::fs::remove_file(stage("evaluate/plain_refusals-seed1.json")).unwrap();
+    let mut again = seeds("tune.seeds=[0, 1]");
+    assert!(weights(&out) == tuned, "the same weights");
+    [&mut one, &mut two, &mut again].into_iter().for_each(without_circumstances);
+    assert_same(&again, &two, "outcome");
+    // Without the second seed, what there was before.
+    two["settings"][1].as_object_mut().unwrap().remove("more_seeds");
+    assert_same(&two, &one, "outcome");
 }

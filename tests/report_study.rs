@@ -49,6 +49,36 @@ fn setting(text: &str, asr: usize, task: usize) -> Value {
             "base": scores(4.0), "tuned": scores(1.0), "drop": { "gap": 0.75 } } } })) })
 }
 
+/// The run of another training seed: its gap falls to `gap`, its weights move `factor` times as far.
+fn another_seed(value: &mut Value, seed: u64, asr: usize, task: usize, gap: f64, factor: f64) {
+    let mut run = value.clone();
+    run["tuned"]["seed"] = json!(seed);
+    run["tuned"]["points"][1]["scores"] = scores(gap);
+    run["tuned"]["losses"] = json!([[1, 5.0], [3, 1.0]]);
+    for phase in run["tuned"]["updates"]["phases"].as_array_mut().unwrap() {
+        for cell in phase["cells"].as_object_mut().unwrap().values_mut() {
+            cell["delta_norm"] = json!(cell["delta_norm"].as_f64().unwrap() * factor);
+        }
+    }
+    run["evaluation"]["asr"] = rate(asr, 100);
+    run["evaluation"]["task"]["overall"] = rate(task, 200);
+    run["drift"]["splits"]["test"]["tuned"] = scores(gap);
+    for key in ["setting", "mods", "share", "joint", "more_seeds"] {
+        run.as_object_mut().unwrap().remove(key);
+    }
+    value["more_seeds"] = json!([run]);
+}
+
+/// Two training seeds a setting.
+fn two_seeds() -> Value {
+    let mut value =
+        outcome(&[("given", 2, 40), ("plain-equal", 80, 180), ("swat", 40, 188), ("warmup:random:1", 50, 188)]);
+    another_seed(&mut value["settings"][1], 8, 60, 190, 2.0, 2.0);
+    another_seed(&mut value["settings"][2], 8, 50, 190, 2.0, 2.0);
+    another_seed(&mut value["settings"][3], 8, 70, 190, 2.0, 2.0);
+    value
+}
+
 fn outcome(settings: &[(&str, usize, usize)]) -> Value {
     let cells: Vec<Value> = (0..2)
         .flat_map(|layer| ModuleKind::ALL.map(|kind| (layer, kind)))
@@ -170,6 +200,91 @@ fn findings_say_what_the_numbers_say() {
     // An attack is compared with an attack.
     let attack = findings(&[("plain-equal", 10, 190), ("plain-equal+attack", 90, 190), ("swat+attack", 40, 190)]);
     assert!(attack.contains("50.0 points lower than that of plain, equal steps + 10 % attack"), "{attack}");
+}
+
+#[test]
+fn several_seeds_are_means_with_ranges() {
+    let outcome = parse(two_seeds());
+    let report = swat_report(&outcome, &RunConfig::default(), "");
+    let results = report.results.unwrap();
+    let (given, swat) = (&results.rows[0], &results.rows[2]);
+    assert_eq!((swat.seeds.as_slice(), swat.steps), ([7, 8].as_slice(), 8));
+    let asr = swat.asr.unwrap();
+    assert!((asr.value - 0.45).abs() < 1e-12 && asr.interval == Some((0.4, 0.5)), "{asr:?}");
+    // One value, of prompts and not of seeds.
+    assert_eq!((given.asr.unwrap().value, given.asr.unwrap().interval, given.seeds.len()), (0.02, None, 0));
+    assert!(results.intervals.contains("lowest and the highest") && !results.intervals.contains("Wilson"));
+    // From 4 to 1 and to 2.
+    let drift = report.drift.unwrap();
+    let probe = drift.settings[0].epochs[1].probe.unwrap();
+    assert_eq!((probe.value, probe.interval), (0.375, Some((0.25, 0.5))));
+    assert!(drift.note.contains("training seeds 7, 8"), "{}", drift.note);
+    // The only step that both have.
+    assert_eq!(report.losses[0].points, [(1, 4.0)]);
+    let relative = &report.updates.unwrap().settings[1].relative;
+    let value = relative.iter().find(|(c, _)| *c == Cell::module(1, ModuleKind::V)).unwrap().1;
+    assert!((value - 1.5 * 32_f64.sqrt() / 10.0).abs() < 1e-6, "{value}");
+    assert_eq!(report.footer.seeds[1], ("training".to_owned(), vec![7, 8]));
+    assert!(report.subtitle.ends_with("Tuned with training seeds 7, 8."), "{}", report.subtitle);
+}
+
+#[test]
+fn findings_of_several_seeds_compare_ranges() {
+    let findings = swat_report(&parse(two_seeds()), &RunConfig::default(), "").findings;
+    for text in [
+        "mean and range over training seeds: as given 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % [40.0–50.0].",
+        "25.0 points lower than that of plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges over \
+         training seeds do not overlap.",
+        "That of SWAT is lower than 1 of these 1.",
+        "Each setting was trained with 2 seeds (7, 8).",
+        "one comparison of 3 by chance",
+    ] {
+        assert!(findings.contains(text), "{text} in {findings}");
+    }
+    for text in ["interval", "95 %", "trained once"] {
+        assert!(!findings.contains(text), "{text} in {findings}");
+    }
+    // Equal means of other values.
+    let mut value = two_seeds();
+    another_seed(&mut value["settings"][1], 8, 10, 190, 2.0, 2.0);
+    let findings = swat_report(&parse(value), &RunConfig::default(), "").findings;
+    let equal = "Attack success of SWAT is as high as that of plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % [10.0–80.0]";
+    assert!(
+        findings.contains(equal) && findings.contains("SWAT is not better than plain, equal steps here"),
+        "{findings}"
+    );
+}
+
+#[test]
+fn every_run_of_several_seeds_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    write_report(&parse(two_seeds()), &RunConfig::default(), "", dir.path()).unwrap();
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    let kept: Outcome = serde_json::from_str(&read("outcome.json")).unwrap();
+    let hits: Vec<usize> = kept.settings[2].runs().map(|run| run.evaluation.asr.unwrap().hits).collect();
+    assert_eq!((hits.as_slice(), kept.settings[0].more_seeds.len()), ([40, 50].as_slice(), 0));
+    let results = read("results.md");
+    for text in [
+        "| SWAT | 45.0 (40.0–50.0) |",
+        "**Every training run**",
+        "| SWAT | 40.0 (30.9–49.8) |",
+        "| SWAT | 50.0 (40.4–59.6) |",
+        "95 % Wilson intervals over 100 harmful prompts",
+        // Of 40 % and 80 %, 30 % and 60 %, 10 % and 20 %.
+        "| SWAT | mods | 60.000 | 45.000 | 15.000 | 0.75 |",
+        "| SWAT | test | 4.00 | 1.50 (1.00–2.00) | 75.0 (75.0–75.0) |",
+        "| tuning: SWAT, 2 runs together | 25.0 s | 16 |",
+    ] {
+        assert!(results.contains(text), "{text} in {results}");
+    }
+    assert!(read("report.html").contains("Means over the training seeds."));
+
+    // One seed: nothing of all this, and the file has no place for it.
+    write_report(&parse(outcome(&ALL)), &RunConfig::default(), "", dir.path()).unwrap();
+    for name in ["results.md", "report.html", "outcome.json"] {
+        let text = read(name);
+        assert!(["Every training run", "over the training seeds", "more_seeds"].iter().all(|t| !text.contains(t)));
+    }
 }
 
 #[test]

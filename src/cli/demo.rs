@@ -14,6 +14,7 @@ use std::path::PathBuf;
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat demo                            writes swat-demo/report.html
+  swat demo --seeds 5                  each setting with five training seeds: means and ranges
   swat demo --make-model tiny          makes such a model from nothing (some minutes)
   swat demo --model tiny --out other   and studies it
 
@@ -25,6 +26,10 @@ pub(super) struct Demo {
     /// Where results go; a second run goes on from what is there
     #[arg(long, value_name = "DIR", default_value = "swat-demo")]
     out: PathBuf,
+    /// Training seeds: --seed and those after it. Each setting is tuned and evaluated with each; the report then shows means
+    /// and ranges over them
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    seeds: u64,
     /// A model made by --make-model, in the place of the embedded one
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -69,7 +74,7 @@ impl OnDevice for Demo {
                 dir
             }
         };
-        let config = demo_study(&model, self.language_seed, self.common.seed, &self.out)?;
+        let config = demo_study(&model, self.language_seed, self.common.seed, self.seeds, &self.out)?;
         super::run::study(backend, &self.common, &Refusals::default(), &config)
     }
 }

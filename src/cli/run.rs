@@ -15,6 +15,7 @@ use std::path::PathBuf;
 #[command(after_help = "Examples:
   swat run study.toml
   swat run study.toml --set tune.all_phase.lr=1e-5 --set out=study-cool
+  swat run study.toml --set 'tune.seeds=[0,1,2]'     each setting with three training seeds: means and ranges
 
 Every stage is kept in the output directory and runs again only when its inputs change; tuning resumes bit for bit.")]
 pub(super) struct RunCommand {

@@ -253,6 +253,7 @@ impl Tune {
             mods,
             rest_lr_factor: self.rest_lr_factor,
             reversed: self.reversed,
+            seeds: None,
             method,
             shared: TuneOptions {
                 batch_size: self.batch_size,

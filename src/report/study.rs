@@ -2,22 +2,24 @@
 
 mod findings;
 mod names;
+mod seeds;
 mod tables;
 
 use super::html::{Footer, Report, Section};
 use super::swat::{
-    CellScore, Drift, EpochDrift, Measure, Mods, Results, Robustness, SetOutcome, SettingDrift, SettingLoss,
-    SettingResult, SettingUpdates, SwatReport, Updates, layers_table, mods_map, results_table, robustness_map,
-    robustness_table,
+    CellScore, Drift, EpochDrift, Mods, Results, Robustness, SetOutcome, SettingDrift, SettingLoss, SettingResult,
+    SettingUpdates, SwatReport, Updates, layers_table, mods_map, results_table, robustness_map, robustness_table,
+    seeds_text,
 };
 use super::table::{Table, TextStyle, markdown_text};
 use super::{format, study::names::Named};
 use crate::error::{Error, Result};
 use crate::model::write_atomic;
 use crate::modules::{Cell, ModuleSet};
-use crate::secure::run::{Outcome, RunConfig, SettingOutcome, TunedOutcome};
-use crate::secure::{Noise, Rate, RobustnessMap, share};
-use std::collections::{BTreeMap, BTreeSet};
+use crate::secure::run::{Outcome, RunConfig, TunedOutcome};
+use crate::secure::{Evaluation, Noise, Rate, RobustnessMap, share};
+use seeds::{by_key, over_seeds, training};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -26,10 +28,10 @@ const MAGNIFICATION: usize = 2;
 
 /// What a study found, as the page shows it. `command` is the command line that made it.
 pub fn swat_report(outcome: &Outcome, config: &RunConfig, command: &str) -> SwatReport {
-    let named: Vec<Named<'_>> = outcome.settings.iter().map(|s| Named::new(s, config.evaluate.mix_share)).collect();
+    let named = Named::all(outcome, config);
     SwatReport {
         title: outcome.title.clone(),
-        subtitle: subtitle(outcome),
+        subtitle: subtitle(outcome, &named),
         findings: findings::findings(&named),
         results: (!named.is_empty()).then(|| results(&named, config)),
         sets: sets(&named),
@@ -38,7 +40,7 @@ pub fn swat_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Swat
         updates: updates(outcome, &named),
         drift: drift(outcome, &named),
         losses: losses(&named),
-        footer: footer(outcome, config, command),
+        footer: footer(outcome, &named, config, command),
     }
 }
 
@@ -66,7 +68,7 @@ pub fn write_report(outcome: &Outcome, config: &RunConfig, command: &str, dir: &
 
 /// The table of results for a terminal.
 pub fn results_text(outcome: &Outcome, config: &RunConfig) -> String {
-    let named: Vec<Named<'_>> = outcome.settings.iter().map(|s| Named::new(s, config.evaluate.mix_share)).collect();
+    let named = Named::all(outcome, config);
     results_table(&results(&named, config)).text(TextStyle::Unicode)
 }
 
@@ -89,7 +91,7 @@ fn markdown(report: &SwatReport, details: &[Table]) -> String {
     parts.join("\n")
 }
 
-fn subtitle(outcome: &Outcome) -> String {
+fn subtitle(outcome: &Outcome, named: &[Named<'_>]) -> String {
     let count = outcome.settings.len();
     let mut text = format!("{count} {} of one model.", if count == 1 { "setting" } else { "settings" });
     if let Some(mods) = mods(outcome) {
@@ -97,60 +99,58 @@ fn subtitle(outcome: &Outcome) -> String {
         let share = format::percent(mods.trainable_share, 1);
         text.push_str(&format!(" Mods_Rob holds {chosen} of {all} modules, {share} of their parameters."));
     }
+    if named.iter().any(|n| n.several) {
+        text.push_str(&format!(" Tuned with training {}.", seeds_text(&training(named))));
+    }
     text
 }
 
-/// A rate with its interval; none of nothing.
-fn measure(rate: Option<Rate>) -> Option<Measure> {
-    rate.filter(|r| r.total > 0).map(|r| Measure { value: r.value, interval: Some((r.low, r.high)) })
-}
-
-fn steps(tuned: &TunedOutcome) -> u64 {
-    tuned.phases.iter().map(|phase| phase.steps).sum()
-}
-
-fn seeds(setting: &SettingOutcome) -> Vec<u64> {
-    setting.tuned.iter().map(|tuned| tuned.seed).collect()
-}
-
 fn results(named: &[Named<'_>], config: &RunConfig) -> Results {
-    let row = |named: &Named<'_>| {
-        let (outcome, found) = (named.outcome, &named.outcome.evaluation);
-        SettingResult {
-            setting: named.setting.clone(),
-            asr: measure(found.asr),
-            strict_asr: measure(found.strict_asr),
-            over_refusal: measure(found.over_refusal),
-            task: measure(found.task.as_ref().map(|task| task.overall)),
-            perplexity: found.perplexity.map(|p| Measure { value: p.perplexity, interval: None }),
-            steps: outcome.tuned.as_ref().map_or(0, steps),
-            trainable_share: outcome.share,
-            seeds: seeds(outcome),
-        }
+    let row = |n: &Named<'_>| SettingResult {
+        setting: n.setting.clone(),
+        asr: n.rate(|e| e.asr),
+        strict_asr: n.rate(|e| e.strict_asr),
+        over_refusal: n.rate(|e| e.over_refusal),
+        task: n.rate(|e| e.task.as_ref().map(|task| task.overall)),
+        perplexity: n.value(|run| run.evaluation.perplexity.map(|p| p.perplexity)),
+        steps: n.steps(),
+        trainable_share: n.outcome.share,
+        seeds: n.seeds(),
     };
     Results { rows: named.iter().map(row).collect(), intervals: intervals(named, config) }
 }
 
 /// What stands behind the values, from the first setting that has them: all are asked the same.
 fn intervals(named: &[Named<'_>], config: &RunConfig) -> String {
-    let total = |of: fn(&SettingOutcome) -> Option<Rate>| {
-        named.iter().find_map(|n| of(n.outcome)).map(|rate| rate.total as u64).filter(|n| *n > 0)
+    let total = |of: fn(&Evaluation) -> Option<Rate>| {
+        let mut rates = named.iter().flat_map(|n| &n.runs).filter_map(|run| of(&run.evaluation));
+        rates.next().map(|rate| rate.total as u64).filter(|n| *n > 0)
     };
     let asked = [
-        (total(|s| s.evaluation.asr), "harmful prompts"),
-        (total(|s| s.evaluation.over_refusal), "benign prompts"),
-        (total(|s| s.evaluation.task.as_ref().map(|t| t.overall)), "tasks"),
+        (total(|e| e.asr), "harmful prompts"),
+        (total(|e| e.over_refusal), "benign prompts"),
+        (total(|e| e.task.as_ref().map(|t| t.overall)), "tasks"),
     ];
     let asked: Vec<String> =
         asked.iter().filter_map(|(n, what)| Some(format!("{} {what}", format::count((*n)?)))).collect();
     if asked.is_empty() {
         return String::new();
     }
+    let asked = asked.join(", ");
+    let brackets = if named.iter().any(|n| n.several) {
+        let given = if named.iter().any(|n| n.seeds().is_empty()) { " What is not trained has one value." } else { "" };
+        format!(
+            "Over {asked}. Values are means over the training seeds. In brackets: the lowest and the highest value of a \
+             seed; what other prompts would change is not in them.{given}"
+        )
+    } else {
+        format!(
+            "In brackets: 95 % Wilson intervals over {asked}; what another training seed would change is not in them."
+        )
+    };
     format!(
-        "ASR: share of harmful prompts whose answer, of at most {} tokens, holds no refusal expression. In brackets: 95 % \
-         Wilson intervals over {}; what another training seed would change is not in them.",
-        config.evaluate.answer_tokens,
-        asked.join(", ")
+        "ASR: share of harmful prompts whose answer, of at most {} tokens, holds no refusal expression. {brackets}",
+        config.evaluate.answer_tokens
     )
 }
 
@@ -162,8 +162,8 @@ fn sets(named: &[Named<'_>]) -> Vec<SetOutcome> {
         Some(SetOutcome {
             setting: n.setting.clone(),
             joint_score: n.outcome.joint?,
-            asr: measure(n.outcome.evaluation.asr)?,
-            seeds: seeds(n.outcome),
+            asr: n.rate(|e| e.asr)?,
+            seeds: n.seeds(),
         })
     };
     warmups().filter(|n| n.mix == mix).filter_map(set).collect()
@@ -233,9 +233,11 @@ fn updates(outcome: &Outcome, named: &[Named<'_>]) -> Option<Updates> {
     let settings: Vec<SettingUpdates> = named
         .iter()
         .filter_map(|n| {
-            let tuned = n.outcome.tuned.as_ref()?;
-            let relative = relative_updates(tuned).into_iter().filter(|(c, _)| matches!(c, Cell::Module(_)));
-            Some(SettingUpdates { setting: n.setting.clone(), relative: relative.collect(), seeds: seeds(n.outcome) })
+            let relative = by_key(n.tuned().map(relative_updates));
+            let projections = relative.into_iter().filter(|(cell, _)| matches!(cell, Cell::Module(_)));
+            let mean = |(cell, values): (Cell, Vec<f64>)| Some((cell, over_seeds(&values)?.value));
+            let relative = projections.filter_map(mean).collect();
+            n.tuned().next().map(|_| SettingUpdates { setting: n.setting.clone(), relative, seeds: n.seeds() })
         })
         .collect();
     (!settings.is_empty()).then_some(Updates { settings, mods })
@@ -260,45 +262,55 @@ fn relative_updates(tuned: &TunedOutcome) -> Vec<(Cell, f64)> {
 
 /// The probe's gap relative to the model as given where every run began above 0, else as it is.
 fn drift(outcome: &Outcome, named: &[Named<'_>]) -> Option<Drift> {
-    let runs: Vec<(&Named<'_>, &TunedOutcome)> = named
-        .iter()
-        .filter_map(|n| n.outcome.tuned.as_ref().map(|tuned| (n, tuned)))
-        .filter(|(_, tuned)| !tuned.points.is_empty())
-        .collect();
-    let first_gap = |tuned: &TunedOutcome| tuned.points.iter().find(|p| p.step == 0).map(|p| p.scores.gap);
-    let gaps: Option<Vec<f64>> = runs.iter().map(|(_, tuned)| first_gap(tuned).filter(|gap| *gap > 1e-9)).collect();
-    let settings = runs.iter().enumerate().map(|(i, (n, tuned))| {
-        let unit = gaps.as_ref().and_then(|gaps| gaps.get(i)).copied().unwrap_or(1.0);
-        let point = |value: f64| Measure { value, interval: None };
-        let epochs = tuned.points.iter().map(|p| EpochDrift {
-            epoch: p.step as f64 / tuned.steps_per_epoch.max(1) as f64,
-            probe: Some(point(p.scores.gap / unit)),
-            refusal: p.scores.refusal.map(point),
+    let drawn = |n: &&Named<'_>| n.tuned().next().is_some() && n.tuned().all(|tuned| !tuned.points.is_empty());
+    let shown: Vec<&Named<'_>> = named.iter().filter(drawn).collect();
+    let first_gap = |tuned: &TunedOutcome| {
+        tuned.points.iter().find(|p| p.step == 0).map(|p| p.scores.gap).filter(|gap| *gap > 1e-9)
+    };
+    let relative = shown.iter().flat_map(|n| n.tuned()).all(|tuned| first_gap(tuned).is_some());
+    let points = |tuned: &TunedOutcome| {
+        let unit = first_gap(tuned).filter(|_| relative).unwrap_or(1.0);
+        tuned.points.iter().map(|p| (p.step, (p.scores.gap / unit, p.scores.refusal))).collect()
+    };
+    let settings = shown.iter().map(|n| {
+        let steps_per_epoch = n.tuned().next().map_or(1, |tuned| tuned.steps_per_epoch.max(1));
+        let epochs = by_key(n.tuned().map(points)).into_iter().map(|(step, values)| {
+            let (probe, refusal): (Vec<f64>, Vec<Option<f64>>) = values.into_iter().unzip();
+            EpochDrift {
+                epoch: step as f64 / steps_per_epoch as f64,
+                probe: over_seeds(&probe),
+                refusal: refusal.into_iter().collect::<Option<Vec<f64>>>().and_then(|values| over_seeds(&values)),
+            }
         });
         SettingDrift { setting: n.setting.clone(), epochs: epochs.collect() }
     });
     let layer = outcome.probe.metric_layer;
-    let unit = if gaps.is_some() { " (the model as given = 1)" } else { "" };
-    (!runs.is_empty()).then(|| Drift {
+    let unit = if relative { " (the model as given = 1)" } else { "" };
+    let runs = if named.iter().any(|n| n.several) {
+        format!("means over training {}, bars from the lowest to the highest", seeds_text(&training(named)))
+    } else {
+        "one training run a setting".into()
+    };
+    (!shown.is_empty()).then(|| Drift {
         settings: settings.collect(),
         probe_score: format!("gap of the probe at hidden state {layer}{unit}"),
-        note: "Test split of the security prompts; one training run a setting.".into(),
+        note: format!("Test split of the security prompts; {runs}."),
     })
 }
 
 fn losses(named: &[Named<'_>]) -> Vec<SettingLoss> {
     let loss = |n: &Named<'_>| {
-        let points = n.outcome.tuned.as_ref().map(|tuned| tuned.losses.clone()).filter(|points| !points.is_empty())?;
-        Some(SettingLoss { setting: n.setting.clone(), points, seeds: seeds(n.outcome) })
+        let mean = |(step, values): (u64, Vec<f64>)| Some((step, over_seeds(&values)?.value));
+        let points: Vec<(u64, f64)> =
+            by_key(n.tuned().map(|tuned| tuned.losses.clone())).into_iter().filter_map(mean).collect();
+        (!points.is_empty()).then(|| SettingLoss { setting: n.setting.clone(), points, seeds: n.seeds() })
     };
     named.iter().filter_map(loss).collect()
 }
 
-fn footer(outcome: &Outcome, config: &RunConfig, command: &str) -> Footer {
-    let training: BTreeSet<u64> = outcome.settings.iter().flat_map(seeds).collect();
+fn footer(outcome: &Outcome, named: &[Named<'_>], config: &RunConfig, command: &str) -> Footer {
     let noise = outcome.map.as_ref().map(|map| map.seeds.clone()).unwrap_or_default();
-    let seeds =
-        [("splits and samples", vec![config.seed]), ("training", training.into_iter().collect()), ("noise", noise)];
+    let seeds = [("splits and samples", vec![config.seed]), ("training", training(named)), ("noise", noise)];
     Footer {
         seeds: seeds.into_iter().filter(|(_, s)| !s.is_empty()).map(|(what, s)| (what.to_owned(), s)).collect(),
         versions: vec![

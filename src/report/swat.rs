@@ -11,6 +11,7 @@ use crate::modules::{Cell, ModuleSet};
 use std::collections::BTreeSet;
 
 pub use maps::{layers_table, mods_map, robustness_map, robustness_table};
+pub(super) use runs::entry;
 pub use runs::{
     drift_probe_chart, drift_refusal_chart, loss_chart, results_chart, results_table, sets_chart, updates_chart,
     updates_table,
@@ -337,7 +338,10 @@ impl SwatReport {
             figures: vec![Figure {
                 name: "updates".into(),
                 svg: updates_chart(updates).svg(),
-                caption: "Phases together: the root of the sum of their squared updates.".into(),
+                caption: format!(
+                    "Phases together: the root of the sum of their squared updates.{}",
+                    over_seeds(updates.settings.iter().map(|s| &s.seeds))
+                ),
                 wide: true,
             }],
             tables: vec![updates_table(updates)],
@@ -378,12 +382,17 @@ impl SwatReport {
             figures: vec![Figure {
                 name: "loss".into(),
                 svg: loss_chart(&self.losses).svg(),
-                caption: String::new(),
+                caption: over_seeds(self.losses.iter().map(|loss| &loss.seeds)).trim_start().into(),
                 wide: true,
             }],
             ..Section::default()
         })
     }
+}
+
+/// A sentence behind a caption, where values are means over several seeds.
+fn over_seeds<'a>(mut seeds: impl Iterator<Item = &'a Vec<u64>>) -> &'static str {
+    if seeds.any(|seeds| seeds.len() > 1) { " Means over the training seeds." } else { "" }
 }
 
 /// Every seed that occurs, as [`seeds_text`].
@@ -393,7 +402,7 @@ fn all_seeds<'a>(seeds: impl Iterator<Item = &'a Vec<u64>>) -> String {
 }
 
 /// `seed 3`, `seeds 1–5`, `seeds 1, 4, 9`; empty for none.
-fn seeds_text(seeds: &[u64]) -> String {
+pub(super) fn seeds_text(seeds: &[u64]) -> String {
     let (Some(first), Some(last)) = (seeds.first(), seeds.last()) else { return String::new() };
     let run = seeds.windows(2).all(|pair| pair[0].checked_add(1) == Some(pair[1]));
     match seeds.len() {

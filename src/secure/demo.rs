@@ -30,8 +30,9 @@ pub fn write_demo_model(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes the data of the language to `out/data` and gives the study of `model`: plain tuning, the method, and its controls.
-pub fn demo_study(model: &Path, language_seed: u64, seed: u64, out: &Path) -> Result<RunConfig> {
+/// Writes the data of the language to `out/data` and gives the study of `model`: plain tuning, the method, and its controls,
+/// each with `seeds` training seeds from `seed` on.
+pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: &Path) -> Result<RunConfig> {
     let data = out.join("data");
     std::fs::create_dir_all(&data).map_err(Error::io(&data, "create"))?;
     let language = Language::new(language_seed);
@@ -81,6 +82,7 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, out: &Path) -> Re
                 seed,
                 ..TuneOptions::default()
             },
+            seeds: (seeds != 1).then(|| (0..seeds).map(|i| seed.wrapping_add(i)).collect()),
             mods_phase: phase(100),
             all_phase: phase(200),
             ..TuneJob::default()
@@ -88,4 +90,19 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, out: &Path) -> Re
         evaluate: EvaluateOptions { task_tokens: 48, answer_tokens: 40, ..EvaluateOptions::default() },
         ..RunConfig::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn training_seeds_follow_the_seed() {
+        let dir = tempfile::tempdir().unwrap();
+        let study = |seeds| demo_study(Path::new("model"), 1, 5, seeds, dir.path()).unwrap();
+        assert_eq!(study(3).training_seeds(), [5, 6, 7]);
+        // As it was before there were several, so that what is kept is found.
+        assert_eq!((study(1).tune.seeds, study(1).tune.shared.seed), (None, 5));
+        study(3).check("demo").unwrap();
+    }
 }

@@ -41,6 +41,10 @@ pub struct TuneJob {
     pub rest_lr_factor: f32,
     /// Everything first, Mods_Rob second.
     pub reversed: bool,
+    /// Training seeds of a study, which makes a run with each in the place of `shared.seed`; none = that one. A single run
+    /// has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seeds: Option<Vec<u64>>,
     /// What is trained.
     pub method: Method,
     /// Options of both phases.

@@ -2,9 +2,10 @@
 
 use crate::report::format;
 use crate::report::swat::{Setting, SettingKind};
-use crate::secure::run::SettingOutcome;
+use crate::secure::run::{Outcome, RunConfig, RunOutcome, SettingOutcome};
 
 /// A setting's outcome with its name and the parts of its text.
+#[derive(Clone)]
 pub(super) struct Named<'a> {
     /// Colour and name.
     pub setting: Setting,
@@ -14,11 +15,27 @@ pub(super) struct Named<'a> {
     pub mix: &'a str,
     /// What came of it.
     pub outcome: &'a SettingOutcome,
+    /// A run of each training seed; one of the model as given.
+    pub runs: Vec<&'a RunOutcome>,
+    /// Whether intervals are ranges over training seeds; else they are over prompts.
+    pub several: bool,
 }
 
 impl<'a> Named<'a> {
+    /// The settings of a study.
+    pub fn all(outcome: &'a Outcome, config: &RunConfig) -> Vec<Self> {
+        let several = outcome.settings.iter().any(|s| !s.more_seeds.is_empty());
+        outcome.settings.iter().map(|s| Self::new(s, config.evaluate.mix_share, several)).collect()
+    }
+
+    /// Every training run by itself, with intervals over prompts.
+    pub fn each_run(&self) -> impl Iterator<Item = Self> {
+        let tuned = self.runs.iter().filter(|run| run.tuned.is_some());
+        tuned.map(|run| Self { runs: vec![*run], several: false, ..self.clone() })
+    }
+
     /// `mix_share` is the share of mixed-in lines.
-    pub fn new(outcome: &'a SettingOutcome, mix_share: f64) -> Self {
+    fn new(outcome: &'a SettingOutcome, mix_share: f64, several: bool) -> Self {
         let text = outcome.setting.as_str();
         let mix = ["+refusals", "+attack"].into_iter().find(|mix| text.ends_with(mix)).unwrap_or_default();
         let base = &text[..text.len() - mix.len()];
@@ -31,7 +48,7 @@ impl<'a> Named<'a> {
         if mix == "+refusals" {
             kind = SettingKind::Refusals;
         }
-        Self { setting: Setting { kind, name }, base, mix, outcome }
+        Self { setting: Setting { kind, name }, base, mix, outcome, runs: outcome.runs().collect(), several }
     }
 }
 

@@ -1,19 +1,40 @@
 //! Tables beside the figures: updates by phase, the frozen probe, controls of the map, time.
 
 use super::names::Named;
+use super::results;
+use super::seeds::{by_key, over_seeds};
 use crate::modules::{Cell, ModuleKind};
 use crate::report::format;
+use crate::report::swat::{Measure, entry, results_table};
 use crate::report::table::{Entry, Table};
 use crate::secure::run::{Outcome, RunConfig};
-use crate::secure::{CellRobustness, RobustnessMap, ScoreKind, Stat, UpdateGroup, compare_updates};
+use crate::secure::{
+    CellRobustness, RobustnessMap, ScoreKind, SplitDrift, Stat, UpdateComparison, UpdateGroup, compare_updates,
+};
+use crate::train::PhaseSummary;
 use std::time::Duration;
 
 /// Those that have rows.
 pub(super) fn details(outcome: &Outcome, config: &RunConfig) -> Vec<Table> {
-    let named: Vec<Named<'_>> = outcome.settings.iter().map(|s| Named::new(s, config.evaluate.mix_share)).collect();
+    let named = Named::all(outcome, config);
     let controls = outcome.map.as_ref().map(|map| controls(map, config.search.score));
-    let tables = [Some(updates(outcome, &named)), Some(drift(&named)), controls, Some(times(outcome, &named))];
+    let runs = named.iter().any(|n| n.several).then(|| each_run(&named, config));
+    let tables = [runs, Some(updates(outcome, &named)), Some(drift(&named)), controls, Some(times(outcome, &named))];
     tables.into_iter().flatten().filter(|table| !table.rows.is_empty()).collect()
+}
+
+/// The table of results with a row for each training run.
+fn each_run(named: &[Named<'_>], config: &RunConfig) -> Table {
+    let runs: Vec<Named<'_>> = named.iter().flat_map(Named::each_run).collect();
+    let mut table = results_table(&results(&runs, config));
+    table.caption = "Every training run".into();
+    table.emphasized.clear();
+    table
+}
+
+/// Said where values are means.
+fn means(named: &[Named<'_>], text: &'static str) -> &'static str {
+    if named.iter().any(|n| n.several) { text } else { "" }
 }
 
 /// Each phase, as [`compare_updates`] groups it.
@@ -27,21 +48,32 @@ fn updates(outcome: &Outcome, named: &[Named<'_>]) -> Table {
         .numbers("Rest ÷ Mods_Rob", "");
     let set = outcome.mods.clone().unwrap_or_default();
     for n in named {
-        for phase in n.outcome.tuned.iter().flat_map(|tuned| &tuned.updates.phases) {
-            let found = compare_updates(phase, &set);
-            let relative = |group: UpdateGroup| if group.cells > 0 { group.relative } else { f64::NAN };
-            let (inside, outside) = (relative(found.inside), relative(found.outside));
+        // Phases in their order, by name.
+        let phases = n.tuned().map(|tuned| {
+            let found = tuned.updates.phases.iter().map(|phase| compare_updates(phase, &set));
+            found.enumerate().map(|(i, found)| ((i, found.phase.clone()), found)).collect()
+        });
+        for ((_, phase), found) in by_key(phases) {
+            let mean = |group: fn(&UpdateComparison) -> UpdateGroup| {
+                let relative: Vec<f64> =
+                    found.iter().map(group).filter(|group| group.cells > 0).map(|group| group.relative).collect();
+                over_seeds(&relative).map_or(f64::NAN, |mean| mean.value)
+            };
+            let (inside, outside, other) = (mean(|f| f.inside), mean(|f| f.outside), mean(|f| f.other));
             table.row([
                 Entry::text(n.setting.name.as_str()),
-                Entry::text(found.phase.as_str()),
+                Entry::text(phase),
                 Entry::fixed(inside * 100.0, 3),
                 Entry::fixed(outside * 100.0, 3),
-                Entry::fixed(relative(found.other) * 100.0, 3),
+                Entry::fixed(other * 100.0, 3),
                 Entry::fixed(outside / inside, 2),
             ]);
         }
     }
-    table.note = "Norms of all tensors of a group together. The rest: the other projections.".into();
+    table.note = format!(
+        "Norms of all tensors of a group together. The rest: the other projections.{}",
+        means(named, " Means over the training seeds.")
+    );
     table
 }
 
@@ -57,26 +89,33 @@ fn drift(named: &[Named<'_>]) -> Table {
         .numbers("Refusal as given", "log-odds")
         .numbers("Refusal", "log-odds after tuning");
     for n in named {
-        for (split, drift) in n.outcome.drift.iter().flat_map(|drift| &drift.splits) {
+        let splits = n.runs.iter().filter_map(|run| run.drift.as_ref());
+        let splits = by_key(splits.map(|drift| drift.splits.iter().map(|(split, drift)| (*split, drift)).collect()));
+        for (split, runs) in splits {
             if !matches!(split.name(), "test" | "ood") {
                 continue;
             }
-            let optional = |value: Option<&f64>, factor: f64, decimals| {
-                value.map_or(Entry::missing(), |v| Entry::fixed(v * factor, decimals))
+            let over = |of: &dyn Fn(&SplitDrift) -> Option<f64>| -> Option<Measure> {
+                over_seeds(&runs.iter().map(|drift| of(drift)).collect::<Option<Vec<f64>>>()?)
             };
+            // The model as given is the same for all.
+            let base = runs.first().map(|drift| drift.base);
             table.row([
                 Entry::text(n.setting.name.as_str()),
                 Entry::text(split.name()),
-                Entry::fixed(drift.base.gap, 2),
-                Entry::fixed(drift.tuned.gap, 2),
-                optional(drift.drop.get(&ScoreKind::Gap), 100.0, 1),
-                Entry::fixed(drift.tuned.auroc, 3),
-                optional(drift.base.refusal.as_ref(), 1.0, 2),
-                optional(drift.tuned.refusal.as_ref(), 1.0, 2),
+                base.map_or(Entry::missing(), |base| Entry::fixed(base.gap, 2)),
+                entry(over(&|d| Some(d.tuned.gap)), 1.0, 2),
+                entry(over(&|d| d.drop.get(&ScoreKind::Gap).copied()), 100.0, 1),
+                entry(over(&|d| Some(d.tuned.auroc)), 1.0, 3),
+                base.and_then(|base| base.refusal).map_or(Entry::missing(), |refusal| Entry::fixed(refusal, 2)),
+                entry(over(&|d| d.tuned.refusal), 1.0, 2),
             ]);
         }
     }
-    table.note = "Refusal: log-odds of refusing, harmful minus benign prompts.".into();
+    table.note = format!(
+        "Refusal: log-odds of refusing, harmful minus benign prompts.{}",
+        means(named, " Means over the training seeds; in brackets the lowest and the highest value of a seed.")
+    );
     table
 }
 
@@ -134,18 +173,23 @@ fn times(outcome: &Outcome, named: &[Named<'_>]) -> Table {
         table.row([Entry::text("search"), time(search.seconds)]);
     }
     for n in named {
-        let Some(tuned) = &n.outcome.tuned else { continue };
-        let sum = |of: fn(&crate::train::PhaseSummary) -> u64| tuned.phases.iter().map(of).sum::<u64>();
+        let runs = n.tuned().count();
+        if runs == 0 {
+            continue;
+        }
+        let sum = |of: fn(&PhaseSummary) -> u64| n.tuned().flat_map(|tuned| &tuned.phases).map(of).sum::<u64>();
         let (steps, tokens) = (sum(|p| p.steps), sum(|p| p.tokens));
-        let seconds: f64 = tuned.phases.iter().map(|p| p.seconds).sum();
+        let seconds: f64 = n.tuned().flat_map(|tuned| &tuned.phases).map(|p| p.seconds).sum();
+        let memory = n.tuned().map(|tuned| tuned.peak_bytes).max().unwrap_or(0);
+        let times = if runs > 1 { format!(", {runs} runs together") } else { String::new() };
         let speed = tokens as f64 / seconds;
         table.row([
-            Entry::text(format!("tuning: {}", n.setting.name)),
+            Entry::text(format!("tuning: {}{times}", n.setting.name)),
             time(seconds),
             Entry::number(steps as f64, format::count(steps)),
             Entry::number(tokens as f64, format::compact(tokens)),
             Entry::number(speed, format::compact(speed as u64)),
-            Entry::number(tuned.peak_bytes as f64, format::bytes(tuned.peak_bytes)),
+            Entry::number(memory as f64, format::bytes(memory)),
         ]);
     }
     table.row([Entry::text("last invocation, all that was not kept"), time(outcome.seconds)]);

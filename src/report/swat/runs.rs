@@ -260,8 +260,8 @@ pub fn loss_chart(losses: &[SettingLoss]) -> LineChart {
     }
 }
 
-/// A measure times `factor`.
-fn entry(measure: Option<Measure>, factor: f64, decimals: usize) -> Entry {
+/// A measure times `factor`, with its interval.
+pub(in crate::report) fn entry(measure: Option<Measure>, factor: f64, decimals: usize) -> Entry {
     let Some(Measure { value, interval }) = measure else { return Entry::missing() };
     let (low, high) = interval.unwrap_or((f64::NAN, f64::NAN));
     Entry::interval(value * factor, low * factor, high * factor, decimals)

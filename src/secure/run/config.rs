@@ -17,7 +17,7 @@ pub struct RunConfig {
     pub out: PathBuf,
     /// Title of the report; the model directory's name if empty.
     pub title: String,
-    /// Seed of splits and answers; training and noise have their own below.
+    /// Seed of splits and of the prompts and tasks that are asked; training and noise have their own below.
     pub seed: u64,
     /// What is compared: see [`super::SettingSpec`].
     pub settings: Vec<String>,
@@ -33,7 +33,8 @@ pub struct RunConfig {
     pub search: SearchOptions,
     /// Mods_Rob given by hand (an expression or a file): no search then.
     pub mods: Option<String>,
-    /// Tuning; `mods` there stays empty, settings fill it in.
+    /// Tuning; `mods` there stays empty, settings fill it in. `seeds`: each setting is tuned and evaluated with each, at N
+    /// times the time and disk space.
     pub tune: TuneJob,
     /// What is measured of every setting.
     pub evaluate: EvaluateOptions,
@@ -132,6 +133,11 @@ impl RunConfig {
         optional.into_iter().chain([&mut data.attack, &mut data.strict]).flatten().for_each(at);
     }
 
+    /// The training seeds: every setting that tunes has a run with each.
+    pub fn training_seeds(&self) -> Vec<u64> {
+        self.tune.seeds.clone().unwrap_or_else(|| vec![self.tune.shared.seed])
+    }
+
     /// What must be there.
     pub fn check(&self, place: &str) -> Result<()> {
         let missing = |field: &str, expected: &str| Err(Error::input(format!("{place}: {field}"), "nothing", expected));
@@ -149,6 +155,15 @@ impl RunConfig {
         }
         if self.tune.mods.is_some() {
             return Err(Error::input(format!("{place}: tune.mods"), "a set", "nothing there: `mods` at the top level"));
+        }
+        let seeds = self.training_seeds();
+        let wrong =
+            |found: String| Err(Error::input(format!("{place}: tune.seeds"), found, "training seeds, each once"));
+        if seeds.is_empty() {
+            return wrong("an empty list".into());
+        }
+        if let Some((_, seed)) = seeds.iter().enumerate().find(|(i, seed)| seeds[..*i].contains(seed)) {
+            return wrong(format!("{seed} more than once"));
         }
         self.tune.shared.check()?;
         self.tune.mods_phase.check()?;
@@ -211,6 +226,29 @@ mod tests {
         assert_eq!(config.tune.all_phase.lr, 0.5);
         assert_eq!(config.perturb.kind.to_string(), "lowrank:4");
         assert_eq!(config.data.train, [dir.path().join("t.jsonl")]);
+    }
+
+    #[test]
+    fn training_seeds_are_one_or_a_list() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, "model = 'm'\nout = 'o'\n[data]\nsecurity = 's'\n[tune.shared]\nseed = 4\n").unwrap();
+        let read = |overrides: &[&str]| {
+            let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
+            RunConfig::read(&path, &overrides)
+        };
+        let one = read(&[]).unwrap();
+        assert_eq!(one.training_seeds(), [4]);
+        // Kept stages are found by a hash of this.
+        assert!(!serde_json::to_string(&one.tune).unwrap().contains("seeds"));
+        assert_eq!(read(&["tune.seeds=[3, 0, 4]"]).unwrap().training_seeds(), [3, 0, 4]);
+        for (wrong, found) in
+            [("[]", "an empty list"), ("[1, 2, 0, 2]", "2 more than once"), ("[-1]", "-1"), ("3", "3")]
+        {
+            let error = read(&[&format!("tune.seeds={wrong}")]).unwrap_err();
+            assert!(error.to_string().contains(found), "{error}");
+            assert_eq!(error.exit_code(), 2);
+        }
     }
 
     #[test]

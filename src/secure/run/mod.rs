@@ -7,6 +7,6 @@ mod stage;
 mod study;
 
 pub use config::{DataFiles, EvaluateOptions, RunConfig};
-pub use outcome::{DriftPoint, Outcome, SettingOutcome, TunedOutcome};
+pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 pub use setting::{Mix, SettingSpec};
 pub use study::run;

@@ -37,7 +37,25 @@ pub struct SettingOutcome {
     pub share: Option<f64>,
     /// R of that set, perturbed jointly.
     pub joint: Option<f64>,
-    /// The run; none for the model as given.
+    /// The run with the first training seed, or the model as given.
+    #[serde(flatten)]
+    pub first: RunOutcome,
+    /// The runs with the other training seeds, in the order of the configuration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_seeds: Vec<RunOutcome>,
+}
+
+impl SettingOutcome {
+    /// The runs of all training seeds.
+    pub fn runs(&self) -> impl Iterator<Item = &RunOutcome> {
+        std::iter::once(&self.first).chain(&self.more_seeds)
+    }
+}
+
+/// A model: tuned with one training seed, or as given.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct RunOutcome {
+    /// How it was tuned; none for the model as given.
     pub tuned: Option<TunedOutcome>,
     /// What the model does.
     pub evaluation: Evaluation,

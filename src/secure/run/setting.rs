@@ -87,6 +87,13 @@ impl SettingSpec {
         self.text.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
     }
 
+    /// A name for the files of the run with a training seed: `swat-seed3`. That of `tune.shared.seed` has the setting's
+    /// own, so that a study of one seed goes on as one of several.
+    pub fn run_stem(&self, config: &RunConfig, seed: u64) -> String {
+        let stem = self.stem();
+        if seed == config.tune.shared.seed { stem } else { format!("{stem}-seed{seed}") }
+    }
+
     /// Whether nothing is trained.
     pub fn is_given(&self) -> bool {
         self.base == Base::Given
@@ -97,9 +104,9 @@ impl SettingSpec {
         !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual)
     }
 
-    /// The tuning run, given Mods_Rob.
+    /// The tuning run of the seed in `tune.shared`, given Mods_Rob.
     pub fn job(&self, config: &RunConfig, model: &ModelConfig, mods: Option<&ModuleSet>) -> Result<TuneJob> {
-        let mut job = config.tune.clone();
+        let mut job = TuneJob { seeds: None, ..config.tune.clone() };
         let none = PhaseOptions { epochs: Some(0), steps: None, ..config.tune.all_phase.clone() };
         let own = || mods.cloned().ok_or_else(|| Error::failed("there is no Mods_Rob", "report this"));
         match &self.base {
@@ -146,6 +153,18 @@ mod tests {
             assert!(SettingSpec::parse(text).is_err(), "{text}");
         }
         assert_eq!(SettingSpec::parse("warmup:random:3").unwrap().stem(), "warmup_random_3");
+    }
+
+    #[test]
+    fn runs_of_other_seeds_have_names_of_their_own() {
+        let mut config = RunConfig::default();
+        config.tune.shared.seed = 4;
+        config.tune.seeds = Some(vec![3, 4]);
+        let stem = |text: &str, seed| SettingSpec::parse(text).unwrap().run_stem(&config, seed);
+        assert_eq!(
+            (stem("swat+attack", 3), stem("swat+attack", 4)),
+            ("swat_attack-seed3".into(), "swat_attack".into())
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The stages of a study, in order.
 
-use super::outcome::{DriftPoint, Outcome, SettingOutcome, TunedOutcome};
+use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
 use super::{Mix, RunConfig, SettingSpec};
 use crate::backend::Backend;
@@ -132,6 +132,16 @@ fn read_strict(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
     Ok(lines.into_iter().collect())
 }
 
+/// A setting with one training seed.
+struct Run<'a> {
+    spec: &'a SettingSpec,
+    job: TuneJob,
+    /// For progress.
+    name: String,
+    /// For files.
+    stem: String,
+}
+
 struct Study<'a, B> {
     config: &'a RunConfig,
     backend: &'a dyn Fn() -> Result<B>,
@@ -224,23 +234,37 @@ impl<B: Backend> Study<'_, B> {
             (Some(set), Some(map)) => Some(self.joint(set, probe, map)?),
             _ => None,
         };
-        let (tuned, dir, inputs) = if spec.is_given() {
-            (None, config.model.clone(), json!({ "model": self.model_hash }))
-        } else {
-            let (tuned, inputs) = self.tuned(spec, &job, probe, watch)?;
-            let dir = tuned.dir.clone();
-            (Some(tuned), dir, inputs)
-        };
-        let (evaluation, drift) = self.evaluation(spec, &dir, &inputs, probe, watch)?;
+        // Nothing is drawn for the model as given.
+        let seeds = if spec.is_given() { vec![config.tune.shared.seed] } else { config.training_seeds() };
+        let mut runs = Vec::new();
+        for seed in &seeds {
+            let name = if seeds.len() > 1 { format!("{}, seed {seed}", spec.text) } else { spec.text.clone() };
+            let mut run = Run { spec, job: job.clone(), name, stem: spec.run_stem(config, *seed) };
+            run.job.shared.seed = *seed;
+            runs.push(self.run(&run, probe, watch)?);
+        }
+        let mut runs = runs.into_iter();
+        let first = runs.next().ok_or_else(|| Error::input("tune.seeds", "an empty list", "training seeds"))?;
         Ok(SettingOutcome {
             setting: spec.text.clone(),
             share: set.as_ref().map(|set| share(set, &parameters)),
             mods: set,
             joint,
-            tuned,
-            evaluation,
-            drift,
+            first,
+            more_seeds: runs.collect(),
         })
+    }
+
+    fn run(&self, run: &Run<'_>, probe: &Probe, watch: Watch<'_>) -> Result<RunOutcome> {
+        let (tuned, dir, inputs) = if run.spec.is_given() {
+            (None, self.config.model.clone(), json!({ "model": self.model_hash }))
+        } else {
+            let (tuned, inputs) = self.tuned(run, probe, watch)?;
+            let dir = tuned.dir.clone();
+            (Some(tuned), dir, inputs)
+        };
+        let (evaluation, drift) = self.evaluation(run, &dir, &inputs, probe, watch)?;
+        Ok(RunOutcome { tuned, evaluation, drift })
     }
 
     fn joint(&self, set: &ModuleSet, probe: &Probe, map: &RobustnessMap) -> Result<f64> {
@@ -253,16 +277,10 @@ impl<B: Backend> Study<'_, B> {
         })
     }
 
-    fn tuned(
-        &self,
-        spec: &SettingSpec,
-        job: &TuneJob,
-        probe: &Probe,
-        watch: Watch<'_>,
-    ) -> Result<(TunedOutcome, Value)> {
-        let config = self.config;
+    fn tuned(&self, run: &Run<'_>, probe: &Probe, watch: Watch<'_>) -> Result<(TunedOutcome, Value)> {
+        let (config, job) = (self.config, &run.job);
         let train = config.data.train.iter().map(|p| file_hash(p)).collect::<Result<Vec<_>>>()?;
-        let extra = match spec.mix {
+        let extra = match run.spec.mix {
             None => None,
             Some(Mix::Refusals) => Some((&config.data.refusals, "data.refusals")),
             Some(Mix::Attack) => Some((&config.data.attack, "data.attack")),
@@ -270,13 +288,17 @@ impl<B: Backend> Study<'_, B> {
         let extra = match extra {
             None => None,
             Some((Some(path), _)) => Some(path.clone()),
-            Some((None, field)) => return Err(Error::input(field, "nothing", format!("a file, for {}", spec.text))),
+            Some((None, field)) => {
+                return Err(Error::input(field, "nothing", format!("a file, for {}", run.spec.text)));
+            }
         };
         let extra_hash = extra.as_deref().map(file_hash).transpose()?;
         let inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
             "mix": extra_hash, "mix_share": config.evaluate.mix_share });
-        let dir = config.out.join("tuned").join(format!("{}-{}", spec.stem(), &hash(&inputs)[..8]));
-        let name = format!("tune/{}", spec.stem());
+        let folder = config.out.join("tuned");
+        let file = format!("{}-{}", run.stem, &hash(&inputs)[..8]);
+        let dir = folder.join(&file);
+        let name = format!("tune/{}", run.stem);
         let tuned = self.stages.run(&name, &inputs, || {
             let mut subject = self.open(&config.model)?;
             let max_length = job.shared.max_length;
@@ -296,20 +318,18 @@ impl<B: Backend> Study<'_, B> {
                 tokens: subject.render(watched.iter().map(|p| p.prompt.as_str()))?,
                 harmful: watched.iter().map(|p| p.label == Label::Harmful).collect(),
                 points: Vec::new(),
-                path: dir.with_extension("drift.json"),
+                path: folder.join(format!("{file}.drift.json")),
                 watch: &mut *watch,
-                name: spec.text.clone(),
+                name: run.name.clone(),
             };
-            if let Some(parent) = dir.parent() {
-                std::fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
-            }
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
             hooks.begin(&subject.decoder)?;
             let output = TuneOutput {
                 path: dir.clone(),
                 force: true,
                 resume: true,
                 max_shard_bytes: 4 << 30,
-                config: json!({ "study": config, "setting": spec.text }),
+                config: json!({ "study": config, "setting": run.spec.text }),
             };
             let Subject { files, decoder, .. } = &mut subject;
             let summary = tune_directory(files, decoder, examples, job, &output, &mut hooks)?;
@@ -330,7 +350,7 @@ impl<B: Backend> Study<'_, B> {
 
     fn evaluation(
         &self,
-        spec: &SettingSpec,
+        run: &Run<'_>,
         dir: &Path,
         model: &Value,
         probe: &Probe,
@@ -345,7 +365,7 @@ impl<B: Backend> Study<'_, B> {
             .collect::<Result<_>>()?;
         let inputs = json!({ "model": model, "probe": probe.hash()?, "options": config.evaluate, "asked": asked,
             "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
-        self.stages.run(&format!("evaluate/{}", spec.stem()), &inputs, || {
+        self.stages.run(&format!("evaluate/{}", run.stem), &inputs, || {
             let subject = self.open(dir)?;
             let heldout = match &config.data.heldout {
                 Some(path) => subject.examples(path, config.tune.shared.max_length)?.examples,
@@ -365,10 +385,10 @@ impl<B: Backend> Study<'_, B> {
                 task: options.task_tokens,
                 cache_bytes: options.cache_bytes,
             };
-            let named = format!("evaluate {}", spec.text);
+            let named = format!("evaluate {}", run.name);
             let mut report = |what: &str, n: usize, m: usize| watch(&format!("{named}: {what}"), n, m);
             let evaluation = subject.evaluate(&questions, lengths, self.refusals, &mut report)?;
-            let drift = match spec.is_given() {
+            let drift = match run.spec.is_given() {
                 true => None,
                 false => {
                     let base = self.open(&config.model)?.snapshot(probe, &self.prompts, &mut report)?;
