@@ -15,7 +15,7 @@ mkdir -p "$out/bench"
 
 # Paths of executables, from cargo's own messages.
 executables() {
-  cargo "$@" --release --locked --message-format json-render-diagnostics |
+  cargo "$@" --locked --message-format json-render-diagnostics |
     python3 -c '
 import json, sys
 for line in sys.stdin:
@@ -23,8 +23,8 @@ for line in sys.stdin:
     if message.get("reason") == "compiler-artifact" and message.get("executable"):
         print(message["target"]["name"], message["executable"])'
 }
-executables build --bin swat >"$out/built"
-executables test --no-run --test ops --test cuda --test cuda_graphs >>"$out/built"
+executables build --release --bin swat >"$out/built"
+executables test --release --no-run --test ops --test cuda --test cuda_graphs >>"$out/built"
 executables bench --no-run --benches | sed '/^swat /d; s|^|bench/|' >>"$out/built"
 while read -r name path; do
   strip -o "$out/$name" "$path"
