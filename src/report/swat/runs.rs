@@ -20,8 +20,9 @@ pub(super) fn highlights(results: &Results) -> Vec<Highlight> {
     let row = |kind: SettingKind| results.rows.iter().find(|row| row.setting.kind == kind);
     let tile = |row: &SettingResult| {
         let asr = row.asr?;
+        let what = if row.seeds.len() > 1 { "seeds" } else { "interval" };
         let interval = asr.interval.map(|(low, high)| {
-            format!("\ninterval {}–{}", format::fixed(low * 100.0, 1), format::fixed(high * 100.0, 1))
+            format!("\n{what} {}–{}", format::fixed(low * 100.0, 1), format::fixed(high * 100.0, 1))
         });
         let task = row.task.map(|task| format!("\ntask score {}", format::percent(task.value, 1)));
         Some(Highlight {
