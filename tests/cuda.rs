@@ -1,18 +1,22 @@
 //! The whole engine on CUDA devices against the CPU backend with the same weights, rounded to bf16: what the engine makes of
 //! many kernels. Each kernel alone is held against f64 loops in `tests/ops`.
 //!
-//! Tolerances are for bf16: one rounding is 2⁻⁹ of a value, and what was rounded a few times in a row is compared.
+//! What bf16 makes of a result differs by a factor of ten from tensor to tensor: the gradients of q and k and of their norms
+//! are what is left where large parts cancel. So the judge is [`Rounded`], which rounds where the kernels round.
 
 mod common;
+#[path = "common/rounded.rs"]
+mod rounded;
 #[path = "common/standin.rs"]
 mod standin;
 
 use common::{batch, config, decoder_on as decoder, wide};
+use rounded::Rounded;
 use std::collections::BTreeMap;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::{Backend, FloatElement, Sampling};
-use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Member, NoiseKind, SweepOptions};
+use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Member, NoiseKind, Readout, SweepOptions};
 use swat::model::ModelConfig;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepOutcome, StepSettings};
@@ -33,6 +37,9 @@ fn shapes() -> Vec<(&'static str, ModelConfig, Vec<usize>)> {
     ]
 }
 
+/// Results by their names.
+type Values = BTreeMap<String, Vec<f32>>;
+
 /// ‖got − expected‖ / ‖expected‖.
 fn error(got: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(got.len(), expected.len());
@@ -41,21 +48,38 @@ fn error(got: &[f32], expected: &[f32]) -> f64 {
     difference / norm(&mut expected.iter().map(|e| f64::from(*e))).max(1e-30)
 }
 
-#[track_caller]
-fn assert_near(got: &[f32], expected: &[f32], tolerance: f64, what: &str) {
-    let error = error(got, expected);
-    assert!(error <= tolerance, "{what}: off by {error:.4} of its norm, {tolerance} allowed");
+/// What emulations of a device with this precision give. The first rounds to the numbers that the kernels round to; the others
+/// round as much, but to other numbers: the error of a tensor that a few roundings decide may be small by luck in any one.
+fn emulated<P: Precision>(values: impl Fn(&Rounded) -> Values) -> Vec<Values> {
+    let bf16_state = size_of::<P::Grad>() == 2;
+    let moved = (1..=3).map(|seed| Rounded::moved(bf16_state, seed));
+    std::iter::once(Rounded::new(bf16_state)).chain(moved).map(|backend| values(&backend)).collect()
 }
 
-fn gradients_of<B: Backend>(model: &Decoder<B>, batch: &Batch, recompute: bool) -> (f64, BTreeMap<ParamId, Vec<f32>>) {
-    let mut gradients = Gradients::new(model, |_| true).unwrap();
-    let loss = model.loss_and_gradients(batch, &mut gradients, 0.05, false, recompute).unwrap();
-    let read = |(id, buffer): (ParamId, &swat::backend::Buffer<B, B::Grad>)| {
-        let mut values = vec![<B::Grad as FloatElement>::from_f32(0.0); buffer.len()];
-        model.backend.read(buffer.view(), &mut values).unwrap();
-        (id, values.into_iter().map(FloatElement::to_f32).collect())
-    };
-    (loss, gradients.iter().map(read).collect())
+/// The largest error of the emulations, and a little for sums in f32.
+fn worst(name: &str, exact: &Values, emulated: &[Values]) -> f64 {
+    emulated.iter().map(|values| error(&values[name], &exact[name])).fold(0.0, f64::max) + 1e-5
+}
+
+/// Asserts that the error of each result is at most twice that of the worst emulation.
+#[track_caller]
+fn assert_rule(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
+    assert!(got.keys().eq(exact.keys()));
+    for (name, got) in got {
+        let (error, most) = (error(got, &exact[name]), 2.0 * worst(name, exact, emulated));
+        assert!(error <= most, "{name} of {what}: off by {error:.5} of its norm, {most:.5} allowed");
+    }
+}
+
+/// The same, and more of the stand-in: a single pass rounds nearly every number as the first emulation does. It is no further
+/// from that than the worst emulation is from the exact result.
+#[track_caller]
+fn assert_follows(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
+    assert_rule(got, exact, emulated, what);
+    for (name, got) in got.iter().filter(|_| !standin::real()) {
+        let (away, most) = (error(got, &emulated[0][name]), worst(name, exact, emulated));
+        assert!(away <= most, "{name} of {what}: {away:.5} from its emulation, {most:.5} allowed");
+    }
 }
 
 /// Runs `test` on every device, with f32 and bf16 gradients in turn.
@@ -73,21 +97,23 @@ macro_rules! on_every_device {
     };
 }
 
+fn forward_values<B: Backend>(backend: &B, config: &ModelConfig, batch: &Batch) -> Values {
+    let model = decoder(backend, config, 1);
+    let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
+    let hidden = model.hidden_states(batch, &rows).unwrap().into_iter().enumerate();
+    let mut values: Values = hidden.map(|(i, state)| (format!("hidden state {i}"), state)).collect();
+    values.insert("logits".into(), model.logits(batch, &batch.last_rows()).unwrap());
+    values.insert("losses".into(), model.losses(batch).unwrap());
+    values
+}
+
 fn forward_on<P: Precision>(cuda: &Cuda<P>) {
     for (name, config, lengths) in shapes() {
-        let (host, device) = (decoder(&Cpu::new(), &config, 1), decoder(cuda, &config, 1));
         let batch = batch(&config, &lengths, 2);
-        let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
-        let what = |what: &str| format!("{what} of {name} on {}", cuda.name());
-        let expected = host.hidden_states(&batch, &rows).unwrap();
-        for (i, (got, expected)) in device.hidden_states(&batch, &rows).unwrap().iter().zip(&expected).enumerate() {
-            assert_near(got, expected, 0.015, &what(&format!("hidden state {i}")));
-        }
-        let last = batch.last_rows();
-        let (got, expected) = (device.logits(&batch, &last).unwrap(), host.logits(&batch, &last).unwrap());
-        assert_near(&got, &expected, 0.02, &what("logits"));
-        let (got, expected) = (device.losses(&batch).unwrap(), host.losses(&batch).unwrap());
-        assert_near(&got, &expected, 0.02, &what("losses"));
+        let emulated = emulated::<P>(|backend| forward_values(backend, &config, &batch));
+        let exact = forward_values(&Cpu::new(), &config, &batch);
+        let got = forward_values(cuda, &config, &batch);
+        assert_follows(&got, &exact, &emulated, &format!("{name} on {}", cuda.name()));
     }
 }
 
@@ -96,20 +122,37 @@ fn forward() {
     on_every_device!(forward_on);
 }
 
+/// The loss, and it beside all gradients.
+fn gradients_of<B: Backend>(
+    backend: &B,
+    config: &ModelConfig,
+    seed: u64,
+    batch: &Batch,
+    recompute: bool,
+) -> (f64, Values) {
+    let model = decoder(backend, config, seed);
+    let mut gradients = Gradients::new(&model, |_| true).unwrap();
+    let loss = model.loss_and_gradients(batch, &mut gradients, 0.05, false, recompute).unwrap();
+    let read = |(id, buffer): (ParamId, &swat::backend::Buffer<B, B::Grad>)| {
+        let mut values = vec![<B::Grad as FloatElement>::from_f32(0.0); buffer.len()];
+        backend.read(buffer.view(), &mut values).unwrap();
+        (format!("gradient of {id}"), values.into_iter().map(FloatElement::to_f32).collect())
+    };
+    (loss, gradients.iter().map(read).chain([("loss".into(), vec![loss as f32])]).collect())
+}
+
 fn gradients_on<P: Precision>(cuda: &Cuda<P>) {
     for (name, config, lengths) in shapes() {
-        let (host, device) = (decoder(&Cpu::new(), &config, 3), decoder(cuda, &config, 3));
-        let batch = batch(&config, &lengths, 4);
-        let (loss, expected) = gradients_of(&host, &batch, false);
-        let (first, got) = gradients_of(&device, &batch, false);
-        assert!((first - loss).abs() <= 0.01 * loss, "{name}: loss {first}, {loss} on the CPU");
-        for (id, gradient) in &got {
-            // What is left where large parts cancel (q and k behind their norms) is the least exact.
-            assert_near(gradient, &expected[id], 0.06, &format!("gradient of {id} of {name} on {}", cuda.name()));
+        let seeds = if config.hidden < 128 { 0..8 } else { 3..4 };
+        for seed in seeds {
+            let batch = batch(&config, &lengths, seed + 1);
+            let emulated = emulated::<P>(|backend| gradients_of(backend, &config, seed, &batch, false).1);
+            let (_, exact) = gradients_of(&Cpu::new(), &config, seed, &batch, false);
+            let (loss, got) = gradients_of(cuda, &config, seed, &batch, false);
+            assert_follows(&got, &exact, &emulated, &format!("{name}, seed {seed}, on {}", cuda.name()));
+            let again = gradients_of(cuda, &config, seed, &batch, true);
+            assert!((loss, got) == again, "{name}: a second run, with layers computed again, gave other bytes");
         }
-        let (second, again) = gradients_of(&device, &batch, true);
-        assert_eq!(first.to_bits(), second.to_bits(), "{name}: the loss of a second run");
-        assert!(got == again, "{name}: a second run, with layers computed again, gave other bytes");
     }
 }
 
@@ -159,15 +202,18 @@ fn ten_masked_steps_on<P: Precision>(cuda: &Cuda<P>) {
     ] {
         let batch = batch(&config, &lengths, 8);
         let expected = ten_steps(&mut decoder(&Cpu::new(), &config, 7), &batch, mods);
+        // In parts of the exact ones, so that each step counts as much.
+        let phases = |losses: &[f64]| -> Values {
+            let parts: Vec<f32> = losses.iter().zip(&expected).map(|(loss, exact)| (loss / exact) as f32).collect();
+            let phases = parts.chunks(5).zip(["losses on Mods_Rob", "losses on everything"]);
+            phases.map(|(losses, name)| (name.into(), losses.to_vec())).collect()
+        };
         let mut model = decoder(cuda, &config, 7);
         let got = ten_steps(&mut model, &batch, mods);
-        let first = expected[0];
-        assert!(expected[9] < 0.9 * first, "ten steps learn: {expected:?}");
-        for (step, (got, expected)) in got.iter().zip(&expected).enumerate() {
-            let what = format!("{}: loss {got} before step {step}, {expected} on the CPU", cuda.name());
-            // A step of Adam is as long for a gradient that is noise: what has been learned differs, in parts of it all.
-            assert!((got - expected).abs() <= 0.02 * first, "{what}");
-        }
+        assert!(expected[9] < 0.9 * expected[0], "ten steps learn: {expected:?}");
+        let emulated = emulated::<P>(|backend| phases(&ten_steps(&mut decoder(backend, &config, 7), &batch, mods)));
+        // Adam steps as far for a gradient that is noise: runs part, and follow no emulation.
+        assert_rule(&phases(&got), &phases(&expected), &emulated, &format!("ten steps on {}", cuda.name()));
         let mut again = decoder(cuda, &config, 7);
         assert_eq!(ten_steps(&mut again, &batch, mods), got, "a second run");
         for param in model.params() {
@@ -181,9 +227,25 @@ fn ten_masked_steps() {
     on_every_device!(ten_masked_steps_on);
 }
 
+/// Hidden states and logits of each member, in one row.
+fn sweep_values<B: Backend>(
+    backend: &B,
+    config: &ModelConfig,
+    prompts: &Batch,
+    members: &[Member],
+    options: &SweepOptions,
+) -> Values {
+    let mut values = Values::new();
+    let mut keep = |i: usize, readout: Readout| {
+        values.insert(format!("{:?}", members[i]), [readout.hidden.concat(), readout.logits].concat());
+        Ok(())
+    };
+    decoder(backend, config, 9).sweep(prompts, members, options, &mut keep).unwrap();
+    values
+}
+
 fn sweep_on<P: Precision>(cuda: &Cuda<P>) {
     let config = wide(2, 64);
-    let (host, device) = (decoder(&Cpu::new(), &config, 9), decoder(cuda, &config, 9));
     let prompts = batch(&config, &[9, 14, 5], 10);
     for kind in [NoiseKind::Gaussian, NoiseKind::Rademacher, NoiseKind::LowRank(2), NoiseKind::Scale] {
         let cells = config.cells();
@@ -198,34 +260,12 @@ fn sweep_on<P: Precision>(cuda: &Cuda<P>) {
             head_rows: vec![3, 160, 7],
             budget_bytes: 1 << 20,
         };
-        type Keep<'a> = &'a mut dyn FnMut(usize, Vec<f32>);
-        let run = |model: &dyn Fn(Keep)| {
-            let mut readouts = vec![Vec::new(); members.len()];
-            model(&mut |i, values| readouts[i] = values);
-            readouts
-        };
-        let expected = run(&|keep| sweep(&host, &prompts, &members, &options, keep));
-        let got = run(&|keep| sweep(&device, &prompts, &members, &options, keep));
-        for ((member, got), expected) in members.iter().zip(&got).zip(&expected) {
-            assert_near(got, expected, 0.025, &format!("{kind:?} of {member:?} on {}", cuda.name()));
-        }
+        let emulated = emulated::<P>(|backend| sweep_values(backend, &config, &prompts, &members, &options));
+        let exact = sweep_values(&Cpu::new(), &config, &prompts, &members, &options);
+        let got = sweep_values(cuda, &config, &prompts, &members, &options);
+        assert_eq!(got.len(), members.len());
+        assert_follows(&got, &exact, &emulated, &format!("{kind:?} on {}", cuda.name()));
     }
-}
-
-/// Hidden states and logits of each member, in one row.
-fn sweep<B: Backend>(
-    model: &Decoder<B>,
-    prompts: &Batch,
-    members: &[Member],
-    options: &SweepOptions,
-    keep: &mut dyn FnMut(usize, Vec<f32>),
-) {
-    model
-        .sweep(prompts, members, options, &mut |i, readout| {
-            keep(i, [readout.hidden.concat(), readout.logits].concat());
-            Ok(())
-        })
-        .unwrap();
 }
 
 #[test]

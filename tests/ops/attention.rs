@@ -1,34 +1,13 @@
 //! Attention: packed, backward, decoding; every version of the CUDA kernels against an emulation of what they round.
 
+#[path = "../common/attention.rs"]
+mod emulated;
+
 use super::*;
-use half::bf16;
+use emulated::{Round, Sizes, attend_rounding, exactly, gradients, to_bf16};
 use swat::backend::Attention;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::with_version;
-
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    window: Option<usize>,
-    lengths: &'static [usize],
-}
-
-impl Sizes {
-    fn tokens(&self) -> usize {
-        self.lengths.iter().sum()
-    }
-    fn q_len(&self) -> usize {
-        self.tokens() * self.heads * self.head_dim
-    }
-    fn kv_len(&self) -> usize {
-        self.tokens() * self.kv_heads * self.head_dim
-    }
-    fn scale(&self) -> f64 {
-        1.0 / (self.head_dim as f64).sqrt()
-    }
-}
 
 const SIZES: [Sizes; 9] = [
     Sizes { heads: 1, kv_heads: 1, head_dim: 16, window: None, lengths: &[1] },
@@ -42,79 +21,9 @@ const SIZES: [Sizes; 9] = [
     Sizes { heads: 2, kv_heads: 1, head_dim: 24, window: Some(64), lengths: &[1, 1, 200, 1] },
 ];
 
-/// What a number goes through on its way into a product.
-type Round = fn(f64) -> f64;
-
-fn exactly(x: f64) -> f64 {
-    x
-}
-
-fn to_bf16(x: f64) -> f64 {
-    bf16::from_f64(x).to_f64()
-}
-
 /// (O, log-sum-exp) by the definition.
 fn attend(s: &Sizes, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
     attend_rounding(s, q, k, v, exactly)
-}
-
-/// The same, where the weights (before their sum divides) are rounded.
-fn attend_rounding(s: &Sizes, q: &[f64], k: &[f64], v: &[f64], round: Round) -> (Vec<f64>, Vec<f64>) {
-    let (mut o, mut lse) = (vec![0.0; s.q_len()], vec![0.0; s.heads * s.tokens()]);
-    let mut start = 0;
-    for len in s.lengths {
-        for query in start..start + len {
-            let first = (query + 1).saturating_sub(s.window.unwrap_or(usize::MAX)).max(start);
-            for head in 0..s.heads {
-                let q = &q[(query * s.heads + head) * s.head_dim..][..s.head_dim];
-                let at = |key: usize| (key * s.kv_heads + head * s.kv_heads / s.heads) * s.head_dim;
-                let score = |key: usize| s.scale() * q.iter().zip(&k[at(key)..]).map(|(q, k)| q * k).sum::<f64>();
-                let scores: Vec<f64> = (first..=query).map(score).collect();
-                let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let total: f64 = scores.iter().map(|x| (x - top).exp()).sum();
-                lse[head * s.tokens() + query] = top + total.ln();
-                for (key, score) in (first..=query).zip(&scores) {
-                    let p = round((score - top).exp()) / total;
-                    for d in 0..s.head_dim {
-                        o[(query * s.heads + head) * s.head_dim + d] += p * v[at(key) + d];
-                    }
-                }
-            }
-        }
-        start += len;
-    }
-    (o, lse)
-}
-
-/// [dQ, dK, dV] from O and the log-sum-exp, where P and dS are rounded before the products with them.
-fn gradients(s: &Sizes, [q, k, v, o, lse, d_o]: [&[f64]; 6], round: Round) -> [Vec<f64>; 3] {
-    let (mut dq, mut dk, mut dv) = (vec![0.0; s.q_len()], vec![0.0; s.kv_len()], vec![0.0; s.kv_len()]);
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let mut start = 0;
-    for len in s.lengths {
-        for query in start..start + len {
-            let first = (query + 1).saturating_sub(s.window.unwrap_or(usize::MAX)).max(start);
-            for head in 0..s.heads {
-                let row = (query * s.heads + head) * s.head_dim..(query * s.heads + head + 1) * s.head_dim;
-                let delta = dot(&o[row.clone()], &d_o[row.clone()]);
-                for key in first..=query {
-                    let at = (key * s.kv_heads + head * s.kv_heads / s.heads) * s.head_dim;
-                    let key = at..at + s.head_dim;
-                    let score = s.scale() * dot(&q[row.clone()], &k[key.clone()]);
-                    let p = (score - lse[head * s.tokens() + query]).exp();
-                    let ds = round(p * (dot(&d_o[row.clone()], &v[key.clone()]) - delta));
-                    let p = round(p);
-                    for (q_at, k_at) in row.clone().zip(key) {
-                        dq[q_at] += s.scale() * ds * k[k_at];
-                        dk[k_at] += s.scale() * ds * q[q_at];
-                        dv[k_at] += p * d_o[q_at];
-                    }
-                }
-            }
-        }
-        start += len;
-    }
-    [dq, dk, dv]
 }
 
 fn shape<'a, B: Backend>(s: &Sizes, documents: &'a Documents<B>) -> Attention<'a, B> {
