@@ -87,12 +87,13 @@ def sanitized(tool_path, deadline):
 
 
 def benches(parts, seconds):
-    """The JSON lines of each family's bench, and its exit code; a family that took too long keeps what it had measured."""
+    """The JSON lines of each family's bench, and its exit code. A family gets its share of the time that is left; one that takes longer
+    keeps what it had measured."""
     ends = time.time() + seconds
     results, exits = [], {}
-    for family in FAMILIES:
-        left = ends - time.time()
-        if left < 5:
+    for i, family in enumerate(FAMILIES):
+        left = (ends - time.time()) / (len(FAMILIES) - i)
+        if left < 2:
             exits[family] = "no time left"
             continue
         code, text, _ = run([str(HERE / "bench" / family), "--bench", "--json", *parts], left)
