@@ -73,7 +73,7 @@ families! {
     swiglu: "../benches/swiglu.rs",
 }
 
-/// One at a time: the clock of a stand-in's device and the recording of kernels belong to the process.
+/// One at a time: the clock of a stand-in's device belongs to the process.
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -212,10 +212,13 @@ fn captured_work_runs_when_it_is_replayed() {
     let Some(cuda) = standin::open::<F32State>(1) else { return };
     let [from, mut to] = pair(&cuda);
     let mut copied = false;
-    let captured = cuda.capture(|| {
-        copied = true;
-        cuda.copy(from.view(), to.view_mut())
-    });
+    // SAFETY: both buffers outlive it, and a copy needs no workspace.
+    let captured = unsafe {
+        cuda.capture(|| {
+            copied = true;
+            cuda.copy(from.view(), to.view_mut())
+        })
+    };
     let (captured, mut before, mut after) = (captured.unwrap(), [0f32; 64], [0f32; 64]);
     let mut expected = [0f32; 64];
     cuda.read(to.view(), &mut before).unwrap();
@@ -224,7 +227,8 @@ fn captured_work_runs_when_it_is_replayed() {
     captured.launch().unwrap();
     cuda.read(to.view(), &mut after).unwrap();
     assert_eq!(after, expected);
-    let refused = cuda.capture(|| Err(swat::error::Error::failed("no", "nothing")));
+    // SAFETY: nothing is captured.
+    let refused = unsafe { cuda.capture(|| Err(swat::error::Error::failed("no", "nothing"))) };
     assert!(refused.is_err());
     cuda.synchronize().unwrap();
 }

@@ -14,7 +14,7 @@ use swat::model::ModelConfig;
 use swat::modules::LearningRates;
 use swat::train::{Optimizer, StepOutcome, StepSettings};
 
-/// The driver's calls are counted for a whole process, and there is one recording in it.
+/// The driver's calls are counted for a whole process.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)

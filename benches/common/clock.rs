@@ -104,11 +104,14 @@ impl<P: Precision> Device for Cuda<P> {
         let one = timed(self, || call(0));
         let replayed = rotation * REPLAYED.div_ceil(rotation);
         let captured = (capture && one < SHORT).then(|| {
-            self.capture(|| {
-                (0..replayed).for_each(&mut *call);
-                Ok(())
-            })
-            .expect("work that may be captured")
+            // SAFETY: the ladder holds the tensors of `call` until it drops what was prepared, and allocates nothing between.
+            let captured = unsafe {
+                self.capture(|| {
+                    (0..replayed).for_each(&mut *call);
+                    Ok(())
+                })
+            };
+            captured.expect("work that may be captured")
         });
         CudaCalls { captured, replayed: replayed as u64, short: one < LONG }
     }

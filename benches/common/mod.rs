@@ -170,6 +170,9 @@ impl Session {
     /// Prints the table, or the record's lines.
     pub fn finish<D: Device>(mut self, device: &D) {
         if let (Mode::Ab([a, b], _), 0) = (&self.mode, self.compared) {
+            if let Some(note) = self.note.take() {
+                eprintln!("{note}");
+            }
             eprintln!("{}: no ladder that was chosen has both {a} and {b}", self.family);
         }
         if self.measured.is_empty() {

@@ -38,7 +38,8 @@ const TIMINGS: [u128; 2] = [5, 100];
 const DRAWN: usize = 1 << 16;
 
 /// The ceilings of a backend. The first call in a process measures them: about a second of a quiet machine and at most
-/// 600 MB of memory. Whatever else the machine does meanwhile lowers them. Later calls return the same.
+/// 700 MB of memory, which a GPU's arena keeps for later buffers. Whatever else the machine does meanwhile lowers them.
+/// Later calls return the same.
 ///
 /// # Errors
 /// A device without memory for them, or that fails.

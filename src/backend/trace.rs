@@ -15,8 +15,8 @@ use std::time::Instant;
 /// What a span is a span of; the outer ones contain the inner ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Lane {
-    /// A part of a step: `forward`, `head`, `backward`, `optimizer`, `prefill`, `decode`, `sweep`; inside of others, `recompute`
-    /// and `perturb`.
+    /// A part of a step: `forward`, `head`, `backward`, `optimizer`, `cache`, `prefill`, `decode`, `sweep`; inside of others,
+    /// `recompute` and `perturb`.
     Phase,
     /// A layer of the model.
     Layer,

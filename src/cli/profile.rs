@@ -2,7 +2,7 @@
 
 use super::open::{ModelArgs, OnDevice, State};
 use super::{Common, print_json, print_line};
-use crate::backend::Backend;
+use crate::backend::{Backend, ceilings};
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
 use crate::profile::{ProfileOptions, Work, profile, summarize};
@@ -27,7 +27,8 @@ The ceilings are measured first: large products and a large copy on the same bac
 row's bytes and FLOPs would take there over the time it took: each tensor of a call counts once, so that what stays in a
 cache between calls can be faster than a copy of memory. The speed of light is the same of the whole step, of which only
 this counts: products and attention, causal and without what --recompute runs again; weights once a pass, gradients and
-moments once a step, keys and values once a token. It cannot exceed 100 % but by what the ceilings were measured too low.")]
+moments once a step, keys and values once a token. It exceeds 100 % only where the ceilings were measured too low, or the
+weights stay in a cache.")]
 pub(super) struct ProfileCommand {
     #[command(flatten)]
     common: Common,
@@ -97,6 +98,8 @@ impl OnDevice for ProfileCommand {
                 format!("at most --steps {}", self.steps),
             ));
         }
+        // Before the model is there, so that what it takes is not on top of the peak.
+        ceilings(&backend)?;
         let mut opened = self.model.open(backend)?;
         let device = opened.decoder.backend.name();
         let set = ModuleSet::parse(&self.mods, &opened.files.config.cells())?;

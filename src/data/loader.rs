@@ -91,20 +91,18 @@ impl Loader {
         self.rows.len().div_ceil(self.options.batch_size) as u64
     }
 
-    /// A bound on the micro-batches of all epochs: that of the longest rows.
+    /// A bound on the micro-batches of all epochs: the rows that have most of each.
     pub fn largest_batch(&self) -> BatchSize {
-        let sum = |row: &Vec<usize>, of: &dyn Fn(&Example) -> usize| row.iter().map(|e| of(&self.examples[*e])).sum();
-        let tokens = |row: &Vec<usize>| -> usize { sum(row, &|example| example.tokens.len()) };
-        let trained =
-            |row: &Vec<usize>| sum(row, &|example| example.trained.iter().skip(1).filter(|trained| **trained).count());
-        let mut rows: Vec<&Vec<usize>> = self.rows.iter().collect();
-        rows.sort_by_key(|row| std::cmp::Reverse(tokens(row)));
-        rows.truncate(self.options.batch_size);
-        let longest = rows.iter().flat_map(|row| row.iter()).map(|e| self.examples[*e].tokens.len()).max();
+        let most = |of: &dyn Fn(&Example) -> usize| -> usize {
+            let sum = |row: &Vec<usize>| -> usize { row.iter().map(|e| of(&self.examples[*e])).sum() };
+            let mut sums: Vec<usize> = self.rows.iter().map(sum).collect();
+            sums.sort_unstable_by_key(|sum| std::cmp::Reverse(*sum));
+            sums.iter().take(self.options.batch_size).sum()
+        };
         BatchSize {
-            tokens: rows.iter().map(|row| tokens(row)).sum(),
-            trained_tokens: rows.iter().map(|row| trained(row)).sum(),
-            longest: longest.unwrap_or(0),
+            tokens: most(&|example| example.tokens.len()),
+            trained_tokens: most(&|example| example.trained.iter().skip(1).filter(|trained| **trained).count()),
+            longest: self.examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0),
         }
     }
 
@@ -189,7 +187,8 @@ mod tests {
     use super::*;
 
     fn loader(examples: u32, options: LoaderOptions) -> Loader {
-        let example = |id| Example { tokens: vec![id; 1 + id as usize % 5], trained: vec![true; 1 + id as usize % 5] };
+        let example =
+            |id| Example { tokens: vec![id; 1 + id as usize % 5], trained: vec![id % 3 > 0; 1 + id as usize % 5] };
         Loader::new((0..examples).map(example).collect(), options).unwrap()
     }
 
@@ -232,6 +231,8 @@ mod tests {
             let sizes = (0..60).map(|_| {
                 let documents = loader.next_documents();
                 assert!(documents.iter().all(|e| e.tokens.len() <= largest.longest));
+                let trained = |e: &&Example| e.trained.iter().skip(1).filter(|trained| **trained).count();
+                assert!(documents.iter().map(trained).sum::<usize>() <= largest.trained_tokens);
                 documents.iter().map(|e| e.tokens.len()).sum()
             });
             let most: usize = sizes.max().unwrap();

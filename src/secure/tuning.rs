@@ -102,8 +102,8 @@ impl TuneOutput {
     }
 }
 
-/// Tunes a decoder in memory; with a place, steps are held against the backend's ceilings. Where it holds the weights of `files`, updates are measured against those, and no copy of
-/// what trains is kept.
+/// Tunes a decoder in memory; with a place, steps are held against the backend's ceilings. Where it holds the weights of
+/// `files`, updates are measured against those, and no copy of what trains is kept.
 pub fn tune<B: Backend>(
     decoder: &mut Decoder<B>,
     files: Option<&ModelDir>,
@@ -116,14 +116,18 @@ pub fn tune<B: Backend>(
     if let Method::Lora { lora, modules } = &job.method {
         decoder.add_lora(modules, *lora, job.shared.seed)?;
     }
-    let ceilings = place.is_some().then(|| ceilings(&decoder.backend)).transpose()?;
+    // Where there is no memory to measure them, steps are held against nothing.
+    let ceilings = place.is_some().then(|| ceilings(&decoder.backend).ok()).flatten();
     let mut loader = Loader::new(examples, job.shared.loader())?;
     let mut tuner = Tuner::new(decoder, &mut loader, job.shared.clone(), phases)?.measure_updates();
     if let Some(files) = files {
         tuner = tuner.given(|id, shape| files.tensor(id, shape));
     }
-    if let (Some(place), Some(ceilings)) = (place, ceilings) {
-        tuner = tuner.at(place).ceilings(ceilings);
+    if let Some(place) = place {
+        tuner = tuner.at(place);
+    }
+    if let Some(ceilings) = ceilings {
+        tuner = tuner.ceilings(ceilings);
     }
     let summary = tuner.run(hooks)?;
     decoder.merge_lora()?;

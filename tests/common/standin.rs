@@ -30,11 +30,12 @@ pub fn available() -> bool {
     })
 }
 
-/// Device `ordinal`, where there is one. Of a real GPU's machine only device 0 is used.
+/// Device `ordinal`, where there is one. On a real GPU's machine its first stands for all of the stand-in's.
 pub fn open<P: Precision>(ordinal: u32) -> Option<Cuda<P>> {
-    if !available() || (real() && ordinal > 0) {
+    if !available() {
         return None;
     }
+    let ordinal = if real() { 0 } else { ordinal };
     Some(Cuda::open(ordinal).unwrap_or_else(|e| panic!("cuda:{ordinal}: {e}")))
 }
 

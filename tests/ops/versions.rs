@@ -46,7 +46,7 @@ fn versions_are_the_kernels_of_their_names() {
     let [x, weight, mut y] = [(64 * 128, 1), (128, 2), (64 * 128, 3)]
         .map(|(len, stream)| put::<_, half::bf16>(&b, &normals(stream, len)).device);
     let mut kernels = |version| {
-        let recording = swat::backend::trace::record().expect("no other test of this file records");
+        let recording = swat::backend::trace::record().expect("no recording runs on this thread");
         with_version(version, || b.rmsnorm(x.view(), weight.view(), y.view_mut(), None, 128, 1e-5)).unwrap();
         b.synchronize().unwrap();
         recording.take().iter().map(|span| span.name).filter(|name| name.starts_with("rmsnorm_")).collect::<Vec<_>>()

@@ -83,13 +83,16 @@ impl Drop for Captured {
 }
 
 impl<P: Precision> Cuda<P> {
-    /// Captures what `queue` puts into the stream; nothing of it runs. The buffers that it uses must outlive what is returned.
-    /// It must have run once before, so that it finds its workspace in the arena (which others may use between replays), and
-    /// must not copy from the host: `adamw_masked` cannot be captured.
+    /// Captures what `queue` puts into the stream; nothing of it runs. It must have run once before, so that it finds its
+    /// workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
     ///
     /// # Errors
     /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
-    pub fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
+    ///
+    /// # Safety
+    /// The buffers that `queue` uses outlive what is returned. No memory is given back to the driver meanwhile (as where a
+    /// buffer does not fit), and nothing else runs between launches that keeps values in the workspace.
+    pub unsafe fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = &self.device;
         device.synchronize()?;
         let failed = |error: DriverError| device.failed("cannot capture work", error);

@@ -161,7 +161,7 @@ fn times(outcome: &Outcome, named: &[Named<'_>]) -> Table {
         .numbers("Steps", "")
         .numbers("Tokens", "with those of prompts")
         .numbers("Tokens a second", "")
-        .numbers("Memory", "largest resident");
+        .numbers("Memory", "most in use: of the GPU, else of the process");
     let time = |seconds: f64| {
         let text = Duration::try_from_secs_f64(seconds).map(format::duration);
         text.map_or(Entry::missing(), |text| Entry::number(seconds, text))

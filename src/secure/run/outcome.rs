@@ -80,7 +80,7 @@ pub struct TunedOutcome {
     pub points: Vec<DriftPoint>,
     /// (step, loss), thinned.
     pub losses: Vec<(u64, f64)>,
-    /// Largest resident memory, in bytes.
+    /// Most memory in use, in bytes: the GPU's, else that of the process.
     pub peak_bytes: u64,
 }
 

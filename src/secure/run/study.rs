@@ -3,7 +3,7 @@
 use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
 use super::{Mix, RunConfig, SettingSpec};
-use crate::backend::Backend;
+use crate::backend::{Backend, ceilings};
 use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ use std::time::Instant;
 /// Tokens of an answer that are enough to see whether it refuses.
 const TENDENCY_TOKENS: usize = 24;
 /// Points of a loss curve that are kept.
-const LOSS_POINTS: usize = 400;
+const LOSS_POINTS: u64 = 400;
 
 /// Runs a study; `backend` makes the device for each model that is opened. What is done already is not done again.
 pub fn run<B: Backend>(
@@ -300,7 +300,10 @@ impl<B: Backend> Study<'_, B> {
         let dir = folder.join(&file);
         let name = format!("tune/{}", run.stem);
         let tuned = self.stages.run(&name, &inputs, || {
-            let mut subject = self.open(&config.model)?;
+            let backend = (self.backend)()?;
+            // Before the model is there, so that what it takes is not on top of the run's peak.
+            let _ = ceilings(&backend);
+            let mut subject = Subject::open(backend, &config.model, config.chat_template.as_deref())?;
             let max_length = job.shared.max_length;
             let mut examples: Vec<Example> = Vec::new();
             for path in &config.data.train {
@@ -458,6 +461,7 @@ fn losses(path: &Path) -> Result<Vec<(u64, f64)>> {
     let all = JsonLines::open(path)?
         .parse_all(|line| Ok(line.get("step").and_then(Value::as_u64).zip(line.get("loss").and_then(Value::as_f64))))?;
     let all: Vec<(u64, f64)> = all.into_iter().flatten().collect();
-    let every = all.len().div_ceil(LOSS_POINTS).max(1);
-    Ok(all.into_iter().step_by(every).collect())
+    // By the step, so that runs of several seeds keep the same ones, also where one has skipped a step.
+    let every = all.last().map_or(1, |(step, _)| step.div_ceil(LOSS_POINTS).max(1));
+    Ok(all.into_iter().filter(|(step, _)| step % every == 1 % every).collect())
 }
