@@ -6,7 +6,7 @@ pub(crate) mod common;
 use common::{Model, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
-use swat::backend::{AdamW, AdamWModule, Backend, Buffer, Cost, Rounding};
+use swat::backend::{AdamW, AdamWModule, Backend, Buffer, Cost, Rounding, cost};
 
 fn main() {
     common::main("adamw", cpu, cuda);
@@ -75,13 +75,9 @@ fn name(model: &Model, lengths: &[usize]) -> String {
 }
 
 fn costs<B: Backend>(lengths: &[usize]) -> [Cost; 2] {
-    let elements = lengths.iter().sum::<usize>() as u64;
-    let [weight, grad, moment] =
-        [size_of::<B::Float>(), size_of::<B::Grad>(), size_of::<B::Moment>()].map(|n| n as u64);
-    [
-        Cost { bytes: elements * (2 * weight + grad + 4 * moment), flops: 14 * elements },
-        Cost { bytes: elements * grad, flops: 2 * elements },
-    ]
+    let elements = lengths.iter().sum();
+    let grad = size_of::<B::Grad>();
+    [cost::adamw(elements, size_of::<B::Float>(), grad, size_of::<B::Moment>()), cost::sum_squares(elements, grad)]
 }
 
 fn squares<B: Backend>(b: &B, tensors: &mut Tensors<B>) {

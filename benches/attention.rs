@@ -5,6 +5,7 @@
 pub(crate) mod common;
 
 use common::{Device, Model, Session, documents, integers, random};
+use swat::backend::cost::{AttentionSize, attention_pairs};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Attention, Buffer, Cost, Documents};
@@ -40,6 +41,12 @@ fn attention<D: Device>(
         scale.packed.iter().for_each(|packed| sequences(session, device, model, *packed, versions));
         scale.spans.iter().for_each(|spans| decode(session, device, model, *spans, decode_versions));
     }
+}
+
+/// What the cost of `tokens` queries that see `pairs` rows in all depends on.
+fn size(model: &Model, tokens: usize, pairs: u64) -> AttentionSize {
+    let Model { heads, kv_heads, head_dim, .. } = *model;
+    AttentionSize { tokens, heads, kv_heads, head_dim, pairs }
 }
 
 /// The tensors of a layer, and of its gradients.
@@ -109,15 +116,10 @@ fn sequences<D: Device>(
         tensors
     };
     let name = format!("{}/{count}x{length}", model.name);
-    let element = size_of::<D::Float>();
-    // Causal: half of the square.
-    let pairs = count * length * (length + 1) / 2;
-    let cost = |q_tensors: usize, kv_tensors: usize, flops: usize| Cost {
-        bytes: (element * (q_tensors * q_len + kv_tensors * kv_len) + 4 * tokens * model.heads) as u64,
-        flops: (flops * pairs * model.q_width()) as u64,
-    };
+    let float = size_of::<D::Float>();
+    let size = size(model, tokens, count as u64 * attention_pairs(&[0, length as u32], None));
     let works: [(&str, Cost, Work<D>); 2] =
-        [("forward", cost(2, 2, 4), forward::<D>), ("backward", cost(4, 4, 10), backward::<D>)];
+        [("forward", size.forward(true, float), forward::<D>), ("backward", size.backward(float), backward::<D>)];
     for (op, cost, work) in works {
         let ladder = session.ladder(device, op, &name, cost, make);
         let ladder = ladder.variant("swat", move |d, t| work(d, t, model));
@@ -144,8 +146,8 @@ fn decode<D: Device>(
         let [q, k, v, o] = [width, cache, cache, width].map(|len| random::<D, D::Float>(d, len));
         (q, k, v, o, integers(d, spans), documents(d, 1, 1))
     };
-    let cost =
-        Cost { bytes: ((2 * cache + 2 * width) * size_of::<D::Float>()) as u64, flops: (4 * length * width) as u64 };
+    let rows = count * length;
+    let cost = size(model, count, rows as u64).decode(rows, size_of::<D::Float>());
     let ladder = session.ladder(device, "decode", format!("{}/{count}x{length}", model.name), cost, make);
     type Cached<D, F> = (Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, u32>, Documents<D>);
     let work = move |d: &D, (q, k, v, o, spans, documents): &mut Cached<D, D::Float>| {

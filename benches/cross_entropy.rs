@@ -3,7 +3,7 @@
 pub(crate) mod common;
 
 use common::{Device, Session, integers, random};
-use swat::backend::Cost;
+use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 
@@ -29,8 +29,8 @@ fn cross_entropy<D: Device>(session: &mut Session, device: &D, versions: &[&'sta
             let (logits, before) = (random::<D, D::Float>(d, len), random::<D, D::Float>(d, len));
             (logits, before, targets, random::<D, f32>(d, rows))
         };
-        for (op, scale, tensors, flops) in [("loss", None, 1, 4), ("gradient", Some(1.0), 2, 7)] {
-            let cost = Cost { bytes: (tensors * len * size_of::<D::Float>()) as u64, flops: flops * len as u64 };
+        for (op, scale) in [("loss", None), ("gradient", Some(1.0))] {
+            let cost = cost::cross_entropy(len, scale.is_some(), size_of::<D::Float>());
             // In place: a gradient is put back before each sample.
             let ladder = session.ladder(device, op, &shape, cost, make).refresh(move |d, (logits, before, ..)| {
                 if scale.is_some() {

@@ -5,7 +5,7 @@ pub(crate) mod common;
 use common::{Device, Session, integers, random};
 use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
-use swat::backend::Cost;
+use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 
@@ -39,7 +39,7 @@ fn embedding<D: Device>(
             let first = draws.replace_with(|first| *first + tokens * step);
             integers(d, (0..tokens).map(|i| ((first + i * step) % table_rows) as u32))
         };
-        let moved = Cost { bytes: (2 * len * size_of::<D::Float>() + 4 * tokens) as u64, flops: 0 };
+        let moved = cost::move_rows(tokens, width, size_of::<D::Float>());
         let table = OnceCell::new();
         let make = |d: &D| {
             let table = table.get_or_init(|| Rc::new(RefCell::new(random::<D, D::Float>(d, table_rows * width))));
@@ -58,8 +58,7 @@ fn embedding<D: Device>(
         });
         ladder.copy().run();
 
-        let element = size_of::<D::Float>() + 2 * size_of::<D::Grad>();
-        let cost = Cost { bytes: (element * len + 4 * tokens) as u64, flops: len as u64 };
+        let cost = cost::embedding_backward(tokens, width, size_of::<D::Float>(), size_of::<D::Grad>());
         let gradients = OnceCell::new();
         let make = |d: &D| {
             let table = gradients.get_or_init(|| Rc::new(RefCell::new(random::<D, D::Grad>(d, table_rows * width))));

@@ -11,10 +11,12 @@ use half::bf16;
 use std::rc::Rc;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion};
-use swat::backend::{Backend, Cost, Epilogue, FloatElement, LinearShape};
+use swat::backend::{Backend, Epilogue, FloatElement, LinearShape, cost};
 
 /// FLOPs of the largest product that the slowest versions compute.
 const SLOW_FLOPS: u64 = 1 << 37;
+/// Bytes of an element on the CPU.
+const FLOAT: usize = size_of::<f32>();
 
 fn main() {
     common::main("gemm", cpu, cuda);
@@ -113,7 +115,7 @@ pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
                 let LinearShape { tokens, inputs, outputs } = shape;
                 [tokens * inputs, outputs * inputs, tokens * outputs].map(|len| random::<_, f32>(cpu, len))
             };
-            let ladder = session.ladder(cpu, "decode", named(model, shape), cost(shape), make);
+            let ladder = session.ladder(cpu, "decode", named(model, shape), cost::linear(shape, 0, FLOAT), make);
             let ladder = ladder.variant("swat", move |cpu, [x, w, y]| {
                 cpu.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()).expect("a CPU");
             });
@@ -121,13 +123,6 @@ pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
         }
         bias(session, cpu, model);
     }
-}
-
-/// In f32.
-fn cost(shape: LinearShape) -> Cost {
-    let LinearShape { tokens, inputs, outputs } = shape;
-    let elements = tokens * inputs + outputs * inputs + tokens * outputs;
-    Cost { bytes: 4 * elements as u64, flops: 2 * (tokens * inputs * outputs) as u64 }
 }
 
 /// A linear layer on the CPU beside the `gemm` crate.
@@ -139,7 +134,7 @@ fn linear(session: &mut Session, cpu: &Cpu, name: &str, shape: LinearShape) {
         let host = [tokens * inputs, outputs * inputs, tokens * outputs].map(|len| vec![0.5f32; len]);
         (tensors, host)
     };
-    let ladder = session.ladder(cpu, "forward", name, cost(shape), make);
+    let ladder = session.ladder(cpu, "forward", name, cost::linear(shape, 0, FLOAT), make);
     let ladder = ladder.variant("swat", move |cpu, ([x, w, y], _)| {
         cpu.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()).expect("a CPU");
     });
@@ -147,7 +142,8 @@ fn linear(session: &mut Session, cpu: &Cpu, name: &str, shape: LinearShape) {
         gemm_crate(y, (x, (inputs, 1)), (w, (1, inputs)), (tokens, outputs, inputs));
     });
     ladder.run();
-    let ladder = session.ladder(cpu, "backward-input", name, cost(shape), make);
+    let cost = cost::linear_backward_input(shape, false, FLOAT);
+    let ladder = session.ladder(cpu, "backward-input", name, cost, make);
     let ladder = ladder.variant("swat", move |cpu, ([dx, w, dy], _)| {
         cpu.linear_backward_input(dy.view(), w.view(), dx.view_mut(), shape, 1.0, false).expect("a CPU");
     });
@@ -155,7 +151,8 @@ fn linear(session: &mut Session, cpu: &Cpu, name: &str, shape: LinearShape) {
         gemm_crate(dx, (dy, (outputs, 1)), (w, (inputs, 1)), (tokens, inputs, outputs));
     });
     ladder.run();
-    let ladder = session.ladder(cpu, "backward-weight", name, cost(shape), make);
+    let cost = cost::linear_backward_weight(shape, false, FLOAT, FLOAT);
+    let ladder = session.ladder(cpu, "backward-weight", name, cost, make);
     let ladder = ladder.variant("swat", move |cpu, ([x, dw, dy], _)| {
         cpu.linear_backward_weight(dy.view(), x.view(), dw.view_mut(), shape, 1.0, false).expect("a CPU");
     });
@@ -203,8 +200,7 @@ fn gemm_crate(
 /// Sums over the tokens.
 fn bias<D: Device>(session: &mut Session, device: &D, model: &Model) {
     let (tokens, outputs) = (session.scale.tokens, model.q_width());
-    let elements = (tokens * outputs) as u64;
-    let cost = Cost { bytes: elements * size_of::<D::Float>() as u64, flops: elements };
+    let cost = cost::linear_backward_bias(tokens, outputs, false, size_of::<D::Float>(), size_of::<D::Grad>());
     let make = move |d: &D| (random::<D, D::Float>(d, tokens * outputs), random::<D, D::Grad>(d, outputs));
     let ladder = session.ladder(device, "bias", format!("{}/{tokens}x{outputs}", model.name), cost, make);
     let ladder = ladder.variant("swat", move |d, (dy, dbias)| {

@@ -5,7 +5,7 @@ pub(crate) mod common;
 use common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Backend, Buffer, Cost, Direction, NoiseKey};
+use swat::backend::{Backend, Buffer, Direction, NoiseKey, cost};
 
 const KEY: NoiseKey = NoiseKey { seed: 1, stream: 2 };
 const EPSILON: f32 = 0.1;
@@ -39,20 +39,18 @@ fn perturb<D: Device>(session: &mut Session, device: &D, gaussian_baseline: Opti
     for model in session.scale.models() {
         let (rows, len) = (model.ffn, model.ffn * model.hidden);
         let shape = format!("{}/{rows}x{}", model.name, model.hidden);
-        let cost = |tensors: usize, flops: usize| Cost {
-            bytes: (tensors * len * size_of::<D::Float>()) as u64,
-            flops: (flops * len) as u64,
-        };
         let make = move |d: &D| [(); 4].map(|()| random::<D, D::Float>(d, len));
-        // FLOPs beside those of the random numbers, which are integers' work.
-        let kinds: [(&str, Cost, Kind<D>); 5] = [
-            ("gaussian", cost(3, 12), |_, _| Direction::Gaussian(KEY)),
-            ("rademacher", cost(3, 4), |_, _| Direction::Rademacher(KEY)),
-            ("lowrank-4", cost(3, 4 + 2 * RANK), |_, rows| Direction::LowRank { key: KEY, rank: RANK, rows }),
-            ("scale", cost(3, 4), |_, _| Direction::Scale),
-            ("given", cost(4, 4), |n, _| Direction::Given(n.view())),
+        let kinds: [(&str, Kind<D>); 5] = [
+            ("gaussian", |_, _| Direction::Gaussian(KEY)),
+            ("rademacher", |_, _| Direction::Rademacher(KEY)),
+            ("lowrank-4", |_, rows| Direction::LowRank { key: KEY, rank: RANK, rows }),
+            ("scale", |_, _| Direction::Scale),
+            ("given", |n, _| Direction::Given(n.view())),
         ];
-        for (op, cost, direction) in kinds {
+        // A cost depends on the kind of a direction, not on what is in it.
+        let any = random::<D, D::Float>(device, 1);
+        for (op, direction) in kinds {
+            let cost = cost::perturb(len, 2, &direction(&any, rows), size_of::<D::Float>());
             let ladder = session.ladder(device, op, &shape, cost, make);
             let mut ladder = ladder.variant("swat", move |d, [w, n, plus, minus]| {
                 let (plus, minus) = (plus.view_mut(), Some(minus.view_mut()));

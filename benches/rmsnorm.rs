@@ -5,7 +5,7 @@ pub(crate) mod common;
 use common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Buffer, Cost};
+use swat::backend::{Buffer, cost};
 
 fn main() {
     common::main("rmsnorm", cpu, cuda);
@@ -59,18 +59,16 @@ fn rmsnorm<D: Device>(session: &mut Session, device: &D, forward: &[Version], ba
             versions.iter().filter(|(_, most)| width <= *most).map(|(version, _)| *version).collect()
         };
         let shape = format!("{name}/{rows}x{width}");
-        let cost = |tensors: usize, flops: usize| Cost {
-            bytes: (tensors * len * size_of::<D::Float>() + 4 * rows) as u64,
-            flops: (flops * len) as u64,
-        };
-        let ladder = session.ladder(device, "forward", &shape, cost(2, 4), make);
+        let cost = cost::rmsnorm(len, width, true, size_of::<D::Float>());
+        let ladder = session.ladder(device, "forward", &shape, cost, make);
         let ladder = ladder.versions(&fitting(forward), move |d, t| {
             let (y, rstd) = (t.y.view_mut(), Some(t.rstd.view_mut()));
             d.rmsnorm(t.x.view(), t.weight.view(), y, rstd, width, 1e-5).expect("a working device");
         });
         ladder.copy().run();
         // With what the residual path brings.
-        let ladder = session.ladder(device, "backward", &shape, cost(4, 11), make);
+        let cost = cost::rmsnorm_backward(len, width, Some(true), true, size_of::<D::Float>());
+        let ladder = session.ladder(device, "backward", &shape, cost, make);
         let ladder = ladder.versions(&fitting(backward), move |d, t| {
             let (dx, dweight) = (Some(t.dx.view_mut()), Some(t.dweight.view_mut()));
             let (dy, x, weight) = (t.y.view(), t.x.view(), t.weight.view());

@@ -3,7 +3,7 @@
 pub(crate) mod common;
 
 use common::{Device, Session, integers, random};
-use swat::backend::Cost;
+use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 
@@ -35,7 +35,7 @@ fn rope<D: Device>(session: &mut Session, device: &D, versions: &[&'static str])
             d.write(&turns, table.view_mut()).expect("a working device");
             (random::<D, D::Float>(d, len), table, integers(d, (0..tokens).map(|i| (i % POSITIONS) as u32)))
         };
-        let cost = Cost { bytes: (2 * len * size_of::<D::Float>()) as u64, flops: 3 * len as u64 };
+        let cost = cost::rope(len, size_of::<D::Float>());
         let shape = format!("{}/{tokens}x{heads}x{head_dim}", model.name);
         let ladder = session.ladder(device, "forward", shape, cost, make);
         let ladder = ladder.versions(versions, move |d, (x, table, positions)| {

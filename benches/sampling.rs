@@ -5,7 +5,7 @@ pub(crate) mod common;
 use common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Cost, Sampling};
+use swat::backend::{Sampling, cost};
 
 fn main() {
     common::main("sampling", cpu, cuda);
@@ -24,7 +24,6 @@ fn sampling<D: Device>(session: &mut Session, device: &D, versions: &[&'static s
     for (model, rows) in scale.models().flat_map(|model| scale.sampled_rows.iter().map(move |rows| (model, *rows))) {
         let vocab = model.vocab;
         let shape = format!("{}/{rows}x{vocab}", model.name);
-        let cost = Cost { bytes: (rows * vocab * size_of::<D::Float>()) as u64, flops: 0 };
         let make = move |d: &D| {
             let uniforms: Vec<f32> = (0..rows).map(|i| (i * 37 % 101) as f32 / 101.0).collect();
             let mut on_device = d.zeros(rows).expect("memory for a batch");
@@ -32,9 +31,10 @@ fn sampling<D: Device>(session: &mut Session, device: &D, versions: &[&'static s
             (random::<D, D::Float>(d, rows * vocab), on_device, integers(d, (0..rows).map(|_| 0)))
         };
         for (op, temperature) in [("greedy", 0.0), ("nucleus", 0.7)] {
+            let sampling = Sampling { temperature, top_p: 0.9 };
+            let cost = cost::sample(rows * vocab, sampling, size_of::<D::Float>());
             let ladder = session.ladder(device, op, &shape, cost, make);
             let ladder = ladder.versions(versions, move |d, (logits, uniforms, tokens)| {
-                let sampling = Sampling { temperature, top_p: 0.9 };
                 let (logits, uniforms) = (logits.view(), uniforms.view());
                 d.sample(logits, uniforms, tokens.view_mut(), vocab, sampling).expect("a working device");
             });

@@ -3,7 +3,7 @@
 pub(crate) mod common;
 
 use common::{Device, Session, random};
-use swat::backend::Cost;
+use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 
@@ -24,19 +24,16 @@ fn swiglu<D: Device>(session: &mut Session, device: &D, versions: &[&'static str
     for model in session.scale.models() {
         let len = tokens * model.ffn;
         let shape = format!("{}/{tokens}x{}", model.name, model.ffn);
-        let cost = |tensors: usize, flops: usize| Cost {
-            bytes: (tensors * len * size_of::<D::Float>()) as u64,
-            flops: (flops * len) as u64,
-        };
         let make = move |d: &D| [(); 3].map(|()| random::<D, D::Float>(d, len));
-        let ladder = session.ladder(device, "forward", &shape, cost(3, 5), make);
+        let ladder = session.ladder(device, "forward", &shape, cost::swiglu(len, size_of::<D::Float>()), make);
         let ladder = ladder.versions(versions, move |d, [gate, up, y]| {
             d.swiglu(gate.view(), up.view(), y.view_mut()).expect("a working device");
         });
         ladder.copy().run();
         // In place: gate and up come back before each sample, or they would shrink to nothing.
         let make = move |d: &D| ([(); 3].map(|()| random::<D, D::Float>(d, len)), [(); 2].map(|()| random(d, len)));
-        let ladder = session.ladder(device, "backward", &shape, cost(5, 13), make);
+        let cost = cost::swiglu_backward(len, size_of::<D::Float>());
+        let ladder = session.ladder(device, "backward", &shape, cost, make);
         let ladder = ladder.refresh(|d, ([gate, up, _], before)| {
             for (before, now) in before.iter().zip([gate, up]) {
                 d.copy(before.view(), now.view_mut()).expect("a working device");

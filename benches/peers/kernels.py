@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import clock
 
+# Costs, (bytes, FLOPs) of a call, are those of src/backend/cost.rs, which cargo bench uses: what is changed there is changed here.
+
 
 def layers(model):
     q, kv = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
@@ -82,7 +84,7 @@ def rmsnorm(bench):
     rows = [(m["name"], bench.tokens, m["hidden"]) for m in bench.models] + [("q-norm", 16 * bench.tokens, 128)]
     for name, count, width in rows:
         shape, n = f"{name}/{count}x{width}", count * width
-        cost = lambda tensors, flops: (bench.element() * tensors * n + 4 * count, flops * n)
+        cost = lambda tensors, flops: (bench.element() * (tensors * n + width) + 4 * count, flops * n)
         make = lambda: (bench.random(count, width), bench.random(width))
         bench.run("rmsnorm", "forward", shape, "torch-compile", cost(2, 4), make, forward)
         make_all = lambda: (*make(), bench.random(count, width), bench.random(count, width))
@@ -170,10 +172,11 @@ def sampling(bench):
 
     for model in bench.models:
         for rows in bench.scale["sampled_rows"]:
-            shape, cost = f"{model['name']}/{rows}x{model['vocab']}", (bench.element() * rows * model["vocab"], 0)
+            shape, n = f"{model['name']}/{rows}x{model['vocab']}", rows * model["vocab"]
+            cost = lambda flops: (bench.element() * n, flops * n)
             make = lambda: (bench.random(rows, model["vocab"]),)
-            bench.run("sampling", "greedy", shape, "torch", cost, make, lambda logits: logits.argmax(-1))
-            bench.run("sampling", "nucleus", shape, "torch", cost, make, nucleus, capture=False)
+            bench.run("sampling", "greedy", shape, "torch", cost(1), make, lambda logits: logits.argmax(-1))
+            bench.run("sampling", "nucleus", shape, "torch", cost(80), make, nucleus, capture=False)
 
 
 def adamw(bench):
@@ -210,8 +213,8 @@ def perturb(bench):
     for model in bench.models:
         n = model["ffn"] * model["hidden"]
         shape, make = f"{model['name']}/{model['ffn']}x{model['hidden']}", lambda: (bench.random(model["ffn"], model["hidden"]),)
-        bench.run("perturb", "gaussian", shape, "torch-compile", (3 * bench.element() * n, 12 * n), make, lambda w: compiled(w, torch.randn_like(w)))
-        bench.run("perturb", "given", shape, "torch-compile", (4 * bench.element() * n, 4 * n), lambda: make() + make(), compiled)
+        bench.run("perturb", "gaussian", shape, "torch-compile", (3 * bench.element() * n, 16 * n), make, lambda w: compiled(w, torch.randn_like(w)))
+        bench.run("perturb", "given", shape, "torch-compile", (4 * bench.element() * n, 8 * n), lambda: make() + make(), compiled)
 
 
 FAMILIES = [gemm, attention, rmsnorm, rope, swiglu, embedding, cross_entropy, sampling, adamw, perturb]

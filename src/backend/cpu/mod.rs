@@ -383,7 +383,7 @@ impl Backend for Cpu {
         dtable: ViewMut<'_, Self, f32>,
         width: usize,
     ) -> Result<()> {
-        let _span = trace::op("embedding_backward", || cost::embedding_backward(dy.len(), FLOAT, FLOAT));
+        let _span = trace::op("embedding_backward", || cost::embedding_backward(rows.len(), width, FLOAT, FLOAT));
         assert!(width > 0 && dy.len() == rows.len() * width);
         embedding::embedding_backward(slice(&dy), slice(&rows), slice_mut(dtable), width);
         Ok(())

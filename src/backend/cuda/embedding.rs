@@ -104,7 +104,7 @@ pub(super) fn embedding_backward<G: FloatElement>(
         shared_bytes: 0,
         cost,
     };
-    let sums = cost::embedding_backward(dy.len(), FLOAT, size_of::<G>());
+    let sums = cost::embedding_backward(count, width, FLOAT, size_of::<G>());
     let (count32, table_rows32, width32) = (count as u32, table_rows as u32, width as u32);
     let aligned = width.is_multiple_of(VECTOR) && dy.aligned(VECTOR_BYTES) && dtable.aligned(VECTOR_BYTES);
     if count <= FEW || !aligned || measure::baseline() {

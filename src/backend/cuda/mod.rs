@@ -423,7 +423,9 @@ impl<P: Precision> Backend for Cuda<P> {
         dtable: ViewMut<'_, Self, P::Grad>,
         width: usize,
     ) -> Result<()> {
-        let _span = trace::op("embedding_backward", || cost::embedding_backward(dy.len(), FLOAT, size_of::<P::Grad>()));
+        let _span = trace::op("embedding_backward", || {
+            cost::embedding_backward(rows.len(), width, FLOAT, size_of::<P::Grad>())
+        });
         check::rows(dy.len(), &rows, width);
         embedding::embedding_backward(&self.device, slice(&dy), slice(&rows), slice_mut(dtable), width)
     }
