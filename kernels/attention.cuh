@@ -175,17 +175,26 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int rows, co
 }
 
 // The running softmax of 16·Tiles rows a warp: a lane holds the rows lane / 4 and 8 below of each tile. Maxima are of raw products (the
-// scale is positive), sums are of this lane's columns alone until `total`.
-template <int Tiles> struct Softmax {
-  float top[Tiles][2], sum[Tiles][2];
+// scale is positive), sums are of this lane's columns alone until `total`. Where registers are short they are in shared memory: at `kept` of
+// each of 128 threads, and every 128 floats from there.
+template <int Tiles, bool Shared = false> struct Softmax {
+  float own[Shared ? 1 : 4 * Tiles];
+  volatile float* kept;
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ explicit Softmax(volatile float* kept = nullptr) : kept(kept) {
 #pragma unroll
-    for (int t = 0; t < Tiles; t++) {
-      top[t][0] = top[t][1] = -INFINITY;
-      sum[t][0] = sum[t][1] = 0.f;
+    for (int i = 0; i < 2 * Tiles; i++) {
+      set(i, -INFINITY);
+      set(2 * Tiles + i, 0.f);
     }
   }
+
+  __device__ __forceinline__ float get(int i) const { return Shared ? kept[i * 128] : own[Shared ? 0 : i]; }
+  __device__ __forceinline__ void set(int i, float x) {
+    if (Shared) kept[i * 128] = x;
+    else own[Shared ? 0 : i] = x;
+  }
+  __device__ __forceinline__ float top(int t, int half) const { return get(2 * t + half); }
 
   // Turns products into exp2(scale_log2 · (product − maximum)) and scales what was summed before to the new maximum.
   template <int Columns, int Outputs>
@@ -194,15 +203,16 @@ template <int Tiles> struct Softmax {
     for (int t = 0; t < Tiles; t++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        float largest = top[t][half];
+        const float before = top(t, half);
+        float largest = before;
 #pragma unroll
         for (int n = 0; n < Columns; n++) largest = fmaxf(largest, fmaxf(products[t][n][2 * half], products[t][n][2 * half + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
         // A row that has seen no key yet keeps zeros: −∞ − 0, not −∞ − −∞. Where the maximum stays, the factor is exactly 1.
         const float finite = largest == -INFINITY ? 0.f : largest, offset = finite * scale_log2;
-        const float factor = exp2_approx((top[t][half] - finite) * scale_log2);
-        top[t][half] = largest;
+        const float factor = exp2_approx((before - finite) * scale_log2);
+        set(2 * t + half, largest);
         float part = 0.f;
 #pragma unroll
         for (int n = 0; n < Columns; n++) {
@@ -212,7 +222,7 @@ template <int Tiles> struct Softmax {
             part += products[t][n][i];
           }
         }
-        sum[t][half] = sum[t][half] * factor + part;
+        set(2 * (Tiles + t) + half, get(2 * (Tiles + t) + half) * factor + part);
 #pragma unroll
         for (int n = 0; n < Outputs; n++) {
           outputs[t][n][2 * half] *= factor;
@@ -224,7 +234,7 @@ template <int Tiles> struct Softmax {
 
   // The sum of a row over all its columns.
   __device__ __forceinline__ float total(int t, int half) const {
-    float x = sum[t][half];
+    float x = get(2 * (Tiles + t) + half);
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
   }

@@ -51,7 +51,6 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
   float outputs[1][HeadDim / 8][4];
   Softmax<1> softmax;
   clear(outputs);
-  softmax.clear();
   for (int i = 0; i < tiles; i++) {
     cp_async_wait<1>();
     __syncwarp();
@@ -83,7 +82,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
     const int r = (lane >> 2) + half * 8;
     const float total = softmax.total(0, half);
     if ((lane & 3) == 0) {
-      tops[warp][r] = softmax.top[0][half] * (scale * LOG2E);
+      tops[warp][r] = softmax.top(0, half) * (scale * LOG2E);
       totals[warp][r] = total;
     }
 #pragma unroll

@@ -13,8 +13,7 @@
 // Q at head_dim 128 is read again from shared memory each time, else it stays in registers.
 // Rounds: P to bf16 before P·V (the sum of P takes the unrounded), O once. Sums are f32, over keys in ascending tiles: results do not depend
 // on the launch, and the two versions differ in nothing.
-// flash128 at head_dim 128 wants two registers more than there are on sm_90: two offsets of the copies are in local memory, and read
-// once a tile. Maxima and sums in shared memory would make room, for 16 accesses a tile.
+// flash128 at head_dim 128 wants more registers than there are: its maxima and sums are in shared memory, 16 accesses a thread and tile.
 // Versions: flash128 wins where the grid fills the device; flash64 where it would not (wrapper: fewer than 264 blocks of 128 queries).
 #include "attention.cuh"
 
@@ -25,7 +24,7 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
                                               bf16* __restrict__ o, float* __restrict__ lse, Documents documents, int tokens, int heads,
                                               int kv_heads, float scale) {
   constexpr int Queries = 64 * Tiles, TileBytes = KEYS * HeadDim * 2, Columns = KEYS / 8;
-  constexpr bool Resident = Tiles == 1;
+  constexpr bool Resident = Tiles == 1, Kept = Tiles == 2 && HeadDim == 128;
   __shared__ int first_keys[Queries];
   constexpr int Stages = Queries * HeadDim * 2;
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
@@ -57,9 +56,9 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
   const int own = warp * Tiles * 16 * HeadDim * 2;
   uint32_t resident[HeadDim / 16][Tiles][4];
   float outputs[Tiles][HeadDim / 8][4];
-  Softmax<Tiles> softmax;
+  __shared__ float kept[Kept ? 4 * Tiles * 128 : 1];
+  Softmax<Tiles, Kept> softmax(Kept ? kept + thread : nullptr);
   clear(outputs);
-  softmax.clear();
   for (int tile = first_tile; tile < tiles; tile++) {
     cp_async_wait<0>();
     __syncthreads();
@@ -106,8 +105,8 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
     store_rows<HeadDim>(to, q_stride, rows - row, outputs[t], 1.f / upper, 1.f / lower, own + t * 16 * HeadDim * 2, lane);
     if (lse != nullptr && (lane & 3) == 0) {
       float* const row_lse = lse + (size_t)head * tokens + first_row + row + (lane >> 2);
-      if (row + (lane >> 2) < rows) row_lse[0] = softmax.top[t][0] * scale + logf(upper);
-      if (row + (lane >> 2) + 8 < rows) row_lse[8] = softmax.top[t][1] * scale + logf(lower);
+      if (row + (lane >> 2) < rows) row_lse[0] = softmax.top(t, 0) * scale + logf(upper);
+      if (row + (lane >> 2) + 8 < rows) row_lse[8] = softmax.top(t, 1) * scale + logf(lower);
     }
   }
 }

@@ -3,8 +3,8 @@
 // which replace up and gate. All bf16 of any length n; pointers aligned to 16 bytes. f32 inside, one rounding (to nearest even) an output.
 //
 //   kernel                      bytes an element   FLOPs   at 8192 × 18944 (Qwen2.5-7B), 3.0 TB/s
-//   swiglu_forward_*_bf16       6                  6       0.31 ms
-//   swiglu_backward_*_bf16      10                 14      0.52 ms
+//   swiglu_forward_*_bf16       6                  5       0.31 ms
+//   swiglu_backward_*_bf16      10                 13      0.52 ms
 //
 // Versions: baseline, an element a thread; vec8, 16 bytes a thread and access, grid stride: wins at every size.
 #include "prelude.cuh"
