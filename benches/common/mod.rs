@@ -139,6 +139,13 @@ pub struct Session {
     pub measured: Vec<Measured>,
 }
 
+/// Says what is to be said once.
+fn tell(note: &mut Option<String>) {
+    if let Some(note) = note.take() {
+        eprintln!("{note}");
+    }
+}
+
 impl Session {
     /// Nothing is measured yet.
     pub fn new(family: &'static str, mode: Mode, scale: &'static Scale) -> Self {
@@ -170,9 +177,7 @@ impl Session {
     /// Prints the table, or the record's lines.
     pub fn finish<D: Device>(mut self, device: &D) {
         if let (Mode::Ab([a, b], _), 0) = (&self.mode, self.compared) {
-            if let Some(note) = self.note.take() {
-                eprintln!("{note}");
-            }
+            tell(&mut self.note);
             eprintln!("{}: no ladder that was chosen has both {a} and {b}", self.family);
         }
         if self.measured.is_empty() {
@@ -384,9 +389,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
 
     /// Allocates the tensors, checks a variant and prepares it, once.
     fn ready(&mut self, at: usize) {
-        if let Some(note) = self.session.note.take() {
-            eprintln!("{note}");
-        }
+        tell(&mut self.session.note);
         let rotation = self.rotation();
         let (device, variant) = (self.device, &mut self.variants[at]);
         let Tensors { make, sets, .. } = &mut self.tensors;

@@ -18,7 +18,7 @@ use crate::model::write_atomic;
 use crate::modules::{Cell, ModuleSet};
 use crate::secure::run::{Outcome, RunConfig, TunedOutcome};
 use crate::secure::{Evaluation, Noise, Rate, RobustnessMap, share};
-use seeds::{by_key, over_seeds, training};
+use seeds::{by_key, over_seeds, several, training};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -99,7 +99,7 @@ fn subtitle(outcome: &Outcome, named: &[Named<'_>]) -> String {
         let share = format::percent(mods.trainable_share, 1);
         text.push_str(&format!(" Mods_Rob holds {chosen} of {all} modules, {share} of their parameters."));
     }
-    if named.iter().any(|n| n.several) {
+    if several(named) {
         text.push_str(&format!(" Tuned with training {}.", seeds_text(&training(named))));
     }
     text
@@ -137,7 +137,7 @@ fn intervals(named: &[Named<'_>], config: &RunConfig) -> String {
         return String::new();
     }
     let asked = asked.join(", ");
-    let brackets = if named.iter().any(|n| n.several) {
+    let brackets = if several(named) {
         let given = if named.iter().any(|n| n.seeds().is_empty()) { " What is not trained has one value." } else { "" };
         format!(
             "Over {asked}. Values are means over the training seeds. In brackets: the lowest and the highest value of a \
@@ -286,7 +286,7 @@ fn drift(outcome: &Outcome, named: &[Named<'_>]) -> Option<Drift> {
     });
     let layer = outcome.probe.metric_layer;
     let unit = if relative { " (the model as given = 1)" } else { "" };
-    let runs = if named.iter().any(|n| n.several) {
+    let runs = if several(named) {
         format!("means over training {}, bars from the lowest to the highest", seeds_text(&training(named)))
     } else {
         "one training run a setting".into()

@@ -340,7 +340,7 @@ impl SwatReport {
                 svg: updates_chart(updates).svg(),
                 caption: format!(
                     "Phases together: the root of the sum of their squared updates.{}",
-                    over_seeds(updates.settings.iter().map(|s| &s.seeds))
+                    means_note(updates.settings.iter().map(|s| &s.seeds))
                 ),
                 wide: true,
             }],
@@ -382,7 +382,7 @@ impl SwatReport {
             figures: vec![Figure {
                 name: "loss".into(),
                 svg: loss_chart(&self.losses).svg(),
-                caption: over_seeds(self.losses.iter().map(|loss| &loss.seeds)).trim_start().into(),
+                caption: means_note(self.losses.iter().map(|loss| &loss.seeds)).trim_start().into(),
                 wide: true,
             }],
             ..Section::default()
@@ -391,7 +391,7 @@ impl SwatReport {
 }
 
 /// A sentence behind a caption, where values are means over several seeds.
-fn over_seeds<'a>(mut seeds: impl Iterator<Item = &'a Vec<u64>>) -> &'static str {
+fn means_note<'a>(mut seeds: impl Iterator<Item = &'a Vec<u64>>) -> &'static str {
     if seeds.any(|seeds| seeds.len() > 1) { " Means over the training seeds." } else { "" }
 }
 

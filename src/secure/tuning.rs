@@ -117,7 +117,7 @@ pub fn tune<B: Backend>(
         decoder.add_lora(modules, *lora, job.shared.seed)?;
     }
     // Where there is no memory to measure them, steps are held against nothing.
-    let ceilings = place.is_some().then(|| ceilings(&decoder.backend).ok()).flatten();
+    let ceilings = place.as_ref().and_then(|_| ceilings(&decoder.backend).ok());
     let mut loader = Loader::new(examples, job.shared.loader())?;
     let mut tuner = Tuner::new(decoder, &mut loader, job.shared.clone(), phases)?.measure_updates();
     if let Some(files) = files {

@@ -1,7 +1,7 @@
 //! What the numbers say, in sentences that say no more than they do.
 
 use super::names::Named;
-use super::seeds::training;
+use super::seeds::{several, training};
 use crate::report::format;
 use crate::report::swat::Measure;
 use crate::secure::{Evaluation, Rate};
@@ -144,7 +144,7 @@ fn seeds(named: &[Named<'_>]) -> String {
         return String::new();
     }
     let list = all.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
-    if named.iter().any(|n| n.several) {
+    if several(named) {
         let count = all.len();
         let chance = ranges_apart(count).map(|one_in| {
             format!(

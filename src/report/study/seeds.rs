@@ -41,6 +41,11 @@ impl<'a> Named<'a> {
     }
 }
 
+/// Whether a study has several training seeds.
+pub(super) fn several(named: &[Named<'_>]) -> bool {
+    named.iter().any(|n| n.several)
+}
+
 /// The training seeds of a study.
 pub(super) fn training(named: &[Named<'_>]) -> Vec<u64> {
     let all: BTreeSet<u64> = named.iter().flat_map(Named::seeds).collect();

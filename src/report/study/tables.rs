@@ -2,7 +2,7 @@
 
 use super::names::Named;
 use super::results;
-use super::seeds::{by_key, over_seeds};
+use super::seeds::{by_key, over_seeds, several};
 use crate::modules::{Cell, ModuleKind};
 use crate::report::format;
 use crate::report::swat::{Measure, entry, results_table};
@@ -18,7 +18,7 @@ use std::time::Duration;
 pub(super) fn details(outcome: &Outcome, config: &RunConfig) -> Vec<Table> {
     let named = Named::all(outcome, config);
     let controls = outcome.map.as_ref().map(|map| controls(map, config.search.score));
-    let runs = named.iter().any(|n| n.several).then(|| each_run(&named, config));
+    let runs = several(&named).then(|| each_run(&named, config));
     let tables = [runs, Some(updates(outcome, &named)), Some(drift(&named)), controls, Some(times(outcome, &named))];
     tables.into_iter().flatten().filter(|table| !table.rows.is_empty()).collect()
 }
@@ -34,7 +34,7 @@ fn each_run(named: &[Named<'_>], config: &RunConfig) -> Table {
 
 /// Said where values are means.
 fn means(named: &[Named<'_>], text: &'static str) -> &'static str {
-    if named.iter().any(|n| n.several) { text } else { "" }
+    if several(named) { text } else { "" }
 }
 
 /// Each phase, as [`compare_updates`] groups it.
