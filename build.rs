@@ -52,6 +52,10 @@ fn main() {
             fail(&failed.join("\n"));
         }
     }
+    let compiled = nvcc.is_some();
+    // For tests, which look at what it makes.
+    let path = nvcc.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+    fs::write(out.join("nvcc"), path).unwrap_or_else(|e| fail(&e.to_string()));
     let names = |code: &[(&'static str, &'static str)]| code.iter().map(|(_, name)| *name).collect::<Vec<_>>();
     let mut table = format!(
         "/// What the images hold code for; those of `*_sm90`.\npub static CODE: &[&str] = &{:?};\n\
@@ -62,7 +66,7 @@ fn main() {
     table += "/// File stem and fatbin; empty where the library was built without nvcc.\n";
     table += "pub static IMAGES: &[(&str, &[u8])] = &[\n";
     for source in &sources {
-        let image = if nvcc.is_some() { format!("include_bytes!({:?})", image(source, &out)) } else { "&[]".into() };
+        let image = if compiled { format!("include_bytes!({:?})", image(source, &out)) } else { "&[]".into() };
         table += &format!("    ({:?}, {image}),\n", stem(source));
     }
     fs::write(out.join("images.rs"), table + "];\n").unwrap_or_else(|e| fail(&e.to_string()));

@@ -24,9 +24,11 @@
 // + module (tensor 0 weight, 1 m, 2 v), block = element / 8, word j of which serves elements 2j (low half) and 2j + 1.
 // The result depends neither on the launch nor on alignment.
 //
-// Order of sums: squares in f64 (groups of eight bf16 in f32: exact products, a tree): a thread's groups in order,
-// threads by halves, chunks in the same way. Instructions: about 60 an element with 3 Philox blocks for 8, of the 130
-// that 14 bytes leave time for. Loads are all under way before the first is used, 64 to 112 bytes a thread.
+// Order of sums: squares in f64 (groups of eight bf16 in f32: exact products, a tree; four f32 one by one): a thread's
+// groups in order, threads by halves, chunks in the same way. Instructions: about 60 an element with 3 Philox blocks for
+// 8, of the 130 that 14 bytes leave time for. Loads are all under way before the first is used, 64 to 112 bytes a thread.
+// Where one of them is f32, threads take two groups of four, so that neighbours access neighbouring 16 bytes of f32 (and 8
+// of bf16); two then draw the same Philox block.
 //
 // Versions: baseline, an element a thread, a launch a module (the norm: a block a tensor); vec8, 16 bytes an access,
 // one launch over all modules in chunks of 16384 elements: wins at every size. No shared memory beyond reductions: no
@@ -94,11 +96,13 @@ __device__ __forceinline__ float round_stochastically(float x, uint32_t bits16) 
 __device__ __forceinline__ uint64_t rounding_stream(uint32_t step, uint32_t tensor, uint32_t module) {
   return (uint64_t)step << 32 | tensor << 30 | module;
 }
-__device__ __forceinline__ void round8(float (&x)[8], uint64_t seed, uint64_t stream, uint64_t group) {
-  const uint4 words = philox(seed, stream, group);
-  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+// A group of eight elements, or of the first or last four of eight.
+template <int N> __device__ __forceinline__ void round_group(float (&x)[N], uint64_t seed, uint64_t stream, uint64_t at) {
+  const uint4 words = philox(seed, stream, at / 8);
+  const bool upper = N == 4 && at % 8 != 0;
+  const uint32_t word[4] = {upper ? words.z : words.x, upper ? words.w : words.y, words.z, words.w};
 #pragma unroll
-  for (int j = 0; j < 8; j++) x[j] = round_stochastically(x[j], j % 2 ? word[j / 2] >> 16 : word[j / 2] & 0xffffu);
+  for (int j = 0; j < N; j++) x[j] = round_stochastically(x[j], j % 2 ? word[j / 2] >> 16 : word[j / 2] & 0xffffu);
 }
 __device__ __forceinline__ float round1(float x, uint64_t seed, uint64_t stream, uint64_t element) {
   const uint4 words = philox(seed, stream, element / 8);
@@ -140,33 +144,46 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
   const bool aligned = aligned16(row.weight) && aligned16(row.grad) && aligned16(row.m) && aligned16(row.v);
   const uint64_t first = (blockIdx.x - row.first_chunk) * CHUNK;
   const uint64_t end = row.len - first < CHUNK ? row.len : first + CHUNK;
+  constexpr int N = sizeof(Grad) == 2 && sizeof(Moment) == 2 ? 8 : 4, GROUPS = 8 / N;
 #pragma unroll 1
-  for (uint64_t at = first + 8 * threadIdx.x; at < end; at += 8 * THREADS) {
-    const bool whole = aligned && at + 8 <= end;
-    float w[8], g[8], m[8], v[8];
+  for (uint64_t at = first + N * threadIdx.x; at < end; at += 8 * THREADS) {
+    float w[GROUPS][N], g[GROUPS][N], m[GROUPS][N], v[GROUPS][N];
+    const bool whole = aligned && at + (GROUPS - 1) * N * THREADS + N <= end;
     if (whole) {  // one branch: all loads are under way at once
-      load_whole8<true>(row.weight + at, w);
-      load_whole8<true>(row.grad + at, g);
-      load_whole8<true>(row.m + at, m);
-      load_whole8<true>(row.v + at, v);
-    } else {
-      load8<true>(row.weight, at, end, false, w);
-      load8<true>(row.grad, at, end, false, g);
-      load8<true>(row.m, at, end, false, m);
-      load8<true>(row.v, at, end, false, v);
-    }
 #pragma unroll
-    for (int j = 0; j < 8; j++) adamw_step(w[j], g[j], m[j], v[j], factors);
-    if (stochastic) {
-      round8(w, seed, rounding_stream(step, 0, module), at / 8);
-      if (sizeof(Moment) == 2) {
-        round8(m, seed, rounding_stream(step, 1, module), at / 8);
-        round8(v, seed, rounding_stream(step, 2, module), at / 8);
+      for (int i = 0; i < GROUPS; i++) {
+        const uint64_t from = at + i * N * THREADS;
+        load_group<true>(row.weight + from, w[i]);
+        load_group<true>(row.grad + from, g[i]);
+        load_group<true>(row.m + from, m[i]);
+        load_group<true>(row.v + from, v[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < GROUPS; i++) {
+        const uint64_t from = at + i * N * THREADS;
+        load<true>(row.weight, from, end, false, w[i]);
+        load<true>(row.grad, from, end, false, g[i]);
+        load<true>(row.m, from, end, false, m[i]);
+        load<true>(row.v, from, end, false, v[i]);
       }
     }
-    store8<true>(row.weight, at, end, whole, w);
-    store8<true>(row.m, at, end, whole, m);
-    store8<true>(row.v, at, end, whole, v);
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+      const uint64_t to = at + i * N * THREADS;
+#pragma unroll
+      for (int j = 0; j < N; j++) adamw_step(w[i][j], g[i][j], m[i][j], v[i][j], factors);
+      if (stochastic) {
+        round_group(w[i], seed, rounding_stream(step, 0, module), to);
+        if (sizeof(Moment) == 2) {
+          round_group(m[i], seed, rounding_stream(step, 1, module), to);
+          round_group(v[i], seed, rounding_stream(step, 2, module), to);
+        }
+      }
+      store<true>(row.weight, to, end, whole, w[i]);
+      store<true>(row.m, to, end, whole, m[i]);
+      store<true>(row.v, to, end, whole, v[i]);
+    }
   }
 }
 

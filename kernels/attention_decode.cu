@@ -76,6 +76,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
   cp_async_wait<0>();
   __syncthreads();
 
+  // Column d of row r lies at d ^ 8·(r mod 4): the 16 lanes of an 8-byte store meet four rows in all banks.
   float* const sums = reinterpret_cast<float*>(dynamic_shared);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
     }
 #pragma unroll
     for (int n = 0; n < HeadDim / 8; n++) {
-      float2* const to = reinterpret_cast<float2*>(sums + (warp * 16 + r) * HeadDim + n * 8 + (lane & 3) * 2);
+      float2* const to = reinterpret_cast<float2*>(sums + (warp * 16 + r) * HeadDim + (n * 8 + (lane & 3) * 2 ^ 8 * (r & 3)));
       *to = make_float2(outputs[0][n][2 * half], outputs[0][n][2 * half + 1]);
     }
   }
@@ -99,7 +100,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
 #pragma unroll
     for (int w = 0; w < Warps; w++) {
       const float weight = tops[w][r] == -INFINITY ? 0.f : exp2_approx(tops[w][r] - top);
-      sum = fmaf(weight, sums[(w * 16 + r) * HeadDim + d], sum);
+      sum = fmaf(weight, sums[(w * 16 + r) * HeadDim + (d ^ 8 * (r & 3))], sum);
       total = fmaf(weight, totals[w][r], total);
     }
     if (gridDim.x == 1) {

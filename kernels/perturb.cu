@@ -123,11 +123,11 @@ __device__ __forceinline__ void write_pair(bf16* plus, bf16* minus, uint64_t at,
   float copy[8];
 #pragma unroll
   for (int j = 0; j < 8; j++) copy[j] = fmaf(n[j], factor, w[j]);
-  store8<false>(plus, at, len, whole, copy);
+  store<false>(plus, at, len, whole, copy);
   if (!minus) return;
 #pragma unroll
   for (int j = 0; j < 8; j++) copy[j] = fmaf(n[j], -factor, w[j]);
-  store8<false>(minus, at, len, whole, copy);
+  store<false>(minus, at, len, whole, copy);
 }
 
 struct Gaussian {
@@ -160,7 +160,7 @@ struct Given {
   __device__ __forceinline__ bool aligned() const { return aligned16(direction); }
   __device__ __forceinline__ void operator()(uint64_t at, uint64_t len, bool whole, const float (&)[8],
       float (&n)[8]) const {
-    load8<false>(direction, at, len, whole, n);
+    load<false>(direction, at, len, whole, n);
   }
 };
 
@@ -172,7 +172,7 @@ template <class Draw> __device__ __forceinline__ void perturb_vec8(const bf16* w
   for (uint64_t at = ((uint64_t)blockIdx.x * THREADS + threadIdx.x) * 8; at < len; at += stride) {
     const bool whole = aligned && at + 8 <= len;
     float x[8], n[8];
-    load8<false>(w, at, len, whole, x);
+    load<false>(w, at, len, whole, x);
     draw(at, len, whole, x, n);
     write_pair(plus, minus, at, len, whole, x, n, factor);
   }
@@ -241,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) perturb_low_rank_vec8_bf16(
     float n[4][8] = {};
     for (uint32_t k = 0; k < rank; k++) {
       float b[8];
-      load8<false>(bt + k * columns, column, columns, aligned, b);
+      load<false>(bt + k * columns, column, columns, aligned, b);
 #pragma unroll
       for (int r = 0; r < 4; r++) {
         const float a = row + r < rows ? at[k * rows + row + r] : 0.f;
@@ -254,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) perturb_low_rank_vec8_bf16(
       if (row + r >= rows) continue;
       const uint64_t offset = (row + r) * columns;
       float x[8];
-      load8<false>(w + offset, column, columns, aligned, x);
+      load<false>(w + offset, column, columns, aligned, x);
       write_pair(plus + offset, minus ? minus + offset : nullptr, column, columns, aligned, x, n[r], factor);
     }
   }

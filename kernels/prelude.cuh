@@ -54,8 +54,12 @@ __device__ __forceinline__ float sin_approx(float x) { float y; asm("sin.approx.
 __device__ __forceinline__ float cos_approx(float x) { float y; asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 
 // ---- memory that is read or written once
-__device__ __forceinline__ uint4 load_streaming(const uint4* p) { return __ldcs(p); }
-__device__ __forceinline__ void store_streaming(uint4* p, uint4 v) { __stcs(p, v); }
+template <class V> __device__ __forceinline__ V load_streaming(const V* p) { return __ldcs(p); }
+template <class V> __device__ __forceinline__ void store_streaming(V* p, V v) { __stcs(p, v); }
+// One access, which the compiler does not take apart.
+__device__ __forceinline__ void store_undivided(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 // A barrier of the `threads` threads that name the same `id` (1 to 15).
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

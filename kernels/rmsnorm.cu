@@ -233,14 +233,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 EXPORT(rmsnorm_backward_weight_baseline_bf16)
 
-// grid: parts, block: 256, 8 KiB of shared memory
+// grid: parts, block: 256, 8.1 KiB of shared memory
 // dx or partial may be null: not wanted
 extern "C" __global__ void __launch_bounds__(BLOCK)
     rmsnorm_backward_lanes_bf16(const bf16* __restrict__ dy, const bf16* __restrict__ x,
                                 const bf16* __restrict__ weight, const float* __restrict__ rstd, bf16* __restrict__ dx,
                                 float* __restrict__ partial, uint64_t rows, uint32_t rows_a_part, uint32_t width,
                                 uint32_t accumulate, uint32_t lanes) {
-  __shared__ __align__(16) float shared_sums[BLOCK * 8];
+  constexpr int Plane = 4 * BLOCK + 16;
+  __shared__ __align__(16) float shared_sums[2 * Plane];
   const uint32_t vectors = width / 8, lane = threadIdx.x & (lanes - 1), groups = BLOCK / lanes;
   const uint32_t group = threadIdx.x / lanes;
   const uint64_t first = (uint64_t)blockIdx.x * rows_a_part, end = min(first + rows_a_part, rows);
@@ -278,13 +279,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     }
   }
   if (!partial) return;
-  float4* mine = reinterpret_cast<float4*>(shared_sums) + threadIdx.x * 2;
-  mine[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-  mine[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+  // The first four sums of all threads, then the last four in the other half of the banks.
+  float* mine = shared_sums + 4 * threadIdx.x;
+  *reinterpret_cast<float4*>(mine) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+  *reinterpret_cast<float4*>(mine + Plane) = make_float4(sums[4], sums[5], sums[6], sums[7]);
   __syncthreads();
   if (threadIdx.x >= width) return;
+  const float* column = shared_sums + threadIdx.x % 8 / 4 * Plane + threadIdx.x / 8 * 4 + threadIdx.x % 4;
   float sum = 0.f;
-  for (uint32_t g = 0; g < groups; g++) sum += shared_sums[g * lanes * 8 + threadIdx.x];
+  for (uint32_t g = 0; g < groups; g++) sum += column[g * lanes * 4];
   partial[(uint64_t)blockIdx.x * width + threadIdx.x] = sum;
 }
 EXPORT(rmsnorm_backward_lanes_bf16)

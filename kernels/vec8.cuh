@@ -1,4 +1,4 @@
-// Eight elements at a time from tensors of any alignment and length, and sums of squares in f64 in a fixed order.
+// Eight or four elements at a time from tensors of any alignment and length, and sums of squares in f64 in a fixed order.
 #pragma once
 #include "prelude.cuh"
 
@@ -13,56 +13,69 @@ union F32x4 {
   uint4 bits;
   float x[4];
 };
+union Bf16x4 {
+  uint2 bits;
+  bf16 x[4];
+};
 
 __device__ __forceinline__ bool aligned16(const void* p) { return ((uintptr_t)p & 15) == 0; }
 
-// The access of whole, aligned groups; `Once`: data that no one reads again soon.
-template <bool Once> __device__ __forceinline__ uint4 load16(const uint4* p) { return Once ? load_streaming(p) : *p; }
-template <bool Once> __device__ __forceinline__ void store16(uint4* p, uint4 v) {
+// The access of whole, aligned groups; `Once`: data that no one reads again soon. Eight f32 take two accesses, each of which
+// leaves every other 16 bytes to the other: where f32 is streamed, threads take groups of four.
+template <bool Once, class V> __device__ __forceinline__ V load_vector(const V* p) { return Once ? load_streaming(p) : *p; }
+template <bool Once> __device__ __forceinline__ void store_vector(uint4* p, uint4 v) {
   if (Once) store_streaming(p, v);
-  else *p = v;
+  else store_undivided(p, v);
 }
-template <bool Once> __device__ __forceinline__ void load_whole8(const bf16* p, float (&x)[8]) {
-  unpack8(load16<Once>((const uint4*)p), x);
+template <bool Once> __device__ __forceinline__ void load_group(const bf16* p, float (&x)[8]) {
+  unpack8(load_vector<Once>((const uint4*)p), x);
 }
-template <bool Once> __device__ __forceinline__ void load_whole8(const float* p, float (&x)[8]) {
-  F32x4 low, high;
-  low.bits = load16<Once>((const uint4*)p);
-  high.bits = load16<Once>((const uint4*)p + 1);
+template <bool Once> __device__ __forceinline__ void load_group(const bf16* p, float (&x)[4]) {
+  Bf16x4 v;
+  v.bits = load_vector<Once>((const uint2*)p);
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    x[j] = low.x[j];
-    x[4 + j] = high.x[j];
+  for (int j = 0; j < 4; j++) x[j] = to_float(v.x[j]);
+}
+template <bool Once, int N> __device__ __forceinline__ void load_group(const float* p, float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 4; i++) {
+    F32x4 v;
+    v.bits = load_vector<Once>((const uint4*)p + i);
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[4 * i + j] = v.x[j];
   }
 }
-template <bool Once> __device__ __forceinline__ void store_whole8(bf16* p, const float (&x)[8]) {
-  store16<Once>((uint4*)p, pack8(x));
+template <bool Once> __device__ __forceinline__ void store_group(bf16* p, const float (&x)[8]) {
+  store_vector<Once>((uint4*)p, pack8(x));
 }
-template <bool Once> __device__ __forceinline__ void store_whole8(float* p, const float (&x)[8]) {
-  F32x4 low, high;
+template <bool Once> __device__ __forceinline__ void store_group(bf16* p, const float (&x)[4]) {
+  static_assert(Once, "another kind: write it like that of eight");
+  store_streaming((uint2*)p, make_uint2(pack2(x[0], x[1]), pack2(x[2], x[3])));
+}
+template <bool Once, int N> __device__ __forceinline__ void store_group(float* p, const float (&x)[N]) {
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    low.x[j] = x[j];
-    high.x[j] = x[4 + j];
+  for (int i = 0; i < N / 4; i++) {
+    F32x4 v;
+#pragma unroll
+    for (int j = 0; j < 4; j++) v.x[j] = x[4 * i + j];
+    store_vector<Once>((uint4*)p + i, v.bits);
   }
-  store16<Once>((uint4*)p, low.bits);
-  store16<Once>((uint4*)p + 1, high.bits);
 }
 
-// Elements at … at + 7, those from `len` on as 0. `whole`: the tensor is aligned to 16 bytes (then `at`, a multiple of
-// 8, is too) and at + 8 ≤ len.
-template <bool Once, class T> __device__ __forceinline__ void load8(const T* tensor, uint64_t at, uint64_t len,
-    bool whole, float (&x)[8]) {
-  if (whole) return load_whole8<Once>(tensor + at, x);
+// Elements at … at + N − 1, those from `len` on as 0. `whole`: the tensor is aligned to 16 bytes (then `at`, a multiple of
+// N, is to N elements) and at + N ≤ len.
+template <bool Once, class T, int N> __device__ __forceinline__ void load(const T* tensor, uint64_t at, uint64_t len,
+    bool whole, float (&x)[N]) {
+  if (whole) return load_group<Once>(tensor + at, x);
 #pragma unroll
-  for (int j = 0; j < 8; j++) x[j] = at + j < len ? to_float(tensor[at + j]) : 0.f;
+  for (int j = 0; j < N; j++) x[j] = at + j < len ? to_float(tensor[at + j]) : 0.f;
 }
 // bf16 to nearest even.
-template <bool Once, class T> __device__ __forceinline__ void store8(T* tensor, uint64_t at, uint64_t len, bool whole,
-    const float (&x)[8]) {
-  if (whole) return store_whole8<Once>(tensor + at, x);
+template <bool Once, class T, int N> __device__ __forceinline__ void store(T* tensor, uint64_t at, uint64_t len, bool whole,
+    const float (&x)[N]) {
+  if (whole) return store_group<Once>(tensor + at, x);
 #pragma unroll
-  for (int j = 0; j < 8; j++)
+  for (int j = 0; j < N; j++)
     if (at + j < len) from_float(tensor[at + j], x[j]);
 }
 
@@ -80,41 +93,42 @@ __device__ __forceinline__ double block_sum_f64(double x) {
   return parts[0];
 }
 
-// Σ x² of eight elements. Squares of bf16 are exact in f32, and a tree of eight rounds three times at most; f32 needs
-// f64 throughout.
-__device__ __forceinline__ double squares8(const float (&x)[8], bf16) {
+// Σ x² of a group. Squares of bf16 are exact in f32, and a tree of eight rounds three times at most; f32 needs f64
+// throughout.
+__device__ __forceinline__ double squares(const float (&x)[8]) {
   const float a = fmaf(x[0], x[0], x[1] * x[1]), b = fmaf(x[2], x[2], x[3] * x[3]);
   const float c = fmaf(x[4], x[4], x[5] * x[5]), d = fmaf(x[6], x[6], x[7] * x[7]);
   return (double)((a + b) + (c + d));
 }
-__device__ __forceinline__ double squares8(const float (&x)[8], float) {
+__device__ __forceinline__ double squares(const float (&x)[4]) {
   double sum = 0.0;
 #pragma unroll
-  for (int j = 0; j < 8; j++) sum += (double)x[j] * (double)x[j];
+  for (int j = 0; j < 4; j++) sum += (double)x[j] * (double)x[j];
   return sum;
 }
 
 // Σ x² of the elements first … end − 1 by a block of THREADS threads; `first` a multiple of 8. Thread t adds up the
-// groups of eight t, t + THREADS, …, four loads under way at once; every thread gets the sum.
+// groups (eight bf16, four f32) t, t + THREADS, …, 64 or 128 bytes of loads under way at once; every thread gets the sum.
 template <bool Once, class T> __device__ __forceinline__ double squares_of_range(const T* tensor, uint64_t first,
     uint64_t end) {
-  constexpr uint64_t STRIDE = 8 * THREADS;
+  constexpr int N = 16 / sizeof(T), AHEAD = 32 / N;
+  constexpr uint64_t STRIDE = N * THREADS;
   const bool aligned = aligned16(tensor);
-  uint64_t at = first + 8 * threadIdx.x;
+  uint64_t at = first + N * threadIdx.x;
   double sum = 0.0;
   if (aligned) {
-    for (; at + 3 * STRIDE + 8 <= end; at += 4 * STRIDE) {
-      float x[4][8];
+    for (; at + (AHEAD - 1) * STRIDE + N <= end; at += AHEAD * STRIDE) {
+      float x[AHEAD][N];
 #pragma unroll
-      for (int i = 0; i < 4; i++) load_whole8<Once>(tensor + at + i * STRIDE, x[i]);
+      for (int i = 0; i < AHEAD; i++) load_group<Once>(tensor + at + i * STRIDE, x[i]);
 #pragma unroll
-      for (int i = 0; i < 4; i++) sum += squares8(x[i], T());
+      for (int i = 0; i < AHEAD; i++) sum += squares(x[i]);
     }
   }
   for (; at < end; at += STRIDE) {
-    float x[8];
-    load8<Once>(tensor, at, end, aligned && at + 8 <= end, x);
-    sum += squares8(x, T());
+    float x[N];
+    load<Once>(tensor, at, end, aligned && at + N <= end, x);
+    sum += squares(x);
   }
   return block_sum_f64(sum);
 }

@@ -12,10 +12,11 @@ mod standin;
 use common::roofline::{Measured, table};
 use common::stats::{median, median_interval, quantile};
 use common::{Device, Mode, Scale, Session, random, verdict};
+use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use swat::backend::Ceilings;
 use swat::backend::cpu::Cpu;
-use swat::backend::cuda::F32State;
+use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Backend, Buffer, Cost};
 use swat::report::TextStyle;
 
@@ -44,11 +45,15 @@ macro_rules! families {
         fn every_ladder_runs_on_a_gpu() {
             let _turn = turn();
             let Some(cuda) = standin::open::<F32State>(0) else { return };
+            every_ladder(&cuda);
+        }
+
+        fn every_ladder(cuda: &Cuda<F32State>) {
             known_clock(0, 5_000_000);
             $({
                 use $name::common;
                 let mut session = common::Session::new(stringify!($name), common::Mode::Json(Vec::new()), common::Scale::tiny());
-                $name::cuda(&mut session, &cuda);
+                $name::cuda(&mut session, cuda);
                 let names: Vec<_> = session.measured.iter().map(|m| m.variant.as_str()).collect();
                 assert!(names.contains(&"swat"), "{}: {names:?}", stringify!($name));
                 let laddered = stringify!($name) == "engine" || names.contains(&"baseline");
@@ -71,6 +76,54 @@ families! {
     rope: "../benches/rope.rs",
     sampling: "../benches/sampling.rs",
     swiglu: "../benches/swiglu.rs",
+}
+
+/// Kernels whose accesses may take more than they need, how many times, and why.
+const WIDER: [(&str, f64, &str); 6] = [
+    ("adamw_masked_vec8_f32_f32", 1.2, "ends of modules go by elements, and these modules are small"),
+    ("gemm_tn_decode", 1.15, "outputs of few rows, an element a row; the weight, of few columns here, is what counts"),
+    ("perturb_low_rank_vec8_bf16", 1.4, "the factors, 32 bytes a lane in two accesses: the second finds them in L1"),
+    ("rmsnorm_backward_row", 1.2, "partial sums of dweight in the same way, once a part; parts have few rows here"),
+    ("rope_forward_vec8_bf16", 1.4, "the angles in the same way, for four heads"),
+    ("attention_backward_", 1.05, "D lies by heads"),
+];
+
+/// Of what nvcc made of the kernels: global memory by whole sectors, shared memory without bank conflicts. Baselines and the
+/// fall-backs for what is not aligned are not held to it.
+#[test]
+fn accesses() {
+    if !standin::compiled() {
+        print!("{}", standin::compiled_too(&["--exact", "accesses"]));
+        return;
+    }
+    let Some(cuda) = standin::open::<F32State>(0) else { return };
+    standin::watch(true);
+    every_ladder(&cuda);
+    standin::watch(false);
+    let mut kernels: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    let accesses = standin::accesses();
+    assert!(accesses.iter().any(|access| access.shared) && accesses.iter().any(|access| !access.shared));
+    for access in accesses.into_iter().filter(|a| !a.kernel.contains("baseline") && !a.kernel.contains("scalar")) {
+        kernels.entry((access.kernel.clone(), access.shared)).or_default().push(access);
+    }
+    let mut wrong = String::new();
+    for ((kernel, shared), mut accesses) in kernels {
+        let sum = |of: fn(&standin::Access) -> u64| accesses.iter().map(of).sum::<u64>() as f64;
+        let times = sum(|a| a.moved) / sum(|a| a.needed);
+        let wider = WIDER.iter().find(|(prefix, ..)| !shared && kernel.starts_with(prefix));
+        if times <= wider.map_or(1.02, |(_, most, _)| *most) {
+            continue;
+        }
+        wrong += &format!(
+            "{kernel}: {times:.3} times what it needs of {} memory\n",
+            ["global", "shared"][usize::from(shared)]
+        );
+        accesses.sort_by_key(|a| a.needed as i64 - a.moved as i64);
+        for a in accesses.iter().take(4) {
+            wrong += &format!("  {}: {} requests took {}, needed {}\n", a.place, a.requests, a.moved, a.needed);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
 }
 
 /// One at a time: the clock of a stand-in's device belongs to the process.

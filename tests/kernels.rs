@@ -39,16 +39,8 @@ fn images() -> Option<Vec<(&'static str, &'static [u8])>> {
 
 /// The directory of cuobjdump and nvdisasm, beside an nvcc; `None`, and said so, where there is none.
 fn tools() -> Option<PathBuf> {
-    let mut directories: Vec<PathBuf> = Vec::new();
-    directories.extend(std::env::var_os("NVCC").and_then(|nvcc| Some(Path::new(&nvcc).parent()?.into())));
-    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os);
-    directories.extend(homes.map(|home| Path::new(&home).join("bin")));
-    for python in std::fs::read_dir(root().join(".cuda/lib")).into_iter().flatten().flatten() {
-        directories.push(python.path().join("site-packages/nvidia/cu13/bin"));
-    }
-    directories.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
-    directories.push("/usr/local/cuda/bin".into());
-    let found = directories.into_iter().find(|d| d.join("cuobjdump").is_file() && d.join("nvdisasm").is_file());
+    let beside = Path::new(standin::NVCC).parent().map(Path::to_path_buf);
+    let found = beside.filter(|d| d.join("cuobjdump").is_file() && d.join("nvdisasm").is_file());
     if found.is_none() {
         let _ = writeln!(std::io::stderr(), "skipped: tests of machine code (no cuobjdump: scripts/install_nvcc.sh)");
     }

@@ -1,9 +1,12 @@
 //! CUDA devices for tests: the stand-in of `tests/standin`, which runs the kernel files on the CPU below the real driver
-//! calls; or, with `SWAT_TEST_CUDA=gpu`, the GPU of this machine.
+//! calls; with `SWAT_TEST_CUDA=ptx` not those, but what nvcc made of them; with `SWAT_TEST_CUDA=gpu` the GPU of this machine.
 //!
 //! The stand-in's devices: 0 and 1 have compute capability 9.0, 2 and 3 have 8.0; on 0 and 2 asynchronous operations happen
 //! as late as CUDA allows, on 1 and 3 at once. 4 is too old, 5 has 1 MiB of memory, 6 loads no kernel.
 #![allow(dead_code)]
+
+#[path = "ptx.rs"]
+mod ptx;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 use std::ffi::CString;
@@ -16,6 +19,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use swat::backend::cuda::{Cuda, Precision};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// The compiler of the images; empty where there was none.
+pub const NVCC: &str = include_str!(concat!(env!("OUT_DIR"), "/nvcc"));
 
 /// Whether there are CUDA devices to test on. The first call builds and loads the stand-in; it comes before any other use of
 /// the driver. Where there can be none, it says so once, on standard error.
@@ -41,7 +47,32 @@ pub fn open<P: Precision>(ordinal: u32) -> Option<Cuda<P>> {
 
 /// Whether tests run on a GPU.
 pub fn real() -> bool {
-    std::env::var_os("SWAT_TEST_CUDA").is_some_and(|value| value == "gpu")
+    asked_for("gpu")
+}
+
+/// Whether the stand-in runs what nvcc made of the kernel files.
+pub fn compiled() -> bool {
+    asked_for("ptx")
+}
+
+/// Runs tests of this executable, chosen by arguments, in a process of its own on what nvcc made of the kernel files; returns
+/// what it printed. Nothing where there is no stand-in.
+///
+/// # Panics
+/// Where a test fails.
+pub fn compiled_too(arguments: &[&str]) -> String {
+    if real() || !available() {
+        return String::new();
+    }
+    let mut child = Command::new(std::env::current_exe().expect("a path"));
+    let output = child.args(arguments).arg("--nocapture").env("SWAT_TEST_CUDA", "ptx").output().expect("it runs");
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(output.status.success(), "of compiled kernels: {}\n{stdout}\n{stderr}", output.status);
+    stdout
+}
+
+fn asked_for(what: &str) -> bool {
+    std::env::var_os("SWAT_TEST_CUDA").is_some_and(|value| value == what)
 }
 
 /// Kernels that device `ordinal` of the stand-in has run.
@@ -108,6 +139,54 @@ pub fn kernels() -> Vec<Kernel> {
     all
 }
 
+/// What an instruction of a compiled kernel has touched in memory, as a GPU counts it: requests of a warp; sectors of 32
+/// bytes of global memory or cycles of shared memory that they took, and that they needed.
+#[derive(Debug, Clone)]
+pub struct Access {
+    pub kernel: String,
+    /// File and line of the source.
+    pub place: String,
+    pub shared: bool,
+    pub requests: u64,
+    pub moved: u64,
+    pub needed: u64,
+}
+
+/// Looks at accesses of the stand-in's devices from now on, or no longer.
+pub fn watch(on: bool) {
+    // SAFETY: exported with this type.
+    unsafe { hook::<unsafe extern "C" fn(bool)>("standin_watch")(on) }
+}
+
+/// What was seen.
+pub fn accesses() -> Vec<Access> {
+    use std::ffi::{CStr, c_char, c_int, c_void};
+    #[repr(C)]
+    struct Site {
+        kernel: *const c_char,
+        file: *const c_char,
+        line: c_int,
+        bytes: c_int,
+        shared: bool,
+        joined: bool,
+    }
+    unsafe extern "C" fn visit(to: *mut c_void, site: *const Site, counts: *const [u64; 3]) {
+        // SAFETY: the stand-in hands back `to` with a site whose texts are C strings, and three numbers.
+        unsafe {
+            let (site, [requests, moved, needed]) = (&*site, *counts);
+            let text = |p| CStr::from_ptr(p).to_str().expect("ASCII").to_owned();
+            let place = format!("{}:{}", text(site.file), site.line);
+            let access = Access { kernel: text(site.kernel), place, shared: site.shared, requests, moved, needed };
+            (*to.cast::<Vec<Access>>()).push(access);
+        }
+    }
+    type Visit = unsafe extern "C" fn(*mut c_void, *const Site, *const [u64; 3]);
+    let mut all: Vec<Access> = Vec::new();
+    // SAFETY: exported with this type; `all` outlives the call.
+    unsafe { hook::<unsafe extern "C" fn(*mut c_void, Visit)>("standin_accesses")((&raw mut all).cast(), visit) };
+    all
+}
+
 fn counter(name: &str, ordinal: i32) -> u64 {
     // SAFETY: the driver's stand-in exports these names with this type.
     unsafe { hook::<unsafe extern "C" fn(i32) -> u64>(name)(ordinal) }
@@ -134,7 +213,7 @@ fn start() -> Result<(), String> {
         assert!(matches!(devices, Ok(1..)), "SWAT_TEST_CUDA=gpu, but: {devices:?}");
         return Ok(());
     }
-    let sources = sources();
+    let sources = sources()?;
     let libraries = build(&sources)?;
     // SAFETY: what the libraries run when loaded is the registration of kernels.
     let driver = unsafe { Library::open(Some(&libraries[0]), RTLD_NOW | RTLD_GLOBAL) };
@@ -152,7 +231,7 @@ pub fn folder() -> Option<(PathBuf, PathBuf)> {
     if !available() || real() {
         return None;
     }
-    let sources = sources();
+    let sources = sources().expect("as when it was built");
     let libraries = build(&sources).expect("it was built");
     let folder = libraries[0].parent().expect("a folder").join("process");
     let list = folder.join("kernels");
@@ -174,12 +253,64 @@ pub fn folder() -> Option<(PathBuf, PathBuf)> {
     Some((folder, list))
 }
 
-/// The driver's stand-in and the kernel files.
-fn sources() -> Vec<PathBuf> {
+/// The driver's stand-in and the kernel files, or what nvcc made of these.
+fn sources() -> Result<Vec<PathBuf>, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut sources = files(&root.join("kernels"), "cu");
+    let kernels = files(&root.join("kernels"), "cu");
+    let mut sources = if compiled() { translate(&kernels)? } else { kernels };
     sources.insert(0, root.join("tests/standin/driver.cpp"));
-    sources
+    Ok(sources)
+}
+
+/// The C++ of the PTX of kernel files, of the virtual architecture whose PTX is in the images.
+fn translate(kernels: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
+    let directory = directory().join("ptx");
+    fs::create_dir_all(&directory).map_err(|e| e.to_string())?;
+    let lock = File::create(directory.join("lock")).map_err(|e| e.to_string())?;
+    lock.lock().map_err(|e| e.to_string())?;
+    let headers = files(kernels[0].parent().expect("a directory"), "cuh");
+    let headers: String = headers.iter().map(|path| fs::read_to_string(path).expect("a readable header")).collect();
+    Ok(each(kernels, |kernel| {
+        let stem = kernel.file_stem().expect("a name").to_string_lossy();
+        let architecture = if stem.ends_with("_sm90") { "compute_90a" } else { "compute_80" };
+        let text = fs::read_to_string(kernel).expect("a readable source");
+        let (output, key) = (directory.join(format!("{stem}.cu")), directory.join(format!("{stem}.key")));
+        let made_of = format!("{NVCC} {architecture}\n{}{text}{headers}", include_str!("ptx.rs"));
+        if output.is_file() && fs::read_to_string(&key).is_ok_and(|made| made == made_of) {
+            return output;
+        }
+        let ptx = directory.join(format!("{stem}.ptx"));
+        let mut nvcc = Command::new(NVCC);
+        nvcc.args(["-O3", "-std=c++17", "-lineinfo", "-ptx", "-arch", architecture, "-o"]).arg(&ptx).arg(kernel);
+        let run = nvcc.output().unwrap_or_else(|e| panic!("{NVCC}: {e}"));
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let cpp = ptx::to_cpp(&fs::read_to_string(&ptx).expect("PTX"));
+        fs::write(&output, cpp.unwrap_or_else(|e| panic!("{}: {e}", ptx.display()))).expect("a writable folder");
+        fs::write(&key, made_of).expect("a writable folder");
+        output
+    }))
+}
+
+/// Where what is built for tests lies.
+fn directory() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin")
+}
+
+/// `work` of each path, by as many threads as there are cores.
+fn each(paths: &[PathBuf], work: impl Fn(&Path) -> PathBuf + Sync) -> Vec<PathBuf> {
+    let results: Vec<OnceLock<PathBuf>> = paths.iter().map(|_| OnceLock::new()).collect();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(|| {
+                while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let at = paths.iter().position(|p| p == path).expect("one of them");
+                    results[at].set(work(path)).expect("set once");
+                }
+            });
+        }
+    });
+    results.into_iter().map(|result| result.into_inner().expect("all were worked at")).collect()
 }
 
 /// What is embedded for a kernel file.
@@ -219,7 +350,7 @@ pub fn build(sources: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
 
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (standin, kernels) = (root.join("tests/standin"), root.join("kernels"));
-    let mut arguments: Vec<String> = FLAGS.split_whitespace().map(String::from).collect();
+    let mut arguments: Vec<String> = words(FLAGS);
     arguments.push(format!("-march={}", if avx2() { "x86-64-v3" } else { "x86-64" }));
     arguments.extend([&standin, &kernels].map(|directory| format!("-I{}", directory.display())));
     let mut common = blake3::Hasher::new();
@@ -228,36 +359,35 @@ pub fn build(sources: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
         common.update(&fs::read(header).expect("a readable header"));
     }
 
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin");
+    let directory = directory();
     fs::create_dir_all(&directory).expect("a directory for the stand-in");
     let lock = File::create(directory.join("lock")).expect("a lock file");
     lock.lock().expect("a lock between the test processes");
-    let library = |source: &PathBuf| {
+    Ok(each(sources, |source| {
         let key = common.clone().update(&fs::read(source).expect("a readable source")).finalize();
+        let translated = source.starts_with(&directory);
+        let place = if translated { source.parent().expect("a directory") } else { &directory };
         let stem = source.file_stem().expect("a file name").to_string_lossy();
-        directory.join(format!("{stem}-{}.so", &key.to_hex()[..16]))
-    };
-    let libraries: Vec<PathBuf> = sources.iter().map(library).collect();
-    let next = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
-            scope.spawn(|| {
-                while let Some(source) = sources.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let library = &libraries[sources.iter().position(|s| s == source).expect("one of them")];
-                    if !library.is_file() {
-                        compile(&compiler, &arguments, source, library);
-                    }
-                }
-            });
+        let library = place.join(format!("{stem}-{}.so", &key.to_hex()[..16]));
+        if !library.is_file() {
+            let more = if translated { PTX_FLAGS } else { "" };
+            compile(&compiler, &[&arguments[..], &words(more)].concat(), source, &library);
         }
-    });
-    Ok(libraries)
+        library
+    }))
 }
 
 /// -fno-strict-aliasing: kernels read bf16 by the 16 bytes. The sanitizers trap where an access is not aligned, or an index
 /// is past the end of an array of known size.
 const FLAGS: &str = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -fno-stack-protector \
     -ffp-contract=fast -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error -Wno-psabi";
+
+/// Of C++ that was PTX: every instruction rounds by itself. Much of it is long, and little of it slow.
+const PTX_FLAGS: &str = "-O1 -fwrapv -ffp-contract=off -fno-sanitize=all";
+
+fn words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(String::from).collect()
+}
 
 fn compile(compiler: &str, arguments: &[String], source: &Path, library: &Path) {
     let stem = source.file_stem().expect("a file name").to_string_lossy();

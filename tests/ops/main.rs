@@ -41,6 +41,14 @@ macro_rules! on_every_backend {
 }
 use on_every_backend;
 
+/// The same tests on what nvcc made of the kernels.
+#[test]
+fn compiled_kernels() {
+    if !standin::compiled() {
+        standin::compiled_too(&["::cuda_0::", "::cuda_2::", "versions::"]);
+    }
+}
+
 /// A tensor on the backend and its values, as rounded there, in f64.
 struct Tensor<B: Backend, T: Element> {
     device: Buffer<B, T>,

@@ -39,10 +39,10 @@ fn nucleus_is_the_smallest_set_that_reaches_top_p<B: Backend>(b: &B) {
 }
 
 fn frequencies_follow_the_softmax<B: Backend>(b: &B) {
-    let (vocab, draws) = (50, 3_000);
+    let (vocab, draws) = (50, 400);
     let row: Vec<f64> = normals(4, vocab).iter().map(|x| x * 1.5).collect();
-    let mut rng = Philox::new(11, 0);
-    let uniforms: Vec<f64> = (0..draws).map(|_| rng.uniform()).collect();
+    // Evenly spread, so that a token is drawn once more or less often than expected at most.
+    let uniforms: Vec<f64> = (0..draws).map(|i| (i as f64 + 0.5) / draws as f64).collect();
     for (temperature, top_p) in [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5)] {
         let row = put::<B, B::Float>(b, &row).host;
         let weights: Vec<f64> = row.iter().map(|x| (x / temperature as f64).exp()).collect();
@@ -61,7 +61,7 @@ fn frequencies_follow_the_softmax<B: Backend>(b: &B) {
         for (id, weight) in kept.iter().enumerate() {
             let expected = weight / mass * draws as f64;
             let got = tokens.iter().filter(|t| **t as usize == id).count() as f64;
-            assert!((got - expected).abs() <= 5.0 * expected.sqrt(), "token {id}: {got} of {expected}");
+            assert!((got - expected).abs() <= 1.01, "token {id}: {got} of {expected}");
         }
     }
 }

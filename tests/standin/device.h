@@ -57,8 +57,9 @@ template <class T> static inline T __ldca(const T* p) { return *p; }
 template <class T> static inline void __stcs(T* p, T v) { *p = v; }
 template <class T> static inline void __stcg(T* p, T v) { *p = v; }
 template <class T> static inline void __stwt(T* p, T v) { *p = v; }
-static inline uint4 load_streaming(const uint4* p) { return *p; }
-static inline void store_streaming(uint4* p, uint4 v) { *p = v; }
+template <class V> static inline V load_streaming(const V* p) { return *p; }
+template <class V> static inline void store_streaming(V* p, V v) { *p = v; }
+template <class V> static inline void store_undivided(V* p, V v) { *p = v; }
 
 namespace standin {
 template <class T, class Change> inline T atomically(T* p, Change change) {

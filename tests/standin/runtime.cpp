@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include "accesses.h"
 #include "hopper.h"
 
 // Saves the registers that a call preserves, and the stack; goes on with another stack.
@@ -178,6 +179,7 @@ void run_block() {
   standin_switch(&b.launcher, b.current->stack_pointer);
   b.free_stacks.push_back(b.current->stack);
   b.hopper->finish();
+  count_accesses();
   for (size_t i = 0; i < CANARY; i++) {
     if (b.dynamic[l.shared + i] != MARK) die("write past the end of dynamic shared memory");
   }

@@ -1,0 +1,96 @@
+// Accesses of compiled kernels, counted as a GPU carries them out. The n-th time that a lane is at an instruction belongs to the n-th
+// time of the other lanes of its warp.
+//   global memory: sectors of 32 bytes that are moved, against those that hold the bytes asked for;
+//   shared memory: cycles, a word a bank in each, against those that so many words need. Accesses of 8 and 16 bytes a lane go by halves
+//   and quarters of the warp.
+#include "accesses.h"
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+namespace standin {
+
+bool watching = false;
+
+namespace {
+
+struct Touch { uint64_t address; int bytes; };
+struct Warp { std::vector<Touch> lanes[32]; };
+struct Totals { uint64_t requests = 0, moved = 0, needed = 0; };
+
+thread_local std::map<const Site*, std::map<int, Warp>> of_block;
+std::mutex lock;
+std::map<const Site*, Totals> totals;
+
+void sort_unique(std::vector<uint64_t>& values) {
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+}
+
+void count_global(const std::vector<Touch>& request, Totals& sum) {
+  std::vector<uint64_t> sectors, words;
+  for (const Touch& t : request) {
+    for (uint64_t at = t.address / 32; at <= (t.address + t.bytes - 1) / 32; at++) sectors.push_back(at);
+    for (int i = 0; i < t.bytes; i += 2) words.push_back((t.address + i) / 2);
+  }
+  sort_unique(sectors), sort_unique(words);
+  sum.moved += sectors.size();
+  sum.needed += (words.size() * 2 + 31) / 32;
+}
+
+void count_shared(const std::vector<Touch>& request, Totals& sum) {
+  const size_t together = request.empty() ? 32 : 128 / std::max(request[0].bytes, 4);
+  for (size_t from = 0; from < request.size(); from += together) {
+    std::vector<uint64_t> words;
+    for (size_t i = from; i < std::min(request.size(), from + together); i++) {
+      for (int b = 0; b < request[i].bytes; b += 4) words.push_back((request[i].address + b) / 4);
+    }
+    sort_unique(words);
+    uint64_t banks[32] = {}, most = 0;
+    for (uint64_t word : words) most = std::max(most, ++banks[word % 32]);
+    sum.moved += most;
+    sum.needed += (words.size() + 31) / 32;
+  }
+}
+
+}  // namespace
+
+void touch(const Site& site, uint64_t address, int bytes) {
+  const int rank = block->current->rank;
+  of_block[&site][rank / 32].lanes[rank % 32].push_back({address, bytes});
+}
+
+void count_accesses() {
+  if (of_block.empty()) return;
+  std::lock_guard<std::mutex> guard(lock);
+  for (const auto& [site, warps] : of_block) {
+    if (site->joined) continue;
+    int joined = 0;
+    for (const Site* next = site + 1; next->joined; next++) joined += next->bytes;
+    Totals& sum = totals[site];
+    for (const auto& [_, warp] : warps) {
+      size_t times = 0;
+      for (const auto& lane : warp.lanes) times = std::max(times, lane.size());
+      for (size_t i = 0; i < times; i++) {
+        std::vector<Touch> request;
+        for (const auto& lane : warp.lanes) {
+          if (i < lane.size()) request.push_back({lane[i].address, lane[i].bytes + joined});
+        }
+        sum.requests++;
+        site->shared ? count_shared(request, sum) : count_global(request, sum);
+      }
+    }
+  }
+  of_block.clear();
+}
+
+}  // namespace standin
+
+// ---- for tests
+// Looks at accesses from now on, or no longer.
+extern "C" STANDIN_API void standin_watch(bool on) { standin::watching = on; }
+// Calls with each instruction that was seen, and its counts.
+extern "C" STANDIN_API void standin_accesses(void* to, void (*visit)(void* to, const standin::Site*, const uint64_t* requests_moved_needed)) {
+  std::lock_guard<std::mutex> guard(standin::lock);
+  for (const auto& [site, sum] : standin::totals) visit(to, site, &sum.requests);
+}
