@@ -1,11 +1,13 @@
 //! Attention: see `kernels/attention.cu` (by the definition, any head_dim up to 256), `kernels/attention_flash.cu`,
-//! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores).
+//! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores), and `kernels/attention_sm90.cu`
+//! (those of compute capability 9.0).
 //!
-//! | head_dim 64 or 128, tensors on 16 bytes, scale > 0 | forward | backward | decode |
-//! |---|---|---|---|
-//! | yes, at least two blocks of 128 queries a multiprocessor | `flash128` | `flash` | `flash` |
-//! | yes, fewer | `flash64` | `flash`, heads of a group on blocks of their own | `flash` |
-//! | no | `baseline` | `baseline` | `baseline` |
+//! | head_dim 64 or 128, tensors on 16 bytes, scale > 0 | forward on 9.0 | forward | backward | decode |
+//! |---|---|---|---|---|
+//! | yes, at least two blocks of 128 queries a multiprocessor | `wgmma` | `flash128` | `flash` | `flash` |
+//! | yes, at least one | `wgmma` | `flash64` | `flash`, heads of a group on blocks of their own | `flash` |
+//! | yes, fewer | `flash64` | `flash64` | the same | `flash` |
+//! | no | `baseline` | `baseline` | `baseline` | `baseline` |
 //!
 //! Asked for by name ([`super::with_version`]): `flash64` gives all heads of a group to one block of dK and dV, `flash128`
 //! a block to each.
@@ -13,6 +15,7 @@
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{Memory, Slice, SliceMut};
+use super::tensor_map::tensor_map;
 use super::{Cuda, FLOAT, Precision, slice};
 use crate::backend::cost::{self, AttentionSize};
 use crate::backend::{Attention, Cost};
@@ -27,13 +30,17 @@ const BASELINE_ROWS: usize = 4;
 const MOST_HEAD_DIM: usize = 256;
 /// Keys of a tile of the flash kernels; queries of one backward.
 const TILE: usize = 64;
+/// Threads of a block of the wgmma kernel, tiles of 128 rows in its shared memory, and the bytes of its barriers.
+const WGMMA_BLOCK: u32 = 384;
+const WGMMA_TILES: usize = 7;
+const WGMMA_BARRIER_BYTES: u32 = 104;
 /// Keys of a chunk of the decode form.
 const DECODE_KEYS: usize = 256;
 /// Keys that a block of the decode form has in shared memory, and its queries.
 const DECODE_ROWS: usize = 256 + 16;
 /// Query heads that a block of the decode form takes.
 const DECODE_HEADS: usize = 16;
-/// Blocks of the forward kernels and of dK and dV that a multiprocessor holds at once.
+/// Blocks of the flash forward kernels and of dK and dV that a multiprocessor holds at once; of the wgmma kernel, one.
 const BLOCKS_MULTIPROCESSOR: usize = 2;
 /// Blocks that a grid may have in y and z.
 const MOST_BLOCKS: usize = 65535;
@@ -120,6 +127,24 @@ fn all_aligned(tensors: &[Slice<bf16>]) -> bool {
     tensors.iter().all(|tensor| tensor.aligned(16))
 }
 
+/// The forward kernels on tensor cores.
+#[derive(Clone, Copy)]
+enum Forward {
+    Flash64,
+    Flash128,
+    Wgmma,
+}
+
+/// Those that run on the device, the best for so many blocks of 128 queries first.
+fn versions(device: &Device, blocks: usize) -> impl Iterator<Item = (&'static str, Forward)> {
+    let multiprocessors = device.multiprocessors as usize;
+    let (flash64, flash128) = (("flash64", Forward::Flash64), ("flash128", Forward::Flash128));
+    let wgmma = (blocks > 0 && device.runs("attention_sm90")).then_some(("wgmma", Forward::Wgmma));
+    let full = blocks >= BLOCKS_MULTIPROCESSOR * multiprocessors;
+    let (first, last) = if blocks >= multiprocessors { (wgmma, None) } else { (None, wgmma) };
+    first.into_iter().chain(if full { [flash128, flash64] } else { [flash64, flash128] }).chain(last)
+}
+
 /// O and lse; the lengths are checked by the caller.
 pub(super) fn attention(
     device: &Arc<Device>,
@@ -130,40 +155,42 @@ pub(super) fn attention(
     lse: Option<SliceMut<f32>>,
     shape: Shape,
 ) -> Result<()> {
-    let (tokens, lse) = (shape.tokens(), lse.as_ref());
+    let (rows, lse) = (shape.tokens(), lse.as_ref());
     let cost = shape.size().forward(lse.is_some(), FLOAT);
     let (starts, documents) = (shape.starts_device, (shape.starts.len() - 1) as u32);
-    let (heads, kv_heads) = (shape.heads as u32, shape.kv_heads as u32);
-    if !shape.flash(all_aligned(&[q, k, v, *o]), tokens) {
+    let (heads, kv_heads, head_dim) = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
+    let (tokens, scale, window) = (rows as u32, shape.scale, shape.window());
+    let version = match shape.flash(all_aligned(&[q, k, v, *o]), rows) {
+        true => measure::choose(versions(device, blocks(rows, 2 * TILE) as usize * shape.heads)),
+        false => None,
+    };
+    let Some(version) = version else {
         let launch = shape.baseline("attention_forward_baseline_bf16", shape.heads, cost);
-        let head_dim = shape.head_dim as u32;
-        let (tokens, scale, window) = (tokens as u32, shape.scale, shape.window());
         let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, head_dim, scale, window];
         // SAFETY: q, o [tokens, heads·head_dim], k, v [tokens, kv_heads·head_dim], lse [heads, tokens]; documents end with
         // tokens; o and lse are borrowed mutably.
         return unsafe { device.launch(launch, arguments) };
+    };
+    let (queries, hd64, hd128) = match version {
+        Forward::Flash64 => (TILE, "attention_forward_flash64_hd64_bf16", "attention_forward_flash64_hd128_bf16"),
+        Forward::Flash128 => {
+            (2 * TILE, "attention_forward_flash128_hd64_bf16", "attention_forward_flash128_hd128_bf16")
+        }
+        Forward::Wgmma => (2 * TILE, "attention_forward_wgmma_hd64_bf16", "attention_forward_wgmma_hd128_bf16"),
+    };
+    let (kernel, grid) = (shape.symbol(hd64, hd128), [heads, blocks(rows, queries), 1]);
+    if let Forward::Wgmma = version {
+        let map = |tensor, heads, rows| tensor_map(device, tensor, heads * shape.head_dim, rows);
+        let (q, k, v) =
+            (map(q, shape.heads, TILE)?, map(k, shape.kv_heads, 2 * TILE)?, map(v, shape.kv_heads, 2 * TILE)?);
+        let shared_bytes = shape.row_bytes(WGMMA_TILES * 2 * TILE) + WGMMA_BARRIER_BYTES;
+        let launch = Launch { image: "attention_sm90", kernel, grid, block: WGMMA_BLOCK, shared_bytes, cost };
+        let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
+        // SAFETY: as above, q, k and v by their maps; o on 16 bytes, and no offset is beyond 32 bits.
+        return unsafe { device.launch(launch, arguments) };
     }
-    let full =
-        blocks(tokens, 2 * TILE) as usize * shape.heads >= BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize;
-    let (queries, kernel) = match measure::asked().map_or(full, |version| version == "flash128") {
-        true => {
-            let kernel = "attention_forward_flash128_hd64_bf16";
-            (2 * TILE, shape.symbol(kernel, "attention_forward_flash128_hd128_bf16"))
-        }
-        false => {
-            let kernel = "attention_forward_flash64_hd64_bf16";
-            (TILE, shape.symbol(kernel, "attention_forward_flash64_hd128_bf16"))
-        }
-    };
-    let launch = Launch {
-        image: "attention_flash",
-        kernel,
-        grid: [heads, blocks(tokens, queries), 1],
-        block: BLOCK,
-        shared_bytes: shape.row_bytes(queries + 4 * TILE),
-        cost,
-    };
-    let (tokens, scale, window) = (tokens as u32, shape.scale, shape.window());
+    let shared_bytes = shape.row_bytes(queries + 4 * TILE);
+    let launch = Launch { image: "attention_flash", kernel, grid, block: BLOCK, shared_bytes, cost };
     let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
     // SAFETY: as above; all on 16 bytes, and no offset is beyond 32 bits.
     unsafe { device.launch(launch, arguments) }
