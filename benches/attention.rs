@@ -17,26 +17,24 @@ fn main() {
     common::main("attention", cpu, cuda);
 }
 
-/// Of backward, where names choose how the heads of a group are spread over blocks, and of forward on any device.
-const VERSIONS: [&str; 3] = ["baseline", "flash64", "flash128"];
-/// Of forward on Hopper.
-const HOPPER_VERSIONS: [&str; 4] = ["baseline", "flash64", "flash128", "wgmma"];
+/// Backward, those of flash choose how the heads of a group are spread over blocks; the last is of Hopper alone.
+const VERSIONS: [&str; 4] = ["baseline", "flash64", "flash128", "wgmma"];
 /// Of the form for a cache.
 const DECODE_VERSIONS: [&str; 2] = ["baseline", "flash"];
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
-    let forward: &[_] = if cuda.capability() == (9, 0) { &HOPPER_VERSIONS } else { &VERSIONS };
-    attention(session, cuda, [forward, &VERSIONS], &DECODE_VERSIONS);
+    let versions = if cuda.capability() == (9, 0) { &VERSIONS[..] } else { &VERSIONS[..3] };
+    attention(session, cuda, versions, &DECODE_VERSIONS);
 }
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
-    attention(session, cpu, [&[], &[]], &[]);
+    attention(session, cpu, &[], &[]);
 }
 
 fn attention<D: Device>(
     session: &mut Session,
     device: &D,
-    versions: [&[&'static str]; 2],
+    versions: &[&'static str],
     decode_versions: &[&'static str],
 ) {
     let scale = session.scale;
@@ -97,13 +95,13 @@ fn backward<D: Device>(d: &D, t: &mut Tensors<D>, model: &Model) {
     .expect("a working device");
 }
 
-/// `count` documents of `length` tokens; `versions` of forward and of backward.
+/// `count` documents of `length` tokens.
 fn sequences<D: Device>(
     session: &mut Session,
     device: &D,
     model: &'static Model,
     [count, length]: [usize; 2],
-    versions: [&[&'static str]; 2],
+    versions: &[&'static str],
 ) {
     let tokens = count * length;
     let (q_len, kv_len) = (tokens * model.q_width(), tokens * model.kv_width());
@@ -123,7 +121,7 @@ fn sequences<D: Device>(
     let size = size(model, tokens, count as u64 * attention_pairs(&[0, length as u32], None));
     let works: [(&str, Cost, Work<D>); 2] =
         [("forward", size.forward(true, float), forward::<D>), ("backward", size.backward(float), backward::<D>)];
-    for ((op, cost, work), versions) in works.into_iter().zip(versions) {
+    for (op, cost, work) in works {
         let ladder = session.ladder(device, op, &name, cost, make);
         let ladder = ladder.variant("swat", move |d, t| work(d, t, model));
         let quick = |version: &&'static str| *version != "baseline" || cost.flops <= BASELINE_FLOPS;

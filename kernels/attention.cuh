@@ -174,6 +174,22 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int rows, co
   }
 }
 
+// The same as f32, all times one factor, from where they are.
+template <int HeadDim>
+__device__ __forceinline__ void store_floats(float* to, size_t stride, int rows, const float (&sums)[HeadDim / 8][4], float factor,
+                                             int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = (lane >> 2) + half * 8;
+    if (row >= rows) break;
+    float* const at = to + row * stride + (lane & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < HeadDim / 8; n++) {
+      *reinterpret_cast<float2*>(at + n * 8) = make_float2(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
+    }
+  }
+}
+
 // Hides the keys that row `row` and the row 8 below do not see: those behind it, those before its first. `key` is that of the lane's first
 // column.
 template <int Columns>
@@ -184,6 +200,19 @@ __device__ __forceinline__ void hide_keys(float (&scores)[Columns][4], int key, 
     for (int i = 0; i < 4; i++) {
       const int at = key + n * 8 + (i & 1);
       if (at > row + (i >> 1) * 8 || at < first[i >> 1]) scores[n][i] = -INFINITY;
+    }
+  }
+}
+
+// The same where rows are keys: hides the queries before them, and those behind their last.
+template <int Columns>
+__device__ __forceinline__ void hide_queries(float (&scores)[Columns][4], int query, int row, const int (&last)[2]) {
+#pragma unroll
+  for (int n = 0; n < Columns; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int at = query + n * 8 + (i & 1);
+      if (at < row + (i >> 1) * 8 || at > last[i >> 1]) scores[n][i] = -INFINITY;
     }
   }
 }

@@ -97,7 +97,7 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
   const auto multiply_values = [&] {
     const uint32_t slot = ring.slot;
     mbarrier_wait(&full[slot], ring.parity);
-    start_weights<HeadDim>(outputs[0], weights, ring_tiles + slot * TileBytes);
+    start_weights<HeadDim>(outputs[0], weights, ring_tiles + slot * TileBytes, true);
     ring.next();
     return slot;
   };

@@ -38,12 +38,16 @@ __device__ __forceinline__ void start_transposed(float (&products)[Columns][4], 
   wgmma_commit();
 }
 
-// Starts sums += weights · B: B a tile of 16·Blocks rows.
+// Starts sums += weights · B, or sums = weights · B: B a tile of 16·Blocks rows. Sums that were begun by zeros while other products are under
+// way would make the compiler run all of them one by one.
 template <int HeadDim, int Blocks>
-__device__ __forceinline__ void start_weights(float (&sums)[HeadDim / 8][4], const uint32_t (&weights)[Blocks][4], const unsigned char* b) {
+__device__ __forceinline__ void start_weights(float (&sums)[HeadDim / 8][4], const uint32_t (&weights)[Blocks][4], const unsigned char* b,
+                                              bool accumulate) {
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Blocks; i++) wgmma_bf16<HeadDim, true>(flat(sums), weights[i], by_rows<16 * Blocks>(b, 16 * i));
+  for (int i = 0; i < Blocks; i++) {
+    wgmma_bf16<HeadDim, true>(flat(sums), weights[i], by_rows<16 * Blocks>(b, 16 * i), accumulate || i > 0);
+  }
   wgmma_commit();
 }
 

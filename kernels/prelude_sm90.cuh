@@ -38,6 +38,14 @@ template <int Pending, int Count> __device__ __forceinline__ void wgmma_wait(flo
   for (int i = 0; i < Count; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 #define WGMMA_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+template <bool TransA, bool TransB> __device__ __forceinline__ void wgmma_bf16_n64(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+               "%32, %33, p, 1, 1, %35, %36;\n}\n"
+               : WGMMA_8(d, 0), WGMMA_8(d, 8), WGMMA_8(d, 16), WGMMA_8(d, 24)
+               : "l"(a), "l"(b), "r"((int)accumulate), "n"(TransA ? 1 : 0), "n"(TransB ? 1 : 0));
+}
 template <bool TransA, bool TransB> __device__ __forceinline__ void wgmma_bf16_n128(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
@@ -88,8 +96,9 @@ template <bool TransB> __device__ __forceinline__ void wgmma_bf16_n128(float (&d
 // d = a·b, or d += a·b: m64nNk16, bf16 with f32 sums, both operands in shared memory as wgmma_descriptor says. Trans: the operand's m or n,
 // not its k, is contiguous. Element e of d[4·j + e] lies at row 16·(warp mod 4) + lane/4 + 8·(e/2), column 8·j + 2·(lane mod 4) + e mod 2.
 template <int N, bool TransA, bool TransB> __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
-  static_assert(N == 128 || N == 256, "another width: write it like these");
-  if constexpr (N == 128) wgmma_bf16_n128<TransA, TransB>(d, a, b, accumulate);
+  static_assert(N == 64 || N == 128 || N == 256, "another width: write it like these");
+  if constexpr (N == 64) wgmma_bf16_n64<TransA, TransB>(d, a, b, accumulate);
+  else if constexpr (N == 128) wgmma_bf16_n128<TransA, TransB>(d, a, b, accumulate);
   else wgmma_bf16_n256<TransA, TransB>(d, a, b, accumulate);
 }
 // The same with a in registers: those of a warp are its 16 rows, laid out as for mma_bf16.

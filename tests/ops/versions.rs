@@ -62,46 +62,71 @@ fn versions_are_the_kernels_of_their_names() {
     }
 }
 
-/// The kernel of attention for heads of 64 of one document.
-fn attention_kernel(b: &Cuda<F32State>, heads: usize, tokens: usize, version: Option<&'static str>) -> &'static str {
-    let [q, k, v] = [(heads, 1), (1, 2), (1, 3)]
-        .map(|(heads, stream)| put::<_, half::bf16>(b, &normals(stream, heads * tokens * 64)).device);
-    let mut o = put::<_, half::bf16>(b, &vec![f64::NAN; heads * tokens * 64]).device;
+/// The kernels of attention, forward and backward, for heads of 64 of one document.
+fn attention_kernels(
+    b: &Cuda<F32State>,
+    heads: usize,
+    tokens: usize,
+    version: Option<&'static str>,
+) -> [&'static str; 2] {
+    let tensor = |heads: usize| put::<_, half::bf16>(b, &normals(1, heads * tokens * 64)).device;
+    let (q, [k, v], mut o, mut lse) =
+        (tensor(heads), [tensor(1), tensor(1)], tensor(heads), put::<_, f32>(b, &normals(1, heads * tokens)).device);
+    let (mut dq, [mut dk, mut dv]) = (tensor(heads), [tensor(1), tensor(1)]);
     let documents = documents(b, &[tokens]);
     let shape = Attention { heads, kv_heads: 1, head_dim: 64, scale: 0.125, window: None, documents: &documents };
     let recording = swat::backend::trace::record().expect("no recording runs on this thread");
-    let mut run = || b.attention(q.view(), k.view(), v.view(), o.view_mut(), None, &shape).unwrap();
+    let mut run = || {
+        let (qv, kv, vv) = (q.view(), k.view(), v.view());
+        b.attention(qv, kv, vv, o.view_mut(), Some(lse.view_mut()), &shape).unwrap();
+        b.attention_backward(
+            q.view(),
+            k.view(),
+            v.view(),
+            o.view(),
+            lse.view(),
+            q.view(),
+            dq.view_mut(),
+            dk.view_mut(),
+            dv.view_mut(),
+            &shape,
+        )
+        .unwrap();
+    };
     match version {
         Some(version) => with_version(version, run),
         None => run(),
     }
     b.synchronize().unwrap();
-    let kernels = recording.take().iter().map(|span| span.name).collect::<Vec<_>>();
-    kernels.into_iter().find_map(|name| name.strip_prefix("attention_forward_")).expect("a kernel of attention")
+    let names = recording.take().iter().map(|span| span.name).collect::<Vec<_>>();
+    ["attention_forward_", "attention_backward_query_"].map(|kernel| {
+        let version = names.iter().find_map(|name| name.strip_prefix(kernel)).expect("a kernel of attention");
+        version.split('_').next().expect("a version")
+    })
 }
 
-/// Attention takes Hopper's kernel where its blocks reach all multiprocessors, and where it is asked for.
+/// Attention takes Hopper's kernels where their blocks reach all multiprocessors, and where they are asked for.
 #[test]
 fn attention_chooses_by_device_and_blocks() {
     for ordinal in [0, 2] {
         let Some(b) = standin::open::<F32State>(ordinal) else { return };
-        let or_wgmma = |other| if b.capability() == (9, 0) { "wgmma_hd64_bf16" } else { other };
-        let (flash64, flash128) = ("flash64_hd64_bf16", "flash128_hd64_bf16");
+        let (flash64, flash128) = (["flash64", "flash"], ["flash128", "flash"]);
+        let or_wgmma = |other| if b.capability() == (9, 0) { ["wgmma", "wgmma"] } else { other };
         let mut cases = vec![
             (1, 1, None, flash64),
             (300, 1, None, or_wgmma(flash128)),
             (1, 1, Some("wgmma"), or_wgmma(flash64)),
             (300, 1, Some("flash64"), flash64),
             (1, 200, Some("flash128"), flash128),
-            (1, 1, Some("baseline"), "baseline_bf16"),
+            (1, 1, Some("baseline"), ["baseline", "baseline"]),
         ];
         // The stand-in's have 132 multiprocessors, or 108.
         if !standin::real() {
             cases.extend([(131, 100, None, flash64), (66, 129, None, or_wgmma(flash64))]);
         }
-        for (heads, tokens, version, kernel) in cases {
-            let got = attention_kernel(&b, heads, tokens, version);
-            assert_eq!(got, kernel, "{heads} heads, {tokens} tokens, {version:?}, device {ordinal}");
+        for (heads, tokens, version, kernels) in cases {
+            let got = attention_kernels(&b, heads, tokens, version);
+            assert_eq!(got, kernels, "{heads} heads, {tokens} tokens, {version:?}, device {ordinal}");
         }
     }
 }
