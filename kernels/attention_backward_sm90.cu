@@ -7,14 +7,14 @@
 //   attention_backward_query_wgmma_hd*_bf16     Q, dO, K, V, dQ       6·d a seen pair  0.90 ms
 //
 // A block owns 128 rows of two tensors, 64 a warpgroup (K and V; Q and dO), and streams pairs of 64 rows of the other two, which one thread
-// of the first warpgroup keeps coming through a ring of four. Two more warps of the key kernel's bring lse and D of a pair's queries.
+// of the first warpgroup keeps coming through a ring of four. Two more of its warps bring the key kernel lse and D of a pair's queries.
 // A warpgroup computes P while dP is under way, dS while dV is, and starts S of the next pair behind dK or dQ; the other's products run
 // meanwhile. P and dS go from sums into A operands in registers, as the key kernel works on transposed scores. At head_dim 128 its threads
 // hold dK, dV, S, dP and one operand in 64 + 64 + 32 + 32 + 16 registers of 240, which is why pairs are of 64 rows, and dP of the next
 // waits until dK is done.
 //
-// Rounds: P and dS to bf16 before the products with them, each result once. Sums are f32, over pairs in ascending order, in a pair by the
-// tensor core in ascending blocks of 16. Banks: the 128-byte swizzle of TMA and wgmma for operands, store_rows for results.
+// Rounds: P and dS to bf16 before the products with them, each result once. Sums are f32, over heads, then pairs, in ascending order, in a
+// pair by the tensor core in ascending blocks of 16. Banks: the 128-byte swizzle of TMA and wgmma for operands, store_rows for results.
 // Versions: wgmma wins where blocks of 128 queries reach all multiprocessors (wrapper); else those of attention_flash_backward.cu.
 #include "prelude_sm90.cuh"
 
@@ -93,6 +93,7 @@ __device__ __forceinline__ void wgmma_backward_key(const CUtensorMap* q, const C
 
   Ring<STAGES> ring;
   if (warpgroup == 0) {
+    // Loops that were unrolled would not do with these registers.
     registers_decrease<24>();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
@@ -228,7 +229,7 @@ __device__ __forceinline__ void wgmma_backward_query(const CUtensorMap* q, const
 #pragma unroll
       for (int i = 0; i < 4; i++) p[n][i] = exp2_approx(p[n][i] * scale_log2 - row_lse[i >> 1]);
     }
-    // Not later: the branch keeps the exponentials before the wait for dP.
+    // Here, because the compiler moves the wait for dP up to a branch, but not beyond it: the exponentials come before.
     ring.next();
     if (tile + 1 < tiles) mbarrier_wait(places.full(ring.slot), ring.parity);
     wgmma_wait<0>(flat(ds));

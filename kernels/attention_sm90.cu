@@ -121,7 +121,7 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
   give_back(keys);
   weigh(first_tile);
   for (int tile = first_tile + 1; tile < tiles; tile++) {
-    // The products with the values of two tiles ago.
+    // P·V of two tiles ago, at the loop's edge: from behind the softmax of the last tile the compiler would move the wait before it.
     wgmma_wait<0>(flat(outputs[0]));
     if (tile > first_tile + 1) give_back(values);
     round_weights(weights, scores);

@@ -38,8 +38,8 @@ __device__ __forceinline__ void start_transposed(float (&products)[Columns][4], 
   wgmma_commit();
 }
 
-// Starts sums += weights · B, or sums = weights · B: B a tile of 16·Blocks rows. Sums that were begun by zeros while other products are under
-// way would make the compiler run all of them one by one.
+// Starts sums += weights · B, or sums = weights · B: B a tile of 16·Blocks rows. Sums that began with zeros, written while other products
+// are under way, would make the compiler run all of them one by one.
 template <int HeadDim, int Blocks>
 __device__ __forceinline__ void start_weights(float (&sums)[HeadDim / 8][4], const uint32_t (&weights)[Blocks][4], const unsigned char* b,
                                               bool accumulate) {

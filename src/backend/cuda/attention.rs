@@ -31,9 +31,10 @@ const BASELINE_ROWS: usize = 4;
 const MOST_HEAD_DIM: usize = 256;
 /// Keys of a tile of the flash kernels; queries of one backward.
 const TILE: usize = 64;
-/// Threads of a block of the wgmma kernels; rows of its tiles in shared memory, and other bytes: of forward, of backward.
+/// Threads of a block of the wgmma kernels; rows that it has in shared memory, and bytes beside them.
 const WGMMA_BLOCK: u32 = 384;
-const WGMMA_SHARED: [(usize, u32); 2] = [(7 * 128, 104), (12 * 64, 2120)];
+const WGMMA_FORWARD: (usize, u32) = (7 * 128, 104);
+const WGMMA_BACKWARD: (usize, u32) = (12 * 64, 2120);
 /// Keys of a chunk of the decode form.
 const DECODE_KEYS: usize = 256;
 /// Keys that a block of the decode form has in shared memory, and its queries.
@@ -105,12 +106,10 @@ impl<'a> Shape<'a> {
         (rows * self.head_dim * size_of::<bf16>()) as u32
     }
 
-    /// A launch of a wgmma kernel: a block of 128 rows for each of `count` heads or parts of them.
-    fn wgmma(&self, kernel: &'static str, count: u32, backward: bool, cost: Cost) -> Launch {
-        let image = if backward { "attention_backward_sm90" } else { "attention_sm90" };
-        let (rows, more_bytes) = WGMMA_SHARED[backward as usize];
-        let (grid, shared_bytes) = ([count, blocks(self.tokens(), 2 * TILE), 1], self.row_bytes(rows) + more_bytes);
-        Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes, cost }
+    /// A launch of a wgmma kernel: `count` blocks for each 128 tokens.
+    fn wgmma(&self, image: &'static str, kernel: &'static str, count: u32, shared: (usize, u32), cost: Cost) -> Launch {
+        let grid = [count, blocks(self.tokens(), 2 * TILE), 1];
+        Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: self.row_bytes(shared.0) + shared.1, cost }
     }
 
     /// How bulk copies see a tensor of so many heads, `box_rows` rows at a time.
@@ -191,7 +190,7 @@ pub(super) fn attention(
         let (k, v) = (shape.map(device, k, shape.kv_heads, 128)?, shape.map(device, v, shape.kv_heads, 128)?);
         let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
         // SAFETY: as above, q, k and v by their maps; o on 16 bytes, and no offset is beyond 32 bits.
-        return unsafe { device.launch(shape.wgmma(kernel, heads, false, cost), arguments) };
+        return unsafe { device.launch(shape.wgmma("attention_sm90", kernel, heads, WGMMA_FORWARD, cost), arguments) };
     }
     let (queries, kernel) = match version {
         Version::Flash128 => {
@@ -267,7 +266,7 @@ pub(super) fn attention_backward(
         false => args![q, k, v, d_o].to_vec(),
     };
     let launch = |kernel, count: u32, cost| match wgmma {
-        true => shape.wgmma(kernel, count, true, cost),
+        true => shape.wgmma("attention_backward_sm90", kernel, count, WGMMA_BACKWARD, cost),
         false => {
             let (grid, shared_bytes) = ([count, blocks(shape.tokens(), TILE), 1], shape.row_bytes(6 * TILE));
             Launch { image: "attention_flash_backward", kernel, grid, block: BLOCK, shared_bytes, cost }
