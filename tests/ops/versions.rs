@@ -62,13 +62,14 @@ fn versions_are_the_kernels_of_their_names() {
     }
 }
 
-/// The kernels of attention, forward and backward, for heads of 64 of one document.
-fn attention_kernels(
+/// Versions of attention's kernels, forward and, where asked for, backward, for heads of 64 of one document.
+fn attention_versions(
     b: &Cuda<F32State>,
     heads: usize,
     tokens: usize,
     version: Option<&'static str>,
-) -> [&'static str; 2] {
+    backward: bool,
+) -> Vec<&'static str> {
     let tensor = |heads: usize| put::<_, half::bf16>(b, &normals(1, heads * tokens * 64)).device;
     let (q, [k, v], mut o, mut lse) =
         (tensor(heads), [tensor(1), tensor(1)], tensor(heads), put::<_, f32>(b, &normals(1, heads * tokens)).device);
@@ -79,6 +80,9 @@ fn attention_kernels(
     let mut run = || {
         let (qv, kv, vv) = (q.view(), k.view(), v.view());
         b.attention(qv, kv, vv, o.view_mut(), Some(lse.view_mut()), &shape).unwrap();
+        if !backward {
+            return;
+        }
         b.attention_backward(
             q.view(),
             k.view(),
@@ -99,10 +103,9 @@ fn attention_kernels(
     }
     b.synchronize().unwrap();
     let names = recording.take().iter().map(|span| span.name).collect::<Vec<_>>();
-    ["attention_forward_", "attention_backward_query_"].map(|kernel| {
-        let version = names.iter().find_map(|name| name.strip_prefix(kernel)).expect("a kernel of attention");
-        version.split('_').next().expect("a version")
-    })
+    let kernels = ["attention_forward_", "attention_backward_query_", "attention_backward_key_"];
+    let version = |name: &&'static str| kernels.iter().find_map(|kernel| name.strip_prefix(kernel)?.split('_').next());
+    names.iter().filter_map(version).collect()
 }
 
 /// Attention takes Hopper's kernels where their blocks reach all multiprocessors, and where they are asked for.
@@ -110,23 +113,23 @@ fn attention_kernels(
 fn attention_chooses_by_device_and_blocks() {
     for ordinal in [0, 2] {
         let Some(b) = standin::open::<F32State>(ordinal) else { return };
-        let (flash64, flash128) = (["flash64", "flash"], ["flash128", "flash"]);
-        let or_wgmma = |other| if b.capability() == (9, 0) { ["wgmma", "wgmma"] } else { other };
+        let or_wgmma = |other| if b.capability() == (9, 0) { "wgmma" } else { other };
         let mut cases = vec![
-            (1, 1, None, flash64),
-            (300, 1, None, or_wgmma(flash128)),
-            (1, 1, Some("wgmma"), or_wgmma(flash64)),
-            (300, 1, Some("flash64"), flash64),
-            (1, 200, Some("flash128"), flash128),
-            (1, 1, Some("baseline"), ["baseline", "baseline"]),
+            (1, 1, None, vec!["flash64", "flash", "flash"]),
+            (1, 1, Some("wgmma"), [or_wgmma("flash64"), or_wgmma("flash"), or_wgmma("flash")].to_vec()),
+            (1, 1, Some("baseline"), vec!["baseline"; 3]),
+            (1, 200, Some("flash128"), vec!["flash128"]),
+            (300, 1, None, vec![or_wgmma("flash128")]),
         ];
         // The stand-in's have 132 multiprocessors, or 108.
         if !standin::real() {
-            cases.extend([(131, 100, None, flash64), (66, 129, None, or_wgmma(flash64))]);
+            cases.push((65, 129, None, vec!["flash64"]));
+            cases.push((66, 129, None, vec![or_wgmma("flash64")]));
+            cases.push((66, 129, Some("flash64"), vec!["flash64"]));
         }
-        for (heads, tokens, version, kernels) in cases {
-            let got = attention_kernels(&b, heads, tokens, version);
-            assert_eq!(got, kernels, "{heads} heads, {tokens} tokens, {version:?}, device {ordinal}");
+        for (heads, tokens, version, versions) in cases {
+            let got = attention_versions(&b, heads, tokens, version, versions.len() > 1);
+            assert_eq!(got, versions, "{heads} heads, {tokens} tokens, {version:?}, device {ordinal}");
         }
     }
 }
