@@ -17,13 +17,14 @@ fn main() {
     common::main("attention", cpu, cuda);
 }
 
-/// Of forward; backward these names choose how the heads of a group are spread over blocks.
-const VERSIONS: [&str; 3] = ["baseline", "flash64", "flash128"];
+/// Backward, those of flash choose how the heads of a group are spread over blocks; the last is of Hopper alone.
+const VERSIONS: [&str; 4] = ["baseline", "flash64", "flash128", "wgmma"];
 /// Of the form for a cache.
 const DECODE_VERSIONS: [&str; 2] = ["baseline", "flash"];
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
-    attention(session, cuda, &VERSIONS, &DECODE_VERSIONS);
+    let versions = if cuda.capability() == (9, 0) { &VERSIONS[..] } else { &VERSIONS[..3] };
+    attention(session, cuda, versions, &DECODE_VERSIONS);
 }
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {

@@ -174,6 +174,58 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int rows, co
   }
 }
 
+// The same as f32, all times one factor, from where they are.
+template <int HeadDim>
+__device__ __forceinline__ void store_floats(float* to, size_t stride, int rows, const float (&sums)[HeadDim / 8][4], float factor,
+                                             int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = (lane >> 2) + half * 8;
+    if (row >= rows) break;
+    float* const at = to + row * stride + (lane & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < HeadDim / 8; n++) {
+      *reinterpret_cast<float2*>(at + n * 8) = make_float2(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
+    }
+  }
+}
+
+// Hides the keys that row `row` and the row 8 below do not see: those behind it, those before its first. `key` is that of the lane's first
+// column.
+template <int Columns>
+__device__ __forceinline__ void hide_keys(float (&scores)[Columns][4], int key, int row, const int (&first)[2]) {
+#pragma unroll
+  for (int n = 0; n < Columns; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int at = key + n * 8 + (i & 1);
+      if (at > row + (i >> 1) * 8 || at < first[i >> 1]) scores[n][i] = -INFINITY;
+    }
+  }
+}
+
+// The same where rows are keys: hides the queries before them, and those behind their last.
+template <int Columns>
+__device__ __forceinline__ void hide_queries(float (&scores)[Columns][4], int query, int row, const int (&last)[2]) {
+#pragma unroll
+  for (int n = 0; n < Columns; n++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int at = query + n * 8 + (i & 1);
+      if (at < row + (i >> 1) * 8 || at > last[i >> 1]) scores[n][i] = -INFINITY;
+    }
+  }
+}
+
+// Scales row lane / 4 of a tile of sums, or (`half`) the one 8 below.
+template <int Columns> __device__ __forceinline__ void rescale(float (&sums)[Columns][4], int half, float factor) {
+#pragma unroll
+  for (int n = 0; n < Columns; n++) {
+    sums[n][2 * half] *= factor;
+    sums[n][2 * half + 1] *= factor;
+  }
+}
+
 // The running softmax of 16·Tiles rows a warp: a lane holds the rows lane / 4 and 8 below of each tile. Maxima are of raw products (the
 // scale is positive), sums are of this lane's columns alone until `total`. Where registers are short they are in shared memory: at `kept` of
 // each of 128 threads, and every 128 floats from there.
@@ -196,39 +248,39 @@ template <int Tiles, bool Shared = false> struct Softmax {
   }
   __device__ __forceinline__ float top(int t, int half) const { return get(2 * t + half); }
 
-  // Turns products into exp2(scale_log2 · (product − maximum)) and scales what was summed before to the new maximum.
+  // Turns the products of a row into exp2(scale_log2 · (product − maximum)) and adds them to its sum. Returns the factor that brings what
+  // was summed before to the new maximum.
+  template <int Columns> __device__ __forceinline__ float weigh(float (&products)[Columns][4], int t, int half, float scale_log2) {
+    const float before = top(t, half);
+    float largest = before;
+#pragma unroll
+    for (int n = 0; n < Columns; n++) largest = fmaxf(largest, fmaxf(products[n][2 * half], products[n][2 * half + 1]));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    // A row that has seen no key yet keeps zeros: −∞ − 0, not −∞ − −∞. Where the maximum stays, the factor is exactly 1.
+    const float finite = largest == -INFINITY ? 0.f : largest, offset = finite * scale_log2;
+    const float factor = exp2_approx((before - finite) * scale_log2);
+    set(2 * t + half, largest);
+    float part = 0.f;
+#pragma unroll
+    for (int n = 0; n < Columns; n++) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; i++) {
+        products[n][i] = exp2_approx(products[n][i] * scale_log2 - offset);
+        part += products[n][i];
+      }
+    }
+    set(2 * (Tiles + t) + half, get(2 * (Tiles + t) + half) * factor + part);
+    return factor;
+  }
+
+  // The same for all rows, whose outputs so far are scaled.
   template <int Columns, int Outputs>
   __device__ __forceinline__ void update(float (&products)[Tiles][Columns][4], float (&outputs)[Tiles][Outputs][4], float scale_log2) {
 #pragma unroll
     for (int t = 0; t < Tiles; t++) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float before = top(t, half);
-        float largest = before;
-#pragma unroll
-        for (int n = 0; n < Columns; n++) largest = fmaxf(largest, fmaxf(products[t][n][2 * half], products[t][n][2 * half + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        // A row that has seen no key yet keeps zeros: −∞ − 0, not −∞ − −∞. Where the maximum stays, the factor is exactly 1.
-        const float finite = largest == -INFINITY ? 0.f : largest, offset = finite * scale_log2;
-        const float factor = exp2_approx((before - finite) * scale_log2);
-        set(2 * t + half, largest);
-        float part = 0.f;
-#pragma unroll
-        for (int n = 0; n < Columns; n++) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; i++) {
-            products[t][n][i] = exp2_approx(products[t][n][i] * scale_log2 - offset);
-            part += products[t][n][i];
-          }
-        }
-        set(2 * (Tiles + t) + half, get(2 * (Tiles + t) + half) * factor + part);
-#pragma unroll
-        for (int n = 0; n < Outputs; n++) {
-          outputs[t][n][2 * half] *= factor;
-          outputs[t][n][2 * half + 1] *= factor;
-        }
-      }
+      for (int half = 0; half < 2; half++) rescale(outputs[t], half, weigh(products[t], t, half, scale_log2));
     }
   }
 
@@ -239,6 +291,19 @@ template <int Tiles, bool Shared = false> struct Softmax {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
   }
 };
+
+// Stores the first `rows` of the 16 rows of tile t: outputs divided by their sums, as store_rows does, and the log-sum-exp at `lse_at`
+// where it is asked for.
+template <int HeadDim, int Tiles, bool Shared>
+__device__ __forceinline__ void store_outputs(const Softmax<Tiles, Shared>& softmax, int t, const float (&outputs)[HeadDim / 8][4], bf16* to,
+                                              size_t stride, float* lse, size_t lse_at, int rows, float scale, int tile, int lane) {
+  const float upper = softmax.total(t, 0), lower = softmax.total(t, 1);
+  store_rows<HeadDim>(to, stride, rows, outputs, 1.f / upper, 1.f / lower, tile, lane);
+  const int row = lane >> 2;
+  if (lse == nullptr || (lane & 3) != 0) return;
+  if (row < rows) lse[lse_at + row] = softmax.top(t, 0) * scale + logf(upper);
+  if (row + 8 < rows) lse[lse_at + row + 8] = softmax.top(t, 1) * scale + logf(lower);
+}
 
 template <int Tiles, int Columns> __device__ __forceinline__ void clear(float (&sums)[Tiles][Columns][4]) {
 #pragma unroll

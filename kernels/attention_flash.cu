@@ -83,14 +83,7 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
       for (int t = 0; t < Tiles; t++) {
         const int row = (warp * Tiles + t) * 16 + (lane >> 2);
         const int first[2] = {first_keys[row], first_keys[row + 8]};
-#pragma unroll
-        for (int n = 0; n < Columns; n++) {
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int key = tile * KEYS + n * 8 + (lane & 3) * 2 + (i & 1);
-            if (key > first_row + row + (i >> 1) * 8 || key < first[i >> 1]) scores[t][n][i] = -INFINITY;
-          }
-        }
+        hide_keys(scores[t], tile * KEYS + (lane & 3) * 2, first_row + row, first);
       }
     }
     softmax.update(scores, outputs, scale_log2);
@@ -100,14 +93,9 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
 #pragma unroll
   for (int t = 0; t < Tiles; t++) {
     const int row = (warp * Tiles + t) * 16;
-    const float upper = softmax.total(t, 0), lower = softmax.total(t, 1);
     bf16* const to = o + (uint32_t)(first_row + row) * q_stride + head * HeadDim;
-    store_rows<HeadDim>(to, q_stride, rows - row, outputs[t], 1.f / upper, 1.f / lower, own + t * 16 * HeadDim * 2, lane);
-    if (lse != nullptr && (lane & 3) == 0) {
-      float* const row_lse = lse + (size_t)head * tokens + first_row + row + (lane >> 2);
-      if (row + (lane >> 2) < rows) row_lse[0] = softmax.top(t, 0) * scale + logf(upper);
-      if (row + (lane >> 2) + 8 < rows) row_lse[8] = softmax.top(t, 1) * scale + logf(lower);
-    }
+    const size_t lse_at = (size_t)head * tokens + first_row + row;
+    store_outputs<HeadDim>(softmax, t, outputs[t], to, q_stride, lse, lse_at, rows - row, scale, own + t * 16 * HeadDim * 2, lane);
   }
 }
 

@@ -117,17 +117,9 @@ __device__ __forceinline__ void flash_backward_key(const bf16* __restrict__ q, c
     return;
   }
   const size_t plane = (size_t)tokens * kv_stride;
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int r = row + (lane >> 2) + half * 8;
-    if (r >= rows) break;
-    float* const to = partial + part * 2 * plane + kv_at + (size_t)r * kv_stride + (lane & 3) * 2;
-#pragma unroll
-    for (int n = 0; n < HeadDim / 8; n++) {
-      *reinterpret_cast<float2*>(to + n * 8) = make_float2(dks[0][n][2 * half] * scale, dks[0][n][2 * half + 1] * scale);
-      *reinterpret_cast<float2*>(to + plane + n * 8) = make_float2(dvs[0][n][2 * half], dvs[0][n][2 * half + 1]);
-    }
-  }
+  float* const to = partial + part * 2 * plane + kv_at + row * kv_stride;
+  store_floats<HeadDim>(to, kv_stride, rows - row, dks[0], scale, lane);
+  store_floats<HeadDim>(to + plane, kv_stride, rows - row, dvs[0], 1.f, lane);
 }
 
 template <int HeadDim>

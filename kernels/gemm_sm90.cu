@@ -22,17 +22,6 @@ enum Layout { TN, NN, NT };
 
 constexpr int ROWS = 128, DEPTH = 64, WARPGROUP = 128, SLAB = 64 * DEPTH * 2, STAGE_FLOATS = 16 * 64;
 
-// Slot of the ring and the parity of its phase.
-template <int Stages> struct Ring {
-  uint32_t slot = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == Stages) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // A piece of work: a tile's k-blocks first … last − 1.
 struct Work {
   uint32_t row0, column0, first, last, split;

@@ -63,6 +63,8 @@ __device__ __forceinline__ void store_undivided(uint4* p, uint4 v) {
 
 // A barrier of the `threads` threads that name the same `id` (1 to 15).
 __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Counts for that barrier without waiting at it.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 #endif
 
 typedef __nv_bfloat16 bf16;

@@ -108,7 +108,7 @@ fn a_gpu_that_can_be_used() {
         "7 device(s)",
         "stand-in GPU 8.0, late, compute capability 8.0",
         "cuda:4       cannot be used",
-        "sm_90a: gemm_sm90",
+        "sm_90a: attention_backward_sm90, attention_sm90, gemm_sm90",
     ] {
         assert!(said.contains(part), "`{part}` not in: {said}");
     }

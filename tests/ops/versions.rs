@@ -1,6 +1,7 @@
 //! The kernels that the wrappers would not choose for these tensors, asked for by name, in the tests of those that they do.
 
 use super::*;
+use swat::backend::Attention;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision, with_version};
 
 fn baselines_of<P: Precision>(b: &Cuda<P>) {
@@ -58,5 +59,77 @@ fn versions_are_the_kernels_of_their_names() {
         ("vec8", "rmsnorm_forward_lanes_bf16"),
     ] {
         assert!(kernels(version).contains(&kernel), "{version}");
+    }
+}
+
+/// Versions of attention's kernels, forward and, where asked for, backward, for heads of 64 of one document.
+fn attention_versions(
+    b: &Cuda<F32State>,
+    heads: usize,
+    tokens: usize,
+    version: Option<&'static str>,
+    backward: bool,
+) -> Vec<&'static str> {
+    let tensor = |heads: usize| put::<_, half::bf16>(b, &normals(1, heads * tokens * 64)).device;
+    let (q, [k, v], mut o, mut lse) =
+        (tensor(heads), [tensor(1), tensor(1)], tensor(heads), put::<_, f32>(b, &normals(1, heads * tokens)).device);
+    let (mut dq, [mut dk, mut dv]) = (tensor(heads), [tensor(1), tensor(1)]);
+    let documents = documents(b, &[tokens]);
+    let shape = Attention { heads, kv_heads: 1, head_dim: 64, scale: 0.125, window: None, documents: &documents };
+    let recording = swat::backend::trace::record().expect("no recording runs on this thread");
+    let mut run = || {
+        let (qv, kv, vv) = (q.view(), k.view(), v.view());
+        b.attention(qv, kv, vv, o.view_mut(), Some(lse.view_mut()), &shape).unwrap();
+        if !backward {
+            return;
+        }
+        b.attention_backward(
+            q.view(),
+            k.view(),
+            v.view(),
+            o.view(),
+            lse.view(),
+            q.view(),
+            dq.view_mut(),
+            dk.view_mut(),
+            dv.view_mut(),
+            &shape,
+        )
+        .unwrap();
+    };
+    match version {
+        Some(version) => with_version(version, run),
+        None => run(),
+    }
+    b.synchronize().unwrap();
+    let names = recording.take().iter().map(|span| span.name).collect::<Vec<_>>();
+    let kernels = ["attention_forward_", "attention_backward_query_", "attention_backward_key_"];
+    let version = |name: &&'static str| kernels.iter().find_map(|kernel| name.strip_prefix(kernel)?.split('_').next());
+    names.iter().filter_map(version).collect()
+}
+
+/// Attention takes Hopper's kernels where their blocks reach all multiprocessors, and where they are asked for.
+#[test]
+fn attention_chooses_by_device_and_blocks() {
+    for ordinal in [0, 2] {
+        let Some(b) = standin::open::<F32State>(ordinal) else { return };
+        let or_wgmma = |other| if b.capability() == (9, 0) { "wgmma" } else { other };
+        let mut cases = vec![
+            (1, 1, None, vec!["flash64", "flash", "flash"]),
+            (1, 1, Some("wgmma"), [or_wgmma("flash64"), or_wgmma("flash"), or_wgmma("flash")].to_vec()),
+            (1, 1, Some("baseline"), vec!["baseline"; 3]),
+            (1, 200, Some("flash128"), vec!["flash128"]),
+            (300, 1, None, vec![or_wgmma("flash128")]),
+        ];
+        // The stand-in's have 132 multiprocessors, or 108.
+        if !standin::real() {
+            cases.push((65, 129, None, vec!["flash64"]));
+            cases.push((66, 129, None, vec![or_wgmma("flash64")]));
+            cases.push((66, 129, Some("flash64"), vec!["flash64"]));
+        }
+        for (heads, tokens, version, versions) in cases {
+            let got = attention_versions(&b, heads, tokens, version, versions.len() > 1);
+            assert_eq!(got, versions, "{heads} heads, {tokens} tokens, {version:?}, device {ordinal}");
+        }
     }
 }

@@ -84,6 +84,10 @@ void move(const TensorCopy& c) {
 WarpProducts& my_products() { return block->hopper->products[block->current->rank >> 5]; }
 
 void complete(const Product& product) {
+  for (int l = 0; l < 32 && product.fragments[l]; l++) {
+    const bool same = memcmp(product.fragments[l], product.registers[l], sizeof product.registers[l]) == 0;
+    if (!same) die("registers of an operand were written while wgmma read them");
+  }
   auto& accumulators = my_products().accumulators;
   if (--product.to->products) return;
   product.to->give();

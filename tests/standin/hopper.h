@@ -36,8 +36,9 @@ inline unsigned char* swizzled(unsigned char* p, int swizzle) {
 struct Accumulator;
 struct Product {
   Accumulator* to;
-  uint64_t a, b;            // descriptors
-  uint32_t registers[32][4];  // a, where it is not in shared memory
+  uint64_t a, b;                  // descriptors
+  const uint32_t* fragments[32];  // a, where it is not in shared memory
+  uint32_t registers[32][4];      // what these held
   bool accumulate;
   void (*run)(const Product& product);
 };
@@ -133,11 +134,12 @@ inline void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, ui
   struct Lane { float* d; const uint32_t* a; } mine{d, a_registers};
   const int what = 1024 + N + 512 * TransA + 1024 * TransB + 2048 * InRegisters;
   meet_all(what, &mine, [&](void** each) {
-    Product product{nullptr, a, b, {}, accumulate, multiply<N, TransA, TransB, InRegisters>};
+    Product product{nullptr, a, b, {}, {}, accumulate, multiply<N, TransA, TransB, InRegisters>};
     float* registers[32];
     for (int l = 0; l < 32; l++) {
       const Lane& lane = *static_cast<Lane*>(each[l]);
       registers[l] = lane.d;
+      product.fragments[l] = lane.a;
       if (InRegisters) memcpy(product.registers[l], lane.a, sizeof product.registers[l]);
     }
     product_issue(registers, N, product);
@@ -182,6 +184,7 @@ static inline void wgmma_commit() {
 template <int Pending> static inline void wgmma_wait() {
   ::standin::meet_all(50, nullptr, [](void**) { ::standin::product_wait(Pending); });
 }
+template <int Pending, int Count> static inline void wgmma_wait(float (&)[Count]) { wgmma_wait<Pending>(); }
 template <int N, int TransA, int TransB>
 static inline void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
   ::standin::wgmma<N, TransA != 0, TransB != 0, false>(d, nullptr, a, b, accumulate);

@@ -343,6 +343,16 @@ struct Operands {
     b_at: [u32; 4],
 }
 
+/// Puts `rows` × 64 numbers into an image of shared memory, from byte `at` on.
+fn place_operand(image: &mut [bf16], at: usize, x: &[bf16], rows: usize, layout: &Operand) {
+    let slab = (layout.slab)(rows);
+    for (r, k) in (0..rows * 64).map(|i| (i / 64, i % 64)) {
+        image[(at + (layout.at)(r, k, slab)) / 2] = x[r * 64 + k];
+    }
+}
+
+const STEPS: [usize; 4] = [0, 1, 2, 3];
+
 #[test]
 fn wgmma_multiplies_in_every_canonical_layout() {
     let kernels = [("tn", 128), ("nn", 128), ("nt", 128), ("tt", 128), ("tn", 256), ("nt", 256)];
@@ -357,19 +367,14 @@ fn wgmma_multiplies_in_every_canonical_layout() {
         let (a_slab, b_slab) = ((a_layout.slab)(64), (b_layout.slab)(n));
         let (a_bytes, bytes) = (8192, 8192 + n * 128);
         let mut image = vec![bf16::NAN; bytes / 2];
-        for (r, k) in (0..64 * 64).map(|i| (i / 64, i % 64)) {
-            image[(a_layout.at)(r, k, a_slab) / 2] = a[r * 64 + k];
-        }
-        for (r, k) in (0..n * 64).map(|i| (i / 64, i % 64)) {
-            image[(a_bytes + (b_layout.at)(r, k, b_slab)) / 2] = b[r * 64 + k];
-        }
+        place_operand(&mut image, 0, &a, 64, a_layout);
+        place_operand(&mut image, a_bytes, &b, n, b_layout);
         assert!(image.iter().all(|x| !x.is_nan()), "{name}{n}, layout {layout}: two elements in one place");
-        let steps = [0, 1, 2, 3usize];
         let operands = Operands {
             a: (a_layout.descriptor)(a_slab as u64),
             b: (b_layout.descriptor)(b_slab as u64),
-            a_at: steps.map(|s| (a_layout.step)(s, a_slab) as u32),
-            b_at: steps.map(|s| (a_bytes + (b_layout.step)(s, b_slab)) as u32),
+            a_at: STEPS.map(|s| (a_layout.step)(s, a_slab) as u32),
+            b_at: STEPS.map(|s| (a_bytes + (b_layout.step)(s, b_slab)) as u32),
         };
         for ordinal in HOPPERS {
             let Some(gpu) = Gpu::open(ordinal) else { return };
@@ -385,12 +390,23 @@ fn wgmma_multiplies_in_every_canonical_layout() {
 
 #[test]
 fn wgmma_takes_an_operand_from_registers() {
-    for ordinal in HOPPERS {
-        let Some(gpu) = Gpu::open(ordinal) else { return };
-        let (a, b) = (normals(5, 64 * 16), normals(6, 128 * 16));
-        let (pa, pb, pd) = (gpu.put(&a), gpu.put(&b), gpu.put(&[0f32; 64 * 128]));
-        let function = gpu.function("ahead_sm90", "ahead_registers");
-        gpu.run(function, [1; 3], [128, 1, 1], 4096, &mut [arg(&pa), arg(&pb), arg(&pd)]);
-        assert_near(&gpu.get(pd, 64 * 128), &product(&wide(&a), &wide(&b), [64, 128, 16]), "registers");
+    let kernels = [("t", 64, &K_MAJOR), ("n", 64, &ROW_MAJOR), ("t", 128, &K_MAJOR), ("n", 128, &ROW_MAJOR)];
+    for ((name, n, layouts), layout) in kernels.iter().flat_map(|kernel| (0..4).map(move |layout| (*kernel, layout))) {
+        let layout = &layouts[layout];
+        let (a, b, slab) = (normals(5, 64 * 64), normals(6, n * 64), (layout.slab)(n));
+        let mut image = vec![bf16::NAN; n * 64];
+        place_operand(&mut image, 0, &b, n, layout);
+        let b_at = STEPS.map(|s| (layout.step)(s, slab) as u32);
+        let operands = Operands { a: 0, b: (layout.descriptor)(slab as u64), a_at: [0; 4], b_at };
+        for ordinal in HOPPERS {
+            let Some(gpu) = Gpu::open(ordinal) else { return };
+            let (pa, pb, pd) = (gpu.put(&a), gpu.put(&image), gpu.put(&vec![0f32; 64 * n]));
+            let function = gpu.function("known_sm90", &format!("known_registers{n}_{name}"));
+            let bytes = (n * 128) as u32;
+            let arguments = &mut [arg(&pa), arg(&pb), arg(&bytes), arg(&operands), arg(&pd)];
+            gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
+            let exact = product(&wide(&a), &wide(&b), [64, n, 64]);
+            assert_near(&gpu.get(pd, 64 * n), &exact, &format!("registers{n} {name}, device {ordinal}"));
+        }
     }
 }

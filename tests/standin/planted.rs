@@ -31,7 +31,7 @@ const PLANTED: [(&str, &[i32], &str); 16] = [
     ("lost_lane", ALL, "of which lanes have ended"),
     ("past_buffer", ALL, "illegal address"),
 ];
-const PLANTED_HOPPER: [(&str, &[i32], &str); 9] = [
+const PLANTED_HOPPER: [(&str, &[i32], &str); 10] = [
     ("box_not_awaited", &[0], "more arrivals at an mbarrier"),
     ("box_too_early", &[1], "deadlock"),
     ("no_mbarrier", &[0, 1], "an mbarrier that has not been initialised"),
@@ -41,6 +41,7 @@ const PLANTED_HOPPER: [(&str, &[i32], &str); 9] = [
     ("product_not_fenced", &[0, 1], "without wgmma_fence"),
     ("product_not_awaited", &[0, 1], WRONG_NUMBERS),
     ("operand_overwritten", &[0], WRONG_NUMBERS),
+    ("operand_registers_written", &[0, 1], "registers of an operand were written"),
 ];
 
 /// Whether the kernel gives what it should.

@@ -1,22 +1,26 @@
 //! Attention: see `kernels/attention.cu` (by the definition, any head_dim up to 256), `kernels/attention_flash.cu`,
-//! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores).
+//! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores), `kernels/attention_sm90.cu` and
+//! `kernels/attention_backward_sm90.cu` (those of compute capability 9.0).
 //!
 //! | head_dim 64 or 128, tensors on 16 bytes, scale > 0 | forward | backward | decode |
 //! |---|---|---|---|
-//! | yes, at least two blocks of 128 queries a multiprocessor | `flash128` | `flash` | `flash` |
-//! | yes, fewer | `flash64` | `flash`, heads of a group on blocks of their own | `flash` |
+//! | yes, 9.0, at least a block of 128 queries a multiprocessor | `wgmma` | `wgmma` | `flash` |
+//! | yes, at least two of them a multiprocessor | `flash128` | `flash` | `flash` |
+//! | yes, fewer | `flash64` | `flash` | `flash` |
 //! | no | `baseline` | `baseline` | `baseline` |
 //!
-//! Asked for by name ([`super::with_version`]): `flash64` gives all heads of a group to one block of dK and dV, `flash128`
-//! a block to each.
+//! Where blocks of dK and dV would leave multiprocessors idle, the heads of a group are shared among several. Asked for by
+//! name ([`super::with_version`]): `flash64` gives them all to one block, `flash128` a block to each.
 
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{Memory, Slice, SliceMut};
+use super::tensor_map::tensor_map;
 use super::{Cuda, FLOAT, Precision, slice};
 use crate::backend::cost::{self, AttentionSize};
 use crate::backend::{Attention, Cost};
 use crate::error::Result;
+use cudarc::driver::sys::CUtensorMap;
 use half::bf16;
 use std::sync::Arc;
 
@@ -27,13 +31,17 @@ const BASELINE_ROWS: usize = 4;
 const MOST_HEAD_DIM: usize = 256;
 /// Keys of a tile of the flash kernels; queries of one backward.
 const TILE: usize = 64;
+/// Threads of a block of the wgmma kernels; rows that it has in shared memory, and bytes beside them.
+const WGMMA_BLOCK: u32 = 384;
+const WGMMA_FORWARD: (usize, u32) = (7 * 128, 104);
+const WGMMA_BACKWARD: (usize, u32) = (12 * 64, 2120);
 /// Keys of a chunk of the decode form.
 const DECODE_KEYS: usize = 256;
 /// Keys that a block of the decode form has in shared memory, and its queries.
 const DECODE_ROWS: usize = 256 + 16;
 /// Query heads that a block of the decode form takes.
 const DECODE_HEADS: usize = 16;
-/// Blocks of the forward kernels and of dK and dV that a multiprocessor holds at once.
+/// Blocks of the flash kernels that a multiprocessor holds at once; of the wgmma kernels, one.
 const BLOCKS_MULTIPROCESSOR: usize = 2;
 /// Blocks that a grid may have in y and z.
 const MOST_BLOCKS: usize = 65535;
@@ -98,6 +106,17 @@ impl<'a> Shape<'a> {
         (rows * self.head_dim * size_of::<bf16>()) as u32
     }
 
+    /// A launch of a wgmma kernel: `count` blocks for each 128 tokens.
+    fn wgmma(&self, image: &'static str, kernel: &'static str, count: u32, shared: (usize, u32), cost: Cost) -> Launch {
+        let grid = [count, blocks(self.tokens(), 2 * TILE), 1];
+        Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: self.row_bytes(shared.0) + shared.1, cost }
+    }
+
+    /// How bulk copies see a tensor of so many heads, `box_rows` rows at a time.
+    fn map(&self, device: &Device, tensor: Slice<bf16>, heads: usize, box_rows: usize) -> Result<CUtensorMap> {
+        tensor_map(device, tensor, heads * self.head_dim, box_rows)
+    }
+
     /// A launch of a baseline kernel: a warp a row and head.
     fn baseline(&self, kernel: &'static str, heads: usize, cost: Cost) -> Launch {
         let grid = [blocks(self.tokens(), BASELINE_ROWS), heads as u32, 1];
@@ -120,6 +139,25 @@ fn all_aligned(tensors: &[Slice<bf16>]) -> bool {
     tensors.iter().all(|tensor| tensor.aligned(16))
 }
 
+/// The kernels on tensor cores.
+#[derive(Clone, Copy)]
+enum Version {
+    Flash64,
+    Flash128,
+    Wgmma,
+}
+
+/// Those that run on the device, the best for the shape first.
+fn versions(device: &Device, shape: &Shape) -> impl Iterator<Item = (&'static str, Version)> {
+    let count = blocks(shape.tokens(), 2 * TILE) as usize * shape.heads;
+    let multiprocessors = device.multiprocessors as usize;
+    let (flash64, flash128) = (("flash64", Version::Flash64), ("flash128", Version::Flash128));
+    let wgmma = (count > 0 && device.runs("attention_sm90")).then_some(("wgmma", Version::Wgmma));
+    let full = count >= BLOCKS_MULTIPROCESSOR * multiprocessors;
+    let (first, last) = if count >= multiprocessors { (wgmma, None) } else { (None, wgmma) };
+    first.into_iter().chain(if full { [flash128, flash64] } else { [flash64, flash128] }).chain(last)
+}
+
 /// O and lse; the lengths are checked by the caller.
 pub(super) fn attention(
     device: &Arc<Device>,
@@ -130,40 +168,42 @@ pub(super) fn attention(
     lse: Option<SliceMut<f32>>,
     shape: Shape,
 ) -> Result<()> {
-    let (tokens, lse) = (shape.tokens(), lse.as_ref());
+    let (rows, lse) = (shape.tokens(), lse.as_ref());
     let cost = shape.size().forward(lse.is_some(), FLOAT);
     let (starts, documents) = (shape.starts_device, (shape.starts.len() - 1) as u32);
-    let (heads, kv_heads) = (shape.heads as u32, shape.kv_heads as u32);
-    if !shape.flash(all_aligned(&[q, k, v, *o]), tokens) {
+    let (heads, kv_heads, head_dim) = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
+    let (tokens, scale, window) = (rows as u32, shape.scale, shape.window());
+    let version = match shape.flash(all_aligned(&[q, k, v, *o]), rows) {
+        true => measure::choose(versions(device, &shape)),
+        false => None,
+    };
+    let Some(version) = version else {
         let launch = shape.baseline("attention_forward_baseline_bf16", shape.heads, cost);
-        let head_dim = shape.head_dim as u32;
-        let (tokens, scale, window) = (tokens as u32, shape.scale, shape.window());
         let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, head_dim, scale, window];
         // SAFETY: q, o [tokens, heads·head_dim], k, v [tokens, kv_heads·head_dim], lse [heads, tokens]; documents end with
         // tokens; o and lse are borrowed mutably.
         return unsafe { device.launch(launch, arguments) };
+    };
+    if let Version::Wgmma = version {
+        let kernel = shape.symbol("attention_forward_wgmma_hd64_bf16", "attention_forward_wgmma_hd128_bf16");
+        let q = shape.map(device, q, shape.heads, 64)?;
+        let (k, v) = (shape.map(device, k, shape.kv_heads, 128)?, shape.map(device, v, shape.kv_heads, 128)?);
+        let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
+        // SAFETY: as above, q, k and v by their maps; o on 16 bytes, and no offset is beyond 32 bits.
+        return unsafe { device.launch(shape.wgmma("attention_sm90", kernel, heads, WGMMA_FORWARD, cost), arguments) };
     }
-    let full =
-        blocks(tokens, 2 * TILE) as usize * shape.heads >= BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize;
-    let (queries, kernel) = match measure::asked().map_or(full, |version| version == "flash128") {
-        true => {
+    let (queries, kernel) = match version {
+        Version::Flash128 => {
             let kernel = "attention_forward_flash128_hd64_bf16";
             (2 * TILE, shape.symbol(kernel, "attention_forward_flash128_hd128_bf16"))
         }
-        false => {
+        _ => {
             let kernel = "attention_forward_flash64_hd64_bf16";
             (TILE, shape.symbol(kernel, "attention_forward_flash64_hd128_bf16"))
         }
     };
-    let launch = Launch {
-        image: "attention_flash",
-        kernel,
-        grid: [heads, blocks(tokens, queries), 1],
-        block: BLOCK,
-        shared_bytes: shape.row_bytes(queries + 4 * TILE),
-        cost,
-    };
-    let (tokens, scale, window) = (tokens as u32, shape.scale, shape.window());
+    let (grid, shared_bytes) = ([heads, blocks(rows, queries), 1], shape.row_bytes(queries + 4 * TILE));
+    let launch = Launch { image: "attention_flash", kernel, grid, block: BLOCK, shared_bytes, cost };
     let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
     // SAFETY: as above; all on 16 bytes, and no offset is beyond 32 bits.
     unsafe { device.launch(launch, arguments) }
@@ -210,31 +250,40 @@ pub(super) fn attention_backward(
         return unsafe { device.launch(launch, arguments) };
     }
 
-    let tiles = blocks(shape.tokens(), TILE);
-    let launch = |kernel, heads: u32, cost| Launch {
-        image: "attention_flash_backward",
-        kernel,
-        grid: [heads, tiles, 1],
-        block: BLOCK,
-        shared_bytes: shape.row_bytes(6 * TILE),
-        cost,
+    let wgmma = matches!(measure::choose(versions(device, &shape)), Some(Version::Wgmma));
+    let [query, key] = match (wgmma, shape.head_dim) {
+        (false, 64) => ["attention_backward_query_flash_hd64_bf16", "attention_backward_key_flash_hd64_bf16"],
+        (false, _) => ["attention_backward_query_flash_hd128_bf16", "attention_backward_key_flash_hd128_bf16"],
+        (true, 64) => ["attention_backward_query_wgmma_hd64_bf16", "attention_backward_key_wgmma_hd64_bf16"],
+        (true, _) => ["attention_backward_query_wgmma_hd128_bf16", "attention_backward_key_wgmma_hd128_bf16"],
     };
-    let kernel = shape.symbol("attention_backward_query_flash_hd64_bf16", "attention_backward_query_flash_hd128_bf16");
-    let arguments = args![q, k, v, d_o, lse, *delta, &dq, starts, documents, tokens, heads, kv_heads, scale, window];
-    // SAFETY: as above; all on 16 bytes, and no offset is beyond 32 bits.
-    unsafe { device.launch(launch(kernel, heads, query_cost), arguments) }?;
+    let tensors = match wgmma {
+        true => {
+            let map = |tensor, heads| shape.map(device, tensor, heads, 64);
+            let (k, v) = (map(k, shape.kv_heads)?, map(v, shape.kv_heads)?);
+            args![map(q, shape.heads)?, k, v, map(d_o, shape.heads)?].to_vec()
+        }
+        false => args![q, k, v, d_o].to_vec(),
+    };
+    let launch = |kernel, count: u32, cost| match wgmma {
+        true => shape.wgmma("attention_backward_sm90", kernel, count, WGMMA_BACKWARD, cost),
+        false => {
+            let (grid, shared_bytes) = ([count, blocks(shape.tokens(), TILE), 1], shape.row_bytes(6 * TILE));
+            Launch { image: "attention_flash_backward", kernel, grid, block: BLOCK, shared_bytes, cost }
+        }
+    };
+    let rest = args![lse, *delta, &dq, starts, documents, tokens, heads, kv_heads, scale, window];
+    // SAFETY: as above; all on 16 bytes, those of the wgmma kernels by their maps, and no offset is beyond 32 bits.
+    unsafe { device.launch(launch(query, heads, query_cost), &[&tensors[..], rest].concat()) }?;
 
-    let parts = parts(device, &shape, tiles as usize);
+    let parts = parts(device, &shape, wgmma);
     let partial_len = if parts == 1 { 0 } else { 2 * parts * k.len() };
     let mut partial = Memory::new(device, partial_len)?;
     let partial: SliceMut<f32> = partial.all(partial_len);
-    let kernel = shape.symbol("attention_backward_key_flash_hd64_bf16", "attention_backward_key_flash_hd128_bf16");
-    let (blocks_x, parts) = (kv_heads * parts as u32, parts as u32);
-    let arguments = args![
-        q, k, v, d_o, lse, *delta, &dk, &dv, &partial, starts, documents, tokens, heads, kv_heads, parts, scale, window
-    ];
+    let (count, parts) = (kv_heads * parts as u32, parts as u32);
+    let rest = args![lse, *delta, &dk, &dv, &partial, starts, documents, tokens, heads, kv_heads, parts, scale, window];
     // SAFETY: as above; the partial sums are [parts, 2, tokens, kv_heads·head_dim] where there are any.
-    unsafe { device.launch(launch(kernel, blocks_x, key_cost), arguments) }?;
+    unsafe { device.launch(launch(key, count, key_cost), &[&tensors[..], rest].concat()) }?;
     if parts == 1 {
         return Ok(());
     }
@@ -252,11 +301,13 @@ pub(super) fn attention_backward(
 }
 
 /// Blocks that share the heads of a group in dK and dV: as few as fill the device, each with at least one head.
-fn parts(device: &Device, shape: &Shape, tiles: usize) -> usize {
+fn parts(device: &Device, shape: &Shape, wgmma: bool) -> usize {
+    let (rows, resident) = if wgmma { (2 * TILE, 1) } else { (TILE, BLOCKS_MULTIPROCESSOR) };
+    let count = blocks(shape.tokens(), rows) as usize * shape.kv_heads;
     let wanted = match measure::asked() {
         Some("flash64") => 1,
         Some("flash128") => shape.group(),
-        _ => (BLOCKS_MULTIPROCESSOR * device.multiprocessors as usize).div_ceil((tiles * shape.kv_heads).max(1)),
+        _ => (resident * device.multiprocessors as usize).div_ceil(count.max(1)),
     };
     let share = shape.group().div_ceil(wanted.clamp(1, shape.group()));
     shape.group().div_ceil(share)

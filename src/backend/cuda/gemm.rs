@@ -6,13 +6,10 @@ pub use plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 
 use super::device::{Arg, Device, Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
+use super::tensor_map::tensor_map;
 use super::{Cuda, Precision};
 use crate::backend::{Cost, Epilogue, FloatElement, In, LinearShape, ViewMut};
 use crate::error::Result;
-use cudarc::driver::sys::{
-    self, CUtensorMapDataType as DataType, CUtensorMapFloatOOBfill as Fill, CUtensorMapInterleave as Interleave,
-    CUtensorMapL2promotion as Promotion, CUtensorMapSwizzle as Swizzle,
-};
 use half::bf16;
 use std::sync::Arc;
 
@@ -23,9 +20,9 @@ const MMA_SHARED_BYTES: u32 = 65536;
 const WGMMA_BLOCK: u32 = 384;
 const WGMMA128_SHARED_BYTES: u32 = 229_472;
 const WGMMA256_SHARED_BYTES: u32 = 229_440;
-/// Extents of a box of a bulk tensor copy: elements of a 128-byte line, and depth.
-const BOX: usize = 64;
+/// Lines of a box of a bulk tensor copy: rows of A where k is contiguous, else depth.
 const BOX_ROWS_A: usize = 128;
+const BOX_DEPTH: usize = 64;
 /// What operands must be aligned to by all versions but `Baseline` and `Scalar64`.
 const OPERAND_BYTES: u64 = 16;
 /// Rows of dY up to which one thread sums a column; beyond, the least rows of a part and the most parts.
@@ -160,8 +157,14 @@ fn product<T: FloatElement>(
         let items = tiles.checked_mul(splits).expect("fewer than 2³² tiles");
         let shared_bytes = if version == GemmVersion::Wgmma128 { WGMMA128_SHARED_BYTES } else { WGMMA256_SHARED_BYTES };
         let grid = [items.min(device.multiprocessors), 1, 1];
-        let map_a = tensor_map(device, a, layout != GemmLayout::Nt, [m, k], BOX_ROWS_A)?;
-        let map_b = tensor_map(device, b, layout == GemmLayout::Tn, [n, k], tile.columns)?;
+        let map_a = match layout {
+            GemmLayout::Nt => tensor_map(device, a, m, BOX_DEPTH),
+            _ => tensor_map(device, a, k, BOX_ROWS_A),
+        }?;
+        let map_b = match layout {
+            GemmLayout::Tn => tensor_map(device, b, k, tile.columns),
+            _ => tensor_map(device, b, n, BOX_DEPTH),
+        }?;
         let launch = Launch { image: "gemm_sm90", kernel, grid, block: WGMMA_BLOCK, shared_bytes, cost };
         (launch, [args![map_a, map_b], common, args![splits, items]].concat())
     } else {
@@ -242,43 +245,6 @@ fn combine<T: FloatElement>(
     let arguments = args![partials, splits, c, addends.bias, addends.residual, alpha, accumulate, size(m), size(n)];
     // SAFETY: the lengths were checked above and by the caller; C is borrowed mutably.
     unsafe { device.launch(launch, arguments) }
-}
-
-/// How bulk copies see an operand of `extent` rows or columns of C and a depth of k: lines of its contiguous dimension in
-/// pieces of 128 bytes, `box_rows` of them a copy where k is contiguous, else [`BOX`].
-fn tensor_map(
-    device: &Device,
-    operand: Slice<bf16>,
-    k_is_contiguous: bool,
-    [extent, k]: [usize; 2],
-    box_rows: usize,
-) -> Result<sys::CUtensorMap> {
-    let (line, lines, box_lines) = if k_is_contiguous { (k, extent, box_rows) } else { (extent, k, BOX) };
-    assert_eq!(operand.len(), line * lines);
-    device.bind()?;
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let (dimensions, strides) = ([line as u64, lines as u64], [(line * size_of::<bf16>()) as u64]);
-    let (extents, steps) = ([BOX as u32, box_lines as u32], [1, 1]);
-    // SAFETY: writes the map; every array has the entries of a matrix, and the matrix is what the slice holds.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut map,
-            DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            operand.pointer() as *mut std::ffi::c_void,
-            dimensions.as_ptr(),
-            strides.as_ptr(),
-            extents.as_ptr(),
-            steps.as_ptr(),
-            Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    }
-    .result()
-    .map_err(|error| device.failed("refused a tensor map", error))?;
-    Ok(map)
 }
 
 /// Y [tokens, outputs] = alpha·X·Wᵀ + addends.

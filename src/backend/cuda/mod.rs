@@ -20,6 +20,7 @@ mod rmsnorm;
 mod rope;
 mod sampling;
 mod swiglu;
+mod tensor_map;
 mod timing;
 
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};

@@ -51,28 +51,34 @@ struct Operands {
   uint32_t a_at[4], b_at[4];
 };
 
-// grid: 1, block: 128, shared: `bytes`. d (64 × N by rows) = Σ a·b over four steps of 16, from an image of shared memory.
-template <int N, bool TransA, bool TransB> __device__ __forceinline__ void product(const uint4* image, uint32_t bytes, const Operands& operands, float* d) {
+__device__ __forceinline__ void take_image(const uint4* image, uint32_t bytes) {
   for (uint32_t i = threadIdx.x; i < bytes / 16; i += 128) reinterpret_cast<uint4*>(dynamic_shared)[i] = image[i];
 #ifdef __CUDACC__
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   __syncthreads();
+}
+__device__ __forceinline__ uint64_t operand(uint64_t descriptor, uint32_t at) { return descriptor | (shared_address(dynamic_shared + at) & 0x3ffff) >> 4; }
+template <int N> __device__ __forceinline__ void give_sums(const float (&sums)[N / 2], float* d) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) d[(16 * warp + lane / 4 + 8 * (i / 2 % 2)) * N + 8 * (i / 4) + 2 * (lane % 4) + i % 2] = sums[i];
+}
+
+// grid: 1, block: 128, shared: `bytes`. d (64 × N by rows) = Σ a·b over four steps of 16, from an image of shared memory.
+template <int N, bool TransA, bool TransB> __device__ __forceinline__ void product(const uint4* image, uint32_t bytes, const Operands& operands, float* d) {
+  take_image(image, bytes);
   float sums[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; i++) sums[i] = 0.f;
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; step++) {
-    const uint64_t a = operands.a | (shared_address(dynamic_shared + operands.a_at[step]) & 0x3ffff) >> 4;
-    const uint64_t b = operands.b | (shared_address(dynamic_shared + operands.b_at[step]) & 0x3ffff) >> 4;
-    wgmma_bf16<N, TransA, TransB>(sums, a, b);
+    wgmma_bf16<N, TransA, TransB>(sums, operand(operands.a, operands.a_at[step]), operand(operands.b, operands.b_at[step]));
   }
   wgmma_commit();
-  wgmma_wait<0>();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < N / 2; i++) d[(16 * warp + lane / 4 + 8 * (i / 2 % 2)) * N + 8 * (i / 4) + 2 * (lane % 4) + i % 2] = sums[i];
+  wgmma_wait<0>(sums);
+  give_sums<N>(sums, d);
 }
 #define PRODUCT(name, n, a, b)                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(128) known_wgmma##n##_##name(const uint4* __restrict__ image, uint32_t bytes, Operands operands, \
@@ -86,3 +92,35 @@ PRODUCT(nt, 128, true, true)
 PRODUCT(tt, 128, true, false)
 PRODUCT(tn, 256, false, false)
 PRODUCT(nt, 256, true, true)
+
+// The same with a (64 × 64 by rows) in registers; what d holds before does not count.
+template <int N, bool TransB>
+__device__ __forceinline__ void product_of_registers(const uint32_t* a, const uint4* image, uint32_t bytes, const Operands& operands, float* d) {
+  take_image(image, bytes);
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+  uint32_t registers[4][4];
+#pragma unroll
+  for (int i = 0; i < 16; i++) registers[i / 4][i % 4] = a[(row + 8 * (i % 2)) * 32 + i / 4 * 8 + i % 4 / 2 * 4 + pair];
+  float sums[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) sums[i] = 7.f;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    wgmma_bf16<N, TransB>(sums, registers[step], operand(operands.b, operands.b_at[step]), step > 0);
+  }
+  wgmma_commit();
+  wgmma_wait<0>(sums);
+  give_sums<N>(sums, d);
+}
+#define PRODUCT_OF_REGISTERS(name, n, b)                                                                                                \
+  extern "C" __global__ void __launch_bounds__(128) known_registers##n##_##name(const uint32_t* __restrict__ a,                          \
+                                                                                const uint4* __restrict__ image, uint32_t bytes,        \
+                                                                                Operands operands, float* __restrict__ d) {             \
+    product_of_registers<n, b>(a, image, bytes, operands, d);                                                                           \
+  }                                                                                                                                     \
+  EXPORT(known_registers##n##_##name)
+PRODUCT_OF_REGISTERS(n, 64, true)
+PRODUCT_OF_REGISTERS(t, 64, false)
+PRODUCT_OF_REGISTERS(n, 128, true)
+PRODUCT_OF_REGISTERS(t, 128, false)

@@ -112,3 +112,24 @@ PLANT_PRODUCT(product_right, true, true, true)
 PLANT_PRODUCT(product_not_fenced_wrong, false, true, true)
 PLANT_PRODUCT(product_not_awaited_wrong, true, false, true)
 PLANT_PRODUCT(operand_overwritten_wrong, true, true, false)
+
+// The same with an operand in registers, which is written meanwhile.
+extern "C" __global__ void __launch_bounds__(256) operand_registers_written_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
+  words[threadIdx.x % 32] = 0;
+  __syncthreads();
+  float sums[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) sums[i] = 1.f;
+  uint32_t rows[4] = {};
+  wgmma_fence();
+  wgmma_bf16<128, false>(sums, rows, (shared_address(dynamic_shared) & 0x3ffff) >> 4);
+  wgmma_commit();
+  rows[0] = 0x3f803f80;
+  wgmma_wait<0>(sums);
+  float total = (float)rows[0];
+#pragma unroll
+  for (int i = 0; i < 64; i++) total += sums[i];
+  for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = total;
+}
+EXPORT(operand_registers_written_wrong)
