@@ -311,7 +311,9 @@ impl Kernel<'_> {
             ["wgmma", "mma_async", "sync", "aligned", _, "f32", "bf16", "bf16"] => {
                 let all = all(self)?;
                 let (sums, rest) = all.split_first()?;
-                format!("wgmma({}, {sums})", rest.join(", "))
+                // A from registers has no order of its elements to choose.
+                let name = if operands.get(1)?.starts_with('{') { "wgmma_registers" } else { "wgmma" };
+                format!("{name}({}, {sums})", rest.join(", "))
             }
             ["cp", "async", "cg", "shared", "global"] => {
                 format!(

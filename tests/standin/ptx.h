@@ -242,6 +242,7 @@ template <class T, class D, class S> inline void atom_shared_or(D& d, u32 at, S 
 #define $nctaid_y gridDim.y
 #define $nctaid_z gridDim.z
 inline void bar_sync(u32 id, u32 threads = 0) { barrier((int)id, (int)threads, true); }
+inline void bar_arrive(u32 id, u32 threads) { barrier((int)id, (int)threads, false); }
 inline void bar_warp_sync(u32 mask) { __syncwarp(mask); }
 // `clamp`: its low 5 bits the last lane, bits 8 to 12 the lanes' segment.
 enum Shuffle { UP, DOWN, BUTTERFLY, INDEX };
@@ -309,19 +310,27 @@ inline void setmaxnreg_dec_sync_aligned_u32(u32) {}
 inline void wgmma_fence_sync_aligned() { wgmma_fence(); }
 inline void wgmma_commit_group_sync_aligned() { wgmma_commit(); }
 inline void wgmma_wait_group_sync_aligned(int) { wgmma_wait<0>(); }
-template <class... Registers> inline void wgmma(u64 a, u64 b, bool accumulate, int scale_a, int scale_b, int trans_a, int trans_b, Registers&... r) {
-  constexpr int COUNT = sizeof...(r);
-  if (scale_a != 1 || scale_b != 1) die("wgmma: a scale other than 1");
-  float d[COUNT];
+template <bool TransA, bool TransB, bool InRegisters, class... Registers>
+inline void product(const u32* a_registers, u64 a, u64 b, bool accumulate, Registers&... r) {
+  float d[sizeof...(r)];
   int i = 0;
   ((d[i++] = as<f32>(r)), ...);
-  const auto multiply = [&](auto ta, auto tb) { standin::wgmma<2 * COUNT, ta(), tb(), false>(d, nullptr, a, b, accumulate); };
-  using Yes = std::true_type;
-  using No = std::false_type;
-  trans_a ? trans_b ? multiply(Yes(), Yes()) : multiply(Yes(), No()) : trans_b ? multiply(No(), Yes()) : multiply(No(), No());
+  standin::wgmma<2 * (int)sizeof...(r), TransA, TransB, InRegisters>(d, a_registers, a, b, accumulate);
   wgmma_commit(), wgmma_wait<0>(), wgmma_fence();
   i = 0;
   ((put(r, d[i++])), ...);
+}
+template <class... Registers>
+inline void wgmma(u64 a, u64 b, bool accumulate, int scale_a, int scale_b, int trans_a, int trans_b, Registers&... r) {
+  if (scale_a != 1 || scale_b != 1) die("wgmma: a scale other than 1");
+  if (trans_a) trans_b ? product<true, true, false>(nullptr, a, b, accumulate, r...) : product<true, false, false>(nullptr, a, b, accumulate, r...);
+  else trans_b ? product<false, true, false>(nullptr, a, b, accumulate, r...) : product<false, false, false>(nullptr, a, b, accumulate, r...);
+}
+template <class... Registers>
+inline void wgmma_registers(u32 a0, u32 a1, u32 a2, u32 a3, u64 b, bool accumulate, int scale_a, int scale_b, int trans_b, Registers&... r) {
+  if (scale_a != 1 || scale_b != 1) die("wgmma: a scale other than 1");
+  const u32 a[4] = {a0, a1, a2, a3};
+  trans_b ? product<false, true, true>(a, 0, b, accumulate, r...) : product<false, false, true>(a, 0, b, accumulate, r...);
 }
 
 #undef UNARY
