@@ -148,8 +148,7 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
 #pragma unroll 1
   for (uint64_t at = first + N * threadIdx.x; at < end; at += 8 * THREADS) {
     float w[GROUPS][N], g[GROUPS][N], m[GROUPS][N], v[GROUPS][N];
-    const bool whole = aligned && at + (GROUPS - 1) * N * THREADS + N <= end;
-    if (whole) {  // one branch: all loads are under way at once
+    if (aligned && at + (GROUPS - 1) * N * THREADS + N <= end) {  // one branch: all loads are under way at once
 #pragma unroll
       for (int i = 0; i < GROUPS; i++) {
         const uint64_t from = at + i * N * THREADS;
@@ -162,10 +161,11 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
 #pragma unroll
       for (int i = 0; i < GROUPS; i++) {
         const uint64_t from = at + i * N * THREADS;
-        load<true>(row.weight, from, end, false, w[i]);
-        load<true>(row.grad, from, end, false, g[i]);
-        load<true>(row.m, from, end, false, m[i]);
-        load<true>(row.v, from, end, false, v[i]);
+        const bool group = aligned && from + N <= end;
+        load<true>(row.weight, from, end, group, w[i]);
+        load<true>(row.grad, from, end, group, g[i]);
+        load<true>(row.m, from, end, group, m[i]);
+        load<true>(row.v, from, end, group, v[i]);
       }
     }
 #pragma unroll
@@ -180,9 +180,10 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
           round_group(v[i], seed, rounding_stream(step, 2, module), to);
         }
       }
-      store<true>(row.weight, to, end, whole, w[i]);
-      store<true>(row.m, to, end, whole, m[i]);
-      store<true>(row.v, to, end, whole, v[i]);
+      const bool group = aligned && to + N <= end;
+      store<true>(row.weight, to, end, group, w[i]);
+      store<true>(row.m, to, end, group, m[i]);
+      store<true>(row.v, to, end, group, v[i]);
     }
   }
 }

@@ -97,9 +97,8 @@ struct Kernel<'a> {
     /// Where the source is at: file and line.
     at: (String, String),
     text: String,
-    /// Statements so far, and the last access: its statement, kind and base, and from where to where it goes.
-    count: usize,
-    last: Option<(usize, String, i64, i64)>,
+    /// The last access since a label or a barrier: its kind and base, and from where to where it goes.
+    last: Option<(String, i64, i64)>,
 }
 
 fn kernel(head: &str, body: &str, file: &mut File) -> Result<(), String> {
@@ -125,7 +124,7 @@ fn kernel(head: &str, body: &str, file: &mut File) -> Result<(), String> {
         parameters.insert(parameter.into(), at);
     }
     let mut kernel =
-        Kernel { name, parameters, file, at: (String::new(), "0".into()), text: String::new(), count: 0, last: None };
+        Kernel { name, parameters, file, at: (String::new(), "0".into()), text: String::new(), last: None };
     kernel.statements(body)?;
     let text = kernel.text;
     write!(
@@ -184,6 +183,7 @@ impl Kernel<'_> {
                 }
                 ':' if !vector && is_name(statement.trim()) => {
                     writeln!(self.text, "{}:;", statement.trim()).expect("a String");
+                    self.last = None;
                     statement.clear();
                 }
                 ';' => {
@@ -231,6 +231,10 @@ impl Kernel<'_> {
                 return Ok(());
             }
             [".shared", ..] => return shared_variable(&words, &mut self.file.shared),
+            [".local", ".align", align, ".b8", name] => {
+                writeln!(self.text, "alignas({align}) unsigned char {name};").expect("a String");
+                return Ok(());
+            }
             _ if statement.starts_with('.') => return Err(fail()),
             _ => {}
         }
@@ -240,29 +244,33 @@ impl Kernel<'_> {
         };
         let instruction = instruction.trim();
         let (code, operands) = instruction.split_once(char::is_whitespace).unwrap_or((instruction, ""));
+        if ["bra", "bar"].iter().any(|c| code.starts_with(c)) {
+            self.last = None;
+        }
         let call = self.call(code, &split(operands)).ok_or_else(fail)?;
         if !guard.is_empty() {
             let (not, predicate) = guard.strip_prefix('!').map_or(("", guard), |p| ("!", p));
             write!(self.text, "if ({not}{}) ", register(predicate)).expect("a String");
         }
         writeln!(self.text, "{call};").expect("a String");
-        self.count += 1;
         Ok(())
     }
 
     /// An access's place in the list of all: `bytes` at an offset from `base`. ptxas makes one of neighbours that follow each
     /// other, up to 16 bytes (where it can show that it is aligned, as it is where the source had one).
-    fn site(&mut self, shared: bool, base: String, offset: i64, bytes: i64) -> String {
-        let start = self.last.take().and_then(|(statement, before, start, end)| {
-            let follows =
-                statement + 1 == self.count && before == base && end == offset && offset + bytes - start <= 16;
-            follows.then_some(start)
+    fn site(&mut self, [shared, writes]: [bool; 2], base: String, offset: i64, bytes: i64) -> String {
+        let start = self.last.take().and_then(|(before, start, end)| {
+            (before == base && end == offset && offset + bytes - start <= 16).then_some(start)
         });
-        self.last = Some((self.count, base, start.unwrap_or(offset), offset + bytes));
+        self.last = Some((base, start.unwrap_or(offset), offset + bytes));
         let (source, line) = &self.at;
         let joined = start.is_some();
-        writeln!(self.file.sites, "{{\"{}\", \"{source}\", {line}, {bytes}, {shared}, {joined}}},", self.name)
-            .expect("a String");
+        writeln!(
+            self.file.sites,
+            "{{\"{}\", \"{source}\", {line}, {bytes}, {shared}, {writes}, {joined}}},",
+            self.name
+        )
+        .expect("a String");
         self.file.count += 1;
         format!("sites[{}]", self.file.count - 1)
     }
@@ -302,7 +310,8 @@ impl Kernel<'_> {
             }
             ["ldmatrix", "sync", "aligned", "m8n8", _, ref how @ .., "b16"] => {
                 let [to, row] = operands[..] else { return None };
-                let (site, row, to) = (self.site(true, String::new(), 0, 16), self.operand(row)?, self.operand(to)?);
+                let (site, row, to) =
+                    (self.site([true, false], String::new(), 0, 16), self.operand(row)?, self.operand(to)?);
                 format!("ldmatrix({site}, {}, {row}, {to})", how.contains(&"trans"))
             }
             ["mma", "sync", "aligned", shape, "row", "col", "f32", "bf16", "bf16", "f32"] => {
@@ -318,7 +327,7 @@ impl Kernel<'_> {
             ["cp", "async", "cg", "shared", "global"] => {
                 format!(
                     "cp_async_cg_shared_global({}, {})",
-                    self.site(false, String::new(), 0, 16),
+                    self.site([false, true], String::new(), 0, 16),
                     all(self)?.join(", ")
                 )
             }
@@ -347,11 +356,15 @@ impl Kernel<'_> {
             _ if wide != count => return None,
             Some(&"param") => format!("arguments + {address}"),
             Some(&"shared") => {
-                format!("in_shared<{kind}>({}, (u32)({address}), {count})", self.site(true, base, offset, bytes))
+                format!(
+                    "in_shared<{kind}>({}, (u32)({address}), {count})",
+                    self.site([true, to_memory], base, offset, bytes)
+                )
             }
             Some(&"global") | None => {
-                format!("in_global<{kind}>({}, {address}, {count})", self.site(false, base, offset, bytes))
+                format!("in_global<{kind}>({}, {address}, {count})", self.site([false, to_memory], base, offset, bytes))
             }
+            Some(&"local") => format!("in_local({address})"),
             Some(_) => return None,
         })
     }
@@ -386,6 +399,7 @@ impl Kernel<'_> {
         Some(match text {
             "_" => "0".into(),
             "dynamic_shared" => "shared_address(standin::block->dynamic)".into(),
+            _ if text.starts_with("__local_depot") => format!("reinterpret_cast<u64>({text})"),
             _ if text.starts_with("_Z") => format!("shared_address({text})"),
             _ => text.into(),
         })

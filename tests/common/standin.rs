@@ -168,6 +168,7 @@ pub fn accesses() -> Vec<Access> {
         line: c_int,
         bytes: c_int,
         shared: bool,
+        writes: bool,
         joined: bool,
     }
     unsafe extern "C" fn visit(to: *mut c_void, site: *const Site, counts: *const [u64; 3]) {
@@ -217,7 +218,7 @@ fn start() -> Result<(), String> {
     let libraries = build(&sources)?;
     // SAFETY: what the libraries run when loaded is the registration of kernels.
     let driver = unsafe { Library::open(Some(&libraries[0]), RTLD_NOW | RTLD_GLOBAL) };
-    DRIVER.set(driver.map_err(|e| e.to_string())?).expect("loaded once");
+    DRIVER.set(driver.unwrap_or_else(|e| panic!("{e}"))).expect("loaded once");
     for (library, source) in libraries.iter().zip(&sources).skip(1) {
         load(library, image_of(source));
     }
@@ -263,13 +264,17 @@ fn sources() -> Result<Vec<PathBuf>, String> {
 }
 
 /// The C++ of the PTX of kernel files, of the virtual architecture whose PTX is in the images.
-fn translate(kernels: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
+///
+/// # Errors
+/// Where there is no folder for it.
+pub fn translate(kernels: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
     let directory = directory().join("ptx");
     fs::create_dir_all(&directory).map_err(|e| e.to_string())?;
     let lock = File::create(directory.join("lock")).map_err(|e| e.to_string())?;
     lock.lock().map_err(|e| e.to_string())?;
-    let headers = files(kernels[0].parent().expect("a directory"), "cuh");
-    let headers: String = headers.iter().map(|path| fs::read_to_string(path).expect("a readable header")).collect();
+    let includes = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let headers: String =
+        files(&includes, "cuh").iter().map(|path| fs::read_to_string(path).expect("a readable header")).collect();
     Ok(each(kernels, |kernel| {
         let stem = kernel.file_stem().expect("a name").to_string_lossy();
         let architecture = if stem.ends_with("_sm90") { "compute_90a" } else { "compute_80" };
@@ -281,7 +286,11 @@ fn translate(kernels: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
         }
         let ptx = directory.join(format!("{stem}.ptx"));
         let mut nvcc = Command::new(NVCC);
-        nvcc.args(["-O3", "-std=c++17", "-lineinfo", "-ptx", "-arch", architecture, "-o"]).arg(&ptx).arg(kernel);
+        nvcc.args(["-O3", "-std=c++17", "-lineinfo", "-ptx", "-arch", architecture, "-o"])
+            .arg(&ptx)
+            .arg("-I")
+            .arg(&includes)
+            .arg(kernel);
         let run = nvcc.output().unwrap_or_else(|e| panic!("{NVCC}: {e}"));
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
         let cpp = ptx::to_cpp(&fs::read_to_string(&ptx).expect("PTX"));

@@ -7,12 +7,17 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <set>
+#include <tuple>
 
 namespace standin {
 
 bool watching = false;
 
 namespace {
+
+bool asked = false;
+std::set<std::tuple<const Kernel*, unsigned, unsigned, unsigned, size_t>> watched;
 
 struct Touch { uint64_t address; int bytes; };
 struct Warp { std::vector<Touch> lanes[32]; };
@@ -55,6 +60,12 @@ void count_shared(const std::vector<Touch>& request, Totals& sum) {
 
 }  // namespace
 
+bool watch(const Launch& launch) {
+  if (!asked) return false;
+  std::lock_guard<std::mutex> guard(lock);
+  return watched.emplace(launch.kernel, launch.grid.x, launch.grid.y, launch.grid.z, launch.shared).second;
+}
+
 void touch(const Site& site, uint64_t address, int bytes) {
   const int rank = block->current->rank;
   of_block[&site][rank / 32].lanes[rank % 32].push_back({address, bytes});
@@ -88,7 +99,7 @@ void count_accesses() {
 
 // ---- for tests
 // Looks at accesses from now on, or no longer.
-extern "C" STANDIN_API void standin_watch(bool on) { standin::watching = on; }
+extern "C" STANDIN_API void standin_watch(bool on) { standin::asked = on; }
 // Calls with each instruction that was seen, and its counts.
 extern "C" STANDIN_API void standin_accesses(void* to, void (*visit)(void* to, const standin::Site*, const uint64_t* requests_moved_needed)) {
   std::lock_guard<std::mutex> guard(standin::lock);

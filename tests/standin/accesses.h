@@ -4,16 +4,18 @@
 
 namespace standin {
 
-// An instruction that reads or writes memory: its kernel, the line of the source that it comes from, its bytes a lane, its memory, and
-// whether ptxas makes one access of it and of the one before it.
+// An instruction that reads or writes memory: its kernel, the line of the source that it comes from, its bytes a lane, its memory,
+// whether it writes, and whether ptxas makes one access of it and of the one before it.
 struct Site {
   const char *kernel, *file;
   int line, bytes;
-  bool shared, joined;
+  bool shared, writes, joined;
 };
 
-// Whether accesses are looked at.
+// Whether the accesses of the launch that runs are looked at: one at a time is, in a process that has been told to.
 extern bool watching STANDIN_API;
+// Whether they are to be: those of the first launch of a kernel with this grid.
+bool watch(const Launch& launch);
 // The running thread touches `bytes` at this address (of shared memory: at this offset).
 STANDIN_API void touch(const Site& site, uint64_t address, int bytes);
 // The block has ended: what its lanes touched is counted.

@@ -44,6 +44,15 @@ const PLANTED_HOPPER: [(&str, &[i32], &str); 10] = [
     ("operand_registers_written", &[0, 1], "registers of an operand were written"),
 ];
 
+/// Mistakes that leave accesses in no order: seen in the compiled kernel, whichever of them comes first there.
+const RACES: [(&str, &[i32]); 5] = [
+    ("missing_barrier", ALL),
+    ("missing_second_barrier", ALL),
+    ("copy_too_early", ALL),
+    ("box_too_early", &[0]),
+    ("operand_overwritten", &HOPPERS),
+];
+
 /// Whether the kernel gives what it should.
 fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     let n = 512u32;
@@ -69,7 +78,34 @@ fn child() {
     let Ok(planted) = std::env::var("SWAT_PLANTED") else { return };
     let (ordinal, kernel) = planted.split_once(' ').unwrap();
     let gpu = Gpu::open(ordinal.parse().unwrap()).expect("a stand-in");
+    if standin::compiled() {
+        standin::watch(true);
+    }
     assert!(runs_right(&gpu, kernel), "{WRONG_NUMBERS}");
+}
+
+#[test]
+fn races_are_seen() {
+    if Gpu::open(0).is_none() {
+        return;
+    }
+    for (kernel, devices) in RACES {
+        for ordinal in devices {
+            let run = |ending: &str| {
+                let output = Command::new(std::env::current_exe().unwrap())
+                    .args(["--exact", "planted::child", "--nocapture"])
+                    .env("SWAT_PLANTED", format!("{ordinal} {kernel}_{ending}"))
+                    .env("SWAT_TEST_CUDA", "ptx")
+                    .output()
+                    .unwrap();
+                (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+            };
+            let (passes, said) = run("wrong");
+            assert!(!passes && said.contains("a race: "), "{kernel} on device {ordinal}: {said}");
+            let twin = if kernel == "operand_overwritten" { continue } else { run("right") };
+            assert!(twin.0, "{kernel} on device {ordinal}: {}", twin.1);
+        }
+    }
 }
 
 #[track_caller]

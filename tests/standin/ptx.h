@@ -8,8 +8,8 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
-#include "accesses.h"
 #include "hopper.h"
+#include "races.h"
 
 namespace standin::ptx {
 
@@ -186,6 +186,8 @@ inline unsigned char* shared(u32 address, size_t bytes = 1) {
   die("an address outside shared memory");
 }
 template <class D, class A> inline void cvta_to_global(D& d, A a) { d = a; }
+template <class D, class A> inline void cvta_local(D& d, A a) { d = a; }
+template <class D, class A> inline void cvta_to_local(D& d, A a) { d = a; }
 template <class D, class A> inline void cvta_param(D& d, A a) { d = a; }
 template <class D, class A> inline void cvta_to_shared(D& d, A a) { d = (D)shared_address(reinterpret_cast<const void*>(a)); }
 template <class D, class A> inline void cvta_shared(D& d, A a) { d = (D) reinterpret_cast<u64>(shared((u32)a)); }
@@ -194,8 +196,12 @@ template <class D, class A> inline void cvta_shared(D& d, A a) { d = (D) reinter
 template <class T> inline unsigned char* in_shared(const Site& site, u32 address, int count) {
   const int bytes = (int)sizeof(T) * count;
   if (address % bytes) die("misaligned access");
-  if (watching) touch(site, address, bytes);
-  return shared(address, bytes);
+  unsigned char* at = shared(address, bytes);
+  if (watching) {
+    touch(site, address, bytes);
+    order(&site, at, bytes, site.writes);
+  }
+  return at;
 }
 template <class T> inline unsigned char* in_global(const Site& site, u64 address, int count) {
   const int bytes = (int)sizeof(T) * count;
@@ -203,6 +209,7 @@ template <class T> inline unsigned char* in_global(const Site& site, u64 address
   if (watching) touch(site, address, bytes);
   return reinterpret_cast<unsigned char*>(address);
 }
+inline unsigned char* in_local(u64 address) { return reinterpret_cast<unsigned char*>(address); }
 template <class T, class... D> inline void load(const unsigned char* at, D&... d) {
   const auto one = [&](auto& to) {
     T value;
@@ -261,7 +268,10 @@ template <class T, class D> inline void shfl_sync_idx(D& d, bool& p, u32 a, u32 
 // ---- asynchronous copies
 inline void cp_async_cg_shared_global(const Site& site, u32 to, u64 from, u32 size, u32 bytes = 16) {
   if (size != 16) die("cp.async: 16 bytes are known here");
-  if (watching && bytes) touch(site, from, (int)bytes);
+  if (watching) {
+    if (bytes) touch(site, from, (int)bytes);
+    order(&site, shared(to, 16), 16, true);
+  }
   cp_async16(shared(to, 16), reinterpret_cast<const void*>(from), (int)bytes);
 }
 inline void cp_async_commit_group() { cp_async_commit(); }
@@ -280,7 +290,10 @@ template <class... Registers> inline void ldmatrix(const Site& site, bool transp
   u32 parts[sizeof...(r)];
   const bool named = (block->current->rank & 31) < 8 * (int)sizeof...(r);
   const void* at = named ? shared(row, 16) : nullptr;
-  if (watching && named) touch(site, row, 16);
+  if (watching && named) {
+    touch(site, row, 16);
+    order(&site, shared(row, 16), 16, false);
+  }
   transposed ? standin::ldmatrix<sizeof...(r), true>(parts, at) : standin::ldmatrix<sizeof...(r), false>(parts, at);
   int i = 0;
   ((r = parts[i++]), ...);
@@ -308,8 +321,12 @@ inline void setmaxnreg_dec_sync_aligned_u32(u32) {}
 
 // ---- warpgroup products
 inline void wgmma_fence_sync_aligned() { wgmma_fence(); }
-inline void wgmma_commit_group_sync_aligned() { wgmma_commit(); }
-inline void wgmma_wait_group_sync_aligned(int) { wgmma_wait<0>(); }
+inline void wgmma_commit_group_sync_aligned() {
+  meet_all(49, nullptr, [](void**) { if (watching) commit_reads(); });
+}
+inline void wgmma_wait_group_sync_aligned(int pending) {
+  meet_all(50, nullptr, [&](void**) { if (watching) finish_reads(pending); });
+}
 template <bool TransA, bool TransB, bool InRegisters, class... Registers>
 inline void product(const u32* a_registers, u64 a, u64 b, bool accumulate, Registers&... r) {
   float d[sizeof...(r)];
