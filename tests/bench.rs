@@ -80,7 +80,11 @@ families! {
 
 /// Kernels whose accesses may take more than they need, how many times, and why.
 const WIDER: [(&str, f64, &str); 7] = [
-    ("adamw_masked_vec8_f32_f32", 1.1, "each block looks through the table for its module, and these modules are small"),
+    (
+        "adamw_masked_vec8_f32_f32",
+        1.1,
+        "each block looks through the table for its module, and these modules are small",
+    ),
     ("sum_squares_chunks_vec8_f32", 1.1, "the same"),
     ("gemm_tn_decode", 1.15, "outputs of few rows, an element a row; the weight, of few columns here, is what counts"),
     ("perturb_low_rank_vec8_bf16", 1.4, "the factors, 32 bytes a lane in two accesses: the second finds them in L1"),
@@ -98,9 +102,7 @@ fn accesses() {
         return;
     }
     let Some(cuda) = standin::open::<F32State>(0) else { return };
-    standin::watch(true);
     every_ladder(&cuda);
-    standin::watch(false);
     let mut kernels: BTreeMap<_, Vec<_>> = BTreeMap::new();
     let accesses = standin::accesses();
     assert!(accesses.iter().any(|access| access.shared) && accesses.iter().any(|access| !access.shared));

@@ -152,13 +152,7 @@ pub struct Access {
     pub needed: u64,
 }
 
-/// Looks at accesses of the stand-in's devices from now on, or no longer.
-pub fn watch(on: bool) {
-    // SAFETY: exported with this type.
-    unsafe { hook::<unsafe extern "C" fn(bool)>("standin_watch")(on) }
-}
-
-/// What was seen.
+/// What was seen; compiled kernels alone are looked at.
 pub fn accesses() -> Vec<Access> {
     use std::ffi::{CStr, c_char, c_int, c_void};
     #[repr(C)]
@@ -221,6 +215,10 @@ fn start() -> Result<(), String> {
     DRIVER.set(driver.unwrap_or_else(|e| panic!("{e}"))).expect("loaded once");
     for (library, source) in libraries.iter().zip(&sources).skip(1) {
         load(library, image_of(source));
+    }
+    if compiled() {
+        // SAFETY: exported with this type.
+        unsafe { hook::<unsafe extern "C" fn()>("standin_watch")() };
     }
     Ok(())
 }

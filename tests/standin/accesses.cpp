@@ -12,8 +12,6 @@
 
 namespace standin {
 
-bool watching = false;
-
 namespace {
 
 bool asked = false;
@@ -98,8 +96,8 @@ void count_accesses() {
 }  // namespace standin
 
 // ---- for tests
-// Looks at accesses from now on, or no longer.
-extern "C" STANDIN_API void standin_watch(bool on) { standin::asked = on; }
+// Looks at accesses from now on.
+extern "C" STANDIN_API void standin_watch() { standin::asked = true; }
 // Calls with each instruction that was seen, and its counts.
 extern "C" STANDIN_API void standin_accesses(void* to, void (*visit)(void* to, const standin::Site*, const uint64_t* requests_moved_needed)) {
   std::lock_guard<std::mutex> guard(standin::lock);

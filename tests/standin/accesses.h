@@ -12,9 +12,7 @@ struct Site {
   bool shared, writes, joined;
 };
 
-// Whether the accesses of the launch that runs are looked at: one at a time is, in a process that has been told to.
-extern bool watching STANDIN_API;
-// Whether they are to be: those of the first launch of a kernel with this grid.
+// Whether the accesses of a launch are looked at: in a process that has been told to, those of the first of a kernel with this grid.
 bool watch(const Launch& launch);
 // The running thread touches `bytes` at this address (of shared memory: at this offset).
 STANDIN_API void touch(const Site& site, uint64_t address, int bytes);

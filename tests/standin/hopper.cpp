@@ -130,7 +130,7 @@ void mbarrier_start(uint64_t* barrier, uint32_t arrivals) {
 // Counts arrivals, and bytes that are expected (above 0) or have come (below). The phase ends when none are left of both.
 void mbarrier_add(uint64_t* barrier, int arrivals, int64_t bytes) {
   State state = load(barrier);
-  if (watching && arrivals) release_to(barrier);
+  if (block->watching && arrivals) release_to(barrier);
   if (bytes > (int64_t)MOST_BYTES) die("mbarrier_expect: 2^20 bytes or more");
   if ((int64_t)state.pending < arrivals) die("more arrivals at an mbarrier than it was initialised for");
   state.pending -= (uint64_t)arrivals;
@@ -142,7 +142,7 @@ void mbarrier_add(uint64_t* barrier, int arrivals, int64_t bytes) {
   }
   memcpy(barrier, &state, 8);
   if (!ends) return;
-  if (watching) end_phase(barrier);
+  if (block->watching) end_phase(barrier);
   for (int i = 0; i < block->warps * 32 && i < MAX_THREADS; i++) {
     Fiber& fiber = block->fibers[i];
     if (fiber.awaits != barrier) continue;
@@ -157,7 +157,7 @@ void mbarrier_sleep(uint64_t* barrier, uint32_t parity) {
     block->current->awaits = barrier;
     park();
   }
-  if (watching) acquire_from(barrier, block->current->rank);
+  if (block->watching) acquire_from(barrier, block->current->rank);
 }
 
 // ---- bulk tensor copies
@@ -165,7 +165,7 @@ void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, std::initi
   if (!block->hopper->barriers_fenced) die("a bulk copy before mbarrier_fence_init");
   load(barrier);
   const TensorCopy copy = tensor_copy(map, to, barrier, at);
-  if (watching) {
+  if (block->watching) {
     order(nullptr, copy.shared, box_bytes(copy.map), true);
     release_to(barrier);
   }
@@ -187,7 +187,7 @@ bool finish_awaited_copy() {
 
 void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at) {
   const TensorCopy copy = tensor_copy(map, from, nullptr, at);
-  if (watching) order(nullptr, copy.shared, box_bytes(copy.map), false);
+  if (block->watching) order(nullptr, copy.shared, box_bytes(copy.map), false);
   if (block->launch->habits.late) block->hopper->stores[block->current->rank].push_back(copy);
   else move(copy);
 }
@@ -291,7 +291,7 @@ void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, i
   else if (address >= window - statics && address + 16 <= window) piece = block->statics + (address - (window - statics));
   else die("wgmma: an operand reaches outside shared memory");
   piece = swizzled(piece, swizzle);
-  if (watching) product_reads(piece);
+  if (block->watching) product_reads(piece);
   uint16_t bits[8];
   memcpy(bits, piece, 16);
   for (int i = 0; i < 8; i++) out[i] = __uint_as_float((uint32_t)bits[i] << 16);

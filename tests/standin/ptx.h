@@ -197,7 +197,7 @@ template <class T> inline unsigned char* in_shared(const Site& site, u32 address
   const int bytes = (int)sizeof(T) * count;
   if (address % bytes) die("misaligned access");
   unsigned char* at = shared(address, bytes);
-  if (watching) {
+  if (block->watching) {
     touch(site, address, bytes);
     order(&site, at, bytes, site.writes);
   }
@@ -206,7 +206,7 @@ template <class T> inline unsigned char* in_shared(const Site& site, u32 address
 template <class T> inline unsigned char* in_global(const Site& site, u64 address, int count) {
   const int bytes = (int)sizeof(T) * count;
   if (address % bytes) die("misaligned access");
-  if (watching) touch(site, address, bytes);
+  if (block->watching) touch(site, address, bytes);
   return reinterpret_cast<unsigned char*>(address);
 }
 inline unsigned char* in_local(u64 address) { return reinterpret_cast<unsigned char*>(address); }
@@ -268,7 +268,7 @@ template <class T, class D> inline void shfl_sync_idx(D& d, bool& p, u32 a, u32 
 // ---- asynchronous copies
 inline void cp_async_cg_shared_global(const Site& site, u32 to, u64 from, u32 size, u32 bytes = 16) {
   if (size != 16) die("cp.async: 16 bytes are known here");
-  if (watching) {
+  if (block->watching) {
     if (bytes) touch(site, from, (int)bytes);
     order(&site, shared(to, 16), 16, true);
   }
@@ -290,7 +290,7 @@ template <class... Registers> inline void ldmatrix(const Site& site, bool transp
   u32 parts[sizeof...(r)];
   const bool named = (block->current->rank & 31) < 8 * (int)sizeof...(r);
   const void* at = named ? shared(row, 16) : nullptr;
-  if (watching && named) {
+  if (block->watching && named) {
     touch(site, row, 16);
     order(&site, shared(row, 16), 16, false);
   }
@@ -322,10 +322,10 @@ inline void setmaxnreg_dec_sync_aligned_u32(u32) {}
 // ---- warpgroup products
 inline void wgmma_fence_sync_aligned() { wgmma_fence(); }
 inline void wgmma_commit_group_sync_aligned() {
-  meet_all(49, nullptr, [](void**) { if (watching) commit_reads(); });
+  meet_all(49, nullptr, [](void**) { if (block->watching) commit_reads(); });
 }
 inline void wgmma_wait_group_sync_aligned(int pending) {
-  meet_all(50, nullptr, [&](void**) { if (watching) finish_reads(pending); });
+  meet_all(50, nullptr, [&](void**) { if (block->watching) finish_reads(pending); });
 }
 template <bool TransA, bool TransB, bool InRegisters, class... Registers>
 inline void product(const u32* a_registers, u64 a, u64 b, bool accumulate, Registers&... r) {

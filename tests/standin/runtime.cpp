@@ -108,7 +108,7 @@ void switch_to(Fiber* next) {
 bool orders_memory(int what) { return what == 1 || (what >= 48 && what <= 50); }
 
 void open_barrier(Barrier& b) {
-  if (watching) {
+  if (block->watching) {
     end_phase(&b);
     for (int i = 0; i < block->warps * 32; i++) {
       if (b.waiting[i >> 5] >> (i & 31) & 1) acquire_from(&b, i);
@@ -183,7 +183,7 @@ void run_block() {
     b.ready[w] = b.live_lanes[w] = lanes >= 32 ? ~0u : (1u << lanes) - 1;
     for (Meeting& m : b.meetings[w]) m.arrived = 0, m.worker = -1;
   }
-  if (watching) begin_races(threads);
+  if (block->watching) begin_races(threads);
   b.current = &b.fibers[l.habits.down ? threads - 1 : 0];
   begin_on(b.current, take_stack());
   standin_switch(&b.launcher, b.current->stack_pointer);
@@ -274,7 +274,7 @@ void barrier(int id, int threads, bool wait) {
   Barrier& b = block->barriers[id];
   if (b.count && b.expected != threads) die("barrier: threads do not agree on their number");
   b.expected = threads;
-  if (watching) release_to(&b);
+  if (block->watching) release_to(&b);
   if (wait) b.waiting[block->current->rank >> 5] |= 1u << (block->current->rank & 31);
   if (++b.count == (threads ? threads : block->live)) return open_barrier(b);
   if (wait) park();
@@ -307,7 +307,7 @@ Meeting* arrive(uint32_t mask, int what, void* arguments) {
 }
 
 void release(Meeting* meeting) {
-  if (watching && orders_memory(meeting->what)) lanes_meet(meeting->arrived);
+  if (block->watching && orders_memory(meeting->what)) lanes_meet(meeting->arrived);
   block->ready[block->current->rank >> 5] |= meeting->arrived;
   meeting->arrived = 0;
   meeting->worker = -1;
@@ -320,7 +320,7 @@ void run(const Launch& launch) {
   b->statics = kernel.statics_bytes ? static_cast<unsigned char*>(__tls_get_addr(module_start)) : b->dynamic;
   b->launch = &launch;
   block = b;
-  watching = watch(launch);
+  b->watching = watch(launch);
   const uint64_t row = launch.grid.x, slice = row * launch.grid.y, blocks = slice * launch.grid.z;
   for (uint64_t i = 0; i < blocks; i++) {
     const uint64_t at = launch.habits.down ? blocks - 1 - i : i;

@@ -77,6 +77,7 @@ struct Block {
   Fiber* current;
   uint3 index;
   const Launch* launch;
+  bool watching;               // whether its accesses are looked at
   unsigned char* dynamic;      // shared memory, aligned to 1024 bytes
   unsigned char* statics;
   int warps, live;             // live: threads that have not ended
