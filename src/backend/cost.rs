@@ -207,8 +207,8 @@ pub fn perturb<B: Backend>(elements: usize, copies: usize, direction: &Direction
     perturbed_copies(elements, copies, bytes, flops, float)
 }
 
-/// FLOPs of a normal: a logarithm, a root, a sine or cosine, and what is between them.
-pub const NORMAL_FLOPS: usize = 8;
+/// FLOPs of a normal, half of those of a pair: two scalings, a logarithm, its double, a root, a sine, a cosine, two products.
+pub const NORMAL_FLOPS: usize = 5;
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,7 @@
 //! `swat doctor`: what this machine and this build can do.
 
 use super::{Common, plan, print_json, print_line};
+use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda, F32State};
 use crate::error::Result;
 use crate::report::format::bytes;
@@ -23,7 +24,7 @@ impl Doctor {
         let cuda = cuda::survey();
         let nvcc = std::env::var_os("PATH")
             .and_then(|paths| std::env::split_paths(&paths).map(|p| p.join("nvcc")).find(|p| p.is_file()));
-        let simd = simd();
+        let (simd, amx) = (simd(), Cpu::matrix_unit());
         let gpus: Vec<_> = (0..*cuda.devices.as_ref().unwrap_or(&0)).map(|ordinal| (ordinal, gpu(ordinal))).collect();
         if self.common.json {
             let gpus: Vec<_> = gpus.iter().map(|(ordinal, gpu)| match gpu {
@@ -32,14 +33,15 @@ impl Doctor {
                 Err(e) => json!({ "device": format!("cuda:{ordinal}"), "error": e.to_string() }),
             }).collect();
             return print_json(&json!({
-                "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "free_memory_bytes": memory,
+                "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "amx": amx, "free_memory_bytes": memory,
                 "free_disk_bytes": disk, "cuda_images": cuda.images, "cuda_devices": gpus,
                 "cuda_driver": cuda.devices.as_ref().map_or_else(|why| json!({ "error": why }), |count| json!({ "devices": count })),
                 "nvcc": nvcc,
             }));
         }
         print_line(&format!("swat         {}", env!("CARGO_PKG_VERSION")))?;
-        print_line(&format!("cpu          {cores} cores, {simd}"))?;
+        let products = if amx { ", AMX for large products" } else { "" };
+        print_line(&format!("cpu          {cores} cores, {simd}{products}"))?;
         print_line(&format!("memory       {} free", memory.map_or("unknown".into(), bytes)))?;
         print_line(&format!("disk         {} free here", disk.map_or("unknown".into(), bytes)))?;
         let size = cuda.images.iter().map(|image| image.bytes as u64).sum();

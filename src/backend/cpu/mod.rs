@@ -39,6 +39,14 @@ impl Cpu {
     pub fn new() -> Self {
         Self
     }
+
+    /// Whether large products go to the matrix unit (AMX) of this machine.
+    pub fn matrix_unit() -> bool {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        return amx::available();
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        return false;
+    }
 }
 
 /// The sizes of an attention call, checked.
