@@ -23,7 +23,7 @@
 //
 // Versions: baseline, an output a thread; mma64, tiles 64 × 64 × 64: wins where 128 × 128 tiles would not fill the device;
 // mma128, tiles 128 × 128 × 32, warps of 64 × 64: wins elsewhere without Hopper (gemm_sm90.cu); scalar64: mma64 for
-// operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_rows.cu): few tokens.
+// operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_decode.cu): few tokens.
 #include "gemm.cuh"
 
 enum Layout { TN, NN, NT };

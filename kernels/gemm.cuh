@@ -1,4 +1,4 @@
-// What the products of gemm.cu, gemm_rows.cu and gemm_sm90.cu share: the end of a tile.
+// What the products of gemm.cu, gemm_bias.cu, gemm_decode.cu and gemm_sm90.cu share: the end of a tile.
 #pragma once
 #include "prelude.cuh"
 

@@ -35,6 +35,16 @@ static inline uint32_t shared_address(const void* p) {
   if (byte >= b.statics && byte < b.statics + statics) return (uint32_t)(0x40000 - statics + (byte - b.statics));
   ::standin::die("an address of shared memory is needed, this one is elsewhere");
 }
+namespace standin {
+// The place of so many bytes from such an address on; null where they are outside.
+inline unsigned char* shared_place(size_t address, size_t bytes) {
+  const Block& b = *block;
+  const size_t statics = b.launch->kernel->statics_bytes, window = 0x40000;
+  if (address + bytes <= b.launch->shared) return b.dynamic + address;
+  if (address >= window - statics && address + bytes <= window) return b.statics + (address - (window - statics));
+  return nullptr;
+}
+}  // namespace standin
 
 // ---- barriers and fences
 static inline void __syncthreads() { ::standin::barrier(0, 0, true); }

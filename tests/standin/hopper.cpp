@@ -285,11 +285,8 @@ void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, i
   if (!transposed) offset += swizzle ? c * 16 : c * leading;
   else if (swizzle) offset += c % pieces * 16 + c / pieces * leading;
   else offset = within * 16 + eight * leading + c * stride;
-  const size_t statics = block->launch->kernel->statics_bytes, window = 0x40000, address = start + offset;
-  unsigned char* piece;
-  if (address + 16 <= block->launch->shared) piece = block->dynamic + address;
-  else if (address >= window - statics && address + 16 <= window) piece = block->statics + (address - (window - statics));
-  else die("wgmma: an operand reaches outside shared memory");
+  unsigned char* piece = shared_place(start + offset, 16);
+  if (!piece) die("wgmma: an operand reaches outside shared memory");
   piece = swizzled(piece, swizzle);
   if (block->watching) product_reads(piece);
   uint16_t bits[8];

@@ -177,13 +177,11 @@ template <class To, class From, class D, class A> inline void cvt_sat(D& d, A a)
   put(d, (To)(x > 0 ? x < 1 ? x : 1 : 0));
 }
 
-// ---- addresses: of shared memory 32 bits, from 0 the dynamic part, in the last bytes of an 18-bit window the static part
+// ---- addresses: those of shared memory are what shared_address gives
 inline unsigned char* shared(u32 address, size_t bytes = 1) {
-  const Block& b = *block;
-  const size_t statics = b.launch->kernel->statics_bytes, window = 0x40000;
-  if (address + bytes <= b.launch->shared) return b.dynamic + address;
-  if (address >= window - statics && address + bytes <= window) return b.statics + (address - (window - statics));
-  die("an address outside shared memory");
+  unsigned char* place = shared_place(address, bytes);
+  if (!place) die("an address outside shared memory");
+  return place;
 }
 template <class D, class A> inline void cvta_to_global(D& d, A a) { d = a; }
 template <class D, class A> inline void cvta_local(D& d, A a) { d = a; }
