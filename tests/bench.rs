@@ -167,7 +167,7 @@ fn intervals_have_the_ranks_of_the_sign_test() {
 /// Of many draws, at least 95 % of the intervals hold the true median, and not nearly all of them do.
 #[test]
 fn intervals_hold_the_median_as_often_as_they_say() {
-    let mut rng = swat::backend::philox::Philox::new(5, 0);
+    let mut rng = swat::rng::Philox::new(5, 0);
     let held = (0..4000).filter(|_| {
         let samples: Vec<f64> = (0..20).map(|_| rng.normal().exp()).collect();
         let [low, high] = median_interval(&samples);

@@ -4,8 +4,8 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use swat::backend::philox::Philox;
 use swat::data::{Label, SecurityPrompt, Split};
+use swat::rng::Philox;
 use swat::secure::{
     ControlLabel, Features, FirstTokens, Head, Probe, ProbeInput, ProbeOptions, Snapshot, drift, train_probe,
 };

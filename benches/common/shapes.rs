@@ -3,8 +3,8 @@
 use serde::Deserialize;
 use std::cell::Cell;
 use std::sync::OnceLock;
-use swat::backend::philox::Philox;
 use swat::backend::{Backend, Buffer, Documents, FloatElement};
+use swat::rng::Philox;
 
 /// The sizes of a model's layers.
 #[derive(Debug, Deserialize)]

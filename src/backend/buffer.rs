@@ -1,12 +1,15 @@
 //! Typed memory of a backend, and views into it.
 
 use super::Backend;
+use crate::io::safetensors::Dtype;
 use std::ops::Range;
 
 /// What a buffer may hold.
 pub trait Element: bytemuck::Pod + Send + Sync + PartialEq + std::fmt::Debug {
     /// `f32`, `bf16`, `u32`.
     const NAME: &'static str;
+    /// The same in a safetensors file.
+    const DTYPE: Dtype;
 }
 
 /// An element that stands for a real number.
@@ -19,12 +22,15 @@ pub trait FloatElement: Element {
 
 impl Element for f32 {
     const NAME: &'static str = "f32";
+    const DTYPE: Dtype = Dtype::F32;
 }
 impl Element for u32 {
     const NAME: &'static str = "u32";
+    const DTYPE: Dtype = Dtype::U32;
 }
 impl Element for half::bf16 {
     const NAME: &'static str = "bf16";
+    const DTYPE: Dtype = Dtype::BF16;
 }
 
 impl FloatElement for f32 {

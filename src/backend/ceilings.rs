@@ -1,8 +1,8 @@
 //! What a backend can do at most on this machine, measured: what percentages are percentages of.
 
-use super::philox::Philox;
 use super::{Backend, Buffer, Cost, Epilogue, FloatElement, LinearShape};
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -14,7 +14,6 @@ pub mod cost;
 pub mod cpu;
 pub mod cuda;
 mod noise;
-pub mod philox;
 pub mod trace;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};

@@ -6,7 +6,7 @@ use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
-use crate::model::write_atomic;
+use crate::io::write_atomic;
 use crate::modules::ModuleSet;
 use crate::report::TextStyle;
 use crate::report::swat::{CellScore, Robustness, robustness_map, robustness_table};

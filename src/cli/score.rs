@@ -5,7 +5,7 @@ use super::{Common, print_json, print_line};
 use crate::backend::{Backend, IGNORE};
 use crate::engine::Batch;
 use crate::error::{Error, Result};
-use crate::model::write_atomic;
+use crate::io::write_atomic;
 use clap::Args;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;

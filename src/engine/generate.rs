@@ -3,10 +3,10 @@
 use super::decoder::{Overlay, read_floats};
 use super::pool::{Floats, Scratch, Stats};
 use super::{Batch, Decoder};
-use crate::backend::philox::{uniform, words};
 use crate::backend::{Backend, Buffer, Documents, In, Sampling, View, trace};
 use crate::error::{Error, Result};
 use crate::modules::ParamId;
+use crate::rng::{uniform, words};
 
 /// How answers are generated.
 #[derive(Clone, Debug, PartialEq)]

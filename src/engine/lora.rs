@@ -2,10 +2,10 @@
 
 use super::Decoder;
 use super::decoder::{Parameter, upload};
-use crate::backend::philox::Philox;
 use crate::backend::{Backend, Epilogue, LinearShape};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
+use crate::rng::Philox;
 
 /// Shape of the adapters of a decoder.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]

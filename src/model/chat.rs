@@ -2,8 +2,8 @@
 
 mod prepare;
 
-use super::input::{guarded, printable};
 use crate::error::{Error, Result};
+use crate::io::input::{guarded, printable};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior, context};
 use prepare::{COUNTED, KEPT, prepare};

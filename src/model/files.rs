@@ -1,9 +1,10 @@
 //! A model directory on disk, and writing one.
 
-use super::input::{file_in, read_bytes, read_json, read_text};
-use super::safetensors::{Safetensors, TensorSpec, float_bytes, write_safetensors};
 use super::{ChatTemplate, ModelConfig, Tokenizer};
 use crate::error::{Error, Result};
+use crate::io::input::{file_in, read_bytes, read_text};
+use crate::io::json;
+use crate::io::safetensors::{Safetensors, TensorSpec, float_bytes, write_weights};
 use crate::modules::ParamId;
 use rayon::prelude::*;
 use serde_json::Value;
@@ -62,10 +63,10 @@ impl ModelDir {
             };
             return Err(Error::input(place, found, "a Hugging Face model directory (config.json, model.safetensors)"));
         };
-        let value = read_json(&config_path, MOST_CONFIG_BYTES)?;
+        let value: Value = json::read(&config_path, MOST_CONFIG_BYTES, "JSON")?;
         let mut config = ModelConfig::from_json(&value, &config_path.display().to_string())?;
         if let Some(path) = file_in(dir, "generation_config.json")? {
-            let value = read_json(&path, MOST_CONFIG_BYTES)?;
+            let value: Value = json::read(&path, MOST_CONFIG_BYTES, "JSON")?;
             config.add_generation_config(&value, &path.display().to_string())?;
         }
 
@@ -140,7 +141,7 @@ impl ModelDir {
     /// `tokenizer_config.json`. A model without any needs one named.
     pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
         let read = |name: &str| match file_in(&self.dir, name)? {
-            Some(path) => read_json(&path, MOST_TOKENIZER_CONFIG_BYTES),
+            Some(path) => json::read(&path, MOST_TOKENIZER_CONFIG_BYTES, "JSON"),
             None => Ok(Value::Null),
         };
         let config = read("tokenizer_config.json")?;
@@ -189,7 +190,7 @@ impl ModelDir {
                 1 => SINGLE.to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
             };
-            write_safetensors(&out.join(&name), &specs, |i| tensor(ids[i]))?;
+            write_weights(&out.join(&name), &specs, |i| tensor(ids[i]))?;
             for spec in specs {
                 total_bytes += spec.bytes();
                 weight_map.insert(spec.name, Value::String(name.clone()));
@@ -197,7 +198,7 @@ impl ModelDir {
         }
         if count > 1 {
             let index = serde_json::json!({"metadata": {"total_size": total_bytes}, "weight_map": weight_map});
-            write_json(&out.join(INDEX), &index)?;
+            json::write(&out.join(INDEX), &index)?;
         }
         self.write_side_files(out)
     }
@@ -227,10 +228,10 @@ impl ModelDir {
 
     fn write_side_files(&self, out: &Path) -> Result<()> {
         let source = self.dir.join("config.json");
-        let mut config = read_json(&source, MOST_CONFIG_BYTES)?;
+        let mut config: Value = json::read(&source, MOST_CONFIG_BYTES, "JSON")?;
         if config["tie_word_embeddings"].as_bool().unwrap_or(false) != self.config.tied {
             config["tie_word_embeddings"] = Value::Bool(self.config.tied);
-            write_json(&out.join("config.json"), &config)?;
+            json::write(&out.join("config.json"), &config)?;
         } else {
             copy(&source, &out.join("config.json"))?;
         }
@@ -257,10 +258,6 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     std::io::copy(&mut source, &mut target).map(|_| ()).map_err(Error::io(to, "write"))
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    fs::write(path, format!("{value:#}\n")).map_err(Error::io(path, "write"))
-}
-
 /// `bos_token`, `eos_token` and their like, as strings or as objects with `content`.
 fn special_tokens(config: &Value) -> BTreeMap<String, String> {
     let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
@@ -280,7 +277,7 @@ fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
         return Err(no_weights(dir));
     };
     let place = index_path.display().to_string();
-    let index = read_json(&index_path, MOST_INDEX_BYTES)?;
+    let index: Value = json::read(&index_path, MOST_INDEX_BYTES, "JSON")?;
     let Some(weight_map) = index["weight_map"].as_object() else {
         return Err(Error::input(format!("{place}: weight_map"), "no object", "an object of tensor and file names"));
     };

@@ -1,7 +1,7 @@
 //! Text to tokens and back.
 
-use super::input::{guarded, printable, read_bytes};
 use crate::error::{Error, Result};
+use crate::io::input::{guarded, printable, read_bytes};
 use std::path::Path;
 use std::sync::Arc;
 

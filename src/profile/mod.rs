@@ -175,7 +175,7 @@ fn runner<'a, B: Backend>(
 
 /// Documents of tokens drawn from the whole vocabulary; every token but the last is trained.
 fn batch<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions) -> Batch {
-    let mut rng = crate::backend::philox::Philox::new(options.seed, 0);
+    let mut rng = crate::rng::Philox::new(options.seed, 0);
     let documents: Vec<Vec<u32>> = (0..options.batch_size)
         .map(|_| (0..options.length).map(|_| rng.below(decoder.config.vocab) as u32).collect())
         .collect();

@@ -14,7 +14,7 @@ use super::swat::{
 use super::table::{Table, TextStyle, markdown_text};
 use super::{format, study::names::Named};
 use crate::error::{Error, Result};
-use crate::model::write_atomic;
+use crate::io::write_atomic;
 use crate::modules::{Cell, ModuleSet};
 use crate::secure::run::{Outcome, RunConfig, TunedOutcome};
 use crate::secure::{Evaluation, Noise, Rate, RobustnessMap, share};

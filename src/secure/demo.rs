@@ -5,7 +5,7 @@ use super::run::{DataFiles, EvaluateOptions, RunConfig};
 use super::{ProxyOptions, RobustnessOptions, SearchOptions, TuneJob};
 use crate::data::tiny::{Counts, Language, export};
 use crate::error::{Error, Result};
-use crate::model::write_atomic;
+use crate::io::write_atomic;
 use crate::train::{PhaseOptions, Schedule, TuneOptions};
 use std::path::Path;
 

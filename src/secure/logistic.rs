@@ -178,7 +178,7 @@ fn newton_direction(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::philox::Philox;
+    use crate::rng::Philox;
 
     fn data(n: usize, m: usize, noise: f64, seed: u64) -> (Matrix, Vec<bool>) {
         let mut draw = Philox::new(seed, 0);

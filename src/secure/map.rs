@@ -6,16 +6,14 @@ use super::noise::Noise;
 use super::scores::{ScoreKind, Scores};
 use crate::data::Split;
 use crate::error::{Error, Result};
-use crate::model::write_atomic;
+use crate::io::json;
 use crate::modules::Cell;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub(super) const FORMAT: &str = "swat.robustness/1";
 /// Far above the map of any model.
-const MOST_BYTES: u64 = 1 << 28;
+const MAX_BYTES: u64 = 1 << 28;
 
 /// Mean and standard error over independent draws.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -123,12 +121,12 @@ pub struct MadeFrom {
 impl RobustnessMap {
     /// Writes it as JSON, whole or not at all.
     pub fn save(&self, path: &Path) -> Result<()> {
-        save_json(self, path)
+        json::write(path, self)
     }
 
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self> {
-        let map: Self = load_json(path, MOST_BYTES, "a map that `swat robustness` wrote")?;
+        let map: Self = json::read(path, MAX_BYTES, "a map that `swat robustness` wrote")?;
         let place = path.display().to_string();
         check_format(&place, &map.format, FORMAT)?;
         for cell in &map.cells {
@@ -146,7 +144,7 @@ impl RobustnessMap {
 
     /// blake3 of the map's JSON without the time it took: equal maps have equal hashes.
     pub fn hash(&self) -> Result<String> {
-        let text = serde_json::to_string(&Self { seconds: 0.0, ..self.clone() }).map_err(not_json)?;
+        let text = json::to_string(&Self { seconds: 0.0, ..self.clone() })?;
         Ok(blake3::hash(text.as_bytes()).to_hex().to_string())
     }
 
@@ -163,26 +161,4 @@ impl RobustnessMap {
         let expected = format!("the model that it was made of, {}; make a map of this model", self.model_hash);
         Err(Error::input("robustness map", format!("a model with hash {model_hash}"), expected))
     }
-}
-
-fn not_json(e: serde_json::Error) -> Error {
-    Error::failed(format!("cannot write JSON: {e}"), "report this")
-}
-
-/// Writes a value as indented JSON.
-pub(super) fn save_json<T: serde::Serialize>(value: &T, path: &Path) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value).map_err(not_json)?;
-    text.push('\n');
-    write_atomic(path, text.as_bytes())
-}
-
-/// Reads a value from a JSON file of bounded size; `what` says what the file should be.
-pub(super) fn load_json<T: serde::de::DeserializeOwned>(path: &Path, most_bytes: u64, what: &str) -> Result<T> {
-    let file = File::open(path).map_err(Error::io(path, "open"))?;
-    let mut text = Vec::new();
-    file.take(most_bytes + 1).read_to_end(&mut text).map_err(Error::io(path, "read"))?;
-    if text.len() as u64 > most_bytes {
-        return Err(Error::input(path.display().to_string(), format!("more than {most_bytes} bytes"), what));
-    }
-    serde_json::from_slice(&text).map_err(|e| Error::input(path.display().to_string(), e.to_string(), what))
 }

@@ -1,16 +1,16 @@
 //! The Mods_Rob file: what the search found, how, and a line to edit by hand.
 
 use super::check_format;
-use super::map::{load_json, save_json};
 use super::noise::Noise;
 use super::scores::ScoreKind;
 use crate::error::{Error, Result};
+use crate::io::json;
 use crate::modules::{Cell, ModuleSet};
 use std::collections::BTreeMap;
 use std::path::Path;
 
 pub(super) const FORMAT: &str = "swat.mods_rob/1";
-const MOST_BYTES: u64 = 1 << 26;
+const MAX_BYTES: u64 = 1 << 26;
 
 /// One window that the search looked at.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -75,12 +75,12 @@ pub struct ModsRob {
 impl ModsRob {
     /// Writes it as JSON, whole or not at all.
     pub fn save(&self, path: &Path) -> Result<()> {
-        save_json(self, path)
+        json::write(path, self)
     }
 
     /// Reads a file.
     pub fn load(path: &Path) -> Result<Self> {
-        let mods: Self = load_json(path, MOST_BYTES, "a Mods_Rob file that `swat search` wrote")?;
+        let mods: Self = json::read(path, MAX_BYTES, "a Mods_Rob file that `swat search` wrote")?;
         check_format(&path.display().to_string(), &mods.format, FORMAT)?;
         Ok(mods)
     }

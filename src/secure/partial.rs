@@ -6,6 +6,7 @@
 use super::epsilon::EpsilonPoint;
 use super::map::CellRobustness;
 use crate::error::{Error, Result};
+use crate::io::{json, write_atomic};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -53,11 +54,11 @@ impl Partial {
     /// Begins the file anew with what is known.
     pub(super) fn begin(&self, header: &Header, done: &[Done]) -> Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
-        let mut text = line(header)?;
+        let mut text = json::line(header)?;
         for cell in done {
-            text += &line(cell)?;
+            text += &json::line(cell)?;
         }
-        crate::model::write_atomic(path, text.as_bytes())
+        write_atomic(path, text.as_bytes())
     }
 
     /// Adds finished cells.
@@ -65,7 +66,7 @@ impl Partial {
         let Some(path) = &self.path else { return Ok(()) };
         let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, "write"))?;
         for cell in done {
-            file.write_all(line(cell)?.as_bytes()).map_err(Error::io(path, "write"))?;
+            file.write_all(json::line(cell)?.as_bytes()).map_err(Error::io(path, "write"))?;
         }
         file.sync_data().map_err(Error::io(path, "write"))
     }
@@ -76,12 +77,5 @@ impl Partial {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, "remove")(e)),
             _ => Ok(()),
         }
-    }
-}
-
-fn line<T: serde::Serialize>(value: &T) -> Result<String> {
-    match serde_json::to_string(value) {
-        Ok(text) => Ok(text + "\n"),
-        Err(e) => Err(Error::failed(format!("cannot write JSON: {e}"), "report this")),
     }
 }

@@ -4,8 +4,8 @@
 use super::check_format;
 use super::probe::{Head, LinearHead, Probe, ProbeAbout, ProbeLayer};
 use crate::error::{Error, Result};
-use crate::model::safetensors::{Dtype, Safetensors};
-use crate::model::write_atomic;
+use crate::io::safetensors::{Dtype, Safetensors};
+use crate::io::write_atomic;
 use safetensors::tensor::{TensorView, serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;

@@ -1,10 +1,10 @@
 //! Module sets by name: a file, an expression, or one of the controls; and their size in parameters.
 
 use super::mods::ModsRob;
-use crate::backend::philox::Philox;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleSet};
+use crate::rng::Philox;
 use std::collections::BTreeMap;
 use std::path::Path;
 

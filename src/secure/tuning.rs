@@ -4,10 +4,11 @@ use crate::backend::{Backend, ceilings};
 use crate::data::{Example, Loader};
 use crate::engine::{Decoder, Lora};
 use crate::error::{Error, Result};
-use crate::model::{ModelDir, OutputDir};
+use crate::io::{OutputDir, json};
+use crate::model::ModelDir;
 use crate::modules::{Cell, LearningRates, ModuleId, ModuleSet};
 use crate::train::{Hooks, Phase, PhaseOptions, Place, TuneOptions, TuneSummary, Tuner};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Name of the phase on Mods_Rob in metrics and updates.
 pub const MODS_PHASE: &str = "mods";
@@ -165,11 +166,11 @@ pub fn tune_directory<B: Backend>(
     let metrics = unfinished.join("metrics.jsonl");
     let to = out.dir().join("metrics.jsonl");
     std::fs::copy(&metrics, &to).map_err(Error::io(&to, "write"))?;
-    write_json(&out.dir().join("updates.json"), &summary.updates)?;
+    json::write(&out.dir().join("updates.json"), &summary.updates)?;
     let record = serde_json::json!({ "config": output.config, "job": job, "summary": {
         "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes,
         "planned_bytes": summary.planned_bytes } });
-    write_json(&out.dir().join("tune.json"), &record)?;
+    json::write(&out.dir().join("tune.json"), &record)?;
     out.commit()?;
     std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, "remove"))?;
     Ok(summary)
@@ -185,13 +186,6 @@ pub fn examples_hash(examples: &[Example]) -> String {
         hasher.update(&trained);
     }
     hasher.finalize().to_hex().to_string()
-}
-
-/// Writes a value as indented JSON.
-pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|e| Error::failed(format!("{}: {e}", path.display()), "report this"))?;
-    std::fs::write(path, text + "\n").map_err(Error::io(path, "write"))
 }
 
 /// The projections of attention, in every layer: what the group's LoRA frame adapts.

@@ -3,8 +3,9 @@
 //! `DIR/checkpoints/step-00000120/` holds `weights.safetensors` (tensors that have trained so far), `moments.safetensors`,
 //! `state.json`, and `manifest.json` with the size and hash of each. It is written under another name, synced, renamed.
 
-use super::tensor_file::{FileMark, Header, TensorReader, TensorWriter, mark};
 use crate::error::{Error, Result};
+use crate::io::safetensors::{Safetensors, SafetensorsWriter, TensorSpec};
+use crate::io::{json, remove, sync_dir};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,10 @@ const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.json";
 const PREFIX: &str = "step-";
 const UNFINISHED: &str = ".unfinished-";
+/// Far above the state of any run.
+const MAX_JSON_BYTES: u64 = 1 << 28;
+/// What the JSON files of a checkpoint should be.
+const OURS: &str = "what this version of swat writes";
 
 /// The checkpoints of a run.
 pub(super) struct Store {
@@ -63,10 +68,10 @@ impl Store {
     /// The checkpoint of one step, its hashes checked.
     pub(super) fn open(&self, step: u64) -> Result<Saved> {
         let dir = self.path(step);
-        let manifest: BTreeMap<String, FileMark> = read_json(&dir.join(MANIFEST))?;
+        let manifest: BTreeMap<String, FileMark> = json::read(&dir.join(MANIFEST), MAX_JSON_BYTES, OURS)?;
         for (name, expected) in &manifest {
             let path = dir.join(name);
-            let found = mark(&path)?;
+            let found = FileMark::of(&path)?;
             if found != *expected {
                 return Err(Error::input(
                     path.display().to_string(),
@@ -120,23 +125,28 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// Begins `NAME.safetensors`.
-    pub(super) fn tensors(&self, name: &str, header: Header) -> Result<TensorWriter> {
-        TensorWriter::create(&self.dir.join(format!("{name}.safetensors")), header)
-    }
-
-    /// Notes a finished `NAME.safetensors`.
-    pub(super) fn add(&mut self, name: &str, writer: TensorWriter) -> Result<()> {
-        self.files.insert(format!("{name}.safetensors"), writer.finish()?);
+    /// Writes `NAME.safetensors`; `values` appends the tensors in the order of `specs`.
+    pub(super) fn tensors(
+        &mut self,
+        name: &str,
+        specs: &[TensorSpec],
+        values: impl FnOnce(&mut SafetensorsWriter) -> Result<()>,
+    ) -> Result<()> {
+        let name = format!("{name}.safetensors");
+        let path = self.dir.join(&name);
+        let mut writer = SafetensorsWriter::create(&path, specs)?;
+        values(&mut writer)?;
+        writer.finish()?;
+        self.files.insert(name, FileMark::of(&path)?);
         Ok(())
     }
 
     /// Writes the state and the manifest, and gives the checkpoint its name.
     pub(super) fn commit(mut self, state: &impl serde::Serialize) -> Result<()> {
         let path = self.dir.join(STATE);
-        write_json(&path, state)?;
-        self.files.insert(STATE.into(), mark(&path)?);
-        write_json(&self.dir.join(MANIFEST), &self.files)?;
+        json::write(&path, state)?;
+        self.files.insert(STATE.into(), FileMark::of(&path)?);
+        json::write(&self.dir.join(MANIFEST), &self.files)?;
         sync_dir(&self.dir)?;
         remove(&self.target)?;
         fs::rename(&self.dir, &self.target).map_err(Error::io(&self.target, "rename"))?;
@@ -151,63 +161,42 @@ pub(super) struct Saved {
 
 impl Saved {
     pub(super) fn state<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
-        read_json(&self.dir.join(STATE))
+        json::read(&self.dir.join(STATE), MAX_JSON_BYTES, OURS)
     }
 
     /// `NAME.safetensors`, if the checkpoint has one.
-    pub(super) fn tensors(&self, name: &str) -> Result<Option<TensorReader>> {
+    pub(super) fn tensors(&self, name: &str) -> Result<Option<Safetensors>> {
         let path = self.dir.join(format!("{name}.safetensors"));
-        path.exists().then(|| TensorReader::open(&path)).transpose()
+        path.exists().then(|| Safetensors::open(&path)).transpose()
     }
 }
 
-/// Writes beside the target and renames: an interrupted write leaves the old file or the new one.
-pub(super) fn replace_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let beside = path.with_extension("json.unfinished");
-    write_json(&beside, value)?;
-    fs::rename(&beside, path).map_err(Error::io(path, "rename"))
+/// Size and hash of a finished file.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+struct FileMark {
+    bytes: u64,
+    blake3: String,
 }
 
-fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let failed = |e| Error::failed(format!("{}: {e}", path.display()), "report this");
-    let mut text = serde_json::to_vec_pretty(value).map_err(failed)?;
-    text.push(b'\n');
-    fs::write(path, text).map_err(Error::io(path, "write"))?;
-    fs::File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path, "write"))
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read(path).map_err(Error::io(path, "read"))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| Error::input(path.display().to_string(), e.to_string(), "what this version of swat writes"))
-}
-
-fn remove(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(dir, "remove")(e)),
-        _ => Ok(()),
+impl FileMark {
+    fn of(path: &Path) -> Result<Self> {
+        let mut file = fs::File::open(path).map_err(Error::io(path, "open"))?;
+        let mut hasher = blake3::Hasher::new();
+        let bytes = std::io::copy(&mut file, &mut hasher).map_err(Error::io(path, "read"))?;
+        Ok(Self { bytes, blake3: hasher.finalize().to_hex().to_string() })
     }
-}
-
-/// A rename is only durable once its directory is.
-fn sync_dir(dir: &Path) -> Result<()> {
-    if cfg!(unix) {
-        fs::File::open(dir).and_then(|file| file.sync_all()).map_err(Error::io(dir, "write"))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::safetensors::Dtype;
 
     fn save(store: &Store, step: u64) {
         let mut draft = store.begin(step).unwrap();
-        let mut header = Header::default();
-        header.add::<f32>("w".into(), &[4]);
-        let mut writer = draft.tensors("weights", header).unwrap();
-        writer.put(&[step as f32; 4]).unwrap();
-        draft.add("weights", writer).unwrap();
+        let spec = TensorSpec { name: "w".into(), dtype: Dtype::F32, shape: vec![4] };
+        let values = [step as f32; 4];
+        draft.tensors("weights", &[spec], |writer| writer.write(bytemuck::cast_slice(&values))).unwrap();
         draft.commit(&step).unwrap();
     }
 
@@ -246,8 +235,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
         save(&store, 1);
-        let draft = store.begin(2).unwrap();
-        draft.tensors("weights", Header::default()).unwrap();
+        let mut draft = store.begin(2).unwrap();
+        draft.tensors("weights", &[], |_| Ok(())).unwrap();
         assert_eq!(newest(&store), (Some(1), vec![]));
         store.prune(1, 1, None).unwrap();
         assert_eq!(store.names().unwrap(), ["step-00000001"]);

@@ -15,7 +15,7 @@ mod schedule;
 mod start;
 mod state;
 mod step;
-mod tensor_file;
+mod tensors;
 mod tuner;
 mod updates;
 

@@ -1,6 +1,7 @@
 //! The weights at the start of a phase, found again when it ends, so that ‖ΔW‖_F needs no second copy of the model.
 
 use super::state::{Journal, RunState};
+use super::tensors::read_values;
 use super::updates::{Update, cell_updates};
 use super::{Hooks, Tuner};
 use crate::backend::{Backend, FloatElement};
@@ -71,10 +72,10 @@ impl<B: Backend> Tuner<'_, B> {
                 return decoder.read(id);
             }
             let shape = shapes[&id];
-            match (start.held.get(&id), &mut file, &self.given) {
+            match (start.held.get(&id), &file, &self.given) {
                 (Some(values), ..) => Ok(widened(values)),
                 (None, Some(file), _) if start.saved.contains(&id) => {
-                    Ok(widened(&file.get::<B::Float>(&id.to_string(), shape.iter().product())?))
+                    Ok(widened(&read_values::<B::Float>(file, &id.to_string(), shape.iter().product())?))
                 }
                 (None, _, Some(given)) => {
                     let mut values = given(id, shape)?;

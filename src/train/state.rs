@@ -1,15 +1,18 @@
 //! Where a run stands, and its way into checkpoints and back.
 
-use super::checkpoint::{Saved, Store, replace_json};
+use super::checkpoint::{Saved, Store};
 use super::ema::Ema;
+use super::optimizer::Slot;
 use super::step::{Group, Outcome};
-use super::tensor_file::{Header, TensorReader};
+use super::tensors::{read_buffer, read_values, spec, write_buffer};
 use super::updates::PhaseUpdates;
 use super::{Hooks, Optimizer, PhaseSummary, Place, Progress, Updates, identity};
 use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
+use crate::io::json;
+use crate::io::safetensors::{Safetensors, TensorSpec};
 use crate::modules::{Cell, ParamId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -175,7 +178,7 @@ impl Journal {
     }
 
     /// The weights in the checkpoint of a step, its hashes checked.
-    pub(super) fn weights(&self, step: u64) -> Result<TensorReader> {
+    pub(super) fn weights(&self, step: u64) -> Result<Safetensors> {
         let saved = self.store.open(step)?;
         let none = || Error::input(saved.dir.display().to_string(), "no weights", "a whole checkpoint");
         saved.tensors("weights")?.ok_or_else(none)
@@ -193,36 +196,32 @@ impl Journal {
         let mut draft = self.store.begin(run.step)?;
 
         let weights = || decoder.params().iter().filter(|param| changed.contains(&param.id));
-        let mut header = Header::default();
-        weights().for_each(|param| header.add::<B::Float>(param.id.to_string(), &param.shape));
-        let mut writer = draft.tensors("weights", header)?;
-        for param in weights() {
-            writer.put_buffer(backend, &param.values)?;
-        }
-        draft.add("weights", writer)?;
+        let specs: Vec<TensorSpec> =
+            weights().map(|param| spec::<B::Float>(param.id.to_string(), &param.shape)).collect();
+        draft.tensors("weights", &specs, |writer| {
+            weights().try_for_each(|param| write_buffer(writer, backend, &param.values))
+        })?;
 
         // Moments of tensors that have taken no step are zero.
         let moving = || optimizer.into_iter().flat_map(Optimizer::slots).filter(|slot| slot.steps > 0);
-        let mut header = Header::default();
-        for slot in moving() {
-            header.add::<B::Moment>(format!("m.{}", slot.id), &[slot.m.len()]);
-            header.add::<B::Moment>(format!("v.{}", slot.id), &[slot.v.len()]);
-        }
-        let mut writer = draft.tensors("moments", header)?;
-        for slot in moving() {
-            writer.put_buffer(backend, &slot.m)?;
-            writer.put_buffer(backend, &slot.v)?;
-        }
-        draft.add("moments", writer)?;
+        let moments = |slot: &Slot<B>| {
+            ["m", "v"].map(|moment| spec::<B::Moment>(format!("{moment}.{}", slot.id), &[slot.m.len()]))
+        };
+        let specs: Vec<TensorSpec> = moving().flat_map(moments).collect();
+        draft.tensors("moments", &specs, |writer| {
+            moving().try_for_each(|slot| {
+                write_buffer(writer, backend, &slot.m)?;
+                write_buffer(writer, backend, &slot.v)
+            })
+        })?;
 
-        if !run.ema.means.is_empty() {
-            let mut header = Header::default();
-            run.ema.means.iter().for_each(|(id, mean)| header.add::<f32>(id.to_string(), &[mean.len()]));
-            let mut writer = draft.tensors("means", header)?;
-            for mean in run.ema.means.values() {
-                writer.put(mean)?;
-            }
-            draft.add("means", writer)?;
+        let means = &run.ema.means;
+        if !means.is_empty() {
+            let specs: Vec<TensorSpec> =
+                means.iter().map(|(id, mean)| spec::<f32>(id.to_string(), &[mean.len()])).collect();
+            draft.tensors("means", &specs, |writer| {
+                means.values().try_for_each(|mean| writer.write(bytemuck::cast_slice(mean)))
+            })?;
         }
 
         let adam_steps: BTreeMap<String, u32> = moving().map(|slot| (slot.id.to_string(), slot.steps)).collect();
@@ -233,12 +232,12 @@ impl Journal {
 
     /// Replaces the decoder's tensors by those of a checkpoint.
     pub(super) fn load_weights<B: Backend>(&self, saved: &Saved, decoder: &mut Decoder<B>) -> Result<()> {
-        let Some(mut reader) = saved.tensors("weights")? else { return Ok(()) };
+        let Some(file) = saved.tensors("weights")? else { return Ok(()) };
         let (backend, params) = decoder.split_mut();
         for param in params {
             let name = param.id.to_string();
-            if reader.has(&name) {
-                reader.get_buffer(&name, backend, &mut param.values)?;
+            if file.contains(&name) {
+                read_buffer(&file, &name, backend, &mut param.values)?;
             }
         }
         Ok(())
@@ -251,13 +250,13 @@ impl Journal {
         backend: &B,
         optimizer: &mut Optimizer<B>,
     ) -> Result<()> {
-        let Some(mut reader) = saved.tensors("moments")? else { return Ok(()) };
+        let Some(file) = saved.tensors("moments")? else { return Ok(()) };
         let state: SavedState = saved.state()?;
         for slot in optimizer.slots_mut() {
             if let Some(steps) = state.adam_steps.get(&slot.id.to_string()) {
                 slot.steps = *steps;
-                reader.get_buffer(&format!("m.{}", slot.id), backend, &mut slot.m)?;
-                reader.get_buffer(&format!("v.{}", slot.id), backend, &mut slot.v)?;
+                read_buffer(&file, &format!("m.{}", slot.id), backend, &mut slot.m)?;
+                read_buffer(&file, &format!("v.{}", slot.id), backend, &mut slot.v)?;
             }
         }
         Ok(())
@@ -265,11 +264,11 @@ impl Journal {
 
     /// Restores the running means.
     pub(super) fn load_means<B: Backend>(&self, saved: &Saved, decoder: &Decoder<B>, ema: &mut Ema) -> Result<()> {
-        let Some(mut reader) = saved.tensors("means")? else { return Ok(()) };
+        let Some(file) = saved.tensors("means")? else { return Ok(()) };
         for param in decoder.params() {
             let name = param.id.to_string();
-            if reader.has(&name) {
-                ema.means.insert(param.id, reader.get(&name, param.values.len())?);
+            if file.contains(&name) {
+                ema.means.insert(param.id, read_values(&file, &name, param.values.len())?);
             }
         }
         Ok(())
@@ -280,6 +279,6 @@ impl Journal {
         if updates.is_empty() {
             return Ok(());
         }
-        replace_json(&self.updates(), &Updates { phases: updates.to_vec() })
+        json::write(&self.updates(), &Updates { phases: updates.to_vec() })
     }
 }

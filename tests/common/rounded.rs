@@ -12,12 +12,12 @@ use half::bf16;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use swat::backend::cpu::Cpu;
-use swat::backend::philox::{Philox, words};
 use swat::backend::{
     AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Documents, Element, Epilogue, FloatElement, In,
     LinearShape, Out, Sampling, View, ViewMut,
 };
 use swat::error::Result;
+use swat::rng::{Philox, words};
 
 /// The emulation. bf16 numbers are kept as f32.
 #[derive(Clone)]

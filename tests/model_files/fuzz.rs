@@ -3,8 +3,8 @@
 use crate::stored::*;
 use proptest::prelude::*;
 use std::fs;
+use swat::io::safetensors::{Dtype, Safetensors};
 use swat::model::ModelDir;
-use swat::model::safetensors::{Dtype, Safetensors};
 use tempfile::TempDir;
 
 #[test]

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 use swat::error::Error;
-use swat::model::{OutputDir, write_atomic};
+use swat::io::{OutputDir, write_atomic};
 use tempfile::TempDir;
 
 #[test]

@@ -2,8 +2,8 @@
 
 use super::*;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
-use swat::backend::philox::words;
 use swat::backend::{AdamW, AdamWModule, Rounding, View, ViewMut};
+use swat::rng::words;
 
 const HYPER: AdamW = AdamW {
     beta1: 0.9,

@@ -16,8 +16,8 @@ mod standin;
 mod swiglu;
 mod versions;
 
-use swat::backend::philox::Philox;
 use swat::backend::{Backend, Buffer, Documents, Element, FloatElement};
+use swat::rng::Philox;
 
 /// Runs the named functions of this file, each of which takes a backend, as tests on every backend.
 macro_rules! on_every_backend {

@@ -3,8 +3,8 @@
 use super::adamw::{Part, assert_no_worse};
 use super::*;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::philox::{uniform, words};
 use swat::backend::{Direction, NoiseKey};
+use swat::rng::{uniform, words};
 
 const KEY: NoiseKey = NoiseKey { seed: 77, stream: 5 };
 const EPSILON: f32 = 0.5;

@@ -2,7 +2,7 @@
 
 use super::*;
 use half::bf16;
-use swat::backend::philox::Philox;
+use swat::rng::Philox;
 use sys::CUtensorMapSwizzle::{self, *};
 
 fn normals(stream: u64, len: usize) -> Vec<bf16> {

@@ -417,7 +417,7 @@ fn dots<S: pulp::Simd, const ROWS: usize, const TOKENS: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::philox::Philox;
+    use crate::rng::Philox;
 
     fn normals(stream: u64, len: usize) -> Vec<f32> {
         let mut rng = Philox::new(5, stream);

@@ -5,7 +5,7 @@ use super::adamw::{sum_squares, sum_squares_block};
 use super::gemm::{Matrix, product};
 use super::simd::simd_kernel;
 use crate::backend::NoiseKey;
-use crate::backend::philox::{MULTIPLIERS, WEYL, uniform};
+use crate::rng::{MULTIPLIERS, WEYL, uniform};
 use rayon::prelude::*;
 
 /// Elements of one task.
@@ -178,7 +178,7 @@ fn low_rank_squares(a: &[f32], b: &[f32], rank: usize) -> f64 {
 type Quads<T> = [[T; BLOCK / 4]; 4];
 
 simd_kernel! {
-    /// Words of blocks from `start`: the rounds of [`crate::backend::philox`] on 64-bit lanes, whose upper
+    /// Words of blocks from `start`: the rounds of [`crate::rng`] on 64-bit lanes, whose upper
     /// halves are left to hold anything, because a round needs no other shuffle then.
     fn fill_words(_simd, words: &'a mut Quads<u32>, seed: u64, stream: u64, start: u64) {
         let [w0, w1, w2, w3] = words;
@@ -252,7 +252,7 @@ simd_kernel! {
 }
 
 simd_kernel! {
-    /// Box–Muller on words: see [`crate::backend::philox`].
+    /// Box–Muller on words: see [`crate::rng`].
     fn pair(_simd, radii: &'a [u32; BLOCK / 4],
     angles: &'a [u32; BLOCK / 4],
     cosines: &'a mut [f32; BLOCK / 4],
@@ -304,7 +304,7 @@ fn cos_sin_turns(word: u32) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::philox::words;
+    use crate::rng::words;
 
     const KEY: NoiseKey = NoiseKey { seed: 0x1234_5678_9abc_def0, stream: 42 };
 

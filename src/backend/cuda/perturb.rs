@@ -224,7 +224,7 @@ pub(super) fn perturb(
 
 /// The generator itself, and the first version of a kernel: for benches and tests.
 impl<P: Precision> Cuda<P> {
-    /// The words of a stream from block `first` on ([`crate::backend::philox`]); `to` holds whole blocks of four.
+    /// The words of a stream from block `first` on ([`crate::rng`]); `to` holds whole blocks of four.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.

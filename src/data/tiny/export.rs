@@ -3,7 +3,7 @@
 use super::{Item, Language, Mixture, Request, Skill, Style};
 use crate::data::{Draw, Label, Match, SecurityPrompt, Split, Task};
 use crate::error::{Error, Result};
-use crate::model::write_atomic;
+use crate::io::write_atomic;
 use std::path::Path;
 
 /// A security prompt and what it asks for, so that obedience can be checked word for word.

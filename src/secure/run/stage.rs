@@ -1,7 +1,7 @@
 //! Stages whose results are kept: a stage runs again only when its inputs change.
 
 use crate::error::{Error, Result};
-use crate::model::write_atomic;
+use crate::io::json;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -34,12 +34,10 @@ impl Stages {
         let result = work()?;
         let value = json!({ "stage": name, "inputs_hash": hash, "inputs": inputs,
             "seconds": start.elapsed().as_secs_f64(), "result": result });
-        let text = serde_json::to_string_pretty(&value)
-            .map_err(|e| Error::failed(format!("{}: {e}", path.display()), "report this"))?;
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
         }
-        write_atomic(&path, text.as_bytes())?;
+        json::write(&path, &value)?;
         // As a later run will read it: a parser may round the last digit of a number, and hashes must not differ by that.
         Ok(read(&path, &hash).unwrap_or(result))
     }

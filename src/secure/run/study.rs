@@ -7,7 +7,8 @@ use crate::backend::{Backend, ceilings};
 use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
-use crate::model::{ModelDir, write_atomic};
+use crate::io::json;
+use crate::model::ModelDir;
 use crate::modules::ModuleSet;
 use crate::secure::{
     AnswerLengths, Drift, Evaluation, Head, Judge, ModsRob, Probe, Questions, RefusalList, RobustnessMap, Scores,
@@ -116,7 +117,7 @@ fn sample<T>(items: Vec<T>, most: usize, seed: u64) -> Vec<T> {
         return items;
     }
     let mut order: Vec<usize> = (0..items.len()).collect();
-    crate::backend::philox::Philox::new(seed, 0x5a3).shuffle(&mut order);
+    crate::rng::Philox::new(seed, 0x5a3).shuffle(&mut order);
     let mut kept = order[..most].to_vec();
     kept.sort_unstable();
     let mut kept = kept.into_iter().peekable();
@@ -433,9 +434,7 @@ impl Watching<'_, '_> {
         let logits = self.probe.logits(layer, &Head::Harmful, features)?;
         let scores = Scores::new(&logits, read.refusal.as_deref(), &self.harmful);
         self.points.push(DriftPoint { step, scores });
-        let text = serde_json::to_string(&self.points)
-            .map_err(|e| Error::failed(format!("drift points: {e}"), "report this"))?;
-        write_atomic(&self.path, text.as_bytes())
+        json::write(&self.path, &self.points)
     }
 }
 

@@ -39,34 +39,28 @@ fn in_hub_cache(root: &Path, target: &Path) -> bool {
     snapshots.parent().is_some_and(|model| target.parent() == Some(&model.join("blobs")))
 }
 
-/// The bytes of a regular file of at most `most_bytes`.
-pub(crate) fn read_bytes(path: &Path, most_bytes: u64) -> Result<Vec<u8>> {
+/// The bytes of a regular file of at most `max_bytes`.
+pub(crate) fn read_bytes(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let metadata = fs::metadata(path).map_err(Error::io(path, "read"))?;
     if !metadata.is_file() {
         return Err(Error::input(path.display().to_string(), "something that is not a regular file", "a file"));
     }
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::io(path, "open"))?;
-    file.take(most_bytes + 1).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
-    if bytes.len() as u64 > most_bytes {
-        let found = format!("more than {most_bytes} bytes");
-        return Err(Error::input(path.display().to_string(), found, format!("at most {most_bytes} bytes")));
+    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    if bytes.len() as u64 > max_bytes {
+        let found = format!("more than {max_bytes} bytes");
+        return Err(Error::input(path.display().to_string(), found, format!("at most {max_bytes} bytes")));
     }
     Ok(bytes)
 }
 
-/// The text of a UTF-8 file of at most `most_bytes`.
-pub(crate) fn read_text(path: &Path, most_bytes: u64) -> Result<String> {
-    String::from_utf8(read_bytes(path, most_bytes)?).map_err(|e| {
+/// The text of a UTF-8 file of at most `max_bytes`.
+pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
+    String::from_utf8(read_bytes(path, max_bytes)?).map_err(|e| {
         let found = format!("a byte that is not UTF-8 at offset {}", e.utf8_error().valid_up_to());
         Error::input(path.display().to_string(), found, "text in UTF-8")
     })
-}
-
-/// The value of a JSON file of at most `most_bytes`.
-pub(crate) fn read_json(path: &Path, most_bytes: u64) -> Result<serde_json::Value> {
-    serde_json::from_str(&read_text(path, most_bytes)?)
-        .map_err(|e| Error::input(path.display().to_string(), format!("malformed JSON ({})", printable(&e)), "JSON"))
 }
 
 /// A parser's message, which may quote its input, on one line and without control characters.

@@ -155,7 +155,7 @@ fn exists(path: &Path) -> bool {
 }
 
 /// Removes a file, a link or a whole directory, if it is there.
-fn remove(path: &Path) -> Result<()> {
+pub(crate) fn remove(path: &Path) -> Result<()> {
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
     let removed = if metadata.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     removed.map_err(Error::io(path, "remove"))
@@ -180,6 +180,7 @@ fn sync_parent(path: &Path) -> Result<()> {
     sync_dir(&split(path)?.0)
 }
 
-fn sync_dir(dir: &Path) -> Result<()> {
+/// A rename is only durable once its directory is.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     if cfg!(unix) { File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io(dir, "write")) } else { Ok(()) }
 }

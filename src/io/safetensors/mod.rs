@@ -1,24 +1,27 @@
-//! One safetensors file, checked and mapped; and writing one.
+//! The safetensors format: a mapped reader that checks the header, and a streaming writer.
 //!
 //! The format: 8 bytes little-endian header length, a JSON header
 //! `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__"?: {…}}`, then the tensors' bytes without
 //! gaps.
+
+mod writer;
+
+pub use safetensors::Dtype;
+pub use writer::{SafetensorsWriter, TensorSpec, write_weights};
 
 use super::input::printable;
 use crate::error::{Error, Result};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
-pub use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde::de::{Error as _, MapAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// The format's own limit.
-const MOST_HEADER_BYTES: u64 = 100_000_000;
+const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Elements that one thread converts at a time.
 const CHUNK: usize = 1 << 16;
 
@@ -66,7 +69,30 @@ impl Safetensors {
         bytes.ok_or_else(|| Error::input(self.place(), format!("tensor `{name}` outside the file"), "valid offsets"))
     }
 
-    /// The values of one bf16, f16 or f32 tensor, widened in parallel. NaN and infinity are errors that say where.
+    /// Whether it holds a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The bytes of a tensor of `len` elements of `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is no such tensor, or one of another dtype or size.
+    pub fn typed_bytes(&self, name: &str, dtype: Dtype, len: usize) -> Result<&[u8]> {
+        let info = self.entry(name)?;
+        if info.dtype == dtype && info.shape.iter().product::<usize>() == len {
+            return self.bytes(name);
+        }
+        let place = format!("{}: tensor `{}`", self.place(), name.escape_debug());
+        Err(Error::input(
+            place,
+            format!("{} of shape {:?}", info.dtype, info.shape),
+            format!("{len} values of {dtype}"),
+        ))
+    }
+
+    /// The values of one bf16, f16 or f32 tensor as f32, converted in parallel. NaN and infinity are errors that name
+    /// the element.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let (dtype, shape) = self.info(name)?;
         let bytes = self.bytes(name)?;
@@ -122,7 +148,7 @@ impl Safetensors {
         })
     }
 
-    pub(super) fn not_float(&self, name: &str, dtype: Dtype) -> Error {
+    pub(crate) fn not_float(&self, name: &str, dtype: Dtype) -> Error {
         let place = format!("{}: tensor `{name}`", self.place());
         Error::unsupported(place, format!("the dtype {dtype}"), "store weights as BF16, F16 or F32")
     }
@@ -151,20 +177,6 @@ fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     }
 }
 
-/// Rounds to nearest, ties to even.
-fn narrow(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
-    let pairs = bytes.chunks_exact_mut(2).zip(values);
-    match dtype {
-        Dtype::BF16 => pairs.for_each(|(b, v)| b.copy_from_slice(&bf16::from_f32(*v).to_le_bytes())),
-        Dtype::F16 => pairs.for_each(|(b, v)| b.copy_from_slice(&f16::from_f32(*v).to_le_bytes())),
-        _ => {
-            for (b, v) in bytes.chunks_exact_mut(4).zip(values) {
-                b.copy_from_slice(&v.to_le_bytes());
-            }
-        }
-    }
-}
-
 /// Row-major index to one index a dimension.
 fn coordinates(mut at: usize, shape: &[usize]) -> Vec<usize> {
     let mut index: Vec<usize> = shape
@@ -180,90 +192,6 @@ fn coordinates(mut at: usize, shape: &[usize]) -> Vec<usize> {
     index
 }
 
-/// A tensor to be written.
-pub struct TensorSpec {
-    /// Its name in the file.
-    pub name: String,
-    /// BF16, F16 or F32.
-    pub dtype: Dtype,
-    /// Its shape.
-    pub shape: Vec<usize>,
-}
-
-impl TensorSpec {
-    /// Number of elements.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Whether it has no element.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Size in the file.
-    pub fn bytes(&self) -> u64 {
-        (self.len() * float_bytes(self.dtype).unwrap_or(4)) as u64
-    }
-}
-
-/// Writes a file; `values(i)` gives the values of `specs[i]`, asked for in order, one at a time, so that memory holds
-/// one tensor. Values round to nearest even; one that is not finite, or becomes infinite in a narrower dtype, is an
-/// [`Error::Failed`] that names it.
-pub fn write_safetensors(
-    path: &Path,
-    specs: &[TensorSpec],
-    mut values: impl FnMut(usize) -> Result<Vec<f32>>,
-) -> Result<()> {
-    let mut header = serde_json::Map::new();
-    header.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt"}));
-    let mut begin = 0;
-    for spec in specs {
-        let end = begin + spec.bytes();
-        let entry = serde_json::json!({"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]});
-        header.insert(spec.name.clone(), entry);
-        begin = end;
-    }
-    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
-
-    let file = File::create(path).map_err(Error::io(path, "create"))?;
-    let mut out = BufWriter::new(file);
-    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::io(path, "write"))?;
-    out.write_all(&header).map_err(Error::io(path, "write"))?;
-    let mut bytes = Vec::new();
-    for (i, spec) in specs.iter().enumerate() {
-        let values = values(i)?;
-        if values.len() != spec.len() {
-            let what = format!("{} values for tensor `{}` of shape {:?}", values.len(), spec.name, spec.shape);
-            return Err(Error::failed(what, "this is a mistake of the program"));
-        }
-        let width = float_bytes(spec.dtype).unwrap_or(4);
-        // Bounded pieces, so that a large tensor is not held twice.
-        for (piece, values) in values.chunks(64 * CHUNK).enumerate() {
-            bytes.resize(values.len() * width, 0);
-            let bad = bytes
-                .par_chunks_mut(CHUNK * width)
-                .zip(values.par_chunks(CHUNK))
-                .enumerate()
-                .filter_map(|(chunk, (bytes, values))| {
-                    narrow(spec.dtype, values, bytes);
-                    let overflows = |v: &f32| spec.dtype == Dtype::F16 && f16::from_f32(*v).is_infinite();
-                    let bad = values.iter().position(|v| !v.is_finite() || overflows(v));
-                    bad.map(|i| chunk * CHUNK + i)
-                })
-                .min();
-            if let Some(at) = bad {
-                let index = coordinates(piece * 64 * CHUNK + at, &spec.shape);
-                let what = format!("{} at index {index:?} of tensor `{}` ({})", values[at], spec.name, spec.dtype);
-                return Err(Error::failed(what, "the run has diverged; lower the learning rate"));
-            }
-            out.write_all(&bytes).map_err(Error::io(path, "write"))?;
-        }
-    }
-    out.flush().map_err(Error::io(path, "write"))
-}
-
 /// Checks the header; returns where the data begins, and the tensors.
 fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo>)> {
     let wrong = |found: String, expected: &str| Error::input(place, found, expected);
@@ -272,7 +200,7 @@ fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo
     }
     let length = file.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let after = file.get(8..).unwrap_or_default();
-    if length > MOST_HEADER_BYTES || length > after.len() as u64 {
+    if length > MAX_HEADER_BYTES || length > after.len() as u64 {
         let found = format!("a header of {length} bytes in a file of {}", file.len());
         return Err(wrong(found, "a safetensors file that is whole: a header that fits, of at most 100 MB"));
     }

@@ -14,9 +14,9 @@
 //! The words are exact on every backend; normals agree up to the rounding of ln, cos and sin.
 
 /// Multipliers of a round.
-pub(super) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+pub(crate) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 /// What the key grows by from round to round.
-pub(super) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+pub(crate) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
 /// The ten rounds: four words from a counter and a key.
 #[inline(always)]

@@ -1,0 +1,36 @@
+//! JSON files: bounded reads, and writes that readers see whole.
+
+use super::input::{printable, read_text};
+use super::write_atomic;
+use crate::error::{Error, Result};
+use serde::{Serialize, de::DeserializeOwned};
+use std::path::Path;
+
+/// The value of a JSON file of at most `max_bytes`; `expected` says what the file should be.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path, max_bytes: u64, expected: &str) -> Result<T> {
+    serde_json::from_str(&read_text(path, max_bytes)?).map_err(|e| {
+        let what = printable(&e);
+        let found = if e.is_data() { what } else { format!("malformed JSON ({what})") };
+        Error::input(path.display().to_string(), found, expected)
+    })
+}
+
+/// Writes a value as indented JSON: see [`write_atomic`].
+pub(crate) fn write(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(unserializable)?;
+    write_atomic(path, (text + "\n").as_bytes())
+}
+
+/// A value as one line of JSON lines, its line feed included.
+pub(crate) fn line(value: &impl Serialize) -> Result<String> {
+    Ok(to_string(value)? + "\n")
+}
+
+/// A value as compact JSON.
+pub(crate) fn to_string(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(unserializable)
+}
+
+fn unserializable(e: serde_json::Error) -> Error {
+    Error::failed(format!("cannot serialize JSON: {e}"), "this is a bug; please report it")
+}
