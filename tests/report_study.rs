@@ -5,7 +5,7 @@ use swat::modules::{Cell, ModuleKind};
 use swat::report::swat::SettingKind;
 use swat::report::{results_text, swat_report, write_report};
 use swat::secure::Rate;
-use swat::secure::run::{Outcome, RunConfig};
+use swat::secure::study::{Outcome, RunConfig};
 
 fn rate(hits: usize, total: usize) -> Value {
     json!(Rate::new(hits, total))

@@ -10,9 +10,9 @@ use swat::engine::{Decoder, NoiseKind};
 use swat::error::{Error, Result};
 use swat::modules::{Cell, ModuleKind, ModuleSet};
 use swat::secure::{
-    ControlLabel, FirstTokens, Head, ModsRob, Noise, Probe, ProbeInput, ProbeOptions, Proxy, ProxyInput, ProxyOptions,
-    RobustnessMap, RobustnessOptions, ScoreKind, SearchOptions, drift, features, prompts_hash, robustness, search,
-    snapshot, train_probe,
+    ControlLabel, FirstTokens, Head, ModsRob, Noise, PerturbationScorer, Probe, ProbeInput, ProbeOptions,
+    RobustnessMap, RobustnessOptions, ScoreKind, ScorerInput, ScorerOptions, SearchOptions, drift, features,
+    prompts_hash, robustness, search, snapshot, train_probe,
 };
 
 /// Prompts whose last token says harmful (below 30) or benign: even a random model tells them apart.
@@ -66,12 +66,17 @@ fn world() -> World {
     World { decoder, prompts, tokens, control, probe }
 }
 
-fn proxy<'w>(world: &'w World, kind: NoiseKind, options: ProxyOptions) -> Proxy<'w, Cpu> {
+fn proxy<'w>(world: &'w World, kind: NoiseKind, options: ScorerOptions) -> PerturbationScorer<'w, Cpu> {
     try_proxy(world, kind, options, "model").unwrap()
 }
 
-fn try_proxy<'w>(w: &'w World, kind: NoiseKind, options: ProxyOptions, hash: &'w str) -> Result<Proxy<'w, Cpu>> {
-    let input = ProxyInput {
+fn try_proxy<'w>(
+    w: &'w World,
+    kind: NoiseKind,
+    options: ScorerOptions,
+    hash: &'w str,
+) -> Result<PerturbationScorer<'w, Cpu>> {
+    let input = ScorerInput {
         decoder: &w.decoder,
         model_hash: hash,
         probe: &w.probe,
@@ -80,11 +85,11 @@ fn try_proxy<'w>(w: &'w World, kind: NoiseKind, options: ProxyOptions, hash: &'w
         control: Some(&w.control),
         kind,
     };
-    Proxy::new(input, options)
+    PerturbationScorer::new(input, options)
 }
 
-fn small() -> ProxyOptions {
-    ProxyOptions { members: 2, batch_tokens: 60, ..Default::default() }
+fn small() -> ScorerOptions {
+    ScorerOptions { members: 2, batch_tokens: 60, ..Default::default() }
 }
 
 fn at(epsilon: f32) -> RobustnessOptions {
@@ -98,7 +103,7 @@ fn close(a: f64, b: f64) -> bool {
 #[test]
 fn scale_agrees_with_a_model_changed_by_hand() {
     let mut world = world();
-    let options = ProxyOptions { kind: Noise::Scale, ..small() };
+    let options = ScorerOptions { kind: Noise::Scale, ..small() };
     let proxy_of = proxy(&world, NoiseKind::Scale, options);
     let map = robustness(&proxy_of, &at(0.5), None, &mut |_, _| {}).unwrap();
     assert_eq!(map.cells.len(), world.decoder.config.cells().len());
@@ -168,8 +173,8 @@ fn noise_costs_more_with_its_strength_and_controls_are_there() {
 #[test]
 fn chunks_and_groups_change_nothing() {
     let world = world();
-    let whole = ProxyOptions { members: 2, ..Default::default() };
-    let tiny = ProxyOptions { batch_tokens: 7, group_bytes: 1, budget_bytes: 1, ..whole.clone() };
+    let whole = ScorerOptions { members: 2, ..Default::default() };
+    let tiny = ScorerOptions { batch_tokens: 7, group_bytes: 1, budget_bytes: 1, ..whole.clone() };
     let options = RobustnessOptions { cells: "layers.1 embed_tokens".into(), ..at(0.7) };
     let maps = [whole, tiny]
         .map(|o| robustness(&proxy(&world, NoiseKind::Gaussian, o), &options, None, &mut |_, _| {}).unwrap());
@@ -182,7 +187,7 @@ fn chunks_and_groups_change_nothing() {
 
 /// Runs a map and stops it after `groups` groups, as a killed process would.
 fn interrupted(world: &World, out: &Path, groups: usize) {
-    let proxy = proxy(world, NoiseKind::Gaussian, ProxyOptions { group_bytes: 1, ..small() });
+    let proxy = proxy(world, NoiseKind::Gaussian, ScorerOptions { group_bytes: 1, ..small() });
     let mut left = groups + 1;
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let _ = robustness(&proxy, &at(0.7), Some(out), &mut |_, _| {
@@ -199,7 +204,7 @@ fn an_interrupted_map_goes_on_where_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let (out, whole) = (dir.path().join("map.json"), dir.path().join("whole.json"));
     let partial = dir.path().join("map.json.partial.jsonl");
-    let options = || ProxyOptions { group_bytes: 1, ..small() };
+    let options = || ScorerOptions { group_bytes: 1, ..small() };
     let expected =
         robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&whole), &mut |_, _| {}).unwrap();
     interrupted(&world, &out, 5);
@@ -234,11 +239,11 @@ fn an_interrupted_map_goes_on_where_it_was() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let world = world();
-    let text = |r: Result<Proxy<'_, Cpu>>| r.err().unwrap().to_string();
+    let text = |r: Result<PerturbationScorer<'_, Cpu>>| r.err().unwrap().to_string();
     assert!(text(try_proxy(&world, NoiseKind::Gaussian, small(), "other")).contains("hash other"));
-    let none = ProxyOptions { members: 0, ..small() };
+    let none = ScorerOptions { members: 0, ..small() };
     assert!(text(try_proxy(&world, NoiseKind::Gaussian, none, "model")).contains("members"));
-    let ood = ProxyOptions { split: Split::Ood, ..small() };
+    let ood = ScorerOptions { split: Split::Ood, ..small() };
     assert!(text(try_proxy(&world, NoiseKind::Gaussian, ood, "model")).contains("`ood`"));
     let proxy = proxy(&world, NoiseKind::Gaussian, small());
     for (options, word) in [

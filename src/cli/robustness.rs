@@ -10,7 +10,7 @@ use crate::io::write_atomic;
 use crate::modules::ModuleSet;
 use crate::report::TextStyle;
 use crate::report::swat::{CellScore, Robustness, robustness_map, robustness_table};
-use crate::secure::{MadeFrom, Noise, Probe, ProxyOptions, RobustnessMap, RobustnessOptions, ScoreKind, robustness};
+use crate::secure::{MadeFrom, Noise, Probe, RobustnessMap, RobustnessOptions, ScoreKind, ScorerOptions, robustness};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -80,14 +80,14 @@ impl OnDevice for RobustnessCommand {
         let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
         let probe = Probe::load(&self.probe)?;
         let subject = self.model.subject(backend)?;
-        let options = ProxyOptions {
+        let options = ScorerOptions {
             kind: self.kind,
             members: self.members,
             seed: self.common.seed,
             split,
             retrain: !self.no_retrain,
             budget_bytes: self.memory_mib << 20,
-            ..ProxyOptions::default()
+            ..ScorerOptions::default()
         };
         let proxy = subject.proxy(&probe, &prompts, options)?;
         let options =

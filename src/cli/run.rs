@@ -6,7 +6,7 @@ use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::report::{results_text, write_report};
-use crate::secure::run::{RunConfig, run};
+use crate::secure::study::{RunConfig, run};
 use clap::Args;
 use std::path::PathBuf;
 

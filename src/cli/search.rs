@@ -9,7 +9,7 @@ use crate::data::SecurityPrompt;
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
 use crate::report::format::{fixed, percent};
-use crate::secure::{Probe, ProxyOptions, RobustnessMap, SearchOptions, search};
+use crate::secure::{Probe, RobustnessMap, ScorerOptions, SearchOptions, search};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -89,12 +89,12 @@ impl OnDevice for SearchCommand {
         let model = ModelArgs { model, chat_template: self.chat_template };
         let subject = model.subject(backend)?;
         map.check_model(&subject.hash)?;
-        let options = ProxyOptions {
+        let options = ScorerOptions {
             kind: map.kind.clone(),
             split: map.split,
             retrain: false,
             budget_bytes: self.memory_mib << 20,
-            ..ProxyOptions::default()
+            ..ScorerOptions::default()
         };
         let proxy = subject.proxy(&probe, &prompts, options)?;
         let options = SearchOptions {

@@ -16,7 +16,7 @@ use super::{format, study::names::Named};
 use crate::error::{Error, Result};
 use crate::io::write_atomic;
 use crate::modules::{Cell, ModuleSet};
-use crate::secure::run::{Outcome, RunConfig, TunedOutcome};
+use crate::secure::study::{Outcome, RunConfig, TunedOutcome};
 use crate::secure::{Evaluation, Noise, Rate, RobustnessMap, share};
 use seeds::{by_key, over_seeds, several, training};
 use std::collections::BTreeMap;

@@ -1,10 +1,10 @@
 //! A model under study, and each step of the method on it.
 
 use super::{
-    Answer, ControlLabel, Drift, FirstTokens, Head, Judge, Judgement, Perplexity, Probe, ProbeInput, ProbeOptions,
-    Proxy, ProxyInput, ProxyOptions, Rate, RefusalList, Snapshot, TaskScore, attack_success, drift, features,
-    generate_answers, over_refusal, perplexity, probe_harmfulness, prompts_hash, render_prompts, snapshot,
-    strict_compliance, task_score, train_probe,
+    Answer, ControlLabel, Drift, FirstTokens, Head, Judge, Judgement, Perplexity, PerturbationScorer, Probe,
+    ProbeInput, ProbeOptions, Rate, RefusalList, ScorerInput, ScorerOptions, Snapshot, TaskScore, attack_success,
+    drift, features, generate_answers, over_refusal, perplexity, probe_harmfulness, prompts_hash, render_prompts,
+    snapshot, strict_compliance, task_score, train_probe,
 };
 use crate::backend::Backend;
 use crate::data::{Chat, Example, Examples, Label, SecurityPrompt, Task};
@@ -174,12 +174,12 @@ impl<B: Backend> Subject<B> {
         &'a self,
         probe: &'a Probe,
         prompts: &'a [SecurityPrompt],
-        options: ProxyOptions,
-    ) -> Result<Proxy<'a, B>> {
+        options: ScorerOptions,
+    ) -> Result<PerturbationScorer<'a, B>> {
         let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
         let control = probe.about.control.as_ref().map(|c| c.labels(prompts));
         let kind = options.kind.engine_kind(&self.files)?;
-        let input = ProxyInput {
+        let input = ScorerInput {
             decoder: &self.decoder,
             model_hash: &self.hash,
             probe,
@@ -188,7 +188,7 @@ impl<B: Backend> Subject<B> {
             control: control.as_deref(),
             kind,
         };
-        Proxy::new(input, options)
+        PerturbationScorer::new(input, options)
     }
 
     /// Hidden states and refusal log-odds of prompts, as a probe's drift needs them.

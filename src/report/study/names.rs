@@ -2,7 +2,7 @@
 
 use crate::report::format;
 use crate::report::swat::{Setting, SettingKind};
-use crate::secure::run::{Outcome, RunConfig, RunOutcome, SettingOutcome};
+use crate::secure::study::{Outcome, RunConfig, RunOutcome, SettingOutcome};
 
 /// A setting's outcome with its name and the parts of its text.
 #[derive(Clone)]

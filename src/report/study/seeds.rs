@@ -2,7 +2,7 @@
 
 use super::names::Named;
 use crate::report::swat::Measure;
-use crate::secure::run::{RunOutcome, TunedOutcome};
+use crate::secure::study::{RunOutcome, TunedOutcome};
 use crate::secure::{Evaluation, Rate};
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -7,7 +7,7 @@ use crate::modules::{Cell, ModuleKind};
 use crate::report::format;
 use crate::report::swat::{Measure, entry, results_table};
 use crate::report::table::{Entry, Table};
-use crate::secure::run::{Outcome, RunConfig};
+use crate::secure::study::{Outcome, RunConfig};
 use crate::secure::{
     CellRobustness, RobustnessMap, ScoreKind, SplitDrift, Stat, UpdateComparison, UpdateGroup, compare_updates,
 };

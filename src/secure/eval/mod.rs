@@ -1,13 +1,17 @@
 //! Evaluation from answers: attack success, over-refusal, strict compliance, task score, perplexity. Answers are text in
 //! memory; nothing here prints or saves one.
 
-use super::features::Progress;
-use super::refusal::RefusalList;
+pub(crate) mod judge;
+pub(crate) mod metrics;
+pub(crate) mod refusal;
+
+use self::refusal::RefusalList;
 use crate::backend::Backend;
 use crate::data::Example;
 use crate::engine::{Batch, Decoder, GenerateOptions};
 use crate::error::{Error, Result};
 use crate::model::Tokenizer;
+use crate::secure::Progress;
 use std::collections::BTreeMap;
 
 /// A share with its 95 % confidence interval (Wilson, "Probable inference", 1927), which also holds near 0 and 1.

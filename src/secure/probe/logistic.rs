@@ -6,6 +6,7 @@
 //! cost prompts² instead of prompts·features, and the reduction is shared by all λ and all heads of a layer.
 
 use super::linalg::{Matrix, add_scaled, dot};
+use crate::secure::eval::metrics::{binary_cross_entropy, sigmoid};
 
 /// Newton steps before giving up; five to fifteen are usual.
 const MOST_STEPS: usize = 100;
@@ -15,29 +16,29 @@ const TOLERANCE: f64 = 1e-8;
 const JITTER: f64 = 1e-10;
 
 /// Features of a fit, reduced to as many columns as there are rows.
-pub(super) struct Design {
-    pub(super) x: Matrix,
+pub(crate) struct Design {
+    pub(crate) x: Matrix,
     reduced: Option<Matrix>,
 }
 
 /// A fitted direction.
 #[derive(Clone, Debug)]
-pub(super) struct Fit {
-    pub(super) w: Vec<f64>,
-    pub(super) b: f64,
+pub(crate) struct Fit {
+    pub(crate) w: Vec<f64>,
+    pub(crate) b: f64,
     /// Norm of the gradient relative to the one at w = 0.
-    pub(super) gradient: f64,
+    pub(crate) gradient: f64,
 }
 
 impl Design {
     /// `x`: [prompts, features].
-    pub(super) fn new(x: Matrix) -> Self {
+    pub(crate) fn new(x: Matrix) -> Self {
         let reduced = (x.columns > x.rows).then(|| x.gram(JITTER).cholesky());
         Self { x, reduced }
     }
 
     /// The minimum for labels `y` [prompts].
-    pub(super) fn fit(&self, y: &[bool], lambda: f64) -> Fit {
+    pub(crate) fn fit(&self, y: &[bool], lambda: f64) -> Fit {
         match &self.reduced {
             None => newton(&self.x, y, lambda),
             Some(l) => {
@@ -46,23 +47,6 @@ impl Design {
             }
         }
     }
-}
-
-/// ln(1 + eᶻ) without overflow.
-pub(super) fn softplus(z: f64) -> f64 {
-    z.max(0.0) + (-z.abs()).exp().ln_1p()
-}
-
-/// 1 / (1 + e⁻ᶻ) without overflow.
-pub(super) fn sigmoid(z: f64) -> f64 {
-    let e = (-z.abs()).exp();
-    if z >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
-}
-
-/// Mean cross-entropy of logits.
-pub(super) fn cross_entropy(logits: &[f64], y: &[bool]) -> f64 {
-    let sum: f64 = logits.iter().zip(y).map(|(z, y)| softplus(if *y { -z } else { *z })).sum();
-    sum / y.len().max(1) as f64
 }
 
 fn logits(x: &Matrix, w: &[f64], b: f64) -> Vec<f64> {
@@ -102,7 +86,7 @@ fn newton(x: &Matrix, y: &[bool], lambda: f64) -> Fit {
         let (sw, sb) = newton_direction(x, &curvature, lambda, &dw, db, relative.sqrt().min(0.1) * norm);
         let slope = dot(&sw, &dw) + sb * db;
         let along = logits(x, &sw, sb);
-        let objective = |z: &[f64], w: &[f64]| cross_entropy(z, y) + lambda * dot(w, w);
+        let objective = |z: &[f64], w: &[f64]| binary_cross_entropy(z, y) + lambda * dot(w, w);
         let here = objective(&z, &w);
         let mut t = 1.0;
         let accepted = (0..40).find_map(|_| {
@@ -179,6 +163,7 @@ fn newton_direction(
 mod tests {
     use super::*;
     use crate::rng::Philox;
+    use crate::secure::eval::metrics::softplus;
 
     fn data(n: usize, m: usize, noise: f64, seed: u64) -> (Matrix, Vec<bool>) {
         let mut draw = Philox::new(seed, 0);
@@ -195,7 +180,7 @@ mod tests {
         let mut draw = Philox::new(2, 0);
         let w: Vec<f64> = (0..7).map(|_| draw.normal()).collect();
         let (b, lambda, h) = (0.2, 0.05, 1e-6);
-        let objective = |w: &[f64], b: f64| cross_entropy(&logits(&x, w, b), &y) + lambda * dot(w, w);
+        let objective = |w: &[f64], b: f64| binary_cross_entropy(&logits(&x, w, b), &y) + lambda * dot(w, w);
         let (dw, db) = gradient(&x, &logits(&x, &w, b), &y, &w, lambda);
         for i in 0..7 {
             let (mut up, mut down) = (w.clone(), w.clone());

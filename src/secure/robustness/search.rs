@@ -5,13 +5,13 @@
 //! windows that were left out in the place of those that cost the set most. One such search runs for every seed; a cell that most
 //! of them chose is in Mods_Rob, and the majority is checked once more over all seeds.
 
-use super::features::Progress;
 use super::map::RobustnessMap;
 use super::mods::{FORMAT, ModsRob, SearchStep};
-use super::scores::ScoreKind;
 use super::sets::share;
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleId, ModuleKind, ModuleSet};
+use crate::secure::Progress;
+use crate::secure::eval::metrics::ScoreKind;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -64,7 +64,7 @@ struct Walk<'s, 'j> {
 }
 
 /// Finds Mods_Rob on a map. `joint` gives R of a set over the draws of some of the map's seeds (see
-/// [`super::Proxy::joint`]); `progress` counts joint runs of at most so many.
+/// [`crate::secure::PerturbationScorer::joint`]); `progress` counts joint runs of at most so many.
 ///
 /// Fails, with what was reached and what to change, where no set between floor and cap stays under τ.
 pub fn search(

@@ -2,11 +2,11 @@
 
 mod config;
 mod outcome;
+mod run;
 mod setting;
 mod stage;
-mod study;
 
 pub use config::{DataFiles, EvaluateOptions, RunConfig};
 pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
+pub use run::run;
 pub use setting::{Mix, SettingSpec};
-pub use study::run;

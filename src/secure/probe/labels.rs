@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
 /// Whether a prompt is harmful.
-pub(super) fn harmful(prompt: &SecurityPrompt) -> bool {
+pub(crate) fn harmful(prompt: &SecurityPrompt) -> bool {
     prompt.label == Label::Harmful
 }
 

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 /// Σ aᵢ·bᵢ, in eight interleaved sums (which the compiler can keep in vector registers).
-pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
     let rest: f64 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
@@ -16,7 +16,7 @@ pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
 }
 
 /// y += factor·x.
-pub(super) fn add_scaled(y: &mut [f64], factor: f64, x: &[f64]) {
+pub(crate) fn add_scaled(y: &mut [f64], factor: f64, x: &[f64]) {
     for (y, x) in y.iter_mut().zip(x) {
         *y += factor * x;
     }
@@ -24,24 +24,24 @@ pub(super) fn add_scaled(y: &mut [f64], factor: f64, x: &[f64]) {
 
 /// A matrix [rows, columns].
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Matrix {
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-    pub(super) values: Vec<f64>,
+pub(crate) struct Matrix {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    pub(crate) values: Vec<f64>,
 }
 
 impl Matrix {
-    pub(super) fn row(&self, i: usize) -> &[f64] {
+    pub(crate) fn row(&self, i: usize) -> &[f64] {
         &self.values[i * self.columns..(i + 1) * self.columns]
     }
 
     /// A·x.
-    pub(super) fn times(&self, x: &[f64]) -> Vec<f64> {
+    pub(crate) fn times(&self, x: &[f64]) -> Vec<f64> {
         self.values.chunks_exact(self.columns).map(|row| dot(row, x)).collect()
     }
 
     /// Aᵀ·y.
-    pub(super) fn transposed_times(&self, y: &[f64]) -> Vec<f64> {
+    pub(crate) fn transposed_times(&self, y: &[f64]) -> Vec<f64> {
         let mut x = vec![0.0; self.columns];
         for (row, y) in self.values.chunks_exact(self.columns).zip(y) {
             add_scaled(&mut x, *y, row);
@@ -50,7 +50,7 @@ impl Matrix {
     }
 
     /// A·Aᵀ + jitter·(mean of its diagonal)·I.
-    pub(super) fn gram(&self, jitter: f64) -> Matrix {
+    pub(crate) fn gram(&self, jitter: f64) -> Matrix {
         let n = self.rows;
         let mut values = vec![0.0; n * n];
         values.par_chunks_mut(n.max(1)).enumerate().for_each(|(i, row)| {
@@ -69,7 +69,7 @@ impl Matrix {
     }
 
     /// Lower L with L·Lᵀ = A, for a symmetric positive definite A.
-    pub(super) fn cholesky(&self) -> Matrix {
+    pub(crate) fn cholesky(&self) -> Matrix {
         let n = self.rows;
         let mut l = Matrix { rows: n, columns: n, values: vec![0.0; n * n] };
         for i in 0..n {
@@ -83,7 +83,7 @@ impl Matrix {
     }
 
     /// x with Lᵀ·x = y, for a lower triangular L.
-    pub(super) fn solve_transposed(&self, y: &[f64]) -> Vec<f64> {
+    pub(crate) fn solve_transposed(&self, y: &[f64]) -> Vec<f64> {
         let mut x = y.to_vec();
         for i in (0..self.rows).rev() {
             x[i] /= self.values[i * self.columns + i];

@@ -184,7 +184,7 @@ impl FirstTokens {
     }
 
     /// Checks what a file said: tokens ascending and inside the vocabulary, shares from 0 to 1, both sides present.
-    pub(super) fn check(&self, vocab: Option<usize>, place: &str) -> Result<()> {
+    pub(crate) fn check(&self, vocab: Option<usize>, place: &str) -> Result<()> {
         let place = format!("{place}: first_tokens");
         let ascending = self.tokens.windows(2).all(|w| w[0] < w[1]);
         if self.tokens.is_empty() || !ascending || self.tokens.len() != self.refusal.len() {

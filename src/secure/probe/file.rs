@@ -1,18 +1,18 @@
 //! `probe.safetensors`: `layers.L.mean`, `layers.L.deviation` and, for head number I of that layer in the order of the
 //! metadata, `layers.L.heads.I.w` and `.b`, all f32. The metadata entry `swat.probe` holds [`ProbeAbout`] as JSON.
 
-use super::check_format;
-use super::probe::{Head, LinearHead, Probe, ProbeAbout, ProbeLayer};
+use super::{Head, LinearHead, Probe, ProbeAbout, ProbeLayer};
 use crate::error::{Error, Result};
 use crate::io::safetensors::{Dtype, Safetensors};
 use crate::io::write_atomic;
+use crate::secure::check_format;
 use safetensors::tensor::{TensorView, serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-pub(super) const FORMAT: &str = "swat.probe/1";
+pub(crate) const FORMAT: &str = "swat.probe/1";
 const KEY: &str = "swat.probe";
 /// Far above any model.
 const MOST_LAYERS: usize = 4096;

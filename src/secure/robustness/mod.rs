@@ -3,18 +3,26 @@
 //! R = relative drop of a score; smaller is more robust. Three controls tell security from mere distribution shift: a probe
 //! trained anew on each copy, R per unit of output shift, and the same probe shape on a non-security label.
 
-use super::epsilon;
-use super::features::Progress;
-use super::map::{CellRobustness, FORMAT, RobustnessMap, Stat};
-use super::noise::Noise;
-use super::partial::{Done, Header, Partial};
-use super::proxy::{Observation, Proxy};
-use super::scores::{ScoreKind, relative_drop};
-use super::sets::cell_parameters;
+pub(crate) mod epsilon;
+pub(crate) mod map;
+pub(crate) mod mods;
+pub(crate) mod noise;
+pub(crate) mod partial;
+pub(crate) mod scorer;
+pub(crate) mod search;
+pub(crate) mod sets;
+
+use self::map::{CellRobustness, FORMAT, RobustnessMap, Stat};
+use self::noise::Noise;
+use self::partial::{Done, Header, Partial};
+use self::scorer::{Observation, PerturbationScorer};
+use self::sets::cell_parameters;
 use crate::backend::Backend;
 use crate::engine::Member;
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleSet};
+use crate::secure::Progress;
+use crate::secure::eval::metrics::{ScoreKind, relative_drop};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -53,23 +61,23 @@ fn partial_path(out: &Path) -> PathBuf {
 /// Makes the map. With `out`, finished cells are kept beside it, an interrupted run goes on from them, and the map is saved
 /// there. `progress` counts cells.
 pub fn robustness<B: Backend>(
-    proxy: &Proxy<'_, B>,
+    scorer: &PerturbationScorer<'_, B>,
     options: &RobustnessOptions,
     out: Option<&Path>,
     progress: Progress<'_>,
 ) -> Result<RobustnessMap> {
-    let wanted = ModuleSet::parse(&options.cells, &proxy.decoder.config.cells())?;
+    let wanted = ModuleSet::parse(&options.cells, &scorer.decoder.config.cells())?;
     check(options, &wanted)?;
     let partial_path = out.map(partial_path);
     let partial = Partial::new(partial_path.as_deref());
-    let run = run_hash(proxy, options)?;
+    let run = run_hash(scorer, options)?;
     let (header, mut done) = match partial.read(&run) {
         Some((header, done)) => (header, done),
         None => {
             let (epsilon, epsilon_sweep) = match options.epsilon {
                 Some(epsilon) => (epsilon, Vec::new()),
-                None if proxy.options.kind == Noise::Zero => (1.0, Vec::new()),
-                None => epsilon::choose(proxy, options.score, options.epsilon_target)?,
+                None if scorer.options.kind == Noise::Zero => (1.0, Vec::new()),
+                None => epsilon::choose(scorer, options.score, options.epsilon_target)?,
             };
             (Header { run, epsilon, epsilon_sweep }, Vec::new())
         }
@@ -79,26 +87,26 @@ pub fn robustness<B: Backend>(
     let known: BTreeSet<Cell> = done.iter().map(|d| d.cell.cell).collect();
     let left: Vec<Cell> = in_order(&wanted).into_iter().filter(|c| !known.contains(c)).collect();
     progress(done.len(), total);
-    let parameters = cell_parameters(&proxy.decoder.config);
-    let copies_a_cell = proxy.seeds().len() * proxy.members(&ModuleSet::default(), 0).len();
-    for group in left.chunks((proxy.members_a_group() / copies_a_cell).clamp(1, CELLS_A_SAVE)) {
+    let parameters = cell_parameters(&scorer.decoder.config);
+    let copies_a_cell = scorer.seeds().len() * scorer.members(&ModuleSet::default(), 0).len();
+    for group in left.chunks((scorer.members_a_group() / copies_a_cell).clamp(1, CELLS_A_SAVE)) {
         let start = Instant::now();
-        let members: Vec<Member> = group.iter().flat_map(|cell| cell_members(proxy, *cell)).collect();
-        let observations = proxy.observe(&members, header.epsilon)?;
+        let members: Vec<Member> = group.iter().flat_map(|cell| cell_members(scorer, *cell)).collect();
+        let observations = scorer.observe(&members, header.epsilon)?;
         let seconds = start.elapsed().as_secs_f64() / group.len() as f64;
         let new: Vec<Done> = group
             .iter()
             .zip(observations.chunks_exact(copies_a_cell))
             .map(|(cell, own)| {
                 let parameters = parameters.get(cell).copied().unwrap_or(0);
-                Done { cell: cell_result(proxy, *cell, parameters, own), seconds }
+                Done { cell: cell_result(scorer, *cell, parameters, own), seconds }
             })
             .collect();
         partial.append(&new)?;
         done.extend(new);
         progress(done.len(), total);
     }
-    let map = assemble(proxy, header, done)?;
+    let map = assemble(scorer, header, done)?;
     if let Some(out) = out {
         map.save(out)?;
     }
@@ -124,17 +132,17 @@ fn check(options: &RobustnessOptions, wanted: &ModuleSet) -> Result<()> {
 }
 
 /// Everything that decides the numbers of a cell, in one hash.
-fn run_hash<B: Backend>(proxy: &Proxy<'_, B>, options: &RobustnessOptions) -> Result<String> {
+fn run_hash<B: Backend>(scorer: &PerturbationScorer<'_, B>, options: &RobustnessOptions) -> Result<String> {
     let about = serde_json::json!({
         "format": FORMAT,
-        "model": proxy.model_hash,
-        "probe": proxy.probe.hash()?,
-        "prompts": proxy.prompts_hash,
-        "kind": proxy.options.kind,
-        "directions": proxy.directions_hash(),
-        "seeds": proxy.seeds(),
-        "retrain": proxy.options.retrain,
-        "split": proxy.options.split,
+        "model": scorer.model_hash,
+        "probe": scorer.probe.hash()?,
+        "prompts": scorer.prompts_hash,
+        "kind": scorer.options.kind,
+        "directions": scorer.directions_hash(),
+        "seeds": scorer.seeds(),
+        "retrain": scorer.options.retrain,
+        "split": scorer.options.split,
         "epsilon": options.epsilon,
         "epsilon_target": options.epsilon_target,
         "score": options.score,
@@ -154,20 +162,20 @@ fn in_order(cells: &ModuleSet) -> Vec<Cell> {
     ordered
 }
 
-fn cell_members<B: Backend>(proxy: &Proxy<'_, B>, cell: Cell) -> Vec<Member> {
+fn cell_members<B: Backend>(scorer: &PerturbationScorer<'_, B>, cell: Cell) -> Vec<Member> {
     let set: ModuleSet = [cell].into_iter().collect();
-    proxy.seeds().into_iter().flat_map(|seed| proxy.members(&set, seed)).collect()
+    scorer.seeds().into_iter().flat_map(|seed| scorer.members(&set, seed)).collect()
 }
 
 /// Statistics over draws; the signs of a draw are averaged first, as they are not independent.
 fn cell_result<B: Backend>(
-    proxy: &Proxy<'_, B>,
+    scorer: &PerturbationScorer<'_, B>,
     cell: Cell,
     parameters: u64,
     observations: &[Observation],
 ) -> CellRobustness {
-    let signs = (observations.len() / proxy.seeds().len()).max(1);
-    let clean = proxy.clean;
+    let signs = (observations.len() / scorer.seeds().len()).max(1);
+    let clean = scorer.clean;
     let by_seed = |value: &dyn Fn(&Observation) -> Option<f64>| -> Option<Vec<f64>> {
         let mean = |draw: &[Observation]| -> Option<f64> {
             let values: Option<Vec<f64>> = draw.iter().map(value).collect();
@@ -214,28 +222,28 @@ fn cell_result<B: Backend>(
     }
 }
 
-fn assemble<B: Backend>(proxy: &Proxy<'_, B>, header: Header, done: Vec<Done>) -> Result<RobustnessMap> {
+fn assemble<B: Backend>(scorer: &PerturbationScorer<'_, B>, header: Header, done: Vec<Done>) -> Result<RobustnessMap> {
     let seconds = done.iter().map(|d| d.seconds).sum();
     let order = in_order(&done.iter().map(|d| d.cell.cell).collect());
     let mut cells: BTreeMap<Cell, CellRobustness> = done.into_iter().map(|d| (d.cell.cell, d.cell)).collect();
     Ok(RobustnessMap {
         made_from: None,
         format: FORMAT.to_owned(),
-        model_hash: proxy.model_hash.clone(),
-        probe_hash: proxy.probe.hash()?,
-        prompts_hash: proxy.prompts_hash.clone(),
-        layers: proxy.decoder.config.layers,
-        metric_layer: proxy.probe.about.metric_layer,
-        split: proxy.options.split,
-        prompts: proxy.prompts(),
-        kind: proxy.options.kind.clone(),
+        model_hash: scorer.model_hash.clone(),
+        probe_hash: scorer.probe.hash()?,
+        prompts_hash: scorer.prompts_hash.clone(),
+        layers: scorer.decoder.config.layers,
+        metric_layer: scorer.probe.about.metric_layer,
+        split: scorer.options.split,
+        prompts: scorer.prompts(),
+        kind: scorer.options.kind.clone(),
         epsilon: header.epsilon,
         epsilon_sweep: header.epsilon_sweep,
-        seeds: proxy.seeds(),
-        antithetic: proxy.options.kind.draws().1,
-        clean: proxy.clean.scores,
-        clean_control_gap: proxy.clean.control_gap,
-        clean_retrained_auroc: proxy.clean.retrained,
+        seeds: scorer.seeds(),
+        antithetic: scorer.options.kind.draws().1,
+        clean: scorer.clean.scores,
+        clean_control_gap: scorer.clean.control_gap,
+        clean_retrained_auroc: scorer.clean.retrained,
         cells: order.iter().filter_map(|c| cells.remove(c)).collect(),
         seconds,
     })

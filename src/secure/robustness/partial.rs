@@ -3,8 +3,7 @@
 //! The first line says what run it belongs to; a file of any other run, or a damaged one, is begun anew. A last line that
 //! was cut off is dropped.
 
-use super::epsilon::EpsilonPoint;
-use super::map::CellRobustness;
+use super::map::{CellRobustness, EpsilonPoint};
 use crate::error::{Error, Result};
 use crate::io::{json, write_atomic};
 use std::fs::{self, File, OpenOptions};
@@ -17,33 +16,33 @@ const MOST_BYTES: u64 = 1 << 28;
 /// The first line.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Header {
+pub(crate) struct Header {
     /// blake3 of everything that decides the results.
-    pub(super) run: String,
-    pub(super) epsilon: f32,
-    pub(super) epsilon_sweep: Vec<EpsilonPoint>,
+    pub(crate) run: String,
+    pub(crate) epsilon: f32,
+    pub(crate) epsilon_sweep: Vec<EpsilonPoint>,
 }
 
 /// Any other line.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Done {
-    pub(super) cell: CellRobustness,
-    pub(super) seconds: f64,
+pub(crate) struct Done {
+    pub(crate) cell: CellRobustness,
+    pub(crate) seconds: f64,
 }
 
 /// The file; without a path nothing is kept.
-pub(super) struct Partial {
+pub(crate) struct Partial {
     path: Option<PathBuf>,
 }
 
 impl Partial {
-    pub(super) fn new(path: Option<&Path>) -> Self {
+    pub(crate) fn new(path: Option<&Path>) -> Self {
         Self { path: path.map(Path::to_owned) }
     }
 
     /// What an earlier run with the same hash left.
-    pub(super) fn read(&self, run: &str) -> Option<(Header, Vec<Done>)> {
+    pub(crate) fn read(&self, run: &str) -> Option<(Header, Vec<Done>)> {
         let file = File::open(self.path.as_ref()?).ok()?;
         let mut lines = BufReader::new(file.take(MOST_BYTES)).lines();
         let header: Header = serde_json::from_str(&lines.next()?.ok()?).ok()?;
@@ -52,7 +51,7 @@ impl Partial {
     }
 
     /// Begins the file anew with what is known.
-    pub(super) fn begin(&self, header: &Header, done: &[Done]) -> Result<()> {
+    pub(crate) fn begin(&self, header: &Header, done: &[Done]) -> Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
         let mut text = json::line(header)?;
         for cell in done {
@@ -62,7 +61,7 @@ impl Partial {
     }
 
     /// Adds finished cells.
-    pub(super) fn append(&self, done: &[Done]) -> Result<()> {
+    pub(crate) fn append(&self, done: &[Done]) -> Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
         let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, "write"))?;
         for cell in done {
@@ -72,7 +71,7 @@ impl Partial {
     }
 
     /// Removes the file once the map is saved.
-    pub(super) fn remove(path: &Path) -> Result<()> {
+    pub(crate) fn remove(path: &Path) -> Result<()> {
         match fs::remove_file(path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, "remove")(e)),
             _ => Ok(()),

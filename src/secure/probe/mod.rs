@@ -1,12 +1,21 @@
 //! The security-feature classifier: linear probes p = σ(w·h + b) on standardised hidden states (paper, section on the
 //! security feature space). Once trained it is frozen, its mean and deviation included, and reads any changed model.
 
-use super::control::ControlLabel;
-use super::refusal::FirstTokens;
-use super::scores::Metrics;
+pub(crate) mod control;
+pub(crate) mod drift;
+pub(crate) mod features;
+pub(crate) mod file;
+pub(crate) mod labels;
+pub(crate) mod linalg;
+pub(crate) mod logistic;
+pub(crate) mod train;
+
+use self::control::ControlLabel;
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
+use crate::secure::eval::metrics::Metrics;
+use crate::secure::eval::refusal::FirstTokens;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;

@@ -1,21 +1,23 @@
 //! The demonstration: a whole study on the embedded tiny aligned model, in a language of made-up words.
 
-use super::demo_model::DEMO_MAX_LENGTH;
-use super::run::{DataFiles, EvaluateOptions, RunConfig};
-use super::{ProxyOptions, RobustnessOptions, SearchOptions, TuneJob};
+pub(crate) mod model;
+
+use self::model::DEMO_MAX_LENGTH;
+use super::{RobustnessOptions, ScorerOptions, SearchOptions, TuneJob};
 use crate::data::tiny::{Counts, Language, export};
 use crate::error::{Error, Result};
 use crate::io::write_atomic;
+use crate::secure::study::{DataFiles, EvaluateOptions, RunConfig};
 use crate::train::{PhaseOptions, Schedule, TuneOptions};
 use std::path::Path;
 
 /// The embedded model directory, made by `swat demo --make-model`.
 const MODEL: [(&str, &[u8]); 5] = [
-    ("config.json", include_bytes!("../../assets/tiny/config.json")),
-    ("generation_config.json", include_bytes!("../../assets/tiny/generation_config.json")),
-    ("tokenizer.json", include_bytes!("../../assets/tiny/tokenizer.json")),
-    ("tokenizer_config.json", include_bytes!("../../assets/tiny/tokenizer_config.json")),
-    ("model.safetensors", include_bytes!("../../assets/tiny/model.safetensors")),
+    ("config.json", include_bytes!("../../../assets/tiny/config.json")),
+    ("generation_config.json", include_bytes!("../../../assets/tiny/generation_config.json")),
+    ("tokenizer.json", include_bytes!("../../../assets/tiny/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../../../assets/tiny/tokenizer_config.json")),
+    ("model.safetensors", include_bytes!("../../../assets/tiny/model.safetensors")),
 ];
 
 /// Writes the embedded model to `dir`.
@@ -71,7 +73,7 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: 
             strict: Some(data.join("strict.jsonl")),
             ..DataFiles::default()
         },
-        perturb: ProxyOptions { members: 2, seed, ..ProxyOptions::default() },
+        perturb: ScorerOptions { members: 2, seed, ..ScorerOptions::default() },
         robustness: RobustnessOptions::default(),
         search: SearchOptions { swap: false, ..SearchOptions::default() },
         tune: TuneJob {

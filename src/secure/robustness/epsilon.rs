@@ -1,43 +1,34 @@
 //! Choosing ε: the strength at which a joint reference set loses half of its score.
 
-use super::proxy::Proxy;
-use super::scores::{ScoreKind, relative_drop};
+use super::map::EpsilonPoint;
+use super::scorer::PerturbationScorer;
 use super::sets::{cell_parameters, random_set};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::secure::eval::metrics::{ScoreKind, relative_drop};
 
 /// Strengths that are tried, ascending, until the reference set has lost enough.
 const GRID: [f32; 11] = [0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0];
 /// Share of the reference sets: one cell alone may never reach mid-range, a set of this size does.
 const REFERENCE_SHARE: f64 = 0.4;
 
-/// One strength and what it does to the reference sets.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EpsilonPoint {
-    /// Relative norm of the perturbation.
-    pub epsilon: f32,
-    /// Mean R of the reference sets.
-    pub drop: f64,
-}
-
 /// Sweeps ε over random sets of 40 % of the projections, one a draw, up to the first ε whose mean R reaches `target`, and
 /// interpolates; the largest ε where none does. Returns ε and the points.
-pub(super) fn choose<B: Backend>(
-    proxy: &Proxy<'_, B>,
+pub(crate) fn choose<B: Backend>(
+    scorer: &PerturbationScorer<'_, B>,
     score: ScoreKind,
     target: f64,
 ) -> Result<(f32, Vec<EpsilonPoint>)> {
-    let clean = proxy.clean_score(score)?;
-    let parameters = cell_parameters(&proxy.decoder.config);
-    let members: Vec<_> = proxy
+    let clean = scorer.clean_score(score)?;
+    let parameters = cell_parameters(&scorer.decoder.config);
+    let members: Vec<_> = scorer
         .seeds()
         .into_iter()
-        .flat_map(|seed| proxy.members(&random_set(&parameters, REFERENCE_SHARE, seed, true), seed))
+        .flat_map(|seed| scorer.members(&random_set(&parameters, REFERENCE_SHARE, seed, true), seed))
         .collect();
     let mut points: Vec<EpsilonPoint> = Vec::new();
     for epsilon in GRID {
-        let values: Vec<f64> = proxy.observe(&members, epsilon)?.iter().filter_map(|o| o.scores.get(score)).collect();
+        let values: Vec<f64> = scorer.observe(&members, epsilon)?.iter().filter_map(|o| o.scores.get(score)).collect();
         let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
         let drop = relative_drop(clean, mean).ok_or_else(|| {
             Error::failed(format!("the score `{score}` is not finite at ε = {epsilon}"), "set --epsilon")

@@ -1,7 +1,5 @@
 //! Scores of a probe's logits and of the refusal log-odds.
 
-use super::logistic::cross_entropy;
-
 /// One number that says how well security features are kept; higher is better.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -120,7 +118,7 @@ impl Metrics {
             auroc: auroc(logits, positive),
             gap: class_gap(logits, positive),
             margin: class_mean(logits, positive, true),
-            loss: cross_entropy(logits, positive),
+            loss: binary_cross_entropy(logits, positive),
         }
     }
 }
@@ -163,6 +161,23 @@ pub fn auroc(values: &[f64], positive: &[bool]) -> Option<f64> {
 /// that there is nothing to lose.
 pub fn relative_drop(clean: f64, changed: f64) -> Option<f64> {
     (clean > 1e-9).then(|| (clean - changed) / clean).filter(|drop| drop.is_finite())
+}
+
+/// ln(1 + eᶻ) without overflow.
+pub(crate) fn softplus(z: f64) -> f64 {
+    z.max(0.0) + (-z.abs()).exp().ln_1p()
+}
+
+/// 1 / (1 + e⁻ᶻ) without overflow.
+pub(crate) fn sigmoid(z: f64) -> f64 {
+    let e = (-z.abs()).exp();
+    if z >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
+}
+
+/// Mean binary cross-entropy of logits, in nats.
+pub(crate) fn binary_cross_entropy(logits: &[f64], y: &[bool]) -> f64 {
+    let sum: f64 = logits.iter().zip(y).map(|(z, y)| softplus(if *y { -z } else { *z })).sum();
+    sum / y.len().max(1) as f64
 }
 
 #[cfg(test)]

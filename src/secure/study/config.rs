@@ -1,7 +1,7 @@
 //! The configuration of a study: one TOML file.
 
 use crate::error::{Error, Result};
-use crate::secure::{JudgeOptions, ProbeOptions, ProxyOptions, RobustnessOptions, SearchOptions, TuneJob};
+use crate::secure::{JudgeOptions, ProbeOptions, RobustnessOptions, ScorerOptions, SearchOptions, TuneJob};
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 
@@ -26,7 +26,7 @@ pub struct RunConfig {
     /// Security-feature classifiers.
     pub probe: ProbeOptions,
     /// Perturbations behind the map and the search.
-    pub perturb: ProxyOptions,
+    pub perturb: ScorerOptions,
     /// The map.
     pub robustness: RobustnessOptions,
     /// The search for Mods_Rob.

@@ -1,16 +1,15 @@
 //! Features: hidden states at the last prompt token, of the prompt as the chat template renders it.
 
-use super::refusal::FirstTokens;
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
 use crate::model::{ChatTemplate, Message, Tokenizer};
 use crate::modules::ModuleSet;
+use crate::secure::eval::refusal::FirstTokens;
 use std::ops::Range;
 
-/// Told (done, total) as work goes on.
-pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
+use crate::secure::Progress;
 
 /// Hidden states at the last token of every prompt.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +61,7 @@ pub fn prompts_hash(tokens: &[Vec<u32>], prompts: &[SecurityPrompt]) -> String {
 }
 
 /// Consecutive prompts of at most `batch_tokens` together; a longer prompt goes alone. An empty prompt is an error.
-pub(super) fn batches(prompts: &[Vec<u32>], batch_tokens: usize) -> Result<Vec<Range<usize>>> {
+pub(crate) fn batches(prompts: &[Vec<u32>], batch_tokens: usize) -> Result<Vec<Range<usize>>> {
     if let Some(i) = prompts.iter().position(Vec::is_empty) {
         return Err(Error::input(format!("prompt {}", i + 1), "no tokens", "a prompt of at least one token"));
     }
@@ -82,7 +81,7 @@ pub(super) fn batches(prompts: &[Vec<u32>], batch_tokens: usize) -> Result<Vec<R
     Ok(batches)
 }
 
-pub(super) fn packed(prompts: &[Vec<u32>]) -> Batch {
+pub(crate) fn packed(prompts: &[Vec<u32>]) -> Batch {
     Batch::from_prompts(prompts.iter().map(Vec::as_slice))
 }
 
@@ -132,6 +131,20 @@ pub fn snapshot<B: Backend>(
     }
     let features = Features { prompts: prompts.len(), hidden: decoder.config.hidden, layers };
     Ok(Snapshot { features, refusal: first.map(|f| f.log_odds(&logits)) })
+}
+
+/// Mean over rows of ‖h′ − h‖ / ‖h‖; rows of zeros are left out.
+pub(crate) fn output_shift(base: &[f32], changed: &[f32], hidden: usize) -> f64 {
+    let (mut sum, mut count) = (0.0, 0);
+    for (h, c) in base.chunks_exact(hidden).zip(changed.chunks_exact(hidden)) {
+        let norm: f64 = h.iter().map(|x| f64::from(*x).powi(2)).sum();
+        let moved: f64 = h.iter().zip(c).map(|(x, y)| (f64::from(*y) - f64::from(*x)).powi(2)).sum();
+        if norm > 0.0 {
+            sum += (moved / norm).sqrt();
+            count += 1;
+        }
+    }
+    sum / f64::from(count.max(1))
 }
 
 #[cfg(test)]

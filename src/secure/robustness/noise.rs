@@ -102,7 +102,7 @@ impl Noise {
     }
 
     /// Whether members with other seeds differ, and whether w − δ is worth a look beside w + δ.
-    pub(super) fn draws(&self) -> (bool, bool) {
+    pub(crate) fn draws(&self) -> (bool, bool) {
         match self {
             Self::Gaussian | Self::Rademacher | Self::LowRank(_) => (true, true),
             Self::Scale => (false, true),

@@ -1,16 +1,17 @@
 //! Training probes: every layer and head, λ chosen on the validation split.
 
 use super::control::ControlLabel;
-use super::features::{Features, Progress};
+use super::features::Features;
+use super::file::FORMAT;
 use super::labels::{check_labels, harmful};
 use super::linalg::Matrix;
-use super::logistic::{Design, cross_entropy};
-use super::probe::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};
-use super::probe_file::FORMAT;
-use super::refusal::FirstTokens;
-use super::scores::Metrics;
+use super::logistic::Design;
+use super::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
+use crate::secure::Progress;
+use crate::secure::eval::metrics::{Metrics, binary_cross_entropy};
+use crate::secure::eval::refusal::FirstTokens;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -52,7 +53,7 @@ pub struct ProbeInput<'a> {
     pub control: Option<(&'a ControlLabel, &'a [bool])>,
     /// [`crate::model::ModelDir::hash`].
     pub model_hash: &'a str,
-    /// [`super::prompts_hash`].
+    /// [`crate::secure::prompts_hash`].
     pub prompts_hash: &'a str,
 }
 
@@ -247,7 +248,7 @@ impl Space {
             let fit = design.fit(&y, lambda);
             let z = logits(&fit.w, fit.b);
             let (valid, truth) = of(Split::Valid, &z);
-            let loss = cross_entropy(&valid, &truth);
+            let loss = binary_cross_entropy(&valid, &truth);
             if best.as_ref().is_none_or(|(least, ..)| loss < *least) {
                 best = Some((loss, lambda, fit, z));
             }
@@ -275,7 +276,7 @@ fn rows_of(x: &Matrix, rows: &[usize]) -> Matrix {
 
 /// Area under the ROC curve, on `test`, of a probe trained anew on `train`, at a fixed ridge: control (a). Both are rows
 /// [prompts, hidden] with labels; the rows are standardised by the training rows.
-pub(super) fn retrained_auroc(
+pub(crate) fn retrained_auroc(
     hidden: usize,
     train: (&[f32], &[bool]),
     test: (&[f32], &[bool]),
@@ -293,5 +294,5 @@ pub(super) fn retrained_auroc(
             parts.map(|(((h, m), d), w)| (f64::from(*h) - f64::from(*m)) / f64::from(*d) * w).sum::<f64>() + fit.b
         })
         .collect();
-    super::scores::auroc(&logits, test.1)
+    crate::secure::eval::metrics::auroc(&logits, test.1)
 }

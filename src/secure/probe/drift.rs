@@ -1,11 +1,11 @@
 //! Drift: what the frozen probe and plain geometry say of another model's features.
 
-use super::features::{Features, Snapshot};
+use super::features::{Features, Snapshot, output_shift};
 use super::labels::harmful;
-use super::probe::{Head, Probe};
-use super::scores::{Metrics, ScoreKind, Scores, relative_drop};
+use super::{Head, Probe};
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
+use crate::secure::eval::metrics::{Metrics, ScoreKind, Scores, relative_drop};
 use std::collections::BTreeMap;
 
 /// Drift of a tuned model against the model that the probe was trained on.
@@ -101,20 +101,6 @@ impl Features {
     pub fn rows(&self, layer: usize, rows: &[usize]) -> Vec<f32> {
         rows.iter().flat_map(|i| &self.layers[layer][i * self.hidden..(i + 1) * self.hidden]).copied().collect()
     }
-}
-
-/// Mean over rows of ‖h′ − h‖ / ‖h‖; rows of zeros are left out.
-pub(super) fn output_shift(base: &[f32], changed: &[f32], hidden: usize) -> f64 {
-    let (mut sum, mut count) = (0.0, 0);
-    for (h, c) in base.chunks_exact(hidden).zip(changed.chunks_exact(hidden)) {
-        let norm: f64 = h.iter().map(|x| f64::from(*x).powi(2)).sum();
-        let moved: f64 = h.iter().zip(c).map(|(x, y)| (f64::from(*y) - f64::from(*x)).powi(2)).sum();
-        if norm > 0.0 {
-            sum += (moved / norm).sqrt();
-            count += 1;
-        }
-    }
-    sum / f64::from(count.max(1))
 }
 
 fn direction_cosine(base: &[f32], changed: &[f32], hidden: usize, harmful: &[bool]) -> Option<f64> {

@@ -1,16 +1,20 @@
 //! The Mods_Rob file: what the search found, how, and a line to edit by hand.
 
-use super::check_format;
 use super::noise::Noise;
-use super::scores::ScoreKind;
+use super::sets::{cell_parameters, modules, random_set, share};
 use crate::error::{Error, Result};
 use crate::io::json;
+use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleSet};
+use crate::secure::check_format;
+use crate::secure::eval::metrics::ScoreKind;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-pub(super) const FORMAT: &str = "swat.mods_rob/1";
+pub(crate) const FORMAT: &str = "swat.mods_rob/1";
 const MAX_BYTES: u64 = 1 << 26;
+/// Size of a random set that has no reference: the search's default cap.
+const RANDOM_SHARE: f64 = 0.5;
 
 /// One window that the search looked at.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -38,7 +42,7 @@ pub struct ModsRob {
     pub set: String,
     /// The set as it was found; differs from `set` after an edit.
     pub found: String,
-    /// Parameters of the set over those of all projections, see [`super::share`].
+    /// Parameters of the set over those of all projections, see [`crate::secure::share`].
     pub share: f64,
     /// R of the set, perturbed jointly, over all seeds.
     pub joint: f64,
@@ -103,4 +107,53 @@ impl ModsRob {
         let found = format!("a Mods_Rob file of the model {}", self.model_hash);
         Err(Error::input("module set", found, format!("one of this model, {model_hash}, or an expression")))
     }
+}
+
+/// Reads a set of modules for a model of this shape:
+///
+/// - the path of a Mods_Rob file (its `set` line counts; a file of another model is refused if `model_hash` is given);
+/// - `random:SEED`, `random-without-layer0:SEED`: random projections of the same trainable size as `reference`, else half;
+/// - `complement`: the projections that `reference` leaves out;
+/// - `layer0`: the projections of layer 0;
+/// - anything else is an expression of [`ModuleSet::parse`]: `all`, `layers.16-31.{o_proj,v_proj}`, …
+pub fn resolve_mods(
+    text: &str,
+    config: &ModelConfig,
+    reference: Option<&ModuleSet>,
+    model_hash: Option<&str>,
+) -> Result<ModuleSet> {
+    let parameters = cell_parameters(config);
+    let text = text.trim();
+    let place = || format!("module set `{}`", text.chars().take(80).collect::<String>());
+    let random = |seed: &str, layer0: bool| {
+        let seed = seed
+            .parse()
+            .map_err(|_| Error::input(place(), format!("seed `{seed}`"), "a whole number from 0, as in random:1"))?;
+        let target = reference.map_or(RANDOM_SHARE, |set| share(set, &parameters));
+        Ok(random_set(&parameters, target, seed, layer0))
+    };
+    if let Some(seed) = text.strip_prefix("random:") {
+        return random(seed, true);
+    }
+    if let Some(seed) = text.strip_prefix("random-without-layer0:") {
+        return random(seed, false);
+    }
+    if text == "complement" {
+        let reference = reference
+            .ok_or_else(|| Error::input(place(), "no set to complement", "a Mods_Rob file or set beside it"))?;
+        return Ok(modules(&parameters).map(|(c, _)| c).filter(|c| !reference.contains(*c)).collect());
+    }
+    let all = config.cells();
+    if text == "layer0" {
+        return ModuleSet::parse("layers.0.modules", &all);
+    }
+    let path = Path::new(text);
+    if text.ends_with(".json") || path.is_file() {
+        let mods = ModsRob::load(path)?;
+        if let Some(hash) = model_hash {
+            mods.check_model(hash)?;
+        }
+        return mods.modules(&all);
+    }
+    ModuleSet::parse(text, &all)
 }

@@ -1,17 +1,16 @@
 //! The robustness map: what each cell's perturbation costs. Its JSON is the input of the search and of the heat map.
 
-use super::check_format;
-use super::epsilon::EpsilonPoint;
 use super::noise::Noise;
-use super::scores::{ScoreKind, Scores};
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::io::json;
 use crate::modules::Cell;
+use crate::secure::check_format;
+use crate::secure::eval::metrics::{ScoreKind, Scores};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-pub(super) const FORMAT: &str = "swat.robustness/1";
+pub(crate) const FORMAT: &str = "swat.robustness/1";
 /// Far above the map of any model.
 const MAX_BYTES: u64 = 1 << 28;
 
@@ -33,6 +32,16 @@ impl Stat {
         let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
         (!values.is_empty()).then_some(Self { mean, error: (values.len() > 1).then(|| (variance / n).sqrt()) })
     }
+}
+
+/// One strength and what it does to the reference sets.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EpsilonPoint {
+    /// Relative norm of the perturbation.
+    pub epsilon: f32,
+    /// Mean R of the reference sets.
+    pub drop: f64,
 }
 
 /// What perturbing one cell does.

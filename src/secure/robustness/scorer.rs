@@ -1,24 +1,24 @@
-//! The proxy that robustness and the search ask: a model, its frozen probe and labelled prompts; perturb some modules,
+//! The scorer that robustness and the search ask: a model, its frozen probe and labelled prompts; perturb some modules,
 //! and see what the probe still reads.
 
-use super::drift::output_shift;
-use super::features::{batches, packed};
-use super::labels::harmful;
 use super::noise::Noise;
-use super::probe::{Head, Probe};
-use super::probe_train::retrained_auroc;
-use super::scores::{ScoreKind, Scores, relative_drop};
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
+use crate::secure::eval::metrics::{ScoreKind, Scores, relative_drop};
+use crate::secure::probe::features::output_shift;
+use crate::secure::probe::features::{batches, packed};
+use crate::secure::probe::labels::harmful;
+use crate::secure::probe::train::retrained_auroc;
+use crate::secure::probe::{Head, Probe};
 use rayon::prelude::*;
 
 /// How copies are perturbed and read.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct ProxyOptions {
+pub struct ScorerOptions {
     /// Kind of perturbation.
     pub kind: Noise,
     /// Draws a cell; each costs two copies (±δ). The standard error falls with its root.
@@ -37,7 +37,7 @@ pub struct ProxyOptions {
     pub group_bytes: u64,
 }
 
-impl Default for ProxyOptions {
+impl Default for ScorerOptions {
     fn default() -> Self {
         Self {
             kind: Noise::Gaussian,
@@ -52,8 +52,8 @@ impl Default for ProxyOptions {
     }
 }
 
-/// What a proxy is made of.
-pub struct ProxyInput<'a, 'p, B: Backend> {
+/// What a scorer is made of.
+pub struct ScorerInput<'a, 'p, B: Backend> {
     /// The model that the probe was trained on.
     pub decoder: &'a Decoder<B>,
     /// Its hash.
@@ -84,11 +84,11 @@ pub struct Observation {
 }
 
 /// See the module's documentation.
-pub struct Proxy<'a, B: Backend> {
-    pub(super) decoder: &'a Decoder<B>,
-    pub(super) model_hash: String,
-    pub(super) probe: &'a Probe,
-    pub(super) options: ProxyOptions,
+pub struct PerturbationScorer<'a, B: Backend> {
+    pub(crate) decoder: &'a Decoder<B>,
+    pub(crate) model_hash: String,
+    pub(crate) probe: &'a Probe,
+    pub(crate) options: ScorerOptions,
     kind: NoiseKind,
     batches: Vec<Batch>,
     /// The scored prompts come first.
@@ -98,8 +98,8 @@ pub struct Proxy<'a, B: Backend> {
     /// Of the unperturbed model at the metric layer, [prompts, hidden].
     clean_hidden: Vec<f32>,
     /// Of the unperturbed model.
-    pub(super) clean: Observation,
-    pub(super) prompts_hash: String,
+    pub(crate) clean: Observation,
+    pub(crate) prompts_hash: String,
 }
 
 /// What is read of a copy before it is scored.
@@ -109,9 +109,9 @@ struct Raw {
     log_odds: Vec<f64>,
 }
 
-impl<'a, B: Backend> Proxy<'a, B> {
+impl<'a, B: Backend> PerturbationScorer<'a, B> {
     /// Checks everything against everything and reads the unperturbed model.
-    pub fn new(input: ProxyInput<'a, '_, B>, options: ProxyOptions) -> Result<Self> {
+    pub fn new(input: ScorerInput<'a, '_, B>, options: ScorerOptions) -> Result<Self> {
         input.probe.check_model(&input.decoder.config, input.model_hash)?;
         let n = input.labels.len();
         if input.prompts.len() != n || input.control.is_some_and(|c| c.len() != n) {
@@ -137,7 +137,7 @@ impl<'a, B: Backend> Proxy<'a, B> {
         let has_control = input.probe.head(metric_layer, &Head::Control).is_some();
         let control = input.control.filter(|_| has_control).map(|c| rows.iter().map(|i| c[*i]).collect());
         let batches = batches(&prompts, options.batch_tokens)?.into_iter().map(|r| packed(&prompts[r])).collect();
-        let mut proxy = Self {
+        let mut scorer = Self {
             decoder: input.decoder,
             model_hash: input.model_hash.to_owned(),
             probe: input.probe,
@@ -153,19 +153,19 @@ impl<'a, B: Backend> Proxy<'a, B> {
                 retrained: None,
                 shift: 0.0,
             },
-            prompts_hash: super::prompts_hash(&prompts, &labels),
+            prompts_hash: crate::secure::prompts_hash(&prompts, &labels),
             options,
         };
         let member = Member { cells: ModuleSet::default(), seed: 0, negative: false };
-        for raw in proxy.sweep(&[member], 0.0)? {
-            proxy.clean_hidden.clone_from(&raw.hidden);
-            proxy.clean = proxy.observation(&raw)?;
+        for raw in scorer.sweep(&[member], 0.0)? {
+            scorer.clean_hidden.clone_from(&raw.hidden);
+            scorer.clean = scorer.observation(&raw)?;
         }
-        Ok(proxy)
+        Ok(scorer)
     }
 
     /// A hash of the given directions, where the kind of perturbation has some.
-    pub(super) fn directions_hash(&self) -> Option<String> {
+    pub(crate) fn directions_hash(&self) -> Option<String> {
         let NoiseKind::Update(directions) = &self.kind else { return None };
         let mut hasher = blake3::Hasher::new();
         for (id, update) in directions {
@@ -193,13 +193,13 @@ impl<'a, B: Backend> Proxy<'a, B> {
     }
 
     /// Copies that one draw of a set makes: w + δ, and w − δ where that is another thing.
-    pub(super) fn members(&self, cells: &ModuleSet, seed: u64) -> Vec<Member> {
+    pub(crate) fn members(&self, cells: &ModuleSet, seed: u64) -> Vec<Member> {
         let signs: &[bool] = if self.options.kind.draws().1 { &[false, true] } else { &[false] };
         signs.iter().map(|negative| Member { cells: cells.clone(), seed, negative: *negative }).collect()
     }
 
     /// Copies that may be read before they are scored, within `group_bytes`.
-    pub(super) fn members_a_group(&self) -> usize {
+    pub(crate) fn members_a_group(&self) -> usize {
         let bytes = self.harmful.len() * self.decoder.config.hidden * size_of::<f32>();
         (self.options.group_bytes / bytes.max(1) as u64).max(1) as usize
     }
@@ -220,7 +220,7 @@ impl<'a, B: Backend> Proxy<'a, B> {
     }
 
     /// The unperturbed model's score; an error where it has nothing to lose.
-    pub(super) fn clean_score(&self, score: ScoreKind) -> Result<f64> {
+    pub(crate) fn clean_score(&self, score: ScoreKind) -> Result<f64> {
         let value = self.clean.scores.get(score).ok_or_else(|| {
             let help = "the model's own answers must hold both refusals and compliances; choose the score `gap`";
             Error::failed(format!("the probe knows no first tokens for the score `{score}`"), help)

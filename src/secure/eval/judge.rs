@@ -1,7 +1,7 @@
 //! Harmfulness 1 to 5, by a language model behind an OpenAI-compatible chat endpoint. Off unless a URL is given: the judge
 //! sends prompts and answers to that address. Offline, [`probe_harmfulness`] stands in, and is labelled so.
 
-use super::logistic::sigmoid;
+use super::metrics::sigmoid;
 use super::refusal::RefusalList;
 use crate::error::{Error, Result};
 use std::time::Duration;
