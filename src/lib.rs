@@ -1,7 +1,7 @@
 //! Secure tuning of large language models: SWAT (Du et al., arXiv 2410.04524) on a from-scratch
 //! transformer engine with hand-written kernels and a CPU backend.
 //!
-//! Rooms, each of which may use only those above it: [`error`], [`rng`], [`io`], [`modules`], [`model`], [`data`],
+//! Rooms, each of which may use only those above it: [`error`], [`progress`], [`rng`], [`io`], [`modules`], [`model`], [`data`],
 //! [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`], [`cli`].
 
 pub mod backend;
@@ -13,6 +13,7 @@ pub mod io;
 pub mod model;
 pub mod modules;
 pub mod profile;
+pub mod progress;
 pub mod report;
 pub mod rng;
 pub mod secure;

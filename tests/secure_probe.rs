@@ -69,7 +69,7 @@ fn train(prompts: &[SecurityPrompt], features: &Features, options: &ProbeOptions
         model_hash: "model",
         prompts_hash: "prompts",
     };
-    train_probe(input, options, &mut |_, _| {}).expect("a probe")
+    train_probe(input, options, &mut |_| {}).expect("a probe")
 }
 
 #[test]
@@ -111,7 +111,7 @@ fn pairs_that_leak_and_bad_shapes_are_refused() {
             model_hash: "model",
             prompts_hash: "prompts",
         };
-        train_probe(input, options, &mut |_, _| {}).unwrap_err().to_string()
+        train_probe(input, options, &mut |_| {}).unwrap_err().to_string()
     };
     let bad = ProbeOptions { lambdas: vec![0.0], ..Default::default() };
     assert!(run(&prompts, &features, &bad).contains("probe.lambdas"));

@@ -46,7 +46,7 @@ fn world() -> World {
             }
         }
     }
-    let features = features(&decoder, &tokens, 50, &mut |_, _| {}).unwrap();
+    let features = features(&decoder, &tokens, 50, &mut |_| {}).unwrap();
     let control_label = ControlLabel::choose(&prompts).unwrap();
     let control = control_label.labels(&prompts);
     let first = FirstTokens::learn([(3, true), (9, false), (11, true), (11, false)]).unwrap();
@@ -60,7 +60,7 @@ fn world() -> World {
         model_hash: "model",
         prompts_hash: &hash,
     };
-    let probe = train_probe(input, &ProbeOptions::default(), &mut |_, _| {}).unwrap();
+    let probe = train_probe(input, &ProbeOptions::default(), &mut |_| {}).unwrap();
     let auroc = probe.head(3, &Head::Harmful).unwrap().metrics[&Split::Test].auroc.unwrap();
     assert!(auroc > 0.8, "{auroc}");
     World { decoder, prompts, tokens, control, probe }
@@ -105,7 +105,7 @@ fn scale_agrees_with_a_model_changed_by_hand() {
     let mut world = world();
     let options = ScorerOptions { kind: Noise::Scale, ..small() };
     let proxy_of = proxy(&world, NoiseKind::Scale, options);
-    let map = robustness(&proxy_of, &at(0.5), None, &mut |_, _| {}).unwrap();
+    let map = robustness(&proxy_of, &at(0.5), None, &mut |_| {}).unwrap();
     assert_eq!(map.cells.len(), world.decoder.config.cells().len());
     assert_eq!((map.seeds.len(), map.antithetic), (1, true));
     let clean = proxy_of.clean();
@@ -113,7 +113,7 @@ fn scale_agrees_with_a_model_changed_by_hand() {
     drop(proxy_of);
 
     let base =
-        snapshot(&world.decoder, &world.tokens, world.probe.about.first_tokens.as_ref(), 1000, &mut |_, _| {}).unwrap();
+        snapshot(&world.decoder, &world.tokens, world.probe.about.first_tokens.as_ref(), 1000, &mut |_| {}).unwrap();
     let cell = Cell::module(1, ModuleKind::V);
     let mut gaps = [0.0; 2];
     let mut shifts = [0.0; 2];
@@ -125,7 +125,7 @@ fn scale_agrees_with_a_model_changed_by_hand() {
             world.decoder.write(*id, &scaled).unwrap();
         }
         let first = world.probe.about.first_tokens.as_ref();
-        let tuned = snapshot(&world.decoder, &world.tokens, first, 1000, &mut |_, _| {}).unwrap();
+        let tuned = snapshot(&world.decoder, &world.tokens, first, 1000, &mut |_| {}).unwrap();
         let report = drift(&world.probe, &base, &tuned, &world.prompts).unwrap();
         let test = &report.splits[&Split::Test];
         gaps[i] = test.tuned.gap;
@@ -149,8 +149,8 @@ fn scale_agrees_with_a_model_changed_by_hand() {
 fn noise_costs_more_with_its_strength_and_controls_are_there() {
     let world = world();
     let proxy = proxy(&world, NoiseKind::Gaussian, small());
-    let weak = robustness(&proxy, &at(0.05), None, &mut |_, _| {}).unwrap();
-    let strong = robustness(&proxy, &at(1.5), None, &mut |_, _| {}).unwrap();
+    let weak = robustness(&proxy, &at(0.05), None, &mut |_| {}).unwrap();
+    let strong = robustness(&proxy, &at(1.5), None, &mut |_| {}).unwrap();
     let mean = |map: &RobustnessMap| {
         map.cells.iter().map(|c| c.drop[&ScoreKind::Gap].mean).sum::<f64>() / map.cells.len() as f64
     };
@@ -165,7 +165,7 @@ fn noise_costs_more_with_its_strength_and_controls_are_there() {
     let all: u64 = strong.cells.iter().map(|c| c.parameters).sum();
     let expected: usize = world.decoder.params().iter().map(|p| p.values.len()).sum();
     assert_eq!(all, expected as u64);
-    let automatic = robustness(&proxy, &RobustnessOptions::default(), None, &mut |_, _| {}).unwrap();
+    let automatic = robustness(&proxy, &RobustnessOptions::default(), None, &mut |_| {}).unwrap();
     assert!(automatic.epsilon > 0.01 && automatic.epsilon <= 2.0);
     assert!(automatic.epsilon_sweep.windows(2).all(|p| p[0].epsilon < p[1].epsilon && p[0].drop < 0.5));
 }
@@ -176,8 +176,8 @@ fn chunks_and_groups_change_nothing() {
     let whole = ScorerOptions { members: 2, ..Default::default() };
     let tiny = ScorerOptions { batch_tokens: 7, group_bytes: 1, budget_bytes: 1, ..whole.clone() };
     let options = RobustnessOptions { cells: "layers.1 embed_tokens".into(), ..at(0.7) };
-    let maps = [whole, tiny]
-        .map(|o| robustness(&proxy(&world, NoiseKind::Gaussian, o), &options, None, &mut |_, _| {}).unwrap());
+    let maps =
+        [whole, tiny].map(|o| robustness(&proxy(&world, NoiseKind::Gaussian, o), &options, None, &mut |_| {}).unwrap());
     for (a, b) in maps[0].cells.iter().zip(&maps[1].cells) {
         assert_eq!(a.cell, b.cell);
         assert!(close(a.drop[&ScoreKind::Gap].mean, b.drop[&ScoreKind::Gap].mean), "{}", a.cell);
@@ -190,7 +190,7 @@ fn interrupted(world: &World, out: &Path, groups: usize) {
     let proxy = proxy(world, NoiseKind::Gaussian, ScorerOptions { group_bytes: 1, ..small() });
     let mut left = groups + 1;
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let _ = robustness(&proxy, &at(0.7), Some(out), &mut |_, _| {
+        let _ = robustness(&proxy, &at(0.7), Some(out), &mut |_| {
             left -= 1;
             assert!(left > 0, "stopped on purpose");
         });
@@ -206,16 +206,16 @@ fn an_interrupted_map_goes_on_where_it_was() {
     let partial = dir.path().join("map.json.partial.jsonl");
     let options = || ScorerOptions { group_bytes: 1, ..small() };
     let expected =
-        robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&whole), &mut |_, _| {}).unwrap();
+        robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&whole), &mut |_| {}).unwrap();
     interrupted(&world, &out, 5);
     let text = fs::read_to_string(&partial).unwrap();
     assert_eq!(text.lines().count(), 6, "a header and five groups of one cell");
     // The last line is cut off.
     fs::write(&partial, &text[..text.len() - 20]).unwrap();
     let mut first = None;
-    let map = robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&out), &mut |done, total| {
-        first.get_or_insert(done);
-        assert_eq!(total, expected.cells.len());
+    let map = robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&out), &mut |p| {
+        first.get_or_insert(p.done);
+        assert_eq!(p.total, expected.cells.len());
     })
     .unwrap();
     assert_eq!(first, Some(4));
@@ -229,8 +229,8 @@ fn an_interrupted_map_goes_on_where_it_was() {
     // Another ε is another run: nothing is taken over.
     interrupted(&world, &out, 3);
     let mut first = None;
-    robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.6), Some(&out), &mut |done, _| {
-        first.get_or_insert(done);
+    robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.6), Some(&out), &mut |p| {
+        first.get_or_insert(p.done);
     })
     .unwrap();
     assert_eq!(first, Some(0));
@@ -251,7 +251,7 @@ fn what_does_not_fit_is_refused() {
         (RobustnessOptions { cells: "layers.9".into(), ..at(1.0) }, "layer 9"),
         (RobustnessOptions { epsilon_target: 2.0, ..Default::default() }, "epsilon_target"),
     ] {
-        let error = robustness(&proxy, &options, None, &mut |_, _| {}).unwrap_err();
+        let error = robustness(&proxy, &options, None, &mut |_| {}).unwrap_err();
         assert!(error.to_string().contains(word) && error.exit_code() == 2, "{error}");
     }
     assert!(serde_json::from_str::<RobustnessOptions>("{\"epsilonn\": 1}").is_err());
@@ -268,10 +268,10 @@ fn what_does_not_fit_is_refused() {
 fn a_search_over_the_real_proxy() {
     let world = world();
     let proxy = proxy(&world, NoiseKind::Gaussian, small());
-    let map = robustness(&proxy, &at(0.3), None, &mut |_, _| {}).unwrap();
+    let map = robustness(&proxy, &at(0.3), None, &mut |_| {}).unwrap();
     let options = SearchOptions { tau: 0.3, floor: 0.01, ..Default::default() };
     let joint = &mut |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, options.score, map.epsilon, seeds);
-    let mods = search(&map, &options, joint, &mut |done, total| assert!(done <= total)).unwrap();
+    let mods = search(&map, &options, joint, &mut |p| assert!(p.done <= p.total)).unwrap();
     let set = mods.modules(&world.decoder.config.cells()).unwrap();
     assert!(!set.is_empty() && mods.share <= 0.5 && mods.joint <= 0.3);
     let again = proxy.joint(&set, options.score, map.epsilon, &map.seeds).unwrap();

@@ -79,12 +79,12 @@ fn takes_the_most_robust_up_to_the_cap() {
     let map = map(&[1, 2, 3], |m, _| drop(m));
     let mut joint = additive(drop);
     let options = SearchOptions { tau: 1.0, cap: 0.25, ..Default::default() };
-    let mods = search(&map, &options, &mut joint, &mut |_, _| {}).unwrap();
+    let mods = search(&map, &options, &mut joint, &mut |_| {}).unwrap();
     assert_eq!(mods.set, "layers.0.o_proj,layers.1-3.{v_proj,o_proj}", "deeper first, O before V, 7 of 28 cells");
     assert!((mods.share - 0.25).abs() < 1e-12);
     assert!(mods.votes.values().all(|v| *v == 3));
     let tight = SearchOptions { tau: 0.0045, cap: 0.25, swap: false, ..Default::default() };
-    let mods = search(&map, &tight, &mut joint, &mut |_, _| {}).unwrap();
+    let mods = search(&map, &tight, &mut joint, &mut |_| {}).unwrap();
     assert_eq!(mods.set, "layers.2-3.{v_proj,o_proj}");
     assert!((mods.joint - 0.004).abs() < 1e-12);
 }
@@ -98,7 +98,7 @@ fn robust_modules_that_are_sensitive_together_are_kept_apart() {
     let mut joint =
         |set: &ModuleSet, _: &[u64]| Ok(modules(set).map(single).sum::<f64>() + if both(set) { 0.9 } else { 0.0 });
     let map = map(&[1], |m, _| single(m));
-    let mods = search(&map, &SearchOptions::default(), &mut joint, &mut |_, _| {}).unwrap();
+    let mods = search(&map, &SearchOptions::default(), &mut joint, &mut |_| {}).unwrap();
     let set = parse(&mods.set);
     assert!(!both(&set) && set.contains(Cell::module(3, ModuleKind::O)), "{}", mods.set);
     assert!(mods.steps.iter().any(|s| s.window == "layers.3.v_proj" && !s.accepted && s.joint > 0.9));
@@ -120,8 +120,8 @@ fn a_swap_replaces_what_looked_robust_and_is_not() {
     };
     let options = SearchOptions { cap: 3.0 / 28.0, floor: 0.0, ..Default::default() };
     let without = SearchOptions { swap: false, ..options.clone() };
-    let plain = search(&map, &without, &mut joint, &mut |_, _| {}).unwrap();
-    let swapped = search(&map, &options, &mut joint, &mut |_, _| {}).unwrap();
+    let plain = search(&map, &without, &mut joint, &mut |_| {}).unwrap();
+    let swapped = search(&map, &options, &mut joint, &mut |_| {}).unwrap();
     assert_eq!(plain.set, "layers.3.{q_proj,k_proj,o_proj}");
     assert!(!parse(&swapped.set).contains(Cell::module(3, ModuleKind::K)), "{}", swapped.set);
     assert!(swapped.joint < plain.joint && swapped.share >= plain.share);
@@ -133,7 +133,7 @@ fn windows_hold_neighbours_of_a_kind() {
     let drop = |m: ModuleId| 0.001 * (4 - m.layer) as f64;
     let map = map(&[1], |m, _| drop(m));
     let options = SearchOptions { window: Some(3), cap: 0.25, tau: 1.0, swap: false, ..Default::default() };
-    let mods = search(&map, &options, &mut additive(drop), &mut |_, _| {}).unwrap();
+    let mods = search(&map, &options, &mut additive(drop), &mut |_| {}).unwrap();
     assert_eq!(mods.set, "layers.0.o_proj,layers.1-3.{v_proj,o_proj}");
     assert_eq!(mods.steps[0].window, "layers.1-3.o_proj");
 }
@@ -155,7 +155,7 @@ fn the_majority_decides_and_is_checked_as_one() {
         Ok(seeds.iter().map(one).sum::<f64>() / seeds.len() as f64)
     };
     let options = SearchOptions { tau: 0.009, ..Default::default() };
-    let mods = search(&map, &options, &mut joint, &mut |_, _| {}).unwrap();
+    let mods = search(&map, &options, &mut joint, &mut |_| {}).unwrap();
     // V costs seed 1 0.01 a cell, a third of that on average: two V fit under τ, the others leave.
     assert_eq!(mods.set, "layers.0-1.o_proj,layers.2-3.{v_proj,o_proj}");
     assert_eq!(mods.votes[&Cell::module(0, ModuleKind::O)], 3);
@@ -167,19 +167,19 @@ fn the_majority_decides_and_is_checked_as_one() {
 #[test]
 fn a_set_below_the_floor_is_an_error_that_says_what_to_do() {
     let map = map(&[1, 2], |_, _| 0.3);
-    let error = search(&map, &SearchOptions::default(), &mut additive(|_| 0.3), &mut |_, _| {}).unwrap_err();
+    let error = search(&map, &SearchOptions::default(), &mut additive(|_| 0.3), &mut |_| {}).unwrap_err();
     let text = error.to_string();
     assert_eq!(error.exit_code(), 1);
     for part in ["0.0 %", "floor of 10.0 %", "0.300", "--tau", "--epsilon", "--floor"] {
         assert!(text.contains(part), "{text}");
     }
     let bad = SearchOptions { floor: 0.6, ..Default::default() };
-    assert!(search(&map, &bad, &mut additive(|_| 0.0), &mut |_, _| {}).unwrap_err().to_string().contains("floor"));
+    assert!(search(&map, &bad, &mut additive(|_| 0.0), &mut |_| {}).unwrap_err().to_string().contains("floor"));
     let refusal = SearchOptions { score: ScoreKind::Refusal, ..Default::default() };
-    let error = search(&map, &refusal, &mut additive(|_| 0.0), &mut |_, _| {}).unwrap_err();
+    let error = search(&map, &refusal, &mut additive(|_| 0.0), &mut |_| {}).unwrap_err();
     assert!(error.to_string().contains("`refusal`"), "{error}");
     let broken = &mut |_: &ModuleSet, _: &[u64]| Err(Error::failed("no", "help"));
-    assert!(search(&map, &SearchOptions::default(), broken, &mut |_, _| {}).is_err());
+    assert!(search(&map, &SearchOptions::default(), broken, &mut |_| {}).is_err());
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn files_are_edited_by_hand_and_sets_have_names() {
     let config = common::config(4, true, true, false);
     let drop = |m: ModuleId| 0.001 * (4 - m.layer) as f64;
     let map = map(&[1], |m, _| drop(m));
-    let mods = search(&map, &SearchOptions::default(), &mut additive(drop), &mut |_, _| {}).unwrap();
+    let mods = search(&map, &SearchOptions::default(), &mut additive(drop), &mut |_| {}).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mods.json");
     mods.save(&path).unwrap();

@@ -13,7 +13,8 @@ use swat::engine::{Decoder, Lora, Plan};
 use swat::error::{Error, Result};
 use swat::modules::{Cell, LearningRates, ModuleKind, ModuleSet, ParamId, Rate};
 use swat::train::{
-    Hooks, Phase, PhaseOptions, Place, Progress, Schedule, StepMetrics, TuneOptions, TuneSummary, Tuner, Updates,
+    Callbacks, Phase, PhaseOptions, RunDir, RunPosition, Schedule, StepMetrics, TuneOptions, TuneSummary, Tuner,
+    Updates,
 };
 
 fn model() -> Decoder<Cpu> {
@@ -51,8 +52,8 @@ fn two_phases(first: u64, second: u64) -> Vec<Phase> {
     vec![phase("mods", &mods, first), phase("all", &all, second)]
 }
 
-fn place(dir: &Path, resume: bool) -> Place {
-    Place { dir: dir.into(), model: "m".into(), data: "d".into(), resume }
+fn place(dir: &Path, resume: bool) -> RunDir {
+    RunDir { dir: dir.into(), model: "m".into(), data: "d".into(), resume }
 }
 
 /// Remembers what it hears, and fails at a step.
@@ -69,24 +70,24 @@ struct Ear {
     weights: Vec<BTreeMap<ParamId, Vec<f32>>>,
 }
 
-impl Hooks<Cpu> for Ear {
+impl Callbacks<Cpu> for Ear {
     fn note(&mut self, text: &str) {
         self.notes.push(text.into());
     }
     fn run_begins(&mut self, plans: &[(String, Plan)]) {
         self.plans = plans.iter().map(|(phase, plan)| (phase.clone(), plan.total_bytes())).collect();
     }
-    fn step(&mut self, metrics: &StepMetrics, at: &Progress) -> Result<()> {
+    fn step(&mut self, metrics: &StepMetrics, at: &RunPosition) -> Result<()> {
         assert_eq!(metrics.step, at.step);
         self.steps.push(metrics.clone());
         if self.stop_at == Some(at.step) { Err(Error::failed("stopped", "resume")) } else { Ok(()) }
     }
-    fn epoch_ends(&mut self, decoder: &Decoder<Cpu>, at: &Progress) -> Result<()> {
+    fn epoch_ends(&mut self, decoder: &Decoder<Cpu>, at: &RunPosition) -> Result<()> {
         self.epochs.push(at.epoch);
         self.weights.push(weights(decoder));
         Ok(())
     }
-    fn phase_ends(&mut self, _: &Decoder<Cpu>, at: &Progress) -> Result<()> {
+    fn phase_ends(&mut self, _: &Decoder<Cpu>, at: &RunPosition) -> Result<()> {
         self.phases.push(at.phase.clone());
         Ok(())
     }

@@ -10,7 +10,7 @@ use swat::data::{Example, Loader};
 use swat::engine::{Decoder, Lora, Plan, Workload};
 use swat::model::ModelConfig;
 use swat::modules::{Cell, LearningRates, ModuleSet, ParamId};
-use swat::train::{Phase, PhaseOptions, Place, TuneOptions, Tuner, peak_bytes};
+use swat::train::{Phase, PhaseOptions, RunDir, TuneOptions, Tuner, peak_bytes};
 
 const CASE: &str = "SWAT_TEST_MEMORY_CASE";
 const DOCUMENT: usize = 128;
@@ -99,7 +99,7 @@ fn train(config: ModelConfig, case: Case) {
         rates: LearningRates::masked(&set, &set, 0.0),
         options: PhaseOptions { steps: Some(2), ..PhaseOptions::default() },
     };
-    let place = Place { dir: dir.path().into(), model: "m".into(), data: "d".into(), resume: false };
+    let place = RunDir { dir: dir.path().into(), model: "m".into(), data: "d".into(), resume: false };
     let mut loader = Loader::new(examples, options.loader()).unwrap();
     let tuner = Tuner::new(&mut decoder, &mut loader, options, vec![phase]).unwrap();
     let summary = tuner.measure_updates().given(|id, shape| Ok(weights(id, shape))).at(place).run(&mut ()).unwrap();

@@ -5,8 +5,9 @@ use super::progress::Bars;
 use super::{Common, print_line};
 use crate::backend::Backend;
 use crate::error::Result;
+use crate::progress::{Observer, Progress};
 use crate::secure::{DEMO_SEED, Stage, demo_study, make_tiny_model, write_demo_model};
-use crate::train::{Hooks, Progress, StepMetrics};
+use crate::train::{Callbacks, RunPosition, StepMetrics};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -61,7 +62,7 @@ impl OnDevice for Demo {
                 &stages,
                 dir,
                 self.force,
-                &mut Making(&mut bars.watch()),
+                &mut Making(&mut bars.observer()),
             )?;
             bars.finish();
             return print_line(&format!("made {}", dir.display()));
@@ -80,12 +81,12 @@ impl OnDevice for Demo {
 }
 
 /// Progress of the stages that make a model.
-struct Making<'a>(&'a mut dyn FnMut(&str, usize, usize));
+struct Making<'a>(Observer<'a>);
 
-impl<B: Backend> Hooks<B> for Making<'_> {
-    fn step(&mut self, metrics: &StepMetrics, at: &Progress) -> Result<()> {
-        let loss = metrics.loss.map_or("none".to_string(), |loss| format!("{loss:.3}"));
-        (self.0)(&format!("{} loss {loss}", at.phase), at.phase_step as usize, at.phase_steps as usize);
+impl<B: Backend> Callbacks<B> for Making<'_> {
+    fn step(&mut self, metrics: &StepMetrics, at: &RunPosition) -> Result<()> {
+        let (done, total) = (at.phase_step as usize, at.phase_steps as usize);
+        (self.0)(Progress { task: &at.phase, done, total, loss: metrics.loss });
         Ok(())
     }
 }

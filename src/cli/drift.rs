@@ -44,12 +44,12 @@ impl OnDevice for DriftCommand {
         let base = {
             let subject = self.model.subject(backend.clone())?;
             probe.check_model(&subject.files.config, &subject.hash)?;
-            subject.snapshot(&probe, &prompts, &mut bars.watch())?
+            subject.snapshot(&probe, &prompts, &mut bars.observer())?
         };
         let template = self.model.chat_template.as_deref();
         let tuned = Subject::open(backend, &self.tuned, template)?;
         probe.check_shape(&tuned.files.config)?;
-        let drift = tuned.drift(&probe, &prompts, &base, &mut bars.watch())?;
+        let drift = tuned.drift(&probe, &prompts, &base, &mut bars.observer())?;
         bars.finish();
         if self.common.json {
             return print_json(&serde_json::to_value(&drift).unwrap_or_default());

@@ -125,7 +125,7 @@ impl OnDevice for EvalCommand {
         let lengths =
             AnswerLengths { security: self.answer_tokens, task: self.task_tokens, cache_bytes: self.cache_mib << 20 };
         let mut bars = Bars::new(&self.common);
-        let found = subject.evaluate(&questions, lengths, &self.refusals.list()?, &mut bars.watch())?;
+        let found = subject.evaluate(&questions, lengths, &self.refusals.list()?, &mut bars.observer())?;
         bars.finish();
         if self.common.json {
             return print_json(&serde_json::to_value(&found).unwrap_or_default());

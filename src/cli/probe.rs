@@ -59,7 +59,7 @@ impl OnDevice for ProbeCommand {
             ProbeOptions { metric_layer: self.metric_layer, seed: self.common.seed, ..ProbeOptions::default() };
         let mut bars = Bars::new(&self.common);
         let refusals = self.refusals.list()?;
-        let probe = subject.probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.watch())?;
+        let probe = subject.probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
         bars.finish();
         probe.save(&self.out)?;
         if self.common.json {

@@ -4,10 +4,11 @@ use super::Common;
 use crate::backend::Backend;
 use crate::engine::Plan;
 use crate::error::Result;
+use crate::progress::Progress;
 use crate::report::format::{bytes, percent};
 use crate::report::{TextStyle, memory_table};
 use crate::secure::MODS_PHASE;
-use crate::train::{Hooks, Progress, StepMetrics};
+use crate::train::{Callbacks, RunPosition, StepMetrics};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// A bar with rate and time left; hidden with `--quiet`, and where stderr is not a terminal.
@@ -50,7 +51,7 @@ impl StepBar {
     }
 }
 
-impl<B: Backend> Hooks<B> for StepBar {
+impl<B: Backend> Callbacks<B> for StepBar {
     fn run_begins(&mut self, plans: &[(String, Plan)]) {
         self.plans = plans.to_vec();
         if !self.common.quiet {
@@ -62,7 +63,7 @@ impl<B: Backend> Hooks<B> for StepBar {
         eprintln!("note: {text}");
     }
 
-    fn phase_begins(&mut self, at: &Progress) -> Result<()> {
+    fn phase_begins(&mut self, at: &RunPosition) -> Result<()> {
         self.finish();
         let what = if at.phase == MODS_PHASE { "tuning mods" } else { "tuning all" };
         let bar = bar(&self.common, at.phase_steps, what, "steps");
@@ -72,7 +73,7 @@ impl<B: Backend> Hooks<B> for StepBar {
         Ok(())
     }
 
-    fn step(&mut self, metrics: &StepMetrics, _at: &Progress) -> Result<()> {
+    fn step(&mut self, metrics: &StepMetrics, _at: &RunPosition) -> Result<()> {
         if let Some(bar) = &self.bar {
             bar.inc(1);
             let loss = metrics.loss.map_or("skipped".to_string(), |loss| format!("loss {loss:.4}"));
@@ -85,7 +86,7 @@ impl<B: Backend> Hooks<B> for StepBar {
     }
 }
 
-/// One bar at a time for work that says what it is doing.
+/// One bar at a time, for tasks that report by name.
 pub(super) struct Bars {
     common: Common,
     bar: Option<(String, ProgressBar)>,
@@ -97,20 +98,19 @@ impl Bars {
     }
 
     /// What the library reports to.
-    pub(super) fn watch(&mut self) -> impl FnMut(&str, usize, usize) + '_ {
-        |what, done, total| {
-            // The loss in a tuning run's text changes with every step; the work is told apart by what stands before it.
-            let (key, message) = what.split_once(" loss ").unwrap_or((what, ""));
-            let known = self.bar.as_ref().is_some_and(|(name, _)| name == key);
+    pub(super) fn observer(&mut self) -> impl FnMut(Progress<'_>) + '_ {
+        |report| {
+            let known = self.bar.as_ref().is_some_and(|(task, _)| task == report.task);
             if !known {
                 self.finish();
-                self.bar = Some((key.to_owned(), bar(&self.common, total as u64, key.to_owned(), "")));
+                let bar = bar(&self.common, report.total as u64, report.task.to_owned(), "");
+                self.bar = Some((report.task.to_owned(), bar));
             }
             if let Some((_, bar)) = &self.bar {
-                bar.set_length(total as u64);
-                bar.set_position(done as u64);
-                if !message.is_empty() {
-                    bar.set_message(format!("loss {message}"));
+                bar.set_length(report.total as u64);
+                bar.set_position(report.done as u64);
+                if let Some(loss) = report.loss {
+                    bar.set_message(format!("loss {loss:.3}"));
                 }
             }
         }

@@ -93,9 +93,7 @@ impl OnDevice for RobustnessCommand {
         let options =
             RobustnessOptions { epsilon: self.epsilon, score, cells: self.cells, ..RobustnessOptions::default() };
         let mut bars = Bars::new(&self.common);
-        let mut watch = bars.watch();
-        let mut map = robustness(&proxy, &options, Some(&self.out), &mut |n, m| watch("cells", n, m))?;
-        drop(watch);
+        let mut map = robustness(&proxy, &options, Some(&self.out), &mut bars.observer())?;
         bars.finish();
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, "resolve"));
         map.made_from = Some(MadeFrom {

@@ -49,7 +49,7 @@ impl OnDevice for RunCommand {
 pub(super) fn study<B: Backend>(backend: B, common: &Common, refusals: &Refusals, config: &RunConfig) -> Result<()> {
     let refusals = refusals.list()?;
     let mut bars = Bars::new(common);
-    let outcome = run(config, &|| Ok(backend.clone()), &refusals, &mut bars.watch())?;
+    let outcome = run(config, &|| Ok(backend.clone()), &refusals, &mut bars.observer())?;
     bars.finish();
     let command: Vec<String> = std::env::args().skip(1).collect();
     write_report(&outcome, config, &format!("swat {}", command.join(" ")), &config.out)?;

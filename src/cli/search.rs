@@ -106,10 +106,8 @@ impl OnDevice for SearchCommand {
             swap: !self.no_swap,
         };
         let mut bars = Bars::new(&self.common);
-        let mut watch = bars.watch();
         let mut joint = |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, options.score, map.epsilon, seeds);
-        let found = search(&map, &options, &mut joint, &mut |n, m| watch("joint runs", n, m))?;
-        drop(watch);
+        let found = search(&map, &options, &mut joint, &mut bars.observer())?;
         bars.finish();
         found.save(&self.out)?;
         if self.common.json {

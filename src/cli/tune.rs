@@ -183,11 +183,11 @@ impl OnDevice for Tune {
             config: json!({ "model": self.model.model, "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
                 "seed": self.common.seed, "swat": env!("CARGO_PKG_VERSION") }),
         };
-        let mut hooks = StepBar::new(&self.common);
-        let summary = tune_directory(&opened.files, &mut opened.decoder, examples, &job, &output, &mut hooks)?;
-        hooks.finish();
+        let mut callbacks = StepBar::new(&self.common);
+        let summary = tune_directory(&opened.files, &mut opened.decoder, examples, &job, &output, &mut callbacks)?;
+        callbacks.finish();
         if self.common.json {
-            let plans = hooks.plans.iter().map(|(phase, plan)| (phase.clone(), plan_json(plan)));
+            let plans = callbacks.plans.iter().map(|(phase, plan)| (phase.clone(), plan_json(plan)));
             return print_json(&json!({ "out": self.out, "phases": summary.phases,
                 "peak_bytes": summary.peak_bytes, "planned_bytes": summary.planned_bytes,
                 "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from }));

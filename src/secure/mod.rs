@@ -35,14 +35,11 @@ pub use robustness::scorer::{Observation, PerturbationScorer, ScorerInput, Score
 pub use robustness::search::{SearchOptions, search};
 pub use robustness::sets::{cell_parameters, random_set, share};
 pub use robustness::{RobustnessOptions, robustness};
-pub use subject::{AnswerLengths, Evaluation, Harmfulness, Questions, Subject, Watch};
+pub use subject::{AnswerLengths, Evaluation, Harmfulness, Questions, Subject};
 pub use tune::{
     ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneOutput, attention_projections, examples_hash, tune, tune_directory,
 };
 pub use updates::{UpdateComparison, UpdateGroup, compare_updates};
-
-/// Hears how many of how many units are done.
-pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
 /// Whether this is the format a file says it has; else an error that names both.
 fn check_format(place: &str, found: &str, expected: &str) -> crate::error::Result<()> {

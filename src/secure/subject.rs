@@ -11,11 +11,9 @@ use crate::data::{Chat, Example, Examples, Label, SecurityPrompt, Task};
 use crate::engine::{Decoder, GenerateOptions};
 use crate::error::Result;
 use crate::model::{ChatTemplate, ModelDir, Tokenizer};
+use crate::progress::{Observer, Progress};
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// Receives the progress of long work: what is done, how much of how many.
-pub type Watch<'a> = &'a mut dyn FnMut(&str, usize, usize);
 
 /// A model that can chat.
 pub struct Subject<B: Backend> {
@@ -133,11 +131,12 @@ impl<B: Backend> Subject<B> {
         prompts: &[Vec<u32>],
         max_new_tokens: usize,
         cache_bytes: u64,
-        progress: super::Progress<'_>,
+        task: &str,
+        observer: Observer<'_>,
     ) -> Result<Vec<Answer>> {
         let stop = self.files.config.eos.clone();
         let options = GenerateOptions { max_new_tokens, cache_bytes, stop, ..GenerateOptions::default() };
-        generate_answers(&self.decoder, &self.tokenizer, prompts, &options, progress)
+        generate_answers(&self.decoder, &self.tokenizer, prompts, &options, task, observer)
     }
 
     /// Trains the probes on every layer; the model's own answers of `answer_tokens` tokens tell what it refuses.
@@ -147,14 +146,14 @@ impl<B: Backend> Subject<B> {
         options: &ProbeOptions,
         answer_tokens: usize,
         refusals: &RefusalList,
-        watch: Watch<'_>,
+        observer: Observer<'_>,
     ) -> Result<Probe> {
         let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
-        let answers = self.answers(&tokens, answer_tokens, 1 << 30, &mut |n, m| watch("own answers", n, m))?;
+        let answers = self.answers(&tokens, answer_tokens, 1 << 30, "own answers", observer)?;
         let refused: Vec<bool> = answers.iter().map(|a| refusals.is_refusal(&a.text)).collect();
         let first = FirstTokens::learn(answers.iter().zip(&refused).filter_map(|(a, r)| Some((a.first?, *r))));
         let batch_tokens = options.batch_tokens;
-        let features = features(&self.decoder, &tokens, batch_tokens, &mut |n, m| watch("hidden states", n, m))?;
+        let features = features(&self.decoder, &tokens, batch_tokens, observer)?;
         let control = ControlLabel::choose(prompts);
         let control_labels = control.as_ref().map(|c| c.labels(prompts));
         let input = ProbeInput {
@@ -166,7 +165,7 @@ impl<B: Backend> Subject<B> {
             model_hash: &self.hash,
             prompts_hash: &prompts_hash(&tokens, prompts),
         };
-        train_probe(input, options, &mut |n, m| watch("probes", n, m))
+        train_probe(input, options, observer)
     }
 
     /// What map and search are made with. `update` perturbations read the tuned directory that they name.
@@ -192,15 +191,21 @@ impl<B: Backend> Subject<B> {
     }
 
     /// Hidden states and refusal log-odds of prompts, as a probe's drift needs them.
-    pub fn snapshot(&self, probe: &Probe, prompts: &[SecurityPrompt], watch: Watch<'_>) -> Result<Snapshot> {
+    pub fn snapshot(&self, probe: &Probe, prompts: &[SecurityPrompt], observer: Observer<'_>) -> Result<Snapshot> {
         let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
         let first = probe.about.first_tokens.as_ref();
-        snapshot(&self.decoder, &tokens, first, 8192, &mut |n, m| watch("hidden states", n, m))
+        snapshot(&self.decoder, &tokens, first, 8192, observer)
     }
 
     /// Drift of this model against the one that `base` was read from.
-    pub fn drift(&self, probe: &Probe, prompts: &[SecurityPrompt], base: &Snapshot, watch: Watch<'_>) -> Result<Drift> {
-        drift(probe, base, &self.snapshot(probe, prompts, watch)?, prompts)
+    pub fn drift(
+        &self,
+        probe: &Probe,
+        prompts: &[SecurityPrompt],
+        base: &Snapshot,
+        observer: Observer<'_>,
+    ) -> Result<Drift> {
+        drift(probe, base, &self.snapshot(probe, prompts, observer)?, prompts)
     }
 
     /// Answers everything that is asked, and scores it. Texts are dropped.
@@ -209,7 +214,7 @@ impl<B: Backend> Subject<B> {
         questions: &Questions<'_>,
         lengths: AnswerLengths,
         refusals: &RefusalList,
-        watch: Watch<'_>,
+        observer: Observer<'_>,
     ) -> Result<Evaluation> {
         let mut evaluation = Evaluation::default();
         for label in [Label::Harmful, Label::Benign] {
@@ -219,8 +224,7 @@ impl<B: Backend> Subject<B> {
             }
             let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
             let what = if label == Label::Harmful { "harmful prompts" } else { "benign prompts" };
-            let mut report = |n: usize, m: usize| watch(what, n, m);
-            let answers = self.answers(&tokens, lengths.security, lengths.cache_bytes, &mut report)?;
+            let answers = self.answers(&tokens, lengths.security, lengths.cache_bytes, what, observer)?;
             let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
             let mut categories: BTreeMap<String, Vec<&str>> = BTreeMap::new();
             for (prompt, text) in prompts.iter().zip(&texts) {
@@ -236,10 +240,10 @@ impl<B: Backend> Subject<B> {
                 evaluation.asr_by_category = by(&|texts| attack_success(texts, refusals));
                 if let Some(judge) = questions.judge {
                     let asked = prompts.iter().map(|p| p.prompt.as_str()).zip(texts.iter().copied());
-                    evaluation.harmfulness = Some(judged(judge, asked, watch)?);
+                    evaluation.harmfulness = Some(judged(judge, asked, observer)?);
                 }
                 if let Some(probe) = questions.probe {
-                    let judgements = self.probed(probe, &tokens, &answers, refusals, watch)?;
+                    let judgements = self.probed(probe, &tokens, &answers, refusals, observer)?;
                     evaluation.probe_harmfulness = Some(Harmfulness::of(&judgements));
                 }
                 if let Some(strict) = questions.strict {
@@ -254,14 +258,12 @@ impl<B: Backend> Subject<B> {
         }
         if !questions.tasks.is_empty() {
             let tokens = self.render(questions.tasks.iter().map(|t| t.prompt.as_str()))?;
-            let mut report = |n: usize, m: usize| watch("tasks", n, m);
-            let answers = self.answers(&tokens, lengths.task, lengths.cache_bytes, &mut report)?;
+            let answers = self.answers(&tokens, lengths.task, lengths.cache_bytes, "tasks", observer)?;
             let judged = questions.tasks.iter().zip(&answers);
             evaluation.task = Some(task_score(judged.map(|(t, a)| (t.matches(&a.text), t.category.as_deref()))));
         }
         if !questions.heldout.is_empty() {
-            let mut report = |n: usize, m: usize| watch("perplexity", n, m);
-            evaluation.perplexity = Some(perplexity(&self.decoder, questions.heldout, 4096, &mut report)?);
+            evaluation.perplexity = Some(perplexity(&self.decoder, questions.heldout, 4096, observer)?);
         }
         Ok(evaluation)
     }
@@ -273,7 +275,7 @@ impl<B: Backend> Subject<B> {
         prompts: &[Vec<u32>],
         answers: &[Answer],
         refusals: &RefusalList,
-        watch: Watch<'_>,
+        observer: Observer<'_>,
     ) -> Result<Vec<Judgement>> {
         probe.check_shape(&self.files.config)?;
         let longest = self.decoder.longest_context();
@@ -282,7 +284,7 @@ impl<B: Backend> Subject<B> {
             .zip(answers)
             .map(|(prompt, answer)| prompt.iter().chain(&answer.tokens).copied().take(longest).collect())
             .collect();
-        let read = features(&self.decoder, &conversations, 8192, &mut |n, m| watch("hidden states", n, m))?;
+        let read = features(&self.decoder, &conversations, 8192, observer)?;
         let layer = probe.about.metric_layer;
         let logits = probe.logits(layer, &Head::Harmful, &read.layers[layer])?;
         Ok(answers.iter().zip(logits).map(|(a, logit)| probe_harmfulness(&a.text, logit, refusals)).collect())
@@ -292,13 +294,13 @@ impl<B: Backend> Subject<B> {
 fn judged<'t>(
     judge: &Judge,
     asked: impl ExactSizeIterator<Item = (&'t str, &'t str)>,
-    watch: Watch<'_>,
+    observer: Observer<'_>,
 ) -> Result<Harmfulness> {
     let total = asked.len();
     let mut judgements = Vec::with_capacity(total);
     for (i, (prompt, answer)) in asked.enumerate() {
         judgements.push(judge.judge(prompt, answer)?);
-        watch("judge", i + 1, total);
+        observer(Progress::new("judge", i + 1, total));
     }
     Ok(Harmfulness::of(&judgements))
 }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::io::{OutputDir, json};
 use crate::model::ModelDir;
 use crate::modules::{Cell, LearningRates, ModuleId, ModuleSet};
-use crate::train::{Hooks, Phase, PhaseOptions, Place, TuneOptions, TuneSummary, Tuner};
+use crate::train::{Callbacks, Phase, PhaseOptions, RunDir, TuneOptions, TuneSummary, Tuner};
 use std::path::PathBuf;
 
 /// Name of the phase on Mods_Rob in metrics and updates.
@@ -110,8 +110,8 @@ pub fn tune<B: Backend>(
     files: Option<&ModelDir>,
     examples: Vec<Example>,
     job: &TuneJob,
-    place: Option<Place>,
-    hooks: &mut dyn Hooks<B>,
+    place: Option<RunDir>,
+    callbacks: &mut dyn Callbacks<B>,
 ) -> Result<TuneSummary> {
     let phases = job.phases(&decoder.config.cells())?;
     if let Method::Lora { lora, modules } = &job.method {
@@ -130,7 +130,7 @@ pub fn tune<B: Backend>(
     if let Some(ceilings) = ceilings {
         tuner = tuner.ceilings(ceilings);
     }
-    let summary = tuner.run(hooks)?;
+    let summary = tuner.run(callbacks)?;
     decoder.merge_lora()?;
     Ok(summary)
 }
@@ -144,7 +144,7 @@ pub fn tune_directory<B: Backend>(
     examples: Vec<Example>,
     job: &TuneJob,
     output: &TuneOutput,
-    hooks: &mut dyn Hooks<B>,
+    callbacks: &mut dyn Callbacks<B>,
 ) -> Result<TuneSummary> {
     let out = OutputDir::create(&output.path, output.force)?;
     let unfinished = output.unfinished();
@@ -160,8 +160,8 @@ pub fn tune_directory<B: Backend>(
     }
     std::fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished, "create"))?;
     let place =
-        Place { dir: unfinished.clone(), model: files.hash()?, data: examples_hash(&examples), resume: output.resume };
-    let summary = tune(decoder, Some(files), examples, job, Some(place), hooks)?;
+        RunDir { dir: unfinished.clone(), model: files.hash()?, data: examples_hash(&examples), resume: output.resume };
+    let summary = tune(decoder, Some(files), examples, job, Some(place), callbacks)?;
     files.write(out.dir(), |id| decoder.read(id), output.max_shard_bytes)?;
     let metrics = unfinished.join("metrics.jsonl");
     let to = out.dir().join("metrics.jsonl");

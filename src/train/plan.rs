@@ -2,7 +2,7 @@
 
 use super::checkpoint::Saved;
 use super::state::{Journal, RunState};
-use super::{Length, Optimizer, Phase, Place, Tuner};
+use super::{Length, Optimizer, Phase, RunDir, Tuner};
 use crate::backend::{Backend, Element};
 use crate::data::BatchSize;
 use crate::engine::{Floor, Plan, Workload};
@@ -88,7 +88,7 @@ impl<B: Backend> Tuner<'_, B> {
     }
 
     /// All that the bytes of a run depend on. What only saves time, memory or disk may change on resume.
-    pub(super) fn identity(&self, place: &Place) -> Result<serde_json::Value> {
+    pub(super) fn identity(&self, place: &RunDir) -> Result<serde_json::Value> {
         let failed = |e: serde_json::Error| Error::failed(format!("options: {e}"), "report this");
         let mut options = serde_json::to_value(&self.options).map_err(failed)?;
         if let Some(options) = options.as_object_mut() {

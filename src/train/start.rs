@@ -3,7 +3,7 @@
 use super::state::{Journal, RunState};
 use super::tensors::read_values;
 use super::updates::{Update, cell_updates};
-use super::{Hooks, Tuner};
+use super::{Callbacks, Tuner};
 use crate::backend::{Backend, FloatElement};
 use crate::engine::Decoder;
 use crate::error::Result;
@@ -49,7 +49,7 @@ impl<B: Backend> Tuner<'_, B> {
         start: &PhaseStart<B>,
         run: &RunState,
         journal: Option<&Journal>,
-        hooks: &mut dyn Hooks<B>,
+        callbacks: &mut dyn Callbacks<B>,
     ) -> Result<Option<BTreeMap<Cell, Update>>> {
         let mut file = None;
         if let Some(journal) = journal.filter(|_| !start.saved.is_empty()) {
@@ -57,7 +57,8 @@ impl<B: Backend> Tuner<'_, B> {
                 Ok(found) => file = Some(found),
                 Err(why) => {
                     let phase = &self.phases[run.phase].name;
-                    hooks.note(&format!("the start of phase {phase} is lost, so its updates are not measured: {why}"));
+                    callbacks
+                        .note(&format!("the start of phase {phase} is lost, so its updates are not measured: {why}"));
                     return Ok(None);
                 }
             }

@@ -6,7 +6,7 @@ use super::optimizer::Slot;
 use super::step::{Group, Outcome};
 use super::tensors::{read_buffer, read_values, spec, write_buffer};
 use super::updates::PhaseUpdates;
-use super::{Hooks, Optimizer, PhaseSummary, Place, Progress, Updates, identity};
+use super::{Callbacks, Optimizer, PhaseSummary, RunDir, RunPosition, Updates, identity};
 use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
@@ -60,9 +60,9 @@ impl RunState {
         steps && begun <= phases && self.summaries.len() == begun && self.position.batch < batches_per_epoch
     }
 
-    pub(super) fn progress(&self, phase: &str, phase_steps: u64) -> Progress {
+    pub(super) fn progress(&self, phase: &str, phase_steps: u64) -> RunPosition {
         let (step, phase_step, epoch) = (self.step, self.phase_step, self.position.epoch);
-        Progress { phase: phase.to_owned(), step, phase_step, phase_steps, epoch }
+        RunPosition { phase: phase.to_owned(), step, phase_step, phase_steps, epoch }
     }
 
     /// Counts a step.
@@ -146,7 +146,7 @@ pub(super) struct Journal {
 
 impl Journal {
     /// The files at a place, which is made if it is not there.
-    pub(super) fn new(place: &Place, identity: serde_json::Value, keep_last: usize, keep_start: bool) -> Result<Self> {
+    pub(super) fn new(place: &RunDir, identity: serde_json::Value, keep_last: usize, keep_start: bool) -> Result<Self> {
         std::fs::create_dir_all(&place.dir).map_err(Error::io(&place.dir, "create"))?;
         Ok(Self { dir: place.dir.clone(), store: Store::new(&place.dir), identity, keep_last, keep_start })
     }
@@ -162,8 +162,8 @@ impl Journal {
         self.dir.join("updates.json")
     }
 
-    pub(super) fn newest<B: Backend>(&self, hooks: &mut dyn Hooks<B>) -> Result<Option<Saved>> {
-        self.store.newest(|note| hooks.note(&note))
+    pub(super) fn newest<B: Backend>(&self, callbacks: &mut dyn Callbacks<B>) -> Result<Option<Saved>> {
+        self.store.newest(|note| callbacks.note(&note))
     }
 
     /// The state of a checkpoint of the same run.

@@ -1,4 +1,4 @@
-//! A run: phases over one decoder and one loader, heard through hooks, interrupted and resumed at will.
+//! A run: phases over one decoder and one loader, heard through callbacks, interrupted and resumed at will.
 
 use super::metrics::MetricsLog;
 use super::start::{Given, PhaseStart};
@@ -30,7 +30,7 @@ pub struct Phase {
 
 /// Where a run keeps its files, and what its checkpoints are tied to.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Place {
+pub struct RunDir {
     /// Gets `metrics.jsonl`, `updates.json` and `checkpoints/`.
     pub dir: PathBuf,
     /// A hash of the model as given.
@@ -43,7 +43,7 @@ pub struct Place {
 
 /// Where a run stands when a hook is called.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Progress {
+pub struct RunPosition {
     /// Name of the phase.
     pub phase: String,
     /// Steps taken, over all phases.
@@ -97,32 +97,32 @@ pub struct TuneSummary {
 
 /// What a caller may listen to. An error ends the run as an interruption does.
 ///
-/// The hooks of an epoch and of a phase come before the checkpoint of that step is written: after an interruption and a
-/// resume each has been called at least once, and perhaps twice, for the same [`Progress`] and the same weights.
-pub trait Hooks<B: Backend> {
+/// The callbacks of an epoch and of a phase come before the checkpoint of that step is written: after an interruption and a
+/// resume each has been called at least once, and perhaps twice, for the same [`RunPosition`] and the same weights.
+pub trait Callbacks<B: Backend> {
     /// Something that the user should know, such as a damaged checkpoint.
     fn note(&mut self, _text: &str) {}
     /// The run begins: what each phase will take, by its name.
     fn run_begins(&mut self, _plans: &[(String, Plan)]) {}
     /// A phase begins, or is continued.
-    fn phase_begins(&mut self, _at: &Progress) -> Result<()> {
+    fn phase_begins(&mut self, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
     /// A step was taken or skipped.
-    fn step(&mut self, _metrics: &StepMetrics, _at: &Progress) -> Result<()> {
+    fn step(&mut self, _metrics: &StepMetrics, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
     /// An epoch is over.
-    fn epoch_ends(&mut self, _decoder: &Decoder<B>, _at: &Progress) -> Result<()> {
+    fn epoch_ends(&mut self, _decoder: &Decoder<B>, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
     /// A phase is over.
-    fn phase_ends(&mut self, _decoder: &Decoder<B>, _at: &Progress) -> Result<()> {
+    fn phase_ends(&mut self, _decoder: &Decoder<B>, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
 }
 
-impl<B: Backend> Hooks<B> for () {}
+impl<B: Backend> Callbacks<B> for () {}
 
 /// Runs phases one after another. The loader goes on from phase to phase, so that 2 + 4 epochs in two phases see the
 /// same batches as 6 epochs in one.
@@ -132,7 +132,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) options: TuneOptions,
     pub(super) phases: Vec<Phase>,
     pub(super) trains: Box<dyn Fn(ParamId) -> bool + 'a>,
-    pub(super) place: Option<Place>,
+    pub(super) place: Option<RunDir>,
     pub(super) measure_updates: bool,
     pub(super) given: Option<Given<'a>>,
     ceilings: Option<Ceilings>,
@@ -177,13 +177,13 @@ impl<'a, B: Backend> Tuner<'a, B> {
     }
 
     /// Writes metrics, updates and checkpoints.
-    pub fn at(mut self, place: Place) -> Self {
+    pub fn at(mut self, place: RunDir) -> Self {
         self.place = Some(place);
         self
     }
 
     /// Measures ‖ΔW‖_F of each cell in each phase. What a phase starts from is kept until its end: as a copy on the host
-    /// of what trains, in the backend's type, or where there is a [`Place`], in the checkpoint at the phase's start. The
+    /// of what trains, in the backend's type, or where there is a [`RunDir`], in the checkpoint at the phase's start. The
     /// first phase has none and needs the copy, unless [`Tuner::given`] spares it.
     pub fn measure_updates(mut self) -> Self {
         self.measure_updates = true;
@@ -204,10 +204,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
     }
 
     /// Runs all phases, or what a checkpoint says is left of them.
-    pub fn run(mut self, hooks: &mut dyn Hooks<B>) -> Result<TuneSummary> {
+    pub fn run(mut self, callbacks: &mut dyn Callbacks<B>) -> Result<TuneSummary> {
         self.check()?;
         let plans = self.plans();
-        hooks.run_begins(&plans);
+        callbacks.run_begins(&plans);
         let mut run = RunState::at(self.loader.position());
         let mut optimizer = None;
         let mut start = None;
@@ -216,7 +216,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         if let Some(place) = self.place.clone() {
             let identity = self.identity(&place)?;
             let store = Journal::new(&place, identity, self.options.keep_last, self.measure_updates)?;
-            let saved = if place.resume { store.newest(hooks)? } else { None };
+            let saved = if place.resume { store.newest(callbacks)? } else { None };
             match &saved {
                 Some(saved) => {
                     run = store.state(saved, self.phases.len(), self.loader.batches_per_epoch())?;
@@ -227,7 +227,9 @@ impl<'a, B: Backend> Tuner<'a, B> {
                     optimizer = self.restore(&store, saved, &mut run)?;
                     self.loader.seek(run.position)?;
                 }
-                None if place.resume => hooks.note("there is no checkpoint to resume; the run starts at the beginning"),
+                None if place.resume => {
+                    callbacks.note("there is no checkpoint to resume; the run starts at the beginning")
+                }
                 None => {}
             }
             if saved.is_none() {
@@ -238,7 +240,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         }
 
         while run.phase < self.phases.len() {
-            self.phase(&mut run, &mut optimizer, start.take(), journal.as_mut(), hooks)?;
+            self.phase(&mut run, &mut optimizer, start.take(), journal.as_mut(), callbacks)?;
         }
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
@@ -259,7 +261,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         optimizer: &mut Option<Optimizer<B>>,
         start: Option<PhaseStart<B>>,
         mut journal: Option<&mut (Journal, MetricsLog)>,
-        hooks: &mut dyn Hooks<B>,
+        callbacks: &mut dyn Callbacks<B>,
     ) -> Result<()> {
         let phase = self.phases[run.phase].clone();
         let total = self.steps(&phase)?;
@@ -279,7 +281,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         if run.summaries.len() == run.phase {
             run.summaries.push(PhaseSummary { phase: phase.name.clone(), ..PhaseSummary::default() });
         }
-        hooks.phase_begins(&run.progress(&phase.name, total))?;
+        callbacks.phase_begins(&run.progress(&phase.name, total))?;
 
         while run.phase_step < total {
             let metrics = self.step(&phase, &floor, total, run, &mut adam, &mut gradients)?;
@@ -288,10 +290,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
                 run.metrics_bytes = log.bytes();
             }
             let at = run.progress(&phase.name, total);
-            hooks.step(&metrics, &at)?;
+            callbacks.step(&metrics, &at)?;
             run.give_up(&phase.name, MAX_NON_FINITE_IN_A_ROW, self.steps_per_epoch())?;
             if run.position.batch == 0 {
-                hooks.epoch_ends(self.decoder, &at)?;
+                callbacks.epoch_ends(self.decoder, &at)?;
             }
             let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
             // The last step of a phase is saved below, with the phase behind it.
@@ -305,10 +307,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
         // What follows holds tensors on the host: not beside the gradients and activations of a step.
         drop(gradients);
         self.decoder.release_pool();
-        hooks.phase_ends(self.decoder, &run.progress(&phase.name, total))?;
+        callbacks.phase_ends(self.decoder, &run.progress(&phase.name, total))?;
         if let Some(start) = start {
             let store = journal.as_deref().map(|(store, _)| store);
-            if let Some(cells) = self.updates(&start, run, store, hooks)? {
+            if let Some(cells) = self.updates(&start, run, store, callbacks)? {
                 run.updates.push(PhaseUpdates { phase: phase.name.clone(), cells });
             }
         }

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::io::OutputDir;
 use crate::model::ModelDir;
 use crate::modules::LearningRates;
-use crate::train::{Hooks, Phase, PhaseOptions, Schedule, TuneOptions, Tuner};
+use crate::train::{Callbacks, Phase, PhaseOptions, Schedule, TuneOptions, Tuner};
 use std::path::Path;
 
 /// Seed of the embedded model's language and weights.
@@ -52,7 +52,7 @@ pub fn make_tiny_model<B: Backend>(
     stages: &[Stage],
     out: &Path,
     force: bool,
-    hooks: &mut dyn Hooks<B>,
+    callbacks: &mut dyn Callbacks<B>,
 ) -> Result<()> {
     let output = OutputDir::create(out, force)?;
     let initial = tempfile::tempdir().map_err(Error::io(Path::new("a temporary directory"), "create"))?;
@@ -67,7 +67,7 @@ pub fn make_tiny_model<B: Backend>(
         let items = stage.mixture.items(&language, count.max(1), seed.wrapping_add(index as u64));
         let conversations: Vec<Conversation> = items.into_iter().map(Conversation::from).collect();
         let examples = Examples::from_conversations(&conversations, &chat, DEMO_MAX_LENGTH)?.examples;
-        train(&mut decoder, examples, stage, seed, hooks)?;
+        train(&mut decoder, examples, stage, seed, callbacks)?;
     }
     files.write(output.dir(), |id| decoder.read(id), u64::MAX)?;
     output.commit()
@@ -78,7 +78,7 @@ fn train<B: Backend>(
     examples: Vec<crate::data::Example>,
     stage: &Stage,
     seed: u64,
-    hooks: &mut dyn Hooks<B>,
+    callbacks: &mut dyn Callbacks<B>,
 ) -> Result<()> {
     let options = TuneOptions {
         batch_size: Stage::BATCH,
@@ -101,6 +101,6 @@ fn train<B: Backend>(
         },
     };
     let mut loader = Loader::new(examples, options.loader())?;
-    Tuner::new(decoder, &mut loader, options, vec![phase])?.run(hooks)?;
+    Tuner::new(decoder, &mut loader, options, vec![phase])?.run(callbacks)?;
     Ok(())
 }

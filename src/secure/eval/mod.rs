@@ -11,7 +11,7 @@ use crate::data::Example;
 use crate::engine::{Batch, Decoder, GenerateOptions};
 use crate::error::{Error, Result};
 use crate::model::Tokenizer;
-use crate::secure::Progress;
+use crate::progress::{Observer, Progress};
 use std::collections::BTreeMap;
 
 /// A share with its 95 % confidence interval (Wilson, "Probable inference", 1927), which also holds near 0 and 1.
@@ -117,7 +117,7 @@ pub fn perplexity<B: Backend>(
     decoder: &Decoder<B>,
     examples: &[Example],
     batch_tokens: usize,
-    progress: Progress<'_>,
+    observer: Observer<'_>,
 ) -> Result<Perplexity> {
     let (mut sum, mut tokens, mut first) = (0.0, 0, 0);
     while first < examples.len() {
@@ -133,7 +133,7 @@ pub fn perplexity<B: Backend>(
             tokens += batch.trained_tokens();
         }
         first = last;
-        progress(first, examples.len());
+        observer(Progress::new("perplexity", first, examples.len()));
     }
     if tokens == 0 {
         return Err(Error::input("held-out examples", "no token to predict", "at least one answer"));
@@ -153,19 +153,20 @@ pub struct Answer {
     pub first: Option<u32>,
 }
 
-/// The model's answers to rendered prompts. `progress` counts tokens of at most so many.
+/// The model's answers to rendered prompts; progress is reported as `task`, in tokens, of which there may be fewer.
 pub fn generate_answers<B: Backend>(
     decoder: &Decoder<B>,
     tokenizer: &Tokenizer,
     prompts: &[Vec<u32>],
     options: &GenerateOptions,
-    progress: Progress<'_>,
+    task: &str,
+    observer: Observer<'_>,
 ) -> Result<Vec<Answer>> {
     let most = prompts.len() * options.max_new_tokens;
     let mut done = 0;
     let generations = decoder.generate(prompts, options, &mut |_, _| {
         done += 1;
-        progress(done.min(most), most);
+        observer(Progress::new(task, done.min(most), most));
     })?;
     generations
         .into_iter()

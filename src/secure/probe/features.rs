@@ -9,7 +9,7 @@ use crate::modules::ModuleSet;
 use crate::secure::eval::refusal::FirstTokens;
 use std::ops::Range;
 
-use crate::secure::Progress;
+use crate::progress::{Observer, Progress};
 
 /// Hidden states at the last token of every prompt.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,14 +90,14 @@ pub fn features<B: Backend>(
     decoder: &Decoder<B>,
     prompts: &[Vec<u32>],
     batch_tokens: usize,
-    progress: Progress<'_>,
+    observer: Observer<'_>,
 ) -> Result<Features> {
     let mut layers = vec![Vec::new(); decoder.config.layers + 1];
     for range in batches(prompts, batch_tokens)? {
         let batch = packed(&prompts[range.clone()]);
         let states = decoder.hidden_states(&batch, &batch.last_rows())?;
         layers.iter_mut().zip(states).for_each(|(all, own)| all.extend(own));
-        progress(range.end, prompts.len());
+        observer(Progress::new("hidden states", range.end, prompts.len()));
     }
     Ok(Features { prompts: prompts.len(), hidden: decoder.config.hidden, layers })
 }
@@ -108,7 +108,7 @@ pub fn snapshot<B: Backend>(
     prompts: &[Vec<u32>],
     first: Option<&FirstTokens>,
     batch_tokens: usize,
-    progress: Progress<'_>,
+    observer: Observer<'_>,
 ) -> Result<Snapshot> {
     let count = decoder.config.layers + 1;
     let clean = [Member { cells: ModuleSet::default(), seed: 0, negative: false }];
@@ -127,7 +127,7 @@ pub fn snapshot<B: Backend>(
             logits.extend(readout.logits);
             Ok(())
         })?;
-        progress(range.end, prompts.len());
+        observer(Progress::new("hidden states", range.end, prompts.len()));
     }
     let features = Features { prompts: prompts.len(), hidden: decoder.config.hidden, layers };
     Ok(Snapshot { features, refusal: first.map(|f| f.log_odds(&logits)) })

@@ -9,7 +9,7 @@ use super::logistic::Design;
 use super::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
-use crate::secure::Progress;
+use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::{Metrics, binary_cross_entropy};
 use crate::secure::eval::refusal::FirstTokens;
 use rayon::prelude::*;
@@ -64,7 +64,7 @@ type Targets = Vec<Option<bool>>;
 const FEWEST: usize = 4;
 
 /// Trains the probes of every layer. `progress` counts layers.
-pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, progress: Progress<'_>) -> Result<Probe> {
+pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Observer<'_>) -> Result<Probe> {
     let features = input.features;
     let layers = check(&input, options)?;
     let metric_layer = options.metric_layer.unwrap_or(layers);
@@ -114,7 +114,7 @@ pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, progress: Prog
             probe.heads.insert(head, fitted.linear);
         }
         probes.push(probe);
-        progress(layer + 1, layers + 1);
+        observer(Progress::new("probes", layer + 1, layers + 1));
     }
     Ok(Probe { about, layers: probes })
 }

@@ -21,7 +21,7 @@ use crate::backend::Backend;
 use crate::engine::Member;
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleSet};
-use crate::secure::Progress;
+use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::{ScoreKind, relative_drop};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -64,7 +64,7 @@ pub fn robustness<B: Backend>(
     scorer: &PerturbationScorer<'_, B>,
     options: &RobustnessOptions,
     out: Option<&Path>,
-    progress: Progress<'_>,
+    observer: Observer<'_>,
 ) -> Result<RobustnessMap> {
     let wanted = ModuleSet::parse(&options.cells, &scorer.decoder.config.cells())?;
     check(options, &wanted)?;
@@ -86,7 +86,7 @@ pub fn robustness<B: Backend>(
     let total = wanted.len();
     let known: BTreeSet<Cell> = done.iter().map(|d| d.cell.cell).collect();
     let left: Vec<Cell> = in_order(&wanted).into_iter().filter(|c| !known.contains(c)).collect();
-    progress(done.len(), total);
+    observer(Progress::new("robustness map", done.len(), total));
     let parameters = cell_parameters(&scorer.decoder.config);
     let copies_a_cell = scorer.seeds().len() * scorer.members(&ModuleSet::default(), 0).len();
     for group in left.chunks((scorer.members_a_group() / copies_a_cell).clamp(1, CELLS_A_SAVE)) {
@@ -104,7 +104,7 @@ pub fn robustness<B: Backend>(
             .collect();
         partial.append(&new)?;
         done.extend(new);
-        progress(done.len(), total);
+        observer(Progress::new("robustness map", done.len(), total));
     }
     let map = assemble(scorer, header, done)?;
     if let Some(out) = out {

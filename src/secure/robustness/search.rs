@@ -10,7 +10,7 @@ use super::mods::{FORMAT, ModsRob, SearchStep};
 use super::sets::share;
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleId, ModuleKind, ModuleSet};
-use crate::secure::Progress;
+use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::ScoreKind;
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -64,14 +64,14 @@ struct Walk<'s, 'j> {
 }
 
 /// Finds Mods_Rob on a map. `joint` gives R of a set over the draws of some of the map's seeds (see
-/// [`crate::secure::PerturbationScorer::joint`]); `progress` counts joint runs of at most so many.
+/// [`crate::secure::PerturbationScorer::joint`]); progress counts joint runs, of which there may be fewer.
 ///
 /// Fails, with what was reached and what to change, where no set between floor and cap stays under τ.
 pub fn search(
     map: &RobustnessMap,
     options: &SearchOptions,
     joint: Joint<'_>,
-    progress: Progress<'_>,
+    observer: Observer<'_>,
 ) -> Result<ModsRob> {
     check(options)?;
     let start = Instant::now();
@@ -84,7 +84,7 @@ pub fn search(
     let mut runs = 0;
     let mut counted = |set: &ModuleSet, seeds: &[u64]| {
         runs += 1;
-        progress(runs, most.max(runs));
+        observer(Progress::new("search", runs, most.max(runs)));
         joint(set, seeds)
     };
     let mut steps = Vec::new();

@@ -10,12 +10,12 @@ use crate::error::{Error, Result};
 use crate::io::json;
 use crate::model::ModelDir;
 use crate::modules::ModuleSet;
+use crate::progress::{Observer, Progress};
 use crate::secure::{
     AnswerLengths, Drift, Evaluation, Head, Judge, ModsRob, Probe, Questions, RefusalList, RobustnessMap, Scores,
-    Subject, TuneJob, TuneOutput, Watch, cell_parameters, resolve_mods, robustness, search, share, snapshot,
-    tune_directory,
+    Subject, TuneJob, TuneOutput, cell_parameters, resolve_mods, robustness, search, share, snapshot, tune_directory,
 };
-use crate::train::{Hooks, Progress, StepMetrics};
+use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -32,7 +32,7 @@ pub fn run<B: Backend>(
     config: &RunConfig,
     backend: &dyn Fn() -> Result<B>,
     refusals: &RefusalList,
-    watch: Watch<'_>,
+    observer: Observer<'_>,
 ) -> Result<Outcome> {
     let start = Instant::now();
     std::fs::create_dir_all(&config.out).map_err(Error::io(&config.out, "create"))?;
@@ -51,14 +51,14 @@ pub fn run<B: Backend>(
         model_hash,
         judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
     };
-    let probe = study.probe(watch)?;
+    let probe = study.probe(observer)?;
     let (map, search, mods) = match specs.iter().any(SettingSpec::needs_mods) {
-        true => study.mods(&probe, watch)?,
+        true => study.mods(&probe, observer)?,
         false => (None, None, None),
     };
     let mut settings = Vec::new();
     for spec in &specs {
-        settings.push(study.setting(spec, &probe, map.as_ref(), mods.as_ref(), watch)?);
+        settings.push(study.setting(spec, &probe, map.as_ref(), mods.as_ref(), observer)?);
     }
     let title = match config.title.is_empty() {
         false => config.title.clone(),
@@ -159,7 +159,7 @@ impl<B: Backend> Study<'_, B> {
         Subject::open((self.backend)()?, dir, self.config.chat_template.as_deref())
     }
 
-    fn probe(&self, watch: Watch<'_>) -> Result<Probe> {
+    fn probe(&self, observer: Observer<'_>) -> Result<Probe> {
         let config = self.config;
         let path = config.out.join("probe.safetensors");
         let inputs = json!({ "model": self.model_hash, "security": file_hash(&config.data.security)?,
@@ -167,7 +167,7 @@ impl<B: Backend> Study<'_, B> {
         let train = || -> Result<String> {
             let subject = self.open(&config.model)?;
             let options = &config.probe;
-            let probe = subject.probe(&self.prompts, options, TENDENCY_TOKENS, self.refusals, watch)?;
+            let probe = subject.probe(&self.prompts, options, TENDENCY_TOKENS, self.refusals, observer)?;
             probe.save(&path)?;
             file_hash(&path)
         };
@@ -187,7 +187,7 @@ impl<B: Backend> Study<'_, B> {
     fn mods(
         &self,
         probe: &Probe,
-        watch: Watch<'_>,
+        observer: Observer<'_>,
     ) -> Result<(Option<RobustnessMap>, Option<ModsRob>, Option<ModuleSet>)> {
         let config = self.config;
         let mut inputs = json!({ "probe": probe.hash()?, "perturb": config.perturb, "robustness": config.robustness });
@@ -195,7 +195,7 @@ impl<B: Backend> Study<'_, B> {
         let map: RobustnessMap = self.stages.run("robustness", &inputs, || {
             let subject = self.open(&config.model)?;
             let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
-            robustness(&proxy, &config.robustness, Some(&path), &mut |n, m| watch("robustness map", n, m))
+            robustness(&proxy, &config.robustness, Some(&path), observer)
         })?;
         let model = ModelDir::open(&config.model)?;
         let all = model.config.cells();
@@ -210,7 +210,7 @@ impl<B: Backend> Study<'_, B> {
             let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
             let score = config.search.score;
             let mut joint = |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, score, map.epsilon, seeds);
-            let found = search(&map, &config.search, &mut joint, &mut |n, m| watch("search", n, m))?;
+            let found = search(&map, &config.search, &mut joint, observer)?;
             found.save(&config.out.join("mods.json"))?;
             Ok(found)
         })?;
@@ -224,7 +224,7 @@ impl<B: Backend> Study<'_, B> {
         probe: &Probe,
         map: Option<&RobustnessMap>,
         mods: Option<&ModuleSet>,
-        watch: Watch<'_>,
+        observer: Observer<'_>,
     ) -> Result<SettingOutcome> {
         let config = self.config;
         let model = ModelDir::open(&config.model)?;
@@ -242,7 +242,7 @@ impl<B: Backend> Study<'_, B> {
             let name = if seeds.len() > 1 { format!("{}, seed {seed}", spec.text) } else { spec.text.clone() };
             let mut run = Run { spec, job: job.clone(), name, stem: spec.run_stem(config, *seed) };
             run.job.shared.seed = *seed;
-            runs.push(self.run(&run, probe, watch)?);
+            runs.push(self.run(&run, probe, observer)?);
         }
         let mut runs = runs.into_iter();
         let first = runs.next().ok_or_else(|| Error::input("tune.seeds", "an empty list", "training seeds"))?;
@@ -256,15 +256,15 @@ impl<B: Backend> Study<'_, B> {
         })
     }
 
-    fn run(&self, run: &Run<'_>, probe: &Probe, watch: Watch<'_>) -> Result<RunOutcome> {
+    fn run(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<RunOutcome> {
         let (tuned, dir, inputs) = if run.spec.is_given() {
             (None, self.config.model.clone(), json!({ "model": self.model_hash }))
         } else {
-            let (tuned, inputs) = self.tuned(run, probe, watch)?;
+            let (tuned, inputs) = self.tuned(run, probe, observer)?;
             let dir = tuned.dir.clone();
             (Some(tuned), dir, inputs)
         };
-        let (evaluation, drift) = self.evaluation(run, &dir, &inputs, probe, watch)?;
+        let (evaluation, drift) = self.evaluation(run, &dir, &inputs, probe, observer)?;
         Ok(RunOutcome { tuned, evaluation, drift })
     }
 
@@ -278,7 +278,7 @@ impl<B: Backend> Study<'_, B> {
         })
     }
 
-    fn tuned(&self, run: &Run<'_>, probe: &Probe, watch: Watch<'_>) -> Result<(TunedOutcome, Value)> {
+    fn tuned(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<(TunedOutcome, Value)> {
         let (config, job) = (self.config, &run.job);
         let train = config.data.train.iter().map(|p| file_hash(p)).collect::<Result<Vec<_>>>()?;
         let extra = match run.spec.mix {
@@ -317,17 +317,17 @@ impl<B: Backend> Study<'_, B> {
             let step_examples = (job.shared.batch_size * job.shared.grad_accum) as u64;
             let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
             let watched: Vec<&SecurityPrompt> = self.prompts.iter().filter(|p| p.split == Split::Test).collect();
-            let mut hooks = Watching {
+            let mut callbacks = DriftRecorder {
                 probe,
                 tokens: subject.render(watched.iter().map(|p| p.prompt.as_str()))?,
                 harmful: watched.iter().map(|p| p.label == Label::Harmful).collect(),
                 points: Vec::new(),
                 path: folder.join(format!("{file}.drift.json")),
-                watch: &mut *watch,
+                observer: &mut *observer,
                 name: run.name.clone(),
             };
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
-            hooks.begin(&subject.decoder)?;
+            callbacks.begin(&subject.decoder)?;
             let output = TuneOutput {
                 path: dir.clone(),
                 force: true,
@@ -336,7 +336,7 @@ impl<B: Backend> Study<'_, B> {
                 config: json!({ "study": config, "setting": run.spec.text }),
             };
             let Subject { files, decoder, .. } = &mut subject;
-            let summary = tune_directory(files, decoder, examples, job, &output, &mut hooks)?;
+            let summary = tune_directory(files, decoder, examples, job, &output, &mut callbacks)?;
             let losses = losses(&dir.join("metrics.jsonl"))?;
             Ok(TunedOutcome {
                 dir: dir.clone(),
@@ -344,7 +344,7 @@ impl<B: Backend> Study<'_, B> {
                 steps_per_epoch,
                 phases: summary.phases,
                 updates: summary.updates,
-                points: hooks.points,
+                points: callbacks.points,
                 losses,
                 peak_bytes: summary.peak_bytes,
             })
@@ -358,7 +358,7 @@ impl<B: Backend> Study<'_, B> {
         dir: &Path,
         model: &Value,
         probe: &Probe,
-        watch: Watch<'_>,
+        observer: Observer<'_>,
     ) -> Result<(Evaluation, Option<Drift>)> {
         let config = self.config;
         let asked: Vec<String> = [&config.data.task, &config.data.heldout, &config.data.strict]
@@ -390,7 +390,7 @@ impl<B: Backend> Study<'_, B> {
                 cache_bytes: options.cache_bytes,
             };
             let named = format!("evaluate {}", run.name);
-            let mut report = |what: &str, n: usize, m: usize| watch(&format!("{named}: {what}"), n, m);
+            let mut report = |p: Progress<'_>| observer(Progress { task: &format!("{named}: {}", p.task), ..p });
             let evaluation = subject.evaluate(&questions, lengths, self.refusals, &mut report)?;
             let drift = match run.spec.is_given() {
                 true => None,
@@ -405,17 +405,17 @@ impl<B: Backend> Study<'_, B> {
 }
 
 /// Follows a tuning run: progress, and drift after each epoch and phase.
-struct Watching<'a, 'w> {
+struct DriftRecorder<'a, 'w> {
     probe: &'a Probe,
     tokens: Vec<Vec<u32>>,
     harmful: Vec<bool>,
     points: Vec<DriftPoint>,
     path: PathBuf,
-    watch: Watch<'w>,
+    observer: Observer<'w>,
     name: String,
 }
 
-impl Watching<'_, '_> {
+impl DriftRecorder<'_, '_> {
     /// Takes up the points of an interrupted run, or measures the first.
     fn begin<B: Backend>(&mut self, decoder: &Decoder<B>) -> Result<()> {
         if let Ok(text) = std::fs::read_to_string(&self.path) {
@@ -428,7 +428,7 @@ impl Watching<'_, '_> {
         // A resumed run may come here again.
         self.points.retain(|p| p.step < step);
         let first = self.probe.about.first_tokens.as_ref();
-        let read = snapshot(decoder, &self.tokens, first, 8192, &mut |_, _| {})?;
+        let read = snapshot(decoder, &self.tokens, first, 8192, &mut |_| {})?;
         let layer = self.probe.about.metric_layer;
         let features = read.features.layers.get(layer).map(Vec::as_slice).unwrap_or_default();
         let logits = self.probe.logits(layer, &Head::Harmful, features)?;
@@ -438,19 +438,19 @@ impl Watching<'_, '_> {
     }
 }
 
-impl<B: Backend> Hooks<B> for Watching<'_, '_> {
-    fn step(&mut self, metrics: &StepMetrics, at: &Progress) -> Result<()> {
-        let loss = metrics.loss.map_or("skipped".into(), |loss| format!("loss {loss:.3}"));
-        let what = format!("tune {}: {} {loss}", self.name, at.phase);
-        (self.watch)(&what, at.phase_step as usize, at.phase_steps as usize);
+impl<B: Backend> Callbacks<B> for DriftRecorder<'_, '_> {
+    fn step(&mut self, metrics: &StepMetrics, at: &RunPosition) -> Result<()> {
+        let task = format!("tune {}: {}", self.name, at.phase);
+        let (done, total) = (at.phase_step as usize, at.phase_steps as usize);
+        (self.observer)(Progress { task: &task, done, total, loss: metrics.loss });
         Ok(())
     }
 
-    fn epoch_ends(&mut self, decoder: &Decoder<B>, at: &Progress) -> Result<()> {
+    fn epoch_ends(&mut self, decoder: &Decoder<B>, at: &RunPosition) -> Result<()> {
         self.measure(decoder, at.step)
     }
 
-    fn phase_ends(&mut self, decoder: &Decoder<B>, at: &Progress) -> Result<()> {
+    fn phase_ends(&mut self, decoder: &Decoder<B>, at: &RunPosition) -> Result<()> {
         self.measure(decoder, at.step)
     }
 }
