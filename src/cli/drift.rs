@@ -43,7 +43,7 @@ impl OnDevice for DriftCommand {
         let mut bars = Bars::new(&self.common);
         let base = {
             let subject = self.model.subject(backend.clone())?;
-            probe.check_model(&subject.files.config, &subject.hash)?;
+            probe.check_model(&subject.files.config, subject.files.hash()?)?;
             subject.snapshot(&probe, &prompts, &mut bars.observer())?
         };
         let template = self.model.chat_template.as_deref();

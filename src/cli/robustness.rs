@@ -89,19 +89,18 @@ impl OnDevice for RobustnessCommand {
             budget_bytes: self.memory_mib << 20,
             ..ScorerOptions::default()
         };
-        let proxy = subject.proxy(&probe, &prompts, options)?;
-        let options =
-            RobustnessOptions { epsilon: self.epsilon, score, cells: self.cells, ..RobustnessOptions::default() };
-        let mut bars = Bars::new(&self.common);
-        let mut map = robustness(&proxy, &options, Some(&self.out), &mut bars.observer())?;
-        bars.finish();
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, "resolve"));
-        map.made_from = Some(MadeFrom {
+        let mut scorer = subject.scorer(&probe, &prompts, options)?;
+        scorer.made_from = Some(MadeFrom {
             model: absolute(&self.model.model)?,
             probe: absolute(&self.probe)?,
             security: absolute(&self.security)?,
         });
-        map.save(&self.out)?;
+        let options =
+            RobustnessOptions { epsilon: self.epsilon, score, cells: self.cells, ..RobustnessOptions::default() };
+        let mut bars = Bars::new(&self.common);
+        let map = robustness(&scorer, &options, Some(&self.out), &mut bars.observer())?;
+        bars.finish();
         let drawn = drawn(&map, score);
         let heatmap = robustness_map(&drawn);
         write_atomic(&self.out.with_extension("svg"), heatmap.svg().as_bytes())?;

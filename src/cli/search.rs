@@ -88,7 +88,7 @@ impl OnDevice for SearchCommand {
         let prompts = SecurityPrompt::read(&security, self.common.seed)?;
         let model = ModelArgs { model, chat_template: self.chat_template };
         let subject = model.subject(backend)?;
-        map.check_model(&subject.hash)?;
+        map.check_model(subject.files.hash()?)?;
         let options = ScorerOptions {
             kind: map.kind.clone(),
             split: map.split,
@@ -96,7 +96,7 @@ impl OnDevice for SearchCommand {
             budget_bytes: self.memory_mib << 20,
             ..ScorerOptions::default()
         };
-        let proxy = subject.proxy(&probe, &prompts, options)?;
+        let scorer = subject.scorer(&probe, &prompts, options)?;
         let options = SearchOptions {
             score: score(&self.score)?,
             tau: self.tau,
@@ -106,7 +106,7 @@ impl OnDevice for SearchCommand {
             swap: !self.no_swap,
         };
         let mut bars = Bars::new(&self.common);
-        let mut joint = |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, options.score, map.epsilon, seeds);
+        let mut joint = |set: &ModuleSet, seeds: &[u64]| scorer.joint(set, options.score, map.epsilon, seeds);
         let found = search(&map, &options, &mut joint, &mut bars.observer())?;
         bars.finish();
         found.save(&self.out)?;

@@ -163,7 +163,7 @@ impl OnDevice for Tune {
         let mut opened = self.model.open(backend)?;
         let cells = opened.files.config.cells();
         let hash = opened.files.hash()?;
-        let read = |text| resolve_mods(text, &opened.files.config, None, Some(&hash));
+        let read = |text| resolve_mods(text, &opened.files.config, None, Some(hash));
         let mods = self.mods.as_deref().map(read).transpose()?;
         let job = self.job(mods, &cells, opened.files.config.layers)?;
         let template = self.model.template(&opened.files)?;

@@ -11,6 +11,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -46,6 +47,7 @@ pub struct ModelDir {
     /// Shard and name in it, of each tensor of [`ModelConfig::params`].
     sources: BTreeMap<ParamId, (usize, String)>,
     tokenizer: Option<Tokenizer>,
+    hash: OnceLock<String>,
 }
 
 impl ModelDir {
@@ -92,7 +94,7 @@ impl ModelDir {
             let expected = format!("ids below {}, the rows of the embedding", config.vocab);
             return Err(Error::input(dir.join("tokenizer.json").display().to_string(), found, expected));
         }
-        Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer })
+        Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, hash: OnceLock::new() })
     }
 
     /// The values of one tensor, widened; refuses NaN and infinity by name.
@@ -107,8 +109,11 @@ impl ModelDir {
     }
 
     /// A hash of config and weights, which ties probes, maps and sets to this model: 64 hexadecimal digits. How the
-    /// weights are spread over files does not matter.
-    pub fn hash(&self) -> Result<String> {
+    /// weights are spread over files does not matter. Reads all weights, once.
+    pub fn hash(&self) -> Result<&str> {
+        if let Some(hash) = self.hash.get() {
+            return Ok(hash);
+        }
         let mut hasher = blake3::Hasher::new();
         hasher.update(&read_bytes(&self.dir.join("config.json"), MOST_CONFIG_BYTES)?);
         for (id, shape) in self.config.params() {
@@ -121,7 +126,7 @@ impl ModelDir {
             }
             file.release(name)?;
         }
-        Ok(hasher.finalize().to_hex().to_string())
+        Ok(self.hash.get_or_init(|| hasher.finalize().to_hex().to_string()))
     }
 
     /// `tokenizer.json`.

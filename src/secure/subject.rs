@@ -25,8 +25,6 @@ pub struct Subject<B: Backend> {
     pub template: ChatTemplate,
     /// Its weights.
     pub decoder: Decoder<B>,
-    /// [`ModelDir::hash`].
-    pub hash: String,
 }
 
 /// What is asked of a model to see what tuning did.
@@ -110,8 +108,7 @@ impl<B: Backend> Subject<B> {
         let tokenizer = files.tokenizer()?;
         let template = files.chat_template(chat_template)?;
         let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
-        let hash = files.hash()?;
-        Ok(Self { files, tokenizer, template, decoder, hash })
+        Ok(Self { files, tokenizer, template, decoder })
     }
 
     /// Tokenised training conversations.
@@ -162,14 +159,14 @@ impl<B: Backend> Subject<B> {
             refused: Some(&refused),
             first_tokens: first.as_ref(),
             control: control.as_ref().zip(control_labels.as_deref()),
-            model_hash: &self.hash,
+            model_hash: self.files.hash()?,
             prompts_hash: &prompts_hash(&tokens, prompts),
         };
         train_probe(input, options, observer)
     }
 
     /// What map and search are made with. `update` perturbations read the tuned directory that they name.
-    pub fn proxy<'a>(
+    pub fn scorer<'a>(
         &'a self,
         probe: &'a Probe,
         prompts: &'a [SecurityPrompt],
@@ -180,7 +177,7 @@ impl<B: Backend> Subject<B> {
         let kind = options.kind.engine_kind(&self.files)?;
         let input = ScorerInput {
             decoder: &self.decoder,
-            model_hash: &self.hash,
+            model_hash: self.files.hash()?,
             probe,
             prompts: &tokens,
             labels: prompts,

@@ -159,8 +159,12 @@ pub fn tune_directory<B: Backend>(
         std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, "remove"))?;
     }
     std::fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished, "create"))?;
-    let place =
-        RunDir { dir: unfinished.clone(), model: files.hash()?, data: examples_hash(&examples), resume: output.resume };
+    let place = RunDir {
+        dir: unfinished.clone(),
+        model: files.hash()?.to_owned(),
+        data: examples_hash(&examples),
+        resume: output.resume,
+    };
     let summary = tune(decoder, Some(files), examples, job, Some(place), callbacks)?;
     files.write(out.dir(), |id| decoder.read(id), output.max_shard_bytes)?;
     let metrics = unfinished.join("metrics.jsonl");

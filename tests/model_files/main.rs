@@ -269,7 +269,7 @@ fn links_stay_inside() {
 fn hash_sees_every_byte() {
     let hash = |config: &Value, stored: &[Stored]| {
         let dir = model(config, stored);
-        ModelDir::open(dir.path()).unwrap().hash().unwrap()
+        ModelDir::open(dir.path()).unwrap().hash().unwrap().to_owned()
     };
     let original = hash(&config(), &tensors());
     assert_eq!(original, hash(&config(), &tensors()));

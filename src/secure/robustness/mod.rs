@@ -227,7 +227,7 @@ fn assemble<B: Backend>(scorer: &PerturbationScorer<'_, B>, header: Header, done
     let order = in_order(&done.iter().map(|d| d.cell.cell).collect());
     let mut cells: BTreeMap<Cell, CellRobustness> = done.into_iter().map(|d| (d.cell.cell, d.cell)).collect();
     Ok(RobustnessMap {
-        made_from: None,
+        made_from: scorer.made_from.clone(),
         format: FORMAT.to_owned(),
         model_hash: scorer.model_hash.clone(),
         probe_hash: scorer.probe.hash()?,

@@ -1,6 +1,7 @@
 //! The scorer that robustness and the search ask: a model, its frozen probe and labelled prompts; perturb some modules,
 //! and see what the probe still reads.
 
+use super::map::MadeFrom;
 use super::noise::Noise;
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
@@ -83,7 +84,7 @@ pub struct Observation {
     pub shift: f64,
 }
 
-/// See the module's documentation.
+/// Scores perturbed copies of a model by its probe and by its refusal log-odds: what map and search ask.
 pub struct PerturbationScorer<'a, B: Backend> {
     pub(crate) decoder: &'a Decoder<B>,
     pub(crate) model_hash: String,
@@ -100,6 +101,8 @@ pub struct PerturbationScorer<'a, B: Backend> {
     /// Of the unperturbed model.
     pub(crate) clean: Observation,
     pub(crate) prompts_hash: String,
+    /// The files behind it, saved with a map: a search needs them again.
+    pub made_from: Option<MadeFrom>,
 }
 
 /// What is read of a copy before it is scored.
@@ -154,6 +157,7 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
                 shift: 0.0,
             },
             prompts_hash: crate::secure::prompts_hash(&prompts, &labels),
+            made_from: None,
             options,
         };
         let member = Member { cells: ModuleSet::default(), seed: 0, negative: false };

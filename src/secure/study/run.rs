@@ -40,7 +40,7 @@ pub fn run<B: Backend>(
     let specs = config.settings.iter().map(|text| SettingSpec::parse(text)).collect::<Result<Vec<_>>>()?;
     let prompts = SecurityPrompt::read(&config.data.security, config.seed)?;
     SecurityPrompt::require_both_labels(&prompts, &config.data.security)?;
-    let model_hash = ModelDir::open(&config.model)?.hash()?;
+    let model_hash = ModelDir::open(&config.model)?.hash()?.to_owned();
     let study = Study {
         config,
         backend,
@@ -194,8 +194,8 @@ impl<B: Backend> Study<'_, B> {
         let path = config.out.join("map.json");
         let map: RobustnessMap = self.stages.run("robustness", &inputs, || {
             let subject = self.open(&config.model)?;
-            let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
-            robustness(&proxy, &config.robustness, Some(&path), observer)
+            let scorer = subject.scorer(probe, &self.prompts, config.perturb.clone())?;
+            robustness(&scorer, &config.robustness, Some(&path), observer)
         })?;
         let model = ModelDir::open(&config.model)?;
         let all = model.config.cells();
@@ -207,9 +207,9 @@ impl<B: Backend> Study<'_, B> {
         inputs["map"] = json!(map.hash()?);
         let found: ModsRob = self.stages.run("search", &inputs, || {
             let subject = self.open(&config.model)?;
-            let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
+            let scorer = subject.scorer(probe, &self.prompts, config.perturb.clone())?;
             let score = config.search.score;
-            let mut joint = |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, score, map.epsilon, seeds);
+            let mut joint = |set: &ModuleSet, seeds: &[u64]| scorer.joint(set, score, map.epsilon, seeds);
             let found = search(&map, &config.search, &mut joint, observer)?;
             found.save(&config.out.join("mods.json"))?;
             Ok(found)
@@ -273,8 +273,8 @@ impl<B: Backend> Study<'_, B> {
         let inputs = json!({ "map": map.hash()?, "set": set.to_string(), "score": config.search.score });
         self.stages.run(&format!("joint/{}", hash(&inputs)), &inputs, || {
             let subject = self.open(&config.model)?;
-            let proxy = subject.proxy(probe, &self.prompts, config.perturb.clone())?;
-            proxy.joint(set, config.search.score, map.epsilon, &map.seeds)
+            let scorer = subject.scorer(probe, &self.prompts, config.perturb.clone())?;
+            scorer.joint(set, config.search.score, map.epsilon, &map.seeds)
         })
     }
 
