@@ -14,7 +14,7 @@ use common::stats::{median, median_interval, quantile};
 use common::{Device, Mode, Scale, Session, random, verdict};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use swat::backend::Ceilings;
+use swat::backend::Roofline as Ceilings;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Backend, Buffer, Cost};

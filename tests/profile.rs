@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use swat::backend::cuda::F32State;
 use swat::backend::trace::{Lane, Span};
-use swat::backend::{Backend, Ceilings, Cost};
+use swat::backend::{Backend, Cost, Roofline};
 use swat::engine::{Decoder, Floor};
 use swat::model::ModelConfig;
 use swat::modules::ModuleSet;
@@ -18,6 +18,9 @@ use swat::profile::{Profile, ProfileOptions, Summary, Work, profile, summarize};
 use swat::report::write_trace;
 
 /// Large enough that operations take most of a step, small enough that a step takes milliseconds.
+/// Any: shares of the roofline are looked at for their sign alone.
+const ROOFLINE: Roofline = Roofline { flops_per_s: 1e11, bytes_per_s: 1e10 };
+
 fn small() -> ModelConfig {
     ModelConfig {
         vocab: 1024,
@@ -69,7 +72,7 @@ fn the_operations_of_a_step_do_what_the_floor_says_and_no_more() {
         config.windows = windows;
         let mut model = common::decoder(config.clone(), 1);
         for (work, recompute) in works(&config).into_iter().flat_map(|work| [(work.clone(), false), (work, true)]) {
-            let found = profile(&mut model, &ProfileOptions { recompute, ..options(work.clone()) }).unwrap();
+            let found = profile(&mut model, &ProfileOptions { recompute, ..options(work.clone()) }, ROOFLINE).unwrap();
             // AdamW's are elementwise.
             let passes = if matches!(work, Work::Train(_)) { found.floor.len() - 1 } else { found.floor.len() };
             let floor: u64 = found.floor[..passes].iter().map(|pass| pass.flops).sum();
@@ -103,7 +106,7 @@ fn the_rows_explain_a_step() {
     for work in works(&config) {
         let options = ProfileOptions { batch_size: 4, length: 48, steps: 3, ..options(work.clone()) };
         // Whatever else the machine does while the engine is between two operations is not explained.
-        let attempts = (0..5).map(|_| summarize(&profile(&mut model, &options).unwrap()));
+        let attempts = (0..5).map(|_| summarize(&profile(&mut model, &options, ROOFLINE).unwrap()));
         let mut best: Option<Summary> = None;
         for attempt in attempts {
             let explained = attempt.explained;
@@ -135,14 +138,14 @@ fn the_rows_explain_a_step() {
 fn documents_longer_than_the_context_are_refused() {
     let mut model = common::decoder(small(), 1);
     for (work, length) in [(Work::Forward, 257), (Work::Generate, 129)] {
-        let error = profile(&mut model, &ProfileOptions { length, ..options(work) }).unwrap_err().to_string();
+        let error = profile(&mut model, &ProfileOptions { length, ..options(work) }, ROOFLINE).unwrap_err().to_string();
         assert!(error.contains("--length") && error.contains("256"), "{error}");
     }
 }
 
 /// A trace of one step on this backend, held against the rules of the format and against what must be inside of what.
 fn check_trace<B: Backend>(model: &mut Decoder<B>, work: Work) -> Vec<Value> {
-    let found = profile(model, &ProfileOptions { recompute: true, ..options(work) }).unwrap();
+    let found = profile(model, &ProfileOptions { recompute: true, ..options(work) }, ROOFLINE).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("trace.json");
     let events = write_trace(&found, &model.backend.name(), &path).unwrap();
@@ -228,8 +231,8 @@ fn costs_do_not_depend_on_the_backend() {
     };
     for work in [Work::Train(set("all", &tiny_on(&backend).config)), Work::Generate] {
         let options = ProfileOptions { batch_size: 2, length: 12, steps: 1, warmup: 0, ..options(work) };
-        let device = profile(&mut tiny_on(&backend), &options).unwrap();
-        let host = profile(&mut tiny_on(&swat::backend::cpu::Cpu::new()), &options).unwrap();
+        let device = profile(&mut tiny_on(&backend), &options, ROOFLINE).unwrap();
+        let host = profile(&mut tiny_on(&swat::backend::cpu::Cpu::new()), &options, ROOFLINE).unwrap();
         let (device, host) = (flops(&device.spans), flops(&host.spans));
         for (name, flops) in host {
             // A GPU does not tell the host how many rows of a cache its queries see, only the most.
@@ -247,7 +250,7 @@ fn the_profiler_is_told_of_the_steps_in_its_range() {
     let Some(backend) = standin::open::<F32State>(2) else { return };
     let mut model = tiny_on(&backend);
     let options = ProfileOptions { batch_size: 1, length: 8, steps: 4, range: Some(2..=3), ..options(Work::Forward) };
-    let found = profile(&mut model, &options).unwrap();
+    let found = profile(&mut model, &options, ROOFLINE).unwrap();
     let launched = found.spans.iter().filter(|span| span.lane == Lane::Kernel && !span.name.starts_with("mem")).count();
     assert!(launched > 0);
     assert_eq!(standin::profiled(2), launched as u64 / 2, "of {launched} launches in four steps");
@@ -255,7 +258,7 @@ fn the_profiler_is_told_of_the_steps_in_its_range() {
 
 #[test]
 fn a_floor_is_the_longer_of_computing_and_moving_of_each_pass() {
-    let ceilings = Ceilings { flops_per_s: 10.0, bytes_per_s: 5.0 };
+    let roofline = Roofline { flops_per_s: 10.0, bytes_per_s: 5.0 };
     let passes = [Cost { bytes: 1, flops: 100 }, Cost { bytes: 100, flops: 1 }];
-    assert_eq!(swat::engine::light_seconds(&passes, &ceilings), 30.0);
+    assert_eq!(swat::engine::light_seconds(&passes, &roofline), 30.0);
 }

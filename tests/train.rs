@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use swat::backend::Ceilings;
+use swat::backend::Roofline;
 use swat::backend::cpu::Cpu;
 use swat::data::{Example, Loader};
 use swat::engine::{Decoder, Lora, Plan};
@@ -151,7 +151,7 @@ impl<'a> Process<'a> {
         static PROCESSES: AtomicU64 = AtomicU64::new(1);
         let rate = PROCESSES.fetch_add(1, Ordering::Relaxed) as f64 * 1e12;
         let tuner = match self.dir {
-            Some(dir) => tuner.at(place(dir, self.resume)).ceilings(Ceilings { flops_per_s: rate, bytes_per_s: rate }),
+            Some(dir) => tuner.at(place(dir, self.resume)).roofline(Roofline { flops_per_s: rate, bytes_per_s: rate }),
             None => tuner,
         };
         let files = (self.model)();

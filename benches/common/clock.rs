@@ -5,10 +5,10 @@
 use super::cublaslt::CublasLt;
 use super::shapes::{Scale, random};
 use std::time::{Duration, Instant};
+use swat::backend::Roofline as Ceilings;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Captured, Cuda, GemmLayout, GemmShape, Precision, with_version};
 use swat::backend::{Backend, Epilogue, LinearShape, trace};
-use swat::backend::{Ceilings, ceilings};
 
 /// Calls shorter than this are captured.
 const SHORT: Duration = Duration::from_micros(50);
@@ -70,7 +70,7 @@ impl Device for Cpu {
     }
 
     fn ceilings(&self, _: &Scale) -> (Ceilings, &'static str) {
-        (ceilings(self).expect("memory for a large product"), "swat")
+        (Ceilings::measure(self).expect("memory for a large product"), "swat")
     }
 }
 

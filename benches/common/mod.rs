@@ -34,7 +34,7 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use serde_json::json;
 use stats::{median, median_interval};
 use std::time::Duration;
-use swat::backend::Ceilings;
+use swat::backend::Roofline as Ceilings;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{self, Cuda, F32State};
 use swat::backend::{Backend, Cost};

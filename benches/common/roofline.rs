@@ -3,8 +3,8 @@
 use super::stats::{median, quantile};
 use serde_json::{Value, json};
 use std::time::Duration;
-use swat::backend::Ceilings;
 use swat::backend::Cost;
+use swat::backend::Roofline as Ceilings;
 use swat::report::format;
 use swat::report::table::{Entry, Table};
 

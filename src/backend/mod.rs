@@ -8,18 +8,18 @@
 //! panics. Errors are for what a device may refuse (memory, a lost device).
 
 mod buffer;
-mod ceilings;
 mod check;
 pub mod cost;
 pub mod cpu;
 pub mod cuda;
 mod noise;
+mod roofline;
 pub mod trace;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
-pub use ceilings::{Ceilings, ceilings};
 pub use cost::Cost;
 pub use noise::{Direction, NoiseKey};
+pub use roofline::Roofline;
 
 use crate::error::Result;
 use cost::AttentionSize;

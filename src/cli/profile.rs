@@ -2,7 +2,7 @@
 
 use super::open::{ModelArgs, OnDevice, State};
 use super::{Common, print_json, print_line};
-use crate::backend::{Backend, ceilings};
+use crate::backend::{Backend, Roofline};
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
 use crate::profile::{ProfileOptions, Work, profile, summarize};
@@ -99,7 +99,7 @@ impl OnDevice for ProfileCommand {
             ));
         }
         // Before the model is there, so that what it takes is not on top of the peak.
-        ceilings(&backend)?;
+        let roofline = Roofline::measure(&backend)?;
         let mut opened = self.model.open(backend)?;
         let device = opened.decoder.backend.name();
         let set = ModuleSet::parse(&self.mods, &opened.files.config.cells())?;
@@ -118,7 +118,7 @@ impl OnDevice for ProfileCommand {
             seed: self.common.seed,
             range: self.range,
         };
-        let profile = profile(&mut opened.decoder, &options)?;
+        let profile = profile(&mut opened.decoder, &options, roofline)?;
         if let Some(path) = &self.trace {
             write_trace(&profile, &device, path)?;
         }
@@ -133,11 +133,11 @@ impl OnDevice for ProfileCommand {
         for table in profile_tables(&summary) {
             print_line(&table.text(TextStyle::Unicode))?;
         }
-        let ceilings = summary.ceilings;
+        let roofline = summary.roofline;
         print_line(&format!(
             "ceilings on {device}: {} GFLOP/s (product), {} GB/s (copy)",
-            fixed(ceilings.flops_per_s / 1e9, 1),
-            fixed(ceilings.bytes_per_s / 1e9, 1)
+            fixed(roofline.flops_per_s / 1e9, 1),
+            fixed(roofline.bytes_per_s / 1e9, 1)
         ))?;
         print_line(&format!(
             "step {} ms, {} tok/s; the rows explain {} of it; speed of light {}",

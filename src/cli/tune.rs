@@ -4,7 +4,7 @@ use super::open::{ModelArgs, OnDevice, State};
 use super::plan::plan_json;
 use super::progress::StepBar;
 use super::{Common, print_json, print_line};
-use crate::backend::{Backend, ceilings};
+use crate::backend::{Backend, Roofline};
 use crate::data::{Chat, Examples, mix};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
@@ -159,7 +159,7 @@ impl OnDevice for Tune {
             return Err(Error::input("--mods-epochs", "no --mods", "--mods SET_OR_FILE: what phase 1 trains"));
         }
         // Before the model is there, so that what it takes is not on top of the run's peak.
-        ceilings(&backend)?;
+        let roofline = Roofline::measure(&backend)?;
         let mut opened = self.model.open(backend)?;
         let cells = opened.files.config.cells();
         let hash = opened.files.hash()?;
@@ -180,6 +180,7 @@ impl OnDevice for Tune {
             force: self.force,
             resume: self.resume,
             max_shard_bytes: self.max_shard_mib << 20,
+            roofline: Some(roofline),
             config: json!({ "model": self.model.model, "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
                 "seed": self.common.seed, "swat": env!("CARGO_PKG_VERSION") }),
         };

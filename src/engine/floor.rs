@@ -8,7 +8,7 @@
 //! | weights once a pass, gradients and moments once a step, keys and values of a cache once a token | activations, which a large enough chip would not let out |
 
 use super::{Batch, Lora};
-use crate::backend::{Backend, Ceilings, Cost, cost};
+use crate::backend::{Backend, Cost, Roofline, cost};
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleId, ModuleKind, ModuleSet, ParamId};
 use std::ops::Range;
@@ -213,8 +213,8 @@ impl Pass {
 }
 
 /// What passes that follow one another take at the ceilings, in seconds.
-pub fn light_seconds(passes: &[Cost], ceilings: &Ceilings) -> f64 {
-    passes.iter().map(|pass| ceilings.seconds(*pass)).sum()
+pub fn light_seconds(passes: &[Cost], roofline: &Roofline) -> f64 {
+    passes.iter().map(|pass| roofline.seconds(*pass)).sum()
 }
 
 /// Every tensor with its number of elements; adapters on all projections if there are any.

@@ -5,7 +5,7 @@ mod summary;
 pub use summary::{Row, Summary, summarize};
 
 use crate::backend::trace::{self, Span};
-use crate::backend::{Backend, Ceilings, Cost, ceilings};
+use crate::backend::{Backend, Cost, Roofline};
 use crate::engine::{Batch, Decoder, Floor, GenerateOptions, Gradients, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, LearningRates, ModuleSet, ParamId};
@@ -57,15 +57,15 @@ pub struct Profile {
     pub spans: Vec<Span>,
     /// The least that a step must compute and move: passes that follow one another.
     pub floor: Vec<Cost>,
-    /// The ceilings of this run.
-    pub ceilings: Ceilings,
+    /// What the spans are read against.
+    pub roofline: Roofline,
 }
 
-/// Runs and records.
+/// Runs steps and records their spans, to be read against `roofline`.
 ///
 /// # Errors
 /// Sizes that the model does not have room for; a failing device; a recording that runs already.
-pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions) -> Result<Profile> {
+pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, roofline: Roofline) -> Result<Profile> {
     if options.batch_size == 0 || options.length == 0 || options.steps == 0 {
         return Err(Error::input("--batch-size, --length, --steps", "0", "at least 1"));
     }
@@ -75,7 +75,6 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions) -
         return Err(Error::input("--length", format!("documents of {tokens} tokens"), most));
     }
     let backend = decoder.backend.clone();
-    let ceilings = ceilings(&backend)?;
     let batch = batch(decoder, options);
     let floor = floor(decoder, options, &batch);
     let mut step = runner(decoder, options, &batch)?;
@@ -102,7 +101,7 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions) -
         Work::Train(_) | Work::Forward | Work::Generate => options.batch_size * options.length,
         Work::Sweep(ref set) => 2 * projections(set).count() * options.batch_size * options.length,
     };
-    Ok(Profile { steps, tokens, spans: recording.take(), floor, ceilings })
+    Ok(Profile { steps, tokens, spans: recording.take(), floor, roofline })
 }
 
 /// What the sweep perturbs.

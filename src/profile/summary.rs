@@ -1,7 +1,7 @@
 //! From spans to a table.
 
 use super::Profile;
-use crate::backend::Ceilings;
+use crate::backend::Roofline;
 use crate::backend::trace::{Lane, Span};
 use crate::engine::light_seconds;
 use serde::Serialize;
@@ -22,7 +22,7 @@ pub struct Row {
     pub bytes: u64,
     /// What it had to compute.
     pub flops: u64,
-    /// The time at the ceilings over the measured time; `None` where no cost is known.
+    /// The time at the roofline over the measured time; `None` where no cost is known.
     pub of_ceiling: Option<f64>,
 }
 
@@ -43,11 +43,12 @@ pub struct Summary {
     pub between_ns: u64,
     /// The rows' share of the steps' time.
     pub explained: f64,
-    /// The time that the least of computing and moving would take at the ceilings, over the steps' time: see
+    /// The time that the least of computing and moving would take at the roofline, over the steps' time: see
     /// [`crate::engine::Floor`] for what is counted.
     pub speed_of_light: f64,
     /// What it is measured by.
-    pub ceilings: Ceilings,
+    #[serde(rename = "ceilings")]
+    pub roofline: Roofline,
 }
 
 /// Adds up a profile.
@@ -56,7 +57,7 @@ pub fn summarize(profile: &Profile) -> Summary {
     let total: u64 = profile.steps.iter().map(|(_, ns)| ns).sum();
     let (mut rows, mut layers) = (BTreeMap::new(), BTreeMap::new());
     for span in profile.spans.iter().filter(|s| s.lane == lane) {
-        add(rows.entry(span.name.to_string()).or_default(), span, &profile.ceilings);
+        add(rows.entry(span.name.to_string()).or_default(), span, &profile.roofline);
         let place = match span.layer {
             Some(layer) => format!("{}, layer {layer}", span.phase),
             None if span.phase.is_empty() => "outside all phases".into(),
@@ -64,7 +65,7 @@ pub fn summarize(profile: &Profile) -> Summary {
         };
         // Phases in the order of a step; layers by number, behind them what is in none.
         let key = (first_start(profile, span.phase), span.layer.unwrap_or(usize::MAX), place.clone());
-        add(layers.entry(key).or_default(), span, &profile.ceilings);
+        add(layers.entry(key).or_default(), span, &profile.roofline);
     }
     let finish = |(name, sum): (String, Sum)| Row {
         name,
@@ -78,7 +79,7 @@ pub fn summarize(profile: &Profile) -> Summary {
     let mut rows: Vec<Row> = rows.into_iter().map(finish).collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.ns));
     let explained: u64 = rows.iter().map(|row| row.ns).sum();
-    let light = profile.steps.len() as f64 * light_seconds(&profile.floor, &profile.ceilings);
+    let light = profile.steps.len() as f64 * light_seconds(&profile.floor, &profile.roofline);
     let mut steps: Vec<u64> = profile.steps.iter().map(|(_, ns)| *ns).collect();
     steps.sort_unstable();
     let median = steps.get(steps.len() / 2).copied().unwrap_or(0).max(1);
@@ -91,7 +92,7 @@ pub fn summarize(profile: &Profile) -> Summary {
         speed_of_light: light * 1e9 / total.max(1) as f64,
         rows,
         layers: layers.into_iter().map(|((_, _, name), sum)| finish((name, sum))).collect(),
-        ceilings: profile.ceilings,
+        roofline: profile.roofline,
     }
 }
 
@@ -104,12 +105,12 @@ struct Sum {
     ideal_ns: f64,
 }
 
-fn add(sum: &mut Sum, span: &Span, ceilings: &Ceilings) {
+fn add(sum: &mut Sum, span: &Span, roofline: &Roofline) {
     sum.calls += 1;
     sum.ns += span.duration_ns;
     sum.bytes += span.cost.bytes;
     sum.flops += span.cost.flops;
-    sum.ideal_ns += ceilings.seconds(span.cost) * 1e9;
+    sum.ideal_ns += roofline.seconds(span.cost) * 1e9;
 }
 
 fn first_start(profile: &Profile, phase: &str) -> u64 {
@@ -139,9 +140,9 @@ mod tests {
             span(Lane::Op, "rmsnorm", "forward", None, 800, 100, 0),
             span(Lane::Phase, "forward", "forward", None, 0, 950, 0),
         ];
-        let ceilings = Ceilings { flops_per_s: 1e9, bytes_per_s: 1e9 };
+        let roofline = Roofline { flops_per_s: 1e9, bytes_per_s: 1e9 };
         let floor = vec![Cost { bytes: 20, flops: 150 }, Cost { bytes: 50, flops: 1 }];
-        let profile = Profile { steps: vec![(0, 1000)], tokens: 5, spans, floor, ceilings };
+        let profile = Profile { steps: vec![(0, 1000)], tokens: 5, spans, floor, roofline };
         let summary = summarize(&profile);
         assert!(!summary.kernels);
         assert!((summary.explained - 0.9).abs() < 1e-9 && summary.between_ns == 100);
@@ -170,7 +171,7 @@ mod tests {
             tokens: 1,
             spans: vec![span(Lane::Op, 90), span(Lane::Kernel, 40)],
             floor: Vec::new(),
-            ceilings: Ceilings { flops_per_s: 1.0, bytes_per_s: 1.0 },
+            roofline: Roofline { flops_per_s: 1.0, bytes_per_s: 1.0 },
         };
         let summary = summarize(&profile);
         assert!(summary.kernels && summary.rows.len() == 1 && summary.rows[0].ns == 40);

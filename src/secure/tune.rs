@@ -1,6 +1,6 @@
 //! Two-phase tuning, its ablations, and the model directory that comes out.
 
-use crate::backend::{Backend, ceilings};
+use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Loader};
 use crate::engine::{Decoder, Lora};
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ pub struct TuneJob {
     pub rest_lr_factor: f32,
     /// Everything first, Mods_Rob second.
     pub reversed: bool,
-    /// Training seeds of a study, which makes a run with each in the place of `shared.seed`; none = that one. A single run
+    /// Training seeds of a study, which makes a run with each in the run_dir of `shared.seed`; none = that one. A single run
     /// has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seeds: Option<Vec<u64>>,
@@ -90,6 +90,8 @@ pub struct TuneOutput {
     pub resume: bool,
     /// Largest shard, in bytes.
     pub max_shard_bytes: u64,
+    /// What steps are measured against ([`crate::train::StepMetrics::speed_of_light`]); none = not at all.
+    pub roofline: Option<Roofline>,
     /// The resolved configuration, written beside the weights.
     pub config: serde_json::Value,
 }
@@ -103,32 +105,31 @@ impl TuneOutput {
     }
 }
 
-/// Tunes a decoder in memory; with a place, steps are held against the backend's ceilings. Where it holds the weights of
-/// `files`, updates are measured against those, and no copy of what trains is kept.
+/// Tunes a decoder in memory. Where it holds the weights of `files`, updates are measured against those, and no copy of
+/// what trains is kept.
 pub fn tune<B: Backend>(
     decoder: &mut Decoder<B>,
     files: Option<&ModelDir>,
     examples: Vec<Example>,
     job: &TuneJob,
-    place: Option<RunDir>,
+    run_dir: Option<RunDir>,
+    roofline: Option<Roofline>,
     callbacks: &mut dyn Callbacks<B>,
 ) -> Result<TuneSummary> {
     let phases = job.phases(&decoder.config.cells())?;
     if let Method::Lora { lora, modules } = &job.method {
         decoder.add_lora(modules, *lora, job.shared.seed)?;
     }
-    // Where there is no memory to measure them, steps are held against nothing.
-    let ceilings = place.as_ref().and_then(|_| ceilings(&decoder.backend).ok());
     let mut loader = Loader::new(examples, job.shared.loader())?;
     let mut tuner = Tuner::new(decoder, &mut loader, job.shared.clone(), phases)?.measure_updates();
     if let Some(files) = files {
         tuner = tuner.given(|id, shape| files.tensor(id, shape));
     }
-    if let Some(place) = place {
-        tuner = tuner.at(place);
+    if let Some(run_dir) = run_dir {
+        tuner = tuner.at(run_dir);
     }
-    if let Some(ceilings) = ceilings {
-        tuner = tuner.ceilings(ceilings);
+    if let Some(roofline) = roofline {
+        tuner = tuner.roofline(roofline);
     }
     let summary = tuner.run(callbacks)?;
     decoder.merge_lora()?;
@@ -159,13 +160,13 @@ pub fn tune_directory<B: Backend>(
         std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, "remove"))?;
     }
     std::fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished, "create"))?;
-    let place = RunDir {
+    let run_dir = RunDir {
         dir: unfinished.clone(),
         model: files.hash()?.to_owned(),
         data: examples_hash(&examples),
         resume: output.resume,
     };
-    let summary = tune(decoder, Some(files), examples, job, Some(place), callbacks)?;
+    let summary = tune(decoder, Some(files), examples, job, Some(run_dir), output.roofline, callbacks)?;
     files.write(out.dir(), |id| decoder.read(id), output.max_shard_bytes)?;
     let metrics = unfinished.join("metrics.jsonl");
     let to = out.dir().join("metrics.jsonl");

@@ -24,8 +24,8 @@ pub struct StepMetrics {
     pub tokens: u64,
     /// `tokens` a second of this step.
     pub tok_per_s: f64,
-    /// The time that the least of computing and moving would take at the measured ceilings, over the step's: see
-    /// [`crate::engine::Floor`]. None where the ceilings were not measured, and in a step without a loss.
+    /// The time that the least of computing and moving would take at the measured roofline, over the step's: see
+    /// [`crate::engine::Floor`]. None where no roofline was measured, and in a step without a loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed_of_light: Option<f64>,
     /// On a GPU, the most bytes of its memory that buffers held so far; else the largest resident memory of the process so

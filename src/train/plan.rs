@@ -88,7 +88,7 @@ impl<B: Backend> Tuner<'_, B> {
     }
 
     /// All that the bytes of a run depend on. What only saves time, memory or disk may change on resume.
-    pub(super) fn identity(&self, place: &RunDir) -> Result<serde_json::Value> {
+    pub(super) fn identity(&self, run_dir: &RunDir) -> Result<serde_json::Value> {
         let failed = |e: serde_json::Error| Error::failed(format!("options: {e}"), "report this");
         let mut options = serde_json::to_value(&self.options).map_err(failed)?;
         if let Some(options) = options.as_object_mut() {
@@ -113,8 +113,8 @@ impl<B: Backend> Tuner<'_, B> {
         }
         let device = self.decoder.backend.name();
         Ok(serde_json::json!({
-            "model": place.model,
-            "data": place.data,
+            "model": run_dir.model,
+            "data": run_dir.data,
             "batches_per_epoch": self.loader.batches_per_epoch(),
             "device": device.split(':').next(),
             "precision": [B::Float::NAME, B::Grad::NAME, B::Moment::NAME],

@@ -29,7 +29,7 @@ impl<B: Backend> Tuner<'_, B> {
     pub(super) fn phase_start(&self, phase: usize) -> Result<PhaseStart<B>> {
         let trained: BTreeSet<ParamId> = self.phases.get(phase).into_iter().flat_map(|p| self.trained(p)).collect();
         let before = if phase == 0 { BTreeSet::new() } else { self.changed(phase - 1) };
-        let saved = if self.place.is_some() { &before & &trained } else { BTreeSet::new() };
+        let saved = if self.run_dir.is_some() { &before & &trained } else { BTreeSet::new() };
         let mut held = BTreeMap::new();
         for param in self.decoder.params().iter().filter(|param| trained.contains(&param.id)) {
             let adapter = matches!(param.id, ParamId::LoraA(_) | ParamId::LoraB(_));

@@ -145,10 +145,15 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// The files at a place, which is made if it is not there.
-    pub(super) fn new(place: &RunDir, identity: serde_json::Value, keep_last: usize, keep_start: bool) -> Result<Self> {
-        std::fs::create_dir_all(&place.dir).map_err(Error::io(&place.dir, "create"))?;
-        Ok(Self { dir: place.dir.clone(), store: Store::new(&place.dir), identity, keep_last, keep_start })
+    /// The files of a run directory, which is created if it is not there.
+    pub(super) fn new(
+        run_dir: &RunDir,
+        identity: serde_json::Value,
+        keep_last: usize,
+        keep_start: bool,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(&run_dir.dir).map_err(Error::io(&run_dir.dir, "create"))?;
+        Ok(Self { dir: run_dir.dir.clone(), store: Store::new(&run_dir.dir), identity, keep_last, keep_start })
     }
 
     /// Removes what an earlier run left: this one must not find it later.

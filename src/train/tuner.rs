@@ -6,7 +6,7 @@ use super::state::{Journal, RunState};
 use super::step::{Group, Outcome, take_step};
 use super::updates::PhaseUpdates;
 use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
-use crate::backend::{Backend, Ceilings};
+use crate::backend::{Backend, Roofline};
 use crate::data::Loader;
 use crate::engine::{Decoder, Floor, Gradients, Plan, light_seconds};
 use crate::error::Result;
@@ -132,10 +132,10 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) options: TuneOptions,
     pub(super) phases: Vec<Phase>,
     pub(super) trains: Box<dyn Fn(ParamId) -> bool + 'a>,
-    pub(super) place: Option<RunDir>,
+    pub(super) run_dir: Option<RunDir>,
     pub(super) measure_updates: bool,
     pub(super) given: Option<Given<'a>>,
-    ceilings: Option<Ceilings>,
+    roofline: Option<Roofline>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -163,10 +163,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
             options,
             phases: kept,
             trains,
-            place: None,
+            run_dir: None,
             measure_updates: false,
             given: None,
-            ceilings: None,
+            roofline: None,
         })
     }
 
@@ -177,8 +177,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
     }
 
     /// Writes metrics, updates and checkpoints.
-    pub fn at(mut self, place: RunDir) -> Self {
-        self.place = Some(place);
+    pub fn at(mut self, run_dir: RunDir) -> Self {
+        self.run_dir = Some(run_dir);
         self
     }
 
@@ -198,8 +198,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
     }
 
     /// Holds every step against these: [`StepMetrics::speed_of_light`].
-    pub fn ceilings(mut self, ceilings: Ceilings) -> Self {
-        self.ceilings = Some(ceilings);
+    pub fn roofline(mut self, roofline: Roofline) -> Self {
+        self.roofline = Some(roofline);
         self
     }
 
@@ -213,10 +213,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let mut start = None;
         let mut summary = TuneSummary::default();
         let mut journal = None;
-        if let Some(place) = self.place.clone() {
-            let identity = self.identity(&place)?;
-            let store = Journal::new(&place, identity, self.options.keep_last, self.measure_updates)?;
-            let saved = if place.resume { store.newest(callbacks)? } else { None };
+        if let Some(run_dir) = self.run_dir.clone() {
+            let identity = self.identity(&run_dir)?;
+            let store = Journal::new(&run_dir, identity, self.options.keep_last, self.measure_updates)?;
+            let saved = if run_dir.resume { store.newest(callbacks)? } else { None };
             match &saved {
                 Some(saved) => {
                     run = store.state(saved, self.phases.len(), self.loader.batches_per_epoch())?;
@@ -227,7 +227,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
                     optimizer = self.restore(&store, saved, &mut run)?;
                     self.loader.seek(run.position)?;
                 }
-                None if place.resume => {
+                None if run_dir.resume => {
                     callbacks.note("there is no checkpoint to resume; the run starts at the beginning")
                 }
                 None => {}
@@ -235,7 +235,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             if saved.is_none() {
                 store.clear()?;
             }
-            let log = MetricsLog::open(&place.dir.join("metrics.jsonl"), run.metrics_bytes)?;
+            let log = MetricsLog::open(&run_dir.dir.join("metrics.jsonl"), run.metrics_bytes)?;
             journal = Some((store, log));
         }
 
@@ -361,8 +361,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
 
         let seconds = began.elapsed().as_secs_f64();
         run.summaries[run.phase].seconds += seconds;
-        let light = self.ceilings.filter(|_| group.trained_tokens > 0);
-        let light = light.map(|ceilings| light_seconds(&floor.step(&group.batches), &ceilings));
+        let light = self.roofline.filter(|_| group.trained_tokens > 0);
+        let light = light.map(|roofline| light_seconds(&floor.step(&group.batches), &roofline));
         let (loss, grad_norm, skipped) = match outcome {
             Outcome::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
             Outcome::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),

@@ -3,7 +3,7 @@
 use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
 use super::{Mix, RunConfig, SettingSpec};
-use crate::backend::{Backend, ceilings};
+use crate::backend::{Backend, Roofline};
 use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
@@ -17,6 +17,7 @@ use crate::secure::{
 };
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -49,6 +50,7 @@ pub fn run<B: Backend>(
         questions: Asked::read(config, &prompts)?,
         prompts,
         model_hash,
+        roofline: OnceCell::new(),
         judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
     };
     let probe = study.probe(observer)?;
@@ -151,6 +153,8 @@ struct Study<'a, B> {
     questions: Asked,
     prompts: Vec<SecurityPrompt>,
     model_hash: String,
+    /// Measured by the first run that trains.
+    roofline: OnceCell<Option<Roofline>>,
     judge: Option<Judge>,
 }
 
@@ -303,7 +307,7 @@ impl<B: Backend> Study<'_, B> {
         let tuned = self.stages.run(&name, &inputs, || {
             let backend = (self.backend)()?;
             // Before the model is there, so that what it takes is not on top of the run's peak.
-            let _ = ceilings(&backend);
+            let roofline = *self.roofline.get_or_init(|| Roofline::measure(&backend).ok());
             let mut subject = Subject::open(backend, &config.model, config.chat_template.as_deref())?;
             let max_length = job.shared.max_length;
             let mut examples: Vec<Example> = Vec::new();
@@ -333,6 +337,7 @@ impl<B: Backend> Study<'_, B> {
                 force: true,
                 resume: true,
                 max_shard_bytes: 4 << 30,
+                roofline,
                 config: json!({ "study": config, "setting": run.spec.text }),
             };
             let Subject { files, decoder, .. } = &mut subject;

@@ -1,23 +1,31 @@
-//! What a backend can do at most on this machine, measured: what percentages are percentages of.
+//! The measured roofline of a backend: peak FLOPs and peak memory bandwidth (Williams, Waterman and Patterson, CACM 52,
+//! 2009).
 
 use super::{Backend, Buffer, Cost, Epilogue, FloatElement, LinearShape};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The most that was seen of a backend: large products of random numbers, and a large copy.
+/// Peak rates of a backend, measured on large products of random numbers and on a large copy.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub struct Ceilings {
+pub struct Roofline {
     /// Multiplications and additions a second.
     pub flops_per_s: f64,
     /// Bytes read and written a second.
     pub bytes_per_s: f64,
 }
 
-impl Ceilings {
-    /// What a cost takes at the ceilings, where computing and moving overlap.
+impl Roofline {
+    /// Measures a backend: about a second of a quiet machine and at most 700 MB of memory, which a GPU's arena keeps for
+    /// later buffers. Whatever else the machine does meanwhile lowers it.
+    ///
+    /// # Errors
+    /// A device without memory for it, or that fails.
+    pub fn measure<B: Backend>(backend: &B) -> Result<Self> {
+        Ok(Self { flops_per_s: product(backend)?, bytes_per_s: copy(backend)? })
+    }
+
+    /// The least time a cost can take, in seconds: computing and moving overlap.
     pub fn seconds(&self, cost: Cost) -> f64 {
         (cost.flops as f64 / self.flops_per_s).max(cost.bytes as f64 / self.bytes_per_s)
     }
@@ -36,23 +44,6 @@ const BUDGET: Duration = Duration::from_millis(250);
 const TIMINGS: [u128; 2] = [5, 100];
 /// Numbers that are drawn; larger tensors repeat them.
 const DRAWN: usize = 1 << 16;
-
-/// The ceilings of a backend. The first call in a process measures them: about a second of a quiet machine and at most
-/// 700 MB of memory, which a GPU's arena keeps for later buffers. Whatever else the machine does meanwhile lowers them.
-/// Later calls return the same.
-///
-/// # Errors
-/// A device without memory for them, or that fails.
-pub fn ceilings<B: Backend>(backend: &B) -> Result<Ceilings> {
-    static KNOWN: Mutex<BTreeMap<String, Ceilings>> = Mutex::new(BTreeMap::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(ceilings) = known.get(&backend.name()) {
-        return Ok(*ceilings);
-    }
-    let measured = Ceilings { flops_per_s: product(backend)?, bytes_per_s: copy(backend)? };
-    known.insert(backend.name(), measured);
-    Ok(measured)
-}
 
 /// FLOPs a second of the fastest of the three products of training, as large.
 fn product<B: Backend>(backend: &B) -> Result<f64> {
@@ -132,17 +123,16 @@ mod tests {
     use crate::backend::cpu::Cpu;
 
     #[test]
-    fn ceilings_are_not_absurd_and_are_measured_once() {
-        let measured = ceilings(&Cpu::new()).unwrap();
+    fn measured_rates_are_plausible() {
+        let measured = Roofline::measure(&Cpu::new()).unwrap();
         assert!((1e8..1e14).contains(&measured.flops_per_s), "{measured:?}");
         assert!((1e8..1e13).contains(&measured.bytes_per_s), "{measured:?}");
-        assert_eq!(ceilings(&Cpu::new()).unwrap(), measured);
     }
 
     #[test]
     fn the_longer_of_computing_and_moving_counts() {
-        let ceilings = Ceilings { flops_per_s: 10.0, bytes_per_s: 2.0 };
-        assert_eq!(ceilings.seconds(Cost { bytes: 4, flops: 100 }), 10.0);
-        assert_eq!(ceilings.seconds(Cost { bytes: 40, flops: 100 }), 20.0);
+        let roofline = Roofline { flops_per_s: 10.0, bytes_per_s: 2.0 };
+        assert_eq!(roofline.seconds(Cost { bytes: 4, flops: 100 }), 10.0);
+        assert_eq!(roofline.seconds(Cost { bytes: 40, flops: 100 }), 20.0);
     }
 }
