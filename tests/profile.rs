@@ -17,10 +17,10 @@ use swat::modules::ModuleSet;
 use swat::profile::{Profile, ProfileOptions, Summary, Work, profile, summarize};
 use swat::report::write_trace;
 
-/// Large enough that operations take most of a step, small enough that a step takes milliseconds.
 /// Any: shares of the roofline are looked at for their sign alone.
 const ROOFLINE: Roofline = Roofline { flops_per_s: 1e11, bytes_per_s: 1e10 };
 
+/// Large enough that operations take most of a step, small enough that a step takes milliseconds.
 fn small() -> ModelConfig {
     ModelConfig {
         vocab: 1024,
