@@ -18,6 +18,9 @@ pub struct Conversation {
 
 impl Conversation {
     /// All conversations of a JSONL file, whose lines may be of different layouts.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] names the first line that is no conversation; [`crate::error::Error::Io`].
     pub fn read(path: &Path) -> Result<Vec<Self>> {
         JsonLines::open(path)?.parse_all(Self::from_line)
     }
@@ -31,6 +34,9 @@ impl Conversation {
     ///
     /// Other keys are ignored; keys of two layouts, or of none, are an error. So is an empty user or assistant turn;
     /// an empty system message is left out.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] names line and key.
     pub fn from_line(line: &Line) -> Result<Self> {
         let has = |key| line.get(key).is_some();
         let alpaca = has("instruction") && has("output");

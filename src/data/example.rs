@@ -74,6 +74,9 @@ impl Example {
     ///
     /// The text is encoded as a whole where its tokens begin with those of the generation prompt alone. Where a token
     /// would straddle the boundary, prompt and rest are encoded apart: generation, too, continues the prompt's tokens.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the template fails, or no assistant turn can be told apart in what it renders.
     pub fn from_conversation(
         conversation: &Conversation,
         chat: &impl ChatText,
@@ -189,6 +192,9 @@ pub struct Examples {
 impl Examples {
     /// Reads and tokenises a JSONL file of [`Conversation`]s. An error names the first wrong line; a file of which
     /// nothing is left is an error too.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the first wrong line, or says that nothing is left of the file; [`Error::Io`].
     pub fn read(path: &Path, chat: &impl ChatText, max_length: usize) -> Result<Self> {
         let lines = JsonLines::open(path)?;
         let placed = lines.parse_all(|line| Ok((line.place.clone(), Conversation::from_line(line)?)))?;
@@ -199,6 +205,9 @@ impl Examples {
     }
 
     /// The same for conversations that come from elsewhere.
+    ///
+    /// # Errors
+    /// As [`Examples::read`], the conversations counted from 1.
     pub fn from_conversations(conversations: &[Conversation], chat: &impl ChatText, max_length: usize) -> Result<Self> {
         let marked = conversations.par_iter().map(|c| Marked::new(&c.messages, chat, max_length));
         Self::collect("training data", marked, max_length)

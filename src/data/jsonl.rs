@@ -32,6 +32,9 @@ impl Line {
     }
 
     /// A field that must be a string, and more than white space.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where it is absent, no string, or blank.
     pub fn text(&self, key: &str) -> Result<&str> {
         let expected = || format!("`{key}`: a string that is not empty");
         match self.get(key) {
@@ -43,6 +46,9 @@ impl Line {
     }
 
     /// A field that may be absent or null and must else be a string or a whole number, as text.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where it is of another type.
     pub fn optional_name(&self, key: &str) -> Result<Option<String>> {
         match self.get(key) {
             None => Ok(None),
@@ -94,6 +100,9 @@ pub struct JsonLines<R> {
 
 impl JsonLines<BufReader<File>> {
     /// Opens a file; errors name it as `path` does.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the file cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path, "open"))?;
         Ok(Self::new(BufReader::new(file), path.display().to_string()))
@@ -107,6 +116,9 @@ impl<R: BufRead> JsonLines<R> {
     }
 
     /// Every line, turned into something else.
+    ///
+    /// # Errors
+    /// What `parse` returns for the first line that it refuses; a line that is no JSON object.
     pub fn parse_all<T>(self, mut parse: impl FnMut(&Line) -> Result<T>) -> Result<Vec<T>> {
         self.map(|line| line.and_then(|l| parse(&l))).collect()
     }

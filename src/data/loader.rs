@@ -60,6 +60,9 @@ pub struct Loader {
 impl Loader {
     /// A loader at the beginning of the first epoch. No examples, a `batch_size` of 0, and an example that is empty or
     /// longer than `max_length` (see [`Example::from_conversation`]) are errors.
+    ///
+    /// # Errors
+    /// [`Error::Input`] without examples, for a `batch_size` of 0, and for an example that is empty or too long.
     pub fn new(examples: Vec<Example>, options: LoaderOptions) -> Result<Self> {
         if examples.is_empty() {
             return Err(Error::input("training data", "no examples", "at least one"));
@@ -118,6 +121,9 @@ impl Loader {
     }
 
     /// Goes to a position of the same examples and options; one that these do not have is an error.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a position outside an epoch.
     pub fn seek(&mut self, position: LoaderPosition) -> Result<()> {
         let batches = self.batches_per_epoch();
         if position.batch >= batches {
@@ -160,6 +166,9 @@ impl Loader {
 /// such as 10 % of refusals. `base` stays complete and in order; the others, drawn without replacement as long as there
 /// are any left and then again from all, stand at random places. `share` must be in 0 … 0.99, and `extra` not empty
 /// unless it is 0.
+///
+/// # Errors
+/// [`Error::Input`] for a share out of range, or without anything to mix in.
 pub fn mix<T: Clone>(base: &[T], extra: &[T], share: f64, seed: u64) -> Result<Vec<T>> {
     if !(0.0..=0.99).contains(&share) {
         return Err(Error::input("share of mixed-in examples", share.to_string(), "0 to 0.99"));

@@ -71,11 +71,17 @@ impl SecurityPrompt {
     /// pairs with both labels, harmful ones and benign ones, so that each split has its share of each. A pair takes the
     /// split of any of its lines that names one. Prompts without a pair are pairs of their own (equal ones share theirs).
     /// A pair in two splits, and the same words under both labels, are errors.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the line, pair or prompt that is wrong; [`Error::Io`].
     pub fn read(path: &Path, seed: u64) -> Result<Vec<Self>> {
         split_by_pair(JsonLines::open(path)?.parse_all(Raw::from_line)?, seed)
     }
 
     /// What training a probe needs: prompts of both labels in the train split of `place`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the label that is missing.
     pub fn require_both_labels(prompts: &[Self], place: &Path) -> Result<()> {
         let count = |label| prompts.iter().filter(|p| p.split == Split::Train && p.label == label).count();
         let (harmful, benign) = (count(Label::Harmful), count(Label::Benign));

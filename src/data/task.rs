@@ -41,6 +41,9 @@ pub struct Task {
 impl Task {
     /// Reads a JSONL file of `{"prompt", "answer", "match": "exact" | "number" | "choice", "category"?}`. An answer may be
     /// a number. One that could never be matched is an error: no number in it, or neither a letter nor an option's text.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] names the line and what is wrong with it; [`crate::error::Error::Io`].
     pub fn read(path: &Path) -> Result<Vec<Self>> {
         JsonLines::open(path)?.parse_all(Self::from_line)
     }

@@ -24,6 +24,9 @@ pub struct OutputDir {
 impl OutputDir {
     /// Locks `path` and makes the temporary directory. A path that another process writes to is [`Error::InUse`]; one
     /// that exists is [`Error::Exists`] unless `force`.
+    ///
+    /// # Errors
+    /// [`Error::InUse`], [`Error::Exists`]; [`Error::Io`] where the parent cannot be written.
     pub fn create(path: &Path, force: bool) -> Result<Self> {
         let (parent, name) = split(path)?;
         fs::create_dir_all(&parent).map_err(Error::io(&parent, "create"))?;
@@ -48,6 +51,9 @@ impl OutputDir {
 
     /// Writes everything through to the disk and renames into place; with `force` an old output is moved aside first
     /// and removed afterwards.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the old output is then still in place.
     pub fn commit(mut self) -> Result<()> {
         sync_tree(&self.partial)?;
         let replaces = exists(&self.path);
@@ -81,6 +87,9 @@ impl Drop for OutputDir {
 
 /// Writes a file beside its final place, through to the disk, and renames it: readers see the old bytes or the new.
 /// An existing file is replaced.
+///
+/// # Errors
+/// [`Error::Io`]; the old file is then still in place.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let (parent, name) = split(path)?;
     let mut file = tempfile::Builder::new()

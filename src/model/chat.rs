@@ -51,6 +51,9 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// Compiles a template; `place` names its file in errors, `special` are `bos_token` and its like.
+    ///
+    /// # Errors
+    /// [`Error::Input`] gives the line that does not compile.
     pub fn new(source: &str, place: &str, special: BTreeMap<String, String>) -> Result<Self> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
@@ -90,6 +93,9 @@ impl ChatTemplate {
     /// The text that the model sees. `generation_prompt` ends it with the assistant's header.
     ///
     /// A template that fails, loops, recurses or writes without end is an [`Error::Input`] that gives line and reason.
+    ///
+    /// # Errors
+    /// [`Error::Input`], as said above.
     pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
         let context = context! {
             messages,

@@ -52,6 +52,10 @@ pub struct ModelDir {
 
 impl ModelDir {
     /// Opens and checks everything but the values: names, shapes, dtypes, offsets, tokenizer size.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the file and field that is wrong; [`Error::Unsupported`] what this engine does not
+    /// handle.
     pub fn open(dir: &Path) -> Result<Self> {
         let place = dir.display().to_string();
         if !fs::metadata(dir).map_err(Error::io(dir, "open"))?.is_dir() {
@@ -98,6 +102,9 @@ impl ModelDir {
     }
 
     /// The values of one tensor, widened; refuses NaN and infinity by name.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the element that is not finite.
     pub fn tensor(&self, id: ParamId, shape: &[usize]) -> Result<Vec<f32>> {
         let (file, name) = self.source(id)?;
         let (_, stored) = file.info(name)?;
@@ -110,6 +117,9 @@ impl ModelDir {
 
     /// A hash of config and weights, which ties probes, maps and sets to this model: 64 hexadecimal digits. How the
     /// weights are spread over files does not matter. Reads all weights, once.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where a file cannot be read.
     pub fn hash(&self) -> Result<&str> {
         if let Some(hash) = self.hash.get() {
             return Ok(hash);
@@ -130,6 +140,9 @@ impl ModelDir {
     }
 
     /// `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the model has no `tokenizer.json`.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         self.tokenizer.clone().ok_or_else(|| {
             let found = if self.dir.join("tokenizer.model").exists() {
@@ -144,6 +157,9 @@ impl ModelDir {
 
     /// The chat template: the file `named`, else `chat_template.jinja`, else the one (or the one called `default`) in
     /// `tokenizer_config.json`. A model without any needs one named.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is none, or it does not compile.
     pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
         let read = |name: &str| match file_in(&self.dir, name)? {
             Some(path) => json::read(&path, MOST_TOKENIZER_CONFIG_BYTES, "JSON"),
@@ -179,6 +195,9 @@ impl ModelDir {
     /// Writes a model directory of the same kind into `out` (which must be an empty or fresh directory that the caller
     /// renames into place): shards of at most `max_shard_bytes`, the input's dtype, config and tokenizer copied.
     /// Memory holds one tensor at a time.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] names a weight that is not finite; [`Error::Io`].
     pub fn write(
         &self,
         out: &Path,

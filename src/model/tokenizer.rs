@@ -21,6 +21,9 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads a file of at most 64 MB; a malformed one is an [`Error::Input`] that says why. Truncation and padding that
     /// a file asks for are ignored, as in transformers.
+    ///
+    /// # Errors
+    /// [`Error::Input`], as said above; [`Error::Io`].
     pub fn open(path: &Path) -> Result<Self> {
         let place = path.display().to_string();
         let bytes = read_bytes(path, MOST_BYTES)?;
@@ -38,6 +41,9 @@ impl Tokenizer {
     }
 
     /// Token ids; `special` lets the post-processor add its tokens (never for text that a chat template rendered).
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tokenizer refuses the text.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = guarded(&self.place, "tokenizer", || self.inner.encode_fast(text, special))?;
         let encoding = encoding.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer for this text"))?;
@@ -45,6 +51,9 @@ impl Tokenizer {
     }
 
     /// Text, special tokens skipped. Ids that the tokenizer does not know give no text.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tokenizer refuses the ids.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         let text = guarded(&self.place, "tokenizer", || self.inner.decode(tokens, true))?;
         text.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer that decodes its tokens"))
@@ -84,6 +93,9 @@ pub struct DecodeStream<'a> {
 
 impl DecodeStream<'_> {
     /// The text that this token completes; empty while a character is incomplete.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
     pub fn step(&mut self, token: u32) -> Result<String> {
         self.tokens.push(token);
         let text = self.tokenizer.decode(&self.tokens)?;
@@ -102,6 +114,9 @@ impl DecodeStream<'_> {
     }
 
     /// What was held back: the replacement characters of an answer that ends inside a character.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.tokens)?;
         Ok(text.get(self.given..).unwrap_or_default().to_owned())

@@ -66,6 +66,9 @@ impl ModuleSet {
     ///
     /// Kinds are `q_proj` … `down_proj` or short, `q k v o gate up down`. What is unknown, out of range, or not in
     /// `all` is an [`Error::Input`] that names it.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the pattern that is wrong, and what is known.
     pub fn parse(text: &str, all: &ModuleSet) -> Result<Self> {
         let mut set = Self::default();
         for pattern in split_patterns(text)? {

@@ -103,6 +103,9 @@ impl Harmfulness {
 
 impl<B: Backend> Subject<B> {
     /// Opens a model directory on a backend.
+    ///
+    /// # Errors
+    /// As [`ModelDir::open`]; [`crate::error::Error::Memory`] where the weights do not fit the device.
     pub fn open(backend: B, dir: &Path, chat_template: Option<&Path>) -> Result<Self> {
         let files = ModelDir::open(dir)?;
         let tokenizer = files.tokenizer()?;
@@ -112,17 +115,26 @@ impl<B: Backend> Subject<B> {
     }
 
     /// Tokenised training conversations.
+    ///
+    /// # Errors
+    /// As [`Examples::read`].
     pub fn examples(&self, path: &Path, max_length: usize) -> Result<Examples> {
         let chat = Chat::new(&self.template, &self.tokenizer, &self.files.config.eos);
         Examples::read(path, &chat, max_length)
     }
 
     /// Prompts as the model sees them.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] where the template refuses a prompt.
     pub fn render<'p>(&self, prompts: impl IntoIterator<Item = &'p str>) -> Result<Vec<Vec<u32>>> {
         render_prompts(&self.template, &self.tokenizer, prompts, None)
     }
 
     /// Greedy answers.
+    ///
+    /// # Errors
+    /// As [`generate_answers`].
     pub fn answers(
         &self,
         prompts: &[Vec<u32>],
@@ -137,6 +149,9 @@ impl<B: Backend> Subject<B> {
     }
 
     /// Trains the probes on every layer; the model's own answers of `answer_tokens` tokens tell what it refuses.
+    ///
+    /// # Errors
+    /// As [`train_probe`]; a failing device.
     pub fn probe(
         &self,
         prompts: &[SecurityPrompt],
@@ -166,6 +181,9 @@ impl<B: Backend> Subject<B> {
     }
 
     /// What map and search are made with. `update` perturbations read the tuned directory that they name.
+    ///
+    /// # Errors
+    /// As [`PerturbationScorer::new`].
     pub fn scorer<'a>(
         &'a self,
         probe: &'a Probe,
@@ -188,6 +206,9 @@ impl<B: Backend> Subject<B> {
     }
 
     /// Hidden states and refusal log-odds of prompts, as a probe's drift needs them.
+    ///
+    /// # Errors
+    /// As [`snapshot`].
     pub fn snapshot(&self, probe: &Probe, prompts: &[SecurityPrompt], observer: Observer<'_>) -> Result<Snapshot> {
         let tokens = self.render(prompts.iter().map(|p| p.prompt.as_str()))?;
         let first = probe.about.first_tokens.as_ref();
@@ -195,6 +216,9 @@ impl<B: Backend> Subject<B> {
     }
 
     /// Drift of this model against the one that `base` was read from.
+    ///
+    /// # Errors
+    /// As [`drift`].
     pub fn drift(
         &self,
         probe: &Probe,
@@ -206,6 +230,9 @@ impl<B: Backend> Subject<B> {
     }
 
     /// Answers everything that is asked, and scores it. Texts are dropped.
+    ///
+    /// # Errors
+    /// A failing device, or a judge that does not answer.
     pub fn evaluate(
         &self,
         questions: &Questions<'_>,

@@ -58,6 +58,9 @@ pub struct TuneJob {
 
 impl TuneJob {
     /// The phases over a model that has `cells`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where nothing of the set trains.
     pub fn phases(&self, cells: &ModuleSet) -> Result<Vec<Phase>> {
         let trainable = match &self.method {
             Method::Full => cells.clone(),
@@ -107,6 +110,9 @@ impl TuneOutput {
 
 /// Tunes a decoder in memory. Where it holds the weights of `files`, updates are measured against those, and no copy of
 /// what trains is kept.
+///
+/// # Errors
+/// As [`Tuner::run`].
 pub fn tune<B: Backend>(
     decoder: &mut Decoder<B>,
     files: Option<&ModelDir>,
@@ -139,6 +145,10 @@ pub fn tune<B: Backend>(
 /// Tunes a model directory, whose weights `decoder` holds, into another one, with `metrics.jsonl`, `updates.json` and
 /// `tune.json` beside the weights.
 /// An interrupted run leaves `OUT.unfinished`, from which `resume` continues bit for bit.
+///
+/// # Errors
+/// [`Error::Exists`], [`Error::InUse`]; [`Error::Input`] where an unfinished run is neither resumed nor replaced; as
+/// [`tune`].
 pub fn tune_directory<B: Backend>(
     files: &ModelDir,
     decoder: &mut Decoder<B>,

@@ -58,11 +58,17 @@ pub struct Optimizer<B: Backend> {
 
 impl<B: Backend> Optimizer<B> {
     /// Zero moments for the tensors whose cell has a rate and that `trains` says.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Memory`] where the moments do not fit the device.
     pub fn new(decoder: &Decoder<B>, rates: &LearningRates, trains: impl Fn(ParamId) -> bool) -> Result<Self> {
         Self::continued(Vec::new(), decoder, rates, trains)
     }
 
     /// The same for the next phase: tensors that trained before keep their moments and step counts.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`].
     pub fn next_phase(
         self,
         decoder: &Decoder<B>,
@@ -116,6 +122,9 @@ impl<B: Backend> Optimizer<B> {
     }
 
     /// Cells whose gradients are not finite.
+    ///
+    /// # Errors
+    /// A failing device.
     pub fn non_finite_cells(&mut self, backend: &B, gradients: &Gradients<B>) -> Result<Vec<Cell>> {
         let squares = self.squares(backend, gradients)?;
         Ok(self.cells_where(&squares, |s| !s.is_finite()))
@@ -123,6 +132,9 @@ impl<B: Backend> Optimizer<B> {
 
     /// One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) over what trains, with the global norm clipped.
     /// `gradients` must hold a buffer for each tensor of [`Optimizer::trained`].
+    ///
+    /// # Errors
+    /// A failing device.
     pub fn step(
         &mut self,
         decoder: &mut Decoder<B>,

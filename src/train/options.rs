@@ -75,6 +75,9 @@ impl TuneOptions {
     }
 
     /// Refuses values outside their range, by field.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the field.
     pub fn check(&self) -> Result<()> {
         let unit = |x: f32| (0.0..1.0).contains(&x);
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")?;
@@ -137,6 +140,9 @@ impl Default for PhaseOptions {
 
 impl PhaseOptions {
     /// How long the phase runs; an error where both `epochs` and `steps` are given.
+    ///
+    /// # Errors
+    /// [`Error::Input`], as said above.
     pub fn length(&self) -> Result<Length> {
         match (self.epochs, self.steps) {
             (Some(_), Some(_)) => Err(Error::input("steps", "both epochs and steps", "one of them")),
@@ -146,6 +152,9 @@ impl PhaseOptions {
     }
 
     /// Refuses values outside their range, by field.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the field.
     pub fn check(&self) -> Result<()> {
         let (lr, floor) = (self.lr, self.min_lr_ratio);
         require(lr > 0.0 && lr.is_finite(), "lr", lr, "above 0")?;

@@ -142,6 +142,9 @@ impl<'a, B: Backend> Tuner<'a, B> {
     /// A run that writes nothing. Trains adapters alone where the decoder has any, else all tensors with a rate.
     ///
     /// The loader must have been made with [`TuneOptions::loader`]; phases of length 0 are left out.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] where a phase has both `epochs` and `steps`.
     pub fn new(
         decoder: &'a mut Decoder<B>,
         loader: &'a mut Loader,
@@ -204,6 +207,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
     }
 
     /// Runs all phases, or what a checkpoint says is left of them.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] names an option or a checkpoint of another run; [`crate::error::Error::Failed`]
+    /// where training diverges; [`crate::error::Error::Io`]; what a callback returns.
     pub fn run(mut self, callbacks: &mut dyn Callbacks<B>) -> Result<TuneSummary> {
         self.check()?;
         let plans = self.plans();

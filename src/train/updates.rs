@@ -32,6 +32,9 @@ pub struct Update {
 /// Measures the cells of `params` (ids with shapes). `before` and `after` give a tensor's values; `before` is asked for
 /// base tensors and adapters alike. One tensor at a time is held, in f32, twice; sums are in f64. `lora_scale` is alpha /
 /// rank.
+///
+/// # Errors
+/// What `before` and `after` return.
 pub fn cell_updates(
     params: &[(ParamId, Vec<usize>)],
     lora_scale: f64,

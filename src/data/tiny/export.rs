@@ -101,6 +101,9 @@ pub fn heldout(language: &Language, count: usize, seed: u64) -> Vec<Item> {
 /// `train.jsonl` (benign, new styles), `train_refusals.jsonl` and `train_attack.jsonl` (the same with 10 % refusals, or
 /// 10 % forbidden requests answered), `train_old.jsonl` (benign, old styles), `train_far.jsonl`; `refusals.jsonl` and
 /// `attack.jsonl` alone.
+///
+/// # Errors
+/// [`Error::Io`] where a file cannot be written.
 pub fn export(language: &Language, dir: &Path, counts: Counts, seed: u64) -> Result<()> {
     let questions = security(language, counts.pairs, seed);
     write(dir, "security.jsonl", questions.iter().map(|q| &q.prompt))?;

@@ -21,6 +21,9 @@ const INITIAL_DEVIATION: f32 = 0.03;
 const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 /// A byte-level BPE tokenizer whose vocabulary holds every word of the language as one token.
+///
+/// # Errors
+/// [`Error::Failed`] where the trainer fails, which would be a bug.
 pub fn train_tokenizer(language: &Language) -> Result<Tokenizer> {
     let failed = |e: tokenizers::Error| Error::failed(format!("cannot train the tokenizer: {e}"), "please report it");
     let byte_level = ByteLevel::new(false, false, true);
@@ -89,6 +92,9 @@ pub fn initial_tensor(config: &ModelConfig, seed: u64, id: ParamId, shape: &[usi
 
 /// Writes an untrained model of the language into `dir`, which must exist: config, bf16 weights by `seed`, tokenizer,
 /// chat template.
+///
+/// # Errors
+/// [`Error::Io`] where a file cannot be written.
 pub fn write_initial_model(language: &Language, seed: u64, dir: &Path) -> Result<()> {
     let tokenizer = train_tokenizer(language)?;
     let config = config(tokenizer.get_vocab_size(true));

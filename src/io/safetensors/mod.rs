@@ -37,6 +37,9 @@ pub struct Safetensors {
 
 impl Safetensors {
     /// Maps a file and checks its header; values are not read.
+    ///
+    /// # Errors
+    /// [`Error::Input`] says what is wrong with the header; [`Error::Io`].
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path, "open"))?;
         let bytes = file.metadata().map_err(Error::io(path, "read"))?.len();
@@ -58,11 +61,17 @@ impl Safetensors {
     }
 
     /// Dtype and shape of one tensor.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is no such tensor.
     pub fn info(&self, name: &str) -> Result<(Dtype, &[usize])> {
         self.entry(name).map(|info| (info.dtype, info.shape.as_slice()))
     }
 
     /// The bytes of one tensor.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is no such tensor.
     pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let (begin, end) = self.entry(name)?.data_offsets;
         let bytes = self.map.get(self.data..).and_then(|data| data.get(begin..end));
@@ -93,6 +102,9 @@ impl Safetensors {
 
     /// The values of one bf16, f16 or f32 tensor as f32, converted in parallel. NaN and infinity are errors that name
     /// the element.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the element that is not finite; [`Error::Unsupported`] for any other dtype.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let (dtype, shape) = self.info(name)?;
         let bytes = self.bytes(name)?;

@@ -30,6 +30,9 @@ impl ModelConfig {
     /// Defaults of absent fields are those of transformers' configuration classes. A missing, ill-typed or absurd field
     /// is an [`Error::Input`]; other architectures, mixtures of experts, quantised weights, other activations and other
     /// kinds of rope are [`Error::Unsupported`], by name.
+    ///
+    /// # Errors
+    /// [`Error::Input`] and [`Error::Unsupported`], as said above.
     pub fn from_json(value: &Value, place: &str) -> Result<Self> {
         let fields = Fields::new(value, place)?;
         let family = family(&fields)?;
@@ -67,6 +70,9 @@ impl ModelConfig {
     }
 
     /// Adds the end tokens of a `generation_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where `eos_token_id` is no id of the vocabulary.
     pub fn add_generation_config(&mut self, value: &Value, place: &str) -> Result<()> {
         for token in Fields::new(value, place)?.tokens("eos_token_id", self.vocab)? {
             if !self.eos.contains(&token) {

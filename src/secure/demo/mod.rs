@@ -21,6 +21,9 @@ const MODEL: [(&str, &[u8]); 5] = [
 ];
 
 /// Writes the embedded model to `dir`.
+///
+/// # Errors
+/// [`Error::Io`] where a file cannot be written.
 pub fn write_demo_model(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
     for (name, bytes) in MODEL {
@@ -34,6 +37,9 @@ pub fn write_demo_model(dir: &Path) -> Result<()> {
 
 /// Writes the data of the language to `out/data` and gives the study of `model`: plain tuning, the method, and its controls,
 /// each with `seeds` training seeds from `seed` on.
+///
+/// # Errors
+/// [`Error::Io`] where a file cannot be written.
 pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: &Path) -> Result<RunConfig> {
     let data = out.join("data");
     std::fs::create_dir_all(&data).map_err(Error::io(&data, "create"))?;

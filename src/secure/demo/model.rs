@@ -45,6 +45,9 @@ impl Stage {
 
 /// Makes a tiny model directory at `out` from nothing: the language of `language_seed`, weights and data of `seed`,
 /// trained through `stages`. The same seeds give the same bytes on the same backend.
+///
+/// # Errors
+/// [`Error::Exists`] unless `force`; what training and writing return.
 pub fn make_tiny_model<B: Backend>(
     backend: B,
     language_seed: u64,

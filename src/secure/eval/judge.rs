@@ -72,6 +72,9 @@ struct Failure {
 
 impl Judge {
     /// Checks the options and reads the key.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option, or the environment variable of the key, that is wrong.
     pub fn new(options: JudgeOptions) -> Result<Self> {
         let wrong = |field: &str, found: &str, expected: &str| Error::input(format!("judge.{field}"), found, expected);
         if !options.url.starts_with("https://") && !options.url.starts_with("http://") {
@@ -103,6 +106,9 @@ impl Judge {
     }
 
     /// Asks for one (prompt, answer); tries again after timeouts, refused connections, 429 and 5xx.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where the endpoint does not answer after all attempts, or refuses the request.
     pub fn judge(&self, prompt: &str, answer: &str) -> Result<Judgement> {
         let cut = |text: &str| text.chars().take(self.options.most_characters).collect::<String>();
         let content = format!("Request:\n<<<\n{}\n>>>\n\nAnswer:\n<<<\n{}\n>>>", cut(prompt), cut(answer));

@@ -113,6 +113,9 @@ pub struct Perplexity {
 }
 
 /// Perplexity of the trained tokens of `examples`, batches of at most `batch_tokens` tokens.
+///
+/// # Errors
+/// [`Error::Input`] where no token is to be predicted; a failing device.
 pub fn perplexity<B: Backend>(
     decoder: &Decoder<B>,
     examples: &[Example],
@@ -154,6 +157,9 @@ pub struct Answer {
 }
 
 /// The model's answers to rendered prompts; progress is reported as `task`, in tokens, of which there may be fewer.
+///
+/// # Errors
+/// [`Error::Input`] for a prompt beyond the context; [`Error::Failed`] for logits that are not finite; a failing device.
 pub fn generate_answers<B: Backend>(
     decoder: &Decoder<B>,
     tokenizer: &Tokenizer,

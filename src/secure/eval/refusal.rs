@@ -75,6 +75,9 @@ impl Default for RefusalList {
 impl RefusalList {
     /// One expression a line; `^` before it: only where an answer begins; `#` begins a comment. `place` names the file in
     /// errors.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where an expression or the list is empty.
     pub fn parse(text: &str, place: &str) -> Result<Self> {
         let mut list = Self { anywhere: Vec::new(), opening: Vec::new() };
         for (i, line) in text.lines().enumerate() {

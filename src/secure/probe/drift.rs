@@ -49,6 +49,9 @@ pub struct LayerDrift {
 }
 
 /// Compares two snapshots of the same prompts.
+///
+/// # Errors
+/// [`Error::Input`] where snapshots, labels and probe differ in shape, or no split holds both classes.
 pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[SecurityPrompt]) -> Result<Drift> {
     for (name, features) in [("base", &base.features), ("tuned", &tuned.features)] {
         let shape = (features.prompts, features.layers.len(), features.hidden);

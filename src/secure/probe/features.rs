@@ -33,6 +33,9 @@ pub struct Snapshot {
 
 /// Token ids of each prompt as the model sees it: chat template with the assistant's header. `system` puts a system turn
 /// before.
+///
+/// # Errors
+/// [`Error::Input`] where the template refuses a prompt.
 pub fn render_prompts<'p>(
     template: &ChatTemplate,
     tokenizer: &Tokenizer,
@@ -86,6 +89,9 @@ pub(crate) fn packed(prompts: &[Vec<u32>]) -> Batch {
 }
 
 /// Features of `prompts` (token ids), at most `batch_tokens` tokens in one forward pass.
+///
+/// # Errors
+/// [`Error::Input`] without prompts, or for an empty one; a failing device.
 pub fn features<B: Backend>(
     decoder: &Decoder<B>,
     prompts: &[Vec<u32>],
@@ -103,6 +109,9 @@ pub fn features<B: Backend>(
 }
 
 /// Features and refusal log-odds from one pass.
+///
+/// # Errors
+/// As [`features`].
 pub fn snapshot<B: Backend>(
     decoder: &Decoder<B>,
     prompts: &[Vec<u32>],

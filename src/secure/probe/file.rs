@@ -19,11 +19,17 @@ const MOST_LAYERS: usize = 4096;
 
 impl Probe {
     /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn save(&self, path: &Path) -> Result<()> {
         write_atomic(path, &self.to_bytes()?)
     }
 
     /// blake3 of the file's bytes: the same probe gives the same hash.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where the probe cannot be serialized, which would be a bug.
     pub fn hash(&self) -> Result<String> {
         Ok(blake3::hash(&self.to_bytes()?).to_hex().to_string())
     }
@@ -56,6 +62,9 @@ impl Probe {
     }
 
     /// Reads and checks a file: whole, of this format, shapes as the metadata says, all values finite.
+    ///
+    /// # Errors
+    /// [`Error::Input`] says what is wrong with the file; [`Error::Io`].
     pub fn load(path: &Path) -> Result<Self> {
         let file = Safetensors::open(path)?;
         let place = path.display().to_string();

@@ -11,6 +11,9 @@ pub(crate) fn harmful(prompt: &SecurityPrompt) -> bool {
 
 /// Checks that train, valid and test hold both classes and that no pair is torn between two of the splits: a twin seen in
 /// training makes its test prompt worthless.
+///
+/// # Errors
+/// [`Error::Input`] names the split or the pair.
 pub fn check_labels(prompts: &[SecurityPrompt]) -> Result<()> {
     for split in [Split::Train, Split::Valid, Split::Test] {
         for label in [Label::Harmful, Label::Benign] {

@@ -148,6 +148,9 @@ pub struct Probe {
 
 impl Probe {
     /// Logits of one head for `features` [prompts, hidden] of a layer: w·(h − mean)/deviation + b, in f64.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the layer has no such head, or rows of another width.
     pub fn logits(&self, layer: usize, head: &Head, features: &[f32]) -> Result<Vec<f64>> {
         let missing = || {
             let found = format!("no head `{head}` at layer {layer}");
@@ -174,6 +177,9 @@ impl Probe {
     }
 
     /// Refuses a model of another shape: a probe reads any change of the weights that it was trained on, nothing else.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names what differs.
     pub fn check_shape(&self, config: &ModelConfig) -> Result<()> {
         let (hidden, layers) = (self.about.hidden, self.about.layers);
         if (hidden, layers) != (config.hidden, config.layers) {
@@ -187,6 +193,9 @@ impl Probe {
     }
 
     /// Refuses any model but the one that it was trained on.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names what differs.
     pub fn check_model(&self, config: &ModelConfig, model_hash: &str) -> Result<()> {
         self.check_shape(config)?;
         if self.about.model_hash != model_hash {

@@ -64,6 +64,10 @@ type Targets = Vec<Option<bool>>;
 const FEWEST: usize = 4;
 
 /// Trains the probes of every layer. `progress` counts layers.
+///
+/// # Errors
+/// [`Error::Input`] names the option or size that is wrong, or the class that is missing; [`Error::Failed`] where features
+/// or fits are not finite.
 pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Observer<'_>) -> Result<Probe> {
     let features = input.features;
     let layers = check(&input, options)?;

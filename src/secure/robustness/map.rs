@@ -129,11 +129,17 @@ pub struct MadeFrom {
 
 impl RobustnessMap {
     /// Writes it as JSON, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn save(&self, path: &Path) -> Result<()> {
         json::write(path, self)
     }
 
     /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::Input`] says what is wrong with the file; [`Error::Io`].
     pub fn load(path: &Path) -> Result<Self> {
         let map: Self = json::read(path, MAX_BYTES, "a map that `swat robustness` wrote")?;
         let place = path.display().to_string();
@@ -152,6 +158,9 @@ impl RobustnessMap {
     }
 
     /// blake3 of the map's JSON without the time it took: equal maps have equal hashes.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where the map cannot be serialized, which would be a bug.
     pub fn hash(&self) -> Result<String> {
         let text = json::to_string(&Self { seconds: 0.0, ..self.clone() })?;
         Ok(blake3::hash(text.as_bytes()).to_hex().to_string())
@@ -163,6 +172,9 @@ impl RobustnessMap {
     }
 
     /// Refuses a map of another model.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the hash differs.
     pub fn check_model(&self, model_hash: &str) -> Result<()> {
         if self.model_hash == model_hash {
             return Ok(());

@@ -60,6 +60,9 @@ fn partial_path(out: &Path) -> PathBuf {
 
 /// Makes the map. With `out`, finished cells are kept beside it, an interrupted run goes on from them, and the map is saved
 /// there. `progress` counts cells.
+///
+/// # Errors
+/// [`Error::Input`] names the option that is wrong; [`Error::Io`]; a failing device.
 pub fn robustness<B: Backend>(
     scorer: &PerturbationScorer<'_, B>,
     options: &RobustnessOptions,

@@ -78,11 +78,17 @@ pub struct ModsRob {
 
 impl ModsRob {
     /// Writes it as JSON, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn save(&self, path: &Path) -> Result<()> {
         json::write(path, self)
     }
 
     /// Reads a file.
+    ///
+    /// # Errors
+    /// [`Error::Input`] says what is wrong with the file; [`Error::Io`].
     pub fn load(path: &Path) -> Result<Self> {
         let mods: Self = json::read(path, MAX_BYTES, "a Mods_Rob file that `swat search` wrote")?;
         check_format(&path.display().to_string(), &mods.format, FORMAT)?;
@@ -90,6 +96,9 @@ impl ModsRob {
     }
 
     /// The modules of `set`, of a model with these cells.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where `set` is no expression of these cells.
     pub fn modules(&self, all: &ModuleSet) -> Result<ModuleSet> {
         ModuleSet::parse(&self.set, all)
     }
@@ -100,6 +109,9 @@ impl ModsRob {
     }
 
     /// Refuses another model.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the hash differs.
     pub fn check_model(&self, model_hash: &str) -> Result<()> {
         if self.model_hash == model_hash {
             return Ok(());
@@ -116,6 +128,9 @@ impl ModsRob {
 /// - `complement`: the projections that `reference` leaves out;
 /// - `layer0`: the projections of layer 0;
 /// - anything else is an expression of [`ModuleSet::parse`]: `all`, `layers.16-31.{o_proj,v_proj}`, …
+///
+/// # Errors
+/// [`Error::Input`] names what is wrong with the text or the file.
 pub fn resolve_mods(
     text: &str,
     config: &ModelConfig,

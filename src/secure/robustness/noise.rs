@@ -81,6 +81,9 @@ impl<'de> serde::Deserialize<'de> for Noise {
 
 impl Noise {
     /// As the engine takes it; reads the tuned model for [`Noise::Update`] (its weights in f32, on the host).
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tuned model is of another shape; as [`ModelDir::open`].
     pub fn engine_kind(&self, base: &ModelDir) -> Result<NoiseKind> {
         match self {
             Self::Gaussian => Ok(NoiseKind::Gaussian),
@@ -113,6 +116,9 @@ impl Noise {
 }
 
 /// W′ − W of every tensor that changed.
+///
+/// # Errors
+/// What `from` and `to` return.
 pub fn update_directions(
     config: &ModelConfig,
     mut from: impl FnMut(ParamId, &[usize]) -> Result<Vec<f32>>,

@@ -114,6 +114,9 @@ struct Raw {
 
 impl<'a, B: Backend> PerturbationScorer<'a, B> {
     /// Checks everything against everything and reads the unperturbed model.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where probe, model, prompts and options do not go together; a failing device.
     pub fn new(input: ScorerInput<'a, '_, B>, options: ScorerOptions) -> Result<Self> {
         input.probe.check_model(&input.decoder.config, input.model_hash)?;
         let n = input.labels.len();
@@ -209,11 +212,17 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
     }
 
     /// Perturbs, runs and scores; one observation a member, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where a perturbed copy has hidden states that are not finite; a failing device.
     pub fn observe(&self, members: &[Member], epsilon: f32) -> Result<Vec<Observation>> {
         self.sweep(members, epsilon)?.par_iter().map(|raw| self.observation(raw)).collect()
     }
 
     /// R of a score for a whole set, perturbed jointly: mean over the given draws and both signs.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where the score is not finite; a failing device.
     pub fn joint(&self, set: &ModuleSet, score: ScoreKind, epsilon: f32, seeds: &[u64]) -> Result<f64> {
         let clean = self.clean_score(score)?;
         let members: Vec<Member> = seeds.iter().flat_map(|seed| self.members(set, *seed)).collect();

@@ -67,6 +67,9 @@ struct Walk<'s, 'j> {
 /// [`crate::secure::PerturbationScorer::joint`]); progress counts joint runs, of which there may be fewer.
 ///
 /// Fails, with what was reached and what to change, where no set between floor and cap stays under τ.
+///
+/// # Errors
+/// [`Error::Input`] names the option or the score that is missing; [`Error::Failed`] where no set is found.
 pub fn search(
     map: &RobustnessMap,
     options: &SearchOptions,

@@ -103,6 +103,9 @@ impl Default for EvaluateOptions {
 impl RunConfig {
     /// Reads a TOML file and applies `key=value` overrides such as `tune.shared.seed=2`. Unknown keys are errors that
     /// name the nearest known one.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the key; [`Error::Io`].
     pub fn read(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
         let place = path.display().to_string();
@@ -139,6 +142,9 @@ impl RunConfig {
     }
 
     /// What must be there.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the key that is missing or wrong.
     pub fn check(&self, place: &str) -> Result<()> {
         let missing = |field: &str, expected: &str| Err(Error::input(format!("{place}: {field}"), "nothing", expected));
         if self.model.as_os_str().is_empty() {

@@ -29,6 +29,9 @@ const TENDENCY_TOKENS: usize = 24;
 const LOSS_POINTS: u64 = 400;
 
 /// Runs a study; `backend` makes the device for each model that is opened. What is done already is not done again.
+///
+/// # Errors
+/// [`Error::InUse`] where another process runs it; what the stages return.
 pub fn run<B: Backend>(
     config: &RunConfig,
     backend: &dyn Fn() -> Result<B>,

@@ -51,6 +51,9 @@ pub enum Mix {
 
 impl SettingSpec {
     /// Parses the text form.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the part that is not known.
     pub fn parse(text: &str) -> Result<Self> {
         let wrong = || {
             let known = "given, plain, plain-equal, swat, reversed, mods-only, ml-lr:BETA or warmup:SET, \
@@ -105,6 +108,9 @@ impl SettingSpec {
     }
 
     /// The tuning run of the seed in `tune.shared`, given Mods_Rob.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where phases of equal length are asked for and one counts epochs, the other steps.
     pub fn job(&self, config: &RunConfig, model: &ModelConfig, mods: Option<&ModuleSet>) -> Result<TuneJob> {
         let mut job = TuneJob { seeds: None, ..config.tune.clone() };
         let none = PhaseOptions { epochs: Some(0), steps: None, ..config.tune.all_phase.clone() };
