@@ -104,7 +104,7 @@ fn products<P: Precision>(b: &Cuda<P>) {
         let shape = GemmShape { layout, m, n, k };
         let (left, right) = (ones(b, a_len), ones(b, b_len));
         for version in GemmVersion::ALL.into_iter().filter(|version| version.supports(shape, true, hopper)) {
-            let mut c = b.zeros(m * n).unwrap();
+            let mut c = b.zeros::<half::bf16>(m * n).unwrap();
             let plan = Some(GemmPlan { version, splits: 1 });
             b.gemm(left.view(), right.view(), c.view_mut(), shape, Epilogue::default(), plan).unwrap();
             assert!(read(b, &c).iter().all(|x| *x == k as f32), "{version:?} of {shape:?}");
@@ -125,7 +125,7 @@ fn operations<P: Precision>(ordinal: u32) {
 fn model<P: Precision>(ordinal: u32) {
     let Some(b) = standin::open::<P>(ordinal) else { return };
     let config = ModelConfig { vocab: 32_000, ..wide(1, 64) };
-    let mut model = decoder_on(&b, &config, 5);
+    let model = decoder_on(&b, &config, 5);
     let mut gradients = Gradients::new(&model, |_| true).unwrap();
     let batch = batch(&config, &[70, 5], 3);
     let mut losses = model.losses_of(batch.trained_tokens()).unwrap();

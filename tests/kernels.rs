@@ -81,12 +81,10 @@ fn every_kernel_is_compiled_as_it_is_exported() {
     for (stem, image) in images {
         let directory = tempfile::tempdir().unwrap();
         cuobjdump(&tools, directory.path(), image, &["-xelf", "all"]);
-        let cubins: Vec<PathBuf> = std::fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().path()).collect();
-        let cubins: Vec<&PathBuf> =
-            cubins.iter().filter(|path| path.extension().is_some_and(|e| e == "cubin")).collect();
+        let cubins = cubin::files(directory.path());
         let architectures = if stem.ends_with("_sm90") { 1 } else { 2 };
         assert_eq!(cubins.len(), architectures, "{stem}: code for each architecture");
-        for cubin in cubins {
+        for cubin in &cubins {
             let place = format!("{stem}, {}", name(cubin));
             let Cubin { kernels: compiled, constants, .. } = cubin::read(&std::fs::read(cubin).unwrap());
             let names: Vec<&String> = compiled.keys().collect();
@@ -110,9 +108,8 @@ fn every_kernel_is_compiled_as_it_is_exported() {
             }
         }
         let kept = standin::cubins(Path::new(stem));
-        let in_image: Vec<PathBuf> = cubins.into_iter().cloned().collect();
         let sorted = |cubins: &[PathBuf]| cubin::resources(cubins).lines().map(String::from).collect::<BTreeSet<_>>();
-        assert_eq!(sorted(&kept), sorted(&in_image), "{stem}: the stand-in's resources are those of the image");
+        assert_eq!(sorted(&kept), sorted(&cubins), "{stem}: the stand-in's resources are those of the image");
     }
     let numbers: BTreeSet<String> = standin::CONSTANTS.iter().map(|(name, _)| name.to_string()).collect();
     assert_eq!(seen, numbers, "the host's numbers are those of the images");
