@@ -65,11 +65,17 @@ fn main() {
     );
     table += "/// File stem and fatbin; empty where the library was built without nvcc.\n";
     table += "pub static IMAGES: &[(&str, &[u8])] = &[\n";
+    let mut constants = String::new();
     for source in &sources {
         let image = if compiled { format!("include_bytes!({:?})", image(source, &out)) } else { "&[]".into() };
         table += &format!("    ({:?}, {image}),\n", stem(source));
+        if compiled {
+            constants += &exported(&files(&kept(source, &out), "ptx"));
+        }
     }
-    fs::write(out.join("images.rs"), table + "];\n").unwrap_or_else(|e| fail(&e.to_string()));
+    table += "];\n/// What kernel files export by CONSTANT: name and value.\n";
+    table += &format!("pub static CONSTANTS: &[(&str, u32)] = &[\n{constants}];\n");
+    fs::write(out.join("images.rs"), table).unwrap_or_else(|e| fail(&e.to_string()));
 }
 
 fn fail(message: &str) -> ! {
@@ -100,6 +106,31 @@ fn image(source: &Path, out: &Path) -> PathBuf {
     out.join(stem(source)).with_extension("fatbin")
 }
 
+/// The folder of a file's PTX and cubins, which go into its image.
+fn kept(source: &Path, out: &Path) -> PathBuf {
+    out.join("kept").join(stem(source))
+}
+
+/// The rows of `CONSTANTS` for a kernel file: its PTX of every architecture has `.global .align 4 .u32 NAME = VALUE;`.
+fn exported(ptx: &[PathBuf]) -> String {
+    let constants = |path: &PathBuf| -> Vec<String> {
+        let text = read(path);
+        let lines = text.lines().filter(|line| line.contains(".global .align 4 .u32 ") && line.contains(" = "));
+        lines
+            .map(|line| {
+                let (name, value) = line.split_once(" = ").unwrap_or_default();
+                let name = name.rsplit(' ').next().unwrap_or_default();
+                format!("    ({name:?}, {}),\n", value.trim_end_matches(';'))
+            })
+            .collect()
+    };
+    let all: Vec<Vec<String>> = ptx.iter().map(constants).collect();
+    if all.is_empty() || all.iter().any(|constants| *constants != all[0]) {
+        fail(&format!("constants that differ between architectures, or no PTX: {ptx:?}"));
+    }
+    all[0].concat()
+}
+
 fn find_nvcc(root: &Path) -> Option<PathBuf> {
     let variable = |name: &str| env::var_os(name).map(PathBuf::from);
     let mut candidates: Vec<PathBuf> = variable("NVCC").into_iter().collect();
@@ -117,7 +148,7 @@ fn find_nvcc(root: &Path) -> Option<PathBuf> {
 fn compile(nvcc: &Path, source: &Path, headers: &str, out: &Path) -> Result<(), String> {
     let image = image(source, out);
     let mut arguments =
-        vec!["-O3", "-std=c++17", "-fatbin", "--compress-mode=size", "-lineinfo", "-Xptxas", "-warn-spills"];
+        vec!["-O3", "-std=c++17", "-fatbin", "--compress-mode=size", "-lineinfo", "-Xptxas", "-warn-spills", "-keep"];
     let code: &[_] = if stem(source).ends_with("_sm90") { &HOPPER_CODE } else { &CODE };
     let code: Vec<String> = code.iter().map(|(arch, code)| format!("arch={arch},code={code}")).collect();
     arguments.extend(code.iter().flat_map(|code| ["-gencode", code]));
@@ -126,12 +157,20 @@ fn compile(nvcc: &Path, source: &Path, headers: &str, out: &Path) -> Result<(), 
     if image.is_file() && fs::read_to_string(&key_file).is_ok_and(|made| made == key) {
         return Ok(());
     }
+    let kept = kept(source, out);
+    fs::create_dir_all(&kept).map_err(|e| format!("{}: {e}", kept.display()))?;
     let mut command = Command::new(nvcc);
-    command.args(&arguments).arg("-I").arg(source.parent().unwrap_or(out)).arg("-o").arg(&image).arg(source);
+    command.args(&arguments).arg("-keep-dir").arg(&kept);
+    command.arg("-I").arg(source.parent().unwrap_or(out)).arg("-o").arg(&image).arg(source);
     let output = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
         return Err(format!("nvcc failed on {}:\n{text}", source.display()));
+    }
+    for path in fs::read_dir(&kept).into_iter().flatten().flatten().map(|entry| entry.path()) {
+        if !path.extension().is_some_and(|e| e == "ptx" || e == "cubin") {
+            let _ = fs::remove_file(path);
+        }
     }
     fs::write(&key_file, key).map_err(|e| format!("{}: {e}", key_file.display()))
 }

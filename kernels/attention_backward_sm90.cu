@@ -26,6 +26,7 @@ constexpr int ROWS = 128, STEP = 64, STAGES = 4;
 // What is where in shared memory: two own tiles in halves, the ring, two numbers a query of the ring, barriers.
 template <int HeadDim> struct Places {
   static constexpr int TILE = 64 * HeadDim * 2, NUMBERS = (4 + 2 * STAGES) * TILE;
+  static constexpr int BYTES = NUMBERS + STAGES * 2 * STEP * 4 + (2 * STAGES + 1) * 8;
 
   __device__ __forceinline__ int own(int tensor, int half) const { return (2 * tensor + half) * TILE; }
   __device__ __forceinline__ unsigned char* pair(uint32_t slot, int tensor) const {
@@ -265,6 +266,7 @@ __device__ __forceinline__ void wgmma_backward_query(const CUtensorMap* q, const
                                  kv_heads, parts, scale);                                                                                 \
   }                                                                                                                                       \
   EXPORT(key_name)                                                                                                                        \
+  SHARED_BYTES(key_name, Places<head_dim>::BYTES)                                                                                         \
   extern "C" __global__ void __launch_bounds__(384, 1)                                                                                    \
       query_name(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,     \
                  const __grid_constant__ CUtensorMap d_o, const float* __restrict__ lse, const float* __restrict__ delta,                 \
@@ -273,7 +275,8 @@ __device__ __forceinline__ void wgmma_backward_query(const CUtensorMap* q, const
     wgmma_backward_query<head_dim>(&q, &k, &v, &d_o, lse, delta, dq, Documents{starts, documents, window}, tokens, heads, kv_heads,       \
                                    scale);                                                                                                \
   }                                                                                                                                       \
-  EXPORT(query_name)
+  EXPORT(query_name)                                                                                                                      \
+  SHARED_BYTES(query_name, Places<head_dim>::BYTES)
 
 // key: grid kv_heads · parts × ceil(tokens / 128); query: grid heads × ceil(tokens / 128); block: 384, shared: 1536·head_dim + 2120 bytes;
 // boxes of all are 64 rows of 64 columns

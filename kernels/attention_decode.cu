@@ -120,7 +120,8 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
            uint32_t window) {                                                                                                                 \
     flash_decode<head_dim>(q, k, v, o, partial, stats, spans, heads, kv_heads, scale, window);                                                \
   }                                                                                                                                           \
-  EXPORT(name)
+  EXPORT(name)                                                                                                                                \
+  SHARED_BYTES(name, (DECODE_KEYS + 16) * (head_dim) * 2)
 
 // One chunk in all: O itself; more: the undivided sums [spans, heads, chunks, head_dim] and (maximum, sum) [spans, heads, chunks].
 // grid: chunks × kv_heads · ceil(group / 16) × spans, block: 128, shared: 272 · 2 · head_dim bytes

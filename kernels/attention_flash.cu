@@ -106,7 +106,8 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
            uint32_t window) {                                                                                                             \
     flash_forward<head_dim, tiles>(q, k, v, o, lse, Documents{starts, documents, window}, tokens, heads, kv_heads, scale);                \
   }                                                                                                                                       \
-  EXPORT(name)
+  EXPORT(name)                                                                                                                            \
+  SHARED_BYTES(name, (64 * (tiles) + 4 * KEYS) * (head_dim) * 2)
 
 // grid: heads × ceil(tokens / queries of a block), block: 128, shared: (queries of a block + 256) · head_dim · 2 bytes; lse may be null
 FLASH_FORWARD(attention_forward_flash64_hd64_bf16, 64, 1, 3)

@@ -204,13 +204,15 @@ __device__ __forceinline__ void flash_backward_query(const bf16* __restrict__ q,
                                  parts, scale);                                                                                                 \
   }                                                                                                                                             \
   EXPORT(key_name)                                                                                                                              \
+  SHARED_BYTES(key_name, 6 * ROWS * (head_dim) * 2)                                                                                             \
   extern "C" __global__ void __launch_bounds__(128, blocks)                                                                                     \
       query_name(const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const bf16* __restrict__ d_o,              \
                  const float* __restrict__ lse, const float* __restrict__ delta, bf16* __restrict__ dq, const uint32_t* __restrict__ starts,    \
                  int documents, int tokens, int heads, int kv_heads, float scale, uint32_t window) {                                            \
     flash_backward_query<head_dim>(q, k, v, d_o, lse, delta, dq, Documents{starts, documents, window}, tokens, heads, kv_heads, scale);         \
   }                                                                                                                                             \
-  EXPORT(query_name)
+  EXPORT(query_name)                                                                                                                                                            \
+  SHARED_BYTES(query_name, 6 * ROWS * (head_dim) * 2)
 
 // key: grid kv_heads · parts × ceil(tokens / 64); query: grid heads × ceil(tokens / 64); block: 128, shared: 768 · head_dim bytes
 FLASH_BACKWARD(attention_backward_key_flash_hd64_bf16, attention_backward_query_flash_hd64_bf16, 64, 3)

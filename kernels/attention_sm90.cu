@@ -156,7 +156,8 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
            int kv_heads, float scale, uint32_t window) {                                                                                  \
     wgmma_forward<head_dim>(&q, &k, &v, o, lse, Documents{starts, documents, window}, tokens, heads, kv_heads, scale);                    \
   }                                                                                                                                       \
-  EXPORT(name)
+  EXPORT(name)                                                                                                                            \
+  SHARED_BYTES(name, (1 + TILES) * ROWS * (head_dim) * 2 + (2 * TILES + 1) * 8)
 
 // grid: heads × ceil(tokens / 128), block: 384, shared: 1792·head_dim + 104 bytes; lse may be null. Boxes of Q are 64 rows of 64 columns,
 // those of K and V 128.

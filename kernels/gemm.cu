@@ -177,8 +177,8 @@ __device__ __forceinline__ void mma(const Product p, Epilogue<T> epilogue) {
 
 // A layout's kernels for one type of C.
 // baseline  grid: ceil(m·n / 256), block: 256, no shared memory; no partials
-// mma128    grid: (ceil(m / 128)·ceil(n / 128), splits), block: 128, shared: 65536 bytes
-// mma64     grid: (ceil(m / 64)·ceil(n / 64), splits), block: 128, shared: 65536 bytes
+// mma128    grid: (ceil(m / 128)·ceil(n / 128), splits), block: 128
+// mma64     grid: (ceil(m / 64)·ceil(n / 64), splits), block: 128
 // scalar64  as mma64
 #define GEMM_LAYOUT(LAYOUT, name, dtype, T)                                                                            \
   extern "C" __global__ void __launch_bounds__(256) gemm_##name##_baseline_##dtype(GEMM_ARGUMENTS(T)) {                \
@@ -189,14 +189,17 @@ __device__ __forceinline__ void mma(const Product p, Epilogue<T> epilogue) {
     mma<LAYOUT, 128, 32, true, T>(GEMM_PASS);                                                                          \
   }                                                                                                                    \
   EXPORT(gemm_##name##_mma128_##dtype)                                                                                 \
+  SHARED_BYTES(gemm_##name##_mma128_##dtype, STAGES * 2 * 128 * 32 * 2)                                                \
   extern "C" __global__ void __launch_bounds__(THREADS, 3) gemm_##name##_mma64_##dtype(GEMM_ARGUMENTS(T)) {            \
     mma<LAYOUT, 64, 64, true, T>(GEMM_PASS);                                                                           \
   }                                                                                                                    \
   EXPORT(gemm_##name##_mma64_##dtype)                                                                                  \
+  SHARED_BYTES(gemm_##name##_mma64_##dtype, STAGES * 2 * 64 * 64 * 2)                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS, 3) gemm_##name##_scalar64_##dtype(GEMM_ARGUMENTS(T)) {         \
     mma<LAYOUT, 64, 64, false, T>(GEMM_PASS);                                                                          \
   }                                                                                                                    \
-  EXPORT(gemm_##name##_scalar64_##dtype)
+  EXPORT(gemm_##name##_scalar64_##dtype)                                                                               \
+  SHARED_BYTES(gemm_##name##_scalar64_##dtype, STAGES * 2 * 64 * 64 * 2)
 
 GEMM_LAYOUT(TN, tn, bf16, bf16)
 GEMM_LAYOUT(NN, nn, bf16, bf16)

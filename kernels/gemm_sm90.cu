@@ -128,7 +128,9 @@ __device__ __forceinline__ void wgmma(const CUtensorMap* map_a, const CUtensorMa
     wgmma<LAYOUT, COLUMNS, STAGES, T>(&a, &b, {c, bias, residual, partials, alpha, accumulate != 0, m, n}, k, splits,  \
                                       items);                                                                          \
   }                                                                                                                    \
-  EXPORT(gemm_##name##_wgmma##COLUMNS##_##dtype)
+  EXPORT(gemm_##name##_wgmma##COLUMNS##_##dtype)                                                                       \
+  SHARED_BYTES(gemm_##name##_wgmma##COLUMNS##_##dtype,                                                                 \
+               (STAGES) * (ROWS + (COLUMNS)) * DEPTH * 2 + 8 * STAGE_FLOATS * 4 + 2 * (STAGES) * 8)
 
 GEMM_WGMMA(TN, tn, bf16, bf16, 128, 6)
 GEMM_WGMMA(TN, tn, bf16, bf16, 256, 4)

@@ -2,7 +2,8 @@
 // CPU stand-in of the same names (tests/standin/device.h), so that the very same kernels run in tests without a GPU.
 //
 // Rules for kernel files: PTX only here, each wrapper with its twin in the stand-in; dynamic shared memory is `dynamic_shared`;
-// every kernel is `extern "C" __global__` with `__launch_bounds__` and is named once in EXPORT; bf16 arithmetic goes through f32.
+// every kernel is `extern "C" __global__` with `__launch_bounds__` and is named once in EXPORT, and in SHARED_BYTES where it uses that
+// memory; bf16 arithmetic goes through f32.
 #pragma once
 #ifndef __CUDACC__
 #include "device.h"
@@ -11,6 +12,8 @@
 #include <stdint.h>
 
 #define EXPORT(kernel)
+// A uint32_t that the host needs as well; build.rs reads it from the PTX.
+#define CONSTANT(name, ...) extern "C" __device__ uint32_t name = __VA_ARGS__;
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -66,6 +69,9 @@ __device__ __forceinline__ void named_barrier(int id, int threads) { asm volatil
 // Counts for that barrier without waiting at it.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 #endif
+
+// Dynamic shared memory of a block of an exported kernel, which every launch gets; stands behind its EXPORT.
+#define SHARED_BYTES(kernel, ...) CONSTANT(kernel##_shared_bytes, __VA_ARGS__)
 
 typedef __nv_bfloat16 bf16;
 

@@ -78,6 +78,20 @@ fn no_driver() {
     assert!(code == Some(0) && message.is_empty() && result.contains("perplexity"), "{message}");
 }
 
+/// A kernel that fails ends the command with its error, also while a part of the work is still queued.
+#[test]
+fn a_kernel_fails() {
+    let Some((folder, kernels)) = standin::folder() else { return };
+    for nth in ["1", "9", "20"] {
+        let environment = [("STANDIN_KERNELS", kernels.to_str().expect("UTF-8")), ("STANDIN_FAULT", nth)];
+        let (code, said, message) = score("cuda", Some(&folder), &environment);
+        assert!(code == Some(1) && said.is_empty(), "kernel {nth}: exit code {code:?}, {said}{message}");
+        for part in ["cuda:0", "an illegal memory access was encountered", "start again"] {
+            assert!(message.contains(part), "`{part}` not in: {message}");
+        }
+    }
+}
+
 /// 1 MiB holds the kernels but not the model.
 #[test]
 fn too_little_memory() {

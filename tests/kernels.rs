@@ -5,6 +5,7 @@
 #[path = "common/standin.rs"]
 mod standin;
 
+use standin::cubin::{self, Cubin};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -64,49 +65,6 @@ fn cuobjdump(tools: &Path, directory: &Path, image: &[u8], arguments: &[&str]) -
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What a cubin says of a kernel.
-#[derive(Default)]
-struct Compiled {
-    /// Offset and bytes of each parameter.
-    parameters: BTreeMap<u16, (u32, u32)>,
-    launch_bounds: bool,
-}
-
-/// The kernels of a cubin, by the sections `.nv.info.<kernel>`.
-fn compiled(cubin: &[u8]) -> BTreeMap<String, Compiled> {
-    let number = |at: usize, bytes: usize| (0..bytes).fold(0, |n, i| n | (cubin[at + i] as usize) << (8 * i));
-    assert_eq!(cubin[..5], *b"\x7fELF\x02");
-    let (table, entry, count, names) = (number(0x28, 8), number(0x3a, 2), number(0x3c, 2), number(0x3e, 2));
-    let section = |i: usize| {
-        let header = table + i * entry;
-        (number(header, 4), number(header + 0x18, 8), number(header + 0x20, 8))
-    };
-    let text_at = section(names).1;
-    let mut kernels = BTreeMap::new();
-    for (name, start, size) in (0..count).map(section) {
-        let name: Vec<u8> = cubin[text_at + name..].iter().copied().take_while(|byte| *byte != 0).collect();
-        let name = String::from_utf8(name).unwrap();
-        let Some(kernel) = name.strip_prefix(".nv.info.") else { continue };
-        let compiled: &mut Compiled = kernels.entry(kernel.to_string()).or_default();
-        let mut at = start;
-        while at < start + size {
-            // Format, attribute, and a value or (format 4) the bytes of one that follows.
-            let (format, attribute, value) = (cubin[at], cubin[at + 1], number(at + 2, 2));
-            at += 4;
-            match attribute {
-                0x17 => {
-                    let (ordinal, offset) = (number(at + 4, 2) as u16, number(at + 6, 2) as u32);
-                    compiled.parameters.insert(ordinal, (offset, number(at + 8, 4) as u32 >> 18));
-                }
-                0x05 => compiled.launch_bounds = true,
-                _ => {}
-            }
-            at += if format == 4 { value } else { 0 };
-        }
-    }
-    kernels
-}
-
 #[test]
 fn every_kernel_is_compiled_as_it_is_exported() {
     let (Some(images), Some(tools)) = (images(), tools()) else { return };
@@ -119,17 +77,16 @@ fn every_kernel_is_compiled_as_it_is_exported() {
     }
     let stems: BTreeSet<&str> = images.iter().map(|(stem, _)| *stem).collect();
     assert_eq!(stems, exported.keys().map(String::as_str).collect(), "files that export nothing, or are not built in");
+    let mut seen = BTreeSet::new();
     for (stem, image) in images {
         let directory = tempfile::tempdir().unwrap();
         cuobjdump(&tools, directory.path(), image, &["-xelf", "all"]);
-        let cubins: Vec<PathBuf> = std::fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().path()).collect();
-        let cubins: Vec<&PathBuf> =
-            cubins.iter().filter(|path| path.extension().is_some_and(|e| e == "cubin")).collect();
+        let cubins = cubin::files(directory.path());
         let architectures = if stem.ends_with("_sm90") { 1 } else { 2 };
         assert_eq!(cubins.len(), architectures, "{stem}: code for each architecture");
-        for cubin in cubins {
+        for cubin in &cubins {
             let place = format!("{stem}, {}", name(cubin));
-            let compiled = compiled(&std::fs::read(cubin).unwrap());
+            let Cubin { kernels: compiled, constants, .. } = cubin::read(&std::fs::read(cubin).unwrap());
             let names: Vec<&String> = compiled.keys().collect();
             assert_eq!(names, exported[stem].keys().collect::<Vec<_>>(), "{place}: each kernel is in one EXPORT");
             for (kernel, compiled) in &compiled {
@@ -138,8 +95,40 @@ fn every_kernel_is_compiled_as_it_is_exported() {
                 let parameters: Vec<(u32, u32)> =
                     compiled.parameters.values().map(|(offset, size)| (offset - first, *size)).collect();
                 assert_eq!(parameters, exported[stem][kernel], "{place}: {kernel}");
-                assert!(compiled.launch_bounds, "{place}: {kernel} has no __launch_bounds__");
+                assert!(compiled.threads.is_some(), "{place}: {kernel} has no __launch_bounds__");
             }
+            for (name, value) in constants {
+                assert!(
+                    standin::CONSTANTS.contains(&(&name, value)),
+                    "{place}: {name} = {value}, elsewhere on the host"
+                );
+                let kernel = name.strip_suffix("_shared_bytes");
+                assert!(kernel.is_none_or(|kernel| compiled.contains_key(kernel)), "{place}: {name} of no kernel");
+                seen.insert(name);
+            }
+        }
+        let kept = standin::cubins(Path::new(stem));
+        let sorted = |cubins: &[PathBuf]| cubin::resources(cubins).lines().map(String::from).collect::<BTreeSet<_>>();
+        assert_eq!(sorted(&kept), sorted(&cubins), "{stem}: the stand-in's resources are those of the image");
+    }
+    let numbers: BTreeSet<String> = standin::CONSTANTS.iter().map(|(name, _)| name.to_string()).collect();
+    assert_eq!(seen, numbers, "the host's numbers are those of the images");
+}
+
+/// A block has its registers, by 256 a warp and warps by four, and its shared memory.
+#[test]
+fn every_block_fits_a_multiprocessor() {
+    let Some(images) = images() else { return };
+    for path in images.iter().flat_map(|(stem, _)| standin::cubins(Path::new(stem))) {
+        let Cubin { architecture, kernels, .. } = cubin::read(&std::fs::read(&path).unwrap());
+        let most = if architecture < 90 { 163 << 10 } else { 227 << 10 };
+        for (name, kernel) in kernels {
+            let warps = kernel.threads.unwrap().div_ceil(32).next_multiple_of(4);
+            let registers = warps * (32 * kernel.registers).next_multiple_of(256);
+            assert!((1..=65536).contains(&registers), "{}: {name}: {registers} registers", path.display());
+            let exported = standin::CONSTANTS.iter().find(|(constant, _)| *constant == format!("{name}_shared_bytes"));
+            let shared = kernel.static_bytes + exported.map_or(0, |(_, bytes)| *bytes as usize);
+            assert!(shared <= most, "{}: {name}: {shared} bytes of shared memory", path.display());
         }
     }
 }
@@ -248,6 +237,8 @@ fn kernel_files_keep_the_rules() {
         let (kernels, exports) = (code.matches("extern \"C\"").count(), code.matches("EXPORT(").count());
         assert!(kernels > 0 && kernels == exports, "{name}: {kernels} kernels, {exports} EXPORTs");
         assert_eq!(code.matches("__launch_bounds__").count(), kernels, "{name}");
+        let exports = code.contains("SHARED_BYTES(") || code.contains("CONSTANT(");
+        assert!(exports || !words.contains("dynamic_shared"), "{name}: how much dynamic shared memory it needs");
     }
 }
 

@@ -64,8 +64,12 @@ fn closing(text: &str) -> Option<usize> {
 fn shared_of_the_file(text: &str, out: &mut String) -> Result<(), String> {
     for statement in text.split(';').map(str::trim) {
         let words: Vec<&str> = statement.split_whitespace().collect();
+        // Numbers for the host.
+        let constant = matches!(words[..], [.., ".global", ".align", "4", ".u32", _, "=", _]);
         if words.contains(&".shared") && !words.contains(&".extern") {
             shared_variable(&words, out)?;
+        } else if constant {
+            continue;
         } else if words.contains(&".global") || words.contains(&".const") || words.contains(&".func") {
             return Err(statement.into());
         }

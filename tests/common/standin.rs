@@ -5,6 +5,8 @@
 //! as late as CUDA allows, on 1 and 3 at once. 4 is too old, 5 has 1 MiB of memory, 6 loads no kernel.
 #![allow(dead_code)]
 
+#[path = "cubin.rs"]
+pub mod cubin;
 #[path = "ptx.rs"]
 mod ptx;
 
@@ -94,6 +96,20 @@ pub fn bytes(ordinal: i32) -> u64 {
 pub fn each_takes(ordinal: i32, ns: u64) {
     // SAFETY: exported with this type.
     unsafe { hook::<unsafe extern "C" fn(i32, u64)>("standin_each_takes")(ordinal, ns) }
+}
+
+/// The `n`-th kernel from now on of device `ordinal` of the stand-in faults: from then on every call that needs the device says
+/// so, where `binding` also that which makes a context current.
+pub fn faults(ordinal: i32, n: u64, binding: bool) {
+    // SAFETY: exported with this type.
+    unsafe { hook::<unsafe extern "C" fn(i32, u64, bool)>("standin_faults")(ordinal, n, binding) }
+}
+
+/// From now on device `ordinal` of the stand-in has 64 TiB of memory, zeros until it is written, as many multiprocessors as a grid
+/// has blocks, and runs of each launch the first and the last `ends` blocks.
+pub fn sparse(ordinal: i32, ends: u64) {
+    // SAFETY: exported with this type.
+    unsafe { hook::<unsafe extern "C" fn(i32, u64)>("standin_sparse")(ordinal, ends) }
 }
 
 /// Kernels that device `ordinal` of the stand-in has run while a profiler was told to look.
@@ -213,7 +229,7 @@ fn start() -> Result<(), String> {
     let driver = unsafe { Library::open(Some(&libraries[0]), RTLD_NOW | RTLD_GLOBAL) };
     DRIVER.set(driver.unwrap_or_else(|e| panic!("{e}"))).expect("loaded once");
     for (library, source) in libraries.iter().zip(&sources).skip(1) {
-        load(library, image_of(source));
+        load(library, image_of(source), &resources(source, &cubins(source)));
     }
     if compiled() {
         // SAFETY: exported with this type.
@@ -224,7 +240,7 @@ fn start() -> Result<(), String> {
 
 /// A folder with the driver's stand-in under the name by which a process finds it (`LD_LIBRARY_PATH`), and a list of its kernels
 /// (`STANDIN_KERNELS`); `None` where there can be none. What that process finds is told by `STANDIN_VERSION`, `STANDIN_FIRST` and
-/// `STANDIN_DEVICES`.
+/// `STANDIN_DEVICES`; `STANDIN_FAULT` = n: the first device's n-th kernel faults.
 pub fn folder() -> Option<(PathBuf, PathBuf)> {
     if !available() || real() {
         return None;
@@ -245,7 +261,8 @@ pub fn folder() -> Option<(PathBuf, PathBuf)> {
         let stem = source.file_stem().and_then(|s| s.to_str()).expect("a name of ours");
         let image = folder.join(stem).with_extension("fatbin");
         put(&image, image_of(source));
-        lines += &format!("{stem} {} {}\n", library.display(), image.display());
+        let resources = resources(source, &cubins(source));
+        lines += &format!("{stem} {} {} {}\n", library.display(), image.display(), resources.display());
     }
     put(&list, lines.as_bytes());
     Some((folder, list))
@@ -325,17 +342,64 @@ fn image_of(source: &Path) -> &'static [u8] {
     image.unwrap_or_else(|| panic!("{} is not built in", source.display())).1
 }
 
-/// Loads the library of a kernel file; `image` is what stands for it in the driver's calls.
-pub fn load(library: &Path, image: &[u8]) {
+/// The cubins of a kernel file, which are in its image.
+pub fn cubins(source: &Path) -> Vec<PathBuf> {
+    let kept = Path::new(env!("OUT_DIR")).join("kept");
+    cubin::files(&kept.join(source.file_stem().expect("a name of ours")))
+}
+
+/// Cubins of a kernel file that is in no image, for the architectures of the stand-in's devices.
+pub fn compile_cubins(source: &Path) -> Vec<PathBuf> {
+    let (root, stem) = (Path::new(env!("CARGO_MANIFEST_DIR")), source.file_stem().expect("a name").to_string_lossy());
+    let architectures: &[&str] = if stem.ends_with("_sm90") { &["90a"] } else { &["80", "90"] };
+    let folder = directory().join("cubin");
+    fs::create_dir_all(&folder).expect("a folder");
+    let lock = File::create(folder.join("lock")).expect("a lock file");
+    lock.lock().expect("a lock between the test processes");
+    let includes = root.join("kernels");
+    let mut hash = blake3::Hasher::new();
+    for path in files(&includes, "cuh").iter().map(PathBuf::as_path).chain([source]) {
+        hash.update(&fs::read(path).expect("a readable source"));
+    }
+    let key = &hash.update(NVCC.as_bytes()).finalize().to_hex()[..16];
+    let compiled = architectures.iter().map(|architecture| {
+        let cubin = folder.join(format!("{stem}-{architecture}-{key}.cubin"));
+        if !cubin.is_file() {
+            let code = format!("arch=compute_{architecture},code=sm_{architecture}");
+            let mut nvcc = Command::new(NVCC);
+            nvcc.args(["-O3", "-std=c++17", "-cubin", "-gencode", &code, "-I"]).arg(&includes);
+            let run = nvcc.arg("-o").arg(&cubin).arg(source).output().unwrap_or_else(|e| panic!("{NVCC}: {e}"));
+            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        }
+        cubin
+    });
+    compiled.collect()
+}
+
+/// A file in which the driver's stand-in reads what the kernels of these cubins take of a multiprocessor.
+pub fn resources(source: &Path, cubins: &[PathBuf]) -> PathBuf {
+    let (folder, text) = (directory().join("resources"), cubin::resources(cubins));
+    fs::create_dir_all(&folder).expect("a folder");
+    let stem = source.file_stem().expect("a name of ours").to_string_lossy();
+    let path = folder.join(format!("{stem}-{}", &blake3::hash(text.as_bytes()).to_hex()[..16]));
+    // Renamed into its place: other processes may read it.
+    let partial = path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
+    fs::write(&partial, text).and_then(|()| fs::rename(&partial, &path)).expect("a writable folder");
+    path
+}
+
+/// Loads the library of a kernel file; `image` is what stands for it in the driver's calls, `resources` what its kernels take.
+pub fn load(library: &Path, image: &[u8], resources: &Path) {
     // SAFETY: as above.
     let loaded = unsafe { Library::open(Some(library), RTLD_NOW | RTLD_LOCAL) }.unwrap_or_else(|e| panic!("{e}"));
     std::mem::forget(loaded);
     let name = library.file_stem().and_then(|s| s.to_str()).expect("a name of ours");
     let stem = name.rsplit_once('-').expect("a name of ours").0;
     let stem = CString::new(stem).expect("no NUL");
-    type Image = unsafe extern "C" fn(*const std::ffi::c_char, *const u8, usize);
-    // SAFETY: exported with this type; it copies the bytes.
-    unsafe { hook::<Image>("standin_image")(stem.as_ptr(), image.as_ptr(), image.len()) }
+    let resources = CString::new(resources.to_str().expect("UTF-8")).expect("no NUL");
+    type Image = unsafe extern "C" fn(*const std::ffi::c_char, *const u8, usize, *const std::ffi::c_char);
+    // SAFETY: exported with this type; it copies the bytes and reads the file.
+    unsafe { hook::<Image>("standin_image")(stem.as_ptr(), image.as_ptr(), image.len(), resources.as_ptr()) }
 }
 
 /// Compiles each source to a library of its own, unless one was made of the same text by the same command; `driver.cpp` is

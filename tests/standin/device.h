@@ -7,6 +7,9 @@
 
 #define EXPORT(kernel) static ::standin::Export<&kernel> standin_export_##kernel(#kernel, __BASE_FILE__);
 
+// The host has it from what nvcc made of the file.
+#define CONSTANT(name, ...) [[maybe_unused]] constexpr uint32_t name = __VA_ARGS__;
+
 #define __global__
 #define __device__
 #define __host__

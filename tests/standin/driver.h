@@ -16,7 +16,7 @@ namespace standin {
 
 enum Error {
   SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-  INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_OUT_OF_RESOURCES = 701,
+  INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_OUT_OF_RESOURCES = 701,
   NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903,
 };
 
@@ -24,18 +24,42 @@ struct Device {
   const char* name;
   int major;
   Habits habits;
-  size_t memory;
+  std::atomic<size_t> memory;
   bool loads_images;
   std::atomic<uint64_t> launches{0}, allocations{0}, bytes{0}, profiled{0};
   // A clock of its own, on which whatever the device runs takes equally long; 0: the host's clock.
   std::atomic<uint64_t> clock_ns{0}, each_ns{0};
+  // Blocks at each end of a grid that run, of a sparse device; 0: all.
+  std::atomic<uint64_t> ends{0};
+  // Kernels until one faults, 0: none does; whether one has; whether then no thread can be bound to the device.
+  std::atomic<uint64_t> until_fault{0};
+  std::atomic<bool> faulted{false}, binding_fails{false};
   std::mutex lock;
   std::map<std::string, uint64_t> calls;  // of the driver, by name
 
   int shared_optin() const { return major >= 9 ? 232448 : major == 8 ? 166912 : 98304; }
   int shared_per_processor() const { return shared_optin() + 1024; }
-  int processors() const { return major >= 9 ? 132 : major == 8 ? 108 : 80; }
+  int processors() const { return ends ? 1 << 20 : major >= 9 ? 132 : major == 8 ? 108 : 80; }
 };
+
+// After a fault of a kernel every call says so, until the process ends.
+inline int broken(const Device* device) { return device && device->faulted ? ILLEGAL_ADDRESS : SUCCESS; }
+inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// What a kernel takes, as compiled.
+struct Resources {
+  int registers, statics, threads;
+
+  int registers_of(int block_threads) const;
+};
+struct Image {
+  std::string stem;  // of the kernel file
+  std::vector<unsigned char> bytes;
+  std::map<std::pair<int, std::string>, Resources> resources;  // by architecture and kernel
+
+  Resources of(const Kernel& kernel, int major) const;
+};
+void add_image(const std::string& stem, std::vector<unsigned char> bytes, const char* resources);
 
 using Operation = std::function<void()>;
 struct Node {
@@ -58,11 +82,12 @@ struct Module;
 struct Function {
   const Kernel* kernel;
   Module* module;
-  int dynamic_limit = 49152;
+  Resources resources;
+  int dynamic_limit;
 };
 struct Module {
   Device* device;
-  std::string stem;  // of the kernel file; empty: any
+  const Image* image;
   std::map<std::string, Function> functions;
 };
 
@@ -74,6 +99,7 @@ inline bool capturing(Stream* s) { return !is_default(s) && s->capture; }
 
 // Carries it out, or captures it.
 int enqueue(Stream* s, Operation operation);
+int refuse_capture(Stream* s);
 // Whether these bytes are inside one allocation of the device.
 bool owns(Device* device, uint64_t pointer, size_t bytes);
 // Moves the device's own clock on by what each operation takes.
@@ -86,5 +112,6 @@ bool captures_strictly();
 struct Dimensions { unsigned gx, gy, gz, bx, by, bz, shared; };
 // Checks a launch and fills it.
 int prepare(Function* f, const Dimensions& dimensions, void** parameters, Launch& launch);
+void carry_out(Device* device, const Launch& launch);
 
 }  // namespace standin

@@ -5,7 +5,7 @@ use result::DriverError;
 use sys::CUresult::{self, *};
 use sys::CUtensorMapSwizzle::*;
 
-fn refused<T>(got: Result<T, DriverError>) -> CUresult {
+pub(super) fn refused<T>(got: Result<T, DriverError>) -> CUresult {
     got.err().expect("a refusal").0
 }
 

@@ -34,11 +34,7 @@ int kernel_operation(const KernelParams& p, Operation& operation) {
   if (p.extra || !p.function) return p.extra ? NOT_SUPPORTED : INVALID_VALUE;
   auto launch = std::make_shared<Launch>();
   if (const int error = prepare(p.function, p.dimensions, p.parameters, *launch)) return error;
-  operation = [launch, device = p.function->module->device] {
-    device->launches++;
-    tick(device);
-    run(*launch);
-  };
+  operation = [launch, device = p.function->module->device] { carry_out(device, *launch); };
   return SUCCESS;
 }
 
@@ -64,6 +60,7 @@ bool standin::captures_strictly() { return !strict_captures.empty(); }
 API cuStreamBeginCapture_v2(Stream* s, int mode) {
   constexpr int RELAXED = 2;
   if (is_default(s)) return CAPTURE_UNSUPPORTED;
+  if (const int error = broken(s->device)) return error;
   if (s->capture) return INVALID_VALUE;
   if (mode != RELAXED) strict_captures.insert(s);
   return s->capture.reset(new Graph), SUCCESS;
@@ -83,6 +80,7 @@ API cuStreamEndCapture(Stream* s, Graph** graph) {
 
 API cuGraphCreate(Graph** graph, unsigned flags) {
   if (flags) return INVALID_VALUE;
+  if (const int error = broken(current)) return error;
   *graph = new Graph;
   std::lock_guard<std::mutex> guard(lock);
   return live.insert(*graph), SUCCESS;
@@ -114,6 +112,7 @@ API cuGraphDestroy(Graph* graph) {
 
 API cuGraphInstantiateWithFlags(Executable** executable, Graph* graph, unsigned long long) {
   called(current, __func__);
+  if (const int error = broken(current)) return error;
   if (!is_live(graph)) return INVALID_VALUE;
   *executable = new Executable{graph, {}, {}};
   auto& [of, operations, places] = **executable;
@@ -134,8 +133,12 @@ API cuGraphLaunch(Executable* executable, Stream* s) {
 }
 API cuGraphExecKernelNodeSetParams_v2(Executable* executable, Node* node, const KernelParams* params) {
   called(current, __func__);
+  if (const int error = broken(current)) return error;
   const auto place = executable->places.find(node);
   if (!is_live(executable->of) || place == executable->places.end() || !node->kernel) return INVALID_VALUE;
   return kernel_operation(*params, executable->operations[place->second]);
 }
-API cuGraphExecDestroy(Executable* executable) { return delete executable, SUCCESS; }
+API cuGraphExecDestroy(Executable* executable) {
+  if (const int error = broken(current)) return error;
+  return delete executable, SUCCESS;
+}

@@ -323,6 +323,7 @@ void run(const Launch& launch) {
   b->watching = watch(launch);
   const uint64_t row = launch.grid.x, slice = row * launch.grid.y, blocks = slice * launch.grid.z;
   for (uint64_t i = 0; i < blocks; i++) {
+    if (launch.ends && i >= launch.ends && i + launch.ends < blocks) i = blocks - launch.ends;
     const uint64_t at = launch.habits.down ? blocks - 1 - i : i;
     b->index = {(unsigned)(at % row), (unsigned)(at / row % launch.grid.y), (unsigned)(at / slice)};
     run_block();

@@ -43,6 +43,7 @@ struct Launch {
   Habits habits;
   dim3 grid, block;
   size_t shared;
+  uint64_t ends;  // blocks at each end of the grid that run; 0: all
   alignas(128) unsigned char arguments[MAX_ARGUMENTS];
 };
 

@@ -31,14 +31,10 @@ const BASELINE_ROWS: usize = 4;
 const MOST_HEAD_DIM: usize = 256;
 /// Keys of a tile of the flash kernels; queries of one backward.
 const TILE: usize = 64;
-/// Threads of a block of the wgmma kernels; rows that it has in shared memory, and bytes beside them.
+/// Threads of a block of the wgmma kernels.
 const WGMMA_BLOCK: u32 = 384;
-const WGMMA_FORWARD: (usize, u32) = (7 * 128, 104);
-const WGMMA_BACKWARD: (usize, u32) = (12 * 64, 2120);
 /// Keys of a chunk of the decode form.
 const DECODE_KEYS: usize = 256;
-/// Keys that a block of the decode form has in shared memory, and its queries.
-const DECODE_ROWS: usize = 256 + 16;
 /// Query heads that a block of the decode form takes.
 const DECODE_HEADS: usize = 16;
 /// Blocks of the flash kernels that a multiprocessor holds at once; of the wgmma kernels, one.
@@ -101,15 +97,10 @@ impl<'a> Shape<'a> {
         if self.head_dim == 64 { hd64 } else { hd128 }
     }
 
-    /// Bytes of `rows` rows of one head.
-    fn row_bytes(&self, rows: usize) -> u32 {
-        (rows * self.head_dim * size_of::<bf16>()) as u32
-    }
-
     /// A launch of a wgmma kernel: `count` blocks for each 128 tokens.
-    fn wgmma(&self, image: &'static str, kernel: &'static str, count: u32, shared: (usize, u32), cost: Cost) -> Launch {
+    fn wgmma(&self, image: &'static str, kernel: &'static str, count: u32, cost: Cost) -> Launch {
         let grid = [count, blocks(self.tokens(), 2 * TILE), 1];
-        Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: self.row_bytes(shared.0) + shared.1, cost }
+        Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: 0, cost }
     }
 
     /// How bulk copies see a tensor of so many heads, `box_rows` rows at a time.
@@ -190,7 +181,7 @@ pub(super) fn attention(
         let (k, v) = (shape.map(device, k, shape.kv_heads, 128)?, shape.map(device, v, shape.kv_heads, 128)?);
         let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
         // SAFETY: as above, q, k and v by their maps; o on 16 bytes, and no offset is beyond 32 bits.
-        return unsafe { device.launch(shape.wgmma("attention_sm90", kernel, heads, WGMMA_FORWARD, cost), arguments) };
+        return unsafe { device.launch(shape.wgmma("attention_sm90", kernel, heads, cost), arguments) };
     }
     let (queries, kernel) = match version {
         Version::Flash128 => {
@@ -202,8 +193,8 @@ pub(super) fn attention(
             (TILE, shape.symbol(kernel, "attention_forward_flash64_hd128_bf16"))
         }
     };
-    let (grid, shared_bytes) = ([heads, blocks(rows, queries), 1], shape.row_bytes(queries + 4 * TILE));
-    let launch = Launch { image: "attention_flash", kernel, grid, block: BLOCK, shared_bytes, cost };
+    let grid = [heads, blocks(rows, queries), 1];
+    let launch = Launch { image: "attention_flash", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
     let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
     // SAFETY: as above; all on 16 bytes, and no offset is beyond 32 bits.
     unsafe { device.launch(launch, arguments) }
@@ -266,10 +257,10 @@ pub(super) fn attention_backward(
         false => args![q, k, v, d_o].to_vec(),
     };
     let launch = |kernel, count: u32, cost| match wgmma {
-        true => shape.wgmma("attention_backward_sm90", kernel, count, WGMMA_BACKWARD, cost),
+        true => shape.wgmma("attention_backward_sm90", kernel, count, cost),
         false => {
-            let (grid, shared_bytes) = ([count, blocks(shape.tokens(), TILE), 1], shape.row_bytes(6 * TILE));
-            Launch { image: "attention_flash_backward", kernel, grid, block: BLOCK, shared_bytes, cost }
+            let grid = [count, blocks(shape.tokens(), TILE), 1];
+            Launch { image: "attention_flash_backward", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
         }
     };
     let rest = args![lse, *delta, &dq, starts, documents, tokens, heads, kv_heads, scale, window];
@@ -327,18 +318,18 @@ pub(super) fn attention_decode(
     let seen = longest.min(shape.window() as usize);
     let chunks = seen.div_ceil(DECODE_KEYS).max(1);
     let flash = shape.flash(all_aligned(&[q, k, v, *o]), 1);
-    let (image, kernel, grid_y, shared_bytes) = if flash {
+    let (image, kernel, grid_y) = if flash {
         let kernel = shape.symbol("attention_decode_flash_hd64_bf16", "attention_decode_flash_hd128_bf16");
         let grid_y = shape.kv_heads * shape.group().div_ceil(DECODE_HEADS);
-        ("attention_decode", kernel, grid_y, shape.row_bytes(DECODE_ROWS))
+        ("attention_decode", kernel, grid_y)
     } else {
-        ("attention", "attention_decode_baseline_bf16", shape.heads.div_ceil(BASELINE_ROWS), 0)
+        ("attention", "attention_decode_baseline_bf16", shape.heads.div_ceil(BASELINE_ROWS))
     };
     let rows = (count * shape.heads * shape.head_dim) as u64;
     let size = AttentionSize { tokens: count, pairs: (count * seen) as u64, ..shape.size() };
     let cost = size.decode(k.len() / (shape.kv_heads * shape.head_dim), FLOAT);
     let grid = [chunks as u32, grid_y as u32, count as u32];
-    let launch = Launch { image, kernel, grid, block: BLOCK, shared_bytes, cost };
+    let launch = Launch { image, kernel, grid, block: BLOCK, shared_bytes: 0, cost };
 
     let parts = if chunks == 1 { 0 } else { count * shape.heads * chunks };
     let (mut partial, mut stats) = (Memory::new(device, parts * shape.head_dim)?, Memory::new(device, 2 * parts)?);

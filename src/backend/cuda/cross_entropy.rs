@@ -1,7 +1,7 @@
 //! Cross-entropy: see `kernels/cross_entropy.cu`.
 
 use super::FLOAT;
-use super::device::{Device, Launch, args, blocks};
+use super::device::{Device, Launch, args, blocks, constant};
 use super::measure;
 use super::memory::{Slice, SliceMut};
 use crate::backend::cost;
@@ -10,18 +10,15 @@ use half::bf16;
 
 const BLOCK: u32 = 512;
 const BASELINE_BLOCK: u32 = 256;
-/// Bytes of a row that one step of a block covers: what is kept in shared memory is a multiple of it.
-const SPAN_BYTES: u32 = 16 << 10;
-/// Shared memory of a block beside what it keeps of its row: its own, and the driver's.
-const RESERVED_BYTES: u32 = 2 << 10;
+const BACKWARD: &str = "cross_entropy_backward_vec8_bf16";
 
 /// Bytes of a row of `vocab` logits to keep: all where two blocks share a multiprocessor, else what one block may have.
-fn kept_bytes(device: &Device, vocab: usize) -> u32 {
-    let row = (2 * vocab as u64 / u64::from(SPAN_BYTES) * u64::from(SPAN_BYTES)).min(u64::from(u32::MAX)) as u32;
-    let whole = |bytes: u32| bytes / SPAN_BYTES * SPAN_BYTES;
-    let most = whole(device.shared_bytes_block.saturating_sub(RESERVED_BYTES));
-    let half = whole((device.shared_bytes_block / 2).saturating_sub(RESERVED_BYTES));
-    if row <= half { row } else { row.min(most) }
+fn kept_bytes(device: &Device, vocab: usize) -> Result<u32> {
+    let span = constant("cross_entropy_span_bytes");
+    let whole = |bytes: u32| bytes / span * span;
+    let row = whole(u32::try_from(2 * vocab).unwrap_or(u32::MAX));
+    let [most, half] = [1, 2].map(|blocks| device.shared_room("cross_entropy", BACKWARD, blocks).map(whole));
+    Ok(if row <= half? { row } else { row.min(most?) })
 }
 
 /// Losses of rows of logits; with `scale`, the gradients in place.
@@ -53,8 +50,8 @@ pub(super) fn cross_entropy(
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32])
             }
             Some(scale) => {
-                let kept = kept_bytes(device, vocab);
-                let launch = launch("cross_entropy_backward_vec8_bf16", kept);
+                let kept = kept_bytes(device, vocab)?;
+                let launch = launch(BACKWARD, kept);
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, kept / 16])
             }
         }

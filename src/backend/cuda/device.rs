@@ -1,6 +1,7 @@
 //! One GPU: its context, its stream, the images loaded on it, and the one place that launches kernels.
 
 use super::Image;
+pub(super) use super::arguments::{Arg, args};
 use super::graph::Graphs;
 use super::memory::Arena;
 use super::timing::Pending;
@@ -11,7 +12,7 @@ use cudarc::driver::{DriverError, result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
@@ -23,8 +24,7 @@ const CAPABILITY: (i32, i32) = (8, 0);
 const HOPPER: (i32, i32) = (9, 0);
 /// `off`: every kernel is launched by itself.
 const GRAPHS: &str = "SWAT_CUDA_GRAPHS";
-/// What a kernel may use without asking for more.
-const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
+const MAX_DYNAMIC: FunctionAttribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 
 /// A kernel, found once.
 #[derive(Clone)]
@@ -32,8 +32,12 @@ pub(super) struct Function {
     pub(super) raw: sys::CUfunction,
     /// Bytes of each parameter, as compiled.
     pub(super) parameters: Arc<[usize]>,
-    /// Dynamic shared memory that it was allowed so far.
-    shared_bytes: u32,
+    /// Dynamic shared memory that its file says it needs.
+    needed_bytes: u32,
+    /// Static shared memory, as compiled.
+    static_bytes: u32,
+    /// Most dynamic shared memory of a launch, by the driver; it grows when asked.
+    dynamic_limit: u32,
 }
 
 /// An open GPU. Everything goes through one stream, so that operations run in the order of the calls.
@@ -56,8 +60,11 @@ pub(super) struct Device {
     pub(super) capability: (i32, i32),
     /// Streaming multiprocessors.
     pub(super) multiprocessors: u32,
-    /// Most shared memory that a block may ask for.
-    pub(super) shared_bytes_block: u32,
+    /// Most shared memory of a block, static and dynamic.
+    shared_bytes_block: u32,
+    /// Shared memory of a multiprocessor, and what of it the driver keeps a block.
+    shared_bytes_multiprocessor: u32,
+    reserved_bytes_block: u32,
 }
 
 // SAFETY: the handles of the driver may be used from any thread; each call binds the context to its thread first, and what
@@ -76,88 +83,11 @@ pub(super) struct Launch {
     pub(super) grid: [u32; 3],
     /// Threads of a block.
     pub(super) block: u32,
-    /// Dynamic shared memory of a block.
+    /// Dynamic shared memory of a block beside what the kernel's file says it needs (`SHARED_BYTES`).
     pub(super) shared_bytes: u32,
     /// What it must read, write and compute.
     pub(super) cost: Cost,
 }
-
-/// An argument of a kernel.
-#[derive(Clone, Copy)]
-pub(super) enum Arg {
-    /// Device memory; 0 = none.
-    Pointer(sys::CUdeviceptr),
-    /// `uint32_t`
-    U32(u32),
-    /// `uint64_t`
-    U64(u64),
-    /// `float`
-    F32(f32),
-    /// `const __grid_constant__ CUtensorMap`
-    TensorMap(sys::CUtensorMap),
-}
-
-impl Arg {
-    fn pointer(&self) -> *mut c_void {
-        match self {
-            Self::Pointer(value) => std::ptr::from_ref(value) as *mut c_void,
-            Self::U32(value) => std::ptr::from_ref(value) as *mut c_void,
-            Self::U64(value) => std::ptr::from_ref(value) as *mut c_void,
-            Self::F32(value) => std::ptr::from_ref(value) as *mut c_void,
-            Self::TensorMap(value) => std::ptr::from_ref(value) as *mut c_void,
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Pointer(_) | Self::U64(_) => 8,
-            Self::U32(_) | Self::F32(_) => 4,
-            Self::TensorMap(_) => size_of::<sys::CUtensorMap>(),
-        }
-    }
-
-    /// Its bytes, each value from the first byte of a word on.
-    pub(super) fn words(&self) -> impl Iterator<Item = u64> {
-        let narrow = |bytes: [u8; 4]| {
-            let [a, b, c, d] = bytes;
-            u64::from_ne_bytes([a, b, c, d, 0, 0, 0, 0])
-        };
-        let (one, map) = match self {
-            Self::Pointer(value) | Self::U64(value) => (Some(*value), None),
-            Self::U32(value) => (Some(narrow(value.to_ne_bytes())), None),
-            Self::F32(value) => (Some(narrow(value.to_ne_bytes())), None),
-            Self::TensorMap(value) => (None, Some(value.opaque)),
-        };
-        one.into_iter().chain(map.into_iter().flatten())
-    }
-}
-
-impl From<u32> for Arg {
-    fn from(value: u32) -> Self {
-        Self::U32(value)
-    }
-}
-impl From<u64> for Arg {
-    fn from(value: u64) -> Self {
-        Self::U64(value)
-    }
-}
-impl From<f32> for Arg {
-    fn from(value: f32) -> Self {
-        Self::F32(value)
-    }
-}
-impl From<sys::CUtensorMap> for Arg {
-    fn from(value: sys::CUtensorMap) -> Self {
-        Self::TensorMap(value)
-    }
-}
-
-/// The arguments of a launch in the order of the kernel's parameters.
-macro_rules! args {
-    ($($value:expr),* $(,)?) => { &[$($crate::backend::cuda::device::Arg::from($value)),*] };
-}
-pub(super) use args;
 
 /// Blocks of `size` that cover `count`.
 pub(super) fn blocks(count: usize, size: usize) -> u32 {
@@ -167,6 +97,19 @@ pub(super) fn blocks(count: usize, size: usize) -> u32 {
 /// The image of a stem, where the library was built with nvcc.
 fn image(stem: &str) -> Option<&'static [u8]> {
     IMAGES.iter().find(|(name, image)| *name == stem && !image.is_empty()).map(|(_, image)| *image)
+}
+
+/// A number that a kernel file exports; `None` where it does not, or the library was built without nvcc.
+fn exported(name: &str) -> Option<u32> {
+    CONSTANTS.iter().find(|(constant, _)| *constant == name).map(|(_, value)| *value)
+}
+
+/// A number that a kernel file exports by CONSTANT.
+///
+/// # Panics
+/// Where there is none of this name.
+pub(super) fn constant(name: &str) -> u32 {
+    exported(name).unwrap_or_else(|| panic!("no kernel file exports {name}"))
 }
 
 /// Kernel files whose code is embedded.
@@ -239,7 +182,10 @@ impl Device {
             return Err(refuse(format!("a GPU of compute capability {}.{}", capability.0, capability.1)));
         }
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
-        let shared_bytes_block = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
+        let bytes = |which| attribute(which).map(|bytes| bytes.max(0) as u32);
+        let shared_bytes_block = bytes(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let shared_bytes_multiprocessor = bytes(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
+        let reserved_bytes_block = bytes(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?;
         // SAFETY: `raw` is a device of the driver; the context is released by `drop`.
         let context = unsafe { result::primary_ctx::retain(raw) }.map_err(failed)?;
         let mut device = Self {
@@ -256,6 +202,8 @@ impl Device {
             capability,
             multiprocessors,
             shared_bytes_block,
+            shared_bytes_multiprocessor,
+            reserved_bytes_block,
         };
         device.bind()?;
         device.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
@@ -329,7 +277,7 @@ impl Device {
     /// Queues a kernel.
     ///
     /// # Errors
-    /// [`Error::Device`] where the driver refuses it.
+    /// [`Error::Device`] where the driver refuses it, as where it needs more shared memory than a block may have.
     ///
     /// # Panics
     /// Where the number or the sizes of the arguments are not those of the compiled kernel.
@@ -342,7 +290,11 @@ impl Device {
             return Ok(());
         }
         self.bind()?;
-        let function = self.function(&launch)?;
+        let mut function = self.function(launch.image, launch.kernel)?;
+        let launch = Launch { shared_bytes: function.needed_bytes + launch.shared_bytes, ..launch };
+        if launch.shared_bytes > function.dynamic_limit {
+            self.allow(&launch, &mut function)?;
+        }
         let given = arguments.iter().map(Arg::bytes);
         assert!(
             given.clone().eq(function.parameters.iter().copied()),
@@ -366,28 +318,62 @@ impl Device {
         .map_err(|error| self.failed(&format!("refused the kernel {}", launch.kernel), error))
     }
 
-    fn function(&self, launch: &Launch) -> Result<Function> {
-        let mut functions = self.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let refused = |error| self.failed(&format!("refused the kernel {}", launch.kernel), error);
-        let function = match functions.entry(launch.kernel) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                let module = self.modules.get(launch.image);
-                let module = *module.unwrap_or_else(|| panic!("{} holds no code for this device", launch.image));
-                let name = CString::new(launch.kernel).expect("a symbol without NUL");
-                // SAFETY: a loaded module.
-                let raw = unsafe { result::module::get_function(module, name) }.map_err(refused)?;
-                entry.insert(Function { raw, parameters: parameters(raw), shared_bytes: DEFAULT_SHARED_BYTES })
-            }
-        };
-        if launch.shared_bytes > function.shared_bytes {
-            let which = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: a function of a loaded module.
-            unsafe { result::function::set_function_attribute(function.raw, which, launch.shared_bytes as i32) }
-                .map_err(refused)?;
-            function.shared_bytes = launch.shared_bytes;
+    /// Most dynamic shared memory with which so many blocks of a kernel are on a multiprocessor at once.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver fails.
+    pub(super) fn shared_room(&self, image: &'static str, kernel: &'static str, blocks: u32) -> Result<u32> {
+        let function = self.function(image, kernel)?;
+        let share = (self.shared_bytes_multiprocessor / blocks).saturating_sub(self.reserved_bytes_block);
+        Ok(share.min(self.shared_bytes_block).saturating_sub(function.static_bytes))
+    }
+
+    fn functions(&self) -> MutexGuard<'_, HashMap<&'static str, Function>> {
+        self.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn function(&self, image: &'static str, kernel: &'static str) -> Result<Function> {
+        if let Some(function) = self.functions().get(kernel) {
+            return Ok(function.clone());
         }
-        Ok(function.clone())
+        self.bind()?;
+        let refused = |error| self.failed(&format!("refused the kernel {kernel}"), error);
+        let module = *self.modules.get(image).unwrap_or_else(|| panic!("{image} holds no code for this device"));
+        let name = CString::new(kernel).expect("a symbol without NUL");
+        // SAFETY: a loaded module.
+        let raw = unsafe { result::module::get_function(module, name) }.map_err(refused)?;
+        let attribute = |which| {
+            // SAFETY: a function of a loaded module.
+            unsafe { result::function::get_function_attribute(raw, which) }.map_err(refused)
+        };
+        let function = Function {
+            raw,
+            parameters: parameters(raw),
+            needed_bytes: exported(&format!("{kernel}_shared_bytes")).unwrap_or(0),
+            static_bytes: attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?.max(0) as u32,
+            dynamic_limit: attribute(MAX_DYNAMIC)?.max(0) as u32,
+        };
+        self.functions().insert(kernel, function.clone());
+        Ok(function)
+    }
+
+    /// Allows launches of a function as much dynamic shared memory as this one asks for.
+    fn allow(&self, launch: &Launch, function: &mut Function) -> Result<()> {
+        let Launch { kernel, shared_bytes, .. } = *launch;
+        // SAFETY: a function of a loaded module.
+        unsafe { result::function::set_function_attribute(function.raw, MAX_DYNAMIC, shared_bytes as i32) }.map_err(
+            |error| {
+                let (own, most) = (function.static_bytes, self.shared_bytes_block);
+                let what = format!(
+                    "gives a block of {kernel} no {shared_bytes} bytes of shared memory beside {own} of its own \
+                     (the most is {most})"
+                );
+                self.failed(&what, error)
+            },
+        )?;
+        function.dynamic_limit = shared_bytes;
+        self.functions().insert(kernel, function.clone());
+        Ok(())
     }
 }
 
@@ -403,11 +389,31 @@ fn parameters(function: sys::CUfunction) -> Arc<[usize]> {
 }
 
 fn failed(ordinal: u32, what: &str, error: DriverError) -> Error {
-    Error::Device {
-        device: format!("cuda:{ordinal}"),
-        what: format!("{what}: {}", describe(error)),
-        help: "see `nvidia-smi`; --device cpu needs no GPU".into(),
-    }
+    let help = match ends_context(error) {
+        true => {
+            "a kernel has failed, and this process cannot use the GPU any more: start again; compute-sanitizer finds it"
+        }
+        false => "see `nvidia-smi`; --device cpu needs no GPU",
+    };
+    let what = format!("{what}: {}", describe(error));
+    Error::Device { device: format!("cuda:{ordinal}"), what, help: help.into() }
+}
+
+/// Whether every later call of this process fails, too.
+fn ends_context(error: DriverError) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        error.0,
+        CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUDA_ERROR_ASSERT
+            | CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUDA_ERROR_INVALID_PC
+            | CUDA_ERROR_LAUNCH_FAILED
+    )
 }
 
 impl Drop for Device {

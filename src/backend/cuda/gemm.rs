@@ -14,12 +14,9 @@ use half::bf16;
 use std::sync::Arc;
 
 const BLOCK: u32 = 256;
-/// Threads and dynamic shared memory of the tiled kernels.
+/// Threads of the tiled kernels.
 const MMA_BLOCK: u32 = 128;
-const MMA_SHARED_BYTES: u32 = 65536;
 const WGMMA_BLOCK: u32 = 384;
-const WGMMA128_SHARED_BYTES: u32 = 229_472;
-const WGMMA256_SHARED_BYTES: u32 = 229_440;
 /// Lines of a box of a bulk tensor copy: rows of A where k is contiguous, else depth.
 const BOX_ROWS_A: usize = 128;
 const BOX_DEPTH: usize = 64;
@@ -155,7 +152,6 @@ fn product<T: FloatElement>(
     ];
     let (launch, arguments) = if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
         let items = tiles.checked_mul(splits).expect("fewer than 2³² tiles");
-        let shared_bytes = if version == GemmVersion::Wgmma128 { WGMMA128_SHARED_BYTES } else { WGMMA256_SHARED_BYTES };
         let grid = [items.min(device.multiprocessors), 1, 1];
         let map_a = match layout {
             GemmLayout::Nt => tensor_map(device, a, m, BOX_DEPTH),
@@ -165,11 +161,11 @@ fn product<T: FloatElement>(
             GemmLayout::Tn => tensor_map(device, b, k, tile.columns),
             _ => tensor_map(device, b, n, BOX_DEPTH),
         }?;
-        let launch = Launch { image: "gemm_sm90", kernel, grid, block: WGMMA_BLOCK, shared_bytes, cost };
+        let launch = Launch { image: "gemm_sm90", kernel, grid, block: WGMMA_BLOCK, shared_bytes: 0, cost };
         (launch, [args![map_a, map_b], common, args![splits, items]].concat())
     } else {
-        let (grid, shared_bytes) = ([tiles, splits, 1], MMA_SHARED_BYTES);
-        let launch = Launch { image: "gemm", kernel, grid, block: MMA_BLOCK, shared_bytes, cost };
+        let grid = [tiles, splits, 1];
+        let launch = Launch { image: "gemm", kernel, grid, block: MMA_BLOCK, shared_bytes: 0, cost };
         (launch, [args![a, b], common].concat())
     };
     // SAFETY: lengths fit the shape, operands are aligned as the version asks, maps describe A and B, `partials` holds the

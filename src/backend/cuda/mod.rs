@@ -6,6 +6,7 @@
 //! [`Backend::read`] and [`Backend::synchronize`], and results do not depend on timing.
 
 mod adamw;
+mod arguments;
 mod attention;
 mod cross_entropy;
 mod device;
