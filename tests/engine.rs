@@ -230,7 +230,7 @@ fn perturb(model: &mut Decoder<Cpu>, member: &Member, options: &SweepOptions) ->
         let (mut plus, mut minus) =
             (model.backend.zeros::<f32>(values.len()).unwrap(), model.backend.zeros::<f32>(values.len()).unwrap());
         let weight = model.param(id).unwrap().values.view();
-        model.backend.perturb(weight, &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
+        model.backend.perturb(weight, None, &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
         let negative = member.negative && options.kind != NoiseKind::Zero;
         let mut perturbed = vec![0.0; values.len()];
         model.backend.read(if negative { minus.view() } else { plus.view() }, &mut perturbed).unwrap();

@@ -1,8 +1,10 @@
 //! Linear layers.
 
+mod grouped;
+
 use super::*;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision};
-use swat::backend::{Epilogue, LinearShape, Projection};
+use swat::backend::{Epilogue, LinearShape};
 
 /// (tokens, inputs, outputs): decoding sizes, odd sizes, sizes of several panels and depths.
 const SHAPES: [(usize, usize, usize); 15] = [
@@ -71,29 +73,6 @@ fn linear_with_every_epilogue<B: Backend>(b: &B) {
             };
             b.linear(x.device.view(), w.device.view(), y.device.view_mut(), shape, epilogue).unwrap();
             assert_close::<B>(&get(b, &y.device), &exact, error(inputs), &format!("{shape:?}, case {case}"));
-        }
-    }
-}
-
-fn layers_of_the_same_input<B: Backend>(b: &B) {
-    for (tokens, inputs) in [(1, 577), (3, 64), (8, 40), (9, 65), (70, 96)] {
-        let x = put::<B, B::Float>(b, &normals(1, tokens * inputs));
-        let outputs = [1usize, 65, 130];
-        let w = outputs.map(|n| put::<B, B::Float>(b, &normals(n as u64, n * inputs)));
-        let bias = put::<B, B::Float>(b, &normals(2, outputs[1]));
-        let mut y = outputs.map(|n| put::<B, B::Float>(b, &normals(3, tokens * n)));
-        let mut layers: Vec<Projection<'_, B>> = Vec::new();
-        for (i, (w, y)) in w.iter().zip(&mut y).enumerate() {
-            let bias = (i == 1).then(|| bias.device.view());
-            layers.push(Projection { w: w.device.view(), bias, y: y.device.view_mut() });
-        }
-        b.linear_each(x.device.view(), &mut layers, tokens).unwrap();
-        for (i, n) in outputs.into_iter().enumerate() {
-            let mut exact = product(&x.host, (inputs, 1), &w[i].host, (1, inputs), (tokens, n, inputs));
-            if i == 1 {
-                exact.iter_mut().enumerate().for_each(|(at, y)| *y += bias.host[at % n]);
-            }
-            assert_close::<B>(&get(b, &y[i].device), &exact, error(inputs), &format!("{tokens} × {inputs}, layer {i}"));
         }
     }
 }
@@ -336,6 +315,7 @@ macro_rules! on_every_gpu {
         }
     };
 }
+use on_every_gpu;
 
 on_every_gpu!(
     every_version_is_as_exact_as_f32_sums,
@@ -346,7 +326,6 @@ on_every_gpu!(
 
 on_every_backend!(
     linear_with_every_epilogue,
-    layers_of_the_same_input,
     backward_of_input_and_weight,
     bias_gradient_sums_columns,
     writes_only_its_view

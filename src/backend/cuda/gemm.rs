@@ -1,7 +1,10 @@
 //! Linear layers: see `kernels/gemm.cu`, `gemm_sm90.cu`, `gemm_decode.cu` and `gemm_bias.cu`.
 
+mod grouped;
 mod plan;
 
+pub use grouped::GemmMember;
+pub(super) use grouped::{linear_backward_input_each, linear_backward_weight_each, linear_each};
 pub use plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 
 use super::device::{Arg, Device, Launch, args, blocks};
