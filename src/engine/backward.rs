@@ -8,7 +8,7 @@ use super::losses::Losses;
 use super::pool::{Floats, Scratch};
 use super::readout::trained_rows;
 use super::{Batch, Decoder, Gradients};
-use crate::backend::{Backend, Epilogue, In, InputGradient, LinearShape, Out, View, ViewMut, WeightGradient, trace};
+use crate::backend::{Backend, LinearShape, View, ViewMut, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
