@@ -1,5 +1,5 @@
-// Products of linear layers: C [m, n] = alpha·A·B + bias [n] + residual [m, n] + C, bf16 operands, f32 sums, in the three
-// layouts of a layer with X [tokens, inputs], W [outputs, inputs]; all matrices dense and row-major in memory:
+// Products of linear layers: C [m, n] = alpha·A·B + bias [n] + residual [m, n] + C, bf16 operands, f32 sums, in the
+// three layouts of a layer with X [tokens, inputs], W [outputs, inputs]; all matrices dense and row-major in memory:
 //
 //   layout  product       m, n, k                    A in memory  B in memory  C
 //   tn      Y = X·Wᵀ      tokens, outputs, inputs    [m, k]       [n, k]       bf16
@@ -18,17 +18,19 @@
 //   gemm_nt_each  dWᵢ = dYᵢᵀ·X (+ dWᵢ)    the same
 //   gemm_nn_sum   dX = Σ dYᵢ·Wᵢ (+ dX)    one f32 sum over the depths one after another, rounded once
 //
-// Rounding: once, to nearest even, when C is stored. Sums: an output's k are added in ascending blocks of 16, each by the
-// tensor core. With `partials`, block (tile, s) sums k-blocks s·K/splits … (s+1)·K/splits into partials[s], and
+// Rounding: once, to nearest even, when C is stored. Sums: an output's k are added in ascending blocks of 16, each by
+// the tensor core. With `partials`, block (tile, s) sums k-blocks s·K/splits … (s+1)·K/splits into partials[s], and
 // gemm_combine adds s = 0, 1, … in order: results depend on the shape and on `splits`, never on timing.
 //
-// Shared memory: a ring of STAGES tiles filled by cp.async. Lines of a tile (of k where K is contiguous, else of m or n)
-// are cut into 16-byte chunks, permuted in a line by the line's number: the 8 chunks that an ldmatrix or a quarter-warp's
-// cp.async touches lie in different banks. Operands whose k is not contiguous are read with ldmatrix.trans.
+// Shared memory: a ring of STAGES tiles filled by cp.async. Lines of a tile (of k where K is contiguous, else of m or
+// n) are cut into 16-byte chunks, permuted in a line by the line's number: the 8 chunks that an ldmatrix or a
+// quarter-warp's cp.async touches lie in different banks. Operands whose k is not contiguous are read with
+// ldmatrix.trans.
 //
-// Versions: baseline, an output a thread; mma64, tiles 64 × 64 × 64: wins where 128 × 128 tiles would not fill the device;
-// mma128, tiles 128 × 128 × 32, warps of 64 × 64: wins elsewhere without Hopper (gemm_sm90.cu); scalar64: mma64 for
-// operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_decode.cu): few tokens.
+// Versions: baseline, an output a thread; mma64, tiles 64 × 64 × 64: wins where 128 × 128 tiles would not fill the
+// device; mma128, tiles 128 × 128 × 32, warps of 64 × 64: wins elsewhere without Hopper (gemm_sm90.cu); scalar64:
+// mma64 for operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_decode.cu):
+// few tokens.
 #include "gemm.cuh"
 
 enum Layout { TN, NN, NT };
@@ -80,12 +82,13 @@ template <Layout L, typename T> __device__ __forceinline__ void baseline(const P
     const bf16 b = L == TN ? p.b[(size_t)column * p.k + k] : p.b[(size_t)k * p.n + column];
     sum += __bfloat162float(a) * __bfloat162float(b);
   }
-  epilogue.put(row, column, sum);
+  epilogue.store(row, column, sum);
 }
 
 // One operand's tile in shared memory: Extent (of m or n) × Depth (of k), K contiguous or not.
 template <bool KMajor, int Extent, int Depth, int Threads, bool Aligned> struct Operand {
-  static constexpr int LINES = KMajor ? Extent : Depth, CHUNKS = (KMajor ? Depth : Extent) / 8, BYTES = Extent * Depth * 2;
+  static constexpr int LINES = KMajor ? Extent : Depth, CHUNKS = (KMajor ? Depth : Extent) / 8;
+  static constexpr int BYTES = Extent * Depth * 2;
   static_assert(CHUNKS == 4 || CHUNKS == 8 || CHUNKS == 16, "the permutation below");
 
   static __device__ __forceinline__ unsigned char* chunk(unsigned char* tile, uint32_t line, uint32_t chunk) {
@@ -145,10 +148,11 @@ __device__ __forceinline__ void mma(uint32_t tile, const P p, Epilogue<T> epilog
   typedef Operand<L == TN, Tile, Depth, THREADS, Aligned> OperandB;
   constexpr int HALF = Tile / 2, ROWS = HALF / 16, COLUMNS = HALF / 8, STAGE = OperandA::BYTES + OperandB::BYTES;
   const uint32_t warp = threadIdx.x / 32, row_in_tile = warp / 2 * HALF, column_in_tile = warp % 2 * HALF;
-  const TilePlace place = tile_place(tile, (p.m + Tile - 1) / Tile, (p.n + Tile - 1) / Tile);
+  const TileCoordinates place = tile_coordinates(tile, (p.m + Tile - 1) / Tile, (p.n + Tile - 1) / Tile);
   const uint32_t row0 = place.row * Tile, column0 = place.column * Tile;
   const uint32_t blocks = p.template blocks<Depth>();
-  const uint32_t first = (uint64_t)blocks * blockIdx.y / gridDim.y, last = (uint64_t)blocks * (blockIdx.y + 1) / gridDim.y;
+  const uint32_t first = (uint64_t)blocks * blockIdx.y / gridDim.y;
+  const uint32_t last = (uint64_t)blocks * (blockIdx.y + 1) / gridDim.y;
   if (epilogue.partials) epilogue.partials += (size_t)blockIdx.y * p.m * p.n;
 
   const auto fill = [&](uint32_t block) {
@@ -200,10 +204,10 @@ __device__ __forceinline__ void mma(uint32_t tile, const P p, Epilogue<T> epilog
   cp_async_wait<0>();
   __syncthreads();
   float* stage = reinterpret_cast<float*>(dynamic_shared) + warp * 16 * HALF;
-  const bool in_fours = epilogue.in_fours();
+  const bool vectorised = epilogue.vectorised();
 #pragma unroll
   for (int i = 0; i < ROWS; i++)
-    store_rows16<HALF>(stage, epilogue, in_fours, row0 + row_in_tile + 16 * i, column0 + column_in_tile,
+    store_rows16<HALF, 4>(stage, epilogue, vectorised, row0 + row_in_tile + 16 * i, column0 + column_in_tile,
                        [&](int j, int e) { return sums[i][j][e]; });
 }
 
@@ -305,20 +309,21 @@ GEMM_SUM(mma64, 3, 64, 64)
 
 // C = epilogue(partials[0] + partials[1] + …), f32 [splits, m, n].
 template <typename T>
-__device__ __forceinline__ void combine(const float* __restrict__ partials, uint32_t splits, const Epilogue<T> epilogue) {
+__device__ __forceinline__ void combine(const float* __restrict__ partials, uint32_t splits,
+                                        const Epilogue<T> epilogue) {
   const size_t size = (size_t)epilogue.m * epilogue.n;
   const size_t stride = (size_t)gridDim.x * 256, first = (size_t)blockIdx.x * 256 + threadIdx.x;
-  if (epilogue.in_fours()) {
+  if (epilogue.vectorised()) {
     for (size_t i = 4 * first; i < size; i += 4 * stride) {
       float4 sum = load4(partials + i);
       for (uint32_t s = 1; s < splits; s++) add4(sum, load4(partials + s * size + i));
-      epilogue.put4(i / epilogue.n, i % epilogue.n, sum);
+      epilogue.store_vector(i / epilogue.n, i % epilogue.n, sum);
     }
   } else {
     for (size_t i = first; i < size; i += stride) {
       float sum = partials[i];
       for (uint32_t s = 1; s < splits; s++) sum += partials[s * size + i];
-      epilogue.put(i / epilogue.n, i % epilogue.n, sum);
+      epilogue.store(i / epilogue.n, i % epilogue.n, sum);
     }
   }
 }

@@ -4,12 +4,12 @@
 //   kernel               bytes              FLOPs                 at 1 × 18944 × 3584 (Qwen2.5-7B, up), 3.0 TB/s
 //   gemm_tn_decode*      2·outputs·inputs   2·tokens·outputs·inputs   45 µs
 //
-// A warp computes ROWS rows of W at once, so that what it reads of X (from L1) serves ROWS times; `slices` warps (1, 2, 4
-// or 8) share the inputs of these rows, so that small layers fill the device, too.
+// A warp computes ROWS rows of W at once, so that what it reads of X (from L1) serves ROWS times; `slices` warps (1,
+// 2, 4 or 8) share the inputs of these rows, so that small layers fill the device, too.
 //
-// Rounding: once, when Y is stored. Sums: lane l of slice s adds the chunks of 8 inputs s·32 + l, + 32·slices, … in order;
-// lanes are added by a butterfly (16, 8, 4, 2, 1), slices in ascending order. None of this depends on the number of
-// tokens: a token's result is the same alone and among others.
+// Rounding: once, when Y is stored. Sums: lane l of slice s adds the chunks of 8 inputs s·32 + l, + 32·slices, … in
+// order; lanes are added by a butterfly (16, 8, 4, 2, 1), slices in ascending order. None of this depends on the
+// number of tokens: a token's result is the same alone and among others.
 //
 // gemm_tn_each_decode*: up to three layers of one X in one launch, each with tensors of its own: the grid takes their
 // blocks one after another.
@@ -19,8 +19,8 @@
 
 constexpr int ROWS = 4, WARPS = 8;
 
-// Adds each of V (a power of two up to 32) values over the warp; lane l gets the sum of value l / (32 / V). A template a step: every
-// index is known, and the values stay in registers.
+// Adds each of V (a power of two up to 32) values over the warp; lane l gets the sum of value l / (32 / V). A template
+// a step: every index is known, and the values stay in registers.
 template <int V, int Offset = 16> __device__ __forceinline__ float fold(const float (&values)[V]) {
   if constexpr (V > 1) {
     constexpr int HALF = V / 2;
@@ -52,8 +52,10 @@ __device__ __forceinline__ void decode(uint32_t block, const bf16* __restrict__ 
   const uint4* x_rows[Tokens];
   // Rows and tokens past the end repeat the last; they are not stored.
 #pragma unroll
-  for (uint32_t r = 0; r < ROWS; r++)
-    w_rows[r] = reinterpret_cast<const uint4*>(w) + (size_t)(row0 + r < epilogue.n ? row0 + r : epilogue.n - 1) * chunks;
+  for (uint32_t r = 0; r < ROWS; r++) {
+    const uint32_t row = row0 + r < epilogue.n ? row0 + r : epilogue.n - 1;
+    w_rows[r] = reinterpret_cast<const uint4*>(w) + (size_t)row * chunks;
+  }
 #pragma unroll
   for (uint32_t t = 0; t < Tokens; t++)
     x_rows[t] = reinterpret_cast<const uint4*>(x) + (size_t)(t < epilogue.m ? t : epilogue.m - 1) * chunks;
@@ -99,7 +101,7 @@ __device__ __forceinline__ void decode(uint32_t block, const bf16* __restrict__ 
   float total = parts[group * slices][value];
   for (uint32_t s = 1; s < slices; s++) total += parts[group * slices + s][value];
   const uint32_t row = (block * groups + group) * ROWS + value / Tokens, token = value % Tokens;
-  if (row < epilogue.n && token < epilogue.m) epilogue.put(token, row, total);
+  if (row < epilogue.n && token < epilogue.m) epilogue.store(token, row, total);
 }
 
 // grid: ceil(n / (32 / slices)), block: 256, no dynamic shared memory; m ≤ the number in the name

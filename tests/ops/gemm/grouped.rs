@@ -87,9 +87,15 @@ fn assert_as_f32_sums<T: FloatElement>(got: &[f64], exact: &[f64], sums: &[f32],
 }
 
 /// The plans that a group of these shapes can have in one launch.
-fn plans(shape: GemmShape) -> impl Iterator<Item = GemmPlan> {
-    let decode = shape.layout == GemmLayout::Tn && shape.m <= 8;
-    let tiles = [GemmVersion::Mma64, GemmVersion::Mma128].into_iter().flat_map(|version| [(version, 1), (version, 3)]);
+fn plans<P: Precision>(cuda: &Cuda<P>, shapes: &[GemmShape]) -> impl Iterator<Item = GemmPlan> {
+    let decode = shapes[0].layout == GemmLayout::Tn && shapes[0].m <= 8;
+    let hopper = cuda.capability() == (9, 0);
+    let tiles = GemmVersion::ALL[2..6].iter().copied();
+    let tiles: Vec<_> = tiles
+        .filter(|version| shapes.iter().all(|shape| version.supports(*shape, true, hopper)))
+        .flat_map(|version| [(version, 1), (version, 3)])
+        .collect();
+    let tiles = tiles.into_iter();
     let slices = [1, 2, 4, 8].map(|slices| (GemmVersion::Decode, slices)).into_iter().filter(move |_| decode);
     tiles.chain(slices).map(|(version, splits)| GemmPlan { version, splits })
 }
@@ -111,8 +117,11 @@ fn side_by_side<P: Precision, T: FloatElement>(cuda: &Cuda<P>, layout: GemmLayou
         let own: Vec<_> =
             widths.iter().map(|width| put::<_, half::bf16>(cuda, &normals(*width as u64, width * k))).collect();
         let biases: Vec<_> = shapes.iter().map(|shape| put::<_, half::bf16>(cuda, &normals(4, shape.n))).collect();
-        for (case, plan) in plans(shapes[0]).enumerate() {
-            let (shift, accumulate) = (case % 2, layout == GemmLayout::Nt && case % 3 > 0);
+        for (case, plan) in plans(cuda, &shapes).enumerate() {
+            // Hopper's kernels store by copies of whole 16 bytes.
+            let copies = matches!(plan.version, GemmVersion::Wgmma128 | GemmVersion::Wgmma256);
+            let shift = if copies { 0 } else { case % 2 };
+            let accumulate = layout == GemmLayout::Nt && case % 3 > 0;
             let before: Vec<_> = shapes
                 .iter()
                 .map(|GemmShape { m, n, .. }| put::<_, T>(cuda, &normals(5, shift + m * n + BEHIND)).host)
@@ -201,7 +210,8 @@ fn a_sum_is_rounded_once<P: Precision>(cuda: &Cuda<P>) {
                     sum + addend(c) as f32
                 })
                 .collect();
-            for plan in plans(GemmShape { layout: GemmLayout::Nn, m, n, k: first }) {
+            let shapes: Vec<_> = depths.iter().map(|k| GemmShape { layout: GemmLayout::Nn, m, n, k: *k }).collect();
+            for plan in plans(cuda, &shapes) {
                 let mut c = put::<_, half::bf16>(cuda, &before);
                 let given: Vec<_> = terms
                     .iter()
@@ -238,8 +248,10 @@ fn one_launch_where_there_is_a_kernel<P: Precision>(cuda: &Cuda<P>) {
     let hopper = cuda.capability() == (9, 0);
     assert_eq!(launch(4, [72, 8], 0), Some(GemmVersion::Decode));
     assert_eq!(launch(4, [72, 8], 1), None);
-    let tiles = launch(200, [72, 8], 0);
-    assert!(hopper || tiles == Some(GemmVersion::Mma64), "{tiles:?}");
+    assert_eq!(launch(200, [72, 8], 0), Some(GemmVersion::Mma64));
+    let large = if hopper { GemmVersion::Wgmma128 } else { GemmVersion::Mma128 };
+    assert_eq!(launch(1000, [512, 72], 0), Some(large));
+    assert_eq!(launch(1000, [512, 68], 0), if hopper { None } else { Some(GemmVersion::Mma128) });
     assert_eq!(launch(200, [72, 8], 1), None);
     assert_eq!(launch(0, [72, 8], 0), None);
 }

@@ -2,7 +2,7 @@
 //! side, each with tensors of its own; for the gradient of X they are terms of one sum.
 
 use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmVersion};
-use super::{Addends, BLOCK, MMA_BLOCK, MMA_SHARED_BYTES, combine, product, size};
+use super::{Addends, BLOCK, MMA_BLOCK, MMA_SHARED_BYTES, combine, product, size, wgmma};
 use crate::backend::cuda::device::{Arg, Device, Launch, args, blocks};
 use crate::backend::cuda::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use crate::backend::cuda::{Cuda, Precision};
@@ -102,23 +102,32 @@ fn whole(shapes: &[GemmShape]) -> GemmShape {
     }
 }
 
-/// Whether there is a kernel of this version that takes a group of these shapes in one launch.
-fn supports(version: GemmVersion, shapes: &[GemmShape], aligned: bool) -> bool {
-    let kernel = matches!(version, GemmVersion::Mma64 | GemmVersion::Mma128 | GemmVersion::Decode);
-    kernel && (2..=MOST).contains(&shapes.len()) && shapes.iter().all(|shape| version.supports(*shape, aligned, false))
+/// Whether there is a kernel of this version that takes a group of these shapes in one launch; `hopper`: those of Hopper can
+/// store what it gives.
+fn supports(version: GemmVersion, shapes: &[GemmShape], aligned: bool, hopper: bool) -> bool {
+    let kernel = !matches!(version, GemmVersion::Baseline | GemmVersion::Scalar64);
+    kernel && (2..=MOST).contains(&shapes.len()) && shapes.iter().all(|shape| version.supports(*shape, aligned, hopper))
 }
 
-/// The plan of a group in one launch: that of a product as large as all of them, where it has a kernel for groups.
-fn choose(device: &Device, shapes: &[GemmShape], aligned: bool, plan: Option<GemmPlan>) -> Option<GemmPlan> {
+/// The plan of a group in one launch: that of a product as large as all of them, where it has a kernel for groups. `stores`:
+/// whether kernels of Hopper can store what it gives.
+fn choose(
+    device: &Device,
+    shapes: &[GemmShape],
+    aligned: bool,
+    stores: bool,
+    plan: Option<GemmPlan>,
+) -> Option<GemmPlan> {
+    let hopper = device.runs("gemm_sm90");
     if let Some(plan) = plan {
-        assert!(plan.splits > 0 && supports(plan.version, shapes, aligned), "{plan:?} of {shapes:?}");
+        assert!(plan.splits > 0 && supports(plan.version, shapes, aligned, hopper && stores), "{plan:?} of {shapes:?}");
         return Some(plan);
     }
     if shapes.iter().any(|shape| shape.m * shape.n == 0) {
         return None;
     }
-    let plan = plan::choose(whole(shapes), aligned, device.runs("gemm_sm90"), device.multiprocessors);
-    supports(plan.version, shapes, aligned).then_some(plan)
+    let plan = plan::choose(whole(shapes), aligned, hopper, device.multiprocessors);
+    supports(plan.version, shapes, aligned, hopper && stores).then_some(plan)
 }
 
 fn aligned(operands: &[Slice<bf16>]) -> bool {
@@ -158,18 +167,18 @@ fn each<T: FloatElement>(
         assert_eq!((*layout, *k), (shapes[0].layout, shapes[0].k), "{shapes:?}");
     }
     let operands: Vec<_> = members.iter().flat_map(|member| [member.a, member.b]).collect();
-    let Some(plan) = choose(device, &shapes, aligned(&operands), plan) else {
+    let stores = wgmma::groups(&outputs(&members, &[], accumulate));
+    let Some(plan) = choose(device, &shapes, aligned(&operands), stores, plan) else {
         for Member { a, b, bias, c, shape } in members {
-            product(device, a, b, c, shape, Addends { bias, ..Addends::scaled(1.0, accumulate) }, None)?;
+            product(device, a, b, c, shape, addends(bias, accumulate), None)?;
         }
         return Ok(None);
     };
     let GemmPlan { version, splits } = plan;
     let whole = whole(&shapes);
-    let kernel = symbol::<T>(whole, version);
     let biases = members.iter().filter_map(|member| member.bias).map(|bias| bias.len()).sum::<usize>();
-    let addends = size_of::<bf16>() * biases + if accumulate { size_of::<T>() * whole.m * whole.n } else { 0 };
-    let cost = whole.cost(size_of::<T>()) + Cost::moved(addends);
+    let added = size_of::<bf16>() * biases + if accumulate { size_of::<T>() * whole.m * whole.n } else { 0 };
+    let cost = whole.cost(size_of::<T>()) + Cost::moved(added);
     let a = pointers(members.iter().map(|member| member.a.into()));
     let b = pointers(members.iter().map(|member| member.b.into()));
     let c = pointers(members.iter().map(|member| (&member.c).into()));
@@ -179,6 +188,7 @@ fn each<T: FloatElement>(
     let Some(tile) = version.tile() else {
         assert!(!accumulate && [1, 2, 4, 8].contains(&splits), "{plan:?}");
         let grid = shapes.iter().map(|shape| blocks(shape.n * splits as usize, plan::DECODE_OUTPUTS)).sum();
+        let kernel = symbol::<T>(whole, version);
         let launch = Launch { image: "gemm_decode", kernel, grid: [grid, 1, 1], block: BLOCK, shared_bytes: 0, cost };
         let arguments = [&a[..1], &b, &c, &bias, args![size(whole.m)], &n, k, args![splits]].concat();
         // SAFETY: lengths fit the shapes, which the version supports, and X is the same; each C is borrowed mutably.
@@ -190,25 +200,46 @@ fn each<T: FloatElement>(
     }
     let sums = memory.iter_mut().zip(&shapes).map(|(memory, shape)| memory.all(splits as usize * shape.m * shape.n));
     let sums: Vec<SliceMut<f32>> = sums.collect();
-    let m = sizes(shapes.iter().map(|shape| shape.m));
-    let launch = Launch {
-        image: "gemm",
-        kernel,
-        grid: [size(shapes.iter().map(|shape| tile.count(*shape)).sum()), splits, 1],
-        block: MMA_BLOCK,
-        shared_bytes: MMA_SHARED_BYTES,
-        cost: if splits > 1 { whole.cost(4 * splits as usize) } else { cost },
-    };
-    let parts = pointers(sums.iter().map(Arg::from));
-    let arguments = [&a[..], &b, &c, &bias, &parts, args![accumulate as u32], &m, &n, k].concat();
-    // SAFETY: lengths fit the shapes, operands are aligned as the version asks, each of `sums` holds the sums of all parts of
-    // its product; each C is borrowed mutably.
-    unsafe { device.launch(launch, &arguments) }?;
+    let cost = if splits > 1 { whole.cost(4 * splits as usize) } else { cost };
+    if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
+        let operands = members.iter().map(|member| wgmma::Operands { a: member.a, b: member.b, shape: member.shape });
+        let outputs = outputs(&members, &sums, accumulate);
+        wgmma::launch(device, &operands.collect::<Vec<_>>(), &outputs, plan, cost)?;
+    } else {
+        let m = sizes(shapes.iter().map(|shape| shape.m));
+        let launch = Launch {
+            image: "gemm",
+            kernel: symbol::<T>(whole, version),
+            grid: [size(shapes.iter().map(|shape| tile.count(*shape)).sum()), splits, 1],
+            block: MMA_BLOCK,
+            shared_bytes: MMA_SHARED_BYTES,
+            cost,
+        };
+        let parts = pointers(sums.iter().map(Arg::from));
+        let arguments = [&a[..], &b, &c, &bias, &parts, args![accumulate as u32], &m, &n, k].concat();
+        // SAFETY: lengths fit the shapes, operands are aligned as the version asks, each of `sums` holds the sums of all parts of
+        // its product; each C is borrowed mutably.
+        unsafe { device.launch(launch, &arguments) }?;
+    }
     for (sums, Member { bias, c, shape, .. }) in sums.iter().zip(&members) {
-        let addends = Addends { bias: *bias, ..Addends::scaled(1.0, accumulate) };
-        combine(device, sums, splits, c, [shape.m, shape.n], addends)?;
+        combine(device, sums, splits, c, [shape.m, shape.n], addends(*bias, accumulate))?;
     }
     Ok(Some(plan))
+}
+
+fn addends(bias: Option<Slice<bf16>>, accumulate: bool) -> Addends {
+    Addends { bias, ..Addends::scaled(1.0, accumulate) }
+}
+
+/// What becomes of products side by side; `sums` of parts where there are some.
+fn outputs<'a, T>(members: &'a [Member<T>], sums: &'a [SliceMut<f32>], accumulate: bool) -> Vec<wgmma::Output<'a, T>> {
+    let outputs = members.iter().enumerate().map(|(i, Member { bias, c, shape, .. })| wgmma::Output {
+        c,
+        partials: sums.get(i),
+        addends: addends(*bias, accumulate),
+        shape: *shape,
+    });
+    outputs.collect()
 }
 
 fn symbol<T: FloatElement>(GemmShape { layout, m, .. }: GemmShape, version: GemmVersion) -> &'static str {
@@ -242,35 +273,42 @@ fn sum(
         assert_eq!((*layout, *m, *n), (GemmLayout::Nn, shapes[0].m, shapes[0].n), "{shapes:?}");
     }
     let operands: Vec<_> = terms.iter().flat_map(|term| [term.a, term.b]).collect();
-    let Some(plan) = choose(device, &shapes, aligned(&operands), plan) else {
+    let addends = Addends::scaled(1.0, accumulate);
+    let (GemmShape { m, n, .. }, whole) = (shapes[0], whole(&shapes));
+    let stores = wgmma::groups(&[wgmma::Output { c: &c, partials: None, addends, shape: whole }]);
+    let Some(plan) = choose(device, &shapes, aligned(&operands), stores, plan) else {
         for (i, Term { a, b, shape }) in terms.iter().enumerate() {
             product(device, *a, *b, c.reborrow(), *shape, Addends::scaled(1.0, accumulate || i > 0), None)?;
         }
         return Ok(None);
     };
-    let (GemmPlan { version, splits }, whole) = (plan, whole(&shapes));
-    let GemmShape { m, n, .. } = whole;
+    let GemmPlan { version, splits } = plan;
     let tile = version.tile().expect("a version with tiles: no other has this layout");
-    let kernel = if version == GemmVersion::Mma64 { "gemm_nn_sum_mma64_bf16" } else { "gemm_nn_sum_mma128_bf16" };
-    let addends = Addends::scaled(1.0, accumulate);
     let mut memory = if splits > 1 { Some(partials(device, splits, whole)?) } else { None };
     let sums = memory.as_mut().map(|memory| memory.all(splits as usize * m * n));
     let alone = whole.cost(size_of::<bf16>()) + Cost::moved(addends.bytes(m * n, size_of::<bf16>()));
-    let launch = Launch {
-        image: "gemm",
-        kernel,
-        grid: [size(tile.count(whole)), splits, 1],
-        block: MMA_BLOCK,
-        shared_bytes: MMA_SHARED_BYTES,
-        cost: if splits > 1 { whole.cost(4 * splits as usize) } else { alone },
-    };
-    let a = pointers(terms.iter().map(|term| term.a.into()));
-    let b = pointers(terms.iter().map(|term| term.b.into()));
-    let common = args![&c, sums.as_ref(), accumulate as u32, size(m), size(n)];
-    let arguments = [&a[..], &b, common, &sizes(shapes.iter().map(|shape| shape.k))].concat();
-    // SAFETY: lengths fit the shapes, operands are aligned as the version asks, `sums` holds the sums of all parts; C is
-    // borrowed mutably.
-    unsafe { device.launch(launch, &arguments) }?;
+    let cost = if splits > 1 { whole.cost(4 * splits as usize) } else { alone };
+    if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
+        let output = wgmma::Output { c: &c, partials: sums.as_ref(), addends, shape: whole };
+        let operands = terms.iter().map(|term| wgmma::Operands { a: term.a, b: term.b, shape: term.shape });
+        wgmma::launch(device, &operands.collect::<Vec<_>>(), &[output], plan, cost)?;
+    } else {
+        let launch = Launch {
+            image: "gemm",
+            kernel: if version == GemmVersion::Mma64 { "gemm_nn_sum_mma64_bf16" } else { "gemm_nn_sum_mma128_bf16" },
+            grid: [size(tile.count(whole)), splits, 1],
+            block: MMA_BLOCK,
+            shared_bytes: MMA_SHARED_BYTES,
+            cost,
+        };
+        let a = pointers(terms.iter().map(|term| term.a.into()));
+        let b = pointers(terms.iter().map(|term| term.b.into()));
+        let common = args![&c, sums.as_ref(), accumulate as u32, size(m), size(n)];
+        let arguments = [&a[..], &b, common, &sizes(shapes.iter().map(|shape| shape.k))].concat();
+        // SAFETY: lengths fit the shapes, operands are aligned as the version asks, `sums` holds the sums of all parts; C is
+        // borrowed mutably.
+        unsafe { device.launch(launch, &arguments) }?;
+    }
     if let Some(sums) = sums {
         combine(device, &sums, splits, &c, [m, n], addends)?;
     }
