@@ -50,11 +50,11 @@ fn perturb<D: Device>(session: &mut Session, device: &D, gaussian_baseline: Opti
         // A cost depends on the kind of a direction, not on what is in it.
         let any = random::<D, D::Float>(device, 1);
         for (op, direction) in kinds {
-            let cost = cost::perturb(len, 2, &direction(&any, rows), size_of::<D::Float>());
+            let cost = cost::perturb(len, 2, &direction(&any, rows), false, size_of::<D::Float>());
             let ladder = session.ladder(device, op, &shape, cost, make);
             let mut ladder = ladder.variant("swat", move |d, [w, n, plus, minus]| {
                 let (plus, minus) = (plus.view_mut(), Some(minus.view_mut()));
-                d.perturb(w.view(), &direction(n, rows), EPSILON, plus, minus).expect("a working device");
+                d.perturb(w.view(), None, &direction(n, rows), EPSILON, plus, minus).expect("a working device");
             });
             if let ("gaussian", Some(baseline)) = (op, gaussian_baseline) {
                 ladder = ladder.variant("baseline", baseline);

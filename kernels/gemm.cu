@@ -1,5 +1,5 @@
-// Products of linear layers: C [m, n] = alpha·A·B + bias [n] + residual [m, n] + C, bf16 operands, f32 sums, in the three
-// layouts of a layer with X [tokens, inputs], W [outputs, inputs]; all matrices dense and row-major in memory:
+// Products of linear layers: C [m, n] = alpha·A·B + bias [n] + residual [m, n] + C, bf16 operands, f32 sums, in the
+// three layouts of a layer with X [tokens, inputs], W [outputs, inputs]; all matrices dense and row-major in memory:
 //
 //   layout  product       m, n, k                    A in memory  B in memory  C
 //   tn      Y = X·Wᵀ      tokens, outputs, inputs    [m, k]       [n, k]       bf16
@@ -13,24 +13,62 @@
 //   gemm_*      2·(mk + nk) + |C|·mn      2·mnk    0.17 ms (mma.sync reaches about 60 % of wgmma's rate)
 //   gemm_combine  4·splits·mn + |C|·mn    splits·mn
 //
-// Rounding: once, to nearest even, when C is stored. Sums: an output's k are added in ascending blocks of 16, each by the
-// tensor core. With `partials`, block (tile, s) sums k-blocks s·K/splits … (s+1)·K/splits into partials[s], and
+// Layers of one X (q, k and v; gate and up) go in one launch of up to three products, each with tensors of its own:
+//   gemm_tn_each  Yᵢ = X·Wᵢᵀ + biasᵢ      the tiles of the products one after another in one grid
+//   gemm_nt_each  dWᵢ = dYᵢᵀ·X (+ dWᵢ)    the same
+//   gemm_nn_sum   dX = Σ dYᵢ·Wᵢ (+ dX)    one f32 sum over the depths one after another, rounded once
+//
+// Rounding: once, to nearest even, when C is stored. Sums: an output's k are added in ascending blocks of 16, each by
+// the tensor core. With `partials`, block (tile, s) sums k-blocks s·K/splits … (s+1)·K/splits into partials[s], and
 // gemm_combine adds s = 0, 1, … in order: results depend on the shape and on `splits`, never on timing.
 //
-// Shared memory: a ring of STAGES tiles filled by cp.async. Lines of a tile (of k where K is contiguous, else of m or n)
-// are cut into 16-byte chunks, permuted in a line by the line's number: the 8 chunks that an ldmatrix or a quarter-warp's
-// cp.async touches lie in different banks. Operands whose k is not contiguous are read with ldmatrix.trans.
+// Shared memory: a ring of STAGES tiles filled by cp.async. Lines of a tile (of k where K is contiguous, else of m or
+// n) are cut into 16-byte chunks, permuted in a line by the line's number: the 8 chunks that an ldmatrix or a
+// quarter-warp's cp.async touches lie in different banks. Operands whose k is not contiguous are read with
+// ldmatrix.trans.
 //
-// Versions: baseline, an output a thread; mma64, tiles 64 × 64 × 64: wins where 128 × 128 tiles would not fill the device;
-// mma128, tiles 128 × 128 × 32, warps of 64 × 64: wins elsewhere without Hopper (gemm_sm90.cu); scalar64: mma64 for
-// operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_decode.cu): few tokens.
+// Versions: baseline, an output a thread; mma64, tiles 64 × 64 × 64: wins where 128 × 128 tiles would not fill the
+// device; mma128, tiles 128 × 128 × 32, warps of 64 × 64: wins elsewhere without Hopper (gemm_sm90.cu); scalar64:
+// mma64 for operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_decode.cu):
+// few tokens.
 #include "gemm.cuh"
 
 enum Layout { TN, NN, NT };
 
+// Operands of a block of depth, from k0 on, of matrices that are k deep.
+struct Slab {
+  const bf16 *a, *b;
+  uint32_t k, k0;
+};
+
 struct Product {
   const bf16 *a, *b;
   uint32_t m, n, k;
+
+  // Blocks of depth, and the operands of one.
+  template <int Depth> __device__ __forceinline__ uint32_t blocks() const { return (k + Depth - 1) / Depth; }
+  template <int Depth> __device__ __forceinline__ Slab slab(uint32_t block) const { return {a, b, k, block * Depth}; }
+  template <int Tile> __device__ __forceinline__ uint32_t tiles() const {
+    return (m + Tile - 1) / Tile * ((n + Tile - 1) / Tile);
+  }
+};
+
+constexpr int MEMBERS = 3;
+
+// The sum of products of one C [m, n]: their blocks of depth one after another.
+struct Sum {
+  Product terms[MEMBERS];
+  uint32_t m, n;
+
+  template <int Depth> __device__ __forceinline__ uint32_t blocks() const {
+    return terms[0].blocks<Depth>() + terms[1].blocks<Depth>() + terms[2].blocks<Depth>();
+  }
+  template <int Depth> __device__ __forceinline__ Slab slab(uint32_t block) const {
+    const uint32_t second = terms[0].blocks<Depth>(), third = second + terms[1].blocks<Depth>();
+    if (block < second) return terms[0].slab<Depth>(block);
+    if (block < third) return terms[1].slab<Depth>(block - second);
+    return terms[2].slab<Depth>(block - third);
+  }
 };
 
 // grid: ceil(m·n / 256), block: 256, no shared memory
@@ -44,12 +82,13 @@ template <Layout L, typename T> __device__ __forceinline__ void baseline(const P
     const bf16 b = L == TN ? p.b[(size_t)column * p.k + k] : p.b[(size_t)k * p.n + column];
     sum += __bfloat162float(a) * __bfloat162float(b);
   }
-  epilogue.put(row, column, sum);
+  epilogue.store(row, column, sum);
 }
 
 // One operand's tile in shared memory: Extent (of m or n) × Depth (of k), K contiguous or not.
 template <bool KMajor, int Extent, int Depth, int Threads, bool Aligned> struct Operand {
-  static constexpr int LINES = KMajor ? Extent : Depth, CHUNKS = (KMajor ? Depth : Extent) / 8, BYTES = Extent * Depth * 2;
+  static constexpr int LINES = KMajor ? Extent : Depth, CHUNKS = (KMajor ? Depth : Extent) / 8;
+  static constexpr int BYTES = Extent * Depth * 2;
   static_assert(CHUNKS == 4 || CHUNKS == 8 || CHUNKS == 16, "the permutation below");
 
   static __device__ __forceinline__ unsigned char* chunk(unsigned char* tile, uint32_t line, uint32_t chunk) {
@@ -102,24 +141,26 @@ template <bool KMajor, int Extent, int Depth, int Threads, bool Aligned> struct 
 
 constexpr int STAGES = 4, THREADS = 128;
 
-// Four warps, 2 × 2, each of Tile/2 × Tile/2 outputs.
-template <Layout L, int Tile, int Depth, bool Aligned, typename T>
-__device__ __forceinline__ void mma(const Product p, Epilogue<T> epilogue) {
+// A tile of a Product or a Sum. Four warps, 2 × 2, each of Tile/2 × Tile/2 outputs.
+template <Layout L, int Tile, int Depth, bool Aligned, typename P, typename T>
+__device__ __forceinline__ void mma(uint32_t tile, const P p, Epilogue<T> epilogue) {
   typedef Operand<L != NT, Tile, Depth, THREADS, Aligned> OperandA;
   typedef Operand<L == TN, Tile, Depth, THREADS, Aligned> OperandB;
   constexpr int HALF = Tile / 2, ROWS = HALF / 16, COLUMNS = HALF / 8, STAGE = OperandA::BYTES + OperandB::BYTES;
   const uint32_t warp = threadIdx.x / 32, row_in_tile = warp / 2 * HALF, column_in_tile = warp % 2 * HALF;
-  const TilePlace place = tile_place(blockIdx.x, (p.m + Tile - 1) / Tile, (p.n + Tile - 1) / Tile);
+  const TileCoordinates place = tile_coordinates(tile, (p.m + Tile - 1) / Tile, (p.n + Tile - 1) / Tile);
   const uint32_t row0 = place.row * Tile, column0 = place.column * Tile;
-  const uint32_t blocks = (p.k + Depth - 1) / Depth;
-  const uint32_t first = (uint64_t)blocks * blockIdx.y / gridDim.y, last = (uint64_t)blocks * (blockIdx.y + 1) / gridDim.y;
+  const uint32_t blocks = p.template blocks<Depth>();
+  const uint32_t first = (uint64_t)blocks * blockIdx.y / gridDim.y;
+  const uint32_t last = (uint64_t)blocks * (blockIdx.y + 1) / gridDim.y;
   if (epilogue.partials) epilogue.partials += (size_t)blockIdx.y * p.m * p.n;
 
   const auto fill = [&](uint32_t block) {
     if (block < last) {
       unsigned char* stage = dynamic_shared + (block - first) % STAGES * STAGE;
-      OperandA::fill(stage, p.a, row0, block * Depth, p.m, p.k);
-      OperandB::fill(stage + OperandA::BYTES, p.b, column0, block * Depth, p.n, p.k);
+      const Slab slab = p.template slab<Depth>(block);
+      OperandA::fill(stage, slab.a, row0, slab.k0, p.m, slab.k);
+      OperandB::fill(stage + OperandA::BYTES, slab.b, column0, slab.k0, p.n, slab.k);
     }
     cp_async_commit();
   };
@@ -163,17 +204,34 @@ __device__ __forceinline__ void mma(const Product p, Epilogue<T> epilogue) {
   cp_async_wait<0>();
   __syncthreads();
   float* stage = reinterpret_cast<float*>(dynamic_shared) + warp * 16 * HALF;
-  const bool in_fours = epilogue.in_fours();
+  const bool vectorised = epilogue.vectorised();
 #pragma unroll
   for (int i = 0; i < ROWS; i++)
-    store_rows16<HALF>(stage, epilogue, in_fours, row0 + row_in_tile + 16 * i, column0 + column_in_tile,
+    store_rows16<HALF, 4>(stage, epilogue, vectorised, row0 + row_in_tile + 16 * i, column0 + column_in_tile,
                        [&](int j, int e) { return sums[i][j][e]; });
+}
+
+// A tile of one of several products, which the grid takes one after another.
+template <Layout L, int Tile, int Depth, typename T>
+__device__ __forceinline__ void each(const Product (&products)[MEMBERS], const Epilogue<T> (&epilogues)[MEMBERS]) {
+  Product own = products[0];
+  Epilogue<T> epilogue = epilogues[0];
+  uint32_t first = 0, end = own.tiles<Tile>();
+#pragma unroll
+  for (int i = 1; i < MEMBERS; i++) {
+    if (blockIdx.x < end) continue;
+    own = products[i];
+    epilogue = epilogues[i];
+    first = end;
+    end += own.tiles<Tile>();
+  }
+  mma<L, Tile, Depth, true>(blockIdx.x - first, own, epilogue);
 }
 
 #define GEMM_ARGUMENTS(T)                                                                                              \
   const bf16 *__restrict__ a, const bf16 *__restrict__ b, T *c, const bf16 *__restrict__ bias, const bf16 *residual,   \
       float *__restrict__ partials, float alpha, uint32_t accumulate, uint32_t m, uint32_t n, uint32_t k
-#define GEMM_PASS {a, b, m, n, k}, {c, bias, residual, partials, alpha, accumulate != 0, m, n}
+#define GEMM_PASS(T) Product{a, b, m, n, k}, Epilogue<T>{c, bias, residual, partials, alpha, accumulate != 0, m, n}
 
 // A layout's kernels for one type of C.
 // baseline  grid: ceil(m·n / 256), block: 256, no shared memory; no partials
@@ -182,21 +240,21 @@ __device__ __forceinline__ void mma(const Product p, Epilogue<T> epilogue) {
 // scalar64  as mma64
 #define GEMM_LAYOUT(LAYOUT, name, dtype, T)                                                                            \
   extern "C" __global__ void __launch_bounds__(256) gemm_##name##_baseline_##dtype(GEMM_ARGUMENTS(T)) {                \
-    baseline<LAYOUT, T>(GEMM_PASS);                                                                                    \
+    baseline<LAYOUT>(GEMM_PASS(T));                                                                                    \
   }                                                                                                                    \
   EXPORT(gemm_##name##_baseline_##dtype)                                                                               \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) gemm_##name##_mma128_##dtype(GEMM_ARGUMENTS(T)) {           \
-    mma<LAYOUT, 128, 32, true, T>(GEMM_PASS);                                                                          \
+    mma<LAYOUT, 128, 32, true>(blockIdx.x, GEMM_PASS(T));                                                              \
   }                                                                                                                    \
   EXPORT(gemm_##name##_mma128_##dtype)                                                                                 \
   SHARED_BYTES(gemm_##name##_mma128_##dtype, STAGES * 2 * 128 * 32 * 2)                                                \
   extern "C" __global__ void __launch_bounds__(THREADS, 3) gemm_##name##_mma64_##dtype(GEMM_ARGUMENTS(T)) {            \
-    mma<LAYOUT, 64, 64, true, T>(GEMM_PASS);                                                                           \
+    mma<LAYOUT, 64, 64, true>(blockIdx.x, GEMM_PASS(T));                                                               \
   }                                                                                                                    \
   EXPORT(gemm_##name##_mma64_##dtype)                                                                                  \
   SHARED_BYTES(gemm_##name##_mma64_##dtype, STAGES * 2 * 64 * 64 * 2)                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS, 3) gemm_##name##_scalar64_##dtype(GEMM_ARGUMENTS(T)) {         \
-    mma<LAYOUT, 64, 64, false, T>(GEMM_PASS);                                                                          \
+    mma<LAYOUT, 64, 64, false>(blockIdx.x, GEMM_PASS(T));                                                              \
   }                                                                                                                    \
   EXPORT(gemm_##name##_scalar64_##dtype)                                                                               \
   SHARED_BYTES(gemm_##name##_scalar64_##dtype, STAGES * 2 * 64 * 64 * 2)
@@ -206,22 +264,69 @@ GEMM_LAYOUT(NN, nn, bf16, bf16)
 GEMM_LAYOUT(NT, nt, bf16, bf16)
 GEMM_LAYOUT(NT, nt, f32, float)
 
+// Up to three products; one that is not there has no rows or no columns.
+// mma128  grid: (sum of ceil(m / 128)·ceil(n / 128), splits), block: 128, shared: 65536 bytes
+// mma64   grid: (sum of ceil(m / 64)·ceil(n / 64), splits), block: 128, shared: 65536 bytes
+#define GEMM_EACH_ARGUMENTS(T)                                                                                         \
+  const bf16 *__restrict__ a0, const bf16 *__restrict__ a1, const bf16 *__restrict__ a2, const bf16 *__restrict__ b0,  \
+      const bf16 *__restrict__ b1, const bf16 *__restrict__ b2, T *c0, T *c1, T *c2, const bf16 *__restrict__ bias0,   \
+      const bf16 *__restrict__ bias1, const bf16 *__restrict__ bias2, float *__restrict__ partials0,                   \
+      float *__restrict__ partials1, float *__restrict__ partials2, uint32_t accumulate, uint32_t m0, uint32_t m1,     \
+      uint32_t m2, uint32_t n0, uint32_t n1, uint32_t n2, uint32_t k
+#define GEMM_EACH_PASS                                                                                                 \
+  {{a0, b0, m0, n0, k}, {a1, b1, m1, n1, k}, {a2, b2, m2, n2, k}},                                                     \
+      {{c0, bias0, nullptr, partials0, 1.f, accumulate != 0, m0, n0},                                                  \
+       {c1, bias1, nullptr, partials1, 1.f, accumulate != 0, m1, n1},                                                  \
+       {c2, bias2, nullptr, partials2, 1.f, accumulate != 0, m2, n2}}
+#define GEMM_EACH(LAYOUT, name, dtype, T)                                                                              \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
+      gemm_##name##_each_mma128_##dtype(GEMM_EACH_ARGUMENTS(T)) {                                                      \
+    each<LAYOUT, 128, 32, T>(GEMM_EACH_PASS);                                                                          \
+  }                                                                                                                    \
+  EXPORT(gemm_##name##_each_mma128_##dtype)                                                                            \
+  extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                             \
+      gemm_##name##_each_mma64_##dtype(GEMM_EACH_ARGUMENTS(T)) {                                                       \
+    each<LAYOUT, 64, 64, T>(GEMM_EACH_PASS);                                                                           \
+  }                                                                                                                    \
+  EXPORT(gemm_##name##_each_mma64_##dtype)
+
+GEMM_EACH(TN, tn, bf16, bf16)
+GEMM_EACH(NT, nt, bf16, bf16)
+GEMM_EACH(NT, nt, f32, float)
+
+// Up to three terms; one that is not there has no depth. Grids, blocks and shared memory as of one product.
+#define GEMM_SUM(VERSION, BLOCKS, TILE, DEPTH)                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_nn_sum_##VERSION##_bf16(                          \
+      const bf16* __restrict__ a0, const bf16* __restrict__ a1, const bf16* __restrict__ a2,                           \
+      const bf16* __restrict__ b0, const bf16* __restrict__ b1, const bf16* __restrict__ b2, bf16* c,                  \
+      float* __restrict__ partials, uint32_t accumulate, uint32_t m, uint32_t n, uint32_t k0, uint32_t k1,             \
+      uint32_t k2) {                                                                                                   \
+    const Sum sum = {{{a0, b0, m, n, k0}, {a1, b1, m, n, k1}, {a2, b2, m, n, k2}}, m, n};                              \
+    mma<NN, TILE, DEPTH, true>(blockIdx.x, sum,                                                                        \
+                               Epilogue<bf16>{c, nullptr, nullptr, partials, 1.f, accumulate != 0, m, n});             \
+  }                                                                                                                    \
+  EXPORT(gemm_nn_sum_##VERSION##_bf16)
+
+GEMM_SUM(mma128, 2, 128, 32)
+GEMM_SUM(mma64, 3, 64, 64)
+
 // C = epilogue(partials[0] + partials[1] + …), f32 [splits, m, n].
 template <typename T>
-__device__ __forceinline__ void combine(const float* __restrict__ partials, uint32_t splits, const Epilogue<T> epilogue) {
+__device__ __forceinline__ void combine(const float* __restrict__ partials, uint32_t splits,
+                                        const Epilogue<T> epilogue) {
   const size_t size = (size_t)epilogue.m * epilogue.n;
   const size_t stride = (size_t)gridDim.x * 256, first = (size_t)blockIdx.x * 256 + threadIdx.x;
-  if (epilogue.in_fours()) {
+  if (epilogue.vectorised()) {
     for (size_t i = 4 * first; i < size; i += 4 * stride) {
       float4 sum = load4(partials + i);
       for (uint32_t s = 1; s < splits; s++) add4(sum, load4(partials + s * size + i));
-      epilogue.put4(i / epilogue.n, i % epilogue.n, sum);
+      epilogue.store_vector(i / epilogue.n, i % epilogue.n, sum);
     }
   } else {
     for (size_t i = first; i < size; i += stride) {
       float sum = partials[i];
       for (uint32_t s = 1; s < splits; s++) sum += partials[s * size + i];
-      epilogue.put(i / epilogue.n, i % epilogue.n, sum);
+      epilogue.store(i / epilogue.n, i % epilogue.n, sum);
     }
   }
 }

@@ -4,11 +4,11 @@
 //   gemm_bias_baseline_*   2·rows·n   rows·n  0.10 ms
 //   gemm_bias_vec8_f32     2·rows·n   rows·n  0.10 ms
 //
-// Sums in f32, rounded once where dbias is bf16. Order: `vec8` writes a sum for each part of `part` rows: rows w, w + 8, …
-// of the part in order for w = 0 … 7, then these eight in order; gemm_combine (gemm.cu) adds the parts in order.
+// Sums in f32, rounded once where dbias is bf16. Order: `vec8` writes a sum for each part of `part` rows: rows w, w +
+// 8, … of the part in order for w = 0 … 7, then these eight in order; gemm_combine (gemm.cu) adds the parts in order.
 //
-// Versions: baseline, a column a thread, rows in order; vec8, 256 columns × `part` rows a block, 16 bytes an access where
-// rows are aligned to that (else 2 bytes, neighbours by neighbouring lanes): wins from a few hundred rows on.
+// Versions: baseline, a column a thread, rows in order; vec8, 256 columns × `part` rows a block, 16 bytes an access
+// where rows are aligned to that (else 2 bytes, neighbours by neighbouring lanes): wins from a few hundred rows on.
 #include "gemm.cuh"
 
 // grid: ceil(n / 256), block: 256, no shared memory
@@ -28,7 +28,8 @@ GEMM_BIAS_BASELINE(f32, float)
 
 // grid: (ceil(n / 256), parts), block: 256, no dynamic shared memory
 extern "C" __global__ void __launch_bounds__(256)
-    gemm_bias_vec8_f32(const bf16* __restrict__ dy, float* __restrict__ sums, uint32_t rows, uint32_t n, uint32_t part) {
+    gemm_bias_vec8_f32(const bf16* __restrict__ dy, float* __restrict__ sums, uint32_t rows, uint32_t n,
+                       uint32_t part) {
   constexpr int WARPS = 8;
   __shared__ __align__(16) float warp_sums[WARPS][256];
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x & 31, column0 = blockIdx.x * 256;

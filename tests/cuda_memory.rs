@@ -20,8 +20,11 @@ fn config() -> ModelConfig {
 }
 
 fn planned_and_measured<P: Precision>(mods: &str, lora: Option<Lora>, recompute: bool) {
+    planned_and_measured_of::<P>(config(), mods, lora, recompute);
+}
+
+fn planned_and_measured_of<P: Precision>(config: ModelConfig, mods: &str, lora: Option<Lora>, recompute: bool) {
     let Some(cuda) = standin::open::<P>(0) else { return };
-    let config = config();
     let set = ModuleSet::parse(mods, &config.cells()).unwrap();
     let trains = |id: ParamId| {
         let adapter = matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
@@ -85,4 +88,11 @@ fn adapters() {
 #[test]
 fn layers_computed_again() {
     planned_and_measured::<Bf16State>("all", None, true);
+}
+
+/// The head takes all rows of this batch at once, whose logits are most of the memory.
+#[test]
+fn a_large_vocabulary() {
+    let config = ModelConfig { vocab: 160_000, hidden: 32, ffn: 64, max_positions: DOCUMENT, ..wide(1, 64) };
+    planned_and_measured_of::<Bf16State>(config, "all", None, false);
 }

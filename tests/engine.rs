@@ -4,6 +4,7 @@ mod common;
 
 use common::{batch, config, decoder, relative};
 use std::collections::BTreeMap;
+use swat::backend::trace::Lane;
 use swat::backend::{Backend, Direction, NoiseKey, Sampling};
 use swat::engine::{Batch, Decoder, Finish, GenerateOptions, Gradients, Lora, Member, NoiseKind, SweepOptions};
 use swat::modules::{Cell, ModuleKind, ModuleSet, ParamId};
@@ -149,6 +150,31 @@ fn the_sweep_equals_perturbing_running_and_restoring() {
     }
 }
 
+#[test]
+fn a_sweep_takes_the_norm_of_a_tensor_once() {
+    let model = decoder(config(2, false, true, true), 11);
+    let prompts = batch(&model.config, &[5, 8], 12);
+    let all = model.config.cells();
+    let projection: ModuleSet = [Cell::module(0, ModuleKind::Q)].into_iter().collect();
+    let member = |cells: &ModuleSet, seed| Member { cells: cells.clone(), seed, negative: false };
+    let members = [member(&projection, 1), member(&projection, 2), member(&all, 1), member(&all, 2)];
+    let spans = |kind| {
+        let options = SweepOptions { kind, epsilon: 0.1, layers: vec![2], head_rows: vec![], budget_bytes: 1 << 20 };
+        let recording = swat::backend::trace::record().expect("no recording runs on this thread");
+        model.sweep(&prompts, &members, &options, &mut |_, _| Ok(())).unwrap();
+        let spans = recording.take();
+        ["squares", "perturb"]
+            .map(|name| spans.iter().filter(|span| span.lane == Lane::Op && span.name == name).count())
+    };
+    let tensors = model.params().len();
+    for (kind, norms) in [(NoiseKind::Gaussian, tensors), (NoiseKind::Scale, 0)] {
+        let [squares, perturbed] = spans(kind.clone());
+        assert_eq!(squares, norms, "{kind:?}");
+        // q_proj has a weight and a bias.
+        assert!(perturbed >= 2 * tensors + 4, "{kind:?}: {perturbed} of {tensors} tensors");
+    }
+}
+
 /// Prompts that begin alike, enough of them for several pieces: 692 distinct of 1152 tokens, seven members.
 #[test]
 fn the_sweep_of_prompts_that_begin_alike() {
@@ -230,7 +256,7 @@ fn perturb(model: &mut Decoder<Cpu>, member: &Member, options: &SweepOptions) ->
         let (mut plus, mut minus) =
             (model.backend.zeros::<f32>(values.len()).unwrap(), model.backend.zeros::<f32>(values.len()).unwrap());
         let weight = model.param(id).unwrap().values.view();
-        model.backend.perturb(weight, &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
+        model.backend.perturb(weight, None, &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
         let negative = member.negative && options.kind != NoiseKind::Zero;
         let mut perturbed = vec![0.0; values.len()];
         model.backend.read(if negative { minus.view() } else { plus.view() }, &mut perturbed).unwrap();

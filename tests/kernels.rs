@@ -204,6 +204,66 @@ fn tensor_cores_do_the_products() {
     }
 }
 
+/// Machine instructions that a kernel on tensor cores may have: the first entry of which all parts are in its name counts.
+const INSTRUCTIONS: [(&[&str], usize); 19] = [
+    (&["gemm", "wgmma128_bf16"], 1000),
+    (&["gemm", "wgmma256_bf16"], 1150),
+    (&["gemm", "wgmma128_f32"], 1150),
+    (&["gemm", "wgmma256_f32"], 1400),
+    (&["gemm", "wgmma128_add"], 1600),
+    (&["gemm", "wgmma256_add"], 2200),
+    (&["gemm", "wgmma128_any"], 1350),
+    (&["gemm", "wgmma256_any"], 2100),
+    (&["gemm", "mma64"], 2800),
+    (&["gemm", "mma128"], 4750),
+    (&["gemm", "scalar64"], 3950),
+    (&["attention_forward_wgmma_hd64"], 2300),
+    (&["attention_forward_wgmma_hd128"], 2700),
+    (&["attention_backward", "wgmma_hd64"], 1600),
+    (&["attention_backward", "wgmma_hd128"], 2150),
+    (&["attention_forward_flash", "hd64"], 2000),
+    (&["attention_forward_flash", "hd128"], 2700),
+    (&["attention_backward", "flash_hd"], 2250),
+    (&["attention_decode_flash"], 1550),
+];
+
+/// What runs beside the products is small, and the compiler waits for no product of a Hopper gemm by itself: of the four that
+/// make a block of depth, the last alone ends a group.
+#[test]
+fn kernels_of_tensor_cores_are_small() {
+    let (Some(images), Some(tools)) = (images(), tools()) else { return };
+    let (mut seen, mut wrong) = (BTreeSet::new(), String::new());
+    for (stem, image) in images {
+        let directory = tempfile::tempdir().unwrap();
+        let code = cuobjdump(&tools, directory.path(), image, &["-sass"]);
+        for function in code.split("Function : ").skip(1) {
+            let (kernel, text) = function.split_once('\n').unwrap();
+            // `/*0010*/  @P0 MOV R1, c[0x0][0x28] ;`
+            let instructions: Vec<&str> = text
+                .lines()
+                .filter_map(|line| line.trim().strip_prefix("/*")?.split_once("*/"))
+                .filter(|(_, instruction)| instruction.contains(';') && !instruction.contains("NOP"))
+                .map(|(_, instruction)| instruction)
+                .collect();
+            let count = |what: &str| instructions.iter().filter(|instruction| instruction.contains(what)).count();
+            if count("HMMA") + count("HGMMA") == 0 {
+                continue;
+            }
+            let entry = INSTRUCTIONS.iter().position(|(parts, _)| parts.iter().all(|part| kernel.contains(part)));
+            let entry = entry.unwrap_or_else(|| panic!("{kernel}: an entry for it"));
+            seen.insert(entry);
+            if instructions.len() > INSTRUCTIONS[entry].1 {
+                wrong += &format!("{kernel}: {} instructions, {} allowed\n", instructions.len(), INSTRUCTIONS[entry].1);
+            }
+            if stem == "gemm_sm90" && (count("HGMMA"), count("gsb0")) != (4, 3) {
+                wrong += &format!("{kernel}: {} products, {} groups and waits\n", count("HGMMA"), count("gsb0"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+    assert_eq!(seen.len(), INSTRUCTIONS.len(), "an entry without a kernel: {seen:?}");
+}
+
 /// The text without comments.
 fn code(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")

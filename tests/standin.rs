@@ -112,7 +112,7 @@ fn image(stem: &str) -> Vec<u8> {
     bytes
 }
 
-const STEMS: [&str; 6] = ["known", "known_sm90", "ahead_sm90", "limits", "planted", "planted_sm90"];
+const STEMS: [&str; 5] = ["known", "known_sm90", "limits", "planted", "planted_sm90"];
 
 fn load_test_kernels() {
     static LOADED: OnceLock<()> = OnceLock::new();

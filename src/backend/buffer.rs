@@ -6,7 +6,7 @@ use std::ops::Range;
 
 /// What a buffer may hold.
 pub trait Element: bytemuck::Pod + Send + Sync + PartialEq + std::fmt::Debug {
-    /// `f32`, `bf16`, `u32`.
+    /// `f32`, `bf16`, `u32`, `f64`.
     const NAME: &'static str;
     /// The same in a safetensors file.
     const DTYPE: Dtype;
@@ -27,6 +27,9 @@ impl Element for f32 {
 impl Element for u32 {
     const NAME: &'static str = "u32";
     const DTYPE: Dtype = Dtype::U32;
+}
+impl Element for f64 {
+    const NAME: &'static str = "f64";
 }
 impl Element for half::bf16 {
     const NAME: &'static str = "bf16";

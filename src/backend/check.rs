@@ -1,6 +1,9 @@
 //! What every backend asserts of an operation's arguments before it touches memory. A failed check is a mistake in the engine.
 
-use super::{Attention, Backend, Direction, Epilogue, In, LinearShape, Out, View, ViewMut};
+use super::{
+    Attention, Backend, Direction, Epilogue, In, InputGradient, LinearShape, Out, Projection, View, ViewMut,
+    WeightGradient,
+};
 
 /// [`Backend::linear`].
 pub(super) fn linear<B: Backend>(x: &In<B>, w: &In<B>, y: &Out<B>, shape: LinearShape, epilogue: &Epilogue<B>) {
@@ -20,6 +23,49 @@ pub(super) fn linear_backward_input<B: Backend>(dy: &In<B>, w: &In<B>, dx: &Out<
 pub(super) fn linear_backward_weight<B: Backend>(dy: &In<B>, x: &In<B>, dw: &ViewMut<B, B::Grad>, shape: LinearShape) {
     let LinearShape { tokens, inputs, outputs } = shape;
     assert_eq!([dy.len(), x.len(), dw.len()], [tokens * outputs, tokens * inputs, outputs * inputs], "{shape:?}");
+}
+
+/// Layers of `tokens` rows and `width` inputs or outputs in all: as one layer. Tensors of a layer are (W, Y).
+fn layers(tokens: usize, inputs: usize, tensors: impl Iterator<Item = (usize, usize)>) -> LinearShape {
+    assert!(tokens > 0 && inputs > 0, "{tokens} tokens, {inputs} inputs");
+    let outputs = tensors.map(|(w, y)| {
+        let outputs = w / inputs;
+        assert_eq!([w, y], [outputs * inputs, tokens * outputs], "{tokens} tokens, {inputs} inputs");
+        outputs
+    });
+    LinearShape { tokens, inputs, outputs: outputs.sum() }
+}
+
+/// [`Backend::linear_each`]: the shape of a layer with the outputs of all.
+pub(super) fn linear_each<B: Backend>(x: &In<B>, each: &[Projection<B>], tokens: usize) -> LinearShape {
+    let shape = layers(tokens, x.len() / tokens.max(1), each.iter().map(|layer| (layer.w.len(), layer.y.len())));
+    assert_eq!(x.len(), tokens * shape.inputs);
+    for Projection { w, bias, .. } in each {
+        assert!(bias.as_ref().is_none_or(|bias| bias.len() == w.len() / shape.inputs));
+    }
+    shape
+}
+
+/// [`Backend::linear_backward_input_each`]: the same.
+pub(super) fn linear_backward_input_each<B: Backend>(
+    each: &[InputGradient<B>],
+    dx: &Out<B>,
+    tokens: usize,
+) -> LinearShape {
+    let shape = layers(tokens, dx.len() / tokens.max(1), each.iter().map(|layer| (layer.w.len(), layer.dy.len())));
+    assert_eq!(dx.len(), tokens * shape.inputs);
+    shape
+}
+
+/// [`Backend::linear_backward_weight_each`]: the same.
+pub(super) fn linear_backward_weight_each<B: Backend>(
+    x: &In<B>,
+    each: &[WeightGradient<B>],
+    tokens: usize,
+) -> LinearShape {
+    let shape = layers(tokens, x.len() / tokens.max(1), each.iter().map(|layer| (layer.dw.len(), layer.dy.len())));
+    assert_eq!(x.len(), tokens * shape.inputs);
+    shape
 }
 
 /// The sizes of a packed attention call: q, k, v, and what must be as long as q and as k. Returns the tokens.

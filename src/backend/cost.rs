@@ -55,7 +55,8 @@ pub fn linear(shape: LinearShape, addends: usize, float: usize) -> Cost {
     product([shape.tokens, shape.outputs, shape.inputs], float, float) + Cost::moved(addends * float)
 }
 
-/// Layers of one X [tokens, inputs] that have `outputs` and `biases` in all: X is read once.
+/// Layers of one X [tokens, inputs] that have `outputs` and `biases` in all: X is read once. Backward they are a layer of
+/// so many outputs.
 pub fn linear_each(tokens: usize, inputs: usize, outputs: usize, biases: usize, float: usize) -> Cost {
     linear(LinearShape { tokens, inputs, outputs }, biases, float)
 }
@@ -195,14 +196,21 @@ pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usi
     Cost::each(elements, (1 + copies) * float + bytes, 2 * copies + flops)
 }
 
-/// Perturbed copies with the norms of the tensor and of the direction, whose values are made once.
-pub fn perturb<B: Backend>(elements: usize, copies: usize, direction: &Direction<'_, B>, float: usize) -> Cost {
+/// Perturbed copies with the norm of the direction, whose values are made once, and that of the tensor unless it is `known`.
+pub fn perturb<B: Backend>(
+    elements: usize,
+    copies: usize,
+    direction: &Direction<'_, B>,
+    known: bool,
+    float: usize,
+) -> Cost {
+    let norm = if known { 0 } else { 2 };
     let (bytes, flops) = match direction {
-        Direction::Gaussian(_) => (0, 4 + NORMAL_FLOPS),
-        Direction::Rademacher(_) => (0, 2),
-        Direction::LowRank { rank, .. } => (0, 2 + 2 * rank),
+        Direction::Gaussian(_) => (0, norm + 2 + NORMAL_FLOPS),
+        Direction::Rademacher(_) => (0, norm),
+        Direction::LowRank { rank, .. } => (0, norm + 2 * rank),
         Direction::Scale => (0, 0),
-        Direction::Given(_) => (float, 4),
+        Direction::Given(_) => (float, norm + 2),
     };
     perturbed_copies(elements, copies, bytes, flops, float)
 }

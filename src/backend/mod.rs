@@ -79,6 +79,22 @@ pub struct Projection<'a, B: Backend> {
     pub y: Out<'a, B>,
 }
 
+/// One of several linear layers whose input is the same: what it adds to the gradient of that.
+pub struct InputGradient<'a, B: Backend> {
+    /// [tokens, outputs]
+    pub dy: In<'a, B>,
+    /// [outputs, inputs]
+    pub w: In<'a, B>,
+}
+
+/// One of several linear layers of the same X: the gradient of its weight.
+pub struct WeightGradient<'a, B: Backend> {
+    /// [tokens, outputs]
+    pub dy: In<'a, B>,
+    /// [outputs, inputs]
+    pub dw: ViewMut<'a, B, B::Grad>,
+}
+
 /// Where the documents of a packed batch begin: `starts[i]..starts[i+1]` are the rows of document i.
 pub struct Documents<B: Backend> {
     /// documents + 1 entries, the first 0, the last the number of tokens, ascending.
@@ -200,6 +216,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
         usize::MAX
     }
 
+    /// Rows of logits, of `vocab` columns, that are in memory at once: about 64 MiB of them by default.
+    fn logit_rows(vocab: usize) -> usize {
+        ((64 << 20) / (vocab * size_of::<Self::Float>())).max(1)
+    }
+
     /// Zeroed memory.
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>>;
     /// Host to device.
@@ -269,6 +290,38 @@ pub trait Backend: Clone + Send + Sync + 'static {
         alpha: f32,
         accumulate: bool,
     ) -> Result<()>;
+    /// Backward of [`Backend::linear_each`]: dX [tokens, inputs] = Σ dY·W over the layers, added to what dX holds if
+    /// `accumulate`. One after another by default, each added to a dX that is stored in between.
+    fn linear_backward_input_each(
+        &self,
+        layers: &[InputGradient<'_, Self>],
+        mut dx: Out<'_, Self>,
+        tokens: usize,
+        accumulate: bool,
+    ) -> Result<()> {
+        let inputs = dx.len() / tokens;
+        for (i, InputGradient { dy, w }) in layers.iter().enumerate() {
+            let shape = LinearShape { tokens, inputs, outputs: w.len() / inputs };
+            self.linear_backward_input(dy.clone(), w.clone(), dx.reborrow(), shape, 1.0, accumulate || i > 0)?;
+        }
+        Ok(())
+    }
+    /// Backward of [`Backend::linear_each`]: each dW = dYᵀ·X, added to what dW holds if `accumulate`. One after another by
+    /// default.
+    fn linear_backward_weight_each(
+        &self,
+        x: In<'_, Self>,
+        layers: &mut [WeightGradient<'_, Self>],
+        tokens: usize,
+        accumulate: bool,
+    ) -> Result<()> {
+        let inputs = x.len() / tokens;
+        for WeightGradient { dy, dw } in layers {
+            let shape = LinearShape { tokens, inputs, outputs: dw.len() / inputs };
+            self.linear_backward_weight(dy.clone(), x.clone(), dw.reborrow(), shape, 1.0, accumulate)?;
+        }
+        Ok(())
+    }
     /// dbias \[outputs\] = column sums of dY [tokens, outputs].
     fn linear_backward_bias(
         &self,
@@ -425,10 +478,14 @@ pub trait Backend: Clone + Send + Sync + 'static {
     ) -> Result<()>;
 
     // ---- perturb
+    /// Σ w² in parts, as [`Backend::perturb`] takes it: made once for many draws.
+    fn squares(&self, w: In<'_, Self>) -> Result<Buffer<Self, f64>>;
     /// Out of place and at equal relative norm: plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same, with one draw of n.
+    /// ‖w‖ comes from `squares`, which are [`Backend::squares`] of w; `None`: they are made for this draw.
     fn perturb(
         &self,
         w: In<'_, Self>,
+        squares: Option<View<'_, Self, f64>>,
         direction: &Direction<'_, Self>,
         epsilon: f32,
         plus: Out<'_, Self>,

@@ -1,12 +1,14 @@
 //! The backward pass, by hand. It computes the gradients of what trains and stops below the lowest of it.
 
+mod projections;
+
 use super::decoder::Overlay;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
 use super::pool::{Floats, Scratch};
 use super::readout::trained_rows;
 use super::{Batch, Decoder, Gradients};
-use crate::backend::{Backend, Epilogue, In, LinearShape, Out, View, ViewMut, trace};
+use crate::backend::{Backend, LinearShape, View, ViewMut, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
@@ -195,8 +197,9 @@ impl<B: Backend> Decoder<B> {
         let (normed, rstd) = self.norm(&none, ParamId::FinalNorm, x.view())?;
         let norm_trains = gradients.trains(ParamId::FinalNorm);
         let mut dnormed = if below || norm_trains { Some(self.floats(rows * hidden)?) } else { None };
-        for first in (0..rows).step_by(self.logit_rows()) {
-            let chunk = first..(first + self.logit_rows()).min(rows);
+        let most = B::logit_rows(vocab);
+        for first in (0..rows).step_by(most) {
+            let chunk = first..(first + most).min(rows);
             let shape = LinearShape { tokens: chunk.len(), inputs: hidden, outputs: vocab };
             let wide = chunk.start * hidden..chunk.end * hidden;
             let mut logits = self.head_logits(&none, normed.range(wide.clone()))?;
@@ -283,18 +286,16 @@ impl<B: Backend> Decoder<B> {
         self.backend.swiglu_backward(mlp.gate.view_mut(), mlp.up.view_mut(), dproduct.view())?;
         drop(dproduct);
         let (dgate, dup) = (mlp.gate, mlp.up);
-        let (gate, up) = (module(ModuleKind::Gate), module(ModuleKind::Up));
-        if self.module_trains(gate, gradients) || self.module_trains(up, gradients) {
+        let outputs = [(module(ModuleKind::Gate), dgate.view()), (module(ModuleKind::Up), dup.view())];
+        if outputs.iter().any(|(id, _)| self.module_trains(*id, gradients)) {
             let (normed, _) = self.norm(&none, ParamId::PostAttentionNorm(layer), mid.view())?;
-            self.module_gradients(gate, dgate.view(), normed.view(), tokens, gradients, accumulate)?;
-            self.module_gradients(up, dup.view(), normed.view(), tokens, gradients, accumulate)?;
+            self.gradients_each(&outputs, normed.view(), tokens, gradients, accumulate)?;
         }
         if !needs.mlp_normed {
             return Ok(());
         }
         let mut dnormed = self.floats(tokens * hidden)?;
-        self.module_input_gradient(gate, dgate.view(), dnormed.view_mut(), tokens, false)?;
-        self.module_input_gradient(up, dup.view(), dnormed.view_mut(), tokens, true)?;
+        self.input_gradient_each(&outputs, dnormed.view_mut(), tokens)?;
         drop((dgate, dup));
         self.backend.rmsnorm_backward(
             dnormed.view(),
@@ -352,7 +353,6 @@ impl<B: Backend> Decoder<B> {
         let none = Overlay::new();
         let (tokens, c) = (packed.tokens, &self.config);
         let module = |kind| ModuleId { layer, kind };
-        let (q, k, v) = (module(ModuleKind::Q), module(ModuleKind::K), module(ModuleKind::V));
         let mut dmixed = self.floats(tokens * c.q_width())?;
         self.module_input_gradient(module(ModuleKind::O), dx.view(), dmixed.view_mut(), tokens, false)?;
         let mut dq = self.floats(tokens * c.q_width())?;
@@ -377,16 +377,14 @@ impl<B: Backend> Decoder<B> {
         self.head_norm_backward(ParamId::QNorm(layer), saved.q_unnormed, &mut dq, gradients, accumulate)?;
         self.head_norm_backward(ParamId::KNorm(layer), saved.k_unnormed, &mut dk, gradients, accumulate)?;
 
-        if [q, k, v].into_iter().any(|id| self.module_trains(id, gradients)) {
+        let outputs = [(ModuleKind::Q, &dq), (ModuleKind::K, &dk), (ModuleKind::V, &dv)];
+        let outputs = outputs.map(|(kind, dy)| (module(kind), dy.view()));
+        if outputs.iter().any(|(id, _)| self.module_trains(*id, gradients)) {
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
-            for (id, dy) in [(q, &dq), (k, &dk), (v, &dv)] {
-                self.module_gradients(id, dy.view(), normed.view(), tokens, gradients, accumulate)?;
-            }
+            self.gradients_each(&outputs, normed.view(), tokens, gradients, accumulate)?;
         }
         if needs.attention_normed {
-            for (i, (id, dy)) in [(q, &dq), (k, &dk), (v, &dv)].into_iter().enumerate() {
-                self.module_input_gradient(id, dy.view(), dnormed.view_mut(), tokens, i > 0)?;
-            }
+            self.input_gradient_each(&outputs, dnormed.view_mut(), tokens)?;
         }
         Ok(saved.rstd)
     }
@@ -415,67 +413,5 @@ impl<B: Backend> Decoder<B> {
         )?;
         *dy = before;
         Ok(())
-    }
-
-    fn module_trains(&self, id: ModuleId, gradients: &Gradients<B>) -> bool {
-        [ParamId::Weight(id), ParamId::Bias(id), ParamId::LoraA(id), ParamId::LoraB(id)]
-            .into_iter()
-            .any(|id| gradients.trains(id))
-    }
-
-    /// Gradients of a projection's own tensors from those of its output.
-    fn module_gradients(
-        &self,
-        id: ModuleId,
-        dy: In<'_, B>,
-        x: In<'_, B>,
-        tokens: usize,
-        gradients: &mut Gradients<B>,
-        accumulate: bool,
-    ) -> Result<()> {
-        let shape = self.shape_of(id.kind, tokens);
-        let backend = &self.backend;
-        if let Some(dw) = gradients.get_mut(ParamId::Weight(id)) {
-            backend.linear_backward_weight(dy.clone(), x.clone(), dw.view_mut(), shape, 1.0, accumulate)?;
-        }
-        if let Some(dbias) = gradients.get_mut(ParamId::Bias(id)) {
-            backend.linear_backward_bias(dy.clone(), dbias.view_mut(), tokens, shape.outputs, accumulate)?;
-        }
-        let adapter = (self.lora(), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
-        let (Some(lora), Some(a), Some(b)) = adapter else { return Ok(()) };
-        let down = LinearShape { outputs: lora.rank, ..shape };
-        let up = LinearShape { inputs: lora.rank, ..shape };
-        let mut u = self.floats(tokens * lora.rank)?;
-        if let Some(db) = gradients.get_mut(ParamId::LoraB(id)) {
-            backend.linear(x.clone(), a.values.view(), u.view_mut(), down, Epilogue::default())?;
-            backend.linear_backward_weight(dy.clone(), u.view(), db.view_mut(), up, lora.scale(), accumulate)?;
-        }
-        if let Some(da) = gradients.get_mut(ParamId::LoraA(id)) {
-            backend.linear_backward_input(dy, b.values.view(), u.view_mut(), up, lora.scale(), false)?;
-            let da: ViewMut<'_, B, B::Grad> = da.view_mut();
-            backend.linear_backward_weight(u.view(), x, da, down, 1.0, accumulate)?;
-        }
-        Ok(())
-    }
-
-    /// Gradient of a projection's input from that of its output.
-    fn module_input_gradient(
-        &self,
-        id: ModuleId,
-        dy: In<'_, B>,
-        mut dx: Out<'_, B>,
-        tokens: usize,
-        accumulate: bool,
-    ) -> Result<()> {
-        let shape = self.shape_of(id.kind, tokens);
-        let weight = self.values(&Overlay::new(), ParamId::Weight(id));
-        self.backend.linear_backward_input(dy.clone(), weight, dx.reborrow(), shape, 1.0, accumulate)?;
-        let adapter = (self.lora(), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
-        let (Some(lora), Some(a), Some(b)) = adapter else { return Ok(()) };
-        let down = LinearShape { outputs: lora.rank, ..shape };
-        let up = LinearShape { inputs: lora.rank, ..shape };
-        let mut du = self.floats(tokens * lora.rank)?;
-        self.backend.linear_backward_input(dy, b.values.view(), du.view_mut(), up, lora.scale(), false)?;
-        self.backend.linear_backward_input(du.view(), a.values.view(), dx, down, 1.0, true)
     }
 }

@@ -431,9 +431,4 @@ impl<B: Backend> Decoder<B> {
         self.backend.linear(normed, head, logits.view_mut(), shape, Epilogue::default())?;
         Ok(logits)
     }
-
-    /// Rows of logits that are in memory at once: about 64 MiB of them.
-    pub(super) fn logit_rows(&self) -> usize {
-        ((64 << 20) / (self.config.vocab * size_of::<B::Float>())).max(1)
-    }
 }

@@ -33,6 +33,14 @@ impl<B: Backend> Gradients<B> {
         self.buffers.get_mut(&id)
     }
 
+    /// The buffers of the tensors among `ids` that train, to write, in the order of tensors.
+    pub(super) fn each_mut<const N: usize>(
+        &mut self,
+        ids: [ParamId; N],
+    ) -> impl Iterator<Item = (ParamId, &mut Buffer<B, B::Grad>)> {
+        self.buffers.iter_mut().filter(move |(id, _)| ids.contains(id)).map(|(id, buffer)| (*id, buffer))
+    }
+
     /// All buffers in the order of tensors.
     pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Buffer<B, B::Grad>)> {
         self.buffers.iter().map(|(id, b)| (*id, b))

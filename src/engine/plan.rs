@@ -75,7 +75,7 @@ impl Plan {
             (true, n) => n * tokens * hidden * float + layer_bytes,
         };
         let rows = (work.trained_share * tokens as f64).ceil() as u64;
-        let logit_rows = ((64 << 20) / (c.vocab as u64 * float)).clamp(1, rows.max(1));
+        let logit_rows = (B::logit_rows(c.vocab) as u64).clamp(1, rows.max(1));
         let head = 4 * rows * hidden + logit_rows * c.vocab as u64;
         // Beside what is kept: the residual stream or its gradient, the MLP's product or its gradient, and the gradients of
         // k and v, which are too small to take the place of what is freed by then. A frozen layer below works in the

@@ -27,10 +27,10 @@ impl<B: Backend> Decoder<B> {
         let _span = trace::phase("forward");
         let last = self.run_layers(batch, rows, |_| Ok(()))?;
         let (normed, _) = self.norm(&Overlay::new(), ParamId::FinalNorm, last.view())?;
-        let hidden = self.config.hidden;
+        let (hidden, most) = (self.config.hidden, B::logit_rows(self.config.vocab));
         let mut host = Vec::with_capacity(rows.len() * self.config.vocab);
-        for first in (0..rows.len()).step_by(self.logit_rows()) {
-            let chunk = first..(first + self.logit_rows()).min(rows.len());
+        for first in (0..rows.len()).step_by(most) {
+            let chunk = first..(first + most).min(rows.len());
             let logits = self.head_logits(&Overlay::new(), normed.range(chunk.start * hidden..chunk.end * hidden))?;
             host.extend(read_floats(&self.backend, logits.view())?);
         }
@@ -48,9 +48,9 @@ impl<B: Backend> Decoder<B> {
         }
         let last = self.run_layers(batch, &rows, |_| Ok(()))?;
         let (normed, _) = self.norm(&Overlay::new(), ParamId::FinalNorm, last.view())?;
-        let hidden = self.config.hidden;
-        for first in (0..rows.len()).step_by(self.logit_rows()) {
-            let chunk = first..(first + self.logit_rows()).min(rows.len());
+        let (hidden, most) = (self.config.hidden, B::logit_rows(self.config.vocab));
+        for first in (0..rows.len()).step_by(most) {
+            let chunk = first..(first + most).min(rows.len());
             let mut logits =
                 self.head_logits(&Overlay::new(), normed.range(chunk.start * hidden..chunk.end * hidden))?;
             let targets = self.indices(&targets[chunk.clone()])?;

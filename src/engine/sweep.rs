@@ -18,7 +18,7 @@ use super::{Batch, Decoder};
 use crate::backend::{Backend, Epilogue, In, LinearShape, Out, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ModuleSet, ParamId};
-use draws::{Draw, draws, grouped, overlay, repeated, stage};
+use draws::{Draw, Squares, draws, grouped, overlay, repeated, stage};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -96,6 +96,7 @@ struct Ground<'p, B: Backend> {
     /// The last row of each prompt.
     rows: Vec<u32>,
     packed: Packed<'p, B>,
+    squares: Squares<B>,
 }
 
 /// Members that run concatenated.
@@ -122,7 +123,7 @@ impl<B: Backend> Decoder<B> {
         let fold = Fold::of(prompts);
         let tokens = fold.as_ref().map_or_else(|| prompts.tokens.clone(), |fold| fold.choose(&prompts.tokens));
         let packed = self.pack_folded(prompts, fold.clone())?;
-        let ground = Ground { prompts, fold, tokens, rows: prompts.last_rows(), packed };
+        let ground = Ground { prompts, fold, tokens, rows: prompts.last_rows(), packed, squares: Squares::new(self) };
         let mut stages: BTreeMap<usize, Vec<Draw<'_>>> = BTreeMap::new();
         for draw in draws(members) {
             stages
@@ -135,7 +136,7 @@ impl<B: Backend> Decoder<B> {
         let mut x = self.embed(&none, &ground.tokens)?;
         if let Some(draws) = stages.remove(&0) {
             for draw in &draws {
-                let perturbed = self.perturbed(draw, |id| id == ParamId::Embedding, options)?;
+                let perturbed = self.perturbed(draw, |id| id == ParamId::Embedding, &ground.squares, options)?;
                 let mut inputs = self.floats(draw.members.len() * x.view().len())?;
                 for (i, p) in perturbed.iter().enumerate() {
                     let own = self.embed(&overlay(p), &ground.tokens)?;
@@ -170,7 +171,7 @@ impl<B: Backend> Decoder<B> {
                 let mut inputs = self.floats(count * n)?;
                 let mut at = 0;
                 for draw in &group {
-                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), options)? {
+                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), &ground.squares, options)? {
                         let into = inputs.range_mut(at * n..(at + 1) * n);
                         self.perturbed_layer(layer, x.view(), &shared, &overlay(&perturbed), &ground.packed, into)?;
                         at += 1;
@@ -182,7 +183,9 @@ impl<B: Backend> Decoder<B> {
             x = out;
         }
         for draw in stages.remove(&(layers + 1)).unwrap_or_default() {
-            for (perturbed, (member, _)) in self.perturbed(&draw, |_| true, options)?.iter().zip(&draw.members) {
+            for (perturbed, (member, _)) in
+                self.perturbed(&draw, |_| true, &ground.squares, options)?.iter().zip(&draw.members)
+            {
                 let mut readout = clean.clone();
                 self.read_head(&overlay(perturbed), x.view(), options, &mut readout)?;
                 sink(*member, readout)?;
@@ -202,7 +205,9 @@ impl<B: Backend> Decoder<B> {
         sink: &mut dyn FnMut(usize, Readout) -> Result<()>,
     ) -> Result<()> {
         let layer = self.config.layers - 1;
-        for (perturbed, (member, _)) in self.perturbed(draw, |_| true, options)?.iter().zip(&draw.members) {
+        for (perturbed, (member, _)) in
+            self.perturbed(draw, |_| true, &ground.squares, options)?.iter().zip(&draw.members)
+        {
             let overlay = overlay(perturbed);
             let (packed, rows) = (&ground.packed, &ground.rows);
             let out = self.layer_forward_rows(&overlay, layer, x.view(), packed, ground.prompts, rows)?.0;
@@ -240,7 +245,7 @@ impl<B: Backend> Decoder<B> {
             if touched {
                 let mut at = 0;
                 for draw in group {
-                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), options)? {
+                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), &ground.squares, options)? {
                         let member = at..at + 1;
                         let (x, out) = (x.range(own(&member, tokens * hidden)), out.range_mut(own(&member, width)));
                         self.member_layer(
@@ -274,7 +279,9 @@ impl<B: Backend> Decoder<B> {
         let mut at = 0;
         for draw in group {
             let after = |id: ParamId| matches!(id, ParamId::FinalNorm | ParamId::Head | ParamId::Embedding);
-            for (perturbed, (member, _)) in self.perturbed(draw, after, options)?.iter().zip(&draw.members) {
+            for (perturbed, (member, _)) in
+                self.perturbed(draw, after, &ground.squares, options)?.iter().zip(&draw.members)
+            {
                 let mut readout = std::mem::take(&mut readouts[at]);
                 let rows = last.range(at * width..(at + 1) * width);
                 self.read_head(&overlay(perturbed), rows, options, &mut readout)?;
@@ -400,8 +407,14 @@ impl<B: Backend> Decoder<B> {
             None
         };
         let mlp_in = || mlp_normed.as_ref().unwrap_or(&clean.mlp_normed).view();
-        let gate = projected(ModuleKind::Gate, mlp_in(), mlp_normed.is_some())?;
-        let up = projected(ModuleKind::Up, mlp_in(), mlp_normed.is_some())?;
+        let (gate, up) = if mlp_normed.is_some() {
+            let [mut gate, mut up] = [self.floats(tokens * c.ffn)?, self.floats(tokens * c.ffn)?];
+            let outs = [(ModuleKind::Gate, gate.view_mut()), (ModuleKind::Up, up.view_mut())];
+            self.project_each(overlay, layer, mlp_in(), outs)?;
+            (Some(gate), Some(up))
+        } else {
+            (projected(ModuleKind::Gate, mlp_in(), false)?, projected(ModuleKind::Up, mlp_in(), false)?)
+        };
         let mut product = self.floats(tokens * c.ffn)?;
         let (gate, up) = (gate.as_ref().unwrap_or(&clean.gate), up.as_ref().unwrap_or(&clean.up));
         self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;

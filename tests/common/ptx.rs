@@ -319,6 +319,9 @@ impl Kernel<'_> {
                     (self.site([true, false], String::new(), 0, 16), self.operand(row)?, self.operand(to)?);
                 format!("ldmatrix({site}, {}, {row}, {to})", how.contains(&"trans"))
             }
+            ["stmatrix", "sync", "aligned", "m8n8", "x4", "shared", "b16"] => {
+                format!("stmatrix({}, {})", self.site([true, true], String::new(), 0, 16), all(self)?.join(", "))
+            }
             ["mma", "sync", "aligned", shape, "row", "col", "f32", "bf16", "bf16", "f32"] => {
                 format!("mma_{shape}({})", all(self)?.join(", "))
             }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use swat::backend::cpu::Cpu;
 use swat::backend::{
     AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Documents, Element, Epilogue, FloatElement, In,
-    LinearShape, Out, Sampling, View, ViewMut,
+    InputGradient, LinearShape, Out, Sampling, View, ViewMut,
 };
 use swat::error::Result;
 use swat::rng::{Philox, words};
@@ -168,6 +168,19 @@ impl Backend for Rounded {
         accumulate: bool,
     ) -> Result<()> {
         Cpu.linear_backward_input(of(&dy), of(&w), to(&mut dx), shape, alpha, accumulate)?;
+        self.round(dx)
+    }
+
+    /// The terms are added in f32, and rounded once.
+    fn linear_backward_input_each(
+        &self,
+        layers: &[InputGradient<'_, Self>],
+        mut dx: Out<'_, Self>,
+        tokens: usize,
+        accumulate: bool,
+    ) -> Result<()> {
+        let layers = layers.iter().map(|InputGradient { dy, w }| InputGradient { dy: of(dy), w: of(w) });
+        Cpu.linear_backward_input_each(&layers.collect::<Vec<_>>(), to(&mut dx), tokens, accumulate)?;
         self.round(dx)
     }
 
@@ -430,9 +443,16 @@ impl Backend for Rounded {
         Ok(())
     }
 
+    fn squares(&self, w: In<'_, Self>) -> Result<Buffer<Self, f64>> {
+        let squares = Cpu.squares(of(&w))?;
+        let len = squares.len();
+        Ok(Buffer::new(squares, len))
+    }
+
     fn perturb(
         &self,
         w: In<'_, Self>,
+        squares: Option<View<'_, Self, f64>>,
         direction: &Direction<'_, Self>,
         epsilon: f32,
         mut plus: Out<'_, Self>,
@@ -445,7 +465,7 @@ impl Backend for Rounded {
             Direction::Scale => Direction::Scale,
             Direction::Given(n) => Direction::Given(of(n)),
         };
-        Cpu.perturb(of(&w), &direction, epsilon, to(&mut plus), minus.as_mut().map(to))?;
+        Cpu.perturb(of(&w), squares.as_ref().map(of), &direction, epsilon, to(&mut plus), minus.as_mut().map(to))?;
         self.round(plus)?;
         minus.map_or(Ok(()), |minus| self.round(minus))
     }

@@ -127,7 +127,7 @@ fn steps_and_perturbations() {
             Direction::Given(g.view()),
         ] {
             let (mut plus, mut minus) = (float(6, len), float(7, len));
-            B.perturb(g.view(), &direction, 0.3, plus.view_mut(), Some(minus.view_mut())).unwrap();
+            B.perturb(g.view(), None, &direction, 0.3, plus.view_mut(), Some(minus.view_mut())).unwrap();
             out.extend([plus, minus].iter().flat_map(|t| read(&B, t)));
         }
         out.extend([w, m, v, squares].iter().flat_map(|t| read(&B, t)));

@@ -1,8 +1,10 @@
 //! Linear layers.
 
+mod grouped;
+
 use super::*;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision};
-use swat::backend::{Epilogue, LinearShape, Projection};
+use swat::backend::{Epilogue, LinearShape};
 
 /// (tokens, inputs, outputs): decoding sizes, odd sizes, sizes of several panels and depths.
 const SHAPES: [(usize, usize, usize); 15] = [
@@ -71,29 +73,6 @@ fn linear_with_every_epilogue<B: Backend>(b: &B) {
             };
             b.linear(x.device.view(), w.device.view(), y.device.view_mut(), shape, epilogue).unwrap();
             assert_close::<B>(&get(b, &y.device), &exact, error(inputs), &format!("{shape:?}, case {case}"));
-        }
-    }
-}
-
-fn layers_of_the_same_input<B: Backend>(b: &B) {
-    for (tokens, inputs) in [(1, 577), (3, 64), (8, 40), (9, 65), (70, 96)] {
-        let x = put::<B, B::Float>(b, &normals(1, tokens * inputs));
-        let outputs = [1usize, 65, 130];
-        let w = outputs.map(|n| put::<B, B::Float>(b, &normals(n as u64, n * inputs)));
-        let bias = put::<B, B::Float>(b, &normals(2, outputs[1]));
-        let mut y = outputs.map(|n| put::<B, B::Float>(b, &normals(3, tokens * n)));
-        let mut layers: Vec<Projection<'_, B>> = Vec::new();
-        for (i, (w, y)) in w.iter().zip(&mut y).enumerate() {
-            let bias = (i == 1).then(|| bias.device.view());
-            layers.push(Projection { w: w.device.view(), bias, y: y.device.view_mut() });
-        }
-        b.linear_each(x.device.view(), &mut layers, tokens).unwrap();
-        for (i, n) in outputs.into_iter().enumerate() {
-            let mut exact = product(&x.host, (inputs, 1), &w[i].host, (1, inputs), (tokens, n, inputs));
-            if i == 1 {
-                exact.iter_mut().enumerate().for_each(|(at, y)| *y += bias.host[at % n]);
-            }
-            assert_close::<B>(&get(b, &y[i].device), &exact, error(inputs), &format!("{tokens} × {inputs}, layer {i}"));
         }
     }
 }
@@ -300,6 +279,54 @@ fn what_is_not_finite_stays_in_its_row<P: Precision>(cuda: &Cuda<P>) {
     }
 }
 
+/// More tiles than any GPU has multiprocessors: a block's rings go round, and what is to be added comes for the next tile
+/// while one is stored. Sums of few small integers, which every way of adding gives exactly.
+fn blocks_take_several_tiles<P: Precision>(cuda: &Cuda<P>) {
+    let (m, n, k) = (128 * (2 * 132 + 5) - 40, 8, 8);
+    let integers =
+        |seed: usize, len: usize| -> Vec<f64> { (0..len).map(|i| ((i * seed + i / 7) % 5) as f64 - 2.0).collect() };
+    let bf16s = |seed, len| put::<_, half::bf16>(cuda, &integers(seed, len));
+    let (a, b, bias, residual, before) =
+        (bf16s(3, m * k), bf16s(2, n * k), bf16s(1, n), bf16s(4, m * n), integers(6, m * n));
+    for (layout, with_bias, with_residual, accumulate, splits) in [
+        (GemmLayout::Tn, false, false, false, 1),
+        (GemmLayout::Tn, true, true, false, 1),
+        (GemmLayout::Tn, false, true, true, 1),
+        (GemmLayout::Nn, true, false, true, 1),
+        (GemmLayout::Nn, false, false, false, 2),
+        (GemmLayout::Nt, false, false, true, 1),
+    ] {
+        let shape = GemmShape { layout, m, n, k };
+        let strides_a = if layout == GemmLayout::Nt { (1, m) } else { (k, 1) };
+        let strides_b = if layout == GemmLayout::Tn { (1, k) } else { (n, 1) };
+        let mut exact = product(&a.host, strides_a, &b.host, strides_b, (m, n, k));
+        for (i, x) in exact.iter_mut().enumerate() {
+            *x += if with_bias { bias.host[i % n] } else { 0.0 } + if with_residual { residual.host[i] } else { 0.0 };
+            *x += if accumulate { before[i] } else { 0.0 };
+        }
+        for version in [GemmVersion::Wgmma128, GemmVersion::Wgmma256] {
+            if !version.supports(shape, true, cuda.capability() == (9, 0)) {
+                continue;
+            }
+            let epilogue = || Epilogue {
+                alpha: 1.0,
+                bias: with_bias.then(|| bias.device.view()),
+                residual: with_residual.then(|| residual.device.view()),
+                accumulate,
+            };
+            let (plan, what) = (Some(GemmPlan { version, splits }), format!("{layout:?}, {version:?}"));
+            let mut c = put::<_, half::bf16>(cuda, &before);
+            cuda.gemm(a.device.view(), b.device.view(), c.device.view_mut(), shape, epilogue(), plan).unwrap();
+            assert!(get(cuda, &c.device) == exact, "{what}");
+            if layout == GemmLayout::Nt {
+                let mut c = put::<_, f32>(cuda, &before);
+                cuda.gemm(a.device.view(), b.device.view(), c.device.view_mut(), shape, epilogue(), plan).unwrap();
+                assert!(get(cuda, &c.device) == exact, "{what} into f32");
+            }
+        }
+    }
+}
+
 /// Decoding gives a token the same bits in any company, and so does a second run.
 fn a_token_is_decoded_alike_in_any_batch<P: Precision>(cuda: &Cuda<P>) {
     let (n, k) = (70, 1032);
@@ -336,17 +363,18 @@ macro_rules! on_every_gpu {
         }
     };
 }
+use on_every_gpu;
 
 on_every_gpu!(
     every_version_is_as_exact_as_f32_sums,
     every_epilogue_of_every_version,
     what_is_not_finite_stays_in_its_row,
+    blocks_take_several_tiles,
     a_token_is_decoded_alike_in_any_batch
 );
 
 on_every_backend!(
     linear_with_every_epilogue,
-    layers_of_the_same_input,
     backward_of_input_and_weight,
     bias_gradient_sums_columns,
     writes_only_its_view

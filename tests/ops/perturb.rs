@@ -74,7 +74,7 @@ fn direction<'a, B: Backend>(which: Which, given: &'a Part<B, B::Float>, rows: u
     }
 }
 
-/// w, plus and minus of one call; with plus alone it must be the same.
+/// w, plus and minus of one call; with plus alone, and with ‖w‖ made before, it must be the same.
 struct Pair {
     w: Vec<f64>,
     plus: Vec<f64>,
@@ -93,9 +93,13 @@ fn perturb<B: Backend>(b: &B, len: usize, direction: &Direction<'_, B>, epsilon:
     let w = Part::<B, B::Float>::new(b, &normals(1, len), offsets[0]);
     let [mut plus, mut minus, mut alone] =
         [1, 2, 1].map(|i| Part::<B, B::Float>::new(b, &vec![f64::NAN; len], offsets[i]));
-    b.perturb(w.view(), direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
-    b.perturb(w.view(), direction, epsilon, alone.view_mut(), None).unwrap();
-    assert_eq!(plus.get(b), alone.get(b), "with and without the antithetic copy");
+    b.perturb(w.view(), None, direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
+    let squares = b.squares(w.view()).unwrap();
+    b.perturb(w.view(), Some(squares.view()), direction, epsilon, alone.view_mut(), None).unwrap();
+    assert_eq!(plus.get(b), alone.get(b), "with and without the antithetic copy, and the norm at hand");
+    let sum: f64 = read(b, &squares).iter().sum();
+    let exact: f64 = w.host().iter().map(|w| w * w).sum();
+    assert!((sum - exact).abs() <= 1e-12 * exact, "{sum}, exact {exact}");
     assert_eq!(w.get(b), w.host(), "the weight itself");
     Pair { plus: plus.get(b), minus: minus.get(b), w: w.host().to_vec() }
 }
@@ -200,11 +204,14 @@ fn zeros_change_nothing<B: Backend>(b: &B) {
     let pair = perturb(b, 64, &Direction::Given(zero.device.view()), 1.0, [0; 3]);
     assert!(pair.plus == pair.w && pair.minus == pair.w);
     let mut copy = put::<B, B::Float>(b, &[f64::NAN; 64]);
-    b.perturb(zero.device.view(), &Direction::Gaussian(KEY), 1.0, copy.device.view_mut(), None).unwrap();
+    b.perturb(zero.device.view(), None, &Direction::Gaussian(KEY), 1.0, copy.device.view_mut(), None).unwrap();
     assert!(get(b, &copy.device).iter().all(|x| *x == 0.0));
     let (empty, mut none) = (put::<B, B::Float>(b, &[]), put::<B, B::Float>(b, &[]));
     for direction in [Direction::Gaussian(KEY), Direction::Scale, Direction::LowRank { key: KEY, rank: 2, rows: 3 }] {
-        b.perturb(empty.device.view(), &direction, 1.0, none.device.view_mut(), None).unwrap();
+        b.perturb(empty.device.view(), None, &direction, 1.0, none.device.view_mut(), None).unwrap();
+        let squares = b.squares(empty.device.view()).unwrap();
+        let (from, to) = (empty.device.view(), none.device.view_mut());
+        b.perturb(from, Some(squares.view()), &direction, 1.0, to, None).unwrap();
     }
 }
 
@@ -273,7 +280,7 @@ fn baseline_writes_the_same() {
         let (p, m) = (plus.range_mut(range.clone()), minus.range_mut(range.clone()));
         b.perturb_gaussian_baseline(w.range(range.clone()), KEY, EPSILON, p, Some(m)).unwrap();
         let (p, m) = (expected_plus.range_mut(range.clone()), expected_minus.range_mut(range.clone()));
-        b.perturb(w.range(range.clone()), &Direction::Gaussian(KEY), EPSILON, p, Some(m)).unwrap();
+        b.perturb(w.range(range.clone()), None, &Direction::Gaussian(KEY), EPSILON, p, Some(m)).unwrap();
         assert!(read(&b, &plus) == read(&b, &expected_plus), "{len}");
         assert!(read(&b, &minus) == read(&b, &expected_minus), "{len}");
         assert!(read(&b, &plus) != read(&b, &minus), "{len}");

@@ -1,6 +1,7 @@
 // The asynchronous parts of the stand-in's Hopper instructions.
 #include "hopper.h"
 #include "races.h"
+#include <algorithm>
 #include <cmath>
 
 namespace standin {
@@ -43,6 +44,15 @@ TensorCopy tensor_copy(const CUtensorMap* map, const void* shared, uint64_t* bar
   return c;
 }
 
+// Of f32 that are added in memory, subnormal ones count as zeros.
+float ftz(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
+void add(unsigned char* to, const unsigned char* from) {
+  float x, y;
+  memcpy(&x, to, 4), memcpy(&y, from, 4);
+  x = ftz(ftz(x) + ftz(y));
+  memcpy(to, &x, 4);
+}
+
 int box_bytes(const TensorMap& map) {
   int bytes = map.element;
   for (int i = 0; i < map.rank; i++) bytes *= map.box[i];
@@ -66,14 +76,15 @@ void move(const TensorCopy& c) {
     for (int piece = 0; piece < line; piece += 16) {
       unsigned char* here = swizzled(c.shared + i * line + piece, m.swizzle);
       const int64_t first = c.at[0] + piece / m.element, past = first + 16 / m.element;
-      if (inside && first >= 0 && past <= (int64_t)m.size[0]) {
+      if (inside && !c.adds && first >= 0 && past <= (int64_t)m.size[0]) {
         unsigned char* there = row + first * m.element;
         c.barrier ? memcpy(here, there, 16) : memcpy(there, here, 16);
         continue;
       }
       for (int64_t x = first; x < past; x++, here += m.element) {
         const bool exists = inside && x >= 0 && x < (int64_t)m.size[0];
-        if (c.barrier && !exists) memset(here, 0, m.element);
+        if (c.adds && exists) add(row + x * m.element, here);
+        else if (c.barrier && !exists) memset(here, 0, m.element);
         else if (exists) c.barrier ? memcpy(here, row + x * m.element, m.element) : memcpy(row + x * m.element, here, m.element);
       }
     }
@@ -99,6 +110,9 @@ void complete(const Product& product) {
 
 void Hopper::start() {
   loads.clear();
+  reading.clear();
+  for (auto& mine : written) mine.clear();
+  unfenced.clear();
   barriers_fenced = true;
   for (int w = 0; w < block->warps; w++) {
     products[w].fenced = false;
@@ -160,11 +174,51 @@ void mbarrier_sleep(uint64_t* barrier, uint32_t parity) {
   if (block->watching) acquire_from(barrier, block->current->rank);
 }
 
+// ---- between what threads write and what bulk copies and products read
+static std::pair<uintptr_t, uintptr_t> pieces(const void* at, int bytes) {
+  const auto start = reinterpret_cast<uintptr_t>(at);
+  return {start / 8, (start + (uintptr_t)bytes + 7) / 8};
+}
+
+// Nothing of it may be written that a store has still to read.
+static void assert_not_read(const void* at, int bytes) {
+  const auto* start = static_cast<const unsigned char*>(at);
+  for (const auto& r : block->hopper->reading) {
+    if (start < r.end && r.start < start + bytes) die("shared memory is overwritten that a bulk copy has still to read");
+  }
+}
+
+void write_unfenced(const void* at, int bytes) {
+  assert_not_read(at, bytes);
+  for (auto [piece, end] = pieces(at, bytes); piece < end; piece++) {
+    block->hopper->written[block->current->rank].push_back(piece);
+    block->hopper->unfenced[piece]++;
+  }
+}
+
+void fence_writes() {
+  auto& unfenced = block->hopper->unfenced;
+  auto& mine = block->hopper->written[block->current->rank];
+  for (uintptr_t piece : mine) {
+    if (--unfenced[piece] == 0) unfenced.erase(piece);
+  }
+  mine.clear();
+}
+
+void read_fenced(const void* at, int bytes) {
+  const auto& unfenced = block->hopper->unfenced;
+  if (unfenced.empty()) return;
+  for (auto [piece, end] = pieces(at, bytes); piece < end; piece++) {
+    if (unfenced.count(piece)) die("a bulk copy or a product reads what a thread has written since its last fence.proxy.async");
+  }
+}
+
 // ---- bulk tensor copies
 void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at) {
   if (!block->hopper->barriers_fenced) die("a bulk copy before mbarrier_fence_init");
   load(barrier);
   const TensorCopy copy = tensor_copy(map, to, barrier, at);
+  assert_not_read(copy.shared, box_bytes(copy.map));
   if (block->watching) {
     order(nullptr, copy.shared, box_bytes(copy.map), true);
     release_to(barrier);
@@ -185,11 +239,15 @@ bool finish_awaited_copy() {
   return false;
 }
 
-void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at) {
-  const TensorCopy copy = tensor_copy(map, from, nullptr, at);
+void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at, bool adds) {
+  TensorCopy copy = tensor_copy(map, from, nullptr, at);
+  copy.adds = adds;
+  if (adds && !copy.map.f32) die("a bulk copy that adds: f32 is known here");
+  read_fenced(copy.shared, box_bytes(copy.map));
   if (block->watching) order(nullptr, copy.shared, box_bytes(copy.map), false);
-  if (block->launch->habits.late) block->hopper->stores[block->current->rank].push_back(copy);
-  else move(copy);
+  if (!block->launch->habits.late) move(copy);
+  block->hopper->stores[block->current->rank].push_back(copy);
+  block->hopper->reading.push_back({copy.shared, copy.shared + box_bytes(copy.map), block->current->rank});
 }
 
 void store_commit() {
@@ -203,7 +261,13 @@ void store_wait(int pending) {
   const int done = (int)groups.size() - pending;
   if (done <= 0) return;
   const int end = groups[(size_t)done - 1];
-  for (int i = 0; i < end; i++) move(stores[(size_t)i]);
+  for (int i = 0; i < end; i++) {
+    const TensorCopy& copy = stores[(size_t)i];
+    if (block->watching) order(nullptr, copy.shared, box_bytes(copy.map), false);
+    if (block->launch->habits.late) move(copy);
+    auto& reading = block->hopper->reading;
+    reading.erase(std::find_if(reading.begin(), reading.end(), [](const auto& r) { return r.rank == block->current->rank; }));
+  }
   stores.erase(stores.begin(), stores.begin() + end);
   groups.erase(groups.begin(), groups.begin() + done);
   for (int& group : groups) group -= end;
@@ -288,6 +352,7 @@ void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, i
   unsigned char* piece = shared_place(start + offset, 16);
   if (!piece) die("wgmma: an operand reaches outside shared memory");
   piece = swizzled(piece, swizzle);
+  read_fenced(piece, 16);
   if (block->watching) product_reads(piece);
   uint16_t bits[8];
   memcpy(bits, piece, 16);
@@ -308,6 +373,7 @@ extern "C" STANDIN_API int cuTensorMapEncodeTiled(CUtensorMap* map, int type, un
   standin::TensorMap m{};
   m.base = static_cast<unsigned char*>(base);
   m.rank = (uint8_t)rank, m.element = bytes[type], m.swizzle = (uint8_t)swizzle;
+  m.f32 = type == 7;  // CU_TENSOR_MAP_DATA_TYPE_FLOAT32
   for (unsigned i = 0; i < rank; i++) {
     if (!size[i] || size[i] > 1ull << 32 || !box[i] || box[i] > 256 || element_stride[i] != 1) return INVALID;
     if (i && (stride[i - 1] % 16 || stride[i - 1] >= 1ull << 40)) return INVALID;

@@ -1,9 +1,11 @@
 // The twin of every wrapper of kernels/prelude_sm90.cuh: mbarriers, bulk tensor copies, warpgroup products, as the PTX manual
-// (ISA 9.0) describes them. Proxy fences do nothing here: a fence that is missing between writes of threads and a bulk store or a
-// product that reads them is not noticed.
+// (ISA 9.0) describes them. What a thread has written to shared memory since its last fence.proxy.async may not be read by a bulk
+// store or a product, and what a bulk store has still to read may not be written: seen of stmatrix, and in compiled kernels of every
+// write.
 #pragma once
 #include <initializer_list>
 #include <list>
+#include <unordered_map>
 #include "device.h"
 
 struct alignas(64) CUtensorMap { uint64_t opaque[16]; };
@@ -16,6 +18,7 @@ struct TensorMap {
   uint64_t size[5], stride[4];
   uint16_t box[5];
   uint8_t rank, element, swizzle;  // swizzle: 0 none, 1, 2, 3: within 32, 64, 128 bytes
+  bool f32;
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
@@ -24,6 +27,7 @@ struct TensorCopy {
   unsigned char* shared;
   uint64_t* barrier;  // null for a store
   int at[5];
+  bool adds;          // a store that adds to the tensor
 };
 
 // Where a 16-byte piece of shared memory lies under a swizzle: its place in the line is xor'ed with the line's number.
@@ -63,6 +67,12 @@ struct Hopper {
   std::vector<TensorCopy> stores[MAX_THREADS];
   std::vector<int> store_groups[MAX_THREADS];
   WarpProducts products[MAX_WARPS];
+  // What stores have still to read of shared memory, and whose they are, in their order.
+  struct Reading { const unsigned char *start, *end; int rank; };
+  std::vector<Reading> reading;
+  // Pieces of 8 bytes of shared memory that a thread has written since its last fence, and how many such writes there are of each.
+  std::vector<uintptr_t> written[MAX_THREADS];
+  std::unordered_map<uintptr_t, int> unfenced;
   bool barriers_fenced;
   void start();
   void finish();
@@ -72,9 +82,14 @@ STANDIN_API void mbarrier_add(uint64_t* barrier, int arrivals, int64_t bytes);
 STANDIN_API void mbarrier_start(uint64_t* barrier, uint32_t arrivals);
 STANDIN_API void mbarrier_sleep(uint64_t* barrier, uint32_t parity);
 STANDIN_API void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at);
-STANDIN_API void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at);
+STANDIN_API void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at, bool adds = false);
 STANDIN_API void store_commit();
+// Until at most `pending` groups of this thread have still to read shared memory.
 STANDIN_API void store_wait(int pending);
+// The running thread has written so many bytes of shared memory; all that it has written is fenced; the asynchronous proxy reads.
+STANDIN_API void write_unfenced(const void* at, int bytes);
+STANDIN_API void fence_writes();
+STANDIN_API void read_fenced(const void* at, int bytes);
 STANDIN_API void product_issue(float* const* d, int columns, Product product);
 STANDIN_API void product_commit();
 STANDIN_API void product_wait(int pending);
@@ -146,12 +161,30 @@ inline void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, ui
   });
 }
 
+// The reverse of ldmatrix.
+inline void stmatrix(void* row, const uint32_t* registers) {
+  struct Lane { void* row; const uint32_t* registers; } mine{row, registers};
+  if (shared_address(row) & 15) die("stmatrix: the address of a row is not a multiple of 16 bytes");
+  write_unfenced(row, 16);
+  meet_all(40, &mine, [](void** each) {
+    for (int m = 0; m < 4; m++) {
+      for (int l = 0; l < 32; l++) {
+        auto* to = static_cast<unsigned char*>(static_cast<Lane*>(each[8 * m + l / 4])->row);
+        memcpy(to + 4 * (l & 3), static_cast<Lane*>(each[l])->registers + m, 4);
+      }
+    }
+  });
+}
+
 }  // namespace standin
 
 // ---- mbarrier
 static inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { ::standin::mbarrier_start(barrier, arrivals); }
-static inline void mbarrier_fence_init() { ::standin::block->hopper->barriers_fenced = true; }
-static inline void fence_proxy_async() {}
+static inline void fence_proxy_async() { ::standin::fence_writes(); }
+static inline void mbarrier_fence_init() {
+  ::standin::block->hopper->barriers_fenced = true;
+  fence_proxy_async();
+}
 static inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) { ::standin::mbarrier_add(barrier, 1, bytes); }
 static inline void mbarrier_arrive(uint64_t* barrier) { ::standin::mbarrier_add(barrier, 1, 0); }
 static inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) { ::standin::mbarrier_sleep(barrier, parity); }
@@ -163,14 +196,15 @@ static inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* barri
 static inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
   ::standin::tensor_load(to, map, barrier, {x, y, z});
 }
-static inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
-  ::standin::tensor_store(map, from, {x, y});
-}
 static inline void tma_store_3d(const CUtensorMap* map, const void* from, int x, int y, int z) {
   ::standin::tensor_store(map, from, {x, y, z});
 }
+static inline void tma_add_3d(const CUtensorMap* map, const void* from, int x, int y, int z) {
+  ::standin::tensor_store(map, from, {x, y, z}, true);
+}
 static inline void tma_store_commit() { ::standin::store_commit(); }
-template <int Pending> static inline void tma_store_wait() { ::standin::store_wait(Pending); }
+template <int Pending> static inline void tma_store_wait_read() { ::standin::store_wait(Pending); }
+static inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { ::standin::stmatrix(row, r); }
 
 // ---- warpgroup products
 static inline void wgmma_fence() {

@@ -230,7 +230,7 @@ fn boxes_of_three_dimensions() {
         let (x0, x1, x2, bytes) = (4i32, 5i32, 3i32, 8 * 2 * 3 * 4u32);
         let (from, to) = (gpu.put(&x), gpu.put(&[0f32; 48]));
         let map = tensor_map::<f32>(from, &[16, 6, 5], 64, &[8, 2, 3], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
-        let function = gpu.function("ahead_sm90", "ahead_box");
+        let function = gpu.function("known_sm90", "known_box_3d");
         let arguments = &mut [arg(&map), arg(&x0), arg(&x1), arg(&x2), arg(&bytes), arg(&to)];
         gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
         let got = gpu.get::<f32>(to, 48);
@@ -247,19 +247,54 @@ fn stores_write_what_is_inside() {
     let x: Vec<u16> = (1..=16 * 64).collect();
     for ordinal in HOPPERS {
         let Some(gpu) = Gpu::open(ordinal) else { return };
-        let (from, to) = (gpu.put(&x), gpu.put(&[0u16; 20 * 88]));
-        let map = tensor_map::<bf16>(to, &[80, 20], 176, &[64, 16], CU_TENSOR_MAP_SWIZZLE_128B).unwrap();
-        let (x0, x1, bytes) = (24i32, 8i32, 2048u32);
-        let function = gpu.function("ahead_sm90", "ahead_store");
-        gpu.run(function, [1; 3], [128, 1, 1], bytes, &mut [arg(&map), arg(&x0), arg(&x1), arg(&bytes), arg(&from)]);
-        let got = gpu.get::<u16>(to, 20 * 88);
-        for (at, got) in got.iter().enumerate() {
+        let (from, to) = (gpu.put(&x), gpu.put(&[0u16; 2 * 20 * 88]));
+        let map = tensor_map::<bf16>(to, &[80, 20, 2], 176, &[64, 16, 1], CU_TENSOR_MAP_SWIZZLE_128B).unwrap();
+        let (x0, x1, x2, bytes, adds) = (24i32, 8i32, 1i32, 2048u32, 0u32);
+        let function = gpu.function("known_sm90", "known_store");
+        let arguments = &mut [arg(&map), arg(&x0), arg(&x1), arg(&x2), arg(&bytes), arg(&adds), arg(&from)];
+        gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
+        let got = gpu.get::<u16>(to, 2 * 20 * 88);
+        assert_eq!(got[..20 * 88], [0; 20 * 88]);
+        for (at, got) in got[20 * 88..].iter().enumerate() {
             let (row, column) = ((at / 88) as i32 - x1, (at % 88) as i32 - x0);
             let inside = (0..12).contains(&row) && (0..56).contains(&column);
             let expected =
                 if inside { x[place((row * 128 + 2 * column) as usize, CU_TENSOR_MAP_SWIZZLE_128B) / 2] } else { 0 };
             assert_eq!(*got, expected, "{row}, {column}");
         }
+    }
+}
+
+#[test]
+fn stores_add_what_is_inside() {
+    let x: Vec<f32> = (0..16 * 32).map(|i| i as f32 + 0.25).collect();
+    let before: Vec<f32> = (0..20 * 40).map(|i| 1.5 - i as f32).collect();
+    for ordinal in HOPPERS {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let (from, to) = (gpu.put(&x), gpu.put(&before));
+        let map = tensor_map::<f32>(to, &[36, 20, 1], 160, &[32, 16, 1], CU_TENSOR_MAP_SWIZZLE_128B).unwrap();
+        let (x0, x1, x2, bytes, adds) = (8i32, 10i32, 0i32, 2048u32, 1u32);
+        let function = gpu.function("known_sm90", "known_store");
+        let arguments = &mut [arg(&map), arg(&x0), arg(&x1), arg(&x2), arg(&bytes), arg(&adds), arg(&from)];
+        gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
+        for (at, got) in gpu.get::<f32>(to, 20 * 40).iter().enumerate() {
+            let (row, column) = ((at / 40) as i32 - x1, (at % 40) as i32 - x0);
+            let inside = (0..10).contains(&row) && (0..28).contains(&column);
+            let offset = place((row * 128 + 4 * column) as usize % 2048, CU_TENSOR_MAP_SWIZZLE_128B);
+            assert_eq!(*got, before[at] + if inside { x[offset / 4] } else { 0.0 }, "{row}, {column}");
+        }
+    }
+}
+
+#[test]
+fn stmatrix_takes_pairs() {
+    for ordinal in HOPPERS {
+        let Some(gpu) = Gpu::open(ordinal) else { return };
+        let to = gpu.put(&[0u32; 128]);
+        gpu.run(gpu.function("known_sm90", "known_stmatrix"), [1; 3], [32, 1, 1], 512, &mut [arg(&to)]);
+        // Pair p of row r of matrix m is register m of lane 4·r + p.
+        let expected: Vec<u32> = (0..128).map(|at| at % 32 * 4 + at / 32).collect();
+        assert_eq!(gpu.get::<u32>(to, 128), expected);
     }
 }
 

@@ -7,6 +7,9 @@ use std::process::Command;
 use sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE;
 
 const WRONG_NUMBERS: &str = "wrong numbers";
+const NOT_FENCED: &str = "written since its last fence.proxy.async";
+const STILL_READ: &str = "overwritten that a bulk copy has still to read";
+const RACE: &str = "a race: ";
 /// Where a mistake shows: everywhere, where asynchronous operations are late, where they are early.
 const ALL: &[i32] = &[0, 1, 2, 3];
 const LATE: &[i32] = &[0, 2];
@@ -31,7 +34,7 @@ const PLANTED: [(&str, &[i32], &str); 16] = [
     ("lost_lane", ALL, "of which lanes have ended"),
     ("past_buffer", ALL, "illegal address"),
 ];
-const PLANTED_HOPPER: [(&str, &[i32], &str); 10] = [
+const PLANTED_HOPPER: [(&str, &[i32], &str); 14] = [
     ("box_not_awaited", &[0], "more arrivals at an mbarrier"),
     ("box_too_early", &[1], "deadlock"),
     ("no_mbarrier", &[0, 1], "an mbarrier that has not been initialised"),
@@ -42,24 +45,42 @@ const PLANTED_HOPPER: [(&str, &[i32], &str); 10] = [
     ("product_not_awaited", &[0, 1], WRONG_NUMBERS),
     ("operand_overwritten", &[0], WRONG_NUMBERS),
     ("operand_registers_written", &[0, 1], "registers of an operand were written"),
+    ("store_not_fenced", &[0, 1], NOT_FENCED),
+    ("store_too_early", &[0, 1], WRONG_NUMBERS),
+    ("store_overwritten", &[0, 1], STILL_READ),
+    ("store_left_over", &[0, 1], "bulk copies out of its shared memory have not been waited for"),
 ];
 
-/// Mistakes that leave accesses in no order: seen in the compiled kernel, whichever of them comes first there.
-const RACES: [(&str, &[i32]); 5] = [
-    ("missing_barrier", ALL),
-    ("missing_second_barrier", ALL),
-    ("copy_too_early", ALL),
-    ("box_too_early", &[0]),
-    ("operand_overwritten", &HOPPERS),
+/// Mistakes that are seen in the compiled kernel: accesses in no order, whichever of them comes first there, and writes that
+/// bulk copies and products may not see.
+const COMPILED: [(&str, &[i32], &str); 9] = [
+    ("missing_barrier", ALL, RACE),
+    ("missing_second_barrier", ALL, RACE),
+    ("copy_too_early", ALL, RACE),
+    ("box_too_early", &[0], RACE),
+    ("operand_overwritten", &HOPPERS, RACE),
+    ("operand_not_fenced", &HOPPERS, NOT_FENCED),
+    ("store_not_fenced", &HOPPERS, NOT_FENCED),
+    ("store_too_early", &HOPPERS, RACE),
+    ("store_overwritten", &HOPPERS, STILL_READ),
 ];
+
+/// The kernels of products; the right twin of each is one kernel.
+fn is_product(kernel: &str) -> bool {
+    kernel.starts_with("product") || kernel.starts_with("operand")
+}
 
 /// Whether the kernel gives what it should.
 fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     let n = 512u32;
     let x: Vec<f32> = (0..n).map(|i| i as f32 + 0.5).collect();
     let (from, to) = (gpu.put(&x), gpu.put(&vec![0f32; n as usize]));
-    let hopper = PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name)) || kernel.starts_with("product");
-    if hopper {
+    let hopper = PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name)) || is_product(kernel);
+    if kernel.starts_with("store") {
+        let map = tensor_map::<f32>(to, &[256, 2, 1], 1024, &[256, 1, 1], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
+        let function = gpu.function("planted_sm90", kernel);
+        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&map), arg(&from), arg(&n)]);
+    } else if hopper {
         let map = tensor_map::<f32>(from, &[256, 2], 1024, &[256, 1], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
         let function = gpu.function("planted_sm90", kernel);
         gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&map), arg(&to), arg(&n)]);
@@ -67,8 +88,7 @@ fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
         let function = gpu.function("planted", kernel);
         gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&from), arg(&to), arg(&n)]);
     }
-    let product = kernel.starts_with("product") || kernel.starts_with("operand");
-    let right = |i: usize| if product { 64.0 } else { x[i / 256 * 256 + 255 - i % 256] };
+    let right = |i: usize| if is_product(kernel) { 64.0 } else { x[i / 256 * 256 + 255 - i % 256] };
     gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == right(i))
 }
 
@@ -89,24 +109,22 @@ fn in_child(kernel: &str, ordinal: i32) -> Command {
 }
 
 #[test]
-fn races_are_seen() {
+fn mistakes_of_compiled_kernels_are_seen() {
     if Gpu::open(0).is_none() {
         return;
     }
-    for (kernel, devices) in RACES {
+    for (kernel, devices, message) in COMPILED {
         for ordinal in devices {
             let run = |ending: &str| {
+                let name = if is_product(kernel) && ending == "right" { "product" } else { kernel };
                 let output =
-                    in_child(&format!("{kernel}_{ending}"), *ordinal).env("SWAT_TEST_CUDA", "ptx").output().unwrap();
+                    in_child(&format!("{name}_{ending}"), *ordinal).env("SWAT_TEST_CUDA", "ptx").output().unwrap();
                 (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
             };
             let (passes, said) = run("wrong");
-            assert!(!passes && said.contains("a race: "), "{kernel} on device {ordinal}: {said}");
-            // The right twin of every product is one kernel.
-            if kernel != "operand_overwritten" {
-                let (passes, said) = run("right");
-                assert!(passes, "{kernel} on device {ordinal}: {said}");
-            }
+            assert!(!passes && said.contains(message), "{kernel} on device {ordinal}: {said}");
+            let (passes, said) = run("right");
+            assert!(passes, "{kernel} on device {ordinal}: {said}");
         }
     }
 }
@@ -132,8 +150,7 @@ fn right_twins_pass() {
         }
         let hoppers = PLANTED_HOPPER.iter().map(|(name, ..)| *name).filter(|name| name.split('_').count() > 1);
         for name in hoppers.filter(|_| HOPPERS.contains(&ordinal)) {
-            let product = name.starts_with("product") || name.starts_with("operand");
-            let kernel = if product { "product_right".into() } else { format!("{name}_right") };
+            let kernel = if is_product(name) { "product_right".into() } else { format!("{name}_right") };
             assert!(runs_right(&gpu, &kernel), "{name} on device {ordinal}");
         }
     }

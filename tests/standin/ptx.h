@@ -190,6 +190,9 @@ template <class D, class A> inline void cvta_param(D& d, A a) { d = a; }
 template <class D, class A> inline void cvta_to_shared(D& d, A a) { d = (D)shared_address(reinterpret_cast<const void*>(a)); }
 template <class D, class A> inline void cvta_shared(D& d, A a) { d = (D) reinterpret_cast<u64>(shared((u32)a)); }
 
+// Whether the kernel that runs is for Hopper.
+inline bool hopper() { return strstr(block->launch->kernel->file, "_sm90") != nullptr; }
+
 // ---- memory: `count` of T from a place, by the instruction `site`
 template <class T> inline unsigned char* in_shared(const Site& site, u32 address, int count) {
   const int bytes = (int)sizeof(T) * count;
@@ -198,6 +201,7 @@ template <class T> inline unsigned char* in_shared(const Site& site, u32 address
   if (block->watching) {
     touch(site, address, bytes);
     order(&site, at, bytes, site.writes);
+    if (site.writes && hopper()) write_unfenced(at, bytes);
   }
   return at;
 }
@@ -296,6 +300,14 @@ template <class... Registers> inline void ldmatrix(const Site& site, bool transp
   int i = 0;
   ((r = parts[i++]), ...);
 }
+inline void stmatrix(const Site& site, u32 row, u32 r0, u32 r1, u32 r2, u32 r3) {
+  const u32 parts[4] = {r0, r1, r2, r3};
+  if (block->watching) {
+    touch(site, row, 16);
+    order(&site, shared(row, 16), 16, true);
+  }
+  stmatrix_x4(shared(row, 16), parts);
+}
 inline void mma_m16n8k16(u32& d0, u32& d1, u32& d2, u32& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, u32 c0, u32 c1, u32 c2, u32 c3) {
   float d[4] = {as<f32>(c0), as<f32>(c1), as<f32>(c2), as<f32>(c3)};
   const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
@@ -310,10 +322,21 @@ inline void mbarrier_arrive_shared_cta_b64(u64, u32 at) { mbarrier_arrive(barrie
 inline void mbarrier_arrive_expect_tx_shared_cta_b64(u64, u32 at, u32 bytes) { mbarrier_expect(barrier_at(at), bytes); }
 inline void mbarrier_try_wait_parity_shared_cta_b64(bool& done, u32 at, u32 parity) { mbarrier_wait(barrier_at(at), parity), done = true; }
 inline void fence_mbarrier_init_release_cluster() { mbarrier_fence_init(); }
-inline void fence_proxy_async_shared_cta() {}
+inline void fence_proxy_async_shared_cta() { fence_proxy_async(); }
 inline void cp_async_bulk_tensor_2d_shared_cluster_global_tile_mbarrier_complete_tx_bytes(u32 to, u64 map, u32 x, u32 y, u32 at) {
   tma_load_2d(shared(to), reinterpret_cast<const CUtensorMap*>(map), barrier_at(at), (int)x, (int)y);
 }
+inline void cp_async_bulk_tensor_3d_shared_cluster_global_tile_mbarrier_complete_tx_bytes(u32 to, u64 map, u32 x, u32 y, u32 z, u32 at) {
+  tma_load_3d(shared(to), reinterpret_cast<const CUtensorMap*>(map), barrier_at(at), (int)x, (int)y, (int)z);
+}
+inline void cp_async_bulk_tensor_3d_global_shared_cta_tile_bulk_group(u64 map, u32 x, u32 y, u32 z, u32 from) {
+  tma_store_3d(reinterpret_cast<const CUtensorMap*>(map), shared(from), (int)x, (int)y, (int)z);
+}
+inline void cp_reduce_async_bulk_tensor_3d_global_shared_cta_add_tile_bulk_group(u64 map, u32 x, u32 y, u32 z, u32 from) {
+  tma_add_3d(reinterpret_cast<const CUtensorMap*>(map), shared(from), (int)x, (int)y, (int)z);
+}
+inline void cp_async_bulk_commit_group() { tma_store_commit(); }
+inline void cp_async_bulk_wait_group_read(int pending) { store_wait(pending); }
 inline void setmaxnreg_inc_sync_aligned_u32(u32) {}
 inline void setmaxnreg_dec_sync_aligned_u32(u32) {}
 

@@ -22,7 +22,7 @@ pub use storage::Memory;
 
 use super::{
     AdamW, AdamWModule, Attention, Backend, Buffer, Cost, Direction, Element, Epilogue, FloatElement, In, LinearShape,
-    Out, Projection, Sampling, View, ViewMut, cost, trace,
+    Out, Projection, Sampling, View, ViewMut, check, cost, trace,
 };
 use crate::error::{Error, Result};
 use storage::{slice, slice_mut};
@@ -149,13 +149,11 @@ impl Backend for Cpu {
             let outputs = layers.iter().map(|layer| layer.y.len()).sum::<usize>() / tokens;
             cost::linear_each(tokens, x.len() / tokens, outputs, biases, FLOAT)
         });
-        assert!(tokens > 0 && !x.is_empty() && x.len().is_multiple_of(tokens));
-        let inputs = x.len() / tokens;
-        let layers = layers.iter_mut().map(|Projection { w, bias, y }| {
-            let outputs = w.len() / inputs;
-            assert_eq!([w.len(), y.len()], [outputs * inputs, tokens * outputs]);
-            assert!(bias.as_ref().is_none_or(|b| b.len() == outputs));
-            gemm::Layer { w: slice(w), bias: bias.as_ref().map(slice), y: slice_mut(y.reborrow()) }
+        let LinearShape { inputs, .. } = check::linear_each(&x, layers, tokens);
+        let layers = layers.iter_mut().map(|Projection { w, bias, y }| gemm::Layer {
+            w: slice(w),
+            bias: bias.as_ref().map(slice),
+            y: slice_mut(y.reborrow()),
         });
         gemm::linear_each(slice(&x), layers.collect(), tokens, inputs);
         Ok(())
@@ -457,15 +455,24 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn squares(&self, w: In<'_, Self>) -> Result<Buffer<Self, f64>> {
+        let mut squares = self.zeros(1)?;
+        let _span = trace::op("squares", || cost::sum_squares(w.len(), FLOAT));
+        slice_mut(squares.view_mut())[0] = adamw::sum_squares(slice(&w));
+        Ok(squares)
+    }
+
     fn perturb(
         &self,
         w: In<'_, Self>,
+        squares: Option<View<'_, Self, f64>>,
         direction: &Direction<'_, Self>,
         epsilon: f32,
         plus: Out<'_, Self>,
         minus: Option<Out<'_, Self>>,
     ) -> Result<()> {
-        let _span = trace::op("perturb", || cost::perturb(w.len(), 1 + usize::from(minus.is_some()), direction, FLOAT));
+        let copies = 1 + usize::from(minus.is_some());
+        let _span = trace::op("perturb", || cost::perturb(w.len(), copies, direction, squares.is_some(), FLOAT));
         assert_eq!(w.len(), plus.len());
         assert!(minus.as_ref().is_none_or(|m| m.len() == w.len()));
         let noise = match direction {
@@ -481,7 +488,8 @@ impl Backend for Cpu {
                 perturb::Noise::Given(slice(n))
             }
         };
-        perturb::perturb(slice(&w), noise, epsilon, slice_mut(plus), minus.map(slice_mut));
+        let squares = squares.map(|squares| slice(&squares)[0]);
+        perturb::perturb(slice(&w), squares, noise, epsilon, slice_mut(plus), minus.map(slice_mut));
         Ok(())
     }
 }

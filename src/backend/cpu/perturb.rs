@@ -23,10 +23,17 @@ pub(super) enum Noise<'a> {
     Given(&'a [f32]),
 }
 
-/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same; where n is zero, copies of w.
-pub(super) fn perturb(w: &[f32], noise: Noise<'_>, epsilon: f32, plus: &mut [f32], minus: Option<&mut [f32]>) {
+/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same; where n is zero, copies of w. `known` = ‖w‖², if it is.
+pub(super) fn perturb(
+    w: &[f32],
+    known: Option<f64>,
+    noise: Noise<'_>,
+    epsilon: f32,
+    plus: &mut [f32],
+    minus: Option<&mut [f32]>,
+) {
     let factor = |squares_n: f64| {
-        let ratio = epsilon as f64 * (sum_squares(w) / squares_n).sqrt();
+        let ratio = epsilon as f64 * (known.unwrap_or_else(|| sum_squares(w)) / squares_n).sqrt();
         if squares_n > 0.0 { ratio as f32 } else { 0.0 }
     };
     match noise {

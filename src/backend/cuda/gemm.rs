@@ -1,12 +1,15 @@
 //! Linear layers: see `kernels/gemm.cu`, `gemm_sm90.cu`, `gemm_decode.cu` and `gemm_bias.cu`.
 
+mod grouped;
 mod plan;
+mod wgmma;
 
+pub use grouped::GemmMember;
+pub(super) use grouped::{linear_backward_input_each, linear_backward_weight_each, linear_each};
 pub use plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 
-use super::device::{Arg, Device, Launch, args, blocks};
+use super::device::{Device, Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
-use super::tensor_map::tensor_map;
 use super::{Cuda, Precision};
 use crate::backend::{Cost, Epilogue, FloatElement, In, LinearShape, ViewMut};
 use crate::error::Result;
@@ -16,10 +19,6 @@ use std::sync::Arc;
 const BLOCK: u32 = 256;
 /// Threads of the tiled kernels.
 const MMA_BLOCK: u32 = 128;
-const WGMMA_BLOCK: u32 = 384;
-/// Lines of a box of a bulk tensor copy: rows of A where k is contiguous, else depth.
-const BOX_ROWS_A: usize = 128;
-const BOX_DEPTH: usize = 64;
 /// What operands must be aligned to by all versions but `Baseline` and `Scalar64`.
 const OPERAND_BYTES: u64 = 16;
 /// Rows of dY up to which one thread sums a column; beyond, the least rows of a part and the most parts.
@@ -51,7 +50,7 @@ impl Addends<'_> {
     }
 }
 
-/// A kernel of a layout: `symbols![...][version as usize]`.
+/// A kernel of a layout that is not for Hopper: `symbols![...][version as usize]`.
 macro_rules! symbols {
     ($layout:literal, $dtype:literal) => {
         [
@@ -59,8 +58,6 @@ macro_rules! symbols {
             concat!("gemm_", $layout, "_scalar64_", $dtype),
             concat!("gemm_", $layout, "_mma64_", $dtype),
             concat!("gemm_", $layout, "_mma128_", $dtype),
-            concat!("gemm_", $layout, "_wgmma128_", $dtype),
-            concat!("gemm_", $layout, "_wgmma256_", $dtype),
         ]
     };
 }
@@ -138,39 +135,19 @@ fn product<T: FloatElement>(
     let mut memory = if splits > 1 { Some(Memory::<f32>::new(device, splits as usize * m * n)?) } else { None };
     let partials = memory.as_mut().map(|memory| memory.all(splits as usize * m * n));
     let cost = if splits > 1 { shape.cost(4 * splits as usize) } else { whole };
-    let (tiles, kernel) = (size(tile.count(shape)), symbol::<T>(layout, version));
-    let common: &[Arg] = args![
-        &c,
-        addends.bias,
-        addends.residual,
-        partials.as_ref(),
-        addends.alpha,
-        addends.accumulate as u32,
-        size(m),
-        size(n),
-        size(k),
-    ];
-    let (launch, arguments) = if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
-        let items = tiles.checked_mul(splits).expect("fewer than 2³² tiles");
-        let grid = [items.min(device.multiprocessors), 1, 1];
-        let map_a = match layout {
-            GemmLayout::Nt => tensor_map(device, a, m, BOX_DEPTH),
-            _ => tensor_map(device, a, k, BOX_ROWS_A),
-        }?;
-        let map_b = match layout {
-            GemmLayout::Tn => tensor_map(device, b, k, tile.columns),
-            _ => tensor_map(device, b, n, BOX_DEPTH),
-        }?;
-        let launch = Launch { image: "gemm_sm90", kernel, grid, block: WGMMA_BLOCK, shared_bytes: 0, cost };
-        (launch, [args![map_a, map_b], common, args![splits, items]].concat())
+    if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
+        let output = wgmma::Output { c: &c, partials: partials.as_ref(), addends, shape };
+        wgmma::launch(device, &[wgmma::Operands { a, b, shape }], &[output], plan, cost)?;
     } else {
-        let grid = [tiles, splits, 1];
+        let (kernel, grid) = (symbol::<T>(layout, version), [size(tile.count(shape)), splits, 1]);
         let launch = Launch { image: "gemm", kernel, grid, block: MMA_BLOCK, shared_bytes: 0, cost };
-        (launch, [args![a, b], common].concat())
-    };
-    // SAFETY: lengths fit the shape, operands are aligned as the version asks, maps describe A and B, `partials` holds the
-    // sums of all parts; C is borrowed mutably.
-    unsafe { device.launch(launch, &arguments) }?;
+        let Addends { alpha, bias, residual, accumulate } = addends;
+        let (accumulate, partials, [m, n, k]) = (accumulate as u32, partials.as_ref(), [m, n, k].map(size));
+        let arguments = args![a, b, &c, bias, residual, partials, alpha, accumulate, m, n, k];
+        // SAFETY: lengths fit the shape, operands are aligned as the version asks, `partials` holds the sums of all parts;
+        // C is borrowed mutably.
+        unsafe { device.launch(launch, arguments) }?;
+    }
     if let Some(partials) = partials {
         combine(device, &partials, splits, &c, [m, n], addends)?;
     }

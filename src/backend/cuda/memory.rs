@@ -175,6 +175,13 @@ impl<'a, T> Slice<'a, T> {
 /// Device memory that is written.
 pub(super) struct SliceMut<'a, T>(Slice<'a, T>);
 
+impl<T> SliceMut<'_, T> {
+    /// The same for a shorter time, so that it can be used twice.
+    pub(super) fn reborrow(&mut self) -> SliceMut<'_, T> {
+        SliceMut(self.0)
+    }
+}
+
 impl<'a, T> std::ops::Deref for SliceMut<'a, T> {
     type Target = Slice<'a, T>;
     fn deref(&self) -> &Slice<'a, T> {

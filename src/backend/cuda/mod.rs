@@ -17,20 +17,24 @@ mod measure;
 mod memory;
 pub(super) mod nvtx;
 mod perturb;
+mod precision;
 mod rmsnorm;
 mod rope;
 mod sampling;
+mod survey;
 mod swiglu;
 mod tensor_map;
 mod timing;
 
-pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
+pub use gemm::{GemmLayout, GemmMember, GemmPlan, GemmShape, GemmVersion};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
+pub use precision::{Bf16State, F32State, Precision};
+pub use survey::{Image, Survey, survey};
 
 use super::{
-    AdamW, AdamWModule, Attention, Backend, Buffer, Cost, Direction, Element, Epilogue, FloatElement, In, LinearShape,
-    Out, Sampling, View, ViewMut, check, cost, trace,
+    AdamW, AdamWModule, Attention, Backend, Buffer, Cost, Direction, Element, Epilogue, FloatElement, In,
+    InputGradient, LinearShape, Out, Projection, Sampling, View, ViewMut, WeightGradient, check, cost, trace,
 };
 use crate::error::Result;
 use device::Device;
@@ -42,29 +46,8 @@ use std::sync::Arc;
 /// Bytes of a weight or an activation.
 const FLOAT: usize = size_of::<bf16>();
 
-/// What gradients and moments are kept in.
-pub trait Precision: Send + Sync + 'static {
-    /// Weight gradients.
-    type Grad: FloatElement;
-    /// AdamW's moments.
-    type Moment: FloatElement;
-}
-
-/// f32 gradients and moments: 12 bytes a trained parameter beside its weight.
-pub struct F32State;
-
-impl Precision for F32State {
-    type Grad = f32;
-    type Moment = f32;
-}
-
-/// bf16 gradients and moments, rounded stochastically: 6 bytes a trained parameter beside its weight.
-pub struct Bf16State;
-
-impl Precision for Bf16State {
-    type Grad = bf16;
-    type Moment = bf16;
-}
+/// Tokens that the head's products take at once at least: the f32 gradient of its weight is read and written a chunk.
+const HEAD_TOKENS: usize = 4096;
 
 /// A GPU. Clones are the same device.
 pub struct Cuda<P: Precision = F32State> {
@@ -77,32 +60,6 @@ impl<P: Precision> Clone for Cuda<P> {
     fn clone(&self) -> Self {
         Self { device: self.device.clone(), tables: self.tables.clone(), precision: PhantomData }
     }
-}
-
-/// What is known of the CUDA side of this machine and this build, for `swat doctor`.
-pub struct Survey {
-    /// Embedded code.
-    pub images: Vec<Image>,
-    /// Whether there is a driver at all.
-    pub driver: bool,
-    /// GPUs that the driver shows, or why there are none.
-    pub devices: Result<u32, String>,
-}
-
-/// The embedded code of a kernel file.
-#[derive(serde::Serialize)]
-pub struct Image {
-    /// Of the file.
-    pub stem: &'static str,
-    /// Compressed.
-    pub bytes: usize,
-    /// `sm_80` for code of a compute capability, `compute_80` for PTX that the driver compiles for newer ones.
-    pub architectures: &'static [&'static str],
-}
-
-/// Looks at the driver and the embedded images; opens nothing.
-pub fn survey() -> Survey {
-    Survey { images: device::images().collect(), driver: device::driver(), devices: device::count() }
 }
 
 impl<P: Precision> Cuda<P> {
@@ -155,6 +112,11 @@ impl<P: Precision> Backend for Cuda<P> {
 
     fn name(&self) -> String {
         self.device.label()
+    }
+
+    /// Enough for a product to take its full time for its weight, however large the vocabulary is.
+    fn logit_rows(vocab: usize) -> usize {
+        ((64 << 20) / (vocab * FLOAT)).max(HEAD_TOKENS)
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {
@@ -219,6 +181,15 @@ impl<P: Precision> Backend for Cuda<P> {
         gemm::linear(&self.device, slice(&x), slice(&w), slice_mut(y), shape, addends)
     }
 
+    fn linear_each(&self, x: In<'_, Self>, layers: &mut [Projection<'_, Self>], tokens: usize) -> Result<()> {
+        let shape = check::linear_each(&x, layers, tokens);
+        let _span = trace::op("linear_each", || {
+            let biases = layers.iter().filter_map(|layer| layer.bias.as_ref()).map(View::len).sum();
+            cost::linear(shape, biases, FLOAT)
+        });
+        gemm::linear_each(&self.device, slice(&x), layers, shape)
+    }
+
     fn linear_backward_input(
         &self,
         dy: In<'_, Self>,
@@ -231,6 +202,19 @@ impl<P: Precision> Backend for Cuda<P> {
         let _span = trace::op("linear_backward_input", || cost::linear_backward_input(shape, accumulate, FLOAT));
         check::linear_backward_input(&dy, &w, &dx, shape);
         gemm::linear_backward_input(&self.device, slice(&dy), slice(&w), slice_mut(dx), shape, alpha, accumulate)
+    }
+
+    fn linear_backward_input_each(
+        &self,
+        layers: &[InputGradient<'_, Self>],
+        dx: Out<'_, Self>,
+        tokens: usize,
+        accumulate: bool,
+    ) -> Result<()> {
+        let shape = check::linear_backward_input_each(layers, &dx, tokens);
+        let cost = || cost::linear_backward_input(shape, accumulate, FLOAT);
+        let _span = trace::op("linear_backward_input_each", cost);
+        gemm::linear_backward_input_each(&self.device, layers, slice_mut(dx), shape, accumulate)
     }
 
     fn linear_backward_weight(
@@ -247,6 +231,19 @@ impl<P: Precision> Backend for Cuda<P> {
         });
         check::linear_backward_weight(&dy, &x, &dw, shape);
         gemm::linear_backward_weight(&self.device, slice(&dy), slice(&x), slice_mut(dw), shape, alpha, accumulate)
+    }
+
+    fn linear_backward_weight_each(
+        &self,
+        x: In<'_, Self>,
+        layers: &mut [WeightGradient<'_, Self>],
+        tokens: usize,
+        accumulate: bool,
+    ) -> Result<()> {
+        let shape = check::linear_backward_weight_each(&x, layers, tokens);
+        let cost = || cost::linear_backward_weight(shape, accumulate, FLOAT, size_of::<P::Grad>());
+        let _span = trace::op("linear_backward_weight_each", cost);
+        gemm::linear_backward_weight_each(&self.device, slice(&x), layers, shape, accumulate)
     }
 
     fn linear_backward_bias(
@@ -485,15 +482,25 @@ impl<P: Precision> Backend for Cuda<P> {
         adamw::adamw_masked(&self.device, &self.tables, &table, slice(&squares), hyper)
     }
 
+    fn squares(&self, w: In<'_, Self>) -> Result<Buffer<Self, f64>> {
+        let _span = trace::op("squares", || cost::sum_squares(w.len(), FLOAT));
+        let parts = perturb::parts(w.len());
+        let mut memory = Memory::new(&self.device, parts)?;
+        perturb::squares(&self.device, slice(&w), &memory.all(parts))?;
+        Ok(Buffer::new(memory, parts))
+    }
+
     fn perturb(
         &self,
         w: In<'_, Self>,
+        squares: Option<View<'_, Self, f64>>,
         direction: &Direction<'_, Self>,
         epsilon: f32,
         plus: Out<'_, Self>,
         minus: Option<Out<'_, Self>>,
     ) -> Result<()> {
-        let _span = trace::op("perturb", || cost::perturb(w.len(), 1 + usize::from(minus.is_some()), direction, FLOAT));
+        let copies = 1 + usize::from(minus.is_some());
+        let _span = trace::op("perturb", || cost::perturb(w.len(), copies, direction, squares.is_some(), FLOAT));
         check::perturb(&w, direction, &plus, minus.as_ref());
         let noise = match direction {
             Direction::Gaussian(key) => perturb::Noise::Gaussian(*key),
@@ -502,6 +509,7 @@ impl<P: Precision> Backend for Cuda<P> {
             Direction::Scale => perturb::Noise::Scale,
             Direction::Given(n) => perturb::Noise::Given(slice(n)),
         };
-        perturb::perturb(&self.device, slice(&w), noise, epsilon, slice_mut(plus), minus.map(slice_mut))
+        let (squares, minus) = (squares.as_ref().map(slice), minus.map(slice_mut));
+        perturb::perturb(&self.device, slice(&w), squares, noise, epsilon, slice_mut(plus), minus)
     }
 }

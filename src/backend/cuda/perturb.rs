@@ -39,19 +39,19 @@ fn cost(elements: usize, bytes: usize, flops: usize) -> Cost {
     Cost { bytes: (elements * bytes) as u64, flops: (elements * flops) as u64 }
 }
 
-/// Partial sums of squares, in f64.
+/// Partial sums of squares.
 struct Sums {
-    memory: Memory<u32>,
+    memory: Memory<f64>,
     count: usize,
 }
 
 impl Sums {
     fn new(device: &Arc<Device>, count: usize) -> Result<Self> {
-        Ok(Self { memory: Memory::new(device, count * 2)?, count })
+        Ok(Self { memory: Memory::new(device, count)?, count })
     }
 
-    fn all(&mut self) -> SliceMut<'_, u32> {
-        self.memory.all(self.count * 2)
+    fn all(&mut self) -> SliceMut<'_, f64> {
+        self.memory.all(self.count)
     }
 }
 
@@ -60,13 +60,23 @@ fn range(len: usize) -> usize {
     len.div_ceil(SUMS).next_multiple_of(ROUND)
 }
 
-/// ‖w‖² in parts.
-fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
-    let range = range(w.len());
-    let mut sums = Sums::new(device, w.len().div_ceil(range))?;
-    let launch = launch("perturb_squares_vec8_bf16", [sums.count as u32, 1], sum_squares(w.len(), FLOAT));
+/// Partial sums of a tensor of `len` elements.
+pub(super) fn parts(len: usize) -> usize {
+    if len == 0 { 0 } else { len.div_ceil(range(len)) }
+}
+
+/// ‖w‖² in [`parts`].
+pub(super) fn squares(device: &Device, w: Slice<bf16>, sums: &SliceMut<f64>) -> Result<()> {
+    assert_eq!(sums.len(), parts(w.len()));
+    let launch = launch("perturb_squares_vec8_bf16", [sums.len() as u32, 1], sum_squares(w.len(), FLOAT));
     // SAFETY: a tensor of `len` elements; a range of it has a block and a place in `sums`.
-    unsafe { device.launch(launch, args![w, w.len() as u64, range as u64, &sums.all()]) }?;
+    unsafe { device.launch(launch, args![w, w.len() as u64, range(w.len()) as u64, sums]) }
+}
+
+/// The same, in memory of their own.
+fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
+    let mut sums = Sums::new(device, parts(w.len()))?;
+    squares(device, w, &sums.all())?;
     Ok(sums)
 }
 
@@ -98,6 +108,8 @@ fn normals(
 /// The copies that a direction makes of w.
 struct Copies<'a> {
     w: Slice<'a, bf16>,
+    /// ‖w‖² in parts; a scaling needs none.
+    squares: Slice<'a, f64>,
     plus: SliceMut<'a, bf16>,
     minus: Option<SliceMut<'a, bf16>>,
     epsilon: f32,
@@ -115,59 +127,56 @@ impl Copies<'_> {
     }
 
     fn gaussian(&self, device: &Arc<Device>, key: NoiseKey, kernel: &'static str, grid: u32) -> Result<()> {
-        let Self { w, plus, minus, epsilon } = self;
+        let Self { w, squares, plus, minus, epsilon } = self;
         let launch = launch(kernel, [grid, 1], self.cost(0, NORMAL_FLOPS));
-        let (mut of_w, mut of_n) = (squares_of_tensor(device, *w)?, squares_of_normals(device, key, w.len())?);
-        let (w_count, n_count) = (of_w.count as u32, of_n.count as u32);
-        let (of_w, of_n, len) = (of_w.all(), of_n.all(), w.len() as u64);
+        let mut of_n = squares_of_normals(device, key, w.len())?;
+        let (w_count, n_count) = (squares.len() as u32, of_n.count as u32);
+        let (of_n, len) = (of_n.all(), w.len() as u64);
         let arguments =
-            args![*w, plus, minus.as_ref(), len, *epsilon, &of_w, w_count, &of_n, n_count, key.seed, key.stream];
+            args![*w, plus, minus.as_ref(), len, *epsilon, *squares, w_count, &of_n, n_count, key.seed, key.stream];
         // SAFETY: tensors of `len` elements, the copies borrowed mutably; `count` partial sums each.
         unsafe { device.launch(launch, arguments) }
     }
 
-    fn rademacher(&self, device: &Arc<Device>, key: NoiseKey) -> Result<()> {
-        let Self { w, plus, minus, epsilon } = self;
+    fn rademacher(&self, device: &Device, key: NoiseKey) -> Result<()> {
+        let Self { w, squares, plus, minus, epsilon } = self;
         let launch = self.launch(device, "perturb_rademacher_vec8_bf16", 0, 0);
-        let mut of_w = squares_of_tensor(device, *w)?;
-        let (count, len) = (of_w.count as u32, w.len() as u64);
-        let of_w = of_w.all();
-        let arguments = args![*w, plus, minus.as_ref(), len, *epsilon, &of_w, count, key.seed, key.stream];
+        let (count, len) = (squares.len() as u32, w.len() as u64);
+        let arguments = args![*w, plus, minus.as_ref(), len, *epsilon, *squares, count, key.seed, key.stream];
         // SAFETY: tensors of `len` elements, the copies borrowed mutably; `count` partial sums.
         unsafe { device.launch(launch, arguments) }
     }
 
     fn scale(&self, device: &Device) -> Result<()> {
-        let Self { w, plus, minus, epsilon } = self;
+        let Self { w, plus, minus, epsilon, .. } = self;
         let launch = self.launch(device, "perturb_scale_vec8_bf16", 0, 0);
         // SAFETY: tensors of `len` elements, the copies borrowed mutably.
         unsafe { device.launch(launch, args![*w, plus, minus.as_ref(), w.len() as u64, *epsilon]) }
     }
 
     fn given(&self, device: &Arc<Device>, n: Slice<bf16>) -> Result<()> {
-        let Self { w, plus, minus, epsilon } = self;
+        let Self { w, squares, plus, minus, epsilon } = self;
         assert_eq!(n.len(), w.len());
         let launch = self.launch(device, "perturb_given_vec8_bf16", 2, 0);
-        let (mut of_w, mut of_n) = (squares_of_tensor(device, *w)?, squares_of_tensor(device, n)?);
-        let (w_count, n_count) = (of_w.count as u32, of_n.count as u32);
-        let (of_w, of_n, len) = (of_w.all(), of_n.all(), w.len() as u64);
-        let arguments = args![*w, plus, minus.as_ref(), len, *epsilon, &of_w, w_count, &of_n, n_count, n];
+        let mut of_n = squares_of_tensor(device, n)?;
+        let (w_count, n_count) = (squares.len() as u32, of_n.count as u32);
+        let (of_n, len) = (of_n.all(), w.len() as u64);
+        let arguments = args![*w, plus, minus.as_ref(), len, *epsilon, *squares, w_count, &of_n, n_count, n];
         // SAFETY: tensors of `len` elements, the copies borrowed mutably; `count` partial sums each.
         unsafe { device.launch(launch, arguments) }
     }
 
     fn low_rank(&self, device: &Arc<Device>, key: NoiseKey, rank: usize, rows: usize) -> Result<()> {
-        let Self { w, plus, minus, epsilon } = self;
+        let Self { w, squares, plus, minus, epsilon } = self;
         let columns = w.len() / rows;
         assert_eq!(w.len(), rows * columns);
         let [mut a, mut b] = [Memory::new(device, rows * rank)?, Memory::new(device, columns * rank)?];
         let (a, b) = (a.all(rows * rank), b.all(columns * rank));
         normals(device, key, 0, rows, rank, &a)?;
         normals(device, key, (rows * rank).div_ceil(4), columns, rank, &b)?;
-        let mut of_w = squares_of_tensor(device, *w)?;
         let mut of_n = Sums::new(device, rank * rank)?;
-        let (w_count, n_count, sides) = (of_w.count as u32, of_n.count as u32, [rows as u64, columns as u64]);
-        let (of_w, of_n, rank32) = (of_w.all(), of_n.all(), rank as u32);
+        let (w_count, n_count, sides) = (squares.len() as u32, of_n.count as u32, [rows as u64, columns as u64]);
+        let (of_n, rank32) = (of_n.all(), rank as u32);
         let gram = launch("perturb_squares_low_rank_f64", [rank32; 2], cost(rank * rank, 4, 2 * (rows + columns)));
         // SAFETY: factors of rank·rows and rank·columns elements; an entry has a block and a place in `of_n`.
         unsafe { device.launch(gram, args![*a, *b, sides[0], sides[1], &of_n]) }?;
@@ -181,7 +190,7 @@ impl Copies<'_> {
             sides[0],
             sides[1],
             *epsilon,
-            &of_w,
+            *squares,
             w_count,
             &of_n,
             n_count,
@@ -195,10 +204,11 @@ impl Copies<'_> {
     }
 }
 
-/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same.
+/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same. `known` = ‖w‖² in parts.
 pub(super) fn perturb(
     device: &Arc<Device>,
     w: Slice<bf16>,
+    known: Option<Slice<f64>>,
     noise: Noise,
     epsilon: f32,
     plus: SliceMut<bf16>,
@@ -206,10 +216,19 @@ pub(super) fn perturb(
 ) -> Result<()> {
     assert_eq!(plus.len(), w.len());
     assert!(minus.as_ref().is_none_or(|minus| minus.len() == w.len()));
+    assert!(known.is_none_or(|known| known.len() == parts(w.len())));
     if w.len() == 0 {
         return Ok(());
     }
-    let copies = Copies { w, plus, minus, epsilon };
+    let mut own = match (known, noise) {
+        (None, Noise::Gaussian(_) | Noise::Rademacher(_) | Noise::LowRank { .. } | Noise::Given(_)) => {
+            squares_of_tensor(device, w)?
+        }
+        (Some(_), _) | (None, Noise::Scale) => Sums::new(device, 0)?,
+    };
+    let own = own.all();
+    let squares = known.unwrap_or(*own);
+    let copies = Copies { w, squares, plus, minus, epsilon };
     match noise {
         Noise::Gaussian(key) => {
             let grid = blocks(w.len(), ROUND).min(device.multiprocessors * RESIDENT);
@@ -265,6 +284,13 @@ impl<P: Precision> Cuda<P> {
             return Ok(());
         }
         let grid = blocks(w.len(), BLOCK);
-        Copies { w, plus, minus, epsilon }.gaussian(&self.device, key, "perturb_gaussian_baseline_bf16", grid)
+        let mut squares = squares_of_tensor(&self.device, w)?;
+        let squares = squares.all();
+        Copies { w, squares: *squares, plus, minus, epsilon }.gaussian(
+            &self.device,
+            key,
+            "perturb_gaussian_baseline_bf16",
+            grid,
+        )
     }
 }

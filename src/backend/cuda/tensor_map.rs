@@ -2,6 +2,7 @@
 
 use super::device::Device;
 use super::memory::Slice;
+use crate::backend::FloatElement;
 use crate::error::Result;
 use cudarc::driver::sys::{
     self, CUtensorMapDataType as DataType, CUtensorMapFloatOOBfill as Fill, CUtensorMapInterleave as Interleave,
@@ -9,10 +10,11 @@ use cudarc::driver::sys::{
 };
 use half::bf16;
 
-/// Elements of a line of a box: 128 bytes, all of a swizzled line.
-const BOX_COLUMNS: usize = 64;
+/// Bytes of a line of a box: all of a swizzled line. Lines of a box of C.
+const LINE_BYTES: usize = 128;
+const SLAB_LINES: usize = 64;
 
-/// Lines of `columns` elements, of which a copy takes a box of `box_lines` × [`BOX_COLUMNS`], swizzled within 128 bytes as
+/// Lines of `columns` elements, of which a copy takes a box of `box_lines` × 128 bytes, swizzled within these as
 /// `wgmma_descriptor` of `kernels/prelude_sm90.cuh` has it. Outside the matrix a box is zeros.
 ///
 /// # Errors
@@ -25,18 +27,51 @@ pub(super) fn tensor_map(
     box_lines: usize,
 ) -> Result<sys::CUtensorMap> {
     assert!(columns > 0 && matrix.len().is_multiple_of(columns), "{} elements in lines of {columns}", matrix.len());
+    encode(device, matrix, [columns, matrix.len() / columns], [box_lines])
+}
+
+/// Matrices [`matrices`, `rows`, `columns`] whose boxes are slabs as `kernels/gemm_sm90.cuh` stores them: 64 rows × 128
+/// bytes of one matrix, swizzled within these.
+///
+/// # Errors
+/// As [`tensor_map`].
+pub(super) fn slab_map<T: FloatElement>(
+    device: &Device,
+    tensor: Slice<T>,
+    [columns, rows, matrices]: [usize; 3],
+) -> Result<sys::CUtensorMap> {
+    assert_eq!(tensor.len(), columns * rows * matrices);
+    encode(device, tensor, [columns, rows, matrices], [SLAB_LINES, 1])
+}
+
+/// Dimensions from the contiguous one on; lines of a box in those after it.
+fn encode<T: FloatElement, const RANK: usize, const LINES: usize>(
+    device: &Device,
+    tensor: Slice<T>,
+    dimensions: [usize; RANK],
+    box_lines: [usize; LINES],
+) -> Result<sys::CUtensorMap> {
     device.bind()?;
+    let data_type = match T::NAME {
+        "bf16" => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        "f32" => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        other => panic!("a tensor map of {other}"),
+    };
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let dimensions = [columns as u64, (matrix.len() / columns) as u64];
-    let (strides, extents, steps) =
-        ([(columns * size_of::<bf16>()) as u64], [BOX_COLUMNS as u32, box_lines as u32], [1, 1]);
-    // SAFETY: writes the map; every array has the entries of a matrix, and the matrix is what the slice holds.
+    let mut strides = [size_of::<T>() as u64; LINES];
+    let mut extents = [(LINE_BYTES / size_of::<T>()) as u32; RANK];
+    for (i, lines) in box_lines.into_iter().enumerate() {
+        strides[i] *= dimensions[..=i].iter().product::<usize>() as u64;
+        extents[i + 1] = lines as u32;
+    }
+    let (dimensions, steps) = (dimensions.map(|size| size as u64), [1; RANK]);
+    // SAFETY: writes the map; every array has the entries of a tensor of this rank, and the tensor is what the slice holds.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,
-            DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            matrix.pointer() as *mut std::ffi::c_void,
+            data_type,
+            RANK as u32,
+            tensor.pointer() as *mut std::ffi::c_void,
             dimensions.as_ptr(),
             strides.as_ptr(),
             extents.as_ptr(),

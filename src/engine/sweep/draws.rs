@@ -1,11 +1,12 @@
 //! Draws of noise: which members share one, in what order they run, and the perturbed tensors themselves.
 
 use super::{Member, NoiseKind, SweepOptions};
-use crate::backend::{Backend, Buffer, Direction, NoiseKey, trace};
+use crate::backend::{Backend, Buffer, Direction, NoiseKey, View, trace};
 use crate::engine::decoder::{Overlay, upload};
 use crate::engine::{Batch, Decoder};
 use crate::error::Result;
 use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 
 /// A draw of noise and the members that use it.
@@ -14,6 +15,26 @@ pub(super) struct Draw<'m> {
     pub(super) seed: u64,
     /// (member, negative), one or two.
     pub(super) members: Vec<(usize, bool)>,
+}
+
+/// Σ W² of the decoder's tensors, each made when it is first perturbed: weights stay as they are during a sweep.
+pub(super) struct Squares<B: Backend>(Vec<OnceCell<Buffer<B, f64>>>);
+
+impl<B: Backend> Squares<B> {
+    /// Of none of the decoder's tensors yet.
+    pub(super) fn new(decoder: &Decoder<B>) -> Self {
+        Self(decoder.params.iter().map(|_| OnceCell::new()).collect())
+    }
+
+    /// Of the tensor at `index`.
+    fn of(&self, decoder: &Decoder<B>, index: usize) -> Result<View<'_, B, f64>> {
+        let cell = &self.0[index];
+        if let Some(squares) = cell.get() {
+            return Ok(squares.view());
+        }
+        let squares = decoder.backend.squares(decoder.params[index].values.view())?;
+        Ok(cell.get_or_init(|| squares).view())
+    }
 }
 
 pub(super) type Perturbed<B> = BTreeMap<ParamId, Buffer<B, <B as Backend>::Float>>;
@@ -29,6 +50,7 @@ impl<B: Backend> Decoder<B> {
         &self,
         draw: &Draw<'_>,
         wanted: impl Fn(ParamId) -> bool,
+        squares: &Squares<B>,
         options: &SweepOptions,
     ) -> Result<Vec<Perturbed<B>>> {
         let _span = trace::phase("perturb");
@@ -65,7 +87,8 @@ impl<B: Backend> Decoder<B> {
                 buffers.try_into().unwrap_or_else(|_| unreachable!("two were made"));
             let both = draw.members.iter().any(|(_, negative)| *negative) && options.kind != NoiseKind::Zero;
             let twin = both.then(|| minus.view_mut());
-            self.backend.perturb(param.values.view(), &direction, epsilon, plus.view_mut(), twin)?;
+            let squares = if let Direction::Scale = direction { None } else { Some(squares.of(self, stream)?) };
+            self.backend.perturb(param.values.view(), squares, &direction, epsilon, plus.view_mut(), twin)?;
             match draw.members.as_slice() {
                 [(_, negative)] => {
                     all[0].insert(id, if *negative && both { minus } else { plus });

@@ -18,6 +18,48 @@ extern "C" __global__ void __launch_bounds__(128) known_box(const __grid_constan
 }
 EXPORT(known_box)
 
+// grid: 1, block: 128, shared: `bytes`. y = shared memory after the box at (x0, x1, x2) has come.
+extern "C" __global__ void __launch_bounds__(128) known_box_3d(
+    const __grid_constant__ CUtensorMap map, int x0, int x1, int x2, uint32_t bytes, uint4* __restrict__ y) {
+  __shared__ __align__(8) uint64_t barrier;
+  if (threadIdx.x == 0) {
+    mbarrier_init(&barrier, 1);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_expect(&barrier, bytes);
+    tma_load_3d(dynamic_shared, &map, &barrier, x0, x1, x2);
+  }
+  mbarrier_wait(&barrier, 0);
+  for (uint32_t i = threadIdx.x; i < bytes / 16; i += 128) y[i] = reinterpret_cast<const uint4*>(dynamic_shared)[i];
+}
+EXPORT(known_box_3d)
+
+// grid: 1, block: 128, shared: `bytes`. The box at (x0, x1, x2) = shared memory = x, or is added to.
+extern "C" __global__ void __launch_bounds__(128) known_store(
+    const __grid_constant__ CUtensorMap map, int x0, int x1, int x2, uint32_t bytes, uint32_t adds, const uint4* __restrict__ x) {
+  for (uint32_t i = threadIdx.x; i < bytes / 16; i += 128) reinterpret_cast<uint4*>(dynamic_shared)[i] = x[i];
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (adds) tma_add_3d(&map, dynamic_shared, x0, x1, x2);
+    else tma_store_3d(&map, dynamic_shared, x0, x1, x2);
+    tma_store_commit();
+    tma_store_wait_read<0>();
+  }
+}
+EXPORT(known_store)
+
+// grid: 1, block: 32, shared: 512. y = shared memory to which lane l has given the registers 4·l to 4·l + 3.
+extern "C" __global__ void __launch_bounds__(32) known_stmatrix(uint32_t* __restrict__ y) {
+  const uint32_t r[4] = {4 * threadIdx.x, 4 * threadIdx.x + 1, 4 * threadIdx.x + 2, 4 * threadIdx.x + 3};
+  stmatrix_x4(dynamic_shared + 16 * threadIdx.x, r);
+  __syncwarp();
+  for (uint32_t i = threadIdx.x; i < 128; i += 32) y[i] = reinterpret_cast<const uint32_t*>(dynamic_shared)[i];
+}
+EXPORT(known_stmatrix)
+
 // grid: 1, block: 128. Two halves of the block hand a number back and forth; y = it and the rounds, at the end.
 extern "C" __global__ void __launch_bounds__(128) known_phases(uint32_t rounds, uint32_t* __restrict__ y) {
   __shared__ __align__(8) uint64_t full, empty;
@@ -53,9 +95,7 @@ struct Operands {
 
 __device__ __forceinline__ void take_image(const uint4* image, uint32_t bytes) {
   for (uint32_t i = threadIdx.x; i < bytes / 16; i += 128) reinterpret_cast<uint4*>(dynamic_shared)[i] = image[i];
-#ifdef __CUDACC__
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+  fence_proxy_async();
   __syncthreads();
 }
 __device__ __forceinline__ uint64_t operand(uint64_t descriptor, uint32_t at) { return descriptor | (shared_address(dynamic_shared + at) & 0x3ffff) >> 4; }

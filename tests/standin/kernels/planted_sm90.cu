@@ -81,10 +81,63 @@ template <bool Right> __device__ __forceinline__ void too_many_arrivals(const CU
 }
 PLANT(too_many_arrivals)
 
+// The same by stores: `map` is of y. Two warps write the buffer.
+struct Stores {
+  bool fence = true, barrier = true, wait = true, last_wait = true;
+};
+__device__ __forceinline__ void store_reversed(const CUtensorMap& map, const float* x, uint32_t n, const Stores& plan) {
+  for (uint32_t tile = 0; tile < n / 256; tile++) {
+    if (threadIdx.x < 64) {
+      // Register m of lane l becomes word 32·m + l of the warp's 128.
+      uint32_t r[4];
+      for (uint32_t m = 0; m < 4; m++) r[m] = __float_as_uint(x[tile * 256 + 255 - (threadIdx.x / 32 * 128 + 32 * m + threadIdx.x % 32)]);
+      stmatrix_x4(dynamic_shared + threadIdx.x * 16, r);
+      if (plan.fence) fence_proxy_async();
+    }
+    if (plan.barrier) __syncthreads();
+    else __syncwarp();
+    if (threadIdx.x == 0) {
+      tma_store_3d(&map, dynamic_shared, 0, tile, 0);
+      tma_store_commit();
+      if (plan.wait) tma_store_wait_read<0>();
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0 && plan.last_wait) tma_store_wait_read<0>();
+}
+template <bool Right> __device__ __forceinline__ void store_not_fenced(const CUtensorMap& map, const float* x, uint32_t n) {
+  Stores plan;
+  plan.fence = Right;
+  store_reversed(map, x, n, plan);
+}
+PLANT(store_not_fenced)
+
+template <bool Right> __device__ __forceinline__ void store_too_early(const CUtensorMap& map, const float* x, uint32_t n) {
+  Stores plan;
+  plan.barrier = Right;
+  store_reversed(map, x, n, plan);
+}
+PLANT(store_too_early)
+
+template <bool Right> __device__ __forceinline__ void store_overwritten(const CUtensorMap& map, const float* x, uint32_t n) {
+  Stores plan;
+  plan.wait = Right;
+  store_reversed(map, x, n, plan);
+}
+PLANT(store_overwritten)
+
+template <bool Right> __device__ __forceinline__ void store_left_over(const CUtensorMap& map, const float* x, uint32_t n) {
+  Stores plan;
+  plan.wait = plan.last_wait = Right;
+  store_reversed(map, x, n, plan);
+}
+PLANT(store_left_over)
+
 // The products: y[i] = 64, the sum of 64 registers of ones to which a product of zeros is added.
-template <bool Fence, bool Wait, bool Keep> __device__ __forceinline__ void ones_and_zeros(float* y, uint32_t n) {
+template <bool Fence, bool Wait, bool Keep, bool Publish> __device__ __forceinline__ void ones_and_zeros(float* y, uint32_t n) {
   uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
-  words[threadIdx.x % 32] = 0;
+  if (threadIdx.x < 32) words[threadIdx.x] = 0;
+  if (Publish) fence_proxy_async();
   __syncthreads();
   float sums[64];
 #pragma unroll
@@ -94,7 +147,7 @@ template <bool Fence, bool Wait, bool Keep> __device__ __forceinline__ void ones
   const uint64_t zeros = (shared_address(dynamic_shared) & 0x3ffff) >> 4;
   wgmma_bf16<128, false, false>(sums, zeros, zeros);
   wgmma_commit();
-  if (!Keep) words[threadIdx.x % 32] = 0x3f803f80;
+  if (!Keep && threadIdx.x < 32) words[threadIdx.x] = 0x3f803f80;
   if (Wait) wgmma_wait<0>();
   float total = 0.f;
 #pragma unroll
@@ -103,20 +156,22 @@ template <bool Fence, bool Wait, bool Keep> __device__ __forceinline__ void ones
   for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = total;
 }
 
-#define PLANT_PRODUCT(name, fence, wait, keep)                                                                                     \
+#define PLANT_PRODUCT(name, fence, wait, keep, publish)                                                                            \
   extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ CUtensorMap, float* y, uint32_t n) {              \
-    ones_and_zeros<fence, wait, keep>(y, n);                                                                                       \
+    ones_and_zeros<fence, wait, keep, publish>(y, n);                                                                              \
   }                                                                                                                                \
   EXPORT(name)
-PLANT_PRODUCT(product_right, true, true, true)
-PLANT_PRODUCT(product_not_fenced_wrong, false, true, true)
-PLANT_PRODUCT(product_not_awaited_wrong, true, false, true)
-PLANT_PRODUCT(operand_overwritten_wrong, true, true, false)
+PLANT_PRODUCT(product_right, true, true, true, true)
+PLANT_PRODUCT(product_not_fenced_wrong, false, true, true, true)
+PLANT_PRODUCT(product_not_awaited_wrong, true, false, true, true)
+PLANT_PRODUCT(operand_overwritten_wrong, true, true, false, true)
+PLANT_PRODUCT(operand_not_fenced_wrong, true, true, true, false)
 
 // The same with an operand in registers, which is written meanwhile.
 extern "C" __global__ void __launch_bounds__(256) operand_registers_written_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) {
   uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
-  words[threadIdx.x % 32] = 0;
+  if (threadIdx.x < 32) words[threadIdx.x] = 0;
+  fence_proxy_async();
   __syncthreads();
   float sums[64];
 #pragma unroll

@@ -113,8 +113,8 @@ const MIN_SPLIT_BLOCKS: usize = 4;
 const BYTES_CLOCK: usize = 1760;
 
 /// Tiles of a version and their time: what a block of depth and what a tile beside that (first loads, sums to memory)
-/// take of a multiprocessor. From the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with `wgmma`) and
-/// the share of them that such tiles reach.
+/// take of a multiprocessor. Estimates, from the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with
+/// `wgmma`), the share of them that such tiles reach, and the instructions of a tile's end.
 pub(super) struct Tile {
     version: GemmVersion,
     pub(super) rows: usize,
@@ -125,8 +125,8 @@ pub(super) struct Tile {
 }
 
 const TILES: [Tile; 5] = [
-    Tile { version: GemmVersion::Wgmma256, rows: 128, columns: 256, depth: 64, block_clocks: 1200, tile_clocks: 2500 },
-    Tile { version: GemmVersion::Wgmma128, rows: 128, columns: 128, depth: 64, block_clocks: 700, tile_clocks: 1500 },
+    Tile { version: GemmVersion::Wgmma256, rows: 128, columns: 256, depth: 64, block_clocks: 1200, tile_clocks: 1000 },
+    Tile { version: GemmVersion::Wgmma128, rows: 128, columns: 128, depth: 64, block_clocks: 700, tile_clocks: 800 },
     Tile { version: GemmVersion::Mma128, rows: 128, columns: 128, depth: 32, block_clocks: 640, tile_clocks: 1500 },
     Tile { version: GemmVersion::Mma64, rows: 64, columns: 64, depth: 64, block_clocks: 480, tile_clocks: 1000 },
     Tile { version: GemmVersion::Scalar64, rows: 64, columns: 64, depth: 64, block_clocks: 2000, tile_clocks: 1000 },

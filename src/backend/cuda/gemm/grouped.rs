@@ -1,0 +1,367 @@
+//! Layers of one X in one launch: q, k and v; gate and up. Forward and for the gradients of weights they are products side by
+//! side, each with tensors of its own; for the gradient of X they are terms of one sum.
+
+use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmVersion};
+use super::{Addends, BLOCK, MMA_BLOCK, MMA_SHARED_BYTES, combine, product, size, wgmma};
+use crate::backend::cuda::device::{Arg, Device, Launch, args, blocks};
+use crate::backend::cuda::memory::{Memory, Slice, SliceMut, slice, slice_mut};
+use crate::backend::cuda::{Cuda, Precision};
+use crate::backend::{Cost, FloatElement, In, InputGradient, LinearShape, Projection, ViewMut, WeightGradient};
+use crate::error::Result;
+use half::bf16;
+use std::sync::Arc;
+
+/// Most products of a launch.
+const MOST: usize = 3;
+
+/// One of the products of [`Cuda::gemm_each`], of which all have one layout and depth.
+pub struct GemmMember<'a, P: Precision, T: FloatElement> {
+    /// As the layout says.
+    pub a: In<'a, Cuda<P>>,
+    /// As the layout says.
+    pub b: In<'a, Cuda<P>>,
+    /// \[n\]
+    pub bias: Option<In<'a, Cuda<P>>>,
+    /// [m, n]
+    pub c: ViewMut<'a, Cuda<P>, T>,
+    /// The layout and sizes.
+    pub shape: GemmShape,
+}
+
+/// The same of device memory.
+struct Member<'a, T> {
+    a: Slice<'a, bf16>,
+    b: Slice<'a, bf16>,
+    bias: Option<Slice<'a, bf16>>,
+    c: SliceMut<'a, T>,
+    shape: GemmShape,
+}
+
+/// A term of a sum.
+#[derive(Clone, Copy)]
+struct Term<'a> {
+    a: Slice<'a, bf16>,
+    b: Slice<'a, bf16>,
+    shape: GemmShape,
+}
+
+impl<P: Precision> Cuda<P> {
+    /// C = A·B + bias (+ C, if `accumulate`) for each member: in one launch by `plan`, else by that chosen for this device and
+    /// these shapes, which is returned; `None` where they go one after another.
+    ///
+    /// # Errors
+    /// Where the device fails or has no memory for the sums of parts.
+    ///
+    /// # Panics
+    /// Where lengths do not fit, or the plan's version has no kernel for such a group.
+    pub fn gemm_each<T: FloatElement>(
+        &self,
+        members: &mut [GemmMember<'_, P, T>],
+        accumulate: bool,
+        plan: Option<GemmPlan>,
+    ) -> Result<Option<GemmPlan>> {
+        let members = members.iter_mut().map(|GemmMember { a, b, bias, c, shape }| Member {
+            a: slice(a),
+            b: slice(b),
+            bias: bias.as_ref().map(slice),
+            c: slice_mut(c.reborrow()),
+            shape: *shape,
+        });
+        each(&self.device, members.collect(), accumulate, plan)
+    }
+
+    /// C = Σ A·B (+ C, if `accumulate`) over terms of [`GemmLayout::Nn`]: with one rounding in one launch, as
+    /// [`Cuda::gemm_each`]; one after another, each is rounded.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn gemm_sum(
+        &self,
+        terms: &[(In<'_, Self>, In<'_, Self>, GemmShape)],
+        c: ViewMut<'_, Self, bf16>,
+        accumulate: bool,
+        plan: Option<GemmPlan>,
+    ) -> Result<Option<GemmPlan>> {
+        let terms: Vec<_> =
+            terms.iter().map(|(a, b, shape)| Term { a: slice(a), b: slice(b), shape: *shape }).collect();
+        sum(&self.device, &terms, slice_mut(c), accumulate, plan)
+    }
+}
+
+/// One product as large as all of them.
+fn whole(shapes: &[GemmShape]) -> GemmShape {
+    let total = |size: fn(&GemmShape) -> usize| shapes.iter().map(size).sum();
+    let first = shapes[0];
+    match first.layout {
+        GemmLayout::Tn => GemmShape { n: total(|shape| shape.n), ..first },
+        GemmLayout::Nn => GemmShape { k: total(|shape| shape.k), ..first },
+        GemmLayout::Nt => GemmShape { m: total(|shape| shape.m), ..first },
+    }
+}
+
+/// Whether there is a kernel of this version that takes a group of these shapes in one launch; `hopper`: those of Hopper can
+/// store what it gives.
+fn supports(version: GemmVersion, shapes: &[GemmShape], aligned: bool, hopper: bool) -> bool {
+    let kernel = !matches!(version, GemmVersion::Baseline | GemmVersion::Scalar64);
+    kernel && (2..=MOST).contains(&shapes.len()) && shapes.iter().all(|shape| version.supports(*shape, aligned, hopper))
+}
+
+/// The plan of a group in one launch: that of a product as large as all of them, where it has a kernel for groups. `stores`:
+/// whether kernels of Hopper can store what it gives.
+fn choose(
+    device: &Device,
+    shapes: &[GemmShape],
+    aligned: bool,
+    stores: bool,
+    plan: Option<GemmPlan>,
+) -> Option<GemmPlan> {
+    let hopper = device.runs("gemm_sm90");
+    if let Some(plan) = plan {
+        assert!(plan.splits > 0 && supports(plan.version, shapes, aligned, hopper && stores), "{plan:?} of {shapes:?}");
+        return Some(plan);
+    }
+    if shapes.iter().any(|shape| shape.m * shape.n == 0) {
+        return None;
+    }
+    let plan = plan::choose(whole(shapes), aligned, hopper, device.multiprocessors);
+    supports(plan.version, shapes, aligned, hopper && stores).then_some(plan)
+}
+
+fn aligned(operands: &[Slice<bf16>]) -> bool {
+    operands.iter().all(|operand| operand.aligned(super::OPERAND_BYTES))
+}
+
+/// The arguments of the members that are there, and `none` for the others.
+fn padded(values: impl Iterator<Item = Arg>, none: Arg) -> [Arg; MOST] {
+    let mut all = [none; MOST];
+    all.iter_mut().zip(values).for_each(|(to, value)| *to = value);
+    all
+}
+
+fn pointers(values: impl Iterator<Item = Arg>) -> [Arg; MOST] {
+    padded(values, Arg::Pointer(0))
+}
+
+fn sizes(values: impl Iterator<Item = usize>) -> [Arg; MOST] {
+    padded(values.map(|value| Arg::U32(size(value))), Arg::U32(0))
+}
+
+/// Memory for the sums of the parts of a product.
+fn partials(device: &Arc<Device>, splits: u32, shape: GemmShape) -> Result<Memory<f32>> {
+    Memory::new(device, splits as usize * shape.m * shape.n)
+}
+
+fn each<T: FloatElement>(
+    device: &Arc<Device>,
+    members: Vec<Member<T>>,
+    accumulate: bool,
+    plan: Option<GemmPlan>,
+) -> Result<Option<GemmPlan>> {
+    let shapes: Vec<GemmShape> = members.iter().map(|member| member.shape).collect();
+    for Member { a, b, bias, c, shape: GemmShape { layout, m, n, k } } in &members {
+        assert_eq!([a.len(), b.len(), c.len()], [m * k, n * k, m * n], "{shapes:?}");
+        assert!(bias.is_none_or(|bias| bias.len() == *n), "{shapes:?}");
+        assert_eq!((*layout, *k), (shapes[0].layout, shapes[0].k), "{shapes:?}");
+    }
+    let operands: Vec<_> = members.iter().flat_map(|member| [member.a, member.b]).collect();
+    let stores = wgmma::groups(&outputs(&members, &[], accumulate));
+    let Some(plan) = choose(device, &shapes, aligned(&operands), stores, plan) else {
+        for Member { a, b, bias, c, shape } in members {
+            product(device, a, b, c, shape, addends(bias, accumulate), None)?;
+        }
+        return Ok(None);
+    };
+    let GemmPlan { version, splits } = plan;
+    let whole = whole(&shapes);
+    let biases = members.iter().filter_map(|member| member.bias).map(|bias| bias.len()).sum::<usize>();
+    let added = size_of::<bf16>() * biases + if accumulate { size_of::<T>() * whole.m * whole.n } else { 0 };
+    let cost = whole.cost(size_of::<T>()) + Cost::moved(added);
+    let a = pointers(members.iter().map(|member| member.a.into()));
+    let b = pointers(members.iter().map(|member| member.b.into()));
+    let c = pointers(members.iter().map(|member| (&member.c).into()));
+    let bias = pointers(members.iter().map(|member| member.bias.into()));
+    let n = sizes(shapes.iter().map(|shape| shape.n));
+    let k = args![size(whole.k)];
+    let Some(tile) = version.tile() else {
+        assert!(!accumulate && [1, 2, 4, 8].contains(&splits), "{plan:?}");
+        let grid = shapes.iter().map(|shape| blocks(shape.n * splits as usize, plan::DECODE_OUTPUTS)).sum();
+        let kernel = symbol::<T>(whole, version);
+        let launch = Launch { image: "gemm_decode", kernel, grid: [grid, 1, 1], block: BLOCK, shared_bytes: 0, cost };
+        let arguments = [&a[..1], &b, &c, &bias, args![size(whole.m)], &n, k, args![splits]].concat();
+        // SAFETY: lengths fit the shapes, which the version supports, and X is the same; each C is borrowed mutably.
+        return unsafe { device.launch(launch, &arguments) }.map(|()| Some(plan));
+    };
+    let mut memory = Vec::with_capacity(MOST);
+    if splits > 1 {
+        memory = shapes.iter().map(|shape| partials(device, splits, *shape)).collect::<Result<_>>()?;
+    }
+    let sums = memory.iter_mut().zip(&shapes).map(|(memory, shape)| memory.all(splits as usize * shape.m * shape.n));
+    let sums: Vec<SliceMut<f32>> = sums.collect();
+    let cost = if splits > 1 { whole.cost(4 * splits as usize) } else { cost };
+    if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
+        let operands = members.iter().map(|member| wgmma::Operands { a: member.a, b: member.b, shape: member.shape });
+        let outputs = outputs(&members, &sums, accumulate);
+        wgmma::launch(device, &operands.collect::<Vec<_>>(), &outputs, plan, cost)?;
+    } else {
+        let m = sizes(shapes.iter().map(|shape| shape.m));
+        let launch = Launch {
+            image: "gemm",
+            kernel: symbol::<T>(whole, version),
+            grid: [size(shapes.iter().map(|shape| tile.count(*shape)).sum()), splits, 1],
+            block: MMA_BLOCK,
+            shared_bytes: MMA_SHARED_BYTES,
+            cost,
+        };
+        let parts = pointers(sums.iter().map(Arg::from));
+        let arguments = [&a[..], &b, &c, &bias, &parts, args![accumulate as u32], &m, &n, k].concat();
+        // SAFETY: lengths fit the shapes, operands are aligned as the version asks, each of `sums` holds the sums of all parts of
+        // its product; each C is borrowed mutably.
+        unsafe { device.launch(launch, &arguments) }?;
+    }
+    for (sums, Member { bias, c, shape, .. }) in sums.iter().zip(&members) {
+        combine(device, sums, splits, c, [shape.m, shape.n], addends(*bias, accumulate))?;
+    }
+    Ok(Some(plan))
+}
+
+fn addends(bias: Option<Slice<bf16>>, accumulate: bool) -> Addends {
+    Addends { bias, ..Addends::scaled(1.0, accumulate) }
+}
+
+/// What becomes of products side by side; `sums` of parts where there are some.
+fn outputs<'a, T>(members: &'a [Member<T>], sums: &'a [SliceMut<f32>], accumulate: bool) -> Vec<wgmma::Output<'a, T>> {
+    let outputs = members.iter().enumerate().map(|(i, Member { bias, c, shape, .. })| wgmma::Output {
+        c,
+        partials: sums.get(i),
+        addends: addends(*bias, accumulate),
+        shape: *shape,
+    });
+    outputs.collect()
+}
+
+fn symbol<T: FloatElement>(GemmShape { layout, m, .. }: GemmShape, version: GemmVersion) -> &'static str {
+    match (layout, T::NAME, version) {
+        (GemmLayout::Tn, "bf16", GemmVersion::Mma64) => "gemm_tn_each_mma64_bf16",
+        (GemmLayout::Tn, "bf16", GemmVersion::Mma128) => "gemm_tn_each_mma128_bf16",
+        (GemmLayout::Tn, "bf16", GemmVersion::Decode) => match m {
+            1 => "gemm_tn_each_decode1_bf16",
+            2 => "gemm_tn_each_decode2_bf16",
+            3..=4 => "gemm_tn_each_decode4_bf16",
+            _ => "gemm_tn_each_decode8_bf16",
+        },
+        (GemmLayout::Nt, "bf16", GemmVersion::Mma64) => "gemm_nt_each_mma64_bf16",
+        (GemmLayout::Nt, "bf16", GemmVersion::Mma128) => "gemm_nt_each_mma128_bf16",
+        (GemmLayout::Nt, "f32", GemmVersion::Mma64) => "gemm_nt_each_mma64_f32",
+        (GemmLayout::Nt, "f32", GemmVersion::Mma128) => "gemm_nt_each_mma128_f32",
+        _ => panic!("{layout:?} into {} by {version:?}", T::NAME),
+    }
+}
+
+fn sum(
+    device: &Arc<Device>,
+    terms: &[Term],
+    mut c: SliceMut<bf16>,
+    accumulate: bool,
+    plan: Option<GemmPlan>,
+) -> Result<Option<GemmPlan>> {
+    let shapes: Vec<GemmShape> = terms.iter().map(|term| term.shape).collect();
+    for Term { a, b, shape: GemmShape { layout, m, n, k } } in terms {
+        assert_eq!([a.len(), b.len(), c.len()], [m * k, n * k, m * n], "{shapes:?}");
+        assert_eq!((*layout, *m, *n), (GemmLayout::Nn, shapes[0].m, shapes[0].n), "{shapes:?}");
+    }
+    let operands: Vec<_> = terms.iter().flat_map(|term| [term.a, term.b]).collect();
+    let addends = Addends::scaled(1.0, accumulate);
+    let (GemmShape { m, n, .. }, whole) = (shapes[0], whole(&shapes));
+    let stores = wgmma::groups(&[wgmma::Output { c: &c, partials: None, addends, shape: whole }]);
+    let Some(plan) = choose(device, &shapes, aligned(&operands), stores, plan) else {
+        for (i, Term { a, b, shape }) in terms.iter().enumerate() {
+            product(device, *a, *b, c.reborrow(), *shape, Addends::scaled(1.0, accumulate || i > 0), None)?;
+        }
+        return Ok(None);
+    };
+    let GemmPlan { version, splits } = plan;
+    let tile = version.tile().expect("a version with tiles: no other has this layout");
+    let mut memory = if splits > 1 { Some(partials(device, splits, whole)?) } else { None };
+    let sums = memory.as_mut().map(|memory| memory.all(splits as usize * m * n));
+    let alone = whole.cost(size_of::<bf16>()) + Cost::moved(addends.bytes(m * n, size_of::<bf16>()));
+    let cost = if splits > 1 { whole.cost(4 * splits as usize) } else { alone };
+    if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
+        let output = wgmma::Output { c: &c, partials: sums.as_ref(), addends, shape: whole };
+        let operands = terms.iter().map(|term| wgmma::Operands { a: term.a, b: term.b, shape: term.shape });
+        wgmma::launch(device, &operands.collect::<Vec<_>>(), &[output], plan, cost)?;
+    } else {
+        let launch = Launch {
+            image: "gemm",
+            kernel: if version == GemmVersion::Mma64 { "gemm_nn_sum_mma64_bf16" } else { "gemm_nn_sum_mma128_bf16" },
+            grid: [size(tile.count(whole)), splits, 1],
+            block: MMA_BLOCK,
+            shared_bytes: MMA_SHARED_BYTES,
+            cost,
+        };
+        let a = pointers(terms.iter().map(|term| term.a.into()));
+        let b = pointers(terms.iter().map(|term| term.b.into()));
+        let common = args![&c, sums.as_ref(), accumulate as u32, size(m), size(n)];
+        let arguments = [&a[..], &b, common, &sizes(shapes.iter().map(|shape| shape.k))].concat();
+        // SAFETY: lengths fit the shapes, operands are aligned as the version asks, `sums` holds the sums of all parts; C is
+        // borrowed mutably.
+        unsafe { device.launch(launch, &arguments) }?;
+    }
+    if let Some(sums) = sums {
+        combine(device, &sums, splits, &c, [m, n], addends)?;
+    }
+    Ok(Some(plan))
+}
+
+/// Each Y [tokens, outputs] = X·Wᵀ + bias.
+pub(in crate::backend::cuda) fn linear_each<P: Precision>(
+    device: &Arc<Device>,
+    x: Slice<bf16>,
+    layers: &mut [Projection<'_, Cuda<P>>],
+    LinearShape { tokens: m, inputs: k, .. }: LinearShape,
+) -> Result<()> {
+    let members = layers.iter_mut().map(|Projection { w, bias, y }| Member {
+        a: x,
+        b: slice(w),
+        bias: bias.as_ref().map(slice),
+        shape: GemmShape { layout: GemmLayout::Tn, m, n: w.len() / k, k },
+        c: slice_mut(y.reborrow()),
+    });
+    each(device, members.collect(), false, None).map(|_| ())
+}
+
+/// dX [tokens, inputs] = Σ dY·W (+ dX).
+pub(in crate::backend::cuda) fn linear_backward_input_each<P: Precision>(
+    device: &Arc<Device>,
+    layers: &[InputGradient<'_, Cuda<P>>],
+    dx: SliceMut<bf16>,
+    LinearShape { tokens: m, inputs: n, .. }: LinearShape,
+    accumulate: bool,
+) -> Result<()> {
+    let terms = layers.iter().map(|InputGradient { dy, w }| Term {
+        a: slice(dy),
+        b: slice(w),
+        shape: GemmShape { layout: GemmLayout::Nn, m, n, k: w.len() / n },
+    });
+    sum(device, &terms.collect::<Vec<_>>(), dx, accumulate, None).map(|_| ())
+}
+
+/// Each dW [outputs, inputs] = dYᵀ·X (+ dW).
+pub(in crate::backend::cuda) fn linear_backward_weight_each<P: Precision>(
+    device: &Arc<Device>,
+    x: Slice<bf16>,
+    layers: &mut [WeightGradient<'_, Cuda<P>>],
+    LinearShape { tokens: k, inputs: n, .. }: LinearShape,
+    accumulate: bool,
+) -> Result<()> {
+    let members = layers.iter_mut().map(|WeightGradient { dy, dw }| Member {
+        a: slice(dy),
+        b: x,
+        bias: None,
+        shape: GemmShape { layout: GemmLayout::Nt, m: dw.len() / n, n, k },
+        c: slice_mut(dw.reborrow()),
+    });
+    each(device, members.collect(), accumulate, None).map(|_| ())
+}

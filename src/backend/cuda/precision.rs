@@ -1,0 +1,28 @@
+//! What gradients and moments are kept in.
+
+use crate::backend::FloatElement;
+use half::bf16;
+
+/// What gradients and moments are kept in.
+pub trait Precision: Send + Sync + 'static {
+    /// Weight gradients.
+    type Grad: FloatElement;
+    /// AdamW's moments.
+    type Moment: FloatElement;
+}
+
+/// f32 gradients and moments: 12 bytes a trained parameter beside its weight.
+pub struct F32State;
+
+impl Precision for F32State {
+    type Grad = f32;
+    type Moment = f32;
+}
+
+/// bf16 gradients and moments, rounded stochastically: 6 bytes a trained parameter beside its weight.
+pub struct Bf16State;
+
+impl Precision for Bf16State {
+    type Grad = bf16;
+    type Moment = bf16;
+}
