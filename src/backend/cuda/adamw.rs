@@ -38,7 +38,8 @@ impl<'a, G: FloatElement, M: FloatElement> Module<'a, G, M> {
     }
 }
 
-/// Module tables on the device, by what they hold: from step to step pointers and sizes stay, so that nothing is uploaded.
+/// Module tables on the device, by what they hold: from step to step pointers and sizes stay, so that nothing is
+/// uploaded.
 #[derive(Default)]
 pub(super) struct Tables(Mutex<Vec<Table>>);
 
@@ -48,8 +49,8 @@ struct Table {
 }
 
 impl Tables {
-    /// Runs `launch` on these words as the device has them. The lock is held until the launch is queued: a table that is
-    /// dropped later goes back to the arena behind it.
+    /// Runs `launch` on these words as the device has them. The lock is held until the launch is queued: a table that
+    /// is dropped later goes back to the arena behind it.
     fn with(&self, device: &Arc<Device>, words: Vec<u64>, launch: impl FnOnce(Slice<u32>) -> Result<()>) -> Result<()> {
         let mut tables = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let halves = words.len() * 2;
@@ -189,8 +190,8 @@ pub(super) fn adamw_masked<G: FloatElement, M: FloatElement>(
     tables.with(device, words, |table| {
         let arguments =
             args![table, rates, squares, count, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, stochastic];
-        // SAFETY: the table's rows are four live views of one length, three of them borrowed mutably; `rates` has a pair
-        // and `squares` a number a row; a chunk has a block.
+        // SAFETY: the table's rows are four live views of one length, three of them borrowed mutably; `rates` has a
+        // pair and `squares` a number a row; a chunk has a block.
         unsafe { device.launch(launch, arguments) }
     })
 }

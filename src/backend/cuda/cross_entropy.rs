@@ -44,8 +44,9 @@ pub(super) fn cross_entropy(
         // SAFETY: as below.
         return unsafe { device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, with_gradient]) };
     }
-    // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check targets; logits
-    // and losses are borrowed mutably. What the second keeps is whole steps, in as much shared memory as it is launched with.
+    // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check
+    // targets; logits and losses are borrowed mutably. What the second keeps is whole steps, in as much shared memory
+    // as it is launched with.
     unsafe {
         match scale {
             None => {

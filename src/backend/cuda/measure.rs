@@ -1,5 +1,5 @@
-//! What benches need beside [`Cuda::time`]: a version of a kernel by its name, work captured once and replayed, and what
-//! another library must know of a device to work in its stream.
+//! What benches need beside [`Cuda::time`]: a version of a kernel by its name, work captured once and replayed, and
+//! what another library must know of a device to work in its stream.
 
 use super::device::Device;
 use super::{Cuda, Precision, slice};
@@ -14,9 +14,9 @@ thread_local! {
     static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
-/// Runs `f`, in which an operation called from this thread uses the version of its kernels of this name (the last part but
-/// one of a symbol: `baseline`, `vec8`, `row2048`) where it has one that fits the tensors, else what it would have chosen.
-/// Products are asked for by version and parts: [`Cuda::gemm`].
+/// Runs `f`, in which an operation called from this thread uses the version of its kernels of this name (the last
+/// part but one of a symbol: `baseline`, `vec8`, `row2048`) where it has one that fits the tensors, else what it
+/// would have chosen. Products are asked for by version and parts: [`Cuda::gemm`].
 pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
     struct Restore(Option<&'static str>);
     impl Drop for Restore {
@@ -83,15 +83,15 @@ impl Drop for Captured {
 }
 
 impl<P: Precision> Cuda<P> {
-    /// Captures what `queue` puts into the stream; nothing of it runs. It must have run once before, so that it finds its
-    /// workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
+    /// Captures what `queue` puts into the stream; nothing of it runs. It must have run once before, so that it finds
+    /// its workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
     ///
     /// # Errors
     /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
     ///
-    /// # Safety
-    /// The buffers that `queue` uses outlive what is returned. No memory is given back to the driver meanwhile (as where a
-    /// buffer does not fit), and nothing else runs between launches that keeps values in the workspace.
+    /// # Safety The buffers that `queue` uses outlive what is returned. No memory is given back to the driver
+    /// meanwhile (as where a buffer does not fit), and nothing else runs between launches that keeps values in the
+    /// workspace.
     pub unsafe fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = &self.device;
         device.synchronize()?;

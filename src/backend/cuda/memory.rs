@@ -1,5 +1,5 @@
-//! Device memory. What is given back stays with the arena for the next buffer of the same size, so that a step allocates
-//! nothing after the first; one stream orders the old user before the new one.
+//! Device memory. What is given back stays with the arena for the next buffer of the same size, so that a step
+//! allocates nothing after the first; one stream orders the old user before the new one.
 
 use super::Cuda;
 use super::Precision;
@@ -15,7 +15,8 @@ use std::sync::Arc;
 /// Every allocation is a multiple of this; the driver aligns each to 256 bytes.
 const GRANULE_BYTES: usize = 16;
 
-/// Free memory by size, and the books. The lowest address goes first: a step that asks for the same again gets the same again.
+/// Free memory by size, and the books. The lowest address goes first: a step that asks for the same again gets the
+/// same again.
 #[derive(Default)]
 pub(super) struct Arena {
     free: HashMap<usize, BTreeSet<sys::CUdeviceptr>>,

@@ -1,5 +1,5 @@
-//! NVTX ranges, which `nsys` and `ncu` show and filter by: <https://nvidia.github.io/NVTX>. The library is looked for when it is
-//! asked for; nothing else needs it.
+//! NVTX ranges, which `nsys` and `ncu` show and filter by: <https://nvidia.github.io/NVTX>. The library is looked for
+//! when it is asked for; nothing else needs it.
 
 use crate::error::{Error, Result};
 use libloading::Library;
@@ -37,7 +37,8 @@ pub(in crate::backend) fn find() -> Result<()> {
 }
 
 fn open() -> Result<Ranges, libloading::Error> {
-    // SAFETY: what the library runs when it is loaded is its own initialisation; the functions have these types in NVTX 3.
+    // SAFETY: what the library runs when it is loaded is its own initialisation; the functions have these types in
+    // NVTX 3.
     unsafe {
         let library = Library::new(LIBRARY)?;
         let (push, pop) = (*library.get(b"nvtxRangePushA\0")?, *library.get(b"nvtxRangePop\0")?);

@@ -189,8 +189,8 @@ impl Copies<'_> {
             *b,
             rank32
         ];
-        // SAFETY: tensors of rows·columns elements, the copies borrowed mutably; the factors as above, aligned to 16 bytes
-        // as all memory is; `count` partial sums each.
+        // SAFETY: tensors of rows·columns elements, the copies borrowed mutably; the factors as above, aligned to 16
+        // bytes as all memory is; `count` partial sums each.
         unsafe { device.launch(launch, arguments) }
     }
 }

@@ -23,8 +23,8 @@ const BACKWARD_ROWS: u32 = 2;
 /// Columns of a block of the column kernel, and its threads.
 const COLUMNS: usize = 32;
 const COLUMNS_BLOCK: u32 = 1024;
-/// Parts of the rows in a sum of dweight: two, or four small blocks, for each of an H100's 132 multiprocessors. A constant, so
-/// that the sums are the same on every device.
+/// Parts of the rows in a sum of dweight: two, or four small blocks, for each of an H100's 132 multiprocessors. A
+/// constant, so that the sums are the same on every device.
 const PARTS: usize = 264;
 const SMALL_PARTS: usize = 528;
 
@@ -72,8 +72,8 @@ pub(super) fn rmsnorm(
     let cost = cost::rmsnorm(x.len(), width, rstd.is_some(), FLOAT);
     let launch = Launch { image: "rmsnorm", kernel, grid: [blocks, 1, 1], block, shared_bytes: 0, cost };
     let shape = (rows as u64, width as u32);
-    // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks, which also
-    // bounds the width; y and rstd are borrowed mutably.
+    // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks,
+    // which also bounds the width; y and rstd are borrowed mutably.
     unsafe {
         match kernel {
             "rmsnorm_forward_lanes_bf16" => {
@@ -130,9 +130,9 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
         |dx: bool, dweight: bool| cost::rmsnorm_backward(x.len(), width, dx.then_some(accumulate_dx), dweight, FLOAT);
     let (rows64, accumulate_dx) = (rows as u64, accumulate_dx as u32);
     let launch = |kernel, grid, block, cost| Launch { image: "rmsnorm", kernel, grid, block, shared_bytes: 0, cost };
-    // SAFETY: x, dy and dx have `rows` rows of `width`, weight one, rstd an element a row, `partial` `parts` rows, and `parts` of
-    // `rows_a_part` rows cover all; aligned as the kernels ask, which also bounds the width; dx, dweight and the workspace are
-    // borrowed mutably.
+    // SAFETY: x, dy and dx have `rows` rows of `width`, weight one, rstd an element a row, `partial` `parts` rows,
+    // and `parts` of `rows_a_part` rows cover all; aligned as the kernels ask, which also bounds the width; dx,
+    // dweight and the workspace are borrowed mutably.
     unsafe {
         match kernel {
             Some(kernel) => {

@@ -116,8 +116,8 @@ impl<P: Precision> Cuda<P> {
         let failed = |error| device.failed("cannot take the time", error);
         let event = || result::event::create(CU_EVENT_DEFAULT).map_err(failed);
         let (start, end) = (event()?, event()?);
-        // SAFETY: events and the stream of this device's context, which is current; the events are destroyed once, after
-        // they were waited for.
+        // SAFETY: events and the stream of this device's context, which is current; the events are destroyed once,
+        // after they were waited for.
         let milliseconds = unsafe {
             result::event::record(start, device.stream()).map_err(failed)?;
             let queued = queue();
