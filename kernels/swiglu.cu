@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(256)
 EXPORT(swiglu_forward_baseline_bf16)
 
 // grid: any, block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 6)
     swiglu_forward_vec8_bf16(const bf16* __restrict__ gate, const bf16* __restrict__ up, bf16* __restrict__ y,
                              uint64_t n) {
   const uint64_t stride = (uint64_t)gridDim.x * 256, first = (uint64_t)blockIdx.x * 256 + threadIdx.x;
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(256)
 EXPORT(swiglu_backward_baseline_bf16)
 
 // grid: any, block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 5)
     swiglu_backward_vec8_bf16(bf16* __restrict__ gate, bf16* __restrict__ up, const bf16* __restrict__ dy,
                               uint64_t n) {
   const uint64_t stride = (uint64_t)gridDim.x * 256, first = (uint64_t)blockIdx.x * 256 + threadIdx.x;

@@ -10,13 +10,14 @@ use half::bf16;
 
 const BLOCK: u32 = 512;
 const BASELINE_BLOCK: u32 = 256;
-/// Bytes of a row that one step of a block covers: what is kept in shared memory is a multiple of it.
+/// Bytes of a row that one step of a block covers; what is cached in shared memory is a multiple of it.
 const SPAN_BYTES: u32 = 16 << 10;
-/// Shared memory of a block beside what it keeps of its row: its own, and the driver's.
+/// Shared memory of a block beside its part of the row: static, and what the driver reserves; 1 KiB each.
 const RESERVED_BYTES: u32 = 2 << 10;
 
-/// Bytes of a row of `vocab` logits to keep: all where two blocks share a multiprocessor, else what one block may have.
-fn kept_bytes(device: &Device, vocab: usize) -> u32 {
+/// Bytes of a row of `vocab` logits to cache: all where two blocks share a multiprocessor, else what one block may have:
+/// 224 KiB on sm_90, 160 KiB on sm_80.
+fn cached_bytes(device: &Device, vocab: usize) -> u32 {
     let row = (2 * vocab as u64 / u64::from(SPAN_BYTES) * u64::from(SPAN_BYTES)).min(u64::from(u32::MAX)) as u32;
     let whole = |bytes: u32| bytes / SPAN_BYTES * SPAN_BYTES;
     let most = whole(device.shared_bytes_block.saturating_sub(RESERVED_BYTES));
@@ -24,7 +25,7 @@ fn kept_bytes(device: &Device, vocab: usize) -> u32 {
     if row <= half { row } else { row.min(most) }
 }
 
-/// Losses of rows of logits; with `scale`, the gradients in place.
+/// losses [rows] of logits [rows, vocab]; with `scale`, the gradients replace the logits.
 pub(super) fn cross_entropy(
     device: &Device,
     logits: SliceMut<bf16>,
@@ -45,7 +46,7 @@ pub(super) fn cross_entropy(
         return unsafe { device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, with_gradient]) };
     }
     // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check
-    // targets; logits and losses are borrowed mutably. What the second keeps is whole steps, in as much shared memory
+    // targets; logits and losses are borrowed mutably. What the second caches is whole steps, in as much shared memory
     // as it is launched with.
     unsafe {
         match scale {
@@ -54,9 +55,9 @@ pub(super) fn cross_entropy(
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32])
             }
             Some(scale) => {
-                let kept = kept_bytes(device, vocab);
-                let launch = launch("cross_entropy_backward_vec8_bf16", kept);
-                device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, kept / 16])
+                let cached = cached_bytes(device, vocab);
+                let launch = launch("cross_entropy_backward_vec8_bf16", cached);
+                device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, cached / 16])
             }
         }
     }

@@ -10,12 +10,12 @@ use half::bf16;
 use std::sync::Arc;
 
 const BLOCK: u32 = 256;
-/// Elements of a vector, and what the vector kernels ask of every pointer.
+/// Elements of a vector, and the alignment of every pointer that the vector kernels take.
 const VECTOR: usize = 8;
 const VECTOR_BYTES: u64 = 16;
 /// Vectors of a thread of the vector kernel that moves rows.
 const VECTORS: usize = 4;
-/// Up to so many indices, looking for equals in one launch is cheaper than six launches.
+/// Most indices for which a search for equals in one launch is cheaper than six launches.
 const FEW: usize = 128;
 /// Threads of a block that sums a row of many indices.
 const LONG_BLOCK: u32 = 1024;

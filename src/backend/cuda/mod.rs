@@ -21,6 +21,7 @@ mod rope;
 mod sampling;
 mod swiglu;
 mod tensor_map;
+pub mod testing;
 mod timing;
 
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmVersion};

@@ -11,7 +11,7 @@ use half::bf16;
 const BLOCK: usize = 256;
 /// Heads of a thread of the vector kernel.
 const HEADS: usize = 4;
-/// What the vector kernel asks of x and of the table, and of head_dim.
+/// Alignment of x and of the table, and the factor of head_dim, that the vector kernel takes.
 const VECTOR_BYTES: u64 = 16;
 const HEAD_DIM_STEP: usize = 16;
 

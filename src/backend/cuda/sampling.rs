@@ -10,7 +10,7 @@ use half::bf16;
 
 const BLOCK: u32 = 1024;
 
-/// One token a row of `vocab` logits.
+/// tokens [rows] of logits [rows, vocab].
 pub(super) fn sample(
     device: &Device,
     logits: Slice<bf16>,
