@@ -109,17 +109,8 @@ fn on_a_gpu<P: Precision>(session: &mut Session, cuda: &Cuda<P>, state: &str) {
         let [step_cost, squares_cost] = costs::<Cuda<P>>(&lengths);
         // Rates come from the host with each step, so a step is never captured.
         let ladder = session.ladder(cuda, format!("step-{state}"), name(model, &lengths), step_cost, make).uncaptured();
-        let ladder = ladder.variant("swat", step).variant("baseline", |cuda, tensors| {
-            tensors.step(|table, squares, hyper| {
-                cuda.adamw_masked_baseline(table, squares.view(), hyper).expect("a working device");
-            });
-        });
-        ladder.copy().run();
+        ladder.versions(&["baseline"], step).copy().run();
         let ladder = session.ladder(cuda, format!("squares-{state}"), name(model, &lengths), squares_cost, make);
-        let ladder = ladder.uncaptured().variant("swat", squares).variant("baseline", |cuda, tensors| {
-            let parts: Vec<_> = tensors.modules.iter().map(|module| module.grad.view()).collect();
-            cuda.sum_squares_baseline(&parts, tensors.squares.view_mut()).expect("a working device");
-        });
-        ladder.copy().run();
+        ladder.uncaptured().versions(&["baseline"], squares).copy().run();
     }
 }

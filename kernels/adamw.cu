@@ -2,7 +2,7 @@
 //
 //   g ← clip·g,  m ← m + (1 − β₁)(g − m),  v ← β₂v + (1 − β₂)g²,  w ← keep·w − step_size·m / (√v·inverse_root + ε)
 //   keep = 1 − lr·decay,  step_size = lr/(1 − β₁ᵗ),  inverse_root = 1/√(1 − β₂ᵗ): by the host in f64
-//   clip = min(1, max_grad_norm / (√Σ squares + 1e-6)): in f64, by every block alike
+//   clip = min(1, max_grad_norm / (√Σ squares + 1e-6)): in f64, once a step, by a kernel of one block
 //   where Σ squares is not finite, nothing is written
 //
 // Weights bf16; gradients and moments each f32 or bf16: the last two words of a symbol. A frozen module has no row and
@@ -24,19 +24,18 @@
 // + module (tensor 0 weight, 1 m, 2 v), block = element / 8, word j of which serves elements 2j (low half) and 2j + 1.
 // The result depends neither on the launch nor on alignment.
 //
-// Order of sums: squares in f64 (groups of eight bf16 in f32: exact products, a tree; four f32 one by one): a thread's
-// groups in order, threads by halves, chunks in the same way. Instructions: about 60 an element with 3 Philox blocks for
-// 8, of the 130 that 14 bytes leave time for. Loads are all under way before the first is used, 64 to 112 bytes a thread.
-// Where one of them is f32, threads take two groups of four, so that neighbours access neighbouring 16 bytes of f32 (and 8
-// of bf16); two then draw the same Philox block.
+// Order of sums: squares in f64 (groups of eight bf16 in f32: exact products, a tree; four f32 one by one): a
+// thread's groups in order, threads by halves, chunks in the same way; then tensors in the same way. Instructions:
+// about 60 an element with 3 Philox blocks for 8, of the 130 that 14 bytes leave time for. Loads are all under way
+// before the first is used, 64 to 112 bytes a thread. Where one of them is f32, threads take two groups of four, so
+// that neighbours access neighbouring 16 bytes of f32 (and 8 of bf16); two then draw the same Philox block.
 //
 // Versions: baseline, an element a thread, a launch a module (the norm: a block a tensor); vec8, 16 bytes an access,
-// one launch over all modules in chunks of 16384 elements: wins at every size. No shared memory beyond reductions: no
-// bank conflicts.
+// one launch over all modules, a block a chunk: wins at every size. A chunk is a multiple of 2048 elements that the
+// host chooses: of the norm always the same, for its sums depend on it; of the step as large as still fills the
+// device, for each block first looks for its module. No shared memory beyond reductions: no bank conflicts.
 #include "philox.cuh"
 #include "vec8.cuh"
-
-constexpr uint64_t CHUNK = 16384;
 
 // A module of the table; `first_chunk` counts the chunks of the rows before it.
 template <class Grad, class Moment> struct Module {
@@ -55,27 +54,35 @@ template <class T> struct Part {
   uint64_t first_chunk;
 };
 
-// The row that holds this chunk, looked for by the whole block at once; nothing reads the table twice.
+// The row that holds this chunk: the last that begins at or before it. Every thread looks by itself, all at the same
+// words; empty rows begin where the next does.
 template <class Row> __device__ __forceinline__ uint32_t row_of_chunk(const Row* table, uint32_t rows, uint64_t chunk) {
-  __shared__ uint32_t found;
-  for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
-    const uint64_t first = table[i].first_chunk;
-    if (chunk >= first && chunk - first < (table[i].len + CHUNK - 1) / CHUNK) found = i;
+  uint32_t row = 0, end = rows;
+  while (end - row > 1) {
+    const uint32_t middle = (row + end) / 2;
+    if (table[middle].first_chunk <= chunk) row = middle;
+    else end = middle;
   }
-  __syncthreads();
-  return found;
+  return row;
 }
 
+// The elements of a block's chunk.
+struct Range {
+  uint64_t first, end;
+  template <class Row> __device__ __forceinline__ Range(const Row& row, uint64_t chunk)
+      : first((blockIdx.x - row.first_chunk) * chunk), end(row.len - first < chunk ? row.len : first + chunk) {}
+};
+
 // The factor on all gradients; NaN where the sum of squares is not finite.
-__device__ __forceinline__ float clip_factor(const float* squares, uint32_t modules, float max_grad_norm) {
-  __shared__ float factor;
+// grid: 1, block: 256, 2 KiB for sums
+extern "C" __global__ void __launch_bounds__(256) adamw_clip_factor(const float* squares, uint32_t modules,
+    float max_grad_norm, float* clip) {
   double sum = 0.0;
   for (uint32_t i = threadIdx.x; i < modules; i += THREADS) sum += (double)squares[i];
   sum = block_sum_f64(sum);
-  if (threadIdx.x == 0) factor = sum < INFINITY ? (float)fmin(1.0, (double)max_grad_norm / (sqrt(sum) + 1e-6)) : NAN;
-  __syncthreads();
-  return factor;
+  if (threadIdx.x == 0) *clip = sum < INFINITY ? (float)fmin(1.0, (double)max_grad_norm / (sqrt(sum) + 1e-6)) : NAN;
 }
+EXPORT(adamw_clip_factor)
 
 struct Factors {
   float clip, beta1, beta2, inverse_root, eps, keep, step_size;
@@ -96,10 +103,11 @@ __device__ __forceinline__ float round_stochastically(float x, uint32_t bits16) 
 __device__ __forceinline__ uint64_t rounding_stream(uint32_t step, uint32_t tensor, uint32_t module) {
   return (uint64_t)step << 32 | tensor << 30 | module;
 }
-// A group of eight elements, or of the first or last four of eight.
-template <int N> __device__ __forceinline__ void round_group(float (&x)[N], uint64_t seed, uint64_t stream, uint64_t at) {
-  const uint4 words = philox(seed, stream, at / 8);
-  const bool upper = N == 4 && at % 8 != 0;
+// A group of eight elements from `element` on, or of the first or last four of eight.
+template <int N> __device__ __forceinline__ void round_group(float (&x)[N], uint64_t seed, uint64_t stream,
+    uint64_t element) {
+  const uint4 words = philox(seed, stream, element / 8);
+  const bool upper = N == 4 && element % 8 != 0;
   const uint32_t word[4] = {upper ? words.z : words.x, upper ? words.w : words.y, words.z, words.w};
 #pragma unroll
   for (int j = 0; j < N; j++) x[j] = round_stochastically(x[j], j % 2 ? word[j / 2] >> 16 : word[j / 2] & 0xffffu);
@@ -112,12 +120,11 @@ __device__ __forceinline__ float round1(float x, uint64_t seed, uint64_t stream,
 
 template <class Grad, class Moment>
 __device__ __forceinline__ void adamw_baseline(bf16* weight, const Grad* grad, Moment* m, Moment* v, uint64_t len,
-    uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, float beta1,
-    float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) {
-  const float clip = clip_factor(squares, modules, max_grad_norm);
+    uint32_t module, const float2* rates, const float* clip, float beta1, float beta2, float inverse_root, float eps,
+    uint64_t seed, uint32_t step, uint32_t stochastic) {
   const uint64_t i = (uint64_t)blockIdx.x * THREADS + threadIdx.x;
-  if (clip != clip || i >= len) return;
-  const Factors factors = {clip, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
+  if (*clip != *clip || i >= len) return;
+  const Factors factors = {*clip, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
   float w1 = to_float(weight[i]), m1 = to_float(m[i]), v1 = to_float(v[i]);
   adamw_step(w1, to_float(grad[i]), m1, v1, factors);
   if (stochastic) {
@@ -133,25 +140,24 @@ __device__ __forceinline__ void adamw_baseline(bf16* weight, const Grad* grad, M
 }
 
 template <class Grad, class Moment>
-__device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, const float2* rates, const float* squares,
-    uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, float eps, uint64_t seed,
+__device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, const float2* rates, const float* clip,
+    uint32_t modules, uint32_t chunk, float beta1, float beta2, float inverse_root, float eps, uint64_t seed,
     uint32_t step, uint32_t stochastic) {
+  const float factor = *clip;
+  if (factor != factor) return;
   const uint32_t module = row_of_chunk(table, modules, blockIdx.x);
-  const float clip = clip_factor(squares, modules, max_grad_norm);
-  if (clip != clip) return;
   const Module<Grad, Moment> row = table[module];
-  const Factors factors = {clip, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
+  const Factors factors = {factor, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
   const bool aligned = aligned16(row.weight) && aligned16(row.grad) && aligned16(row.m) && aligned16(row.v);
-  const uint64_t first = (blockIdx.x - row.first_chunk) * CHUNK;
-  const uint64_t end = row.len - first < CHUNK ? row.len : first + CHUNK;
+  const auto [first, end] = Range(row, chunk);
   constexpr int N = sizeof(Grad) == 2 && sizeof(Moment) == 2 ? 8 : 4, GROUPS = 8 / N;
 #pragma unroll 1
-  for (uint64_t at = first + N * threadIdx.x; at < end; at += 8 * THREADS) {
+  for (uint64_t element = first + N * threadIdx.x; element < end; element += 8 * THREADS) {
     float w[GROUPS][N], g[GROUPS][N], m[GROUPS][N], v[GROUPS][N];
-    if (aligned && at + (GROUPS - 1) * N * THREADS + N <= end) {  // one branch: all loads are under way at once
+    if (aligned && element + (GROUPS - 1) * N * THREADS + N <= end) {  // one branch: all loads are under way at once
 #pragma unroll
       for (int i = 0; i < GROUPS; i++) {
-        const uint64_t from = at + i * N * THREADS;
+        const uint64_t from = element + i * N * THREADS;
         load_group<true>(row.weight + from, w[i]);
         load_group<true>(row.grad + from, g[i]);
         load_group<true>(row.m + from, m[i]);
@@ -160,7 +166,7 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
     } else {
 #pragma unroll
       for (int i = 0; i < GROUPS; i++) {
-        const uint64_t from = at + i * N * THREADS;
+        const uint64_t from = element + i * N * THREADS;
         const bool group = aligned && from + N <= end;
         load<true>(row.weight, from, end, group, w[i]);
         load<true>(row.grad, from, end, group, g[i]);
@@ -170,7 +176,7 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
     }
 #pragma unroll
     for (int i = 0; i < GROUPS; i++) {
-      const uint64_t to = at + i * N * THREADS;
+      const uint64_t to = element + i * N * THREADS;
 #pragma unroll
       for (int j = 0; j < N; j++) adamw_step(w[i][j], g[i][j], m[i][j], v[i][j], factors);
       if (stochastic) {
@@ -188,13 +194,13 @@ __device__ __forceinline__ void adamw_vec8(const Module<Grad, Moment>* table, co
   }
 }
 
-// grid: ceil(len / 256), block: 256, 2 KiB for sums
+// grid: ceil(len / 256), block: 256, no shared memory
 #define ADAMW_BASELINE(name, Grad, Moment) \
   extern "C" __global__ void __launch_bounds__(256) name(bf16* weight, const Grad* grad, Moment* m, Moment* v, \
-      uint64_t len, uint32_t module, const float2* rates, const float* squares, uint32_t modules, float max_grad_norm, \
-      float beta1, float beta2, float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
-    adamw_baseline(weight, grad, m, v, len, module, rates, squares, modules, max_grad_norm, beta1, beta2, \
-        inverse_root, eps, seed, step, stochastic); \
+      uint64_t len, uint32_t module, const float2* rates, const float* clip, float beta1, float beta2, \
+      float inverse_root, float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
+    adamw_baseline(weight, grad, m, v, len, module, rates, clip, beta1, beta2, inverse_root, eps, seed, step, \
+        stochastic); \
   } \
   EXPORT(name)
 ADAMW_BASELINE(adamw_masked_baseline_f32_f32, float, float)
@@ -205,10 +211,9 @@ ADAMW_BASELINE(adamw_masked_baseline_bf16_bf16, bf16, bf16)
 // grid: chunks of all modules, block: 256, 2 KiB for sums
 #define ADAMW_VEC8(name, Grad, Moment) \
   extern "C" __global__ void __launch_bounds__(256, 3) name(const Module<Grad, Moment>* table, const float2* rates, \
-      const float* squares, uint32_t modules, float max_grad_norm, float beta1, float beta2, float inverse_root, \
-      float eps, uint64_t seed, uint32_t step, uint32_t stochastic) { \
-    adamw_vec8(table, rates, squares, modules, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, \
-        stochastic); \
+      const float* clip, uint32_t modules, uint32_t chunk, float beta1, float beta2, float inverse_root, float eps, \
+      uint64_t seed, uint32_t step, uint32_t stochastic) { \
+    adamw_vec8(table, rates, clip, modules, chunk, beta1, beta2, inverse_root, eps, seed, step, stochastic); \
   } \
   EXPORT(name)
 ADAMW_VEC8(adamw_masked_vec8_f32_f32, float, float)
@@ -233,14 +238,14 @@ SUM_SQUARES_BASELINE(sum_squares_baseline_f32, float)
 SUM_SQUARES_BASELINE(sum_squares_baseline_bf16, bf16)
 
 // grid: chunks of all tensors, block: 256, 2 KiB for sums
-#define SUM_SQUARES_CHUNKS(name, T)                                                                                \
-  extern "C" __global__ void __launch_bounds__(256) name(const Part<T>* table, double* sums, uint32_t tensors) {   \
-    const Part<T> part = table[row_of_chunk(table, tensors, blockIdx.x)];                                          \
-    const uint64_t first = (blockIdx.x - part.first_chunk) * CHUNK;                                                \
-    const uint64_t end = part.len - first < CHUNK ? part.len : first + CHUNK; \
-    const double sum = squares_of_range<true>(part.values, first, end); \
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;                                                                  \
-  }                                                                                                                \
+#define SUM_SQUARES_CHUNKS(name, T) \
+  extern "C" __global__ void __launch_bounds__(256) name(const Part<T>* table, double* sums, uint32_t tensors, \
+      uint32_t chunk) { \
+    const Part<T> part = table[row_of_chunk(table, tensors, blockIdx.x)]; \
+    const Range range(part, chunk); \
+    const double sum = squares_of_range<true>(part.values, range.first, range.end); \
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum; \
+  } \
   EXPORT(name)
 SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_f32, float)
 SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_bf16, bf16)
@@ -248,8 +253,8 @@ SUM_SQUARES_CHUNKS(sum_squares_chunks_vec8_bf16, bf16)
 // The chunks' sums of each tensor, of any type; an empty tensor has none.
 // grid: tensors, block: 256, 2 KiB for sums
 extern "C" __global__ void __launch_bounds__(256) sum_squares_tensors(const Part<float>* table, const double* sums,
-    float* squares) {
-  const uint64_t first = table[blockIdx.x].first_chunk, chunks = (table[blockIdx.x].len + CHUNK - 1) / CHUNK;
+    float* squares, uint32_t chunk) {
+  const uint64_t first = table[blockIdx.x].first_chunk, chunks = (table[blockIdx.x].len + chunk - 1) / chunk;
   double sum = 0.0;
   for (uint64_t i = threadIdx.x; i < chunks; i += THREADS) sum += sums[first + i];
   sum = block_sum_f64(sum);

@@ -1,23 +1,24 @@
 // Cross-entropy of rows of logits, and its gradient in place in the same launch:
 //   losses[row] = log Σ exp(x − top) + top − x[target],  x ← scale·(exp(x − top) / Σ − [i = target]).
-// logits [rows, vocab] bf16, any vocab, aligned to 2 bytes; targets [rows], where 2³² − 1 carries no loss: loss 0, gradient 0.
-// losses [rows] f32. f32 inside, one rounding a gradient. A target outside the vocabulary makes its row NaN. −∞ is allowed in a
-// row with anything finite; NaN and +∞ make the row NaN. Large finite logits do not: the largest is subtracted first.
+// logits [rows, vocab] bf16, any vocab, aligned to 2 bytes; targets [rows], where 2³² − 1 carries no loss: loss 0,
+// gradient 0. losses [rows] f32. f32 inside, one rounding a gradient. A target outside the vocabulary makes its row
+// NaN. −∞ is allowed in a row with anything finite; NaN and +∞ make the row NaN. Large finite logits do not: the
+// largest is subtracted first.
 //
 //   kernel                        bytes an element   FLOPs   at 2048 × 151936 (Qwen2.5), 3.0 TB/s
 //   cross_entropy_loss_*          2                  4       207 µs
 //   cross_entropy_backward_*      4                  7       415 µs
 //
-// One pass finds the largest and the sum of exponentials together: each thread rescales its sum when its largest grows. Order of
-// the sum: a thread over its elements (vectors t, t + 512, … two at a time, then the ragged ends), then the lanes, then the
-// warps; it depends on the vocabulary and on where the row starts, modulo 16 bytes, alone.
+// One pass finds the largest and the sum of exponentials together: each thread rescales its sum when its largest
+// grows. Order of the sum: a thread over its elements (vectors t, t + 512, … two at a time, then the ragged ends),
+// then the lanes, then the warps; it depends on the vocabulary and on where the row starts, modulo 16 bytes, alone.
 //
-// Versions: baseline, scalar, three passes. vec8: 16-byte accesses; a row may start anywhere, its ragged ends (at most 7 elements
-// each) go to the first threads. The loss streams through registers, 4 loads in flight a thread. The backward pass keeps the head
-// of the row in `cached` vectors of shared memory, where 4 groups of 2 asynchronous copies a thread are in flight; the rest is
-// read twice, the second time from the L2 cache: at 151936 and 224 KiB cached, 132 rows leave 10 MB to it. Every thread touches
-// only what it copied itself, so that there is no barrier but those of the sums. 16-byte accesses of consecutive lanes: no bank
-// conflicts.
+// Versions: baseline, scalar, three passes. vec8: 16-byte accesses; a row may start anywhere, its ragged ends (at
+// most 7 elements each) go to the first threads. The loss streams through registers, 4 loads in flight a thread. The
+// backward pass keeps the head of the row in `cached` vectors of shared memory, where 4 groups of 2 asynchronous
+// copies a thread are in flight; the rest is read twice, the second time from the L2 cache: at 151936 and 224 KiB
+// cached, 132 rows leave 10 MB to it. Every thread touches only what it copied itself, so that there is no barrier
+// but those of the sums. 16-byte accesses of consecutive lanes: no bank conflicts.
 #include "prelude.cuh"
 
 constexpr int BLOCK = 256;
@@ -32,8 +33,8 @@ constexpr float LOWEST = -3.4028234663852886e38f, LOG2E = 1.4426950408889634f;
 // exp(x − top). The difference comes first: a product of a large x with log₂e may overflow.
 __device__ __forceinline__ float shifted_exp(float x, float top) { return exp2_approx((x - top) * LOG2E); }
 
-// Largest and Σ exp(x − largest) of what it has seen. It starts at the lowest finite number, so that −∞ counts as 0 and no
-// difference is ∞ − ∞.
+// Largest and Σ exp(x − largest) of what it has seen. It starts at the lowest finite number, so that −∞ counts as 0
+// and no difference is ∞ − ∞.
 struct Online {
   float top = LOWEST, sum = 0.f;
 
@@ -95,7 +96,7 @@ __device__ __forceinline__ float gradient(float x, const Online& all, float fact
   return fmaf(shifted_exp(x, all.top), factor, chosen ? -scale : 0.f);
 }
 
-// grid: rows, block: 256, 256 bytes of shared memory
+// grid: rows, block: 256, 384 bytes of shared memory
 // with_gradient 0: the logits stay as they are
 extern "C" __global__ void __launch_bounds__(BLOCK)
     cross_entropy_baseline_bf16(bf16* __restrict__ logits, const uint32_t* __restrict__ targets,
@@ -128,22 +129,22 @@ EXPORT(cross_entropy_baseline_bf16)
 // Adds the vectors [first, row.vectors), a multiple of SPAN first, and the ragged ends.
 __device__ __forceinline__ void add_rest(Online& mine, const Row& row, uint32_t first) {
   const uint4* body = row.body();
-  uint32_t at = first;
-  for (; at + 2 * SPAN <= row.vectors; at += 2 * SPAN) {
+  uint32_t base = first;
+  for (; base + 2 * SPAN <= row.vectors; base += 2 * SPAN) {
     uint4 v[2 * STEP];
 #pragma unroll
-    for (int k = 0; k < 2 * STEP; k++) v[k] = body[at + k * THREADS + threadIdx.x];
+    for (int k = 0; k < 2 * STEP; k++) v[k] = body[base + k * THREADS + threadIdx.x];
     mine.add_vectors(reinterpret_cast<const uint4 (&)[STEP]>(v[0]));
     mine.add_vectors(reinterpret_cast<const uint4 (&)[STEP]>(v[STEP]));
   }
-  if (at + SPAN <= row.vectors) {
+  if (base + SPAN <= row.vectors) {
     uint4 v[STEP];
 #pragma unroll
-    for (int k = 0; k < STEP; k++) v[k] = body[at + k * THREADS + threadIdx.x];
+    for (int k = 0; k < STEP; k++) v[k] = body[base + k * THREADS + threadIdx.x];
     mine.add_vectors(v);
-    at += SPAN;
+    base += SPAN;
   }
-  for (uint32_t i = at + threadIdx.x; i < row.vectors; i += THREADS) {
+  for (uint32_t i = base + threadIdx.x; i < row.vectors; i += THREADS) {
     const uint4 v[1] = {body[i]};
     mine.add_vectors(v);
   }
@@ -153,7 +154,7 @@ __device__ __forceinline__ void add_rest(Online& mine, const Row& row, uint32_t 
   }
 }
 
-// grid: rows, block: 512, 256 bytes of shared memory
+// grid: rows, block: 512, 384 bytes of shared memory
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     cross_entropy_loss_vec8_bf16(bf16* __restrict__ logits, const uint32_t* __restrict__ targets,
                                  float* __restrict__ losses, uint32_t vocab) {
@@ -222,15 +223,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     store_streaming(body + i, pack8(x));
   };
   // Last read, first back: it is the likeliest to be in the L2 cache.
-  uint32_t at = steps * SPAN;
-  for (; at + 4 * THREADS <= row.vectors; at += 4 * THREADS) {
+  uint32_t base = steps * SPAN;
+  for (; base + 4 * THREADS <= row.vectors; base += 4 * THREADS) {
     uint4 v[4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) v[k] = body[at + k * THREADS + threadIdx.x];
+    for (int k = 0; k < 4; k++) v[k] = body[base + k * THREADS + threadIdx.x];
 #pragma unroll
-    for (int k = 0; k < 4; k++) replace(at + k * THREADS + threadIdx.x, v[k]);
+    for (int k = 0; k < 4; k++) replace(base + k * THREADS + threadIdx.x, v[k]);
   }
-  for (uint32_t i = at + threadIdx.x; i < row.vectors; i += THREADS) replace(i, body[i]);
+  for (uint32_t i = base + threadIdx.x; i < row.vectors; i += THREADS) replace(i, body[i]);
   for (uint32_t i = threadIdx.x; i < steps * SPAN; i += THREADS) replace(i, kept[i]);
   if (threadIdx.x < row.ragged()) {
     bf16* element = row.elements + row.ragged_index(threadIdx.x);

@@ -8,26 +8,28 @@
 //   embedding_scatter_*          4 an element                          39 µs
 //   embedding_backward_*         2 an element of dy, 8 (f32) or        20 µs + 48 µs for 5000 distinct rows
 //                                4 an element of a distinct row
-//   embedding_link_*             8 a table row, about 40 an index      under 2 µs of memory; 4 launches and a clear
+//   embedding_link_*             4 a table row, about 70 an index      under 2 µs of memory; 4 launches and 2 clears
 //
-// Backward without float atomics: the indices are sorted by row with integer atomics, whose results do not show the order in
-// which they happened. count: each index takes a place among its equals, which counts the row. allot: the index in place 0 takes
-// a range of the list for its row, and enters the row with the short or the long ones (over LONG indices). fill: each index goes
-// into the range, by its place. sort: each index counts the smaller ones of its range: that is its rank. The range and its order
-// within are then the same in every run; where the range lies is not, and does not matter. The cost is linear in count and table
-// rows, but for sort: Σ n² over rows of n equals, which all read the same n words (8192 equal indices: 67 million cached reads).
-// Then a warp adds 256 columns of a short row in ascending order of i; of a long row, 32 warps add the indices 32 apart, and the
-// 32 sums are added in order.
+// Backward without float atomics: the indices are sorted by row with integer atomics, whose results do not show the
+// order in which they happened. count: each index takes a place among its equals, which counts the row. allot: the
+// index in place 0 takes a range of the list for its row, and enters the row with the short or the long ones (over
+// LONG indices). fill: each index goes into the range, by its place. sort: each index counts the smaller ones of its
+// range: that is its rank. The range and its order within are then the same in every run; where the range lies is
+// not, and does not matter. The cost is linear in count and table rows, but for sort: Σ n² over rows of n equals,
+// which all read the same n words (8192 equal indices: 67 million cached reads). Then a warp adds 256 columns of a
+// short row in ascending order of i; of a long row, 32 warps add the indices 32 apart, and the 32 sums are added in
+// order.
 //
-// Versions: baseline, any width and alignment (gather and scatter: an element a thread; backward: a block an index, which does
-// nothing where an earlier index has the same row, and else looks for the later ones: count² / 2 comparisons, but a single
-// launch: wins for a few indices). vec8: 16 bytes a thread and access: width a multiple of 8, everything aligned to 16 bytes.
+// Versions: baseline, any width and alignment (gather and scatter: an element a thread; backward: a block an index,
+// which does nothing where an earlier index has the same row, and else looks for the later ones: count² / 2
+// comparisons, but a single launch: wins for a few indices). vec8: 16 bytes a thread and access: width a multiple of
+// 8, everything aligned to 16 bytes.
 #include "prelude.cuh"
 
 constexpr int BLOCK = 256;
 // Vectors of a thread of gather and scatter.
 constexpr int VECTORS = 4;
-// Indices of a row from which a block sums it.
+// Most indices of a row that warps sum; more are a block's.
 constexpr uint32_t LONG = 64;
 // Warps of that block.
 constexpr int LONG_WARPS = 32;
@@ -108,9 +110,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
   if (i >= count || places[i] != 0) return;
   const uint32_t length = counts[rows[i]], start = atomicAdd(&totals->placed, length);
   starts[rows[i]] = start;
-  const uint32_t at =
+  const uint32_t run =
       length > LONG ? count - 1 - atomicAdd(&totals->long_runs, 1u) : atomicAdd(&totals->short_runs, 1u);
-  runs[at] = Run{rows[i], start, length};
+  runs[run] = Run{rows[i], start, length};
 }
 EXPORT(embedding_link_allot)
 
@@ -140,13 +142,11 @@ EXPORT(embedding_link_sort)
 
 // ---- backward: the sums
 
-__device__ __forceinline__ void add_to(float* to, float x) { *to += x; }
-__device__ __forceinline__ void add_to(bf16* to, float x) { *to = __float2bfloat16(__bfloat162float(*to) + x); }
 __device__ __forceinline__ void add8_to(float* to, const float (&x)[8]) {
-  float4* at = reinterpret_cast<float4*>(to);
-  const float4 a = at[0], b = at[1];
-  at[0] = make_float4(a.x + x[0], a.y + x[1], a.z + x[2], a.w + x[3]);
-  at[1] = make_float4(b.x + x[4], b.y + x[5], b.z + x[6], b.w + x[7]);
+  float4* halves = reinterpret_cast<float4*>(to);
+  const float4 a = halves[0], b = halves[1];
+  halves[0] = make_float4(a.x + x[0], a.y + x[1], a.z + x[2], a.w + x[3]);
+  halves[1] = make_float4(b.x + x[4], b.y + x[5], b.z + x[6], b.w + x[7]);
 }
 __device__ __forceinline__ void add8_to(bf16* to, const float (&x)[8]) {
   float old[8];
@@ -175,7 +175,8 @@ __device__ __forceinline__ void backward_baseline(const bf16* __restrict__ dy, c
     for (uint32_t i = first; i < count; i++) {
       if (rows[i] == row) sum += __bfloat162float(dy[(uint64_t)i * width + column]);
     }
-    add_to(dtable + (uint64_t)row * width + column, sum);
+    Grad& element = dtable[(uint64_t)row * width + column];
+    from_float(element, to_float(element) + sum);
   }
 }
 
@@ -187,8 +188,8 @@ __device__ __forceinline__ void add_rows(float (&sums)[8], const uint4* __restri
     uint4 v[AHEAD];
 #pragma unroll
     for (uint32_t a = 0; a < AHEAD; a++) {
-      const uint32_t at = k + a * step;
-      v[a] = at < end ? dy[(uint64_t)list[at] * vectors + column] : uint4{0, 0, 0, 0};
+      const uint32_t i = k + a * step;
+      v[a] = i < end ? dy[(uint64_t)list[i] * vectors + column] : uint4{0, 0, 0, 0};
     }
 #pragma unroll
     for (uint32_t a = 0; a < AHEAD; a++) {
@@ -239,7 +240,8 @@ __device__ __forceinline__ void add_long(const bf16* __restrict__ dy, const uint
     if (warp < 8 && element < width) {
       float sum = 0.f;
       for (int w = 0; w < LONG_WARPS; w++) sum += parts[w][warp * 32 + lane];
-      add_to(dtable + (uint64_t)run.row * width + element, sum);
+      Grad& total = dtable[(uint64_t)run.row * width + element];
+      from_float(total, to_float(total) + sum);
     }
     __syncthreads();
   }

@@ -284,11 +284,13 @@ GEMM_LAYOUT(NT, nt, f32, float)
     each<LAYOUT, 128, 32, T>(GEMM_EACH_PASS);                                                                          \
   }                                                                                                                    \
   EXPORT(gemm_##name##_each_mma128_##dtype)                                                                            \
+  SHARED_BYTES(gemm_##name##_each_mma128_##dtype, STAGES * 2 * 128 * 32 * 2)                                           \
   extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                             \
       gemm_##name##_each_mma64_##dtype(GEMM_EACH_ARGUMENTS(T)) {                                                       \
     each<LAYOUT, 64, 64, T>(GEMM_EACH_PASS);                                                                           \
   }                                                                                                                    \
-  EXPORT(gemm_##name##_each_mma64_##dtype)
+  EXPORT(gemm_##name##_each_mma64_##dtype)                                                                             \
+  SHARED_BYTES(gemm_##name##_each_mma64_##dtype, STAGES * 2 * 64 * 64 * 2)
 
 GEMM_EACH(TN, tn, bf16, bf16)
 GEMM_EACH(NT, nt, bf16, bf16)
@@ -305,7 +307,8 @@ GEMM_EACH(NT, nt, f32, float)
     mma<NN, TILE, DEPTH, true>(blockIdx.x, sum,                                                                        \
                                Epilogue<bf16>{c, nullptr, nullptr, partials, 1.f, accumulate != 0, m, n});             \
   }                                                                                                                    \
-  EXPORT(gemm_nn_sum_##VERSION##_bf16)
+  EXPORT(gemm_nn_sum_##VERSION##_bf16)                                                                                 \
+  SHARED_BYTES(gemm_nn_sum_##VERSION##_bf16, STAGES * 2 * (TILE) * (DEPTH) * 2)
 
 GEMM_SUM(mma128, 2, 128, 32)
 GEMM_SUM(mma64, 3, 64, 64)

@@ -39,8 +39,8 @@ extern "C" __global__ void __launch_bounds__(256) perturb_words_u32(uint32_t* to
 }
 EXPORT(perturb_words_u32)
 
-// A factor of a low-rank direction: element i = row·rank + k of the draw, from block `first` of the stream, goes to
-// to[k·rows + row]; with rank 1 this writes the normals in their order.
+// A factor of a low-rank direction, transposed: element i = row·rank + k of the draw, from block `first` of the stream,
+// goes to to[k·rows + row]; with rank 1 this writes the normals in their order.
 // grid: ceil(rows·rank / 1024), block: 256, no shared memory
 extern "C" __global__ void __launch_bounds__(256) perturb_normals_f32(float* to, uint64_t rows, uint32_t rank,
     uint64_t first, uint64_t seed, uint64_t stream) {
@@ -72,15 +72,15 @@ extern "C" __global__ void __launch_bounds__(256) perturb_squares_gaussian_f64(u
     uint64_t seed, uint64_t stream, double* sums) {
   const uint64_t first = blockIdx.x * range, end = len - first < range ? len : first + range;
   double sum = 0.0;
-  for (uint64_t at = first + 8 * threadIdx.x; at < end; at += 8 * THREADS) {
-    if (at + 8 <= end) {
-      const uint4 a = philox(seed, stream, at / 4), b = philox(seed, stream, at / 4 + 1);
+  for (uint64_t i = first + 8 * threadIdx.x; i < end; i += 8 * THREADS) {
+    if (i + 8 <= end) {
+      const uint4 a = philox(seed, stream, i / 4), b = philox(seed, stream, i / 4 + 1);
       sum += (double)((squared_radius(a.x) + squared_radius(a.z)) + (squared_radius(b.x) + squared_radius(b.z)));
     } else {
       float n[8];
-      normals4(seed, stream, at / 4, n);
-      normals4(seed, stream, at / 4 + 1, n + 4);
-      for (int j = 0; j < 8; j++) sum += at + j < end ? (double)n[j] * (double)n[j] : 0.0;
+      normals4(seed, stream, i / 4, n);
+      normals4(seed, stream, i / 4 + 1, n + 4);
+      for (int j = 0; j < 8; j++) sum += i + j < end ? (double)n[j] * (double)n[j] : 0.0;
     }
   }
   sum = block_sum_f64(sum);
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(256) perturb_squares_gaussian_f64(u
 }
 EXPORT(perturb_squares_gaussian_f64)
 
-// Partial sums of A·Bᵀ from the factors as perturb_normals_f32 writes them, at [rank, rows], bt [rank, columns]: entry
+// Partial sums of A·Bᵀ from Aᵀ and Bᵀ as perturb_normals_f32 writes them, at [rank, rows], bt [rank, columns]: entry
 // (i, j) of the Gram matrices' product by elements.
 // grid: rank × rank, block: 256, 2 KiB for sums
 extern "C" __global__ void __launch_bounds__(256) perturb_squares_low_rank_f64(const float* at, const float* bt,
@@ -118,31 +118,31 @@ __device__ __forceinline__ float equal_norm_factor(float epsilon, const double* 
   return factor;
 }
 
-__device__ __forceinline__ void write_pair(bf16* plus, bf16* minus, uint64_t at, uint64_t len, bool whole,
+__device__ __forceinline__ void write_pair(bf16* plus, bf16* minus, uint64_t first, uint64_t len, bool whole,
     const float (&w)[8], const float (&n)[8], float factor) {
   float copy[8];
 #pragma unroll
   for (int j = 0; j < 8; j++) copy[j] = fmaf(n[j], factor, w[j]);
-  store<false>(plus, at, len, whole, copy);
+  store<false>(plus, first, len, whole, copy);
   if (!minus) return;
 #pragma unroll
   for (int j = 0; j < 8; j++) copy[j] = fmaf(n[j], -factor, w[j]);
-  store<false>(minus, at, len, whole, copy);
+  store<false>(minus, first, len, whole, copy);
 }
 
 struct Gaussian {
   uint64_t seed, stream;
   __device__ __forceinline__ bool aligned() const { return true; }
-  __device__ __forceinline__ void operator()(uint64_t at, uint64_t, bool, const float (&)[8], float (&n)[8]) const {
-    normals4(seed, stream, at / 4, n);
-    normals4(seed, stream, at / 4 + 1, n + 4);
+  __device__ __forceinline__ void operator()(uint64_t first, uint64_t, bool, const float (&)[8], float (&n)[8]) const {
+    normals4(seed, stream, first / 4, n);
+    normals4(seed, stream, first / 4 + 1, n + 4);
   }
 };
 struct Rademacher {
   uint64_t seed, stream;
   __device__ __forceinline__ bool aligned() const { return true; }
-  __device__ __forceinline__ void operator()(uint64_t at, uint64_t, bool, const float (&)[8], float (&n)[8]) const {
-    const uint4 a = philox(seed, stream, at / 4), b = philox(seed, stream, at / 4 + 1);
+  __device__ __forceinline__ void operator()(uint64_t first, uint64_t, bool, const float (&)[8], float (&n)[8]) const {
+    const uint4 a = philox(seed, stream, first / 4), b = philox(seed, stream, first / 4 + 1);
     const uint32_t words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int j = 0; j < 8; j++) n[j] = __uint_as_float(0x3f800000u | (words[j] & 0x80000000u));
@@ -158,9 +158,9 @@ struct Scale {
 struct Given {
   const bf16* direction;
   __device__ __forceinline__ bool aligned() const { return aligned16(direction); }
-  __device__ __forceinline__ void operator()(uint64_t at, uint64_t len, bool whole, const float (&)[8],
+  __device__ __forceinline__ void operator()(uint64_t first, uint64_t len, bool whole, const float (&)[8],
       float (&n)[8]) const {
-    load<false>(direction, at, len, whole, n);
+    load<false>(direction, first, len, whole, n);
   }
 };
 
@@ -169,12 +169,12 @@ template <class Draw> __device__ __forceinline__ void perturb_vec8(const bf16* w
   const bool aligned = aligned16(w) && aligned16(plus) && aligned16(minus) && draw.aligned();
   const uint64_t stride = (uint64_t)gridDim.x * THREADS * 8;
 #pragma unroll 1
-  for (uint64_t at = ((uint64_t)blockIdx.x * THREADS + threadIdx.x) * 8; at < len; at += stride) {
-    const bool whole = aligned && at + 8 <= len;
+  for (uint64_t first = ((uint64_t)blockIdx.x * THREADS + threadIdx.x) * 8; first < len; first += stride) {
+    const bool whole = aligned && first + 8 <= len;
     float x[8], n[8];
-    load<false>(w, at, len, whole, x);
-    draw(at, len, whole, x, n);
-    write_pair(plus, minus, at, len, whole, x, n, factor);
+    load<false>(w, first, len, whole, x);
+    draw(first, len, whole, x, n);
+    write_pair(plus, minus, first, len, whole, x, n, factor);
   }
 }
 

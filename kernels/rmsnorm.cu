@@ -1,24 +1,27 @@
 // RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over rows of `width`:
 //   rstd = 1 / √(mean(x²) + eps),  y = bf16(x·rstd)·weight,
 //   dx = rstd·(dy·weight − x·rstd²·mean(dy·weight·x)) (+ dx),  dweight = Σ_rows dy·x·rstd (+ dweight).
-// x, y, dy, dx [rows, width], weight [width] bf16; rstd [rows] f32; dweight [width] f32 or bf16. f32 inside. The normalised
-// value is rounded to bf16 before the product with the weight, as transformers does, y again after it; dx and dweight once.
+// x, y, dy, dx [rows, width], weight [width] bf16; rstd [rows] f32; dweight [width] f32 or bf16. f32 inside. The
+// normalised value is rounded to bf16 before the product with the weight, as transformers does, y again after it; dx
+// and dweight once.
 //
 //   kernel                      bytes an element     FLOPs   at 8192 × 3584 (Qwen2.5-7B), 3.0 TB/s
 //   rmsnorm_forward_*           4                    4       39 µs
 //   rmsnorm_backward_*          6 (8 accumulating)   11      59 µs (78 µs)
 //   rmsnorm_backward_columns_*  4 a partial sum      1       1 µs, from the L2 cache
 //
-// dweight in two stages: a block sums its own run of rows (a fixed number of rows, chosen by the shape alone) into a row of
-// `partial` [parts, width]; the column kernel adds the parts. Order of every sum: a thread over its elements, then the lanes
-// (xor tree), then the warps (xor tree); dweight: rows of a part in steps of the groups of a block, then the groups in order;
-// parts in steps of 32, then those 32 in order.
+// dweight in two stages: a block sums its own run of rows (a fixed number of rows, chosen by the shape alone) into a
+// row of `partial` [parts, width]; the column kernel adds the parts. Order of every sum: a thread over its elements,
+// then the lanes (xor tree), then the warps (xor tree); dweight: rows of a part in steps of the groups of a block,
+// then the groups in order; parts in steps of 32, then those 32 in order.
 //
-// Versions: baseline, scalar, a warp a row, any width and alignment. The others need a width that is a multiple of 8 and
-// pointers aligned to 16 bytes. lanes: width up to 256 (q and k norms), 2 to 32 lanes a row. warp: forward to 1024, a warp a
-// row. rowN: width up to N, a block a row with the row in registers; backward keeps the part's sums of dweight in registers
-// too, and fetches the next row before it reduces this one. A row is read once in all but the baseline.
-// Shared memory is read and written by consecutive lanes at consecutive words or 16-byte words: no bank conflicts.
+// Versions: baseline, scalar, a warp a row, any width and alignment. The others need a width that is a multiple of 8
+// and pointers aligned to 16 bytes. lanes: width up to 256 (q and k norms), 2 to 32 lanes a row. warp: forward to
+// 1024, a warp a row. rowN: width up to N, a block a row with the row in registers and one barrier a row; backward
+// keeps the part's sums of dweight in registers too, and fetches the next row before it reduces this one. There, a
+// vector a thread is 63 registers on sm_90, so that 32 warps of row4096 share a multiprocessor; two vectors are 113, for
+// 16 warps. A row is read once in all but the baseline. Shared memory is read and written by consecutive lanes at
+// consecutive words or 16-byte words: no bank conflicts.
 #include "prelude.cuh"
 
 __device__ __forceinline__ uint4 zeros() { return uint4{0, 0, 0, 0}; }
@@ -30,7 +33,9 @@ constexpr int FORWARD_ROWS = 4, BACKWARD_ROWS = 2;
 __device__ __forceinline__ float reciprocal_root(float squares, uint32_t width, float eps) {
   return 1.f / sqrtf(squares / (float)width + eps);
 }
-__device__ __forceinline__ float normalised(float x, float rstd) { return __bfloat162float(__float2bfloat16(x * rstd)); }
+__device__ __forceinline__ float normalised(float x, float rstd) {
+  return __bfloat162float(__float2bfloat16(x * rstd));
+}
 
 // Sums over aligned groups of `lanes` (a power of two) lanes; every lane takes part.
 template <int Rows> __device__ __forceinline__ void group_sums(float (&sums)[Rows], uint32_t lanes) {
@@ -178,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 EXPORT(rmsnorm_forward_warp_bf16)
 
-// grid: rows, block: 128 (to 4096), 256; 128 bytes of shared memory
+// grid: rows, block: 128 (to 4096), 256; 256 bytes of shared memory
 #define FORWARD_ROW(name, Threads, Vectors)                                                                         \
   extern "C" __global__ void __launch_bounds__(Threads)                                                             \
       name(const bf16* __restrict__ x, const bf16* __restrict__ weight, bf16* __restrict__ y,                       \
@@ -253,11 +258,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
     float scale[BACKWARD_ROWS], dots[BACKWARD_ROWS];
 #pragma unroll
     for (int r = 0; r < BACKWARD_ROWS; r++) {
-      const uint64_t row = base + r * groups + group, at = row * vectors + lane;
+      const uint64_t row = base + r * groups + group, i = row * vectors + lane;
       const bool valid = inside && row < end;
-      v[r] = valid ? reinterpret_cast<const uint4*>(x)[at] : zeros();
-      d[r] = valid ? reinterpret_cast<const uint4*>(dy)[at] : zeros();
-      old[r] = valid && dx && accumulate ? reinterpret_cast<const uint4*>(dx)[at] : zeros();
+      v[r] = valid ? reinterpret_cast<const uint4*>(x)[i] : zeros();
+      d[r] = valid ? reinterpret_cast<const uint4*>(dy)[i] : zeros();
+      old[r] = valid && dx && accumulate ? reinterpret_cast<const uint4*>(dx)[i] : zeros();
       scale[r] = row < end ? rstd[row] : 0.f;
     }
     if (partial) {
@@ -332,7 +337,7 @@ __device__ __forceinline__ void backward_rows(const bf16* __restrict__ dy, const
       float dot = 0.f;
 #pragma unroll
       for (int k = 0; k < Vectors; k++) dot += dot8(d[k], w[k], v[k]);
-      const float projection = block_sum<Threads>(dot) * r * r / (float)width;
+      const float projection = block_sum<Threads>(dot, row & 1) * r * r / (float)width;
 #pragma unroll
       for (int k = 0; k < Vectors; k++) {
         const uint32_t i = threadIdx.x + k * Threads;
@@ -353,7 +358,7 @@ __device__ __forceinline__ void backward_rows(const bf16* __restrict__ dy, const
   }
 }
 
-// grid: parts, block: 128 (to 1024), 256 (to 4096), 512; 128 bytes of shared memory
+// grid: parts, block: a vector a thread: 128, 256, 512, 1024; 256 bytes of shared memory
 // dx or partial may be null: not wanted
 #define BACKWARD_ROW(name, Threads, Vectors)                                                                        \
   extern "C" __global__ void __launch_bounds__(Threads)                                                             \
@@ -365,13 +370,8 @@ __device__ __forceinline__ void backward_rows(const bf16* __restrict__ dy, const
   EXPORT(name)
 BACKWARD_ROW(rmsnorm_backward_row1024_bf16, 128, 1)
 BACKWARD_ROW(rmsnorm_backward_row2048_bf16, 256, 1)
-BACKWARD_ROW(rmsnorm_backward_row4096_bf16, 256, 2)
-BACKWARD_ROW(rmsnorm_backward_row8192_bf16, 512, 2)
-
-__device__ __forceinline__ float widened(float x) { return x; }
-__device__ __forceinline__ float widened(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void store(float* to, float x) { *to = x; }
-__device__ __forceinline__ void store(bf16* to, float x) { *to = __float2bfloat16(x); }
+BACKWARD_ROW(rmsnorm_backward_row4096_bf16, 512, 1)
+BACKWARD_ROW(rmsnorm_backward_row8192_bf16, 1024, 1)
 
 template <class Grad>
 __device__ __forceinline__ void sum_columns(const float* __restrict__ partial, Grad* __restrict__ dweight,
@@ -387,7 +387,7 @@ __device__ __forceinline__ void sum_columns(const float* __restrict__ partial, G
   __syncthreads();
   if (y > 0 || column >= width) return;
   for (int i = 1; i < 32; i++) sum += sums[i][x];
-  store(dweight + column, accumulate ? widened(dweight[column]) + sum : sum);
+  from_float(dweight[column], accumulate ? to_float(dweight[column]) + sum : sum);
 }
 
 // grid: ceil(width / 32), block: 1024, 4 KiB of shared memory

@@ -1,14 +1,17 @@
-// Rotary position embedding (Su et al., arXiv 2104.09864) in place, halves rotated as in transformers: with half = head_dim / 2,
+// Rotary position embedding (Su et al., arXiv 2104.09864) in place, halves rotated as in transformers:
+//   half = head_dim / 2
 //   x[i] ← x[i]·cos[i] − x[i + half]·sin[i],  x[i + half] ← x[i + half]·cos[i] + x[i]·sin[i],  i < half.
-// x [tokens, heads, head_dim] bf16; table [length, head_dim] f32, cosines then sines; positions [tokens]. `sign` is 1 forward,
-// −1 for the inverse. f32 inside, one rounding an output. A position outside the table leaves its token as it is.
+// x [tokens, heads, head_dim] bf16; table [length, head_dim] f32, cosines then sines; positions [tokens]. `sign` is 1
+// forward, −1 for the inverse. f32 inside, one rounding an output. A position outside the table leaves its token as
+// it is.
 //
 //   kernel               bytes an element   FLOPs   at 8192 × 28 × 128 (queries of Qwen2.5-7B), 3.0 TB/s
 //   rope_forward_*       4                  3       39 µs
 // The table comes from the L2 cache: 4 bytes an element of a token, once for 4 heads.
 //
-// Versions: baseline, a pair a thread, any even head_dim, any alignment; vec8, 8 pairs of up to 4 heads a thread with the
-// angles in registers and up to 8 16-byte loads in flight: head_dim a multiple of 16, x and table aligned to 16 bytes.
+// Versions: baseline, a pair a thread, any even head_dim, any alignment; vec8, 8 pairs of up to 4 heads a thread with
+// the angles in registers and up to 8 16-byte loads in flight: head_dim a multiple of 16, x and table aligned to 16
+// bytes.
 #include "prelude.cuh"
 
 constexpr int BLOCK = 256;

@@ -1,26 +1,26 @@
 // The next token of each row of logits [rows, vocab] bf16, aligned to 2 bytes; tokens [rows].
 //   greedy: the first of the largest.
-//   nucleus (Holtzman et al., arXiv 1904.09751): of the smallest set of most probable tokens (of equals, the lower ids) whose
-//   probability reaches top_p, the first in the order of the ids at which the sum of probabilities exceeds uniform · that of
-//   the set.
+//   nucleus (Holtzman et al., arXiv 1904.09751): of the smallest set of most probable tokens (of equals, the lower ids)
+//   whose probability reaches top_p, the first in the order of the ids at which the sum of probabilities exceeds
+//   uniform · that of the set.
 // NaN is below everything. Where the largest is not finite, a draw is greedy.
 //
-// The token is that of the CPU backend (src/backend/cpu/sampling.rs), always. Probabilities are integers: weight = the whole part
-// of 2⁴⁰·2^((x − top)·scale), scale = log₂e / temperature, in the same f32 operations (fused only where named, no approximate
-// instruction) on both sides. Their sums are exact in any order, as long as vocab ≤ 2²³, and so are comparisons with them; what
-// is left is two f64 products a row, rounded alike.
+// The token is that of the CPU backend (src/backend/cpu/sampling.rs), always. Probabilities are integers: weight =
+// the whole part of 2⁴⁰·2^((x − top)·scale), scale = log₂e / temperature, in the same f32 operations (fused only
+// where named, no approximate instruction) on both sides. Their sums are exact in any order, as long as vocab ≤ 2²³,
+// and so are comparisons with them; what is left is two f64 products a row, rounded alike.
 //
 //   kernel                bytes an element     FLOPs   at 64 × 151936 (Qwen2.5), 3.0 TB/s
 //   sampling_greedy_*     2                    1       7 µs
-//   sampling_nucleus_*    2, and about 5 reads 80      7 µs of memory; a row is one block's work: some 100 µs, for as many rows
-//                         from the L2 cache            as there are multiprocessors
+//   sampling_nucleus_*    2, and about 5 reads 80      7 µs of memory; a row is one block's work: some 100 µs, for as
+//                         from the L2 cache            many rows as there are multiprocessors
 //
-// nucleus: pass 1 the largest; 2 the sum of weights; 3 the candidates: tokens lighter than (total − wanted) / vocab weigh less
-// than total − wanted together, so that the others hold the set; the keys of up to LIST of them go to shared memory (their order
-// there is that of the atomic counter, and does not matter). Then the least key of the set by bisection over 16-bit keys, in
-// shared memory, or over the row where the candidates are too many. 4 finds the last of the equals with that key that belongs to
-// the set; 5 the token. Both split a range of ids into 32, a warp each, until one id is left.
-// A baseline reads scalars, and bisects over the row and all keys.
+// nucleus: pass 1 the largest; 2 the sum of weights; 3 the candidates: tokens lighter than (total − wanted) / vocab
+// weigh less than total − wanted together, so that the others hold the set; the keys of up to LIST of them go to
+// shared memory (their order there is that of the atomic counter, and does not matter). Then the least key of the set
+// by bisection over 16-bit keys, in shared memory, or over the row where the candidates are too many. 4 finds the
+// last of the equals with that key that belongs to the set; 5 the token. Both split a range of ids into 32, a warp
+// each, until one id is left. A baseline reads scalars, and bisects over the row and all keys.
 #include "prelude.cuh"
 
 constexpr int THREADS = 1024;
@@ -108,8 +108,8 @@ __device__ __forceinline__ void visit_row(const uint16_t* __restrict__ row, uint
   }
 }
 
-// The id at which the sum of weigh(id) first exceeds `goal`, which is below the sum of all.
-template <class Weigh> __device__ __forceinline__ uint32_t find(uint32_t vocab, uint64_t goal, Weigh weigh) {
+// The id at which the sum of weight(id) first exceeds `goal`, which is below the sum of all.
+template <class Weight> __device__ __forceinline__ uint32_t find(uint32_t vocab, uint64_t goal, Weight weight) {
   __shared__ uint64_t sums[WARPS];
   const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   uint32_t begin = 0, end = vocab;
@@ -118,7 +118,7 @@ template <class Weigh> __device__ __forceinline__ uint32_t find(uint32_t vocab, 
     const uint32_t from = begin + warp * piece, to = min(from + piece, end);
     uint64_t sum = 0;
 #pragma unroll 8
-    for (uint32_t id = from + lane; id < to; id += 32) sum += weigh(id);
+    for (uint32_t id = from + lane; id < to; id += 32) sum += weight(id);
     sum = warp_total(sum);
     __syncthreads();
     if (lane == 0) sums[warp] = sum;
@@ -163,8 +163,8 @@ __device__ __forceinline__ Nucleus nucleus_of(const uint16_t* __restrict__ row, 
     __syncthreads();
     visit_row<Vectors>(row, vocab, [&](uint32_t key, uint32_t) {
       if (key < low || *reinterpret_cast<volatile uint32_t*>(&listed) >= LIST) return;
-      const uint32_t at = atomicAdd(&listed, 1u);
-      if (at < LIST) list[at] = (uint16_t)key;
+      const uint32_t place = atomicAdd(&listed, 1u);
+      if (place < LIST) list[place] = (uint16_t)key;
     });
     __syncthreads();
     in_list = listed < LIST;

@@ -1,12 +1,13 @@
-// SwiGLU (Shazeer, arXiv 2002.05202): y = silu(gate)·up, silu(x) = x / (1 + exp(−x)), element by element, and its gradients
+// SwiGLU (Shazeer, arXiv 2002.05202), element by element: y = silu(gate)·up, silu(x) = x / (1 + exp(−x)), and
 //   dup = dy·silu(gate),  dgate = dy·up·σ(gate)·(1 + gate·(1 − σ(gate))),
-// which replace up and gate. All bf16 of any length n; pointers aligned to 16 bytes. f32 inside, one rounding (to nearest even) an output.
+// which replace up and gate. All bf16 of any length n. f32 inside, one rounding (to nearest even) an output.
 //
 //   kernel                      bytes an element   FLOPs   at 8192 × 18944 (Qwen2.5-7B), 3.0 TB/s
 //   swiglu_forward_*_bf16       6                  5       0.31 ms
 //   swiglu_backward_*_bf16      10                 13      0.52 ms
 //
-// Versions: baseline, an element a thread; vec8, 16 bytes a thread and access, grid stride: wins at every size.
+// Versions: baseline, an element a thread, any alignment; vec8, 16 bytes a thread and access, grid stride, pointers
+// aligned to 16 bytes: wins at every size.
 #include "prelude.cuh"
 
 __device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
@@ -18,14 +19,18 @@ __device__ __forceinline__ void swiglu_gradients(float gate, float up, float dy,
 }
 
 // grid: ceil(n / 256), block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256) swiglu_forward_baseline_bf16(const bf16* __restrict__ gate, const bf16* __restrict__ up, bf16* __restrict__ y, uint64_t n) {
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu_forward_baseline_bf16(const bf16* __restrict__ gate, const bf16* __restrict__ up, bf16* __restrict__ y,
+                                 uint64_t n) {
   const uint64_t i = (uint64_t)blockIdx.x * 256 + threadIdx.x;
   if (i < n) y[i] = __float2bfloat16(swiglu(__bfloat162float(gate[i]), __bfloat162float(up[i])));
 }
 EXPORT(swiglu_forward_baseline_bf16)
 
 // grid: any, block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256) swiglu_forward_vec8_bf16(const bf16* __restrict__ gate, const bf16* __restrict__ up, bf16* __restrict__ y, uint64_t n) {
+extern "C" __global__ void __launch_bounds__(256, 6)
+    swiglu_forward_vec8_bf16(const bf16* __restrict__ gate, const bf16* __restrict__ up, bf16* __restrict__ y,
+                             uint64_t n) {
   const uint64_t stride = (uint64_t)gridDim.x * 256, first = (uint64_t)blockIdx.x * 256 + threadIdx.x;
   for (uint64_t i = first; i < n / 8; i += stride) {
     float g[8], u[8];
@@ -41,7 +46,9 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_forward_vec8_bf16(const
 EXPORT(swiglu_forward_vec8_bf16)
 
 // grid: ceil(n / 256), block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256) swiglu_backward_baseline_bf16(bf16* __restrict__ gate, bf16* __restrict__ up, const bf16* __restrict__ dy, uint64_t n) {
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu_backward_baseline_bf16(bf16* __restrict__ gate, bf16* __restrict__ up, const bf16* __restrict__ dy,
+                                  uint64_t n) {
   const uint64_t i = (uint64_t)blockIdx.x * 256 + threadIdx.x;
   if (i >= n) return;
   float dgate, dup;
@@ -52,7 +59,9 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_backward_baseline_bf16(
 EXPORT(swiglu_backward_baseline_bf16)
 
 // grid: any, block: 256, no shared memory
-extern "C" __global__ void __launch_bounds__(256) swiglu_backward_vec8_bf16(bf16* __restrict__ gate, bf16* __restrict__ up, const bf16* __restrict__ dy, uint64_t n) {
+extern "C" __global__ void __launch_bounds__(256, 5)
+    swiglu_backward_vec8_bf16(bf16* __restrict__ gate, bf16* __restrict__ up, const bf16* __restrict__ dy,
+                              uint64_t n) {
   const uint64_t stride = (uint64_t)gridDim.x * 256, first = (uint64_t)blockIdx.x * 256 + threadIdx.x;
   for (uint64_t i = first; i < n / 8; i += stride) {
     float g[8], u[8], d[8];

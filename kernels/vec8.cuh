@@ -1,13 +1,9 @@
-// Eight or four elements at a time from tensors of any alignment and length, and sums of squares in f64 in a fixed order.
+// Loads and stores of eight or four elements of tensors of any alignment and length; sums of squares in f64 in a fixed
+// order.
 #pragma once
 #include "prelude.cuh"
 
 constexpr int THREADS = 256;
-
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ void from_float(bf16& to, float x) { to = __float2bfloat16(x); }
-__device__ __forceinline__ void from_float(float& to, float x) { to = x; }
 
 union F32x4 {
   uint4 bits;
@@ -20,9 +16,11 @@ union Bf16x4 {
 
 __device__ __forceinline__ bool aligned16(const void* p) { return ((uintptr_t)p & 15) == 0; }
 
-// The access of whole, aligned groups; `Once`: data that no one reads again soon. Eight f32 take two accesses, each of which
-// leaves every other 16 bytes to the other: where f32 is streamed, threads take groups of four.
-template <bool Once, class V> __device__ __forceinline__ V load_vector(const V* p) { return Once ? load_streaming(p) : *p; }
+// The access of whole, aligned groups; `Once`: streaming, for data that no one reads again soon. Eight f32 take two accesses, each
+// of which leaves every other 16 bytes to the other: where f32 is streamed, threads take groups of four.
+template <bool Once, class V> __device__ __forceinline__ V load_vector(const V* p) {
+  return Once ? load_streaming(p) : *p;
+}
 template <bool Once> __device__ __forceinline__ void store_vector(uint4* p, uint4 v) {
   if (Once) store_streaming(p, v);
   else store_undivided(p, v);
@@ -62,21 +60,20 @@ template <bool Once, int N> __device__ __forceinline__ void store_group(float* p
   }
 }
 
-// Elements at … at + N − 1, those from `len` on as 0. `whole`: the tensor is aligned to 16 bytes (then `at`, a multiple of
-// N, is to N elements) and at + N ≤ len.
-template <bool Once, class T, int N> __device__ __forceinline__ void load(const T* tensor, uint64_t at, uint64_t len,
+// Elements first … first + N − 1, those from `len` on as 0. `whole`: the tensor is aligned to 16 bytes (then `first`, a
+// multiple of N, is to N elements) and first + N ≤ len.
+template <bool Once, class T, int N> __device__ __forceinline__ void load(const T* tensor, uint64_t first, uint64_t len,
     bool whole, float (&x)[N]) {
-  if (whole) return load_group<Once>(tensor + at, x);
+  if (whole) return load_group<Once>(tensor + first, x);
 #pragma unroll
-  for (int j = 0; j < N; j++) x[j] = at + j < len ? to_float(tensor[at + j]) : 0.f;
+  for (int j = 0; j < N; j++) x[j] = first + j < len ? to_float(tensor[first + j]) : 0.f;
 }
-// bf16 to nearest even.
-template <bool Once, class T, int N> __device__ __forceinline__ void store(T* tensor, uint64_t at, uint64_t len, bool whole,
-    const float (&x)[N]) {
-  if (whole) return store_group<Once>(tensor + at, x);
+template <bool Once, class T, int N> __device__ __forceinline__ void store(T* tensor, uint64_t first, uint64_t len,
+    bool whole, const float (&x)[N]) {
+  if (whole) return store_group<Once>(tensor + first, x);
 #pragma unroll
   for (int j = 0; j < N; j++)
-    if (at + j < len) from_float(tensor[at + j], x[j]);
+    if (first + j < len) from_float(tensor[first + j], x[j]);
 }
 
 // Sum over a block of THREADS threads in f64, by halves; every thread gets it.
@@ -108,26 +105,27 @@ __device__ __forceinline__ double squares(const float (&x)[4]) {
 }
 
 // Σ x² of the elements first … end − 1 by a block of THREADS threads; `first` a multiple of 8. Thread t adds up the
-// groups (eight bf16, four f32) t, t + THREADS, …, 64 or 128 bytes of loads under way at once; every thread gets the sum.
+// groups (eight bf16, four f32) t, t + THREADS, …, 64 or 128 bytes of loads under way at once; every thread gets the
+// sum.
 template <bool Once, class T> __device__ __forceinline__ double squares_of_range(const T* tensor, uint64_t first,
     uint64_t end) {
   constexpr int N = 16 / sizeof(T), AHEAD = 32 / N;
   constexpr uint64_t STRIDE = N * THREADS;
   const bool aligned = aligned16(tensor);
-  uint64_t at = first + N * threadIdx.x;
+  uint64_t i = first + N * threadIdx.x;
   double sum = 0.0;
   if (aligned) {
-    for (; at + (AHEAD - 1) * STRIDE + N <= end; at += AHEAD * STRIDE) {
+    for (; i + (AHEAD - 1) * STRIDE + N <= end; i += AHEAD * STRIDE) {
       float x[AHEAD][N];
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) load_group<Once>(tensor + at + i * STRIDE, x[i]);
+      for (int k = 0; k < AHEAD; k++) load_group<Once>(tensor + i + k * STRIDE, x[k]);
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) sum += squares(x[i]);
+      for (int k = 0; k < AHEAD; k++) sum += squares(x[k]);
     }
   }
-  for (; at < end; at += STRIDE) {
+  for (; i < end; i += STRIDE) {
     float x[N];
-    load<Once>(tensor, at, end, aligned && at + N <= end, x);
+    load<Once>(tensor, i, end, aligned && i + N <= end, x);
     sum += squares(x);
   }
   return block_sum_f64(sum);

@@ -1,7 +1,7 @@
 //! Masked AdamW and the sums of squares.
 
 use super::*;
-use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
+use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision, with_version};
 use swat::backend::{AdamW, AdamWModule, Rounding, View, ViewMut};
 use swat::rng::words;
 
@@ -437,11 +437,11 @@ fn baseline_writes_the_same<P: Precision>(ordinal: u32) {
         let expected = step(&b, &mut first, hyper);
         let mut squares = put::<_, f32>(&b, &vec![f64::NAN; second.len()]);
         let parts: Vec<_> = second.iter().map(|m| m.grad.view()).collect();
-        b.sum_squares_baseline(&parts, squares.device.view_mut()).unwrap();
+        with_version("baseline", || b.sum_squares(&parts, squares.device.view_mut())).unwrap();
         assert_no_worse(&get(&b, &squares.device), &expected, &expected, 1.2e-7, "squares");
         b.write(&expected.iter().map(|s| *s as f32).collect::<Vec<_>>(), squares.device.view_mut()).unwrap();
         let mut table: Vec<_> = second.iter_mut().map(Module::row).collect();
-        b.adamw_masked_baseline(&mut table, squares.device.view(), hyper).unwrap();
+        with_version("baseline", || b.adamw_masked(&mut table, squares.device.view(), hyper)).unwrap();
         for (first, second) in first.iter().zip(&second) {
             assert!(first.state(&b) == second.state(&b), "{} elements", first.weight.host().len());
         }

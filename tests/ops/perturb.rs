@@ -2,7 +2,7 @@
 
 use super::adamw::{Part, assert_no_worse};
 use super::*;
-use swat::backend::cuda::{Cuda, F32State};
+use swat::backend::cuda::{Cuda, F32State, testing, with_version};
 use swat::backend::{Direction, NoiseKey};
 use swat::rng::{uniform, words};
 
@@ -218,7 +218,7 @@ fn zeros_change_nothing<B: Backend>(b: &B) {
 /// The words of a stream from a block on.
 fn device_words(b: &Cuda, key: NoiseKey, first: u64, blocks: usize) -> Vec<u32> {
     let mut to = put_u32(b, &vec![0; 4 * blocks]);
-    b.philox_words(key, first, to.view_mut()).unwrap();
+    testing::philox_words(b, key, first, to.view_mut()).unwrap();
     read(b, &to)
 }
 
@@ -247,7 +247,7 @@ fn normals_agree() {
     for ordinal in 0..4 {
         let Some(b) = standin::open::<F32State>(ordinal) else { return };
         let mut to = put::<_, f32>(&b, &vec![f64::NAN; 100_003]);
-        b.philox_normals(KEY, to.device.view_mut()).unwrap();
+        testing::philox_normals(&b, KEY, to.device.view_mut()).unwrap();
         let exact = exact_normals(KEY, 0, to.host.len());
         for (i, (got, exact)) in get(&b, &to.device).iter().zip(&exact).enumerate() {
             let [radius, angle] = [i / 2 * 2, i / 2 * 2 + 1].map(|i| exact_normals(KEY, i, 1)[0]);
@@ -278,7 +278,8 @@ fn baseline_writes_the_same() {
         let copies = || [(), ()].map(|()| b.zeros::<half::bf16>(len + offset).unwrap());
         let [[mut plus, mut minus], [mut expected_plus, mut expected_minus]] = [copies(), copies()];
         let (p, m) = (plus.range_mut(range.clone()), minus.range_mut(range.clone()));
-        b.perturb_gaussian_baseline(w.range(range.clone()), KEY, EPSILON, p, Some(m)).unwrap();
+        let baseline = || b.perturb(w.range(range.clone()), None, &Direction::Gaussian(KEY), EPSILON, p, Some(m));
+        with_version("baseline", baseline).unwrap();
         let (p, m) = (expected_plus.range_mut(range.clone()), expected_minus.range_mut(range.clone()));
         b.perturb(w.range(range.clone()), None, &Direction::Gaussian(KEY), EPSILON, p, Some(m)).unwrap();
         assert!(read(&b, &plus) == read(&b, &expected_plus), "{len}");

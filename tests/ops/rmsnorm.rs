@@ -1,5 +1,6 @@
 //! RMSNorm.
 
+use super::adamw::assert_no_worse;
 use super::*;
 
 const EPS: f64 = 1e-5;
@@ -14,63 +15,102 @@ fn norm(x: &[f64], weight: &[f64]) -> (Vec<f64>, Vec<f64>) {
 }
 
 pub(super) fn forward<B: Backend>(b: &B) {
-    for (rows, width) in SIZES {
-        let x = put::<B, B::Float>(b, &normals(1, rows * width));
-        let weight = put::<B, B::Float>(b, &normals(2, width));
-        let (exact, exact_rstd) = norm(&x.host, &weight.host);
-        let mut y = put::<B, B::Float>(b, &vec![f64::NAN; rows * width]);
-        let mut rstd = put::<B, f32>(b, &vec![f64::NAN; rows]);
-        let (xv, wv) = (x.device.view(), weight.device.view());
-        let kept = Some(rstd.device.view_mut());
-        b.rmsnorm(xv.clone(), wv.clone(), y.device.view_mut(), kept, width, EPS as f32).unwrap();
-        let with_rstd = get(b, &y.device);
-        assert_close::<B>(&with_rstd, &exact, 2e-6, &format!("{rows} × {width}"));
-        assert_close::<B>(&get(b, &rstd.device), &exact_rstd, 2e-6, &format!("rstd of {rows} × {width}"));
-        b.rmsnorm(xv, wv, y.device.view_mut(), None, width, EPS as f32).unwrap();
-        assert_eq!(get(b, &y.device), with_rstd);
-    }
+    SIZES.into_iter().for_each(|(rows, width)| forward_of(b, rows, width));
+}
+
+fn forward_of<B: Backend>(b: &B, rows: usize, width: usize) {
+    let x = put::<B, B::Float>(b, &normals(1, rows * width));
+    let weight = put::<B, B::Float>(b, &normals(2, width));
+    let (exact, exact_rstd) = norm(&x.host, &weight.host);
+    let mut y = put::<B, B::Float>(b, &vec![f64::NAN; rows * width]);
+    let mut rstd = put::<B, f32>(b, &vec![f64::NAN; rows]);
+    let (xv, wv) = (x.device.view(), weight.device.view());
+    let kept = Some(rstd.device.view_mut());
+    b.rmsnorm(xv.clone(), wv.clone(), y.device.view_mut(), kept, width, EPS as f32).unwrap();
+    let with_rstd = get(b, &y.device);
+    assert_close::<B>(&with_rstd, &exact, 2e-6, &format!("{rows} × {width}"));
+    assert_close::<B>(&get(b, &rstd.device), &exact_rstd, 2e-6, &format!("rstd of {rows} × {width}"));
+    b.rmsnorm(xv, wv, y.device.view_mut(), None, width, EPS as f32).unwrap();
+    assert_eq!(get(b, &y.device), with_rstd);
 }
 
 pub(super) fn backward<B: Backend>(b: &B) {
-    for (rows, width) in SIZES {
-        let [x, dy] = [1, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, rows * width)));
-        let weight = put::<B, B::Float>(b, &normals(2, width));
-        let rstd = put::<B, f32>(b, &norm(&x.host, &weight.host).1);
-        for case in 0..16 {
-            let [with_dx, with_dw, add_dx, add_dw] = [1, 2, 4, 8].map(|bit| case & bit != 0);
-            let mut dx = put::<B, B::Float>(b, &normals(4, rows * width));
-            let mut dw = put::<B, B::Grad>(b, &normals(5, width));
-            b.rmsnorm_backward(
-                dy.device.view(),
-                x.device.view(),
-                weight.device.view(),
-                rstd.device.view(),
-                with_dx.then(|| dx.device.view_mut()),
-                with_dw.then(|| dw.device.view_mut()),
-                width,
-                add_dx,
-                add_dw,
-            )
-            .unwrap();
-            let what = format!("{rows} × {width}, case {case}");
-            let minus = |got: Vec<f64>, base: &[f64], add: bool| -> Vec<f64> {
-                got.iter().zip(base).map(|(g, b)| if add { g - b } else { *g }).collect()
-            };
-            let (got_dx, got_dw) = (get(b, &dx.device), get(b, &dw.device));
-            if with_dx {
-                let got = minus(got_dx, &dx.host, add_dx);
-                assert_gradient::<B>(&got, |x| norm(x, &weight.host).0, &x.host, &dy.host, &what);
-            } else {
-                assert_eq!(got_dx, dx.host, "{what}");
-            }
-            if with_dw {
-                let got = minus(got_dw, &dw.host, add_dw);
-                assert_gradient::<B>(&got, |w| norm(&x.host, w).0, &weight.host, &dy.host, &what);
-            } else {
-                assert_eq!(got_dw, dw.host, "{what}");
-            }
-        }
+    SIZES.into_iter().for_each(|(rows, width)| (0..16).for_each(|case| backward_of(b, rows, width, case)));
+}
+
+/// Bits of `case`: dx, dweight, dx added to, dweight added to.
+fn backward_of<B: Backend>(b: &B, rows: usize, width: usize, case: u32) {
+    let [x, dy] = [1, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, rows * width)));
+    let weight = put::<B, B::Float>(b, &normals(2, width));
+    let rstd = put::<B, f32>(b, &norm(&x.host, &weight.host).1);
+    let [with_dx, with_dw, add_dx, add_dw] = [1, 2, 4, 8].map(|bit| case & bit != 0);
+    let mut dx = put::<B, B::Float>(b, &normals(4, rows * width));
+    let mut dw = put::<B, B::Grad>(b, &normals(5, width));
+    b.rmsnorm_backward(
+        dy.device.view(),
+        x.device.view(),
+        weight.device.view(),
+        rstd.device.view(),
+        with_dx.then(|| dx.device.view_mut()),
+        with_dw.then(|| dw.device.view_mut()),
+        width,
+        add_dx,
+        add_dw,
+    )
+    .unwrap();
+    let what = format!("{rows} × {width}, case {case}");
+    let minus = |got: Vec<f64>, base: &[f64], add: bool| -> Vec<f64> {
+        got.iter().zip(base).map(|(g, b)| if add { g - b } else { *g }).collect()
+    };
+    let (got_dx, got_dw) = (get(b, &dx.device), get(b, &dw.device));
+    if with_dx {
+        let got = minus(got_dx, &dx.host, add_dx);
+        assert_gradient::<B>(&got, |x| norm(x, &weight.host).0, &x.host, &dy.host, &what);
+    } else {
+        assert_eq!(got_dx, dx.host, "{what}");
+    }
+    if with_dw {
+        let got = minus(got_dw, &dw.host, add_dw);
+        assert_gradient::<B>(&got, |w| norm(&x.host, w).0, &weight.host, &dy.host, &what);
+    } else {
+        assert_eq!(got_dw, dw.host, "{what}");
     }
 }
 
-on_every_backend!(forward, backward);
+/// Hidden sizes of models, and one beyond the widest kernel.
+fn wide_rows<B: Backend>(b: &B) {
+    for (rows, width) in [(3, 1536), (3, 3584), (2, 8192), (2, 8200)] {
+        forward_of(b, rows, width);
+        [3, 15].into_iter().for_each(|case| backward_of(b, rows, width, case));
+    }
+}
+
+fn rounded<T: FloatElement>(x: &[f64]) -> Vec<f64> {
+    x.iter().map(|x| T::from_f32(*x as f32).to_f32() as f64).collect()
+}
+
+/// Every row of a part against its exact gradient: the parts have several rows where the rows are many.
+pub(super) fn many_rows<B: Backend>(b: &B) {
+    const WIDTH: usize = 64;
+    let rows = 1100;
+    let [x, dy] = [1, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, rows * WIDTH)));
+    let weight = put::<B, B::Float>(b, &normals(2, WIDTH));
+    let rstd = put::<B, f32>(b, &norm(&x.host, &weight.host).1);
+    let mut dx = put::<B, B::Float>(b, &vec![f64::NAN; rows * WIDTH]);
+    let mut dw = put::<B, B::Grad>(b, &[f64::NAN; WIDTH]);
+    let (dxv, dwv) = (Some(dx.device.view_mut()), Some(dw.device.view_mut()));
+    let (dyv, xv, wv) = (dy.device.view(), x.device.view(), weight.device.view());
+    b.rmsnorm_backward(dyv, xv, wv, rstd.device.view(), dxv, dwv, WIDTH, false, false).unwrap();
+    let (mut exact_dx, mut exact_dw) = (Vec::new(), vec![0.0; WIDTH]);
+    for ((x, dy), r) in x.host.chunks(WIDTH).zip(dy.host.chunks(WIDTH)).zip(&rstd.host) {
+        let scaled: Vec<f64> = dy.iter().zip(&weight.host).map(|(dy, w)| dy * w).collect();
+        let mean = scaled.iter().zip(x).map(|(s, x)| s * x).sum::<f64>() / WIDTH as f64;
+        exact_dx.extend(scaled.iter().zip(x).map(|(s, x)| r * (s - x * r * r * mean)));
+        exact_dw.iter_mut().zip(x.iter().zip(dy)).for_each(|(sum, (x, dy))| *sum += dy * x * r);
+    }
+    let rounded_dx = rounded::<B::Float>(&exact_dx);
+    assert_no_worse(&get(b, &dx.device), &rounded_dx, &exact_dx, 1e-6, "dx");
+    assert_no_worse(&get(b, &dw.device), &rounded::<B::Grad>(&exact_dw), &exact_dw, 1e-6, "dweight");
+}
+
+on_every_backend!(forward, backward, wide_rows, many_rows);

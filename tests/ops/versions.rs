@@ -33,6 +33,7 @@ fn rows_in_wider_kernels_than_they_need() {
             with_version(version, || {
                 rmsnorm::forward(b);
                 rmsnorm::backward(b);
+                rmsnorm::many_rows(b);
             });
         };
         standin::open(0).iter().for_each(run);

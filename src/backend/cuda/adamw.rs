@@ -2,15 +2,21 @@
 
 use super::device::{Device, Launch, args, blocks};
 use super::memory::{self, Memory, Slice, SliceMut, slice, slice_mut};
-use super::{Cuda, FLOAT, Precision};
-use crate::backend::{AdamW, AdamWModule, Cost, FloatElement, Rounding, View, ViewMut, cost};
+use super::{Cuda, FLOAT, Precision, measure};
+use crate::backend::{AdamW, AdamWModule, Cost, FloatElement, Rounding, cost};
 use crate::error::Result;
 use half::bf16;
 use std::sync::{Arc, Mutex};
 
 const BLOCK: u32 = 256;
-/// Elements of one block of the vector kernels; `CHUNK` there.
-const CHUNK: usize = 16384;
+/// Elements of a chunk of the sums of squares: a constant, for the order of the sums depends on it.
+const SUM_CHUNK: usize = 16 << 10;
+/// Elements of a chunk of the step, least and most: multiples of the 2048 of a round of a block.
+const STEP_CHUNKS: [usize; 2] = [8 << 10, 64 << 10];
+/// Chunks of a block that a multiprocessor runs at a time, [`STEP_RESIDENT`] of them: the last ones leave it idle for
+/// half of one, on average.
+const STEP_ROUNDS: usize = 32;
+const STEP_RESIDENT: usize = 3;
 /// Tables kept on the device: those of a step, the old ones of a phase, and a few more.
 const TABLES: usize = 8;
 
@@ -25,7 +31,6 @@ pub(super) struct Module<'a, G, M> {
 }
 
 impl<'a, G: FloatElement, M: FloatElement> Module<'a, G, M> {
-    /// The memory of a row's views.
     pub(super) fn new<P: Precision<Grad = G, Moment = M>>(module: &'a mut AdamWModule<'_, Cuda<P>>) -> Self {
         Self {
             weight: slice_mut(module.weight.reborrow()),
@@ -38,7 +43,8 @@ impl<'a, G: FloatElement, M: FloatElement> Module<'a, G, M> {
     }
 }
 
-/// Module tables on the device, by what they hold: from step to step pointers and sizes stay, so that nothing is uploaded.
+/// Cache of module tables in device memory, by their words: from step to step pointers and sizes stay, so that nothing is
+/// uploaded.
 #[derive(Default)]
 pub(super) struct Tables(Mutex<Vec<Table>>);
 
@@ -48,8 +54,8 @@ struct Table {
 }
 
 impl Tables {
-    /// Runs `launch` on these words as the device has them. The lock is held until the launch is queued: a table that is
-    /// dropped later goes back to the arena behind it.
+    /// Runs `launch` with these words in device memory. The lock is held until the launch is queued: a table that is
+    /// evicted later returns to the arena behind it.
     fn with(&self, device: &Arc<Device>, words: Vec<u64>, launch: impl FnOnce(Slice<u32>) -> Result<()>) -> Result<()> {
         let mut tables = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let halves = words.len() * 2;
@@ -70,15 +76,25 @@ impl Tables {
     }
 }
 
-/// Words of a table, row after row, and how many chunks its tensors have: pointers, elements, chunks before this row.
-fn table<const POINTERS: usize>(rows: impl Iterator<Item = ([u64; POINTERS], usize)>) -> (Vec<u64>, usize) {
+/// A table's rows (pointers, elements, chunks of the rows before it) and the chunks of all rows.
+fn table<const POINTERS: usize>(
+    rows: impl Iterator<Item = ([u64; POINTERS], usize)>,
+    chunk: usize,
+) -> (Vec<u64>, usize) {
     let (mut words, mut chunks) = (Vec::new(), 0);
     for (pointers, len) in rows {
         words.extend(pointers);
         words.extend([len as u64, chunks as u64]);
-        chunks += len.div_ceil(CHUNK);
+        chunks += len.div_ceil(chunk);
     }
     (words, chunks)
+}
+
+/// Elements of a chunk of a step over so many: enough chunks for all multiprocessors to end at about the same time, and
+/// none so small that looking for its module counts.
+fn step_chunk(elements: usize, multiprocessors: u32) -> usize {
+    let [least, most] = STEP_CHUNKS;
+    (elements / (multiprocessors as usize * STEP_RESIDENT * STEP_ROUNDS)).clamp(least, most) / least * least
 }
 
 fn launch(kernel: &'static str, blocks: u32, cost: Cost) -> Launch {
@@ -107,31 +123,36 @@ pub(super) fn sum_squares<T: FloatElement>(
     squares: SliceMut<f32>,
 ) -> Result<()> {
     assert_eq!(parts.len(), squares.len());
-    let (words, chunks) = table(parts.iter().map(|part| ([part.pointer()], part.len())));
+    let (words, chunks) = table(parts.iter().map(|part| ([part.pointer()], part.len())), SUM_CHUNK);
+    if measure::baseline() {
+        let kernel = by_element::<T>(["sum_squares_baseline_f32", "sum_squares_baseline_bf16"]);
+        let launch = launch(kernel, blocks(parts.len(), 1), squares_cost(parts));
+        // SAFETY: the table's rows are live views; a row has a block and an element of `squares`.
+        return tables.with(device, words, |table| unsafe { device.launch(launch, args![table, &squares]) });
+    }
     let mut sums = Memory::<u32>::new(device, chunks * 2)?;
     let sums = sums.all(chunks * 2);
+    let chunk = SUM_CHUNK as u32;
     tables.with(device, words, |table| {
         let kernel = by_element::<T>(["sum_squares_chunks_vec8_f32", "sum_squares_chunks_vec8_bf16"]);
         let first = launch(kernel, blocks(chunks, 1), squares_cost(parts));
-        // SAFETY: the table's rows are live views; a chunk has a block and a place in `sums`.
-        unsafe { device.launch(first, args![table, &sums, parts.len() as u32]) }?;
+        // SAFETY: the table's rows are live views; a chunk has a block and an f64 of `sums`.
+        unsafe { device.launch(first, args![table, &sums, parts.len() as u32, chunk]) }?;
         let second = launch("sum_squares_tensors", blocks(parts.len(), 1), Cost::default());
-        // SAFETY: `sums` has the places that the table tells of, and `squares` one a row.
-        unsafe { device.launch(second, args![table, &sums, &squares]) }
+        // SAFETY: `sums` has an f64 for each of the table's chunks, and `squares` an element a row.
+        unsafe { device.launch(second, args![table, &sums, &squares, chunk]) }
     })
 }
 
-/// What the step's kernels take beside the table.
-struct Hyper {
+/// What is computed on the host in f64 and handed to the kernels.
+struct Factors {
     /// A pair a module: 1 − lr·decay, lr / (1 − β₁ᵗ).
     rates: Vec<f32>,
     /// 1 / √(1 − β₂ᵗ)
     inverse_root: f32,
-    max_grad_norm: f32,
-    stochastic: u32,
 }
 
-impl Hyper {
+impl Factors {
     fn new<G, M>(modules: &[Module<G, M>], hyper: &AdamW) -> Self {
         let correction = |beta: f32| 1.0 - f64::from(beta).powi(hyper.step as i32);
         let rate = |module: &Module<G, M>| {
@@ -141,8 +162,6 @@ impl Hyper {
         Self {
             rates: modules.iter().flat_map(rate).collect(),
             inverse_root: (1.0 / correction(hyper.beta2).sqrt()) as f32,
-            max_grad_norm: hyper.max_grad_norm.unwrap_or(f32::INFINITY),
-            stochastic: u32::from(hyper.rounding == Rounding::Stochastic),
         }
     }
 }
@@ -150,13 +169,6 @@ impl Hyper {
 fn step_cost<G, M>(modules: &[Module<G, M>]) -> Cost {
     let elements = modules.iter().map(|module| module.weight.len()).sum();
     cost::adamw(elements, FLOAT, size_of::<G>(), size_of::<M>())
-}
-
-fn check<G, M>(modules: &[Module<G, M>], squares: usize) {
-    assert_eq!(modules.len(), squares);
-    for module in modules {
-        assert_eq!([module.grad.len(), module.m.len(), module.v.len()], [module.weight.len(); 3]);
-    }
 }
 
 /// One step over the table.
@@ -167,18 +179,44 @@ pub(super) fn adamw_masked<G: FloatElement, M: FloatElement>(
     squares: Slice<f32>,
     hyper: AdamW,
 ) -> Result<()> {
-    check(modules, squares.len());
+    assert_eq!(modules.len(), squares.len());
+    for module in modules {
+        assert_eq!([module.grad.len(), module.m.len(), module.v.len()], [module.weight.len(); 3]);
+    }
+    let AdamW { beta1, beta2, eps, seed, step, .. } = hyper;
+    let Factors { rates, inverse_root } = Factors::new(modules, &hyper);
+    let stochastic = u32::from(hyper.rounding == Rounding::Stochastic);
+    let count = modules.len() as u32;
+    let (mut on_device, mut clip) = (Memory::new(device, rates.len())?, Memory::<f32>::new(device, 1)?);
+    let (on_device, clip) = (on_device.all(rates.len()), &clip.all(1));
+    memory::write(device, &rates, &on_device)?;
+    let rates = &on_device;
+    let max_grad_norm = hyper.max_grad_norm.unwrap_or(f32::INFINITY);
+    let factor = launch("adamw_clip_factor", u32::from(count > 0), Cost::default());
+    // SAFETY: `squares` has `count` elements, `clip` one.
+    unsafe { device.launch(factor, args![squares, count, max_grad_norm, clip]) }?;
+    if measure::baseline() {
+        let kernel = by_state::<G, M>([
+            "adamw_masked_baseline_f32_f32",
+            "adamw_masked_baseline_f32_bf16",
+            "adamw_masked_baseline_bf16_f32",
+            "adamw_masked_baseline_bf16_bf16",
+        ]);
+        return modules.iter().enumerate().try_for_each(|(i, module)| {
+            let Module { weight: w, grad, m, v, .. } = module;
+            let launch = launch(kernel, blocks(w.len(), BLOCK as usize), step_cost(std::slice::from_ref(module)));
+            let (len, i) = (w.len() as u64, i as u32);
+            let arguments =
+                args![w, *grad, m, v, len, i, rates, clip, beta1, beta2, inverse_root, eps, seed, step, stochastic];
+            // SAFETY: four views of `len` elements, three of them borrowed mutably; a pair of rates a module.
+            unsafe { device.launch(launch, arguments) }
+        });
+    }
     let pointers = |module: &Module<G, M>| {
         [module.weight.pointer(), module.grad.pointer(), module.m.pointer(), module.v.pointer()]
     };
-    let (words, chunks) = table(modules.iter().map(|module| (pointers(module), module.weight.len())));
-    let AdamW { beta1, beta2, eps, seed, step, .. } = hyper;
-    let Hyper { rates, inverse_root, max_grad_norm, stochastic } = Hyper::new(modules, &hyper);
-    let mut on_device = Memory::new(device, rates.len())?;
-    let on_device = on_device.all(rates.len());
-    memory::write(device, &rates, &on_device)?;
-    let rates = &on_device;
-    let count = modules.len() as u32;
+    let chunk = step_chunk(modules.iter().map(|module| module.weight.len()).sum(), device.multiprocessors);
+    let (words, chunks) = table(modules.iter().map(|module| (pointers(module), module.weight.len())), chunk);
     let kernel = by_state::<G, M>([
         "adamw_masked_vec8_f32_f32",
         "adamw_masked_vec8_f32_bf16",
@@ -187,88 +225,61 @@ pub(super) fn adamw_masked<G: FloatElement, M: FloatElement>(
     ]);
     let launch = launch(kernel, blocks(chunks, 1), step_cost(modules));
     tables.with(device, words, |table| {
+        let chunk = chunk as u32;
         let arguments =
-            args![table, rates, squares, count, max_grad_norm, beta1, beta2, inverse_root, eps, seed, step, stochastic];
+            args![table, rates, clip, count, chunk, beta1, beta2, inverse_root, eps, seed, step, stochastic];
         // SAFETY: the table's rows are four live views of one length, three of them borrowed mutably; `rates` has a pair
-        // and `squares` a number a row; a chunk has a block.
+        // a row; a chunk has a block.
         unsafe { device.launch(launch, arguments) }
     })
 }
 
-/// The first versions of the kernels, for benches and for tests of the others.
-impl<P: Precision> Cuda<P> {
-    /// [`crate::backend::Backend::sum_squares`], a block a tensor.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
-    pub fn sum_squares_baseline<T: FloatElement>(
-        &self,
-        parts: &[View<'_, Self, T>],
-        squares: ViewMut<'_, Self, f32>,
-    ) -> Result<()> {
-        assert_eq!(parts.len(), squares.len());
-        let parts: Vec<_> = parts.iter().map(slice).collect();
-        let squares = slice_mut(squares);
-        let (words, _) = table(parts.iter().map(|part| ([part.pointer()], part.len())));
-        let kernel = by_element::<T>(["sum_squares_baseline_f32", "sum_squares_baseline_bf16"]);
-        self.tables.with(&self.device, words, |table| {
-            let launch = launch(kernel, blocks(parts.len(), 1), squares_cost(&parts));
-            // SAFETY: the table's rows are live views; a row has a block and a place in `squares`.
-            unsafe { self.device.launch(launch, args![table, &squares]) }
-        })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The tensors of Qwen2.5-7B: 339, with 7.6e9 parameters.
+    fn seven_billion() -> Vec<usize> {
+        let (hidden, ffn, kv, vocab) = (3584, 18944, 512, 152_064);
+        let layer = [
+            hidden,
+            hidden * hidden,
+            hidden,
+            kv * hidden,
+            kv,
+            kv * hidden,
+            kv,
+            hidden * hidden,
+            hidden,
+            ffn * hidden,
+            ffn * hidden,
+            hidden * ffn,
+        ];
+        [vocab * hidden].into_iter().chain(layer.repeat(28)).chain([hidden, vocab * hidden]).collect()
     }
 
-    /// [`crate::backend::Backend::adamw_masked`], an element a thread and a launch a module: the same bytes.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
-    pub fn adamw_masked_baseline(
-        &self,
-        table: &mut [AdamWModule<'_, Self>],
-        squares: View<'_, Self, f32>,
-        hyper: AdamW,
-    ) -> Result<()> {
-        let modules: Vec<_> = table.iter_mut().map(Module::new).collect();
-        let squares = slice(&squares);
-        check(&modules, squares.len());
-        let AdamW { beta1, beta2, eps, seed, step, .. } = hyper;
-        let Hyper { rates, inverse_root, max_grad_norm, stochastic } = Hyper::new(&modules, &hyper);
-        let mut on_device = Memory::new(&self.device, rates.len())?;
-        let on_device = on_device.all(rates.len());
-        memory::write(&self.device, &rates, &on_device)?;
-        let kernel = by_state::<P::Grad, P::Moment>([
-            "adamw_masked_baseline_f32_f32",
-            "adamw_masked_baseline_f32_bf16",
-            "adamw_masked_baseline_bf16_f32",
-            "adamw_masked_baseline_bf16_bf16",
-        ]);
-        let count = modules.len() as u32;
-        for (i, module) in modules.iter().enumerate() {
-            let Module { weight, grad, m, v, .. } = module;
-            let launch = launch(kernel, blocks(weight.len(), BLOCK as usize), step_cost(std::slice::from_ref(module)));
-            let arguments = args![
-                weight,
-                *grad,
-                m,
-                v,
-                weight.len() as u64,
-                i as u32,
-                &on_device,
-                squares,
-                count,
-                max_grad_norm,
-                beta1,
-                beta2,
-                inverse_root,
-                eps,
-                seed,
-                step,
-                stochastic
-            ];
-            // SAFETY: four views of `len` elements, three of them borrowed mutably; a pair of rates and a number of
-            // squares a module.
-            unsafe { self.device.launch(launch, arguments) }?;
+    #[test]
+    fn a_table_of_seven_billion_parameters() {
+        let lengths = seven_billion();
+        let elements: usize = lengths.iter().sum();
+        assert_eq!((lengths.len(), elements), (339, 7_615_616_512));
+        for chunk in [SUM_CHUNK, step_chunk(elements, 132)] {
+            let (words, chunks) = table(lengths.iter().map(|len| ([7], *len)), chunk);
+            let rows: Vec<&[u64]> = words.chunks(3).collect();
+            let ends = rows.iter().skip(1).map(|row| row[2]).chain([chunks as u64]);
+            for ((row, end), len) in rows.iter().zip(ends).zip(&lengths) {
+                assert_eq!((row[0], row[1]), (7, *len as u64));
+                assert!((end - row[2]) * chunk as u64 >= row[1] && (end - row[2] - 1) * (chunk as u64) < row[1]);
+            }
+            assert!(blocks(chunks, 1) as usize == chunks && chunks * chunk > elements);
         }
-        Ok(())
+    }
+
+    #[test]
+    fn chunks_grow_with_the_table() {
+        let chunks: Vec<usize> =
+            [1, 800_000, 494_000_000, 7_615_616_512].iter().map(|elements| step_chunk(*elements, 132)).collect();
+        assert_eq!(chunks, [8192, 8192, 32_768, 65_536]);
+        assert!(chunks.iter().all(|chunk| chunk % (8 * BLOCK as usize) == 0));
     }
 }

@@ -12,8 +12,8 @@ const BLOCK: u32 = 512;
 const BASELINE_BLOCK: u32 = 256;
 const BACKWARD: &str = "cross_entropy_backward_vec8_bf16";
 
-/// Bytes of a row of `vocab` logits to keep: all where two blocks share a multiprocessor, else what one block may have.
-fn kept_bytes(device: &Device, vocab: usize) -> Result<u32> {
+/// Bytes of a row of `vocab` logits to cache: all where two blocks share a multiprocessor, else what one block may have.
+fn cached_bytes(device: &Device, vocab: usize) -> Result<u32> {
     let span = constant("cross_entropy_span_bytes");
     let whole = |bytes: u32| bytes / span * span;
     let row = whole(u32::try_from(2 * vocab).unwrap_or(u32::MAX));
@@ -21,7 +21,7 @@ fn kept_bytes(device: &Device, vocab: usize) -> Result<u32> {
     Ok(if row <= half? { row } else { row.min(most?) })
 }
 
-/// Losses of rows of logits; with `scale`, the gradients in place.
+/// losses [rows] of logits [rows, vocab]; with `scale`, the gradients replace the logits.
 pub(super) fn cross_entropy(
     device: &Device,
     logits: SliceMut<bf16>,
@@ -41,8 +41,9 @@ pub(super) fn cross_entropy(
         // SAFETY: as below.
         return unsafe { device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, with_gradient]) };
     }
-    // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check targets; logits
-    // and losses are borrowed mutably. What the second keeps is whole steps, in as much shared memory as it is launched with.
+    // SAFETY: logits has a row of `vocab` for each target and loss; the kernels ask for no alignment and check
+    // targets; logits and losses are borrowed mutably. What the second caches is whole steps, in as much shared memory
+    // as it is launched with.
     unsafe {
         match scale {
             None => {
@@ -50,9 +51,9 @@ pub(super) fn cross_entropy(
                 device.launch(launch, args![&logits, targets, &losses, vocab as u32])
             }
             Some(scale) => {
-                let kept = kept_bytes(device, vocab)?;
-                let launch = launch(BACKWARD, kept);
-                device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, kept / 16])
+                let cached = cached_bytes(device, vocab)?;
+                let launch = launch(BACKWARD, cached);
+                device.launch(launch, args![&logits, targets, &losses, vocab as u32, scale, cached / 16])
             }
         }
     }

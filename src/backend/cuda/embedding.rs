@@ -10,12 +10,12 @@ use half::bf16;
 use std::sync::Arc;
 
 const BLOCK: u32 = 256;
-/// Elements of a vector, and what the vector kernels ask of every pointer.
+/// Elements of a vector, and the alignment of every pointer that the vector kernels take.
 const VECTOR: usize = 8;
 const VECTOR_BYTES: u64 = 16;
 /// Vectors of a thread of the vector kernel that moves rows.
 const VECTORS: usize = 4;
-/// Up to so many indices, looking for equals in one launch is cheaper than six launches.
+/// Most indices for which a search for equals in one launch is cheaper than six launches.
 const FEW: usize = 128;
 /// Threads of a block that sums a row of many indices.
 const LONG_BLOCK: u32 = 1024;
@@ -109,8 +109,8 @@ pub(super) fn embedding_backward<G: FloatElement>(
     let aligned = width.is_multiple_of(VECTOR) && dy.aligned(VECTOR_BYTES) && dtable.aligned(VECTOR_BYTES);
     if count <= FEW || !aligned || measure::baseline() {
         let launch = launch(baseline, count32, BLOCK, sums);
-        // SAFETY: dy has a row of `width` for each index, dtable `table_rows` of them, and is borrowed mutably; the kernel skips
-        // rows outside.
+        // SAFETY: dy has a row of `width` for each index, dtable `table_rows` of them, and is borrowed mutably; the
+        // kernel skips rows outside.
         return unsafe { device.launch(launch, args![dy, rows, &dtable, count32, table_rows32, width32]) };
     }
     let list = |len| Memory::<u32>::new(device, len);
@@ -124,9 +124,10 @@ pub(super) fn embedding_backward<G: FloatElement>(
     memory::clear(device, &counts)?;
     let words = |words: usize| Cost { bytes: 4 * words as u64, flops: 0 };
     let grid = blocks(count, BLOCK as usize);
-    // SAFETY: each list is as long as the kernels index it: `counts` and `starts` by rows of the table, the others by indices or
-    // places, of which there are at most `count`; rows outside the table get no place and no run. dy has a row of `width` for
-    // each index, dtable `table_rows` of them, aligned as the kernels ask; dtable and the lists are borrowed mutably.
+    // SAFETY: each list is as long as the kernels index it: `counts` and `starts` by rows of the table, the others by
+    // indices or places, of which there are at most `count`; rows outside the table get no place and no run. dy has a
+    // row of `width` for each index, dtable `table_rows` of them, aligned as the kernels ask; dtable and the lists
+    // are borrowed mutably.
     unsafe {
         let step = |kernel, cost| launch(kernel, grid, BLOCK, cost);
         let link = step("embedding_link_count", words(3 * count));

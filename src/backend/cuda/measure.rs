@@ -1,5 +1,5 @@
-//! What benches need beside [`Cuda::time`]: a version of a kernel by its name, work captured once and replayed, and what
-//! another library must know of a device to work in its stream.
+//! What benches need beside [`Cuda::time`]: a version of a kernel by its name, work captured once and replayed, and the
+//! handles that another library needs to work in a device's stream.
 
 use super::device::Device;
 use super::{Cuda, Precision, slice};
@@ -14,9 +14,9 @@ thread_local! {
     static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
-/// Runs `f`, in which an operation called from this thread uses the version of its kernels of this name (the last part but
-/// one of a symbol: `baseline`, `vec8`, `row2048`) where it has one that fits the tensors, else what it would have chosen.
-/// Products are asked for by version and parts: [`Cuda::gemm`].
+/// Runs `f` with a version forced: operations called from this thread use the version of their kernels of this name (the
+/// last part but one of a symbol: `baseline`, `vec8`, `row2048`) where they have one that fits the tensors, else what they
+/// would have chosen. Products are asked for by version and parts: [`Cuda::gemm`].
 pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
     struct Restore(Option<&'static str>);
     impl Drop for Restore {
@@ -28,17 +28,17 @@ pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// The version that is asked for.
+/// The version that is forced.
 pub(super) fn asked() -> Option<&'static str> {
     FORCED.get()
 }
 
-/// Whether baseline kernels are asked for.
+/// Whether baselines are forced.
 pub(super) fn baseline() -> bool {
     asked() == Some("baseline")
 }
 
-/// Of the versions that fit, the best first: the one that is asked for, else the first. `None`: the baseline.
+/// Of the versions that fit, the best first: the forced one, else the first. `None`: the baseline.
 pub(super) fn choose<T>(fitting: impl IntoIterator<Item = (&'static str, T)>) -> Option<T> {
     if baseline() {
         return None;
@@ -53,14 +53,14 @@ pub(super) fn choose<T>(fitting: impl IntoIterator<Item = (&'static str, T)>) ->
     first
 }
 
-/// Work of a device that was captured once, to be queued again without the host's cost of its launches.
+/// A graph captured from a stream, replayed without the host's cost of its launches.
 pub struct Captured {
     device: Arc<Device>,
     executable: sys::CUgraphExec,
 }
 
 impl Captured {
-    /// Queues it.
+    /// Queues a replay.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.
@@ -68,13 +68,13 @@ impl Captured {
         self.device.bind()?;
         // SAFETY: an executable graph and the stream of this device's context, which is current.
         unsafe { result::graph::launch(self.executable, self.device.stream()) }
-            .map_err(|error| self.device.failed("refused captured work", error))
+            .map_err(|error| self.device.failed("cannot launch a captured graph", error))
     }
 }
 
 impl Drop for Captured {
     fn drop(&mut self) {
-        // What still runs of it must end first. A refusal leaks it, until the process ends.
+        // What still runs of it must end first. An error leaks it until the process ends.
         if self.device.synchronize().is_ok() {
             // SAFETY: an executable graph that nothing uses any more.
             let _ = unsafe { result::graph::exec_destroy(self.executable) };
@@ -83,15 +83,15 @@ impl Drop for Captured {
 }
 
 impl<P: Precision> Cuda<P> {
-    /// Captures what `queue` puts into the stream; nothing of it runs. It must have run once before, so that it finds its
-    /// workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
+    /// Captures what `queue` puts into the stream; nothing of it runs. It must have run once before, so that it finds
+    /// its workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
     ///
     /// # Errors
     /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
     ///
-    /// # Safety
-    /// The buffers that `queue` uses outlive what is returned. No memory is given back to the driver meanwhile (as where a
-    /// buffer does not fit), and nothing else runs between launches that keeps values in the workspace.
+    /// # Safety The buffers that `queue` uses outlive what is returned. No memory is given back to the driver
+    /// meanwhile (as where a buffer does not fit), and nothing else runs between launches that keeps values in the
+    /// workspace.
     pub unsafe fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = &self.device;
         device.synchronize()?;
@@ -116,13 +116,13 @@ impl<P: Precision> Cuda<P> {
         }
     }
 
-    /// Bytes of the L2 cache.
+    /// Size of the L2 cache in bytes.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.
     pub fn l2_bytes(&self) -> Result<u64> {
         self.device.bind()?;
-        let failed = |error: DriverError| self.device.failed("does not tell its L2 cache", error);
+        let failed = |error: DriverError| self.device.failed("cannot query the L2 cache size", error);
         let mut raw = 0;
         // SAFETY: a context is current; the call writes one integer.
         unsafe { sys::cuCtxGetDevice(&mut raw) }.result().map_err(failed)?;
@@ -131,7 +131,7 @@ impl<P: Precision> Cuda<P> {
         Ok(bytes.map_err(failed)?.max(0) as u64)
     }
 
-    /// The stream of everything, for another library's work among ours; the context is made current.
+    /// The one stream, for another library's work among ours; the context is made current.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.

@@ -1,5 +1,5 @@
-//! Device memory. What is given back stays with the arena for the next buffer of the same size, so that a step allocates
-//! nothing after the first; one stream orders the old user before the new one.
+//! Device memory. Freed buffers stay with the arena for the next of their size, so that a step allocates nothing after
+//! the first; one stream orders the old user before the new one.
 
 use super::Cuda;
 use super::Precision;
@@ -15,7 +15,8 @@ use std::sync::Arc;
 /// Every allocation is a multiple of this; the driver aligns each to 256 bytes.
 const GRANULE_BYTES: usize = 16;
 
-/// Free memory by size, and the books. The lowest address goes first: a step that asks for the same again gets the same again.
+/// Caching allocator with usage counters: free blocks by size, the lowest address first, so that a step that asks for
+/// the same sizes again gets the same addresses.
 #[derive(Default)]
 pub(super) struct Arena {
     free: HashMap<usize, BTreeSet<sys::CUdeviceptr>>,
@@ -25,13 +26,13 @@ pub(super) struct Arena {
 }
 
 impl Arena {
-    /// Gives all free memory back to the driver. The context is current, and nothing queued uses that memory.
+    /// Frees all cached blocks.
     ///
     /// # Safety
     /// The context of the device is current and its stream is idle.
     pub(super) unsafe fn flush(&mut self) {
         for pointer in self.free.drain().flat_map(|(_, pointers)| pointers) {
-            // SAFETY: an allocation of the driver that nobody uses. A refusal leaks it, until the process ends.
+            // SAFETY: an allocation of the driver without a user. An error leaks it until the process ends.
             let _ = unsafe { result::free_sync(pointer) };
         }
         self.free_bytes = 0;
@@ -48,7 +49,7 @@ impl Arena {
         Some(pointer)
     }
 
-    fn count(&mut self, bytes: usize) {
+    fn add_used(&mut self, bytes: usize) {
         self.used_bytes += bytes;
         self.peak_bytes = self.peak_bytes.max(self.used_bytes);
     }
@@ -63,7 +64,7 @@ pub struct Memory<T> {
 }
 
 impl<T: Element> Memory<T> {
-    /// Memory for `len` elements that holds anything.
+    /// Uninitialised memory for `len` elements.
     ///
     /// # Errors
     /// [`Error::Memory`] with the planned and the free bytes.
@@ -81,7 +82,7 @@ impl<T: Element> Memory<T> {
             Some(pointer) => pointer,
             None => Self::allocate(device, &mut arena, bytes)?,
         };
-        arena.count(bytes);
+        arena.add_used(bytes);
         Ok(memory(pointer))
     }
 
@@ -93,7 +94,7 @@ impl<T: Element> Memory<T> {
             Err(error) => error,
         };
         if error != DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) {
-            return Err(device.failed("gave no memory", error));
+            return Err(device.failed("allocation failed", error));
         }
         device.drop_graphs()?;
         // SAFETY: the context is current and the stream is idle; then as above.
@@ -117,13 +118,12 @@ impl<T: Element> Memory<T> {
         })
     }
 
-    /// The elements `range`.
     fn slice(&self, range: Range<usize>) -> Slice<'_, T> {
         debug_assert!(range.end * size_of::<T>() <= self.bytes);
         Slice { pointer: self.pointer + (range.start * size_of::<T>()) as u64, len: range.len(), borrow: PhantomData }
     }
 
-    /// All `len` elements of a workspace, to write.
+    /// The first `len` elements; a workspace has no more.
     pub(super) fn all(&mut self, len: usize) -> SliceMut<'_, T> {
         assert!(len * size_of::<T>() <= self.bytes);
         SliceMut(self.slice(0..len))
@@ -141,7 +141,7 @@ impl<T> Drop for Memory<T> {
     }
 }
 
-/// Device memory that is read: where it begins, and how many elements.
+/// Elements that are read: address and number.
 pub(super) struct Slice<'a, T> {
     pointer: sys::CUdeviceptr,
     len: usize,
@@ -156,23 +156,21 @@ impl<T> Clone for Slice<'_, T> {
 impl<T> Copy for Slice<'_, T> {}
 
 impl<'a, T> Slice<'a, T> {
-    /// Elements.
     pub(super) fn len(&self) -> usize {
         self.len
     }
 
-    /// The address.
     pub(super) fn pointer(&self) -> sys::CUdeviceptr {
         self.pointer
     }
 
-    /// Whether it begins on a multiple of `bytes`.
+    /// Whether the address is a multiple of `bytes`.
     pub(super) fn aligned(&self, bytes: u64) -> bool {
         self.pointer.is_multiple_of(bytes)
     }
 }
 
-/// Device memory that is written.
+/// Elements that are written: no other view of them lives.
 pub(super) struct SliceMut<'a, T>(Slice<'a, T>);
 
 impl<T> SliceMut<'_, T> {
@@ -210,12 +208,10 @@ impl<T> From<Option<&SliceMut<'_, T>>> for Arg {
     }
 }
 
-/// The memory of a view.
 pub(super) fn slice<'a, T: Element, P: Precision>(view: &View<'a, Cuda<P>, T>) -> Slice<'a, T> {
     view.storage.slice(view.range.clone())
 }
 
-/// The memory of a view, to write.
 pub(super) fn slice_mut<'a, T: Element, P: Precision>(view: ViewMut<'a, Cuda<P>, T>) -> SliceMut<'a, T> {
     let storage: &'a Memory<T> = view.storage;
     SliceMut(storage.slice(view.range))
@@ -237,7 +233,7 @@ pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result
     device.timed("memset", Cost::moved(bytes), clear).map_err(|error| device.failed("cannot clear memory", error))
 }
 
-/// Host to device. The driver has taken the host's bytes when this returns: they are pageable.
+/// Host to device. The host's bytes may change once this returns: the driver stages pageable memory before.
 pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T>) -> Result<()> {
     assert_eq!(from.len(), to.len);
     if from.is_empty() {
@@ -252,7 +248,7 @@ pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T
         .map_err(|error| device.failed("cannot copy from the host", error))
 }
 
-/// Device to host; waits for the device.
+/// Device to host; synchronizes.
 pub(super) fn read<T: Element>(device: &Device, from: Slice<'_, T>, to: &mut [T]) -> Result<()> {
     assert_eq!(from.len, to.len());
     if to.is_empty() {

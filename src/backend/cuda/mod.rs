@@ -24,6 +24,7 @@ mod sampling;
 mod survey;
 mod swiglu;
 mod tensor_map;
+pub mod testing;
 mod timing;
 
 pub use gemm::{GemmLayout, GemmMember, GemmPlan, GemmShape, GemmVersion};

@@ -1,5 +1,5 @@
-//! NVTX ranges, which `nsys` and `ncu` show and filter by: <https://nvidia.github.io/NVTX>. The library is looked for when it is
-//! asked for; nothing else needs it.
+//! NVTX ranges, which `nsys` and `ncu` show and filter by: <https://nvidia.github.io/NVTX>. The library is opened
+//! where ranges are asked for, and nowhere else.
 
 use crate::error::{Error, Result};
 use libloading::Library;
@@ -7,13 +7,13 @@ use std::error::Error as _;
 use std::ffi::{CString, c_char, c_int};
 use std::sync::OnceLock;
 
-/// Exports NVTX's functions; part of the CUDA toolkit and of the package `nvidia-nvtx`.
+/// Exports the ranges; part of the CUDA toolkit and of the package `nvidia-nvtx`.
 const LIBRARY: &str = "libnvtx3interop.so.1";
 
 struct Ranges {
     push: unsafe extern "C" fn(*const c_char) -> c_int,
     pop: unsafe extern "C" fn() -> c_int,
-    /// Holds the functions.
+    /// The functions are valid while it is open.
     _library: Library,
 }
 
@@ -37,7 +37,8 @@ pub(in crate::backend) fn find() -> Result<()> {
 }
 
 fn open() -> Result<Ranges, libloading::Error> {
-    // SAFETY: what the library runs when it is loaded is its own initialisation; the functions have these types in NVTX 3.
+    // SAFETY: what the library runs when it is loaded is its own initialisation; the functions have these types in
+    // NVTX 3.
     unsafe {
         let library = Library::new(LIBRARY)?;
         let (push, pop) = (*library.get(b"nvtxRangePushA\0")?, *library.get(b"nvtxRangePop\0")?);
@@ -53,7 +54,7 @@ pub(in crate::backend) fn push(name: &str) {
     }
 }
 
-/// Ends the last range that began on this thread.
+/// Ends the innermost range of this thread.
 pub(in crate::backend) fn pop() {
     if let Some(ranges) = RANGES.get() {
         // SAFETY: a function of the open library.

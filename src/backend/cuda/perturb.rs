@@ -1,18 +1,19 @@
 //! Perturbed copies of a weight: see `kernels/perturb.cu`.
 
 use super::device::{Device, Launch, args, blocks};
-use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
-use super::{Cuda, FLOAT, Precision};
+use super::memory::{Memory, Slice, SliceMut};
+use super::{FLOAT, measure};
 use crate::backend::cost::{NORMAL_FLOPS, perturbed_copies, sum_squares};
-use crate::backend::{Cost, In, NoiseKey, Out, ViewMut};
+use crate::backend::{Cost, NoiseKey};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
 
 const BLOCK: usize = 256;
-/// Elements of a round of a block's threads.
+/// Elements that a block's threads take at once, eight each.
 const ROUND: usize = 8 * BLOCK;
-/// Most partial sums of a tensor: four blocks a multiprocessor of an H100, and little for each block that adds them up.
+/// Most partial sums of a tensor: about four blocks for each multiprocessor of an H100, and two sums for each thread of a
+/// block that adds them up.
 const SUMS: usize = 512;
 /// Blocks of a multiprocessor that the copies' kernels are bounded to: the grid is one wave.
 const RESIDENT: u32 = 6;
@@ -85,13 +86,22 @@ fn squares_of_normals(device: &Arc<Device>, key: NoiseKey, len: usize) -> Result
     let range = range(len);
     let mut sums = Sums::new(device, len.div_ceil(range))?;
     let launch = launch("perturb_squares_gaussian_f64", [sums.count as u32, 1], cost(len, 0, 2 + NORMAL_FLOPS));
-    // SAFETY: a range of the normals has a block and a place in `sums`.
+    // SAFETY: a range of the normals has a block and an f64 of `sums`.
     unsafe { device.launch(launch, args![len as u64, range as u64, key.seed, key.stream, &sums.all()]) }?;
     Ok(sums)
 }
 
+/// The words of a stream from block `first` on ([`crate::rng`]); `to` holds whole blocks of four.
+pub(super) fn words(device: &Device, key: NoiseKey, first: u64, to: &SliceMut<'_, u32>) -> Result<()> {
+    assert!(to.len().is_multiple_of(4));
+    let count = to.len() / 4;
+    let launch = launch("perturb_words_u32", [blocks(count, BLOCK), 1], cost(to.len(), 4, 0));
+    // SAFETY: four elements for each of `count` blocks.
+    unsafe { device.launch(launch, args![to, count as u64, first, key.seed, key.stream]) }
+}
+
 /// Normals of the stream from block `first`, by columns of `rows`: element row·rank + k lies at k·rows + row.
-fn normals(
+pub(super) fn normals(
     device: &Device,
     key: NoiseKey,
     first: usize,
@@ -101,7 +111,7 @@ fn normals(
 ) -> Result<()> {
     assert_eq!(to.len(), rows * rank);
     let launch = launch("perturb_normals_f32", [blocks(rows * rank, 4 * BLOCK), 1], cost(rows * rank, 4, NORMAL_FLOPS));
-    // SAFETY: `to` has a place for each of rows·rank elements.
+    // SAFETY: `to` has rows·rank elements.
     unsafe { device.launch(launch, args![to, rows as u64, rank as u32, first as u64, key.seed, key.stream]) }
 }
 
@@ -126,9 +136,12 @@ impl Copies<'_> {
         perturbed_copies(self.w.len(), 1 + usize::from(self.minus.is_some()), bytes, flops, FLOAT)
     }
 
-    fn gaussian(&self, device: &Arc<Device>, key: NoiseKey, kernel: &'static str, grid: u32) -> Result<()> {
+    fn gaussian(&self, device: &Arc<Device>, key: NoiseKey) -> Result<()> {
         let Self { w, squares, plus, minus, epsilon } = self;
-        let launch = launch(kernel, [grid, 1], self.cost(0, NORMAL_FLOPS));
+        let launch = match measure::baseline() {
+            true => launch("perturb_gaussian_baseline_bf16", [blocks(w.len(), BLOCK), 1], self.cost(0, NORMAL_FLOPS)),
+            false => self.launch(device, "perturb_gaussian_vec8_bf16", 0, NORMAL_FLOPS),
+        };
         let mut of_n = squares_of_normals(device, key, w.len())?;
         let (w_count, n_count) = (squares.len() as u32, of_n.count as u32);
         let (of_n, len) = (of_n.all(), w.len() as u64);
@@ -178,7 +191,7 @@ impl Copies<'_> {
         let (w_count, n_count, sides) = (squares.len() as u32, of_n.count as u32, [rows as u64, columns as u64]);
         let (of_n, rank32) = (of_n.all(), rank as u32);
         let gram = launch("perturb_squares_low_rank_f64", [rank32; 2], cost(rank * rank, 4, 2 * (rows + columns)));
-        // SAFETY: factors of rank·rows and rank·columns elements; an entry has a block and a place in `of_n`.
+        // SAFETY: factors of rank·rows and rank·columns elements; an entry has a block and an f64 of `of_n`.
         unsafe { device.launch(gram, args![*a, *b, sides[0], sides[1], &of_n]) }?;
         let across = blocks(columns, TILE[0]);
         let down = blocks(rows, TILE[1]).min((device.multiprocessors * RESIDENT_LOW_RANK).div_ceil(across));
@@ -198,8 +211,8 @@ impl Copies<'_> {
             *b,
             rank32
         ];
-        // SAFETY: tensors of rows·columns elements, the copies borrowed mutably; the factors as above, aligned to 16 bytes
-        // as all memory is; `count` partial sums each.
+        // SAFETY: tensors of rows·columns elements, the copies borrowed mutably; the factors as above, aligned to 16
+        // bytes as all memory is; `count` partial sums each.
         unsafe { device.launch(launch, arguments) }
     }
 }
@@ -230,67 +243,10 @@ pub(super) fn perturb(
     let squares = known.unwrap_or(*own);
     let copies = Copies { w, squares, plus, minus, epsilon };
     match noise {
-        Noise::Gaussian(key) => {
-            let grid = blocks(w.len(), ROUND).min(device.multiprocessors * RESIDENT);
-            copies.gaussian(device, key, "perturb_gaussian_vec8_bf16", grid)
-        }
+        Noise::Gaussian(key) => copies.gaussian(device, key),
         Noise::Rademacher(key) => copies.rademacher(device, key),
         Noise::LowRank { key, rank, rows } => copies.low_rank(device, key, rank, rows),
         Noise::Scale => copies.scale(device),
         Noise::Given(n) => copies.given(device, n),
-    }
-}
-
-/// The generator itself, and the first version of a kernel: for benches and tests.
-impl<P: Precision> Cuda<P> {
-    /// The words of a stream from block `first` on ([`crate::rng`]); `to` holds whole blocks of four.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
-    pub fn philox_words(&self, key: NoiseKey, first: u64, to: ViewMut<'_, Self, u32>) -> Result<()> {
-        let to = slice_mut(to);
-        assert!(to.len().is_multiple_of(4));
-        let count = to.len() / 4;
-        let launch = launch("perturb_words_u32", [blocks(count, BLOCK), 1], cost(to.len(), 4, 0));
-        // SAFETY: four places for each of `count` blocks.
-        unsafe { self.device.launch(launch, args![&to, count as u64, first, key.seed, key.stream]) }
-    }
-
-    /// The normals of a stream, from element 0.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
-    pub fn philox_normals(&self, key: NoiseKey, to: ViewMut<'_, Self, f32>) -> Result<()> {
-        let to = slice_mut(to);
-        normals(&self.device, key, 0, to.len(), 1, &to)
-    }
-
-    /// [`crate::backend::Backend::perturb`] by normals, an element a thread: the same bytes.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] where the driver fails; [`crate::Error::Memory`] where there is none for partial sums.
-    pub fn perturb_gaussian_baseline(
-        &self,
-        w: In<'_, Self>,
-        key: NoiseKey,
-        epsilon: f32,
-        plus: Out<'_, Self>,
-        minus: Option<Out<'_, Self>>,
-    ) -> Result<()> {
-        let (w, plus, minus) = (slice(&w), slice_mut(plus), minus.map(slice_mut));
-        assert_eq!(plus.len(), w.len());
-        assert!(minus.as_ref().is_none_or(|minus| minus.len() == w.len()));
-        if w.len() == 0 {
-            return Ok(());
-        }
-        let grid = blocks(w.len(), BLOCK);
-        let mut squares = squares_of_tensor(&self.device, w)?;
-        let squares = squares.all();
-        Copies { w, squares: *squares, plus, minus, epsilon }.gaussian(
-            &self.device,
-            key,
-            "perturb_gaussian_baseline_bf16",
-            grid,
-        )
     }
 }

@@ -11,24 +11,114 @@ use std::sync::Arc;
 
 /// Threads of the lanes, warp and baseline kernels.
 const BLOCK: u32 = 256;
-/// Elements of a vector, and what vector kernels ask of every pointer.
+/// Elements of a vector, and the alignment of every pointer that the vector kernels take.
 const VECTOR: usize = 8;
 const VECTOR_BYTES: u64 = 16;
-/// Widest row of the lanes kernels, and of the forward pass by a warp.
+/// Widest row of the lanes kernels.
 const LANES_WIDTH: usize = 256;
-const WARP_WIDTH: usize = 1024;
 /// Rows that a group of lanes has under way at once.
 const FORWARD_ROWS: u32 = 4;
 const BACKWARD_ROWS: u32 = 2;
 /// Columns of a block of the column kernel, and its threads.
 const COLUMNS: usize = 32;
 const COLUMNS_BLOCK: u32 = 1024;
-/// Parts of the rows in a sum of dweight: two, or four small blocks, for each of an H100's 132 multiprocessors. A constant, so
-/// that the sums are the same on every device.
+/// Parts of the rows in a sum of dweight: two, or four small blocks, for each of an H100's 132 multiprocessors. A
+/// constant, so that the sums are the same on every device.
 const PARTS: usize = 264;
 const SMALL_PARTS: usize = 528;
 
-/// What forward keeps for backward.
+/// Versions of the forward kernel.
+#[derive(Clone, Copy, PartialEq)]
+enum Forward {
+    Baseline,
+    Lanes,
+    Warp,
+    Row2048,
+    Row4096,
+    Row8192,
+}
+
+impl Forward {
+    /// The first that takes rows of this width, or the one that is forced.
+    fn choose(width: usize, aligned: bool) -> Self {
+        let versions = [
+            ("lanes", LANES_WIDTH, Self::Lanes),
+            ("warp", 1024, Self::Warp),
+            ("row2048", 2048, Self::Row2048),
+            ("row4096", 4096, Self::Row4096),
+            ("row8192", 8192, Self::Row8192),
+        ];
+        let fitting = versions.into_iter().filter(|(_, widest, _)| aligned && width <= *widest);
+        measure::choose(fitting.map(|(name, _, version)| (name, version))).unwrap_or(Self::Baseline)
+    }
+
+    /// Symbol, blocks, and threads of a block.
+    fn launch(self, rows: usize, width: usize) -> (&'static str, u32, u32) {
+        let by_warps = blocks(rows, (BLOCK / 32) as usize);
+        match self {
+            Self::Baseline => ("rmsnorm_forward_baseline_bf16", by_warps, BLOCK),
+            Self::Lanes => {
+                let rows_a_block = BLOCK / lanes(width) * FORWARD_ROWS;
+                ("rmsnorm_forward_lanes_bf16", blocks(rows, rows_a_block as usize), BLOCK)
+            }
+            Self::Warp => ("rmsnorm_forward_warp_bf16", by_warps, BLOCK),
+            Self::Row2048 => ("rmsnorm_forward_row2048_bf16", blocks(rows, 1), 128),
+            Self::Row4096 => ("rmsnorm_forward_row4096_bf16", blocks(rows, 1), 128),
+            Self::Row8192 => ("rmsnorm_forward_row8192_bf16", blocks(rows, 1), 256),
+        }
+    }
+}
+
+/// Versions of the backward kernel.
+#[derive(Clone, Copy, PartialEq)]
+enum Backward {
+    Baseline,
+    Lanes,
+    Row1024,
+    Row2048,
+    Row4096,
+    Row8192,
+}
+
+impl Backward {
+    /// The first that takes rows of this width, or the one that is forced.
+    fn choose(width: usize, aligned: bool) -> Self {
+        let versions = [
+            ("lanes", LANES_WIDTH, Self::Lanes),
+            ("row1024", 1024, Self::Row1024),
+            ("row2048", 2048, Self::Row2048),
+            ("row4096", 4096, Self::Row4096),
+            ("row8192", 8192, Self::Row8192),
+        ];
+        let fitting = versions.into_iter().filter(|(_, widest, _)| aligned && width <= *widest);
+        measure::choose(fitting.map(|(name, _, version)| (name, version))).unwrap_or(Self::Baseline)
+    }
+
+    /// Symbol of the kernel of dx and partial sums together, and threads of a block.
+    fn kernel(self) -> Option<(&'static str, u32)> {
+        match self {
+            Self::Baseline => None,
+            Self::Lanes => Some(("rmsnorm_backward_lanes_bf16", BLOCK)),
+            Self::Row1024 => Some(("rmsnorm_backward_row1024_bf16", 128)),
+            Self::Row2048 => Some(("rmsnorm_backward_row2048_bf16", 256)),
+            Self::Row4096 => Some(("rmsnorm_backward_row4096_bf16", 512)),
+            Self::Row8192 => Some(("rmsnorm_backward_row8192_bf16", 1024)),
+        }
+    }
+
+    /// How rows are divided for the sums of dweight: rows a part, and parts.
+    fn parts(self, rows: usize, width: usize) -> (usize, usize) {
+        let (most, least) = match self {
+            Self::Baseline | Self::Row1024 => (SMALL_PARTS, 1),
+            Self::Lanes => (SMALL_PARTS, (BLOCK / lanes(width) * BACKWARD_ROWS) as usize),
+            Self::Row2048 | Self::Row4096 | Self::Row8192 => (PARTS, 1),
+        };
+        let rows_a_part = rows.div_ceil(most).max(least);
+        (rows_a_part, rows.div_ceil(rows_a_part))
+    }
+}
+
+/// What the forward pass keeps for the backward pass, and dy.
 pub(super) struct Saved<'a> {
     pub(super) dy: Slice<'a, bf16>,
     pub(super) x: Slice<'a, bf16>,
@@ -55,39 +145,19 @@ pub(super) fn rmsnorm(
     assert_eq!([x.len(), y.len(), weight.len()], [rows * width, rows * width, width]);
     assert!(rstd.as_ref().is_none_or(|rstd| rstd.len() == rows));
     let aligned = width.is_multiple_of(VECTOR) && [x, weight, *y].iter().all(|tensor| tensor.aligned(VECTOR_BYTES));
-    let by_warps = blocks(rows, (BLOCK / 32) as usize);
-    let by_lanes = blocks(rows, (BLOCK / lanes(width.min(LANES_WIDTH)) * FORWARD_ROWS) as usize);
-    let by_rows = blocks(rows, 1);
-    // Each takes rows up to its width.
-    let versions = [
-        ("lanes", LANES_WIDTH, "rmsnorm_forward_lanes_bf16", by_lanes, BLOCK),
-        ("warp", WARP_WIDTH, "rmsnorm_forward_warp_bf16", by_warps, BLOCK),
-        ("row2048", 2048, "rmsnorm_forward_row2048_bf16", by_rows, 128),
-        ("row4096", 4096, "rmsnorm_forward_row4096_bf16", by_rows, 128),
-        ("row8192", 8192, "rmsnorm_forward_row8192_bf16", by_rows, 256),
-    ];
-    let fitting = versions.iter().filter(|(_, most, ..)| aligned && width <= *most);
-    let chosen = measure::choose(fitting.map(|(name, _, kernel, blocks, block)| (*name, (*kernel, *blocks, *block))));
-    let (kernel, blocks, block) = chosen.unwrap_or(("rmsnorm_forward_baseline_bf16", by_warps, BLOCK));
+    let version = Forward::choose(width, aligned);
+    let (kernel, blocks, block) = version.launch(rows, width);
     let cost = cost::rmsnorm(x.len(), width, rstd.is_some(), FLOAT);
     let launch = Launch { image: "rmsnorm", kernel, grid: [blocks, 1, 1], block, shared_bytes: 0, cost };
-    let shape = (rows as u64, width as u32);
-    // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks, which also
-    // bounds the width; y and rstd are borrowed mutably.
+    let (rstd, rows, width32) = (rstd.as_ref(), rows as u64, width as u32);
+    // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks, which
+    // also bounds the width; y and rstd are borrowed mutably.
     unsafe {
-        match kernel {
-            "rmsnorm_forward_lanes_bf16" => {
-                device.launch(launch, args![x, weight, &y, rstd.as_ref(), shape.0, shape.1, eps, lanes(width)])
-            }
-            _ => device.launch(launch, args![x, weight, &y, rstd.as_ref(), shape.0, shape.1, eps]),
+        match version {
+            Forward::Lanes => device.launch(launch, args![x, weight, &y, rstd, rows, width32, eps, lanes(width)]),
+            _ => device.launch(launch, args![x, weight, &y, rstd, rows, width32, eps]),
         }
     }
-}
-
-/// How rows are cut for the sums of dweight: rows a part, and parts.
-fn parts(rows: usize, parts: usize, least: usize) -> (usize, usize) {
-    let rows_a_part = rows.div_ceil(parts).max(least);
-    (rows_a_part, rows.div_ceil(rows_a_part))
 }
 
 /// dx and dweight, each overwritten or added to.
@@ -111,18 +181,8 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
     let aligned = width.is_multiple_of(VECTOR)
         && [dy, x, weight].iter().all(|tensor| tensor.aligned(VECTOR_BYTES))
         && dx.as_ref().is_none_or(|dx| dx.aligned(VECTOR_BYTES));
-    let least = (BLOCK / lanes(width.min(LANES_WIDTH)) * BACKWARD_ROWS) as usize;
-    // Each takes rows up to its width.
-    let versions = [
-        ("lanes", LANES_WIDTH, "rmsnorm_backward_lanes_bf16", BLOCK, parts(rows, SMALL_PARTS, least)),
-        ("row1024", 1024, "rmsnorm_backward_row1024_bf16", 128, parts(rows, SMALL_PARTS, 1)),
-        ("row2048", 2048, "rmsnorm_backward_row2048_bf16", 256, parts(rows, PARTS, 1)),
-        ("row4096", 4096, "rmsnorm_backward_row4096_bf16", 256, parts(rows, PARTS, 1)),
-        ("row8192", 8192, "rmsnorm_backward_row8192_bf16", 512, parts(rows, PARTS, 1)),
-    ];
-    let fitting = versions.iter().filter(|(_, most, ..)| aligned && width <= *most);
-    let chosen = measure::choose(fitting.map(|(name, _, kernel, block, cut)| (*name, (Some(*kernel), *block, *cut))));
-    let (kernel, block, (rows_a_part, parts)) = chosen.unwrap_or((None, BLOCK, parts(rows, SMALL_PARTS, 1)));
+    let version = Backward::choose(width, aligned);
+    let (rows_a_part, parts) = version.parts(rows, width);
     let mut workspace = Memory::<f32>::new(device, if dweight.is_some() { parts * width } else { 0 })?;
     let partial = dweight.as_ref().map(|_| workspace.all(parts * width));
     let (rows_a_part, parts, width32) = (rows_a_part as u32, parts as u32, width as u32);
@@ -130,25 +190,23 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
         |dx: bool, dweight: bool| cost::rmsnorm_backward(x.len(), width, dx.then_some(accumulate_dx), dweight, FLOAT);
     let (rows64, accumulate_dx) = (rows as u64, accumulate_dx as u32);
     let launch = |kernel, grid, block, cost| Launch { image: "rmsnorm", kernel, grid, block, shared_bytes: 0, cost };
-    // SAFETY: x, dy and dx have `rows` rows of `width`, weight one, rstd an element a row, `partial` `parts` rows, and `parts` of
-    // `rows_a_part` rows cover all; aligned as the kernels ask, which also bounds the width; dx, dweight and the workspace are
-    // borrowed mutably.
+    // SAFETY: x, dy and dx have `rows` rows of `width`, weight one, rstd an element a row, `partial` `parts` rows,
+    // and `parts` of `rows_a_part` rows cover all; aligned as the kernels ask, which also bounds the width; dx,
+    // dweight and the workspace are borrowed mutably.
     unsafe {
-        match kernel {
-            Some(kernel) => {
+        match version.kernel() {
+            Some((kernel, block)) => {
                 let launch = launch(kernel, [parts, 1, 1], block, cost(dx.is_some(), dweight.is_some()));
                 let (dx, partial) = (dx.as_ref(), partial.as_ref());
-                match kernel {
-                    "rmsnorm_backward_lanes_bf16" => {
-                        let lanes = lanes(width);
-                        let shape =
-                            args![dy, x, weight, rstd, dx, partial, rows64, rows_a_part, width32, accumulate_dx, lanes];
-                        device.launch(launch, shape)?;
-                    }
-                    _ => device.launch(
-                        launch,
-                        args![dy, x, weight, rstd, dx, partial, rows64, rows_a_part, width32, accumulate_dx],
-                    )?,
+                if version == Backward::Lanes {
+                    let lanes = lanes(width);
+                    let arguments =
+                        args![dy, x, weight, rstd, dx, partial, rows64, rows_a_part, width32, accumulate_dx, lanes];
+                    device.launch(launch, arguments)?;
+                } else {
+                    let arguments =
+                        args![dy, x, weight, rstd, dx, partial, rows64, rows_a_part, width32, accumulate_dx];
+                    device.launch(launch, arguments)?;
                 }
             }
             None => {

@@ -11,7 +11,7 @@ use half::bf16;
 const BLOCK: usize = 256;
 /// Heads of a thread of the vector kernel.
 const HEADS: usize = 4;
-/// What the vector kernel asks of x and of the table, and of head_dim.
+/// Alignment of x and of the table, and the factor of head_dim, that the vector kernel takes.
 const VECTOR_BYTES: u64 = 16;
 const HEAD_DIM_STEP: usize = 16;
 
@@ -44,8 +44,8 @@ pub(super) fn rope(
     };
     let length = (table.len() / head_dim) as u32;
     let sign = if inverse { -1f32 } else { 1.0 };
-    // SAFETY: x has `tokens` rows of `heads·head_dim`, aligned as the kernel asks, and is borrowed mutably; positions has one
-    // element a token; the kernel skips positions from `length`, the rows of the table, on.
+    // SAFETY: x has `tokens` rows of `heads·head_dim`, aligned as the kernel asks, and is borrowed mutably; positions
+    // has one element a token; the kernel skips positions from `length`, the rows of the table, on.
     unsafe {
         device.launch(launch, args![&x, table, positions, tokens as u64, length, heads as u32, head_dim as u32, sign])
     }

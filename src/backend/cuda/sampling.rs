@@ -10,7 +10,7 @@ use half::bf16;
 
 const BLOCK: u32 = 1024;
 
-/// One token a row of `vocab` logits.
+/// tokens [rows] of logits [rows, vocab].
 pub(super) fn sample(
     device: &Device,
     logits: Slice<bf16>,
@@ -27,7 +27,8 @@ pub(super) fn sample(
     let grid = [blocks(tokens.len(), 1), 1, 1];
     let cost = cost::sample(logits.len(), sampling, FLOAT);
     let launch = |kernel| Launch { image: "sampling", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
-    // SAFETY: logits has a row of `vocab` for each uniform and token; the kernels ask for no alignment; tokens is borrowed mutably.
+    // SAFETY: logits has a row of `vocab` for each uniform and token; the kernels ask for no alignment; tokens is
+    // borrowed mutably.
     unsafe {
         if sampling.temperature > 0.0 {
             let arguments = args![logits, uniforms, &tokens, vocab as u32, sampling.exponent_scale(), sampling.top_p];

@@ -9,13 +9,13 @@ use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::{DriverError, result, sys};
 use std::time::Duration;
 
-/// Kernels whose times are not read yet.
+/// Spans of kernels whose events have not been read.
 #[derive(Default)]
 pub(super) struct Pending {
-    /// A moment on both clocks: an event, and nanoseconds since the recording began.
+    /// One moment on both clocks: an event, and nanoseconds since the recording began.
     base: Option<(sys::CUevent, u64)>,
     spans: Vec<(Span, sys::CUevent, sys::CUevent)>,
-    /// Events to be used again.
+    /// Events for reuse.
     free: Vec<sys::CUevent>,
 }
 
@@ -27,21 +27,21 @@ impl Pending {
         self.free.pop().map_or_else(|| result::event::create(CU_EVENT_DEFAULT), Ok)
     }
 
-    /// Gives the events back to the driver.
+    /// Destroys all events.
     ///
     /// # Safety
     /// The context is current and the stream is idle.
     pub(super) unsafe fn destroy(&mut self) {
         let spans = self.spans.drain(..).flat_map(|(_, start, end)| [start, end]);
         for event in spans.chain(self.free.drain(..)).chain(self.base.take().map(|(event, _)| event)) {
-            // SAFETY: an event of this context that nothing waits for. A refusal leaks it, until the process ends.
+            // SAFETY: an event of this context that nothing waits for. An error leaks it until the process ends.
             let _ = unsafe { result::event::destroy(event) };
         }
     }
 }
 
 impl Device {
-    /// Queues by `launch`, between two events where something records.
+    /// Calls `launch`, between two events while a trace is recorded.
     pub(super) fn timed(
         &self,
         kernel: &'static str,
@@ -78,10 +78,10 @@ impl Device {
         self.synchronize()?;
         // SAFETY: the context is current.
         let done = unsafe { if begins { sys::cuProfilerStart() } else { sys::cuProfilerStop() } }.result();
-        done.map_err(|error| self.failed("cannot tell the profiler", error))
+        done.map_err(|error| self.failed("cannot start or stop the profiler", error))
     }
 
-    /// Hands the times of finished kernels to the recording. The stream is idle.
+    /// Moves the spans of finished kernels to the trace. The stream is idle.
     pub(super) fn settle(&self) -> Result<(), DriverError> {
         let mut pending = self.pending.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let Some((base, base_ns)) = pending.base.take() else { return Ok(()) };
@@ -92,7 +92,7 @@ impl Device {
         };
         let mut free_ns = 0;
         for (mut span, start, end) in std::mem::take(&mut pending.spans) {
-            // One stream runs one at a time; times are rounded, each by itself.
+            // One stream runs one kernel at a time, but each time is rounded by itself.
             span.start_ns = (base_ns + between(base, start)?).max(free_ns);
             span.duration_ns = between(start, end)?;
             free_ns = span.start_ns + span.duration_ns;
@@ -113,11 +113,11 @@ impl<P: Precision> Cuda<P> {
         let device = &self.device;
         device.flush()?;
         device.bind()?;
-        let failed = |error| device.failed("cannot take the time", error);
+        let failed = |error| device.failed("cannot time queued work", error);
         let event = || result::event::create(CU_EVENT_DEFAULT).map_err(failed);
         let (start, end) = (event()?, event()?);
-        // SAFETY: events and the stream of this device's context, which is current; the events are destroyed once, after
-        // they were waited for.
+        // SAFETY: events and the stream of this device's context, which is current; the events are destroyed once,
+        // after they were waited for.
         let milliseconds = unsafe {
             result::event::record(start, device.stream()).map_err(failed)?;
             let queued = queue();

@@ -2,7 +2,7 @@
 //! side, each with tensors of its own; for the gradient of X they are terms of one sum.
 
 use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmVersion};
-use super::{Addends, BLOCK, MMA_BLOCK, MMA_SHARED_BYTES, combine, product, size, wgmma};
+use super::{Addends, BLOCK, MMA_BLOCK, combine, product, size, wgmma};
 use crate::backend::cuda::device::{Arg, Device, Launch, args, blocks};
 use crate::backend::cuda::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use crate::backend::cuda::{Cuda, Precision};
@@ -212,7 +212,7 @@ fn each<T: FloatElement>(
             kernel: symbol::<T>(whole, version),
             grid: [size(shapes.iter().map(|shape| tile.count(*shape)).sum()), splits, 1],
             block: MMA_BLOCK,
-            shared_bytes: MMA_SHARED_BYTES,
+            shared_bytes: 0,
             cost,
         };
         let parts = pointers(sums.iter().map(Arg::from));
@@ -298,7 +298,7 @@ fn sum(
             kernel: if version == GemmVersion::Mma64 { "gemm_nn_sum_mma64_bf16" } else { "gemm_nn_sum_mma128_bf16" },
             grid: [size(tile.count(whole)), splits, 1],
             block: MMA_BLOCK,
-            shared_bytes: MMA_SHARED_BYTES,
+            shared_bytes: 0,
             cost,
         };
         let a = pointers(terms.iter().map(|term| term.a.into()));
