@@ -5,16 +5,19 @@
 //   kernel                             bytes            FLOPs            8192 tokens, 28/4 heads of 128, 800 TFLOP/s
 //   attention_forward_wgmma_hd*_bf16   Q, K, V, O, lse  4·d a seen pair  0.60 ms (134 MB: 0.05 ms)
 //
-// A block holds 128 queries of one head and streams tiles of 128 keys and values. The producer, one warp of the first
-// warpgroup, finds which keys they see and fills a ring of six tiles, a key tile ahead of the values: K0, K1, V0, K2,
-// V1 … Two consumers, warpgroups of 64 queries each, take them in this order.
+// A work tile is 128 queries of one head, which meet tiles of 128 keys and values. Blocks are persistent, one a
+// multiprocessor, and take work tiles in turn (TileScheduler), those with the most keys first. Of the first warpgroup
+// one warp finds which keys the next work tile sees; another is the producer, which brings its Q into one of two
+// slots and its K and V into a ring of five tiles, a key tile ahead of the values: K0, K1, V0, K2, V1 … So the next
+// work tile's Q, K0, K1 and V0 arrive while this one's last products and its O are under way. Two consumers,
+// warpgroups of 64 queries each, take the tiles in this order.
 // A consumer issues S = Q·Kᵀ of the next tile and O += P·V of this one together and computes the softmax of S while
 // P·V is under way: P is the A operand in registers that a rounded S leaves. The two take turns in issuing, so that
 // one has the tensor cores while the other is at its exponentials: 128 × 128 of these take 1024 clocks of a
 // multiprocessor, their products 1024 (head_dim 64) or 2048.
 // At head_dim 128 a thread holds S, P and O in 64 + 32 + 64 registers, and Q and the ring take all of shared memory:
 // a block is alone on its multiprocessor, two warpgroups with 240 registers and one with 24.
-// Which tiles are skipped or masked, and the order of blocks, are those of attention_flash.cu.
+// Which tiles are skipped or masked is as in attention_flash.cu.
 //
 // Rounds: P to bf16 before P·V (row_sum takes the unrounded), O once. Sums are f32, over keys in ascending tiles, in
 // a tile by the tensor core in ascending blocks of 16: results do not depend on the launch. Banks: the 128-byte
@@ -25,37 +28,66 @@
 
 #include "attention_sm90.cuh"
 
-// Rows of a tile, tiles of the ring, rows and warps of a consumer.
-constexpr int ROWS = 128, STAGES = 6, HALF = 64, WARPS = 4;
+// Rows of a tile, tiles of the ring, slots of Q, rows and warps of a consumer.
+constexpr int ROWS = 128, STAGES = 5, Q_STAGES = 2, HALF = 64, WARPS = 4;
 
-// Shared memory: Q in halves of 64 rows, the ring of K and V, the first key that each query sees, barriers.
+// Shared memory: slots of Q in halves of 64 rows, the ring of K and V, the first key that each query of a slot sees,
+// barriers.
 template <int HeadDim> struct SmemLayout {
-  static constexpr int TILE_BYTES = ROWS * HeadDim * 2, Q_HALF_BYTES = TILE_BYTES / 2;
-  static constexpr int FIRST_KEYS = (1 + STAGES) * TILE_BYTES, BARRIERS = FIRST_KEYS + ROWS * 4;
-  static constexpr int BYTES = BARRIERS + (2 * STAGES + 1) * 8;
+  static constexpr int TILE_BYTES = ROWS * HeadDim * 2;
+  static constexpr int FIRST_KEYS = (Q_STAGES + STAGES) * TILE_BYTES, BARRIERS = FIRST_KEYS + Q_STAGES * ROWS * 4;
+  static constexpr int BYTES = BARRIERS + (2 * STAGES + 3 * Q_STAGES) * 8;
 
-  static __device__ __forceinline__ unsigned char* q(int half) { return dynamic_shared + half * Q_HALF_BYTES; }
-  static __device__ __forceinline__ unsigned char* kv(uint32_t slot) {
-    return dynamic_shared + (1 + slot) * TILE_BYTES;
+  static __device__ __forceinline__ int q_offset(uint32_t slot, int half) {
+    return (2 * slot + half) * (TILE_BYTES / 2);
   }
-  static __device__ __forceinline__ int* first_keys() { return reinterpret_cast<int*>(dynamic_shared + FIRST_KEYS); }
+  static __device__ __forceinline__ unsigned char* q(uint32_t slot, int half) {
+    return dynamic_shared + q_offset(slot, half);
+  }
+  static __device__ __forceinline__ unsigned char* kv(uint32_t slot) {
+    return dynamic_shared + (Q_STAGES + slot) * TILE_BYTES;
+  }
+  static __device__ __forceinline__ int* first_keys(uint32_t slot) {
+    return reinterpret_cast<int*>(dynamic_shared + FIRST_KEYS) + slot * ROWS;
+  }
   static __device__ __forceinline__ uint64_t* full(uint32_t slot) {
     return reinterpret_cast<uint64_t*>(dynamic_shared + BARRIERS) + slot;
   }
   static __device__ __forceinline__ uint64_t* empty(uint32_t slot) { return full(STAGES + slot); }
-  static __device__ __forceinline__ uint64_t* q_full() { return full(2 * STAGES); }
+  static __device__ __forceinline__ uint64_t* q_full(uint32_t slot) { return full(2 * STAGES + slot); }
+  static __device__ __forceinline__ uint64_t* q_empty(uint32_t slot) { return q_full(Q_STAGES + slot); }
+  static __device__ __forceinline__ uint64_t* keys_found(uint32_t slot) { return q_empty(Q_STAGES + slot); }
 };
 
-// The queries of a block, and how far their keys reach.
+// A work tile, and how far its keys reach.
 struct QTile {
   int head, kv_head, first_row, last_row;
 
-  __device__ __forceinline__ QTile(int head, int tile, int tokens, int heads, int kv_heads)
-      : head(head), kv_head(head / (heads / kv_heads)), first_row(tile * ROWS) {
-    last_row = (tokens - first_row < ROWS ? tokens : first_row + ROWS) - 1;
-  }
   __device__ __forceinline__ int kv_begin(const int* first_keys) const { return first_keys[0] / ROWS; }
   __device__ __forceinline__ int kv_end() const { return last_row / ROWS + 1; }
+};
+
+// The work tiles of a block. All lie in one order: from the last rows, which see the most keys of a long document, to
+// the first, heads of one tile of rows side by side, so that those of a group find K and V in L2. In each round the
+// blocks take as many as they are, every second time in reverse: none has the longest of each.
+struct TileScheduler {
+  const int tokens, heads, kv_heads;
+  int round = 0;
+
+  __device__ __forceinline__ TileScheduler(int tokens, int heads, int kv_heads)
+      : tokens(tokens), heads(heads), kv_heads(kv_heads) {}
+
+  __device__ __forceinline__ int q_tiles() const { return (tokens + ROWS - 1) / ROWS; }
+  __device__ __forceinline__ int index() const {
+    const int blocks = gridDim.x, block = blockIdx.x;
+    return round * blocks + (round & 1 ? blocks - 1 - block : block);
+  }
+  __device__ __forceinline__ bool valid() const { return index() < heads * q_tiles(); }
+  __device__ __forceinline__ void next() { round++; }
+  __device__ __forceinline__ QTile tile() const {
+    const int head = index() % heads, first_row = (q_tiles() - 1 - index() / heads) * ROWS;
+    return {head, head / (heads / kv_heads), first_row, (tokens - first_row < ROWS ? tokens : first_row + ROWS) - 1};
+  }
 };
 
 template <int HeadDim> __device__ __forceinline__ void init_barriers() {
@@ -64,35 +96,55 @@ template <int HeadDim> __device__ __forceinline__ void init_barriers() {
     mbarrier_init(Smem::full(i), 1);
     mbarrier_init(Smem::empty(i), 2 * WARPS);
   }
-  mbarrier_init(Smem::q_full(), 1);
+  for (int i = 0; i < Q_STAGES; i++) {
+    mbarrier_init(Smem::q_full(i), 1);
+    mbarrier_init(Smem::q_empty(i), 2 * WARPS);
+    mbarrier_init(Smem::keys_found(i), 1);
+  }
   mbarrier_fence_init();
 }
 
-// By one warp.
+// By one warp: the first keys of the work tiles, a slot of Q each.
+template <int HeadDim>
+__device__ __forceinline__ void find_keys(const Documents& documents, TileScheduler scheduler) {
+  using Smem = SmemLayout<HeadDim>;
+  for (Ring<Q_STAGES> q_ring; scheduler.valid(); scheduler.next(), q_ring.next()) {
+    const QTile tile = scheduler.tile();
+    mbarrier_wait(Smem::q_empty(q_ring.slot), q_ring.parity ^ 1);
+    documents.find_first_keys<ROWS>(Smem::first_keys(q_ring.slot), tile.first_row, tile.last_row);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(Smem::keys_found(q_ring.slot));
+  }
+}
+
+// By one thread. That keys are found says that the slot of Q is empty, too.
 template <int HeadDim>
 __device__ __forceinline__ void produce(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
-                                        const Documents& documents, const QTile& tile) {
+                                        TileScheduler scheduler) {
   using Smem = SmemLayout<HeadDim>;
   Ring<STAGES> ring;
-  documents.find_first_keys<ROWS>(Smem::first_keys(), tile.first_row, tile.last_row);
-  __syncwarp();
-  if (threadIdx.x != 0) return;
-  mbarrier_expect(Smem::q_full(), Smem::TILE_BYTES);
-  for (int half = 0; half < 2; half++) {
-    const int row = tile.first_row + HALF * half;
-    tma_load_tile<HeadDim, HALF>(Smem::q(half), q, Smem::q_full(), tile.head * HeadDim, row);
-  }
-  const auto load = [&](const CUtensorMap* map, int kv_tile) {
-    uint64_t* const full = Smem::full(ring.slot);
-    mbarrier_wait(Smem::empty(ring.slot), ring.parity ^ 1);
-    mbarrier_expect(full, Smem::TILE_BYTES);
-    tma_load_tile<HeadDim, ROWS>(Smem::kv(ring.slot), map, full, tile.kv_head * HeadDim, kv_tile * ROWS);
-    ring.next();
-  };
-  const int kv_begin = tile.kv_begin(Smem::first_keys()), kv_end = tile.kv_end();
-  for (int i = kv_begin; i <= kv_end; i++) {
-    if (i < kv_end) load(k, i);
-    if (i > kv_begin) load(v, i - 1);
+  for (Ring<Q_STAGES> q_ring; scheduler.valid(); scheduler.next(), q_ring.next()) {
+    const QTile tile = scheduler.tile();
+    uint64_t* const q_full = Smem::q_full(q_ring.slot);
+    mbarrier_wait(Smem::keys_found(q_ring.slot), q_ring.parity);
+    mbarrier_expect(q_full, Smem::TILE_BYTES);
+    for (int half = 0; half < 2; half++) {
+      const int row = tile.first_row + HALF * half;
+      tma_load_tile<HeadDim, HALF>(Smem::q(q_ring.slot, half), q, q_full, tile.head * HeadDim, row);
+    }
+    const auto load = [&](const CUtensorMap* map, int kv_tile) {
+      uint64_t* const full = Smem::full(ring.slot);
+      mbarrier_wait(Smem::empty(ring.slot), ring.parity ^ 1);
+      mbarrier_expect(full, Smem::TILE_BYTES);
+      tma_load_tile<HeadDim, ROWS>(Smem::kv(ring.slot), map, full, tile.kv_head * HeadDim, kv_tile * ROWS);
+      ring.next();
+    };
+    const int kv_begin = tile.kv_begin(Smem::first_keys(q_ring.slot)), kv_end = tile.kv_end();
+#pragma unroll 1
+    for (int i = kv_begin; i <= kv_end; i++) {
+      if (i < kv_end) load(k, i);
+      if (i > kv_begin) load(v, i - 1);
+    }
   }
 }
 
@@ -102,6 +154,7 @@ template <int HeadDim> struct Consumer {
   const int half = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / 32 - WARPS, lane = threadIdx.x & 31;
   const float scale;
   Ring<STAGES> ring;
+  Ring<Q_STAGES> q_ring;
   Softmax<1> softmax;
   float scores[ROWS / 8][4], o_acc[1][HeadDim / 8][4], factors[2];
   uint32_t p[ROWS / 16][4];
@@ -114,7 +167,7 @@ template <int HeadDim> struct Consumer {
   __device__ __forceinline__ uint32_t mma_qk() {
     const uint32_t slot = ring.slot;
     mbarrier_wait(Smem::full(slot), ring.parity);
-    wgmma_ABt<HeadDim>(scores, Smem::q(half), Smem::kv(slot));
+    wgmma_ABt<HeadDim>(scores, Smem::q(q_ring.slot, half), Smem::kv(slot));
     ring.next();
     return slot;
   }
@@ -143,11 +196,21 @@ template <int HeadDim> struct Consumer {
     for (int i = 0; i < 2; i++) rescale(o_acc[0], i, factors[i]);
   }
 
+  // Barrier 1 + half opens that half's turn to issue; the first half has the first one, and the last is left over.
+  __device__ __forceinline__ void open_turns() const {
+    if (half == 1) named_barrier_arrive(1, 2 * WARPGROUP);
+  }
+  __device__ __forceinline__ void wait_turn() const { named_barrier(1 + half, 2 * WARPGROUP); }
+  __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - half, 2 * WARPGROUP); }
+  __device__ __forceinline__ void close_turns() const {
+    if (half == 0) named_barrier(1, 2 * WARPGROUP);
+  }
+
   // O and the softmax of the queries over all their keys.
   __device__ __forceinline__ void attend(const QTile& tile) {
-    mbarrier_wait(Smem::q_full(), 0);
-    const int* const first_keys = Smem::first_keys() + warp * 16;
-    const int kv_begin = tile.kv_begin(Smem::first_keys()), kv_end = tile.kv_end();
+    mbarrier_wait(Smem::q_full(q_ring.slot), q_ring.parity);
+    const int* const first_keys = Smem::first_keys(q_ring.slot) + warp * 16;
+    const int kv_begin = tile.kv_begin(Smem::first_keys(q_ring.slot)), kv_end = tile.kv_end();
     warp_row = tile.first_row + warp * 16;
     first[0] = first_keys[lane >> 2];
     first[1] = first_keys[(lane >> 2) + 8];
@@ -164,32 +227,38 @@ template <int HeadDim> struct Consumer {
       wgmma_wait<0>(flat(o_acc[0]));
       if (kv_tile > kv_begin + 1) release(v_slot);
       to_operands(p, scores);
-      // Barrier 1 + half opens that half's turn; the first half has the first one.
-      if (half == 1 || kv_tile > kv_begin + 1) named_barrier(1 + half, 2 * WARPGROUP);
+      wait_turn();
       k_slot = mma_qk();
       rescale_o();
       v_slot = mma_pv();
-      if (half == 0 || kv_tile + 1 < kv_end) named_barrier_arrive(2 - half, 2 * WARPGROUP);
+      pass_turn();
       wgmma_wait<1>(flat(scores));
       release(k_slot);
       softmax_step(kv_tile);
     }
     wgmma_wait<0>(flat(o_acc[0]));
+    if (kv_end > kv_begin + 1) release(v_slot);
     to_operands(p, scores);
     rescale_o();
-    mma_pv();
+    v_slot = mma_pv();
     wgmma_wait<0>(flat(o_acc[0]));
+    release(v_slot);
   }
 
-  // Stores O and, where it is asked for, lse.
-  __device__ __forceinline__ void finish(const QTile& tile, bf16* o, float* lse, int tokens, int heads) const {
+  // Stores O and, where it is asked for, lse, and releases the slot of Q.
+  __device__ __forceinline__ void finish(const QTile& tile, bf16* o, float* lse, int tokens, int heads) {
     const float upper = softmax.total(0, 0), lower = softmax.total(0, 1);
     // O passes through the place of the half's own queries, which its four warps have read.
     named_barrier(3 + half, WARPGROUP);
     const uint32_t stride = heads * HeadDim;
     bf16* const to = o + (uint32_t)warp_row * stride + tile.head * HeadDim;
-    const int rows = tokens - warp_row, staging = warp * 16 * HeadDim * 2;
+    const int rows = tokens - warp_row, staging = Smem::q_offset(q_ring.slot, half) + warp % WARPS * 16 * HeadDim * 2;
     store_rows<HeadDim>(to, stride, rows, o_acc[0], 1.f / upper, 1.f / lower, staging, lane);
+    // What the next copies overwrite was written without them.
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(Smem::q_empty(q_ring.slot));
+    q_ring.next();
     if (lse == nullptr) return;
     softmax.store_lse(lse + (size_t)tile.head * tokens + warp_row, 0, rows, scale, upper, lower, lane);
   }
@@ -201,16 +270,22 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
                                               int tokens, int heads, int kv_heads, float scale) {
   if (threadIdx.x == 0) init_barriers<HeadDim>();
   __syncthreads();
-  const QTile tile(blockIdx.x, gridDim.y - 1 - blockIdx.y, tokens, heads, kv_heads);
+  TileScheduler scheduler(tokens, heads, kv_heads);
   if (threadIdx.x < WARPGROUP) {
     registers_decrease<24>();
-    if (threadIdx.x < 32) produce<HeadDim>(q, k, v, documents, tile);
+    if (threadIdx.x == 0) produce<HeadDim>(q, k, v, scheduler);
+    else if (threadIdx.x / 32 == 1) find_keys<HeadDim>(documents, scheduler);
     return;
   }
   registers_increase<240>();
   Consumer<HeadDim> consumer(scale);
-  consumer.attend(tile);
-  consumer.finish(tile, o, lse, tokens, heads);
+  consumer.open_turns();
+  for (; scheduler.valid(); scheduler.next()) {
+    const QTile tile = scheduler.tile();
+    consumer.attend(tile);
+    consumer.finish(tile, o, lse, tokens, heads);
+  }
+  consumer.close_turns();
 }
 
 #define WGMMA_FORWARD(name, head_dim)                                                                                  \
@@ -224,7 +299,7 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
   }                                                                                                                    \
   EXPORT(name)
 
-// grid: heads × ceil(tokens / 128), block: 384, shared: 1792·head_dim + 616 bytes; lse may be null. Boxes of Q are 64
-// rows of 64 columns, those of K and V 128.
+// grid: at most one block a multiprocessor and a work tile, of which there are heads · ceil(tokens / 128), block: 384,
+// shared: 1792·head_dim + 1152 bytes; lse may be null. Boxes of Q are 64 rows of 64 columns, those of K and V 128.
 WGMMA_FORWARD(attention_forward_wgmma_hd64_bf16, 64)
 WGMMA_FORWARD(attention_forward_wgmma_hd128_bf16, 128)

@@ -8,10 +8,13 @@
 
 // ---- mbarrier in shared memory
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory"); }
+// What this thread has written to shared memory so far becomes visible to bulk copies and warpgroup products, once other
+// threads are synchronised with it as ever.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Makes initialised barriers visible to the asynchronous proxy; a __syncthreads must follow.
 __device__ __forceinline__ void mbarrier_fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_proxy_async();
 }
 // Arrives and expects `bytes` more from bulk copies in this phase.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory"); }

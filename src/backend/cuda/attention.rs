@@ -33,7 +33,7 @@ const MOST_HEAD_DIM: usize = 256;
 const TILE: usize = 64;
 /// Threads of a block of the wgmma kernels; rows that it has in shared memory, and bytes beside them.
 const WGMMA_BLOCK: u32 = 384;
-const WGMMA_FORWARD: (usize, u32) = (7 * 128, 616);
+const WGMMA_FORWARD: (usize, u32) = (7 * 128, 1152);
 const WGMMA_BACKWARD: (usize, u32) = (12 * 64, 2632);
 /// Keys of a chunk of the decode form.
 const DECODE_KEYS: usize = 256;
@@ -110,7 +110,7 @@ impl<'a> Shape<'a> {
         (rows * self.head_dim * size_of::<bf16>()) as u32
     }
 
-    /// A launch of a wgmma kernel: `count` blocks for each 128 tokens.
+    /// A launch of a wgmma kernel: `count` blocks a tile of 128 tokens.
     fn wgmma(&self, image: &'static str, kernel: &'static str, count: u32, shared: (usize, u32), cost: Cost) -> Launch {
         let grid = [count, blocks(self.tokens(), 2 * TILE), 1];
         Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: self.row_bytes(shared.0) + shared.1, cost }
@@ -196,8 +196,12 @@ pub(super) fn attention(
         let q = shape.map(device, q, shape.heads, 64)?;
         let (k, v) = (shape.map(device, k, shape.kv_heads, 128)?, shape.map(device, v, shape.kv_heads, 128)?);
         let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
+        let mut launch = shape.wgmma("attention_sm90", kernel, heads, WGMMA_FORWARD, cost);
+        let [x, y, _] = launch.grid;
+        // Persistent blocks, which share the work tiles: one a multiprocessor.
+        launch.grid = [device.multiprocessors.min(x * y), 1, 1];
         // SAFETY: as above, q, k and v by their maps; o on 16 bytes, and no offset is beyond 32 bits.
-        return unsafe { device.launch(shape.wgmma("attention_sm90", kernel, heads, WGMMA_FORWARD, cost), arguments) };
+        return unsafe { device.launch(launch, arguments) };
     }
     let (queries, kernel) = match version {
         Version::Flash128 => {
