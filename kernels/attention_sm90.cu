@@ -1,165 +1,306 @@
-// Attention, forward, for Hopper (FlashAttention-3, arXiv 2407.08608), by bulk tensor copies (TMA) and warpgroup products (wgmma): what
-// attention_flash.cu computes, from the same tensors. head_dim 64 or 128; scale > 0; Q, K, V aligned to 16 bytes.
+// Attention, forward, for Hopper (FlashAttention-3, arXiv 2407.08608), by bulk tensor copies (TMA) and warpgroup
+// products (wgmma): what attention_flash.cu computes, from the same tensors. head_dim 64 or 128; scale > 0; Q, K, V
+// aligned to 16 bytes.
 //
-//   kernel                             bytes             FLOPs            1 × 8192 tokens, 28/4 heads of 128 (Qwen2.5-7B), 800 TFLOP/s
-//   attention_forward_wgmma_hd*_bf16   Q, K, V, O, lse   4·d a seen pair  0.60 ms (134 MB: 0.05 ms)
+//   kernel                             bytes            FLOPs            8192 tokens, 28/4 heads of 128, 800 TFLOP/s
+//   attention_forward_wgmma_hd*_bf16   Q, K, V, O, lse  4·d a seen pair  0.60 ms (134 MB: 0.05 ms)
 //
-// A block holds 128 queries of one head and streams tiles of 128 keys and values. One thread of the first warpgroup fills a ring of six
-// tiles, a key tile ahead of the values: K0, K1, V0, K2, V1 … Two warpgroups of 64 queries each take them in this order.
-// A warpgroup issues S = Q·Kᵀ of the next tile and O += P·V of this one together and computes the softmax of S while P·V is under way: P is
-// the A operand in registers that a rounded S leaves. The two take turns in issuing, so that one has the tensor cores while the other is at
-// its exponentials: 128 × 128 of these take 1024 clocks of a multiprocessor, their products 1024 (head_dim 64) or 2048.
-// At head_dim 128 a thread holds S, P and O in 64 + 32 + 64 registers, and Q and the ring take all of shared memory: a block is alone on
-// its multiprocessor, two warpgroups with 240 registers and one with 24.
-// Which tiles are skipped or masked, and the order of blocks, are those of attention_flash.cu.
+// A work tile is 128 queries of one head, which meet tiles of 128 keys and values. Blocks are persistent, one a
+// multiprocessor, and take work tiles in turn (TileScheduler), those with the most keys first. Of the first warpgroup
+// one warp finds which keys the next work tile sees; another is the producer, which brings its Q into one of two
+// slots and its K and V into a ring of five tiles, a key tile ahead of the values: K0, K1, V0, K2, V1 … So the next
+// work tile's Q, K0, K1 and V0 arrive while this one's last products and its O are under way. Two consumers,
+// warpgroups of 64 queries each, take the tiles in this order.
+// A consumer issues S = Q·Kᵀ of the next tile and O += P·V of this one together and computes the softmax of S while
+// P·V is under way: P is the A operand in registers that a rounded S leaves. The two take turns in issuing, so that
+// one has the tensor cores while the other is at its exponentials: 128 × 128 of these take 1024 clocks of a
+// multiprocessor, their products 1024 (head_dim 64) or 2048.
+// At head_dim 128 a thread holds S, P and O in 64 + 32 + 64 registers, and Q and the ring take all of shared memory:
+// a block is alone on its multiprocessor, two warpgroups with 240 registers and one with 24.
+// Which tiles are skipped or masked is as in attention_flash.cu.
 //
-// Rounds: P to bf16 before P·V (the sum of P takes the unrounded), O once. Sums are f32, over keys in ascending tiles, in a tile by the
-// tensor core in ascending blocks of 16: results do not depend on the launch. Banks: the 128-byte swizzle of TMA and wgmma for operands,
-// store_rows for O.
-// Versions: wgmma wins where its blocks reach all multiprocessors (wrapper); else those of attention_flash.cu, whose blocks are smaller.
+// Rounds: P to bf16 before P·V (row_sum takes the unrounded), O once. Sums are f32, over keys in ascending tiles, in
+// a tile by the tensor core in ascending blocks of 16: results do not depend on the launch. Banks: the 128-byte
+// swizzle of TMA and wgmma for operands, store_rows for O.
+// Versions: wgmma wins where its blocks reach all multiprocessors (wrapper); else those of attention_flash.cu, whose
+// blocks are smaller.
 #include "prelude_sm90.cuh"
 
 #include "attention_sm90.cuh"
 
-// Rows of a tile, and tiles of the ring.
-constexpr int ROWS = 128, TILES = 6;
+// Rows of a tile, tiles of the ring, slots of Q, rows and warps of a consumer.
+constexpr int ROWS = 128, STAGES = 5, Q_STAGES = 2, HALF = 64, WARPS = 4;
 
-template <int HeadDim>
-__device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v, bf16* __restrict__ o,
-                                              float* __restrict__ lse, Documents documents, int tokens, int heads, int kv_heads,
-                                              float scale) {
-  constexpr int TileBytes = ROWS * HeadDim * 2;
-  unsigned char* const ring_tiles = dynamic_shared + TileBytes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(ring_tiles + TILES * TileBytes);
-  uint64_t* const empty = full + TILES;
-  uint64_t* const queries_full = empty + TILES;
-  const int warpgroup = threadIdx.x / WARPGROUP, head = blockIdx.x, first_row = (gridDim.y - 1 - blockIdx.y) * ROWS;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < TILES; i++) {
-      mbarrier_init(&full[i], 1);
-      mbarrier_init(&empty[i], 8);
-    }
-    mbarrier_init(queries_full, 1);
-    mbarrier_fence_init();
-    mbarrier_expect(queries_full, TileBytes);
-    for (int i = 0; i < 2; i++) {
-      load_tile<HeadDim, 64>(dynamic_shared + i * (TileBytes / 2), q, queries_full, head * HeadDim, first_row + 64 * i);
-    }
+// Shared memory: slots of Q in halves of 64 rows, the ring of K and V, the first key that each query of a slot sees,
+// barriers.
+template <int HeadDim> struct SmemLayout {
+  static constexpr int TILE_BYTES = ROWS * HeadDim * 2;
+  static constexpr int FIRST_KEYS = (Q_STAGES + STAGES) * TILE_BYTES, BARRIERS = FIRST_KEYS + Q_STAGES * ROWS * 4;
+  static constexpr int BYTES = BARRIERS + (2 * STAGES + 3 * Q_STAGES) * 8;
+
+  static __device__ __forceinline__ int q_offset(uint32_t slot, int half) {
+    return (2 * slot + half) * (TILE_BYTES / 2);
   }
-  const int last_row = (tokens - first_row < ROWS ? tokens : first_row + ROWS) - 1, document = documents.of(first_row);
-  const int first_tile = documents.first_key(first_row, documents.starts[document]) / ROWS, tiles = last_row / ROWS + 1;
-  __syncthreads();
-
-  Ring<TILES> ring;
-  if (warpgroup == 0) {
-    registers_decrease<24>();
-    if (threadIdx.x == 0) {
-      const int column = head / (heads / kv_heads) * HeadDim;
-      const auto fill = [&](const CUtensorMap* map, int tile) {
-        mbarrier_wait(&empty[ring.slot], ring.parity ^ 1);
-        mbarrier_expect(&full[ring.slot], TileBytes);
-        load_tile<HeadDim, ROWS>(ring_tiles + ring.slot * TileBytes, map, &full[ring.slot], column, tile * ROWS);
-        ring.next();
-      };
-      for (int tile = first_tile; tile <= tiles; tile++) {
-        if (tile < tiles) fill(k, tile);
-        if (tile > first_tile) fill(v, tile - 1);
-      }
-    }
-    return;
+  static __device__ __forceinline__ unsigned char* q(uint32_t slot, int half) {
+    return dynamic_shared + q_offset(slot, half);
   }
-
-  registers_increase<240>();
-  const int half = warpgroup - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x & 31;
-  const int warp_row = first_row + warp * 16, row = warp_row + (lane >> 2);
-  const unsigned char* const queries = dynamic_shared + half * (TileBytes / 2);
-  const bool straddles = documents.starts[document + 1] <= (uint32_t)last_row;
-  const auto first_key = [&](int row) {
-    const int inside = row < last_row ? row : last_row;
-    return documents.first_key(inside, documents.starts[straddles ? documents.of(inside, document) : document]);
-  };
-  // All rows of the warp see from the first key of its last on.
-  const int first[2] = {first_key(row), first_key(row + 8)}, all_from = first_key(warp_row + 15);
-  const float scale_log2 = scale * LOG2E;
-  float scores[ROWS / 8][4], outputs[1][HeadDim / 8][4], factors[2];
-  uint32_t weights[ROWS / 16][4];
-  Softmax<1> softmax;
-  clear(outputs);
-
-  // Both start products with the next tile of the ring and return its slot.
-  const auto multiply_keys = [&] {
-    const uint32_t slot = ring.slot;
-    mbarrier_wait(&full[slot], ring.parity);
-    start_transposed<HeadDim>(scores, queries, ring_tiles + slot * TileBytes);
-    ring.next();
-    return slot;
-  };
-  const auto multiply_values = [&] {
-    const uint32_t slot = ring.slot;
-    mbarrier_wait(&full[slot], ring.parity);
-    start_weights<HeadDim>(outputs[0], weights, ring_tiles + slot * TileBytes, true);
-    ring.next();
-    return slot;
-  };
-  const auto give_back = [&](uint32_t slot) {
-    if (lane == 0) mbarrier_arrive(&empty[slot]);
-  };
-  const auto weigh = [&](int tile) {
-    const int key = tile * ROWS;
-    if (key < all_from || key + ROWS - 1 > warp_row) hide_keys(scores, key + (lane & 3) * 2, row, first);
-#pragma unroll
-    for (int i = 0; i < 2; i++) factors[i] = softmax.weigh(scores, 0, i, scale_log2);
-  };
-  const auto rescale_outputs = [&] {
-#pragma unroll
-    for (int i = 0; i < 2; i++) rescale(outputs[0], i, factors[i]);
-  };
-
-  mbarrier_wait(queries_full, 0);
-  uint32_t keys = multiply_keys(), values = 0;
-  wgmma_wait<0>(flat(scores));
-  give_back(keys);
-  weigh(first_tile);
-  for (int tile = first_tile + 1; tile < tiles; tile++) {
-    // P·V of two tiles ago, at the loop's edge: from behind the softmax of the last tile the compiler would move the wait before it.
-    wgmma_wait<0>(flat(outputs[0]));
-    if (tile > first_tile + 1) give_back(values);
-    round_weights(weights, scores);
-    // Barrier 1 + half opens that half's turn; the first half has the first one.
-    if (half == 1 || tile > first_tile + 1) named_barrier(1 + half, 2 * WARPGROUP);
-    keys = multiply_keys();
-    rescale_outputs();
-    values = multiply_values();
-    if (half == 0 || tile + 1 < tiles) named_barrier_arrive(2 - half, 2 * WARPGROUP);
-    wgmma_wait<1>(flat(scores));
-    give_back(keys);
-    weigh(tile);
+  static __device__ __forceinline__ unsigned char* kv(uint32_t slot) {
+    return dynamic_shared + (Q_STAGES + slot) * TILE_BYTES;
   }
-  wgmma_wait<0>(flat(outputs[0]));
-  round_weights(weights, scores);
-  rescale_outputs();
-  multiply_values();
-  wgmma_wait<0>(flat(outputs[0]));
+  static __device__ __forceinline__ int* first_keys(uint32_t slot) {
+    return reinterpret_cast<int*>(dynamic_shared + FIRST_KEYS) + slot * ROWS;
+  }
+  static __device__ __forceinline__ uint64_t* full(uint32_t slot) {
+    return reinterpret_cast<uint64_t*>(dynamic_shared + BARRIERS) + slot;
+  }
+  static __device__ __forceinline__ uint64_t* empty(uint32_t slot) { return full(STAGES + slot); }
+  static __device__ __forceinline__ uint64_t* q_full(uint32_t slot) { return full(2 * STAGES + slot); }
+  static __device__ __forceinline__ uint64_t* q_empty(uint32_t slot) { return q_full(Q_STAGES + slot); }
+  static __device__ __forceinline__ uint64_t* keys_found(uint32_t slot) { return q_empty(Q_STAGES + slot); }
+};
 
-  // O passes through the place of the half's own queries, which its four warps have read.
-  named_barrier(3 + half, WARPGROUP);
-  const uint32_t stride = heads * HeadDim;
-  bf16* const to = o + (uint32_t)warp_row * stride + head * HeadDim;
-  const size_t lse_at = (size_t)head * tokens + warp_row;
-  store_outputs<HeadDim>(softmax, 0, outputs[0], to, stride, lse, lse_at, tokens - warp_row, scale, warp * 16 * HeadDim * 2, lane);
+// A work tile, and how far its keys reach.
+struct QTile {
+  int head, kv_head, first_row, last_row;
+
+  __device__ __forceinline__ int kv_begin(const int* first_keys) const { return first_keys[0] / ROWS; }
+  __device__ __forceinline__ int kv_end() const { return last_row / ROWS + 1; }
+};
+
+// The work tiles of a block. All lie in one order: from the last rows, which see the most keys of a long document, to
+// the first, heads of one tile of rows side by side, so that those of a group find K and V in L2. In each round the
+// blocks take as many as they are, every second time in reverse: none has the longest of each.
+struct TileScheduler {
+  const int tokens, heads, kv_heads;
+  int round = 0;
+
+  __device__ __forceinline__ TileScheduler(int tokens, int heads, int kv_heads)
+      : tokens(tokens), heads(heads), kv_heads(kv_heads) {}
+
+  __device__ __forceinline__ int q_tiles() const { return (tokens + ROWS - 1) / ROWS; }
+  __device__ __forceinline__ int index() const {
+    const int blocks = gridDim.x, block = blockIdx.x;
+    return round * blocks + (round & 1 ? blocks - 1 - block : block);
+  }
+  __device__ __forceinline__ bool valid() const { return index() < heads * q_tiles(); }
+  __device__ __forceinline__ void next() { round++; }
+  __device__ __forceinline__ QTile tile() const {
+    const int head = index() % heads, first_row = (q_tiles() - 1 - index() / heads) * ROWS;
+    return {head, head / (heads / kv_heads), first_row, (tokens - first_row < ROWS ? tokens : first_row + ROWS) - 1};
+  }
+};
+
+template <int HeadDim> __device__ __forceinline__ void init_barriers() {
+  using Smem = SmemLayout<HeadDim>;
+  for (int i = 0; i < STAGES; i++) {
+    mbarrier_init(Smem::full(i), 1);
+    mbarrier_init(Smem::empty(i), 2 * WARPS);
+  }
+  for (int i = 0; i < Q_STAGES; i++) {
+    mbarrier_init(Smem::q_full(i), 1);
+    mbarrier_init(Smem::q_empty(i), 2 * WARPS);
+    mbarrier_init(Smem::keys_found(i), 1);
+  }
+  mbarrier_fence_init();
 }
 
-#define WGMMA_FORWARD(name, head_dim)                                                                                                     \
-  extern "C" __global__ void __launch_bounds__(384, 1)                                                                                    \
-      name(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,           \
-           bf16* __restrict__ o, float* __restrict__ lse, const uint32_t* __restrict__ starts, int documents, int tokens, int heads,      \
-           int kv_heads, float scale, uint32_t window) {                                                                                  \
-    wgmma_forward<head_dim>(&q, &k, &v, o, lse, Documents{starts, documents, window}, tokens, heads, kv_heads, scale);                    \
-  }                                                                                                                                       \
-  EXPORT(name)                                                                                                                            \
-  SHARED_BYTES(name, (1 + TILES) * ROWS * (head_dim) * 2 + (2 * TILES + 1) * 8)
+// By one warp: the first keys of the work tiles, a slot of Q each.
+template <int HeadDim>
+__device__ __forceinline__ void find_keys(const Documents& documents, TileScheduler scheduler) {
+  using Smem = SmemLayout<HeadDim>;
+  for (Ring<Q_STAGES> q_ring; scheduler.valid(); scheduler.next(), q_ring.next()) {
+    const QTile tile = scheduler.tile();
+    mbarrier_wait(Smem::q_empty(q_ring.slot), q_ring.parity ^ 1);
+    documents.find_first_keys<ROWS>(Smem::first_keys(q_ring.slot), tile.first_row, tile.last_row);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(Smem::keys_found(q_ring.slot));
+  }
+}
 
-// grid: heads × ceil(tokens / 128), block: 384, shared: 1792·head_dim + 104 bytes; lse may be null. Boxes of Q are 64 rows of 64 columns,
-// those of K and V 128.
+// By one thread. That keys are found says that the slot of Q is empty, too.
+template <int HeadDim>
+__device__ __forceinline__ void produce(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
+                                        TileScheduler scheduler) {
+  using Smem = SmemLayout<HeadDim>;
+  Ring<STAGES> ring;
+  for (Ring<Q_STAGES> q_ring; scheduler.valid(); scheduler.next(), q_ring.next()) {
+    const QTile tile = scheduler.tile();
+    uint64_t* const q_full = Smem::q_full(q_ring.slot);
+    mbarrier_wait(Smem::keys_found(q_ring.slot), q_ring.parity);
+    mbarrier_expect(q_full, Smem::TILE_BYTES);
+    for (int half = 0; half < 2; half++) {
+      const int row = tile.first_row + HALF * half;
+      tma_load_tile<HeadDim, HALF>(Smem::q(q_ring.slot, half), q, q_full, tile.head * HeadDim, row);
+    }
+    const auto load = [&](const CUtensorMap* map, int kv_tile) {
+      uint64_t* const full = Smem::full(ring.slot);
+      mbarrier_wait(Smem::empty(ring.slot), ring.parity ^ 1);
+      mbarrier_expect(full, Smem::TILE_BYTES);
+      tma_load_tile<HeadDim, ROWS>(Smem::kv(ring.slot), map, full, tile.kv_head * HeadDim, kv_tile * ROWS);
+      ring.next();
+    };
+    const int kv_begin = tile.kv_begin(Smem::first_keys(q_ring.slot)), kv_end = tile.kv_end();
+#pragma unroll 1
+    for (int i = kv_begin; i <= kv_end; i++) {
+      if (i < kv_end) load(k, i);
+      if (i > kv_begin) load(v, i - 1);
+    }
+  }
+}
+
+// A warpgroup with 64 queries.
+template <int HeadDim> struct Consumer {
+  using Smem = SmemLayout<HeadDim>;
+  const int half = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / 32 - WARPS, lane = threadIdx.x & 31;
+  const float scale;
+  Ring<STAGES> ring;
+  Ring<Q_STAGES> q_ring;
+  Softmax<1> softmax;
+  float scores[ROWS / 8][4], o_acc[1][HeadDim / 8][4], factors[2];
+  uint32_t p[ROWS / 16][4];
+  // Of the lane's two rows, and of the last of the warp: all of these see from there on.
+  int first[2], all_from, warp_row;
+
+  __device__ __forceinline__ explicit Consumer(float scale) : scale(scale) {}
+
+  // Both start a product with the next tile of the ring and return its slot.
+  __device__ __forceinline__ uint32_t mma_qk() {
+    const uint32_t slot = ring.slot;
+    mbarrier_wait(Smem::full(slot), ring.parity);
+    wgmma_ABt<HeadDim>(scores, Smem::q(q_ring.slot, half), Smem::kv(slot));
+    ring.next();
+    return slot;
+  }
+  __device__ __forceinline__ uint32_t mma_pv() {
+    const uint32_t slot = ring.slot;
+    mbarrier_wait(Smem::full(slot), ring.parity);
+    wgmma_AB<HeadDim>(o_acc[0], p, Smem::kv(slot), true);
+    ring.next();
+    return slot;
+  }
+  // The warp is done with a tile of the ring.
+  __device__ __forceinline__ void release(uint32_t slot) const {
+    if (lane == 0) mbarrier_arrive(Smem::empty(slot));
+  }
+  // P, unrounded, from S, and the factors of what O holds so far.
+  __device__ __forceinline__ void softmax_step(int kv_tile) {
+    const int key = kv_tile * ROWS;
+    if (key < all_from || key + ROWS - 1 > warp_row) {
+      mask_keys(scores, key + (lane & 3) * 2, warp_row + (lane >> 2), first);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) factors[i] = softmax.exponentials(scores, 0, i, scale * LOG2E);
+  }
+  __device__ __forceinline__ void rescale_o() {
+#pragma unroll
+    for (int i = 0; i < 2; i++) rescale(o_acc[0], i, factors[i]);
+  }
+
+  // Barrier 1 + half opens that half's turn to issue; the first half has the first one, and the last is left over.
+  __device__ __forceinline__ void open_turns() const {
+    if (half == 1) named_barrier_arrive(1, 2 * WARPGROUP);
+  }
+  __device__ __forceinline__ void wait_turn() const { named_barrier(1 + half, 2 * WARPGROUP); }
+  __device__ __forceinline__ void pass_turn() const { named_barrier_arrive(2 - half, 2 * WARPGROUP); }
+  __device__ __forceinline__ void close_turns() const {
+    if (half == 0) named_barrier(1, 2 * WARPGROUP);
+  }
+
+  // O and the softmax of the queries over all their keys.
+  __device__ __forceinline__ void attend(const QTile& tile) {
+    mbarrier_wait(Smem::q_full(q_ring.slot), q_ring.parity);
+    const int* const first_keys = Smem::first_keys(q_ring.slot) + warp * 16;
+    const int kv_begin = tile.kv_begin(Smem::first_keys(q_ring.slot)), kv_end = tile.kv_end();
+    warp_row = tile.first_row + warp * 16;
+    first[0] = first_keys[lane >> 2];
+    first[1] = first_keys[(lane >> 2) + 8];
+    all_from = first_keys[15];
+    softmax.reset();
+    zero(o_acc);
+    uint32_t k_slot = mma_qk(), v_slot = 0;
+    wgmma_wait<0>(flat(scores));
+    release(k_slot);
+    softmax_step(kv_begin);
+    for (int kv_tile = kv_begin + 1; kv_tile < kv_end; kv_tile++) {
+      // P·V of two tiles ago, at the loop's edge: from behind the softmax of the last tile the compiler would move
+      // the wait before it.
+      wgmma_wait<0>(flat(o_acc[0]));
+      if (kv_tile > kv_begin + 1) release(v_slot);
+      to_operands(p, scores);
+      wait_turn();
+      k_slot = mma_qk();
+      rescale_o();
+      v_slot = mma_pv();
+      pass_turn();
+      wgmma_wait<1>(flat(scores));
+      release(k_slot);
+      softmax_step(kv_tile);
+    }
+    wgmma_wait<0>(flat(o_acc[0]));
+    if (kv_end > kv_begin + 1) release(v_slot);
+    to_operands(p, scores);
+    rescale_o();
+    v_slot = mma_pv();
+    wgmma_wait<0>(flat(o_acc[0]));
+    release(v_slot);
+  }
+
+  // Stores O and, where it is asked for, lse, and releases the slot of Q.
+  __device__ __forceinline__ void finish(const QTile& tile, bf16* o, float* lse, int tokens, int heads) {
+    const float upper = softmax.total(0, 0), lower = softmax.total(0, 1);
+    // O passes through the place of the half's own queries, which its four warps have read.
+    named_barrier(3 + half, WARPGROUP);
+    const uint32_t stride = heads * HeadDim;
+    bf16* const to = o + (uint32_t)warp_row * stride + tile.head * HeadDim;
+    const int rows = tokens - warp_row, staging = Smem::q_offset(q_ring.slot, half) + warp % WARPS * 16 * HeadDim * 2;
+    store_rows<HeadDim>(to, stride, rows, o_acc[0], 1.f / upper, 1.f / lower, staging, lane);
+    // What the next copies overwrite was written without them.
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(Smem::q_empty(q_ring.slot));
+    q_ring.next();
+    if (lse == nullptr) return;
+    softmax.store_lse(lse + (size_t)tile.head * tokens + warp_row, 0, rows, scale, upper, lower, lane);
+  }
+};
+
+template <int HeadDim>
+__device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
+                                              bf16* __restrict__ o, float* __restrict__ lse, Documents documents,
+                                              int tokens, int heads, int kv_heads, float scale) {
+  if (threadIdx.x == 0) init_barriers<HeadDim>();
+  __syncthreads();
+  TileScheduler scheduler(tokens, heads, kv_heads);
+  if (threadIdx.x < WARPGROUP) {
+    registers_decrease<24>();
+    if (threadIdx.x == 0) produce<HeadDim>(q, k, v, scheduler);
+    else if (threadIdx.x / 32 == 1) find_keys<HeadDim>(documents, scheduler);
+    return;
+  }
+  registers_increase<240>();
+  Consumer<HeadDim> consumer(scale);
+  consumer.open_turns();
+  for (; scheduler.valid(); scheduler.next()) {
+    const QTile tile = scheduler.tile();
+    consumer.attend(tile);
+    consumer.finish(tile, o, lse, tokens, heads);
+  }
+  consumer.close_turns();
+}
+
+#define WGMMA_FORWARD(name, head_dim)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1)                                                       \
+      name(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,                               \
+           const __grid_constant__ CUtensorMap v, bf16* __restrict__ o, float* __restrict__ lse,                       \
+           const uint32_t* __restrict__ starts, int documents, int tokens, int heads, int kv_heads, float scale,       \
+           uint32_t window) {                                                                                          \
+    const Documents packed{starts, documents, window};                                                                 \
+    wgmma_forward<head_dim>(&q, &k, &v, o, lse, packed, tokens, heads, kv_heads, scale);                               \
+  }                                                                                                                    \
+  EXPORT(name)                                                                                                         \
+  SHARED_BYTES(name, SmemLayout<head_dim>::BYTES)
+
+// grid: at most one block a multiprocessor and a work tile, of which there are heads · ceil(tokens / 128), block: 384,
+// shared: 1792·head_dim + 1152 bytes; lse may be null. Boxes of Q are 64 rows of 64 columns, those of K and V 128.
 WGMMA_FORWARD(attention_forward_wgmma_hd64_bf16, 64)
 WGMMA_FORWARD(attention_forward_wgmma_hd128_bf16, 128)

@@ -121,8 +121,19 @@ fn decode_equals_packed<B: Backend>(b: &B) {
     }
 }
 
+/// Documents for three steps of the search, which leaves one 32nd a step; every fourth is empty.
+const MANY_DOCUMENTS: [usize; 1100] = {
+    let mut lengths = [0; 1100];
+    let mut i = 0;
+    while i < lengths.len() {
+        lengths[i] = i % 4;
+        i += 1;
+    }
+    lengths
+};
+
 /// Sizes for each version of the kernels: tiles of 64 and 128 rows that end, straddle and are skipped, every ratio of heads.
-const VERSION_SIZES: [Sizes; 12] = [
+const VERSION_SIZES: [Sizes; 13] = [
     Sizes { heads: 1, kv_heads: 1, head_dim: 64, window: None, lengths: &[1] },
     Sizes { heads: 2, kv_heads: 1, head_dim: 64, window: None, lengths: &[63] },
     Sizes { heads: 3, kv_heads: 3, head_dim: 64, window: None, lengths: &[64, 0, 65] },
@@ -135,6 +146,7 @@ const VERSION_SIZES: [Sizes; 12] = [
     Sizes { heads: 2, kv_heads: 1, head_dim: 128, window: Some(1), lengths: &[65] },
     Sizes { heads: 4, kv_heads: 2, head_dim: 48, window: None, lengths: &[70, 2] },
     Sizes { heads: 2, kv_heads: 1, head_dim: 80, window: Some(33), lengths: &[66, 1] },
+    Sizes { heads: 1, kv_heads: 1, head_dim: 64, window: Some(2), lengths: &MANY_DOCUMENTS },
 ];
 
 /// More, for all but the baseline: tiles of 128 rows, several of them, windows within and across them.
@@ -147,6 +159,12 @@ const LONG_SIZES: [Sizes; 8] = [
     Sizes { heads: 3, kv_heads: 3, head_dim: 128, window: Some(3), lengths: &[2, 300, 1] },
     Sizes { heads: 1, kv_heads: 1, head_dim: 128, window: Some(256), lengths: &[520] },
     Sizes { heads: 5, kv_heads: 1, head_dim: 128, window: Some(1), lengths: &[129] },
+];
+
+/// More for forward on Hopper: 399 and 300 work tiles, of which 132 multiprocessors take up to four each, in both orders.
+const PERSISTENT_SIZES: [Sizes; 2] = [
+    Sizes { heads: 133, kv_heads: 7, head_dim: 64, window: None, lengths: &[130, 1, 150] },
+    Sizes { heads: 150, kv_heads: 50, head_dim: 128, window: Some(30), lengths: &[140] },
 ];
 
 /// More for backward on Hopper: so many key-value heads that two blocks share a group of three heads.
@@ -175,6 +193,7 @@ fn assert_rule<B: Backend>(got: &[f64], exact: &[f64], emulated: &[f64], what: &
 /// Forward, of every version: the rule, the same bytes twice, and from both sizes of flash's blocks.
 fn forward_versions<B: Backend>(b: &B) {
     let long = LONG_SIZES.iter().map(|s| (s, &VERSIONS[1..]));
+    let long = long.chain(PERSISTENT_SIZES.iter().map(|s| (s, &VERSIONS[3..])));
     for (s, versions) in VERSION_SIZES.iter().map(|s| (s, &VERSIONS[..])).chain(long) {
         let q = put::<B, B::Float>(b, &normals(1, s.q_len()));
         let [k, v] = [2, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, s.kv_len())));

@@ -105,6 +105,7 @@ BINARY(and_, a & b)
 BINARY(or_, a | b)
 BINARY(xor_, a ^ b)
 UNARY(not_, (std::is_same_v<T, bool> ? !a : ~a))
+template <class T, class D, class A> inline void popc(D& d, A a) { d = (D)__builtin_popcountll(as<T>(a)); }
 template <class T, class D, class A, class B> inline void shl(D& d, A a, B by) { d = (u32)by >= 8 * sizeof(T) ? 0 : as<T>(a) << (u32)by; }
 template <class T, class D, class A, class B> inline void shr(D& d, A a, B by) {
   constexpr u32 WIDTH = 8 * sizeof(T);
@@ -266,6 +267,7 @@ template <class T, class D> inline void shfl_sync_bfly(D& d, bool& p, u32 a, u32
 template <class T, class D> inline void shfl_sync_up(D& d, bool& p, u32 a, u32 b, u32 c, u32 mask) { ptx::shuffle(UP, d, p, a, b, c, mask); }
 template <class T, class D> inline void shfl_sync_down(D& d, bool& p, u32 a, u32 b, u32 c, u32 mask) { ptx::shuffle(DOWN, d, p, a, b, c, mask); }
 template <class T, class D> inline void shfl_sync_idx(D& d, bool& p, u32 a, u32 b, u32 c, u32 mask) { ptx::shuffle(INDEX, d, p, a, b, c, mask); }
+template <class T, class D> inline void vote_sync_ballot(D& d, bool p, u32 mask) { d = __ballot_sync(mask, p); }
 
 // ---- asynchronous copies
 inline void cp_async_cg_shared_global(const Site& site, u32 to, u64 from, u32 size, u32 bytes = 16) {

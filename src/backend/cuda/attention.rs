@@ -2,14 +2,14 @@
 //! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores), `kernels/attention_sm90.cu` and
 //! `kernels/attention_backward_sm90.cu` (those of compute capability 9.0).
 //!
-//! | head_dim 64 or 128, tensors on 16 bytes, scale > 0 | forward | backward | decode |
+//! | head_dim 64 or 128, tensors aligned to 16 bytes, scale > 0 | forward | backward | decode |
 //! |---|---|---|---|
-//! | yes, 9.0, at least a block of 128 queries a multiprocessor | `wgmma` | `wgmma` | `flash` |
+//! | yes, 9.0, at least a tile of 128 queries of a head a multiprocessor | `wgmma` | `wgmma` | `flash` |
 //! | yes, at least two of them a multiprocessor | `flash128` | `flash` | `flash` |
 //! | yes, fewer | `flash64` | `flash` | `flash` |
 //! | no | `baseline` | `baseline` | `baseline` |
 //!
-//! Where blocks of dK and dV would leave multiprocessors idle, the heads of a group are shared among several. Asked for by
+//! Where blocks of dK and dV would leave multiprocessors idle, the heads of a group are shared among several. Forced by
 //! name ([`super::with_version`]): `flash64` gives them all to one block, `flash128` a block to each.
 
 use super::device::{Device, Launch, args, blocks};
@@ -37,8 +37,11 @@ const WGMMA_BLOCK: u32 = 384;
 const DECODE_KEYS: usize = 256;
 /// Query heads that a block of the decode form takes.
 const DECODE_HEADS: usize = 16;
-/// Blocks of the flash kernels that a multiprocessor holds at once; of the wgmma kernels, one.
+/// Blocks of the flash kernels that fill a multiprocessor; of the wgmma kernels, one. Of flash128 and the backward kernels
+/// at head_dim 128 an A100's 164 KiB of shared memory hold one at a time.
 const BLOCKS_MULTIPROCESSOR: usize = 2;
+/// It needs more shared memory than the 99 KiB of compute capability 8.6 and 8.9.
+const FLASH128_HD128: &str = "attention_forward_flash128_hd128_bf16";
 /// Blocks that a grid may have in y and z.
 const MOST_BLOCKS: usize = 65535;
 
@@ -75,14 +78,15 @@ impl<'a> Shape<'a> {
         self.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX)
     }
 
-    /// What its cost depends on.
+    /// The sizes that the cost model takes.
     fn size(&self) -> AttentionSize {
         let Self { heads, kv_heads, head_dim, .. } = *self;
         let pairs = cost::attention_pairs(self.starts, self.window);
         AttentionSize { tokens: self.tokens(), heads, kv_heads, head_dim, pairs }
     }
 
-    /// Whether the flash kernels take tensors of which all are aligned to 16 bytes or not, and this is not against orders.
+    /// Whether the tensor-core kernels support the call, whose tensors are all aligned to 16 bytes or not, and the baseline
+    /// is not forced.
     fn flash(&self, aligned: bool, queries: usize) -> bool {
         !measure::baseline()
             && aligned
@@ -97,13 +101,13 @@ impl<'a> Shape<'a> {
         if self.head_dim == 64 { hd64 } else { hd128 }
     }
 
-    /// A launch of a wgmma kernel: `count` blocks for each 128 tokens.
+    /// A launch of a wgmma kernel: `count` blocks a tile of 128 tokens.
     fn wgmma(&self, image: &'static str, kernel: &'static str, count: u32, cost: Cost) -> Launch {
         let grid = [count, blocks(self.tokens(), 2 * TILE), 1];
         Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: 0, cost }
     }
 
-    /// How bulk copies see a tensor of so many heads, `box_rows` rows at a time.
+    /// Tensor map of \[tokens, heads·head_dim\] in boxes of `box_rows` rows.
     fn map(&self, device: &Device, tensor: Slice<bf16>, heads: usize, box_rows: usize) -> Result<CUtensorMap> {
         tensor_map(device, tensor, heads * self.head_dim, box_rows)
     }
@@ -115,7 +119,7 @@ impl<'a> Shape<'a> {
     }
 }
 
-/// What forward keeps for backward, and dO.
+/// Activations saved by forward, and dO.
 pub(super) struct Saved<'a> {
     pub(super) q: Slice<'a, bf16>,
     pub(super) k: Slice<'a, bf16>,
@@ -125,12 +129,12 @@ pub(super) struct Saved<'a> {
     pub(super) d_o: Slice<'a, bf16>,
 }
 
-/// Whether vector accesses to all of them are allowed.
+/// Whether all allow accesses of 16 bytes.
 fn all_aligned(tensors: &[Slice<bf16>]) -> bool {
     tensors.iter().all(|tensor| tensor.aligned(16))
 }
 
-/// The kernels on tensor cores.
+/// Tensor-core kernels.
 #[derive(Clone, Copy)]
 enum Version {
     Flash64,
@@ -138,15 +142,18 @@ enum Version {
     Wgmma,
 }
 
-/// Those that run on the device, the best for the shape first.
-fn versions(device: &Device, shape: &Shape) -> impl Iterator<Item = (&'static str, Version)> {
+/// The versions that the device runs, the fastest for the shape first.
+fn versions(device: &Device, shape: &Shape) -> Result<impl Iterator<Item = (&'static str, Version)>> {
     let count = blocks(shape.tokens(), 2 * TILE) as usize * shape.heads;
     let multiprocessors = device.multiprocessors as usize;
     let (flash64, flash128) = (("flash64", Version::Flash64), ("flash128", Version::Flash128));
     let wgmma = (count > 0 && device.runs("attention_sm90")).then_some(("wgmma", Version::Wgmma));
     let full = count >= BLOCKS_MULTIPROCESSOR * multiprocessors;
+    let fits = shape.head_dim == 64 || device.fits("attention_flash", FLASH128_HD128)?;
     let (first, last) = if count >= multiprocessors { (wgmma, None) } else { (None, wgmma) };
-    first.into_iter().chain(if full { [flash128, flash64] } else { [flash64, flash128] }).chain(last)
+    let flash = if full { [flash128, flash64] } else { [flash64, flash128] };
+    let flash = flash.into_iter().filter(move |(name, _)| fits || *name == "flash64");
+    Ok(first.into_iter().chain(flash).chain(last))
 }
 
 /// O and lse; the lengths are checked by the caller.
@@ -165,7 +172,7 @@ pub(super) fn attention(
     let (heads, kv_heads, head_dim) = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
     let (tokens, scale, window) = (rows as u32, shape.scale, shape.window());
     let version = match shape.flash(all_aligned(&[q, k, v, *o]), rows) {
-        true => measure::choose(versions(device, &shape)),
+        true => measure::choose(versions(device, &shape)?),
         false => None,
     };
     let Some(version) = version else {
@@ -180,8 +187,12 @@ pub(super) fn attention(
         let q = shape.map(device, q, shape.heads, 64)?;
         let (k, v) = (shape.map(device, k, shape.kv_heads, 128)?, shape.map(device, v, shape.kv_heads, 128)?);
         let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
+        let mut launch = shape.wgmma("attention_sm90", kernel, heads, cost);
+        let [x, y, _] = launch.grid;
+        // Persistent blocks, which share the work tiles: one a multiprocessor.
+        launch.grid = [device.multiprocessors.min(x * y), 1, 1];
         // SAFETY: as above, q, k and v by their maps; o on 16 bytes, and no offset is beyond 32 bits.
-        return unsafe { device.launch(shape.wgmma("attention_sm90", kernel, heads, cost), arguments) };
+        return unsafe { device.launch(launch, arguments) };
     }
     let (queries, kernel) = match version {
         Version::Flash128 => {
@@ -224,16 +235,16 @@ pub(super) fn attention_backward(
         false => ("attention_backward_delta_baseline_bf16", blocks(lse.len(), BASELINE_ROWS), BLOCK),
     };
     let launch = Launch { image: "attention", kernel, grid: [grid, 1, 1], block, shared_bytes: 0, cost };
-    // SAFETY: o, dO [tokens, heads·head_dim], on 16 bytes where the kernel asks for it; D [heads, tokens] is this call's own.
+    // SAFETY: o, dO [tokens, heads·head_dim], on 16 bytes where the kernel asks for it; delta [heads, tokens] is this
+    // call's own.
     unsafe { device.launch(launch, args![o, d_o, &delta, tokens, heads, head_dim]) }?;
 
-    // What the kernels do is 14 FLOPs; what they must is 10.
+    // The two kernels execute 14·d FLOPs a pair, of which 10·d are necessary: S and dP are computed twice.
     let (query_cost, key_cost) = (shape.size().pass(3, 2, 2, 4, FLOAT), shape.size().pass(2, 4, 2, 6, FLOAT));
     if !flash {
         let launch = shape.baseline("attention_backward_query_baseline_bf16", shape.heads, query_cost);
-        let rest = (tokens, heads, kv_heads, head_dim, scale, window);
-        let (t, h, kh, d, s, w) = rest;
-        // SAFETY: as in `attention`; lse and D [heads, tokens]; dQ, dK, dV like q, k, v and borrowed mutably.
+        let (t, h, kh, d, s, w) = (tokens, heads, kv_heads, head_dim, scale, window);
+        // SAFETY: as in `attention`; lse and delta [heads, tokens]; dQ, dK, dV like q, k, v and borrowed mutably.
         unsafe { device.launch(launch, args![q, k, v, d_o, lse, *delta, &dq, starts, documents, t, h, kh, d, s, w]) }?;
         let launch = shape.baseline("attention_backward_key_baseline_bf16", shape.kv_heads, key_cost);
         let arguments = args![q, k, v, d_o, lse, *delta, &dk, &dv, starts, documents, t, h, kh, d, s, w];
@@ -241,7 +252,7 @@ pub(super) fn attention_backward(
         return unsafe { device.launch(launch, arguments) };
     }
 
-    let wgmma = matches!(measure::choose(versions(device, &shape)), Some(Version::Wgmma));
+    let wgmma = matches!(measure::choose(versions(device, &shape)?), Some(Version::Wgmma));
     let [query, key] = match (wgmma, shape.head_dim) {
         (false, 64) => ["attention_backward_query_flash_hd64_bf16", "attention_backward_key_flash_hd64_bf16"],
         (false, _) => ["attention_backward_query_flash_hd128_bf16", "attention_backward_key_flash_hd128_bf16"],
@@ -291,7 +302,7 @@ pub(super) fn attention_backward(
     unsafe { device.launch(launch, args![&partial, &dk, &dv, k.len() as u64, parts]) }
 }
 
-/// Blocks that share the heads of a group in dK and dV: as few as fill the device, each with at least one head.
+/// Blocks among which dK and dV split the query heads of a group: as few as fill the device, each with at least one head.
 fn parts(device: &Device, shape: &Shape, wgmma: bool) -> usize {
     let (rows, resident) = if wgmma { (2 * TILE, 1) } else { (TILE, BLOCKS_MULTIPROCESSOR) };
     let count = blocks(shape.tokens(), rows) as usize * shape.kv_heads;

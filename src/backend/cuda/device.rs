@@ -318,6 +318,15 @@ impl Device {
         .map_err(|error| self.failed(&format!("refused the kernel {}", launch.kernel), error))
     }
 
+    /// Whether the device has the shared memory that a kernel needs.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the driver fails.
+    pub(super) fn fits(&self, image: &'static str, kernel: &'static str) -> Result<bool> {
+        let function = self.function(image, kernel)?;
+        Ok(function.needed_bytes + function.static_bytes <= self.shared_bytes_block)
+    }
+
     /// Most dynamic shared memory with which so many blocks of a kernel are on a multiprocessor at once.
     ///
     /// # Errors
