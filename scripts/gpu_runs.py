@@ -1,8 +1,8 @@
-"""Processes of gpu_check.py: each in a session of its own, killed with all its children when its time is over; and what their
-output says: tests, benches, profiles, sanitizers, Nsight Compute.
+"""Processes of gpu_check.py: each in a session of its own, killed with all its children when its time is over; and what
+their output says: tests, benches, profiles, sanitizers, Nsight Compute.
 
-A run returns a dict with `status` (`passed`, `failed`, `hung`) and what it printed that counts. Nothing here raises for what a
-process does.
+A run returns a dict with `status` (`passed`, `failed`, `hung`) and what it printed that counts. Nothing here raises for what
+a process does.
 """
 import csv
 import io
@@ -24,17 +24,18 @@ TEST_LINE = re.compile(r"^test (\S+) \.\.\. (ok|FAILED|ignored)", re.M)
 class Process:
     """A command in a session of its own, whose output goes to a file, so that nobody waits for a pipe that a child holds."""
 
-    running = None
+    alive = set()
 
     def __init__(self, command, environment=None):
         self.output, self.started = tempfile.TemporaryFile(), time.time()
         self.error = self.child = None
         try:
-            self.child = subprocess.Popen([str(part) for part in command], cwd=HERE, env={**os.environ, **(environment or {})},
-                                          stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
+            self.child = subprocess.Popen(
+                [str(part) for part in command], cwd=HERE, env={**os.environ, **(environment or {})}, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT)
+            Process.alive.add(self)
         except OSError as error:
             self.error = str(error)
-        Process.running = self
 
     def wait(self, seconds):
         """(exit code, output, seconds it ran). The code is None where it was killed, 127 where it did not start."""
@@ -48,13 +49,11 @@ class Process:
         self.output.seek(0)
         text = self.output.read().decode(errors="replace")
         self.output.close()
-        Process.running = None
         return code, text, round(time.time() - self.started, 2)
 
     def kill(self):
         """The process and all that it started; one that the driver holds is left behind."""
-        if self.child is None:
-            return
+        Process.alive.discard(self)
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -63,6 +62,11 @@ class Process:
             self.child.wait(5)
         except subprocess.TimeoutExpired:
             print(f"process {self.child.pid} cannot be killed", flush=True)
+
+
+def kill_all():
+    for process in list(Process.alive):
+        process.kill()
 
 
 def run(command, seconds, environment=None):
@@ -93,8 +97,8 @@ def listed_tests(executable):
 
 
 def test_run(executable, names, seconds, environment, prefix=(), threads=4):
-    """Runs tests by name in one process. If that does not pass, each of those that did not is run again in one of its own, while
-    there is time: after a fault every later test of a process fails."""
+    """Runs tests by name in one process. If that does not pass, each of those that did not is run again in one of its own,
+    while there is time: after a fault every later test of a process fails."""
     began = time.time()
     command = [*prefix, executable, "--exact", *names, "--test-threads", threads]
     code, text, took = run(command, seconds, environment)
@@ -106,7 +110,7 @@ def test_run(executable, names, seconds, environment, prefix=(), threads=4):
     if found["status"] != "passed" and not prefix and len(names) > 1:
         for name in names:
             left = began + 2 * seconds - time.time()
-            if found["tests"][name] != "passed" and left > 1:
+            if found["tests"][name] != "passed" and left > seconds / 4:
                 code, text, _ = run([executable, "--exact", name], min(left, seconds / 2), environment)
                 alone = outcome(code, text, 0, 1500)
                 found["tests"][name] = f"{alone['status']} alone"
@@ -164,12 +168,14 @@ def json_run(command, seconds):
 def ncu_run(ncu, report, command, seconds):
     """Profiles what a command runs within the profiler's range; the metrics of each kernel, by name."""
     began = time.time()
-    profiled = [ncu, "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "-f", "-o", report, *command]
+    profiled = [ncu, "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "-f", "-o", report]
+    profiled += command
     code, text, took = run(profiled, seconds)
     found = outcome(code, text, took)
     if code != 0:
         return found
-    code, text, _ = run([ncu, "--import", f"{report}.ncu-rep", "--page", "raw", "--csv"], max(5, began + seconds - time.time()))
+    read = [ncu, "--import", f"{report}.ncu-rep", "--page", "raw", "--csv"]
+    code, text, _ = run(read, max(5, began + seconds - time.time()))
     rows = list(csv.reader(io.StringIO(text[text.find('"ID"'):]))) if '"ID"' in text else []
     kernels = []
     # The second row holds the units.
@@ -210,11 +216,11 @@ def tensors(model, layers):
 def write_model(folder, model, layers, deadline):
     """A model directory with weights between ±2^-7 and ±2^-5, norms of one. Raises TimeoutError past the deadline."""
     folder.mkdir(parents=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "rms_norm_eps": 1e-5,
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
               "hidden_size": model["hidden"], "intermediate_size": model["ffn"], "num_hidden_layers": layers,
-              "num_attention_heads": model["heads"], "num_key_value_heads": model["kv_heads"], "head_dim": model["head_dim"],
-              "vocab_size": model["vocab"], "tie_word_embeddings": model["tied"], "max_position_embeddings": 8192,
-              "rope_theta": 1e6, "hidden_act": "silu"}
+              "num_attention_heads": model["heads"], "num_key_value_heads": model["kv_heads"],
+              "head_dim": model["head_dim"], "vocab_size": model["vocab"], "tie_word_embeddings": model["tied"],
+              "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "hidden_act": "silu"}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
                  "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": [], "normalizer": None,

@@ -14,7 +14,7 @@
 //! An id is `family/operation/shape/variant`. Variants: `swat`, what the backend chooses; its versions by name, from
 //! `baseline` up; peers (`cublaslt`, `copy`: as many bytes moved from device to device; `gemm-crate` on the CPU). On a GPU
 //! if there is one, else on the CPU backend. `--ab`, `--json`, `--list` and `--once` take parts of ids to choose by;
-//! otherwise criterion's options apply. Exit code 2: nothing was chosen. Peers in Python: `benches/peers/kernels.py`.
+//! otherwise criterion's options apply. With `--gpu` the CPU does not stand in. Exit code 2: nothing was chosen. Peers in Python: `benches/peers/kernels.py`.
 //!
 //! Times are the device's ([`clock`]), of random data, in buffers that are rotated so that no call finds its own in a
 //! cache. With `--json` the variants of a ladder are sampled in turns, so that a clock that drifts drifts for all of them;
@@ -53,6 +53,9 @@ pub fn main(families: &[Family]) {
     let mode = Mode::from_args();
     let done = match open() {
         Ok(device) => run(families, Session::new("", mode, Scale::gpu()), &device, |family| family.cuda),
+        Err(reason) if std::env::args().any(|argument| argument == "--gpu") => {
+            Err(format!("no CUDA device ({reason}), and --gpu asks for one"))
+        }
         Err(reason) => {
             let mut session = Session::new("", mode, Scale::cpu());
             session.note = Some(format!("no CUDA device ({reason}): these are the CPU backend's operations"));

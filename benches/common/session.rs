@@ -56,7 +56,7 @@ impl Choice {
 
 impl Mode {
     pub(super) fn from_args() -> Self {
-        let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench").peekable();
+        let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
         let (mut how, mut ab, mut choice) = (None, None, Choice::default());
         let names = |text: Option<String>| -> Vec<String> {
             text.unwrap_or_default().split(',').filter(|name| !name.is_empty()).map(String::from).collect()
@@ -64,6 +64,7 @@ impl Mode {
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--json" | "--once" | "--list" => how = Some(argument),
+                "--gpu" => {}
                 "--ab" => ab = Some(names(arguments.next())),
                 "--variants" => choice.variants = names(arguments.next()),
                 _ => choice.parts.push(argument),
