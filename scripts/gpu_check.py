@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a GPU is asked in its first minutes: tests, 7B-shaped benches, a step, profiles. One JSON record of what came out.
+"""What a GPU is asked in its first minutes: tests, 7B-shaped benches, a step, profiles. One JSON record of the results.
 
 usage: gpu_check.py [--budget SECONDS] [--out FILE_OR_FOLDER] [--only PART ...] [--list]
 
-Runs in the folder that scripts/gpu_pack.sh made. Every item is a process of its own, which is killed with its children when
-its time is over; no item stops the rest. The record is saved after each. It names every item: `passed`, `failed`, `hung`, or
-`left out` with the reason. A section that takes longer than its share is taken up again at the end. Files beside the record:
-reports of Nsight Compute. `--only ops ncu` runs the items whose names hold one of the parts.
+Runs in the folder that scripts/gpu_pack.sh made. Every item is a process of its own, which is killed with its children
+when its time is over; no item stops the rest. The record is saved after each. It names every item: `passed`, `failed`,
+`hung`, or `left out` with the reason. A section that takes longer than its share is taken up again at the end. Files
+beside the record: reports of Nsight Compute. `--only ops ncu` runs the items whose names hold one of the parts.
 
 Needs Python 3.9 and an NVIDIA driver; PyTorch, ncu and compute-sanitizer where they are found. What is missing is said.
 Exit code 1: an item failed or hung (racecheck, synccheck and initcheck do not count), or no test passed.
@@ -190,7 +190,7 @@ class Check:
         return found
 
     def ids(self):
-        """Ids of all variants of all ladders on this GPU; none, and the record says why, where the benches tell none."""
+        """Ids of all variants on this GPU; none, and the record says why, where the benches tell none."""
         if self.listed is None:
             code, text, _ = gpu_runs.run([HERE / "kernels", "--gpu", "--list"], self.patience)
             self.listed = [line for line in text.splitlines() if line.count("/") >= 4] if code == 0 else []
@@ -290,8 +290,8 @@ class Check:
         try:
             gpu_runs.write_model(folder, self.model, layers, began + 0.6 * seconds)
             written = time.time() - began
-            command = [HERE / "swat", "profile", "--model", folder, "--device", "cuda", "--state", "bf16", "--batch-size",
-                       TOKENS[0], "--length", TOKENS[1], "--steps", 5, "--json", "--quiet"]
+            command = [HERE / "swat", "profile", "--model", folder, "--device", "cuda", "--state", "bf16"]
+            command += ["--batch-size", TOKENS[0], "--length", TOKENS[1], "--steps", 5, "--json", "--quiet"]
             found = gpu_runs.json_run(command, seconds - written)
         except TimeoutError:
             return left_out(f"{2 * count >> 30} GiB of weights were not written in {0.6 * seconds:.0f} s")
@@ -331,7 +331,8 @@ class Check:
     # ---- the run
 
     def save(self):
-        self.record["items"] = [{"name": i.name, **({"advisory": True} if i.advisory else {}), **i.found} for i in self.items]
+        told = lambda item: {"name": item.name, **({"advisory": True} if item.advisory else {}), **item.found}
+        self.record["items"] = [told(item) for item in self.items]
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.record, indent=1) + "\n")
@@ -386,7 +387,8 @@ class Check:
             print(f"step of {MODEL}, {what}: {step['step_ms']:.1f} ms, {step['tok_per_s']:.0f} tok/s")
         for item in self.items:
             for kernel in item.found.get("kernels", []):
-                said = (f"{what} {kernel['metrics'][name]}" for name, what in SHOWN.items() if name in kernel["metrics"])
+                metrics = kernel["metrics"]
+                said = (f"{what} {metrics[name]}" for name, what in SHOWN.items() if name in metrics)
                 print(f"{item.name}: {kernel['kernel'][:60]}: {', '.join(said)}")
         for what, said in self.record["broken"].items():
             print(f"BROKEN {what}: {said}")
@@ -406,8 +408,8 @@ class Check:
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--budget", type=float, default=540, help="seconds for all of it; what does not fit is left out, by name")
-    p.add_argument("--out", type=pathlib.Path, default=HERE / "record.json", help="the record, or a folder for record.json")
+    p.add_argument("--budget", type=float, default=540, help="seconds for all of it; the rest is left out, by name")
+    p.add_argument("--out", type=pathlib.Path, default=HERE / "record.json", help="the record, or a folder for it")
     p.add_argument("--only", nargs="+", default=[], metavar="PART", help="items whose names hold one of these")
     p.add_argument("--list", action="store_true", help="print the items, and seconds of each at most, and stop")
     p.add_argument("--patience", type=float, default=20, help="seconds of a test; other items get a multiple")

@@ -1,8 +1,8 @@
 """Processes of gpu_check.py: each in a session of its own, killed with all its children when its time is over; and what
 their output says: tests, benches, profiles, sanitizers, Nsight Compute.
 
-A run returns a dict with `status` (`passed`, `failed`, `hung`) and what it printed that counts. Nothing here raises for what
-a process does.
+A run returns a dict with `status` (`passed`, `failed`, `hung`) and what it printed that counts. Nothing here raises for
+what a process does.
 """
 import csv
 import io
@@ -22,7 +22,7 @@ TEST_LINE = re.compile(r"^test (\S+) \.\.\. (ok|FAILED|ignored)", re.M)
 
 
 class Process:
-    """A command in a session of its own, whose output goes to a file, so that nobody waits for a pipe that a child holds."""
+    """A command in a session of its own. Its output goes to a file: nobody waits for a pipe that a child holds."""
 
     alive = set()
 
@@ -31,8 +31,8 @@ class Process:
         self.error = self.child = None
         try:
             self.child = subprocess.Popen(
-                [str(part) for part in command], cwd=HERE, env={**os.environ, **(environment or {})}, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT)
+                [str(part) for part in command], cwd=HERE, env={**os.environ, **(environment or {})},
+                start_new_session=True, stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT)
             Process.alive.add(self)
         except OSError as error:
             self.error = str(error)
@@ -97,8 +97,8 @@ def listed_tests(executable):
 
 
 def test_run(executable, names, seconds, environment, prefix=(), threads=4):
-    """Runs tests by name in one process. If that does not pass, each of those that did not is run again in one of its own,
-    while there is time: after a fault every later test of a process fails."""
+    """Runs tests by name in one process. If that does not pass, each of those that did not is run again in one of its
+    own, while there is time: after a fault every later test of a process fails."""
     began = time.time()
     command = [*prefix, executable, "--exact", *names, "--test-threads", threads]
     code, text, took = run(command, seconds, environment)

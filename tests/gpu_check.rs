@@ -26,13 +26,13 @@ exit ${bad:-0}"#;
 /// A bench that measures what it is asked for, on a device that has cuBLASLt if CUBLASLT is 1.
 const BENCHES: &str = r#"
 family() {
-  echo "{\"family\": \"$1\", \"ceilings\": {\"flops_per_s\": 1e14, \"bytes_per_s\": 1e12}, \"device\": \"made up\"}"
+  printf '{"family": "%s", "ceilings": {"flops_per_s": 1e14, "bytes_per_s": 1e12}, "device": "made up"}\n' $1
   [ "$1" = gemm ] && [ CUBLASLT = 0 ] && echo "{\"family\": \"gemm\", \"missing\": \"cublaslt\", \"reason\": \"not installed\"}"
 }
 line() {
-  echo "{\"id\": \"$1/$2/$3/$4\", \"family\": \"$1\", \"op\": \"$2\", \"shape\": \"$3\", \"variant\": \"$4\", \"peer\": $5, \"ns\": 10.0,
-    \"low_ns\": 9.0, \"high_ns\": 11.0, \"samples\": 7, \"bytes\": 1000, \"flops\": 2000, \"device\": \"made up\"}" | tr -d '\n'
-  echo
+  printf '{"id": "%s/%s/%s/%s", "family": "%s", "op": "%s", "shape": "%s", ' $1 $2 $3 $4 $1 $2 $3
+  printf '"variant": "%s", "peer": %s, "ns": 10.0, "low_ns": 9.0, "high_ns": 11.0, ' $4 $5
+  echo '"samples": 7, "bytes": 1000, "flops": 2000, "device": "made up"}'
 }
 case "$*" in
   *--list*)
@@ -65,8 +65,8 @@ const PYTHON: &str = r#"
 case "$1" in
   -c) echo '{"torch": "1.2", "gpu": true, "cudnn": 91000}';;
   *train_against_torch.py) echo '{"training": []}';;
-  *) echo '{"id": "a/b/c/torch", "family": "a", "op": "b", "shape": "c", "variant": "torch", "peer": true, "ns": 5.0, "bytes": 1, "flops": 1,
-  "device": "made up"}' | tr -d '\n'; echo;;
+  *) printf '{"id": "a/b/c/torch", "family": "a", "op": "b", "shape": "c", "variant": "torch", "peer": true, '
+    echo '"ns": 5.0, "bytes": 1, "flops": 1, "device": "made up"}';;
 esac"#;
 
 /// What is wrong with a host.
