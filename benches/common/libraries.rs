@@ -2,6 +2,7 @@
 //! (`pip install nvidia-cublas`, or PyTorch, which brings them).
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -22,9 +23,11 @@ pub fn open(stem: &str) -> Result<String, String> {
 /// # Errors
 /// As [`open`].
 pub fn open_in(stem: &str, folders: &[PathBuf]) -> Result<String, String> {
+    // What the loader says lies below what the crate says.
+    let told = |error: libloading::Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
     let load = |path: &Path| {
         // SAFETY: a library of CUDA, which does nothing of ours when it is loaded.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| e.to_string())?;
+        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(told)?;
         std::mem::forget(library);
         Ok::<_, String>(path.display().to_string())
     };

@@ -91,7 +91,7 @@ fn computes_what_ours_compute() {
         return;
     }
     let said = child("cublaslt::as_a_peer", &[("VIRTUAL_ENV", directory.path())]);
-    assert!(said.contains("compared 6 products") || said.contains("another library"), "{said}");
+    assert!(said.contains("compared 3 products") || said.contains("another library"), "{said}");
 }
 
 #[test]
@@ -105,12 +105,11 @@ fn as_a_peer() {
         return;
     }
     let library = CublasLt::open(&cuda).unwrap();
-    for layout in [GemmLayout::Tn, GemmLayout::Nn, GemmLayout::Nt] {
-        let shape = GemmShape { layout, m: 24, n: 40, k: 56 };
-        compare::<f32>(&cuda, &library, shape);
-        compare::<bf16>(&cuda, &library, shape);
-    }
-    println!("compared 6 products");
+    let shape = |layout| GemmShape { layout, m: 24, n: 40, k: 56 };
+    compare::<bf16>(&cuda, &library, shape(GemmLayout::Tn));
+    compare::<bf16>(&cuda, &library, shape(GemmLayout::Nn));
+    compare::<f32>(&cuda, &library, shape(GemmLayout::Nt));
+    println!("compared 3 products");
 }
 
 fn compare<T: FloatElement>(cuda: &Cuda<F32State>, library: &std::rc::Rc<CublasLt<F32State>>, shape: GemmShape) {
