@@ -1,16 +1,10 @@
 //! Masked AdamW over a module table of a few layers, and the sums of squares that clip it, with moments and gradients in
 //! f32 and, on a GPU, in bf16. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Model, Session, random};
+use super::common::{Model, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::{AdamW, AdamWModule, Backend, Buffer, Cost, Rounding, cost};
-
-fn main() {
-    common::main("adamw", cpu, cuda);
-}
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
     on_a_gpu(session, cuda, "f32");

@@ -2,9 +2,8 @@
 //!
 //! The baseline is left out where it would take more than about a tenth of a second.
 
-pub(crate) mod common;
-
-use common::{Device, Model, Session, documents, integers, random};
+use super::common::shapes::Published;
+use super::common::{Device, Model, Session, documents, integers, random};
 use swat::backend::cost::{AttentionSize, attention_pairs};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
@@ -12,10 +11,6 @@ use swat::backend::{Attention, Buffer, Cost, Documents};
 
 /// FLOPs of the largest call of the baseline.
 const BASELINE_FLOPS: u64 = 1 << 36;
-
-fn main() {
-    common::main("attention", cpu, cuda);
-}
 
 /// Backward, those of flash choose how the heads of a group are spread over blocks; the last is of Hopper alone.
 const VERSIONS: [&str; 4] = ["baseline", "flash64", "flash128", "wgmma"];
@@ -41,6 +36,9 @@ fn attention<D: Device>(
     for model in scale.models() {
         scale.packed.iter().for_each(|packed| sequences(session, device, model, *packed, versions));
         scale.spans.iter().for_each(|spans| decode(session, device, model, *spans, decode_versions));
+    }
+    for Published { model, packed } in &scale.published {
+        sequences(session, device, Model::named(model), *packed, versions);
     }
 }
 

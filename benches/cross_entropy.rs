@@ -1,15 +1,9 @@
 //! Cross-entropy: losses alone, and with the gradient in place. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Device, Session, integers, random};
+use super::common::{Device, Session, integers, random};
 use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-
-fn main() {
-    common::main("cross_entropy", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     cross_entropy(session, cpu, &[]);

@@ -1,17 +1,11 @@
 //! Rows of a table: gather, scatter, and the gradient of the table. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Device, Session, integers, random};
+use super::common::{Device, Session, integers, random};
 use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
 use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-
-fn main() {
-    common::main("embedding", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     embedding(session, cpu, &[], &[]);

@@ -1,10 +1,8 @@
 //! What users wait for, on models with random weights: a training step (of everything, of some modules, of adapters), a
 //! decoded token, and the perturbed copies of a layer in a sweep. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::shapes::Steps;
-use common::{Device, Model, Session};
+use super::common::shapes::Steps;
+use super::common::{Device, Model, Session};
 use std::cell::{OnceCell, RefCell};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
@@ -13,10 +11,6 @@ use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Lora, Member, Noi
 use swat::model::{ModelConfig, Rope, RopeScaling};
 use swat::modules::{Cell, LearningRates, ModuleKind, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepSettings};
-
-fn main() {
-    common::main("engine", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     engine(session, cpu);

@@ -3,10 +3,8 @@
 //! A version runs whole (`splits: 1`), `swat` by the plan that is chosen for the device and the shape. The two slowest
 //! versions are left out where they would take more than about a tenth of a second.
 
-pub(crate) mod common;
-
-use common::cublaslt::CublasLt;
-use common::{Device, Model, Scale, Session, random};
+use super::common::cublaslt::CublasLt;
+use super::common::{Device, Model, Scale, Session, random};
 use half::bf16;
 use std::rc::Rc;
 use swat::backend::cpu::Cpu;
@@ -17,10 +15,6 @@ use swat::backend::{Backend, Epilogue, FloatElement, LinearShape, cost};
 const SLOW_FLOPS: u64 = 1 << 37;
 /// Bytes of an element on the CPU.
 const FLOAT: usize = size_of::<f32>();
-
-fn main() {
-    common::main("gemm", cpu, cuda);
-}
 
 /// Inputs and outputs of a model's layers: q, k and v, gate and up, down.
 fn layers(model: &Model) -> [[usize; 2]; 4] {
@@ -48,7 +42,7 @@ fn named(model: &Model, shape: LinearShape) -> String {
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
     let scale = session.scale;
-    let peer = CublasLt::open(cuda, scale);
+    let peer = session.cublaslt(cuda);
     for model in scale.models() {
         for shape in shapes(scale, model) {
             let (name, LinearShape { tokens, inputs, outputs }) = (named(model, shape), shape);
@@ -98,7 +92,7 @@ fn product<T: FloatElement>(
     if let Some(peer) = peer {
         let mut product = None;
         ladder = ladder.peer("cublaslt", move |_, (a, b, c)| {
-            product.get_or_insert_with(|| peer.product::<T>(shape)).run(a, b, c);
+            product.get_or_insert_with(|| peer.product(shape, a, b, c)).run(a, b, c);
         });
     }
     ladder.run();

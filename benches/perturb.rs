@@ -1,8 +1,6 @@
 //! Perturbed copies of a weight, both signs at once. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Device, Session, random};
+use super::common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Backend, Buffer, Direction, NoiseKey, cost};
@@ -13,10 +11,6 @@ const RANK: usize = 4;
 
 /// A direction, of the tensor that may be given and the rows of the weight.
 type Kind<D> = fn(&Buffer<D, <D as Backend>::Float>, usize) -> Direction<'_, D>;
-
-fn main() {
-    common::main("perturb", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     perturb(session, cpu, &[]);

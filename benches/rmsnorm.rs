@@ -1,15 +1,9 @@
 //! RMSNorm, forward and backward. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Device, Session, random};
+use super::common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Buffer, cost};
-
-fn main() {
-    common::main("rmsnorm", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     rmsnorm(session, cpu, &[], &[]);

@@ -1,15 +1,9 @@
 //! Rotary position embedding of a layer's queries. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Device, Session, integers, random};
+use super::common::{Device, Session, integers, random};
 use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-
-fn main() {
-    common::main("rope", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     rope(session, cpu, &[]);

@@ -1,15 +1,9 @@
 //! The next token: greedy and nucleus. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Device, Session, integers, random};
+use super::common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Sampling, cost};
-
-fn main() {
-    common::main("sampling", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     sampling(session, cpu, &[]);

@@ -1,15 +1,9 @@
 //! SwiGLU, forward and backward. `common` tells how to run it.
 
-pub(crate) mod common;
-
-use common::{Device, Session, random};
+use super::common::{Device, Session, random};
 use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-
-fn main() {
-    common::main("swiglu", cpu, cuda);
-}
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     swiglu(session, cpu, &[]);

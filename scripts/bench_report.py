@@ -125,6 +125,21 @@ def rate(line):
     return f"{significant(line['bytes'] / line['ns'])} GB/s" if line["bytes"] else "–"
 
 
+def missing(lines):
+    """Peers that were not there: what of, and why."""
+    found = collections.OrderedDict()
+    for line in lines:
+        if "missing" in line:
+            what = " ".join(line[key] for key in ("family", "op", "shape") if key in line)
+            found.setdefault((line["missing"], line["reason"]), {})[what] = None
+    return [f"{peer} is missing for {', '.join(what)}: {reason}" for (peer, reason), what in found.items()]
+
+
+def pairs_of(lines):
+    """What was sampled in turns: by ladder and peer, the peer's time over ours."""
+    return {(line["family"], line["op"], line["shape"], line["pair"][1]): line for line in lines if "pair" in line}
+
+
 def ladders(lines):
     """Lines by (family, op, shape), in their order."""
     found = collections.OrderedDict()
@@ -137,8 +152,15 @@ def best_peer(ladder):
     return min((line for line in ladder if line["peer"]), key=lambda line: line["ns"], default=None)
 
 
-def against(line, peer):
-    return f"{significant(peer['ns'] / line['ns'])} × {peer['variant']}" if peer and not line["peer"] else "–"
+def against(line, peer, pairs):
+    """How many times as fast as the best peer; with a 95 % interval where the two were sampled in turns."""
+    if not peer or line["peer"]:
+        return "–"
+    pair = pairs.get((line["family"], line["op"], line["shape"], peer["variant"]))
+    if not pair or line["variant"] != "swat":
+        return f"{significant(peer['ns'] / line['ns'])} × {peer['variant']}"
+    ratio, low, high = (significant(pair[key]) for key in ("ratio", "low", "high"))
+    return f"{ratio} × {peer['variant']} ({low} to {high})"
 
 
 def percent(share):
@@ -150,7 +172,7 @@ def percent(share):
 
 def table(paths):
     lines = [line for path in paths for line in lines_of(path)]
-    ceilings = ceilings_of(lines)
+    ceilings, pairs = ceilings_of(lines), pairs_of(lines)
     devices = sorted({line["device"] for line in measured(lines)})
     if len(devices) > 1:
         print(f"measured on different devices, not to be compared: {', '.join(devices)}", file=sys.stderr)
@@ -160,7 +182,10 @@ def table(paths):
         for line in ladder:
             name = f"{line['variant']} (peer)" if line["peer"] else line["variant"]
             share = percent(of_ceiling(line, ceilings))
-            print(f"| {family} {op} {shape} | {name} | {duration(line['ns'])} | {rate(line)} | {share} | {against(line, peer)} |")
+            fast = against(line, peer, pairs)
+            print(f"| {family} {op} {shape} | {name} | {duration(line['ns'])} | {rate(line)} | {share} | {fast} |")
+    for said in missing(lines):
+        print(f"\n**{said}**")
 
 
 # ---- compare
@@ -207,7 +232,7 @@ def known(record, path):
 def section(record):
     """A row an operation, at its largest shape of the largest model."""
     lines = record["bench"]["results"]
-    ceilings = ceilings_of(lines)
+    ceilings, pairs = ceilings_of(lines), pairs_of(lines)
     order = [model["name"] for model in json.loads((ROOT / "benches/shapes.json").read_text())["models"]]
     place = lambda shape: order.index(shape.split("/")[0]) if shape.split("/")[0] in order else -1
     chosen = {}
@@ -223,7 +248,7 @@ def section(record):
     rows = ["| operation | shape | time | rate | % of ceiling | against the best peer |", "|---|---|---:|---:|---:|---:|"]
     for (family, op), (_, ours, ladder) in sorted(chosen.items()):
         share = percent(of_ceiling(ours, ceilings))
-        rows.append(f"| {family} {op} | {ours['shape']} | {duration(ours['ns'])} | {rate(ours)} | {share} | {against(ours, best_peer(ladder))} |")
+        rows.append(f"| {family} {op} | {ours['shape']} | {duration(ours['ns'])} | {rate(ours)} | {share} | {against(ours, best_peer(ladder), pairs)} |")
     device = record["device"]
     notes = [device["name"]]
     notes += [f"driver {device['driver_version']}"] if "driver_version" in device else []
@@ -234,6 +259,7 @@ def section(record):
     if rates:
         flops, moved = (max(r[key] for r in rates) for key in ("flops_per_s", "bytes_per_s"))
         notes.append(f"ceilings measured in the same processes: up to {significant(flops / 1e12)} TFLOP/s and {significant(moved / 1e9)} GB/s")
+    notes += missing(lines)
     notes.append(f"{record['date'][:10]}, commit {record['commit'][:12]}")
     return "\n".join(rows) + "\n\n" + "; ".join(notes) + "."
 

@@ -1,168 +1,430 @@
 #!/usr/bin/env python3
-"""Runs the CUDA tests and benches of scripts/gpu_pack.sh on this machine's GPU, and writes one JSON record of what came out.
+"""What a GPU is asked in its first minutes: tests, 7B-shaped benches, a step, profiles. One JSON record of the results.
 
-usage: gpu_check.py [--out RECORD.json] [--no-sanitizer] [--no-bench] [--bench PART ...] [--seconds N]
+usage: gpu_check.py [--budget SECONDS] [--out FILE_OR_FOLDER] [--only PART ...] [--list]
 
-The record goes to benches/records/<device>/<date>-<commit>.json in the repository. Needs Python 3.9 and an NVIDIA driver; compute-sanitizer
-is used where it is found (PATH, CUDA_HOME, /usr/local/cuda). Exit code 0: every test passed, and every run of the sanitizer that came to
-its end was clean (the last line tells how many did); 1 otherwise.
+Runs in the folder that scripts/gpu_pack.sh made. Every item is a process of its own, which is killed with its children
+when its time is over; no item stops the rest. The record is saved after each. It names every item: `passed`, `failed`,
+`hung`, or `left out` with the reason. A section that takes longer than its share is taken up again at the end. Files
+beside the record: reports of Nsight Compute. `--only ops ncu` runs the items whose names hold one of the parts.
+
+Needs Python 3.9 and an NVIDIA driver; PyTorch, ncu and compute-sanitizer where they are found. What is missing is said.
+Exit code 1: an item failed or hung (racecheck, synccheck and initcheck do not count), or no test passed.
 """
 import argparse
 import datetime
+import glob
 import json
 import os
 import pathlib
-import re
 import shutil
-import subprocess
+import signal
 import sys
+import tempfile
 import time
 
-HERE = pathlib.Path(__file__).resolve().parent
-# Kernel families: a bench executable each, and a module of tests in `ops`.
-FAMILIES = ["swiglu", "rmsnorm", "rope", "embedding", "cross_entropy", "sampling", "adamw", "perturb", "gemm", "attention"]
-# The kernels' own tests, and those of the engine on them.
-SUITES = ["ops", "cuda", "cuda_graphs"]
-TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
-# Of `ops`: not the CPU's, and of the stand-in's devices, for all of which the GPU stands, one with f32 and one with bf16 state.
-ONE_GPU = [part for skipped in ["::cpu::", "determinism::", "cuda_2::", "cuda_3::", "gpu_2::", "gpu_3::"] for part in ("--skip", skipped)]
-# Under a sanitizer, ten to a hundred times slower, the f32 state alone.
-SANITIZED = [*ONE_GPU, "--skip", "cuda_1::", "--skip", "gpu_1::"]
+import bench_report
+import gpu_runs
+from gpu_runs import HERE
+
+ON_GPU = {"SWAT_TEST_CUDA": "gpu", "SWAT_KNOWN_IMAGES": str(HERE / "known"), "RUST_BACKTRACE": "0"}
+# Sections in their order, and seconds of each until the next has its turn.
+SECTIONS = {"known": 60, "ops": 90, "products": 130, "memory": 70, "step": 110, "engine": 60, "ncu": 120,
+            "memcheck": 120, "versions": 240, "families": 120, "peers": 120, "sanitizers": 240}
+# Of `ops`: not the CPU's, and of the stand-in's four devices, for all of which the GPU stands, two: f32 and bf16 state.
+NOT_ON_A_GPU = ("cpu", "cuda_2", "cuda_3", "gpu_2", "gpu_3", "determinism", "compiled_kernels")
+# What is looked at first, of the groups of `ops`.
+FIRST = ["gemm::gpu_0", "attention::cuda_0", "versions", "gemm::gpu_1", "attention::cuda_1", "gemm", "attention"]
+MODEL, TOKENS = "qwen2.5-7b", (4, 1024)
+# A shape at which FlashAttention publishes its rates.
+HEADS = "heads-16x128"
+GEMM = ["forward", "backward-input", "backward-weight"]
+# The product that Nsight Compute looks at.
+GEMM_SHAPE = "8192x3584x18944"
+MEMORY_BOUND = {"adamw": ["step-bf16", "step-f32", "squares-bf16"], "cross_entropy": ["loss", "gradient"],
+                "rmsnorm": ["forward", "backward"], "perturb": ["gaussian", "given"]}
+OTHER_FAMILIES = ["swiglu", "rope", "embedding", "sampling"]
+ADVISORY = ["racecheck", "synccheck", "initcheck"]
+# Metrics of Nsight Compute that the summary shows.
+SHOWN = {"gpu__time_duration.sum": "time",
+         "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor pipe",
+         "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM",
+         "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
+         "lts__t_sector_hit_rate.pct": "L2 hits"}
+# What is used where it is found, and its absence said.
+PEERS = ["cublaslt", "torch", "cudnn", "ncu", "compute-sanitizer"]
+PROBE = """
+import json, torch
+told = {"torch": torch.__version__, "gpu": torch.cuda.is_available(), "cudnn": torch.backends.cudnn.version()}
+print(json.dumps(told))
+"""
 
 
-def run(command, seconds, **environment):
-    """Exit code, output and seconds of a command; its code is None where it took too long."""
-    started = time.time()
-    try:
-        done = subprocess.run(command, cwd=HERE, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, errors="replace", timeout=max(1, seconds))
-        code, text = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        code, text = None, late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-    except OSError as error:
-        code, text = 127, str(error)
-    return code, text, round(time.time() - started, 2)
+class Item:
+    """`run(seconds)` returns a dict with a status. `need`: seconds without which it is not begun."""
+
+    def __init__(self, name, run, seconds, need=2, advisory=False):
+        self.name, self.run, self.seconds, self.need, self.advisory = name, run, seconds, need, advisory
+        self.section = name.split("/")[0]
+        self.found = {"status": "left out", "reason": "not reached"}
 
 
-def device():
-    fields = ["name", "driver_version", "compute_cap", "memory.total", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu"]
-    code, text, _ = run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"], 30)
-    values = [value.strip() for value in text.strip().splitlines()[0].split(",")] if code == 0 and text.strip() else []
-    return dict(zip(fields, values)) or {"error": text.strip()}
+def left_out(reason):
+    return {"status": "left out", "reason": reason}
 
 
-def tests(name, filters, seconds):
-    """Each test of an executable on the GPU: ok, failed or missing, with what a failed one printed."""
-    command = [str(HERE / name), "--test-threads", "2", *filters]
-    code, text, took = run(command, seconds, SWAT_TEST_CUDA="gpu", RUST_BACKTRACE="0")
-    found = {test: {"ok": "ok", "FAILED": "failed"}.get(result, result) for test, result in re.findall(r"^test (\S+) \.\.\. (\w+)", text, re.M)}
-    failures = dict(re.findall(r"^---- (\S+) stdout ----\n(.*?)(?=\n---- |\nfailures:|\Z)", text, re.M | re.S))
-    entry = {"seconds": took, "exit": code, "passed": sum(r == "ok" for r in found.values()), "tests": found}
-    if code != 0:
-        entry["failures"] = {test: said[-1500:] for test, said in failures.items()}
-        entry["tail"] = text[-3000:]
-    return entry
+def tool(name, *places):
+    """A tool of CUDA, on the path or where CUDA's installers put it."""
+    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    found = [shutil.which(name), *(f"{home}/bin/{name}" for home in homes)]
+    found += [path for place in places for path in sorted(glob.glob(place))]
+    return next((path for path in found if path and os.path.exists(path)), None)
 
 
-def sanitizer():
-    places = [shutil.which("compute-sanitizer")]
-    places += [f"{home}/bin/compute-sanitizer" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return next((place for place in places if place and os.path.exists(place)), None)
+class Check:
+    def __init__(self, options):
+        self.options, self.patience, self.python = options, options.patience, options.python
+        self.deadline = time.time() + options.budget
+        is_folder = options.out.is_dir() or not options.out.suffix
+        self.folder = options.out if is_folder else options.out.parent
+        self.path = self.folder / "record.json" if is_folder else options.out
+        self.items, self.work, self.listed = [], None, None
+        self.model = next(m for m in json.loads((HERE / "shapes.json").read_text())["models"] if m["name"] == MODEL)
+        self.record = {
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "commit": (HERE / "commit").read_text().strip(), "command": ["gpu_check.py " + " ".join(sys.argv[1:])],
+            "budget": options.budget, "device": bench_report.query(bench_report.FIELDS),
+            "peers": dict.fromkeys(PEERS, "not looked for"), "no_gpu": None, "broken": {}, "items": [],
+            "bench": {"exit": {}, "results": []}, "step": {},
+        }
+        if not options.list:
+            self.save()
+        # PyTorch takes seconds to import: meanwhile the first tests run.
+        self.torch = gpu_runs.Process([self.python, "-c", PROBE])
+        self.ncu = tool("ncu", "/opt/nvidia/nsight-compute/*/ncu")
+        self.sanitizer = tool("compute-sanitizer", "/usr/local/cuda*/compute-sanitizer/compute-sanitizer")
+        self.plan()
 
+    # ---- what is there
 
-def sanitized(tool_path, deadline):
-    """Each tool over each family's tests: clean or its findings; in words, why it did not run to its end."""
-    results = {}
-    for tool in TOOLS:
-        results[tool] = {}
-        for family in FAMILIES:
-            left = deadline - time.time()
-            if left < 10:
-                results[tool][family] = "no time left"
-                continue
-            command = [tool_path, "--tool", tool, "--error-exitcode", "86", "--print-limit", "5", str(HERE / "ops"), "--test-threads", "1", f"{family}::", *SANITIZED]
-            code, text, took = run(command, min(left, 120), SWAT_TEST_CUDA="gpu")
-            if code is None:
-                results[tool][family] = "took too long"
-                continue
-            summary = re.findall(r"ERROR SUMMARY: (.*)|RACECHECK SUMMARY: (.*)", text)
-            summary = next(filter(None, summary[-1]), "") if summary else text[-400:]
-            # A filter that meets no test must not look like one that met no mistake.
-            clean = code == 0 and re.search(r"test result: ok\. [1-9]", text) is not None
-            results[tool][family] = {"clean": clean, "seconds": took, "summary": summary}
-            if not clean:
-                results[tool][family]["tail"] = text[-2000:]
-    return results
+    def peer(self, name, reason):
+        """Notes that a peer or a tool is there (None), or why it is not."""
+        if reason or self.record["peers"][name] == "not looked for":
+            self.record["peers"][name] = reason or "found"
+        return reason
 
+    def no_torch(self):
+        """Why there are no peers of PyTorch; None where there are."""
+        if isinstance(self.torch, gpu_runs.Process):
+            code, text, _ = self.torch.wait(2 * self.patience)
+            told = gpu_runs.json_lines(text)[-1:] if code == 0 else []
+            if not told:
+                said = text.strip().splitlines()[-1:] or ["it does not answer"]
+                self.torch = f"no PyTorch in {self.python}: {said[0]}"
+            else:
+                self.record["torch"] = told[0]
+                self.torch = None if told[0]["gpu"] else f"PyTorch {told[0]['torch']} sees no GPU"
+            self.peer("cudnn", None if told and told[0]["cudnn"] else self.torch or "PyTorch has no cuDNN")
+        return self.peer("torch", self.torch)
 
-def benches(parts, seconds):
-    """The JSON lines of each family's bench, and its exit code. A family gets its share of the time that is left; one that takes longer
-    keeps what it had measured."""
-    ends = time.time() + seconds
-    results, exits = [], {}
-    for i, family in enumerate(FAMILIES):
-        left = (ends - time.time()) / (len(FAMILIES) - i)
-        if left < 2:
-            exits[family] = "no time left"
-            continue
-        code, text, _ = run([str(HERE / "bench" / family), "--bench", "--json", *parts], left)
-        exits[family] = "took too long" if code is None else code
-        for line in text.splitlines():
-            try:
-                results += [json.loads(line)] if line.startswith("{") else []
-            except json.JSONDecodeError:
-                exits[family] = f"cut off: {line[:80]}"
-        if code:
-            exits[family] = {"exit": code, "tail": text[-2000:]}
-    return {"seconds": round(time.time() - ends + seconds, 2), "exit": exits, "results": results}
+    def no_gpu(self):
+        """Why nothing can be timed, as far as `swat doctor` knows."""
+        return self.record["no_gpu"]
+
+    # ---- items
+
+    def plan(self):
+        add = self.items.append
+        groups = {}
+        for name in self.tests("ops"):
+            parts = name.split("::")
+            if not set(parts) & set(NOT_ON_A_GPU):
+                groups.setdefault("::".join(parts[:2]) if len(parts) > 2 else parts[0], []).append(name)
+        add(Item("known/doctor", self.doctor, self.patience))
+        for name in self.tests("standin"):
+            if name.startswith("known::") and name != "known::nvcc_compiles_them":
+                add(self.test_item(f"known/{name}", "standin", [name]))
+        place = {name: i for i, name in enumerate(FIRST)}
+        for group in sorted(groups, key=lambda g: (place.get(g, len(FIRST)), g[-1] == "1", g)):
+            add(self.test_item(f"ops/{group}", "ops", groups[group]))
+        attention = [f"attention/{op}/{shape}" for op in ("forward", "backward") for shape in (HEADS, MODEL)]
+        for op in GEMM:
+            add(self.bench_item(f"products/gemm {op}", [f"gemm/{op}/{MODEL}"], "swat,cublaslt"))
+        for op, parts in (("forward", attention[:2]), ("backward", attention[2:])):
+            add(self.bench_item(f"products/attention {op}", parts, "swat"))
+        add(self.torch_item("products/torch attention", attention))
+        add(self.torch_item("products/torch gemm", [f"gemm/{op}/{MODEL}" for op in GEMM]))
+        for family, ops in MEMORY_BOUND.items():
+            add(self.bench_item(f"memory/{family}", [f"{family}/{op}/{MODEL}" for op in ops], "swat,copy"))
+        for layers in (2, 6, self.model["layers"]):
+            work = lambda seconds, layers=layers: self.step(layers, seconds)
+            add(Item(f"step/{layers} layers", work, 3 * self.patience, 10))
+        for suite in ("cuda_graphs", "cuda"):
+            for name in self.tests(suite):
+                add(self.test_item(f"engine/{suite} {name}", suite, [name]))
+        for op in GEMM:
+            add(self.ncu_item(f"ncu/gemm {op}", f"gemm/{op}/{MODEL}/{GEMM_SHAPE}"))
+        for op in ("forward", "backward"):
+            add(self.ncu_item(f"ncu/attention {op}", f"attention/{op}/{HEADS}"))
+        for group in ("gemm::gpu_0", "attention::cuda_0"):
+            add(self.sanitizer_item(f"memcheck/{group}", "memcheck", groups.get(group, [])))
+        for family, parts in (("gemm", [f"gemm/{op}/{MODEL}" for op in GEMM]), ("attention", attention)):
+            for version in self.versions(parts):
+                add(self.bench_item(f"versions/{family} {version}", parts, version))
+        for family in OTHER_FAMILIES:
+            add(self.bench_item(f"families/{family}", self.ladders(family), "swat,copy"))
+        parts = [part for family in [*MEMORY_BOUND, *OTHER_FAMILIES] for part in self.ladders(family)]
+        add(self.torch_item("peers/torch families", parts))
+        add(self.torch_item("peers/torch steps", [], "steps.py", 6))
+        add(Item("peers/train_against_torch", self.train_against_torch, 8 * self.patience, 60))
+        for which in ADVISORY:
+            for group in (group for group in groups if not group.endswith("_1")):
+                add(self.sanitizer_item(f"sanitizers/{which} {group}", which, groups[group], True))
+
+    def tests(self, executable):
+        """Names of an executable's tests; none, and the record says why, where it does not tell them."""
+        found = gpu_runs.listed_tests(HERE / executable)
+        if isinstance(found, str):
+            self.record["broken"][executable] = found
+            return []
+        return found
+
+    def ids(self):
+        """Ids of all variants on this GPU; none, and the record says why, where the benches tell none."""
+        if self.listed is None:
+            code, text, _ = gpu_runs.run([HERE / "kernels", "--gpu", "--list"], self.patience)
+            self.listed = [line for line in text.splitlines() if line.count("/") >= 4] if code == 0 else []
+            if not self.listed:
+                self.record["broken"]["kernels"] = f"it lists no benches: {text.strip()[-300:] or code}"
+        return self.listed
+
+    def versions(self, parts):
+        """Our versions of ladders, without those that are slow at this size."""
+        found = [line.split("/")[-1] for line in self.ids() if line.startswith(tuple(parts))]
+        others = ("swat", "cublaslt", "copy", "baseline", "scalar64")
+        return [version for version in dict.fromkeys(found) if version not in others]
+
+    def ladders(self, family):
+        """Operations of a family at MODEL's shapes, as parts of ids."""
+        found = ["/".join(line.split("/")[:3]) for line in self.ids() if line.startswith(f"{family}/")]
+        return [part for part in dict.fromkeys(found) if part.endswith(MODEL)]
+
+    def test_item(self, name, executable, tests):
+        return Item(name, lambda seconds: gpu_runs.test_run(HERE / executable, tests, seconds, ON_GPU), self.patience)
+
+    def bench_item(self, name, parts, variants):
+        def work(seconds):
+            if reason := self.no_gpu() or (None if parts else "the benches list nothing of it"):
+                return left_out(reason)
+            command = [HERE / "kernels", "--gpu", "--json", "--variants", variants, *parts]
+            return self.keep(name, gpu_runs.bench_run(command, seconds))
+        return Item(name, work, 1.5 * self.patience, 5)
+
+    def torch_item(self, name, parts, script="kernels.py", patience=3):
+        def work(seconds):
+            if reason := self.no_torch():
+                return left_out(reason)
+            return self.keep(name, gpu_runs.bench_run([self.python, HERE / "peers" / script, *parts], seconds))
+        return Item(name, work, patience * self.patience, 15)
+
+    def ncu_item(self, name, part):
+        def work(seconds):
+            nowhere = "no ncu on the path, in CUDA_HOME, /usr/local/cuda or /opt/nvidia/nsight-compute"
+            if reason := self.peer("ncu", None if self.ncu else nowhere) or self.no_gpu():
+                return left_out(reason)
+            report = (self.folder / name.replace("/", "-").replace(" ", "-")).resolve()
+            command = [HERE / "kernels", "--gpu", "--once", "--variants", "swat", part]
+            return gpu_runs.ncu_run(self.ncu, report, command, seconds)
+        return Item(name, work, 3 * self.patience, 12)
+
+    def sanitizer_item(self, name, which, tests, advisory=False):
+        def work(seconds):
+            nowhere = "no compute-sanitizer on the path, in CUDA_HOME or /usr/local/cuda"
+            if reason := self.peer("compute-sanitizer", None if self.sanitizer else nowhere):
+                return left_out(reason)
+            if not tests:
+                return left_out("ops lists none of its tests")
+            command = [self.sanitizer, "--tool", which]
+            return gpu_runs.sanitizer_run(command, HERE / "ops", tests, seconds, ON_GPU)
+        return Item(name, work, 4 * self.patience, 10, advisory)
+
+    # ---- work
+
+    def doctor(self, seconds):
+        found = gpu_runs.json_run([HERE / "swat", "doctor", "--json"], seconds)
+        if told := found.pop("value", None):
+            self.record["doctor"] = told
+            devices = [device for device in told.get("cuda_devices", []) if "error" not in device]
+            if not devices:
+                self.record["no_gpu"] = "swat doctor shows no GPU that can be used"
+                found.update(status="failed", reason=self.record["no_gpu"])
+            elif "name" not in self.record["device"]:
+                self.record["device"]["name"] = devices[0]["name"]
+        return found
+
+    def keep(self, name, found):
+        """Takes the lines of a bench into the record."""
+        lines = found.pop("lines")
+        self.record["bench"]["results"] += lines
+        self.record["bench"]["exit"][name] = found["exit"]
+        found["measured"] = sum("ns" in line for line in lines)
+        for line in lines:
+            if line.get("missing") in PEERS:
+                self.peer(line["missing"], line["reason"])
+            elif line.get("variant") == "cublaslt":
+                self.peer("cublaslt", None)
+        return found
+
+    def step(self, layers, seconds):
+        """`swat profile` of a step of MODEL with so many layers and random weights."""
+        if reason := self.no_gpu():
+            return left_out(reason)
+        began, count = time.time(), gpu_runs.elements(self.model, layers)
+        # Weights and gradients 2 bytes each, moments 4, and a round number for activations and workspace.
+        needed, memory = 8 * count + (16 << 30), self.device_bytes()
+        if memory and needed > memory:
+            return left_out(f"about {needed >> 30} GiB are needed, the GPU has {memory >> 30}")
+        if 2 * count + (1 << 30) > shutil.disk_usage(self.work).free:
+            return left_out(f"no {2 * count >> 30} GiB of disk for the weights")
+        folder = pathlib.Path(self.work) / f"model-{layers}"
+        try:
+            gpu_runs.write_model(folder, self.model, layers, began + 0.6 * seconds)
+            written = time.time() - began
+            command = [HERE / "swat", "profile", "--model", folder, "--device", "cuda", "--state", "bf16"]
+            command += ["--batch-size", TOKENS[0], "--length", TOKENS[1], "--steps", 5, "--json", "--quiet"]
+            found = gpu_runs.json_run(command, seconds - written)
+        except TimeoutError:
+            return left_out(f"{2 * count >> 30} GiB of weights were not written in {0.6 * seconds:.0f} s")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        found["written_s"] = round(written, 2)
+        if value := found.pop("value", None):
+            self.record["step"][f"{layers} layers"] = {"layers": layers, **value}
+            self.extrapolate()
+        return found
+
+    def extrapolate(self):
+        """A step of all layers, where that has not run, on the line through two of fewer layers."""
+        whole, steps = self.model["layers"], self.record["step"].values()
+        found = [(step["layers"], step["step_ms"]) for step in steps if "layers" in step]
+        self.record["step"].pop("extrapolated", None)
+        if len(found) == 2 and whole not in dict(found):
+            (few, few_ms), (more, more_ms) = sorted(found)
+            ms = few_ms + (whole - few) * (more_ms - few_ms) / (more - few)
+            rate = TOKENS[0] * TOKENS[1] / ms * 1e3
+            self.record["step"]["extrapolated"] = {"to": whole, "from": [few, more], "step_ms": ms, "tok_per_s": rate}
+
+    def device_bytes(self):
+        """Memory of the GPU; None where nobody tells it."""
+        devices = (self.record.get("doctor") or {}).get("cuda_devices") or [{}]
+        return devices[0].get("total_bytes")
+
+    def train_against_torch(self, seconds):
+        if reason := self.no_torch() or self.no_gpu():
+            return left_out(reason)
+        command = [self.python, HERE / "peers/train_against_torch.py", "--swat", HERE / "swat", "--work", self.work,
+                   "--shapes", "135M", "--memory", "135M"]
+        found = gpu_runs.json_run(command, seconds)
+        found["result"] = found.pop("value", None)
+        return found
+
+    # ---- the run
+
+    def save(self):
+        told = lambda item: {"name": item.name, **({"advisory": True} if item.advisory else {}), **item.found}
+        self.record["items"] = [told(item) for item in self.items]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.record, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def begin(self, item):
+        """Runs an item, unless too little time is left; whatever goes wrong in here is its failure."""
+        left = self.deadline - time.time() - 3
+        if left < item.need:
+            item.found = left_out(f"no time: it needs {item.need} s, {max(0, left):.0f} s were left")
+            return
+        began = time.time()
+        try:
+            item.found = item.run(min(item.seconds, left))
+        except Exception as error:  # The rest goes on.
+            item.found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+        item.found.setdefault("seconds", round(time.time() - began, 2))
+        self.save()
+        reason = f": {item.found['reason']}" if "reason" in item.found else ""
+        at = self.options.budget + time.time() - self.deadline
+        print(f"{at:6.1f} s  {item.found['status']:8}  {item.name}{reason}", flush=True)
+
+    def main(self):
+        only = self.options.only
+        chosen = [item for item in self.items if not only or any(part in item.name for part in only)]
+        for item in self.items:
+            if item not in chosen:
+                item.found = left_out("not asked for (--only)")
+        watch, postponed = bench_report.Watch(), []
+        watch.start()
+        with tempfile.TemporaryDirectory(dir=HERE) as self.work:
+            for section, share in SECTIONS.items():
+                ends = time.time() + share
+                for item in (item for item in chosen if item.section == section):
+                    if time.time() < ends:
+                        self.begin(item)
+                    else:
+                        postponed.append(item)
+            for item in postponed:
+                self.begin(item)
+        self.record["meanwhile"] = watch.stop()
+        self.record["device"].setdefault("name", "unknown GPU")
+        self.record["device_after"] = bench_report.query(bench_report.FIELDS)
+        self.record["seconds"] = round(self.options.budget + time.time() - self.deadline, 1)
+        self.save()
+        return self.summary()
+
+    def summary(self):
+        if bench_report.measured(self.record["bench"]["results"]):
+            bench_report.table([self.path])
+        for what, step in self.record["step"].items():
+            print(f"step of {MODEL}, {what}: {step['step_ms']:.1f} ms, {step['tok_per_s']:.0f} tok/s")
+        for item in self.items:
+            for kernel in item.found.get("kernels", []):
+                metrics = kernel["metrics"]
+                said = (f"{what} {metrics[name]}" for name, what in SHOWN.items() if name in metrics)
+                print(f"{item.name}: {kernel['kernel'][:60]}: {', '.join(said)}")
+        for what, said in self.record["broken"].items():
+            print(f"BROKEN {what}: {said}")
+        for name, state in self.record["peers"].items():
+            if state != "found":
+                print(f"MISSING {name}: {state}")
+        wrong = [item for item in self.items if item.found["status"] in ("failed", "hung")]
+        for item in wrong:
+            advisory = " (advisory)" if item.advisory else ""
+            print(f"{item.found['status'].upper()} {item.name}{advisory}: {item.found.get('reason', '')}")
+        counts = {status: sum(item.found["status"] == status for item in self.items)
+                  for status in ("passed", "failed", "hung", "left out")}
+        print(json.dumps({**counts, "seconds": self.record["seconds"], "record": str(self.path)}))
+        tested = any(item.found["status"] == "passed" and "tests" in item.found for item in self.items)
+        return 1 if self.record["broken"] or not tested or any(not item.advisory for item in wrong) else 0
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "record.json")
-    parser.add_argument("--no-sanitizer", action="store_true")
-    parser.add_argument("--no-bench", action="store_true")
-    parser.add_argument("--bench", nargs="+", default=[], metavar="PART", help="parts of bench ids to choose by, such as qwen2.5-7b")
-    parser.add_argument("--bench-seconds", type=float, default=180, help="for all families together")
-    parser.add_argument("--seconds", type=float, default=540, help="for all of it; what does not fit is left out, by name")
-    options = parser.parse_args()
-    deadline = time.time() + options.seconds
-    record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": (HERE / "commit").read_text().strip(),
-        "command": "gpu_check.py " + " ".join(sys.argv[1:]),
-        "device": device(),
-    }
-
-    def save():
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(partial, options.out)
-
-    save()
-    code, text, _ = run([str(HERE / "swat"), "doctor", "--json"], 60)
-    record["doctor"] = json.loads(text) if code == 0 else {"error": text[-2000:]}
-    record["ops"] = tests("ops", ONE_GPU, min(240, deadline - time.time()))
-    for suite in SUITES[1:]:
-        record[suite] = tests(suite, [], min(120, deadline - time.time()))
-    save()
-    if not options.no_bench:
-        record["bench"] = benches(options.bench, min(options.bench_seconds, deadline - time.time()))
-        save()
-    tool_path = None if options.no_sanitizer else sanitizer()
-    record["sanitizer"] = sanitized(tool_path, deadline) if tool_path else "not run: no compute-sanitizer here" if not options.no_sanitizer else "not asked for"
-    record["device_after"] = device()
-    save()
-    sanitizer_runs = [f for t in record["sanitizer"].values() for f in t.values()] if isinstance(record["sanitizer"], dict) else []
-    unfinished = sum(isinstance(f, str) for f in sanitizer_runs)
-    sanitizer_said = f"{len(sanitizer_runs) - unfinished} of {len(sanitizer_runs)} runs finished" if sanitizer_runs else record["sanitizer"]
-    print(json.dumps({**{suite: record[suite]["passed"] for suite in SUITES}, "sanitizer": sanitizer_said, "record": str(options.out)}))
-    dirty = any(not f["clean"] for f in sanitizer_runs if isinstance(f, dict))
-    failed = any(record[suite]["exit"] != 0 or not record[suite]["tests"] for suite in SUITES)
-    for suite in SUITES:
-        for test, said in record[suite].get("failures", {}).items():
-            print(f"FAILED {suite} {test}: {said[:400]}")
-    return 1 if failed or dirty else 0
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--budget", type=float, default=540, help="seconds for all of it; the rest is left out, by name")
+    p.add_argument("--out", type=pathlib.Path, default=HERE / "record.json", help="the record, or a folder for it")
+    p.add_argument("--only", nargs="+", default=[], metavar="PART", help="items whose names hold one of these")
+    p.add_argument("--list", action="store_true", help="print the items, and seconds of each at most, and stop")
+    p.add_argument("--patience", type=float, default=20, help="seconds of a test; other items get a multiple")
+    p.add_argument("--python", default=sys.executable, help="the interpreter that has PyTorch")
+    options = p.parse_args()
+    # As by Ctrl-C: what runs is killed, and the record is what it was after the last item.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    check = Check(options)
+    try:
+        if options.list:
+            print("\n".join(f"{item.seconds:5.0f} s  {item.name}" for item in check.items))
+            return 0
+        return check.main()
+    finally:
+        gpu_runs.kill_all()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Builds what a GPU host without Rust needs into a folder: stripped release tests of the CUDA backend, benches, the binary, the
-# check that runs them, and the commit they were made of. Copy the folder to the host and run `python3 gpu_check.py` in it; where
-# PyTorch and transformers are, also `python3 train_against_torch.py --swat ./swat --work DIR`.
+# Packs what a GPU host without Rust needs: stripped release executables (swat, the tests of the CUDA backend, the
+# benches), the known-answer kernels as nvcc compiles them, the peers in Python, and the check that runs them all.
 #
-# usage: scripts/gpu_pack.sh [OUT]      (default: target/gpu; benches in its folder bench)
+#   here:   scripts/gpu_pack.sh [OUT]         -> OUT (default target/gpu), and OUT.tar.xz, of at most 60 MiB
+#   there:  tar xJf gpu.tar.xz && python3 gpu/gpu_check.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/gpu}
+most=$((60 << 20))
 commit=$(git rev-parse HEAD)
 [ -z "$(git status --porcelain --untracked-files=no)" ] || commit="$commit-dirty"
 export SWAT_CUDA=require
-rm -rf "$out"
-mkdir -p "$out/bench"
+rm -rf "$out" "$out.tar.xz"
+mkdir -p "$out/peers"
 
-# Paths of executables, from cargo's own messages.
+# Names and paths of executables, from cargo's own messages.
 executables() {
   cargo "$@" --locked --message-format json-render-diagnostics |
     python3 -c '
@@ -23,13 +24,21 @@ for line in sys.stdin:
     if message.get("reason") == "compiler-artifact" and message.get("executable"):
         print(message["target"]["name"], message["executable"])'
 }
-executables build --release --bin swat >"$out/built"
-executables test --release --no-run --test ops --test cuda --test cuda_graphs >>"$out/built"
-executables bench --no-run --benches | sed '/^swat /d; s|^|bench/|' >>"$out/built"
+# One command: another set of targets would build the library again, with other features of its dependencies.
+tests=(--test ops --test cuda --test cuda_graphs --test standin)
+executables build --release --bin swat "${tests[@]}" --bench kernels >"$out/built"
 while read -r name path; do
   strip -o "$out/$name" "$path"
 done <"$out/built"
 rm "$out/built"
-cp scripts/gpu_check.py benches/peers/train_against_torch.py "$out/"
+for name in swat ops cuda cuda_graphs standin kernels; do
+  [ -x "$out/$name" ] || { echo "$name was not built" >&2; exit 1; }
+done
+SWAT_KNOWN_IMAGES="$(cd "$out" && pwd)/known" "$out/standin" --exact known::nvcc_compiles_them >/dev/null
+cp scripts/gpu_check.py scripts/gpu_runs.py scripts/bench_report.py benches/shapes.json "$out/"
+cp benches/peers/{clock,kernels,steps,train_against_torch}.py "$out/peers/"
 echo "$commit" >"$out/commit"
-echo "$out"
+tar -C "$(dirname "$out")" -cJf "$out.tar.xz" "$(basename "$out")"
+size=$(stat -c %s "$out.tar.xz")
+echo "$out.tar.xz: $((size >> 10)) KiB, unpacked $(du -sk "$out" | cut -f1) KiB"
+[ "$size" -le "$most" ] || { echo "more than $((most >> 20)) MiB" >&2; exit 1; }

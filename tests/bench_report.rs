@@ -63,6 +63,7 @@ fn the_newest_record_is_rendered() {
         line("forward", "smollm2-135m/8192x576", "swat", false, [9.0, 10.0, 11.0]),
         line("forward", large, "swat", false, [1900.0, 2000.0, 2100.0]),
         line("forward", large, "copy", true, [1400.0, 1500.0, 1600.0]),
+        json!({ "family": "gemm", "missing": "cublaslt", "reason": "not installed" }),
     ];
     let records = directory.path().join("records");
     write(&records.join("gpu/2026-01-01-a.json"), &record(&commit, "2026-01-01T00:00:00Z", &lines[..1]));
@@ -75,7 +76,7 @@ fn the_newest_record_is_rendered() {
     assert!(text.contains(&row), "{text}");
     assert!(text.starts_with("before\n<!--") && text.ends_with("end -->\nafter\n") && !text.contains("old"), "{text}");
     let about = "made-up GPU; driver 1.2; 1700 MHz in the median; ceilings measured in the same processes: up to 100 TFLOP/s and 1000 GB/s; \
-                 2026-02-01";
+                 cublaslt is missing for gemm: not installed; 2026-02-01";
     assert!(text.contains(about), "{text}");
     assert!(script(&arguments).status.success());
     assert_eq!(std::fs::read_to_string(&readme).unwrap(), text, "rendered again, nothing changes");
@@ -143,6 +144,15 @@ fn both_sides_are_in_one_table() {
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("| rmsnorm forward m/1x1 | swat | 1.00 µs | 1000 GB/s | 100 | 4.00 × torch |"), "{output:?}");
     assert!(said.contains("| rmsnorm forward m/1x1 | torch (peer) | 4.00 µs | 250 GB/s | 25 | – |"), "{said}");
+    // Two that were sampled in turns, and a peer that was not there.
+    let pair = json!({ "family": "rmsnorm", "op": "forward", "shape": "m/1x1", "pair": ["swat", "torch"], "ratio": 3.9, "low": 3.8,
+        "high": 4.05, "pairs": 21 });
+    let missing =
+        json!({ "family": "gemm", "missing": "cublaslt", "reason": "no libcublasLt.so.13", "device": "made-up GPU" });
+    std::fs::write(&theirs, format!("{torch}\n{pair}\n{missing}\n{missing}\n")).unwrap();
+    let said = String::from_utf8(script(&["table", &record, theirs.to_str().unwrap()]).stdout).unwrap();
+    assert!(said.contains("| 100 | 3.90 × torch (3.80 to 4.05) |"), "{said}");
+    assert!(said.contains("**cublaslt is missing for gemm: no libcublasLt.so.13**"), "{said}");
     std::fs::write(&theirs, "nothing\n").unwrap();
     assert_eq!(script(&["table", theirs.to_str().unwrap()]).status.code(), Some(2));
 }

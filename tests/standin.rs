@@ -1,4 +1,7 @@
 //! The stand-in GPU itself: instructions with known answers, planted mistakes that it must see, and the driver's refusals.
+//!
+//! With `SWAT_TEST_CUDA=gpu` the instructions with known answers run on this machine's GPU, as nvcc compiles them: whether
+//! the stand-in is right.
 
 #[path = "standin/driver_calls.rs"]
 mod driver_calls;
@@ -29,12 +32,14 @@ fn arg<T>(value: &T) -> *mut c_void {
 }
 
 impl Gpu {
-    /// `None` where there is no stand-in.
+    /// `None` where there is no stand-in, or no such device; a GPU has the ordinal 0 alone.
     fn open(ordinal: i32) -> Option<Self> {
-        if standin::real() || !standin::available() {
+        if !standin::available() || standin::real() && ordinal != 0 {
             return None;
         }
-        load_test_kernels();
+        if !standin::real() {
+            load_test_kernels();
+        }
         result::init().unwrap();
         let device = result::device::get(ordinal).unwrap();
         // SAFETY: a device of the driver.
@@ -45,9 +50,23 @@ impl Gpu {
         Some(Self)
     }
 
+    /// The same of a device with Hopper's instructions.
+    fn hopper(ordinal: i32) -> Option<Self> {
+        let gpu = Self::open(ordinal)?;
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+        // SAFETY: a device of the driver.
+        let major = unsafe { result::device::get_attribute(result::device::get(ordinal).unwrap(), attribute) }.unwrap();
+        if major != 9 {
+            println!("skipped: this GPU does not have Hopper's instructions");
+            return None;
+        }
+        Some(gpu)
+    }
+
     fn module(&self, stem: &str) -> Result<sys::CUmodule, result::DriverError> {
-        // SAFETY: an image that the stand-in knows.
-        unsafe { result::module::load_data(image(stem).as_ptr().cast()) }
+        let image = if standin::real() { known::compiled(stem) } else { image(stem) };
+        // SAFETY: an image that the stand-in knows, or nvcc's.
+        unsafe { result::module::load_data(image.as_ptr().cast()) }
     }
 
     fn function(&self, stem: &str, kernel: &str) -> sys::CUfunction {

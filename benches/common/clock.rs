@@ -5,7 +5,7 @@
 use super::cublaslt::CublasLt;
 use super::shapes::{Scale, random};
 use std::time::{Duration, Instant};
-use swat::backend::Roofline as Ceilings;
+use swat::backend::Roofline;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Captured, Cuda, GemmLayout, GemmShape, Precision, with_version};
 use swat::backend::{Backend, Epilogue, LinearShape, trace};
@@ -38,7 +38,7 @@ pub trait Device: Backend {
     /// The time of so many calls.
     fn elapsed(&self, prepared: &Self::Prepared, calls: u64, call: &mut dyn FnMut(usize)) -> Duration;
     /// What the device can do: the best of a few runs of a large product and a large copy; and whose product it was.
-    fn ceilings(&self, scale: &Scale) -> (Ceilings, &'static str);
+    fn ceilings(&self, scale: &Scale) -> (Roofline, &'static str);
 }
 
 impl Device for Cpu {
@@ -69,8 +69,8 @@ impl Device for Cpu {
         began.elapsed()
     }
 
-    fn ceilings(&self, _: &Scale) -> (Ceilings, &'static str) {
-        (Ceilings::measure(self).expect("memory for a large product"), "swat")
+    fn ceilings(&self, _: &Scale) -> (Roofline, &'static str) {
+        (Roofline::measure(self).expect("memory for a large product"), "swat")
     }
 }
 
@@ -130,15 +130,15 @@ impl<P: Precision> Device for Cuda<P> {
         time.mul_f64(calls as f64 / (replays * prepared.replayed) as f64)
     }
 
-    fn ceilings(&self, scale: &Scale) -> (Ceilings, &'static str) {
+    fn ceilings(&self, scale: &Scale) -> (Roofline, &'static str) {
         let Scale { ceiling_side: side, ceiling_bytes: copied_bytes, .. } = *scale;
         let best = |call: &mut dyn FnMut()| (0..6).map(|_| timed(self, &mut *call)).min().unwrap_or_default();
         let rate = |work: f64, time: Duration| work / time.as_secs_f64().max(1e-9);
         let [x, w, mut y] = [(); 3].map(|()| random(self, side * side));
-        let peer = CublasLt::open(self, scale);
+        let peer = if scale.libraries { CublasLt::open(self).ok() } else { None };
         let whose = if peer.is_some() { "cublaslt" } else { "swat" };
         let shape = GemmShape { layout: GemmLayout::Tn, m: side, n: side, k: side };
-        let time = match peer.map(|peer| peer.product::<half::bf16>(shape)) {
+        let time = match peer.map(|peer| peer.product(shape, &x, &w, &mut y)) {
             Some(product) => best(&mut || product.run(&x, &w, &mut y)),
             None => best(&mut || {
                 let shape = LinearShape { tokens: side, inputs: side, outputs: side };
@@ -149,7 +149,7 @@ impl<P: Precision> Device for Cuda<P> {
         drop((x, w, y));
         let [from, mut to] = [(); 2].map(|()| random::<_, half::bf16>(self, copied_bytes / 2));
         let time = best(&mut || self.copy(from.view(), to.view_mut()).expect("a working device"));
-        (Ceilings { flops_per_s, bytes_per_s: rate(2.0 * copied_bytes as f64, time) }, whose)
+        (Roofline { flops_per_s, bytes_per_s: rate(2.0 * copied_bytes as f64, time) }, whose)
     }
 }
 

@@ -1,14 +1,22 @@
-//! The peer of products: cuBLASLt, opened at run time where the machine has it. The algorithm is the first of its own
-//! heuristic's, with 32 MiB of workspace.
+//! The peer of products: cuBLASLt, opened at run time where the machine has it, with 32 MiB of workspace. Of the
+//! algorithms that its heuristic offers the fastest is taken, by a few runs of each.
 
-use super::shapes::Scale;
-use cudarc::cublaslt::{result as lt, sys};
+use super::libraries;
+use cudarc::cublaslt::result::{self as lt, CublasError};
+use cudarc::cublaslt::sys;
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::rc::Rc;
+use std::time::Duration;
 use swat::backend::cuda::{Cuda, GemmLayout, GemmShape, Precision};
 use swat::backend::{Backend, Buffer, FloatElement};
 
 const WORKSPACE_BYTES: usize = 32 << 20;
+/// Algorithms that are tried.
+const TRIED: usize = 8;
+/// Runs of an algorithm that are timed, the best of which counts, and calls of each.
+const TRIALS: usize = 3;
+const CALLS: u32 = 4;
 
 /// The library on a device.
 pub struct CublasLt<P: Precision> {
@@ -18,23 +26,34 @@ pub struct CublasLt<P: Precision> {
 }
 
 impl<P: Precision> CublasLt<P> {
-    /// `None` where the library is not looked for, is not found, or does not start.
-    pub fn open(cuda: &Cuda<P>, scale: &Scale) -> Option<Rc<Self>> {
-        // SAFETY: only opens the library.
-        if !scale.libraries || !unsafe { sys::is_culib_present() } {
-            return None;
+    /// Opens the library.
+    ///
+    /// # Errors
+    /// Where it was looked for, or why it does not start.
+    pub fn open(cuda: &Cuda<P>) -> Result<Rc<Self>, String> {
+        libraries::open("cublasLt")?;
+        // SAFETY: the call above has opened it, by a name that this finds.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("found, but not by a name that cudarc opens".into());
         }
-        cuda.stream().ok()?;
-        let handle = lt::create_handle().ok()?;
-        let workspace = cuda.zeros(WORKSPACE_BYTES / 4).ok()?;
-        Some(Rc::new(Self { cuda: cuda.clone(), handle, workspace }))
+        let started = |error| format!("does not start: {error}");
+        cuda.stream().map_err(|error| error.to_string())?;
+        let handle = lt::create_handle().map_err(|error| started(format!("{error:?}")))?;
+        let workspace = cuda.zeros(WORKSPACE_BYTES / 4).map_err(|error| started(error.to_string()))?;
+        Ok(Rc::new(Self { cuda: cuda.clone(), handle, workspace }))
     }
 
-    /// C = A·B, C of `T`.
+    /// C = A·B, with the algorithm that is the fastest on these tensors; their device is waited for.
     ///
     /// # Panics
     /// Where the library refuses the shape.
-    pub fn product<T: FloatElement>(self: &Rc<Self>, shape: GemmShape) -> Product<P> {
+    pub fn product<T: FloatElement>(
+        self: &Rc<Self>,
+        shape: GemmShape,
+        a_tensor: &Buffer<Cuda<P>, half::bf16>,
+        b_tensor: &Buffer<Cuda<P>, half::bf16>,
+        c_tensor: &mut Buffer<Cuda<P>, T>,
+    ) -> Product<P> {
         let GemmShape { layout, m, n, k } = shape;
         // The library's matrices are columns after columns: what is computed is Cᵀ [n, m] = Bᵀ·Aᵀ, of the transposes that
         // rows after rows are.
@@ -60,18 +79,56 @@ impl<P: Precision> CublasLt<P> {
             sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
         );
         let workspace = WORKSPACE_BYTES;
-        // SAFETY: descriptors that were just made; attributes of the sizes that they have, which the calls copy.
-        let algorithm = unsafe {
+        let mut found = [MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit(); TRIED];
+        let mut count = 0;
+        // SAFETY: descriptors that were just made; attributes of the sizes that they have, which the calls copy; room for
+        // as many results as are asked for, of which `count` are written.
+        let found = unsafe {
             for (which, transposed) in [(which_b, transpose_b), (which_a, transpose_a)] {
                 let operation = i32::from(transposed);
                 lt::set_matmul_desc_attribute(product, which, (&raw const operation).cast(), 4).expect("a transpose");
             }
             lt::set_matmul_pref_attribute(preference, most, (&raw const workspace).cast(), 8).expect("a size");
-            let found = lt::get_matmul_algo_heuristic(self.handle, product, b, a, c, c, preference);
+            let results = found.as_mut_ptr().cast();
+            let asked = TRIED as i32;
+            let told = sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                product,
+                b,
+                a,
+                c,
+                c,
+                preference,
+                asked,
+                results,
+                &mut count,
+            );
             lt::destroy_matmul_pref(preference).expect("a preference");
-            found.unwrap_or_else(|error| panic!("cublaslt refuses {shape:?}: {error}")).algo
+            told.result().unwrap_or_else(|error| panic!("cublaslt refuses {shape:?}: {error:?}"));
+            found[..count as usize].iter().map(|result| result.assume_init()).collect::<Vec<_>>()
         };
-        Product { library: self.clone(), product, matrices: [b, a, c], algorithm }
+        let works = sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
+        let mut made = Product { library: self.clone(), product, matrices: [b, a, c], algorithm: None };
+        let mut best = Duration::MAX;
+        for result in found.iter().filter(|result| result.state == works) {
+            let mut run = || made.queue(&result.algo, a_tensor, b_tensor, c_tensor);
+            if run().is_err() {
+                continue;
+            }
+            let calls = || {
+                let time = self.cuda.time(|| {
+                    (0..CALLS).for_each(|_| run().expect("what ran before"));
+                    Ok(())
+                });
+                time.expect("a working device")
+            };
+            let time = std::iter::repeat_with(calls).take(TRIALS).min().unwrap_or_default();
+            if time < best {
+                (best, made.algorithm) = (time, Some(result.algo));
+            }
+        }
+        assert!(made.algorithm.is_some(), "cublaslt has no algorithm for {shape:?}");
+        made
     }
 }
 
@@ -87,7 +144,7 @@ pub struct Product<P: Precision> {
     library: Rc<CublasLt<P>>,
     product: sys::cublasLtMatmulDesc_t,
     matrices: [sys::cublasLtMatrixLayout_t; 3],
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    algorithm: Option<sys::cublasLtMatmulAlgo_t>,
 }
 
 impl<P: Precision> Product<P> {
@@ -101,6 +158,17 @@ impl<P: Precision> Product<P> {
         b: &Buffer<Cuda<P>, half::bf16>,
         c: &mut Buffer<Cuda<P>, T>,
     ) {
+        let algorithm = self.algorithm.as_ref().expect("chosen when it was made");
+        self.queue(algorithm, a, b, c).expect("cublaslt");
+    }
+
+    fn queue<T: FloatElement>(
+        &self,
+        algorithm: &sys::cublasLtMatmulAlgo_t,
+        a: &Buffer<Cuda<P>, half::bf16>,
+        b: &Buffer<Cuda<P>, half::bf16>,
+        c: &mut Buffer<Cuda<P>, T>,
+    ) -> Result<(), CublasError> {
         let CublasLt { cuda, handle, workspace } = &*self.library;
         let stream = cuda.stream().expect("a working device");
         let [map_b, map_a, map_c] = self.matrices;
@@ -108,29 +176,15 @@ impl<P: Precision> Product<P> {
         let scalar = |x: &f32| std::ptr::from_ref(x).cast::<c_void>();
         let (a, b) = (cuda.address(&a.view()) as *const c_void, cuda.address(&b.view()) as *const c_void);
         let (c, space) = (cuda.address(&c.view()) as *mut c_void, cuda.address(&workspace.view()) as *mut c_void);
+        let (alpha, beta) = (scalar(&alpha), scalar(&beta));
+        let (product, bytes, stream) = (self.product, WORKSPACE_BYTES, stream.cast());
         // SAFETY: the matrices are described as they lie in these buffers; C is borrowed mutably; the workspace is as large
         // as the heuristic was told; scalars are read before the call returns.
         unsafe {
             lt::matmul(
-                *handle,
-                self.product,
-                scalar(&alpha),
-                scalar(&beta),
-                b,
-                map_b,
-                a,
-                map_a,
-                c,
-                map_c,
-                c,
-                map_c,
-                &self.algorithm,
-                space,
-                WORKSPACE_BYTES,
-                stream.cast(),
+                *handle, product, alpha, beta, b, map_b, a, map_a, c, map_c, c, map_c, algorithm, space, bytes, stream,
             )
         }
-        .expect("cublaslt");
     }
 }
 

@@ -4,7 +4,7 @@ use super::stats::{median, quantile};
 use serde_json::{Value, json};
 use std::time::Duration;
 use swat::backend::Cost;
-use swat::backend::Roofline as Ceilings;
+use swat::backend::Roofline;
 use swat::report::format;
 use swat::report::table::{Entry, Table};
 
@@ -40,7 +40,7 @@ impl Measured {
     }
 
     /// The time that the ceilings allow over the measured time.
-    pub fn of_ceiling(&self, ceilings: &Ceilings) -> f64 {
+    pub fn of_ceiling(&self, ceilings: &Roofline) -> f64 {
         let compute = self.cost.flops as f64 / ceilings.flops_per_s;
         let memory = self.cost.bytes as f64 / ceilings.bytes_per_s;
         compute.max(memory) * 1e9 / self.ns()
@@ -65,9 +65,9 @@ impl Measured {
 }
 
 /// The ladders of a family in one table.
-pub fn table(all: &[Measured], device: &str, ceilings: &Ceilings, whose_product: &str) -> Table {
+pub fn table(all: &[Measured], device: &str, ceilings: &Roofline, whose_product: &str) -> Table {
     let Some(first) = all.first() else { return Table::default() };
-    let Ceilings { flops_per_s, bytes_per_s } = ceilings;
+    let Roofline { flops_per_s, bytes_per_s } = ceilings;
     let caption = format!(
         "{} on {device}. Ceilings measured now: {} TFLOP/s (a large product by {whose_product}), {} GB/s (a large copy)",
         first.family,

@@ -36,6 +36,8 @@ pub struct Scale {
     pub decoded_tokens: Vec<usize>,
     /// Documents of a batch, and tokens of each.
     pub packed: Vec<[usize; 2]>,
+    /// Attention at shapes at which other implementations publish their rates.
+    pub published: Vec<Published>,
     /// Queries on a cache, and rows that each sees.
     pub spans: Vec<[usize; 2]>,
     /// Rows of logits for a loss, and for a draw.
@@ -54,6 +56,14 @@ pub struct Scale {
     pub ceiling_bytes: usize,
     /// Whether other libraries are looked for.
     pub libraries: bool,
+}
+
+/// Heads of a model over documents: how many, and tokens of each.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Published {
+    pub model: String,
+    pub packed: [usize; 2],
 }
 
 /// Whole steps of a model: documents of a training step, prompts of a sweep, prompts and new tokens of answers; how many,

@@ -67,12 +67,14 @@ class Bench:
         if self.filters and not any(part in f"{family}/{op}/{shape}/{variant}" for part in self.filters):
             return
         size = max(cost[0], 1 << 16)
-        sets = [make() for _ in range(self.rotated_bytes // size + 1 if cost[0] else 1)]
         try:
+            sets = [make() for _ in range(self.rotated_bytes // size + 1 if cost[0] else 1)]
             samples = self.samples(sets, call, capture)
         except (RuntimeError, NotImplementedError) as error:
             # A peer that does not do this shape is left out, by name.
-            print(f"{family}/{op}/{shape}/{variant}: {str(error).splitlines()[0]}", file=sys.stderr)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"{family}/{op}/{shape}/{variant}: {reason}", file=sys.stderr)
+            print(json.dumps({"family": family, "op": op, "shape": shape, "missing": variant, "reason": reason}), flush=True)
             return
         low, high = quantiles(samples)
         print(json.dumps({"id": f"{family}/{op}/{shape}/{variant}", "family": family, "op": op, "shape": shape, "variant": variant,

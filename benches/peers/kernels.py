@@ -6,8 +6,9 @@ usage: kernels.py [FILTER ...] [--device cuda|cpu] [--tiny] [--list]
     cargo bench -- --json > ours.jsonl
     python scripts/bench_report.py table ours.jsonl peers.jsonl
 
-Variants: `torch` (one call of the library), `torch-compile` (eager code through torch.compile), `torch-sdpa` (flash attention),
-`torch-fused` (AdamW). They compute what ours compute from as many bytes; clock.py tells how they are timed.
+Variants: `torch` (one call of the library), `torch-compile` (eager code through torch.compile), `torch-flash` and `torch-cudnn`
+(attention), `torch-fused` (AdamW). They compute what ours compute from as many bytes; clock.py tells how they are timed. One that cannot
+do a shape is told on stderr and by a line {"family", "missing", "reason"}.
 """
 import torch
 import torch.nn.functional as F
@@ -45,27 +46,33 @@ def gemm(bench):
                           lambda x, w, y: torch.mm(x, w.t(), out=y))
 
 
+# Of scaled_dot_product_attention; the last is the CPU's, for a trial.
+ATTENTION = {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION, "torch-math": SDPBackend.MATH}
+
+
 def attention(bench):
-    for model in bench.models:
+    cases = [(model, packed) for model in bench.models for packed in bench.scale["packed"]]
+    cases += [(bench.all_models[case["model"]], case["packed"]) for case in bench.scale["published"]]
+    for model, (count, length) in cases:
         heads, kv_heads, head_dim = model["heads"], model["kv_heads"], model["head_dim"]
-        for count, length in bench.scale["packed"]:
-            shape, pairs, tokens = f"{model['name']}/{count}x{length}", count * length * (length + 1) // 2, count * length
-            q_len, kv_len = tokens * heads * head_dim, tokens * kv_heads * head_dim
-            size = lambda q, kv: bench.element() * (q * q_len + kv * kv_len) + 4 * tokens * heads
+        shape, pairs, tokens = f"{model['name']}/{count}x{length}", count * length * (length + 1) // 2, count * length
+        q_len, kv_len = tokens * heads * head_dim, tokens * kv_heads * head_dim
+        size = lambda q, kv: bench.element() * (q * q_len + kv * kv_len) + 4 * tokens * heads
+        forward_cost, backward_cost = (size(2, 2), 4 * pairs * heads * head_dim), (size(4, 4), 10 * pairs * heads * head_dim)
+        for variant in ("torch-flash", "torch-cudnn") if bench.cuda else ("torch-math",):
 
-            def forward(q, k, v, *_):
-                backends = [SDPBackend.FLASH_ATTENTION] if bench.cuda else [SDPBackend.MATH]
-                with sdpa_kernel(backends):
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            def forward(q, k, v, *_, backend=ATTENTION[variant]):
+                with sdpa_kernel([backend]):
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
 
-            def make(grad=False):
+            def make(grad=False, forward=forward):
                 q = bench.random(count, heads, length, head_dim, grad=grad)
                 k, v = (bench.random(count, kv_heads, length, head_dim, grad=grad) for _ in range(2))
                 return (q, k, v, forward(q, k, v), torch.randn_like(q, requires_grad=False)) if grad else (q, k, v)
 
-            bench.run("attention", "forward", shape, "torch-sdpa", (size(2, 2), 4 * pairs * heads * head_dim), make, forward)
+            bench.run("attention", "forward", shape, variant, forward_cost, make, forward)
             backward = lambda q, k, v, o, d_o: torch.autograd.grad(o, (q, k, v), d_o, retain_graph=True)
-            bench.run("attention", "backward", shape, "torch-sdpa", (size(4, 4), 10 * pairs * heads * head_dim), lambda: make(True), backward,
+            bench.run("attention", "backward", shape, variant, backward_cost, lambda make=make: make(True), backward,
                       capture=False)
 
 

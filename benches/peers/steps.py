@@ -1,4 +1,4 @@
-"""Whole steps in PyTorch beside `cargo bench --bench engine`: one JSON object a line on stdout, as that prints with --json.
+"""Whole steps in PyTorch beside `cargo bench -- engine`: one JSON object a line on stdout, as that prints with --json.
 
 usage: steps.py [FILTER ...] [--device cuda|cpu] [--tiny] [--list]
 

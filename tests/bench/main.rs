@@ -1,81 +1,106 @@
 //! The benches' own arithmetic and clocks: intervals against known cases, kernels of known length on the stand-in GPU, and
 //! every ladder of every family once, at sizes that are not worth measuring.
 
-// Each bench has the common part for itself, as its own executable does.
-#![allow(clippy::duplicate_mod)]
-
-#[path = "../benches/common/mod.rs"]
-mod common;
-#[path = "common/standin.rs"]
+#[path = "../../benches/main.rs"]
+mod benches;
+mod cublaslt;
+#[path = "../common/standin.rs"]
 mod standin;
 
-use common::roofline::{Measured, table};
-use common::stats::{median, median_interval, quantile};
-use common::{Device, Mode, Scale, Session, random, verdict};
+use benches::FAMILIES;
+use benches::common::ladder::{Ladder, verdict};
+use benches::common::roofline::{Measured, table};
+use benches::common::session::{Choice, Mode};
+use benches::common::stats::{median, median_interval, quantile};
+use benches::common::{Device, Scale, Session, random};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use swat::backend::Roofline as Ceilings;
+use swat::backend::Roofline;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Backend, Buffer, Cost};
 use swat::report::TextStyle;
 
-/// Benches of a family, as `cargo bench` runs them.
-macro_rules! families {
-    ($($name:ident: $path:literal),* $(,)?) => {
-        $(
-            #[path = $path]
-            #[allow(dead_code, unused_imports)]
-            mod $name;
-        )*
-
-        #[test]
-        fn every_ladder_runs_on_the_cpu() {
-            $({
-                use $name::common;
-                let mut session = common::Session::new(stringify!($name), common::Mode::Json(Vec::new()), common::Scale::tiny());
-                $name::cpu(&mut session, &Cpu::new());
-                let names: Vec<_> = session.measured.iter().map(|m| m.variant.as_str()).collect();
-                assert!(names.contains(&"swat"), "{}: {names:?}", stringify!($name));
-                assert!(session.measured.iter().all(|m| m.ns() > 0.0), "{}", stringify!($name));
-            })*
-        }
-
-        #[test]
-        fn every_ladder_runs_on_a_gpu() {
-            let _turn = turn();
-            let Some(cuda) = standin::open::<F32State>(0) else { return };
-            every_ladder(&cuda);
-        }
-
-        fn every_ladder(cuda: &Cuda<F32State>) {
-            known_clock(0, 5_000_000);
-            $({
-                use $name::common;
-                let mut session = common::Session::new(stringify!($name), common::Mode::Json(Vec::new()), common::Scale::tiny());
-                $name::cuda(&mut session, cuda);
-                let names: Vec<_> = session.measured.iter().map(|m| m.variant.as_str()).collect();
-                assert!(names.contains(&"swat"), "{}: {names:?}", stringify!($name));
-                let laddered = stringify!($name) == "engine" || names.contains(&"baseline");
-                assert!(laddered, "{} shows no baseline: {names:?}", stringify!($name));
-            })*
-            known_clock(0, 0);
-        }
-    };
+/// A session of tiny ladders, all of which are sampled.
+fn session(family: &'static str) -> Session {
+    Session::new(family, Mode::Json(Choice::default()), Scale::tiny())
 }
 
-families! {
-    adamw: "../benches/adamw.rs",
-    attention: "../benches/attention.rs",
-    cross_entropy: "../benches/cross_entropy.rs",
-    embedding: "../benches/embedding.rs",
-    engine: "../benches/engine.rs",
-    gemm: "../benches/gemm.rs",
-    perturb: "../benches/perturb.rs",
-    rmsnorm: "../benches/rmsnorm.rs",
-    rope: "../benches/rope.rs",
-    sampling: "../benches/sampling.rs",
-    swiglu: "../benches/swiglu.rs",
+#[test]
+fn every_ladder_runs_on_the_cpu() {
+    for family in FAMILIES {
+        let mut session = session(family.name);
+        (family.cpu)(&mut session, &Cpu::new());
+        let names: Vec<_> = session.measured.iter().map(|m| m.variant.as_str()).collect();
+        assert!(names.contains(&"swat"), "{}: {names:?}", family.name);
+        assert!(session.measured.iter().all(|m| m.ns() > 0.0), "{}", family.name);
+    }
+}
+
+#[test]
+fn every_ladder_runs_on_a_gpu() {
+    let _turn = turn();
+    let Some(cuda) = standin::open::<F32State>(0) else { return };
+    every_ladder(&cuda);
+}
+
+fn every_ladder(cuda: &Cuda<F32State>) {
+    known_clock(0, 5_000_000);
+    for family in FAMILIES {
+        let mut session = session(family.name);
+        (family.cuda)(&mut session, cuda);
+        let names: Vec<_> = session.measured.iter().map(|m| m.variant.as_str()).collect();
+        assert!(names.contains(&"swat"), "{}: {names:?}", family.name);
+        let laddered = family.name == "engine" || names.contains(&"baseline");
+        assert!(laddered, "{} shows no baseline: {names:?}", family.name);
+    }
+    known_clock(0, 0);
+}
+
+/// What is chosen, and of which families nothing can be.
+#[test]
+fn choices() {
+    let choice = |parts: &[&str], variants: &[&str]| {
+        let owned = |names: &[&str]| names.iter().map(|name| String::from(*name)).collect();
+        Choice { parts: owned(parts), variants: owned(variants) }
+    };
+    let id = "gemm/forward/m/1x2x3";
+    for (parts, variants, taken) in [
+        (&[][..], &[][..], true),
+        (&["gemm/forward"], &[], true),
+        (&["backward", "1x2"], &["swat", "wgmma"], true),
+        (&["forward"], &["wgmma"], false),
+        (&["forward"], &["swa"], false),
+        (&["backward"], &["swat"], false),
+    ] {
+        assert_eq!(choice(parts, variants).takes(id, "swat"), taken, "{parts:?} {variants:?}");
+    }
+    let names: Vec<_> = FAMILIES.iter().map(|family| family.name).collect();
+    for (parts, wanted) in [(&[][..], true), (&["gemm"], true), (&["rope/forward"], false), (&["rope", "7b"], true)] {
+        assert_eq!(choice(parts, &[]).wants("gemm", &names), wanted, "{parts:?}");
+    }
+}
+
+/// Called twice, the second time while a profiler is told to look.
+#[test]
+fn once_is_for_a_profiler() {
+    let _turn = turn();
+    let Some(cuda) = standin::open::<F32State>(1) else { return };
+    if standin::real() {
+        return;
+    }
+    let mut session = Session::new("clock", Mode::Once(Choice::default()), Scale::tiny());
+    let (calls, cost) = (std::cell::Cell::new(0), Cost { bytes: 512, flops: 0 });
+    let make = |cuda: &Cuda<F32State>| [(); 3].map(|()| random::<_, half::bf16>(cuda, 64));
+    let ladder = session.ladder(&cuda, "swiglu", "64", cost, make).variant("swat", |cuda, [gate, up, y]| {
+        calls.set(calls.get() + 1);
+        cuda.swiglu(gate.view(), up.view(), y.view_mut()).unwrap();
+    });
+    let before = [standin::launches(1), standin::profiled(1)];
+    ladder.run();
+    let [launched, profiled] = [standin::launches(1) - before[0], standin::profiled(1) - before[1]];
+    assert_eq!((calls.get(), launched, profiled), (2, 2 * profiled, profiled));
+    assert!(profiled > 0 && session.measured.is_empty());
 }
 
 /// Kernels whose accesses may take more than they need, how many times, and why.
@@ -190,7 +215,7 @@ fn a_verdict_needs_an_interval_that_leaves_1_out() {
 
 #[test]
 fn a_roofline_names_the_nearer_ceiling_and_the_best_peer() {
-    let ceilings = Ceilings { flops_per_s: 1e15, bytes_per_s: 1e12 };
+    let ceilings = Roofline { flops_per_s: 1e15, bytes_per_s: 1e12 };
     let measured = |variant: &str, peer, ns, bytes, flops| Measured {
         family: "gemm",
         op: "forward".into(),
@@ -226,8 +251,8 @@ fn copy<D: Device>(d: &D, [from, to]: &mut Pair<D>) {
 }
 
 /// A ladder whose variants run one copy, and two.
-fn with_copies<D: Device, R>(device: &D, f: impl FnOnce(&mut common::Ladder<'_, D, Pair<D>>) -> R) -> R {
-    let mut session = Session::new("clock", Mode::Json(Vec::new()), Scale::tiny());
+fn with_copies<D: Device, R>(device: &D, f: impl FnOnce(&mut Ladder<'_, D, Pair<D>>) -> R) -> R {
+    let mut session = session("clock");
     let cost = Cost { bytes: 512, flops: 0 };
     let ladder = session.ladder(device, "copy", "64", cost, pair).variant("one", copy);
     let mut ladder = ladder.variant("two", |d, tensors| {
@@ -290,7 +315,7 @@ fn captured_work_runs_when_it_is_replayed() {
 
 #[test]
 fn ceilings_are_not_absurd() {
-    let (Ceilings { flops_per_s, bytes_per_s }, whose) = Cpu::new().ceilings(Scale::tiny());
+    let (Roofline { flops_per_s, bytes_per_s }, whose) = Cpu::new().ceilings(Scale::tiny());
     assert_eq!(whose, "swat");
     assert!((1e9..1e14).contains(&flops_per_s), "{flops_per_s}");
     assert!((1e8..1e13).contains(&bytes_per_s), "{bytes_per_s}");
@@ -301,7 +326,7 @@ fn ceilings_are_not_absurd() {
     }
     known_clock(0, 1_000_000);
     let scale = Scale::tiny();
-    let (Ceilings { flops_per_s, bytes_per_s }, _) = cuda.ceilings(scale);
+    let (Roofline { flops_per_s, bytes_per_s }, _) = cuda.ceilings(scale);
     known_clock(0, 0);
     // One launch each, of a millisecond.
     assert!((flops_per_s / (2e3 * (scale.ceiling_side as f64).powi(3)) - 1.0).abs() < 1e-4, "{flops_per_s}");
@@ -312,7 +337,7 @@ fn ceilings_are_not_absurd() {
 #[test]
 fn repeated_runs_agree() {
     let device = Cpu::new();
-    let mut session = Session::new("clock", Mode::Json(Vec::new()), Scale::tiny());
+    let mut session = session("clock");
     let make = |d: &Cpu| [random(d, 1 << 16), random(d, 1 << 16)];
     let ladder = session.ladder(&device, "copy", "65536", Cost { bytes: 1 << 19, flops: 0 }, make);
     let mut ladder = ladder.variant("swat", copy);
@@ -324,7 +349,7 @@ fn repeated_runs_agree() {
 fn buffers_are_rotated_beyond_the_cache() {
     let device = Cpu::new();
     let made = std::cell::Cell::new(0);
-    let mut session = Session::new("clock", Mode::Json(Vec::new()), Scale::cpu());
+    let mut session = Session::new("clock", Mode::Json(Choice::default()), Scale::cpu());
     let bytes = device.cache_bytes() / 10;
     let make = |d: &Cpu| {
         made.set(made.get() + 1);
