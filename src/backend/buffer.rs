@@ -30,6 +30,7 @@ impl Element for u32 {
 }
 impl Element for f64 {
     const NAME: &'static str = "f64";
+    const DTYPE: Dtype = Dtype::F64;
 }
 impl Element for half::bf16 {
     const NAME: &'static str = "bf16";
