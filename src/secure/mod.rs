@@ -54,7 +54,7 @@ pub use refusal::{FirstTokens, RefusalList};
 pub use robustness::{RobustnessOptions, robustness};
 pub use scores::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use search::{SearchOptions, search};
-pub use sets::{cell_parameters, random_set, resolve_mods, share};
+pub use sets::{SetSpec, cell_parameters, random_set, resolve_mods, share};
 pub use subject::{AnswerLengths, Evaluation, Harmfulness, Questions, Subject, Watch};
 pub use tuning::{
     ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneOutput, attention_projections, examples_hash, tune, tune_directory,

@@ -8,5 +8,5 @@ mod study;
 
 pub use config::{DataFiles, EvaluateOptions, RunConfig};
 pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
-pub use setting::{Mix, SettingSpec};
+pub use setting::{Base, Mix, SettingSpec};
 pub use study::run;
