@@ -269,9 +269,10 @@ fn findings_of_several_seeds_compare_ranges() {
     let report_of_two = report(two_seeds());
     let found = findings(&report_of_two);
     for text in [
-        "mean and range over training seeds: as given 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % [40.0–50.0].",
-        "25.0 points lower than that of plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges over \
-         training seeds do not overlap.",
+        "mean and range over training seeds: as given 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % \
+         [40.0–50.0].",
+        "25.0 points lower than that of plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges \
+         over training seeds do not overlap.",
         "That of SWAT is lower than 1 of these 1.",
         "Each setting was trained with 2 seeds (7, 8).",
         "one comparison of 3 by chance",
@@ -286,7 +287,8 @@ fn findings_of_several_seeds_compare_ranges() {
     another_seed(&mut value["settings"][1], 8, 10, 190, 2.0, 2.0);
     let report_of_equals = report(value);
     let found = findings(&report_of_equals);
-    let equal = "Attack success of SWAT is as high as that of plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % [10.0–80.0]";
+    let equal = "Attack success of SWAT is as high as that of plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % \
+                 [10.0–80.0]";
     assert!(found.contains(equal) && found.contains("SWAT is no better than plain, equal steps here"), "{found}");
 }
 

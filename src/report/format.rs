@@ -72,7 +72,8 @@ pub fn plus_minus(mean: f64, error: f64) -> String {
     format!("{} ± {}", fixed(mean, decimals), fixed(error, decimals))
 }
 
-/// A duration with three significant digits or to the second: `45.0 µs`, `12.3 ms`, `3.21 s`, `4 min 05 s`, `1 h 02 min`.
+/// A duration with three significant digits or to the second: `45.0 µs`, `12.3 ms`, `3.21 s`, `4 min 05 s`, `1 h 02
+/// min`.
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     if seconds < 59.95 {

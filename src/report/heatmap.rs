@@ -73,8 +73,8 @@ struct Scale {
 }
 
 impl Scale {
-    /// Share: 0 to 1. Sequential: from the least value (or 0, if that is close) to the largest, or to the 95th percentile
-    /// where single values lie far above it; the legend says so.
+    /// Share: 0 to 1. Sequential: from the least value (or 0, if that is close) to the largest, or to the 95th
+    /// percentile where single values lie far above it; the legend says so.
     fn fit(ramp: Ramp, mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let (Some(&least), Some(&largest), Ramp::Sequential) = (values.first(), values.last(), ramp) else {
@@ -177,8 +177,9 @@ impl Heatmap {
         self.rows.iter().flat_map(|row| self.spans(row).into_iter().map(move |(column, _)| (row, column)))
     }
 
+    /// A tile that spans all columns counts once per column, as it fills that much of the map.
     fn values(&self) -> impl Iterator<Item = f64> {
-        self.tiles().filter_map(|(row, column)| row.tile(column).value)
+        self.rows.iter().flat_map(|row| (0..self.columns.len()).filter_map(|column| row.tile(column).value))
     }
 
     /// Whether the values are a set (only 0 and 1), whose legend is two names and not a scale.
@@ -209,8 +210,8 @@ impl Heatmap {
         edges
     }
 
-    /// A line with an edge of the opposite lightness, so that it stands out on every colour: light on viridis; on the ramp
-    /// that lets the page shine through it takes the page's tones.
+    /// A line with an edge of the opposite lightness, so that it stands out on every colour: light on viridis; on the
+    /// ramp that lets the page shine through it takes the page's tones.
     fn outline_path(&self, drawing: &mut Drawing, path: &str) {
         if self.ramp == Ramp::Share {
             drawing.path(path, 3.6, Tone::Paper);

@@ -45,8 +45,8 @@ pub fn study_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Rep
     }
 }
 
-/// Writes `report.html`, `results.md` and `outcome.json` into `dir`, with `robustness.svg` and `mods.svg` where the study
-/// has a map and a set; each file whole or not at all. `dir` is made if it is not there.
+/// Writes `report.html`, `results.md` and `outcome.json` into `dir`, with `robustness.svg` and `mods.svg` where the
+/// study has a map and a set; each file whole or not at all. `dir` is made if it is not there.
 ///
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
@@ -155,10 +155,11 @@ impl Study<'_> {
         let figures: Vec<Figure> = robustness.into_iter().chain(chosen).collect();
         (!figures.is_empty()).then(|| Section {
             heading: "Module robustness".into(),
-            text: "Each cell is one module of one layer. Its weights are perturbed by noise of the same relative size, and \
-                   the security score is measured again: a large drop means that telling harmful from harmless \
+            text:
+                "Each cell is one module of one layer. Its weights are perturbed by noise of the same relative size, \
+                   and the security score is measured again: a large drop means that telling harmful from harmless \
                    prompts depends on this module."
-                .into(),
+                    .into(),
             figures,
             tables: self.map_tables().into_iter().flatten().collect(),
         })
@@ -169,7 +170,8 @@ impl Study<'_> {
         let means = if_means(&self.settings, " Means over the training seeds.");
         Some(Section {
             heading: "Update magnitudes".into(),
-            text: "How far the weights moved, relative to their size: modules of Mods_Rob against the rest, layer by layer."
+            text: "How far the weights moved, relative to their size: modules of Mods_Rob against the rest, layer by \
+                   layer."
                 .into(),
             figures: vec![Figure {
                 name: "updates".into(),

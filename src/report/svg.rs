@@ -127,8 +127,8 @@ impl Drawing {
     pub(crate) fn finish(self, title: &str, description: &str) -> String {
         let (w, h) = (self.width, self.height.ceil());
         format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {w} {h}\" width=\"{w}\" height=\"{h}\" role=\"img\" \
-             font-family=\"{FONTS}\" style=\"font-variant-numeric:tabular-nums\">\n<title>{}</title>\n\
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {w} {h}\" width=\"{w}\" height=\"{h}\" \
+             role=\"img\" font-family=\"{FONTS}\" style=\"font-variant-numeric:tabular-nums\">\n<title>{}</title>\n\
              <desc>{}</desc>\n<rect class=\"f-paper\" width=\"{w}\" height=\"{h}\" fill=\"{}\"/>\n{}</svg>\n",
             escape(title),
             escape(description),

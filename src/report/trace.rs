@@ -55,8 +55,8 @@ impl TraceWriter {
         self.metadata(track, "thread_sort_index", json!({ "sort_index": track.tid }))
     }
 
-    /// An event from `start_ns` for `duration_ns`. `category` is one word or several with commas; `args` are shown when it
-    /// is selected.
+    /// An event from `start_ns` for `duration_ns`. `category` is one word or several with commas; `args` are shown when
+    /// it is selected.
     pub fn complete(
         &mut self,
         track: Track,

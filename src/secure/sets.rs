@@ -56,9 +56,10 @@ pub fn random_set(parameters: &BTreeMap<Cell, u64>, target: f64, seed: u64, laye
     set
 }
 
-/// A set of modules as users write it. `random:SEED` and `random-without-layer0:SEED` are random projections of the same
-/// trainable size as a reference set, else of half of all; `complement` are the projections that the reference leaves out;
-/// `layer0` are those of layer 0. Anything else is the path of a Mods_Rob file or an expression of [`ModuleSet::parse`].
+/// A set of modules as users write it. `random:SEED` and `random-without-layer0:SEED` are random projections of the
+/// same trainable size as a reference set, else of half of all; `complement` are the projections that the reference
+/// leaves out; `layer0` are those of layer 0. Anything else is the path of a Mods_Rob file or an expression of
+/// [`ModuleSet::parse`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SetSpec {
     /// Random projections.

@@ -158,8 +158,8 @@ fn seeds(settings: &[Setting<'_>]) -> String {
     }
     let plural = if all.len() == 1 { "seed" } else { "seeds" };
     format!(
-        "Each setting was trained once ({plural} {list}). The intervals cover the choice of prompts, not that of the training \
-         seed: variation between seeds was not measured."
+        "Each setting was trained once ({plural} {list}). The intervals cover the choice of prompts, not that of the \
+         training seed: variation between seeds was not measured."
     )
 }
 

@@ -22,7 +22,8 @@ pub fn perturbation(map: &RobustnessMap) -> String {
     format!("{kind}, ε = {}", format::significant(f64::from(map.epsilon), 3))
 }
 
-/// One row per layer; embedding, final norm and head span the whole width. Layers and cells that do not occur are left out.
+/// One row per layer; embedding, final norm and head span the whole width. Layers and cells that do not occur are left
+/// out.
 fn grid(cells: impl IntoIterator<Item = Cell>, tile: impl Fn(Cell) -> Tile) -> Heatmap {
     let cells: BTreeSet<Cell> = cells.into_iter().collect();
     let norms = cells.iter().any(|c| matches!(c, Cell::Norms(_)));

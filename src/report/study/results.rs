@@ -82,8 +82,8 @@ fn intervals(settings: &[Setting<'_>], config: &RunConfig) -> String {
         let untrained = settings.iter().any(|s| s.seeds().is_empty());
         let given = if untrained { " The model as given has one value." } else { "" };
         format!(
-            "Over {asked}. Values are means over the training seeds. In brackets: the lowest and the highest of them; they do \
-             not cover the choice of prompts.{given}"
+            "Over {asked}. Values are means over the training seeds. In brackets: the lowest and the highest of them; \
+             they do not cover the choice of prompts.{given}"
         )
     } else {
         format!("In brackets: 95 % Wilson intervals over {asked}; they do not cover the choice of training seed.")

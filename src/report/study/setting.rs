@@ -50,8 +50,8 @@ impl<'a> Setting<'a> {
         tuned.map(|run| Self { runs: vec![*run], several: false, ..self.clone() })
     }
 
-    /// Whether it is this base, with no refusals mixed in: those are a defence of their own, while an attack changes the
-    /// data of every setting alike.
+    /// Whether it is this base, with no refusals mixed in: those are a defence of their own, while an attack changes
+    /// the data of every setting alike.
     pub fn is(&self, base: &Base) -> bool {
         self.spec.base == *base && self.spec.mix != Some(Mix::Refusals)
     }

@@ -97,8 +97,8 @@ fn relative_updates(tuned: &TunedOutcome) -> Vec<(Cell, f64)> {
     squares.into_iter().filter_map(relative).collect()
 }
 
-/// The frozen probe and the refusal log-odds by epoch; `None` where nothing was tuned. The probe's gap is relative to the
-/// model as given where every run began above 0, else as it is.
+/// The frozen probe and the refusal log-odds by epoch; `None` where nothing was tuned. The probe's gap is relative to
+/// the model as given where every run began above 0, else as it is.
 pub(super) fn drift_charts(settings: &[Setting<'_>], outcome: &Outcome) -> Option<[LineChart; 2]> {
     let drawn = |s: &&Setting<'_>| s.tuned().next().is_some() && s.tuned().all(|tuned| !tuned.points.is_empty());
     let shown: Vec<&Setting<'_>> = settings.iter().filter(drawn).collect();

@@ -1,4 +1,5 @@
-//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Each stage is kept and resumable.
+//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Each stage is kept and
+//! resumable.
 
 mod config;
 mod outcome;
