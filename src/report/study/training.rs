@@ -97,6 +97,9 @@ fn relative_updates(tuned: &TunedOutcome) -> Vec<(Cell, f64)> {
     squares.into_iter().filter_map(relative).collect()
 }
 
+/// A score by step.
+type Steps = Vec<(u64, Option<f64>)>;
+
 /// The frozen probe and the refusal log-odds by epoch; `None` where nothing was tuned. The probe's gap is relative to
 /// the model as given where every run began above 0, else as it is.
 pub(super) fn drift_charts(settings: &[Setting<'_>], outcome: &Outcome) -> Option<[LineChart; 2]> {
@@ -117,7 +120,7 @@ pub(super) fn drift_charts(settings: &[Setting<'_>], outcome: &Outcome) -> Optio
     } else {
         "one training run per setting".into()
     };
-    let chart = |title: &str, y_label: String, of: &dyn Fn(&TunedOutcome) -> Vec<(u64, Option<f64>)>| {
+    let chart = |title: &str, y_label: String, of: &dyn Fn(&TunedOutcome) -> Steps| {
         let series = shown.iter().map(|s| {
             let steps_per_epoch = s.tuned().next().map_or(1, |tuned| tuned.steps_per_epoch.max(1));
             let point = |(step, values): (u64, Vec<Option<f64>>)| {
