@@ -154,7 +154,7 @@ fn the_method_runs_command_by_command() {
     let more = ["--cells", "modules", "--epsilon", "1.2", "--json"];
     let found = json(&[&sweep[..], &more[..], &inputs[..]].concat());
     assert_eq!(found["cells"].as_array().unwrap().len(), 42);
-    assert!(map.with_extension("svg").is_file() && map.with_extension("png").is_file());
+    assert!(map.with_extension("svg").is_file());
     let search = ["search", "--map", text(&map), "--out", text(&mods), "--tau", "0.3", "--no-swap", "--json"];
     let found = json(&search);
     assert!(found["share"].as_f64().unwrap() > 0.1);

@@ -427,7 +427,7 @@ fn perturbed_modules() {
         let key = NoiseKey { seed: 5, stream: 6 };
         let perturbed = |direction: Direction<'_, Cuda<F32State>>, epsilon| {
             let [mut plus, mut minus] = [(); 2].map(|()| b.zeros(LONG).unwrap());
-            b.perturb(w.view(), &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
+            b.perturb(w.view(), None, &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
             (last(b, &plus, 16), last(b, &minus, 16))
         };
         // ‖w‖ / ‖n‖ is 2.

@@ -1,11 +1,14 @@
 //! A study's outcome as files: what is in them, and that missing parts are left out.
 
+#[path = "common/xml.rs"]
+mod xml;
+
 use serde_json::{Value, json};
-use swat::modules::{Cell, ModuleKind};
-use swat::report::swat::SettingKind;
-use swat::report::{results_text, swat_report, write_report};
-use swat::secure::Rate;
+use swat::modules::{Cell, ModuleKind, ModuleSet};
+use swat::report::{Report, results_text, robustness_map, study_report, write_report};
 use swat::secure::study::{Outcome, RunConfig};
+use swat::secure::{Rate, RobustnessMap, ScoreKind};
+use xml::check_xml;
 
 fn rate(hits: usize, total: usize) -> Value {
     json!(Rate::new(hits, total))
@@ -79,15 +82,16 @@ fn two_seeds() -> Value {
     value
 }
 
+/// A cell of the map in which the gap drops by an eighth.
+fn map_cell(cell: String) -> Value {
+    json!({ "cell": cell, "parameters": 100, "scores": {}, "drop": { "gap": stat(0.125) }, "drop_by_seed": {},
+        "shift": stat(0.5), "drop_per_shift": stat(0.25), "control_drop": stat(0.1), "beyond_control": stat(0.025),
+        "retrained_auroc": null })
+}
+
 fn outcome(settings: &[(&str, usize, usize)]) -> Value {
-    let cells: Vec<Value> = (0..2)
-        .flat_map(|layer| ModuleKind::ALL.map(|kind| (layer, kind)))
-        .map(|(layer, kind)| {
-            json!({ "cell": cell(layer, kind), "parameters": 100, "scores": {}, "drop": { "gap": stat(0.125) },
-                "drop_by_seed": {}, "shift": stat(0.5), "drop_per_shift": stat(0.25), "control_drop": stat(0.1),
-                "beyond_control": stat(0.025), "retrained_auroc": null })
-        })
-        .collect();
+    let cells = (0..2).flat_map(|layer| ModuleKind::ALL.map(|kind| map_cell(cell(layer, kind))));
+    let cells: Vec<Value> = cells.collect();
     let map = json!({ "format": "swat.robustness/1", "model_hash": "abc", "probe_hash": "", "prompts_hash": "",
         "layers": 2, "metric_layer": 2, "split": "test", "prompts": [50, 50], "kind": "update:/secret/place/tuned",
         "epsilon": 1.25, "epsilon_sweep": [], "seeds": [3, 4], "antithetic": true, "clean": scores(4.0),
@@ -148,111 +152,144 @@ fn every_file_is_written_and_holds_its_numbers() {
     for name in ["robustness.svg", "mods.svg"] {
         assert!(read(name).starts_with("<svg"), "{name}");
     }
-    assert!(std::fs::read(out.join("robustness.png")).unwrap().starts_with(b"\x89PNG"));
     let kept: Outcome = serde_json::from_str(&read("outcome.json")).unwrap();
     assert_eq!((kept.settings.len(), kept.mods, kept.title), (ALL.len(), outcome.mods, outcome.title));
 }
 
+fn report(outcome: Value) -> Report {
+    study_report(&parse(outcome), &RunConfig::default(), "")
+}
+
+/// What was found, in paragraphs.
+fn findings(report: &Report) -> &str {
+    let results = report.sections.iter().find(|section| section.heading == "Results");
+    results.map_or("", |section| &section.text)
+}
+
+fn figure<'a>(report: &'a Report, name: &str) -> &'a str {
+    let found = report.sections.iter().flat_map(|s| &s.figures).find(|figure| figure.name == name);
+    &found.unwrap_or_else(|| panic!("no figure {name}")).svg
+}
+
 #[test]
 fn figures_get_what_was_measured() {
-    let report = swat_report(&parse(outcome(&ALL)), &RunConfig::default(), "");
-    let results = report.results.unwrap();
-    let kinds: Vec<SettingKind> = results.rows.iter().map(|row| row.setting.kind).collect();
-    use SettingKind::*;
-    assert_eq!(kinds, [AsGiven, Plain, PlainEqualSteps, Swat, Random, Complement, Refusals, Other]);
-    assert_eq!((results.rows[3].steps, results.rows[3].seeds.as_slice()), (8, [7].as_slice()));
-    // The probe's gap went from 4 to 1 within the first epoch.
-    let drift = &report.drift.unwrap().settings[0];
-    assert_eq!((drift.epochs[1].epoch, drift.epochs[1].probe.unwrap().value), (1.0, 0.25));
+    let report = report(outcome(&ALL));
+    let names: Vec<&str> = report.sections.iter().flat_map(|s| &s.figures).map(|f| f.name.as_str()).collect();
+    let expected = ["results", "sets", "robustness", "mods", "updates", "drift-probe", "drift-refusal", "loss"];
+    assert_eq!(names, expected);
+    for figure in report.sections.iter().flat_map(|s| &s.figures) {
+        check_xml(&figure.svg).unwrap_or_else(|e| panic!("{}: {e}", figure.name));
+    }
+    let holds = |name: &str, tooltip: &str| {
+        let svg = figure(&report, name);
+        assert!(svg.contains(&format!("<title>{tooltip}</title>")), "{name}: {tooltip}: {svg}");
+    };
+    holds("results", "SWAT, ASR: 40.00 (30.94–49.80)");
+    holds("results", "SWAT, task score: 94.00 (89.81–96.53)");
+    holds("sets", "complement: 0.04000, 30.00 (21.89–39.58)");
+    holds("robustness", "layer 1, v: 0.125 ± 0.010 · in Mods_Rob");
+    // Two searches: one chose the output projection of layer 0, both the values of layer 1.
+    holds("mods", "layer 0, o: 0.500");
+    holds("mods", "layer 1, v: 1.00 · in the set");
+    holds("mods", "layer 0, q: 0");
     // Two phases of 4 of 10 each: √(16 + 16) / 10; the embedding is no projection.
-    let updates = &report.updates.unwrap().settings[0].relative;
-    let value = updates.iter().find(|(c, _)| *c == Cell::module(1, ModuleKind::V)).unwrap().1;
-    assert!((value - 32_f64.sqrt() / 10.0).abs() < 1e-9 && updates.len() == 2, "{updates:?}");
-    let mods = report.mods.unwrap();
-    assert_eq!(mods.agreement.len(), 2);
-    assert!(mods.agreement.contains(&(Cell::module(0, ModuleKind::O), 0.5)));
-    // Warm-ups alone, on the same data.
-    assert_eq!(report.sets.len(), 3);
+    holds("updates", "1, in Mods_Rob: 56.57");
+    holds("updates", "0, the rest: 42.43");
+    // The probe's gap went from 4 to 1 within the first epoch, the refusal log-odds from 8 to 2.
+    holds("drift-probe", "SWAT, epoch 1: 0.2500");
+    holds("drift-refusal", "SWAT, epoch 1: 2.000");
+    holds("loss", "SWAT, step 2: 1.500");
+    // Warm-ups alone, on the same data, each kind with its colour.
+    assert!(figure(&report, "sets").contains("Scatter plot of 3 points"));
+    for (name, color) in [("Mods_Rob", "blue"), ("random sets", "green"), ("complement", "pink")] {
+        let legend = figure(&report, "sets").split_once(&format!(">{name}</text>")).expect(name).0;
+        let marker = legend.rsplit_once(" s-paper\"").expect(name).0;
+        assert!(marker.ends_with(&format!("class=\"f-{color}")), "{name}: {marker}");
+    }
+    let tones: Vec<String> = report.highlights.iter().map(|h| format!("{} {:?}", h.label, h.tone)).collect();
+    assert_eq!(tones, ["as given Grey", "plain Vermilion", "plain, equal steps Amber", "SWAT Blue"]);
 }
 
 #[test]
 fn findings_say_what_the_numbers_say() {
-    let findings =
-        |settings: &[(&str, usize, usize)]| swat_report(&parse(outcome(settings)), &RunConfig::default(), "").findings;
-    let all = findings(&ALL);
+    let found = |settings: &[(&str, usize, usize)]| findings(&report(outcome(settings))).to_owned();
+    let all = found(&ALL);
     for text in [
         "Attack success of SWAT is 50.0 points lower than that of plain, equal steps",
         "the intervals do not overlap",
         "The task score of SWAT is 1.0 points lower than that of plain, equal steps",
-        "That of SWAT is lower than 1 of these 2. SWAT is not better here than: complement.",
+        "That of SWAT is lower than 1 of these 2. SWAT is no better here than: complement.",
         "Attack success of plain, equal steps + 10 % refusals is 39.0 points lower than that of SWAT",
         "Each setting was trained once (seed 7).",
     ] {
         assert!(all.contains(text), "{text} in {all}");
     }
-    assert!(!all.contains("not better than plain"));
-    let worse = findings(&[("given", 2, 40), ("plain", 50, 190), ("swat", 53, 190)]);
-    for text in ["3.0 points higher", "intervals overlap", "not better than plain here", "8 steps of SWAT, 4 of plain"]
+    assert!(!all.contains("no better than plain"));
+    let worse = found(&[("given", 2, 40), ("plain", 50, 190), ("swat", 53, 190)]);
+    for text in ["3.0 points higher", "intervals overlap", "no better than plain here", "8 steps for SWAT, 4 for plain"]
     {
         assert!(worse.contains(text), "{text} in {worse}");
     }
     assert!(worse.contains("The task score of SWAT is the same as that of plain"), "{worse}");
     // An attack is compared with an attack.
-    let attack = findings(&[("plain-equal", 10, 190), ("plain-equal+attack", 90, 190), ("swat+attack", 40, 190)]);
+    let attack = found(&[("plain-equal", 10, 190), ("plain-equal+attack", 90, 190), ("swat+attack", 40, 190)]);
     assert!(attack.contains("50.0 points lower than that of plain, equal steps + 10 % attack"), "{attack}");
 }
 
 #[test]
 fn several_seeds_are_means_with_ranges() {
-    let outcome = parse(two_seeds());
-    let report = swat_report(&outcome, &RunConfig::default(), "");
-    let results = report.results.unwrap();
-    let (given, swat) = (&results.rows[0], &results.rows[2]);
-    assert_eq!((swat.seeds.as_slice(), swat.steps), ([7, 8].as_slice(), 8));
-    let asr = swat.asr.unwrap();
-    assert!((asr.value - 0.45).abs() < 1e-12 && asr.interval == Some((0.4, 0.5)), "{asr:?}");
+    let report = report(two_seeds());
+    let row = |text: &str| {
+        let rows = report.sections[0].tables[0].markdown();
+        assert!(rows.contains(text), "{text} in {rows}");
+    };
+    row("| SWAT | 45.0 (40.0–50.0) |");
+    row("| 8 | – | 7, 8 |");
     // One value, of prompts and not of seeds.
-    assert_eq!((given.asr.unwrap().value, given.asr.unwrap().interval, given.seeds.len()), (0.02, None, 0));
-    assert!(results.intervals.contains("lowest and the highest") && !results.intervals.contains("Wilson"));
+    row("| as given | 2.0 |");
+    row("In brackets: the lowest and the highest of them");
+    assert!(!report.sections[0].tables[0].markdown().contains("Wilson"));
+    let holds = |name: &str, text: &str| {
+        let svg = figure(&report, name);
+        assert!(svg.contains(text), "{text} in {svg}");
+    };
     // From 4 to 1 and to 2.
-    let drift = report.drift.unwrap();
-    let probe = drift.settings[0].epochs[1].probe.unwrap();
-    assert_eq!((probe.value, probe.interval), (0.375, Some((0.25, 0.5))));
-    assert!(drift.note.contains("training seeds 7, 8"), "{}", drift.note);
+    holds("drift-probe", "<title>SWAT, epoch 1: 0.3750 (0.2500–0.5000)</title>");
+    holds("drift-probe", "means over training seeds 7, 8");
     // The only step that both have.
-    assert_eq!(report.losses[0].points, [(1, 4.0)]);
-    let relative = &report.updates.unwrap().settings[1].relative;
-    let value = relative.iter().find(|(c, _)| *c == Cell::module(1, ModuleKind::V)).unwrap().1;
-    assert!((value - 1.5 * 32_f64.sqrt() / 10.0).abs() < 1e-6, "{value}");
-    assert_eq!(report.footer.seeds[1], ("training".to_owned(), vec![7, 8]));
+    holds("loss", "<title>SWAT, step 1: 4.000</title>");
+    assert!(!figure(&report, "loss").contains("step 2") && !figure(&report, "loss").contains("step 3"));
+    holds("updates", "<title>1, in Mods_Rob: 84.85</title>");
+    assert_eq!(report.footer.items[1], ("Seeds, training".to_owned(), "7, 8".to_owned()));
     assert!(report.subtitle.ends_with("Tuned with training seeds 7, 8."), "{}", report.subtitle);
 }
 
 #[test]
 fn findings_of_several_seeds_compare_ranges() {
-    let findings = swat_report(&parse(two_seeds()), &RunConfig::default(), "").findings;
+    let report_of_two = report(two_seeds());
+    let found = findings(&report_of_two);
     for text in [
-        "mean and range over training seeds: as given 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % [40.0–50.0].",
-        "25.0 points lower than that of plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges over \
-         training seeds do not overlap.",
+        "mean and range over training seeds: as given 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % \
+         [40.0–50.0].",
+        "25.0 points lower than that of plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges \
+         over training seeds do not overlap.",
         "That of SWAT is lower than 1 of these 1.",
         "Each setting was trained with 2 seeds (7, 8).",
         "one comparison of 3 by chance",
     ] {
-        assert!(findings.contains(text), "{text} in {findings}");
+        assert!(found.contains(text), "{text} in {found}");
     }
     for text in ["interval", "95 %", "trained once"] {
-        assert!(!findings.contains(text), "{text} in {findings}");
+        assert!(!found.contains(text), "{text} in {found}");
     }
     // Equal means of other values.
     let mut value = two_seeds();
     another_seed(&mut value["settings"][1], 8, 10, 190, 2.0, 2.0);
-    let findings = swat_report(&parse(value), &RunConfig::default(), "").findings;
-    let equal = "Attack success of SWAT is as high as that of plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % [10.0–80.0]";
-    assert!(
-        findings.contains(equal) && findings.contains("SWAT is not better than plain, equal steps here"),
-        "{findings}"
-    );
+    let report_of_equals = report(value);
+    let found = findings(&report_of_equals);
+    let equal = "Attack success of SWAT is as high as that of plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % \
+                 [10.0–80.0]";
+    assert!(found.contains(equal) && found.contains("SWAT is no better than plain, equal steps here"), "{found}");
 }
 
 #[test]
@@ -273,7 +310,7 @@ fn every_run_of_several_seeds_is_kept() {
         // Of 40 % and 80 %, 30 % and 60 %, 10 % and 20 %.
         "| SWAT | mods | 60.000 | 45.000 | 15.000 | 0.75 |",
         "| SWAT | test | 4.00 | 1.50 (1.00–2.00) | 75.0 (75.0–75.0) |",
-        "| tuning: SWAT, 2 runs together | 25.0 s | 16 |",
+        "| tuning: SWAT, 2 runs | 25.0 s | 16 |",
     ] {
         assert!(results.contains(text), "{text} in {results}");
     }
@@ -316,9 +353,10 @@ fn missing_parts_are_left_out() {
         assert_eq!(dir.path().join("robustness.svg").exists(), i == 1, "{i}");
         assert!(!results_text(&outcome, &config).is_empty());
     }
-    let report = swat_report(&parse(bare), &config, "");
-    assert_eq!(report.findings, "");
-    assert!(report.results.unwrap().rows[0].asr.is_none(), "nothing of nothing is not 0 %");
+    let report = report(bare);
+    assert_eq!(findings(&report), "");
+    let table = report.sections[0].tables[0].markdown();
+    assert!(table.contains("| as given | – |"), "nothing of nothing is not 0 %: {table}");
 }
 
 #[test]
@@ -326,4 +364,63 @@ fn the_terminal_gets_one_line_a_setting() {
     let text = results_text(&parse(outcome(&ALL)), &RunConfig::default());
     assert!(text.lines().any(|line| line.starts_with("SWAT ") && line.contains("40.0")), "{text}");
     assert!(text.lines().count() >= ALL.len());
+}
+
+#[test]
+fn a_deep_model_fits() {
+    let mut value = outcome(&ALL);
+    let mut cells = vec!["embed_tokens".to_owned(), "norm".into(), "lm_head".into()];
+    for layer in 0..80 {
+        cells.extend(ModuleKind::ALL.iter().filter(|k| layer != 41 || k.in_attention()).map(|k| cell(layer, *k)));
+        cells.push(format!("layers.{layer}.norms"));
+    }
+    value["map"]["layers"] = json!(80);
+    value["map"]["cells"] = cells.into_iter().map(map_cell).collect();
+    let outcome = parse(value);
+    let map = robustness_map(outcome.map.as_ref().unwrap(), ScoreKind::Gap, &ModuleSet::default());
+    assert_eq!((map.rows.len(), map.columns.len()), (83, 8));
+    let wide: Vec<usize> = (0..83).filter(|row| map.rows[*row].tiles.len() == 1).collect();
+    assert_eq!(wide, [0, 81, 82]);
+    let svg = map.svg();
+    check_xml(&svg).unwrap();
+    for text in ["layer 41, gate: no value", "layer 41, norms: 0.125", ">embed<", ">final norm<"] {
+        assert!(svg.contains(text), "{text}");
+    }
+    for figure in study_report(&outcome, &RunConfig::default(), "").sections.iter().flat_map(|s| &s.figures) {
+        check_xml(&figure.svg).unwrap_or_else(|e| panic!("{}: {e}", figure.name));
+    }
+}
+
+#[test]
+fn a_layer_index_from_a_file_does_not_size_the_map() {
+    let mut value = outcome(&[])["map"].take();
+    value["cells"] = [3, usize::MAX].map(|layer| map_cell(cell(layer, ModuleKind::Q))).into_iter().collect();
+    let map: RobustnessMap = serde_json::from_value(value).unwrap();
+    let rows = robustness_map(&map, ScoreKind::Gap, &ModuleSet::default()).rows;
+    assert_eq!(rows.into_iter().map(|row| row.name).collect::<Vec<_>>(), ["3".to_owned(), usize::MAX.to_string()]);
+}
+
+#[test]
+fn hostile_names_stay_text() {
+    let hostile = "</script><svg onload='alert(1)'>\u{0}\u{202e}&";
+    let mut value = outcome(&ALL);
+    value["title"] = json!(hostile);
+    value["model_hash"] = json!(hostile);
+    value["map"]["kind"] = json!(format!("update:{hostile}"));
+    value["settings"][4]["setting"] = json!(format!("warmup:{hostile} with a name that is too long for any column"));
+    let report = study_report(&parse(value), &RunConfig::default(), hostile);
+    for figure in report.sections.iter().flat_map(|s| &s.figures) {
+        check_xml(&figure.svg).unwrap_or_else(|e| panic!("{}: {e}", figure.name));
+    }
+    let html = report.html().unwrap();
+    assert_eq!((html.matches("</script").count(), html.matches("<svg").count()), (1, html.matches("</svg>").count()));
+    assert!(html.contains("warm-up on &lt;/script&gt;") && !html.contains(['\u{0}', '\u{202e}']));
+}
+
+#[test]
+fn an_outcome_of_an_unknown_setting_is_refused() {
+    let mut value = outcome(&ALL);
+    value["settings"][3]["setting"] = json!("swot");
+    let error = serde_json::from_value::<Outcome>(value).unwrap_err().to_string();
+    assert!(error.contains("`swot`") && error.contains("plain-equal"), "{error}");
 }

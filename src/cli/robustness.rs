@@ -8,9 +8,8 @@ use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use crate::io::write_atomic;
 use crate::modules::ModuleSet;
-use crate::report::TextStyle;
-use crate::report::swat::{CellScore, Robustness, robustness_map, robustness_table};
-use crate::secure::{MadeFrom, Noise, Probe, RobustnessMap, RobustnessOptions, ScoreKind, ScorerOptions, robustness};
+use crate::report::{TextStyle, perturbation, robustness_map, robustness_table};
+use crate::secure::{MadeFrom, Noise, Probe, RobustnessOptions, ScoreKind, ScorerOptions, robustness};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -20,8 +19,8 @@ use std::path::PathBuf;
   swat robustness --model DIR --probe probe.safetensors --security security.jsonl --out map.json
   swat robustness ... --kind lowrank:8 --epsilon 1.2 --members 8 --cells 'layers.*.{q,k,v,o}'
 
-Writes the map as JSON, and a heat map beside it as .svg and .png. Finished cells are kept beside --out while it
-runs; the same command continues from them.")]
+Writes the map as JSON, and a heat map beside it as .svg. Finished cells are kept beside --out while it runs; the same
+command continues from them.")]
 pub(super) struct RobustnessCommand {
     #[command(flatten)]
     common: Common,
@@ -101,33 +100,18 @@ impl OnDevice for RobustnessCommand {
         let mut bars = Bars::new(&self.common);
         let map = robustness(&scorer, &options, Some(&self.out), &mut bars.observer())?;
         bars.finish();
-        let drawn = drawn(&map, score);
-        let heatmap = robustness_map(&drawn);
+        let mods = ModuleSet::default();
+        let heatmap = robustness_map(&map, score, &mods);
         write_atomic(&self.out.with_extension("svg"), heatmap.svg().as_bytes())?;
-        write_atomic(&self.out.with_extension("png"), &heatmap.png(2)?)?;
         if self.common.json {
             return print_json(&serde_json::to_value(&map).unwrap_or_default());
         }
-        print_line(&robustness_table(&drawn).text(TextStyle::Unicode))?;
-        print_line(&format!("{}; saved as {}", drawn.perturbation, self.out.display()))
+        print_line(&robustness_table(&map, score, &mods).text(TextStyle::Unicode))?;
+        print_line(&format!("{}; saved as {}", perturbation(&map), self.out.display()))
     }
 }
 
 pub(super) fn score(name: &str) -> Result<ScoreKind> {
     serde_json::from_value(serde_json::Value::String(name.to_owned()))
         .map_err(|_| Error::input("--score", name, "gap, refusal, margin, auroc or accuracy"))
-}
-
-fn drawn(map: &RobustnessMap, score: ScoreKind) -> Robustness {
-    let cells = map.cells.iter().filter_map(|c| {
-        let drop = c.drop.get(&score)?;
-        Some(CellScore { cell: c.cell, mean: drop.mean, std_error: drop.error.unwrap_or(f64::NAN) })
-    });
-    Robustness {
-        score: score.name().to_owned(),
-        perturbation: format!("{}, ε = {}", map.kind, map.epsilon),
-        cells: cells.collect(),
-        mods: ModuleSet::default(),
-        seeds: map.seeds.clone(),
-    }
 }

@@ -1,19 +1,19 @@
-//! Ranges, ticks at nice numbers, and where a value lies.
+//! Axes: ranges, ticks at round numbers, pixels of values.
 
 use crate::report::format;
 
-/// An axis: a range, its ticks, and the pixels that it spans.
+/// A range of values over a range of pixels, with ticks.
 #[derive(Clone, Debug)]
 pub(crate) struct Axis {
     low: f64,
     high: f64,
-    /// Distance of neighbouring ticks.
+    /// Distance between ticks.
     step: f64,
     from: f64,
     to: f64,
 }
 
-/// A range that holds every finite value of `values`; `None` if there is none.
+/// Least and largest of the finite values; `None` if there are none.
 pub(crate) fn range_of(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     values.filter(|v| v.is_finite()).fold(None, |range, v| {
         let (low, high) = range.unwrap_or((v, v));
@@ -57,29 +57,24 @@ impl Axis {
         axis
     }
 
-    /// The same axis on other pixels.
-    pub(crate) fn between(self, from: f64, to: f64) -> Self {
-        Self { from, to, ..self }
-    }
-
-    /// The same axis, moved by some pixels.
+    /// Moved by some pixels.
     pub(crate) fn shifted(self, by: f64) -> Self {
         Self { from: self.from + by, to: self.to + by, ..self }
     }
 
-    /// The pixel of a value; values outside the range are held at its ends.
+    /// The pixel of a value, clamped to the axis.
     pub(crate) fn place(&self, value: f64) -> f64 {
         let share = ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0);
         self.from + (self.to - self.from) * share
     }
 
-    /// Values at ticks, at most 24.
+    /// At most 24.
     pub(crate) fn ticks(&self) -> Vec<f64> {
         let first = (self.low / self.step - 1e-9).ceil();
         (0..24).map(|i| (first + f64::from(i)) * self.step).take_while(|v| *v <= self.high + self.step * 1e-9).collect()
     }
 
-    /// The text at a tick, with a typographic minus.
+    /// With a typographic minus.
     pub(crate) fn label(&self, tick: f64) -> String {
         let size = self.low.abs().max(self.high.abs());
         let text = if tick != 0.0 && (size >= 1e6 || self.step < 1e-5) {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// What stands for a value that is missing or not finite.
+/// Shown for a value that is missing or not finite.
 pub const MISSING: &str = "–";
 
 /// Bytes with a binary unit and three significant digits: `1.50 GiB`, `512 B`.
@@ -30,7 +30,7 @@ pub fn compact(n: u64) -> String {
     if unit.is_empty() { n.to_string() } else { format!("{} {unit}", three_digits(value)) }
 }
 
-/// A share (1 = everything) in percent: `percent(0.3125, 1)` is `31.3 %`.
+/// A fraction in percent: `percent(0.3125, 1)` is `31.2 %`.
 pub fn percent(share: f64, decimals: usize) -> String {
     if share.is_finite() { format!("{} %", fixed(share * 100.0, decimals)) } else { MISSING.into() }
 }
@@ -45,7 +45,7 @@ pub fn fixed(value: f64, decimals: usize) -> String {
     if zero { text.trim_start_matches('-').to_owned() } else { text }
 }
 
-/// A number with `digits` significant digits; powers of ten outside 1e-4 … 1e6: `0.0123`, `1.23e-7`.
+/// A number with `digits` significant digits, in scientific notation outside 1e-4 … 1e6: `0.0123`, `1.23e-7`.
 pub fn significant(value: f64, digits: usize) -> String {
     let digits = digits.clamp(1, 17);
     if !value.is_finite() {
@@ -68,16 +68,12 @@ pub fn plus_minus(mean: f64, error: f64) -> String {
     if !mean.is_finite() || !error.is_finite() || error <= 0.0 {
         return significant(mean, 3);
     }
-    let decimals = error_decimals(error);
+    let decimals = (1.0 - error.log10().floor()).clamp(0.0, 9.0) as usize;
     format!("{} ± {}", fixed(mean, decimals), fixed(error, decimals))
 }
 
-/// Decimals at which an uncertainty has two significant digits, at most 9.
-pub fn error_decimals(error: f64) -> usize {
-    (1.0 - error.abs().log10().floor()).clamp(0.0, 9.0) as usize
-}
-
-/// A duration in the unit that suits it: `45 µs`, `12.3 ms`, `3.21 s`, `4 min 05 s`, `1 h 02 min`.
+/// A duration with three significant digits or to the second: `45.0 µs`, `12.3 ms`, `3.21 s`, `4 min 05 s`, `1 h 02
+/// min`.
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     if seconds < 59.95 {
@@ -94,7 +90,7 @@ pub fn duration(time: Duration) -> String {
     }
 }
 
-/// Divides by `step` while another unit is left and three digits would not hold the value.
+/// Divides by `step` while there is a larger unit and the value has more than three digits.
 fn scaled<'a>(mut value: f64, step: f64, units: &[&'a str]) -> (f64, &'a str) {
     let mut units = units.iter().copied();
     let mut unit = units.next().unwrap_or("");

@@ -1,28 +1,26 @@
-//! How results look: plain-text and Markdown tables, heat maps (SVG and PNG), charts (SVG), one self-contained HTML
-//! page, and Chrome traces. Every string that comes in is untrusted and escaped here; numbers are formatted in
-//! [`mod@format`] and nowhere else.
+//! Presentation of results: tables as plain text, Markdown and HTML, SVG charts and heat maps, a self-contained HTML
+//! page, and Chrome traces. All text that comes in is untrusted and escaped here; numbers are formatted in
+//! [`mod@format`].
 //!
-//! A drawing carries its light colours as attributes, so a saved `.svg` looks right in any viewer, and class names
-//! through which the page recolours it in dark mode.
+//! A drawing carries its light colours as attributes, so that a saved `.svg` is right in any viewer, and class names by
+//! which the page recolours it in dark mode.
 
 mod axis;
 pub mod chart;
 pub mod format;
 pub mod heatmap;
-pub mod html;
+pub mod page;
 pub mod palette;
 mod profile;
-mod raster;
 mod study;
 mod svg;
-pub mod swat;
 pub mod table;
 pub mod trace;
 
-pub use heatmap::{Heatmap, Scale};
-pub use html::{Figure, Footer, Highlight, Report, Section};
+pub use heatmap::Heatmap;
+pub use page::Report;
 pub use palette::{Ramp, Tone};
 pub use profile::{memory_table, profile_tables, write_trace};
-pub use study::{results_text, swat_report, write_report};
+pub use study::{perturbation, results_text, robustness_map, robustness_table, study_report, write_report};
 pub use table::{Entry, Table, TextStyle};
 pub use trace::TraceWriter;

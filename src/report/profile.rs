@@ -1,4 +1,4 @@
-//! What a run costs: a plan's memory and a profile as tables, and a profile as a Chrome trace.
+//! Memory plans and profiles as tables, and a profile as a Chrome trace.
 
 use super::format::{bytes, compact, fixed, percent};
 use super::trace::{TraceWriter, Track};
@@ -10,7 +10,7 @@ use crate::profile::{Profile, Row, Summary};
 use serde_json::{Map, json};
 use std::path::Path;
 
-/// Memory by category as it is planned, a column a phase.
+/// Planned memory by category, one column per phase.
 pub fn memory_table(plans: &[(String, Plan)]) -> Table {
     let mut table = Table::new("Memory, as planned").column("");
     for (phase, _) in plans {
@@ -27,7 +27,7 @@ pub fn memory_table(plans: &[(String, Plan)]) -> Table {
     table
 }
 
-/// By kernel (or operation), and by layer.
+/// Time, bytes and FLOPs by kernel (by operation on the CPU), and by layer.
 pub fn profile_tables(summary: &Summary) -> [Table; 2] {
     let what = if summary.kernels { "kernel" } else { "operation" };
     let mut tables =
@@ -75,11 +75,12 @@ fn table(caption: String, what: &str, rows: &[Row]) -> Table {
     table
 }
 
-/// The track of the thread that runs the engine, and that of the GPU's stream.
+/// The thread that runs the engine, and the GPU's stream.
 const HOST: Track = Track { pid: 1, tid: 1 };
 const GPU: Track = Track { pid: 2, tid: 1 };
 
-/// Writes all spans: steps, phases, layers and operations nested on a track of the host, kernels on one of the GPU.
+/// Writes a profile's spans as a Chrome trace: steps, phases, layers and operations nested on a track of the host,
+/// kernels on one of the GPU. Returns the number of events.
 ///
 /// # Errors
 /// [`crate::Error::Io`] where the file cannot be written.

@@ -1,4 +1,4 @@
-//! A drawing under construction: escaping, text widths, the few shapes that the charts use.
+//! SVG documents: escaping, text metrics, and the few shapes that the charts use.
 
 use super::palette::{Rgb, Tone};
 use std::fmt::Write as _;
@@ -10,8 +10,8 @@ pub(crate) const FULL_WIDTH: f64 = 900.0;
 
 const FONTS: &str = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', Arial, sans-serif";
 
-/// Text for XML and HTML, in content and in quoted attributes. Characters that XML 1.0 does not allow, and those that
-/// turn the direction of text around, become U+FFFD.
+/// Escapes text for XML and HTML, in content and in quoted attributes. Characters that XML 1.0 does not allow, and
+/// bidirectional controls, become U+FFFD.
 pub(crate) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -29,12 +29,12 @@ pub(crate) fn escape(text: &str) -> String {
     out
 }
 
-/// Characters that reorder what is shown around them.
+/// Bidirectional controls: they reorder what is shown around them.
 pub(crate) fn is_bidi_control(c: char) -> bool {
     matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' | '\u{61c}')
 }
 
-/// Estimated width of text in pixels, on the generous side: a page must not depend on which fonts a reader has.
+/// Estimated width of text in pixels, rather too wide: which fonts a reader has is not known.
 pub(crate) fn text_width(text: &str, size: f64) -> f64 {
     let ems = |c: char| match c {
         'i' | 'j' | 'l' | '.' | ',' | ':' | ';' | '\'' | '|' | '!' | 'I' => 0.31,
@@ -48,7 +48,7 @@ pub(crate) fn text_width(text: &str, size: f64) -> f64 {
     text.chars().map(ems).sum::<f64>() * size
 }
 
-/// The text, cut with an ellipsis where it would be wider than `width` pixels.
+/// Truncates text to `width` pixels, with an ellipsis.
 pub(crate) fn clip(text: &str, size: f64, width: f64) -> String {
     if text_width(text, size) <= width {
         return text.to_owned();
@@ -65,7 +65,7 @@ pub(crate) fn clip(text: &str, size: f64, width: f64) -> String {
     format!("{}…", kept.trim_end())
 }
 
-/// The text in lines of at most `width` pixels, at most `limit` lines, the last one cut if it must be.
+/// Breaks text into at most `limit` lines of `width` pixels; the last one is truncated if it must be.
 pub(crate) fn wrap(text: &str, size: f64, width: f64, limit: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split_whitespace() {
@@ -85,7 +85,7 @@ fn lines_fit(line: &str, word: &str, size: f64, width: f64) -> bool {
     text_width(line, size) + text_width(" ", size) + text_width(word, size) <= width
 }
 
-/// Where a text is tied to its point.
+/// Which end of a text is at its point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Anchor {
     Start,
@@ -93,7 +93,6 @@ pub(crate) enum Anchor {
     End,
 }
 
-/// Size, tone, weight and anchor of a text.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Font {
     pub size: f64,
@@ -112,7 +111,7 @@ impl Font {
     }
 }
 
-/// A drawing of a fixed width whose height grows.
+/// A drawing of fixed width, in pixels; its height is set when everything is drawn.
 pub(crate) struct Drawing {
     pub width: f64,
     pub height: f64,
@@ -124,12 +123,12 @@ impl Drawing {
         Self { width, height: 0.0, body: String::new() }
     }
 
-    /// The document. `title` and `description` are what a screen reader says.
+    /// The document; `title` and `description` are for screen readers.
     pub(crate) fn finish(self, title: &str, description: &str) -> String {
         let (w, h) = (self.width, self.height.ceil());
         format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {w} {h}\" width=\"{w}\" height=\"{h}\" role=\"img\" \
-             font-family=\"{FONTS}\" style=\"font-variant-numeric:tabular-nums\">\n<title>{}</title>\n\
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {w} {h}\" width=\"{w}\" height=\"{h}\" \
+             role=\"img\" font-family=\"{FONTS}\" style=\"font-variant-numeric:tabular-nums\">\n<title>{}</title>\n\
              <desc>{}</desc>\n<rect class=\"f-paper\" width=\"{w}\" height=\"{h}\" fill=\"{}\"/>\n{}</svg>\n",
             escape(title),
             escape(description),
@@ -164,7 +163,7 @@ impl Drawing {
         y + step * lines.len() as f64
     }
 
-    /// A filled rectangle with a tooltip, `""` = none.
+    /// A filled rectangle; no tooltip if it is empty.
     pub(crate) fn rect(&mut self, area: Area, radius: f64, tone: Tone, tooltip: &str) {
         let attributes = fill(tone);
         self.shape(&format!("rect {} rx=\"{}\" {attributes}", area.attributes(), px(radius)), tooltip);
@@ -175,7 +174,7 @@ impl Drawing {
         self.colored(area, color, "", tooltip);
     }
 
-    /// The same, next to others of its kind: its edges lie on whole pixels, so that no seams show between them.
+    /// A swatch without antialiasing, so that no seams show between neighbours.
     pub(crate) fn tile(&mut self, area: Area, color: (Rgb, f64), tooltip: &str) {
         self.colored(area, color, " shape-rendering=\"crispEdges\"", tooltip);
     }
@@ -197,7 +196,7 @@ impl Drawing {
         );
     }
 
-    /// A path without filling; `data` is written by the program alone.
+    /// An unfilled path; `data` is not escaped.
     pub(crate) fn path(&mut self, data: &str, width: f64, tone: Tone) {
         let stroke = stroke(tone);
         let _ = writeln!(
@@ -215,7 +214,7 @@ impl Drawing {
         );
     }
 
-    /// A marker centred at a point, with a thin edge in the colour of the paper.
+    /// A centred marker with a thin edge in the colour of the paper.
     pub(crate) fn marker(&mut self, (x, y): (f64, f64), marker: Marker, tone: Tone, tooltip: &str) {
         let edge = format!(
             "class=\"f-{} s-paper\" fill=\"{}\" stroke=\"{}\" stroke-width=\"1\"",
@@ -246,7 +245,7 @@ impl Drawing {
     }
 }
 
-/// Shapes that tell series apart without colour.
+/// Shapes by which series can be told apart without colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Marker {
     Circle,
@@ -295,7 +294,7 @@ fn stroke(tone: Tone) -> String {
     format!("class=\"s-{}\" stroke=\"{}\"", tone.name(), tone.light())
 }
 
-/// A coordinate with at most two decimals.
+/// A coordinate with at most two decimals; 0 if it is not finite.
 pub(crate) fn px(value: f64) -> String {
     let text = super::format::fixed(if value.is_finite() { value } else { 0.0 }, 2);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()

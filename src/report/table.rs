@@ -1,35 +1,36 @@
-//! Tables: plain text for terminals, Markdown, and the structure that [`super::html`] draws.
+//! Tables as plain text and Markdown; the page template draws them as HTML.
 
 use super::format;
 use super::svg::is_bidi_control;
+use serde::Serialize;
 
-/// Which characters a text table is drawn with.
+/// Character set of a text table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TextStyle {
-    /// Thin box lines, `±`.
+    /// `─`, `±`.
     Unicode,
-    /// `-`, `+-`: for logs and terminals without UTF-8.
+    /// `-`, `+-`: for logs and terminals without UTF-8; other characters become `?`.
     Ascii,
 }
 
 /// One entry of a table.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Entry {
-    /// What it says.
+    /// As shown.
     pub text: String,
-    /// An interval or uncertainty, set beside or below it in a quieter tone; empty = none.
+    /// An interval or uncertainty, beside or below it in a quieter tone; may be empty.
     pub detail: String,
-    /// What it is sorted by; `None` sorts by the text.
+    /// Sort key; `None` sorts by the text.
     pub order: Option<f64>,
 }
 
 impl Entry {
-    /// A text entry.
+    /// Sorted by its text.
     pub fn text(text: impl Into<String>) -> Self {
         Self { text: text.into(), ..Self::default() }
     }
 
-    /// A number already formatted, sorted by `value`; not finite = missing.
+    /// A formatted number, sorted by `value`; missing if that is not finite.
     pub fn number(value: f64, text: impl Into<String>) -> Self {
         if !value.is_finite() {
             return Self::missing();
@@ -37,7 +38,7 @@ impl Entry {
         Self { text: text.into(), order: Some(value), ..Self::default() }
     }
 
-    /// A number with a fixed number of decimals.
+    /// `31.2`, with this number of decimals; missing if it is not finite.
     pub fn fixed(value: f64, decimals: usize) -> Self {
         Self::number(value, format::fixed(value, decimals))
     }
@@ -58,7 +59,7 @@ impl Entry {
         Self { detail, ..Self::fixed(value, decimals) }
     }
 
-    /// No value.
+    /// [`format::MISSING`]
     pub fn missing() -> Self {
         Self::text(format::MISSING)
     }
@@ -77,56 +78,57 @@ impl From<String> for Entry {
 }
 
 /// One column of a table.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Column {
-    /// Its heading.
+    /// Heading.
     pub name: String,
-    /// Numbers are set flush right, text flush left.
+    /// Flush right, else flush left.
     pub numeric: bool,
-    /// What the heading means, shown where there is room; empty = nothing.
+    /// What the heading means, in HTML below it; may be empty.
     pub help: String,
 }
 
-/// A table. A row that is too short is filled up with empty entries; what is too long is not shown.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// A table with caption and note.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Table {
-    /// What the table shows, one line.
+    /// One line above the table; may be empty.
     pub caption: String,
-    /// Columns in order.
-    pub columns: Vec<Column>,
-    /// Rows of one entry a column.
-    pub rows: Vec<Vec<Entry>>,
-    /// Set below the table: what the intervals are, how many prompts.
+    /// From the left.
+    pub(super) columns: Vec<Column>,
+    /// One entry a column.
+    pub(super) rows: Vec<Vec<Entry>>,
+    /// Below the table: what the intervals are, how many prompts; may be empty.
     pub note: String,
-    /// Rows set off from the others, by index.
+    /// Highlighted rows, by index.
     pub emphasized: Vec<usize>,
 }
 
 impl Table {
-    /// An empty table.
+    /// Without columns and rows.
     pub fn new(caption: impl Into<String>) -> Self {
         Self { caption: caption.into(), ..Self::default() }
     }
 
-    /// With a column of text.
+    /// Adds a column of text; columns come before rows.
     pub fn column(mut self, name: impl Into<String>) -> Self {
         self.columns.push(Column { name: name.into(), numeric: false, help: String::new() });
         self
     }
 
-    /// With a column of numbers; `help` says what they are.
+    /// Adds a column of numbers; `help` says what they are, and may be empty.
     pub fn numbers(mut self, name: impl Into<String>, help: impl Into<String>) -> Self {
         self.columns.push(Column { name: name.into(), numeric: true, help: help.into() });
         self
     }
 
-    /// Adds a row.
+    /// Adds a row; one that is too short is filled up with empty entries, and what is too long is left out.
     pub fn row(&mut self, entries: impl IntoIterator<Item = Entry>) {
-        self.rows.push(entries.into_iter().collect());
+        let entries = entries.into_iter().chain(std::iter::repeat_with(Entry::default));
+        self.rows.push(entries.take(self.columns.len()).collect());
     }
 
-    /// For a terminal: caption, headings, a rule, rows, note. Control characters in the entries are replaced, so that
-    /// untrusted text cannot drive the terminal. Ends with a newline.
+    /// For a terminal: caption, headings, a rule, rows, note. Control characters are replaced, so that untrusted text
+    /// cannot drive the terminal. Ends with a newline.
     pub fn text(&self, style: TextStyle) -> String {
         let plain = |text: &str| {
             let line = one_line(text);
@@ -139,9 +141,7 @@ impl Table {
             .iter()
             .enumerate()
             .map(|(at, column)| {
-                let entries = self.rows.iter().map(|row| {
-                    row.get(at).map_or((String::new(), String::new()), |e| (plain(&e.text), plain(&e.detail)))
-                });
+                let entries = self.rows.iter().map(|row| (plain(&row[at].text), plain(&row[at].detail)));
                 TextColumn::new(plain(&column.name), column.numeric, entries.collect())
             })
             .collect();
@@ -176,12 +176,11 @@ impl Table {
         push(self.columns.iter().map(|c| markdown_text(&c.name)).collect());
         push(self.columns.iter().map(|c| if c.numeric { "---:" } else { "---" }.to_owned()).collect());
         for row in &self.rows {
-            let cell = |at: usize| {
-                let Some(entry) = row.get(at) else { return String::new() };
+            let cell = |entry: &Entry| {
                 let text = markdown_text(&entry.text);
                 if entry.detail.is_empty() { text } else { format!("{text} {}", markdown_text(&entry.detail)) }
             };
-            push((0..self.columns.len()).map(cell).collect());
+            push(row.iter().map(cell).collect());
         }
         if !self.note.is_empty() {
             out.push_str(&format!("\n{}\n", markdown_text(&self.note)));
@@ -190,7 +189,7 @@ impl Table {
     }
 }
 
-/// A column with its widths known. Text and detail are two sub-columns, so that both line up.
+/// A column and its width. Text and detail are two sub-columns, so that both line up.
 struct TextColumn {
     heading: String,
     numeric: bool,
@@ -231,7 +230,7 @@ fn pad(text: &str, width: usize, right: bool) -> String {
     if right { format!("{fill}{text}") } else { format!("{text}{fill}") }
 }
 
-/// Terminal columns of a text: 0 for marks that combine, 2 for the wide blocks of East Asia and emoji, else 1.
+/// Width of text in a terminal: 0 for combining marks, 2 for wide East Asian characters and emoji, else 1.
 fn columns_of(text: &str) -> usize {
     let columns = |c: char| match c {
         '\u{300}'..='\u{36f}' | '\u{200b}'..='\u{200d}' | '\u{20d0}'..='\u{20ff}' | '\u{fe00}'..='\u{fe0f}' => 0,
@@ -250,13 +249,13 @@ fn columns_of(text: &str) -> usize {
     text.chars().map(columns).sum()
 }
 
-/// White space becomes single spaces; control characters and those that reorder text become U+FFFD.
+/// White space becomes single spaces; control characters and bidirectional controls become U+FFFD.
 fn one_line(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
     words.join(" ").chars().map(|c| if c.is_control() || is_bidi_control(c) { '\u{fffd}' } else { c }).collect()
 }
 
-/// The few characters that the program itself writes, in ASCII; `?` for the others.
+/// ASCII for the few other characters that the program itself writes, `?` for the rest.
 fn ascii(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
@@ -277,7 +276,7 @@ fn ascii(text: &str) -> String {
     out
 }
 
-/// Text in Markdown, where none of its characters has a meaning.
+/// Escapes text for Markdown, as one line.
 pub(super) fn markdown_text(text: &str) -> String {
     let mut out = String::new();
     for c in one_line(text).chars() {

@@ -1,4 +1,4 @@
-//! Chrome trace-event JSON, which `chrome://tracing` and Perfetto open: complete events on named tracks, and counters.
+//! Chrome trace-event JSON, which `chrome://tracing` and Perfetto open: complete events on named tracks.
 //!
 //! Format: "Trace Event Format", the JSON Object Format with `traceEvents`; times are microseconds, written from whole
 //! nanoseconds, so that nothing is rounded.
@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// A track: a thread of a process in the words of the format.
+/// A row of the viewer; the format calls it a thread of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Track {
     /// The group of tracks, for example one a device.
@@ -17,8 +17,8 @@ pub struct Track {
     pub tid: u32,
 }
 
-/// Writes a trace event by event into a temporary sibling of its file; [`TraceWriter::finish`] puts it in place.
-/// Dropped before that, it leaves nothing.
+/// Writes a trace into a temporary file beside its path, which [`TraceWriter::finish`] renames; dropped before that, it
+/// leaves nothing.
 ///
 /// Events of one track must nest or follow each other: viewers cannot draw two that overlap in part.
 pub struct TraceWriter {
@@ -41,6 +41,9 @@ impl TraceWriter {
     }
 
     /// Names a group of tracks; groups are shown by ascending pid.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where writing fails, as in all methods that write.
     pub fn name_process(&mut self, pid: u32, name: &str) -> Result<()> {
         self.metadata(Track { pid, tid: 0 }, "process_name", json!({ "name": name }))?;
         self.metadata(Track { pid, tid: 0 }, "process_sort_index", json!({ "sort_index": pid }))
@@ -52,8 +55,8 @@ impl TraceWriter {
         self.metadata(track, "thread_sort_index", json!({ "sort_index": track.tid }))
     }
 
-    /// Something that ran from `start_ns` for `duration_ns`. `category` is one word or several with commas; `args` are
-    /// shown when it is selected.
+    /// An event from `start_ns` for `duration_ns`. `category` is one word or several with commas; `args` are shown when
+    /// it is selected.
     pub fn complete(
         &mut self,
         track: Track,
@@ -79,16 +82,7 @@ impl TraceWriter {
         self.event(&fields)
     }
 
-    /// The value of a counter from `at_ns` on, drawn as an area, for example bytes in use.
-    pub fn counter(&mut self, pid: u32, name: &str, at_ns: u64, value: u64) -> Result<()> {
-        self.event(&format!(
-            "{{\"ph\":\"C\",\"pid\":{pid},\"tid\":0,\"ts\":{},\"name\":{},\"args\":{{\"value\":{value}}}}}",
-            microseconds(at_ns),
-            Value::from(name)
-        ))
-    }
-
-    /// Ends the trace and puts it at its path; returns the number of events.
+    /// Closes the trace and renames it to its path; returns the number of events.
     ///
     /// # Errors
     /// [`Error::Io`] where writing or renaming fails; nothing is left then.

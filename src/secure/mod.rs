@@ -29,7 +29,7 @@ pub use probe::labels::check_labels;
 pub use probe::train::{ProbeInput, ProbeOptions, train_probe};
 pub use probe::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};
 pub use robustness::map::{CellRobustness, EpsilonPoint, MadeFrom, RobustnessMap, Stat};
-pub use robustness::mods::{ModsRob, SearchStep, resolve_mods};
+pub use robustness::mods::{ModsRob, SearchStep, SetSpec, resolve_mods};
 pub use robustness::noise::{Noise, update_directions};
 pub use robustness::scorer::{Observation, PerturbationScorer, ScorerInput, ScorerOptions};
 pub use robustness::search::{SearchOptions, search};

@@ -1,138 +1,104 @@
-//! Scatter charts: named points in groups.
+//! Scatter plots: named points in groups.
 
-use super::{Key, LegendItem, MARGIN, foot, head};
+use super::{Key, LegendItem, Measure, Plot, finish, head};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
-use crate::report::svg::{Anchor, Area, Drawing, Font, HALF_WIDTH, Marker, clip, text_width};
+use crate::report::svg::{Area, Drawing, Font, HALF_WIDTH, Marker, clip, text_width};
 
 const HEIGHT: f64 = 260.0;
-/// With more points than this only tooltips name them.
+/// Above this number of points, only tooltips name them.
 const LABELLED_POINTS: usize = 40;
 
-/// One point.
+/// One point; it is left out where x or y is not finite.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Dot {
-    /// Its name.
+    /// Label beside the point, where there is room.
     pub name: String,
-    /// Along.
+    /// Horizontal position.
     pub x: f64,
-    /// Up.
-    pub y: f64,
-    /// Ends of the interval of y, if it has one.
-    pub interval: Option<(f64, f64)>,
+    /// Vertical position and interval.
+    pub y: Measure,
 }
 
-/// Points of one colour.
+/// Points of one colour and shape.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DotGroup {
-    /// Its name in the legend.
+    /// Shown in the legend.
     pub name: String,
-    /// Its colour.
+    /// Colour of the markers.
     pub tone: Tone,
-    /// Points.
+    /// In any order.
     pub dots: Vec<Dot>,
 }
 
-/// A scatter chart.
+/// A scatter plot, half a page wide.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scatter {
-    /// Title.
+    /// Above the legend; may be empty.
     pub title: String,
-    /// What x is, with its unit.
+    /// Label of the x axis, with the unit.
     pub x_label: String,
-    /// What y is, with its unit.
+    /// Label of the y axis, with the unit.
     pub y_label: String,
-    /// Groups.
+    /// In the order of the legend.
     pub groups: Vec<DotGroup>,
-    /// Ends that the y axis must at least reach.
-    pub y_at_least: Option<(f64, f64)>,
-    /// Set under the chart.
+    /// The y axis spans at least 0 to this.
+    pub y_at_least: f64,
+    /// Below the plot; may be empty.
     pub note: String,
 }
 
 impl Scatter {
-    /// The chart as a self-contained SVG document.
+    /// The plot as a self-contained SVG document.
     pub fn svg(&self) -> String {
         let mut drawing = Drawing::new(HALF_WIDTH);
-        let legend: Vec<LegendItem<'_>> = self
-            .groups
-            .iter()
-            .enumerate()
-            .map(|(i, g)| LegendItem { name: &g.name, tone: g.tone, key: Key::Marker(Marker::of(i)) })
-            .collect();
-        let mut top = head(&mut drawing, &self.title, &legend);
-        drawing.text(
-            MARGIN,
-            top + 12.0,
-            &clip(&self.y_label, Font::SMALL.size, HALF_WIDTH - 2.0 * MARGIN),
-            Font::SMALL,
-        );
-        top += 26.0;
-        let bottom = top + HEIGHT;
-
+        let legend = self.groups.iter().enumerate();
+        let legend: Vec<LegendItem<'_>> =
+            legend.map(|(i, g)| LegendItem { name: &g.name, tone: g.tone, key: Key::Marker(Marker::of(i)) }).collect();
+        let top = head(&mut drawing, &self.title, &legend);
         let dots = || self.groups.iter().flat_map(|g| &g.dots);
-        let ys = dots().flat_map(|d| {
-            let (low, high) = d.interval.unwrap_or((d.y, d.y));
-            [d.y, low, high]
-        });
-        let ends = self.y_at_least.into_iter().flat_map(|(low, high)| [low, high]);
-        let y_axis = Axis::nice(range_of(ys.chain(ends)).unwrap_or((0.0, 1.0)), 5, (bottom, top));
-        let labels = y_axis.ticks().iter().map(|t| text_width(&y_axis.label(*t), Font::SMALL.size)).fold(0.0, f64::max);
-        let (left, right) = (MARGIN + labels + 8.0, drawing.width - MARGIN - 8.0);
-        let x_axis = Axis::nice(range_of(dots().map(|d| d.x)).unwrap_or((0.0, 1.0)), 6, (left, right));
-        for tick in y_axis.ticks() {
-            let y = y_axis.place(tick);
-            drawing.line((left, y), (right, y), 1.0, Tone::Line);
-            drawing.text(left - 6.0, y + 4.0, &y_axis.label(tick), Font::SMALL.at(Anchor::End));
-        }
+        let range = range_of(dots().flat_map(|d| d.y.extent()).chain([0.0, self.y_at_least])).unwrap_or((0.0, 1.0));
+        let plot = Plot::new(&mut drawing, top, HEIGHT, &self.y_label, range, 5);
+        let x_axis = Axis::nice(range_of(dots().map(|d| d.x)).unwrap_or((0.0, 1.0)), 6, (plot.left, plot.right));
         for tick in x_axis.ticks() {
             let x = x_axis.place(tick);
-            drawing.line((x, top), (x, bottom), 1.0, Tone::Line);
-            drawing.text(x, bottom + 17.0, &x_axis.label(tick), Font::SMALL.at(Anchor::Middle));
+            drawing.line((x, plot.top), (x, plot.bottom), 1.0, Tone::Line);
+            plot.x_tick(&mut drawing, x, &x_axis.label(tick));
         }
-        let x_label = clip(&self.x_label, Font::SMALL.size, right - left);
-        drawing.text((left + right) / 2.0, bottom + 34.0, &x_label, Font::SMALL.at(Anchor::Middle));
+        let bottom = plot.x_label(&mut drawing, &self.x_label);
 
-        let visible = |d: &&Dot| d.x.is_finite() && d.y.is_finite();
+        let visible = |d: &&Dot| d.x.is_finite() && d.y.value.is_finite();
+        let place = |d: &Dot| (x_axis.place(d.x), plot.y.place(d.y.value));
         // Labels keep clear of every marker, of every interval and of each other.
         let mut taken: Vec<Area> = Vec::new();
-        for dot in dots().filter(visible) {
-            let (x, y) = (x_axis.place(dot.x), y_axis.place(dot.y));
-            taken.push(Area::new(x - 5.0, y - 5.0, 10.0, 10.0));
-            if let Some((low, high)) = dot.interval.filter(|(l, h)| l.is_finite() && h.is_finite()) {
-                let (a, b) = (y_axis.place(low), y_axis.place(high));
-                taken.push(Area::new(x - 1.0, a.min(b), 2.0, (a - b).abs()));
-            }
-        }
         for (i, group) in self.groups.iter().enumerate() {
             for dot in group.dots.iter().filter(visible) {
-                let (x, y) = (x_axis.place(dot.x), y_axis.place(dot.y));
-                let mut tooltip =
-                    format!("{}: {}, {}", dot.name, format::significant(dot.x, 4), format::significant(dot.y, 4));
-                if let Some((low, high)) = dot.interval.filter(|(l, h)| l.is_finite() && h.is_finite()) {
-                    drawing.line((x, y_axis.place(low)), (x, y_axis.place(high)), 1.2, group.tone);
-                    tooltip += &format!(" ({}–{})", format::significant(low, 4), format::significant(high, 4));
+                let (x, y) = place(dot);
+                taken.push(Area::new(x - 5.0, y - 5.0, 10.0, 10.0));
+                if let Some((low, high)) = dot.y.bounds() {
+                    let (a, b) = (plot.y.place(low), plot.y.place(high));
+                    taken.push(Area::new(x - 1.0, a.min(b), 2.0, (a - b).abs()));
                 }
+                plot.interval(&mut drawing, x, dot.y, group.tone);
+                let tooltip = format!("{}: {}, {}", dot.name, format::significant(dot.x, 4), dot.y.text());
                 drawing.marker((x, y), Marker::of(i), group.tone, &tooltip);
             }
         }
         if dots().count() <= LABELLED_POINTS {
             let font = Font { size: 10.5, ..Font::SMALL };
-            let frame = Area::new(left, top, right - left, bottom - top);
+            let frame = Area::new(plot.left, plot.top, plot.right - plot.left, plot.bottom - plot.top);
             for dot in dots().filter(visible) {
                 let name = clip(&dot.name, font.size, 130.0);
-                let at = (x_axis.place(dot.x), y_axis.place(dot.y));
-                if let Some(spot) = free_spot(at, text_width(&name, font.size), font.size, frame, &taken) {
+                if let Some(spot) = free_spot(place(dot), text_width(&name, font.size), font.size, frame, &taken) {
                     drawing.text(spot.x, spot.y + font.size - 1.5, &name, font);
                     taken.push(spot);
                 }
             }
         }
-        drawing.height = foot(&mut drawing, bottom + 42.0, &self.note);
         let description =
-            format!("Scatter chart of {} points: {} against {}.", dots().count(), self.y_label, self.x_label);
-        drawing.finish(&self.title, &description)
+            format!("Scatter plot of {} points: {} against {}.", dots().count(), self.y_label, self.x_label);
+        finish(drawing, bottom, &self.note, &self.title, &description)
     }
 }
 

@@ -1,42 +1,39 @@
-//! What the numbers say, in sentences that say no more than they do.
+//! The findings: sentences that claim no more than the numbers show.
 
-use super::names::Named;
-use super::seeds::{several, training};
+use super::setting::{ASR, OVER_REFUSAL, RateOf, STRICT_ASR, Setting, TASK, several, training_seeds};
+use crate::report::chart::Measure;
 use crate::report::format;
-use crate::report::swat::Measure;
-use crate::secure::{Evaluation, Rate};
-
-type Of = fn(&Evaluation) -> Option<Rate>;
+use crate::secure::study::{Base, Mix};
 
 /// What is compared, most important first.
-const MEASURES: [(&str, Of); 4] = [
-    ("Attack success", |e| e.asr),
-    ("Strict attack success", |e| e.strict_asr),
-    ("Over-refusal", |e| e.over_refusal),
-    ("The task score", |e| e.task.as_ref().map(|task| task.overall)),
+const MEASURES: [(&str, RateOf); 4] = [
+    ("Attack success", ASR),
+    ("Strict attack success", STRICT_ASR),
+    ("Over-refusal", OVER_REFUSAL),
+    ("The task score", TASK),
 ];
-const ASR: Of = MEASURES[0].1;
-/// Means of other values may be equal up to this.
+/// Means closer than this count as equal: they are sums of different values.
 const ROUNDING: f64 = 1e-9;
 
-/// Paragraphs parted by blank lines; empty where nothing was measured.
-pub(super) fn findings(named: &[Named<'_>]) -> String {
+/// Paragraphs separated by blank lines; empty where nothing was measured.
+pub(super) fn findings(settings: &[Setting<'_>]) -> String {
     let mut paragraphs = Vec::new();
-    for swat in named.iter().filter(|n| n.base == "swat") {
-        paragraphs.push(against_plain(named, swat));
-        let alike = |n: &&Named<'_>| n.mix == swat.mix && n.rate(ASR).is_some();
-        let sets: Vec<&Named<'_>> = named.iter().filter(alike).filter(|n| n.base.starts_with("warmup:")).collect();
+    for swat in settings.iter().filter(|n| n.spec.base == Base::Swat) {
+        paragraphs.push(against_plain(settings, swat));
+        let alike = |n: &&Setting<'_>| n.spec.mix == swat.spec.mix && n.rate(ASR).is_some();
+        let sets: Vec<&Setting<'_>> =
+            settings.iter().filter(alike).filter(|n| matches!(n.spec.base, Base::Warmup(_))).collect();
         paragraphs.push(beside("Warm-ups on other sets", &sets, swat));
-        let variant = |n: &&Named<'_>| matches!(n.base, "reversed" | "mods-only") || n.base.starts_with("ml-lr:");
-        let variants: Vec<&Named<'_>> = named.iter().filter(alike).filter(variant).collect();
+        let variant = |n: &&Setting<'_>| matches!(n.spec.base, Base::Reversed | Base::ModsOnly | Base::MlLr(_));
+        let variants: Vec<&Setting<'_>> = settings.iter().filter(alike).filter(variant).collect();
         paragraphs.push(beside("Variants of the schedule", &variants, swat));
     }
-    match named.iter().find(|n| n.base == "swat" && n.mix.is_empty()) {
-        Some(swat) => paragraphs.extend(with_refusals(named, swat)),
-        None if paragraphs.is_empty() => paragraphs.push(rates(&named.iter().collect::<Vec<_>>())),
+    match settings.iter().find(|n| n.spec.base == Base::Swat && n.spec.mix.is_none()) {
+        Some(swat) => paragraphs.extend(with_refusals(settings, swat)),
+        None if paragraphs.is_empty() => paragraphs.push(rates(&settings.iter().collect::<Vec<_>>())),
         None => {}
     }
-    paragraphs.push(seeds(named));
+    paragraphs.push(seeds(settings));
     paragraphs.retain(|paragraph| !paragraph.is_empty());
     paragraphs.join("\n\n")
 }
@@ -48,16 +45,16 @@ fn text(Measure { value, interval }: Measure) -> String {
     format::percent(value, 1) + &interval.unwrap_or_default()
 }
 
-fn list(runs: &[&Named<'_>]) -> String {
-    let item = |n: &&Named<'_>| Some(format!("{} {}", n.setting.name, text(n.rate(ASR)?)));
+fn list(runs: &[&Setting<'_>]) -> String {
+    let item = |n: &&Setting<'_>| Some(format!("{} {}", n.name, text(n.rate(ASR)?)));
     runs.iter().filter_map(item).collect::<Vec<_>>().join("; ")
 }
 
-fn names(runs: &[&Named<'_>]) -> String {
-    runs.iter().map(|n| n.setting.name.as_str()).collect::<Vec<_>>().join("; ")
+fn names(runs: &[&Setting<'_>]) -> String {
+    runs.iter().map(|n| n.name.as_str()).collect::<Vec<_>>().join("; ")
 }
 
-fn rates(runs: &[&Named<'_>]) -> String {
+fn rates(runs: &[&Setting<'_>]) -> String {
     let list = list(runs);
     let several = runs.iter().any(|n| n.several);
     let what = if several { ", mean and range over training seeds" } else { " with 95 % intervals" };
@@ -65,24 +62,25 @@ fn rates(runs: &[&Named<'_>]) -> String {
 }
 
 /// The model as given, plain tuning and SWAT on the same data, and SWAT against the fairest plain run.
-fn against_plain(named: &[Named<'_>], swat: &Named<'_>) -> String {
-    let find = |base: &str, mix: &str| named.iter().find(|n| n.base == base && n.mix == mix);
-    let (plain, equal) = (find("plain", swat.mix), find("plain-equal", swat.mix));
-    let shown: Vec<&Named<'_>> = [find("given", ""), plain, equal, Some(swat)].into_iter().flatten().collect();
+fn against_plain(settings: &[Setting<'_>], swat: &Setting<'_>) -> String {
+    let find = |base: Base, mix: Option<Mix>| settings.iter().find(|n| n.spec.base == base && n.spec.mix == mix);
+    let (plain, equal) = (find(Base::Plain, swat.spec.mix), find(Base::PlainEqual, swat.spec.mix));
+    let given = find(Base::Given, None);
+    let shown: Vec<&Setting<'_>> = [given, plain, equal, Some(swat)].into_iter().flatten().collect();
     let mut sentences = vec![rates(&shown)];
     if let Some(reference) = equal.or(plain) {
         sentences.extend(MEASURES.iter().filter_map(|(what, of)| compare(what, *of, swat, reference)));
         if swat.rate(ASR).zip(reference.rate(ASR)).is_some_and(|(a, b)| a.value > b.value - ROUNDING) {
-            let (swat, reference) = (&swat.setting.name, &reference.setting.name);
-            sentences.push(format!("By attack success {swat} is not better than {reference} here."));
+            let (swat, reference) = (&swat.name, &reference.name);
+            sentences.push(format!("By attack success, {swat} is no better than {reference} here."));
         }
         if swat.steps() != reference.steps() {
             sentences.push(format!(
-                "The two differ in length: {} steps of {}, {} of {}.",
+                "The two differ in length: {} steps for {}, {} for {}.",
                 format::count(swat.steps()),
-                swat.setting.name,
+                swat.name,
                 format::count(reference.steps()),
-                reference.setting.name
+                reference.name
             ));
         }
     }
@@ -90,10 +88,10 @@ fn against_plain(named: &[Named<'_>], swat: &Named<'_>) -> String {
     sentences.join(" ")
 }
 
-/// One measure of `a` against that of `b`; none where one of them lacks it.
-fn compare(what: &str, of: Of, a: &Named<'_>, b: &Named<'_>) -> Option<String> {
+/// One measure of `a` against that of `b`; `None` where one of them lacks it.
+fn compare(what: &str, of: RateOf, a: &Setting<'_>, b: &Setting<'_>) -> Option<String> {
     let (x, y) = (a.rate(of)?, b.rate(of)?);
-    let (own, other) = (&a.setting.name, &b.setting.name);
+    let (own, other) = (&a.name, &b.name);
     if x == y {
         return Some(format!("{what} of {own} is the same as that of {other}: {}.", text(x)));
     }
@@ -112,39 +110,39 @@ fn compare(what: &str, of: Of, a: &Named<'_>, b: &Named<'_>) -> Option<String> {
     ))
 }
 
-/// Attack success of other runs, and which of them SWAT undercuts.
-fn beside(what: &str, runs: &[&Named<'_>], swat: &Named<'_>) -> String {
+/// Attack success of other settings, and how many of them SWAT undercuts.
+fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
     if runs.is_empty() {
         return String::new();
     }
     let mut sentences = vec![format!("{what}, attack success: {}.", list(runs))];
     if let Some(own) = swat.rate(ASR) {
-        let at_most = |n: &&&Named<'_>| n.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
-        let better: Vec<&Named<'_>> = runs.iter().filter(at_most).copied().collect();
-        let (name, lower, all) = (&swat.setting.name, runs.len() - better.len(), runs.len());
+        let at_most = |n: &&&Setting<'_>| n.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
+        let better: Vec<&Setting<'_>> = runs.iter().filter(at_most).copied().collect();
+        let (name, lower, all) = (&swat.name, runs.len() - better.len(), runs.len());
         sentences.push(format!("That of {name} is lower than {lower} of these {all}."));
         if !better.is_empty() {
-            sentences.push(format!("{name} is not better here than: {}.", names(&better)));
+            sentences.push(format!("{name} is no better here than: {}.", names(&better)));
         }
     }
     sentences.join(" ")
 }
 
 /// Plain tuning and others with refusals mixed in, against SWAT without.
-fn with_refusals(named: &[Named<'_>], swat: &Named<'_>) -> Vec<String> {
-    let mixed = named.iter().filter(|n| n.mix == "+refusals" && n.base != "swat");
+fn with_refusals(settings: &[Setting<'_>], swat: &Setting<'_>) -> Vec<String> {
+    let mixed = settings.iter().filter(|n| n.spec.mix == Some(Mix::Refusals) && n.spec.base != Base::Swat);
     let sentences =
-        |run: &Named<'_>| MEASURES.iter().filter_map(|(what, of)| compare(what, *of, run, swat)).collect::<Vec<_>>();
+        |run: &Setting<'_>| MEASURES.iter().filter_map(|(what, of)| compare(what, *of, run, swat)).collect::<Vec<_>>();
     mixed.map(|run| sentences(run).join(" ")).collect()
 }
 
-fn seeds(named: &[Named<'_>]) -> String {
-    let all = training(named);
+fn seeds(settings: &[Setting<'_>]) -> String {
+    let all = training_seeds(settings);
     if all.is_empty() {
         return String::new();
     }
     let list = all.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
-    if several(named) {
+    if several(settings) {
         let count = all.len();
         let chance = ranges_apart(count).map(|one_in| {
             format!(
@@ -160,13 +158,13 @@ fn seeds(named: &[Named<'_>]) -> String {
     }
     let plural = if all.len() == 1 { "seed" } else { "seeds" };
     format!(
-        "Each setting was trained once ({plural} {list}). The intervals cover the choice of prompts, not that of the training \
-         seed: how much another seed would change was not measured here."
+        "Each setting was trained once ({plural} {list}). The intervals cover the choice of prompts, not that of the \
+         training seed: variation between seeds was not measured."
     )
 }
 
-/// Of how many pairs of ranges of `n` draws each, all from one distribution without ties, one is apart: half of (2n over n).
-/// None where that is so many that it goes without saying.
+/// Ranges of two samples of `n` draws from one distribution without ties are disjoint in one of how many cases: half of
+/// the binomial (2n over n). `None` above 10 draws, where it is negligible.
 fn ranges_apart(n: usize) -> Option<u64> {
     let n = u64::try_from(n).ok().filter(|n| *n <= 10)?;
     Some((1..=n).fold(1, |ways, k| ways * (n + k) / k) / 2)

@@ -10,6 +10,7 @@ use crate::secure::check_format;
 use crate::secure::eval::metrics::ScoreKind;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::str::FromStr;
 
 pub(crate) const FORMAT: &str = "swat.mods_rob/1";
 const MAX_BYTES: u64 = 1 << 26;
@@ -121,54 +122,100 @@ impl ModsRob {
     }
 }
 
-/// Reads a set of modules for a model of this shape:
-///
-/// - the path of a Mods_Rob file (its `set` line counts; a file of another model is refused if `model_hash` is given);
-/// - `random:SEED`, `random-without-layer0:SEED`: random projections of the same trainable size as `reference`, else half;
-/// - `complement`: the projections that `reference` leaves out;
-/// - `layer0`: the projections of layer 0;
-/// - anything else is an expression of [`ModuleSet::parse`]: `all`, `layers.16-31.{o_proj,v_proj}`, …
+/// A set of modules as users write it. `random:SEED` and `random-without-layer0:SEED` are random projections of the
+/// same trainable size as a reference set, else of half of all; `complement` are the projections that the reference
+/// leaves out; `layer0` are those of layer 0. Anything else is the path of a Mods_Rob file or an expression of
+/// [`ModuleSet::parse`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SetSpec {
+    /// Random projections.
+    Random {
+        /// Seed of the order in which projections are drawn.
+        seed: u64,
+        /// Whether those of layer 0 are among them.
+        layer0: bool,
+    },
+    /// The projections outside the reference.
+    Complement,
+    /// The projections of layer 0.
+    Layer0,
+    /// A path or an expression.
+    Named(String),
+}
+
+impl FromStr for SetSpec {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let text = text.trim();
+        let seed = |seed: &str| {
+            let found = || format!("seed `{seed}`");
+            seed.parse().map_err(|_| Error::input(place(text), found(), "a whole number from 0, as in random:1"))
+        };
+        Ok(match text.split_once(':') {
+            Some(("random", digits)) => Self::Random { seed: seed(digits)?, layer0: true },
+            Some(("random-without-layer0", digits)) => Self::Random { seed: seed(digits)?, layer0: false },
+            _ if text == "complement" => Self::Complement,
+            _ if text == "layer0" => Self::Layer0,
+            _ => Self::Named(text.to_owned()),
+        })
+    }
+}
+
+fn place(text: &str) -> String {
+    format!("module set `{}`", text.chars().take(80).collect::<String>())
+}
+
+impl SetSpec {
+    /// The set in a model of this shape, beside `reference`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a complement without reference, for an expression that fits no module of the model, and for
+    /// a Mods_Rob file that cannot be read or is of another model than `model_hash`.
+    pub fn resolve(
+        &self,
+        config: &ModelConfig,
+        reference: Option<&ModuleSet>,
+        model_hash: Option<&str>,
+    ) -> Result<ModuleSet> {
+        let parameters = cell_parameters(config);
+        let all = config.cells();
+        match self {
+            Self::Random { seed, layer0 } => {
+                let target = reference.map_or(RANDOM_SHARE, |set| share(set, &parameters));
+                Ok(random_set(&parameters, target, *seed, *layer0))
+            }
+            Self::Complement => {
+                let expected = "a Mods_Rob file or set beside it";
+                let reference =
+                    reference.ok_or_else(|| Error::input(place("complement"), "no set to complement", expected))?;
+                Ok(modules(&parameters).map(|(c, _)| c).filter(|c| !reference.contains(*c)).collect())
+            }
+            Self::Layer0 => ModuleSet::parse("layers.0.modules", &all),
+            Self::Named(text) => {
+                let path = Path::new(text);
+                if !text.ends_with(".json") && !path.is_file() {
+                    return ModuleSet::parse(text, &all);
+                }
+                let mods = ModsRob::load(path)?;
+                if let Some(hash) = model_hash {
+                    mods.check_model(hash)?;
+                }
+                mods.modules(&all)
+            }
+        }
+    }
+}
+
+/// Parses and resolves a [`SetSpec`].
 ///
 /// # Errors
-/// [`Error::Input`] names what is wrong with the text or the file.
+/// [`Error::Input`] as in [`SetSpec::resolve`], and for a seed that is not a whole number.
 pub fn resolve_mods(
     text: &str,
     config: &ModelConfig,
     reference: Option<&ModuleSet>,
     model_hash: Option<&str>,
 ) -> Result<ModuleSet> {
-    let parameters = cell_parameters(config);
-    let text = text.trim();
-    let place = || format!("module set `{}`", text.chars().take(80).collect::<String>());
-    let random = |seed: &str, layer0: bool| {
-        let seed = seed
-            .parse()
-            .map_err(|_| Error::input(place(), format!("seed `{seed}`"), "a whole number from 0, as in random:1"))?;
-        let target = reference.map_or(RANDOM_SHARE, |set| share(set, &parameters));
-        Ok(random_set(&parameters, target, seed, layer0))
-    };
-    if let Some(seed) = text.strip_prefix("random:") {
-        return random(seed, true);
-    }
-    if let Some(seed) = text.strip_prefix("random-without-layer0:") {
-        return random(seed, false);
-    }
-    if text == "complement" {
-        let reference = reference
-            .ok_or_else(|| Error::input(place(), "no set to complement", "a Mods_Rob file or set beside it"))?;
-        return Ok(modules(&parameters).map(|(c, _)| c).filter(|c| !reference.contains(*c)).collect());
-    }
-    let all = config.cells();
-    if text == "layer0" {
-        return ModuleSet::parse("layers.0.modules", &all);
-    }
-    let path = Path::new(text);
-    if text.ends_with(".json") || path.is_file() {
-        let mods = ModsRob::load(path)?;
-        if let Some(hash) = model_hash {
-            mods.check_model(hash)?;
-        }
-        return mods.modules(&all);
-    }
-    ModuleSet::parse(text, &all)
+    text.parse::<SetSpec>()?.resolve(config, reference, model_hash)
 }

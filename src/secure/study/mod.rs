@@ -1,4 +1,5 @@
-//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Each stage is kept and resumable.
+//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Each stage is kept and
+//! resumable.
 
 mod config;
 mod outcome;
@@ -9,4 +10,4 @@ mod stage;
 pub use config::{DataFiles, EvaluateOptions, RunConfig};
 pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 pub use run::run;
-pub use setting::{Mix, SettingSpec};
+pub use setting::{Base, Mix, SettingSpec};

@@ -1,5 +1,6 @@
 //! What a study found: serde types without any prompt or answer.
 
+use super::SettingSpec;
 use crate::modules::ModuleSet;
 use crate::secure::{Drift, Evaluation, ModsRob, ProbeAbout, RobustnessMap, Scores};
 use crate::train::{PhaseSummary, Updates};
@@ -30,7 +31,7 @@ pub struct Outcome {
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct SettingOutcome {
     /// As in the configuration.
-    pub setting: String,
+    pub setting: SettingSpec,
     /// What the first phase trains.
     pub mods: Option<ModuleSet>,
     /// Its share of the projections' parameters.

@@ -254,7 +254,7 @@ impl<B: Backend> Study<'_, B> {
         let mut runs = runs.into_iter();
         let first = runs.next().ok_or_else(|| Error::input("tune.seeds", "an empty list", "training seeds"))?;
         Ok(SettingOutcome {
-            setting: spec.text.clone(),
+            setting: spec.clone(),
             share: set.as_ref().map(|set| share(set, &parameters)),
             mods: set,
             joint,

@@ -4,10 +4,10 @@ use super::RunConfig;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::modules::ModuleSet;
-use crate::secure::{TuneJob, resolve_mods};
+use crate::secure::{SetSpec, TuneJob};
 use crate::train::PhaseOptions;
 
-/// One setting, written as its base, then `+refusals` or `+attack`:
+/// One setting, written as its base, then `+refusals` or `+attack`; in JSON it is that text.
 ///
 /// | text | is |
 /// |---|---|
@@ -18,26 +18,37 @@ use crate::train::PhaseOptions;
 /// | `reversed` | everything, then Mods_Rob |
 /// | `mods-only` | Mods_Rob alone |
 /// | `ml-lr:BETA` | one phase of both lengths, the rest of the modules at BETA times the rate |
-/// | `warmup:SET` | another set in the place of Mods_Rob: `random:SEED`, `random-without-layer0:SEED`, `complement`, `layer0`, `all`, an expression |
-#[derive(Clone, Debug, PartialEq)]
+/// | `warmup:SET` | another set in the place of Mods_Rob, see [`SetSpec`]: `warmup:random:1` |
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct SettingSpec {
     /// As written.
     pub text: String,
-    base: Base,
+    /// How the model is tuned.
+    pub base: Base,
     /// What is mixed into the training data.
     pub mix: Option<Mix>,
 }
 
+/// How a setting tunes the model.
 #[derive(Clone, Debug, PartialEq)]
-enum Base {
+pub enum Base {
+    /// Not at all.
     Given,
+    /// All parameters, for the steps of phase 2.
     Plain,
+    /// All parameters, for the steps of both phases.
     PlainEqual,
+    /// Mods_Rob, then all parameters.
     Swat,
+    /// All parameters, then Mods_Rob.
     Reversed,
+    /// Mods_Rob alone.
     ModsOnly,
+    /// One phase of both lengths in which modules outside Mods_Rob learn at this multiple of the rate, 0 to 1.
     MlLr(f32),
-    Warmup(String),
+    /// This set, then all parameters.
+    Warmup(SetSpec),
 }
 
 /// What is mixed into the training data.
@@ -70,7 +81,7 @@ impl SettingSpec {
             Some(("ml-lr", beta)) => {
                 Base::MlLr(beta.parse().ok().filter(|b| (0.0..=1.0).contains(b)).ok_or_else(wrong)?)
             }
-            Some(("warmup", set)) => Base::Warmup(set.to_owned()),
+            Some(("warmup", set)) => Base::Warmup(set.parse()?),
             Some(_) => return Err(wrong()),
             None => match base {
                 "given" if mix.is_none() => Base::Given,
@@ -126,9 +137,23 @@ impl SettingSpec {
                 (job.mods, job.rest_lr_factor) = (Some(own()?), *beta);
                 (job.mods_phase, job.all_phase) = (both(&config.tune)?, none);
             }
-            Base::Warmup(set) => job.mods = Some(resolve_mods(set, model, mods, None)?),
+            Base::Warmup(set) => job.mods = Some(set.resolve(model, mods, None)?),
         }
         Ok(job)
+    }
+}
+
+impl TryFrom<String> for SettingSpec {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        Self::parse(&text)
+    }
+}
+
+impl From<SettingSpec> for String {
+    fn from(spec: SettingSpec) -> Self {
+        spec.text
     }
 }
 
@@ -155,7 +180,7 @@ mod tests {
         for text in ["given", "plain", "plain-equal+refusals", "swat+attack", "ml-lr:0.0001", "warmup:random:3"] {
             assert_eq!(SettingSpec::parse(text).unwrap().text, text);
         }
-        for text in ["", "given+refusals", "swat+x", "ml-lr:2", "warm", "swat:1"] {
+        for text in ["", "given+refusals", "swat+x", "ml-lr:2", "warm", "swat:1", "warmup:random:x"] {
             assert!(SettingSpec::parse(text).is_err(), "{text}");
         }
         assert_eq!(SettingSpec::parse("warmup:random:3").unwrap().stem(), "warmup_random_3");

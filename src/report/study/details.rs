@@ -1,11 +1,10 @@
-//! Tables beside the figures: updates by phase, the frozen probe, controls of the map, time.
+//! Tables of the last section: training runs, updates by phase, the frozen probe, controls of the map, wall times.
 
-use super::names::Named;
-use super::results;
-use super::seeds::{by_key, over_seeds, several};
+use super::results::results_table;
+use super::setting::{Setting, by_key, entry, if_means, over_seeds, percent_entry, several};
 use crate::modules::{Cell, ModuleKind};
+use crate::report::chart::Measure;
 use crate::report::format;
-use crate::report::swat::{Measure, entry, results_table};
 use crate::report::table::{Entry, Table};
 use crate::secure::study::{Outcome, RunConfig};
 use crate::secure::{
@@ -14,31 +13,26 @@ use crate::secure::{
 use crate::train::PhaseSummary;
 use std::time::Duration;
 
-/// Those that have rows.
-pub(super) fn details(outcome: &Outcome, config: &RunConfig) -> Vec<Table> {
-    let named = Named::all(outcome, config);
+/// Tables without rows are left out.
+pub(super) fn details(settings: &[Setting<'_>], outcome: &Outcome, config: &RunConfig) -> Vec<Table> {
     let controls = outcome.map.as_ref().map(|map| controls(map, config.search.score));
-    let runs = several(&named).then(|| each_run(&named, config));
-    let tables = [runs, Some(updates(outcome, &named)), Some(drift(&named)), controls, Some(times(outcome, &named))];
+    let runs = several(settings).then(|| each_run(settings, config));
+    let tables =
+        [runs, Some(updates(outcome, settings)), Some(drift(settings)), controls, Some(times(outcome, settings))];
     tables.into_iter().flatten().filter(|table| !table.rows.is_empty()).collect()
 }
 
 /// The table of results with a row for each training run.
-fn each_run(named: &[Named<'_>], config: &RunConfig) -> Table {
-    let runs: Vec<Named<'_>> = named.iter().flat_map(Named::each_run).collect();
-    let mut table = results_table(&results(&runs, config));
+fn each_run(settings: &[Setting<'_>], config: &RunConfig) -> Table {
+    let runs: Vec<Setting<'_>> = settings.iter().flat_map(Setting::each_run).collect();
+    let mut table = results_table(&runs, config);
     table.caption = "Every training run".into();
     table.emphasized.clear();
     table
 }
 
-/// Said where values are means.
-fn means(named: &[Named<'_>], text: &'static str) -> &'static str {
-    if several(named) { text } else { "" }
-}
-
 /// Each phase, as [`compare_updates`] groups it.
-fn updates(outcome: &Outcome, named: &[Named<'_>]) -> Table {
+fn updates(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
     let mut table = Table::new("Updates by phase")
         .column("Setting")
         .column("Phase")
@@ -47,7 +41,7 @@ fn updates(outcome: &Outcome, named: &[Named<'_>]) -> Table {
         .numbers("Embedding, norms, head %", "‖ΔW‖ / ‖W‖")
         .numbers("Rest ÷ Mods_Rob", "");
     let set = outcome.mods.clone().unwrap_or_default();
-    for n in named {
+    for n in settings {
         // Phases in their order, by name.
         let phases = n.tuned().map(|tuned| {
             let found = tuned.updates.phases.iter().map(|phase| compare_updates(phase, &set));
@@ -61,7 +55,7 @@ fn updates(outcome: &Outcome, named: &[Named<'_>]) -> Table {
             };
             let (inside, outside, other) = (mean(|f| f.inside), mean(|f| f.outside), mean(|f| f.other));
             table.row([
-                Entry::text(n.setting.name.as_str()),
+                Entry::text(n.name.as_str()),
                 Entry::text(phase),
                 Entry::fixed(inside * 100.0, 3),
                 Entry::fixed(outside * 100.0, 3),
@@ -72,13 +66,13 @@ fn updates(outcome: &Outcome, named: &[Named<'_>]) -> Table {
     }
     table.note = format!(
         "Norms of all tensors of a group together. The rest: the other projections.{}",
-        means(named, " Means over the training seeds.")
+        if_means(settings, " Means over the training seeds.")
     );
     table
 }
 
 /// The frozen probe after tuning, on the splits that no probe was fitted on.
-fn drift(named: &[Named<'_>]) -> Table {
+fn drift(settings: &[Setting<'_>]) -> Table {
     let mut table = Table::new("Frozen probe after tuning")
         .column("Setting")
         .column("Split")
@@ -88,7 +82,7 @@ fn drift(named: &[Named<'_>]) -> Table {
         .numbers("AUROC", "after tuning")
         .numbers("Refusal as given", "log-odds")
         .numbers("Refusal", "log-odds after tuning");
-    for n in named {
+    for n in settings {
         let splits = n.runs.iter().filter_map(|run| run.drift.as_ref());
         let splits = by_key(splits.map(|drift| drift.splits.iter().map(|(split, drift)| (*split, drift)).collect()));
         for (split, runs) in splits {
@@ -101,33 +95,33 @@ fn drift(named: &[Named<'_>]) -> Table {
             // The model as given is the same for all.
             let base = runs.first().map(|drift| drift.base);
             table.row([
-                Entry::text(n.setting.name.as_str()),
+                Entry::text(n.name.as_str()),
                 Entry::text(split.name()),
                 base.map_or(Entry::missing(), |base| Entry::fixed(base.gap, 2)),
-                entry(over(&|d| Some(d.tuned.gap)), 1.0, 2),
-                entry(over(&|d| d.drop.get(&ScoreKind::Gap).copied()), 100.0, 1),
-                entry(over(&|d| Some(d.tuned.auroc)), 1.0, 3),
+                entry(over(&|d| Some(d.tuned.gap)), 2),
+                percent_entry(over(&|d| d.drop.get(&ScoreKind::Gap).copied())),
+                entry(over(&|d| Some(d.tuned.auroc)), 3),
                 base.and_then(|base| base.refusal).map_or(Entry::missing(), |refusal| Entry::fixed(refusal, 2)),
-                entry(over(&|d| d.tuned.refusal), 1.0, 2),
+                entry(over(&|d| d.tuned.refusal), 2),
             ]);
         }
     }
     table.note = format!(
         "Refusal: log-odds of refusing, harmful minus benign prompts.{}",
-        means(named, " Means over the training seeds; in brackets the lowest and the highest value of a seed.")
+        if_means(settings, " Means over the training seeds; in brackets the range over them.")
     );
     table
 }
 
-/// Whether a drop is one of security or of anything: the map's controls, by kind of module.
+/// Whether a drop is specific to security: the map's controls, by kind of module.
 fn controls(map: &RobustnessMap, score: ScoreKind) -> Table {
     let mut table = Table::new("Controls of the map")
         .column("Module")
         .numbers(format!("Drop of {score}"), "mean over layers")
-        .numbers("Drop of the control", "gap of a probe on a label that has nothing to do with security")
+        .numbers("Drop of the control", "gap of a probe for a label unrelated to security")
         .numbers("Beyond the control", "drop of gap minus that of the control")
         .numbers("Drop per shift", "drop of gap over the relative shift of the output")
-        .numbers("AUROC, probe trained anew", "");
+        .numbers("AUROC, retrained probe", "");
     let mean = |cells: &[&CellRobustness], of: &dyn Fn(&CellRobustness) -> Option<Stat>| {
         let values: Vec<f64> = cells.iter().filter_map(|c| of(c)).map(|stat| stat.mean).collect();
         Stat::of(&values).map_or(Entry::missing(), |s| Entry::plus_minus(s.mean, s.error.unwrap_or(f64::NAN), 3))
@@ -147,21 +141,21 @@ fn controls(map: &RobustnessMap, score: ScoreKind) -> Table {
             mean(&cells, &|c| c.retrained_auroc),
         ]);
     }
-    let clean = map.clean_retrained_auroc.map(|auroc| {
-        format!(" A probe trained anew on the model as given has an AUROC of {}.", format::fixed(auroc, 3))
-    });
+    let clean = map
+        .clean_retrained_auroc
+        .map(|auroc| format!(" On the model as given, a retrained probe has an AUROC of {}.", format::fixed(auroc, 3)));
     table.note = format!("Means over layers with their standard errors.{}", clean.unwrap_or_default());
     table
 }
 
-fn times(outcome: &Outcome, named: &[Named<'_>]) -> Table {
+fn times(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
     let mut table = Table::new("Wall times")
         .column("Stage")
         .numbers("Time", "")
         .numbers("Steps", "")
-        .numbers("Tokens", "with those of prompts")
-        .numbers("Tokens a second", "")
-        .numbers("Memory", "most in use: of the GPU, else of the process");
+        .numbers("Tokens", "prompts included")
+        .numbers("Tokens/s", "")
+        .numbers("Memory", "peak: of the GPU, or of the process");
     let time = |seconds: f64| {
         let text = Duration::try_from_secs_f64(seconds).map(format::duration);
         text.map_or(Entry::missing(), |text| Entry::number(seconds, text))
@@ -172,7 +166,7 @@ fn times(outcome: &Outcome, named: &[Named<'_>]) -> Table {
     if let Some(search) = &outcome.search {
         table.row([Entry::text("search"), time(search.seconds)]);
     }
-    for n in named {
+    for n in settings {
         let runs = n.tuned().count();
         if runs == 0 {
             continue;
@@ -181,10 +175,10 @@ fn times(outcome: &Outcome, named: &[Named<'_>]) -> Table {
         let (steps, tokens) = (sum(|p| p.steps), sum(|p| p.tokens));
         let seconds: f64 = n.tuned().flat_map(|tuned| &tuned.phases).map(|p| p.seconds).sum();
         let memory = n.tuned().map(|tuned| tuned.peak_bytes).max().unwrap_or(0);
-        let times = if runs > 1 { format!(", {runs} runs together") } else { String::new() };
+        let times = if runs > 1 { format!(", {runs} runs") } else { String::new() };
         let speed = tokens as f64 / seconds;
         table.row([
-            Entry::text(format!("tuning: {}{times}", n.setting.name)),
+            Entry::text(format!("tuning: {}{times}", n.name)),
             time(seconds),
             Entry::number(steps as f64, format::count(steps)),
             Entry::number(tokens as f64, format::compact(tokens)),
@@ -192,6 +186,6 @@ fn times(outcome: &Outcome, named: &[Named<'_>]) -> Table {
             Entry::number(memory as f64, format::bytes(memory)),
         ]);
     }
-    table.row([Entry::text("last invocation, all that was not kept"), time(outcome.seconds)]);
+    table.row([Entry::text("last invocation, without cached stages"), time(outcome.seconds)]);
     table
 }

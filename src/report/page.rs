@@ -1,0 +1,102 @@
+//! A self-contained HTML page: it loads nothing, prints, and fits phones and dark mode.
+
+use super::palette::Tone;
+use super::svg::escape;
+use super::table::Table;
+use crate::error::{Error, Result};
+use minijinja::value::Value;
+use minijinja::{Environment, Output, State, UndefinedBehavior, context, escape_formatter};
+use serde::Serialize;
+
+const TEMPLATE: &str = include_str!("page.html.jinja");
+const CSS: &str = include_str!("page.css");
+const JS: &str = include_str!("page.js");
+
+/// A page. In its texts, captions and notes `code` stands between backticks; there is no other markup.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// Heading of the page and title of the document.
+    pub title: String,
+    /// One or two sentences.
+    pub subtitle: String,
+    /// The most important numbers, as tiles above everything else.
+    pub highlights: Vec<Highlight>,
+    /// Two or more get a table of contents.
+    pub sections: Vec<Section>,
+    /// How to repeat the run.
+    pub footer: Footer,
+}
+
+/// A tile with one number.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Highlight {
+    /// What was measured.
+    pub label: String,
+    /// The number with its unit.
+    pub value: String,
+    /// Interval and context, in lines.
+    pub detail: String,
+    /// Colour of the edge.
+    pub tone: Tone,
+}
+
+/// Text, then figures, then tables.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Section {
+    /// Heading, also in the table of contents.
+    pub heading: String,
+    /// Paragraphs separated by blank lines.
+    pub text: String,
+    /// Two side by side where the page is wide enough.
+    pub figures: Vec<Figure>,
+    /// Below the figures.
+    pub tables: Vec<Table>,
+}
+
+/// A drawing with its caption.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Figure {
+    /// `robustness`, for example: tells the figures of a page apart.
+    pub name: String,
+    /// An SVG document of this module: it is **not** escaped.
+    pub svg: String,
+    /// What there is to see.
+    pub caption: String,
+    /// Over both columns.
+    pub wide: bool,
+}
+
+/// What it takes to repeat the run.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Footer {
+    /// The command line; empty = not shown.
+    pub command: String,
+    /// Names and values: seeds, versions, model hash, wall time.
+    pub items: Vec<(String, String)>,
+}
+
+impl Report {
+    /// The page as one HTML document.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where the template does not render, which is a bug.
+    pub fn html(&self) -> Result<String> {
+        let mut environment = Environment::new();
+        environment.set_undefined_behavior(UndefinedBehavior::Strict);
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_formatter(write_value);
+        let tones: Vec<_> = Tone::all().map(|tone| (tone, tone.light().to_string(), tone.dark().to_string())).collect();
+        let values = context! { report => self, tones, css => CSS, js => JS };
+        let html = environment.render_named_str("page.html", TEMPLATE, values);
+        html.map_err(|e| Error::failed(format!("cannot render the report: {e}"), "this is a bug; please report it"))
+    }
+}
+
+/// Text as in drawings, where control characters are replaced too; values that are marked as safe as they are.
+fn write_value(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
+    match value.as_str() {
+        Some(text) if !value.is_safe() => out.write_str(&escape(text)).map_err(minijinja::Error::from),
+        _ => escape_formatter(out, state, value),
+    }
+}
