@@ -99,7 +99,8 @@ fn perturb<B: Backend>(b: &B, len: usize, direction: &Direction<'_, B>, epsilon:
     assert_eq!(plus.get(b), alone.get(b), "with and without the antithetic copy, and the norm at hand");
     let sum: f64 = read(b, &squares).iter().sum();
     let exact: f64 = w.host().iter().map(|w| w * w).sum();
-    assert!((sum - exact).abs() <= 1e-12 * exact, "{sum}, exact {exact}");
+    // A device adds eight at a time in f32.
+    assert!((sum - exact).abs() <= 1e-6 * exact, "{sum}, exact {exact}");
     assert_eq!(w.get(b), w.host(), "the weight itself");
     Pair { plus: plus.get(b), minus: minus.get(b), w: w.host().to_vec() }
 }
