@@ -1,5 +1,7 @@
 //! The stand-in GPU itself: instructions with known answers, planted mistakes that it must see, and the driver's refusals.
 
+#[path = "common/cores.rs"]
+mod cores;
 #[path = "standin/driver_calls.rs"]
 mod driver_calls;
 #[path = "standin/known.rs"]

@@ -3,6 +3,8 @@
 
 mod adamw;
 mod attention;
+#[path = "../common/cores.rs"]
+mod cores;
 mod cross_entropy;
 mod determinism;
 mod embedding;

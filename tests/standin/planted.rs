@@ -11,9 +11,11 @@ const WRONG_NUMBERS: &str = "wrong numbers";
 const ALL: &[i32] = &[0, 1, 2, 3];
 const LATE: &[i32] = &[0, 2];
 const EARLY: &[i32] = &[1, 3];
+/// Where low blocks come first.
+const UP: &[i32] = &[0, 3];
 
 /// Kernel without its ending, devices that show the mistake, and what they say.
-const PLANTED: [(&str, &[i32], &str); 16] = [
+const PLANTED: [(&str, &[i32], &str); 17] = [
     ("missing_barrier", ALL, WRONG_NUMBERS),
     ("missing_second_barrier", ALL, WRONG_NUMBERS),
     ("copy_not_awaited", LATE, WRONG_NUMBERS),
@@ -30,8 +32,9 @@ const PLANTED: [(&str, &[i32], &str); 16] = [
     ("misaligned_matrix", ALL, "ldmatrix: the address of a row is not a multiple of 16"),
     ("lost_lane", ALL, "of which lanes have ended"),
     ("past_buffer", ALL, "illegal address"),
+    ("blocks_not_awaited", UP, WRONG_NUMBERS),
 ];
-const PLANTED_HOPPER: [(&str, &[i32], &str); 10] = [
+const PLANTED_HOPPER: [(&str, &[i32], &str); 13] = [
     ("box_not_awaited", &[0], "more arrivals at an mbarrier"),
     ("box_too_early", &[1], "deadlock"),
     ("no_mbarrier", &[0, 1], "an mbarrier that has not been initialised"),
@@ -42,32 +45,41 @@ const PLANTED_HOPPER: [(&str, &[i32], &str); 10] = [
     ("product_not_awaited", &[0, 1], WRONG_NUMBERS),
     ("operand_overwritten", &[0], WRONG_NUMBERS),
     ("operand_registers_written", &[0, 1], "registers of an operand were written"),
+    ("product_unlike", &[0, 1], "do different things"),
+    ("product_of_some", &[0, 1], "not all warps of a warpgroup"),
+    ("registers_short", &[0, 1], "deadlock"),
 ];
 
 /// Mistakes that leave accesses in no order: seen in the compiled kernel, whichever of them comes first there.
-const RACES: [(&str, &[i32]); 5] = [
+const RACES: [(&str, &[i32]); 9] = [
     ("missing_barrier", ALL),
     ("missing_second_barrier", ALL),
     ("copy_too_early", ALL),
     ("box_too_early", &[0]),
     ("operand_overwritten", &HOPPERS),
+    ("product_orders_lanes", &HOPPERS),
+    ("blocks_not_awaited", ALL),
+    ("blocks_not_fenced", ALL),
+    ("blocks_overlap", ALL),
 ];
 
 /// Whether the kernel gives what it should.
 fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     let n = 512u32;
     let x: Vec<f32> = (0..n).map(|i| i as f32 + 0.5).collect();
-    let (from, to) = (gpu.put(&x), gpu.put(&vec![0f32; n as usize]));
-    let hopper = PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name)) || kernel.starts_with("product");
+    let (from, to) = (gpu.put(&x), gpu.put(&vec![0f32; n as usize + 1]));
+    let product = ["product", "operand", "registers"].iter().any(|of| kernel.starts_with(of));
+    let hopper = product || PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name));
+    let grid = [if kernel.starts_with("blocks") { 2 } else { 1 }, 1, 1];
+    let block = [if kernel.starts_with("registers") { 384 } else { 256 }, 1, 1];
     if hopper {
         let map = tensor_map::<f32>(from, &[256, 2], 1024, &[256, 1], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
         let function = gpu.function("planted_sm90", kernel);
-        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&map), arg(&to), arg(&n)]);
+        gpu.run(function, grid, block, 2048, &mut [arg(&map), arg(&to), arg(&n)]);
     } else {
         let function = gpu.function("planted", kernel);
-        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&from), arg(&to), arg(&n)]);
+        gpu.run(function, grid, block, 2048, &mut [arg(&from), arg(&to), arg(&n)]);
     }
-    let product = kernel.starts_with("product") || kernel.starts_with("operand");
     let right = |i: usize| if product { 64.0 } else { x[i / 256 * 256 + 255 - i % 256] };
     gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == right(i))
 }
@@ -130,6 +142,9 @@ fn right_twins_pass() {
         for (name, ..) in PLANTED {
             assert!(runs_right(&gpu, &format!("{name}_right")), "{name} on device {ordinal}");
         }
+        for name in ["blocks_not_fenced", "blocks_overlap"] {
+            assert!(runs_right(&gpu, &format!("{name}_right")), "{name} on device {ordinal}");
+        }
         let hoppers = PLANTED_HOPPER.iter().map(|(name, ..)| *name).filter(|name| name.split('_').count() > 1);
         for name in hoppers.filter(|_| HOPPERS.contains(&ordinal)) {
             let product = name.starts_with("product") || name.starts_with("operand");
@@ -146,6 +161,26 @@ fn mistakes_are_seen() {
     }
     for (kernel, devices, message) in PLANTED {
         devices.iter().for_each(|ordinal| assert_seen(kernel, *ordinal, message));
+    }
+}
+
+/// Blocks that run one after another hide it; by turns they do not.
+#[test]
+fn blocks_take_turns() {
+    if Gpu::open(0).is_none() {
+        return;
+    }
+    for ordinal in DEVICES {
+        for (kernel, blocks, passes) in [
+            ("blocks_overlap_wrong", "1", true),
+            ("blocks_overlap_wrong", "2", false),
+            ("blocks_overlap_right", "2", true),
+        ] {
+            let output = in_child(kernel, ordinal).env("STANDIN_BLOCKS", blocks).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.success(), passes, "{kernel}, {blocks} by turns, device {ordinal}: {said}");
+            assert!(passes || said.contains(WRONG_NUMBERS), "{said}");
+        }
     }
 }
 
