@@ -47,7 +47,13 @@ use on_every_backend;
 #[test]
 fn compiled_kernels() {
     if !standin::compiled() {
-        standin::compiled_too(&["::cuda_0::", "::cuda_2::", "versions::"]);
+        standin::compiled_too(&[
+            "::cuda_0::",
+            "::cuda_2::",
+            "versions::",
+            "gpu_0::every_epilogue",
+            "gpu_2::every_epilogue",
+        ]);
     }
 }
 

@@ -30,56 +30,58 @@ float add_any(float sum, const float* a, const float* b, int stride, int terms, 
   return fabs((double)near) > fabs(total) ? nextafterf(near, 0.f) : near;
 }
 
-// sums[n] += Σ a[k] · b[k][n] over a block, of a tile of columns; ea and eb are the operands' exponents.
-template <int Tile, int Terms, int Bits>
-inline void add_block(float* sums, const float* a, const int16_t* ea, const float* b, int stride, const int16_t* eb) {
-  int16_t top[Tile], lowest = 0, highest = LOWEST;
-  for (int j = 0; j < Tile; j++) top[j] = exponent(sums[j]);
-  for (int k = 0; k < Terms; k++) {
-    for (int j = 0; j < Tile; j++) top[j] = std::max(top[j], (int16_t)(ea[k] + eb[k * MAX_COLUMNS + j]));
-  }
-  for (int j = 0; j < Tile; j++) {
-    lowest = std::min(lowest, top[j] < OF_ZERO / 2 ? LOWEST : top[j]);
-    highest = std::max(highest, top[j]);
-  }
-  if (lowest < LOWEST || highest > HIGHEST) {
-    for (int j = 0; j < Tile; j++) sums[j] = add_any(sums[j], a, b + j, stride, Terms, Bits);
-    return;
-  }
-  // In units of the last bit that is kept. A product is below 2^(Bits + 2) of them: eight have room in 31 bits, sixteen do not.
-  float units[Tile];
-  int32_t parts[2][Tile];
-  for (int j = 0; j < Tile; j++) {
-    units[j] = __uint_as_float((uint32_t)(Bits - std::max(top[j], LOWEST) + 127) << 23);
-    parts[0][j] = (int32_t)(sums[j] * units[j]);
-    parts[1][j] = 0;
-  }
-  for (int k = 0; k < Terms; k++) {
-    int32_t* const part = parts[k / 8];
-    for (int j = 0; j < Tile; j++) part[j] += (int32_t)(a[k] * b[k * stride + j] * units[j]);
-  }
-  for (int j = 0; j < Tile; j++) {
-    const double total = (double)parts[0][j] + (double)parts[1][j];
-    uint64_t bits;
-    memcpy(&bits, &total, 8);
-    bits &= ~((uint64_t(1) << 29) - 1);
-    double cut;
-    memcpy(&cut, &bits, 8);
-    sums[j] = (float)cut * __uint_as_float((254u << 23) - __float_as_uint(units[j]));
-  }
+// Eight columns at a time. Vectors, because arrays would go through memory.
+constexpr int TILE = 8;
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef int16_t Shorts __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int64_t Longs __attribute__((vector_size(64)));
+template <class V, class T> inline V load(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
 }
 
-template <int Tile> void add_tiles(float* sums, const float* a, const int16_t* ea, const float* b, int stride, const int16_t* eb) {
-  if (block->launch->hopper) {
-    for (int i = 0; i < 16; i++) add_block<Tile, 16, 25>(sums + i * stride, a + 16 * i, ea + 16 * i, b, stride, eb);
-    return;
+// The largest exponents of eight sums: OF_ZERO and below where there are none.
+template <int Terms> inline Shorts tops(const float* sums, const int16_t* ea, const int16_t* eb) {
+  const Ints bits = load<Ints>(sums) & 0x7fffffff, biased = bits >> 23;
+  const Ints finite = (biased > 1 ? biased : 1) - 127;
+  Shorts top = __builtin_convertvector(bits == 0 ? (Ints{} + OF_ZERO) : bits >= 0x7f800000 ? (Ints{} + OF_INFINITY) : finite, Shorts);
+#pragma GCC unroll 16
+  for (int k = 0; k < Terms; k++) {
+    const Shorts other = load<Shorts>(eb + k * MAX_COLUMNS) + ea[k];
+    top = other > top ? other : top;
   }
-  for (int half = 0; half < 16; half += 8) {
-    const float* const below = b + half * stride;
-    const int16_t* const eb_below = eb + half * MAX_COLUMNS;
-    for (int i = 0; i < 16; i++) {
-      add_block<Tile, 8, 24>(sums + i * stride, a + 16 * i + half, ea + 16 * i + half, below, stride, eb_below);
+  return top;
+}
+
+// sums[j] + Σ a[k] · b[k][j] over a block, for eight columns whose largest exponents are these, from LOWEST to HIGHEST.
+template <int Terms, int Bits> inline Floats add_block(const float* sums, const float* a, const float* b, int stride, Shorts top) {
+  // In units of the last bit that is kept. A product is below 2^(Bits + 2) of them: eight have room in 31 bits, sixteen do not.
+  const Ints exponents = (Bits + 127 - __builtin_convertvector(top, Ints)) << 23;
+  const Floats units = load<Floats>(&exponents);
+  Ints parts[2] = {__builtin_convertvector(load<Floats>(sums) * units, Ints), Ints{}};
+#pragma GCC unroll 16
+  for (int k = 0; k < Terms; k++) parts[k / 8] += __builtin_convertvector(a[k] * load<Floats>(b + k * stride) * units, Ints);
+  const Doubles total = __builtin_convertvector(parts[0], Doubles) + __builtin_convertvector(parts[1], Doubles);
+  const Longs cut = load<Longs>(&total) & ~((int64_t(1) << 29) - 1);
+  const Ints inverse = (254 << 23) - exponents;
+  return __builtin_convertvector(load<Doubles>(&cut), Floats) * load<Floats>(&inverse);
+}
+
+template <int Terms, int Bits>
+void add_rows(float* sums, const float* a, const int16_t* ea, const float* b, int stride, const int16_t* eb) {
+  for (int i = 0; i < 16; i++, sums += stride, a += 16, ea += 16) {
+    const Shorts top = tops<Terms>(sums, ea, eb), small = top < LOWEST, none = top < (int16_t)(OF_ZERO / 2);
+    const Shorts far = (small & ~none) | (top > HIGHEST);
+    const auto any = load<__int128>(&far);
+    if (any) {
+      for (int j = 0; j < TILE; j++) sums[j] = add_any(sums[j], a, b + j, stride, Terms, Bits);
+      continue;
     }
+    const Floats next = add_block<Terms, Bits>(sums, a, b, stride, small ? (Shorts{} + LOWEST) : top);
+    memcpy(sums, &next, sizeof next);
   }
 }
 
@@ -91,9 +93,14 @@ void add_products(float* sums, const float* a, const float* b, int columns, int 
   for (int k = 0; k < 16; k++) {
     for (int n = 0; n < columns; n++) eb[k * MAX_COLUMNS + n] = exponent(b[k * stride + n]);
   }
-  int n = 0;
-  for (; n + 32 <= columns; n += 32) add_tiles<32>(sums + n, a, ea, b + n, stride, eb + n);
-  for (; n < columns; n += 8) add_tiles<8>(sums + n, a, ea, b + n, stride, eb + n);
+  for (int n = 0; n < columns; n += TILE) {
+    if (block->launch->hopper) {
+      add_rows<16, 25>(sums + n, a, ea, b + n, stride, eb + n);
+      continue;
+    }
+    add_rows<8, 24>(sums + n, a, ea, b + n, stride, eb + n);
+    add_rows<8, 24>(sums + n, a + 8, ea + 8, b + 8 * stride + n, stride, eb + 8 * MAX_COLUMNS + n);
+  }
 }
 
 }  // namespace standin

@@ -107,20 +107,22 @@ fn races_are_seen() {
     }
     for (kernel, devices) in RACES {
         for ordinal in devices {
-            let run = |ending: &str| {
-                let output =
-                    in_child(&format!("{kernel}_{ending}"), *ordinal).env("SWAT_TEST_CUDA", "ptx").output().unwrap();
+            let run = |kernel: &str| {
+                let output = in_child(kernel, *ordinal).env("SWAT_TEST_CUDA", "ptx").output().unwrap();
                 (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
             };
-            let (passes, said) = run("wrong");
+            let (passes, said) = run(&format!("{kernel}_wrong"));
             assert!(!passes && said.contains("a race: "), "{kernel} on device {ordinal}: {said}");
-            // The right twin of every product is one kernel.
-            if kernel != "operand_overwritten" {
-                let (passes, said) = run("right");
-                assert!(passes, "{kernel} on device {ordinal}: {said}");
-            }
+            let (passes, said) = run(&right_twin(kernel));
+            assert!(passes, "{kernel} on device {ordinal}: {said}");
         }
     }
+}
+
+/// Those with a product of ones and zeros have one.
+fn right_twin(kernel: &str) -> String {
+    let shared = ["product_not", "product_unlike", "product_of", "operand"].iter().any(|of| kernel.starts_with(of));
+    if shared { "product_right".into() } else { format!("{kernel}_right") }
 }
 
 #[track_caller]
@@ -143,13 +145,10 @@ fn right_twins_pass() {
             assert!(runs_right(&gpu, &format!("{name}_right")), "{name} on device {ordinal}");
         }
         for name in ["blocks_not_fenced", "blocks_overlap"] {
-            assert!(runs_right(&gpu, &format!("{name}_right")), "{name} on device {ordinal}");
+            assert!(runs_right(&gpu, &right_twin(name)), "{name} on device {ordinal}");
         }
-        let hoppers = PLANTED_HOPPER.iter().map(|(name, ..)| *name).filter(|name| name.split('_').count() > 1);
-        for name in hoppers.filter(|_| HOPPERS.contains(&ordinal)) {
-            let product = name.starts_with("product") || name.starts_with("operand");
-            let kernel = if product { "product_right".into() } else { format!("{name}_right") };
-            assert!(runs_right(&gpu, &kernel), "{name} on device {ordinal}");
+        for (name, ..) in PLANTED_HOPPER.iter().filter(|_| HOPPERS.contains(&ordinal)) {
+            assert!(runs_right(&gpu, &right_twin(name)), "{name} on device {ordinal}");
         }
     }
 }

@@ -84,7 +84,7 @@ PLANT(too_many_arrivals)
 // The products: y[i] = 64, the sum of 64 registers of ones to which a product of zeros is added.
 template <bool Fence, bool Wait, bool Keep> __device__ __forceinline__ void ones_and_zeros(float* y, uint32_t n) {
   uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
-  words[threadIdx.x % 32] = 0;
+  if (threadIdx.x < 32) words[threadIdx.x] = 0;
   __syncthreads();
   float sums[64];
 #pragma unroll
@@ -94,7 +94,7 @@ template <bool Fence, bool Wait, bool Keep> __device__ __forceinline__ void ones
   const uint64_t zeros = (shared_address(dynamic_shared) & 0x3ffff) >> 4;
   wgmma_bf16<128, false, false>(sums, zeros, zeros);
   wgmma_commit();
-  if (!Keep) words[threadIdx.x % 32] = 0x3f803f80;
+  if (!Keep && threadIdx.x < 32) words[threadIdx.x] = 0x3f803f80;
   if (Wait) wgmma_wait<0>();
   float total = 0.f;
 #pragma unroll
@@ -116,7 +116,7 @@ PLANT_PRODUCT(operand_overwritten_wrong, true, true, false)
 // The same with an operand in registers, which is written meanwhile.
 extern "C" __global__ void __launch_bounds__(256) operand_registers_written_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) {
   uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
-  words[threadIdx.x % 32] = 0;
+  if (threadIdx.x < 32) words[threadIdx.x] = 0;
   __syncthreads();
   float sums[64];
 #pragma unroll
