@@ -1,6 +1,6 @@
 //! Benches of every kernel family and of whole steps, in one executable. `common` tells how to run it.
 
-// tests/bench.rs includes this file too, and uses another part of it.
+// tests/bench/main.rs includes this file too, and uses another part of it.
 #![allow(dead_code)]
 
 pub(crate) mod common;

@@ -3,6 +3,8 @@
 //! With `SWAT_TEST_CUDA=gpu` the instructions with known answers run on this machine's GPU, as nvcc compiles them: whether
 //! the stand-in is right.
 
+#[path = "common/cores.rs"]
+mod cores;
 #[path = "standin/driver_calls.rs"]
 mod driver_calls;
 #[path = "standin/known.rs"]

@@ -1,6 +1,8 @@
-//! Attention by the definition, in f64, and with what the kernels round inside.
+//! Attention by the definition, in f64, and with what the kernels round inside. Sums of tensor cores are those of `cores.rs`
+//! where they show beside that: in the scores, and so in the log-sum-exp.
 #![allow(dead_code)]
 
+use super::cores::Cores;
 use half::bf16;
 use std::ops::Range;
 
@@ -47,28 +49,40 @@ impl Sizes<'_> {
     }
 }
 
-/// What a number goes through on its way into a product.
-pub type Round = fn(f64) -> f64;
-
-pub fn exactly(x: f64) -> f64 {
-    x
+/// How products are taken.
+#[derive(Clone, Copy)]
+pub enum Products {
+    Exact,
+    /// P and dS rounded to bf16 on their way in.
+    Rounded,
+    /// The same, and summed as these tensor cores do.
+    Cores(Cores),
 }
 
 pub fn to_bf16(x: f64) -> f64 {
     bf16::from_f64(x).to_f64()
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+impl Products {
+    fn round(self, x: f64) -> f64 {
+        if matches!(self, Self::Exact) { x } else { to_bf16(x) }
+    }
+
+    /// Σ aᵢ·bᵢ.
+    fn dot(self, a: &[f64], b: &[f64]) -> f64 {
+        let Self::Cores(cores) = self else { return a.iter().zip(b).map(|(a, b)| a * b).sum() };
+        let narrow = |x: &[f64]| x.iter().map(|x| *x as f32).collect::<Vec<_>>();
+        f64::from(cores.dot(&narrow(a), &narrow(&b[..a.len()])))
+    }
 }
 
-/// (O, log-sum-exp), where the weights (before their sum divides) are rounded.
-pub fn attend_rounding(s: &Sizes, q: &[f64], k: &[f64], v: &[f64], round: Round) -> (Vec<f64>, Vec<f64>) {
+/// (O, log-sum-exp), where the weights (before their sum divides) are rounded if the products are.
+pub fn attend_rounding(s: &Sizes, q: &[f64], k: &[f64], v: &[f64], products: Products) -> (Vec<f64>, Vec<f64>) {
     let (mut o, mut lse) = (vec![0.0; s.q_len()], vec![0.0; s.heads * s.tokens()]);
     let width = s.heads * s.head_dim;
     for (row, keys) in s.rows() {
         let own = row * width..(row + 1) * width;
-        for (head, x) in attend_query(s, &q[own.clone()], k, v, keys, &mut o[own], round).into_iter().enumerate() {
+        for (head, x) in attend_query(s, &q[own.clone()], k, v, keys, &mut o[own], products).into_iter().enumerate() {
             lse[head * s.tokens() + row] = x;
         }
     }
@@ -83,15 +97,15 @@ pub fn attend_query(
     v: &[f64],
     keys: Range<usize>,
     o: &mut [f64],
-    round: Round,
+    products: Products,
 ) -> Vec<f64> {
     let heads = q.chunks_exact(s.head_dim).zip(o.chunks_exact_mut(s.head_dim)).enumerate();
     let attend = |(head, (q, o)): (usize, (&[f64], &mut [f64]))| {
-        let scores: Vec<f64> = keys.clone().map(|key| s.scale() * dot(q, &k[s.key_at(key, head)..])).collect();
+        let scores: Vec<f64> = keys.clone().map(|key| s.scale() * products.dot(q, &k[s.key_at(key, head)..])).collect();
         let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let total: f64 = scores.iter().map(|x| (x - top).exp()).sum();
         for (key, score) in keys.clone().zip(&scores) {
-            let p = round((score - top).exp()) / total;
+            let p = products.round((score - top).exp()) / total;
             o.iter_mut().zip(&v[s.key_at(key, head)..]).for_each(|(o, v)| *o += p * v);
         }
         top + total.ln()
@@ -100,19 +114,19 @@ pub fn attend_query(
 }
 
 /// [dQ, dK, dV] from O and the log-sum-exp, where P and dS are rounded before the products with them.
-pub fn gradients(s: &Sizes, [q, k, v, o, lse, d_o]: [&[f64]; 6], round: Round) -> [Vec<f64>; 3] {
+pub fn gradients(s: &Sizes, [q, k, v, o, lse, d_o]: [&[f64]; 6], products: Products) -> [Vec<f64>; 3] {
     let (mut dq, mut dk, mut dv) = (vec![0.0; s.q_len()], vec![0.0; s.kv_len()], vec![0.0; s.kv_len()]);
     for (query, keys) in s.rows() {
         for head in 0..s.heads {
             let row = (query * s.heads + head) * s.head_dim..(query * s.heads + head + 1) * s.head_dim;
-            let delta = dot(&o[row.clone()], &d_o[row.clone()]);
+            let delta = Products::Exact.dot(&o[row.clone()], &d_o[row.clone()]);
             for key in keys.clone() {
                 let at = s.key_at(key, head);
                 let key = at..at + s.head_dim;
-                let score = s.scale() * dot(&q[row.clone()], &k[key.clone()]);
+                let score = s.scale() * products.dot(&q[row.clone()], &k[key.clone()]);
                 let p = (score - lse[head * s.tokens() + query]).exp();
-                let ds = round(p * (dot(&d_o[row.clone()], &v[key.clone()]) - delta));
-                let p = round(p);
+                let ds = products.round(p * (products.dot(&d_o[row.clone()], &v[key.clone()]) - delta));
+                let p = products.round(p);
                 for (q_at, k_at) in row.clone().zip(key) {
                     dq[q_at] += s.scale() * ds * k[k_at];
                     dk[k_at] += s.scale() * ds * q[q_at];

@@ -339,7 +339,7 @@ impl Kernel<'_> {
                     all(self)?.join(", ")
                 )
             }
-            ["bar" | "cp" | "mbarrier" | "fence" | "setmaxnreg" | "wgmma", ..] => {
+            ["bar" | "cp" | "mbarrier" | "fence" | "membar" | "nanosleep" | "setmaxnreg" | "wgmma", ..] => {
                 format!("{}({})", code.replace(['.', ':'], "_").replace("__", "_"), all(self)?.join(", "))
             }
             ["cvta", ref how @ .., "u64"] => format!("cvta_{}({})", how.join("_"), all(self)?.join(", ")),

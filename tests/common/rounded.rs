@@ -2,12 +2,15 @@
 //!
 //! What a kernel computes in f32 is computed in f32 here, in another order; what it stores as bf16 is rounded once. Rounded
 //! inside of an operation: the normalised value of RMSNorm; P and dS of attention, for a head_dim of 64 or 128, by the
-//! largest of the whole row where the kernel goes by that of the tiles so far. log-sum-exps, 1/rms and losses are f32.
+//! largest of the whole row where the kernel goes by that of the tiles so far. log-sum-exps, 1/rms and losses are f32. What tensor
+//! cores cut off of a sum (`cores.rs`) is thousands of times less than the roundings to bf16, and left out.
 
 #[path = "attention.rs"]
 mod attention;
+#[path = "cores.rs"]
+mod cores;
 
-use attention::{Sizes, attend_query, attend_rounding, gradients, to_bf16};
+use attention::{Products, Sizes, attend_query, attend_rounding, gradients};
 use half::bf16;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -219,7 +222,8 @@ impl Backend for Rounded {
         shape: &Attention<'_, Self>,
     ) -> Result<()> {
         let cores = on_tensor_cores(shape, |sizes| {
-            let (values, sums) = attend_rounding(sizes, &read_f64(&q)?, &read_f64(&k)?, &read_f64(&v)?, to_bf16);
+            let (values, sums) =
+                attend_rounding(sizes, &read_f64(&q)?, &read_f64(&k)?, &read_f64(&v)?, Products::Rounded);
             write_f64(&values, o.reborrow())?;
             lse.as_mut().map_or(Ok(()), |lse| write_f64(&sums, lse.reborrow()))
         });
@@ -245,7 +249,7 @@ impl Backend for Rounded {
         let saved = [&q, &k, &v, &o, &lse, &d_o];
         let cores = on_tensor_cores(shape, |sizes| {
             let saved = saved.map(read_f64).into_iter().collect::<Result<Vec<_>>>()?;
-            let results = gradients(sizes, std::array::from_fn(|i| saved[i].as_slice()), to_bf16);
+            let results = gradients(sizes, std::array::from_fn(|i| saved[i].as_slice()), Products::Rounded);
             let into = [dq.reborrow(), dk.reborrow(), dv.reborrow()];
             results.iter().zip(into).try_for_each(|(values, into)| write_f64(values, into))
         });
@@ -278,7 +282,7 @@ impl Backend for Rounded {
             for ((q, o), span) in queries.zip(read(of(&spans))?.chunks_exact(2)) {
                 let (end, rows) = ((span[0] + span[1]) as usize, span[1] as usize);
                 let seen = rows.min(sizes.window.unwrap_or(rows));
-                attend_query(sizes, q, &k, &v, end - seen..end, o, to_bf16);
+                attend_query(sizes, q, &k, &v, end - seen..end, o, Products::Rounded);
             }
             write_f64(&values, o.reborrow())
         });

@@ -3,6 +3,7 @@
 mod grouped;
 
 use super::*;
+use crate::cores::Cores;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision};
 use swat::backend::{Epilogue, LinearShape};
 
@@ -129,7 +130,7 @@ fn writes_only_its_view<B: Backend>(b: &B) {
     assert!(y[..4].iter().chain(&y[4 + tokens * outputs..]).all(|y| *y == 7.0));
 }
 
-/// Operands of a product, its result before the epilogue in f64, and the same as f32 sums.
+/// Operands of a product, its result before the epilogue in f64, and the same as sums of tensor cores.
 struct Case<B: Backend> {
     shape: GemmShape,
     /// Elements before each operand.
@@ -149,10 +150,12 @@ impl<P: Precision> Case<Cuda<P>> {
         let strides_b = if layout == GemmLayout::Tn { (1, k) } else { (n, 1) };
         let (host_a, host_b) = (&a.host[offset..], &b.host[offset..]);
         let exact = product(host_a, strides_a, host_b, strides_b, (m, n, k));
-        let term = |i: usize, j: usize, l: usize| {
-            host_a[i * strides_a.0 + l * strides_a.1] as f32 * host_b[l * strides_b.0 + j * strides_b.1] as f32
-        };
-        let emulated = (0..m * n).map(|c| (0..k).fold(0.0, |sum, l| sum + term(c / n, c % n, l))).collect();
+        let line =
+            |host: &[f64], at: usize, step: usize| (0..k).map(|l| host[at + l * step] as f32).collect::<Vec<_>>();
+        let rows: Vec<_> = (0..m).map(|i| line(host_a, i * strides_a.0, strides_a.1)).collect();
+        let columns: Vec<_> = (0..n).map(|j| line(host_b, j * strides_b.1, strides_b.0)).collect();
+        let cores = Cores::of(cuda.capability().0 as i32);
+        let emulated = (0..m * n).map(|c| cores.dot(&rows[c / n], &columns[c % n])).collect();
         Self { shape, offset, a: a.device, b: b.device, exact, emulated }
     }
 
@@ -229,7 +232,7 @@ const PRODUCTS: [(usize, usize, usize); 12] = [
     (128, 256, 64),
 ];
 
-fn every_version_is_as_exact_as_f32_sums<P: Precision>(cuda: &Cuda<P>) {
+fn every_version_is_as_exact_as_tensor_cores<P: Precision>(cuda: &Cuda<P>) {
     let mut addends = 0;
     for layout in LAYOUTS {
         for (m, n, k) in PRODUCTS {
@@ -366,7 +369,7 @@ macro_rules! on_every_gpu {
 use on_every_gpu;
 
 on_every_gpu!(
-    every_version_is_as_exact_as_f32_sums,
+    every_version_is_as_exact_as_tensor_cores,
     every_epilogue_of_every_version,
     what_is_not_finite_stays_in_its_row,
     blocks_take_several_tiles,

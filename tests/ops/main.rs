@@ -3,6 +3,8 @@
 
 mod adamw;
 mod attention;
+#[path = "../common/cores.rs"]
+mod cores;
 mod cross_entropy;
 mod determinism;
 mod embedding;
@@ -45,7 +47,13 @@ use on_every_backend;
 #[test]
 fn compiled_kernels() {
     if !standin::compiled() {
-        standin::compiled_too(&["::cuda_0::", "::cuda_2::", "versions::"]);
+        standin::compiled_too(&[
+            "::cuda_0::",
+            "::cuda_2::",
+            "versions::",
+            "gpu_0::every_epilogue",
+            "gpu_2::every_epilogue",
+        ]);
     }
 }
 

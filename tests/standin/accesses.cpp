@@ -21,7 +21,6 @@ struct Touch { uint64_t address; int bytes; };
 struct Warp { std::vector<Touch> lanes[32]; };
 struct Totals { uint64_t requests = 0, moved = 0, needed = 0; };
 
-thread_local std::map<const Site*, std::map<int, Warp>> of_block;
 std::mutex lock;
 std::map<const Site*, Totals> totals;
 
@@ -58,6 +57,9 @@ void count_shared(const std::vector<Touch>& request, Totals& sum) {
 
 }  // namespace
 
+// Of a block: what each warp touched by each instruction.
+struct Accesses { std::map<const Site*, std::map<int, Warp>> by_site; };
+
 bool watch(const Launch& launch) {
   if (!asked) return false;
   std::lock_guard<std::mutex> guard(lock);
@@ -66,13 +68,14 @@ bool watch(const Launch& launch) {
 
 void touch(const Site& site, uint64_t address, int bytes) {
   const int rank = block->current->rank;
-  of_block[&site][rank / 32].lanes[rank % 32].push_back({address, bytes});
+  if (!block->accesses) block->accesses = new Accesses();
+  block->accesses->by_site[&site][rank / 32].lanes[rank % 32].push_back({address, bytes});
 }
 
 void count_accesses() {
-  if (of_block.empty()) return;
+  if (!block->accesses || block->accesses->by_site.empty()) return;
   std::lock_guard<std::mutex> guard(lock);
-  for (const auto& [site, warps] : of_block) {
+  for (const auto& [site, warps] : block->accesses->by_site) {
     if (site->joined) continue;
     int joined = 0;
     for (const Site* next = site + 1; next->joined; next++) joined += next->bytes;
@@ -90,7 +93,7 @@ void count_accesses() {
       }
     }
   }
-  of_block.clear();
+  block->accesses->by_site.clear();
 }
 
 }  // namespace standin

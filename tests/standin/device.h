@@ -1,7 +1,8 @@
 // The device language for a C++ compiler: what nvcc knows by itself, and the twin of every wrapper of kernels/prelude.cuh. With it
-// g++ compiles the kernel files as they are. Differences from a GPU: the blocks of a grid run one after another, approximate
-// intrinsics are exact, and there are no caches, bank conflicts or clusters. All shared memory is NaN when a block starts.
+// g++ compiles the kernel files as they are. Differences from a GPU: a block runs alone until it waits for another (see runtime.h),
+// and there are no caches, bank conflicts or clusters. All shared memory is NaN when a block starts.
 #pragma once
+#include "cores.h"
 #include "numbers.h"
 #include "runtime.h"
 
@@ -56,10 +57,10 @@ static inline void __syncwarp(unsigned mask = ~0u) {
 }
 static inline void named_barrier(int id, int threads) { ::standin::barrier(id, threads, true); }
 static inline void named_barrier_arrive(int id, int threads) { ::standin::barrier(id, threads, false); }
-static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+static inline void __threadfence() { ::standin::fence(); }
 static inline void __threadfence_block() {}
 static inline void __threadfence_system() { __threadfence(); }
-static inline void __nanosleep(unsigned) {}
+static inline void __nanosleep(unsigned) { ::standin::sleep(); }
 [[noreturn]] static inline void __trap() { ::standin::die("__trap"); }
 
 // ---- memory
@@ -77,6 +78,7 @@ template <class V> static inline void store_undivided(V* p, V v) { *p = v; }
 namespace standin {
 template <class T, class Change> inline T atomically(T* p, Change change) {
   T old, next;
+  atomic_access(p);
   __atomic_load(p, &old, __ATOMIC_RELAXED);
   do next = change(old);
   while (!__atomic_compare_exchange(p, &old, &next, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
@@ -201,9 +203,6 @@ template <int Pending> static inline void cp_async_wait() {
 
 // ---- tensor cores
 namespace standin {
-inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 // Lanes 8m to 8m + 7 name the rows of matrix m; lane l gets the pair l % 4 of its row l / 4 (transposed: of its column).
 template <int Matrices, bool Transposed> inline void ldmatrix(uint32_t* registers, const void* row) {
   struct Lane { uint32_t* registers; const void* row; } mine{registers, row};
@@ -244,11 +243,7 @@ static inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_
         memcpy(&D[row + 8 * half][column], lane.d + 2 * half, 8);
       }
     }
-    for (int i = 0; i < 16; i++) {
-      for (int k = 0; k < 16; k++) {
-        for (int j = 0; j < 8; j++) D[i][j] += A[i][k] * B[k][j];
-      }
-    }
+    ::standin::add_products(D[0], A[0], B[0], 8, 8);
     for (int l = 0; l < 32; l++) {
       const int row = l >> 2, column = 2 * (l & 3);
       for (int half = 0; half < 2; half++) memcpy(static_cast<Lane*>(each[l])->d + 2 * half, &D[row + 8 * half][column], 8);

@@ -35,15 +35,15 @@ const std::map<int, std::pair<const char*, const char*>> ERRORS = {
 };
 
 constexpr size_t GIB = 1ull << 30;
-constexpr bool LATE = true, EARLY = false, DOWN = true, UP = false;
+constexpr bool LATE = true, EARLY = false, DOWN = true, UP = false, NOISY = true, EXACT = false;
 Device devices[] = {
-    {"stand-in GPU 9.0, late", 9, {LATE, UP}, 64 * GIB, true},
-    {"stand-in GPU 9.0, early", 9, {EARLY, DOWN}, 64 * GIB, true},
-    {"stand-in GPU 8.0, late", 8, {LATE, DOWN}, 64 * GIB, true},
-    {"stand-in GPU 8.0, early", 8, {EARLY, UP}, 64 * GIB, true},
-    {"stand-in GPU 7.0, too old", 7, {LATE, UP}, 64 * GIB, true},
-    {"stand-in GPU 9.0, 1 MiB of memory", 9, {LATE, UP}, 1 << 20, true},
-    {"stand-in GPU 9.0, loads no image", 9, {LATE, UP}, 64 * GIB, false},
+    {"stand-in GPU 9.0, late", 9, {LATE, UP, EXACT}, 64 * GIB, true},
+    {"stand-in GPU 9.0, early", 9, {EARLY, DOWN, NOISY}, 64 * GIB, true},
+    {"stand-in GPU 8.0, late", 8, {LATE, DOWN, NOISY}, 64 * GIB, true},
+    {"stand-in GPU 8.0, early", 8, {EARLY, UP, EXACT}, 64 * GIB, true},
+    {"stand-in GPU 7.0, too old", 7, {LATE, UP, EXACT}, 64 * GIB, true},
+    {"stand-in GPU 9.0, 1 MiB of memory", 9, {LATE, UP, EXACT}, 1 << 20, true},
+    {"stand-in GPU 9.0, loads no image", 9, {LATE, UP, EXACT}, 64 * GIB, false},
 };
 constexpr int DEVICES = sizeof devices / sizeof devices[0];
 

@@ -1,8 +1,9 @@
 // The asynchronous parts of the stand-in's Hopper instructions.
 #include "hopper.h"
-#include "races.h"
 #include <algorithm>
 #include <cmath>
+#include "cores.h"
+#include "races.h"
 
 namespace standin {
 
@@ -93,6 +94,21 @@ void move(const TensorCopy& c) {
   if (c.barrier) mbarrier_add(c.barrier, 0, -(int64_t)box_bytes(m));
 }
 
+// The running warp does this step; the other warps of its warpgroup must do the same one in its place.
+void do_alike(Step step) {
+  const int warp = block->current->rank >> 5;
+  Warpgroup& group = block->hopper->warpgroups[warp >> 2];
+  if (block->warps < (warp | 3) + 1) die("an instruction of the whole warpgroup, of which there are not four warps");
+  const size_t at = group.done[warp & 3]++ - group.first;
+  if (at == group.steps.size()) {
+    group.steps.push_back(step);
+  } else {
+    const Step& other = group.steps[at];
+    if (other.what != step.what || other.a != step.a || other.b != step.b) die("the warps of a warpgroup do different things");
+  }
+  while (!group.steps.empty() && *std::min_element(group.done, group.done + 4) > group.first) group.steps.pop_front(), group.first++;
+}
+
 WarpProducts& my_products() { return block->hopper->products[block->current->rank >> 5]; }
 
 void complete(const Product& product) {
@@ -114,7 +130,15 @@ void Hopper::start() {
   for (auto& mine : written) mine.clear();
   unfenced.clear();
   barriers_fenced = true;
+  for (Warpgroup& group : warpgroups) {
+    group.steps.clear();
+    group.first = 0;
+    std::fill_n(group.done, 4, 0);
+  }
+  // What the compiler gives each thread of a kernel that moves registers: an equal part of all, by the eight.
+  free_registers = 0;
   for (int w = 0; w < block->warps; w++) {
+    registers[w] = std::min(65536 / (32 * block->warps), 256) / 8 * 8;
     products[w].fenced = false;
     products[w].open.clear();
     products[w].groups.clear();
@@ -126,6 +150,9 @@ void Hopper::finish() {
   if (!loads.empty()) die("the block ends while bulk copies into its shared memory are under way");
   for (int i = 0; i < block->warps * 32 && i < MAX_THREADS; i++) {
     if (!stores[i].empty()) die("the block ends while bulk copies out of its shared memory have not been waited for");
+  }
+  for (const Warpgroup& group : warpgroups) {
+    if (!group.steps.empty()) die("the block ends, and not all warps of a warpgroup have done what one has");
   }
   for (int w = 0; w < block->warps; w++) {
     if (!products[w].accumulators.empty()) die("the block ends while wgmma is under way");
@@ -273,6 +300,30 @@ void store_wait(int pending) {
   for (int& group : groups) group -= end;
 }
 
+// ---- registers
+// Those of a warpgroup. A warp that needs more than there are waits for others to give some back.
+void registers_change(int to, bool increase) {
+  if (to % 8 || to < 24 || to > 256) die("setmaxnreg: a multiple of 8 from 24 to 256");
+  meet_all(increase ? 51 : 52, nullptr, [&](void**) {
+    Hopper& hopper = *block->hopper;
+    int& mine = hopper.registers[block->current->rank >> 5];
+    do_alike({increase ? 1 : 2, (uint64_t)to, 0});
+    if (increase ? to < mine : to > mine) die("setmaxnreg: an increase to less, or a decrease to more than there are");
+    while (to - mine > hopper.free_registers) {
+      block->current->awaits = &hopper.free_registers;
+      park();
+    }
+    hopper.free_registers -= to - mine;
+    mine = to;
+    for (int i = 0; !increase && i < block->warps * 32; i++) {
+      Fiber& fiber = block->fibers[i];
+      if (fiber.awaits != &hopper.free_registers) continue;
+      fiber.awaits = nullptr;
+      make_ready(&fiber);
+    }
+  });
+}
+
 // ---- warpgroup products
 // Lane l holds of column group j (8 wide) the pairs at row l / 4, columns 2·(l mod 4), and 8 rows below.
 void Accumulator::take() {
@@ -296,48 +347,11 @@ void Accumulator::give() const {
   }
 }
 
-void product_issue(float* const* d, int columns, Product product) {
-  WarpProducts& mine = my_products();
-  for (Accumulator& a : mine.accumulators) {
-    if (a.registers[0] == d[0]) product.to = &a;
-  }
-  if (!product.to) {
-    if (!mine.fenced) die("wgmma on registers that were free to use, without wgmma_fence before it");
-    product.to = &mine.accumulators.emplace_back();
-    std::copy(d, d + 32, product.to->registers);
-    product.to->columns = columns;
-    product.to->products = 0;
-    product.to->first_row = (block->current->rank >> 5 & 3) * 16;
-    product.to->take();
-  }
-  if (product.to->columns != columns) die("wgmma of different shapes on the same registers at a time");
-  product.to->products++;
-  if (!block->launch->habits.late) product.run(product);
-  mine.open.push_back(product);
-}
-
-void product_commit() {
-  WarpProducts& mine = my_products();
-  mine.groups.push_back(std::move(mine.open));
-  mine.open.clear();
-}
-
-void product_wait(int pending) {
-  WarpProducts& mine = my_products();
-  while ((int)mine.groups.size() > pending) {
-    for (const Product& product : mine.groups.front()) {
-      if (block->launch->habits.late) product.run(product);
-      complete(product);
-    }
-    mine.groups.erase(mine.groups.begin());
-  }
-  mine.fenced = false;
-}
-
 // A descriptor: start, leading and stride offsets in 16 bytes, swizzle. Canonical layouts in pieces T of 8 bf16 (16 bytes):
 //   k contiguous:  swizzled ((8, m), (T, 2)) : ((span, stride), (1, T));   none ((8, m), (T, 2)) : ((T, stride), (1, leading))
 //   m contiguous:  swizzled ((T, span / T, m), (8, k)) : ((1, T, leading), (span, stride));
 //                  none     ((T, 1, m), (8, k)) : ((1, T, stride), (T, leading))
+// Eight bf16 as floats: for a contiguous k, k = 8·chunk … of row `line`; else rows 8·chunk … at k = `line`.
 void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, int chunk) {
   const auto field = [&](int bit) { return (size_t)(descriptor >> bit & 0x3fff) << 4; };
   const size_t start = field(0), leading = field(16), stride = field(32);
@@ -357,6 +371,79 @@ void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, i
   uint16_t bits[8];
   memcpy(bits, piece, 16);
   for (int i = 0; i < 8; i++) out[i] = __uint_as_float((uint32_t)bits[i] << 16);
+}
+
+void multiply(const Product& p) {
+  alignas(32) float a[16][16], b[16][MAX_COLUMNS];
+  const int row = p.to->first_row;
+  float x[8];
+  for (int i = 0; i < 16; i++) {
+    for (int half = 0; half < 2; half++) {
+      if (p.in_registers) {
+        for (int e = 0; e < 8; e++) {
+          const uint32_t pair = p.registers[4 * (i & 7) + e / 2][2 * half + i / 8];
+          a[i][8 * half + e] = e & 1 ? high_half(pair) : low_half(pair);
+        }
+      } else if (p.trans_a) {
+        operand_chunk(x, p.a, true, i, row / 8 + half);
+        for (int e = 0; e < 8; e++) a[8 * half + e][i] = x[e];
+      } else {
+        operand_chunk(&a[i][8 * half], p.a, false, row + i, half);
+      }
+    }
+  }
+  for (int k = 0; p.trans_b && k < 16; k++) {
+    for (int n = 0; n < p.columns; n += 8) operand_chunk(&b[k][n], p.b, true, k, n / 8);
+  }
+  for (int n = 0; !p.trans_b && n < p.columns; n++) {
+    for (int half = 0; half < 2; half++) {
+      operand_chunk(x, p.b, false, n, half);
+      for (int e = 0; e < 8; e++) b[8 * half + e][n] = x[e];
+    }
+  }
+  for (int i = 0; !p.accumulate && i < 16; i++) std::fill_n(p.to->sums[i], p.columns, 0.f);
+  add_products(p.to->sums[0], a[0], b[0], p.columns, MAX_COLUMNS);
+}
+
+void product_issue(float* const* d, Product product) {
+  WarpProducts& mine = my_products();
+  const int kind = product.trans_a | product.trans_b << 1 | product.in_registers << 2 | product.accumulate << 3;
+  do_alike({product.columns << 4 | kind, product.a, product.b});
+  if (block->watching) begin_product();
+  for (Accumulator& a : mine.accumulators) {
+    if (a.registers[0] == d[0]) product.to = &a;
+  }
+  if (!product.to) {
+    if (!mine.fenced) die("wgmma on registers that were free to use, without wgmma_fence before it");
+    product.to = &mine.accumulators.emplace_back();
+    std::copy(d, d + 32, product.to->registers);
+    product.to->columns = product.columns;
+    product.to->products = 0;
+    product.to->first_row = (block->current->rank >> 5 & 3) * 16;
+    product.to->take();
+  }
+  if (product.to->columns != product.columns) die("wgmma of different shapes on the same registers at a time");
+  product.to->products++;
+  if (!block->launch->habits.late) multiply(product);
+  mine.open.push_back(product);
+}
+
+void product_commit() {
+  WarpProducts& mine = my_products();
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+
+void product_wait(int pending) {
+  WarpProducts& mine = my_products();
+  while ((int)mine.groups.size() > pending) {
+    for (const Product& product : mine.groups.front()) {
+      if (block->launch->habits.late) multiply(product);
+      complete(product);
+    }
+    mine.groups.erase(mine.groups.begin());
+  }
+  mine.fenced = false;
 }
 
 }  // namespace standin

@@ -3,6 +3,7 @@
 // store or a product, and what a bulk store has still to read may not be written: seen of stmatrix, and in compiled kernels of every
 // write.
 #pragma once
+#include <deque>
 #include <initializer_list>
 #include <list>
 #include <unordered_map>
@@ -39,12 +40,12 @@ inline unsigned char* swizzled(unsigned char* p, int swizzle) {
 // One wgmma of one warp: 16 of the 64 rows.
 struct Accumulator;
 struct Product {
-  Accumulator* to;
+  int columns;
+  bool trans_a, trans_b, in_registers, accumulate;
   uint64_t a, b;                  // descriptors
-  const uint32_t* fragments[32];  // a, where it is not in shared memory
+  Accumulator* to;
+  const uint32_t* fragments[32];  // a, where it is in registers
   uint32_t registers[32][4];      // what these held
-  bool accumulate;
-  void (*run)(const Product& product);
 };
 // The registers of a warp that products under way add to. Meanwhile the threads see NaN in them.
 struct Accumulator {
@@ -61,6 +62,16 @@ struct WarpProducts {
   std::list<Accumulator> accumulators;
 };
 
+// What the four warps of a warpgroup must all do, in this order; the steps that some of them still have before them.
+struct Step {
+  int what;
+  uint64_t a, b;
+};
+struct Warpgroup {
+  std::deque<Step> steps;
+  size_t first, done[4];  // steps in front of `steps`, and those that each warp has done
+};
+
 // What of the asynchronous Hopper instructions a block has under way.
 struct Hopper {
   std::vector<TensorCopy> loads;
@@ -74,6 +85,8 @@ struct Hopper {
   std::vector<uintptr_t> written[MAX_THREADS];
   std::unordered_map<uintptr_t, int> unfenced;
   bool barriers_fenced;
+  Warpgroup warpgroups[MAX_WARPS / 4];
+  int registers[MAX_WARPS], free_registers;  // of each thread of a warp; of the block, in registers of a warp's thread
   void start();
   void finish();
 };
@@ -90,58 +103,12 @@ STANDIN_API void store_wait(int pending);
 STANDIN_API void write_unfenced(const void* at, int bytes);
 STANDIN_API void fence_writes();
 STANDIN_API void read_fenced(const void* at, int bytes);
-STANDIN_API void product_issue(float* const* d, int columns, Product product);
+STANDIN_API void product_issue(float* const* d, Product product);
 STANDIN_API void product_commit();
 STANDIN_API void product_wait(int pending);
 STANDIN_API bool finish_awaited_copy();
-// Eight bf16 of a wgmma operand as floats: for a contiguous k, k = 8·chunk … of row `line`; else rows 8·chunk … at k = `line`.
-STANDIN_API void operand_chunk(float* out, uint64_t descriptor, bool transposed, int line, int chunk);
-
-template <int N, bool TransA, bool TransB, bool InRegisters> void multiply(const Product& p) {
-  alignas(32) float A[16][16], B[16][N];
-  const int row = p.to->first_row;
-  for (int i = 0; i < 16; i++) {
-    for (int half = 0; half < 2; half++) {
-      float x[8];
-      if (InRegisters) {
-        for (int e = 0; e < 8; e++) {
-          const uint32_t pair = p.registers[4 * (i & 7) + e / 2][2 * half + i / 8];
-          x[e] = e & 1 ? high_half(pair) : low_half(pair);
-        }
-      } else if (TransA) {
-        operand_chunk(x, p.a, true, i, row / 8 + half);
-      } else {
-        operand_chunk(x, p.a, false, row + i, half);
-      }
-      for (int e = 0; e < 8; e++) (TransA && !InRegisters ? A[8 * half + e][i] : A[i][8 * half + e]) = x[e];
-    }
-  }
-  if (TransB) {
-    for (int k = 0; k < 16; k++) {
-      for (int n = 0; n < N; n += 8) operand_chunk(&B[k][n], p.b, true, k, n / 8);
-    }
-  } else {
-    for (int n = 0; n < N; n++) {
-      for (int half = 0; half < 2; half++) {
-        float x[8];
-        operand_chunk(x, p.b, false, n, half);
-        for (int e = 0; e < 8; e++) B[8 * half + e][n] = x[e];
-      }
-    }
-  }
-  constexpr int TILE = N % 32 == 0 ? 32 : 8;
-  for (int i = 0; i < 16; i++) {
-    float* sums = p.to->sums[i];
-    for (int n = 0; n < N; n += TILE) {
-      float tile[TILE];
-      for (int j = 0; j < TILE; j++) tile[j] = p.accumulate ? sums[n + j] : 0.f;
-      for (int k = 0; k < 16; k++) {
-        for (int j = 0; j < TILE; j++) tile[j] += A[i][k] * B[k][n + j];
-      }
-      for (int j = 0; j < TILE; j++) sums[n + j] = tile[j];
-    }
-  }
-}
+// setmaxnreg: the pool of the block has what its warps have given back.
+STANDIN_API void registers_change(int to, bool increase);
 
 template <int N, bool TransA, bool TransB, bool InRegisters>
 inline void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate) {
@@ -149,7 +116,7 @@ inline void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, ui
   struct Lane { float* d; const uint32_t* a; } mine{d, a_registers};
   const int what = 1024 + N + 512 * TransA + 1024 * TransB + 2048 * InRegisters;
   meet_all(what, &mine, [&](void** each) {
-    Product product{nullptr, a, b, {}, {}, accumulate, multiply<N, TransA, TransB, InRegisters>};
+    Product product{N, TransA, TransB, InRegisters, accumulate, a, b, nullptr, {}, {}};
     float* registers[32];
     for (int l = 0; l < 32; l++) {
       const Lane& lane = *static_cast<Lane*>(each[l]);
@@ -157,7 +124,7 @@ inline void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, ui
       product.fragments[l] = lane.a;
       if (InRegisters) memcpy(product.registers[l], lane.a, sizeof product.registers[l]);
     }
-    product_issue(registers, N, product);
+    product_issue(registers, product);
   });
 }
 
@@ -228,5 +195,5 @@ template <int N, int TransB>
 static inline void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate = true) {
   ::standin::wgmma<N, false, TransB != 0, true>(d, a, 0, b, accumulate);
 }
-template <int Registers> static inline void registers_increase() { static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256); }
-template <int Registers> static inline void registers_decrease() { static_assert(Registers % 8 == 0 && Registers >= 24 && Registers <= 256); }
+template <int Registers> static inline void registers_increase() { ::standin::registers_change(Registers, true); }
+template <int Registers> static inline void registers_decrease() { ::standin::registers_change(Registers, false); }

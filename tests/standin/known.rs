@@ -1,6 +1,7 @@
 //! Instructions with known answers, on every device that has them.
 
 use super::*;
+use crate::cores::{AMPERE, HOPPER};
 use half::bf16;
 use std::path::PathBuf;
 use std::process::Command;
@@ -78,22 +79,25 @@ fn normals(stream: u64, len: usize) -> Vec<bf16> {
     (0..len).map(|_| bf16::from_f64(rng.normal())).collect()
 }
 
-/// Rows of `a` (m × k) times rows of `b` (n × k).
-fn product(a: &[f64], b: &[f64], [m, n, k]: [usize; 3]) -> Vec<f64> {
-    let dot = |i: usize, j: usize| (0..k).map(|l| a[i * k + l] * b[j * k + l]).sum();
-    (0..m * n).map(|at| dot(at / n, at % n)).collect()
+/// Rows of `a` (m × k) times rows of `b` (n × k), as the tensor cores of a device sum.
+fn product_of_cores(a: &[bf16], b: &[bf16], [m, n, k]: [usize; 3], ordinal: i32) -> Vec<f32> {
+    let [a, b] = [a, b].map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
+    let cores = if HOPPERS.contains(&ordinal) { HOPPER } else { AMPERE };
+    (0..m * n).map(|at| cores.dot(&a[at / n * k..][..k], &b[at % n * k..][..k])).collect()
 }
 
-fn wide(x: &[bf16]) -> Vec<f64> {
-    x.iter().map(|x| x.to_f64()).collect()
-}
-
-#[track_caller]
-fn assert_near(got: &[f32], exact: &[f64], what: &str) {
-    assert_eq!(got.len(), exact.len());
-    for (i, (got, exact)) in got.iter().zip(exact).enumerate() {
-        assert!((*got as f64 - exact).abs() < 1e-4, "{what}: element {i} is {got}, exact {exact}");
-    }
+/// Beside a large number tensor cores keep of small ones what reaches the bits below its exponent.
+#[test]
+fn tensor_cores_cut_off() {
+    let small = 2f32.powi(-25);
+    let sums =
+        |first: f32, four: f32| [HOPPER, AMPERE].map(|cores| cores.dot(&[1.0; 5], &[first, four, four, four, four]));
+    assert_eq!(sums(1.0, small), [1.0 + 4.0 * small, 1.0]);
+    assert_eq!(sums(1.0, 1.5 * small), [1.0 + 4.0 * small, 1.0]);
+    assert_eq!(sums(1.0, 2.0 * small), [1.0 + 8.0 * small; 2]);
+    assert_eq!(sums(1.0, -small), [1.0 - 4.0 * small, 1.0]);
+    assert_eq!(sums(-1.0, -small), [-1.0 - 4.0 * small, -1.0]);
+    assert_eq!(sums(-1.0, -0.5 * small), [-1.0; 2]);
 }
 
 #[test]
@@ -125,8 +129,11 @@ fn mma_multiplies() {
         let (a, b) = (normals(1, 256), normals(2, 128));
         let (pa, pb, pd) = (gpu.put(&a), gpu.put(&b), gpu.put(&[0f32; 128]));
         gpu.run(gpu.function("known", "known_mma"), [1; 3], [32, 1, 1], 0, &mut [arg(&pa), arg(&pb), arg(&pd)]);
-        let transposed: Vec<f64> = (0..128).map(|i| b[i % 16 * 8 + i / 16].to_f64()).collect();
-        assert_near(&gpu.get(pd, 128), &product(&wide(&a), &transposed, [16, 8, 16]), "mma");
+        // Half of the same product twice.
+        let (a, b): (Vec<bf16>, Vec<bf16>) =
+            ((0..512).map(|i| a[i / 32 * 16 + i % 16]).collect(), (0..256).map(|i| b[i % 16 * 8 + i / 32]).collect());
+        let twice = product_of_cores(&a, &b, [16, 8, 32], ordinal);
+        assert_eq!(gpu.get::<f32>(pd, 128), twice.iter().map(|x| 0.5 * x).collect::<Vec<_>>());
     }
 }
 
@@ -489,8 +496,8 @@ fn wgmma_multiplies_in_every_canonical_layout() {
             let function = gpu.function("known_sm90", &format!("known_wgmma{n}_{name}"));
             let arguments = &mut [arg(&from), arg(&bytes), arg(&operands), arg(&to)];
             gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
-            let exact = product(&wide(&a), &wide(&b), [64, n, 64]);
-            assert_near(&gpu.get(to, 64 * n), &exact, &format!("wgmma{n} {name}, layout {layout}, device {ordinal}"));
+            let expected = product_of_cores(&a, &b, [64, n, 64], ordinal);
+            assert!(gpu.get::<f32>(to, 64 * n) == expected, "wgmma{n} {name}, layout {layout}, device {ordinal}");
         }
     }
 }
@@ -512,8 +519,8 @@ fn wgmma_takes_an_operand_from_registers() {
             let bytes = (n * 128) as u32;
             let arguments = &mut [arg(&pa), arg(&pb), arg(&bytes), arg(&operands), arg(&pd)];
             gpu.run(function, [1; 3], [128, 1, 1], bytes, arguments);
-            let exact = product(&wide(&a), &wide(&b), [64, n, 64]);
-            assert_near(&gpu.get(pd, 64 * n), &exact, &format!("registers{n} {name}, device {ordinal}"));
+            let expected = product_of_cores(&a, &b, [64, n, 64], ordinal);
+            assert!(gpu.get::<f32>(pd, 64 * n) == expected, "registers{n} {name}, device {ordinal}");
         }
     }
 }

@@ -141,6 +141,7 @@ int standin::prepare(Function* f, const Dimensions& d, void** parameters, Launch
   launch.ends = device->ends;
   launch.kernel = f->kernel;
   launch.habits = device->habits;
+  launch.hopper = device->major >= 9;
   launch.grid = {d.gx, d.gy, d.gz};
   launch.block = {d.bx, d.by, d.bz};
   launch.shared = d.shared;

@@ -1,23 +1,19 @@
-// The stand-in's arithmetic: the device's intrinsics, exact where the device approximates.
+// The stand-in's arithmetic: the device's intrinsics. What the device approximates is exact, or on noisy devices off by as much as the PTX
+// manual (ISA 9.0) allows.
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include "types.h"
+#include "runtime.h"
 
 using std::max;
 using std::min;
 
 // glibc's headers declare some of these names for themselves, so they are macros here.
-#define __expf expf
-#define __exp10f exp10f
-#define __logf logf
-#define __log2f log2f
-#define __log10f log10f
-#define __sinf sinf
-#define __cosf cosf
-#define __tanf tanf
-#define __powf powf
-#define __sincosf sincosf
+#define __expf(x) exp2_approx((x) * 1.44269504f)
+#define __log2f log2_approx
+#define __logf(x) (log2_approx(x) * 0.693147181f)
+#define __sinf sin_approx
+#define __cosf cos_approx
 
 namespace standin {
 // Keeps the compiler from contracting a product and a sum, which the intrinsics that name a rounding forbid.
@@ -27,6 +23,17 @@ static inline float rounded(float x) {
 }
 // Subnormal numbers are zeros to the instructions marked .ftz.
 static inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.f, x) : x; }
+
+// The exact result of an approximate instruction as a device gives it. A noisy one is off by up to `ulps` units in the last place, and by
+// up to `absolute`; by how much, the operand alone decides.
+static inline float approximate(float exact, float operand, int ulps, float absolute = 0.f) {
+  if (!block->launch->habits.noisy || !std::isfinite(exact) || (exact == 0.f && absolute == 0.f)) return exact;
+  uint32_t hash = __float_as_uint(operand) * 0x9e3779b1u;
+  hash = (hash ^ hash >> 15) * 0x85ebca6bu;
+  hash ^= hash >> 13;
+  const float off = exact + absolute * ((float)(hash >> 8) * 0x1p-23f - 1.f);
+  return ulps ? __uint_as_float(__float_as_uint(off) + hash % (2u * (unsigned)ulps + 1u) - (unsigned)ulps) : off;
+}
 }  // namespace standin
 
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
@@ -39,19 +46,24 @@ static inline float __fsqrt_rn(float x) { return sqrtf(x); }
 static inline float __frsqrt_rn(float x) { return (float)(1.0 / sqrt((double)x)); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __saturatef(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
-static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+static inline float rsqrtf(float x) { return standin::approximate(1.f / sqrtf(x), x, 2); }
 static inline float sinpif(float x) { return (float)sin(M_PI * fmod((double)x, 2.0)); }
 static inline float cospif(float x) { return (float)cos(M_PI * fmod((double)x, 2.0)); }
 static inline void sincospif(float x, float* s, float* c) { *s = sinpif(x), *c = cospif(x); }
 
-static inline float exp2_approx(float x) { return standin::flushed(exp2f(standin::flushed(x))); }
-static inline float log2_approx(float x) { return log2f(standin::flushed(x)); }
-static inline float sqrt_approx(float x) { return sqrtf(standin::flushed(x)); }
-static inline float rsqrt_approx(float x) { return 1.f / sqrtf(standin::flushed(x)); }
-static inline float rcp_approx(float x) { return standin::flushed(1.f / standin::flushed(x)); }
-static inline float sin_approx(float x) { return standin::flushed(sinf(standin::flushed(x))); }
-static inline float cos_approx(float x) { return cosf(standin::flushed(x)); }
-static inline float tanh_approx(float x) { return tanhf(x); }
+namespace standin {
+static inline float ex2(float x) { return x == 0.f ? 1.f : approximate(exp2f(x), x, 2); }
+static inline float lg2(float x) { return approximate(log2f(x), x, 2, x >= 0.5f && x <= 2.f ? 0x1p-22f : 0.f); }
+// Off by up to 2^−20.5, within [−π, π].
+static inline float sine(float x) { return approximate(sinf(x), x, 0, 6.75e-7f); }
+static inline float cosine(float x) { return approximate(cosf(x), x, 0, 6.75e-7f); }
+}  // namespace standin
+static inline float exp2_approx(float x) { return standin::flushed(standin::ex2(standin::flushed(x))); }
+static inline float log2_approx(float x) { return standin::lg2(standin::flushed(x)); }
+static inline float sqrt_approx(float x) { return standin::approximate(sqrtf(standin::flushed(x)), x, 1); }
+static inline float rcp_approx(float x) { return standin::flushed(standin::approximate(1.f / standin::flushed(x), x, 1)); }
+static inline float sin_approx(float x) { return standin::flushed(standin::sine(standin::flushed(x))); }
+static inline float cos_approx(float x) { return standin::flushed(standin::cosine(standin::flushed(x))); }
 
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 static inline int __mulhi(int a, int b) { return (int)((int64_t)a * b >> 32); }

@@ -14,9 +14,11 @@ const RACE: &str = "a race: ";
 const ALL: &[i32] = &[0, 1, 2, 3];
 const LATE: &[i32] = &[0, 2];
 const EARLY: &[i32] = &[1, 3];
+/// Where low blocks come first.
+const UP: &[i32] = &[0, 3];
 
 /// Kernel without its ending, devices that show the mistake, and what they say.
-const PLANTED: [(&str, &[i32], &str); 16] = [
+const PLANTED: [(&str, &[i32], &str); 17] = [
     ("missing_barrier", ALL, WRONG_NUMBERS),
     ("missing_second_barrier", ALL, WRONG_NUMBERS),
     ("copy_not_awaited", LATE, WRONG_NUMBERS),
@@ -33,8 +35,9 @@ const PLANTED: [(&str, &[i32], &str); 16] = [
     ("misaligned_matrix", ALL, "ldmatrix: the address of a row is not a multiple of 16"),
     ("lost_lane", ALL, "of which lanes have ended"),
     ("past_buffer", ALL, "illegal address"),
+    ("blocks_not_awaited", UP, WRONG_NUMBERS),
 ];
-const PLANTED_HOPPER: [(&str, &[i32], &str); 14] = [
+const PLANTED_HOPPER: [(&str, &[i32], &str); 17] = [
     ("box_not_awaited", &[0], "more arrivals at an mbarrier"),
     ("box_too_early", &[1], "deadlock"),
     ("no_mbarrier", &[0, 1], "an mbarrier that has not been initialised"),
@@ -49,11 +52,14 @@ const PLANTED_HOPPER: [(&str, &[i32], &str); 14] = [
     ("store_too_early", &[0, 1], WRONG_NUMBERS),
     ("store_overwritten", &[0, 1], STILL_READ),
     ("store_left_over", &[0, 1], "bulk copies out of its shared memory have not been waited for"),
+    ("product_unlike", &[0, 1], "do different things"),
+    ("product_of_some", &[0, 1], "not all warps of a warpgroup"),
+    ("registers_short", &[0, 1], "deadlock"),
 ];
 
 /// Mistakes that are seen in the compiled kernel: accesses in no order, whichever of them comes first there, and writes that
 /// bulk copies and products may not see.
-const COMPILED: [(&str, &[i32], &str); 9] = [
+const COMPILED: [(&str, &[i32], &str); 13] = [
     ("missing_barrier", ALL, RACE),
     ("missing_second_barrier", ALL, RACE),
     ("copy_too_early", ALL, RACE),
@@ -63,32 +69,34 @@ const COMPILED: [(&str, &[i32], &str); 9] = [
     ("store_not_fenced", &HOPPERS, NOT_FENCED),
     ("store_too_early", &HOPPERS, RACE),
     ("store_overwritten", &HOPPERS, STILL_READ),
+    ("product_orders_lanes", &HOPPERS, RACE),
+    ("blocks_not_awaited", &HOPPERS, RACE),
+    ("blocks_not_fenced", &HOPPERS, RACE),
+    ("blocks_overlap", &HOPPERS, RACE),
 ];
-
-/// The kernels of products; the right twin of each is one kernel.
-fn is_product(kernel: &str) -> bool {
-    kernel.starts_with("product") || kernel.starts_with("operand")
-}
 
 /// Whether the kernel gives what it should.
 fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     let n = 512u32;
     let x: Vec<f32> = (0..n).map(|i| i as f32 + 0.5).collect();
-    let (from, to) = (gpu.put(&x), gpu.put(&vec![0f32; n as usize]));
-    let hopper = PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name)) || is_product(kernel);
+    let (from, to) = (gpu.put(&x), gpu.put(&vec![0f32; n as usize + 1]));
+    let product = ["product", "operand", "registers"].iter().any(|of| kernel.starts_with(of));
+    let hopper = product || PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name));
+    let grid = [if kernel.starts_with("blocks") { 2 } else { 1 }, 1, 1];
+    let block = [if kernel.starts_with("registers") { 384 } else { 256 }, 1, 1];
     if kernel.starts_with("store") {
         let map = tensor_map::<f32>(to, &[256, 2, 1], 1024, &[256, 1, 1], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
         let function = gpu.function("planted_sm90", kernel);
-        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&map), arg(&from), arg(&n)]);
+        gpu.run(function, grid, block, 2048, &mut [arg(&map), arg(&from), arg(&n)]);
     } else if hopper {
         let map = tensor_map::<f32>(from, &[256, 2], 1024, &[256, 1], CU_TENSOR_MAP_SWIZZLE_NONE).unwrap();
         let function = gpu.function("planted_sm90", kernel);
-        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&map), arg(&to), arg(&n)]);
+        gpu.run(function, grid, block, 2048, &mut [arg(&map), arg(&to), arg(&n)]);
     } else {
         let function = gpu.function("planted", kernel);
-        gpu.run(function, [1; 3], [256, 1, 1], 2048, &mut [arg(&from), arg(&to), arg(&n)]);
+        gpu.run(function, grid, block, 2048, &mut [arg(&from), arg(&to), arg(&n)]);
     }
-    let right = |i: usize| if is_product(kernel) { 64.0 } else { x[i / 256 * 256 + 255 - i % 256] };
+    let right = |i: usize| if product { 64.0 } else { x[i / 256 * 256 + 255 - i % 256] };
     gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == right(i))
 }
 
@@ -115,18 +123,22 @@ fn mistakes_of_compiled_kernels_are_seen() {
     }
     for (kernel, devices, message) in COMPILED {
         for ordinal in devices {
-            let run = |ending: &str| {
-                let name = if is_product(kernel) && ending == "right" { "product" } else { kernel };
-                let output =
-                    in_child(&format!("{name}_{ending}"), *ordinal).env("SWAT_TEST_CUDA", "ptx").output().unwrap();
+            let run = |kernel: &str| {
+                let output = in_child(kernel, *ordinal).env("SWAT_TEST_CUDA", "ptx").output().unwrap();
                 (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
             };
-            let (passes, said) = run("wrong");
+            let (passes, said) = run(&format!("{kernel}_wrong"));
             assert!(!passes && said.contains(message), "{kernel} on device {ordinal}: {said}");
-            let (passes, said) = run("right");
+            let (passes, said) = run(&right_twin(kernel));
             assert!(passes, "{kernel} on device {ordinal}: {said}");
         }
     }
+}
+
+/// Those with a product of ones and zeros have one.
+fn right_twin(kernel: &str) -> String {
+    let shared = ["product_not", "product_unlike", "product_of", "operand"].iter().any(|of| kernel.starts_with(of));
+    if shared { "product_right".into() } else { format!("{kernel}_right") }
 }
 
 #[track_caller]
@@ -148,10 +160,11 @@ fn right_twins_pass() {
         for (name, ..) in PLANTED {
             assert!(runs_right(&gpu, &format!("{name}_right")), "{name} on device {ordinal}");
         }
-        let hoppers = PLANTED_HOPPER.iter().map(|(name, ..)| *name).filter(|name| name.split('_').count() > 1);
-        for name in hoppers.filter(|_| HOPPERS.contains(&ordinal)) {
-            let kernel = if is_product(name) { "product_right".into() } else { format!("{name}_right") };
-            assert!(runs_right(&gpu, &kernel), "{name} on device {ordinal}");
+        for name in ["blocks_not_fenced", "blocks_overlap"] {
+            assert!(runs_right(&gpu, &right_twin(name)), "{name} on device {ordinal}");
+        }
+        for (name, ..) in PLANTED_HOPPER.iter().filter(|_| HOPPERS.contains(&ordinal)) {
+            assert!(runs_right(&gpu, &right_twin(name)), "{name} on device {ordinal}");
         }
     }
 }
@@ -163,6 +176,26 @@ fn mistakes_are_seen() {
     }
     for (kernel, devices, message) in PLANTED {
         devices.iter().for_each(|ordinal| assert_seen(kernel, *ordinal, message));
+    }
+}
+
+/// Blocks that run one after another hide it; by turns they do not.
+#[test]
+fn blocks_take_turns() {
+    if Gpu::open(0).is_none() {
+        return;
+    }
+    for ordinal in DEVICES {
+        for (kernel, blocks, passes) in [
+            ("blocks_overlap_wrong", "1", true),
+            ("blocks_overlap_wrong", "2", false),
+            ("blocks_overlap_right", "2", true),
+        ] {
+            let output = in_child(kernel, ordinal).env("STANDIN_BLOCKS", blocks).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.success(), passes, "{kernel}, {blocks} by turns, device {ordinal}: {said}");
+            assert!(passes || said.contains(WRONG_NUMBERS), "{said}");
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 // PTX manual (ISA 9.0). Registers are bits without a type. An instruction that is not here does not compile.
 //
 // Products of warpgroups are done when they are issued: that results are not touched too early is shown by the kernel file itself on the
-// stand-in. Approximate instructions are exact.
+// stand-in.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -63,7 +63,6 @@ template <class T> inline auto wide(T a) {
   else if constexpr (std::is_same_v<T, u64>) return (unsigned __int128)a;
   else return (__int128)a;
 }
-template <class T> inline T flushed(T a) { return std::fabs(a) < 1.17549435e-38f ? std::copysign(T(0), a) : a; }
 
 BINARY(add, a + b)
 BINARY(add_rn, a + b)
@@ -84,13 +83,13 @@ UNARY(neg, -a)
 UNARY(abs, a < 0 ? -a : a)
 UNARY(sqrt_rn, std::sqrt(a))
 UNARY(rcp_rn, 1 / a)
-UNARY(ex2_approx, std::exp2(a))
-UNARY(ex2_approx_ftz, flushed(std::exp2(flushed(a))))
-UNARY(lg2_approx_ftz, std::log2(flushed(a)))
-UNARY(sin_approx_ftz, flushed(std::sin(flushed(a))))
-UNARY(cos_approx_ftz, std::cos(flushed(a)))
-UNARY(sqrt_approx_ftz, std::sqrt(flushed(a)))
-UNARY(rcp_approx_ftz, flushed(1 / flushed(a)))
+UNARY(ex2_approx, ex2(a))
+UNARY(ex2_approx_ftz, exp2_approx(a))
+UNARY(lg2_approx_ftz, log2_approx(a))
+UNARY(sin_approx_ftz, sin_approx(a))
+UNARY(cos_approx_ftz, cos_approx(a))
+UNARY(sqrt_approx_ftz, sqrt_approx(a))
+UNARY(rcp_approx_ftz, rcp_approx(a))
 template <class T, class D, class A, class B> inline void mul_wide(D& d, A a, B b) { d = (D)(wide(as<T>(a)) * as<T>(b)); }
 template <class T, class D, class A, class B, class C> inline void mad_wide(D& d, A a, B b, C c) { d = (D)(wide(as<T>(a)) * as<T>(b) + c); }
 // Rounded down: the product of two floats is exact in f64.
@@ -209,7 +208,10 @@ template <class T> inline unsigned char* in_shared(const Site& site, u32 address
 template <class T> inline unsigned char* in_global(const Site& site, u64 address, int count) {
   const int bytes = (int)sizeof(T) * count;
   if (address % bytes) die("misaligned access");
-  if (block->watching) touch(site, address, bytes);
+  if (block->watching) {
+    touch(site, address, bytes);
+    order_between_blocks(&site, address, bytes, site.writes);
+  }
   return reinterpret_cast<unsigned char*>(address);
 }
 inline unsigned char* in_local(u64 address) { return reinterpret_cast<unsigned char*>(address); }
@@ -254,6 +256,10 @@ template <class T, class D, class S> inline void atom_shared_or(D& d, u32 at, S 
 inline void bar_sync(u32 id, u32 threads = 0) { barrier((int)id, (int)threads, true); }
 inline void bar_arrive(u32 id, u32 threads) { barrier((int)id, (int)threads, false); }
 inline void bar_warp_sync(u32 mask) { __syncwarp(mask); }
+inline void nanosleep_u32(u32) { sleep(); }
+inline void fence_acq_rel_gpu() { fence(); }
+inline void fence_sc_gpu() { fence(); }
+inline void membar_gl() { fence(); }
 // `clamp`: its low 5 bits the last lane, bits 8 to 12 the lanes' segment.
 enum Shuffle { UP, DOWN, BUTTERFLY, INDEX };
 template <class D> inline void shuffle(Shuffle mode, D& d, bool& inside, u32 a, u32 b, u32 clamp, u32 mask) {
@@ -273,7 +279,7 @@ template <class T, class D> inline void vote_sync_ballot(D& d, bool p, u32 mask)
 inline void cp_async_cg_shared_global(const Site& site, u32 to, u64 from, u32 size, u32 bytes = 16) {
   if (size != 16) die("cp.async: 16 bytes are known here");
   if (block->watching) {
-    if (bytes) touch(site, from, (int)bytes);
+    if (bytes) touch(site, from, (int)bytes), order_between_blocks(&site, from, (int)bytes, false);
     order(&site, shared(to, 16), 16, true);
   }
   cp_async16(shared(to, 16), reinterpret_cast<const void*>(from), (int)bytes);
@@ -339,8 +345,8 @@ inline void cp_reduce_async_bulk_tensor_3d_global_shared_cta_add_tile_bulk_group
 }
 inline void cp_async_bulk_commit_group() { tma_store_commit(); }
 inline void cp_async_bulk_wait_group_read(int pending) { store_wait(pending); }
-inline void setmaxnreg_inc_sync_aligned_u32(u32) {}
-inline void setmaxnreg_dec_sync_aligned_u32(u32) {}
+inline void setmaxnreg_inc_sync_aligned_u32(u32 to) { registers_change((int)to, true); }
+inline void setmaxnreg_dec_sync_aligned_u32(u32 to) { registers_change((int)to, false); }
 
 // ---- warpgroup products
 inline void wgmma_fence_sync_aligned() { wgmma_fence(); }

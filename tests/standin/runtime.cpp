@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -104,8 +105,8 @@ void switch_to(Fiber* next) {
   standin_switch(&me->stack_pointer, next->stack_pointer);
 }
 
-// Of the collectives those after which lanes see what the others have written: __syncwarp, and those around warpgroup products.
-bool orders_memory(int what) { return what == 1 || (what >= 48 && what <= 50); }
+// Of the collectives the one after which lanes see what the others have written: __syncwarp.
+bool orders_memory(int what) { return what == 1; }
 
 void open_barrier(Barrier& b) {
   if (block->watching) {
@@ -158,7 +159,11 @@ void fiber_main() {
   }
 }
 
-void run_block() {
+// Back to the loop over blocks, to go on here when this block's turn comes.
+void give_turn() { standin_switch(&block->current->stack_pointer, block->launcher); }
+
+// Prepares the block to run its first thread.
+void begin_block() {
   Block& b = *block;
   const Launch& l = *b.launch;
   const int threads = (int)(l.block.x * l.block.y * l.block.z);
@@ -186,7 +191,11 @@ void run_block() {
   if (block->watching) begin_races(threads);
   b.current = &b.fibers[l.habits.down ? threads - 1 : 0];
   begin_on(b.current, take_stack());
-  standin_switch(&b.launcher, b.current->stack_pointer);
+}
+
+void end_block() {
+  Block& b = *block;
+  const Launch& l = *b.launch;
   b.free_stacks.push_back(b.current->stack);
   b.hopper->finish();
   count_accesses();
@@ -262,6 +271,32 @@ void die(const char* why) {
   abort();
 }
 
+void sleep() {
+  Block& b = *block;
+  b.sleeps = true;
+  give_turn();
+  // Threads of other warps first.
+  const int warp = b.current->rank >> 5;
+  for (int i = 1; i <= b.warps; i++) {
+    const int other = (warp + i) % b.warps;
+    if (!b.ready[other]) continue;
+    return switch_to(&b.fibers[other * 32 + next_bit(b.ready[other], other == warp ? b.current->rank & 31 : 31, false)]);
+  }
+}
+
+void atomic_access(const void* place) {
+  const auto* byte = static_cast<const unsigned char*>(place);
+  const auto within = [&](const unsigned char* start, size_t bytes) { return byte >= start && byte < start + bytes; };
+  if (within(block->dynamic, MAX_SHARED) || within(block->statics, block->launch->kernel->statics_bytes)) return;
+  if (block->watching) atomic_between_blocks(place);
+  if (block->takes_turns) give_turn();
+}
+
+void fence() {
+  if (block->watching) fence_between_blocks();
+  if (block->takes_turns) give_turn();
+}
+
 void park() {
   block->ready[block->current->rank >> 5] &= ~(1u << (block->current->rank & 31));
   switch_to(next_or_progress());
@@ -276,7 +311,11 @@ void barrier(int id, int threads, bool wait) {
   b.expected = threads;
   if (block->watching) release_to(&b);
   if (wait) b.waiting[block->current->rank >> 5] |= 1u << (block->current->rank & 31);
-  if (++b.count == (threads ? threads : block->live)) return open_barrier(b);
+  if (++b.count == (threads ? threads : block->live)) {
+    open_barrier(b);
+    if (block->takes_turns) give_turn();
+    return;
+  }
   if (wait) park();
 }
 
@@ -313,24 +352,82 @@ void release(Meeting* meeting) {
   meeting->worker = -1;
 }
 
-void run(const Launch& launch) {
-  const Kernel& kernel = *launch.kernel;
-  Block* b = take_block();
-  size_t module_start[2] = {kernel.statics_module, 0};
-  b->statics = kernel.statics_bytes ? static_cast<unsigned char*>(__tls_get_addr(module_start)) : b->dynamic;
-  b->launch = &launch;
-  block = b;
-  b->watching = watch(launch);
-  const uint64_t row = launch.grid.x, slice = row * launch.grid.y, blocks = slice * launch.grid.z;
-  for (uint64_t i = 0; i < blocks; i++) {
-    if (launch.ends && i >= launch.ends && i + launch.ends < blocks) i = blocks - launch.ends;
-    const uint64_t at = launch.habits.down ? blocks - 1 - i : i;
+namespace {
+
+// The blocks of a launch that have started and not ended. They share one place of static shared memory, which is that of `inside`.
+struct Grid {
+  const Launch& launch;
+  uint64_t started = 0;
+  std::vector<Block*> blocks;
+  Block* inside = nullptr;
+
+  uint64_t all() const { return (uint64_t)launch.grid.x * launch.grid.y * launch.grid.z; }
+  // Blocks that run: all, or so many at each end of the grid.
+  uint64_t size() const { return launch.ends && 2 * launch.ends < all() ? 2 * launch.ends : all(); }
+  void enter(Block* b) {
+    const size_t bytes = launch.kernel->statics_bytes;
+    if (inside && inside != b) inside->own_statics.assign(inside->statics, inside->statics + bytes);
+    if (inside != b && !b->own_statics.empty()) memcpy(b->statics, b->own_statics.data(), bytes);
+    block = inside = b;
+  }
+  void start(bool watching, bool takes_turns) {
+    const uint64_t i = started < size() / 2 ? started : all() - (size() - started);
+    const uint64_t at = launch.habits.down ? all() - 1 - i : i, row = launch.grid.x, slice = row * launch.grid.y;
+    started++;
+    Block* b = take_block();
+    size_t module_start[2] = {launch.kernel->statics_module, 0};
+    b->statics = launch.kernel->statics_bytes ? static_cast<unsigned char*>(__tls_get_addr(module_start)) : b->dynamic;
+    b->launch = &launch;
     b->index = {(unsigned)(at % row), (unsigned)(at / row % launch.grid.y), (unsigned)(at / slice)};
-    run_block();
+    b->own_statics.clear();
+    b->watching = watching, b->takes_turns = takes_turns;
+    blocks.push_back(b);
+    enter(b);
+    begin_block();
+  }
+  // Runs a block until it gives its turn to others or ends. Whether it sleeps.
+  bool go_on(size_t i) {
+    enter(blocks[i]);
+    block->sleeps = false;
+    standin_switch(&block->launcher, block->current->stack_pointer);
+    if (block->live) return block->sleeps;
+    end_block();
+    blocks.erase(blocks.begin() + (ptrdiff_t)i);
+    inside = nullptr;
+    std::lock_guard<std::mutex> guard(idle_lock);
+    idle.push_back(block);
+    return false;
+  }
+};
+
+// Blocks that may have started at a time, and rounds of all of them sleeping after which nothing will wake them.
+constexpr size_t MOST_BLOCKS = 132, ROUNDS = 1000;
+
+}  // namespace
+
+void run(const Launch& launch) {
+  static const size_t together = [] {
+    const char* text = getenv("STANDIN_BLOCKS");
+    return std::max<size_t>(1, text ? (size_t)atoi(text) : 1);
+  }();
+  Grid grid{launch};
+  const bool watching = watch(launch);
+  if (watching) begin_grid();
+  size_t turn = 0, asleep = 0;
+  while (grid.started < grid.size() || !grid.blocks.empty()) {
+    const size_t others = grid.blocks.size();
+    const bool all_sleep = others && asleep >= others && others < MOST_BLOCKS;
+    if (grid.started < grid.size() && (others < together || all_sleep)) {
+      grid.start(watching, together > 1);
+      asleep = 0;
+    } else if (asleep > ROUNDS * others) {
+      die("deadlock: every block waits for another");
+    }
+    turn = launch.habits.down ? (turn + grid.blocks.size() - 1) : turn + 1;
+    turn %= grid.blocks.size();
+    asleep = grid.go_on(turn) ? asleep + 1 : 0;
   }
   block = nullptr;
-  std::lock_guard<std::mutex> guard(idle_lock);
-  idle.push_back(b);
 }
 
 void add_kernel(Kernel* kernel) {

@@ -4,6 +4,9 @@
 // mma, …), which is a meeting of lanes whose last comer does the work for all. When no thread can go on, the oldest asynchronous
 // operation that somebody waits for is carried out; where there is none, the block is in a deadlock. Nothing of a block runs
 // at the same time, so a mistake shows the same way each time; devices differ in which threads and blocks come first.
+//
+// A block runs until it ends, or until one of its threads sleeps (__nanosleep): then the next one starts, and those that have started
+// take turns. Where STANDIN_BLOCKS says how many, so many take turns from the start: at barriers, fences and atomics.
 #pragma once
 #include <cstddef>
 #include <utility>
@@ -36,11 +39,13 @@ struct Kernel {
 struct Habits {
   bool late;  // asynchronous operations happen when they are waited for, else at once
   bool down;  // high blocks, warps and lanes first, else low ones
+  bool noisy;  // approximate instructions are off by as much as the manual allows, else exact
 };
 
 struct Launch {
   const Kernel* kernel;
   Habits habits;
+  bool hopper;  // has the tensor cores of 9.0, else of 8.0
   dim3 grid, block;
   size_t shared;
   uint64_t ends;  // blocks at each end of the grid that run; 0: all
@@ -73,6 +78,8 @@ struct Barrier {
 };
 
 struct Hopper;
+struct Races;
+struct Accesses;
 
 struct Block {
   Fiber* current;
@@ -81,12 +88,16 @@ struct Block {
   bool watching;               // whether its accesses are looked at
   unsigned char* dynamic;      // shared memory, aligned to 1024 bytes
   unsigned char* statics;
+  std::vector<unsigned char> own_statics;  // while another block runs
   int warps, live;             // live: threads that have not ended
   uint32_t ready[MAX_WARPS], live_lanes[MAX_WARPS];
   Meeting meetings[MAX_WARPS][4];
   Barrier barriers[BARRIERS];
   Fiber fibers[MAX_THREADS];
   Hopper* hopper;
+  Races* races;
+  Accesses* accesses;
+  bool sleeps, takes_turns;
   void* launcher;              // the stack that started the block
   unsigned char* memory;
   std::vector<unsigned char*> free_stacks;
@@ -107,6 +118,11 @@ void watch_for_faults();
 // Lets the other threads run until somebody makes this one ready.
 STANDIN_API void park();
 STANDIN_API void make_ready(Fiber* fiber);
+// Lets other threads and other blocks run: the thread waits for something that another block does.
+STANDIN_API void sleep();
+// An atomic access to this place, or a fence, by which blocks may order what they do.
+STANDIN_API void atomic_access(const void* place);
+STANDIN_API void fence();
 // `threads` = 0: all that have not ended. `wait`: false only counts.
 STANDIN_API void barrier(int id, int threads, bool wait);
 // Non-null for the one lane that is to do the work of the meeting, and then release it.

@@ -180,3 +180,39 @@ template <bool Right> __device__ __forceinline__ void past_buffer(const float* x
   for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = x[i - threadIdx.x + 255 - threadIdx.x + (Right ? 0 : n)];
 }
 PLANT(past_buffer)
+
+// ---- grid: 2; a word of zero follows y
+
+// Block 1 first, then block 0, which adds to what the other has left: thread 0 waits for the block's turn, and passes it on.
+template <bool Wait, bool Fence> __device__ __forceinline__ void in_turn(const float* x, float* y, uint32_t n) {
+  uint32_t* turn = reinterpret_cast<uint32_t*>(y + n);
+  if (threadIdx.x == 0) {
+    while (Wait && atomicAdd(turn, 0u) != 1 - blockIdx.x) __nanosleep(20);
+    if (Fence) __threadfence();
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < n; i += 256) {
+    const float half = 0.5f * x[i - threadIdx.x + 255 - threadIdx.x];
+    y[i] = blockIdx.x == 1 ? half : y[i] + half;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (Fence) __threadfence();
+    atomicAdd(turn, 1u);
+  }
+}
+template <bool Right> __device__ __forceinline__ void blocks_not_awaited(const float* x, float* y, uint32_t n) { in_turn<Right, true>(x, y, n); }
+PLANT(blocks_not_awaited)
+template <bool Right> __device__ __forceinline__ void blocks_not_fenced(const float* x, float* y, uint32_t n) { in_turn<true, Right>(x, y, n); }
+PLANT(blocks_not_fenced)
+
+// A block takes the next part by a read and a write, between which another may take the same.
+template <bool Right> __device__ __forceinline__ void blocks_overlap(const float* x, float* y, uint32_t n) {
+  __shared__ uint32_t part;
+  uint32_t* next = reinterpret_cast<uint32_t*>(y + n);
+  if (threadIdx.x == 0) part = Right ? atomicAdd(next, 1u) : *next;
+  __syncthreads();
+  if (!Right && threadIdx.x == 0) *next = part + 1;
+  y[part * 256 + threadIdx.x] = x[part * 256 + 255 - threadIdx.x];
+}
+PLANT(blocks_overlap)

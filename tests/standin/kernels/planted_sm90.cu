@@ -188,3 +188,62 @@ extern "C" __global__ void __launch_bounds__(256) operand_registers_written_wron
   for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = total;
 }
 EXPORT(operand_registers_written_wrong)
+
+// A word that another lane of the warp has written is read: between them a product, which orders registers, not memory.
+template <bool Right> __device__ __forceinline__ void product_orders_lanes(const CUtensorMap&, float* y, uint32_t n) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
+  words[threadIdx.x] = 0;
+  fence_proxy_async();
+  __syncthreads();
+  float sums[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) sums[i] = 0.f;
+  words[256 + threadIdx.x] = 64;
+  wgmma_fence();
+  const uint64_t zeros = (shared_address(dynamic_shared) & 0x3ffff) >> 4;
+  wgmma_bf16<128, false, false>(sums, zeros, zeros);
+  wgmma_commit();
+  wgmma_wait<0>(sums);
+  if (Right) __syncwarp();
+  const float other = (float)words[256 + (threadIdx.x ^ 1)] + sums[threadIdx.x % 2];
+  for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = other;
+}
+PLANT(product_orders_lanes)
+
+// The warps of a warpgroup issue products of different operands; one of them issues none.
+template <bool Some> __device__ __forceinline__ void unlike(float* y, uint32_t n) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
+  words[threadIdx.x] = 0;
+  fence_proxy_async();
+  __syncthreads();
+  float sums[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) sums[i] = 1.f;
+  const bool other = threadIdx.x / 32 == 6;
+  const uint64_t zeros = ((shared_address(dynamic_shared) & 0x3ffff) >> 4) + (!Some && other ? 8 : 0);
+  if (!Some || !other) {
+    wgmma_fence();
+    wgmma_bf16<128, false, false>(sums, zeros, zeros);
+    wgmma_commit();
+    wgmma_wait<0>(sums);
+  }
+  float total = 0.f;
+#pragma unroll
+  for (int i = 0; i < 64; i++) total += sums[i];
+  for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = total;
+}
+extern "C" __global__ void __launch_bounds__(256) product_unlike_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) { unlike<false>(y, n); }
+EXPORT(product_unlike_wrong)
+extern "C" __global__ void __launch_bounds__(256) product_of_some_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) { unlike<true>(y, n); }
+EXPORT(product_of_some_wrong)
+
+// block: 384. Two warpgroups want more registers than the first has given back.
+template <bool Right> __device__ __forceinline__ void registers_short(float* y, uint32_t n) {
+  if (threadIdx.x < 128) registers_decrease<Right ? 24 : 40>();
+  else registers_increase<240>();
+  for (uint32_t i = threadIdx.x; i < n; i += 384) y[i] = 64.f;
+}
+extern "C" __global__ void __launch_bounds__(384) registers_short_right(const __grid_constant__ CUtensorMap, float* y, uint32_t n) { registers_short<true>(y, n); }
+EXPORT(registers_short_right)
+extern "C" __global__ void __launch_bounds__(384) registers_short_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) { registers_short<false>(y, n); }
+EXPORT(registers_short_wrong)
