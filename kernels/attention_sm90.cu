@@ -1,6 +1,6 @@
 // Attention, forward, for Hopper (FlashAttention-3, arXiv 2407.08608), by bulk tensor copies (TMA) and warpgroup
-// products (wgmma): what attention_flash.cu computes, from the same tensors. head_dim 64 or 128; scale > 0; Q, K, V
-// aligned to 16 bytes.
+// products (wgmma): what attention_flash.cu computes, from the same tensors. head_dim 64 or 128; scale > 0; Q, K, V,
+// O aligned to 16 bytes.
 //
 //   kernel                             bytes            FLOPs            8192 tokens, 28/4 heads of 128, 800 TFLOP/s
 //   attention_forward_wgmma_hd*_bf16   Q, K, V, O, lse  4·d a seen pair  0.60 ms (134 MB: 0.05 ms)
@@ -10,7 +10,8 @@
 // one warp finds which keys the next work tile sees; another is the producer, which brings its Q into one of two
 // slots and its K and V into a ring of five tiles, a key tile ahead of the values: K0, K1, V0, K2, V1 … So the next
 // work tile's Q, K0, K1 and V0 arrive while this one's last products and its O are under way. Two consumers,
-// warpgroups of 64 queries each, take the tiles in this order.
+// warpgroups of 64 queries each, take the tiles in this order, and leave O in the place of their queries, from which a
+// warp each stores it by bulk copies while they go on.
 // A consumer issues S = Q·Kᵀ of the next tile and O += P·V of this one together and computes the softmax of S while
 // P·V is under way: P is the A operand in registers that a rounded S leaves. The two take turns in issuing, so that
 // one has the tensor cores while the other is at its exponentials: 128 × 128 of these take 1024 clocks of a
@@ -21,7 +22,7 @@
 //
 // Rounds: P to bf16 before P·V (row_sum takes the unrounded), O once. Sums are f32, over keys in ascending tiles, in
 // a tile by the tensor core in ascending blocks of 16: results do not depend on the launch. Banks: the 128-byte
-// swizzle of TMA and wgmma for operands, store_rows for O.
+// swizzle of TMA and wgmma for operands and O.
 // Versions: wgmma wins where its blocks reach all multiprocessors (wrapper); else those of attention_flash.cu, whose
 // blocks are smaller.
 #include "prelude_sm90.cuh"
@@ -36,13 +37,10 @@ constexpr int ROWS = 128, STAGES = 5, Q_STAGES = 2, HALF = 64, WARPS = 4;
 template <int HeadDim> struct SmemLayout {
   static constexpr int TILE_BYTES = ROWS * HeadDim * 2;
   static constexpr int FIRST_KEYS = (Q_STAGES + STAGES) * TILE_BYTES, BARRIERS = FIRST_KEYS + Q_STAGES * ROWS * 4;
-  static constexpr int BYTES = BARRIERS + (2 * STAGES + 3 * Q_STAGES) * 8;
+  static constexpr int BYTES = BARRIERS + (2 * STAGES + 5 * Q_STAGES) * 8;
 
-  static __device__ __forceinline__ int q_offset(uint32_t slot, int half) {
-    return (2 * slot + half) * (TILE_BYTES / 2);
-  }
   static __device__ __forceinline__ unsigned char* q(uint32_t slot, int half) {
-    return dynamic_shared + q_offset(slot, half);
+    return dynamic_shared + (2 * slot + half) * (TILE_BYTES / 2);
   }
   static __device__ __forceinline__ unsigned char* kv(uint32_t slot) {
     return dynamic_shared + (Q_STAGES + slot) * TILE_BYTES;
@@ -57,6 +55,10 @@ template <int HeadDim> struct SmemLayout {
   static __device__ __forceinline__ uint64_t* q_full(uint32_t slot) { return full(2 * STAGES + slot); }
   static __device__ __forceinline__ uint64_t* q_empty(uint32_t slot) { return q_full(Q_STAGES + slot); }
   static __device__ __forceinline__ uint64_t* keys_found(uint32_t slot) { return q_empty(Q_STAGES + slot); }
+  // O takes the place of Q.
+  static __device__ __forceinline__ uint64_t* o_full(uint32_t slot, int half) {
+    return keys_found(Q_STAGES + 2 * slot + half);
+  }
 };
 
 // A work tile, and how far its keys reach.
@@ -98,8 +100,9 @@ template <int HeadDim> __device__ __forceinline__ void init_barriers() {
   }
   for (int i = 0; i < Q_STAGES; i++) {
     mbarrier_init(Smem::q_full(i), 1);
-    mbarrier_init(Smem::q_empty(i), 2 * WARPS);
+    mbarrier_init(Smem::q_empty(i), 2);
     mbarrier_init(Smem::keys_found(i), 1);
+    for (int half = 0; half < 2; half++) mbarrier_init(Smem::o_full(i, half), WARPS);
   }
   mbarrier_fence_init();
 }
@@ -145,6 +148,23 @@ __device__ __forceinline__ void produce(const CUtensorMap* q, const CUtensorMap*
       if (i < kv_end) load(k, i);
       if (i > kv_begin) load(v, i - 1);
     }
+  }
+}
+
+// By one thread: stores O of the consumer `half` and releases its half of the slot.
+template <int HeadDim>
+__device__ __forceinline__ void store_o(const CUtensorMap* o, TileScheduler scheduler, int half) {
+  using Smem = SmemLayout<HeadDim>;
+  for (Ring<Q_STAGES> q_ring; scheduler.valid(); scheduler.next(), q_ring.next()) {
+    const QTile tile = scheduler.tile();
+    mbarrier_wait(Smem::o_full(q_ring.slot, half), q_ring.parity);
+    for (int i = 0; i < HeadDim / 64; i++) {
+      const unsigned char* const slab = Smem::q(q_ring.slot, half) + i * HALF * 128;
+      tma_store_3d(o, slab, tile.head * HeadDim + i * 64, tile.first_row + HALF * half, 0);
+    }
+    tma_store_commit();
+    tma_store_wait_read<0>();
+    mbarrier_arrive(Smem::q_empty(q_ring.slot));
   }
 }
 
@@ -245,28 +265,35 @@ template <int HeadDim> struct Consumer {
     release(v_slot);
   }
 
-  // Stores O and, where it is asked for, lse, and releases the slot of Q.
-  __device__ __forceinline__ void finish(const QTile& tile, bf16* o, float* lse, int tokens, int heads) {
+  // Hands O over to store_o and stores lse, where it is asked for.
+  __device__ __forceinline__ void finish(const QTile& tile, float* lse, int tokens) {
     const float upper = softmax.total(0, 0), lower = softmax.total(0, 1);
-    // O passes through the place of the half's own queries, which its four warps have read.
+    rescale(o_acc[0], 0, 1.f / upper);
+    rescale(o_acc[0], 1, 1.f / lower);
+    // The half's four warps have read its queries.
     named_barrier(3 + half, WARPGROUP);
-    const uint32_t stride = heads * HeadDim;
-    bf16* const to = o + (uint32_t)warp_row * stride + tile.head * HeadDim;
-    const int rows = tokens - warp_row, staging = Smem::q_offset(q_ring.slot, half) + warp % WARPS * 16 * HeadDim * 2;
-    store_rows<HeadDim>(to, stride, rows, o_acc[0], 1.f / upper, 1.f / lower, staging, lane);
-    // What the next copies overwrite was written without them.
+    // Lane l names row l mod 8 of matrix l / 8: upper and lower rows, then the same 8 columns on.
+    const int row = warp % WARPS * 16 + (lane & 15);
+#pragma unroll
+    for (int i = 0; i < HeadDim / 16; i++) {
+      uint32_t o_operand[4];
+      to_operand(o_operand, o_acc[0], i);
+      const int chunk = 2 * i + (lane >> 4);
+      unsigned char* const slab = Smem::q(q_ring.slot, half) + chunk / 8 * HALF * 128;
+      stmatrix_x4(slab + row * 128 + ((chunk % 8 ^ (row & 7)) << 4), o_operand);
+    }
     fence_proxy_async();
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(Smem::q_empty(q_ring.slot));
+    if (lane == 0) mbarrier_arrive(Smem::o_full(q_ring.slot, half));
     q_ring.next();
     if (lse == nullptr) return;
-    softmax.store_lse(lse + (size_t)tile.head * tokens + warp_row, 0, rows, scale, upper, lower, lane);
+    softmax.store_lse(lse + (size_t)tile.head * tokens + warp_row, 0, tokens - warp_row, scale, upper, lower, lane);
   }
 };
 
 template <int HeadDim>
 __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtensorMap* k, const CUtensorMap* v,
-                                              bf16* __restrict__ o, float* __restrict__ lse, Documents documents,
+                                              const CUtensorMap* o, float* __restrict__ lse, Documents documents,
                                               int tokens, int heads, int kv_heads, float scale) {
   if (threadIdx.x == 0) init_barriers<HeadDim>();
   __syncthreads();
@@ -275,6 +302,7 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
     registers_decrease<24>();
     if (threadIdx.x == 0) produce<HeadDim>(q, k, v, scheduler);
     else if (threadIdx.x / 32 == 1) find_keys<HeadDim>(documents, scheduler);
+    else if (threadIdx.x % 32 == 0) store_o<HeadDim>(o, scheduler, threadIdx.x / 32 - 2);
     return;
   }
   registers_increase<240>();
@@ -283,7 +311,7 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
   for (; scheduler.valid(); scheduler.next()) {
     const QTile tile = scheduler.tile();
     consumer.attend(tile);
-    consumer.finish(tile, o, lse, tokens, heads);
+    consumer.finish(tile, lse, tokens);
   }
   consumer.close_turns();
 }
@@ -291,16 +319,17 @@ __device__ __forceinline__ void wgmma_forward(const CUtensorMap* q, const CUtens
 #define WGMMA_FORWARD(name, head_dim)                                                                                  \
   extern "C" __global__ void __launch_bounds__(3 * WARPGROUP, 1)                                                       \
       name(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,                               \
-           const __grid_constant__ CUtensorMap v, bf16* __restrict__ o, float* __restrict__ lse,                       \
+           const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o, float* __restrict__ lse,      \
            const uint32_t* __restrict__ starts, int documents, int tokens, int heads, int kv_heads, float scale,       \
            uint32_t window) {                                                                                          \
     const Documents packed{starts, documents, window};                                                                 \
-    wgmma_forward<head_dim>(&q, &k, &v, o, lse, packed, tokens, heads, kv_heads, scale);                               \
+    wgmma_forward<head_dim>(&q, &k, &v, &o, lse, packed, tokens, heads, kv_heads, scale);                              \
   }                                                                                                                    \
   EXPORT(name)                                                                                                         \
   SHARED_BYTES(name, SmemLayout<head_dim>::BYTES)
 
-// grid: at most one block a multiprocessor and a work tile, of which there are heads · ceil(tokens / 128), block: 384,
-// shared: 1792·head_dim + 1152 bytes; lse may be null. Boxes of Q are 64 rows of 64 columns, those of K and V 128.
+// grid: at most one block a multiprocessor and a work tile, of which there are heads · ceil(tokens / 128), block:
+// 384, shared: 1792·head_dim + 1184 bytes; lse may be null. Boxes of Q and O are 64 rows of 64 columns, those of K
+// and V 128.
 WGMMA_FORWARD(attention_forward_wgmma_hd64_bf16, 64)
 WGMMA_FORWARD(attention_forward_wgmma_hd128_bf16, 128)

@@ -162,10 +162,10 @@ const LONG_SIZES: [Sizes; 8] = [
     Sizes { heads: 5, kv_heads: 1, head_dim: 128, window: Some(1), lengths: &[129] },
 ];
 
-/// More for forward on Hopper: 399 and 300 work tiles, of which 132 multiprocessors take up to four each, in both orders.
+/// More for forward on Hopper: 266 and 268 work tiles, of which 132 multiprocessors take two or three each, in both orders.
 const PERSISTENT_SIZES: [Sizes; 2] = [
-    Sizes { heads: 133, kv_heads: 7, head_dim: 64, window: None, lengths: &[130, 1, 150] },
-    Sizes { heads: 150, kv_heads: 50, head_dim: 128, window: Some(30), lengths: &[140] },
+    Sizes { heads: 133, kv_heads: 7, head_dim: 64, window: None, lengths: &[120, 12] },
+    Sizes { heads: 134, kv_heads: 67, head_dim: 128, window: Some(30), lengths: &[129] },
 ];
 
 /// More for backward on Hopper: so many key-value heads that two blocks share a group of three heads.
@@ -225,7 +225,9 @@ fn forward_versions<B: Backend>(b: &B) {
             assert!(error <= allowed, "lse: {error}, allowed {allowed}, {version:?} of {s:?}");
             assert_eq!(run(version), (o, lse), "{version:?} of {s:?}");
         }
-        assert_eq!(run("flash64"), run("flash128"), "{s:?}");
+        if versions.len() > 1 {
+            assert_eq!(run("flash64"), run("flash128"), "{s:?}");
+        }
     }
 }
 

@@ -15,7 +15,7 @@
 use super::device::{Device, Launch, args, blocks};
 use super::measure;
 use super::memory::{Memory, Slice, SliceMut};
-use super::tensor_map::tensor_map;
+use super::tensor_map::{slab_map, tensor_map};
 use super::{Cuda, FLOAT, Precision, slice};
 use crate::backend::cost::{self, AttentionSize};
 use crate::backend::{Attention, Cost};
@@ -186,12 +186,13 @@ pub(super) fn attention(
         let kernel = shape.symbol("attention_forward_wgmma_hd64_bf16", "attention_forward_wgmma_hd128_bf16");
         let q = shape.map(device, q, shape.heads, 64)?;
         let (k, v) = (shape.map(device, k, shape.kv_heads, 128)?, shape.map(device, v, shape.kv_heads, 128)?);
-        let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
+        let o = slab_map(device, *o, [shape.heads * shape.head_dim, rows, 1])?;
+        let arguments = args![q, k, v, o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
         let mut launch = shape.wgmma("attention_sm90", kernel, heads, cost);
         let [x, y, _] = launch.grid;
         // Persistent blocks, which share the work tiles: one a multiprocessor.
         launch.grid = [device.multiprocessors.min(x * y), 1, 1];
-        // SAFETY: as above, q, k and v by their maps; o on 16 bytes, and no offset is beyond 32 bits.
+        // SAFETY: as above, q, k, v and o by their maps, and no offset is beyond 32 bits.
         return unsafe { device.launch(launch, arguments) };
     }
     let (queries, kernel) = match version {
