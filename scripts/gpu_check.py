@@ -5,7 +5,7 @@ usage: gpu_check.py [--budget SECONDS] [--out FILE_OR_FOLDER] [--only PART ...] 
 
 Runs in the folder that scripts/gpu_pack.sh made. Every item is a process of its own, which is killed with its children
 when its time is over; no item stops the rest. The record is saved after each. It names every item: `passed`, `failed`,
-`hung`, or `left out` with the reason. A section that takes longer than its share is taken up again at the end. Files
+`hung`, or `left out` with the reason. A section that takes longer than its share is taken up again after memcheck. Files
 beside the record: reports of Nsight Compute. `--only ops ncu` runs the items whose names hold one of the parts.
 
 Needs Python 3.9 and an NVIDIA driver; PyTorch, ncu and compute-sanitizer where they are found. What is missing is said.
@@ -31,6 +31,8 @@ ON_GPU = {"SWAT_TEST_CUDA": "gpu", "SWAT_KNOWN_IMAGES": str(HERE / "known"), "RU
 # Sections in their order, and seconds of each until the next has its turn.
 SECTIONS = {"known": 60, "ops": 90, "products": 130, "memory": 70, "step": 110, "engine": 60, "ncu": 120,
             "memcheck": 120, "versions": 240, "families": 120, "peers": 120, "sanitizers": 240}
+# The first section that comes after what those before it have left over.
+SECOND = "versions"
 # Of `ops`: not the CPU's, and of the stand-in's four devices, for all of which the GPU stands, two: f32 and bf16 state.
 NOT_ON_A_GPU = ("cpu", "cuda_2", "cuda_3", "gpu_2", "gpu_3", "determinism", "compiled_kernels")
 # What is looked at first, of the groups of `ops`.
@@ -101,8 +103,11 @@ class Check:
             self.save()
         # PyTorch takes seconds to import: meanwhile the first tests run.
         self.torch = gpu_runs.Process([self.python, "-c", PROBE])
+        nowhere = "not on the path, in CUDA_HOME, /usr/local/cuda or /opt/nvidia"
         self.ncu = tool("ncu", "/opt/nvidia/nsight-compute/*/ncu")
+        self.no_ncu = self.peer("ncu", None if self.ncu else nowhere)
         self.sanitizer = tool("compute-sanitizer", "/usr/local/cuda*/compute-sanitizer/compute-sanitizer")
+        self.no_sanitizer = self.peer("compute-sanitizer", None if self.sanitizer else nowhere)
         self.plan()
 
     # ---- what is there
@@ -113,10 +118,10 @@ class Check:
             self.record["peers"][name] = reason or "found"
         return reason
 
-    def no_torch(self):
+    def no_torch(self, seconds=None):
         """Why there are no peers of PyTorch; None where there are."""
         if isinstance(self.torch, gpu_runs.Process):
-            code, text, _ = self.torch.wait(2 * self.patience)
+            code, text, _ = self.torch.wait(seconds or 2 * self.patience)
             told = gpu_runs.json_lines(text)[-1:] if code == 0 else []
             if not told:
                 said = text.strip().splitlines()[-1:] or ["it does not answer"]
@@ -229,8 +234,7 @@ class Check:
 
     def ncu_item(self, name, part):
         def work(seconds):
-            nowhere = "no ncu on the path, in CUDA_HOME, /usr/local/cuda or /opt/nvidia/nsight-compute"
-            if reason := self.peer("ncu", None if self.ncu else nowhere) or self.no_gpu():
+            if reason := self.no_gpu() or self.no_ncu and f"no ncu: {self.no_ncu}":
                 return left_out(reason)
             report = (self.folder / name.replace("/", "-").replace(" ", "-")).resolve()
             command = [HERE / "kernels", "--gpu", "--once", "--variants", "swat", part]
@@ -239,11 +243,8 @@ class Check:
 
     def sanitizer_item(self, name, which, tests, advisory=False):
         def work(seconds):
-            nowhere = "no compute-sanitizer on the path, in CUDA_HOME or /usr/local/cuda"
-            if reason := self.peer("compute-sanitizer", None if self.sanitizer else nowhere):
-                return left_out(reason)
-            if not tests:
-                return left_out("ops lists none of its tests")
+            if self.no_sanitizer or not tests:
+                return left_out(f"no compute-sanitizer: {self.no_sanitizer}" if tests else "ops lists none of its tests")
             command = [self.sanitizer, "--tool", which]
             return gpu_runs.sanitizer_run(command, HERE / "ops", tests, seconds, ON_GPU)
         return Item(name, work, 4 * self.patience, 10, advisory)
@@ -365,6 +366,9 @@ class Check:
         watch.start()
         with tempfile.TemporaryDirectory(dir=HERE) as self.work:
             for section, share in SECTIONS.items():
+                if section == SECOND:
+                    while postponed:
+                        self.begin(postponed.pop(0))
                 ends = time.time() + share
                 for item in (item for item in chosen if item.section == section):
                     if time.time() < ends:
@@ -373,6 +377,7 @@ class Check:
                         postponed.append(item)
             for item in postponed:
                 self.begin(item)
+        self.no_torch(1)
         self.record["meanwhile"] = watch.stop()
         self.record["device"].setdefault("name", "unknown GPU")
         self.record["device_after"] = bench_report.query(bench_report.FIELDS)

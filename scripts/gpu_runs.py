@@ -98,7 +98,7 @@ def listed_tests(executable):
 
 def test_run(executable, names, seconds, environment, prefix=(), threads=4):
     """Runs tests by name in one process. If that does not pass, each of those that did not is run again in one of its
-    own, while there is time: after a fault every later test of a process fails."""
+    own, for half as long in all: after a fault every later test of a process fails."""
     began = time.time()
     command = [*prefix, executable, "--exact", *names, "--test-threads", threads]
     code, text, took = run(command, seconds, environment)
@@ -108,10 +108,10 @@ def test_run(executable, names, seconds, environment, prefix=(), threads=4):
     if found["status"] == "passed" and not all(said == "passed" for said in found["tests"].values()):
         found.update(status="failed", reason="not all of its tests were run", tail=text[-3000:])
     if found["status"] != "passed" and not prefix and len(names) > 1:
+        ends = time.time() + seconds / 2
         for name in names:
-            left = began + 2 * seconds - time.time()
-            if found["tests"][name] != "passed" and left > seconds / 4:
-                code, text, _ = run([executable, "--exact", name], min(left, seconds / 2), environment)
+            if found["tests"][name] != "passed" and time.time() < ends:
+                code, text, _ = run([executable, "--exact", name], seconds / 4, environment)
                 alone = outcome(code, text, 0, 1500)
                 found["tests"][name] = f"{alone['status']} alone"
                 if alone["status"] != "passed":

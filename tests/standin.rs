@@ -34,8 +34,13 @@ fn arg<T>(value: &T) -> *mut c_void {
 }
 
 impl Gpu {
-    /// `None` where there is no stand-in, or no such device; a GPU has the ordinal 0 alone.
+    /// A device of the stand-in; `None` where there is none, or a GPU in its place.
     fn open(ordinal: i32) -> Option<Self> {
+        if standin::real() { None } else { Self::any(ordinal) }
+    }
+
+    /// The same, or this machine's GPU, which has the ordinal 0 alone.
+    fn any(ordinal: i32) -> Option<Self> {
         if !standin::available() || standin::real() && ordinal != 0 {
             return None;
         }
@@ -52,9 +57,9 @@ impl Gpu {
         Some(Self)
     }
 
-    /// The same of a device with Hopper's instructions.
+    /// The same, with Hopper's instructions.
     fn hopper(ordinal: i32) -> Option<Self> {
-        let gpu = Self::open(ordinal)?;
+        let gpu = Self::any(ordinal)?;
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
         // SAFETY: a device of the driver.
         let major = unsafe { result::device::get_attribute(result::device::get(ordinal).unwrap(), attribute) }.unwrap();
