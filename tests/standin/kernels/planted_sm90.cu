@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_reversed(const CUtensorMap& map, const flo
     if (threadIdx.x == 0) {
       tma_store_3d(&map, dynamic_shared, 0, tile, 0);
       tma_store_commit();
-      if (plan.wait) tma_store_wait_read<0>();
+      if (plan.wait && (plan.last_wait || tile + 1 < n / 256)) tma_store_wait_read<0>();
     }
     __syncthreads();
   }
@@ -128,7 +128,7 @@ PLANT(store_overwritten)
 
 template <bool Right> __device__ __forceinline__ void store_left_over(const CUtensorMap& map, const float* x, uint32_t n) {
   Stores plan;
-  plan.wait = plan.last_wait = Right;
+  plan.last_wait = Right;
   store_reversed(map, x, n, plan);
 }
 PLANT(store_left_over)
