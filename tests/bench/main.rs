@@ -104,13 +104,7 @@ fn once_is_for_a_profiler() {
 }
 
 /// Kernels whose accesses may take more than they need, how many times, and why.
-const WIDER: [(&str, f64, &str); 7] = [
-    (
-        "adamw_masked_vec8_f32_f32",
-        1.1,
-        "each block looks through the table for its module, and these modules are small",
-    ),
-    ("sum_squares_chunks_vec8_f32", 1.1, "the same"),
+const WIDER: [(&str, f64, &str); 5] = [
     ("gemm_tn_decode", 1.15, "outputs of few rows, an element a row; the weight, of few columns here, is what counts"),
     ("perturb_low_rank_vec8_bf16", 1.4, "the factors, 32 bytes a lane in two accesses: the second finds them in L1"),
     ("rmsnorm_backward_row", 1.2, "partial sums of dweight in the same way, once a part; parts have few rows here"),

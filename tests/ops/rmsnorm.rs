@@ -77,40 +77,43 @@ fn backward_of<B: Backend>(b: &B, rows: usize, width: usize, case: u32) {
     }
 }
 
-/// Hidden sizes of models, and one beyond the widest kernel.
-fn wide_rows<B: Backend>(b: &B) {
-    for (rows, width) in [(3, 1536), (3, 3584), (2, 8192), (2, 8200)] {
-        forward_of(b, rows, width);
-        [3, 15].into_iter().for_each(|case| backward_of(b, rows, width, case));
-    }
-}
-
 fn rounded<T: FloatElement>(x: &[f64]) -> Vec<f64> {
     x.iter().map(|x| T::from_f32(*x as f32).to_f32() as f64).collect()
 }
 
-/// Every row of a part against its exact gradient: the parts have several rows where the rows are many.
-pub(super) fn many_rows<B: Backend>(b: &B) {
-    const WIDTH: usize = 64;
-    let rows = 1100;
-    let [x, dy] = [1, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, rows * WIDTH)));
-    let weight = put::<B, B::Float>(b, &normals(2, WIDTH));
+/// Every element of dx and dweight against the exact one: no worse than twice its rounding.
+fn whole_backward<B: Backend>(b: &B, rows: usize, width: usize) {
+    let [x, dy] = [1, 3].map(|stream| put::<B, B::Float>(b, &normals(stream, rows * width)));
+    let weight = put::<B, B::Float>(b, &normals(2, width));
     let rstd = put::<B, f32>(b, &norm(&x.host, &weight.host).1);
-    let mut dx = put::<B, B::Float>(b, &vec![f64::NAN; rows * WIDTH]);
-    let mut dw = put::<B, B::Grad>(b, &[f64::NAN; WIDTH]);
+    let mut dx = put::<B, B::Float>(b, &vec![f64::NAN; rows * width]);
+    let mut dw = put::<B, B::Grad>(b, &vec![f64::NAN; width]);
     let (dxv, dwv) = (Some(dx.device.view_mut()), Some(dw.device.view_mut()));
     let (dyv, xv, wv) = (dy.device.view(), x.device.view(), weight.device.view());
-    b.rmsnorm_backward(dyv, xv, wv, rstd.device.view(), dxv, dwv, WIDTH, false, false).unwrap();
-    let (mut exact_dx, mut exact_dw) = (Vec::new(), vec![0.0; WIDTH]);
-    for ((x, dy), r) in x.host.chunks(WIDTH).zip(dy.host.chunks(WIDTH)).zip(&rstd.host) {
+    b.rmsnorm_backward(dyv, xv, wv, rstd.device.view(), dxv, dwv, width, false, false).unwrap();
+    let (mut exact_dx, mut exact_dw) = (Vec::new(), vec![0.0; width]);
+    for ((x, dy), r) in x.host.chunks(width).zip(dy.host.chunks(width)).zip(&rstd.host) {
         let scaled: Vec<f64> = dy.iter().zip(&weight.host).map(|(dy, w)| dy * w).collect();
-        let mean = scaled.iter().zip(x).map(|(s, x)| s * x).sum::<f64>() / WIDTH as f64;
+        let mean = scaled.iter().zip(x).map(|(s, x)| s * x).sum::<f64>() / width as f64;
         exact_dx.extend(scaled.iter().zip(x).map(|(s, x)| r * (s - x * r * r * mean)));
         exact_dw.iter_mut().zip(x.iter().zip(dy)).for_each(|(sum, (x, dy))| *sum += dy * x * r);
     }
-    let rounded_dx = rounded::<B::Float>(&exact_dx);
-    assert_no_worse(&get(b, &dx.device), &rounded_dx, &exact_dx, 1e-6, "dx");
-    assert_no_worse(&get(b, &dw.device), &rounded::<B::Grad>(&exact_dw), &exact_dw, 1e-6, "dweight");
+    let what = |name| format!("{name} of {rows} × {width}");
+    assert_no_worse(&get(b, &dx.device), &rounded::<B::Float>(&exact_dx), &exact_dx, 1e-6, &what("dx"));
+    assert_no_worse(&get(b, &dw.device), &rounded::<B::Grad>(&exact_dw), &exact_dw, 1e-6, &what("dweight"));
+}
+
+/// Hidden sizes of models, and one beyond the widest kernel.
+fn wide_rows<B: Backend>(b: &B) {
+    for (rows, width) in [(3, 1536), (3, 3584), (2, 8192), (2, 8200)] {
+        forward_of(b, rows, width);
+        whole_backward(b, rows, width);
+    }
+}
+
+/// More rows than parts: a part has several.
+pub(super) fn many_rows<B: Backend>(b: &B) {
+    whole_backward(b, 1100, 64);
 }
 
 on_every_backend!(forward, backward, wide_rows, many_rows);
