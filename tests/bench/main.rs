@@ -104,8 +104,9 @@ fn once_is_for_a_profiler() {
 }
 
 /// Kernels whose accesses may take more than they need, how many times, and why.
-const WIDER: [(&str, f64, &str); 5] = [
+const WIDER: [(&str, f64, &str); 6] = [
     ("gemm_tn_decode", 1.15, "outputs of few rows, an element a row; the weight, of few columns here, is what counts"),
+    ("gemm_tn_each_decode", 1.15, "the same"),
     ("perturb_low_rank_vec8_bf16", 1.4, "the factors, 32 bytes a lane in two accesses: the second finds them in L1"),
     ("rmsnorm_backward_row", 1.2, "partial sums of dweight in the same way, once a part; parts have few rows here"),
     ("rope_forward_vec8_bf16", 1.4, "the angles in the same way, for four heads"),
