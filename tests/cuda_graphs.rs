@@ -138,15 +138,16 @@ fn a_training_step_asks_for_nothing_else() {
         training.step(&one(seed));
     }
     let names = [GRAPH_LAUNCH, LAUNCH, INSTANTIATE, WAIT, ALLOCATE, FREE, TO_DEVICE, TO_HOST, ON_DEVICE];
-    // Sums of squares in two kernels, the step in one. Tokens, positions, starts, rows, targets; rates. Losses and norm.
-    let step = [1, 3, 0, 2, 0, 0, 6, 2, 0];
+    // Sums of squares in two kernels, the clip factor in one, the step in one. Tokens, positions, starts, rows, targets;
+    // rates. Losses and norm.
+    let step = [1, 4, 0, 2, 0, 0, 6, 2, 0];
     for seed in 10..13 {
         assert_eq!(calls(0, names, || training.step(&one(seed))), step);
     }
     for seed in 20..20 + SETTLED {
         training.step(&two(seed));
     }
-    let step = [2, 3, 0, 2, 0, 0, 11, 2, 0];
+    let step = [2, 4, 0, 2, 0, 0, 11, 2, 0];
     assert_eq!(calls(0, names, || training.step(&two(30))), step, "two micro-batches");
     assert_eq!(calls(0, WAIT_OTHERWISE, || training.step(&two(31))), [0, 0]);
 

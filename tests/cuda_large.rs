@@ -353,16 +353,17 @@ fn rows_of_tables() {
                 let mut to = b.zeros(count * width).unwrap();
                 let from = ending(b, VOCAB * width, &vec![5.0; width]);
                 b.gather_rows(from.view(), many.view(), to.view_mut(), width).unwrap();
-                assert_all(&last(b, &to, width), 5.0, &what);
+                assert_all(&last(b, &to, 8), 5.0, &what);
                 let mut to = b.zeros(count * width).unwrap();
                 b.scatter_rows(from.view(), many.view(), to.view_mut(), width).unwrap();
-                assert_all(&last(b, &to, width), 5.0, &what);
+                assert_all(&last(b, &to, 8), 5.0, &what);
             });
         }
     });
 }
 
-/// A few rows into a large table, by every kernel; the count of blocks that link them is below what runs.
+/// A few rows into a large table, by every kernel; the count of blocks that link them is below what runs. Looked at are the
+/// first columns of the table's last row, which the first blocks sum.
 #[test]
 fn gradients_of_tables() {
     on_both(|b| {
@@ -373,7 +374,7 @@ fn gradients_of_tables() {
                 let mut dtable = b.zeros::<f32>(VOCAB * width).unwrap();
                 b.embedding_backward(dy.view(), rows.view(), dtable.view_mut(), width).unwrap();
                 let what = format!("{version}, {copies} of {width}, {}", b.name());
-                assert_all(&last(b, &dtable, 8), copies as f32, &what);
+                assert_all(&last(b, &dtable, width)[..8], copies as f32, &what);
             });
         }
     });

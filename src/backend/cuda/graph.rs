@@ -29,7 +29,7 @@ use std::sync::atomic::Ordering::Relaxed;
 /// Parts of steps that are remembered; a graph of each may take some megabytes of the driver's own memory.
 const KNOWN: usize = 8;
 /// A graph is changed to fit where at most one in so many of its nodes differs.
-const CHANGED: usize = 4;
+const CHANGED: usize = 2;
 
 /// What is put down, and what is known from earlier.
 #[derive(Default)]
