@@ -58,9 +58,9 @@ const RACES: [(&str, &[i32]); 9] = [
     ("box_too_early", &[0]),
     ("operand_overwritten", &HOPPERS),
     ("product_orders_lanes", &HOPPERS),
-    ("blocks_not_awaited", ALL),
-    ("blocks_not_fenced", ALL),
-    ("blocks_overlap", ALL),
+    ("blocks_not_awaited", &HOPPERS),
+    ("blocks_not_fenced", &HOPPERS),
+    ("blocks_overlap", &HOPPERS),
 ];
 
 /// Whether the kernel gives what it should.
