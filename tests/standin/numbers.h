@@ -27,12 +27,14 @@ static inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copys
 // The exact result of an approximate instruction as a device gives it. A noisy one is off by up to `ulps` units in the last place, and by
 // up to `absolute`; by how much, the operand alone decides.
 static inline float approximate(float exact, float operand, int ulps, float absolute = 0.f) {
-  if (!block->launch->habits.noisy || !std::isfinite(exact) || (exact == 0.f && absolute == 0.f)) return exact;
+  // Of what is next to zero, a unit would be more than all of it.
+  const bool exactly = !std::isfinite(exact) || (absolute == 0.f && fabsf(exact) < 0x1p-125f);
+  if (exactly || !block->launch->habits.noisy) return exact;
   uint32_t hash = __float_as_uint(operand) * 0x9e3779b1u;
   hash = (hash ^ hash >> 15) * 0x85ebca6bu;
   hash ^= hash >> 13;
   const float off = exact + absolute * ((float)(hash >> 8) * 0x1p-23f - 1.f);
-  return ulps ? __uint_as_float(__float_as_uint(off) + hash % (2u * (unsigned)ulps + 1u) - (unsigned)ulps) : off;
+  return ulps && off != 0.f ? __uint_as_float(__float_as_uint(off) + hash % (2u * (unsigned)ulps + 1u) - (unsigned)ulps) : off;
 }
 }  // namespace standin
 
