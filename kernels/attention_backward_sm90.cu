@@ -153,8 +153,9 @@ template <int HeadDim> struct Consumer {
       : warp_row(first_row + warp * 16), row(warp_row + (lane >> 2)), scale(scale) {}
 
   __device__ __forceinline__ void wait_full() const { mbarrier_wait(Smem::full(ring.slot), ring.parity); }
-  // The warp is done with a pair.
+  // The warp is done with a pair, each lane with the lse and delta that it has read.
   __device__ __forceinline__ void release(uint32_t slot) const {
+    __syncwarp();
     if (lane == 0) mbarrier_arrive(Smem::empty(slot));
   }
   // Start S and dP, or their transposes, of the pair in the ring's slot.
