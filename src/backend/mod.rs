@@ -216,6 +216,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
         usize::MAX
     }
 
+    /// Scratch bytes of a product of [m, k] by [k, n] beside operands and result: none by default.
+    fn product_scratch_bytes(_m: usize, _n: usize, _k: usize) -> u64 {
+        0
+    }
+
     /// Rows of logits, of `vocab` columns, that are in memory at once: about 64 MiB of them by default.
     fn logit_rows(vocab: usize) -> usize {
         ((64 << 20) / (vocab * size_of::<Self::Float>())).max(1)

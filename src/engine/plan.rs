@@ -81,12 +81,17 @@ impl Plan {
         // k and v, which are too small to take the place of what is freed by then. A frozen layer below works in the
         // memory in which the layers above are kept later.
         let layer = tokens * (hidden + ffn + 2 * kv) + if kept_layers == 0 { layer_floats } else { 0 };
+        // The products of the backward pass: the gradients of q, k and v are one product where they can be, those of gate and
+        // up as well.
+        let products = [(c.hidden, c.q_width() + 2 * c.kv_width()), (c.hidden, 2 * c.ffn), (c.ffn, c.hidden)];
+        let scratch = products.map(|(n, k)| B::product_scratch_bytes(work.tokens, n, k));
+        let scratch = if kept_layers == 0 { 0 } else { scratch.into_iter().max().unwrap_or(0) };
         Self {
             weights_bytes: parameters * float,
             gradients_bytes: trainable * size_of::<B::Grad>() as u64,
             moments_bytes: 2 * trainable * size_of::<B::Moment>() as u64,
             activations_bytes: activations,
-            workspace_bytes: (head + layer) * float,
+            workspace_bytes: (head + layer) * float + scratch,
             parameters,
             trainable,
             forward_flops: a_token(floor.forward(document, document_rows).flops),

@@ -6,6 +6,7 @@ mod wgmma;
 
 pub use grouped::GemmMember;
 pub(super) use grouped::{linear_backward_input_each, linear_backward_weight_each, linear_each};
+pub(super) use plan::split_bytes;
 pub use plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 
 use super::device::{Device, Launch, args, blocks};

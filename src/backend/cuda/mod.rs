@@ -116,6 +116,10 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.label()
     }
 
+    fn product_scratch_bytes(m: usize, n: usize, k: usize) -> u64 {
+        gemm::split_bytes(GemmShape { layout: GemmLayout::Nn, m, n, k })
+    }
+
     fn logit_rows(vocab: usize) -> usize {
         ((64 << 20) / (vocab * FLOAT)).max(LOGIT_ROWS)
     }

@@ -176,6 +176,12 @@ pub(super) fn choose(shape: GemmShape, aligned: bool, hopper: bool, multiprocess
     GemmPlan { version: tile.version, splits: splits as u32 }
 }
 
+/// Bytes of the sums of parts that a product takes on an H100, whose 132 multiprocessors ask for most parts.
+pub(in crate::backend::cuda) fn split_bytes(shape: GemmShape) -> u64 {
+    let GemmPlan { version, splits } = choose(shape, true, true, 132);
+    if splits == 1 || version == GemmVersion::Decode { 0 } else { 4 * splits as u64 * (shape.m * shape.n) as u64 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
