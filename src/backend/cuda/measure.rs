@@ -89,9 +89,9 @@ impl<P: Precision> Cuda<P> {
     /// # Errors
     /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
     ///
-    /// # Safety The buffers that `queue` uses outlive what is returned. No memory is given back to the driver
-    /// meanwhile (as where a buffer does not fit), and nothing else runs between launches that keeps values in the
-    /// workspace.
+    /// # Safety
+    /// The buffers that `queue` uses outlive what is returned. No memory is given back to the driver meanwhile (as
+    /// where a buffer does not fit), and nothing else runs between launches that keeps values in the workspace.
     pub unsafe fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = &self.device;
         device.synchronize()?;
