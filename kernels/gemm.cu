@@ -18,6 +18,9 @@
 //   gemm_nt_each  dWᵢ = dYᵢᵀ·X (+ dWᵢ)    the same
 //   gemm_nn_sum   dX = Σ dYᵢ·Wᵢ (+ dX)    one f32 sum over the depths one after another, rounded once
 //
+// gemm_tn_swiglu  Y = silu(X·Gᵀ)·(X·Uᵀ), the sums rounded to bf16 first, as if SwiGLU read them from memory. Half of a
+// warp's columns are gate's and half are up's, so that a thread has both sums of an output.
+//
 // Rounding: once, to nearest even, when C is stored. Sums: an output's k are added in ascending blocks of 16, each by
 // the tensor core. With `partials`, block (tile, s) sums k-blocks s·K/splits … (s+1)·K/splits into partials[s], and
 // gemm_combine adds s = 0, 1, … in order: results depend on the shape and on `splits`, never on timing.
@@ -32,24 +35,41 @@
 // mma64 for operands that are not aligned, tiles filled by 2-byte loads: for odd sizes only; decode (gemm_decode.cu):
 // few tokens.
 #include "gemm.cuh"
+#include "swiglu.cuh"
 
 enum Layout { TN, NN, NT };
 
-// Operands of a block of depth, from k0 on, of matrices that are k deep.
+// Operands of a block of depth, from k0 on, of matrices that are k deep; `up` where b is gate.
 struct Slab {
   const bf16 *a, *b;
   uint32_t k, k0;
+  const bf16* up;
 };
 
 struct Product {
+  static constexpr bool GATED = false;
   const bf16 *a, *b;
   uint32_t m, n, k;
 
   // Blocks of depth, and the operands of one.
   template <int Depth> __device__ __forceinline__ uint32_t blocks() const { return (k + Depth - 1) / Depth; }
-  template <int Depth> __device__ __forceinline__ Slab slab(uint32_t block) const { return {a, b, k, block * Depth}; }
+  template <int Depth> __device__ __forceinline__ Slab slab(uint32_t block) const {
+    return {a, b, k, block * Depth, nullptr};
+  }
   template <int Tile> __device__ __forceinline__ uint32_t tiles() const {
     return (m + Tile - 1) / Tile * ((n + Tile - 1) / Tile);
+  }
+};
+
+// silu(a·gateᵀ)·(a·upᵀ).
+struct GatedProduct {
+  static constexpr bool GATED = true;
+  const bf16 *a, *gate, *up;
+  uint32_t m, n, k;
+
+  template <int Depth> __device__ __forceinline__ uint32_t blocks() const { return (k + Depth - 1) / Depth; }
+  template <int Depth> __device__ __forceinline__ Slab slab(uint32_t block) const {
+    return {a, gate, k, block * Depth, up};
   }
 };
 
@@ -57,6 +77,7 @@ constexpr int MEMBERS = 3;
 
 // The sum of products of one C [m, n]: their blocks of depth one after another.
 struct Sum {
+  static constexpr bool GATED = false;
   Product terms[MEMBERS];
   uint32_t m, n;
 
@@ -118,6 +139,22 @@ template <bool KMajor, int Extent, int Depth, int Threads, bool Aligned> struct 
     }
   }
 
+  // Fills a tile of two operands whose k is contiguous, from (extent0, k0) of both: Run lines of gate, Run of up, the
+  // next Run of gate, …
+  template <int Run>
+  static __device__ __forceinline__ void fill_runs(unsigned char* tile, const bf16* gate, const bf16* up,
+                                                   uint32_t extent0, uint32_t k0, uint32_t extent, uint32_t depth) {
+    static_assert(KMajor && Aligned, "lines of gate and up");
+#pragma unroll
+    for (int i = 0; i < LINES * CHUNKS / Threads; i++) {
+      const uint32_t place = i * Threads + threadIdx.x, l = place / CHUNKS, c = place % CHUNKS;
+      const uint32_t line = extent0 + l / (2 * Run) * Run + l % Run, column = k0 + 8 * c;
+      const bool inside = line < extent && column < depth;
+      const bf16* from = l / Run % 2 == 0 ? gate : up;
+      cp_async16(chunk(tile, l, c), from + (inside ? (size_t)line * depth + column : 0), inside ? 16 : 0);
+    }
+  }
+
   // Rows extent0 … +15, depth k0 … +15 as the A operand of mma.
   static __device__ __forceinline__ void load_a(uint32_t (&r)[4], unsigned char* tile, uint32_t extent0, uint32_t k0) {
     const uint32_t lane = threadIdx.x & 31;
@@ -141,15 +178,17 @@ template <bool KMajor, int Extent, int Depth, int Threads, bool Aligned> struct 
 
 constexpr int STAGES = 4, THREADS = 128;
 
-// A tile of a Product or a Sum. Four warps, 2 × 2, each of Tile/2 × Tile/2 outputs.
+// A tile of a Product or a Sum; of a GatedProduct one of Tile × Tile/2 outputs. Four warps, 2 × 2, each of Tile/2 ×
+// Tile/2 sums.
 template <Layout L, int Tile, int Depth, bool Aligned, typename P, typename T>
 __device__ __forceinline__ void mma(uint32_t tile, const P p, Epilogue<T> epilogue) {
   typedef Operand<L != NT, Tile, Depth, THREADS, Aligned> OperandA;
   typedef Operand<L == TN, Tile, Depth, THREADS, Aligned> OperandB;
   constexpr int HALF = Tile / 2, ROWS = HALF / 16, COLUMNS = HALF / 8, STAGE = OperandA::BYTES + OperandB::BYTES;
+  constexpr int WIDTH = P::GATED ? HALF : Tile;
   const uint32_t warp = threadIdx.x / 32, row_in_tile = warp / 2 * HALF, column_in_tile = warp % 2 * HALF;
-  const TileCoordinates place = tile_coordinates(tile, (p.m + Tile - 1) / Tile, (p.n + Tile - 1) / Tile);
-  const uint32_t row0 = place.row * Tile, column0 = place.column * Tile;
+  const TileCoordinates place = tile_coordinates(tile, (p.m + Tile - 1) / Tile, (p.n + WIDTH - 1) / WIDTH);
+  const uint32_t row0 = place.row * Tile, column0 = place.column * WIDTH;
   const uint32_t blocks = p.template blocks<Depth>();
   const uint32_t first = (uint64_t)blocks * blockIdx.y / gridDim.y;
   const uint32_t last = (uint64_t)blocks * (blockIdx.y + 1) / gridDim.y;
@@ -160,7 +199,11 @@ __device__ __forceinline__ void mma(uint32_t tile, const P p, Epilogue<T> epilog
       unsigned char* stage = dynamic_shared + (block - first) % STAGES * STAGE;
       const Slab slab = p.template slab<Depth>(block);
       OperandA::fill(stage, slab.a, row0, slab.k0, p.m, slab.k);
-      OperandB::fill(stage + OperandA::BYTES, slab.b, column0, slab.k0, p.n, slab.k);
+      unsigned char* const to = stage + OperandA::BYTES;
+      if constexpr (P::GATED)
+        OperandB::template fill_runs<HALF / 2>(to, slab.b, slab.up, column0, slab.k0, p.n, slab.k);
+      else
+        OperandB::fill(to, slab.b, column0, slab.k0, p.n, slab.k);
     }
     cp_async_commit();
   };
@@ -206,9 +249,16 @@ __device__ __forceinline__ void mma(uint32_t tile, const P p, Epilogue<T> epilog
   float* stage = reinterpret_cast<float*>(dynamic_shared) + warp * 16 * HALF;
   const bool vectorised = epilogue.vectorised();
 #pragma unroll
-  for (int i = 0; i < ROWS; i++)
-    store_rows16<HALF, 4>(stage, epilogue, vectorised, row0 + row_in_tile + 16 * i, column0 + column_in_tile,
-                       [&](int j, int e) { return sums[i][j][e]; });
+  for (int i = 0; i < ROWS; i++) {
+    const uint32_t row = row0 + row_in_tile + 16 * i;
+    if constexpr (P::GATED)
+      store_rows16<HALF / 2, 4>(
+          stage, epilogue, vectorised, row, column0 + column_in_tile / 2,
+          [&](int j, int e) { return swiglu_of_sums(sums[i][j][e], sums[i][j + COLUMNS / 2][e]); });
+    else
+      store_rows16<HALF, 4>(stage, epilogue, vectorised, row, column0 + column_in_tile,
+                            [&](int j, int e) { return sums[i][j][e]; });
+  }
 }
 
 // A tile of one of several products, which the grid takes one after another.
@@ -312,6 +362,21 @@ GEMM_EACH(NT, nt, f32, float)
 
 GEMM_SUM(mma128, 2, 128, 32)
 GEMM_SUM(mma64, 3, 64, 64)
+
+// mma128  grid: ceil(m / 128)·ceil(n / 64), block: 128, shared: 65536 bytes
+// mma64   grid: ceil(m / 64)·ceil(n / 32), block: 128, shared: 65536 bytes
+#define GEMM_SWIGLU(VERSION, BLOCKS, TILE, DEPTH)                                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_tn_swiglu_##VERSION##_bf16(                       \
+      const bf16* __restrict__ a, const bf16* __restrict__ gate, const bf16* __restrict__ up, bf16* c, uint32_t m,     \
+      uint32_t n, uint32_t k) {                                                                                        \
+    mma<TN, TILE, DEPTH, true>(blockIdx.x, GatedProduct{a, gate, up, m, n, k},                                         \
+                               Epilogue<bf16>{c, nullptr, nullptr, nullptr, 1.f, false, m, n});                        \
+  }                                                                                                                    \
+  EXPORT(gemm_tn_swiglu_##VERSION##_bf16)                                                                              \
+  SHARED_BYTES(gemm_tn_swiglu_##VERSION##_bf16, STAGES * 2 * (TILE) * (DEPTH) * 2)
+
+GEMM_SWIGLU(mma128, 2, 128, 32)
+GEMM_SWIGLU(mma64, 3, 64, 64)
 
 // C = epilogue(partials[0] + partials[1] + …), f32 [splits, m, n].
 template <typename T>

@@ -9,14 +9,15 @@
 //   gemm_*_wgmma*_add_bf16  alpha·sum + bias + (residual or C)                     C, residual; bias to 4 bytes
 //   gemm_*_wgmma*_f32       sum, or C + sum; the sums of the splits (`partials`)   C
 //   gemm_*_wgmma*_any_*     all of gemm.cu's epilogue                              -: for odd sizes and addends
+//   gemm_*_wgmma*_swiglu_*  silu(A·gateᵀ)·(A·upᵀ), of sums rounded to bf16         C
 //
-// All but the last take up to three products: TN and NT side by side, NN as terms of one sum.
+// All but the last two take up to three products: TN and NT side by side, NN as terms of one sum.
 //
 // A block stays on its SM and takes tiles of 128 × (128 or 256) × 64. In the first warpgroup one thread fills a ring
 // of operands and two threads store what the other two warpgroups have written; these multiply, 64 rows each, one
 // product always under way. The operands of the next tile come, and the last tile's slabs leave, while products are
 // under way. Operands whose k is not contiguous come as slabs of 64 columns × 64 of k and are read through transposing
-// descriptors.
+// descriptors. SwiGLU: half of a tile's columns are gate's and half are up's: a thread has both sums of an output.
 //
 // Sums: an output's k in ascending blocks of 16, each by the tensor core; splits as in gemm.cu. f32 are added to C in
 // memory, each once a launch (subnormal ones as zeros): results depend on the shape and on `splits`, never on timing.
@@ -27,6 +28,7 @@
 #include "prelude_sm90.cuh"
 
 #include "gemm_sm90.cuh"
+#include "swiglu.cuh"
 
 constexpr int ROWS = 128, DEPTH = 64;
 
@@ -46,11 +48,10 @@ template <bool KMajor> __device__ __forceinline__ uint64_t operand(const unsigne
   return wgmma_descriptor(tile + (KMajor ? 2 * k : 128 * k), KMajor ? 16 : SLAB, 1024);
 }
 
-// One thread: the operands of all tiles of the block.
-template <Layout L, int Columns>
-__device__ __forceinline__ void load_operands(const Maps& a, const Maps& b,
-                                              const TileScheduler<L, Columns>& scheduler) {
-  typedef SharedLayout<Columns> Shared;
+// One thread: the operands of all tiles of the block. Where fewer columns are stored, B's first two are side by side.
+template <int Columns, Layout L, int Stored>
+__device__ __forceinline__ void load_operands(const Maps& a, const Maps& b, const TileScheduler<L, Stored>& scheduler) {
+  typedef SharedLayout<Columns, Stored> Shared;
   Ring<Shared::STAGES> ring;
   for (uint32_t index = blockIdx.x; index < scheduler.count(); index += gridDim.x) {
     const Tile tile = scheduler.tile(index);
@@ -61,16 +62,18 @@ __device__ __forceinline__ void load_operands(const Maps& a, const Maps& b,
       mbarrier_wait(Shared::empty(ring.slot), ring.parity ^ 1);
       mbarrier_expect(full, Shared::STAGE);
       load_operand<L != NT, ROWS>(Shared::a(ring.slot), member_of(a.of, depth.term), full, tile.row, depth.k0);
-      load_operand<L == TN, Columns>(Shared::b(ring.slot), member_of(b.of, depth.term), full, tile.column, depth.k0);
+      load_operand<L == TN, Stored>(Shared::b(ring.slot), member_of(b.of, depth.term), full, tile.column, depth.k0);
+      if (Stored < Columns)
+        load_operand<L == TN, Stored>(Shared::b(ring.slot) + Stored * 128, b.of[1], full, tile.column, depth.k0);
     }
   }
 }
 
 // A warpgroup: the products of its rows of a tile.
-template <Layout L, int Columns>
+template <Layout L, int Columns, int Stored>
 __device__ __forceinline__ void multiply_tile(float (&sums)[Columns / 2], const Tile& tile, uint32_t warpgroup,
-                                              Ring<SharedLayout<Columns>::STAGES>& ring) {
-  typedef SharedLayout<Columns> Shared;
+                                              Ring<SharedLayout<Columns, Stored>::STAGES>& ring) {
+  typedef SharedLayout<Columns, Stored> Shared;
   const bool elected = (threadIdx.x & 31) == 0;
 #pragma unroll
   for (int i = 0; i < Columns / 2; i++) sums[i] = 0.f;
@@ -93,11 +96,11 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[Columns / 2], const 
   if (elected && tile.last > tile.first) mbarrier_arrive(Shared::empty(before));
 }
 
-// Out: Output or Epilogue.
-template <Layout L, int Columns, typename Out>
+// Tiles of Columns sums, of which the scheduler's Stored columns go into C. Out: Output or Epilogue.
+template <int Columns, Layout L, int Stored, typename Out>
 __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out& out,
-                                        const TileScheduler<L, Columns>& scheduler) {
-  typedef SharedLayout<Columns> Shared;
+                                        const TileScheduler<L, Stored>& scheduler) {
+  typedef SharedLayout<Columns, Stored> Shared;
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shared::STAGES; s++) {
       mbarrier_init(Shared::full(s), 1);
@@ -112,8 +115,8 @@ __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out&
   __syncthreads();
   if (threadIdx.x < 128) {
     registers_decrease<40>();
-    if (threadIdx.x == 0) load_operands(a, b, scheduler);
-    if (threadIdx.x == 32 || threadIdx.x == 64) store_tiles(out, scheduler, threadIdx.x / 32 - 1);
+    if (threadIdx.x == 0) load_operands<Columns>(a, b, scheduler);
+    if (threadIdx.x == 32 || threadIdx.x == 64) store_tiles<Columns>(out, scheduler, threadIdx.x / 32 - 1);
   } else {
     registers_increase<232>();
     const uint32_t warpgroup = threadIdx.x / 128 - 1, count = scheduler.count();
@@ -122,8 +125,12 @@ __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out&
     for (uint32_t index = blockIdx.x; index < count; index += gridDim.x) {
       const Tile tile = scheduler.tile(index);
       float sums[Columns / 2];
-      multiply_tile<L, Columns>(sums, tile, warpgroup, ring);
-      finish_tile<Columns>(out, sums, tile, warpgroup, phase);
+      multiply_tile<L, Columns, Stored>(sums, tile, warpgroup, ring);
+      if constexpr (Stored < Columns) {
+#pragma unroll
+        for (int i = 0; i < Columns / 4; i++) sums[i] = swiglu_of_sums(sums[i], sums[i + Columns / 4]);
+      }
+      finish_tile<Columns, Stored>(out, sums, tile, warpgroup, phase);
     }
   }
 }
@@ -137,13 +144,13 @@ __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out&
 #define GEMM_SCHEDULE {{m0, m1, m2}, {n0, n1, n2}, {k0, k1, k2}, splits}
 
 // The kernels of a layout. grid: at most the tiles times splits (one block an SM is of use), block: 384, shared:
-// SharedLayout::BYTES, 213168 for 256 columns, 229536 for 128. Boxes of C [splits, m, n] and of the source [1, m, n]
-// are 64 rows of 128 bytes. TN and NT: k is k0; NN: m and n are m0 and n0, C is c0.
+// SharedLayout::BYTES, 213168 for 256 columns, 229536 for 128; SwiGLU: 229504 and 213120. Boxes of C [splits, m, n] and
+// of the source [1, m, n] are 64 rows of 128 bytes. TN and NT: k is k0; NN: m and n are m0 and n0, C is c0.
 #define GEMM_STORE(LAYOUT, name, COLUMNS, dtype, T)                                                                    \
   extern "C" __global__ void __launch_bounds__(384, 1) gemm_##name##_wgmma##COLUMNS##_##dtype(                         \
       GEMM_MAPS(a), GEMM_MAPS(b), GEMM_MAPS(c), uint32_t accumulate, GEMM_SIZES) {                                     \
     const Output<T, false> output = {GEMM_ALL(c), {}, false, {}, 1.f, accumulate != 0, {}};                            \
-    product<LAYOUT, COLUMNS>(GEMM_ALL(a), GEMM_ALL(b), output, GEMM_SCHEDULE);                                         \
+    product<COLUMNS>(GEMM_ALL(a), GEMM_ALL(b), output, TileScheduler<LAYOUT, COLUMNS> GEMM_SCHEDULE);                  \
   }                                                                                                                    \
   EXPORT(gemm_##name##_wgmma##COLUMNS##_##dtype)                                                                       \
   SHARED_BYTES(gemm_##name##_wgmma##COLUMNS##_##dtype, SharedLayout<COLUMNS>::BYTES)
@@ -154,7 +161,7 @@ __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out&
       GEMM_SIZES) {                                                                                                    \
     const Output<bf16, true> output = {GEMM_ALL(c), GEMM_ALL(source), has_source != 0, {bias0, bias1, bias2},          \
                                        alpha,       false,            {n0, n1, n2}};                                   \
-    product<LAYOUT, COLUMNS>(GEMM_ALL(a), GEMM_ALL(b), output, GEMM_SCHEDULE);                                         \
+    product<COLUMNS>(GEMM_ALL(a), GEMM_ALL(b), output, TileScheduler<LAYOUT, COLUMNS> GEMM_SCHEDULE);                  \
   }                                                                                                                    \
   EXPORT(gemm_##name##_wgmma##COLUMNS##_add_bf16)                                                                      \
   SHARED_BYTES(gemm_##name##_wgmma##COLUMNS##_add_bf16, SharedLayout<COLUMNS>::BYTES)
@@ -164,7 +171,8 @@ __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out&
       float* __restrict__ partials, float alpha, uint32_t accumulate, uint32_t m, uint32_t n, uint32_t k,              \
       uint32_t splits) {                                                                                               \
     const Epilogue<T> epilogue = {c, bias, residual, partials, alpha, accumulate != 0, m, n};                          \
-    product<LAYOUT, COLUMNS>({{&a, &a, &a}}, {{&b, &b, &b}}, epilogue, {{m}, {n}, {k}, splits});                       \
+    const TileScheduler<LAYOUT, COLUMNS> scheduler = {{m}, {n}, {k}, splits};                                          \
+    product<COLUMNS>({{&a, &a, &a}}, {{&b, &b, &b}}, epilogue, scheduler);                                             \
   }                                                                                                                    \
   EXPORT(gemm_##name##_wgmma##COLUMNS##_any_##dtype)                                                                   \
   SHARED_BYTES(gemm_##name##_wgmma##COLUMNS##_any_##dtype, SharedLayout<COLUMNS>::BYTES)
@@ -174,6 +182,16 @@ __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out&
   GEMM_ADD(LAYOUT, name, COLUMNS)                                                                                      \
   GEMM_ANY(LAYOUT, name, COLUMNS, bf16, bf16)
 
+#define GEMM_SWIGLU(COLUMNS)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(384, 1) gemm_tn_wgmma##COLUMNS##_swiglu_bf16(                           \
+      GEMM_MAP(a), GEMM_MAP(gate), GEMM_MAP(up), GEMM_MAP(c), uint32_t m, uint32_t n, uint32_t k) {                    \
+    const Output<bf16, false> output = {{{&c, &c, &c}}, {}, false, {}, 1.f, false, {}};                                \
+    const TileScheduler<TN, COLUMNS / 2> scheduler = {{m}, {n}, {k}, 1};                                               \
+    product<COLUMNS>({{&a, &a, &a}}, {{&gate, &up, &up}}, output, scheduler);                                          \
+  }                                                                                                                    \
+  EXPORT(gemm_tn_wgmma##COLUMNS##_swiglu_bf16)                                                                         \
+  SHARED_BYTES(gemm_tn_wgmma##COLUMNS##_swiglu_bf16, SharedLayout<COLUMNS, COLUMNS / 2>::BYTES)
+
 GEMM_WGMMA(TN, tn, 128)
 GEMM_WGMMA(TN, tn, 256)
 GEMM_WGMMA(NN, nn, 128)
@@ -182,3 +200,5 @@ GEMM_WGMMA(NT, nt, 128)
 GEMM_WGMMA(NT, nt, 256)
 GEMM_ANY(NT, nt, 128, f32, float)
 GEMM_ANY(NT, nt, 256, f32, float)
+GEMM_SWIGLU(128)
+GEMM_SWIGLU(256)

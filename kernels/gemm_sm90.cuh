@@ -8,10 +8,10 @@
 
 constexpr int SLAB = 64 * 128;
 
-// The layout of shared memory for tiles of 128 × Columns: a ring of operands, for each of two warpgroups a ring of
-// slabs (those of one tile in bf16), barriers.
-template <int Columns> struct SharedLayout {
-  static constexpr int STAGES = Columns == 256 ? 3 : 6, BUFFERS = Columns / 64;
+// The layout of shared memory for tiles of 128 × Columns sums, of which Stored columns are stored: a ring of operands,
+// for each of two warpgroups a ring of slabs (those of one tile in bf16), barriers.
+template <int Columns, int Stored = Columns> struct SharedLayout {
+  static constexpr int STAGES = Columns == 128 ? 6 : Stored == 128 ? 4 : 3, BUFFERS = Stored / 64;
   static constexpr int A_BYTES = 128 * 128, STAGE = A_BYTES + Columns * 128;
   static constexpr int SLABS = STAGES * STAGE, BARRIERS = SLABS + 2 * BUFFERS * SLAB;
   static constexpr int BYTES = BARRIERS + (2 * STAGES + 4 * BUFFERS) * 8;
@@ -185,12 +185,13 @@ template <typename T, bool Addends> struct Output {
   }
 };
 
-// The warpgroup's part: sums to slabs. `phase`: times that its ring of slabs has been gone through.
-template <int Columns, typename T, bool Addends>
+// The warpgroup's part: sums to slabs, those of the first Stored columns. `phase`: times that its ring of slabs has
+// been gone through.
+template <int Columns, int Stored, typename T, bool Addends>
 __device__ __forceinline__ void finish_tile(const Output<T, Addends>& output, const float (&sums)[Columns / 2],
                                             const Tile& tile, uint32_t warpgroup, uint32_t& phase) {
-  typedef SharedLayout<Columns> Shared;
-  constexpr int WIDTH = Output<T, Addends>::WIDTH, SLABS = Columns / WIDTH, BUFFERS = Shared::BUFFERS;
+  typedef SharedLayout<Columns, Stored> Shared;
+  constexpr int WIDTH = Output<T, Addends>::WIDTH, SLABS = Stored / WIDTH, BUFFERS = Shared::BUFFERS;
   unsigned char* const rows = Shared::slabs(warpgroup) + threadIdx.x % 128 / 32 * 2048;
 #pragma unroll
   for (int s = 0; s < SLABS; s++) {
@@ -204,11 +205,11 @@ __device__ __forceinline__ void finish_tile(const Output<T, Addends>& output, co
 }
 
 // The storing thread's part, for all tiles of the block.
-template <Layout L, int Columns, typename T, bool Addends>
+template <int Columns, Layout L, int Stored, typename T, bool Addends>
 __device__ __forceinline__ void store_tiles(const Output<T, Addends>& output,
-                                            const TileScheduler<L, Columns>& scheduler, uint32_t warpgroup) {
-  typedef SharedLayout<Columns> Shared;
-  constexpr uint32_t WIDTH = Output<T, Addends>::WIDTH, SLABS = Columns / WIDTH, BUFFERS = Shared::BUFFERS;
+                                            const TileScheduler<L, Stored>& scheduler, uint32_t warpgroup) {
+  typedef SharedLayout<Columns, Stored> Shared;
+  constexpr uint32_t WIDTH = Output<T, Addends>::WIDTH, SLABS = Stored / WIDTH, BUFFERS = Shared::BUFFERS;
   const uint32_t count = scheduler.count(), row = 64 * warpgroup;
   const auto offer = [&](uint32_t slab, const Tile& tile) {
     output.offer(Shared::slabs(warpgroup) + slab * SLAB, Shared::ready(warpgroup, slab), tile,
@@ -241,7 +242,7 @@ __device__ __forceinline__ void store_tiles(const Output<T, Addends>& output,
 }
 
 // Any C and addends of one product: by rows of 64 columns through the slabs' memory.
-template <int Columns, typename T>
+template <int Columns, int Stored, typename T>
 __device__ __forceinline__ void finish_tile(Epilogue<T> epilogue, const float (&sums)[Columns / 2], const Tile& tile,
                                             uint32_t warpgroup, uint32_t&) {
   const uint32_t warp = 4 * warpgroup + threadIdx.x % 128 / 32;
@@ -253,5 +254,5 @@ __device__ __forceinline__ void finish_tile(Epilogue<T> epilogue, const float (&
     store_rows16<64, 1>(stage, epilogue, vectorised, tile.row + 16 * warp, tile.column + 64 * c,
                         [&](int j, int e) { return sums[4 * (8 * c + j) + e]; });
 }
-template <Layout L, int Columns, typename T>
-__device__ __forceinline__ void store_tiles(const Epilogue<T>&, const TileScheduler<L, Columns>&, uint32_t) {}
+template <int Columns, Layout L, int Stored, typename T>
+__device__ __forceinline__ void store_tiles(const Epilogue<T>&, const TileScheduler<L, Stored>&, uint32_t) {}

@@ -8,9 +8,7 @@
 //
 // Versions: baseline, an element a thread, any alignment; vec8, 16 bytes a thread and access, grid stride, pointers
 // aligned to 16 bytes: wins at every size.
-#include "prelude.cuh"
-
-__device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
+#include "swiglu.cuh"
 
 __device__ __forceinline__ void swiglu_gradients(float gate, float up, float dy, float& dgate, float& dup) {
   const float sigmoid = 1.f / (1.f + __expf(-gate));

@@ -15,8 +15,9 @@ use rounded::Rounded;
 use std::collections::BTreeMap;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
+use swat::backend::trace::{self, Lane};
 use swat::backend::{Backend, FloatElement, Sampling};
-use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Member, NoiseKind, Readout, SweepOptions};
+use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Lora, Member, NoiseKind, Readout, SweepOptions};
 use swat::model::ModelConfig;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepOutcome, StepSettings};
@@ -302,6 +303,56 @@ fn generation_on<P: Precision>(cuda: &Cuda<P>) {
 #[test]
 fn generation() {
     on_every_device!(generation_on);
+}
+
+/// What passes that keep nothing give, and how many of their MLPs had gate and up in one product.
+fn nothing_kept<P: Precision>(cuda: &Cuda<P>, adapters: bool) -> (Values, Vec<Vec<u32>>, usize) {
+    let config = wide(2, 64);
+    let (batch, prompts) = (batch(&config, &[70, 5, 21], 2), batch(&config, &[9, 14, 5], 10));
+    let mut model = decoder(cuda, &config, 1);
+    if adapters {
+        let gated = ModuleSet::parse("layers.0.{gate,up}, layers.1.{gate,up}", &config.cells()).unwrap();
+        model.add_lora(&gated, Lora::default(), 3).unwrap();
+    }
+    let recording = trace::record().expect("no recording runs on this thread");
+    let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
+    let hidden = model.hidden_states(&batch, &rows).unwrap().into_iter().enumerate();
+    let mut values: Values = hidden.map(|(i, state)| (format!("hidden state {i}"), state)).collect();
+    values.insert("losses".into(), model.losses(&batch).unwrap());
+    let cell = |text: &str| ModuleSet::parse(text, &config.cells()).unwrap();
+    let members = ["layers.0.up", "layers.1.{gate,up}", "layers.1.q"];
+    let members = members.map(|text| Member { cells: cell(text), seed: 5, negative: false });
+    let options = SweepOptions {
+        kind: NoiseKind::Gaussian,
+        epsilon: 0.3,
+        layers: vec![1, 2],
+        head_rows: vec![3, 160, 7],
+        budget_bytes: 1 << 20,
+    };
+    let mut keep = |i: usize, readout: Readout| {
+        values.insert(format!("member {i}"), [readout.hidden.concat(), readout.logits].concat());
+        Ok(())
+    };
+    model.sweep(&prompts, &members, &options, &mut keep).unwrap();
+    let texts: Vec<Vec<u32>> = (0..12).map(|i| vec![3 + i, 5, 7]).collect();
+    let generate = GenerateOptions { max_new_tokens: 4, stop: Vec::new(), ..GenerateOptions::default() };
+    let answers = model.generate(&texts, &generate, &mut |_, _| {}).unwrap();
+    cuda.synchronize().unwrap();
+    let gated = recording.take().iter().filter(|span| span.lane == Lane::Op && span.name == "gated_linear").count();
+    (values, answers.into_iter().map(|answer| answer.tokens).collect(), gated)
+}
+
+/// Gate and up in one product give the engine the bits that they give apart, as they are beside adapters (of zeros).
+fn gate_and_up_on<P: Precision>(cuda: &Cuda<P>) {
+    let ((values, tokens, gated), (apart, tokens_apart, none)) = (nothing_kept(cuda, false), nothing_kept(cuda, true));
+    assert!(gated > 8 && none == 0, "{gated} products of gate and up, {none} beside adapters");
+    assert_eq!(values, apart, "{}", cuda.name());
+    assert_eq!(tokens, tokens_apart, "{}", cuda.name());
+}
+
+#[test]
+fn gate_and_up_in_one_product() {
+    on_every_device!(gate_and_up_on);
 }
 
 #[test]

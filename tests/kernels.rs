@@ -205,7 +205,7 @@ fn tensor_cores_do_the_products() {
 }
 
 /// Machine instructions that a kernel on tensor cores may have: the first entry of which all parts are in its name counts.
-const INSTRUCTIONS: [(&[&str], usize); 19] = [
+const INSTRUCTIONS: [(&[&str], usize); 23] = [
     (&["gemm", "wgmma128_bf16"], 1000),
     (&["gemm", "wgmma256_bf16"], 1150),
     (&["gemm", "wgmma128_f32"], 1150),
@@ -214,6 +214,10 @@ const INSTRUCTIONS: [(&[&str], usize); 19] = [
     (&["gemm", "wgmma256_add"], 2200),
     (&["gemm", "wgmma128_any"], 1350),
     (&["gemm", "wgmma256_any"], 2100),
+    (&["gemm", "wgmma128_swiglu"], 1600),
+    (&["gemm", "wgmma256_swiglu"], 2450),
+    (&["gemm", "swiglu_mma64"], 1750),
+    (&["gemm", "swiglu_mma128"], 3700),
     (&["gemm", "mma64"], 2800),
     (&["gemm", "mma128"], 4750),
     (&["gemm", "scalar64"], 3950),

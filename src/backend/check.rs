@@ -46,6 +46,13 @@ pub(super) fn linear_each<B: Backend>(x: &In<B>, each: &[Projection<B>], tokens:
     shape
 }
 
+/// [`Backend::gated_linear`]: the shape of gate, and of up.
+pub(super) fn gated_linear<B: Backend>(x: &In<B>, [gate, up]: [&In<B>; 2], y: &Out<B>, tokens: usize) -> LinearShape {
+    let shape = layers(tokens, x.len() / tokens.max(1), std::iter::once((gate.len(), y.len())));
+    assert_eq!([x.len(), up.len()], [tokens * shape.inputs, gate.len()]);
+    shape
+}
+
 /// [`Backend::linear_backward_input_each`]: the same.
 pub(super) fn linear_backward_input_each<B: Backend>(
     each: &[InputGradient<B>],

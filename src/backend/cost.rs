@@ -61,6 +61,11 @@ pub fn linear_each(tokens: usize, inputs: usize, outputs: usize, biases: usize, 
     linear(LinearShape { tokens, inputs, outputs }, biases, float)
 }
 
+/// Y = silu(X·gateᵀ) · (X·upᵀ), two layers of this shape of which only Y is stored.
+pub fn gated_linear(LinearShape { tokens, inputs, outputs }: LinearShape, float: usize) -> Cost {
+    product([tokens, 2 * outputs, inputs], float, 0) + Cost::each(tokens * outputs, float, SWIGLU_FLOPS)
+}
+
 /// dX = dY·W.
 pub fn linear_backward_input(shape: LinearShape, accumulate: bool, float: usize) -> Cost {
     let LinearShape { tokens, inputs, outputs } = shape;
@@ -153,7 +158,7 @@ pub fn rope(elements: usize, float: usize) -> Cost {
 
 /// y = silu(gate) · up.
 pub fn swiglu(elements: usize, float: usize) -> Cost {
-    Cost::each(elements, 3 * float, 5)
+    Cost::each(elements, 3 * float, SWIGLU_FLOPS)
 }
 
 /// dgate and dup in the place of gate and up.
@@ -215,6 +220,9 @@ pub fn perturb<B: Backend>(
     perturbed_copies(elements, copies, bytes, flops, float)
 }
 
+/// FLOPs of silu(gate) · up: a negation, an exponential, a sum, a quotient, a product.
+const SWIGLU_FLOPS: usize = 5;
+
 /// FLOPs of a normal, half of those of a pair: two scalings, a logarithm, its double, a root, a sine, a cosine, two products.
 pub const NORMAL_FLOPS: usize = 5;
 
@@ -240,6 +248,7 @@ mod tests {
     fn tensors_are_counted_once() {
         let shape = LinearShape { tokens: 3, inputs: 5, outputs: 7 };
         assert_eq!(linear(shape, 7 + 21, 2), Cost { bytes: 2 * (15 + 35 + 21 + 7 + 21), flops: 210 });
+        assert_eq!(gated_linear(shape, 2), Cost { bytes: 2 * (15 + 2 * 35 + 21), flops: 2 * 210 + 5 * 21 });
         assert_eq!(linear_backward_input(shape, true, 4), Cost { bytes: 4 * (21 + 35 + 2 * 15), flops: 210 });
         assert_eq!(linear_backward_weight(shape, false, 2, 4), Cost { bytes: 2 * (21 + 15) + 4 * 35, flops: 210 });
         assert_eq!(embedding_backward(3, 5, 2, 4), Cost { bytes: 3 * (5 * (2 + 2 * 4) + 4), flops: 15 });

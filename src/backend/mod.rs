@@ -275,6 +275,19 @@ pub trait Backend: Clone + Send + Sync + 'static {
         }
         Ok(())
     }
+    /// Y [tokens, outputs] = silu(X·gateᵀ) · (X·upᵀ) of X [tokens, inputs] and weights [outputs, inputs], without the two
+    /// products in memory; the same bits as [`Backend::linear_each`] and [`Backend::swiglu`]. `false`, and Y left as it was,
+    /// where no kernel does that for these tensors: always by default.
+    fn gated_linear(
+        &self,
+        _x: In<'_, Self>,
+        _gate: In<'_, Self>,
+        _up: In<'_, Self>,
+        _y: Out<'_, Self>,
+        _tokens: usize,
+    ) -> Result<bool> {
+        Ok(false)
+    }
     /// dX [tokens, inputs] = alpha · dY · W, added to what dX holds if `accumulate`.
     fn linear_backward_input(
         &self,

@@ -314,16 +314,74 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<MlpActivations<'a, B>> {
         let tokens = mid.len() / self.config.hidden;
         let (normed, rstd) = self.norm(overlay, ParamId::PostAttentionNorm(layer), mid.clone())?;
-        let mut gate = self.floats(tokens * self.config.ffn)?;
-        let mut up = self.floats(tokens * self.config.ffn)?;
-        let outs = [(ModuleKind::Gate, gate.view_mut()), (ModuleKind::Up, up.view_mut())];
-        self.project_each(overlay, layer, normed.view(), outs)?;
+        let [gate, up] = self.gate_and_up(overlay, layer, normed.view())?;
         drop(normed);
-        let mut product = self.floats(tokens * self.config.ffn)?;
-        self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;
+        let product = self.swiglu(&gate, &up)?;
         let down = ModuleId { layer, kind: ModuleKind::Down };
         self.project(overlay, down, product.view(), out, tokens, Some(mid))?;
         Ok(MlpActivations { rstd, gate, up })
+    }
+
+    /// The same with nothing kept.
+    pub(super) fn mlp_output<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        mid: In<'_, B>,
+        out: Out<'_, B>,
+    ) -> Result<()> {
+        let tokens = mid.len() / self.config.hidden;
+        let (normed, _) = self.norm(overlay, ParamId::PostAttentionNorm(layer), mid.clone())?;
+        let product = match self.gated(overlay, layer, normed.view())? {
+            Some(product) => product,
+            None => {
+                let [gate, up] = self.gate_and_up(overlay, layer, normed.view())?;
+                drop(normed);
+                self.swiglu(&gate, &up)?
+            }
+        };
+        let down = ModuleId { layer, kind: ModuleKind::Down };
+        self.project(overlay, down, product.view(), out, tokens, Some(mid))
+    }
+
+    /// gate_proj(x) and up_proj(x).
+    pub(super) fn gate_and_up<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+    ) -> Result<[Floats<'a, B>; 2]> {
+        let len = x.len() / self.config.hidden * self.config.ffn;
+        let [mut gate, mut up] = [self.floats(len)?, self.floats(len)?];
+        let outs = [(ModuleKind::Gate, gate.view_mut()), (ModuleKind::Up, up.view_mut())];
+        self.project_each(overlay, layer, x, outs)?;
+        Ok([gate, up])
+    }
+
+    /// silu(gate) · up.
+    pub(super) fn swiglu(&self, gate: &Floats<'_, B>, up: &Floats<'_, B>) -> Result<Floats<'_, B>> {
+        let mut product = self.floats(gate.view().len())?;
+        self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;
+        Ok(product)
+    }
+
+    /// silu(gate_proj(x)) · up_proj(x) where the backend needs no gate and up in memory for it: bare weights.
+    pub(super) fn gated<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: In<'_, B>,
+    ) -> Result<Option<Floats<'a, B>>> {
+        let modules = [ModuleKind::Gate, ModuleKind::Up].map(|kind| ModuleId { layer, kind });
+        let mut more = modules.iter().flat_map(|id| [ParamId::Bias(*id), ParamId::LoraA(*id)]);
+        if more.any(|id| self.index.contains_key(&id)) {
+            return Ok(None);
+        }
+        let tokens = x.len() / self.config.hidden;
+        let mut product = self.floats(tokens * self.config.ffn)?;
+        let [gate, up] = modules.map(|id| self.values(overlay, ParamId::Weight(id)));
+        let done = self.backend.gated_linear(x, gate, up, product.view_mut(), tokens)?;
+        Ok(done.then_some(product))
     }
 
     /// A whole layer; dropping the activations gives their memory to the next one.
@@ -342,6 +400,23 @@ impl<B: Backend> Decoder<B> {
         Ok((LayerActivations { x, attention, mid, mlp }, out))
     }
 
+    /// The same of which the attention half alone is kept.
+    pub(super) fn layer_attention<'a>(
+        &'a self,
+        overlay: &Overlay<'a, B>,
+        layer: usize,
+        x: Floats<'a, B>,
+        packed: &Packed<'_, B>,
+    ) -> Result<(AttentionActivations<'a, B>, Floats<'a, B>)> {
+        let _span = trace::layer(layer);
+        let attention = self.attention_half(overlay, layer, x.view(), packed)?;
+        let mid = self.output_projection(overlay, layer, attention.mixed.view(), x.view())?;
+        drop(x);
+        let mut out = self.floats(packed.tokens * self.config.hidden)?;
+        self.mlp_output(overlay, layer, mid.view(), out.view_mut())?;
+        Ok((attention, out))
+    }
+
     /// The output of a layer, with nothing kept: the MLP in pieces.
     pub(super) fn layer_output<'a>(
         &'a self,
@@ -357,7 +432,7 @@ impl<B: Backend> Decoder<B> {
         for piece in self.pieces(packed.tokens) {
             let [own, mixed_own] = [hidden, q_width].map(|width| piece.start * width..piece.end * width);
             let mid = self.output_projection(overlay, layer, mixed.range(mixed_own), x.part(own.clone()))?;
-            self.mlp_half(overlay, layer, mid.view(), out.part(own))?;
+            self.mlp_output(overlay, layer, mid.view(), out.part(own))?;
         }
         Ok(())
     }
@@ -417,7 +492,7 @@ impl<B: Backend> Decoder<B> {
         self.backend.attention_decode(q.view(), k.view(), v.view(), mixed.view_mut(), spans.view(), longest, &shape)?;
         let mid = self.output_projection(overlay, layer, mixed.view(), x_rows.view())?;
         let mut out = self.floats(rows.len() * c.hidden)?;
-        self.mlp_half(overlay, layer, mid.view(), out.view_mut())?;
+        self.mlp_output(overlay, layer, mid.view(), out.view_mut())?;
         Ok((out, k, v))
     }
 

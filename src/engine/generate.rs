@@ -194,8 +194,8 @@ impl<B: Backend> Decoder<B> {
                 fill(k.view(), v.view())?;
                 out
             } else {
-                let (activations, out) = self.layer_forward(&none, layer, x, &packed)?;
-                fill(activations.attention.k.view(), activations.attention.v.view())?;
+                let (attention, out) = self.layer_attention(&none, layer, x, &packed)?;
+                fill(attention.k.view(), attention.v.view())?;
                 out
             };
         }
@@ -263,7 +263,7 @@ impl<B: Backend> Decoder<B> {
             let (k, v, spans) = (keys.view(), values.view(), at.spans.clone());
             self.backend.attention_decode(q.view(), k, v, mixed.view_mut(), spans, at.longest, &shape)?;
             let mid = self.output_projection(&none, layer, mixed.view(), x.view())?;
-            self.mlp_half(&none, layer, mid.view(), x.view_mut())?;
+            self.mlp_output(&none, layer, mid.view(), x.view_mut())?;
         }
         let (normed, _) = self.norm(&none, ParamId::FinalNorm, x.view())?;
         self.draw(normed.view(), draw, options)

@@ -84,7 +84,7 @@ impl<B: Backend> Decoder<B> {
             if layer + 1 == self.config.layers && 2 * rows.len() <= packed.tokens {
                 return Ok(self.layer_forward_rows(&none, layer, x.view(), &packed, batch, rows)?.0);
             }
-            x = self.layer_forward(&none, layer, x, &packed)?.1;
+            x = self.layer_attention(&none, layer, x, &packed)?.1;
         }
         self.backend.gather_rows(x.view(), chosen.view(), tapped.view_mut(), hidden)?;
         Ok(tapped)

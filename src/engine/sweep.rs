@@ -406,18 +406,20 @@ impl<B: Backend> Decoder<B> {
         } else {
             None
         };
-        let mlp_in = || mlp_normed.as_ref().unwrap_or(&clean.mlp_normed).view();
-        let (gate, up) = if mlp_normed.is_some() {
-            let [mut gate, mut up] = [self.floats(tokens * c.ffn)?, self.floats(tokens * c.ffn)?];
-            let outs = [(ModuleKind::Gate, gate.view_mut()), (ModuleKind::Up, up.view_mut())];
-            self.project_each(overlay, layer, mlp_in(), outs)?;
-            (Some(gate), Some(up))
-        } else {
-            (projected(ModuleKind::Gate, mlp_in(), false)?, projected(ModuleKind::Up, mlp_in(), false)?)
+        let gated = match &mlp_normed {
+            Some(normed) => self.gated(overlay, layer, normed.view())?,
+            None => None,
         };
-        let mut product = self.floats(tokens * c.ffn)?;
-        let (gate, up) = (gate.as_ref().unwrap_or(&clean.gate), up.as_ref().unwrap_or(&clean.up));
-        self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;
+        let product = if let Some(product) = gated {
+            product
+        } else if let Some(normed) = &mlp_normed {
+            let [gate, up] = self.gate_and_up(overlay, layer, normed.view())?;
+            self.swiglu(&gate, &up)?
+        } else {
+            let changed = |kind| projected(kind, clean.mlp_normed.view(), false);
+            let (gate, up) = (changed(ModuleKind::Gate)?, changed(ModuleKind::Up)?);
+            self.swiglu(gate.as_ref().unwrap_or(&clean.gate), up.as_ref().unwrap_or(&clean.up))?
+        };
         let mid = mid.as_ref().unwrap_or(&clean.mid).view();
         self.project(overlay, module(ModuleKind::Down), product.view(), out, tokens, Some(mid))
     }

@@ -1,5 +1,6 @@
 //! Linear layers.
 
+mod gated;
 mod grouped;
 
 use super::*;

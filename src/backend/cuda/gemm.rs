@@ -1,9 +1,11 @@
 //! Linear layers: see `kernels/gemm.cu`, `gemm_sm90.cu`, `gemm_decode.cu` and `gemm_bias.cu`.
 
+mod gated;
 mod grouped;
 mod plan;
 mod wgmma;
 
+pub(super) use gated::Gated;
 pub use grouped::GemmMember;
 pub(super) use grouped::{linear_backward_input_each, linear_backward_weight_each, linear_each};
 pub(super) use plan::split_bytes;

@@ -195,6 +195,21 @@ impl<P: Precision> Backend for Cuda<P> {
         gemm::linear_each(&self.device, slice(&x), layers, shape)
     }
 
+    fn gated_linear(
+        &self,
+        x: In<'_, Self>,
+        gate: In<'_, Self>,
+        up: In<'_, Self>,
+        y: Out<'_, Self>,
+        tokens: usize,
+    ) -> Result<bool> {
+        let shape = check::gated_linear(&x, [&gate, &up], &y, tokens);
+        let gated = gemm::Gated { x: slice(&x), gate: slice(&gate), up: slice(&up), y: slice_mut(y), shape };
+        let Some(version) = gated.choose(&self.device) else { return Ok(false) };
+        let _span = trace::op("gated_linear", || cost::gated_linear(shape, FLOAT));
+        gated.launch(&self.device, version).map(|()| true)
+    }
+
     fn linear_backward_input(
         &self,
         dy: In<'_, Self>,

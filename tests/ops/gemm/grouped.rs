@@ -80,7 +80,7 @@ fn far(a: &[f64], b: &[f64]) -> f64 {
 
 /// At most twice as far from the exact results as f32 sums in order that are rounded once.
 #[track_caller]
-fn assert_as_f32_sums<T: FloatElement>(got: &[f64], exact: &[f64], sums: &[f32], terms: usize, what: &str) {
+pub(super) fn assert_as_f32_sums<T: FloatElement>(got: &[f64], exact: &[f64], sums: &[f32], terms: usize, what: &str) {
     let emulated: Vec<f64> = sums.iter().map(|sum| T::from_f32(*sum).to_f32() as f64).collect();
     let (error, allowed) = (far(got, exact), 2.0 * far(&emulated, exact) + 1e-6 * (terms as f64).sqrt());
     assert!(error <= allowed, "{what}: {error} > {allowed}");

@@ -5,12 +5,12 @@ use super::super::memory::{Slice, SliceMut};
 use super::super::tensor_map::{slab_map, tensor_map};
 use super::plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 use super::{Addends, size};
-use crate::backend::{Cost, FloatElement};
+use crate::backend::{Cost, FloatElement, LinearShape};
 use crate::error::Result;
 use cudarc::driver::sys;
 use half::bf16;
 
-const BLOCK: u32 = 384;
+pub(super) const BLOCK: u32 = 384;
 /// Lines of a box of a bulk tensor copy: rows of A where k is contiguous, else depth.
 const BOX_ROWS_A: usize = 128;
 const BOX_DEPTH: usize = 64;
@@ -54,7 +54,7 @@ macro_rules! symbols {
 }
 
 /// Whether bulk tensor copies reach C [.., n].
-fn copies<T>(c: Slice<T>, n: usize) -> bool {
+pub(super) fn copies<T>(c: Slice<T>, n: usize) -> bool {
     c.aligned(COPY_BYTES as u64) && (n * size_of::<T>()).is_multiple_of(COPY_BYTES)
 }
 
@@ -132,6 +132,22 @@ fn sizes(values: impl Iterator<Item = usize>) -> [Arg; MEMBERS] {
     let mut all = [Arg::U32(0); MEMBERS];
     all.iter_mut().zip(values).for_each(|(to, value)| *to = Arg::U32(size(value)));
     all
+}
+
+/// X, the weights of gate and up, of which a tile takes so many `columns` each, and Y: what the kernels with SwiGLU begin with.
+pub(super) fn gated_maps(
+    device: &Device,
+    [x, gate, up]: [Slice<bf16>; 3],
+    y: Slice<bf16>,
+    LinearShape { tokens, inputs, outputs }: LinearShape,
+    columns: usize,
+) -> Result<[Arg; 4]> {
+    Ok([
+        tensor_map(device, x, inputs, BOX_ROWS_A)?.into(),
+        tensor_map(device, gate, inputs, columns)?.into(),
+        tensor_map(device, up, inputs, columns)?.into(),
+        slab_map(device, y, [outputs, tokens, 1])?.into(),
+    ])
 }
 
 /// Products of one layout by the version and the parts of `plan`, which the caller has checked as it has the lengths: each
