@@ -155,7 +155,7 @@ impl<P: Precision> Case<Cuda<P>> {
             |host: &[f64], at: usize, step: usize| (0..k).map(|l| host[at + l * step] as f32).collect::<Vec<_>>();
         let rows: Vec<_> = (0..m).map(|i| line(host_a, i * strides_a.0, strides_a.1)).collect();
         let columns: Vec<_> = (0..n).map(|j| line(host_b, j * strides_b.1, strides_b.0)).collect();
-        let cores = Cores::of(cuda.capability().0 as i32);
+        let cores = Cores::of(cuda.capability().0);
         let emulated = (0..m * n).map(|c| cores.dot(&rows[c / n], &columns[c % n])).collect();
         Self { shape, offset, a: a.device, b: b.device, exact, emulated }
     }
