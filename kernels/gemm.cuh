@@ -67,18 +67,19 @@ template <typename T> struct Epilogue {
 // Stores 16 rows × Columns (16 to 64) of sums that a warp holds as mma and wgmma leave them: get(j, e) is the element
 // of this lane at row lane/4 + 8·(e/2), column 8·j + 2·(lane mod 4) + e mod 2. They pass through `stage` (16·Columns
 // floats of this warp alone), so that global memory is accessed by whole rows. Column c of row r lies at c ^ 8·(r mod
-// 4): the 16 lanes of an 8-byte store meet four rows at four different 32-byte places, and 8 lanes of a 16-byte load
-// one row; 16 columns have two such places. Unroll: accesses of a lane under way at a time.
+// 4), of 16 columns, whose rows are half as long as all banks, at c ^ 8·(r / 2 mod 2): the 16 lanes of an 8-byte store
+// meet four rows in different banks, and 8 lanes of a 16-byte load one row or two. Unroll: accesses of a lane under way
+// at a time.
 template <int Columns, int Unroll, typename T, typename Get>
 __device__ __forceinline__ void store_rows16(float* stage, const Epilogue<T>& epilogue, bool vectorised, uint32_t row0,
                                              uint32_t column0, Get get) {
-  constexpr uint32_t PLACES = Columns == 16 ? 2 : 4;
+  const auto swizzled = [](uint32_t r, uint32_t c) { return c ^ 8 * (Columns == 16 ? r >> 1 & 1 : r & 3); };
   const uint32_t lane = threadIdx.x & 31;
 #pragma unroll
   for (int j = 0; j < Columns / 8; j++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint32_t r = lane / 4 + 8 * half, c = (8 * j + 2 * (lane & 3)) ^ (8 * (r % PLACES));
+      const uint32_t r = lane / 4 + 8 * half, c = swizzled(r, 8 * j + 2 * (lane & 3));
       *reinterpret_cast<float2*>(stage + r * Columns + c) = make_float2(get(j, 2 * half), get(j, 2 * half + 1));
     }
   __syncwarp();
@@ -87,7 +88,7 @@ __device__ __forceinline__ void store_rows16(float* stage, const Epilogue<T>& ep
   for (uint32_t i = lane; i < 16 * QUADS; i += 32) {
     const uint32_t r = i / QUADS, c = 4 * (i % QUADS), row = row0 + r, column = column0 + c;
     if (row >= epilogue.m || column >= epilogue.n) continue;
-    const float4 x = *reinterpret_cast<const float4*>(stage + r * Columns + (c ^ (8 * (r % PLACES))));
+    const float4 x = *reinterpret_cast<const float4*>(stage + r * Columns + swizzled(r, c));
     if (vectorised) {
       epilogue.store_vector(row, column, x);
     } else {
