@@ -127,16 +127,12 @@ __device__ __forceinline__ void adamw_baseline(bf16* weight, const Grad* grad, M
   const Factors factors = {*clip, beta1, beta2, inverse_root, eps, rates[module].x, rates[module].y};
   float w1 = to_float(weight[i]), m1 = to_float(m[i]), v1 = to_float(v[i]);
   adamw_step(w1, to_float(grad[i]), m1, v1, factors);
-  if (stochastic) {
-    w1 = round1(w1, seed, rounding_stream(step, 0, module), i);
-    if (sizeof(Moment) == 2) {
-      m1 = round1(m1, seed, rounding_stream(step, 1, module), i);
-      v1 = round1(v1, seed, rounding_stream(step, 2, module), i);
-    }
-  }
-  from_float(weight[i], w1);
+  if (sizeof(Moment) == 2 && stochastic) m1 = round1(m1, seed, rounding_stream(step, 1, module), i);
   from_float(m[i], m1);
+  if (sizeof(Moment) == 2 && stochastic) v1 = round1(v1, seed, rounding_stream(step, 2, module), i);
   from_float(v[i], v1);
+  if (stochastic) w1 = round1(w1, seed, rounding_stream(step, 0, module), i);
+  from_float(weight[i], w1);
 }
 
 template <class Grad, class Moment>
@@ -209,17 +205,17 @@ ADAMW_BASELINE(adamw_masked_baseline_bf16_f32, bf16, float)
 ADAMW_BASELINE(adamw_masked_baseline_bf16_bf16, bf16, bf16)
 
 // grid: chunks of all modules, block: 256, 2 KiB for sums
-#define ADAMW_VEC8(name, Grad, Moment) \
-  extern "C" __global__ void __launch_bounds__(256, 3) name(const Module<Grad, Moment>* table, const float2* rates, \
+#define ADAMW_VEC8(name, Grad, Moment, blocks) \
+  extern "C" __global__ void __launch_bounds__(256, blocks) name(const Module<Grad, Moment>* table, const float2* rates, \
       const float* clip, uint32_t modules, uint32_t chunk, float beta1, float beta2, float inverse_root, float eps, \
       uint64_t seed, uint32_t step, uint32_t stochastic) { \
     adamw_vec8(table, rates, clip, modules, chunk, beta1, beta2, inverse_root, eps, seed, step, stochastic); \
   } \
   EXPORT(name)
-ADAMW_VEC8(adamw_masked_vec8_f32_f32, float, float)
-ADAMW_VEC8(adamw_masked_vec8_f32_bf16, float, bf16)
-ADAMW_VEC8(adamw_masked_vec8_bf16_f32, bf16, float)
-ADAMW_VEC8(adamw_masked_vec8_bf16_bf16, bf16, bf16)
+ADAMW_VEC8(adamw_masked_vec8_f32_f32, float, float, 4)
+ADAMW_VEC8(adamw_masked_vec8_f32_bf16, float, bf16, 4)
+ADAMW_VEC8(adamw_masked_vec8_bf16_f32, bf16, float, 4)
+ADAMW_VEC8(adamw_masked_vec8_bf16_bf16, bf16, bf16, 3)
 
 // grid: tensors, block: 256, 2 KiB for sums
 #define SUM_SQUARES_BASELINE(name, T)                                                             \

@@ -124,7 +124,7 @@ __device__ __forceinline__ void flash_forward(const bf16* __restrict__ q, const 
 
 // grid: heads × ceil(tokens / queries of a block), block: 128, shared: (queries of a block + 256) · head_dim · 2
 // bytes; lse may be null
-FLASH_FORWARD(attention_forward_flash64_hd64_bf16, 64, 1, 3)
+FLASH_FORWARD(attention_forward_flash64_hd64_bf16, 64, 1, 4)
 FLASH_FORWARD(attention_forward_flash64_hd128_bf16, 128, 1, 2)
 FLASH_FORWARD(attention_forward_flash128_hd64_bf16, 64, 2, 2)
 FLASH_FORWARD(attention_forward_flash128_hd128_bf16, 128, 2, 2)

@@ -58,7 +58,7 @@ __device__ __forceinline__ void flash_backward_key(const bf16* __restrict__ q, c
   using Smem = SmemLayout<HeadDim>;
   __shared__ int last_queries[ROWS];
   __shared__ float stats[2][2 * ROWS];
-  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  const int thread = threadIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const HeadRange range(blockIdx.x, parts, heads, kv_heads);
   const int first_row = blockIdx.y * ROWS, rows = tokens - first_row < ROWS ? tokens - first_row : ROWS;
   const uint32_t q_stride = heads * HeadDim, kv_stride = kv_heads * HeadDim;
@@ -67,9 +67,8 @@ __device__ __forceinline__ void flash_backward_key(const bf16* __restrict__ q, c
   load_pair<HeadDim>(Smem::own(0, 0), Smem::own(1, 0), k, v, kv_offset, kv_stride, rows);
   if (warp == 0) documents.find_last_queries<ROWS>(last_queries, first_row, first_row + rows - 1);
   __syncthreads();
-  // A step is a query tile of one head. Behind the first of the last queries not all keys are seen.
+  // A step is one query tile of one head; queries after last_queries[0] do not see all keys of this block.
   const int q_tiles = last_queries[ROWS - 1] / ROWS + 1 - (int)blockIdx.y, steps = range.count * q_tiles;
-  const int all_until = last_queries[0];
 
   const auto load_queries = [&](int step) {
     const int row = first_row + step % q_tiles * ROWS;
@@ -105,7 +104,7 @@ __device__ __forceinline__ void flash_backward_key(const bf16* __restrict__ q, c
     mma_ABt<HeadDim>(p, Smem::own(0, warp * 16), q_tile, lane);
     recompute_p(p[0], scale * LOG2E, [&](int n, int i) { return step_lse[n * 8 + (i & 1)]; });
     const int first_query = first_row + step % q_tiles * ROWS;
-    if (first_query < first_row + ROWS - 1 || first_query + ROWS - 1 > all_until) {
+    if (first_query < first_row + ROWS - 1 || first_query + ROWS - 1 > last_queries[0]) {
       const int row = warp * 16 + (lane >> 2);
       const int last[2] = {last_queries[row], last_queries[row + 8]};
       mask_queries(p[0], first_query + (lane & 3) * 2, first_row + row, last, 0.f);
@@ -149,7 +148,7 @@ __device__ __forceinline__ void flash_backward_query(const bf16* __restrict__ q,
   load_pair<HeadDim>(Smem::own(0, 0), Smem::own(1, 0), q, d_o, q_offset, q_stride, rows);
   if (warp == 0) documents.find_first_keys<ROWS>(first_keys, first_row, last_row);
   __syncthreads();
-  const int tile_begin = first_keys[0] / ROWS, tile_end = last_row / ROWS + 1, all_from = first_keys[ROWS - 1];
+  const int tile_begin = first_keys[0] / ROWS, tile_end = last_row / ROWS + 1;
 
   const auto load_keys = [&](int tile) {
     const uint32_t offset = tile * ROWS * kv_stride + kv_head * HeadDim;
@@ -182,7 +181,7 @@ __device__ __forceinline__ void flash_backward_query(const bf16* __restrict__ q,
     mma_ABt<HeadDim>(ds, Smem::own(1, warp * 16), v_tile, lane);
     recompute_p(p[0], scale * LOG2E, [&](int, int i) { return row_lse[i >> 1]; });
     softmax_backward(ds[0], p[0], [&](int, int i) { return row_delta[i >> 1]; });
-    if (tile * ROWS < all_from || tile * ROWS + ROWS - 1 > first_row) {
+    if (tile * ROWS < first_keys[ROWS - 1] || tile * ROWS + ROWS - 1 > first_row) {
       const int first[2] = {first_keys[row], first_keys[row + 8]};
       mask_keys(ds[0], tile * ROWS + (lane & 3) * 2, first_row + row, first, 0.f);
     }
