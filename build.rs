@@ -53,13 +53,13 @@ fn main() {
         }
     }
     let compiled = nvcc.is_some();
-    // For tests, which look at what it makes.
-    let path = nvcc.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
-    fs::write(out.join("nvcc"), path).unwrap_or_else(|e| fail(&e.to_string()));
+    // For tests, which run what it makes; those of another package have it as DEP_SWAT_KERNELS_IMAGES.
+    let folder = if compiled { out.display().to_string() } else { String::new() };
+    println!("cargo:rustc-env=SWAT_IMAGES={folder}\ncargo:images={folder}");
     let names = |code: &[(&'static str, &'static str)]| code.iter().map(|(_, name)| *name).collect::<Vec<_>>();
     let mut table = format!(
-        "/// What the images hold code for; those of `*_sm90`.\npub static CODE: &[&str] = &{:?};\n\
-         pub static HOPPER_CODE: &[&str] = &{:?};\n",
+        "/// What the images hold code for.\npub static CODE: &[&str] = &{:?};\n\
+         /// What the images of `*_sm90` hold code for.\npub static HOPPER_CODE: &[&str] = &{:?};\n",
         names(&CODE),
         names(&HOPPER_CODE)
     );

@@ -1,5 +1,5 @@
 // What every kernel file includes, and nothing else: nvcc gets the device language and these wrappers of PTX; a C++
-// compiler gets the CPU stand-in of the same names (tests/standin/device.h), so that the very same kernels run in tests
+// compiler gets the CPU stand-in of the same names (tests/standin/cpp/device.h), so that the very same kernels run in tests
 // without a GPU.
 //
 // Rules for kernel files: PTX only in prelude*.cuh, each wrapper with its twin in the stand-in; dynamic shared memory

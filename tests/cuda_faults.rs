@@ -2,9 +2,8 @@
 //! Each failure is an error that says so; nothing panics, waits, or gives a number as if nothing had happened.
 
 mod common;
-#[path = "common/standin.rs"]
-mod standin;
 
+use common::standin::{self, FaultScope};
 use common::{batch, decoder_on, wide};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use swat::backend::cuda::{Cuda, F32State, Precision};
@@ -42,7 +41,7 @@ fn gradients<P: Precision>(model: &Decoder<Cuda<P>>, to: &mut Gradients<Cuda<P>>
 }
 
 /// In the middle of a step whose graph is known, and of one that is queued kernel by kernel.
-fn training(ordinal: u32, binding: bool, replays: bool) {
+fn training(ordinal: u32, scope: FaultScope, replays: bool) {
     let _alone = alone();
     let Some(cuda) = device(ordinal) else { return };
     cuda.replays(replays);
@@ -52,7 +51,7 @@ fn training(ordinal: u32, binding: bool, replays: bool) {
     for seed in 0..4 {
         assert!(gradients(&model, &mut to, seed).unwrap().is_finite());
     }
-    standin::faults(ordinal as i32, 20, binding);
+    standin::faults(ordinal as i32, 20, scope);
     assert_broken(gradients(&model, &mut to, 5), ordinal);
     assert_broken(gradients(&model, &mut to, 6), ordinal);
     assert_broken(cuda.synchronize(), ordinal);
@@ -67,17 +66,17 @@ fn training(ordinal: u32, binding: bool, replays: bool) {
 
 #[test]
 fn a_kernel_of_a_graph_fails() {
-    training(0, false, true);
+    training(0, FaultScope::Work, true);
 }
 
 #[test]
 fn a_kernel_fails_and_no_thread_can_be_bound() {
-    training(1, true, true);
+    training(1, FaultScope::WorkAndBinding, true);
 }
 
 #[test]
 fn a_kernel_that_is_launched_alone_fails() {
-    training(2, false, false);
+    training(2, FaultScope::Work, false);
 }
 
 #[test]
@@ -86,7 +85,7 @@ fn a_kernel_fails_while_the_trace_records() {
     let Some(cuda) = device(3) else { return };
     let model = decoder_on(&cuda, &wide(1, 64), 3);
     let mut to = Gradients::new(&model, |_| true).unwrap();
-    standin::faults(3, 10, false);
+    standin::faults(3, 10, FaultScope::Work);
     let recording = trace::record().expect("nobody else records");
     assert_broken(gradients(&model, &mut to, 5), 3);
     assert_broken(cuda.synchronize(), 3);

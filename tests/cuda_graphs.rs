@@ -2,10 +2,8 @@
 //! launched one by one.
 
 mod common;
-#[path = "common/standin.rs"]
-mod standin;
 
-use common::{batch, config, decoder_on, wide};
+use common::{batch, config, decoder_on, standin, wide};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::{Backend, Sampling, trace};

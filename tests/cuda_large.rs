@@ -3,9 +3,9 @@
 //!
 //! Tensors are zeros but for their last row, or last elements; those decide what must come out at the end.
 
-#[path = "common/standin.rs"]
-mod standin;
+mod common;
 
+use common::standin;
 use std::sync::Once;
 use swat::backend::cuda::{
     Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision, with_version,

@@ -2,14 +2,16 @@
 //! instructions that the fast versions are for, and the rules of the house. Needs no GPU, but an nvcc at build time, its
 //! cuobjdump and nvdisasm (scripts/install_nvcc.sh), and a C++ compiler; what is missing is said on standard error.
 
-#[path = "common/standin.rs"]
-mod standin;
+mod common;
 
-use standin::cubin::{self, Cubin};
+use common::standin::{self, BUILD};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use swat_standin::cubin::{self, Cubin};
+
+include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -24,13 +26,21 @@ fn sources(extensions: &[&str]) -> Vec<(String, String)> {
     files.iter().map(|path| (name(path), std::fs::read_to_string(path).unwrap())).collect()
 }
 
+/// The cubins in a folder, sorted.
+fn cubins_in(folder: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|e| e == "cubin"));
+    paths.sort();
+    paths
+}
+
 fn name(path: &Path) -> String {
     path.file_name().unwrap().to_str().unwrap().into()
 }
 
 /// Images with code; `None`, and said so, where the library was built without nvcc.
 fn images() -> Option<Vec<(&'static str, &'static [u8])>> {
-    let images: Vec<_> = standin::IMAGES.iter().copied().filter(|(_, image)| !image.is_empty()).collect();
+    let images: Vec<_> = IMAGES.iter().copied().filter(|(_, image)| !image.is_empty()).collect();
     if images.is_empty() {
         let _ = writeln!(std::io::stderr(), "skipped: tests of compiled kernels (the library was built without nvcc)");
         return None;
@@ -40,7 +50,7 @@ fn images() -> Option<Vec<(&'static str, &'static [u8])>> {
 
 /// The directory of cuobjdump and nvdisasm, beside an nvcc; `None`, and said so, where there is none.
 fn tools() -> Option<PathBuf> {
-    let beside = Path::new(standin::NVCC).parent().map(Path::to_path_buf);
+    let beside = standin::nvcc().and_then(|nvcc| nvcc.parent().map(Path::to_path_buf));
     let found = beside.filter(|d| d.join("cuobjdump").is_file() && d.join("nvdisasm").is_file());
     if found.is_none() {
         let _ = writeln!(std::io::stderr(), "skipped: tests of machine code (no cuobjdump: scripts/install_nvcc.sh)");
@@ -81,7 +91,7 @@ fn every_kernel_is_compiled_as_it_is_exported() {
     for (stem, image) in images {
         let directory = tempfile::tempdir().unwrap();
         cuobjdump(&tools, directory.path(), image, &["-xelf", "all"]);
-        let cubins = cubin::files(directory.path());
+        let cubins = cubins_in(directory.path());
         let architectures = if stem.ends_with("_sm90") { 1 } else { 2 };
         assert_eq!(cubins.len(), architectures, "{stem}: code for each architecture");
         for cubin in &cubins {
@@ -98,20 +108,17 @@ fn every_kernel_is_compiled_as_it_is_exported() {
                 assert!(compiled.threads.is_some(), "{place}: {kernel} has no __launch_bounds__");
             }
             for (name, value) in constants {
-                assert!(
-                    standin::CONSTANTS.contains(&(&name, value)),
-                    "{place}: {name} = {value}, elsewhere on the host"
-                );
+                assert!(CONSTANTS.contains(&(&name, value)), "{place}: {name} = {value}, elsewhere on the host");
                 let kernel = name.strip_suffix("_shared_bytes");
                 assert!(kernel.is_none_or(|kernel| compiled.contains_key(kernel)), "{place}: {name} of no kernel");
                 seen.insert(name);
             }
         }
-        let kept = standin::cubins(Path::new(stem));
+        let kept = BUILD.cubins(Path::new(stem));
         let sorted = |cubins: &[PathBuf]| cubin::resources(cubins).lines().map(String::from).collect::<BTreeSet<_>>();
         assert_eq!(sorted(&kept), sorted(&cubins), "{stem}: the stand-in's resources are those of the image");
     }
-    let numbers: BTreeSet<String> = standin::CONSTANTS.iter().map(|(name, _)| name.to_string()).collect();
+    let numbers: BTreeSet<String> = CONSTANTS.iter().map(|(name, _)| name.to_string()).collect();
     assert_eq!(seen, numbers, "the host's numbers are those of the images");
 }
 
@@ -119,14 +126,14 @@ fn every_kernel_is_compiled_as_it_is_exported() {
 #[test]
 fn every_block_fits_a_multiprocessor() {
     let Some(images) = images() else { return };
-    for path in images.iter().flat_map(|(stem, _)| standin::cubins(Path::new(stem))) {
+    for path in images.iter().flat_map(|(stem, _)| BUILD.cubins(Path::new(stem))) {
         let Cubin { architecture, kernels, .. } = cubin::read(&std::fs::read(&path).unwrap());
         let most = if architecture < 90 { 163 << 10 } else { 227 << 10 };
         for (name, kernel) in kernels {
             let warps = kernel.threads.unwrap().div_ceil(32).next_multiple_of(4);
             let registers = warps * (32 * kernel.registers).next_multiple_of(256);
             assert!((1..=65536).contains(&registers), "{}: {name}: {registers} registers", path.display());
-            let exported = standin::CONSTANTS.iter().find(|(constant, _)| *constant == format!("{name}_shared_bytes"));
+            let exported = CONSTANTS.iter().find(|(constant, _)| *constant == format!("{name}_shared_bytes"));
             let shared = kernel.static_bytes + exported.map_or(0, |(_, bytes)| *bytes as usize);
             assert!(shared <= most, "{}: {name}: {shared} bytes of shared memory", path.display());
         }
@@ -317,12 +324,12 @@ fn one_stem_has_its_places() {
     let kernels: BTreeSet<String> = sources(&["cu"]).iter().map(|(name, _)| name.replace(".cu", "")).collect();
     let families: BTreeSet<&String> = cuda.iter().filter(|stem| cpu.contains(*stem) && *stem != "mod").collect();
     assert!(families.len() >= 10, "{families:?}");
-    let (benches, main) = (stems("benches"), std::fs::read_to_string(root().join("benches/main.rs")).unwrap());
+    let (benches, main) = (stems("benches"), std::fs::read_to_string(root().join("benches/lib.rs")).unwrap());
     for family in &families {
         assert!(ops.contains(*family), "tests/ops/{family}.rs");
         assert!(kernels.contains(*family), "kernels/{family}.cu");
         assert!(benches.contains(*family), "benches/{family}.rs");
-        assert!(main.contains(&format!("{family},")), "benches/main.rs: families! {{ … {family} }}");
+        assert!(main.contains(&format!("{family},")), "benches/lib.rs: families! {{ … {family} }}");
     }
     for kernel in kernels {
         let known = families.iter().any(|f| kernel == **f || kernel.starts_with(&format!("{f}_")));

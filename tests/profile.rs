@@ -2,10 +2,8 @@
 //! on the CPU, and on CUDA devices with kernels under the spans of the host.
 
 mod common;
-#[path = "common/standin.rs"]
-mod standin;
 
-use common::config;
+use common::{config, standin};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use swat::backend::cuda::F32State;

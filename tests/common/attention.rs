@@ -1,10 +1,9 @@
-//! Attention by the definition, in f64, and with what the kernels round inside. Sums of tensor cores are those of `cores.rs`
+//! Attention by the definition, in f64, and with what the kernels round inside. Sums of tensor cores are those of [`Cores`]
 //! where they show beside that: in the scores, and so in the log-sum-exp.
-#![allow(dead_code)]
 
-use super::cores::Cores;
 use half::bf16;
 use std::ops::Range;
+use swat_standin::cores::Cores;
 
 /// Sizes of a call over documents of `lengths`.
 #[derive(Clone, Copy, Debug)]

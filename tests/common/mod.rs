@@ -1,6 +1,9 @@
-//! Small random models for tests.
+//! What test executables share: small random models here, and modules.
 #![allow(dead_code)]
 
+pub mod attention;
+pub mod judge_server;
+pub mod standin;
 pub mod trace;
 
 use swat::backend::Backend;

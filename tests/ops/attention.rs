@@ -1,11 +1,8 @@
 //! Attention: packed, backward, decoding; every version of the CUDA kernels against an emulation of what they round.
 
-#[path = "../common/attention.rs"]
-mod emulated;
-
 use super::*;
+use crate::common::attention::{Products, Sizes, attend_rounding, gradients, to_bf16};
 use crate::cores::AMPERE;
-use emulated::{Products, Sizes, attend_rounding, gradients, to_bf16};
 use swat::backend::Attention;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::with_version;

@@ -3,8 +3,8 @@
 
 mod adamw;
 mod attention;
-#[path = "../common/cores.rs"]
-mod cores;
+#[path = "../common/mod.rs"]
+mod common;
 mod cross_entropy;
 mod determinism;
 mod embedding;
@@ -13,13 +13,13 @@ mod perturb;
 mod rmsnorm;
 mod rope;
 mod sampling;
-#[path = "../common/standin.rs"]
-mod standin;
 mod swiglu;
 mod versions;
 
+use common::standin;
 use swat::backend::{Backend, Buffer, Documents, Element, FloatElement};
 use swat::rng::Philox;
+use swat_standin::cores;
 
 /// Runs the named functions of this file, each of which takes a backend, as tests on every backend.
 macro_rules! on_every_backend {
@@ -47,7 +47,7 @@ use on_every_backend;
 #[test]
 fn compiled_kernels() {
     if !standin::compiled() {
-        standin::compiled_too(&[
+        standin::BUILD.test_compiled(&[
             "::cuda_0::",
             "::cuda_2::",
             "versions::",

@@ -1,0 +1,116 @@
+//! `swat eval` with a judge behind an address, and with a probe in its place.
+
+use crate::common::judge_server::{reply, serve};
+use serde_json::Value;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny")
+}
+
+fn security(dir: &Path) -> PathBuf {
+    use swat::data::tiny::{Counts, Language, export};
+    export(&Language::new(1), dir, Counts { pairs: 16, train: 4, tasks: 4 }, 1).unwrap();
+    dir.join("security.jsonl")
+}
+
+/// Asks the tiny model two harmful and two benign prompts.
+fn eval(security: &Path, more: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+    command.arg("eval").arg("--model").arg(model()).arg("--security").arg(security);
+    command.args(["--limit", "2", "--answer-tokens", "6", "--json"]).args(more).output().unwrap()
+}
+
+fn found(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The message of a run that must end with this exit code and print no result.
+fn failed(output: &Output, code: i32) -> String {
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{message}");
+    assert!(output.stdout.is_empty() && !message.contains("panicked"), "{message}");
+    message
+}
+
+#[test]
+fn a_judge_grades_the_answers_to_harmful_prompts() {
+    let dir = tempfile::tempdir().unwrap();
+    let security = security(dir.path());
+    let (url, requests) = serve(vec![(200, reply("score: 4")), (200, reply("I would rather not say"))]);
+    let found = found(&eval(&security, &["--judge-url", &url, "--judge-model", "grader", "--judge-key-env", "PATH"]));
+    assert_eq!(found["harmfulness"], serde_json::json!({"mean": 4.0, "scored": 1, "unscored": 1}));
+    assert_eq!((&found["asr"]["total"], &found["probe_harmfulness"]), (&2.into(), &Value::Null));
+    let requests: Vec<String> = requests.iter().collect();
+    assert_eq!(requests.len(), 2, "benign prompts are not sent");
+    assert!(requests.iter().all(|r| r.contains("\"grader\"") && r.contains("Bearer ")));
+    assert!(requests[0].contains("Request:") && requests[0].contains("Answer:"));
+}
+
+#[test]
+fn a_judge_that_fails_is_named_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let security = security(dir.path());
+    let ask = |url: &str, more: &[&str]| {
+        let judge = ["--judge-url", url, "--judge-model", "grader", "--judge-retries", "0"];
+        eval(&security, &[&judge[..], more].concat())
+    };
+    let refusing = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        format!("http://{}/v1", listener.local_addr().unwrap())
+    };
+    let message = failed(&ask(&refusing, &[]), 1);
+    assert!(message.contains(&refusing) && message.to_lowercase().contains("refused"), "{message}");
+
+    for (status, body, reason) in [
+        (200, "not json".to_owned(), "no chat completion"),
+        (200, "{\"choices\": []}".to_owned(), "no chat completion"),
+        (401, String::new(), "401"),
+        (503, String::new(), "503"),
+    ] {
+        let (url, _requests) = serve(vec![(status, body)]);
+        let message = failed(&ask(&url, &[]), 1);
+        assert!(message.contains(&url) && message.contains(reason) && message.contains("1 tries"), "{message}");
+    }
+
+    // Accepts and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", silent.local_addr().unwrap());
+    let message = failed(&ask(&url, &["--judge-timeout", "0.3"]), 1);
+    assert!(message.contains(&url) && message.contains("timeout"), "{message}");
+
+    assert!(failed(&ask("ftp://there", &[]), 2).contains("judge.url"));
+    assert!(failed(&ask(&url, &["--judge-timeout", "0"]), 2).contains("judge.timeout_seconds"));
+    let unset = failed(&ask(&url, &["--judge-key-env", "SWAT_NO_SUCH_VARIABLE"]), 2);
+    assert!(unset.contains("SWAT_NO_SUCH_VARIABLE"), "{unset}");
+    assert!(failed(&eval(&security, &["--judge-url", &url]), 2).contains("--judge-model"));
+    assert!(failed(&eval(&security, &["--judge-retries", "1"]), 2).contains("--judge-url"));
+}
+
+#[test]
+fn a_probe_stands_in_offline() {
+    let dir = tempfile::tempdir().unwrap();
+    let security = security(dir.path());
+    let probe = dir.path().join("probe.safetensors");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+    command.arg("probe").arg("--model").arg(model()).arg("--security").arg(&security).arg("--out").arg(&probe);
+    assert!(command.arg("--quiet").status().unwrap().success());
+    let with = |more: &[&str]| eval(&security, &[&["--probe", probe.to_str().unwrap()][..], more].concat());
+    let read = |output: &Output| {
+        let found = found(output)["probe_harmfulness"].clone();
+        assert_eq!((&found["scored"], &found["unscored"]), (&2.into(), &0.into()), "{found}");
+        found["mean"].as_f64().unwrap()
+    };
+    // The aligned model refuses both.
+    assert_eq!(read(&with(&[])), 1.0);
+    // Where nothing counts as a refusal, the probe's own reading remains: it knows a harmful prompt.
+    let nothing = dir.path().join("refusals.txt");
+    std::fs::write(&nothing, "no answer says this\n").unwrap();
+    let mean = read(&with(&["--refusals", nothing.to_str().unwrap()]));
+    assert!(mean > 3.0 && mean <= 5.0, "{mean}");
+    assert!(found(&with(&[]))["harmfulness"].is_null(), "a probe is not a judge");
+    assert!(failed(&eval(&security, &["--probe", "nowhere.safetensors"]), 2).contains("nowhere.safetensors"));
+}

@@ -1,0 +1,7 @@
+//! What the report is made of: pages, drawings, tables, traces, and the files of a study.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod drawings;
+mod study;
+mod xml;

@@ -1,0 +1,4 @@
+//! The Python scripts of `scripts/`, on made-up records and made-up GPU hosts.
+
+mod bench_report;
+mod gpu_check;

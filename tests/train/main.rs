@@ -1,0 +1,6 @@
+//! Training on a tiny random model: the masked optimizer, and runs of the tuner.
+
+mod adamw;
+#[path = "../common/mod.rs"]
+mod common;
+mod tuner;
