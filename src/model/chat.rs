@@ -4,20 +4,19 @@ mod prepare;
 
 use crate::error::{Error, Result};
 use crate::io::input::{guarded, printable};
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior, context};
-use prepare::{COUNTED, KEPT, prepare};
-use std::cell::Cell;
+use prepare::{CHECKED, prepare};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 
-/// Instructions that one rendering may take: 100 times a long conversation, and under a second.
+/// Work that one rendering may take: an instruction costs 1, and so do 64 bytes that are created, so that this bounds
+/// the memory too, by 320 MB. 100 times a long conversation, and under a second.
 const FUEL: u64 = 5_000_000;
 /// The longest text that a template may render.
 const MOST_OUTPUT_BYTES: usize = 1 << 25;
-/// The bytes that one rendering may keep in variables and write, captured blocks included.
-const MOST_KEPT_BYTES: usize = 4 * MOST_OUTPUT_BYTES;
 /// How deeply lists and objects may nest in what a namespace holds.
 const MOST_DEPTH: usize = 32;
 /// Nested calls of macros recurse on the stack: this holds the engine's limit of them many times over.
@@ -56,34 +55,25 @@ impl ChatTemplate {
     /// [`Error::Input`] gives the line that does not compile.
     pub fn new(source: &str, place: &str, special: BTreeMap<String, String>) -> Result<Self> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
         environment.set_formatter(format_value);
         environment.set_unknown_method_callback(method);
         environment.add_filter("tojson", to_json);
-        environment.add_filter("indent", indent);
-        environment.add_filter("join", |value: Value, joiner: Option<&str>| join(&value, joiner.unwrap_or_default()));
-        environment.add_filter("replace", replace);
-        // Their sizes are not bounded, and no published template uses them.
-        for filter in ["center", "format", "batch", "slice", "pprint", "chain", "zip"] {
-            environment.remove_filter(filter);
-        }
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(refused(message))
         });
         environment.add_function("strftime_now", |format: String| {
-            let now = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC);
+            let now = jiff::Timestamp::now().to_zoned_datetime(jiff::tz::TimeZone::UTC);
             jiff::fmt::strtime::format(&format, &now).map_err(|e| refused(e.to_string()))
         });
-        environment.add_function(COUNTED, |value: Value| count(&value).map(|()| value));
-        environment.add_function(KEPT, |value: Value| keep(value, 0));
+        environment.add_function(CHECKED, |value: Value| checked(value, 0));
         let too_long = source.len() > MOST_SOURCE_BYTES;
         let Some(source) = prepare(source).filter(|_| !too_long) else {
             let found = if too_long { "a template that is too long" } else { "a name that this program reserves" };
-            let expected = format!("at most {MOST_SOURCE_BYTES} bytes, neither `{COUNTED}` nor `{KEPT}`");
-            return Err(Error::input(place, found, expected));
+            return Err(Error::input(place, found, format!("at most {MOST_SOURCE_BYTES} bytes, without `{CHECKED}`")));
         };
         guarded(place, "template parser", || environment.add_template_owned(NAME, source))?
             .map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?;
@@ -98,11 +88,11 @@ impl ChatTemplate {
     /// [`Error::Input`], as said above.
     pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
         let context = context! {
-            messages,
+            messages => Serde(messages),
             add_generation_prompt => generation_prompt,
             tools => Value::from(()),
             documents => Value::from(()),
-            ..Value::from_serialize(&self.special)
+            ..Value::from_pairs(self.special.clone())
         };
         let mut text = Bounded { bytes: Vec::new() };
         let run = || {
@@ -127,7 +117,7 @@ impl ChatTemplate {
 /// Line and cause of a template's error, in one line.
 fn reason(error: &minijinja::Error) -> String {
     let mut text = match (error.kind(), error.detail()) {
-        (ErrorKind::OutOfFuel, _) => "a template that does not come to an end".to_owned(),
+        (ErrorKind::OutOfFuel, _) => "a template that needs too much time or memory".to_owned(),
         (ErrorKind::WriteFailure, _) => format!("a template that writes more than {MOST_OUTPUT_BYTES} bytes"),
         (kind, Some(detail)) => format!("{kind}: {detail}"),
         (kind, None) => kind.to_string(),
@@ -157,38 +147,22 @@ impl io::Write for Bounded {
     }
 }
 
-thread_local! {
-    /// Bytes that this thread's rendering has kept and written.
-    static KEPT_BYTES: Cell<usize> = const { Cell::new(0) };
-}
-
-/// Adds the length of a string to what the rendering has used.
-fn count(value: &Value) -> Result<(), minijinja::Error> {
-    let total = KEPT_BYTES.get().saturating_add(value.as_str().map_or(8, str::len));
-    KEPT_BYTES.set(total);
-    if total > MOST_KEPT_BYTES {
-        return Err(refused(format!("a template that keeps more than {MOST_KEPT_BYTES} bytes")));
-    }
-    Ok(())
-}
-
-/// What a namespace may hold: strings, numbers, and lists and objects of them. Iterators become lists.
-fn keep(value: Value, depth: usize) -> Result<Value, minijinja::Error> {
-    count(&value)?;
+/// Checks that a namespace may hold the value: strings, numbers, and lists and objects of them. Iterators become lists.
+fn checked(value: Value, depth: usize) -> Result<Value, minijinja::Error> {
     if depth > MOST_DEPTH {
         return Err(refused(format!("a namespace that holds lists nested more than {MOST_DEPTH} deep")));
     }
     match value.kind() {
-        ValueKind::Seq => value.try_iter()?.try_for_each(|item| keep(item, depth + 1).map(|_| ()))?,
+        ValueKind::Seq => value.try_iter()?.try_for_each(|item| checked(item, depth + 1).map(|_| ()))?,
         ValueKind::Iterable => {
-            let items: Result<Vec<Value>, _> = value.try_iter()?.map(|item| keep(item, depth + 1)).collect();
+            let items: Result<Vec<Value>, _> = value.try_iter()?.map(|item| checked(item, depth + 1)).collect();
             return items.map(Value::from);
         }
         ValueKind::Map if is_namespace(&value) => return Err(refused("a namespace that holds a namespace")),
         ValueKind::Map => {
             for key in value.try_iter()? {
-                keep(value.get_item(&key)?, depth + 1)?;
-                keep(key, depth + 1)?;
+                checked(value.get_item(&key)?, depth + 1)?;
+                checked(key, depth + 1)?;
             }
         }
         ValueKind::Plain => return Err(refused("a namespace that holds a macro, a function or a loop")),
@@ -203,8 +177,7 @@ fn is_namespace(value: &Value) -> bool {
 }
 
 /// Prints as Python does: `True`, `False`, `None`.
-fn format_value(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
-    count(value)?;
+fn format_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
     match value.kind() {
         ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
         ValueKind::None => Ok(out.write_str("None")?),
@@ -212,75 +185,39 @@ fn format_value(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> R
     }
 }
 
-/// Python's methods of strings, lists and dictionaries; those that could write without end are bounded.
-fn method(state: &State<'_, '_>, value: &Value, name: &str, arguments: &[Value]) -> Result<Value, minijinja::Error> {
-    if let Some(text) = value.as_str() {
-        match (name, arguments) {
-            // Counting what is everywhere would not end.
-            ("count", [what]) if what.as_str() == Some("") => return Ok(Value::from(text.chars().count() + 1)),
-            ("replace", [old, new]) => {
-                if let (Some(old), Some(new)) = (old.as_str(), new.as_str()) {
-                    return replace(text, old, new).map(Value::from);
-                }
-            }
-            ("join", [list]) => return join(list, text).map(Value::from),
-            // A field's width is not bounded.
-            ("format", _) if text.contains(':') => return Err(refused("format() with a format specification")),
-            _ => {}
-        }
+/// The methods of Python's strings, lists and dictionaries.
+fn method(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    name: &str,
+    arguments: &[Value],
+) -> Result<Value, minijinja::Error> {
+    match (name, value.as_str()) {
+        // The engine does not bound the width that a format specification asks for.
+        ("format", Some(text)) if text.contains(':') => Err(refused("format() with a format specification")),
+        // The engine's own begins words as Jinja's filter does, not as Python's method.
+        ("title", Some(text)) if arguments.is_empty() => Ok(Value::from(title(text))),
+        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments),
     }
-    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
+}
+
+/// Python's `str.title`: a letter behind a letter is lower case, any other letter upper case.
+fn title(text: &str) -> String {
+    let mut titled = String::with_capacity(text.len());
+    let mut in_word = false;
+    for c in text.chars() {
+        if in_word {
+            titled.extend(c.to_lowercase())
+        } else {
+            titled.extend(c.to_uppercase())
+        }
+        in_word = c.is_alphabetic();
+    }
+    titled
 }
 
 fn refused(why: impl Into<String>) -> minijinja::Error {
     minijinja::Error::new(ErrorKind::InvalidOperation, why.into())
-}
-
-fn replace(text: &str, old: &str, new: &str) -> Result<String, minijinja::Error> {
-    let matches = text.matches(old).count();
-    if matches.saturating_mul(new.len()) > MOST_OUTPUT_BYTES {
-        return Err(refused("replace() makes too long a string"));
-    }
-    Ok(text.replace(old, new))
-}
-
-fn join(list: &Value, joiner: &str) -> Result<String, minijinja::Error> {
-    let mut text = String::new();
-    for (i, item) in list.try_iter()?.enumerate() {
-        if i > 0 {
-            text.push_str(joiner);
-        }
-        match item.as_str() {
-            Some(item) => text.push_str(item),
-            None => text.push_str(&item.to_string()),
-        }
-        if text.len() > MOST_OUTPUT_BYTES {
-            return Err(refused("join() makes too long a string"));
-        }
-    }
-    Ok(text)
-}
-
-/// The filter `indent(width, first, blank)` with a bounded width.
-fn indent(
-    text: String,
-    width: usize,
-    first: Option<bool>,
-    blank: Option<bool>,
-    keywords: Kwargs,
-) -> Result<String, minijinja::Error> {
-    let first = first.or(keywords.get("first")?).unwrap_or(false);
-    let blank = blank.or(keywords.get("blank")?).unwrap_or(false);
-    keywords.assert_all_used()?;
-    if width > MOST_INDENT {
-        return Err(refused(format!("indent() of more than {MOST_INDENT} columns")));
-    }
-    let space = " ".repeat(width);
-    let lines = text.split('\n').enumerate().map(|(i, line)| {
-        let indented = if i == 0 { first } else { blank || !line.is_empty() };
-        if indented { format!("{space}{line}") } else { line.to_owned() }
-    });
-    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent, separators, sort_keys)`: unlike Jinja's own filter it escapes no HTML.

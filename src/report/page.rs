@@ -4,7 +4,8 @@ use super::palette::Tone;
 use super::svg::escape;
 use super::table::Table;
 use crate::error::{Error, Result};
-use minijinja::value::Value;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Output, State, UndefinedBehavior, context, escape_formatter};
 use serde::Serialize;
 
@@ -83,18 +84,20 @@ impl Report {
     pub fn html(&self) -> Result<String> {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
         environment.set_formatter(write_value);
         let tones: Vec<_> = Tone::all().map(|tone| (tone, tone.light().to_string(), tone.dark().to_string())).collect();
-        let values = context! { report => self, tones, css => CSS, js => JS };
-        let html = environment.render_named_str("page.html", TEMPLATE, values);
+        let values = context! { report => Serde(self), tones => Serde(tones), css => CSS, js => JS };
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        let html = syntax.and_then(|syntax| {
+            environment.set_syntax(syntax);
+            environment.render_named_str("page.html", TEMPLATE, values)
+        });
         html.map_err(|e| Error::failed(format!("cannot render the report: {e}"), "this is a bug; please report it"))
     }
 }
 
 /// Text as in drawings, where control characters are replaced too; values that are marked as safe as they are.
-fn write_value(out: &mut Output<'_>, state: &State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
+fn write_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
     match value.as_str() {
         Some(text) if !value.is_safe() => out.write_str(&escape(text)).map_err(minijinja::Error::from),
         _ => escape_formatter(out, state, value),

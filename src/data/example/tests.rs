@@ -61,7 +61,7 @@ fn tokenizer() -> HfTokenizer {
     let mut tokenizer = HfTokenizer::new(serde_json::from_str::<BPE>(&model.to_string()).unwrap());
     let bytes = ByteLevel::default().add_prefix_space(false).use_regex(false);
     tokenizer.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
-    tokenizer.add_special_tokens(&["<|im_start|>", "<|im_end|>", "</s>"].map(|t| AddedToken::from(t, true)));
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "</s>"].map(|t| AddedToken::from(t, true))).unwrap();
     tokenizer
 }
 

@@ -1,18 +1,15 @@
 //! Rewrites a template's source so that it can be run safely.
 //!
 //! - `{% generation %}` marks what an assistant said; here it only opens a scope, as `{% with %}` does.
-//! - `{% set x = e %}` becomes `{% set x = __counted((e)) %}`, and `{% set ns.x = e %}` becomes
-//!   `{% set ns.x = __kept((e)) %}`: the engine bounds instructions, not memory, and lets a namespace hold itself,
-//!   which cannot be printed.
+//! - `{% set ns.x = e %}` becomes `{% set ns.x = __checked((e)) %}`: the engine lets a namespace hold itself, which
+//!   cannot be printed.
 
-/// The function around what a variable gets: it counts bytes.
-pub(super) const COUNTED: &str = "__counted";
-/// The function around what a namespace gets: it also refuses what could hold the namespace.
-pub(super) const KEPT: &str = "__kept";
+/// The function around what a namespace gets: it refuses what could hold the namespace.
+pub(super) const CHECKED: &str = "__checked";
 
 /// The rewritten source; `None` if it uses one of our names.
 pub(super) fn prepare(source: &str) -> Option<String> {
-    if source.contains(COUNTED) || source.contains(KEPT) {
+    if source.contains(CHECKED) {
         return None;
     }
     let mut out = String::with_capacity(source.len() + source.len() / 8);
@@ -101,14 +98,13 @@ fn prepare_tag(tag: &str) -> String {
         "endgeneration" => replaced("endwith"),
         // Brackets of depth 1: the tag's own.
         "set" => match outside_strings(tag).find(|(_, c, depth)| *c == '=' && *depth == 1) {
-            Some((equals, ..)) => {
+            Some((equals, ..)) if tag[..equals].contains('.') => {
                 let (target, value) = (&tag[..equals], &tag[equals + 1..tag.len() - 2]);
                 let sign = value.len() - value.strip_suffix(['-', '+']).unwrap_or(value).len();
                 let (value, sign) = value.split_at(value.len() - sign);
-                let function = if target.contains('.') { KEPT } else { COUNTED };
-                format!("{target}= {function}(({value})) {sign}%}}")
+                format!("{target}= {CHECKED}(({value})) {sign}%}}")
             }
-            None => tag.to_owned(),
+            _ => tag.to_owned(),
         },
         _ => tag.to_owned(),
     }
@@ -123,16 +119,16 @@ mod tests {
     fn tags_are_rewritten() {
         for (source, expected) in [
             ("a {b} c", "a {b} c"),
-            ("{%- set x = 1 -%}", "{%- set x = __counted(( 1 )) -%}"),
-            ("{% set ns.x = ns.x + 'a %} = b' %}", "{% set ns.x = __kept(( ns.x + 'a %} = b' )) %}"),
-            ("{% set a, b = 1, 2 %}", "{% set a, b = __counted(( 1, 2 )) %}"),
+            ("{%- set n.x = 1 -%}", "{%- set n.x = __checked(( 1 )) -%}"),
+            ("{% set ns.x = ns.x + 'a %} = b' %}", "{% set ns.x = __checked(( ns.x + 'a %} = b' )) %}"),
+            ("{% set a, b = 1, 2 %}", "{% set a, b = 1, 2 %}"),
             ("{% set x %}y{% endset %}", "{% set x %}y{% endset %}"),
             ("{% set x | replace('a', b='=') %}y{% endset %}", "{% set x | replace('a', b='=') %}y{% endset %}"),
             ("{% generation %}y{%- endgeneration -%}", "{% with %}y{%- endwith -%}"),
             ("{# {% set x = 1 %} #}{{ '{% set x = 1 %}' }}", "{# {% set x = 1 %} #}{{ '{% set x = 1 %}' }}"),
             (
-                "{% raw %}{% set x = 1 %}{% endraw %}{% set y='\\'' %}",
-                "{% raw %}{% set x = 1 %}{% endraw %}{% set y= __counted(('\\'' )) %}",
+                "{% raw %}{% set x = 1 %}{% endraw %}{% set n.y='\\'' %}",
+                "{% raw %}{% set x = 1 %}{% endraw %}{% set n.y= __checked(('\\'' )) %}",
             ),
             ("{% set x = 1", "{% set x = 1"),
             ("{{ 'a", "{{ 'a"),
@@ -141,7 +137,7 @@ mod tests {
         ] {
             assert_eq!(prepare(source).as_deref(), Some(expected));
         }
-        assert_eq!(prepare("{{ __kept(1) }}"), None);
+        assert_eq!(prepare("{{ __checked(1) }}"), None);
     }
 
     proptest! {
