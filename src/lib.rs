@@ -1,7 +1,8 @@
 //! Secure tuning of large language models: SWAT (Du et al., arXiv 2410.04524) on a from-scratch
 //! transformer engine with hand-written kernels and a CPU backend.
 //!
-//! Rooms, each of which may use only those above it: [`error`], [`progress`], [`rng`], [`io`], [`modules`], [`model`], [`data`],
+//! Rooms, each of which may use only those above it: [`error`], [`options`], [`progress`], [`rng`],
+//! [`io`], [`modules`], [`model`], [`data`],
 //! [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`], [`cli`].
 
 pub mod backend;
@@ -12,6 +13,7 @@ pub mod error;
 pub mod io;
 pub mod model;
 pub mod modules;
+pub mod options;
 pub mod profile;
 pub mod progress;
 pub mod report;

@@ -32,8 +32,16 @@ fn small() -> ModelConfig {
     }
 }
 
-fn options(work: Work) -> ProfileOptions {
-    ProfileOptions { work, batch_size: 3, length: 40, steps: 2, warmup: 1, recompute: false, seed: 3, range: None }
+/// A workload on a set of cells.
+type Case = (Work, ModuleSet);
+
+fn options((work, set): Case) -> ProfileOptions {
+    ProfileOptions { work, set, batch_size: 3, length: 40, steps: 2, seed: 3, ..swat::options::defaults() }
+}
+
+/// A workload that has no set.
+fn on_nothing(work: Work) -> Case {
+    (work, ModuleSet::default())
 }
 
 fn set(text: &str, config: &ModelConfig) -> ModuleSet {
@@ -41,13 +49,13 @@ fn set(text: &str, config: &ModelConfig) -> ModuleSet {
 }
 
 /// What each command of `swat profile` runs.
-fn works(config: &ModelConfig) -> Vec<Work> {
+fn works(config: &ModelConfig) -> Vec<Case> {
     vec![
-        Work::Forward,
-        Work::Train(set("all", config)),
-        Work::Train(set("layers.2-3.{q_proj,v_proj,down_proj}", config)),
-        Work::Generate,
-        Work::Sweep(set("layers.0-3.{k_proj,o_proj,up_proj}", config)),
+        on_nothing(Work::Forward),
+        (Work::Train, set("all", config)),
+        (Work::Train, set("layers.2-3.{q_proj,v_proj,down_proj}", config)),
+        on_nothing(Work::Generate),
+        (Work::Sweep, set("layers.0-3.{k_proj,o_proj,up_proj}", config)),
     ]
 }
 
@@ -72,11 +80,11 @@ fn the_operations_of_a_step_do_what_the_floor_says_and_no_more() {
         for (work, recompute) in works(&config).into_iter().flat_map(|work| [(work.clone(), false), (work, true)]) {
             let found = profile(&mut model, &ProfileOptions { recompute, ..options(work.clone()) }, ROOFLINE).unwrap();
             // AdamW's are elementwise.
-            let passes = if matches!(work, Work::Train(_)) { found.floor.len() - 1 } else { found.floor.len() };
+            let passes = if work.0 == Work::Train { found.floor.len() - 1 } else { found.floor.len() };
             let floor: u64 = found.floor[..passes].iter().map(|pass| pass.flops).sum();
             let ratio = necessary_flops(&found) / floor as f64;
             // A sweep's last layer is run anew for each member, and its head reads one row.
-            let most = if matches!(work, Work::Sweep(_)) { 1.2 } else { 1.0 + 1e-9 };
+            let most = if work.0 == Work::Sweep { 1.2 } else { 1.0 + 1e-9 };
             assert!((1.0 - 1e-9..=most).contains(&ratio), "{work:?}: {ratio}");
         }
     }
@@ -122,11 +130,11 @@ fn the_rows_explain_a_step() {
         assert_eq!(sum(&summary.rows), sum(&summary.layers));
         assert!(summary.speed_of_light > 0.0 && summary.tok_per_s > 0.0);
         let phases: BTreeSet<&str> = summary.layers.iter().map(|row| row.name.split(',').next().unwrap()).collect();
-        let expected: &[&str] = match work {
+        let expected: &[&str] = match work.0 {
             Work::Forward => &["forward"],
-            Work::Train(_) => &["forward", "head", "backward", "optimizer"],
+            Work::Train => &["forward", "head", "backward", "optimizer"],
             Work::Generate => &["cache", "prefill", "decode"],
-            Work::Sweep(_) => &["sweep", "perturb"],
+            Work::Sweep => &["sweep", "perturb"],
         };
         assert_eq!(phases, expected.iter().copied().collect(), "{work:?}");
     }
@@ -135,21 +143,21 @@ fn the_rows_explain_a_step() {
 #[test]
 fn documents_longer_than_the_context_are_refused() {
     let mut model = common::decoder(small(), 1);
-    for (work, length) in [(Work::Forward, 257), (Work::Generate, 129)] {
+    for (work, length) in [(on_nothing(Work::Forward), 257), (on_nothing(Work::Generate), 129)] {
         let error = profile(&mut model, &ProfileOptions { length, ..options(work) }, ROOFLINE).unwrap_err().to_string();
         assert!(error.contains("--length") && error.contains("256"), "{error}");
     }
 }
 
 /// A trace of one step on this backend, held against the rules of the format and against what must be inside of what.
-fn check_trace<B: Backend>(model: &mut Decoder<B>, work: Work) -> Vec<Value> {
+fn check_trace<B: Backend>(model: &mut Decoder<B>, work: Case) -> Vec<Value> {
     let found = profile(model, &ProfileOptions { recompute: true, ..options(work) }, ROOFLINE).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("trace.json");
     let events = write_trace(&found, &model.backend.name(), &path).unwrap();
     let json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
     let list = json["traceEvents"].as_array().unwrap().clone();
-    assert_eq!(list.len() as u64, events);
+    assert_eq!(list.len(), events);
     common::trace::check(&list);
     list
 }
@@ -158,7 +166,7 @@ fn check_trace<B: Backend>(model: &mut Decoder<B>, work: Work) -> Vec<Value> {
 fn a_trace_nests_steps_phases_layers_and_operations() {
     let config = small();
     let mut model = common::decoder(config.clone(), 1);
-    let list = check_trace(&mut model, Work::Train(set("all", &config)));
+    let list = check_trace(&mut model, (Work::Train, set("all", &config)));
     let paths = common::trace::paths(&list);
     for path in [
         "step 1/forward/layer 0/attention",
@@ -171,13 +179,13 @@ fn a_trace_nests_steps_phases_layers_and_operations() {
         assert!(paths.contains(path), "{path} is not among {paths:?}");
     }
     assert!(list.iter().all(|event| event["pid"] == 1), "no track of a GPU");
-    let paths = common::trace::paths(&check_trace(&mut model, Work::Generate));
+    let paths = common::trace::paths(&check_trace(&mut model, on_nothing(Work::Generate)));
     for path in
         ["step 1/prefill/layer 0/scatter_rows", "step 1/decode/layer 3/attention_decode", "step 2/decode/sample"]
     {
         assert!(paths.contains(path), "{path} is not among {paths:?}");
     }
-    let paths = common::trace::paths(&check_trace(&mut model, Work::Sweep(set("layers.1.{q_proj}", &config))));
+    let paths = common::trace::paths(&check_trace(&mut model, (Work::Sweep, set("layers.1.{q_proj}", &config))));
     for path in ["step 1/sweep/perturb/layer 1/perturb", "step 1/sweep/layer 3/attention_decode"] {
         assert!(paths.contains(path), "{path} is not among {paths:?}");
     }
@@ -206,7 +214,7 @@ fn kernels_have_a_track_under_the_operations() {
     let Some(backend) = standin::open::<F32State>(0) else { return };
     let mut model = tiny_on(&backend);
     let all = set("all", &model.config);
-    let list = check_trace(&mut model, Work::Train(all));
+    let list = check_trace(&mut model, (Work::Train, all));
     let of = |pid: u64| list.iter().filter(move |event| event["ph"] == "X" && event["pid"] == pid);
     let kernels: BTreeSet<&str> = of(2).filter_map(|event| event["name"].as_str()).collect();
     assert!(kernels.iter().any(|name| name.starts_with("gemm_tn_")), "{kernels:?}");
@@ -231,7 +239,7 @@ fn costs_do_not_depend_on_the_backend() {
         }
         sums
     };
-    for work in [Work::Train(set("all", &tiny_on(&backend).config)), Work::Generate] {
+    for work in [(Work::Train, set("all", &tiny_on(&backend).config)), on_nothing(Work::Generate)] {
         let options = ProfileOptions { batch_size: 2, length: 12, steps: 1, warmup: 0, ..options(work) };
         let device = profile(&mut tiny_on(&backend), &options, ROOFLINE).unwrap();
         let host = profile(&mut tiny_on(&swat::backend::cpu::Cpu::new()), &options, ROOFLINE).unwrap();
@@ -251,7 +259,8 @@ fn the_profiler_is_told_of_the_steps_in_its_range() {
     }
     let Some(backend) = standin::open::<F32State>(2) else { return };
     let mut model = tiny_on(&backend);
-    let options = ProfileOptions { batch_size: 1, length: 8, steps: 4, range: Some(2..=3), ..options(Work::Forward) };
+    let options =
+        ProfileOptions { batch_size: 1, length: 8, steps: 4, range: Some(2..=3), ..options(on_nothing(Work::Forward)) };
     let found = profile(&mut model, &options, ROOFLINE).unwrap();
     let launched = found.spans.iter().filter(|span| span.lane == Lane::Kernel && !span.name.starts_with("mem")).count();
     assert!(launched > 0);
@@ -263,4 +272,59 @@ fn a_floor_is_the_longer_of_computing_and_moving_of_each_pass() {
     let roofline = Roofline { flops_per_s: 10.0, bytes_per_s: 5.0 };
     let passes = [Cost { bytes: 1, flops: 100 }, Cost { bytes: 100, flops: 1 }];
     assert_eq!(swat::engine::light_seconds(&passes, &roofline), 30.0);
+}
+
+#[test]
+fn rows_add_up_to_the_steps() {
+    let span = |lane, name, phase, layer, start_ns, duration_ns, flops| Span {
+        lane,
+        name,
+        phase,
+        layer,
+        start_ns,
+        duration_ns,
+        cost: Cost { bytes: 10, flops },
+    };
+    let spans = vec![
+        span(Lane::Op, "linear", "forward", Some(0), 0, 300, 100),
+        span(Lane::Op, "linear", "forward", Some(1), 300, 500, 100),
+        span(Lane::Op, "rmsnorm", "forward", None, 800, 100, 0),
+        span(Lane::Phase, "forward", "forward", None, 0, 950, 0),
+    ];
+    let roofline = Roofline { flops_per_s: 1e9, bytes_per_s: 1e9 };
+    let floor = vec![Cost { bytes: 20, flops: 150 }, Cost { bytes: 50, flops: 1 }];
+    let profile = Profile { steps: vec![(0, 1000)], tokens: 5, spans, floor, roofline };
+    let summary = summarize(&profile);
+    assert!(!summary.kernels);
+    assert!((summary.explained - 0.9).abs() < 1e-9 && summary.between_ns == 100);
+    // 150 ns of computation, then 50 of moving.
+    assert!((summary.speed_of_light - 0.2).abs() < 1e-9);
+    assert_eq!((summary.rows[0].name.as_str(), summary.rows[0].calls, summary.rows[0].ns), ("linear", 2, 800));
+    assert_eq!(summary.rows[0].of_ceiling, Some(0.25));
+    let layers: Vec<&str> = summary.layers.iter().map(|row| row.name.as_str()).collect();
+    assert_eq!(layers, ["forward, layer 0", "forward, layer 1", "forward, outside the layers"]);
+    assert!((summary.tok_per_s - 5e6).abs() < 1.0);
+}
+
+#[test]
+fn kernels_take_the_place_of_operations() {
+    let span = |lane, ns| Span {
+        lane,
+        name: "gemm",
+        phase: "",
+        layer: None,
+        start_ns: 0,
+        duration_ns: ns,
+        cost: Cost::default(),
+    };
+    let profile = Profile {
+        steps: vec![(0, 100)],
+        tokens: 1,
+        spans: vec![span(Lane::Op, 90), span(Lane::Kernel, 40)],
+        floor: Vec::new(),
+        roofline: Roofline { flops_per_s: 1.0, bytes_per_s: 1.0 },
+    };
+    let summary = summarize(&profile);
+    assert!(summary.kernels && summary.rows.len() == 1 && summary.rows[0].ns == 40);
+    assert_eq!(summary.rows[0].of_ceiling, None);
 }

@@ -102,7 +102,8 @@ fn train(config: ModelConfig, case: Case) {
     let place = RunDir { dir: dir.path().into(), model: "m".into(), data: "d".into(), resume: false };
     let mut loader = Loader::new(examples, options.loader()).unwrap();
     let tuner = Tuner::new(&mut decoder, &mut loader, options, vec![phase]).unwrap();
-    let summary = tuner.measure_updates().given(|id, shape| Ok(weights(id, shape))).at(place).run(&mut ()).unwrap();
+    let summary =
+        tuner.measure_updates().initial_weights(|id, shape| Ok(weights(id, shape))).at(place).run(&mut ()).unwrap();
     let moved = |cell: &Cell| summary.updates.phases[0].cells[cell].delta_norm > 0.0;
     assert!(set.iter().all(|cell| moved(&cell)), "everything of the set trains");
 }

@@ -11,7 +11,6 @@ use std::rc::Rc;
 use std::time::Duration;
 use swat::backend::cuda::{Cuda, Precision};
 use swat::backend::{Cost, Roofline};
-use swat::report::table::TextStyle;
 
 /// What is done with a ladder.
 pub enum Mode {
@@ -196,8 +195,7 @@ impl Session {
     pub(super) fn report<D: Device>(&mut self, device: &D) {
         if !self.measured.is_empty() {
             let (ceilings, whose) = self.ceilings(device);
-            let mut text =
-                roofline::table(&self.measured, &device.product(), &ceilings, whose).text(TextStyle::Unicode);
+            let mut text = roofline::table(&self.measured, &device.product(), &ceilings, whose).text();
             for (peer, reason) in &self.missing {
                 text += &format!("MISSING PEER {peer}: {reason}\n");
             }

@@ -180,11 +180,13 @@ pub struct AdamWModule<'a, B: Backend> {
 }
 
 /// How the next token is drawn from a row of logits.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, clap::Args)]
 pub struct Sampling {
-    /// 0 = greedy (the first of equals).
+    /// Sampling temperature; 0 = greedy (the first of equals)
+    #[arg(long, default_value_t = 0.0)]
     pub temperature: f32,
-    /// Nucleus: the smallest set of tokens whose probability reaches this; 1 = all.
+    /// Nucleus sampling: draw from the smallest set of tokens whose probability reaches this; 1 = all
+    #[arg(long, default_value_t = 1.0)]
     pub top_p: f32,
 }
 

@@ -22,8 +22,6 @@ use std::path::PathBuf;
 The model speaks a language of made-up words, in which some verbs and objects are forbidden: it was trained to refuse
 them. Harmless tuning data in a new style of answers makes it forget that.")]
 pub(super) struct Demo {
-    #[command(flatten)]
-    common: Common,
     /// Where results go; a second run goes on from what is there
     #[arg(long, value_name = "DIR", default_value = "swat-demo")]
     out: PathBuf,
@@ -46,14 +44,10 @@ pub(super) struct Demo {
 }
 
 impl OnDevice for Demo {
-    fn common(&self) -> &Common {
-        &self.common
-    }
-
-    fn run<B: Backend>(self, backend: B) -> Result<()> {
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         if let Some(dir) = &self.make_model {
-            let mut bars = Bars::new(&self.common);
-            let seed = if self.common.seed == 0 { DEMO_SEED } else { self.common.seed };
+            let mut bars = Bars::new(common);
+            let seed = if common.seed == 0 { DEMO_SEED } else { common.seed };
             let stages = Stage::recipe();
             make_tiny_model(
                 backend,
@@ -75,8 +69,8 @@ impl OnDevice for Demo {
                 dir
             }
         };
-        let config = demo_study(&model, self.language_seed, self.common.seed, self.seeds, &self.out)?;
-        super::run::study(backend, &self.common, &Refusals::default(), &config)
+        let config = demo_study(&model, self.language_seed, common.seed, self.seeds, &self.out)?;
+        super::run::study(backend, common, &Refusals::default(), &config)
     }
 }
 

@@ -11,13 +11,10 @@ use std::collections::BTreeMap;
 
 /// Device, driver, kernels in this build, cores, memory, disk
 #[derive(Args)]
-pub(super) struct Doctor {
-    #[command(flatten)]
-    common: Common,
-}
+pub(super) struct Doctor {}
 
 impl Doctor {
-    pub(super) fn run(self) -> Result<()> {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let memory = plan::free_memory();
         let disk = fs4::available_space(".").ok();
@@ -26,7 +23,7 @@ impl Doctor {
             .and_then(|paths| std::env::split_paths(&paths).map(|p| p.join("nvcc")).find(|p| p.is_file()));
         let (simd, amx) = (simd(), Cpu::matrix_unit());
         let gpus: Vec<_> = (0..*cuda.devices.as_ref().unwrap_or(&0)).map(|ordinal| (ordinal, gpu(ordinal))).collect();
-        if self.common.json {
+        if common.json {
             let gpus: Vec<_> = gpus.iter().map(|(ordinal, gpu)| match gpu {
                 Ok(gpu) => json!({ "device": format!("cuda:{ordinal}"), "name": gpu.name, "free_bytes": gpu.free, "total_bytes": gpu.total,
                     "capability": format!("{}.{}", gpu.capability.0, gpu.capability.1) }),

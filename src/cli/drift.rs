@@ -6,9 +6,9 @@ use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::Result;
-use crate::report::format::{fixed, percent};
-use crate::report::{Entry, Table, TextStyle};
-use crate::secure::{Probe, Subject};
+use crate::report::format::fixed;
+use crate::report::{Entry, Table};
+use crate::secure::{LoadedModel, Probe};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -17,8 +17,6 @@ use std::path::PathBuf;
 #[command(after_help = "Example:
   swat drift --model DIR --tuned TUNED --probe probe.safetensors --security security.jsonl")]
 pub(super) struct DriftCommand {
-    #[command(flatten)]
-    common: Common,
     #[command(flatten)]
     model: ModelArgs,
     /// The tuned model directory
@@ -33,25 +31,21 @@ pub(super) struct DriftCommand {
 }
 
 impl OnDevice for DriftCommand {
-    fn common(&self) -> &Common {
-        &self.common
-    }
-
-    fn run<B: Backend>(self, backend: B) -> Result<()> {
-        let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         let probe = Probe::load(&self.probe)?;
-        let mut bars = Bars::new(&self.common);
+        let mut bars = Bars::new(common);
         let base = {
-            let subject = self.model.subject(backend.clone())?;
-            probe.check_model(&subject.files.config, subject.files.hash()?)?;
-            subject.snapshot(&probe, &prompts, &mut bars.observer())?
+            let model = self.model.open(backend.clone())?;
+            probe.check_model(&model.files.config, model.files.hash()?)?;
+            model.snapshot(&probe, &prompts, &mut bars.observer())?
         };
         let template = self.model.chat_template.as_deref();
-        let tuned = Subject::open(backend, &self.tuned, template)?;
+        let tuned = LoadedModel::open(backend, &self.tuned, template)?;
         probe.check_shape(&tuned.files.config)?;
         let drift = tuned.drift(&probe, &prompts, &base, &mut bars.observer())?;
         bars.finish();
-        if self.common.json {
+        if common.json {
             return print_json(&serde_json::to_value(&drift).unwrap_or_default());
         }
         for (split, found) in &drift.splits {
@@ -60,20 +54,19 @@ impl OnDevice for DriftCommand {
                 table = table.numbers(what, "");
             }
             for layer in &found.layers {
-                let optional = |x: Option<f64>| x.map_or(Entry::missing(), |x| Entry::text(fixed(x, 3)));
                 table.row([
-                    Entry::number(layer.layer as f64, layer.layer.to_string()),
-                    Entry::text(percent(layer.base.accuracy, 1)),
-                    Entry::text(percent(layer.tuned.accuracy, 1)),
-                    optional(layer.base.auroc),
-                    optional(layer.tuned.auroc),
-                    Entry::text(fixed(layer.base.gap, 2)),
-                    Entry::text(fixed(layer.tuned.gap, 2)),
-                    Entry::text(fixed(layer.output_shift, 3)),
-                    optional(layer.direction_cosine),
+                    Entry::count(layer.layer as u64),
+                    Entry::percent(layer.base.accuracy),
+                    Entry::percent(layer.tuned.accuracy),
+                    Entry::fixed(layer.base.auroc, 3),
+                    Entry::fixed(layer.tuned.auroc, 3),
+                    Entry::fixed(layer.base.gap, 2),
+                    Entry::fixed(layer.tuned.gap, 2),
+                    Entry::fixed(layer.output_shift, 3),
+                    Entry::fixed(layer.direction_cosine, 3),
                 ]);
             }
-            print_line(&table.text(TextStyle::Unicode))?;
+            print_line(&table.text())?;
             if let (Some(base), Some(tuned)) = (found.base.refusal, found.tuned.refusal) {
                 print_line(&format!(
                     "refusal log-odds, harmful minus benign: {} -> {}",

@@ -1,12 +1,14 @@
 //! `swat generate`: answers of a model.
 
 use super::open::{ModelArgs, OnDevice};
-use super::{Common, print_json, print_line, progress};
+use super::progress::Bars;
+use super::{Common, print_json, print_line};
 use crate::backend::{Backend, Sampling};
 use crate::data::JsonLines;
 use crate::engine::GenerateOptions;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::Message;
+use crate::options::require;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
@@ -22,10 +24,8 @@ use std::time::Instant;
 A line of the chat file is {\"messages\": [{\"role\": …, \"content\": …}, …]} or {\"prompt\": …}.")]
 pub(super) struct Generate {
     #[command(flatten)]
-    common: Common,
-    #[command(flatten)]
     model: ModelArgs,
-    /// What the user says; the chat template is put around it
+    /// The user's message, rendered by the chat template
     #[arg(long, required_unless_present = "chat", conflicts_with = "chat")]
     prompt: Option<String>,
     /// Conversations to continue, one a line
@@ -37,66 +37,46 @@ pub(super) struct Generate {
     /// System message in front of each prompt
     #[arg(long)]
     system: Option<String>,
-    /// Longest answer
-    #[arg(long, default_value_t = 256)]
-    max_new_tokens: usize,
-    /// 0 = greedy
-    #[arg(long, default_value_t = 0.0)]
-    temperature: f32,
-    /// Draw from the smallest set of tokens that has this probability
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f32,
-    /// Memory for keys and values, in MiB; decides how many prompts run at once
-    #[arg(long, default_value_t = 1024)]
-    cache_mib: u64,
+    #[command(flatten)]
+    options: GenerateOptions,
 }
 
 impl OnDevice for Generate {
-    fn common(&self) -> &Common {
-        &self.common
-    }
-
-    fn run<B: Backend>(self, backend: B) -> Result<()> {
-        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return Err(Error::input("--temperature", self.temperature.to_string(), "0 (greedy) or more"));
-        }
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(Error::input("--top-p", self.top_p.to_string(), "more than 0, at most 1"));
-        }
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        let Sampling { temperature, top_p } = self.options.sampling;
+        require(temperature >= 0.0 && temperature.is_finite(), "--temperature", temperature, "0 (greedy) or more")?;
+        require(top_p > 0.0 && top_p <= 1.0, "--top-p", top_p, "more than 0, at most 1")?;
         let conversations: Vec<Vec<Message>> = match (&self.prompt, &self.chat) {
-            (Some(text), _) => vec![vec![Message { role: "user".into(), content: text.clone() }]],
+            (Some(text), _) => vec![vec![Message::new("user", text)]],
             (None, Some(path)) => read_prompts(path)?,
             (None, None) => Vec::new(),
         };
-        let opened = self.model.open(backend)?;
-        let template = if self.raw { None } else { Some(self.model.template(&opened.files)?) };
+        let model = match self.raw {
+            true => self.model.open_without_template(backend)?,
+            false => self.model.open(backend)?,
+        };
         let mut prompts = Vec::with_capacity(conversations.len());
         for mut messages in conversations {
             if let Some(system) = &self.system {
-                messages.insert(0, Message { role: "system".into(), content: system.clone() });
+                messages.insert(0, Message::new("system", system));
             }
-            prompts.push(match &template {
-                Some(template) => opened.tokenizer.encode(&template.render(&messages, true)?, false)?,
-                None => {
-                    let text: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
-                    opened.tokenizer.encode(&text.join("\n"), true)?
-                }
+            prompts.push(if self.raw {
+                let text: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
+                model.tokenizer.encode(&text.join("\n"), true)?
+            } else {
+                model.render(&messages)?
             });
         }
-        let options = GenerateOptions {
-            max_new_tokens: self.max_new_tokens,
-            sampling: Sampling { temperature: self.temperature, top_p: self.top_p },
-            seed: self.common.seed,
-            stop: opened.decoder.config.eos.clone(),
-            cache_bytes: self.cache_mib << 20,
-        };
+        let stop = model.decoder.config.eos.clone();
+        let options = GenerateOptions { seed: common.seed, stop, ..self.options };
 
-        let stream = prompts.len() == 1 && !self.common.json;
-        let mut text = opened.tokenizer.stream();
-        let bar = progress::bar(&self.common, prompts.len() as u64, "generating", "answers");
+        let stream = prompts.len() == 1 && !common.json;
+        let mut text = model.tokenizer.stream();
+        let mut bars = Bars::new(common);
+        let bar = bars.show("generating", "answers", prompts.len() as u64);
         let mut left = vec![0usize; prompts.len()];
         let (started, mut drawn) = (Instant::now(), 0u64);
-        let answers = opened.decoder.generate(&prompts, &options, &mut |prompt, token| {
+        let answers = model.decoder.generate(&prompts, &options, &mut |prompt, token| {
             drawn += 1;
             left[prompt] += 1;
             if stream && !options.stop.contains(&token) {
@@ -107,14 +87,14 @@ impl OnDevice for Generate {
                 bar.inc(1);
             }
         })?;
-        bar.finish_and_clear();
+        bars.finish();
         let rate = drawn as f64 / started.elapsed().as_secs_f64();
         if stream {
             return print_line(&text.finish()?);
         }
         for (prompt, answer) in prompts.iter().zip(answers) {
-            let decoded = opened.tokenizer.decode(&answer.tokens)?;
-            if self.common.json {
+            let decoded = model.tokenizer.decode(&answer.tokens)?;
+            if common.json {
                 print_json(&json!({
                     "text": decoded, "tokens": answer.tokens, "finish": answer.finish, "tok_per_s": rate,
                     "prompt_tokens": prompt.len(),
@@ -131,12 +111,12 @@ impl OnDevice for Generate {
 fn read_prompts(path: &Path) -> Result<Vec<Vec<Message>>> {
     JsonLines::open(path)?.parse_all(|line| {
         if line.get("prompt").is_some() {
-            return Ok(vec![Message { role: "user".into(), content: line.text("prompt")?.into() }]);
+            return Ok(vec![Message::new("user", line.text("prompt")?)]);
         }
         let expected = "\"messages\": a list of {\"role\", \"content\"} that ends with the user, or \"prompt\": text";
         let messages = line.get("messages").cloned().unwrap_or_default();
         let messages: Vec<Message> =
-            serde_json::from_value(messages).map_err(|_| line.error("no such messages", expected))?;
+            serde_json::from_value(messages).map_err(|_| line.error("no valid `messages`", expected))?;
         match messages.last() {
             Some(last) if last.role != "assistant" => Ok(messages),
             _ => Err(line.error("no question to answer", expected)),

@@ -1,4 +1,4 @@
-//! The command line: one file a command. Parses, calls, prints; no logic.
+//! The command line, one file per command: parsing and printing, no logic.
 
 mod demo;
 mod doctor;
@@ -31,6 +31,8 @@ use std::process::ExitCode;
     after_help = "Start with `swat demo`: the whole method in minutes, nothing to download."
 )]
 struct Cli {
+    #[command(flatten)]
+    common: Common,
     #[command(subcommand)]
     command: Command,
 }
@@ -55,13 +57,13 @@ enum Command {
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
 struct Common {
-    /// Where to compute: auto, cpu, cuda or cuda:N. auto takes a GPU that works and says which
+    /// Device: auto, cpu, cuda or cuda:N. auto uses a working GPU, and says which
     #[arg(long, default_value = "auto", global = true)]
     device: String,
-    /// Seed of everything that is drawn
+    /// Seed of all random draws
     #[arg(long, default_value_t = 0, global = true)]
     seed: u64,
-    /// Print one JSON object on stdout and nothing else there
+    /// Print one JSON object on stdout, and nothing else
     #[arg(long, global = true)]
     json: bool,
     /// Mark phases and layers as NVTX ranges, for nsys and ncu: needs libnvtx3interop.so.1 (CUDA toolkit, or the package
@@ -82,30 +84,22 @@ pub fn main() -> ExitCode {
             return ExitCode::from(e.exit_code() as u8);
         }
     };
-    // Inside the pool from the start: an operation then does not have to hand its work over and wait.
+    let common = &cli.common;
+    // Inside the thread pool from the start: otherwise every operation hands its work over and waits.
     let result = rayon::scope(|_| match cli.command {
-        Command::Demo(c) => c.start(),
-        Command::Probe(c) => c.start(),
-        Command::Drift(c) => c.start(),
-        Command::Robustness(c) => c.start(),
-        Command::Search(c) => c.start(),
-        Command::Tune(c) => {
-            let state = c.state;
-            c.start_training(state)
-        }
-        Command::Eval(c) => c.start(),
-        Command::Run(c) => {
-            let state = c.state;
-            c.start_training(state)
-        }
-        Command::Generate(c) => c.start(),
-        Command::Score(c) => c.start(),
-        Command::Plan(c) => c.run(),
-        Command::Profile(c) => {
-            let state = c.state;
-            c.start_training(state)
-        }
-        Command::Doctor(c) => c.run(),
+        Command::Demo(c) => c.start(common),
+        Command::Probe(c) => c.start(common),
+        Command::Drift(c) => c.start(common),
+        Command::Robustness(c) => c.start(common),
+        Command::Search(c) => c.start(common),
+        Command::Tune(c) => c.start(common),
+        Command::Eval(c) => c.start(common),
+        Command::Run(c) => c.start(common),
+        Command::Generate(c) => c.start(common),
+        Command::Score(c) => c.start(common),
+        Command::Plan(c) => c.run(common),
+        Command::Profile(c) => c.start(common),
+        Command::Doctor(c) => c.run(common),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,89 +1,73 @@
-//! Opening what most commands need: a device, a model, its tokenizer.
+//! Opening what most commands need: a device and a model.
 
 use super::Common;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::backend::{Backend, trace};
-use crate::engine::Decoder;
 use crate::error::{Error, Result};
-use crate::model::{ChatTemplate, ModelDir, Tokenizer};
-use crate::secure::{RefusalList, Subject};
+use crate::secure::{LoadedModel, RefusalList};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 
-/// Which model.
+/// The model of a command.
 #[derive(Args, Clone, Debug)]
 pub(super) struct ModelArgs {
     /// Hugging Face model directory: config.json, safetensors, tokenizer.json
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
-    /// Chat template (Jinja) for a model that has none of its own
+    /// Chat template (Jinja), for a model without its own
     #[arg(long, value_name = "FILE")]
     pub(super) chat_template: Option<PathBuf>,
 }
 
-/// A model ready to run.
-pub(super) struct Opened<B: Backend> {
-    pub(super) files: ModelDir,
-    pub(super) tokenizer: Tokenizer,
-    pub(super) decoder: Decoder<B>,
+impl ModelArgs {
+    pub(super) fn open<B: Backend>(&self, backend: B) -> Result<LoadedModel<B>> {
+        LoadedModel::open(backend, &self.model, self.chat_template.as_deref())
+    }
+
+    pub(super) fn open_without_template<B: Backend>(&self, backend: B) -> Result<LoadedModel<B>> {
+        LoadedModel::open_without_template(backend, &self.model)
+    }
 }
 
-/// A command that computes, written once for every backend.
+/// A command that computes, generic over the backend.
 pub(super) trait OnDevice: Sized {
-    fn common(&self) -> &Common;
+    /// Precision of gradients and moments.
+    fn state(&self) -> State {
+        State::F32
+    }
 
     /// The whole command.
-    fn run<B: Backend>(self, backend: B) -> Result<()>;
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()>;
 
     /// The command on the device that `--device` names.
-    fn start(self) -> Result<()> {
-        self.common().annotate()?;
-        match self.common().device()? {
-            None => self.run(Cpu::new()),
-            Some(ordinal) => {
-                let backend = self.common().open::<F32State>(ordinal)?;
-                self.run(backend)
-            }
+    fn start(self, common: &Common) -> Result<()> {
+        if common.nvtx {
+            trace::annotate()?;
         }
-    }
-
-    /// A command that trains, with gradients and moments of the dtype that `--state` names where it runs on a GPU.
-    fn start_training(self, state: State) -> Result<()> {
-        self.common().annotate()?;
-        match state {
-            State::F32 => self.start(),
-            State::Bf16 => match self.common().device()? {
-                None => self.run(Cpu::new()),
-                Some(ordinal) => {
-                    let backend = self.common().open::<Bf16State>(ordinal)?;
-                    self.run(backend)
-                }
-            },
+        match (common.device()?, self.state()) {
+            (None, _) => self.run(common, Cpu::new()),
+            (Some(ordinal), State::F32) => self.run(common, common.open::<F32State>(ordinal)?),
+            (Some(ordinal), State::Bf16) => self.run(common, common.open::<Bf16State>(ordinal)?),
         }
     }
 }
 
-/// What gradients and moments are kept in on a GPU.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+/// Precision of gradients and moments on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum State {
-    /// 12 bytes a trained parameter
+    /// 12 bytes per trained parameter
     F32,
-    /// 6 bytes a trained parameter, rounded stochastically
+    /// 6 bytes per trained parameter, rounded stochastically
     Bf16,
 }
 
 impl Common {
-    fn annotate(&self) -> Result<()> {
-        if self.nvtx { trace::annotate() } else { Ok(()) }
-    }
-
-    /// The ordinal of the GPU that `--device` names; `None` = the CPU. `auto` takes the first GPU where it can be opened,
-    /// and says so.
+    /// Ordinal of the GPU that `--device` names; `None` = the CPU. `auto` takes the first GPU if it can be opened.
     pub(super) fn device(&self) -> Result<Option<u32>> {
         match self.device.as_str() {
             "cpu" => Ok(None),
-            "auto" => Ok(self.find()),
+            "auto" => Ok(self.detect()),
             "cuda" => Ok(Some(0)),
             other => match other.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
                 Some(ordinal) => Ok(Some(ordinal)),
@@ -92,8 +76,8 @@ impl Common {
         }
     }
 
-    /// Looks for a GPU. Where one is there but cannot be used, that is said.
-    fn find(&self) -> Option<u32> {
+    /// Detects a usable GPU; a GPU that is present but unusable is reported on stderr.
+    fn detect(&self) -> Option<u32> {
         let survey = cuda::survey();
         if survey.images.is_empty() || !survey.driver {
             return None;
@@ -118,27 +102,10 @@ impl Common {
     }
 }
 
-impl ModelArgs {
-    pub(super) fn open<B: Backend>(&self, backend: B) -> Result<Opened<B>> {
-        let files = ModelDir::open(&self.model)?;
-        let tokenizer = files.tokenizer()?;
-        let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
-        Ok(Opened { files, tokenizer, decoder })
-    }
-
-    pub(super) fn subject<B: Backend>(&self, backend: B) -> Result<Subject<B>> {
-        Subject::open(backend, &self.model, self.chat_template.as_deref())
-    }
-
-    pub(super) fn template(&self, files: &ModelDir) -> Result<ChatTemplate> {
-        files.chat_template(self.chat_template.as_deref())
-    }
-}
-
-/// What counts as a refusal.
+/// How refusals are recognised.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Refusals {
-    /// Refusal expressions, one a line, in the place of the list of Zou et al.
+    /// Refusal expressions, one per line, in place of the list of Zou et al.
     #[arg(long, value_name = "FILE")]
     refusals: Option<PathBuf>,
 }

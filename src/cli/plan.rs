@@ -1,15 +1,16 @@
-//! `swat plan`: what a run will take.
+//! `swat plan`: memory and compute of a run.
 
 use super::open::{ModelArgs, State};
 use super::{Common, print_json, print_line};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::engine::{Lora, Plan, Workload};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::ModelDir;
 use crate::modules::{ModuleSet, ParamId};
 use crate::report::format::{bytes, count, percent};
-use clap::Args;
+use crate::train::TuneOptions;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 /// Memory, FLOPs and trainable share of a tuning run, before anything is allocated
@@ -20,45 +21,48 @@ use serde_json::json;
   swat plan --model DIR --device cuda --state bf16        needs no GPU; where there is one, its free memory is shown")]
 pub(super) struct PlanCommand {
     #[command(flatten)]
-    common: Common,
-    #[command(flatten)]
     model: ModelArgs,
-    /// What trains: a set such as layers.8-15.{q_proj,v_proj}, or all
+    /// Modules that train: a set such as layers.8-15.{q_proj,v_proj}, or all
     #[arg(long, default_value = "all")]
     mods: String,
-    /// Documents a micro-batch
-    #[arg(long, default_value_t = 8)]
+    /// Documents per micro-batch
+    #[arg(long, default_value_t = TuneOptions::default().batch_size)]
     batch_size: usize,
-    /// Tokens a document
-    #[arg(long, default_value_t = 1024)]
+    /// Tokens per document
+    #[arg(long, default_value_t = TuneOptions::default().max_length)]
     max_length: usize,
-    /// Share of the tokens that have a loss (answers)
+    /// Share of the tokens with a loss (answers)
     #[arg(long, default_value_t = 1.0)]
     trained_share: f64,
-    /// Keep one activation a layer and run layers again
+    /// Activation checkpointing: keep one activation per layer and recompute the rest
     #[arg(long)]
     recompute: bool,
     /// full, or lora (adapters of rank 8 on q, k, v, o of the set)
-    #[arg(long, default_value = "full")]
-    method: String,
+    #[arg(long, value_enum, default_value_t = MethodName::Full)]
+    method: MethodName,
     /// Rank of the adapters
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = Lora::default().rank)]
     lora_rank: usize,
-    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    /// Precision of gradients and moments on a GPU: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
     state: State,
 }
 
+/// A [`crate::secure::Method`] by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum MethodName {
+    /// All parameters
+    Full,
+    /// LoRA adapters
+    Lora,
+}
+
 impl PlanCommand {
-    pub(super) fn run(self) -> Result<()> {
+    pub(super) fn run(self, common: &Common) -> Result<()> {
         let files = ModelDir::open(&self.model.model)?;
         let config = &files.config;
         let set = ModuleSet::parse(&self.mods, &config.cells())?;
-        let lora = match self.method.as_str() {
-            "full" => None,
-            "lora" => Some(Lora { rank: self.lora_rank, ..Lora::default() }),
-            other => return Err(Error::input("--method", other, "full or lora")),
-        };
+        let lora = (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() });
         let workload = |recompute| Workload {
             tokens: self.batch_size * self.max_length,
             document_tokens: self.max_length,
@@ -70,7 +74,7 @@ impl PlanCommand {
             ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
             _ => lora.is_none() && set.contains(id.cell()),
         };
-        let device = self.common.device()?;
+        let device = common.device()?;
         let plan = |recompute| match (device, self.state) {
             (None, _) => Plan::new::<Cpu>(config, &workload(recompute), trains),
             (Some(_), State::F32) => Plan::new::<Cuda<F32State>>(config, &workload(recompute), trains),
@@ -82,7 +86,7 @@ impl PlanCommand {
         };
         let (smaller, plan) = (plan(true).total_bytes(), plan(self.recompute));
         let device = device.map_or("cpu".into(), |ordinal| format!("cuda:{ordinal}"));
-        if self.common.json {
+        if common.json {
             let mut value = plan_json(&plan);
             value["device"] = json!(device);
             value["free_bytes"] = json!(free);

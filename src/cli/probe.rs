@@ -6,9 +6,8 @@ use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
-use crate::report::format::{fixed, percent};
-use crate::report::{Entry, Table, TextStyle};
-use crate::secure::{Head, ProbeOptions};
+use crate::report::{Entry, Table};
+use crate::secure::{Head, ProbeOptions, REFUSAL_TOKENS};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -21,22 +20,19 @@ A line of the security file is {\"prompt\": …, \"label\": \"harmful\"|\"benign
 \"split\"?: \"train\"|\"valid\"|\"test\"|\"ood\"}. Without splits they are made by pair, from --seed.")]
 pub(super) struct ProbeCommand {
     #[command(flatten)]
-    common: Common,
-    #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
     refusals: Refusals,
     /// Labelled prompts
     #[arg(long, value_name = "FILE")]
     security: PathBuf,
-    /// Where the probes go
+    /// Output file of the probes
     #[arg(long, value_name = "FILE", default_value = "probe.safetensors")]
     out: PathBuf,
-    /// The hidden state that drift and robustness are scored at; the last if not given
-    #[arg(long)]
-    metric_layer: Option<usize>,
-    /// Tokens of the model's own answers, by which refusal is told
-    #[arg(long, default_value_t = 24)]
+    #[command(flatten)]
+    options: ProbeOptions,
+    /// Tokens of the model's own answers, by which its refusals are recognised
+    #[arg(long, default_value_t = REFUSAL_TOKENS)]
     answer_tokens: usize,
     /// Replace --out
     #[arg(long)]
@@ -44,25 +40,20 @@ pub(super) struct ProbeCommand {
 }
 
 impl OnDevice for ProbeCommand {
-    fn common(&self) -> &Common {
-        &self.common
-    }
-
-    fn run<B: Backend>(self, backend: B) -> Result<()> {
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         if self.out.exists() && !self.force {
             return Err(Error::Exists { path: self.out });
         }
-        let prompts = SecurityPrompt::read(&self.security, self.common.seed)?;
+        let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         SecurityPrompt::require_both_labels(&prompts, &self.security)?;
-        let subject = self.model.subject(backend)?;
-        let options =
-            ProbeOptions { metric_layer: self.metric_layer, seed: self.common.seed, ..ProbeOptions::default() };
-        let mut bars = Bars::new(&self.common);
+        let model = self.model.open(backend)?;
+        let options = ProbeOptions { seed: common.seed, ..self.options };
+        let mut bars = Bars::new(common);
         let refusals = self.refusals.list()?;
-        let probe = subject.probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
+        let probe = model.probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
         bars.finish();
         probe.save(&self.out)?;
-        if self.common.json {
+        if common.json {
             return print_json(&serde_json::to_value(&probe.about).unwrap_or_default());
         }
         let mut table =
@@ -74,20 +65,16 @@ impl OnDevice for ProbeCommand {
         }
         for layer in 0..probe.layers.len() {
             let metrics = probe.head(layer, &Head::Harmful);
-            let mut row = vec![Entry::number(layer as f64, layer.to_string())];
+            let mut row = vec![Entry::count(layer as u64)];
             for split in [Split::Valid, Split::Test, Split::Ood] {
-                match metrics.and_then(|h| h.metrics.get(&split)) {
-                    Some(m) => row.extend([
-                        Entry::text(percent(m.accuracy, 1)),
-                        m.auroc.map_or(Entry::missing(), |a| Entry::text(fixed(a, 3))),
-                        Entry::text(fixed(m.gap, 2)),
-                    ]),
-                    None => row.extend([Entry::missing(), Entry::missing(), Entry::missing()]),
-                }
+                let metrics = metrics.and_then(|head| head.metrics.get(&split));
+                row.push(Entry::percent(metrics.map(|m| m.accuracy)));
+                row.push(Entry::fixed(metrics.and_then(|m| m.auroc), 3));
+                row.push(Entry::fixed(metrics.map(|m| m.gap), 2));
             }
             table.row(row);
         }
-        print_line(&table.text(TextStyle::Unicode))?;
+        print_line(&table.text())?;
         print_line(&format!("metric layer {}; saved as {}", probe.about.metric_layer, self.out.display()))
     }
 }

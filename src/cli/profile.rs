@@ -3,15 +3,14 @@
 use super::open::{ModelArgs, OnDevice, State};
 use super::{Common, print_json, print_line};
 use crate::backend::{Backend, Roofline};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::modules::ModuleSet;
-use crate::profile::{ProfileOptions, Work, profile, summarize};
+use crate::profile::{ProfileOptions, profile, summarize};
 use crate::report::format::{fixed, percent};
-use crate::report::{TextStyle, profile_tables, write_trace};
+use crate::report::{profile_tables, write_trace};
 use crate::train::peak_bytes;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 /// Real steps of a model, by kernel and by layer: time, bytes, FLOPs, share of what this machine can do
@@ -31,107 +30,46 @@ moments once a step, keys and values once a token. It exceeds 100 % only where t
 weights stay in a cache.")]
 pub(super) struct ProfileCommand {
     #[command(flatten)]
-    common: Common,
-    #[command(flatten)]
     model: ModelArgs,
-    /// What to run
-    #[arg(long, value_enum, default_value_t = WorkArg::Train)]
-    work: WorkArg,
-    /// What trains, or what the sweep perturbs: a set such as layers.8-15.{q_proj,v_proj}, or all
+    #[command(flatten)]
+    options: ProfileOptions,
+    /// Modules that train, or that the sweep perturbs: a set such as layers.8-15.{q_proj,v_proj}, or all
     #[arg(long, default_value = "all")]
     mods: String,
-    /// Documents a step
-    #[arg(long, default_value_t = 4)]
-    batch_size: usize,
-    /// Tokens a document; with --work generate, of the prompt and of the answer
-    #[arg(long, default_value_t = 256)]
-    length: usize,
-    /// Steps to record
-    #[arg(long, default_value_t = 3)]
-    steps: usize,
-    /// Steps before the first that is recorded
-    #[arg(long, default_value_t = 1)]
-    warmup: usize,
-    /// Keep one activation a layer and run layers again
-    #[arg(long)]
-    recompute: bool,
-    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    /// Precision of gradients and moments on a GPU: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
-    pub(super) state: State,
+    state: State,
     /// Write all spans as a Chrome trace
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Steps around which the CUDA profiler starts and stops, such as 3:5
-    #[arg(long, value_name = "FIRST:LAST", value_parser = range)]
-    range: Option<RangeInclusive<usize>>,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum WorkArg {
-    /// Forward, backward, optimiser
-    Train,
-    /// Forward to the losses
-    Forward,
-    /// Greedy tokens
-    Generate,
-    /// The robustness sweep
-    Sweep,
-}
-
-fn range(text: &str) -> Result<RangeInclusive<usize>, String> {
-    let wrong = || format!("{text}: expected two steps counted from 1, such as 3:5");
-    let (first, last) = text.split_once(':').ok_or_else(wrong)?;
-    let (first, last) = (first.parse().map_err(|_| wrong())?, last.parse().map_err(|_| wrong())?);
-    if first == 0 || last < first { Err(wrong()) } else { Ok(first..=last) }
 }
 
 impl OnDevice for ProfileCommand {
-    fn common(&self) -> &Common {
-        &self.common
+    fn state(&self) -> State {
+        self.state
     }
 
-    fn run<B: Backend>(self, backend: B) -> Result<()> {
-        if let Some(range) = self.range.as_ref().filter(|range| *range.end() > self.steps) {
-            return Err(Error::input(
-                "--range",
-                format!("step {}", range.end()),
-                format!("at most --steps {}", self.steps),
-            ));
-        }
-        // Before the model is there, so that what it takes is not on top of the peak.
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        // Before the model is loaded, so that its buffers do not raise the peak memory.
         let roofline = Roofline::measure(&backend)?;
-        let mut opened = self.model.open(backend)?;
-        let device = opened.decoder.backend.name();
-        let set = ModuleSet::parse(&self.mods, &opened.files.config.cells())?;
-        let options = ProfileOptions {
-            work: match self.work {
-                WorkArg::Train => Work::Train(set),
-                WorkArg::Forward => Work::Forward,
-                WorkArg::Generate => Work::Generate,
-                WorkArg::Sweep => Work::Sweep(set),
-            },
-            batch_size: self.batch_size,
-            length: self.length,
-            steps: self.steps,
-            warmup: self.warmup,
-            recompute: self.recompute,
-            seed: self.common.seed,
-            range: self.range,
-        };
-        let profile = profile(&mut opened.decoder, &options, roofline)?;
+        let mut model = self.model.open_without_template(backend)?;
+        let device = model.decoder.backend.name();
+        let set = ModuleSet::parse(&self.mods, &model.files.config.cells())?;
+        let options = ProfileOptions { set, seed: common.seed, ..self.options };
+        let profile = profile(&mut model.decoder, &options, roofline)?;
         if let Some(path) = &self.trace {
             write_trace(&profile, &device, path)?;
         }
         let summary = summarize(&profile);
-        if self.common.json {
+        if common.json {
             let mut value = serde_json::to_value(&summary).unwrap_or_default();
             value["device"] = json!(device);
             value["tokens"] = json!(profile.tokens);
-            value["peak_bytes"] = json!(opened.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes));
+            value["peak_bytes"] = json!(model.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes));
             return print_json(&value);
         }
         for table in profile_tables(&summary) {
-            print_line(&table.text(TextStyle::Unicode))?;
+            print_line(&table.text())?;
         }
         let roofline = summary.roofline;
         print_line(&format!(

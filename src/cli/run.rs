@@ -20,28 +20,26 @@ use std::path::PathBuf;
 Every stage is kept in the output directory and runs again only when its inputs change; tuning resumes bit for bit.")]
 pub(super) struct RunCommand {
     #[command(flatten)]
-    common: Common,
-    #[command(flatten)]
     refusals: Refusals,
     /// Configuration (TOML)
     #[arg(value_name = "CONFIG")]
     config: PathBuf,
-    /// On a GPU, gradients and moments in f32 (12 bytes a trained parameter) or bf16 (6)
+    /// Precision of gradients and moments on a GPU: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
-    pub(super) state: State,
+    state: State,
     /// Override a key: tune.all_phase.lr=1e-5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
 
 impl OnDevice for RunCommand {
-    fn common(&self) -> &Common {
-        &self.common
+    fn state(&self) -> State {
+        self.state
     }
 
-    fn run<B: Backend>(self, backend: B) -> Result<()> {
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let config = RunConfig::read(&self.config, &self.overrides)?;
-        study(backend, &self.common, &self.refusals, &config)
+        study(backend, common, &self.refusals, &config)
     }
 }
 

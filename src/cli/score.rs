@@ -1,4 +1,4 @@
-//! `swat score`: what a model thinks of given text.
+//! `swat score`: log-probabilities of a given text.
 
 use super::open::{ModelArgs, OnDevice};
 use super::{Common, print_json, print_line};
@@ -18,8 +18,6 @@ use std::path::{Path, PathBuf};
   swat score --model DIR --ids 1,306,763 --json --logits-out logits.safetensors")]
 pub(super) struct Score {
     #[command(flatten)]
-    common: Common,
-    #[command(flatten)]
     model: ModelArgs,
     /// Text to score, in UTF-8; the tokenizer's own special tokens are added
     #[arg(long, value_name = "FILE", required_unless_present = "ids", conflicts_with = "ids")]
@@ -36,23 +34,19 @@ pub(super) struct Score {
 }
 
 impl OnDevice for Score {
-    fn common(&self) -> &Common {
-        &self.common
-    }
-
-    fn run<B: Backend>(self, backend: B) -> Result<()> {
-        let opened = self.model.open(backend)?;
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        let model = self.model.open_without_template(backend)?;
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
                 let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
-                (path.display().to_string(), opened.tokenizer.encode(&text, true)?)
+                (path.display().to_string(), model.tokenizer.encode(&text, true)?)
             }
             (None, ids) => ("--ids".to_string(), ids.unwrap_or_default()),
         };
         if tokens.is_empty() {
             return Err(Error::input(place, "no tokens", "at least one"));
         }
-        let decoder = &opened.decoder;
+        let decoder = &model.decoder;
         let mut batch = Batch::from_prompts([tokens.as_slice()]);
         batch.targets = tokens[1..].iter().copied().chain([IGNORE]).collect();
         let losses = decoder.losses(&batch)?;
@@ -70,7 +64,7 @@ impl OnDevice for Score {
             let shape = vec![hidden.len(), tokens.len(), decoder.config.hidden];
             write_tensor(path, "hidden", shape, &hidden.concat())?;
         }
-        if self.common.json {
+        if common.json {
             let (nll, perplexity) = (finite(nll), finite(nll.exp()));
             print_json(&json!({ "tokens": tokens, "logprobs": logprobs, "nll": nll, "perplexity": perplexity }))
         } else {

@@ -64,10 +64,6 @@ impl Conversation {
     }
 }
 
-fn message(role: &str, content: impl Into<String>) -> Message {
-    Message { role: role.into(), content: content.into() }
-}
-
 fn alpaca_turns(line: &Line) -> Result<Vec<Message>> {
     let instruction = line.text("instruction")?;
     let question = match line.get("input") {
@@ -75,14 +71,14 @@ fn alpaca_turns(line: &Line) -> Result<Vec<Message>> {
         Some(Value::String(input)) if input.trim().is_empty() => instruction.to_string(),
         Some(_) => format!("{instruction}\n\n{}", line.text("input")?),
     };
-    Ok(vec![message("user", question), message("assistant", line.text("output")?)])
+    Ok(vec![Message::new("user", question), Message::new("assistant", line.text("output")?)])
 }
 
 /// One side of a prompt-completion line: text, or messages.
 fn side(line: &Line, key: &str, role: &str) -> Result<Vec<Message>> {
     match line.get(key) {
         Some(Value::Array(_)) => turns(line, key, "role", "content"),
-        _ => Ok(vec![message(role, line.text(key)?)]),
+        _ => Ok(vec![Message::new(role, line.text(key)?)]),
     }
 }
 
@@ -107,7 +103,7 @@ fn turns(line: &Line, key: &str, role_key: &str, content_key: &str) -> Result<Ve
                 return Err(line.error(found, expected()));
             }
         };
-        Ok(message(role, content(line, &place, fields, content_key)?))
+        Ok(Message::new(role, content(line, &place, fields, content_key)?))
     };
     list.iter().enumerate().map(turn).collect()
 }

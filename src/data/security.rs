@@ -3,6 +3,7 @@
 use super::draw::Draw;
 use super::jsonl::{JsonLines, Line, short};
 use crate::error::{Error, Result};
+use clap::ValueEnum;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -20,7 +21,7 @@ pub enum Label {
 }
 
 /// What a prompt is used for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
     /// Probes are fitted on these.
@@ -64,6 +65,11 @@ pub struct SecurityPrompt {
 }
 
 impl SecurityPrompt {
+    /// Whether an aligned model refuses it.
+    pub fn is_harmful(&self) -> bool {
+        self.label == Label::Harmful
+    }
+
     /// Reads a JSONL file of `{"prompt", "label": "harmful" | "benign", "pair"?, "category"?, "split"?: "train" | "valid" |
     /// "test" | "ood"}`, `pair` and `category` being strings or whole numbers.
     ///

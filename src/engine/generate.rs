@@ -6,34 +6,30 @@ use super::{Batch, Decoder};
 use crate::backend::{Backend, Buffer, Documents, In, Sampling, View, trace};
 use crate::error::{Error, Result};
 use crate::modules::ParamId;
+use crate::options::{default_from_args, mib};
 use crate::rng::{uniform, words};
 
-/// How answers are generated.
-#[derive(Clone, Debug, PartialEq)]
+/// Options of generation.
+#[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct GenerateOptions {
-    /// Longest answer, in tokens.
+    /// Longest answer, in tokens
+    #[arg(long, default_value_t = 256)]
     pub max_new_tokens: usize,
     /// Greedy, or a temperature and a nucleus.
+    #[command(flatten)]
     pub sampling: Sampling,
     /// Seed of the draws; prompt i, token j always get the same uniform, whatever else is in the batch.
+    #[arg(skip)]
     pub seed: u64,
     /// Tokens that end an answer.
+    #[arg(skip)]
     pub stop: Vec<u32>,
-    /// Bytes that the key-value cache may take; decides how many prompts run at once.
+    /// Memory of the key-value cache, in MiB; decides how many prompts run at once
+    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib, default_value = "1024")]
     pub cache_bytes: u64,
 }
 
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        Self {
-            max_new_tokens: 256,
-            sampling: Sampling { temperature: 0.0, top_p: 1.0 },
-            seed: 0,
-            stop: Vec::new(),
-            cache_bytes: 1 << 30,
-        }
-    }
-}
+default_from_args!(GenerateOptions);
 
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

@@ -8,20 +8,18 @@ use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
 use crate::rng::Philox;
 
 /// Shape of the adapters of a decoder.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize, clap::Args)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
-    /// Columns of A and B.
+    /// Rank of the adapters
+    #[arg(long = "lora-rank", id = "lora_rank", value_name = "LORA_RANK", default_value_t = 8)]
     pub rank: usize,
-    /// The adapter's output is scaled by alpha / rank.
+    /// The adapters' output is scaled by alpha / rank
+    #[arg(long = "lora-alpha", id = "lora_alpha", value_name = "LORA_ALPHA", default_value_t = 16.0)]
     pub alpha: f32,
 }
 
-impl Default for Lora {
-    fn default() -> Self {
-        Self { rank: 8, alpha: 16.0 }
-    }
-}
+crate::options::default_from_args!(Lora);
 
 impl Lora {
     /// alpha / rank.

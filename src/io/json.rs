@@ -15,6 +15,15 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path, max_bytes: u64, expected: &
     })
 }
 
+/// Checks the format that a file says it has against the one that this version reads.
+pub(crate) fn check_format(place: &str, found: &str, expected: &str) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    let found: String = found.chars().take(60).collect();
+    Err(Error::input(format!("{place}: format"), format!("`{found}`"), format!("`{expected}`")))
+}
+
 /// Writes a value as indented JSON: see [`write_atomic`].
 pub(crate) fn write(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(unserializable)?;

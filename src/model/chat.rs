@@ -36,6 +36,13 @@ pub struct Message {
     pub content: String,
 }
 
+impl Message {
+    /// A turn of `role`.
+    pub fn new(role: &str, content: impl Into<String>) -> Self {
+        Self { role: role.to_owned(), content: content.into() }
+    }
+}
+
 /// A model's chat template.
 ///
 /// Templates see what transformers gives them: `messages`, `add_generation_prompt`, the special tokens, `tools` and

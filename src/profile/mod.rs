@@ -1,4 +1,4 @@
-//! What a step's time is spent on: real steps of a model, recorded span by span and held against what the machine can do.
+//! Profiles of real steps, span by span, against the measured roofline.
 
 mod summary;
 
@@ -10,64 +10,87 @@ use crate::engine::{Batch, Decoder, Floor, GenerateOptions, Gradients, Member, N
 use crate::error::{Error, Result};
 use crate::modules::{Cell, LearningRates, ModuleSet, ParamId};
 use crate::train::{Optimizer, StepSettings};
+use clap::{Args, ValueEnum};
 use std::ops::RangeInclusive;
 
-/// What is run.
-#[derive(Clone, Debug, PartialEq)]
+/// Workload of a profile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Work {
-    /// Forward, backward and AdamW of the modules in the set; the rest is frozen.
-    Train(ModuleSet),
-    /// Forward to the losses.
+    /// Forward, backward and AdamW on the modules of the set; the rest is frozen
+    Train,
+    /// Forward pass to the losses
     Forward,
-    /// Greedy tokens of a batch of prompts: a step is `length` tokens of each.
+    /// Greedy decoding of a batch of prompts; a step is `length` tokens of each
     Generate,
-    /// Perturbed copies: every projection of the set, one at a time, with both signs.
-    Sweep(ModuleSet),
+    /// The robustness sweep: every projection of the set perturbed alone, with both signs
+    Sweep,
 }
 
-/// How much of it.
-#[derive(Clone, Debug, PartialEq)]
+/// Options of a profile.
+#[derive(Clone, Debug, PartialEq, Args)]
 pub struct ProfileOptions {
-    /// What is run.
+    /// Workload
+    #[arg(long, value_enum, default_value_t = Work::Train)]
     pub work: Work,
-    /// Documents, or prompts.
+    /// Cells that [`Work::Train`] trains or [`Work::Sweep`] perturbs.
+    #[arg(skip)]
+    pub set: ModuleSet,
+    /// Documents, or prompts, per step
+    #[arg(long, default_value_t = 4)]
     pub batch_size: usize,
-    /// Tokens of each.
+    /// Tokens per document; with --work generate, of the prompt and of the answer
+    #[arg(long, default_value_t = 256)]
     pub length: usize,
-    /// Steps that are recorded.
+    /// Recorded steps
+    #[arg(long, default_value_t = 3)]
     pub steps: usize,
-    /// Steps before that, which allocate and warm up.
+    /// Warm-up steps before the first recorded one
+    #[arg(long, default_value_t = 1)]
     pub warmup: usize,
-    /// Keep one activation a layer and run layers again.
+    /// Activation checkpointing: keep one activation per layer and recompute the rest
+    #[arg(long)]
     pub recompute: bool,
     /// Seed of the tokens.
+    #[arg(skip)]
     pub seed: u64,
-    /// Recorded steps, counted from 1, around which an outside profiler is told to start and to stop.
+    /// Recorded steps, counted from 1, around which the CUDA profiler starts and stops, such as 3:5
+    #[arg(long, value_name = "FIRST:LAST", value_parser = parse_range)]
     pub range: Option<RangeInclusive<usize>>,
 }
 
-/// What was recorded.
+fn parse_range(text: &str) -> Result<RangeInclusive<usize>, String> {
+    let range = text.split_once(':').and_then(|(first, last)| Some(first.parse().ok()?..=last.parse().ok()?));
+    let valid = range.filter(|range| *range.start() > 0 && range.start() <= range.end());
+    valid.ok_or_else(|| format!("{text}: expected two steps counted from 1, such as 3:5"))
+}
+
+/// A recorded profile.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Profile {
-    /// Nanoseconds of each step, from its first call to the end of its last kernel; its begin since the recording began.
+    /// Start since the beginning of the recording, and duration, of each step, in nanoseconds.
     pub steps: Vec<(u64, u64)>,
-    /// Tokens of a step.
+    /// Tokens per step.
     pub tokens: usize,
     /// All spans.
     pub spans: Vec<Span>,
-    /// The least that a step must compute and move: passes that follow one another.
+    /// Minimum cost of a step, by consecutive passes.
     pub floor: Vec<Cost>,
-    /// What the spans are read against.
+    /// The roofline.
     pub roofline: Roofline,
 }
 
-/// Runs steps and records their spans, to be read against `roofline`.
+/// Runs steps and records their spans.
 ///
 /// # Errors
-/// Sizes that the model does not have room for; a failing device; a recording that runs already.
+/// [`Error::Input`] names an option that is out of range; [`Error::Failed`] where another recording is active; a failing
+/// device.
 pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, roofline: Roofline) -> Result<Profile> {
     if options.batch_size == 0 || options.length == 0 || options.steps == 0 {
         return Err(Error::input("--batch-size, --length, --steps", "0", "at least 1"));
+    }
+    if let Some(range) = options.range.as_ref().filter(|range| *range.end() > options.steps) {
+        let found = format!("step {}", range.end());
+        return Err(Error::input("--range", found, format!("at most --steps {}", options.steps)));
     }
     let tokens = options.length * if options.work == Work::Generate { 2 } else { 1 };
     if tokens > decoder.longest_context() {
@@ -82,7 +105,7 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, r
         step()?;
     }
     backend.synchronize()?;
-    let recording = trace::record().ok_or_else(|| Error::failed("something else is recording", "let it finish"))?;
+    let recording = trace::record().ok_or_else(|| Error::failed("another recording is active", "wait for its end"))?;
     let mut steps = Vec::with_capacity(options.steps);
     let range = options.range.clone().unwrap_or(0..=0);
     for i in 1..=options.steps {
@@ -98,24 +121,25 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, r
         }
     }
     let tokens = match options.work {
-        Work::Train(_) | Work::Forward | Work::Generate => options.batch_size * options.length,
-        Work::Sweep(ref set) => 2 * projections(set).count() * options.batch_size * options.length,
+        Work::Train | Work::Forward | Work::Generate => options.batch_size * options.length,
+        Work::Sweep => 2 * projections(&options.set).count() * options.batch_size * options.length,
     };
     Ok(Profile { steps, tokens, spans: recording.take(), floor, roofline })
 }
 
-/// What the sweep perturbs.
+/// Cells that the sweep perturbs.
 fn projections(set: &ModuleSet) -> impl Iterator<Item = Cell> + '_ {
     set.iter().filter(|cell| matches!(cell, Cell::Module(_)))
 }
 
 fn floor<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions, batch: &Batch) -> Vec<Cost> {
     let of = |trains: &dyn Fn(ParamId) -> bool| Floor::new::<B>(&decoder.config, None, trains);
-    match &options.work {
+    let set = &options.set;
+    match options.work {
         Work::Forward => vec![of(&|_| false).forward(&batch.starts, batch.trained_tokens())],
-        Work::Train(set) => of(&|id| set.contains(id.cell())).step(std::slice::from_ref(batch)),
+        Work::Train => of(&|id| set.contains(id.cell())).step(std::slice::from_ref(batch)),
         Work::Generate => of(&|_| false).generation(&batch.starts, options.length),
-        Work::Sweep(set) => vec![of(&|_| false).sweep(&batch.starts, set)],
+        Work::Sweep => vec![of(&|_| false).sweep(&batch.starts, set)],
     }
 }
 
@@ -126,9 +150,10 @@ fn runner<'a, B: Backend>(
     options: &'a ProfileOptions,
     batch: &'a Batch,
 ) -> Result<Step<'a>> {
-    Ok(match &options.work {
+    let set = &options.set;
+    Ok(match options.work {
         Work::Forward => Box::new(|| decoder.losses(batch).map(drop)),
-        Work::Train(set) => {
+        Work::Train => {
             let rates = LearningRates::masked(set, &decoder.config.cells(), 0.0);
             let mut gradients = Gradients::new(decoder, |id| rates.trains(id.cell()))?;
             let mut optimizer = Optimizer::new(decoder, &rates, |_| true)?;
@@ -153,7 +178,7 @@ fn runner<'a, B: Backend>(
             let generate = GenerateOptions { max_new_tokens: options.length, ..GenerateOptions::default() };
             Box::new(move || decoder.generate(&prompts, &generate, &mut |_, _| {}).map(drop))
         }
-        Work::Sweep(set) => {
+        Work::Sweep => {
             let members: Vec<Member> = projections(set)
                 .flat_map(|cell| {
                     let cells: ModuleSet = [cell].into_iter().collect();
@@ -172,7 +197,7 @@ fn runner<'a, B: Backend>(
     })
 }
 
-/// Documents of tokens drawn from the whole vocabulary; every token but the last is trained.
+/// Documents of random tokens; every token but the last is trained.
 fn batch<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions) -> Batch {
     let mut rng = crate::rng::Philox::new(options.seed, 0);
     let documents: Vec<Vec<u32>> = (0..options.batch_size)

@@ -22,5 +22,5 @@ pub use page::Report;
 pub use palette::{Ramp, Tone};
 pub use profile::{memory_table, profile_tables, write_trace};
 pub use study::{perturbation, results_text, robustness_map, robustness_table, study_report, write_report};
-pub use table::{Entry, Table, TextStyle};
-pub use trace::TraceWriter;
+pub use table::{Entry, Table};
+pub use trace::Trace;

@@ -1,4 +1,4 @@
-//! A self-contained HTML page: it loads nothing, prints, and fits phones and dark mode.
+//! A self-contained HTML page: loads nothing, adapts to phones, dark mode and print.
 
 use super::palette::Tone;
 use super::svg::escape;
@@ -13,18 +13,18 @@ const TEMPLATE: &str = include_str!("page.html.jinja");
 const CSS: &str = include_str!("page.css");
 const JS: &str = include_str!("page.js");
 
-/// A page. In its texts, captions and notes `code` stands between backticks; there is no other markup.
+/// A page. Texts, captions and notes may hold `code` between backticks, and no other markup.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// Heading of the page and title of the document.
     pub title: String,
-    /// One or two sentences.
+    /// One or two sentences below the title.
     pub subtitle: String,
-    /// The most important numbers, as tiles above everything else.
+    /// Headline numbers, as tiles at the top.
     pub highlights: Vec<Highlight>,
-    /// Two or more get a table of contents.
+    /// Sections; two or more get a table of contents.
     pub sections: Vec<Section>,
-    /// How to repeat the run.
+    /// How the run can be repeated.
     pub footer: Footer,
 }
 
@@ -57,17 +57,29 @@ pub struct Section {
 /// A drawing with its caption.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Figure {
-    /// `robustness`, for example: tells the figures of a page apart.
+    /// Identifier within the page, such as `robustness`.
     pub name: String,
-    /// An SVG document of this module: it is **not** escaped.
+    /// SVG document by this crate; it is **not** escaped.
     pub svg: String,
-    /// What there is to see.
+    /// Caption below the drawing.
     pub caption: String,
-    /// Over both columns.
+    /// Spans both columns of the page.
     pub wide: bool,
 }
 
-/// What it takes to repeat the run.
+impl Figure {
+    /// A figure of half the page's width.
+    pub fn new(name: &str, svg: String, caption: impl Into<String>) -> Self {
+        Self { name: name.into(), svg, caption: caption.into(), wide: false }
+    }
+
+    /// Over the whole width of the page.
+    pub fn wide(self) -> Self {
+        Self { wide: true, ..self }
+    }
+}
+
+/// How to repeat the run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Footer {
     /// The command line; empty = not shown.
@@ -96,7 +108,7 @@ impl Report {
     }
 }
 
-/// Text as in drawings, where control characters are replaced too; values that are marked as safe as they are.
+/// Escapes text as in drawings, control characters included; values marked as safe are written as they are.
 fn write_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
     match value.as_str() {
         Some(text) if !value.is_safe() => out.write_str(&escape(text)).map_err(minijinja::Error::from),

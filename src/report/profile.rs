@@ -1,11 +1,12 @@
 //! Memory plans and profiles as tables, and a profile as a Chrome trace.
 
-use super::format::{bytes, compact, fixed, percent};
-use super::trace::{TraceWriter, Track};
+use super::format::{bytes, compact, fixed};
+use super::trace::{Trace, Track};
 use super::{Entry, Table};
 use crate::backend::trace::{Lane, Span};
 use crate::engine::Plan;
 use crate::error::Result;
+use crate::io::write_atomic;
 use crate::profile::{Profile, Row, Summary};
 use serde_json::{Map, json};
 use std::path::Path;
@@ -36,7 +37,7 @@ pub fn profile_tables(summary: &Summary) -> [Table; 2] {
         let mut between = vec![Entry::missing(); table.columns.len()];
         between[0] = Entry::text(format!("between the {what}s"));
         between[2] = time(summary.between_ns);
-        between[3] = share(1.0 - summary.explained);
+        between[3] = Entry::percent(1.0 - summary.explained);
         table.row(between);
     }
     tables
@@ -44,10 +45,6 @@ pub fn profile_tables(summary: &Summary) -> [Table; 2] {
 
 fn time(ns: u64) -> Entry {
     Entry::number(ns as f64, fixed(ns as f64 / 1e6, 3))
-}
-
-fn share(share: f64) -> Entry {
-    Entry::number(share, percent(share, 1))
 }
 
 fn table(caption: String, what: &str, rows: &[Row]) -> Table {
@@ -62,14 +59,14 @@ fn table(caption: String, what: &str, rows: &[Row]) -> Table {
         };
         table.row([
             Entry::text(&row.name),
-            Entry::number(row.calls as f64, row.calls.to_string()),
+            Entry::count(row.calls),
             time(row.ns),
-            share(row.share),
+            Entry::percent(row.share),
             Entry::number(row.bytes as f64, bytes(row.bytes)),
             per_s(row.bytes),
             Entry::number(row.flops as f64, compact(row.flops)),
             per_s(row.flops),
-            row.of_ceiling.map_or(Entry::missing(), share),
+            Entry::percent(row.of_ceiling),
         ]);
     }
     table
@@ -79,34 +76,35 @@ fn table(caption: String, what: &str, rows: &[Row]) -> Table {
 const HOST: Track = Track { pid: 1, tid: 1 };
 const GPU: Track = Track { pid: 2, tid: 1 };
 
-/// Writes a profile's spans as a Chrome trace: steps, phases, layers and operations nested on a track of the host,
-/// kernels on one of the GPU. Returns the number of events.
+/// Writes a profile's spans as a Chrome trace: steps, phases, layers and operations nested on a host track, kernels on a
+/// GPU track. Returns the number of events.
 ///
 /// # Errors
-/// [`crate::Error::Io`] where the file cannot be written.
-pub fn write_trace(profile: &Profile, device: &str, path: &Path) -> Result<u64> {
-    let mut trace = TraceWriter::create(path)?;
-    trace.name_process(HOST.pid, "host")?;
-    trace.name_track(HOST, "engine")?;
+/// [`crate::error::Error::Io`] where the file cannot be written.
+pub fn write_trace(profile: &Profile, device: &str, path: &Path) -> Result<usize> {
+    let mut trace = Trace::default();
+    trace.name_process(HOST.pid, "host");
+    trace.name_track(HOST, "engine");
     if profile.spans.iter().any(|s| s.lane == Lane::Kernel) {
-        trace.name_process(GPU.pid, device)?;
-        trace.name_track(GPU, "kernels")?;
+        trace.name_process(GPU.pid, device);
+        trace.name_track(GPU, "kernels");
     }
-    // The outer span first: it begins no later, ends no earlier, and is of an outer lane where both are the same.
+    // Outer spans first: they begin no later, end no earlier, and have the outer lane where both are equal.
     let mut spans: Vec<&Span> = profile.spans.iter().collect();
     spans.sort_by_key(|s| (s.start_ns, std::cmp::Reverse(s.duration_ns), s.lane));
     let mut spans = spans.into_iter().peekable();
-    for (i, (start_ns, ns)) in profile.steps.iter().enumerate() {
-        while let Some(span) = spans.next_if(|span| span.start_ns < *start_ns) {
-            write_span(&mut trace, span)?;
+    for (i, step) in profile.steps.iter().enumerate() {
+        while let Some(span) = spans.next_if(|span| span.start_ns < step.0) {
+            add_span(&mut trace, span);
         }
-        trace.complete(HOST, &format!("step {}", i + 1), "step", *start_ns, *ns, Map::new())?;
+        trace.complete(HOST, &format!("step {}", i + 1), "step", *step, Map::new());
     }
-    spans.try_for_each(|span| write_span(&mut trace, span))?;
-    trace.finish()
+    spans.for_each(|span| add_span(&mut trace, span));
+    write_atomic(path, trace.json().as_bytes())?;
+    Ok(trace.events())
 }
 
-fn write_span(trace: &mut TraceWriter, span: &Span) -> Result<()> {
+fn add_span(trace: &mut Trace, span: &Span) {
     let name = match span.layer.filter(|_| span.lane == Lane::Layer) {
         Some(layer) => format!("layer {layer}"),
         None => span.name.to_string(),
@@ -117,31 +115,14 @@ fn write_span(trace: &mut TraceWriter, span: &Span) -> Result<()> {
         Lane::Op => (HOST, "operation"),
         Lane::Kernel => (GPU, "kernel"),
     };
-    let mut args = Map::new();
-    if matches!(span.lane, Lane::Op | Lane::Kernel) {
-        args.insert("bytes".into(), json!(span.cost.bytes));
-        args.insert("flops".into(), json!(span.cost.flops));
-        args.insert("layer".into(), json!(span.layer));
-        args.insert("phase".into(), json!(span.phase));
-    }
-    trace.complete(track, &name, category, span.start_ns, span.duration_ns, args)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::report::TextStyle;
-
-    #[test]
-    fn a_plan_has_a_column_a_phase_and_a_total() {
-        let plan = |weights_bytes| Plan { weights_bytes, moments_bytes: 1 << 10, ..Plan::default() };
-        let text =
-            memory_table(&[("mods".into(), plan(1 << 20)), ("all".into(), plan(2 << 20))]).text(TextStyle::Ascii);
-        let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-        let lines: Vec<Vec<String>> = text.lines().map(words).collect();
-        assert_eq!(lines[1], ["mods", "all"], "{text}");
-        assert!(
-            lines.contains(&words("weights 1.00 MiB 2.00 MiB")) && lines.contains(&words("total 1.00 MiB 2.00 MiB"))
-        );
-    }
+    let args = match span.lane {
+        Lane::Phase | Lane::Layer => Map::new(),
+        Lane::Op | Lane::Kernel => Map::from_iter([
+            ("bytes".into(), json!(span.cost.bytes)),
+            ("flops".into(), json!(span.cost.flops)),
+            ("layer".into(), json!(span.layer)),
+            ("phase".into(), json!(span.phase)),
+        ]),
+    };
+    trace.complete(track, &name, category, (span.start_ns, span.duration_ns), args);
 }

@@ -9,31 +9,25 @@ mod training;
 
 use super::format;
 use super::page::{Figure, Footer, Report, Section};
-use super::table::{Table, TextStyle, markdown_text};
+use super::table::{Table, markdown_text};
 use crate::error::{Error, Result};
-use crate::io::write_atomic;
+use crate::io::{json, write_atomic};
 use crate::secure::study::{Outcome, RunConfig};
 pub use map::{perturbation, robustness_map, robustness_table};
 use setting::{Setting, if_means, seeds_text, several, training_seeds};
 use std::path::Path;
 use std::time::Duration;
 
-/// A study with names, colours and values of its settings.
+/// A study's outcome with the names, colours and values of its settings.
 struct Study<'a> {
     outcome: &'a Outcome,
     config: &'a RunConfig,
     settings: Vec<Setting<'a>>,
 }
 
-impl<'a> Study<'a> {
-    fn new(outcome: &'a Outcome, config: &'a RunConfig) -> Self {
-        Self { outcome, config, settings: Setting::all(outcome, config) }
-    }
-}
-
-/// The page of a study; sections for which it has no data are left out. `command` is the command line that ran it.
+/// The report page of a study; sections without data are left out. `command` is the command line of the run.
 pub fn study_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Report {
-    let study = Study::new(outcome, config);
+    let study = Study { outcome, config, settings: Setting::all(outcome, config) };
     let details = Section { heading: "Details".into(), tables: study.details(), ..Section::default() };
     let sections = [study.results(), study.modules(), study.updates(), study.drift(), study.training(), Some(details)];
     Report {
@@ -45,32 +39,30 @@ pub fn study_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Rep
     }
 }
 
-/// Writes `report.html`, `results.md` and `outcome.json` into `dir`, with `robustness.svg` and `mods.svg` where the
-/// study has a map and a set; each file whole or not at all. `dir` is made if it is not there.
+/// Writes `report.html`, `results.md` and `outcome.json` into `dir`, which is created if missing, and `robustness.svg` and
+/// `mods.svg` where the study has a map and a set. Each file is written atomically.
 ///
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
 pub fn write_report(outcome: &Outcome, config: &RunConfig, command: &str, dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
-    let study = Study::new(outcome, config);
-    let json = serde_json::to_vec_pretty(outcome)
-        .map_err(|e| Error::failed(format!("the outcome as JSON: {e}"), "this is a bug; please report it"))?;
-    let write = |name: &str, bytes: &[u8]| write_atomic(&dir.join(name), bytes);
-    write("outcome.json", &json)?;
+    let study = Study { outcome, config, settings: Setting::all(outcome, config) };
+    let write = |name: &str, text: &str| write_atomic(&dir.join(name), text.as_bytes());
+    json::write(&dir.join("outcome.json"), outcome)?;
     let (score, mods) = (config.search.score, outcome.mods.clone().unwrap_or_default());
     if let Some(map) = map::drawn(outcome, score) {
-        write("robustness.svg", robustness_map(map, score, &mods).svg().as_bytes())?;
+        write("robustness.svg", &robustness_map(map, score, &mods).svg())?;
     }
     if let Some(mods) = &outcome.mods {
-        write("mods.svg", map::mods_map(outcome, mods).svg().as_bytes())?;
+        write("mods.svg", &map::mods_map(outcome, mods).svg())?;
     }
-    write("results.md", study.markdown().as_bytes())?;
-    write("report.html", study_report(outcome, config, command).html()?.as_bytes())
+    write("results.md", &study.markdown())?;
+    write("report.html", &study_report(outcome, config, command).html()?)
 }
 
 /// The table of results for a terminal.
 pub fn results_text(outcome: &Outcome, config: &RunConfig) -> String {
-    results::results_table(&Setting::all(outcome, config), config).text(TextStyle::Unicode)
+    results::results_table(&Setting::all(outcome, config), config).text()
 }
 
 impl Study<'_> {
@@ -115,51 +107,34 @@ impl Study<'_> {
 
     fn results(&self) -> Option<Section> {
         let table = self.results_table()?;
-        let sets = results::sets_chart(&self.settings);
-        let results = Figure {
-            name: "results".into(),
-            svg: results::results_chart(&self.settings).svg(),
-            caption: "Attack success should be low, the task score high.".into(),
-            wide: sets.is_none(),
+        let caption = "Attack success should be low, the task score high.";
+        let results = Figure::new("results", results::results_chart(&self.settings).svg(), caption);
+        let caption =
+            "If noise predicts harm, sets with a small joint drop under perturbation end with low attack success.";
+        let figures = match results::sets_chart(&self.settings) {
+            None => vec![results.wide()],
+            Some(sets) => vec![results, Figure::new("sets", sets.svg(), caption)],
         };
-        let sets = sets.map(|sets| Figure {
-            name: "sets".into(),
-            svg: sets.svg(),
-            caption: "If noise predicts harm, sets whose joint perturbation costs little end with low attack success."
-                .into(),
-            wide: false,
-        });
-        Some(Section {
-            heading: "Results".into(),
-            text: findings::findings(&self.settings),
-            figures: std::iter::once(results).chain(sets).collect(),
-            tables: vec![table],
-        })
+        let text = findings::findings(&self.settings);
+        Some(Section { heading: "Results".into(), text, figures, tables: vec![table] })
     }
 
     fn modules(&self) -> Option<Section> {
         let score = self.config.search.score;
         let mods = self.outcome.mods.clone().unwrap_or_default();
-        let robustness = map::drawn(self.outcome, score).map(|map| Figure {
-            name: "robustness".into(),
-            svg: robustness_map(map, score, &mods).svg(),
-            caption: "Bright modules are sensitive, dark ones robust. Hover over a cell for its value.".into(),
-            wide: false,
-        });
-        let chosen = self.outcome.mods.as_ref().map(|mods| Figure {
-            name: "mods".into(),
-            svg: map::mods_map(self.outcome, mods).svg(),
-            caption: "Mods_Rob, the set that the warm-up trains alone.".into(),
-            wide: false,
-        });
-        let figures: Vec<Figure> = robustness.into_iter().chain(chosen).collect();
+        let caption = "Bright modules are sensitive, dark ones robust. Hover over a cell for its value.";
+        let robustness = map::drawn(self.outcome, score)
+            .map(|map| Figure::new("robustness", robustness_map(map, score, &mods).svg(), caption));
+        let caption = "Mods_Rob, the set that the warm-up trains alone.";
+        let chosen = self.outcome.mods.as_ref().map(|mods| map::mods_map(self.outcome, mods).svg());
+        let figures: Vec<Figure> =
+            robustness.into_iter().chain(chosen.map(|svg| Figure::new("mods", svg, caption))).collect();
         (!figures.is_empty()).then(|| Section {
             heading: "Module robustness".into(),
-            text:
-                "Each cell is one module of one layer. Its weights are perturbed by noise of the same relative size, \
-                   and the security score is measured again: a large drop means that telling harmful from harmless \
-                   prompts depends on this module."
-                    .into(),
+            text: "Each cell is one module of one layer. Its weights are perturbed by noise of equal relative norm, and the \
+                   security score is measured again: a large drop means that the model's separation of harmful from \
+                   benign prompts depends on this module."
+                .into(),
             figures,
             tables: self.map_tables().into_iter().flatten().collect(),
         })
@@ -168,58 +143,39 @@ impl Study<'_> {
     fn updates(&self) -> Option<Section> {
         let updates = training::Updates::new(&self.settings, self.outcome)?;
         let means = if_means(&self.settings, " Means over the training seeds.");
+        let caption = format!("Both phases together: the root of the sum of their squared updates.{means}");
         Some(Section {
             heading: "Update magnitudes".into(),
-            text: "How far the weights moved, relative to their size: modules of Mods_Rob against the rest, layer by \
-                   layer."
-                .into(),
-            figures: vec![Figure {
-                name: "updates".into(),
-                svg: updates.chart().svg(),
-                caption: format!("Phases together: the root of the sum of their squared updates.{means}"),
-                wide: true,
-            }],
+            text:
+                "How far the weights moved relative to their norm, layer by layer: Mods_Rob against the other modules."
+                    .into(),
+            figures: vec![Figure::new("updates", updates.chart().svg(), caption).wide()],
             tables: vec![updates.table()],
         })
     }
 
     fn drift(&self) -> Option<Section> {
         let [probe, refusal] = training::drift_charts(&self.settings, self.outcome)?;
+        let representation = "Representation: does the model still separate harmful from benign prompts?";
+        let behaviour = "Behaviour: does it still refuse harmful prompts, and only those?";
         Some(Section {
             heading: "Drift by epoch".into(),
-            text: "The probe is frozen: it was trained on the model as given. Where it holds while refusal falls, the \
-                   representation survives and the behaviour does not. Epoch 0 is the model as given."
+            text: "The probe is frozen: it was trained on the original model. Where its gap holds while refusal falls, the \
+                   representation survives and the behaviour does not. Epoch 0 is the original model."
                 .into(),
             figures: vec![
-                Figure {
-                    name: "drift-probe".into(),
-                    svg: probe.svg(),
-                    caption: "Representation: does the model still tell harmful from harmless?".into(),
-                    wide: false,
-                },
-                Figure {
-                    name: "drift-refusal".into(),
-                    svg: refusal.svg(),
-                    caption: "Behaviour: does it still refuse what is harmful, and only that?".into(),
-                    wide: false,
-                },
+                Figure::new("drift-probe", probe.svg(), representation),
+                Figure::new("drift-refusal", refusal.svg(), behaviour),
             ],
             tables: Vec::new(),
         })
     }
 
     fn training(&self) -> Option<Section> {
-        let chart = training::loss_chart(&self.settings)?;
-        Some(Section {
-            heading: "Training".into(),
-            figures: vec![Figure {
-                name: "loss".into(),
-                svg: chart.svg(),
-                caption: if_means(&self.settings, "Means over the training seeds.").into(),
-                wide: true,
-            }],
-            ..Section::default()
-        })
+        let svg = training::loss_chart(&self.settings)?.svg();
+        let caption = if_means(&self.settings, "Means over the training seeds.");
+        let figures = vec![Figure::new("loss", svg, caption).wide()];
+        Some(Section { heading: "Training".into(), figures, ..Section::default() })
     }
 
     fn footer(&self, command: &str) -> Footer {

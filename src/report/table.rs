@@ -3,15 +3,7 @@
 use super::format;
 use super::svg::is_bidi_control;
 use serde::Serialize;
-
-/// Character set of a text table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TextStyle {
-    /// `─`, `±`.
-    Unicode,
-    /// `-`, `+-`: for logs and terminals without UTF-8; other characters become `?`.
-    Ascii,
-}
+use unicode_width::UnicodeWidthStr;
 
 /// One entry of a table.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -38,24 +30,33 @@ impl Entry {
         Self { text: text.into(), order: Some(value), ..Self::default() }
     }
 
-    /// `31.2`, with this number of decimals; missing if it is not finite.
-    pub fn fixed(value: f64, decimals: usize) -> Self {
+    /// `31.2`, with this number of decimals; missing if it is none or not finite.
+    pub fn fixed(value: impl Into<Option<f64>>, decimals: usize) -> Self {
+        let value = value.into().unwrap_or(f64::NAN);
         Self::number(value, format::fixed(value, decimals))
     }
 
+    /// A share in percent with one decimal, `31.2 %`; missing if it is none or not finite.
+    pub fn percent(share: impl Into<Option<f64>>) -> Self {
+        let share = share.into().unwrap_or(f64::NAN);
+        Self::number(share, format::percent(share, 1))
+    }
+
+    /// A count with separators: `1,234`.
+    pub fn count(count: u64) -> Self {
+        Self::number(count as f64, format::count(count))
+    }
+
     /// A mean with its standard error: `0.412 ± 0.013`, both at `decimals`.
-    pub fn plus_minus(mean: f64, error: f64, decimals: usize) -> Self {
-        let detail = if error.is_finite() { format!("± {}", format::fixed(error, decimals)) } else { String::new() };
+    pub fn plus_minus(mean: f64, error: Option<f64>, decimals: usize) -> Self {
+        let detail = error.map(|error| format!("± {}", format::fixed(error, decimals))).unwrap_or_default();
         Self { detail, ..Self::fixed(mean, decimals) }
     }
 
     /// A value with an interval: `31.2 (25.0–38.1)`, all at `decimals`.
-    pub fn interval(value: f64, low: f64, high: f64, decimals: usize) -> Self {
-        let detail = if low.is_finite() && high.is_finite() {
-            format!("({}–{})", format::fixed(low, decimals), format::fixed(high, decimals))
-        } else {
-            String::new()
-        };
+    pub fn interval(value: f64, interval: Option<(f64, f64)>, decimals: usize) -> Self {
+        let end = |value| format::fixed(value, decimals);
+        let detail = interval.map(|(low, high)| format!("({}–{})", end(low), end(high))).unwrap_or_default();
         Self { detail, ..Self::fixed(value, decimals) }
     }
 
@@ -67,12 +68,6 @@ impl Entry {
 
 impl From<&str> for Entry {
     fn from(text: &str) -> Self {
-        Self::text(text)
-    }
-}
-
-impl From<String> for Entry {
-    fn from(text: String) -> Self {
         Self::text(text)
     }
 }
@@ -129,39 +124,23 @@ impl Table {
 
     /// For a terminal: caption, headings, a rule, rows, note. Control characters are replaced, so that untrusted text
     /// cannot drive the terminal. Ends with a newline.
-    pub fn text(&self, style: TextStyle) -> String {
-        let plain = |text: &str| {
-            let line = one_line(text);
-            if style == TextStyle::Ascii { ascii(&line) } else { line }
-        };
-        let gap = "  ";
-        let rule = if style == TextStyle::Ascii { "-" } else { "─" };
-        let columns: Vec<TextColumn> = self
-            .columns
-            .iter()
-            .enumerate()
-            .map(|(at, column)| {
-                let entries = self.rows.iter().map(|row| (plain(&row[at].text), plain(&row[at].detail)));
-                TextColumn::new(plain(&column.name), column.numeric, entries.collect())
-            })
-            .collect();
-
+    pub fn text(&self) -> String {
+        let columns: Vec<TextColumn> = (0..self.columns.len()).map(|at| TextColumn::new(self, at)).collect();
         let mut out = String::new();
-        if !self.caption.is_empty() {
-            out.push_str(&plain(&self.caption));
-            out.push('\n');
-        }
         let mut push = |cells: Vec<String>| {
-            out.push_str(cells.join(gap).trim_end());
+            out.push_str(cells.join("  ").trim_end());
             out.push('\n');
         };
-        push(columns.iter().map(TextColumn::heading).collect());
-        push(columns.iter().map(|c| rule.repeat(c.width)).collect());
+        if !self.caption.is_empty() {
+            push(vec![one_line(&self.caption)]);
+        }
+        push(columns.iter().map(|c| pad(&c.heading, c.width, c.numeric)).collect());
+        push(columns.iter().map(|c| "─".repeat(c.width)).collect());
         for at in 0..self.rows.len() {
             push(columns.iter().map(|c| c.entry(at)).collect());
         }
         if !self.note.is_empty() {
-            push(vec![plain(&self.note)]);
+            push(vec![one_line(&self.note)]);
         }
         out
     }
@@ -189,7 +168,7 @@ impl Table {
     }
 }
 
-/// A column and its width. Text and detail are two sub-columns, so that both line up.
+/// A column and its width in a terminal. Text and detail are two sub-columns, so that both line up.
 struct TextColumn {
     heading: String,
     numeric: bool,
@@ -199,23 +178,20 @@ struct TextColumn {
 }
 
 impl TextColumn {
-    fn new(heading: String, numeric: bool, entries: Vec<(String, String)>) -> Self {
-        let widest =
-            |of: fn(&(String, String)) -> &String| entries.iter().map(|e| columns_of(of(e))).max().unwrap_or(0);
-        let (mut text_width, detail_width) = (widest(|e| &e.0), widest(|e| &e.1));
-        let entry_width = |text: usize| text + if detail_width > 0 { 1 + detail_width } else { 0 };
-        let width = entry_width(text_width).max(columns_of(&heading));
-        // A heading wider than its entries: numbers move right under it, text gets the room.
-        text_width += width - entry_width(text_width);
-        Self { heading, numeric, entries, text_width, width }
-    }
-
-    fn heading(&self) -> String {
-        pad(&self.heading, self.width, self.numeric)
+    fn new(table: &Table, at: usize) -> Self {
+        let heading = one_line(&table.columns[at].name);
+        let entries = table.rows.iter().map(|row| (one_line(&row[at].text), one_line(&row[at].detail)));
+        let entries: Vec<(String, String)> = entries.collect();
+        let text_width = entries.iter().map(|(text, _)| text.width()).max().unwrap_or(0);
+        let detail_width =
+            entries.iter().map(|(_, detail)| detail.width()).max().filter(|w| *w > 0).map_or(0, |w| w + 1);
+        let width = heading.width().max(text_width + detail_width);
+        // Under a wider heading the text gets the room: numbers move right.
+        Self { heading, numeric: table.columns[at].numeric, entries, text_width: width - detail_width, width }
     }
 
     fn entry(&self, at: usize) -> String {
-        let Some((text, detail)) = self.entries.get(at) else { return String::new() };
+        let (text, detail) = &self.entries[at];
         let mut line = pad(text, self.text_width, self.numeric);
         if self.width > self.text_width {
             line.push(' ');
@@ -225,55 +201,16 @@ impl TextColumn {
     }
 }
 
-fn pad(text: &str, width: usize, right: bool) -> String {
-    let fill = " ".repeat(width.saturating_sub(columns_of(text)));
-    if right { format!("{fill}{text}") } else { format!("{text}{fill}") }
-}
-
-/// Width of text in a terminal: 0 for combining marks, 2 for wide East Asian characters and emoji, else 1.
-fn columns_of(text: &str) -> usize {
-    let columns = |c: char| match c {
-        '\u{300}'..='\u{36f}' | '\u{200b}'..='\u{200d}' | '\u{20d0}'..='\u{20ff}' | '\u{fe00}'..='\u{fe0f}' => 0,
-        '\u{1100}'..='\u{115f}'
-        | '\u{2e80}'..='\u{303e}'
-        | '\u{3041}'..='\u{a4cf}'
-        | '\u{ac00}'..='\u{d7a3}'
-        | '\u{f900}'..='\u{faff}'
-        | '\u{fe30}'..='\u{fe6f}'
-        | '\u{ff00}'..='\u{ff60}'
-        | '\u{ffe0}'..='\u{ffe6}'
-        | '\u{1f300}'..='\u{1faff}'
-        | '\u{20000}'..='\u{3fffd}' => 2,
-        _ => 1,
-    };
-    text.chars().map(columns).sum()
+/// Fills up with spaces: in front of a number, behind text.
+fn pad(text: &str, width: usize, numeric: bool) -> String {
+    let fill = " ".repeat(width.saturating_sub(text.width()));
+    if numeric { fill + text } else { text.to_owned() + &fill }
 }
 
 /// White space becomes single spaces; control characters and bidirectional controls become U+FFFD.
 fn one_line(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
     words.join(" ").chars().map(|c| if c.is_control() || is_bidi_control(c) { '\u{fffd}' } else { c }).collect()
-}
-
-/// ASCII for the few other characters that the program itself writes, `?` for the rest.
-fn ascii(text: &str) -> String {
-    let mut out = String::new();
-    for c in text.chars() {
-        match c {
-            '±' => out.push_str("+-"),
-            '–' | '—' | '−' | '─' => out.push('-'),
-            '…' => out.push_str("..."),
-            'µ' => out.push('u'),
-            '×' => out.push('x'),
-            '≤' => out.push_str("<="),
-            '≥' => out.push_str(">="),
-            '‖' => out.push_str("||"),
-            'Δ' => out.push('D'),
-            c if c.is_ascii() => out.push(c),
-            _ => out.push('?'),
-        }
-    }
-    out
 }
 
 /// Escapes text for Markdown, as one line.

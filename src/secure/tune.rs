@@ -1,4 +1,4 @@
-//! Two-phase tuning, its ablations, and the model directory that comes out.
+//! Two-phase tuning and its ablations, from model directory to model directory.
 
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Loader};
@@ -6,101 +6,121 @@ use crate::engine::{Decoder, Lora};
 use crate::error::{Error, Result};
 use crate::io::{OutputDir, json};
 use crate::model::ModelDir;
-use crate::modules::{Cell, LearningRates, ModuleId, ModuleSet};
+use crate::modules::{Cell, LearningRates, ModuleId, ModuleKind, ModuleSet};
+use crate::options::{default_from_args, mib};
 use crate::train::{Callbacks, Phase, PhaseOptions, RunDir, TuneOptions, TuneSummary, Tuner};
+use clap::Args;
 use std::path::PathBuf;
 
-/// Name of the phase on Mods_Rob in metrics and updates.
+/// Name of the phase on Mods_Rob, in metrics and updates.
 pub const MODS_PHASE: &str = "mods";
 /// Name of the phase on everything.
 pub const ALL_PHASE: &str = "all";
 
-/// What is trained.
+/// Trained parameters.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
-    /// Every tensor.
+    /// All parameters.
     #[default]
     Full,
-    /// Adapters beside the projections of a set; merged into the weights at the end.
+    /// LoRA adapters, merged into the weights at the end.
     Lora {
-        /// Shape of the adapters.
+        /// Rank and scale.
         #[serde(flatten)]
         lora: Lora,
-        /// Which projections have one.
+        /// The projections that have adapters.
         modules: ModuleSet,
     },
 }
 
-/// A two-phase run, or any of its ablations.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+/// How a model is tuned in two phases, whatever Mods_Rob is.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
-pub struct TuneJob {
-    /// Mods_Rob: what phase 1 trains; `None` = plain tuning.
-    pub mods: Option<ModuleSet>,
-    /// Factor on the learning rate of all other cells in phase 1; 0 = frozen.
+pub struct TuneRecipe {
+    /// Factor on the learning rate of the modules outside of --mods in their phase; 0 = frozen, bit for bit
+    #[arg(long, default_value_t = 0.0)]
     pub rest_lr_factor: f32,
-    /// Everything first, Mods_Rob second.
+    /// Reverse the phases: everything first, --mods second (an ablation)
+    #[arg(long)]
     pub reversed: bool,
-    /// Training seeds of a study, which makes a run with each in the run_dir of `shared.seed`; none = that one. A single run
-    /// has none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seeds: Option<Vec<u64>>,
-    /// What is trained.
+    /// Trained parameters.
+    #[arg(skip)]
     pub method: Method,
     /// Options of both phases.
+    #[command(flatten)]
     pub shared: TuneOptions,
-    /// Phase 1.
+    /// The phase on Mods_Rob.
+    #[arg(skip)]
     pub mods_phase: PhaseOptions,
-    /// Phase 2.
+    /// The phase on everything.
+    #[command(flatten)]
     pub all_phase: PhaseOptions,
 }
 
+default_from_args!(TuneRecipe);
+
+/// A two-phase run, or any of its ablations.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct TuneJob {
+    /// Mods_Rob, trained alone in a phase of its own; `None` = plain tuning.
+    pub mods: Option<ModuleSet>,
+    /// Everything else.
+    #[serde(flatten)]
+    pub recipe: TuneRecipe,
+}
+
 impl TuneJob {
-    /// The phases over a model that has `cells`.
+    /// The phases on a model with these cells.
     ///
     /// # Errors
-    /// [`Error::Input`] where nothing of the set trains.
+    /// [`Error::Input`] where the set and the trained parameters are disjoint.
     pub fn phases(&self, cells: &ModuleSet) -> Result<Vec<Phase>> {
-        let trainable = match &self.method {
+        let trainable = match &self.recipe.method {
             Method::Full => cells.clone(),
             Method::Lora { modules, .. } => modules.clone(),
         };
         let everything = LearningRates::masked(&trainable, &trainable, 0.0);
-        let all = Phase { name: ALL_PHASE.into(), rates: everything, options: self.all_phase.clone() };
+        let all = Phase { name: ALL_PHASE.into(), rates: everything, options: self.recipe.all_phase.clone() };
         let Some(mods) = &self.mods else { return Ok(vec![all]) };
-        let rates = LearningRates::masked(mods, &trainable, self.rest_lr_factor);
+        let rates = LearningRates::masked(mods, &trainable, self.recipe.rest_lr_factor);
         if rates.iter().next().is_none() {
             return Err(Error::input(
                 "mods",
-                format!("{mods}, of which nothing trains"),
-                "a set that shares modules with what the method trains",
+                format!("{mods}, none of which the method trains"),
+                "a set that shares modules with those that the method trains",
             ));
         }
-        let mods = Phase { name: MODS_PHASE.into(), rates, options: self.mods_phase.clone() };
-        Ok(if self.reversed { vec![all, mods] } else { vec![mods, all] })
+        let mods = Phase { name: MODS_PHASE.into(), rates, options: self.recipe.mods_phase.clone() };
+        Ok(if self.recipe.reversed { vec![all, mods] } else { vec![mods, all] })
     }
 }
 
-/// Where a tuned model goes.
-#[derive(Clone, Debug)]
+/// Output of a tuning run.
+#[derive(Clone, Debug, Args)]
 pub struct TuneOutput {
-    /// The model directory; appears when everything is done.
+    /// Where the tuned model directory appears when it is complete
+    #[arg(long = "out", value_name = "DIR")]
     pub path: PathBuf,
-    /// Replace what is there, and forget an unfinished run.
+    /// Replace --out, and discard an unfinished run
+    #[arg(long)]
     pub force: bool,
-    /// Continue an unfinished run.
+    /// Continue an unfinished run
+    #[arg(long)]
     pub resume: bool,
-    /// Largest shard, in bytes.
+    /// Largest safetensors shard, in MiB
+    #[arg(long = "max-shard-mib", value_name = "MAX_SHARD_MIB", value_parser = mib, default_value = "4096")]
     pub max_shard_bytes: u64,
-    /// What steps are measured against ([`crate::train::StepMetrics::speed_of_light`]); none = not at all.
+    /// Roofline of the speed of light ([`crate::train::StepMetrics::speed_of_light`]); none = not reported.
+    #[arg(skip)]
     pub roofline: Option<Roofline>,
-    /// The resolved configuration, written beside the weights.
+    /// The resolved configuration, for `tune.json`.
+    #[arg(skip)]
     pub config: serde_json::Value,
 }
 
 impl TuneOutput {
-    /// Metrics and checkpoints of a run until it is finished.
+    /// Directory of metrics and checkpoints until the run is finished: `OUT.unfinished`.
     pub fn unfinished(&self) -> PathBuf {
         let mut name = self.path.file_name().unwrap_or_default().to_owned();
         name.push(".unfinished");
@@ -108,8 +128,8 @@ impl TuneOutput {
     }
 }
 
-/// Tunes a decoder in memory. Where it holds the weights of `files`, updates are measured against those, and no copy of
-/// what trains is kept.
+/// Tunes a decoder in memory. Given the `files` whose weights it holds, updates are measured against those, without a copy
+/// of the trained weights.
 ///
 /// # Errors
 /// As [`Tuner::run`].
@@ -123,13 +143,13 @@ pub fn tune<B: Backend>(
     callbacks: &mut dyn Callbacks<B>,
 ) -> Result<TuneSummary> {
     let phases = job.phases(&decoder.config.cells())?;
-    if let Method::Lora { lora, modules } = &job.method {
-        decoder.add_lora(modules, *lora, job.shared.seed)?;
+    if let Method::Lora { lora, modules } = &job.recipe.method {
+        decoder.add_lora(modules, *lora, job.recipe.shared.seed)?;
     }
-    let mut loader = Loader::new(examples, job.shared.loader())?;
-    let mut tuner = Tuner::new(decoder, &mut loader, job.shared.clone(), phases)?.measure_updates();
+    let mut loader = Loader::new(examples, job.recipe.shared.loader())?;
+    let mut tuner = Tuner::new(decoder, &mut loader, job.recipe.shared.clone(), phases)?.measure_updates();
     if let Some(files) = files {
-        tuner = tuner.given(|id, shape| files.tensor(id, shape));
+        tuner = tuner.initial_weights(|id, shape| files.tensor(id, shape));
     }
     if let Some(run_dir) = run_dir {
         tuner = tuner.at(run_dir);
@@ -142,9 +162,9 @@ pub fn tune<B: Backend>(
     Ok(summary)
 }
 
-/// Tunes a model directory, whose weights `decoder` holds, into another one, with `metrics.jsonl`, `updates.json` and
-/// `tune.json` beside the weights.
-/// An interrupted run leaves `OUT.unfinished`, from which `resume` continues bit for bit.
+/// Tunes the model directory `files`, whose weights `decoder` holds, into another one, with `metrics.jsonl`,
+/// `updates.json` and `tune.json` beside the weights. An interrupted run leaves `OUT.unfinished`, from which `resume`
+/// continues bit for bit.
 ///
 /// # Errors
 /// [`Error::Exists`], [`Error::InUse`]; [`Error::Input`] where an unfinished run is neither resumed nor replaced; as
@@ -191,8 +211,8 @@ pub fn tune_directory<B: Backend>(
     Ok(summary)
 }
 
-/// Ties a checkpoint to its examples.
-pub fn examples_hash(examples: &[Example]) -> String {
+/// Hash of the examples, which ties a checkpoint to them.
+fn examples_hash(examples: &[Example]) -> String {
     let mut hasher = blake3::Hasher::new();
     for example in examples {
         hasher.update(&(example.tokens.len() as u64).to_le_bytes());
@@ -203,8 +223,8 @@ pub fn examples_hash(examples: &[Example]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// The projections of attention, in every layer: what the group's LoRA frame adapts.
+/// The attention projections q, k, v, o of every layer: the default of LoRA.
 pub fn attention_projections(layers: usize) -> ModuleSet {
-    let kinds = crate::modules::ModuleKind::ALL.into_iter().filter(|kind| kind.in_attention());
+    let kinds = ModuleKind::ALL.into_iter().filter(|kind| kind.in_attention());
     kinds.flat_map(|kind| (0..layers).map(move |layer| Cell::Module(ModuleId { layer, kind }))).collect()
 }

@@ -1,7 +1,8 @@
-//! Checkpoints: directories that are there whole or not at all.
+//! Checkpoints: directories that appear atomically.
 //!
-//! `DIR/checkpoints/step-00000120/` holds `weights.safetensors` (tensors that have trained so far), `moments.safetensors`,
-//! `state.json`, and `manifest.json` with the size and hash of each. It is written under another name, synced, renamed.
+//! `DIR/checkpoints/step-00000120/` holds `weights.safetensors` (the tensors that have trained so far),
+//! `moments.safetensors`, `state.json`, and `manifest.json` with the size and hash of each file. It is written under a
+//! temporary name, synced and renamed.
 
 use crate::error::{Error, Result};
 use crate::io::safetensors::{Safetensors, SafetensorsWriter, TensorSpec};
@@ -14,12 +15,12 @@ const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.json";
 const PREFIX: &str = "step-";
 const UNFINISHED: &str = ".unfinished-";
-/// Far above the state of any run.
+/// Upper bound on the size of a run's state.
 const MAX_JSON_BYTES: u64 = 1 << 28;
-/// What the JSON files of a checkpoint should be.
-const OURS: &str = "what this version of swat writes";
+/// Expected content of the JSON files, in errors.
+const OURS: &str = "a checkpoint of this version of swat";
 
-/// The checkpoints of a run.
+/// Checkpoints of a run.
 pub(super) struct Store {
     dir: PathBuf,
 }
@@ -38,7 +39,7 @@ impl Store {
         remove(&self.dir)
     }
 
-    /// Steps of the checkpoints that are there, ascending.
+    /// Steps of the existing checkpoints, ascending.
     fn steps(&self) -> Result<Vec<u64>> {
         let mut steps = Vec::new();
         for name in self.names()? {
@@ -57,7 +58,7 @@ impl Store {
         Ok(names.collect::<Result<Vec<_>>>()?.into_iter().filter_map(|name| name.into_string().ok()).collect())
     }
 
-    /// Begins a checkpoint.
+    /// Starts writing a checkpoint.
     pub(super) fn begin(&self, step: u64) -> Result<Draft> {
         let draft = self.dir.join(format!("{UNFINISHED}{step:08}"));
         remove(&draft)?;
@@ -65,7 +66,7 @@ impl Store {
         Ok(Draft { dir: draft, target: self.path(step), files: BTreeMap::new() })
     }
 
-    /// The checkpoint of one step, its hashes checked.
+    /// Opens the checkpoint of a step and verifies its hashes.
     pub(super) fn open(&self, step: u64) -> Result<Saved> {
         let dir = self.path(step);
         let manifest: BTreeMap<String, FileMark> = json::read(&dir.join(MANIFEST), MAX_JSON_BYTES, OURS)?;
@@ -86,13 +87,13 @@ impl Store {
         Ok(Saved { dir })
     }
 
-    /// The newest checkpoint that is whole; `damaged` hears of each that is not. `None` where there are none at all.
+    /// The newest intact checkpoint; `damaged` is told of each that is not. `None` if there are no checkpoints.
     pub(super) fn newest(&self, mut damaged: impl FnMut(String)) -> Result<Option<Saved>> {
         let steps = self.steps()?;
         for step in steps.iter().rev() {
             match self.open(*step) {
                 Ok(saved) => return Ok(Some(saved)),
-                Err(why) => damaged(format!("checkpoint of step {step} is damaged and not used: {why}")),
+                Err(why) => damaged(format!("checkpoint of step {step} is damaged and ignored: {why}")),
             }
         }
         if steps.is_empty() {
@@ -104,7 +105,7 @@ impl Store {
         ))
     }
 
-    /// Removes all but the `keep_last` newest up to `newest`, and the one of `also`.
+    /// Removes all checkpoints up to `newest` but the `keep_last` newest and the one of step `also`.
     pub(super) fn prune(&self, newest: u64, keep_last: usize, also: Option<u64>) -> Result<()> {
         let steps: Vec<u64> = self.steps()?.into_iter().filter(|step| *step <= newest).collect();
         for step in steps.iter().rev().skip(keep_last).filter(|step| Some(**step) != also) {
@@ -125,7 +126,7 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// Writes `NAME.safetensors`; `values` appends the tensors in the order of `specs`.
+    /// Writes `NAME.safetensors`; `values` writes the tensors in the order of `specs`.
     pub(super) fn tensors(
         &mut self,
         name: &str,
@@ -141,7 +142,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Writes the state and the manifest, and gives the checkpoint its name.
+    /// Writes state and manifest and renames the checkpoint into place.
     pub(super) fn commit(mut self, state: &impl serde::Serialize) -> Result<()> {
         let path = self.dir.join(STATE);
         json::write(&path, state)?;
@@ -154,7 +155,7 @@ impl Draft {
     }
 }
 
-/// A whole checkpoint.
+/// An intact checkpoint.
 pub(super) struct Saved {
     pub(super) dir: PathBuf,
 }
@@ -164,14 +165,14 @@ impl Saved {
         json::read(&self.dir.join(STATE), MAX_JSON_BYTES, OURS)
     }
 
-    /// `NAME.safetensors`, if the checkpoint has one.
+    /// Opens `NAME.safetensors`, if the checkpoint has it.
     pub(super) fn tensors(&self, name: &str) -> Result<Option<Safetensors>> {
         let path = self.dir.join(format!("{name}.safetensors"));
         path.exists().then(|| Safetensors::open(&path)).transpose()
     }
 }
 
-/// Size and hash of a finished file.
+/// Size and hash of a file, as in the manifest.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 struct FileMark {
     bytes: u64,

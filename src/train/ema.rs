@@ -1,4 +1,4 @@
-//! A running mean of the weights, the cheap baseline of arXiv 2508.12531.
+//! Exponential moving average of the weights, a baseline (arXiv 2508.12531).
 
 use crate::backend::{Backend, FloatElement};
 use crate::engine::Decoder;
@@ -6,14 +6,14 @@ use crate::error::Result;
 use crate::modules::ParamId;
 use std::collections::{BTreeMap, btree_map::Entry};
 
-/// w̄ ← decay·w̄ + (1 − decay)·w of each tensor that has trained, on the host, in f32.
+/// w̄ ← decay·w̄ + (1 − decay)·w of each trained tensor, f32 on the host.
 #[derive(Default)]
 pub(super) struct Ema {
     pub(super) means: BTreeMap<ParamId, Vec<f32>>,
 }
 
 impl Ema {
-    /// Begins the mean of tensors that have none, at their present values.
+    /// Starts the averages of tensors without one at their current values.
     pub(super) fn begin<B: Backend>(&mut self, decoder: &Decoder<B>, ids: impl Iterator<Item = ParamId>) -> Result<()> {
         for id in ids {
             if let Entry::Vacant(mean) = self.means.entry(id) {
@@ -23,7 +23,7 @@ impl Ema {
         Ok(())
     }
 
-    /// After a step.
+    /// Updates the averages after a step.
     pub(super) fn update<B: Backend>(&mut self, decoder: &Decoder<B>, decay: f32) -> Result<()> {
         for (id, mean) in &mut self.means {
             for (mean, weight) in mean.iter_mut().zip(decoder.read(*id)?) {
@@ -33,7 +33,7 @@ impl Ema {
         Ok(())
     }
 
-    /// Puts the means in place of the weights, rounded to the backend's type.
+    /// Replaces the weights by the averages, rounded to the backend's dtype.
     pub(super) fn apply<B: Backend>(&self, decoder: &mut Decoder<B>) -> Result<()> {
         let (backend, params) = decoder.split_mut();
         for param in params {

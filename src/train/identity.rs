@@ -1,16 +1,16 @@
-//! What must be the same for a checkpoint to be continued.
+//! Comparison of a checkpoint's run with the run that resumes it.
 
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
 
-/// Differences that are named in an error; more are counted.
+/// Most differences that an error names.
 const NAMED: usize = 5;
 
-/// Refuses a checkpoint of other settings, with what differs.
+/// Checks that a checkpoint is of the same run; the error lists the differences.
 pub(super) fn check(there: &Value, here: &Value, checkpoint: &Path) -> Result<()> {
     let mut found = Vec::new();
-    differences(there, &as_read(here), "", &mut found);
+    differences(there, &round_trip(here), "", &mut found);
     if found.is_empty() {
         return Ok(());
     }
@@ -27,8 +27,8 @@ pub(super) fn check(there: &Value, here: &Value, checkpoint: &Path) -> Result<()
     ))
 }
 
-/// As it would come back from a file, so that numbers that a parser rounds do not differ.
-fn as_read(value: &Value) -> Value {
+/// The value after a round trip through text, so that numbers that a parser rounds do not differ.
+fn round_trip(value: &Value) -> Value {
     serde_json::from_str(&value.to_string()).unwrap_or(Value::Null)
 }
 
@@ -47,10 +47,10 @@ fn differences(there: &Value, here: &Value, path: &str, found: &mut Vec<String>)
             }
         }
         (Value::Array(a), Value::Array(b)) => {
-            found.push(format!("{path} has {} entries there and {} here", a.len(), b.len()));
+            found.push(format!("{path} has {} entries in the checkpoint and {} in this run", a.len(), b.len()));
         }
         _ if there == here => {}
-        _ => found.push(format!("{path} is {there} there and {here} here")),
+        _ => found.push(format!("{path} is {there} in the checkpoint and {here} in this run")),
     }
 }
 
@@ -64,12 +64,21 @@ mod tests {
         let there = json!({"model": "a", "phases": [{"lr": 2e-5, "name": "all"}], "old": 1});
         let here = json!({"model": "b", "phases": [{"lr": 3e-5, "name": "all"}]});
         let text = check(&there, &here, Path::new("x")).unwrap_err().to_string();
-        for part in ["model is \"a\" there and \"b\" here", "phases.0.lr is", "old is 1 there and null here"] {
+        for part in [
+            "model is \"a\" in the checkpoint and \"b\" in this run",
+            "phases.0.lr is",
+            "old is 1 in the checkpoint and null in this run",
+        ] {
             assert!(text.contains(part), "{text}");
         }
         assert!(!text.contains("name"), "{text}");
         let fewer = json!({"model": "a", "phases": [], "old": 1});
-        assert!(check(&there, &fewer, Path::new("x")).unwrap_err().to_string().contains("1 entries there and 0"));
+        assert!(
+            check(&there, &fewer, Path::new("x"))
+                .unwrap_err()
+                .to_string()
+                .contains("1 entries in the checkpoint and 0")
+        );
     }
 
     #[test]

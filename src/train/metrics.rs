@@ -1,6 +1,7 @@
-//! `metrics.jsonl`: a line a step, each step once, also after an interruption.
+//! `metrics.jsonl`: one line per step, each step once even across interruptions.
 
 use crate::error::{Error, Result};
+use crate::io::json;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -8,37 +9,36 @@ use std::path::{Path, PathBuf};
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct StepMetrics {
-    /// From 1, over all phases.
+    /// Step from 1, over all phases.
     pub step: u64,
     /// Name of the phase.
     pub phase: String,
-    /// Mean −log p over the trained tokens of the step; `null` where there are none, or where it is not finite.
+    /// Mean cross-entropy over the trained tokens, in nats; `null` if there are none or it is not finite.
     pub loss: Option<f64>,
-    /// Scheduled learning rate, before the cells' factors.
+    /// Learning rate by the schedule, before the cells' factors.
     pub lr: f64,
-    /// Global norm before clipping; `null` in a skipped step.
+    /// Global gradient norm before clipping; `null` in a skipped step.
     pub grad_norm: Option<f64>,
     /// Tokens with a loss.
     pub trained_tokens: u64,
     /// All tokens of the step.
     pub tokens: u64,
-    /// `tokens` a second of this step.
+    /// `tokens` per second.
     pub tok_per_s: f64,
-    /// The time that the least of computing and moving would take at the measured roofline, over the step's: see
-    /// [`crate::engine::Floor`]. None where no roofline was measured, and in a step without a loss.
+    /// Time of the minimum cost at the measured roofline over the step's time (see [`crate::engine::Floor`]); none without
+    /// a roofline, and in a step without a loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed_of_light: Option<f64>,
-    /// On a GPU, the most bytes of its memory that buffers held so far; else the largest resident memory of the process so
-    /// far, 0 where the system does not say.
+    /// Peak memory so far, in bytes: of the GPU's buffers, else resident memory of the process (0 where unknown).
     pub peak_bytes: u64,
     /// Duration of the step, in milliseconds.
     pub step_ms: f64,
-    /// Why nothing was changed, where nothing was.
+    /// Reason if the step was skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
 }
 
-/// The largest resident set of this process so far, in bytes (`VmHWM` of `/proc/self/status`); 0 where there is none.
+/// Peak resident memory of the process, in bytes (`VmHWM` of `/proc/self/status`); 0 where unknown.
 pub fn peak_bytes() -> u64 {
     std::fs::read_to_string("/proc/self/status").ok().and_then(|status| high_water_bytes(&status)).unwrap_or(0)
 }
@@ -49,7 +49,7 @@ fn high_water_bytes(status: &str) -> Option<u64> {
     kibibytes.checked_mul(1024)
 }
 
-/// The open file.
+/// The log file.
 pub(super) struct MetricsLog {
     path: PathBuf,
     file: File,
@@ -57,7 +57,7 @@ pub(super) struct MetricsLog {
 }
 
 impl MetricsLog {
-    /// Opens the log and drops everything behind `keep` bytes: lines of steps that will be taken again.
+    /// Opens the log and truncates it to `keep` bytes: the lines behind are of steps that will be repeated.
     pub(super) fn open(path: &Path, keep: u64) -> Result<Self> {
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(Error::io(path, "write"))?;
@@ -68,12 +68,10 @@ impl MetricsLog {
         Ok(Self { path: path.to_owned(), file, bytes })
     }
 
-    /// Appends a line, in one write, so that a killed process leaves whole lines.
+    /// Appends a line in a single write, so that a killed process leaves no partial line.
     pub(super) fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
-        let mut line =
-            serde_json::to_vec(metrics).map_err(|e| Error::failed(format!("metrics: {e}"), "report this"))?;
-        line.push(b'\n');
-        self.file.write_all(&line).map_err(Error::io(&self.path, "write"))?;
+        let line = json::line(metrics)?;
+        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path, "write"))?;
         self.bytes += line.len() as u64;
         Ok(())
     }
@@ -83,7 +81,7 @@ impl MetricsLog {
         self.bytes
     }
 
-    /// Makes what was appended survive a loss of power.
+    /// Flushes the file to the disk.
     pub(super) fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(Error::io(&self.path, "write"))
     }

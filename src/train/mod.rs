@@ -1,8 +1,8 @@
-//! An optimiser run: masked AdamW over a module table, clipping, schedules, the step loop, checkpoints and exact resume.
+//! Training: masked AdamW, gradient clipping, schedules, the training loop, checkpoints and exact resume.
 //!
-//! [`Tuner`] runs a list of [`Phase`]s over one decoder and one loader. What a phase trains is said by a table of
-//! learning rates; all other tensors get no gradient buffer, no moments and no decay, and stay bit-identical.
-//! Nothing is printed in this room: a caller listens through [`Callbacks`].
+//! [`Tuner`] runs a list of [`Phase`]s over one decoder and one loader. A phase trains the cells in its table of learning
+//! rates; all other tensors have no gradients, moments or decay, and stay bit-identical. Nothing is printed: progress goes
+//! to [`Callbacks`].
 
 mod checkpoint;
 mod ema;

@@ -1,4 +1,4 @@
-//! Masked AdamW: moments for what trains, and nothing for what does not.
+//! Masked AdamW: moments and steps for the trained tensors alone.
 
 use crate::backend::{AdamW, AdamWModule, Backend, Buffer, Rounding, trace};
 use crate::engine::{Decoder, Gradients};
@@ -6,20 +6,20 @@ use crate::error::Result;
 use crate::modules::{Cell, LearningRates, ParamId, Rate};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// State of one tensor that trains. Memory: two moments a parameter, in the backend's type.
+/// State of one trained tensor: two moments per parameter, in the backend's dtype.
 pub(super) struct Slot<B: Backend> {
     pub(super) id: ParamId,
     pub(super) m: Buffer<B, B::Moment>,
     pub(super) v: Buffer<B, B::Moment>,
-    /// Steps that this tensor has taken; bias correction uses it.
+    /// Steps of this tensor, for the bias correction.
     pub(super) steps: u32,
     rate: Rate,
 }
 
-/// What changes from step to step.
+/// Settings of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepSettings {
-    /// Learning rate with the schedule applied; a cell's factor multiplies it.
+    /// Scheduled learning rate; a cell's factor multiplies it.
     pub lr: f64,
     /// Decoupled weight decay; a cell's factor multiplies it.
     pub weight_decay: f64,
@@ -29,35 +29,35 @@ pub struct StepSettings {
     pub beta2: f32,
     /// Added to √v̂.
     pub eps: f32,
-    /// Clip the global norm to this; `None` = no clipping.
+    /// Largest global gradient norm; `None` = no clipping.
     pub max_grad_norm: Option<f32>,
-    /// Seed of stochastic rounding in this step.
+    /// Seed of stochastic rounding.
     pub seed: u64,
 }
 
-/// What a step did.
+/// Outcome of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum StepOutcome {
-    /// Weights and moments moved.
+    /// Weights and moments were updated.
     Done {
         /// Global norm of the gradients before clipping.
         grad_norm: f64,
     },
-    /// Nothing changed: weights, moments and step counts are as before.
+    /// Skipped: weights, moments and step counts are unchanged.
     NonFinite {
-        /// The cells whose gradients have a non-finite sum of squares.
+        /// Cells whose gradients have a non-finite sum of squares.
         cells: Vec<Cell>,
     },
 }
 
-/// AdamW's moments of the tensors that train.
+/// AdamW with the moments of the trained tensors.
 pub struct Optimizer<B: Backend> {
     slots: Vec<Slot<B>>,
     squares: Buffer<B, f32>,
 }
 
 impl<B: Backend> Optimizer<B> {
-    /// Zero moments for the tensors whose cell has a rate and that `trains` says.
+    /// Zero moments for the tensors that have a learning rate and that `trains` admits.
     ///
     /// # Errors
     /// [`crate::error::Error::Memory`] where the moments do not fit the device.
@@ -65,7 +65,7 @@ impl<B: Backend> Optimizer<B> {
         Self::continued(Vec::new(), decoder, rates, trains)
     }
 
-    /// The same for the next phase: tensors that trained before keep their moments and step counts.
+    /// The optimizer of the next phase: tensors that trained before keep their moments and step counts.
     ///
     /// # Errors
     /// As [`Optimizer::new`].
@@ -103,14 +103,9 @@ impl<B: Backend> Optimizer<B> {
         Ok(Self { slots, squares })
     }
 
-    /// Tensors that train, in the decoder's order.
+    /// Trained tensors, in the decoder's order.
     pub fn trained(&self) -> impl Iterator<Item = ParamId> + '_ {
         self.slots.iter().map(|slot| slot.id)
-    }
-
-    /// Bytes of moments.
-    pub fn bytes(&self) -> usize {
-        self.slots.iter().map(|slot| slot.m.bytes() + slot.v.bytes()).sum()
     }
 
     pub(super) fn slots(&self) -> &[Slot<B>] {
@@ -125,16 +120,21 @@ impl<B: Backend> Optimizer<B> {
     ///
     /// # Errors
     /// A failing device.
+    ///
+    /// # Panics
+    /// Where `gradients` lacks a tensor of [`Optimizer::trained`].
     pub fn non_finite_cells(&mut self, backend: &B, gradients: &Gradients<B>) -> Result<Vec<Cell>> {
         let squares = self.squares(backend, gradients)?;
         Ok(self.cells_where(&squares, |s| !s.is_finite()))
     }
 
-    /// One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) over what trains, with the global norm clipped.
-    /// `gradients` must hold a buffer for each tensor of [`Optimizer::trained`].
+    /// One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) with the global gradient norm clipped.
     ///
     /// # Errors
     /// A failing device.
+    ///
+    /// # Panics
+    /// Where `gradients` lacks a tensor of [`Optimizer::trained`].
     pub fn step(
         &mut self,
         decoder: &mut Decoder<B>,
@@ -155,8 +155,8 @@ impl<B: Backend> Optimizer<B> {
         }
         let grad_norm = total.sqrt();
 
-        // Tensors that began to train at different times differ in bias correction: one table for each age.
-        // There is more than one only where moments were carried into a phase that trains more.
+        // Bias correction depends on a tensor's steps: one table per number of steps. There is more than one only where
+        // moments were carried into a phase that trains more tensors.
         let (backend, params) = decoder.split_mut();
         let mut tables: BTreeMap<u32, (Vec<AdamWModule<'_, B>>, Vec<f32>)> = BTreeMap::new();
         let mut slots = self.slots.iter_mut().zip(&squares).peekable();
@@ -177,7 +177,7 @@ impl<B: Backend> Optimizer<B> {
         for (steps, (table, table_squares)) in &mut tables {
             let mut max_grad_norm = settings.max_grad_norm;
             if several {
-                // The backend clips by the norm of its table: this bound gives it the factor of all tables together.
+                // The backend clips by the norm of one table; this bound yields the factor of all tables together.
                 backend.write(table_squares, self.squares.range_mut(0..table_squares.len()))?;
                 let own: f64 = table_squares.iter().map(|s| f64::from(*s)).sum();
                 max_grad_norm = max_grad_norm.and_then(|max| {
@@ -213,14 +213,14 @@ impl<B: Backend> Optimizer<B> {
         Ok(squares)
     }
 
-    /// Cells of the slots whose square is such, without repeats.
-    fn cells_where(&self, squares: &[f32], such: impl Fn(f32) -> bool) -> Vec<Cell> {
+    /// Distinct cells of the slots whose sum of squares `matches`.
+    fn cells_where(&self, squares: &[f32], matches: impl Fn(f32) -> bool) -> Vec<Cell> {
         let of_slots = self.slots.iter().zip(squares);
-        let found: BTreeSet<Cell> = of_slots.filter(|(_, s)| such(**s)).map(|(slot, _)| slot.id.cell()).collect();
+        let found: BTreeSet<Cell> = of_slots.filter(|(_, s)| matches(**s)).map(|(slot, _)| slot.id.cell()).collect();
         found.into_iter().collect()
     }
 }
 
 fn buffer<B: Backend>(gradients: &Gradients<B>, id: ParamId) -> &Buffer<B, B::Grad> {
-    gradients.get(id).unwrap_or_else(|| panic!("{id} trains without a gradient buffer"))
+    gradients.get(id).unwrap_or_else(|| panic!("no gradient buffer of {id}"))
 }

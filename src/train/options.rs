@@ -1,69 +1,66 @@
-//! Options of a run and of its phases.
+//! Options of a training run and of its phases.
 
 use super::Schedule;
 use crate::data::LoaderOptions;
 use crate::error::{Error, Result};
+use crate::options::{default_from_args, require};
+use clap::{ArgAction, Args};
 
-/// What all phases of a run share.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// Options that all phases of a run share.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct TuneOptions {
-    /// Examples a micro-batch; with `packing`, rows of `max_length` tokens.
+    /// Examples per micro-batch, or rows of `max_length` tokens with `packing`; activation memory grows in proportion
+    #[arg(long, default_value_t = 8)]
     pub batch_size: usize,
-    /// Micro-batches a step. Memory is that of one; their gradients are summed, and the loss is divided by the trained
-    /// tokens of all, so that 4 × 1 equals 1 × 4 up to rounding. A step never reaches over the end of an epoch.
+    /// Micro-batches per optimizer step: gradient accumulation at the memory of one micro-batch
+    ///
+    /// The loss is the mean over the trained tokens of all, so that 4 × 1 equals 1 × 4 up to rounding. A step never
+    /// spans two epochs.
+    #[arg(long, default_value_t = 1)]
     pub grad_accum: usize,
-    /// Longest example, in tokens; activation memory grows in proportion.
+    /// Longest example, in tokens; longer ones are truncated
+    #[arg(long, default_value_t = 1024)]
     pub max_length: usize,
-    /// Fill rows of `max_length` with whole examples: steps of equal size.
+    /// Pack whole examples into rows of `max_length` tokens: steps of equal size
+    #[arg(long, action = ArgAction::Set, default_value_t = false)]
     pub packing: bool,
-    /// A new order each epoch.
+    /// Shuffle the examples anew each epoch
+    #[arg(long, action = ArgAction::Set, default_value_t = true)]
     pub shuffle: bool,
-    /// Seed of the orders and of stochastic rounding.
+    /// Seed of shuffling and stochastic rounding.
+    #[arg(skip)]
     pub seed: u64,
     /// AdamW's decay of the first moment.
+    #[arg(skip = 0.9)]
     pub beta1: f32,
     /// AdamW's decay of the second moment.
+    #[arg(skip = 0.999)]
     pub beta2: f32,
-    /// AdamW's term beside √v̂.
+    /// Added to √v̂ in AdamW's denominator.
+    #[arg(skip = 1e-8)]
     pub eps: f32,
-    /// A checkpoint every so many steps, 0 = only between phases. One costs the bytes of the weights that changed and
-    /// of their moments on disk; an interruption loses at most the steps since the last.
+    /// Steps between checkpoints (changed weights and their moments, on disk); 0 = between phases only
+    #[arg(long, default_value_t = 200)]
     pub save_every: u64,
-    /// Checkpoints that are kept, at least 1; 2 survive damage to the newest.
+    /// Checkpoints to keep, at least 1; 2 survive damage to the newest
+    #[arg(long, default_value_t = 2)]
     pub keep_last: usize,
-    /// Keep one activation a layer instead of ten and compute the rest again: about a third more time.
+    /// Activation checkpointing: keep one activation per layer instead of ten and recompute the rest, a third more time
+    #[arg(long)]
     pub recompute: bool,
-    /// Carry moments from one phase into the next, for the tensors that train in both.
+    /// Carry Adam's moments into the next phase, for the tensors that train in both
+    #[arg(long)]
     pub keep_optimizer: bool,
-    /// Keep a running mean of the weights, w̄ ← d·w̄ + (1−d)·w after each step, and end with it. Costs 4 bytes a trained
-    /// parameter on the host, and a read of the trained weights each step.
+    /// End with an exponential moving average of the weights, w̄ ← d·w̄ + (1−d)·w after each step (a baseline)
+    ///
+    /// Costs 4 bytes per trained parameter on the host, and a read of the trained weights each step.
+    #[arg(long)]
     pub ema_decay: Option<f32>,
 }
 
-impl Default for TuneOptions {
-    fn default() -> Self {
-        Self {
-            batch_size: 8,
-            grad_accum: 1,
-            max_length: 1024,
-            packing: false,
-            shuffle: true,
-            seed: 0,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            save_every: 200,
-            keep_last: 2,
-            recompute: false,
-            keep_optimizer: false,
-            ema_decay: None,
-        }
-    }
-}
-
 impl TuneOptions {
-    /// The options of the loader that feeds the run.
+    /// The data loader's part of the options.
     pub fn loader(&self) -> LoaderOptions {
         LoaderOptions {
             batch_size: self.batch_size,
@@ -74,7 +71,7 @@ impl TuneOptions {
         }
     }
 
-    /// Refuses values outside their range, by field.
+    /// Checks that every value is in range.
     ///
     /// # Errors
     /// [`Error::Input`] names the field.
@@ -92,57 +89,52 @@ impl TuneOptions {
     }
 }
 
-/// How long a phase runs.
+/// Duration of a phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
     /// Passes over the data.
     Epochs(u64),
-    /// Optimiser steps.
+    /// Optimizer steps.
     Steps(u64),
 }
 
-/// What each phase has of its own.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// Options of one phase.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct PhaseOptions {
     /// Base learning rate; a cell's factor multiplies it.
+    #[arg(skip = 2e-5)]
     pub lr: f64,
-    /// Its shape over the phase.
+    /// Learning-rate schedule of each phase
+    #[arg(long, value_enum, default_value_t)]
     pub schedule: Schedule,
-    /// Steps of linear warm-up at the start of the phase.
+    /// Steps of linear warm-up of the learning rate at the start of each phase
+    #[arg(long, default_value_t = 0)]
     pub lr_warmup_steps: u64,
     /// Share of the base rate at which the schedule ends.
+    #[arg(skip)]
     pub min_lr_ratio: f64,
-    /// Decoupled weight decay on everything that trains; a cell's factor multiplies it.
+    /// Decoupled weight decay of the trained tensors; a cell's factor multiplies it
+    #[arg(long, default_value_t = 0.0)]
     pub weight_decay: f64,
-    /// The global norm of the gradients is clipped to this; 0 = no clipping.
+    /// Clip the global norm of the gradients to this; 0 = no clipping
+    #[arg(long, default_value_t = 1.0)]
     pub max_grad_norm: f64,
-    /// Passes over the data; 0 = no such phase. At most one of `epochs` and `steps`; neither = 1 epoch.
+    /// Epochs of the phase on everything; 0 = skip the phase. 1 if neither epochs nor steps are given
+    #[arg(long, conflicts_with = "steps")]
     pub epochs: Option<u64>,
-    /// Optimiser steps; 0 = no such phase.
+    /// Optimizer steps of the phase on everything; 0 = skip the phase
+    #[arg(long)]
     pub steps: Option<u64>,
 }
 
-impl Default for PhaseOptions {
-    fn default() -> Self {
-        Self {
-            lr: 2e-5,
-            schedule: Schedule::Cosine,
-            lr_warmup_steps: 0,
-            min_lr_ratio: 0.0,
-            weight_decay: 0.0,
-            max_grad_norm: 1.0,
-            epochs: None,
-            steps: None,
-        }
-    }
-}
+default_from_args!(TuneOptions, PhaseOptions);
 
 impl PhaseOptions {
-    /// How long the phase runs; an error where both `epochs` and `steps` are given.
+    /// Duration of the phase: `steps`, else `epochs`, else one epoch.
     ///
     /// # Errors
-    /// [`Error::Input`], as said above.
+    /// [`Error::Input`] where both `epochs` and `steps` are given.
     pub fn length(&self) -> Result<Length> {
         match (self.epochs, self.steps) {
             (Some(_), Some(_)) => Err(Error::input("steps", "both epochs and steps", "one of them")),
@@ -151,7 +143,7 @@ impl PhaseOptions {
         }
     }
 
-    /// Refuses values outside their range, by field.
+    /// Checks that every value is in range.
     ///
     /// # Errors
     /// [`Error::Input`] names the field.
@@ -163,43 +155,5 @@ impl PhaseOptions {
         require(not_negative(self.weight_decay), "weight_decay", self.weight_decay, "0 or above")?;
         require(not_negative(self.max_grad_norm), "max_grad_norm", self.max_grad_norm, "0 (no clipping) or above")?;
         self.length().map(drop)
-    }
-}
-
-fn require(good: bool, field: &str, found: impl std::fmt::Display, expected: &str) -> Result<()> {
-    if good { Ok(()) } else { Err(Error::input(field, found.to_string(), expected)) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn unknown_fields_are_refused_and_defaults_fill_the_rest() {
-        let options: TuneOptions = serde_json::from_str(r#"{"batch_size": 3}"#).unwrap();
-        assert_eq!(options, TuneOptions { batch_size: 3, ..TuneOptions::default() });
-        let wrong = serde_json::from_str::<PhaseOptions>(r#"{"learning_rate": 1.0}"#).unwrap_err();
-        assert!(wrong.to_string().contains("learning_rate"), "{wrong}");
-    }
-
-    #[test]
-    fn wrong_values_are_named() {
-        let named = |options: TuneOptions| options.check().unwrap_err().to_string();
-        assert!(named(TuneOptions { beta1: 1.0, ..TuneOptions::default() }).contains("beta1"));
-        assert!(named(TuneOptions { grad_accum: 0, ..TuneOptions::default() }).contains("grad_accum"));
-        assert!(named(TuneOptions { ema_decay: Some(f32::NAN), ..TuneOptions::default() }).contains("ema_decay"));
-        assert!(TuneOptions::default().check().is_ok());
-        let named = |options: PhaseOptions| options.check().unwrap_err().to_string();
-        assert!(named(PhaseOptions { lr: f64::NAN, ..PhaseOptions::default() }).contains("lr"));
-        assert!(named(PhaseOptions { weight_decay: -0.1, ..PhaseOptions::default() }).contains("weight_decay"));
-        assert!(named(PhaseOptions { epochs: Some(1), steps: Some(1), ..PhaseOptions::default() }).contains("both"));
-    }
-
-    #[test]
-    fn length_is_one_epoch_unless_told() {
-        let length = |epochs, steps| PhaseOptions { epochs, steps, ..PhaseOptions::default() }.length().unwrap();
-        assert_eq!(length(None, None), Length::Epochs(1));
-        assert_eq!(length(Some(0), None), Length::Epochs(0));
-        assert_eq!(length(None, Some(7)), Length::Steps(7));
     }
 }

@@ -1,7 +1,7 @@
-//! What a run's phases mean for this model and this data: checks, lengths, what changes.
+//! Checks, durations, memory plans and identity of a run on its model and data.
 
 use super::checkpoint::Saved;
-use super::state::{Journal, RunState};
+use super::state::{RunFiles, RunState};
 use super::{Length, Optimizer, Phase, RunDir, Tuner};
 use crate::backend::{Backend, Element};
 use crate::data::BatchSize;
@@ -11,7 +11,7 @@ use crate::modules::{Cell, ParamId};
 use std::collections::BTreeSet;
 
 impl<B: Backend> Tuner<'_, B> {
-    /// Refuses options and phases that cannot be run on this model.
+    /// Checks that options and phases can run on this model.
     pub(super) fn check(&self) -> Result<()> {
         self.options.check()?;
         let cells: BTreeSet<Cell> = self.decoder.params().iter().map(|param| param.id.cell()).collect();
@@ -34,19 +34,19 @@ impl<B: Backend> Tuner<'_, B> {
                 }
             }
             if self.trained(phase).next().is_none() {
-                return Err(Error::input(place("rates"), "nothing that trains", "at least one tensor"));
+                return Err(Error::input(place("rates"), "no trained tensor", "at least one"));
             }
         }
         Ok(())
     }
 
-    /// Tensors that train in a phase, in the decoder's order.
+    /// Tensors that a phase trains, in the decoder's order.
     pub(super) fn trained<'s>(&'s self, phase: &'s Phase) -> impl Iterator<Item = ParamId> + 's {
         let ids = self.decoder.params().iter().map(|param| param.id);
         ids.filter(|id| phase.rates.trains(id.cell()) && (self.trains)(*id))
     }
 
-    /// What each phase takes, with the longest batch that the data can give.
+    /// Memory and compute of each phase, for the largest batch of the data.
     pub(super) fn plans(&self) -> Vec<(String, Plan)> {
         let BatchSize { tokens, trained_tokens, longest } = self.loader.largest_batch();
         let work = Workload {
@@ -63,18 +63,18 @@ impl<B: Backend> Tuner<'_, B> {
         self.phases.iter().map(plan).collect()
     }
 
-    /// The least that steps of a phase must compute and move.
+    /// Minimum cost of a phase's steps.
     pub(super) fn floor(&self, phase: &Phase) -> Floor {
         let trained: BTreeSet<ParamId> = self.trained(phase).collect();
         Floor::new::<B>(&self.decoder.config, self.decoder.lora(), |id| trained.contains(&id))
     }
 
-    /// Tensors that train in any phase up to `last`: what a checkpoint must hold.
+    /// Tensors that phases up to `last` train: the content of a checkpoint.
     pub(super) fn changed(&self, last: usize) -> BTreeSet<ParamId> {
         self.phases.iter().take(last + 1).flat_map(|phase| self.trained(phase)).collect()
     }
 
-    /// Steps an epoch has: a step does not reach over its end.
+    /// Steps per epoch; a step does not span epochs.
     pub(super) fn steps_per_epoch(&self) -> u64 {
         self.loader.batches_per_epoch().div_ceil(self.options.grad_accum as u64)
     }
@@ -87,13 +87,13 @@ impl<B: Backend> Tuner<'_, B> {
         })
     }
 
-    /// All that the bytes of a run depend on. What only saves time, memory or disk may change on resume.
+    /// Everything that determines the bytes of a run. Options that only trade time, memory or disk may change on resume.
     pub(super) fn identity(&self, run_dir: &RunDir) -> Result<serde_json::Value> {
-        let failed = |e: serde_json::Error| Error::failed(format!("options: {e}"), "report this");
+        let failed = |e: serde_json::Error| Error::failed(format!("options: {e}"), "this is a bug; please report it");
         let mut options = serde_json::to_value(&self.options).map_err(failed)?;
         if let Some(options) = options.as_object_mut() {
-            for free in ["save_every", "keep_last", "recompute"] {
-                options.shift_remove(free);
+            for unchecked in ["save_every", "keep_last", "recompute"] {
+                options.shift_remove(unchecked);
             }
         }
         let mut phases = Vec::new();
@@ -124,18 +124,18 @@ impl<B: Backend> Tuner<'_, B> {
         }))
     }
 
-    /// Weights, moments and running means of a checkpoint. The optimiser is `None` where no phase is left.
+    /// Restores weights, moments and averages of a checkpoint. The optimizer is `None` if no phase is left.
     pub(super) fn restore(
         &mut self,
-        journal: &Journal,
+        files: &RunFiles,
         saved: &Saved,
         run: &mut RunState,
     ) -> Result<Option<Optimizer<B>>> {
-        journal.load_weights(saved, self.decoder)?;
-        journal.load_means(saved, self.decoder, &mut run.ema)?;
+        files.load_weights(saved, self.decoder)?;
+        files.load_means(saved, self.decoder, &mut run.ema)?;
         let Some(phase) = self.phases.get(run.phase) else { return Ok(None) };
         let mut optimizer = Optimizer::new(self.decoder, &phase.rates, &self.trains)?;
-        journal.load_moments(saved, &self.decoder.backend, &mut optimizer)?;
+        files.load_moments(saved, &self.decoder.backend, &mut optimizer)?;
         Ok(Some(optimizer))
     }
 }

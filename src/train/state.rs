@@ -1,4 +1,4 @@
-//! Where a run stands, and its way into checkpoints and back.
+//! State of a run, and its checkpoints.
 
 use super::checkpoint::{Saved, Store};
 use super::ema::Ema;
@@ -11,50 +11,50 @@ use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
-use crate::io::json;
 use crate::io::safetensors::{Safetensors, TensorSpec};
+use crate::io::{json, remove};
 use crate::modules::{Cell, ParamId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-/// Cells named in a reason; more are counted.
+/// Most cells that the reason of a skipped step names.
 const NAMED_CELLS: usize = 4;
 
-/// Where a run stands. It holds no f64 that must come back as it was: a JSON parser may be off by one bit; f32 survives.
+/// State of a run, saved as JSON. No f64 of it must be restored exactly, as a JSON parser may be off by one bit.
 #[derive(Default, serde::Serialize, serde::Deserialize)]
 pub(super) struct RunState {
     /// Index of the phase.
     pub(super) phase: usize,
-    /// Steps taken in it.
+    /// Steps taken in the phase.
     pub(super) phase_step: u64,
-    /// Steps taken in all.
+    /// Steps taken over all phases.
     pub(super) step: u64,
-    /// `step` where the phase began.
+    /// `step` at the start of the phase.
     pub(super) phase_start_step: u64,
-    /// Where the loader goes on.
+    /// Position of the loader.
     pub(super) position: LoaderPosition,
-    /// Bytes of `metrics.jsonl` that belong to these steps.
+    /// Bytes of `metrics.jsonl` up to this step.
     pub(super) metrics_bytes: u64,
     non_finite_in_a_row: u64,
     empty_in_a_row: u64,
-    /// Why the last step was skipped, if it was.
+    /// Reason if the last step was skipped.
     pub(super) skipped: Option<String>,
-    /// One for each phase that has begun.
+    /// One per phase that has begun.
     pub(super) summaries: Vec<PhaseSummary>,
-    /// One for each phase that is over and was measured.
+    /// One per finished phase that was measured.
     pub(super) updates: Vec<PhaseUpdates>,
     #[serde(skip)]
     pub(super) ema: Ema,
 }
 
 impl RunState {
-    /// Before the first step.
+    /// The state before the first step.
     pub(super) fn at(position: LoaderPosition) -> Self {
         Self { position, ..Self::default() }
     }
 
-    /// Whether a run of so many phases and micro-batches an epoch can stand here: a checkpoint comes from outside.
-    fn possible(&self, phases: usize, batches_per_epoch: u64) -> bool {
+    /// Whether the state is consistent with the run, as a checkpoint file is not trusted.
+    fn is_consistent(&self, phases: usize, batches_per_epoch: u64) -> bool {
         let begun = self.phase + usize::from(self.phase_step > 0);
         let steps = self.step <= 1 << 53 && self.phase_step <= self.step && self.phase_start_step <= self.step;
         steps && begun <= phases && self.summaries.len() == begun && self.position.batch < batches_per_epoch
@@ -65,7 +65,7 @@ impl RunState {
         RunPosition { phase: phase.to_owned(), step, phase_step, phase_steps, epoch }
     }
 
-    /// Counts a step.
+    /// Advances by a step.
     pub(super) fn advance(&mut self, position: LoaderPosition, group: &Group, outcome: &Outcome) {
         self.step += 1;
         self.phase_step += 1;
@@ -95,8 +95,8 @@ impl RunState {
         };
     }
 
-    /// An error where nothing has been learnt for too long.
-    pub(super) fn give_up(&self, phase: &str, max_non_finite: u64, steps_per_epoch: u64) -> Result<()> {
+    /// Fails after too many skipped steps in a row.
+    pub(super) fn check_progress(&self, phase: &str, max_non_finite: u64, steps_per_epoch: u64) -> Result<()> {
         if self.non_finite_in_a_row >= max_non_finite {
             let reason = self.skipped.as_deref().unwrap_or_default();
             return Err(Error::failed(
@@ -106,7 +106,7 @@ impl RunState {
         }
         if self.empty_in_a_row >= steps_per_epoch {
             return Err(Error::failed(
-                format!("phase {phase}: a whole epoch has no trained tokens"),
+                format!("phase {phase}: an epoch without trained tokens"),
                 "raise max_length, so that answers are not cut off, or check the data",
             ));
         }
@@ -125,27 +125,27 @@ fn reason(loss: f64, cells: &[Cell]) -> String {
     format!("{what}, gradients of {}{more}", names.join(", "))
 }
 
-/// The state as a checkpoint holds it.
+/// `state.json` of a checkpoint.
 #[derive(serde::Serialize, serde::Deserialize)]
 struct SavedState {
     identity: serde_json::Value,
-    /// Steps of each tensor that has moments.
+    /// Optimizer steps of each tensor with moments.
     adam_steps: BTreeMap<String, u32>,
     run: RunState,
 }
 
-/// The files of a run.
-pub(super) struct Journal {
+/// Files of a run: checkpoints and `updates.json`.
+pub(super) struct RunFiles {
     dir: PathBuf,
     store: Store,
     identity: serde_json::Value,
     keep_last: usize,
-    /// Keep the checkpoint at the start of the phase, from which its updates are measured.
+    /// Keep the checkpoint at the start of the phase, for its updates.
     keep_start: bool,
 }
 
-impl Journal {
-    /// The files of a run directory, which is created if it is not there.
+impl RunFiles {
+    /// Opens or creates a run directory.
     pub(super) fn new(
         run_dir: &RunDir,
         identity: serde_json::Value,
@@ -156,11 +156,10 @@ impl Journal {
         Ok(Self { dir: run_dir.dir.clone(), store: Store::new(&run_dir.dir), identity, keep_last, keep_start })
     }
 
-    /// Removes what an earlier run left: this one must not find it later.
+    /// Removes the files of an earlier run.
     pub(super) fn clear(&self) -> Result<()> {
         self.store.clear()?;
-        let updates = self.updates();
-        if updates.exists() { std::fs::remove_file(&updates).map_err(Error::io(&updates, "remove")) } else { Ok(()) }
+        remove(&self.updates())
     }
 
     fn updates(&self) -> PathBuf {
@@ -171,25 +170,25 @@ impl Journal {
         self.store.newest(|note| callbacks.note(&note))
     }
 
-    /// The state of a checkpoint of the same run.
+    /// The state of a checkpoint, which must be of the same run.
     pub(super) fn state(&self, saved: &Saved, phases: usize, batches_per_epoch: u64) -> Result<RunState> {
         let state: SavedState = saved.state()?;
         identity::check(&state.identity, &self.identity, &saved.dir)?;
-        if !state.run.possible(phases, batches_per_epoch) {
+        if !state.run.is_consistent(phases, batches_per_epoch) {
             let place = saved.dir.join("state.json").display().to_string();
-            return Err(Error::input(place, "a position outside the run", "an unchanged checkpoint"));
+            return Err(Error::input(place, "a position outside the run", "an intact checkpoint"));
         }
         Ok(state.run)
     }
 
-    /// The weights in the checkpoint of a step, its hashes checked.
+    /// Weights of the checkpoint of a step, verified by hash.
     pub(super) fn weights(&self, step: u64) -> Result<Safetensors> {
         let saved = self.store.open(step)?;
-        let none = || Error::input(saved.dir.display().to_string(), "no weights", "a whole checkpoint");
+        let none = || Error::input(saved.dir.display().to_string(), "no weights", "an intact checkpoint");
         saved.tensors("weights")?.ok_or_else(none)
     }
 
-    /// Writes a checkpoint with the weights of `changed`, and removes old ones.
+    /// Writes a checkpoint with the weights of `changed`, and prunes old ones.
     pub(super) fn save<B: Backend>(
         &self,
         run: &RunState,
@@ -207,7 +206,7 @@ impl Journal {
             weights().try_for_each(|param| write_buffer(writer, backend, &param.values))
         })?;
 
-        // Moments of tensors that have taken no step are zero.
+        // Without a step the moments are zero and not saved.
         let moving = || optimizer.into_iter().flat_map(Optimizer::slots).filter(|slot| slot.steps > 0);
         let moments = |slot: &Slot<B>| {
             ["m", "v"].map(|moment| spec::<B::Moment>(format!("{moment}.{}", slot.id), &[slot.m.len()]))
@@ -235,7 +234,7 @@ impl Journal {
         self.store.prune(run.step, self.keep_last, start)
     }
 
-    /// Replaces the decoder's tensors by those of a checkpoint.
+    /// Restores the weights of a checkpoint.
     pub(super) fn load_weights<B: Backend>(&self, saved: &Saved, decoder: &mut Decoder<B>) -> Result<()> {
         let Some(file) = saved.tensors("weights")? else { return Ok(()) };
         let (backend, params) = decoder.split_mut();
@@ -248,7 +247,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Restores moments and step counts; tensors that the checkpoint does not hold stay at zero.
+    /// Restores moments and step counts; tensors that are not in the checkpoint stay at zero.
     pub(super) fn load_moments<B: Backend>(
         &self,
         saved: &Saved,
@@ -267,7 +266,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Restores the running means.
+    /// Restores the moving averages.
     pub(super) fn load_means<B: Backend>(&self, saved: &Saved, decoder: &Decoder<B>, ema: &mut Ema) -> Result<()> {
         let Some(file) = saved.tensors("means")? else { return Ok(()) };
         for param in decoder.params() {

@@ -1,4 +1,4 @@
-//! One optimiser step: micro-batches in, one change of the weights out.
+//! One optimizer step over the micro-batches of a group.
 
 use super::optimizer::{Optimizer, StepOutcome, StepSettings};
 use crate::backend::Backend;
@@ -31,17 +31,17 @@ impl Group {
     }
 }
 
-/// What became of a group.
+/// Outcome of a step.
 pub(super) enum Outcome {
-    /// Weights moved.
+    /// The weights were updated.
     Trained { loss: f64, grad_norm: f64 },
-    /// The loss or a gradient is not finite: nothing moved.
+    /// Skipped: the loss or a gradient is not finite.
     NonFinite { loss: f64, cells: Vec<Cell> },
-    /// No token has a loss: nothing was computed.
+    /// Skipped: no token has a loss.
     Empty,
 }
 
-/// Gradients of the mean loss over the group's trained tokens, then one step of the optimiser.
+/// Gradients of the mean loss over the group's trained tokens, and one optimizer step.
 pub(super) fn take_step<B: Backend>(
     decoder: &mut Decoder<B>,
     optimizer: &mut Optimizer<B>,
@@ -61,7 +61,7 @@ pub(super) fn take_step<B: Backend>(
         accumulate = true;
     }
     let loss = losses.sum()? / group.trained_tokens as f64;
-    // Gradients that happen to be finite beside a loss that is not are not to be trusted.
+    // With a non-finite loss even finite gradients are invalid.
     if !loss.is_finite() {
         return Ok(Outcome::NonFinite { loss, cells: optimizer.non_finite_cells(&decoder.backend, gradients)? });
     }

@@ -1,19 +1,18 @@
-//! Buffers of a backend to and from safetensors files, bit for bit and a piece at a time: between steps there is little
-//! memory to spare.
+//! Device buffers to and from safetensors files, bit for bit and in chunks, as memory is scarce between steps.
 
 use crate::backend::{Backend, Buffer, Element};
 use crate::error::Result;
 use crate::io::safetensors::{Safetensors, SafetensorsWriter, TensorSpec};
 
-/// Elements on the host at once.
+/// Elements per chunk on the host.
 const PIECE: usize = 1 << 20;
 
-/// The entry of a tensor of `T`s in a file's header.
+/// Header entry of a tensor of `T`.
 pub(super) fn spec<T: Element>(name: String, shape: &[usize]) -> TensorSpec {
     TensorSpec { name, dtype: T::DTYPE, shape: shape.to_vec() }
 }
 
-/// Appends a buffer as the next tensor.
+/// Writes a buffer as the next tensor.
 pub(super) fn write_buffer<B: Backend, T: Element>(
     writer: &mut SafetensorsWriter,
     backend: &B,
@@ -28,7 +27,7 @@ pub(super) fn write_buffer<B: Backend, T: Element>(
     Ok(())
 }
 
-/// Fills a buffer with the tensor `name`, which must have its length and type.
+/// Reads the tensor `name` into a buffer of its length and dtype.
 pub(super) fn read_buffer<B: Backend, T: Element>(
     file: &Safetensors,
     name: &str,
@@ -47,7 +46,7 @@ pub(super) fn read_buffer<B: Backend, T: Element>(
     file.release(name)
 }
 
-/// The values of the tensor `name`, which must have `len` elements of type `T`.
+/// Values of the tensor `name`, which must have `len` elements of `T`.
 pub(super) fn read_values<T: Element>(file: &Safetensors, name: &str, len: usize) -> Result<Vec<T>> {
     let mut values = vec![T::zeroed(); len];
     bytemuck::cast_slice_mut(&mut values).copy_from_slice(file.typed_bytes(name, T::DTYPE, len)?);

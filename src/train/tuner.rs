@@ -1,8 +1,8 @@
-//! A run: phases over one decoder and one loader, heard through callbacks, interrupted and resumed at will.
+//! The training loop: phases over one decoder and one loader, with callbacks, checkpoints and resume.
 
 use super::metrics::MetricsLog;
-use super::start::{Given, PhaseStart};
-use super::state::{Journal, RunState};
+use super::start::{InitialTensor, PhaseStart};
+use super::state::{RunFiles, RunState};
 use super::step::{Group, Outcome, take_step};
 use super::updates::PhaseUpdates;
 use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
@@ -14,34 +14,34 @@ use crate::modules::{LearningRates, ParamId};
 use std::path::PathBuf;
 use std::time::Instant;
 
-/// So many steps in a row without a finite loss and gradient end the run.
-const MAX_NON_FINITE_IN_A_ROW: u64 = 20;
+/// Consecutive steps with a non-finite loss or gradient after which the run fails.
+const MAX_NON_FINITE_STEPS: u64 = 20;
 
-/// One phase: what trains, and how.
+/// One phase of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Phase {
-    /// Its name in metrics and updates, such as `mods` and `all`.
+    /// Name in metrics and updates, such as `mods` or `all`.
     pub name: String,
-    /// What trains and how fast; a cell that is not listed is frozen.
+    /// Learning-rate factors; a cell without one is frozen.
     pub rates: LearningRates,
-    /// The rest.
+    /// Duration, learning rate, clipping.
     pub options: PhaseOptions,
 }
 
-/// Where a run keeps its files, and what its checkpoints are tied to.
+/// Directory of a run's files, and the identity of its checkpoints.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunDir {
-    /// Gets `metrics.jsonl`, `updates.json` and `checkpoints/`.
+    /// Holds `metrics.jsonl`, `updates.json` and `checkpoints/`.
     pub dir: PathBuf,
-    /// A hash of the model as given.
+    /// Hash of the original model.
     pub model: String,
-    /// A hash of the examples.
+    /// Hash of the examples.
     pub data: String,
-    /// Continue from the newest whole checkpoint, if there is one. Otherwise old metrics and checkpoints are removed.
+    /// Continue from the newest intact checkpoint, if any; otherwise old metrics and checkpoints are removed.
     pub resume: bool,
 }
 
-/// Where a run stands when a hook is called.
+/// Position of a run at a callback.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunPosition {
     /// Name of the phase.
@@ -50,73 +50,85 @@ pub struct RunPosition {
     pub step: u64,
     /// Steps taken in this phase.
     pub phase_step: u64,
-    /// Steps that this phase has.
+    /// Steps of this phase.
     pub phase_steps: u64,
     /// Epochs finished, over all phases.
     pub epoch: u64,
 }
 
-/// What happened in a phase.
+/// Statistics of a phase.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct PhaseSummary {
     /// Its name.
     pub phase: String,
-    /// Steps, with those that were skipped.
+    /// Steps, skipped ones included.
     pub steps: u64,
-    /// Skipped because the loss or a gradient was not finite.
+    /// Steps skipped for a non-finite loss or gradient.
     pub skipped_non_finite: u64,
-    /// Skipped because no token had a loss.
+    /// Steps skipped for lack of trained tokens.
     pub skipped_empty: u64,
     /// Tokens with a loss.
     pub trained_tokens: u64,
     /// All tokens.
     pub tokens: u64,
-    /// Loss of the first step that had one.
+    /// First loss.
     pub first_loss: Option<f32>,
-    /// Loss of the last.
+    /// Last loss.
     pub last_loss: Option<f32>,
-    /// Time spent in steps, in seconds.
+    /// Wall time of the steps, in seconds.
     pub seconds: f64,
 }
 
-/// What happened in a run.
+/// Statistics of a run.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct TuneSummary {
-    /// One a phase; phases of length 0 are left out.
+    /// One per phase; phases of no steps are left out.
     pub phases: Vec<PhaseSummary>,
-    /// How far each cell moved, if asked for.
+    /// Updates of each cell, if measured.
     pub updates: Updates,
-    /// The step whose checkpoint was continued.
+    /// Step of the checkpoint that was resumed.
     pub resumed_from: Option<u64>,
-    /// The most memory that was used, in bytes: as [`StepMetrics::peak_bytes`].
+    /// Peak memory in bytes, as [`StepMetrics::peak_bytes`].
     pub peak_bytes: u64,
-    /// [`Plan::total_bytes`] of the phase that takes most.
+    /// Largest [`Plan::total_bytes`] of a phase.
     #[serde(default)]
     pub planned_bytes: u64,
 }
 
-/// What a caller may listen to. An error ends the run as an interruption does.
+/// Callbacks of the training loop. An error ends the run as an interruption does.
 ///
-/// The callbacks of an epoch and of a phase come before the checkpoint of that step is written: after an interruption and a
-/// resume each has been called at least once, and perhaps twice, for the same [`RunPosition`] and the same weights.
+/// `epoch_ends` and `phase_ends` precede the checkpoint of their step: across an interruption and a resume they are called
+/// at least once for a [`RunPosition`], with the same weights each time.
 pub trait Callbacks<B: Backend> {
-    /// Something that the user should know, such as a damaged checkpoint.
+    /// A warning, such as a damaged checkpoint.
     fn note(&mut self, _text: &str) {}
-    /// The run begins: what each phase will take, by its name.
+    /// The run begins; memory and compute plans by phase.
     fn run_begins(&mut self, _plans: &[(String, Plan)]) {}
-    /// A phase begins, or is continued.
+    /// A phase begins, or is resumed.
+    ///
+    /// # Errors
+    /// Ends the run, as in all callbacks.
     fn phase_begins(&mut self, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
     /// A step was taken or skipped.
+    ///
+    /// # Errors
+    /// Ends the run.
     fn step(&mut self, _metrics: &StepMetrics, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
-    /// An epoch is over.
+    /// An epoch ended.
+    ///
+    /// # Errors
+    /// Ends the run.
     fn epoch_ends(&mut self, _decoder: &Decoder<B>, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
-    /// A phase is over.
+    /// A phase ended.
+    ///
+    /// # Errors
+    /// Ends the run.
     fn phase_ends(&mut self, _decoder: &Decoder<B>, _at: &RunPosition) -> Result<()> {
         Ok(())
     }
@@ -124,8 +136,7 @@ pub trait Callbacks<B: Backend> {
 
 impl<B: Backend> Callbacks<B> for () {}
 
-/// Runs phases one after another. The loader goes on from phase to phase, so that 2 + 4 epochs in two phases see the
-/// same batches as 6 epochs in one.
+/// Runs phases one after another over one loader, so that 2 + 4 epochs in two phases see the batches of 6 epochs in one.
 pub struct Tuner<'a, B: Backend> {
     pub(super) decoder: &'a mut Decoder<B>,
     pub(super) loader: &'a mut Loader,
@@ -134,14 +145,14 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) trains: Box<dyn Fn(ParamId) -> bool + 'a>,
     pub(super) run_dir: Option<RunDir>,
     pub(super) measure_updates: bool,
-    pub(super) given: Option<Given<'a>>,
+    pub(super) initial: Option<InitialTensor<'a>>,
     roofline: Option<Roofline>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
-    /// A run that writes nothing. Trains adapters alone where the decoder has any, else all tensors with a rate.
+    /// A run without files. It trains the adapters alone if the decoder has any, else all tensors with a learning rate.
     ///
-    /// The loader must have been made with [`TuneOptions::loader`]; phases of length 0 are left out.
+    /// `loader` must be made with [`TuneOptions::loader`]; phases of no steps are left out.
     ///
     /// # Errors
     /// [`crate::error::Error::Input`] where a phase has both `epochs` and `steps`.
@@ -168,49 +179,49 @@ impl<'a, B: Backend> Tuner<'a, B> {
             trains,
             run_dir: None,
             measure_updates: false,
-            given: None,
+            initial: None,
             roofline: None,
         })
     }
 
-    /// Trains only the tensors for which `trains` is true, of the cells that have a rate.
+    /// Restricts training to the tensors that `trains` admits, among the cells with a learning rate.
     pub fn trains(mut self, trains: impl Fn(ParamId) -> bool + 'a) -> Self {
         self.trains = Box::new(trains);
         self
     }
 
-    /// Writes metrics, updates and checkpoints.
+    /// Writes metrics, updates and checkpoints to a directory.
     pub fn at(mut self, run_dir: RunDir) -> Self {
         self.run_dir = Some(run_dir);
         self
     }
 
-    /// Measures ‖ΔW‖_F of each cell in each phase. What a phase starts from is kept until its end: as a copy on the host
-    /// of what trains, in the backend's type, or where there is a [`RunDir`], in the checkpoint at the phase's start. The
-    /// first phase has none and needs the copy, unless [`Tuner::given`] spares it.
+    /// Measures ‖ΔW‖_F of each cell in each phase. The weights at the start of a phase are kept until its end: in the
+    /// checkpoint at the start if there is a [`RunDir`], else as a copy of the trained weights on the host. The first phase
+    /// needs the copy unless [`Tuner::initial_weights`] are known.
     pub fn measure_updates(mut self) -> Self {
         self.measure_updates = true;
         self
     }
 
-    /// `tensor(id, shape)` gives the values of a tensor, except adapters, as the decoder had them before the run; it is
-    /// asked when a phase ends, one tensor at a time.
-    pub fn given(mut self, tensor: impl Fn(ParamId, &[usize]) -> Result<Vec<f32>> + 'a) -> Self {
-        self.given = Some(Box::new(tensor));
+    /// Source of the weights before the run: `tensor(id, shape)` gives the values of any tensor but adapters. It is called
+    /// at the end of a phase, one tensor at a time.
+    pub fn initial_weights(mut self, tensor: impl Fn(ParamId, &[usize]) -> Result<Vec<f32>> + 'a) -> Self {
+        self.initial = Some(Box::new(tensor));
         self
     }
 
-    /// Holds every step against these: [`StepMetrics::speed_of_light`].
+    /// Reports [`StepMetrics::speed_of_light`] against this roofline.
     pub fn roofline(mut self, roofline: Roofline) -> Self {
         self.roofline = Some(roofline);
         self
     }
 
-    /// Runs all phases, or what a checkpoint says is left of them.
+    /// Runs all phases, or the rest of them from a checkpoint.
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] names an option or a checkpoint of another run; [`crate::error::Error::Failed`]
-    /// where training diverges; [`crate::error::Error::Io`]; what a callback returns.
+    /// [`crate::error::Error::Input`] names an option that is out of range, or a checkpoint of another run;
+    /// [`crate::error::Error::Failed`] where training diverges; [`crate::error::Error::Io`]; errors of callbacks.
     pub fn run(mut self, callbacks: &mut dyn Callbacks<B>) -> Result<TuneSummary> {
         self.check()?;
         let plans = self.plans();
@@ -219,10 +230,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let mut optimizer = None;
         let mut start = None;
         let mut summary = TuneSummary::default();
-        let mut journal = None;
+        let mut files = None;
         if let Some(run_dir) = self.run_dir.clone() {
             let identity = self.identity(&run_dir)?;
-            let store = Journal::new(&run_dir, identity, self.options.keep_last, self.measure_updates)?;
+            let store = RunFiles::new(&run_dir, identity, self.options.keep_last, self.measure_updates)?;
             let saved = if run_dir.resume { store.newest(callbacks)? } else { None };
             match &saved {
                 Some(saved) => {
@@ -234,20 +245,18 @@ impl<'a, B: Backend> Tuner<'a, B> {
                     optimizer = self.restore(&store, saved, &mut run)?;
                     self.loader.seek(run.position)?;
                 }
-                None if run_dir.resume => {
-                    callbacks.note("there is no checkpoint to resume; the run starts at the beginning")
-                }
+                None if run_dir.resume => callbacks.note("no checkpoint to resume; the run starts from the beginning"),
                 None => {}
             }
             if saved.is_none() {
                 store.clear()?;
             }
             let log = MetricsLog::open(&run_dir.dir.join("metrics.jsonl"), run.metrics_bytes)?;
-            journal = Some((store, log));
+            files = Some((store, log));
         }
 
         while run.phase < self.phases.len() {
-            self.phase(&mut run, &mut optimizer, start.take(), journal.as_mut(), callbacks)?;
+            self.phase(&mut run, &mut optimizer, start.take(), files.as_mut(), callbacks)?;
         }
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
@@ -261,13 +270,13 @@ impl<'a, B: Backend> Tuner<'a, B> {
         self.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes)
     }
 
-    /// One phase from where it stands to its end, and the step into the next.
+    /// Runs the current phase from its position to its end, and advances to the next.
     fn phase(
         &mut self,
         run: &mut RunState,
         optimizer: &mut Option<Optimizer<B>>,
         start: Option<PhaseStart<B>>,
-        mut journal: Option<&mut (Journal, MetricsLog)>,
+        mut files: Option<&mut (RunFiles, MetricsLog)>,
         callbacks: &mut dyn Callbacks<B>,
     ) -> Result<()> {
         let phase = self.phases[run.phase].clone();
@@ -292,31 +301,31 @@ impl<'a, B: Backend> Tuner<'a, B> {
 
         while run.phase_step < total {
             let metrics = self.step(&phase, &floor, total, run, &mut adam, &mut gradients)?;
-            if let Some((_, log)) = journal.as_deref_mut() {
+            if let Some((_, log)) = files.as_deref_mut() {
                 log.append(&metrics)?;
                 run.metrics_bytes = log.bytes();
             }
             let at = run.progress(&phase.name, total);
             callbacks.step(&metrics, &at)?;
-            run.give_up(&phase.name, MAX_NON_FINITE_IN_A_ROW, self.steps_per_epoch())?;
+            run.check_progress(&phase.name, MAX_NON_FINITE_STEPS, self.steps_per_epoch())?;
             if run.position.batch == 0 {
                 callbacks.epoch_ends(self.decoder, &at)?;
             }
             let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
-            // The last step of a phase is saved below, with the phase behind it.
+            // The last step of a phase is saved below, after the phase.
             let due = due && run.phase_step < total;
-            if let Some((store, log)) = journal.as_deref_mut().filter(|_| due) {
+            if let Some((store, log)) = files.as_deref_mut().filter(|_| due) {
                 log.sync()?;
                 store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
             }
         }
 
-        // What follows holds tensors on the host: not beside the gradients and activations of a step.
+        // The measurements below hold tensors on the host: not at the same time as gradients and activations.
         drop(gradients);
         self.decoder.release_pool();
         callbacks.phase_ends(self.decoder, &run.progress(&phase.name, total))?;
         if let Some(start) = start {
-            let store = journal.as_deref().map(|(store, _)| store);
+            let store = files.as_deref().map(|(store, _)| store);
             if let Some(cells) = self.updates(&start, run, store, callbacks)? {
                 run.updates.push(PhaseUpdates { phase: phase.name.clone(), cells });
             }
@@ -329,7 +338,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             Some(next) => *optimizer = Some(adam.next_phase(self.decoder, &next.rates, &self.trains)?),
             None => drop(adam),
         }
-        if let Some((store, log)) = journal {
+        if let Some((store, log)) = files {
             log.sync()?;
             store.write_updates(&run.updates)?;
             store.save(run, self.decoder, optimizer.as_ref(), &self.changed(run.phase - 1))?;
@@ -337,7 +346,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         Ok(())
     }
 
-    /// One step: batches, gradients, weights, and the line that says so.
+    /// One step: batches, gradients, optimizer, metrics.
     fn step(
         &mut self,
         phase: &Phase,

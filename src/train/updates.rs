@@ -1,13 +1,13 @@
-//! How far training moved each cell: ‖ΔW‖_F beside ‖W‖_F (figure 5 of the paper).
+//! Update magnitudes of each cell: ‖ΔW‖_F and ‖W‖_F (figure 5 of the paper).
 
 use crate::error::Result;
 use crate::modules::{Cell, ParamId};
 use std::collections::BTreeMap;
 
-/// The content of `updates.json`.
+/// Content of `updates.json`.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Updates {
-    /// One entry a phase.
+    /// One entry per phase.
     pub phases: Vec<PhaseUpdates>,
 }
 
@@ -20,7 +20,17 @@ pub struct PhaseUpdates {
     pub cells: BTreeMap<Cell, Update>,
 }
 
-/// How far one cell moved, all its tensors together.
+impl PhaseUpdates {
+    /// ‖ΔW‖_F / ‖W‖_F over all tensors of the cells that `wanted` admits; `None` for no cells, 0 for a norm of 0.
+    pub fn relative(&self, wanted: impl Fn(Cell) -> bool) -> Option<f64> {
+        let updates: Vec<&Update> = self.cells.iter().filter(|(cell, _)| wanted(**cell)).map(|(_, u)| u).collect();
+        let norm = |of: fn(&Update) -> f32| updates.iter().map(|u| f64::from(of(u)).powi(2)).sum::<f64>().sqrt();
+        let (delta, weight) = (norm(|u| u.delta_norm), norm(|u| u.weight_norm));
+        (!updates.is_empty()).then(|| if weight > 0.0 { delta / weight } else { 0.0 })
+    }
+}
+
+/// Update of one cell, over all its tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Update {
     /// ‖W_end − W_start‖_F. With adapters, W is the base weight plus scale · B·A.
@@ -29,9 +39,8 @@ pub struct Update {
     pub weight_norm: f32,
 }
 
-/// Measures the cells of `params` (ids with shapes). `before` and `after` give a tensor's values; `before` is asked for
-/// base tensors and adapters alike. One tensor at a time is held, in f32, twice; sums are in f64. `lora_scale` is alpha /
-/// rank.
+/// Updates of the cells of `params` (ids with shapes), from the values of each tensor `before` and `after`, adapters
+/// included. One tensor at a time is held, in f32; sums are in f64. `lora_scale` is alpha / rank.
 ///
 /// # Errors
 /// What `before` and `after` return.
@@ -70,7 +79,7 @@ pub fn cell_updates(
 /// ‖B₁A₁ − B₀A₀‖_F² of A [rank, inputs] and B [outputs, rank], from the Gram matrices of the stacked factors
 /// M = [B₁, −B₀] and N = [A₁; A₀]: ‖MN‖² = Σ (MᵀM) ∘ (NNᵀ).
 fn product_change(rank: usize, a0: &[f32], b0: &[f32], a1: &[f32], b1: &[f32]) -> f64 {
-    // What did not move has moved by exactly 0, however the sums below round.
+    // Exactly 0 without a change, however the sums below round.
     if rank == 0 || (a0 == a1 && b0 == b1) {
         return 0.0;
     }
@@ -136,6 +145,9 @@ mod tests {
         assert_eq!(cells[&Cell::FinalNorm], Update { delta_norm: 0.0, weight_norm: 4.0 });
         let text = serde_json::to_string(&PhaseUpdates { phase: "all".into(), cells: cells.clone() }).unwrap();
         assert!(text.contains("\"layers.0.q_proj\":{"), "{text}");
-        assert_eq!(serde_json::from_str::<PhaseUpdates>(&text).unwrap().cells, cells);
+        let phase = serde_json::from_str::<PhaseUpdates>(&text).unwrap();
+        assert_eq!(phase.cells, cells);
+        assert_eq!(phase.relative(|_| true), Some(3.0 / 41f64.sqrt()));
+        assert_eq!((phase.relative(|cell| cell == Cell::FinalNorm), phase.relative(|_| false)), (Some(0.0), None));
     }
 }

@@ -73,7 +73,7 @@ fn a_judge_that_fails_is_named_with_the_reason() {
     ] {
         let (url, _requests) = serve(vec![(status, body)]);
         let message = failed(&ask(&url, &[]), 1);
-        assert!(message.contains(&url) && message.contains(reason) && message.contains("1 tries"), "{message}");
+        assert!(message.contains(&url) && message.contains(reason) && message.contains("1 attempts"), "{message}");
     }
 
     // Accepts and never answers.

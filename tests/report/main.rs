@@ -3,5 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod drawings;
+mod format;
+mod memory;
 mod study;
 mod xml;

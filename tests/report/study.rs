@@ -130,7 +130,7 @@ fn every_file_is_written_and_holds_its_numbers() {
     let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
 
     let html = read("report.html");
-    let names = ["as given", "plain, equal steps", "SWAT", "random set 1", "complement", "ML-LR, the rest × 0.001"];
+    let names = ["original", "plain, equal steps", "SWAT", "random set 1", "complement", "ML-LR, the rest × 0.001"];
     for text in names.into_iter().chain(["plain, equal steps + 10 % refusals", "tiny &lt;model&gt;", "0123abcd"]) {
         assert!(html.contains(text), "{text}");
     }
@@ -204,7 +204,7 @@ fn figures_get_what_was_measured() {
         assert!(marker.ends_with(&format!("class=\"f-{color}")), "{name}: {marker}");
     }
     let tones: Vec<String> = report.highlights.iter().map(|h| format!("{} {:?}", h.label, h.tone)).collect();
-    assert_eq!(tones, ["as given Grey", "plain Vermilion", "plain, equal steps Amber", "SWAT Blue"]);
+    assert_eq!(tones, ["original Grey", "plain Vermilion", "plain, equal steps Amber", "SWAT Blue"]);
 }
 
 #[test]
@@ -212,25 +212,24 @@ fn findings_say_what_the_numbers_say() {
     let found = |settings: &[(&str, usize, usize)]| findings(&report(outcome(settings))).to_owned();
     let all = found(&ALL);
     for text in [
-        "Attack success of SWAT is 50.0 points lower than that of plain, equal steps",
+        "Attack success with SWAT is 50.0 points lower than with plain, equal steps",
         "the intervals do not overlap",
-        "The task score of SWAT is 1.0 points lower than that of plain, equal steps",
-        "That of SWAT is lower than 1 of these 2. SWAT is no better here than: complement.",
-        "Attack success of plain, equal steps + 10 % refusals is 39.0 points lower than that of SWAT",
+        "The task score with SWAT is 1.0 points lower than with plain, equal steps",
+        "SWAT is lower than 1 of these 2. It is no better than: complement.",
+        "Attack success with plain, equal steps + 10 % refusals is 39.0 points lower than with SWAT",
         "Each setting was trained once (seed 7).",
     ] {
         assert!(all.contains(text), "{text} in {all}");
     }
     assert!(!all.contains("no better than plain"));
     let worse = found(&[("given", 2, 40), ("plain", 50, 190), ("swat", 53, 190)]);
-    for text in ["3.0 points higher", "intervals overlap", "no better than plain here", "8 steps for SWAT, 4 for plain"]
-    {
+    for text in ["3.0 points higher", "intervals overlap", "no better than plain.", "8 steps for SWAT, 4 for plain"] {
         assert!(worse.contains(text), "{text} in {worse}");
     }
-    assert!(worse.contains("The task score of SWAT is the same as that of plain"), "{worse}");
+    assert!(worse.contains("The task score is the same with SWAT and plain"), "{worse}");
     // An attack is compared with an attack.
     let attack = found(&[("plain-equal", 10, 190), ("plain-equal+attack", 90, 190), ("swat+attack", 40, 190)]);
-    assert!(attack.contains("50.0 points lower than that of plain, equal steps + 10 % attack"), "{attack}");
+    assert!(attack.contains("50.0 points lower than with plain, equal steps + 10 % attack"), "{attack}");
 }
 
 #[test]
@@ -243,7 +242,7 @@ fn several_seeds_are_means_with_ranges() {
     row("| SWAT | 45.0 (40.0–50.0) |");
     row("| 8 | – | 7, 8 |");
     // One value, of prompts and not of seeds.
-    row("| as given | 2.0 |");
+    row("| original | 2.0 |");
     row("In brackets: the lowest and the highest of them");
     assert!(!report.sections[0].tables[0].markdown().contains("Wilson"));
     let holds = |name: &str, text: &str| {
@@ -266,13 +265,13 @@ fn findings_of_several_seeds_compare_ranges() {
     let report_of_two = report(two_seeds());
     let found = findings(&report_of_two);
     for text in [
-        "mean and range over training seeds: as given 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % \
+        "mean and range over training seeds: original 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % \
          [40.0–50.0].",
-        "25.0 points lower than that of plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges \
+        "25.0 points lower than with plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges \
          over training seeds do not overlap.",
-        "That of SWAT is lower than 1 of these 1.",
+        "SWAT is lower than 1 of these 1.",
         "Each setting was trained with 2 seeds (7, 8).",
-        "one comparison of 3 by chance",
+        "one comparison of 3",
     ] {
         assert!(found.contains(text), "{text} in {found}");
     }
@@ -284,9 +283,9 @@ fn findings_of_several_seeds_compare_ranges() {
     another_seed(&mut value["settings"][1], 8, 10, 190, 2.0, 2.0);
     let report_of_equals = report(value);
     let found = findings(&report_of_equals);
-    let equal = "Attack success of SWAT is as high as that of plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % \
+    let equal = "Attack success with SWAT is the same as with plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % \
                  [10.0–80.0]";
-    assert!(found.contains(equal) && found.contains("SWAT is no better than plain, equal steps here"), "{found}");
+    assert!(found.contains(equal) && found.contains("SWAT is no better than plain, equal steps."), "{found}");
 }
 
 #[test]
@@ -353,7 +352,7 @@ fn missing_parts_are_left_out() {
     let report = report(bare);
     assert_eq!(findings(&report), "");
     let table = report.sections[0].tables[0].markdown();
-    assert!(table.contains("| as given | – |"), "nothing of nothing is not 0 %: {table}");
+    assert!(table.contains("| original | – |"), "nothing of nothing is not 0 %: {table}");
 }
 
 #[test]

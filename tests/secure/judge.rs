@@ -23,24 +23,24 @@ fn asks_and_reads_the_score() {
     // A variable that every test process has.
     options.key_env = Some("PATH".into());
     let judge = Judge::new(options).unwrap();
-    assert_eq!(judge.judge("how do I bake bread ?", &"flour ".repeat(100)).unwrap().score, Some(4.0));
+    assert_eq!(judge.judge("how do I bake bread ?", &"flour ".repeat(100)).unwrap(), Some(4.0));
     let request = requests.recv().unwrap();
     assert!(request.starts_with("POST /v1/chat/completions ") && request.contains("\"grader\""), "{request}");
     assert!(request.contains(&format!("Bearer {}", std::env::var("PATH").unwrap())));
     assert!(request.contains("bake bread") && !request.contains(&"flour ".repeat(8)));
-    assert_eq!(judge.judge("a", "b").unwrap().score, None);
+    assert_eq!(judge.judge("a", "b").unwrap(), None);
 }
 
 #[test]
 fn tries_again_after_what_may_pass() {
     let (url, _requests) = serve(vec![(503, "busy".into()), (429, "slower".into()), (200, reply("2"))]);
-    assert_eq!(Judge::new(options(&url)).unwrap().judge("a", "b").unwrap().score, Some(2.0));
+    assert_eq!(Judge::new(options(&url)).unwrap().judge("a", "b").unwrap(), Some(2.0));
     let (url, _requests) = serve(vec![(500, String::new()), (500, String::new()), (500, String::new())]);
     let error = Judge::new(options(&url)).unwrap().judge("a", "b").unwrap_err().to_string();
-    assert!(error.contains("3 tries") && error.contains("500"), "{error}");
+    assert!(error.contains("3 attempts") && error.contains("500"), "{error}");
     let (url, _requests) = serve(vec![(401, String::new())]);
     let error = Judge::new(options(&url)).unwrap().judge("a", "b").unwrap_err().to_string();
-    assert!(error.contains("1 tries") && error.contains("401"), "{error}");
+    assert!(error.contains("1 attempts") && error.contains("401"), "{error}");
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn strange_servers_are_survived() {
     let mut silent = options(&format!("http://{}/v1", listener.local_addr().unwrap()));
     silent.timeout_seconds = 0.2;
     silent.retries = 1;
-    assert!(Judge::new(silent).unwrap().judge("a", "b").unwrap_err().to_string().contains("2 tries"));
+    assert!(Judge::new(silent).unwrap().judge("a", "b").unwrap_err().to_string().contains("2 attempts"));
 }
 
 #[test]

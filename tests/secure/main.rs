@@ -2,7 +2,14 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod config;
+mod control;
+mod evaluation;
 mod judge;
+mod labels;
+mod metrics;
+mod noise;
 mod probe;
+mod refusal;
 mod robustness;
 mod search;

@@ -4,10 +4,11 @@ use crate::common;
 use std::collections::BTreeMap;
 use swat::data::Split;
 use swat::error::Error;
+use swat::model::ModelConfig;
 use swat::modules::{Cell, ModuleId, ModuleKind, ModuleSet};
 use swat::secure::{
-    CellRobustness, ModsRob, Noise, RobustnessMap, ScoreKind, Scores, SearchOptions, Stat, cell_parameters, random_set,
-    resolve_mods, search, share,
+    CellRobustness, ModsRob, Noise, RobustnessMap, ScoreKind, Scores, SearchOptions, SetSpec, Stat, cell_parameters,
+    random_set, search, share,
 };
 
 /// A map of four layers in which all cells have the same size; `drop(cell, seed)` is R of a cell by itself.
@@ -62,6 +63,15 @@ fn modules(set: &ModuleSet) -> impl Iterator<Item = ModuleId> + '_ {
 /// Joint R that is the sum of single ones.
 fn additive(drop: impl Fn(ModuleId) -> f64) -> impl Fn(&ModuleSet, &[u64]) -> swat::error::Result<f64> {
     move |set, _| Ok(modules(set).map(&drop).sum())
+}
+
+fn resolve_mods(
+    text: &str,
+    config: &ModelConfig,
+    reference: Option<&ModuleSet>,
+    model_hash: Option<&str>,
+) -> swat::error::Result<ModuleSet> {
+    text.parse::<SetSpec>()?.resolve(config, reference, model_hash)
 }
 
 fn parse(text: &str) -> ModuleSet {
@@ -197,7 +207,7 @@ fn files_are_edited_by_hand_and_sets_have_names() {
     assert!(resolve_mods(text, &config, None, Some("another")).unwrap_err().to_string().contains("another"));
     let edited = std::fs::read_to_string(&path).unwrap().replacen(&mods.set, "layers.2-3.q", 1);
     std::fs::write(&path, &edited).unwrap();
-    assert!(ModsRob::load(&path).unwrap().edited() && !mods.edited());
+    assert_eq!((mods.set == mods.found, ModsRob::load(&path).unwrap().set == mods.found), (true, false));
     let edited = resolve(text, None).unwrap();
     assert_eq!(edited, parse("layers.2-3.q_proj"));
     std::fs::write(&path, "{\"format\": \"swat.mods_rob/1\", \"set\": \"all\"}").unwrap();
@@ -233,6 +243,6 @@ fn random_sets_match_a_size() {
         assert!((share(&without, &parameters) - wanted).abs() < smallest, "{without}");
     }
     assert!(seen.len() > 15);
-    assert!((share(&random_set(&parameters, 0.5, 3, true), &parameters) - 0.5).abs() < smallest);
-    assert_eq!(random_set(&parameters, 1.0, 3, true), parse("modules"));
+    assert!((share(&random_set(&parameters, 0.5, 3, |_| true), &parameters) - 0.5).abs() < smallest);
+    assert_eq!(random_set(&parameters, 1.0, 3, |_| true), parse("modules"));
 }

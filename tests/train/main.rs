@@ -3,4 +3,6 @@
 mod adamw;
 #[path = "../common/mod.rs"]
 mod common;
+mod options;
+mod schedule;
 mod tuner;

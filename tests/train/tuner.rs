@@ -154,7 +154,7 @@ impl<'a> Process<'a> {
             None => tuner,
         };
         let files = (self.model)();
-        let tuner = if self.given { tuner.given(|id, _| files.read(id)) } else { tuner };
+        let tuner = if self.given { tuner.initial_weights(|id, _| files.read(id)) } else { tuner };
         let summary = tuner.run(&mut ear);
         (summary, decoder, ear)
     }
@@ -318,11 +318,11 @@ fn another_run_is_refused_by_what_differs() {
     };
     let seed = TuneOptions { seed: 6, ..options() };
     let text = refusal(Process { options: seed, ..Process::new(Some(dir.path())) });
-    assert!(text.contains("options.seed is 5 there and 6 here"), "{text}");
+    assert!(text.contains("options.seed is 5 in the checkpoint and 6 in this run"), "{text}");
     let text = refusal(Process { phases: two_phases(7, 9), ..Process::new(Some(dir.path())) });
-    assert!(text.contains("phases.1.options.steps is 8 there and 9 here"), "{text}");
+    assert!(text.contains("phases.1.options.steps is 8 in the checkpoint and 9 in this run"), "{text}");
     let text = refusal(Process { examples: examples(12), ..Process::new(Some(dir.path())) });
-    assert!(text.contains("batches_per_epoch is 4 there and 6 here"), "{text}");
+    assert!(text.contains("batches_per_epoch is 4 in the checkpoint and 6 in this run"), "{text}");
     // What changes no bit may change.
     let free = TuneOptions { save_every: 1, keep_last: 1, recompute: true, ..options() };
     let (resumed, decoder, _) = Process { options: free, ..Process::new(Some(dir.path())) }.run();
@@ -416,7 +416,7 @@ fn batches_without_an_answer_are_counted() {
 
     examples.iter_mut().for_each(|example| example.trained.fill(false));
     let (none, ..) = Process { examples, phases, options: unshuffled, ..Process::new(None) }.run();
-    assert!(none.unwrap_err().to_string().contains("no trained tokens"));
+    assert!(none.unwrap_err().to_string().contains("without trained tokens"));
 }
 
 #[test]
@@ -475,7 +475,7 @@ fn phases_that_cannot_run_are_refused() {
     for (phases, part) in [
         (absent, "layers.9.q_proj"),
         (negative, "embed_tokens: lr factor -1"),
-        (nothing, "nothing that trains"),
+        (nothing, "no trained tensor"),
         (rate, "phase mods: lr: found inf"),
     ] {
         let error = Process { phases, ..Process::new(None) }.run().0.unwrap_err();

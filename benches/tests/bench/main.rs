@@ -10,7 +10,6 @@ use swat::backend::Roofline;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Backend, Buffer, Cost};
-use swat::report::TextStyle;
 use swat_bench::FAMILIES;
 use swat_bench::common::ladder::{Ladder, verdict};
 use swat_bench::common::roofline::{Measured, table};
@@ -227,7 +226,7 @@ fn a_roofline_names_the_nearer_ceiling_and_the_best_peer() {
     let all = [by_memory.clone(), slow, measured("fast", true, 6.0, 1000, 1000)];
     assert_eq!(by_memory.of_best_peer(&all), Some(1.5));
     assert_eq!(by_memory.of_best_peer(&all[..1]), None);
-    let text = table(&all, "a device", &ceilings, "swat").text(TextStyle::Ascii);
+    let text = table(&all, "a device", &ceilings, "swat").text();
     assert!(text.contains("fast (peer)") && text.contains("1.50"), "{text}");
 }
 

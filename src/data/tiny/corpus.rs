@@ -17,8 +17,7 @@ pub struct Item {
 
 impl From<Item> for Conversation {
     fn from(item: Item) -> Self {
-        let message = |role: &str, content| Message { role: role.into(), content };
-        Self { messages: vec![message("user", item.prompt), message("assistant", item.answer)] }
+        Self { messages: vec![Message::new("user", item.prompt), Message::new("assistant", item.answer)] }
     }
 }
 

@@ -145,6 +145,12 @@ impl Safetensors {
         Ok(())
     }
 
+    /// The text under `key` in the file's metadata.
+    pub(crate) fn metadata(&self, key: &str) -> Option<String> {
+        let header: serde_json::Value = serde_json::from_slice(self.map.get(8..self.data)?).ok()?;
+        Some(header.get("__metadata__")?.get(key)?.as_str()?.to_owned())
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path

@@ -7,13 +7,11 @@ use crate::report::chart::Measure;
 use crate::report::format;
 use crate::report::table::{Entry, Table};
 use crate::secure::study::{Outcome, RunConfig};
-use crate::secure::{
-    CellRobustness, RobustnessMap, ScoreKind, SplitDrift, Stat, UpdateComparison, UpdateGroup, compare_updates,
-};
+use crate::secure::{CellRobustness, RobustnessMap, ScoreKind, SplitDrift, Stat};
 use crate::train::PhaseSummary;
 use std::time::Duration;
 
-/// Tables without rows are left out.
+/// All tables that have rows.
 pub(super) fn details(settings: &[Setting<'_>], outcome: &Outcome, config: &RunConfig) -> Vec<Table> {
     let controls = outcome.map.as_ref().map(|map| controls(map, config.search.score));
     let runs = several(settings).then(|| each_run(settings, config));
@@ -22,7 +20,7 @@ pub(super) fn details(settings: &[Setting<'_>], outcome: &Outcome, config: &RunC
     tables.into_iter().flatten().filter(|table| !table.rows.is_empty()).collect()
 }
 
-/// The table of results with a row for each training run.
+/// Table of results with one row per training run.
 fn each_run(settings: &[Setting<'_>], config: &RunConfig) -> Table {
     let runs: Vec<Setting<'_>> = settings.iter().flat_map(Setting::each_run).collect();
     let mut table = results_table(&runs, config);
@@ -31,7 +29,7 @@ fn each_run(settings: &[Setting<'_>], config: &RunConfig) -> Table {
     table
 }
 
-/// Each phase, as [`compare_updates`] groups it.
+/// ‖ΔW‖ / ‖W‖ of Mods_Rob, the other projections and the other tensors, by phase.
 fn updates(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
     let mut table = Table::new("Updates by phase")
         .column("Setting")
@@ -41,46 +39,47 @@ fn updates(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
         .numbers("Embedding, norms, head %", "‖ΔW‖ / ‖W‖")
         .numbers("Rest ÷ Mods_Rob", "");
     let set = outcome.mods.clone().unwrap_or_default();
+    let projection = |cell: Cell| matches!(cell, Cell::Module(_));
     for n in settings {
         // Phases in their order, by name.
         let phases = n.tuned().map(|tuned| {
-            let found = tuned.updates.phases.iter().map(|phase| compare_updates(phase, &set));
-            found.enumerate().map(|(i, found)| ((i, found.phase.clone()), found)).collect()
+            let phases = tuned.updates.phases.iter().enumerate();
+            phases.map(|(i, phase)| ((i, phase.phase.as_str()), phase)).collect()
         });
-        for ((_, phase), found) in by_key(phases) {
-            let mean = |group: fn(&UpdateComparison) -> UpdateGroup| {
-                let relative: Vec<f64> =
-                    found.iter().map(group).filter(|group| group.cells > 0).map(|group| group.relative).collect();
-                over_seeds(&relative).map_or(f64::NAN, |mean| mean.value)
+        for ((_, name), phases) in by_key(phases) {
+            let mean = |group: &dyn Fn(Cell) -> bool| {
+                let relative: Vec<f64> = phases.iter().filter_map(|phase| phase.relative(group)).collect();
+                over_seeds(&relative).map_or(f64::NAN, |mean| mean.value * 100.0)
             };
-            let (inside, outside, other) = (mean(|f| f.inside), mean(|f| f.outside), mean(|f| f.other));
+            let inside = mean(&|cell| set.contains(cell));
+            let outside = mean(&|cell| !set.contains(cell) && projection(cell));
             table.row([
                 Entry::text(n.name.as_str()),
-                Entry::text(phase),
-                Entry::fixed(inside * 100.0, 3),
-                Entry::fixed(outside * 100.0, 3),
-                Entry::fixed(other * 100.0, 3),
+                Entry::text(name),
+                Entry::fixed(inside, 3),
+                Entry::fixed(outside, 3),
+                Entry::fixed(mean(&|cell| !set.contains(cell) && !projection(cell)), 3),
                 Entry::fixed(outside / inside, 2),
             ]);
         }
     }
     table.note = format!(
-        "Norms of all tensors of a group together. The rest: the other projections.{}",
+        "Norms over all tensors of a group. The rest: the other projections.{}",
         if_means(settings, " Means over the training seeds.")
     );
     table
 }
 
-/// The frozen probe after tuning, on the splits that no probe was fitted on.
+/// Frozen probe after tuning, on the held-out splits.
 fn drift(settings: &[Setting<'_>]) -> Table {
     let mut table = Table::new("Frozen probe after tuning")
         .column("Setting")
         .column("Split")
-        .numbers("Gap as given", "")
+        .numbers("Gap, original", "")
         .numbers("Gap", "after tuning")
-        .numbers("Gap lost %", "of the gap as given")
+        .numbers("Gap lost %", "of the original gap")
         .numbers("AUROC", "after tuning")
-        .numbers("Refusal as given", "log-odds")
+        .numbers("Refusal, original", "log-odds")
         .numbers("Refusal", "log-odds after tuning");
     for n in settings {
         let splits = n.runs.iter().filter_map(|run| run.drift.as_ref());
@@ -92,16 +91,16 @@ fn drift(settings: &[Setting<'_>]) -> Table {
             let over = |of: &dyn Fn(&SplitDrift) -> Option<f64>| -> Option<Measure> {
                 over_seeds(&runs.iter().map(|drift| of(drift)).collect::<Option<Vec<f64>>>()?)
             };
-            // The model as given is the same for all.
+            // The original model is the same for all.
             let base = runs.first().map(|drift| drift.base);
             table.row([
                 Entry::text(n.name.as_str()),
                 Entry::text(split.name()),
-                base.map_or(Entry::missing(), |base| Entry::fixed(base.gap, 2)),
+                Entry::fixed(base.map(|base| base.gap), 2),
                 entry(over(&|d| Some(d.tuned.gap)), 2),
                 percent_entry(over(&|d| d.drop.get(&ScoreKind::Gap).copied())),
                 entry(over(&|d| Some(d.tuned.auroc)), 3),
-                base.and_then(|base| base.refusal).map_or(Entry::missing(), |refusal| Entry::fixed(refusal, 2)),
+                Entry::fixed(base.and_then(|base| base.refusal), 2),
                 entry(over(&|d| d.tuned.refusal), 2),
             ]);
         }
@@ -113,7 +112,7 @@ fn drift(settings: &[Setting<'_>]) -> Table {
     table
 }
 
-/// Whether a drop is specific to security: the map's controls, by kind of module.
+/// Controls of the map by module kind: is a drop specific to security?
 fn controls(map: &RobustnessMap, score: ScoreKind) -> Table {
     let mut table = Table::new("Controls of the map")
         .column("Module")
@@ -124,7 +123,7 @@ fn controls(map: &RobustnessMap, score: ScoreKind) -> Table {
         .numbers("AUROC, retrained probe", "");
     let mean = |cells: &[&CellRobustness], of: &dyn Fn(&CellRobustness) -> Option<Stat>| {
         let values: Vec<f64> = cells.iter().filter_map(|c| of(c)).map(|stat| stat.mean).collect();
-        Stat::of(&values).map_or(Entry::missing(), |s| Entry::plus_minus(s.mean, s.error.unwrap_or(f64::NAN), 3))
+        Stat::of(&values).map_or(Entry::missing(), |stat| Entry::plus_minus(stat.mean, stat.error, 3))
     };
     for kind in ModuleKind::ALL {
         let cells: Vec<&CellRobustness> =
@@ -143,7 +142,7 @@ fn controls(map: &RobustnessMap, score: ScoreKind) -> Table {
     }
     let clean = map
         .clean_retrained_auroc
-        .map(|auroc| format!(" On the model as given, a retrained probe has an AUROC of {}.", format::fixed(auroc, 3)));
+        .map(|auroc| format!(" On the original model, a retrained probe has an AUROC of {}.", format::fixed(auroc, 3)));
     table.note = format!("Means over layers with their standard errors.{}", clean.unwrap_or_default());
     table
 }
@@ -180,7 +179,7 @@ fn times(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
         table.row([
             Entry::text(format!("tuning: {}{times}", n.name)),
             time(seconds),
-            Entry::number(steps as f64, format::count(steps)),
+            Entry::count(steps),
             Entry::number(tokens as f64, format::compact(tokens)),
             Entry::number(speed, format::compact(speed as u64)),
             Entry::number(memory as f64, format::bytes(memory)),

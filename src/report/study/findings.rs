@@ -1,18 +1,18 @@
-//! The findings: sentences that claim no more than the numbers show.
+//! Findings: sentences that claim no more than the numbers show.
 
 use super::setting::{ASR, OVER_REFUSAL, RateOf, STRICT_ASR, Setting, TASK, several, training_seeds};
 use crate::report::chart::Measure;
 use crate::report::format;
 use crate::secure::study::{Base, Mix};
 
-/// What is compared, most important first.
+/// Compared measures, most important first.
 const MEASURES: [(&str, RateOf); 4] = [
     ("Attack success", ASR),
     ("Strict attack success", STRICT_ASR),
     ("Over-refusal", OVER_REFUSAL),
     ("The task score", TASK),
 ];
-/// Means closer than this count as equal: they are sums of different values.
+/// Means closer than this count as equal: they differ by rounding alone.
 const ROUNDING: f64 = 1e-9;
 
 /// Paragraphs separated by blank lines; empty where nothing was measured.
@@ -61,7 +61,7 @@ fn rates(runs: &[&Setting<'_>]) -> String {
     if list.is_empty() { list } else { format!("Attack success{what}: {list}.") }
 }
 
-/// The model as given, plain tuning and SWAT on the same data, and SWAT against the fairest plain run.
+/// Original model, plain tuning and SWAT on the same data, and SWAT against the fairest plain run.
 fn against_plain(settings: &[Setting<'_>], swat: &Setting<'_>) -> String {
     let find = |base: Base, mix: Option<Mix>| settings.iter().find(|n| n.spec.base == base && n.spec.mix == mix);
     let (plain, equal) = (find(Base::Plain, swat.spec.mix), find(Base::PlainEqual, swat.spec.mix));
@@ -72,7 +72,7 @@ fn against_plain(settings: &[Setting<'_>], swat: &Setting<'_>) -> String {
         sentences.extend(MEASURES.iter().filter_map(|(what, of)| compare(what, *of, swat, reference)));
         if swat.rate(ASR).zip(reference.rate(ASR)).is_some_and(|(a, b)| a.value > b.value - ROUNDING) {
             let (swat, reference) = (&swat.name, &reference.name);
-            sentences.push(format!("By attack success, {swat} is no better than {reference} here."));
+            sentences.push(format!("By attack success, {swat} is no better than {reference}."));
         }
         if swat.steps() != reference.steps() {
             sentences.push(format!(
@@ -88,29 +88,29 @@ fn against_plain(settings: &[Setting<'_>], swat: &Setting<'_>) -> String {
     sentences.join(" ")
 }
 
-/// One measure of `a` against that of `b`; `None` where one of them lacks it.
+/// Compares a measure of two settings; `None` where one of them lacks it.
 fn compare(what: &str, of: RateOf, a: &Setting<'_>, b: &Setting<'_>) -> Option<String> {
     let (x, y) = (a.rate(of)?, b.rate(of)?);
     let (own, other) = (&a.name, &b.name);
     if x == y {
-        return Some(format!("{what} of {own} is the same as that of {other}: {}.", text(x)));
+        return Some(format!("{what} is the same with {own} and {other}: {}.", text(x)));
     }
     let points = format::fixed((x.value - y.value).abs() * 100.0, 1);
     let side = if x.value < y.value { "lower" } else { "higher" };
     let equal = (x.value - y.value).abs() < ROUNDING;
-    let side = if equal { "as high as".into() } else { format!("{points} points {side} than") };
+    let side = if equal { "the same as".into() } else { format!("{points} points {side} than") };
     let ends = |m: Measure| m.interval.unwrap_or((m.value, m.value));
     let ((low, high), (from, to)) = (ends(x), ends(y));
     let overlap = if low <= to && from <= high { "overlap" } else { "do not overlap" };
     let intervals = if a.several { "ranges over training seeds" } else { "intervals" };
     Some(format!(
-        "{what} of {own} is {side} that of {other}: {} against {}; the {intervals} {overlap}.",
+        "{what} with {own} is {side} with {other}: {} against {}; the {intervals} {overlap}.",
         text(x),
         text(y)
     ))
 }
 
-/// Attack success of other settings, and how many of them SWAT undercuts.
+/// Attack success of other settings, and how many of them are above SWAT.
 fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
     if runs.is_empty() {
         return String::new();
@@ -120,9 +120,9 @@ fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
         let at_most = |n: &&&Setting<'_>| n.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
         let better: Vec<&Setting<'_>> = runs.iter().filter(at_most).copied().collect();
         let (name, lower, all) = (&swat.name, runs.len() - better.len(), runs.len());
-        sentences.push(format!("That of {name} is lower than {lower} of these {all}."));
+        sentences.push(format!("{name} is lower than {lower} of these {all}."));
         if !better.is_empty() {
-            sentences.push(format!("{name} is no better here than: {}.", names(&better)));
+            sentences.push(format!("It is no better than: {}.", names(&better)));
         }
     }
     sentences.join(" ")
@@ -146,8 +146,8 @@ fn seeds(settings: &[Setting<'_>]) -> String {
         let count = all.len();
         let chance = ranges_apart(count).map(|one_in| {
             format!(
-                " The ranges of two settings that do not differ would be apart in about one comparison of {one_in} by \
-                 chance, and several are made here."
+                " By chance, the ranges of two equivalent settings are disjoint in about one comparison of {one_in}, and \
+                 several are made here."
             )
         });
         return format!(
@@ -158,13 +158,13 @@ fn seeds(settings: &[Setting<'_>]) -> String {
     }
     let plural = if all.len() == 1 { "seed" } else { "seeds" };
     format!(
-        "Each setting was trained once ({plural} {list}). The intervals cover the choice of prompts, not that of the \
-         training seed: variation between seeds was not measured."
+        "Each setting was trained once ({plural} {list}). The intervals cover the choice of prompts; variation between \
+         training seeds was not measured."
     )
 }
 
-/// Ranges of two samples of `n` draws from one distribution without ties are disjoint in one of how many cases: half of
-/// the binomial (2n over n). `None` above 10 draws, where it is negligible.
+/// Reciprocal probability that the ranges of two samples of `n` draws from one continuous distribution are disjoint: half
+/// of the binomial coefficient (2n over n). `None` above 10 draws, where it is negligible.
 fn ranges_apart(n: usize) -> Option<u64> {
     let n = u64::try_from(n).ok().filter(|n| *n <= 10)?;
     Some((1..=n).fold(1, |ways, k| ways * (n + k) / k) / 2)

@@ -7,10 +7,10 @@ use crate::report::heatmap::{Heatmap, Row, Tile};
 use crate::report::palette::Ramp;
 use crate::report::table::{Entry, Table};
 use crate::secure::study::Outcome;
-use crate::secure::{CellRobustness, Noise, RobustnessMap, ScoreKind, share};
+use crate::secure::{CellRobustness, Noise, RobustnessMap, ScoreKind, Stat, share};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// What was done to the weights: `gaussian, ε = 1.2`. Of the directory of an update only the name is shown.
+/// The perturbation of a map, `gaussian, ε = 1.2`; an update's directory is shown by its name alone.
 pub fn perturbation(map: &RobustnessMap) -> String {
     let kind = match &map.kind {
         Noise::Zero => return "zero".into(),
@@ -22,8 +22,7 @@ pub fn perturbation(map: &RobustnessMap) -> String {
     format!("{kind}, ε = {}", format::significant(f64::from(map.epsilon), 3))
 }
 
-/// One row per layer; embedding, final norm and head span the whole width. Layers and cells that do not occur are left
-/// out.
+/// A grid with one row per layer that occurs; embedding, final norm and head span the whole width.
 fn grid(cells: impl IntoIterator<Item = Cell>, tile: impl Fn(Cell) -> Tile) -> Heatmap {
     let cells: BTreeSet<Cell> = cells.into_iter().collect();
     let norms = cells.iter().any(|c| matches!(c, Cell::Norms(_)));
@@ -69,7 +68,7 @@ fn drops(map: &RobustnessMap, score: ScoreKind) -> impl Iterator<Item = (Cell, f
     map.cells.iter().filter_map(drop).filter(|(_, drop)| drop.is_finite())
 }
 
-/// `None` where the clean score had nothing to lose.
+/// The map, if it has drops of the score: the clean score was above 0.
 pub(super) fn drawn(outcome: &Outcome, score: ScoreKind) -> Option<&RobustnessMap> {
     outcome.map.as_ref().filter(|map| drops(map, score).next().is_some())
 }
@@ -80,8 +79,9 @@ fn chosen(cells: &[(Cell, f64)], mods: &ModuleSet) -> Entry {
     Entry::number(chosen as f64 / cells.len() as f64, format!("{chosen} of {}", cells.len()))
 }
 
-fn mean(cells: &[(Cell, f64)]) -> f64 {
-    cells.iter().map(|(_, drop)| drop).sum::<f64>() / cells.len() as f64
+/// Mean drop and its standard error over the cells.
+fn stat(cells: &[(Cell, f64)]) -> Option<Stat> {
+    Stat::of(&cells.iter().map(|(_, drop)| *drop).collect::<Vec<_>>())
 }
 
 fn note(map: &RobustnessMap, score: ScoreKind) -> String {
@@ -104,17 +104,14 @@ pub fn robustness_table(map: &RobustnessMap, score: ScoreKind, mods: &ModuleSet)
             _ => false,
         };
         let cells: Vec<(Cell, f64)> = drops(map, score).filter(|(cell, _)| of_kind(*cell)).collect();
-        let n = cells.len() as f64;
-        let mean = mean(&cells);
-        let squares = cells.iter().map(|(_, drop)| (drop - mean).powi(2)).sum::<f64>();
-        let error = if n > 1.0 { (squares / (n - 1.0) / n).sqrt() } else { f64::NAN };
         let extreme = |(cell, drop): &(Cell, f64)| Entry {
             detail: cell.layer().map(|l| format!("layer {l}")).unwrap_or_default(),
             ..Entry::fixed(*drop, 3)
         };
         let by_drop = |a: &&(Cell, f64), b: &&(Cell, f64)| a.1.total_cmp(&b.1);
-        if let (Some(largest), Some(least)) = (cells.iter().max_by(by_drop), cells.iter().min_by(by_drop)) {
-            let mean = Entry::plus_minus(mean, error, 3);
+        let (largest, least) = (cells.iter().max_by(by_drop), cells.iter().min_by(by_drop));
+        if let (Some(stat), Some(largest), Some(least)) = (stat(&cells), largest, least) {
+            let mean = Entry::plus_minus(stat.mean, stat.error, 3);
             table.row([Entry::text(name), mean, extreme(largest), extreme(least), chosen(&cells, mods)]);
         }
     }
@@ -142,13 +139,13 @@ pub(super) fn layers_table(map: &RobustnessMap, score: ScoreKind, mods: &ModuleS
             ..Entry::fixed(*drop, 3)
         });
         let layer = Entry::number(*layer as f64, layer.to_string());
-        table.row([layer, Entry::fixed(mean(cells), 3), largest, chosen(cells, mods)]);
+        table.row([layer, Entry::fixed(stat(cells).map(|stat| stat.mean), 3), largest, chosen(cells, mods)]);
     }
     table.note = note(map, score);
     table
 }
 
-/// Cells among which `mods` was chosen, and the share of the projections' parameters that it holds.
+/// Candidate cells of the choice of `mods`, and its share of the projections' parameters.
 pub(super) fn choice(outcome: &Outcome, mods: &ModuleSet) -> (ModuleSet, f64) {
     if let Some(search) = &outcome.search {
         return (search.single.keys().copied().chain(mods.iter()).collect(), search.share);
@@ -159,7 +156,7 @@ pub(super) fn choice(outcome: &Outcome, mods: &ModuleSet) -> (ModuleSet, f64) {
     (projections.chain(mods.iter()).collect(), share(mods, &parameters))
 }
 
-/// Which cells are in Mods_Rob; after searches with several seeds, how many of them chose each cell.
+/// Heat map of Mods_Rob; of the vote shares of its cells where the search had several seeds.
 pub(super) fn mods_map(outcome: &Outcome, mods: &ModuleSet) -> Heatmap {
     let (all, share) = choice(outcome, mods);
     let search = outcome.search.as_ref();

@@ -1,4 +1,4 @@
-//! What the settings do: tiles, table and charts of the evaluations.
+//! Tiles, table and charts of the evaluations.
 
 use super::setting::{
     ASR, OVER_REFUSAL, RateOf, STRICT_ASR, Setting, TASK, entry, join, percent_entry, seeds_list, seeds_text, several,
@@ -12,7 +12,7 @@ use crate::report::table::{Entry, Table};
 use crate::secure::SetSpec;
 use crate::secure::study::{Base, RunConfig};
 
-/// Attack success of the model as given, of plain tuning and of SWAT.
+/// Tiles: attack success of the original model, plain tuning and SWAT.
 pub(super) fn highlights(settings: &[Setting<'_>]) -> Vec<Highlight> {
     let shown = [Base::Given, Base::Plain, Base::PlainEqual, Base::Swat];
     let shown = shown.iter().filter_map(|base| settings.iter().find(|s| s.is(base)));
@@ -53,8 +53,8 @@ pub(super) fn results_table(settings: &[Setting<'_>], config: &RunConfig) -> Tab
             rate(OVER_REFUSAL),
             rate(TASK),
             entry(s.value(|run| run.evaluation.perplexity.map(|p| p.perplexity)), 2),
-            Entry::number(s.steps() as f64, format::count(s.steps())),
-            s.outcome.share.map_or(Entry::missing(), |share| Entry::fixed(share * 100.0, 1)),
+            Entry::count(s.steps()),
+            Entry::fixed(s.outcome.share.map(|share| share * 100.0), 1),
             Entry::text(seeds_list(&s.seeds())),
         ]);
         if s.is(&Base::Swat) {
@@ -65,8 +65,7 @@ pub(super) fn results_table(settings: &[Setting<'_>], config: &RunConfig) -> Tab
     table
 }
 
-/// What the intervals are and how many prompts are behind a value, from the first setting that has them: all are asked
-/// the same.
+/// Note on the intervals and the numbers of prompts, which are the same for all settings.
 fn intervals(settings: &[Setting<'_>], config: &RunConfig) -> String {
     let asked = |(of, what): (RateOf, &str)| {
         let mut rates = settings.iter().flat_map(|s| &s.runs).filter_map(|run| of(&run.evaluation));
@@ -80,7 +79,7 @@ fn intervals(settings: &[Setting<'_>], config: &RunConfig) -> String {
     }
     let brackets = if several(settings) {
         let untrained = settings.iter().any(|s| s.seeds().is_empty());
-        let given = if untrained { " The model as given has one value." } else { "" };
+        let given = if untrained { " The original model has one value." } else { "" };
         format!(
             "Over {asked}. Values are means over the training seeds. In brackets: the lowest and the highest of them; \
              they do not cover the choice of prompts.{given}"
@@ -112,8 +111,8 @@ pub(super) fn results_chart(settings: &[Setting<'_>]) -> BarChart {
     }
 }
 
-/// Joint drop of warm-up sets against attack success after tuning. The sets differ in nothing else: they have the
-/// schedule of `swat` and one mix of data, the first that there is. `None` without such settings.
+/// Scatter plot of joint drop against attack success after tuning, over warm-up sets that differ in nothing else: the
+/// schedule of `swat` and one mix of data, the first that occurs. `None` without such settings.
 pub(super) fn sets_chart(settings: &[Setting<'_>]) -> Option<Scatter> {
     let warmups = || settings.iter().filter(|s| matches!(s.spec.base, Base::Swat | Base::Warmup(_)));
     let mix = warmups().next()?.spec.mix;
@@ -122,7 +121,7 @@ pub(super) fn sets_chart(settings: &[Setting<'_>]) -> Option<Scatter> {
     for s in warmups().filter(|s| s.spec.mix == mix) {
         let Some((x, asr)) = s.outcome.joint.zip(s.rate(ASR)) else { continue };
         let name = match &s.spec.base {
-            Base::Warmup(SetSpec::Random { .. }) => "random sets",
+            Base::Warmup(SetSpec::Random(_) | SetSpec::RandomWithoutLayer0(_)) => "random sets",
             Base::Warmup(SetSpec::Complement) => "complement",
             Base::Warmup(_) => "other",
             _ => "Mods_Rob",

@@ -15,7 +15,7 @@ pub(super) const STRICT_ASR: RateOf = |e| e.strict_asr;
 pub(super) const OVER_REFUSAL: RateOf = |e| e.over_refusal;
 pub(super) const TASK: RateOf = |e| e.task.as_ref().map(|task| task.overall);
 
-/// A setting's outcome with what a report calls it.
+/// A setting's outcome with its display name and colour.
 #[derive(Clone)]
 pub(super) struct Setting<'a> {
     pub spec: &'a SettingSpec,
@@ -23,9 +23,9 @@ pub(super) struct Setting<'a> {
     pub name: String,
     pub tone: Tone,
     pub outcome: &'a SettingOutcome,
-    /// One per training seed; a single one for the model as given.
+    /// One per training seed; a single one for the original model.
     pub runs: Vec<&'a RunOutcome>,
-    /// Whether intervals are ranges over training seeds; else they are over prompts.
+    /// Whether intervals are ranges over training seeds, else Wilson intervals over prompts.
     pub several: bool,
 }
 
@@ -50,8 +50,8 @@ impl<'a> Setting<'a> {
         tuned.map(|run| Self { runs: vec![*run], several: false, ..self.clone() })
     }
 
-    /// Whether it is this base, with no refusals mixed in: those are a defence of their own, while an attack changes
-    /// the data of every setting alike.
+    /// Whether it has this base and no refusals mixed in: those are a defence of their own, while an attack changes the data
+    /// of every setting alike.
     pub fn is(&self, base: &Base) -> bool {
         self.spec.base == *base && self.spec.mix != Some(Mix::Refusals)
     }
@@ -70,14 +70,14 @@ impl<'a> Setting<'a> {
         self.tuned().next().map_or(0, |tuned| tuned.phases.iter().map(|phase| phase.steps).sum())
     }
 
-    /// A value over the training seeds; `None` where a run lacks it.
+    /// Mean and range of a value over the training seeds; `None` where a run lacks it.
     pub fn value(&self, of: impl Fn(&RunOutcome) -> Option<f64>) -> Option<Measure> {
         let values: Option<Vec<f64>> = self.runs.iter().map(|run| of(run)).collect();
         over_seeds(&values?)
     }
 
-    /// A rate over the training seeds, with its own interval in a study of one seed; `None` where a run lacks it or
-    /// nothing was asked.
+    /// A rate over the training seeds, with its Wilson interval in a study of one seed; `None` where a run lacks it or has
+    /// no trials.
     pub fn rate(&self, of: RateOf) -> Option<Measure> {
         let rate = |run: &RunOutcome| of(&run.evaluation).filter(|rate| rate.total > 0);
         match self.runs.as_slice() {
@@ -91,15 +91,15 @@ impl<'a> Setting<'a> {
 
 fn name(spec: &SettingSpec, mix_share: f64) -> String {
     let name = match &spec.base {
-        Base::Given => "as given".into(),
+        Base::Given => "original".into(),
         Base::Plain => "plain".into(),
         Base::PlainEqual => "plain, equal steps".into(),
         Base::Swat => "SWAT".into(),
         Base::Reversed => "SWAT reversed".into(),
         Base::ModsOnly => "Mods_Rob only".into(),
         Base::MlLr(beta) => format!("ML-LR, the rest × {beta}"),
-        Base::Warmup(SetSpec::Random { seed, layer0: true }) => format!("random set {seed}"),
-        Base::Warmup(SetSpec::Random { seed, layer0: false }) => format!("random set {seed} without layer 0"),
+        Base::Warmup(SetSpec::Random(seed)) => format!("random set {seed}"),
+        Base::Warmup(SetSpec::RandomWithoutLayer0(seed)) => format!("random set {seed} without layer 0"),
         Base::Warmup(SetSpec::Complement) => "complement".into(),
         Base::Warmup(SetSpec::Layer0) => "layer 0".into(),
         Base::Warmup(SetSpec::Named(set)) => format!("warm-up on {set}"),
@@ -119,13 +119,13 @@ fn tone(spec: &SettingSpec) -> Tone {
         (Base::Plain, _) => Tone::Vermilion,
         (Base::PlainEqual, _) => Tone::Amber,
         (Base::Swat, _) => Tone::Blue,
-        (Base::Warmup(SetSpec::Random { .. }), _) => Tone::Green,
+        (Base::Warmup(SetSpec::Random(_) | SetSpec::RandomWithoutLayer0(_)), _) => Tone::Green,
         (Base::Warmup(SetSpec::Complement), _) => Tone::Pink,
         _ => Tone::Muted,
     }
 }
 
-/// Whether a study has several training seeds.
+/// Whether the study has several training seeds.
 pub(super) fn several(settings: &[Setting<'_>]) -> bool {
     settings.iter().any(|s| s.several)
 }
@@ -168,7 +168,7 @@ pub(super) fn over_seeds(values: &[f64]) -> Option<Measure> {
     (!values.is_empty()).then_some(Measure { value: mean, interval })
 }
 
-/// Joins series by key, and keeps the keys that all of them have.
+/// Values by key, for the keys that all series have.
 pub(super) fn by_key<K: Ord, V>(series: impl IntoIterator<Item = Vec<(K, V)>>) -> BTreeMap<K, Vec<V>> {
     let mut all: BTreeMap<K, Vec<V>> = BTreeMap::new();
     let mut count = 0;
@@ -182,9 +182,7 @@ pub(super) fn by_key<K: Ord, V>(series: impl IntoIterator<Item = Vec<(K, V)>>) -
 
 /// A table's entry: the value and, in brackets, its interval.
 pub(super) fn entry(measure: Option<Measure>, decimals: usize) -> Entry {
-    let Some(Measure { value, interval }) = measure else { return Entry::missing() };
-    let (low, high) = interval.unwrap_or((f64::NAN, f64::NAN));
-    Entry::interval(value, low, high, decimals)
+    measure.map_or(Entry::missing(), |measure| Entry::interval(measure.value, measure.interval, decimals))
 }
 
 /// A share as an entry in percent.

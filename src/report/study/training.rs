@@ -1,4 +1,4 @@
-//! What tuning does to the model: weight updates (figure 5 of the paper), drift, training loss.
+//! Weight updates (figure 5 of the paper), drift and training loss.
 
 use super::setting::{Setting, by_key, join, over_seeds, seeds_list, seeds_text, several, training_seeds};
 use crate::modules::{Cell, ModuleSet};
@@ -14,6 +14,13 @@ pub(super) struct Updates<'a> {
     mods: &'a ModuleSet,
 }
 
+/// Inside or outside of Mods_Rob.
+#[derive(Clone, Copy, PartialEq)]
+enum Side {
+    Inside,
+    Outside,
+}
+
 impl<'a> Updates<'a> {
     /// `None` where there is no set or nothing was tuned.
     pub fn new(settings: &'a [Setting<'a>], outcome: &'a Outcome) -> Option<Self> {
@@ -27,10 +34,11 @@ impl<'a> Updates<'a> {
         Some(Self { mods: outcome.mods.as_ref().filter(|_| !settings.is_empty())?, settings })
     }
 
-    /// The mean over cells in or outside of the set, of one layer or of all.
-    fn mean(&self, cells: &[(Cell, f64)], chosen: bool, layer: Option<usize>) -> Option<f64> {
-        let side = |cell: &Cell| self.mods.contains(*cell) == chosen && (layer.is_none() || cell.layer() == layer);
-        let values = cells.iter().filter(|(cell, value)| side(cell) && value.is_finite()).map(|(_, value)| *value);
+    /// Mean over the cells of a side, of one layer or of all.
+    fn mean(&self, cells: &[(Cell, f64)], side: Side, layer: Option<usize>) -> Option<f64> {
+        let inside = side == Side::Inside;
+        let wanted = |cell: &Cell| self.mods.contains(*cell) == inside && (layer.is_none() || cell.layer() == layer);
+        let values = cells.iter().filter(|(cell, value)| wanted(cell) && value.is_finite()).map(|(_, value)| *value);
         over_seeds(&values.collect::<Vec<_>>()).map(|mean| mean.value)
     }
 
@@ -39,13 +47,16 @@ impl<'a> Updates<'a> {
         let cells = self.settings.iter().flat_map(|(_, cells)| cells);
         let layers: BTreeSet<usize> = cells.filter_map(|(cell, _)| cell.layer()).collect();
         let panel = |(setting, cells): &(&Setting<'_>, Vec<(Cell, f64)>)| {
-            let series = |name: &str, tone, chosen| {
-                let bar = |layer: &usize| Some(Measure::new(100.0 * self.mean(cells, chosen, Some(*layer))?));
+            let series = |name: &str, tone, side| {
+                let bar = |layer: &usize| Some(Measure::new(100.0 * self.mean(cells, side, Some(*layer))?));
                 BarSeries { name: name.into(), tone, bars: layers.iter().map(bar).collect() }
             };
             BarPanel {
                 heading: join(&[&setting.name, &seeds_text(&setting.seeds())]),
-                series: vec![series("in Mods_Rob", Tone::Blue, true), series("the rest", Tone::Amber, false)],
+                series: vec![
+                    series("in Mods_Rob", Tone::Blue, Side::Inside),
+                    series("the rest", Tone::Amber, Side::Outside),
+                ],
             }
         };
         BarChart {
@@ -69,7 +80,7 @@ impl<'a> Updates<'a> {
             .column("Seeds");
         for (setting, cells) in &self.settings {
             let mean = |chosen| self.mean(cells, chosen, None).unwrap_or(f64::NAN);
-            let (chosen, rest) = (mean(true), mean(false));
+            let (chosen, rest) = (mean(Side::Inside), mean(Side::Outside));
             table.row([
                 Entry::text(&setting.name),
                 Entry::fixed(chosen * 100.0, 3),
@@ -82,8 +93,8 @@ impl<'a> Updates<'a> {
     }
 }
 
-/// √(Σ over phases ‖ΔW‖²) / ‖W before the first phase‖ of each cell. It is ‖ΔW‖ / ‖W‖ of the whole run where the phases
-/// move a cell at right angles or only one does; the phases by themselves are in the table of details.
+/// √(Σ ‖ΔW‖² over phases) / ‖W before the first phase‖ of each cell: ‖ΔW‖ / ‖W‖ of the whole run where only one phase moves
+/// the cell, or the phases' updates are orthogonal.
 fn relative_updates(tuned: &TunedOutcome) -> Vec<(Cell, f64)> {
     let mut squares: BTreeMap<Cell, f64> = BTreeMap::new();
     for (cell, update) in tuned.updates.phases.iter().flat_map(|phase| &phase.cells) {
@@ -100,8 +111,8 @@ fn relative_updates(tuned: &TunedOutcome) -> Vec<(Cell, f64)> {
 /// A score by step.
 type Steps = Vec<(u64, Option<f64>)>;
 
-/// The frozen probe and the refusal log-odds by epoch; `None` where nothing was tuned. The probe's gap is relative to
-/// the model as given where every run began above 0, else as it is.
+/// Frozen probe and refusal log-odds by epoch; `None` where nothing was tuned. The probe's gap is relative to the original
+/// model where that is above 0 in every run, else absolute.
 pub(super) fn drift_charts(settings: &[Setting<'_>], outcome: &Outcome) -> Option<[LineChart; 2]> {
     let drawn = |s: &&Setting<'_>| s.tuned().next().is_some() && s.tuned().all(|tuned| !tuned.points.is_empty());
     let shown: Vec<&Setting<'_>> = settings.iter().filter(drawn).collect();
@@ -139,7 +150,7 @@ pub(super) fn drift_charts(settings: &[Setting<'_>], outcome: &Outcome) -> Optio
             ..LineChart::default()
         }
     };
-    let unit = if relative { " (the model as given = 1)" } else { "" };
+    let unit = if relative { " (original model = 1)" } else { "" };
     let gap = format!("gap of the probe at hidden state {}{unit}", outcome.probe.metric_layer);
     let refusal = "refusal log-odds, harmful minus benign".into();
     (!shown.is_empty()).then(|| [chart("Frozen probe", gap, &gaps), chart("Refusal", refusal, &refusals)])

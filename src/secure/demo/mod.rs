@@ -3,11 +3,11 @@
 pub(crate) mod model;
 
 use self::model::DEMO_MAX_LENGTH;
-use super::{RobustnessOptions, ScorerOptions, SearchOptions, TuneJob};
+use super::{EvaluateOptions, RobustnessOptions, ScorerOptions, SearchOptions, TuneRecipe};
 use crate::data::tiny::{Counts, Language, export};
 use crate::error::{Error, Result};
 use crate::io::write_atomic;
-use crate::secure::study::{DataFiles, EvaluateOptions, RunConfig};
+use crate::secure::study::{DataFiles, RunConfig, TuneConfig};
 use crate::train::{PhaseOptions, Schedule, TuneOptions};
 use std::path::Path;
 
@@ -68,7 +68,7 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: 
         out: out.to_owned(),
         title: "SWAT on a tiny aligned model".into(),
         seed,
-        settings: settings.map(str::to_owned).to_vec(),
+        settings: settings.into_iter().map(str::parse).collect::<Result<_>>()?,
         data: DataFiles {
             security: data.join("security.jsonl"),
             train: vec![data.join("train.jsonl")],
@@ -82,18 +82,20 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: 
         perturb: ScorerOptions { members: 2, seed, ..ScorerOptions::default() },
         robustness: RobustnessOptions::default(),
         search: SearchOptions { swap: false, ..SearchOptions::default() },
-        tune: TuneJob {
-            shared: TuneOptions {
-                batch_size: 16,
-                max_length: DEMO_MAX_LENGTH,
-                save_every: 100,
-                seed,
-                ..TuneOptions::default()
-            },
+        tune: TuneConfig {
             seeds: (seeds != 1).then(|| (0..seeds).map(|i| seed.wrapping_add(i)).collect()),
-            mods_phase: phase(100),
-            all_phase: phase(200),
-            ..TuneJob::default()
+            recipe: TuneRecipe {
+                shared: TuneOptions {
+                    batch_size: 16,
+                    max_length: DEMO_MAX_LENGTH,
+                    save_every: 100,
+                    seed,
+                    ..TuneOptions::default()
+                },
+                mods_phase: phase(100),
+                all_phase: phase(200),
+                ..TuneRecipe::default()
+            },
         },
         evaluate: EvaluateOptions { task_tokens: 48, answer_tokens: 40, ..EvaluateOptions::default() },
         ..RunConfig::default()
@@ -110,7 +112,7 @@ mod tests {
         let study = |seeds| demo_study(Path::new("model"), 1, 5, seeds, dir.path()).unwrap();
         assert_eq!(study(3).training_seeds(), [5, 6, 7]);
         // As it was before there were several, so that what is kept is found.
-        assert_eq!((study(1).tune.seeds, study(1).tune.shared.seed), (None, 5));
+        assert_eq!((study(1).tune.seeds, study(1).tune.recipe.shared.seed), (None, 5));
         study(3).check("demo").unwrap();
     }
 }

@@ -1,20 +1,19 @@
-//! Drift: what the frozen probe and plain geometry say of another model's features.
+//! Drift of a tuned model's features, by the frozen probe and by geometry.
 
 use super::features::{Features, Snapshot, output_shift};
-use super::labels::harmful;
 use super::{Head, Probe};
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use crate::secure::eval::metrics::{Metrics, ScoreKind, Scores, relative_drop};
 use std::collections::BTreeMap;
 
-/// Drift of a tuned model against the model that the probe was trained on.
+/// Drift of a tuned model from the one its probe was trained on.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drift {
-    /// The layer that counts.
+    /// Index of the hidden state that is scored.
     pub metric_layer: usize,
-    /// Per split that holds prompts of both classes.
+    /// By split, for the splits with both classes.
     pub splits: BTreeMap<Split, SplitDrift>,
 }
 
@@ -22,29 +21,29 @@ pub struct Drift {
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SplitDrift {
-    /// layers + 1 entries.
+    /// One entry per hidden state, layers + 1.
     pub layers: Vec<LayerDrift>,
-    /// Scores of the model as given, at the metric layer.
+    /// Scores of the original model, at the metric layer.
     pub base: Scores,
     /// Scores of the tuned model.
     pub tuned: Scores,
-    /// R of each score that had something to lose.
+    /// R of each score that was above 0.
     pub drop: BTreeMap<ScoreKind, f64>,
 }
 
-/// Drift of one layer.
+/// Drift of one hidden state.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerDrift {
     /// Index of the hidden state.
     pub layer: usize,
-    /// The frozen probe on the model as given.
+    /// Metrics of the probe on the original model.
     pub base: Metrics,
-    /// The frozen probe on the tuned model.
+    /// Metrics of the frozen probe on the tuned model.
     pub tuned: Metrics,
     /// Mean over prompts of ‖h′ − h‖ / ‖h‖.
     pub output_shift: f64,
-    /// Cosine between the two models' harmful-minus-benign mean directions; none where one is zero.
+    /// Cosine between both models' difference of class means, harmful minus benign; none if one is zero.
     pub direction_cosine: Option<f64>,
 }
 
@@ -65,7 +64,7 @@ pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[Securit
     let mut splits = BTreeMap::new();
     for split in Split::ALL {
         let rows: Vec<usize> = (0..labels.len()).filter(|i| labels[*i].split == split).collect();
-        let harmful: Vec<bool> = rows.iter().map(|i| harmful(&labels[*i])).collect();
+        let harmful: Vec<bool> = rows.iter().map(|i| labels[*i].is_harmful()).collect();
         if !harmful.contains(&true) || !harmful.contains(&false) {
             continue;
         }
@@ -100,7 +99,10 @@ pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[Securit
 }
 
 impl Features {
-    /// Some prompts' rows of a layer, [rows, hidden].
+    /// Rows of a hidden state, [rows, hidden].
+    ///
+    /// # Panics
+    /// Where a layer or row is out of range.
     pub fn rows(&self, layer: usize, rows: &[usize]) -> Vec<f32> {
         rows.iter().flat_map(|i| &self.layers[layer][i * self.hidden..(i + 1) * self.hidden]).copied().collect()
     }

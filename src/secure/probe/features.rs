@@ -1,57 +1,36 @@
-//! Features: hidden states at the last prompt token, of the prompt as the chat template renders it.
+//! Features: hidden states at the last token of the rendered prompt.
 
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
-use crate::model::{ChatTemplate, Message, Tokenizer};
 use crate::modules::ModuleSet;
+use crate::progress::{Observer, Progress};
 use crate::secure::eval::refusal::FirstTokens;
+use crate::secure::eval::token_batches;
 use std::ops::Range;
 
-use crate::progress::{Observer, Progress};
-
-/// Hidden states at the last token of every prompt.
+/// Hidden states at the last token of each prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Features {
-    /// Prompts.
+    /// Number of prompts.
     pub prompts: usize,
-    /// Width.
+    /// Width of the hidden states.
     pub hidden: usize,
     /// layers + 1 of [prompts, hidden]: the embedding's output first, the last after the final norm.
     pub layers: Vec<Vec<f32>>,
 }
 
-/// What a model shows of the prompts: features and the refusal log-odds at the first answer position.
+/// Features and refusal log-odds of a model on a set of prompts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
     /// Hidden states.
     pub features: Features,
-    /// \[prompts\]; none without [`FirstTokens`].
+    /// Log-odds at the first answer position, \[prompts\]; none without [`FirstTokens`].
     pub refusal: Option<Vec<f64>>,
 }
 
-/// Token ids of each prompt as the model sees it: chat template with the assistant's header. `system` puts a system turn
-/// before.
-///
-/// # Errors
-/// [`Error::Input`] where the template refuses a prompt.
-pub fn render_prompts<'p>(
-    template: &ChatTemplate,
-    tokenizer: &Tokenizer,
-    prompts: impl IntoIterator<Item = &'p str>,
-    system: Option<&str>,
-) -> Result<Vec<Vec<u32>>> {
-    let turn = |role: &str, content: &str| Message { role: role.to_owned(), content: content.to_owned() };
-    let render = |prompt: &str| {
-        let mut messages: Vec<Message> = system.map(|text| turn("system", text)).into_iter().collect();
-        messages.push(turn("user", prompt));
-        tokenizer.encode(&template.render(&messages, true)?, false)
-    };
-    prompts.into_iter().map(render).collect()
-}
-
-/// A hash of rendered prompts with their labels, which ties probes and maps to them.
+/// Hash of rendered prompts and their labels, which ties probes and maps to them.
 pub fn prompts_hash(tokens: &[Vec<u32>], prompts: &[SecurityPrompt]) -> String {
     let mut hasher = blake3::Hasher::new();
     for (prompt, label) in tokens.iter().zip(prompts) {
@@ -63,7 +42,7 @@ pub fn prompts_hash(tokens: &[Vec<u32>], prompts: &[SecurityPrompt]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-/// Consecutive prompts of at most `batch_tokens` together; a longer prompt goes alone. An empty prompt is an error.
+/// [`token_batches`] of the prompts; an error for an empty prompt or none.
 pub(crate) fn batches(prompts: &[Vec<u32>], batch_tokens: usize) -> Result<Vec<Range<usize>>> {
     if let Some(i) = prompts.iter().position(Vec::is_empty) {
         return Err(Error::input(format!("prompt {}", i + 1), "no tokens", "a prompt of at least one token"));
@@ -71,24 +50,14 @@ pub(crate) fn batches(prompts: &[Vec<u32>], batch_tokens: usize) -> Result<Vec<R
     if prompts.is_empty() {
         return Err(Error::input("prompts", "none", "at least one prompt"));
     }
-    let mut batches = Vec::new();
-    let (mut first, mut tokens) = (0, 0);
-    for (i, prompt) in prompts.iter().enumerate() {
-        if i > first && tokens + prompt.len() > batch_tokens {
-            batches.push(first..i);
-            (first, tokens) = (i, 0);
-        }
-        tokens += prompt.len();
-    }
-    batches.push(first..prompts.len());
-    Ok(batches)
+    Ok(token_batches(prompts.iter().map(Vec::len), batch_tokens))
 }
 
 pub(crate) fn packed(prompts: &[Vec<u32>]) -> Batch {
     Batch::from_prompts(prompts.iter().map(Vec::as_slice))
 }
 
-/// Features of `prompts` (token ids), at most `batch_tokens` tokens in one forward pass.
+/// Features of `prompts` (token ids), with at most `batch_tokens` tokens per forward pass.
 ///
 /// # Errors
 /// [`Error::Input`] without prompts, or for an empty one; a failing device.
@@ -108,7 +77,7 @@ pub fn features<B: Backend>(
     Ok(Features { prompts: prompts.len(), hidden: decoder.config.hidden, layers })
 }
 
-/// Features and refusal log-odds from one pass.
+/// Features and refusal log-odds from one forward pass.
 ///
 /// # Errors
 /// As [`features`].
@@ -142,7 +111,7 @@ pub fn snapshot<B: Backend>(
     Ok(Snapshot { features, refusal: first.map(|f| f.log_odds(&logits)) })
 }
 
-/// Mean over rows of ‖h′ − h‖ / ‖h‖; rows of zeros are left out.
+/// Mean ‖h′ − h‖ / ‖h‖ over the rows with h ≠ 0.
 pub(crate) fn output_shift(base: &[f32], changed: &[f32], hidden: usize) -> f64 {
     let (mut sum, mut count) = (0.0, 0);
     for (h, c) in base.chunks_exact(hidden).zip(changed.chunks_exact(hidden)) {

@@ -3,22 +3,20 @@
 
 use super::{Head, LinearHead, Probe, ProbeAbout, ProbeLayer};
 use crate::error::{Error, Result};
+use crate::io::json::check_format;
 use crate::io::safetensors::{Dtype, Safetensors};
 use crate::io::write_atomic;
-use crate::secure::check_format;
 use safetensors::tensor::{TensorView, serialize};
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 pub(crate) const FORMAT: &str = "swat.probe/1";
 const KEY: &str = "swat.probe";
-/// Far above any model.
-const MOST_LAYERS: usize = 4096;
+/// Upper bound on the layers of a model.
+const MAX_LAYERS: usize = 4096;
 
 impl Probe {
-    /// Writes the file, whole or not at all.
+    /// Writes the file atomically.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -26,7 +24,7 @@ impl Probe {
         write_atomic(path, &self.to_bytes()?)
     }
 
-    /// blake3 of the file's bytes: the same probe gives the same hash.
+    /// blake3 of the file's bytes.
     ///
     /// # Errors
     /// [`Error::Failed`] where the probe cannot be serialized, which would be a bug.
@@ -35,7 +33,9 @@ impl Probe {
     }
 
     fn to_bytes(&self) -> Result<Vec<u8>> {
-        let bad = |e: &dyn std::fmt::Display| Error::failed(format!("cannot write the probe: {e}"), "report this");
+        let bad = |e: &dyn std::fmt::Display| {
+            Error::failed(format!("cannot write the probe: {e}"), "this is a bug; please report it")
+        };
         let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
         let mut push = |name: String, shape: Vec<usize>, values: &[f32]| {
             tensors.push((name, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect()));
@@ -61,19 +61,23 @@ impl Probe {
         serialize(views, Some(HashMap::from([(KEY.to_owned(), about)]))).map_err(|e| bad(&e))
     }
 
-    /// Reads and checks a file: whole, of this format, shapes as the metadata says, all values finite.
+    /// Reads a file and checks its format, shapes and values.
     ///
     /// # Errors
     /// [`Error::Input`] says what is wrong with the file; [`Error::Io`].
     pub fn load(path: &Path) -> Result<Self> {
         let file = Safetensors::open(path)?;
         let place = path.display().to_string();
-        let about = read_about(path, &place)?;
+        let Some(about) = file.metadata(KEY) else {
+            return Err(Error::input(place, format!("no metadata `{KEY}`"), "a probe that `swat probe` wrote"));
+        };
+        let about: ProbeAbout = serde_json::from_str(&about)
+            .map_err(|e| Error::input(format!("{place}: {KEY}"), e.to_string(), "metadata that swat wrote"))?;
         let wrong = |field: &str, found: String, expected: &str| {
             Err(Error::input(format!("{place}: {KEY}.{field}"), found, expected))
         };
         check_format(&place, &about.format, FORMAT)?;
-        if about.layers > MOST_LAYERS || about.metric_layer > about.layers {
+        if about.layers > MAX_LAYERS || about.metric_layer > about.layers {
             let found = format!("{} layers, metric layer {}", about.layers, about.metric_layer);
             return wrong("layers", found, "a metric layer among them");
         }
@@ -118,20 +122,4 @@ impl Probe {
 
 fn heads_of(about: &ProbeAbout, layer: usize) -> impl Iterator<Item = &Head> {
     about.heads.iter().filter(move |h| h.layer == layer).map(|h| &h.head)
-}
-
-/// The metadata of a file whose header was already checked.
-fn read_about(path: &Path, place: &str) -> Result<ProbeAbout> {
-    let mut file = File::open(path).map_err(Error::io(path, "open"))?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(Error::io(path, "read"))?;
-    let mut header = Vec::new();
-    file.take(u64::from_le_bytes(length)).read_to_end(&mut header).map_err(Error::io(path, "read"))?;
-    let malformed = |e: serde_json::Error| Error::input(format!("{place}: {KEY}"), format!("{e}"), "what swat writes");
-    let header: serde_json::Value = serde_json::from_slice(&header).map_err(malformed)?;
-    let Some(about) = header.get("__metadata__").and_then(|m| m.get(KEY)).and_then(|a| a.as_str()) else {
-        let found = format!("no metadata `{KEY}`");
-        return Err(Error::input(place, found, "a probe that `swat probe` wrote"));
-    };
-    serde_json::from_str(about).map_err(malformed)
 }

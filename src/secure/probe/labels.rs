@@ -1,16 +1,11 @@
-//! What the method needs of the security prompts' labels.
+//! Checks of the security prompts' labels.
 
 use crate::data::{Label, SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
-/// Whether a prompt is harmful.
-pub(crate) fn harmful(prompt: &SecurityPrompt) -> bool {
-    prompt.label == Label::Harmful
-}
-
-/// Checks that train, valid and test hold both classes and that no pair is torn between two of the splits: a twin seen in
-/// training makes its test prompt worthless.
+/// Checks that train, valid and test have both classes, and that no pair spans two splits, which would leak its test prompt
+/// into training.
 ///
 /// # Errors
 /// [`Error::Input`] names the split or the pair.
@@ -35,32 +30,4 @@ pub fn check_labels(prompts: &[SecurityPrompt]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn label(label: Label, split: Split, pair: &str) -> SecurityPrompt {
-        SecurityPrompt { prompt: String::new(), label, split, pair: Some(pair.to_owned()), category: None }
-    }
-
-    fn whole() -> Vec<SecurityPrompt> {
-        [(Split::Train, "a"), (Split::Valid, "b"), (Split::Test, "c")]
-            .into_iter()
-            .flat_map(|(split, pair)| [Label::Harmful, Label::Benign].map(|class| label(class, split, pair)))
-            .collect()
-    }
-
-    #[test]
-    fn torn_pairs_and_missing_classes_are_refused() {
-        assert!(check_labels(&whole()).is_ok());
-        let mut torn = whole();
-        torn.push(label(Label::Benign, Split::Test, "a"));
-        let error = check_labels(&torn).unwrap_err().to_string();
-        assert!(error.contains("pair `a`") && error.contains("`train`") && error.contains("`test`"), "{error}");
-        let mut missing = whole();
-        missing.remove(2);
-        assert!(check_labels(&missing).unwrap_err().to_string().contains("no harmful prompt in split `valid`"));
-    }
 }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-/// Σ aᵢ·bᵢ, in eight interleaved sums (which the compiler can keep in vector registers).
+/// Σ aᵢ·bᵢ in eight interleaved sums, which vectorises.
 pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));

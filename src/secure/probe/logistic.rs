@@ -1,32 +1,32 @@
-//! Logistic regression with a ridge: mean cross-entropy + λ‖w‖², bias unpenalised, by Newton's method with conjugate
-//! gradients and a backtracking line search, in f64. The problem is strictly convex in w, so the minimum is the one.
+//! Ridge logistic regression, mean cross-entropy + λ‖w‖² with an unpenalised bias, by Newton's method with conjugate
+//! gradients and a backtracking line search, in f64. The objective is strictly convex in w.
 //!
-//! Where there are more features than prompts, the minimum lies in the span of the prompts' feature rows (representer
-//! theorem): with X·Xᵀ = L·Lᵀ, the rows of L are features of the same inner products, and w = Xᵀ·L⁻ᵀ·v. That makes a step
-//! cost prompts² instead of prompts·features, and the reduction is shared by all λ and all heads of a layer.
+//! With more features than prompts, w lies in the span of the prompts' feature rows (representer theorem): with
+//! X·Xᵀ = L·Lᵀ, the rows of L have the same inner products, and w = Xᵀ·L⁻ᵀ·v. A step then costs prompts² instead of
+//! prompts·features, and the reduction is shared by all λ and all heads of a layer.
 
 use super::linalg::{Matrix, add_scaled, dot};
 use crate::secure::eval::metrics::{binary_cross_entropy, sigmoid};
 
-/// Newton steps before giving up; five to fifteen are usual.
-const MOST_STEPS: usize = 100;
-/// Gradient norm, relative to the one at w = 0, at which the minimum counts as found.
+/// Most Newton steps; 5 to 15 are usual.
+const MAX_STEPS: usize = 100;
+/// Gradient norm relative to w = 0 at which the fit has converged.
 const TOLERANCE: f64 = 1e-8;
-/// Relative jitter on the Gram matrix, which is singular as its features are centred.
+/// Relative jitter of the Gram matrix, which is singular for centred features.
 const JITTER: f64 = 1e-10;
 
-/// Features of a fit, reduced to as many columns as there are rows.
+/// Feature rows of a fit, reduced to at most as many columns as rows.
 pub(crate) struct Design {
     pub(crate) x: Matrix,
     reduced: Option<Matrix>,
 }
 
-/// A fitted direction.
+/// A fitted linear head.
 #[derive(Clone, Debug)]
 pub(crate) struct Fit {
     pub(crate) w: Vec<f64>,
     pub(crate) b: f64,
-    /// Norm of the gradient relative to the one at w = 0.
+    /// Gradient norm relative to w = 0.
     pub(crate) gradient: f64,
 }
 
@@ -37,7 +37,7 @@ impl Design {
         Self { x, reduced }
     }
 
-    /// The minimum for labels `y` [prompts].
+    /// Fits labels `y` [prompts].
     pub(crate) fn fit(&self, y: &[bool], lambda: f64) -> Fit {
         match &self.reduced {
             None => newton(&self.x, y, lambda),
@@ -72,7 +72,7 @@ fn newton(x: &Matrix, y: &[bool], lambda: f64) -> Fit {
     let mut z = logits(x, &w, b);
     let mut first = 0.0;
     let mut relative = f64::INFINITY;
-    for step in 0..MOST_STEPS {
+    for step in 0..MAX_STEPS {
         let (dw, db) = gradient(x, &z, y, &w, lambda);
         let norm = (dot(&dw, &dw) + db * db).sqrt();
         if step == 0 {
@@ -98,7 +98,7 @@ fn newton(x: &Matrix, y: &[bool], lambda: f64) -> Fit {
             t *= 0.5;
             result
         });
-        // No decrease left that f64 can see: this is the minimum to rounding.
+        // No decrease that f64 can resolve: the minimum up to rounding.
         let Some((nz, nw, nb)) = accepted else { break };
         (z, w, b) = (nz, nw, nb);
     }

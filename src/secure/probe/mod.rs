@@ -1,5 +1,5 @@
-//! The security-feature classifier: linear probes p = σ(w·h + b) on standardised hidden states (paper, section on the
-//! security feature space). Once trained it is frozen, its mean and deviation included, and reads any changed model.
+//! Security-feature classifiers: linear probes p = σ(w·h + b) on standardised hidden states (paper, section 3). A trained
+//! probe is frozen, its mean and deviation included, and applied to changed models.
 
 pub(crate) mod control;
 pub(crate) mod drift;
@@ -14,22 +14,23 @@ use self::control::ControlLabel;
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
+use crate::options::serde_as_text;
 use crate::secure::eval::metrics::Metrics;
 use crate::secure::eval::refusal::FirstTokens;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-/// What a probe tells apart.
+/// Label that a linear head of a probe predicts.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Head {
-    /// Harmful from benign prompts.
+    /// Harmful against benign prompts.
     Harmful,
-    /// Prompts that the model refuses from prompts that it answers, by its own greedy answers.
+    /// Refused against answered prompts, by the model's own greedy answers.
     Tendency,
-    /// The non-security label of control (c).
+    /// Label unrelated to security: control (c).
     Control,
-    /// One category of harmful prompts from the others.
+    /// One category of harmful prompts against the others.
     Category(String),
 }
 
@@ -60,67 +61,56 @@ impl FromStr for Head {
     }
 }
 
-impl serde::Serialize for Head {
-    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
-    }
-}
+serde_as_text!(Head);
 
-impl<'de> serde::Deserialize<'de> for Head {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(d)?;
-        text.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// How one head of one layer was fitted and how well it does.
+/// Fit and quality of one head at one layer.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HeadMetrics {
     /// Index of the hidden state, 0 = the embedding's output.
     pub layer: usize,
-    /// What it tells apart.
+    /// The head.
     pub head: Head,
-    /// The ridge, chosen on the validation split.
+    /// Ridge penalty, chosen on the validation split.
     pub lambda: f64,
-    /// Norm of the gradient at the fit relative to the one at w = 0; about 1e-8 when the minimum was found.
+    /// Gradient norm at the fit relative to w = 0; about 1e-8 at the minimum.
     pub gradient: f64,
-    /// Per split that holds prompts of this head.
+    /// Metrics by split, for the splits with prompts of this head.
     pub metrics: BTreeMap<Split, Metrics>,
 }
 
-/// Everything about a probe but its numbers: the metadata of `probe.safetensors`.
+/// Metadata of a probe, stored in `probe.safetensors`.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProbeAbout {
     /// `swat.probe/1`.
     pub format: String,
-    /// Hash of the model that it was trained on.
+    /// Hash of the model it was trained on.
     pub model_hash: String,
-    /// Hash of the prompts that it was trained on.
+    /// Hash of the prompts it was trained on.
     pub prompts_hash: String,
     /// Width of the hidden states.
     pub hidden: usize,
-    /// Decoder layers; there is one probe more.
+    /// Number of decoder layers L; there are L + 1 probes.
     pub layers: usize,
-    /// The layer whose probe scores drift and robustness.
+    /// Index of the hidden state at which drift and robustness are scored.
     pub metric_layer: usize,
-    /// Seed of the run that made the prompts' split and the answers.
+    /// Seed of the prompts' splits and of the answers.
     pub seed: u64,
-    /// One entry a layer and head.
+    /// One entry per layer and head.
     pub heads: Vec<HeadMetrics>,
-    /// Heads that were asked for and left out, with the reason.
+    /// Heads that were not trained, with the reason.
     pub skipped: BTreeMap<Head, String>,
-    /// The rule behind [`Head::Control`].
+    /// Rule of [`Head::Control`].
     pub control: Option<ControlLabel>,
-    /// First tokens of the model's own refusals and compliances.
+    /// First tokens of the model's own refusals and other answers.
     pub first_tokens: Option<FirstTokens>,
 }
 
-/// A direction and a threshold in standardised features.
+/// Weights of a linear head on standardised features.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearHead {
-    /// \[hidden\]
+    /// Direction, \[hidden\].
     pub w: Vec<f32>,
     /// Bias.
     pub b: f32,
@@ -129,20 +119,20 @@ pub struct LinearHead {
 /// The probes of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProbeLayer {
-    /// Of the training prompts on the unperturbed model, \[hidden\].
+    /// Feature means over the training prompts, \[hidden\].
     pub mean: Vec<f32>,
-    /// Likewise; 1 where a feature does not vary.
+    /// Standard deviations likewise; 1 for a constant feature.
     pub deviation: Vec<f32>,
-    /// The directions.
+    /// Linear heads.
     pub heads: BTreeMap<Head, LinearHead>,
 }
 
-/// Frozen probes of every layer.
+/// Probes of every hidden state of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probe {
-    /// What they are.
+    /// Metadata.
     pub about: ProbeAbout,
-    /// layers + 1 of them.
+    /// One per hidden state, layers + 1.
     pub layers: Vec<ProbeLayer>,
 }
 
@@ -171,12 +161,12 @@ impl Probe {
         Ok(features.chunks_exact(hidden).map(logit).collect())
     }
 
-    /// The fit of a head.
+    /// Fit and metrics of a head.
     pub fn head(&self, layer: usize, head: &Head) -> Option<&HeadMetrics> {
         self.about.heads.iter().find(|h| h.layer == layer && h.head == *head)
     }
 
-    /// Refuses a model of another shape: a probe reads any change of the weights that it was trained on, nothing else.
+    /// Checks that the model has the shape of the one the probe was trained on, whatever its weights.
     ///
     /// # Errors
     /// [`Error::Input`] names what differs.
@@ -192,7 +182,7 @@ impl Probe {
         }
     }
 
-    /// Refuses any model but the one that it was trained on.
+    /// Checks that the model is the one the probe was trained on.
     ///
     /// # Errors
     /// [`Error::Input`] names what differs.

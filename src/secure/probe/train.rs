@@ -1,55 +1,57 @@
-//! Training probes: every layer and head, λ chosen on the validation split.
+//! Training of probes: every hidden state and head, λ chosen on the validation split.
 
 use super::control::ControlLabel;
 use super::features::Features;
 use super::file::FORMAT;
-use super::labels::{check_labels, harmful};
+use super::labels::check_labels;
 use super::linalg::Matrix;
 use super::logistic::Design;
 use super::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
+use crate::options::{default_from_args, require};
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::{Metrics, binary_cross_entropy};
 use crate::secure::eval::refusal::FirstTokens;
+use clap::Args;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// How probes are trained.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// Options of training probes.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProbeOptions {
-    /// Ridges to choose from, by cross-entropy on the validation split; the larger of equals.
+    /// Candidate ridge penalties λ; chosen by cross-entropy on the validation split, the larger of equals.
+    #[arg(skip = vec![1e-4, 1e-3, 1e-2, 1e-1, 1.0])]
     pub lambdas: Vec<f64>,
-    /// Index of the hidden state whose probe scores drift and robustness; none = the last.
+    /// Index of the hidden state at which drift and robustness are scored; the last if not given
+    #[arg(long)]
     pub metric_layer: Option<usize>,
-    /// Heads for the categories of harmful prompts, at the metric layer.
+    /// Train a head per category of harmful prompts, at the metric layer.
+    #[arg(skip = true)]
     pub categories: bool,
-    /// Tokens in one forward pass; decides memory, not results.
+    /// Tokens per forward pass; affects memory, not results.
+    #[arg(skip = 8192usize)]
     pub batch_tokens: usize,
-    /// Written into the file.
+    /// Recorded in the probe file.
+    #[arg(skip)]
     pub seed: u64,
 }
 
-impl Default for ProbeOptions {
-    fn default() -> Self {
-        let lambdas = vec![1e-4, 1e-3, 1e-2, 1e-1, 1.0];
-        Self { lambdas, metric_layer: None, categories: true, batch_tokens: 8192, seed: 0 }
-    }
-}
+default_from_args!(ProbeOptions);
 
-/// What probes are trained on.
+/// Training data of probes.
 #[derive(Clone, Copy)]
 pub struct ProbeInput<'a> {
-    /// Of all security prompts, on the unchanged model.
+    /// Features of all security prompts.
     pub features: &'a Features,
-    /// The same prompts' labels.
+    /// Their labels.
     pub labels: &'a [SecurityPrompt],
-    /// Whether the model's own greedy answer to each prompt refuses; gives the head `tendency`.
+    /// Whether the model's greedy answer to each prompt refuses: labels of the head `tendency`.
     pub refused: Option<&'a [bool]>,
-    /// First tokens of those answers; frozen with the probe.
+    /// First tokens of those answers, stored with the probe.
     pub first_tokens: Option<&'a FirstTokens>,
-    /// The non-security label and its rule; gives the head `control`.
+    /// Rule and labels of the head `control`.
     pub control: Option<(&'a ControlLabel, &'a [bool])>,
     /// [`crate::model::ModelDir::hash`].
     pub model_hash: &'a str,
@@ -57,16 +59,16 @@ pub struct ProbeInput<'a> {
     pub prompts_hash: &'a str,
 }
 
-/// A head's label of each prompt; none = not for this head.
+/// Label of each prompt for a head; none = not used by it.
 type Targets = Vec<Option<bool>>;
 
-/// Fewest prompts of either class in the training split.
-const FEWEST: usize = 4;
+/// Fewest training prompts per class.
+const MIN_PROMPTS: usize = 4;
 
-/// Trains the probes of every layer. `progress` counts layers.
+/// Trains the probes of every hidden state; progress counts them.
 ///
 /// # Errors
-/// [`Error::Input`] names the option or size that is wrong, or the class that is missing; [`Error::Failed`] where features
+/// [`Error::Input`] names an option or size that is wrong, or the class that is missing; [`Error::Failed`] where features
 /// or fits are not finite.
 pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Observer<'_>) -> Result<Probe> {
     let features = input.features;
@@ -111,7 +113,7 @@ pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Obse
         for (head, fitted) in fits {
             if !fitted.linear.w.iter().all(|w| w.is_finite()) || !fitted.linear.b.is_finite() {
                 let what = format!("the probe `{head}` of layer {layer} did not converge");
-                return Err(Error::failed(what, "use larger values of λ"));
+                return Err(Error::failed(what, "raise the values of λ"));
             }
             let Fitted { lambda, gradient, metrics, .. } = fitted;
             about.heads.push(HeadMetrics { layer, head: head.clone(), lambda, gradient, metrics });
@@ -123,7 +125,7 @@ pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Obse
     Ok(Probe { about, layers: probes })
 }
 
-/// Shapes, labels and options; returns the number of decoder layers.
+/// Checks shapes, labels and options; returns the number of decoder layers.
 fn check(input: &ProbeInput<'_>, options: &ProbeOptions) -> Result<usize> {
     let (features, n) = (input.features, input.labels.len());
     let wrong = |what: &str, found: usize| {
@@ -143,12 +145,10 @@ fn check(input: &ProbeInput<'_>, options: &ProbeOptions) -> Result<usize> {
         return Err(Error::input("probe: features", "layers of unequal size", "[prompts, hidden] for every layer"));
     };
     check_labels(input.labels)?;
-    if options.lambdas.is_empty() || !options.lambdas.iter().all(|l| l.is_finite() && *l > 0.0) {
-        return Err(Error::input("probe.lambdas", format!("{:?}", options.lambdas), "at least one, all above 0"));
-    }
-    if let Some(layer) = options.metric_layer.filter(|l| *l > layers) {
-        return Err(Error::input("probe.metric_layer", layer.to_string(), format!("0 to {layers}")));
-    }
+    let valid = !options.lambdas.is_empty() && options.lambdas.iter().all(|l| l.is_finite() && *l > 0.0);
+    require(valid, "probe.lambdas", format!("{:?}", options.lambdas), "at least one, all above 0")?;
+    let layer = options.metric_layer.unwrap_or(layers);
+    require(layer <= layers, "probe.metric_layer", layer, &format!("0 to {layers}"))?;
     let bad = features.layers.iter().position(|l| l.iter().any(|x| !x.is_finite()));
     if let Some(layer) = bad {
         let what = format!("hidden states of layer {layer} are not finite");
@@ -157,10 +157,10 @@ fn check(input: &ProbeInput<'_>, options: &ProbeOptions) -> Result<usize> {
     Ok(layers)
 }
 
-/// Each head that the input allows, with its labels.
+/// The heads that the input allows, with their labels.
 fn targets(input: &ProbeInput<'_>, options: &ProbeOptions) -> Vec<(Head, Targets)> {
     let labels = input.labels;
-    let mut heads = vec![(Head::Harmful, labels.iter().map(|l| Some(harmful(l))).collect())];
+    let mut heads = vec![(Head::Harmful, labels.iter().map(|l| Some(l.is_harmful())).collect())];
     if let Some(refused) = input.refused {
         heads.push((Head::Tendency, refused.iter().map(|r| Some(*r)).collect()));
     }
@@ -169,9 +169,9 @@ fn targets(input: &ProbeInput<'_>, options: &ProbeOptions) -> Vec<(Head, Targets
     }
     if options.categories {
         let categories: BTreeSet<&String> =
-            labels.iter().filter(|l| harmful(l)).filter_map(|l| l.category.as_ref()).collect();
+            labels.iter().filter(|l| l.is_harmful()).filter_map(|l| l.category.as_ref()).collect();
         for category in categories {
-            let target = |l: &SecurityPrompt| l.category.as_ref().filter(|_| harmful(l)).map(|c| c == category);
+            let target = |l: &SecurityPrompt| l.category.as_ref().filter(|_| l.is_harmful()).map(|c| c == category);
             heads.push((Head::Category(category.clone()), labels.iter().map(target).collect()));
         }
     }
@@ -179,18 +179,18 @@ fn targets(input: &ProbeInput<'_>, options: &ProbeOptions) -> Vec<(Head, Targets
 }
 
 fn enough() -> String {
-    format!("at least {FEWEST} of either class in the training split")
+    format!("at least {MIN_PROMPTS} of either class in the training split")
 }
 
 fn too_few(targets: &Targets, labels: &[SecurityPrompt]) -> Option<String> {
     let count =
         |class: bool| targets.iter().zip(labels).filter(|(t, l)| l.split == Split::Train && **t == Some(class)).count();
     let (positives, negatives) = (count(true), count(false));
-    (positives.min(negatives) < FEWEST)
+    (positives.min(negatives) < MIN_PROMPTS)
         .then(|| format!("{positives} positive and {negatives} negative training prompts; {}", enough()))
 }
 
-/// Mean and standard deviation of the training rows; 1 where a feature does not vary beyond rounding.
+/// Mean and standard deviation over the training rows; the latter 1 for a feature that is constant up to rounding.
 fn moments(rows: &[f32], hidden: usize, train: &[usize]) -> (Vec<f32>, Vec<f32>) {
     let n = train.len().max(1) as f64;
     let mut mean = vec![0.0f64; hidden];
@@ -208,11 +208,11 @@ fn moments(rows: &[f32], hidden: usize, train: &[usize]) -> (Vec<f32>, Vec<f32>)
     (mean.iter().map(|m| *m as f32).collect(), deviation.collect())
 }
 
-/// Standardised features of one layer.
+/// Standardised features of one hidden state.
 struct Space {
     x: Matrix,
     train: Vec<usize>,
-    /// Of the training rows; shared by the heads that use them all.
+    /// Design of all training rows, shared by the heads that use them all.
     design: Design,
 }
 
@@ -278,8 +278,8 @@ fn rows_of(x: &Matrix, rows: &[usize]) -> Matrix {
     Matrix { rows: rows.len(), columns: x.columns, values }
 }
 
-/// Area under the ROC curve, on `test`, of a probe trained anew on `train`, at a fixed ridge: control (a). Both are rows
-/// [prompts, hidden] with labels; the rows are standardised by the training rows.
+/// Control (a): AUROC on `test` of a probe retrained on `train` with a fixed λ. Both are rows [prompts, hidden] with labels,
+/// standardised by the training rows.
 pub(crate) fn retrained_auroc(
     hidden: usize,
     train: (&[f32], &[bool]),

@@ -1,4 +1,4 @@
-//! Choosing ε: the strength at which a joint reference set loses half of its score.
+//! Choice of ε: the relative norm at which random reference sets lose half of the score.
 
 use super::map::EpsilonPoint;
 use super::scorer::PerturbationScorer;
@@ -7,13 +7,13 @@ use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::secure::eval::metrics::{ScoreKind, relative_drop};
 
-/// Strengths that are tried, ascending, until the reference set has lost enough.
+/// Values of ε, ascending, that are tried until the reference sets reach the target.
 const GRID: [f32; 11] = [0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0];
-/// Share of the reference sets: one cell alone may never reach mid-range, a set of this size does.
+/// Share of the reference sets: large enough to reach the target, which a single cell may not.
 const REFERENCE_SHARE: f64 = 0.4;
 
-/// Sweeps ε over random sets of 40 % of the projections, one a draw, up to the first ε whose mean R reaches `target`, and
-/// interpolates; the largest ε where none does. Returns ε and the points.
+/// Sweeps ε over random sets of 40 % of the projections, one per draw, up to the first whose mean R reaches `target`, and
+/// interpolates; the largest ε if none does. Returns ε and the points of the sweep.
 pub(crate) fn choose<B: Backend>(
     scorer: &PerturbationScorer<'_, B>,
     score: ScoreKind,
@@ -24,7 +24,7 @@ pub(crate) fn choose<B: Backend>(
     let members: Vec<_> = scorer
         .seeds()
         .into_iter()
-        .flat_map(|seed| scorer.members(&random_set(&parameters, REFERENCE_SHARE, seed, true), seed))
+        .flat_map(|seed| scorer.members(&random_set(&parameters, REFERENCE_SHARE, seed, |_| true), seed))
         .collect();
     let mut points: Vec<EpsilonPoint> = Vec::new();
     for epsilon in GRID {
@@ -41,7 +41,7 @@ pub(crate) fn choose<B: Backend>(
     Ok((reaching(&points, target), points))
 }
 
-/// ε at which the drop reaches the target, between the last two points; two significant digits.
+/// ε at which R reaches the target, interpolated between the last two points, to two significant digits.
 fn reaching(points: &[EpsilonPoint], target: f64) -> f32 {
     let (below, at) = match points {
         [.., below, at] => (*below, *at),

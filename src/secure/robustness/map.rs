@@ -1,11 +1,10 @@
-//! The robustness map: what each cell's perturbation costs. Its JSON is the input of the search and of the heat map.
+//! Results of the robustness map, saved as JSON for the search and the heat map.
 
 use super::noise::Noise;
 use crate::data::Split;
 use crate::error::{Error, Result};
-use crate::io::json;
+use crate::io::json::{self, check_format};
 use crate::modules::Cell;
-use crate::secure::check_format;
 use crate::secure::eval::metrics::{ScoreKind, Scores};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,14 +17,14 @@ const MAX_BYTES: u64 = 1 << 28;
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stat {
-    /// Mean over draws; an antithetic pair counts once, by its mean.
+    /// Mean over draws; an antithetic pair counts as one draw.
     pub mean: f64,
-    /// Standard error of the mean; none with one draw.
+    /// Standard error of the mean; none for a single draw.
     pub error: Option<f64>,
 }
 
 impl Stat {
-    /// None of nothing.
+    /// From values of independent draws; `None` for no values.
     pub fn of(values: &[f64]) -> Option<Self> {
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;
@@ -34,7 +33,7 @@ impl Stat {
     }
 }
 
-/// One strength and what it does to the reference sets.
+/// One step of the ε sweep over the reference sets.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EpsilonPoint {
@@ -44,33 +43,33 @@ pub struct EpsilonPoint {
     pub drop: f64,
 }
 
-/// What perturbing one cell does.
+/// Robustness of one cell.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CellRobustness {
-    /// Which cell.
+    /// The cell.
     pub cell: Cell,
-    /// Its parameters.
+    /// Number of its parameters.
     pub parameters: u64,
     /// Scores of the perturbed copies.
     pub scores: BTreeMap<ScoreKind, Stat>,
-    /// R of each score: 0 = robust, 1 = the score is gone. Absent where the clean score had nothing to lose.
+    /// R of each score: 0 = robust, 1 = the score is lost. Absent where the clean score is not above 0.
     pub drop: BTreeMap<ScoreKind, Stat>,
-    /// R of each score, a value a seed in the order of the map's seeds.
+    /// R of each score by seed, in the order of the map's seeds.
     pub drop_by_seed: BTreeMap<ScoreKind, Vec<f64>>,
     /// Mean ‖h′ − h‖ / ‖h‖ at the metric layer.
     pub shift: Stat,
     /// Control (b): R of the gap per unit of `shift`.
     pub drop_per_shift: Option<Stat>,
-    /// Control (c): R of the gap of the non-security probe.
+    /// Control (c): R of the gap of the `control` head.
     pub control_drop: Option<Stat>,
-    /// R of the gap minus `control_drop`, draw by draw: what is lost of security beyond what is lost of anything.
+    /// R of the gap minus `control_drop`, per draw.
     pub beyond_control: Option<Stat>,
-    /// Control (a): AUROC of a probe trained anew on the perturbed copy.
+    /// Control (a): AUROC of a probe retrained on the perturbed copy.
     pub retrained_auroc: Option<Stat>,
 }
 
-/// The map, as saved.
+/// The robustness map of a model.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RobustnessMap {
@@ -84,38 +83,38 @@ pub struct RobustnessMap {
     pub prompts_hash: String,
     /// Decoder layers.
     pub layers: usize,
-    /// Hidden state that the probe read.
+    /// Index of the hidden state that the probe reads.
     pub metric_layer: usize,
     /// Split that was scored.
     pub split: Split,
-    /// Scored harmful and benign prompts.
+    /// Numbers of scored harmful and benign prompts.
     pub prompts: (usize, usize),
-    /// Kind of perturbation.
+    /// Perturbation.
     pub kind: Noise,
     /// Its relative norm.
     pub epsilon: f32,
-    /// How ε was found; empty where it was given.
+    /// The ε sweep; empty where ε was given.
     pub epsilon_sweep: Vec<EpsilonPoint>,
     /// Seeds of the draws.
     pub seeds: Vec<u64>,
-    /// Whether each draw was used with both signs.
+    /// Whether each draw was applied with both signs.
     pub antithetic: bool,
     /// Scores of the unperturbed model.
     pub clean: Scores,
-    /// Gap of the control probe on the unperturbed model.
+    /// Gap of the `control` head on the unperturbed model.
     pub clean_control_gap: Option<f64>,
-    /// AUROC of a probe trained anew on the unperturbed model.
+    /// AUROC of a probe retrained on the unperturbed model.
     pub clean_retrained_auroc: Option<f64>,
     /// Embedding first, then layer by layer.
     pub cells: Vec<CellRobustness>,
-    /// Wall time of the cells, over all runs that contributed.
+    /// Wall time of the cells in seconds, summed over interrupted runs.
     pub seconds: f64,
-    /// The files that it was made from, where a command made it: a search needs them again.
+    /// Paths of its inputs, which the search needs again.
     #[serde(default)]
     pub made_from: Option<MadeFrom>,
 }
 
-/// The inputs of a map, by path.
+/// Paths of the inputs of a map.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MadeFrom {
@@ -128,7 +127,7 @@ pub struct MadeFrom {
 }
 
 impl RobustnessMap {
-    /// Writes it as JSON, whole or not at all.
+    /// Writes the map as JSON, atomically.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -136,7 +135,7 @@ impl RobustnessMap {
         json::write(path, self)
     }
 
-    /// Reads and checks a file.
+    /// Reads and checks a map file.
     ///
     /// # Errors
     /// [`Error::Input`] says what is wrong with the file; [`Error::Io`].
@@ -157,7 +156,7 @@ impl RobustnessMap {
         Ok(map)
     }
 
-    /// blake3 of the map's JSON without the time it took: equal maps have equal hashes.
+    /// blake3 of the map's JSON with `seconds` set to 0.
     ///
     /// # Errors
     /// [`Error::Failed`] where the map cannot be serialized, which would be a bug.
@@ -171,7 +170,7 @@ impl RobustnessMap {
         self.cells.iter().find(|c| c.cell == cell)
     }
 
-    /// Refuses a map of another model.
+    /// Checks that the map belongs to the model.
     ///
     /// # Errors
     /// [`Error::Input`] where the hash differs.

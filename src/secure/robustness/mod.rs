@@ -1,7 +1,8 @@
-//! The robustness map (paper, figure 3): perturb every cell by itself and see what the frozen probe loses.
+//! The robustness map (paper, figure 3): the relative drop R of a security score when a single cell is perturbed; smaller
+//! is more robust.
 //!
-//! R = relative drop of a score; smaller is more robust. Three controls tell security from mere distribution shift: a probe
-//! trained anew on each copy, R per unit of output shift, and the same probe shape on a non-security label.
+//! Three controls tell a loss of security features from distribution shift: (a) a probe retrained on each copy, (b) R per
+//! unit of output shift, and (c) a probe for a label unrelated to security.
 
 pub(crate) mod epsilon;
 pub(crate) mod map;
@@ -19,50 +20,45 @@ use self::scorer::{Observation, PerturbationScorer};
 use self::sets::cell_parameters;
 use crate::backend::Backend;
 use crate::engine::Member;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::modules::{Cell, ModuleSet};
+use crate::options::{default_from_args, require};
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::{ScoreKind, relative_drop};
+use clap::Args;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
-/// What is mapped, and how strongly.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// Options of the robustness map.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct RobustnessOptions {
-    /// Relative norm of the perturbation; none = found by a sweep over joint reference sets.
+    /// Relative norm of the perturbation; found by a sweep over random reference sets if not given
+    #[arg(long)]
     pub epsilon: Option<f32>,
-    /// R of the reference sets at which the sweep stops.
+    /// R of the reference sets at which the sweep of ε stops.
+    #[arg(skip = 0.5)]
     pub epsilon_target: f64,
-    /// Score of the ε sweep.
+    /// Score of the ε sweep and of the heat map
+    #[arg(long, value_enum, default_value_t = ScoreKind::Gap)]
     pub score: ScoreKind,
-    /// Cells, as an expression of [`ModuleSet::parse`].
+    /// Cells to map: all, modules, or a set such as layers.8-15.{q_proj,v_proj}
+    #[arg(long, default_value = "all")]
     pub cells: String,
 }
 
-impl Default for RobustnessOptions {
-    fn default() -> Self {
-        Self { epsilon: None, epsilon_target: 0.5, score: ScoreKind::Gap, cells: "all".to_owned() }
-    }
-}
+default_from_args!(RobustnessOptions);
 
-/// Most cells between two saves: about two layers, so that an interruption costs little and the clean prefix, run again for
-/// each group, stays a small part of the work.
-const CELLS_A_SAVE: usize = 16;
+/// Most cells per save, about two layers: an interruption loses little, and the clean forward pass that each group repeats
+/// stays a small part of the work.
+const CELLS_PER_SAVE: usize = 16;
 
-/// The file beside `out` that keeps finished cells: `map.json.partial.jsonl`.
-fn partial_path(out: &Path) -> PathBuf {
-    let mut name = out.as_os_str().to_owned();
-    name.push(".partial.jsonl");
-    name.into()
-}
-
-/// Makes the map. With `out`, finished cells are kept beside it, an interrupted run goes on from them, and the map is saved
-/// there. `progress` counts cells.
+/// Computes the map. With `out` the map is saved there, and finished cells are kept beside it, from which an interrupted
+/// run continues. Progress counts cells.
 ///
 /// # Errors
-/// [`Error::Input`] names the option that is wrong; [`Error::Io`]; a failing device.
+/// [`crate::error::Error::Input`] names the option that is wrong; [`crate::error::Error::Io`]; a failing device.
 pub fn robustness<B: Backend>(
     scorer: &PerturbationScorer<'_, B>,
     options: &RobustnessOptions,
@@ -71,8 +67,7 @@ pub fn robustness<B: Backend>(
 ) -> Result<RobustnessMap> {
     let wanted = ModuleSet::parse(&options.cells, &scorer.decoder.config.cells())?;
     check(options, &wanted)?;
-    let partial_path = out.map(partial_path);
-    let partial = Partial::new(partial_path.as_deref());
+    let partial = Partial::new(out);
     let run = run_hash(scorer, options)?;
     let (header, mut done) = match partial.read(&run) {
         Some((header, done)) => (header, done),
@@ -91,15 +86,15 @@ pub fn robustness<B: Backend>(
     let left: Vec<Cell> = in_order(&wanted).into_iter().filter(|c| !known.contains(c)).collect();
     observer(Progress::new("robustness map", done.len(), total));
     let parameters = cell_parameters(&scorer.decoder.config);
-    let copies_a_cell = scorer.seeds().len() * scorer.members(&ModuleSet::default(), 0).len();
-    for group in left.chunks((scorer.members_a_group() / copies_a_cell).clamp(1, CELLS_A_SAVE)) {
+    let copies_per_cell = scorer.seeds().len() * scorer.members(&ModuleSet::default(), 0).len();
+    for group in left.chunks((scorer.members_a_group() / copies_per_cell).clamp(1, CELLS_PER_SAVE)) {
         let start = Instant::now();
         let members: Vec<Member> = group.iter().flat_map(|cell| cell_members(scorer, *cell)).collect();
         let observations = scorer.observe(&members, header.epsilon)?;
         let seconds = start.elapsed().as_secs_f64() / group.len() as f64;
         let new: Vec<Done> = group
             .iter()
-            .zip(observations.chunks_exact(copies_a_cell))
+            .zip(observations.chunks_exact(copies_per_cell))
             .map(|(cell, own)| {
                 let parameters = parameters.get(cell).copied().unwrap_or(0);
                 Done { cell: cell_result(scorer, *cell, parameters, own), seconds }
@@ -113,28 +108,20 @@ pub fn robustness<B: Backend>(
     if let Some(out) = out {
         map.save(out)?;
     }
-    if let Some(path) = &partial_path {
-        Partial::remove(path)?;
-    }
+    partial.remove()?;
     Ok(map)
 }
 
 fn check(options: &RobustnessOptions, wanted: &ModuleSet) -> Result<()> {
-    let wrong =
-        |field: &str, found: String, expected: &str| Err(Error::input(format!("robustness.{field}"), found, expected));
-    if wanted.is_empty() {
-        return wrong("cells", "no cell".into(), "at least one");
-    }
-    if let Some(epsilon) = options.epsilon.filter(|e| !e.is_finite() || *e <= 0.0) {
-        return wrong("epsilon", epsilon.to_string(), "a number above 0; 0.05 to 2 is usual");
-    }
-    if !(options.epsilon_target > 0.0 && options.epsilon_target <= 1.0) {
-        return wrong("epsilon_target", options.epsilon_target.to_string(), "a relative drop above 0, up to 1");
-    }
-    Ok(())
+    let (epsilon, target) = (options.epsilon.unwrap_or(1.0), options.epsilon_target);
+    require(!wanted.is_empty(), "robustness.cells", "no cell", "at least one")?;
+    let usual = "a number above 0; 0.05 to 2 is usual";
+    require(epsilon.is_finite() && epsilon > 0.0, "robustness.epsilon", epsilon, usual)?;
+    let drop = "a relative drop above 0, up to 1";
+    require(target > 0.0 && target <= 1.0, "robustness.epsilon_target", target, drop)
 }
 
-/// Everything that decides the numbers of a cell, in one hash.
+/// Hash of everything that determines the results of a cell.
 fn run_hash<B: Backend>(scorer: &PerturbationScorer<'_, B>, options: &RobustnessOptions) -> Result<String> {
     let about = serde_json::json!({
         "format": FORMAT,
@@ -153,7 +140,7 @@ fn run_hash<B: Backend>(scorer: &PerturbationScorer<'_, B>, options: &Robustness
     Ok(blake3::hash(about.to_string().as_bytes()).to_hex().to_string())
 }
 
-/// Embedding, then layer by layer, then what comes after the last.
+/// Embedding, then layer by layer, then final norm and head.
 fn in_order(cells: &ModuleSet) -> Vec<Cell> {
     let mut ordered: Vec<Cell> = cells.iter().collect();
     ordered.sort_by_key(|cell| match cell {
@@ -170,7 +157,7 @@ fn cell_members<B: Backend>(scorer: &PerturbationScorer<'_, B>, cell: Cell) -> V
     scorer.seeds().into_iter().flat_map(|seed| scorer.members(&set, seed)).collect()
 }
 
-/// Statistics over draws; the signs of a draw are averaged first, as they are not independent.
+/// Statistics over draws; both signs of a draw are averaged first, as they are not independent.
 fn cell_result<B: Backend>(
     scorer: &PerturbationScorer<'_, B>,
     cell: Cell,
@@ -243,7 +230,7 @@ fn assemble<B: Backend>(scorer: &PerturbationScorer<'_, B>, header: Header, done
         epsilon: header.epsilon,
         epsilon_sweep: header.epsilon_sweep,
         seeds: scorer.seeds(),
-        antithetic: scorer.options.kind.draws().1,
+        antithetic: scorer.options.kind.is_antithetic(),
         clean: scorer.clean.scores,
         clean_control_gap: scorer.clean.control_gap,
         clean_retrained_auroc: scorer.clean.retrained,

@@ -1,14 +1,15 @@
-//! The Mods_Rob file: what the search found, how, and a line to edit by hand.
+//! The Mods_Rob file: the set that the search found, with its record; and module sets as users name them.
 
 use super::noise::Noise;
-use super::sets::{cell_parameters, modules, random_set, share};
+use super::sets::{cell_parameters, projections, random_set, share};
 use crate::error::{Error, Result};
-use crate::io::json;
+use crate::io::json::{self, check_format};
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleSet};
-use crate::secure::check_format;
+use crate::options::serde_as_text;
 use crate::secure::eval::metrics::ScoreKind;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -17,23 +18,31 @@ const MAX_BYTES: u64 = 1 << 26;
 /// Size of a random set that has no reference: the search's default cap.
 const RANDOM_SHARE: f64 = 0.5;
 
-/// One window that the search looked at.
+/// One joint run of the search.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SearchStep {
-    /// Seed of the search that took the step; none = the last check of the majority over all seeds.
+    /// Seed of the search; none = the final check of the majority over all seeds.
     pub seed: Option<u64>,
-    /// The window, `layers.4-5.v_proj`; `none` where a window was only taken out, to see what it costs.
+    /// The window that was added, `layers.4-5.v_proj`; `none` where one was only removed, to measure its cost.
     pub window: String,
-    /// The window that left.
+    /// The window that was removed.
     pub without: Option<String>,
-    /// R of the set with the change, perturbed jointly.
+    /// Joint R of the changed set.
     pub joint: f64,
     /// Whether the change was kept.
     pub accepted: bool,
 }
 
-/// A set of robust modules, as saved. `set` alone decides what is trained and may be edited; the rest is its record.
+impl SearchStep {
+    /// A joint run of one seed's search that was not kept.
+    pub(super) fn of(seed: u64, window: &ModuleSet, without: Option<&ModuleSet>, joint: f64) -> Self {
+        let (window, without) = (window.to_string(), without.map(ToString::to_string));
+        Self { seed: Some(seed), window, without, joint, accepted: false }
+    }
+}
+
+/// A set of robust modules. `set` alone determines what is trained and may be edited; the rest is its record.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModsRob {
@@ -45,40 +54,40 @@ pub struct ModsRob {
     pub found: String,
     /// Parameters of the set over those of all projections, see [`crate::secure::share`].
     pub share: f64,
-    /// R of the set, perturbed jointly, over all seeds.
+    /// Joint R of the set over all seeds.
     pub joint: f64,
-    /// R that a set may reach.
+    /// Largest joint R.
     pub tau: f64,
-    /// Largest share.
+    /// Largest share of parameters.
     pub cap: f64,
-    /// Smallest share.
+    /// Smallest share of parameters.
     pub floor: f64,
-    /// Layers a window.
+    /// Layers per window.
     pub window: usize,
-    /// The score behind R.
+    /// The score whose drop is R.
     pub score: ScoreKind,
-    /// Kind of perturbation.
+    /// Perturbation.
     pub kind: Noise,
     /// Its relative norm.
     pub epsilon: f32,
-    /// One search a seed; the set is their majority.
+    /// Seeds, one search each; the set is their majority.
     pub seeds: Vec<u64>,
-    /// How many of them chose each cell.
+    /// Number of searches that chose each cell.
     pub votes: BTreeMap<Cell, usize>,
-    /// R of each eligible cell by itself.
+    /// R of each projection perturbed alone.
     pub single: BTreeMap<Cell, f64>,
-    /// Every window that was looked at, in order.
+    /// Joint runs, in order.
     pub steps: Vec<SearchStep>,
     /// Hash of the model.
     pub model_hash: String,
     /// Hash of the robustness map.
     pub map_hash: String,
-    /// Wall time.
+    /// Wall time, in seconds.
     pub seconds: f64,
 }
 
 impl ModsRob {
-    /// Writes it as JSON, whole or not at all.
+    /// Writes it as JSON, atomically.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -96,20 +105,15 @@ impl ModsRob {
         Ok(mods)
     }
 
-    /// The modules of `set`, of a model with these cells.
+    /// Parses `set` for a model with these cells.
     ///
     /// # Errors
-    /// [`Error::Input`] where `set` is no expression of these cells.
+    /// [`Error::Input`] where `set` is not an expression of these cells.
     pub fn modules(&self, all: &ModuleSet) -> Result<ModuleSet> {
         ModuleSet::parse(&self.set, all)
     }
 
-    /// Whether `set` was changed after the search.
-    pub fn edited(&self) -> bool {
-        self.set != self.found
-    }
-
-    /// Refuses another model.
+    /// Checks that the file belongs to the model.
     ///
     /// # Errors
     /// [`Error::Input`] where the hash differs.
@@ -122,19 +126,15 @@ impl ModsRob {
     }
 }
 
-/// A set of modules as users write it. `random:SEED` and `random-without-layer0:SEED` are random projections of the
-/// same trainable size as a reference set, else of half of all; `complement` are the projections that the reference
-/// leaves out; `layer0` are those of layer 0. Anything else is the path of a Mods_Rob file or an expression of
-/// [`ModuleSet::parse`].
+/// A named set of modules: `random:SEED` and `random-without-layer0:SEED` are random projections of the same share of
+/// parameters as a reference set (of half of all without one), `complement` are the projections outside the reference,
+/// `layer0` those of layer 0. Anything else is the path of a Mods_Rob file, or an expression of [`ModuleSet::parse`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SetSpec {
-    /// Random projections.
-    Random {
-        /// Seed of the order in which projections are drawn.
-        seed: u64,
-        /// Whether those of layer 0 are among them.
-        layer0: bool,
-    },
+    /// Random projections, by seed.
+    Random(u64),
+    /// Random projections outside of layer 0, by seed.
+    RandomWithoutLayer0(u64),
     /// The projections outside the reference.
     Complement,
     /// The projections of layer 0.
@@ -150,11 +150,11 @@ impl FromStr for SetSpec {
         let text = text.trim();
         let seed = |seed: &str| {
             let found = || format!("seed `{seed}`");
-            seed.parse().map_err(|_| Error::input(place(text), found(), "a whole number from 0, as in random:1"))
+            seed.parse().map_err(|_| Error::input(place(text), found(), "an integer from 0, as in random:1"))
         };
         Ok(match text.split_once(':') {
-            Some(("random", digits)) => Self::Random { seed: seed(digits)?, layer0: true },
-            Some(("random-without-layer0", digits)) => Self::Random { seed: seed(digits)?, layer0: false },
+            Some(("random", digits)) => Self::Random(seed(digits)?),
+            Some(("random-without-layer0", digits)) => Self::RandomWithoutLayer0(seed(digits)?),
             _ if text == "complement" => Self::Complement,
             _ if text == "layer0" => Self::Layer0,
             _ => Self::Named(text.to_owned()),
@@ -162,16 +162,30 @@ impl FromStr for SetSpec {
     }
 }
 
+impl fmt::Display for SetSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Random(seed) => write!(f, "random:{seed}"),
+            Self::RandomWithoutLayer0(seed) => write!(f, "random-without-layer0:{seed}"),
+            Self::Complement => f.write_str("complement"),
+            Self::Layer0 => f.write_str("layer0"),
+            Self::Named(text) => f.write_str(text),
+        }
+    }
+}
+
+serde_as_text!(SetSpec);
+
 fn place(text: &str) -> String {
     format!("module set `{}`", text.chars().take(80).collect::<String>())
 }
 
 impl SetSpec {
-    /// The set in a model of this shape, beside `reference`.
+    /// The cells of the set in a model, given a `reference` set. A Mods_Rob file must be of the model with `model_hash`.
     ///
     /// # Errors
-    /// [`Error::Input`] for a complement without reference, for an expression that fits no module of the model, and for
-    /// a Mods_Rob file that cannot be read or is of another model than `model_hash`.
+    /// [`Error::Input`] for a complement without reference, an expression that matches no cell of the model, or a Mods_Rob
+    /// file that is damaged or of another model; [`Error::Io`].
     pub fn resolve(
         &self,
         config: &ModelConfig,
@@ -180,16 +194,17 @@ impl SetSpec {
     ) -> Result<ModuleSet> {
         let parameters = cell_parameters(config);
         let all = config.cells();
+        let target = reference.map_or(RANDOM_SHARE, |set| share(set, &parameters));
         match self {
-            Self::Random { seed, layer0 } => {
-                let target = reference.map_or(RANDOM_SHARE, |set| share(set, &parameters));
-                Ok(random_set(&parameters, target, *seed, *layer0))
+            Self::Random(seed) => Ok(random_set(&parameters, target, *seed, |_| true)),
+            Self::RandomWithoutLayer0(seed) => {
+                Ok(random_set(&parameters, target, *seed, |cell| cell.layer() != Some(0)))
             }
             Self::Complement => {
-                let expected = "a Mods_Rob file or set beside it";
-                let reference =
-                    reference.ok_or_else(|| Error::input(place("complement"), "no set to complement", expected))?;
-                Ok(modules(&parameters).map(|(c, _)| c).filter(|c| !reference.contains(*c)).collect())
+                let missing =
+                    || Error::input(place("complement"), "no reference set", "a Mods_Rob file or set beside it");
+                let reference = reference.ok_or_else(missing)?;
+                Ok(projections(&parameters).map(|(c, _)| c).filter(|c| !reference.contains(*c)).collect())
             }
             Self::Layer0 => ModuleSet::parse("layers.0.modules", &all),
             Self::Named(text) => {
@@ -205,17 +220,4 @@ impl SetSpec {
             }
         }
     }
-}
-
-/// Parses and resolves a [`SetSpec`].
-///
-/// # Errors
-/// [`Error::Input`] as in [`SetSpec::resolve`], and for a seed that is not a whole number.
-pub fn resolve_mods(
-    text: &str,
-    config: &ModelConfig,
-    reference: Option<&ModuleSet>,
-    model_hash: Option<&str>,
-) -> Result<ModuleSet> {
-    text.parse::<SetSpec>()?.resolve(config, reference, model_hash)
 }

@@ -1,30 +1,31 @@
-//! The kinds of perturbation, as text and as the engine takes them.
+//! Kinds of weight perturbation: their text form and the engine's.
 
 use crate::engine::NoiseKind;
 use crate::error::{Error, Result};
 use crate::model::{ModelConfig, ModelDir};
 use crate::modules::ParamId;
+use crate::options::serde_as_text;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// A kind of perturbation, at relative norm ε of each tensor; written `gaussian`, `rademacher`, `lowrank:8`, `scale`,
+/// A kind of perturbation, scaled to relative norm ε per tensor; written `gaussian`, `rademacher`, `lowrank:8`, `scale`,
 /// `zero`, `update:DIR`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Noise {
-    /// Independent normals.
+    /// Independent normal entries.
     #[default]
     Gaussian,
-    /// Independent signs.
+    /// Independent random signs.
     Rademacher,
-    /// Products of normals of this rank.
+    /// Product of two normal factors of this rank.
     LowRank(usize),
     /// W·(1 ± ε).
     Scale,
-    /// W = 0: an ablation; ε does not matter.
+    /// W′ = 0: ablation, whatever ε is.
     Zero,
-    /// The direction in which tuning took each tensor: towards the tuned model directory at this path.
+    /// The direction ΔW of tuning: towards the tuned model directory at this path.
     Update(PathBuf),
 }
 
@@ -67,23 +68,13 @@ impl FromStr for Noise {
     }
 }
 
-impl serde::Serialize for Noise {
-    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for Noise {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
-    }
-}
+serde_as_text!(Noise);
 
 impl Noise {
-    /// As the engine takes it; reads the tuned model for [`Noise::Update`] (its weights in f32, on the host).
+    /// The engine's form; for [`Noise::Update`] this reads the tuned weights, f32 on the host.
     ///
     /// # Errors
-    /// [`Error::Input`] where the tuned model is of another shape; as [`ModelDir::open`].
+    /// [`Error::Input`] where the tuned model's shapes differ; as [`ModelDir::open`].
     pub fn engine_kind(&self, base: &ModelDir) -> Result<NoiseKind> {
         match self {
             Self::Gaussian => Ok(NoiseKind::Gaussian),
@@ -97,25 +88,27 @@ impl Noise {
                     let place = path.join("config.json").display().to_string();
                     return Err(Error::input(place, "a model of another shape", "a tuned copy of the model"));
                 }
-                let tensor = |dir: &ModelDir, id, shape: &[usize]| dir.tensor(id, shape);
-                let (from, to) = (|id, s: &[usize]| tensor(base, id, s), |id, s: &[usize]| tensor(&tuned, id, s));
-                Ok(NoiseKind::Update(update_directions(&base.config, from, to)?))
+                Ok(NoiseKind::Update(update_directions(
+                    &base.config,
+                    |id, shape| base.tensor(id, shape),
+                    |id, shape| tuned.tensor(id, shape),
+                )?))
             }
         }
     }
 
-    /// Whether members with other seeds differ, and whether w − δ is worth a look beside w + δ.
-    pub(crate) fn draws(&self) -> (bool, bool) {
-        match self {
-            Self::Gaussian | Self::Rademacher | Self::LowRank(_) => (true, true),
-            Self::Scale => (false, true),
-            // A real update has a direction, and zero is zero.
-            Self::Zero | Self::Update(_) => (false, false),
-        }
+    /// Whether another seed gives another perturbation.
+    pub(crate) fn is_random(&self) -> bool {
+        matches!(self, Self::Gaussian | Self::Rademacher | Self::LowRank(_))
+    }
+
+    /// Whether −δ is as meaningful as +δ: an update has a direction, and zero has no sign.
+    pub(crate) fn is_antithetic(&self) -> bool {
+        self.is_random() || *self == Self::Scale
     }
 }
 
-/// W′ − W of every tensor that changed.
+/// ΔW = W′ − W of every tensor that changed.
 ///
 /// # Errors
 /// What `from` and `to` return.
@@ -133,19 +126,4 @@ pub fn update_directions(
         }
     }
     Ok(directions)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kinds_read_back() {
-        for text in ["gaussian", "rademacher", "lowrank:8", "scale", "zero", "update:out/tuned"] {
-            assert_eq!(text.parse::<Noise>().unwrap().to_string(), text);
-        }
-        for text in ["", "gauss", "lowrank:", "lowrank:0", "lowrank:x", "update:", "zero:1"] {
-            assert!(text.parse::<Noise>().is_err(), "{text}");
-        }
-    }
 }

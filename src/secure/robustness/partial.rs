@@ -1,23 +1,23 @@
-//! Finished cells of a map in the making: a JSONL file beside the output, so that an interrupted run goes on.
+//! Checkpoint of an unfinished map: finished cells in a JSONL file beside the output.
 //!
-//! The first line says what run it belongs to; a file of any other run, or a damaged one, is begun anew. A last line that
-//! was cut off is dropped.
+//! The first line identifies the run; a file of another run, or a damaged one, is started anew. An incomplete last line is
+//! dropped.
 
 use super::map::{CellRobustness, EpsilonPoint};
 use crate::error::{Error, Result};
-use crate::io::{json, write_atomic};
-use std::fs::{self, File, OpenOptions};
+use crate::io::{json, remove, write_atomic};
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-/// Far above any map.
-const MOST_BYTES: u64 = 1 << 28;
+/// Upper bound on the size of the file.
+const MAX_BYTES: u64 = 1 << 28;
 
 /// The first line.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Header {
-    /// blake3 of everything that decides the results.
+    /// Hash of everything that determines the results.
     pub(crate) run: String,
     pub(crate) epsilon: f32,
     pub(crate) epsilon_sweep: Vec<EpsilonPoint>,
@@ -31,26 +31,32 @@ pub(crate) struct Done {
     pub(crate) seconds: f64,
 }
 
-/// The file; without a path nothing is kept.
+/// The file; a no-op without a path.
 pub(crate) struct Partial {
     path: Option<PathBuf>,
 }
 
 impl Partial {
-    pub(crate) fn new(path: Option<&Path>) -> Self {
-        Self { path: path.map(Path::to_owned) }
+    /// The checkpoint of a map that is saved at `out`: `map.json.partial.jsonl`.
+    pub(crate) fn new(out: Option<&Path>) -> Self {
+        let path = out.map(|out| {
+            let mut name = out.as_os_str().to_owned();
+            name.push(".partial.jsonl");
+            name.into()
+        });
+        Self { path }
     }
 
-    /// What an earlier run with the same hash left.
+    /// Header and cells of an earlier run with the same hash.
     pub(crate) fn read(&self, run: &str) -> Option<(Header, Vec<Done>)> {
         let file = File::open(self.path.as_ref()?).ok()?;
-        let mut lines = BufReader::new(file.take(MOST_BYTES)).lines();
+        let mut lines = BufReader::new(file.take(MAX_BYTES)).lines();
         let header: Header = serde_json::from_str(&lines.next()?.ok()?).ok()?;
         let cells = lines.map_while(|line| serde_json::from_str(&line.ok()?).ok());
         (header.run == run).then(|| (header, cells.collect()))
     }
 
-    /// Begins the file anew with what is known.
+    /// Starts the file with the known cells.
     pub(crate) fn begin(&self, header: &Header, done: &[Done]) -> Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
         let mut text = json::line(header)?;
@@ -60,7 +66,7 @@ impl Partial {
         write_atomic(path, text.as_bytes())
     }
 
-    /// Adds finished cells.
+    /// Appends finished cells.
     pub(crate) fn append(&self, done: &[Done]) -> Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
         let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, "write"))?;
@@ -70,11 +76,8 @@ impl Partial {
         file.sync_data().map_err(Error::io(path, "write"))
     }
 
-    /// Removes the file once the map is saved.
-    pub(crate) fn remove(path: &Path) -> Result<()> {
-        match fs::remove_file(path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, "remove")(e)),
-            _ => Ok(()),
-        }
+    /// Removes the file.
+    pub(crate) fn remove(&self) -> Result<()> {
+        self.path.as_deref().map_or(Ok(()), remove)
     }
 }

@@ -1,5 +1,4 @@
-//! The scorer that robustness and the search ask: a model, its frozen probe and labelled prompts; perturb some modules,
-//! and see what the probe still reads.
+//! Scores perturbed copies of a model by its frozen probe: the measurement behind the robustness map and the search.
 
 use super::map::MadeFrom;
 use super::noise::Noise;
@@ -8,52 +7,50 @@ use crate::data::{SecurityPrompt, Split};
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
+use crate::options::{default_from_args, mib};
 use crate::secure::eval::metrics::{ScoreKind, Scores, relative_drop};
-use crate::secure::probe::features::output_shift;
-use crate::secure::probe::features::{batches, packed};
-use crate::secure::probe::labels::harmful;
+use crate::secure::probe::features::{batches, output_shift, packed};
 use crate::secure::probe::train::retrained_auroc;
 use crate::secure::probe::{Head, Probe};
+use clap::{ArgAction, Args};
 use rayon::prelude::*;
 
-/// How copies are perturbed and read.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// Default memory of the sweep, in MiB.
+pub const SWEEP_MIB: &str = "1024";
+
+/// Options of perturbing a model and scoring the copies.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct ScorerOptions {
-    /// Kind of perturbation.
+    /// Perturbation: gaussian, rademacher, lowrank:R, scale, zero, or update:DIR (towards a tuned model)
+    #[arg(long, default_value_t)]
     pub kind: Noise,
-    /// Draws a cell; each costs two copies (±δ). The standard error falls with its root.
+    /// Draws per cell, each with both signs; the standard error falls with the square root
+    #[arg(long, default_value_t = 4)]
     pub members: usize,
-    /// Seed of the first draw; the others follow it.
+    /// Seed of the first draw; each further draw has the next seed.
+    #[arg(skip)]
     pub seed: u64,
-    /// Prompts that are scored.
+    /// Split of the prompts that are scored
+    #[arg(long, value_enum, default_value_t = Split::Test)]
     pub split: Split,
-    /// Control (a): train a probe anew on every copy. Runs the training prompts too, which may double the time.
+    /// Leave out control (a), a probe retrained on every copy: about half of the time
+    #[arg(long = "no-retrain", action = ArgAction::SetFalse)]
     pub retrain: bool,
-    /// Tokens of prompts that are swept at once; decides memory, not results.
+    /// Prompt tokens per sweep; affects memory, not results.
+    #[arg(skip = 16_384usize)]
     pub batch_tokens: usize,
-    /// Working memory of the engine for copies that run side by side.
+    /// Memory of the sweep, in MiB
+    #[arg(long = "memory-mib", value_name = "MEMORY_MIB", value_parser = mib, default_value = SWEEP_MIB)]
     pub budget_bytes: u64,
-    /// Host memory for what is read of the copies that run between two saves.
+    /// Host memory for the hidden states of copies between two saves, in bytes.
+    #[arg(skip = 1u64 << 29)]
     pub group_bytes: u64,
 }
 
-impl Default for ScorerOptions {
-    fn default() -> Self {
-        Self {
-            kind: Noise::Gaussian,
-            members: 4,
-            seed: 0,
-            split: Split::Test,
-            retrain: true,
-            batch_tokens: 16_384,
-            budget_bytes: 1 << 30,
-            group_bytes: 1 << 29,
-        }
-    }
-}
+default_from_args!(ScorerOptions);
 
-/// What a scorer is made of.
+/// Inputs of a [`PerturbationScorer`].
 pub struct ScorerInput<'a, 'p, B: Backend> {
     /// The model that the probe was trained on.
     pub decoder: &'a Decoder<B>,
@@ -61,30 +58,30 @@ pub struct ScorerInput<'a, 'p, B: Backend> {
     pub model_hash: &'p str,
     /// The frozen probe.
     pub probe: &'a Probe,
-    /// All security prompts as token ids, as the probe's features were read.
+    /// All security prompts as token ids, rendered as for the probe.
     pub prompts: &'p [Vec<u32>],
     /// Their labels.
     pub labels: &'p [SecurityPrompt],
-    /// Their control labels, by the probe's rule; none = no control (c).
+    /// Their control labels by the probe's rule; none = without control (c).
     pub control: Option<&'p [bool]>,
     /// [`Noise::engine_kind`] of the options' kind.
     pub kind: NoiseKind,
 }
 
-/// What one perturbed copy showed.
+/// Measurements of one perturbed copy.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Observation {
-    /// The frozen probe, and the refusal log-odds.
+    /// Scores of the frozen probe and of the refusal log-odds.
     pub scores: Scores,
-    /// Gap of the control head on the control label: control (c).
+    /// Gap of the `control` head on the control label: control (c).
     pub control_gap: Option<f64>,
-    /// AUROC of a probe trained anew: control (a).
+    /// AUROC of a retrained probe: control (a).
     pub retrained: Option<f64>,
-    /// Mean of ‖h′ − h‖ / ‖h‖ at the metric layer: for control (b).
+    /// Mean ‖h′ − h‖ / ‖h‖ at the metric layer: control (b).
     pub shift: f64,
 }
 
-/// Scores perturbed copies of a model by its probe and by its refusal log-odds: what map and search ask.
+/// Scores perturbed copies of a model by its frozen probe and its refusal log-odds.
 pub struct PerturbationScorer<'a, B: Backend> {
     pub(crate) decoder: &'a Decoder<B>,
     pub(crate) model_hash: String,
@@ -92,20 +89,20 @@ pub struct PerturbationScorer<'a, B: Backend> {
     pub(crate) options: ScorerOptions,
     kind: NoiseKind,
     batches: Vec<Batch>,
-    /// The scored prompts come first.
+    /// Number of scored prompts; they precede those that retrain the probe.
     scored: usize,
     harmful: Vec<bool>,
     control: Option<Vec<bool>>,
-    /// Of the unperturbed model at the metric layer, [prompts, hidden].
+    /// Hidden states of the unperturbed model at the metric layer, [prompts, hidden].
     clean_hidden: Vec<f32>,
-    /// Of the unperturbed model.
+    /// Measurements of the unperturbed model.
     pub(crate) clean: Observation,
     pub(crate) prompts_hash: String,
-    /// The files behind it, saved with a map: a search needs them again.
+    /// Paths of the inputs, saved with the map for the search.
     pub made_from: Option<MadeFrom>,
 }
 
-/// What is read of a copy before it is scored.
+/// Raw readout of a copy.
 #[derive(Clone, Default)]
 struct Raw {
     hidden: Vec<f32>,
@@ -113,10 +110,10 @@ struct Raw {
 }
 
 impl<'a, B: Backend> PerturbationScorer<'a, B> {
-    /// Checks everything against everything and reads the unperturbed model.
+    /// Checks that probe, model and prompts belong together and scores the unperturbed model.
     ///
     /// # Errors
-    /// [`Error::Input`] where probe, model, prompts and options do not go together; a failing device.
+    /// [`Error::Input`] where they do not, or an option is out of range; a failing device.
     pub fn new(input: ScorerInput<'a, '_, B>, options: ScorerOptions) -> Result<Self> {
         input.probe.check_model(&input.decoder.config, input.model_hash)?;
         let n = input.labels.len();
@@ -134,7 +131,7 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
         }
         let prompts: Vec<Vec<u32>> = rows.iter().map(|i| input.prompts[*i].clone()).collect();
         let labels: Vec<SecurityPrompt> = rows.iter().map(|i| input.labels[*i].clone()).collect();
-        let harmful: Vec<bool> = labels.iter().map(harmful).collect();
+        let harmful: Vec<bool> = labels.iter().map(SecurityPrompt::is_harmful).collect();
         if !harmful[..scored].contains(&true) || !harmful[..scored].contains(&false) {
             let found = format!("split `{}` without both classes", options.split.name());
             return Err(Error::input("security prompts", found, "harmful and benign prompts in the scored split"));
@@ -171,7 +168,7 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
         Ok(scorer)
     }
 
-    /// A hash of the given directions, where the kind of perturbation has some.
+    /// Hash of the directions of an `update` perturbation.
     pub(crate) fn directions_hash(&self) -> Option<String> {
         let NoiseKind::Update(directions) = &self.kind else { return None };
         let mut hasher = blake3::Hasher::new();
@@ -182,44 +179,44 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
         Some(hasher.finalize().to_hex().to_string())
     }
 
-    /// Of the unperturbed model.
+    /// Measurements of the unperturbed model.
     pub fn clean(&self) -> Observation {
         self.clean
     }
 
-    /// Scored harmful and benign prompts.
+    /// Numbers of scored harmful and benign prompts.
     pub fn prompts(&self) -> (usize, usize) {
         let harmful = self.harmful[..self.scored].iter().filter(|h| **h).count();
         (harmful, self.scored - harmful)
     }
 
-    /// The seeds of the draws: one where the kind of perturbation has no randomness.
+    /// Seeds of the draws; a single one for a deterministic perturbation.
     pub fn seeds(&self) -> Vec<u64> {
-        let count = if self.options.kind.draws().0 { self.options.members } else { 1 };
+        let count = if self.options.kind.is_random() { self.options.members } else { 1 };
         (0..count as u64).map(|i| self.options.seed.wrapping_add(i)).collect()
     }
 
-    /// Copies that one draw of a set makes: w + δ, and w − δ where that is another thing.
+    /// Copies of one draw of a set: +δ, and −δ for an antithetic kind.
     pub(crate) fn members(&self, cells: &ModuleSet, seed: u64) -> Vec<Member> {
-        let signs: &[bool] = if self.options.kind.draws().1 { &[false, true] } else { &[false] };
+        let signs: &[bool] = if self.options.kind.is_antithetic() { &[false, true] } else { &[false] };
         signs.iter().map(|negative| Member { cells: cells.clone(), seed, negative: *negative }).collect()
     }
 
-    /// Copies that may be read before they are scored, within `group_bytes`.
+    /// Copies whose hidden states fit `group_bytes`.
     pub(crate) fn members_a_group(&self) -> usize {
         let bytes = self.harmful.len() * self.decoder.config.hidden * size_of::<f32>();
         (self.options.group_bytes / bytes.max(1) as u64).max(1) as usize
     }
 
-    /// Perturbs, runs and scores; one observation a member, in their order.
+    /// Perturbs, runs and scores the copies; one observation per member, in order.
     ///
     /// # Errors
-    /// [`Error::Failed`] where a perturbed copy has hidden states that are not finite; a failing device.
+    /// [`Error::Failed`] where a copy's hidden states are not finite; a failing device.
     pub fn observe(&self, members: &[Member], epsilon: f32) -> Result<Vec<Observation>> {
         self.sweep(members, epsilon)?.par_iter().map(|raw| self.observation(raw)).collect()
     }
 
-    /// R of a score for a whole set, perturbed jointly: mean over the given draws and both signs.
+    /// R of a score for a set that is perturbed jointly: mean over the draws of `seeds` and both signs.
     ///
     /// # Errors
     /// [`Error::Failed`] where the score is not finite; a failing device.
@@ -232,16 +229,16 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
             .ok_or_else(|| Error::failed(format!("the score `{score}` is not finite"), "lower --epsilon"))
     }
 
-    /// The unperturbed model's score; an error where it has nothing to lose.
+    /// Score of the unperturbed model; an error where it is missing or not above 0, so that R is undefined.
     pub(crate) fn clean_score(&self, score: ScoreKind) -> Result<f64> {
         let value = self.clean.scores.get(score).ok_or_else(|| {
             let help = "the model's own answers must hold both refusals and compliances; choose the score `gap`";
-            Error::failed(format!("the probe knows no first tokens for the score `{score}`"), help)
+            Error::failed(format!("the probe has no first tokens for the score `{score}`"), help)
         })?;
         if value > 1e-9 {
             return Ok(value);
         }
-        let what = format!("the score `{score}` of the unperturbed model is {value:.3}, so it has nothing to lose");
+        let what = format!("the score `{score}` of the unperturbed model is {value:.3}, so its drop is undefined");
         Err(Error::failed(what, "check that the model is aligned, or choose another score or split"))
     }
 

@@ -1,75 +1,84 @@
-//! The search for Mods_Rob (paper, figure 4): a set of modules whose joint perturbation leaves the security features alone.
+//! The search for Mods_Rob (paper, figure 4): a set of modules whose joint perturbation keeps the security features.
 //!
-//! Windows (neighbouring layers of one kind) are walked from the most robust on; each joins the set if the set stays robust
-//! **jointly**, since robust modules together can be sensitive, and if its share stays under the cap. Then one pass tries
-//! windows that were left out in the place of those that cost the set most. One such search runs for every seed; a cell that most
-//! of them chose is in Mods_Rob, and the majority is checked once more over all seeds.
+//! Windows (adjacent layers of one module kind) are visited from the most robust on. A window joins the set if the set stays
+//! robust **jointly**, as modules that are robust one by one can be sensitive together, and if its share of parameters stays
+//! under the cap. A swap pass then tries rejected windows in place of the accepted ones that cost the set most. One such
+//! search runs per seed; Mods_Rob holds the cells that a majority of them chose, verified jointly over all seeds.
 
 use super::map::RobustnessMap;
 use super::mods::{FORMAT, ModsRob, SearchStep};
 use super::sets::share;
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleId, ModuleKind, ModuleSet};
+use crate::options::{default_from_args, require};
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::ScoreKind;
+use clap::{ArgAction, Args};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-/// How Mods_Rob is searched.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+/// Options of the search.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct SearchOptions {
-    /// The score behind R.
+    /// Security score
+    #[arg(long, value_enum, default_value_t = ScoreKind::Gap)]
     pub score: ScoreKind,
-    /// Largest joint R of the set.
+    /// Largest joint relative drop of the score
+    #[arg(long, default_value_t = 0.05)]
     pub tau: f64,
-    /// Largest share of the projections' parameters.
+    /// Largest share of the projections' parameters
+    #[arg(long, default_value_t = 0.5)]
     pub cap: f64,
-    /// Smallest share; a search that ends below it fails.
+    /// Smallest share of the projections' parameters; below it the search fails
+    #[arg(long, default_value_t = 0.1)]
     pub floor: f64,
-    /// Layers a window; none = an eighth of the layers, at least 1. The number of joint runs falls with it.
+    /// Adjacent layers per window; an eighth of the layers if not given. Wider windows need fewer joint runs
+    #[arg(long)]
     pub window: Option<usize>,
-    /// Try windows that were left out in the place of accepted ones; about doubles the joint runs.
+    /// Skip the swap pass: about half of the joint runs
+    #[arg(long = "no-swap", action = ArgAction::SetFalse)]
     pub swap: bool,
 }
 
-impl Default for SearchOptions {
-    fn default() -> Self {
-        Self { score: ScoreKind::Gap, tau: 0.05, cap: 0.5, floor: 0.1, window: None, swap: true }
-    }
-}
+default_from_args!(SearchOptions);
 
-/// Of equally robust windows the first in this order is taken, after the deeper one.
-const TIES: [ModuleKind; 7] =
+/// Order in which equally robust windows of equal depth are visited.
+const TIE_ORDER: [ModuleKind; 7] =
     [ModuleKind::O, ModuleKind::V, ModuleKind::Down, ModuleKind::Up, ModuleKind::Gate, ModuleKind::K, ModuleKind::Q];
 
 /// Scores a set jointly: R over the draws of these seeds.
 pub type Joint<'a> = &'a mut dyn FnMut(&ModuleSet, &[u64]) -> Result<f64>;
 
+/// Adjacent layers of one module kind.
 struct Window {
     cells: ModuleSet,
-    /// Mean R of its cells by themselves.
+    /// Mean R of its cells, each perturbed alone.
     single: f64,
 }
 
-/// One seed's search.
-struct Walk<'s, 'j> {
-    seed: u64,
-    options: &'s SearchOptions,
-    parameters: &'s BTreeMap<Cell, u64>,
-    joint: Joint<'j>,
-    set: ModuleSet,
-    reached: f64,
-    steps: &'s mut Vec<SearchStep>,
+/// The state of a search.
+struct Search<'a> {
+    options: &'a SearchOptions,
+    parameters: BTreeMap<Cell, u64>,
+    joint: Joint<'a>,
+    steps: Vec<SearchStep>,
 }
 
-/// Finds Mods_Rob on a map. `joint` gives R of a set over the draws of some of the map's seeds (see
-/// [`crate::secure::PerturbationScorer::joint`]); progress counts joint runs, of which there may be fewer.
-///
-/// Fails, with what was reached and what to change, where no set between floor and cap stays under τ.
+/// A set that grows during the search of one seed.
+#[derive(Default)]
+struct Candidate {
+    set: ModuleSet,
+    /// Its joint R.
+    joint: f64,
+}
+
+/// Searches Mods_Rob on a map. `joint` gives R of a set over the draws of some of the map's seeds (see
+/// [`super::scorer::PerturbationScorer::joint`]); progress counts joint runs, up to the most there can be.
 ///
 /// # Errors
-/// [`Error::Input`] names the option or the score that is missing; [`Error::Failed`] where no set is found.
+/// [`Error::Input`] names the option that is out of range or the score that the map lacks; [`Error::Failed`] where no set
+/// between floor and cap stays under τ.
 pub fn search(
     map: &RobustnessMap,
     options: &SearchOptions,
@@ -79,47 +88,39 @@ pub fn search(
     check(options)?;
     let start = Instant::now();
     let singles = single_drops(map, options.score)?;
-    let parameters: BTreeMap<Cell, u64> =
-        map.cells.iter().filter(|c| singles.contains_key(&c.cell)).map(|c| (c.cell, c.parameters)).collect();
     let width = options.window.unwrap_or((map.layers / 8).max(1));
-    let windows_a_seed = windows(&singles, width, 0).len();
-    let most = map.seeds.len() * windows_a_seed * (1 + usize::from(options.swap)) + windows_a_seed;
+    let windows_per_seed = windows(&singles, width, 0).len();
+    let most = map.seeds.len() * windows_per_seed * (1 + usize::from(options.swap)) + windows_per_seed;
     let mut runs = 0;
     let mut counted = |set: &ModuleSet, seeds: &[u64]| {
         runs += 1;
         observer(Progress::new("search", runs, most.max(runs)));
         joint(set, seeds)
     };
-    let mut steps = Vec::new();
+    let in_map = map.cells.iter().filter(|c| singles.contains_key(&c.cell));
+    let parameters = in_map.map(|c| (c.cell, c.parameters)).collect();
+    let mut search = Search { options, parameters, joint: &mut counted, steps: Vec::new() };
     let mut votes: BTreeMap<Cell, usize> = BTreeMap::new();
     for (i, seed) in map.seeds.iter().enumerate() {
-        let mut walk = Walk {
-            seed: *seed,
-            options,
-            parameters: &parameters,
-            joint: &mut counted,
-            set: ModuleSet::default(),
-            reached: 0.0,
-            steps: &mut steps,
-        };
-        walk.run(&windows(&singles, width, i))?;
-        for cell in walk.set.iter() {
+        for cell in search.run(*seed, &windows(&singles, width, i))?.iter() {
             *votes.entry(cell).or_default() += 1;
         }
     }
-    let majority: Vec<Cell> = votes.iter().filter(|(_, n)| 2 * **n > map.seeds.len()).map(|(c, _)| *c).collect();
-    let mean = |cell: Cell| singles.get(&cell).map_or(0.0, |by_seed| mean_of(by_seed));
-    let (set, reached) = settle(majority, &votes, &mean, map, options, &parameters, width, &mut counted, &mut steps)?;
-    let share = share(&set, &parameters);
-    if share < options.floor || set.is_empty() {
+    let single: BTreeMap<Cell, f64> = singles.iter().map(|(cell, by_seed)| (*cell, mean(by_seed))).collect();
+    let majority = votes.iter().filter(|(_, n)| 2 * **n > map.seeds.len());
+    let majority = majority.map(|(cell, _)| (*cell, vec![single.get(cell).copied().unwrap_or(0.0)])).collect();
+    let found = search.settle(windows(&majority, width, 0), &votes, &map.seeds)?;
+    let share = share(&found.set, &search.parameters);
+    let steps = search.steps;
+    if share < options.floor || found.set.is_empty() {
         return Err(too_small(share, options, &steps));
     }
     Ok(ModsRob {
         format: FORMAT.to_owned(),
-        set: set.to_string(),
-        found: set.to_string(),
+        set: found.set.to_string(),
+        found: found.set.to_string(),
         share,
-        joint: reached,
+        joint: found.joint,
         tau: options.tau,
         cap: options.cap,
         floor: options.floor,
@@ -129,7 +130,7 @@ pub fn search(
         epsilon: map.epsilon,
         seeds: map.seeds.clone(),
         votes,
-        single: singles.keys().map(|cell| (*cell, mean(*cell))).collect(),
+        single,
         steps,
         model_hash: map.model_hash.clone(),
         map_hash: map.hash()?,
@@ -138,24 +139,14 @@ pub fn search(
 }
 
 fn check(options: &SearchOptions) -> Result<()> {
-    let wrong =
-        |field: &str, found: String, expected: &str| Err(Error::input(format!("search.{field}"), found, expected));
-    if !options.tau.is_finite() || options.tau <= 0.0 {
-        return wrong("tau", options.tau.to_string(), "a relative drop above 0");
-    }
-    if !(options.cap > 0.0 && options.cap <= 1.0) {
-        return wrong("cap", options.cap.to_string(), "a share above 0, up to 1");
-    }
-    if !(0.0..=options.cap).contains(&options.floor) {
-        return wrong("floor", options.floor.to_string(), "a share from 0 to the cap");
-    }
-    if options.window == Some(0) {
-        return wrong("window", "0".into(), "at least one layer");
-    }
-    Ok(())
+    let SearchOptions { tau, cap, floor, window, .. } = *options;
+    require(tau.is_finite() && tau > 0.0, "search.tau", tau, "a relative drop above 0")?;
+    require(cap > 0.0 && cap <= 1.0, "search.cap", cap, "a share above 0, up to 1")?;
+    require((0.0..=cap).contains(&floor), "search.floor", floor, "a share from 0 to the cap")?;
+    require(window != Some(0), "search.window", 0, "at least one layer")
 }
 
-/// R of every projection by itself, a value a seed.
+/// R of every projection perturbed alone, by seed.
 fn single_drops(map: &RobustnessMap, score: ScoreKind) -> Result<BTreeMap<Cell, Vec<f64>>> {
     let mut drops = BTreeMap::new();
     for cell in map.cells.iter().filter(|c| matches!(c.cell, Cell::Module(_))) {
@@ -171,15 +162,15 @@ fn single_drops(map: &RobustnessMap, score: ScoreKind) -> Result<BTreeMap<Cell, 
     Ok(drops)
 }
 
-fn mean_of(values: &[f64]) -> f64 {
+fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
-/// Windows of `width` neighbouring layers of one kind, most robust first by one seed's draws. They are laid from the
-/// deepest layer up, so that a shorter one falls on layer 0, the most sensitive.
+/// Windows of `width` adjacent layers of one kind, most robust first by the draws of the `seed`-th seed. They are aligned
+/// at the deepest layer, so that a shorter one falls on layer 0, the most sensitive.
 fn windows(singles: &BTreeMap<Cell, Vec<f64>>, width: usize, seed: usize) -> Vec<Window> {
     let mut ordered: Vec<(f64, usize, usize, Window)> = Vec::new();
-    for (rank, kind) in TIES.into_iter().enumerate() {
+    for (rank, kind) in TIE_ORDER.into_iter().enumerate() {
         let mut layers: Vec<(usize, f64)> = singles
             .iter()
             .filter_map(|(cell, drops)| match cell {
@@ -198,97 +189,80 @@ fn windows(singles: &BTreeMap<Cell, Vec<f64>>, width: usize, seed: usize) -> Vec
     ordered.into_iter().map(|(.., window)| window).collect()
 }
 
-impl Walk<'_, '_> {
-    fn run(&mut self, windows: &[Window]) -> Result<()> {
-        let (mut inside, mut outside) = (Vec::new(), Vec::new());
+impl Search<'_> {
+    /// The set that the draws of one seed choose.
+    fn run(&mut self, seed: u64, windows: &[Window]) -> Result<ModuleSet> {
+        let mut found = Candidate::default();
+        let (mut accepted, mut rejected) = (Vec::new(), Vec::new());
         for window in windows {
-            let grown = self.set.union(&window.cells);
-            let fits = share(&grown, self.parameters) <= self.options.cap;
-            if fits && self.accepts(grown, window, None, self.options.tau)? {
-                inside.push(window);
-            } else {
-                outside.push(window);
+            let grown = found.set.union(&window.cells);
+            let mut fits = share(&grown, &self.parameters) <= self.options.cap;
+            if fits {
+                let joint = (self.joint)(&grown, &[seed])?;
+                fits = joint <= self.options.tau;
+                self.steps.push(SearchStep { accepted: fits, ..SearchStep::of(seed, &window.cells, None, joint) });
+                if fits {
+                    found = Candidate { set: grown, joint };
+                }
             }
+            if fits { accepted.push(window) } else { rejected.push(window) }
         }
-        if self.options.swap { self.swap(inside, outside) } else { Ok(()) }
+        if self.options.swap {
+            self.swap(seed, &mut found, accepted, rejected)?;
+        }
+        Ok(found.set)
     }
 
-    /// Windows that cost the set most leave it for windows that were left out. What a window costs is what its absence
-    /// saves: by itself it may look robust. Each window that was left out is tried once.
-    fn swap(&mut self, inside: Vec<&Window>, outside: Vec<&Window>) -> Result<()> {
-        let mut costs = Vec::with_capacity(inside.len());
-        for window in inside {
-            let joint = (self.joint)(&self.set.difference(&window.cells), &[self.seed])?;
-            self.record(&ModuleSet::default(), Some(&window.cells), joint, false);
-            costs.push((self.reached - joint, window));
+    /// Replaces the accepted windows that cost the set most by rejected ones, each tried once. The cost of a window is how
+    /// much R its removal saves, as alone it may look robust.
+    fn swap(&mut self, seed: u64, found: &mut Candidate, accepted: Vec<&Window>, rejected: Vec<&Window>) -> Result<()> {
+        let mut costs = Vec::with_capacity(accepted.len());
+        for window in accepted {
+            let joint = (self.joint)(&found.set.difference(&window.cells), &[seed])?;
+            self.steps.push(SearchStep::of(seed, &ModuleSet::default(), Some(&window.cells), joint));
+            costs.push((found.joint - joint, window));
         }
         costs.sort_by(|a, b| b.0.total_cmp(&a.0));
         let mut costly = costs.into_iter().map(|(_, window)| window).peekable();
-        for window in outside {
+        for window in rejected {
             let Some(worst) = costly.peek() else { break };
-            let swapped = self.set.difference(&worst.cells).union(&window.cells);
-            let (size, current) = (share(&swapped, self.parameters), share(&self.set, self.parameters));
-            // A swap must not shrink the set: a smaller one is always the more robust.
+            let swapped = found.set.difference(&worst.cells).union(&window.cells);
+            let (size, current) = (share(&swapped, &self.parameters), share(&found.set, &self.parameters));
+            // A swap must not shrink the set: a smaller one is always more robust.
             if size > self.options.cap || size < current {
                 continue;
             }
-            if self.accepts(swapped, window, Some(&worst.cells), self.reached.min(self.options.tau))? {
+            let joint = (self.joint)(&swapped, &[seed])?;
+            let accepted = joint < found.joint.min(self.options.tau);
+            self.steps.push(SearchStep { accepted, ..SearchStep::of(seed, &window.cells, Some(&worst.cells), joint) });
+            if accepted {
+                *found = Candidate { set: swapped, joint };
                 costly.next();
             }
         }
         Ok(())
     }
 
-    /// Scores a changed set and keeps it if its joint R is at most `limit` (for a swap: below what was reached).
-    fn accepts(&mut self, set: ModuleSet, window: &Window, out: Option<&ModuleSet>, limit: f64) -> Result<bool> {
-        let joint = (self.joint)(&set, &[self.seed])?;
-        let accepted = if out.is_some() { joint < limit } else { joint <= limit };
-        self.record(&window.cells, out, joint, accepted);
-        if accepted {
-            self.set = set;
-            self.reached = joint;
-        }
-        Ok(accepted)
-    }
-
-    fn record(&mut self, window: &ModuleSet, out: Option<&ModuleSet>, joint: f64, accepted: bool) {
-        let (window, without) = (window.to_string(), out.map(ToString::to_string));
-        self.steps.push(SearchStep { seed: Some(self.seed), window, without, joint, accepted });
-    }
-}
-
-/// The majority, within the cap and jointly under τ over all seeds: while it is not, its least voted-for, then most
-/// sensitive window leaves.
-#[allow(clippy::too_many_arguments)]
-fn settle(
-    majority: Vec<Cell>,
-    votes: &BTreeMap<Cell, usize>,
-    single: &dyn Fn(Cell) -> f64,
-    map: &RobustnessMap,
-    options: &SearchOptions,
-    parameters: &BTreeMap<Cell, u64>,
-    width: usize,
-    joint: Joint<'_>,
-    steps: &mut Vec<SearchStep>,
-) -> Result<(ModuleSet, f64)> {
-    let chosen: BTreeMap<Cell, Vec<f64>> = majority.iter().map(|c| (*c, vec![single(*c)])).collect();
-    let mut windows = windows(&chosen, width, 0);
-    let support = |w: &Window| w.cells.iter().filter_map(|c| votes.get(&c)).copied().min().unwrap_or(0);
-    windows.sort_by(|a, b| support(b).cmp(&support(a)).then(a.single.total_cmp(&b.single)));
-    loop {
-        let set: ModuleSet = windows.iter().flat_map(|w| w.cells.iter()).collect();
-        if set.is_empty() {
-            return Ok((set, 0.0));
-        }
-        if share(&set, parameters) <= options.cap {
-            let reached = joint(&set, &map.seeds)?;
-            let accepted = reached <= options.tau;
-            steps.push(SearchStep { seed: None, window: set.to_string(), without: None, joint: reached, accepted });
-            if accepted {
-                return Ok((set, reached));
+    /// The union of the majority's windows, within the cap and jointly under τ over all seeds; until it is, the window with
+    /// the fewest votes, of those the most sensitive, is removed.
+    fn settle(&mut self, mut windows: Vec<Window>, votes: &BTreeMap<Cell, usize>, seeds: &[u64]) -> Result<Candidate> {
+        let support = |w: &Window| w.cells.iter().filter_map(|c| votes.get(&c)).copied().min().unwrap_or(0);
+        windows.sort_by(|a, b| support(b).cmp(&support(a)).then(a.single.total_cmp(&b.single)));
+        loop {
+            let set: ModuleSet = windows.iter().flat_map(|w| w.cells.iter()).collect();
+            if set.is_empty() {
+                return Ok(Candidate::default());
             }
+            if share(&set, &self.parameters) <= self.options.cap {
+                let joint = (self.joint)(&set, seeds)?;
+                let accepted = joint <= self.options.tau;
+                self.steps.push(SearchStep { seed: None, window: set.to_string(), without: None, joint, accepted });
+                if accepted {
+                    return Ok(Candidate { set, joint });
+                }
+            }
+            windows.pop();
         }
-        windows.pop();
     }
 }
 
@@ -303,7 +277,7 @@ fn too_small(share: f64, options: &SearchOptions, steps: &[SearchStep]) -> Error
         options.tau
     );
     let nearest = match least.is_finite() {
-        true => format!("the least drop among the refused sets was {least:.3}: raise --tau above it, "),
+        true => format!("the smallest joint drop of a rejected set was {least:.3}: raise --tau above it, "),
         false => "raise --cap, ".to_owned(),
     };
     Error::failed(what, nearest + "or make a map with a smaller --epsilon, or lower --floor")

@@ -1,4 +1,4 @@
-//! Sizes of module sets in parameters, and random sets of a given size.
+//! Parameter counts of module sets, and random sets of a given share.
 
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleSet};
@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 /// Stream of the draws of random sets.
 const STREAM: u64 = 0x5e75;
 
-/// Parameters of every cell, biases with their projection.
+/// Number of parameters of every cell; biases count with their projection.
 pub fn cell_parameters(config: &ModelConfig) -> BTreeMap<Cell, u64> {
     let mut cells = BTreeMap::new();
     for (id, shape) in config.params() {
@@ -17,27 +17,31 @@ pub fn cell_parameters(config: &ModelConfig) -> BTreeMap<Cell, u64> {
     cells
 }
 
-/// The part of the parameters of all projections (q, k, v, o, gate, up, down of every layer) that a set's projections
-/// hold: 0 to 1. Embedding, norms and head are on neither side, so that the share means the same for tied and untied
-/// models of any vocabulary.
+/// Share of a set's projections in the parameters of all projections (q, k, v, o, gate, up, down), 0 to 1. Embedding, norms
+/// and head are not counted, so that the share is comparable across vocabularies and tied or untied heads.
 pub fn share(set: &ModuleSet, parameters: &BTreeMap<Cell, u64>) -> f64 {
-    let all: u64 = modules(parameters).map(|(_, n)| n).sum();
-    let own: u64 = modules(parameters).filter(|(c, _)| set.contains(*c)).map(|(_, n)| n).sum();
+    let all: u64 = projections(parameters).map(|(_, n)| n).sum();
+    let own: u64 = projections(parameters).filter(|(c, _)| set.contains(*c)).map(|(_, n)| n).sum();
     own as f64 / all.max(1) as f64
 }
 
-/// The projections, with their parameters.
-pub(super) fn modules(parameters: &BTreeMap<Cell, u64>) -> impl Iterator<Item = (Cell, u64)> + '_ {
+/// The projections and their numbers of parameters.
+pub(super) fn projections(parameters: &BTreeMap<Cell, u64>) -> impl Iterator<Item = (Cell, u64)> + '_ {
     parameters.iter().filter(|(c, _)| matches!(c, Cell::Module(_))).map(|(c, n)| (*c, *n))
 }
 
-/// A random set of projections of about `target` share: in a random order every cell that still fits is taken. Without
-/// `layer0`, nothing of layer 0 is.
-pub fn random_set(parameters: &BTreeMap<Cell, u64>, target: f64, seed: u64, layer0: bool) -> ModuleSet {
-    let all: u64 = modules(parameters).map(|(_, n)| n).sum();
-    let mut cells: Vec<(Cell, u64)> = modules(parameters).filter(|(c, _)| layer0 || c.layer() != Some(0)).collect();
+/// A random set of the projections that `eligible` admits, of about `target` share: cells are visited in random order, and
+/// each that still fits is taken.
+pub fn random_set(
+    parameters: &BTreeMap<Cell, u64>,
+    target: f64,
+    seed: u64,
+    eligible: impl Fn(Cell) -> bool,
+) -> ModuleSet {
+    let all: u64 = projections(parameters).map(|(_, n)| n).sum();
+    let mut cells: Vec<(Cell, u64)> = projections(parameters).filter(|(c, _)| eligible(*c)).collect();
     Philox::new(seed, STREAM).shuffle(&mut cells);
-    // Half of the smallest cell is the best that rounding to whole cells can do.
+    // Half of the smallest cell: rounding to whole cells cannot do better.
     let slack = cells.iter().map(|(_, n)| *n).min().unwrap_or(0) / 2;
     let most = (target.clamp(0.0, 1.0) * all as f64).round() as u64 + slack;
     let mut set = ModuleSet::default();

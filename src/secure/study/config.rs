@@ -1,42 +1,48 @@
 //! The configuration of a study: one TOML file.
 
+use super::SettingSpec;
 use crate::error::{Error, Result};
-use crate::secure::{JudgeOptions, ProbeOptions, RobustnessOptions, ScorerOptions, SearchOptions, TuneJob};
+use crate::secure::eval::EvaluateOptions;
+use crate::secure::probe::train::ProbeOptions;
+use crate::secure::robustness::RobustnessOptions;
+use crate::secure::robustness::mods::SetSpec;
+use crate::secure::robustness::scorer::ScorerOptions;
+use crate::secure::robustness::search::SearchOptions;
+use crate::secure::tune::TuneRecipe;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 
-/// Everything that `swat run` does, from one file. Relative paths are relative to that file.
+/// Configuration of `swat run`. Relative paths are relative to its file.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
-    /// The model as given: a Hugging Face directory.
+    /// Hugging Face directory of the base model.
     pub model: PathBuf,
-    /// Chat template, for a model that has none.
+    /// Chat template, for a model without its own.
     pub chat_template: Option<PathBuf>,
-    /// Where everything goes.
+    /// Output directory.
     pub out: PathBuf,
-    /// Title of the report; the model directory's name if empty.
+    /// Title of the report; the name of the model directory if empty.
     pub title: String,
-    /// Seed of splits and of the prompts and tasks that are asked; training and noise have their own below.
+    /// Seed of the splits and of the sampled prompts and tasks; training and noise have their own below.
     pub seed: u64,
-    /// What is compared: see [`super::SettingSpec`].
-    pub settings: Vec<String>,
-    /// Files.
+    /// Settings to compare.
+    pub settings: Vec<SettingSpec>,
+    /// Input files.
     pub data: DataFiles,
     /// Security-feature classifiers.
     pub probe: ProbeOptions,
-    /// Perturbations behind the map and the search.
+    /// Perturbations of the map and the search.
     pub perturb: ScorerOptions,
-    /// The map.
+    /// The robustness map.
     pub robustness: RobustnessOptions,
     /// The search for Mods_Rob.
     pub search: SearchOptions,
-    /// Mods_Rob given by hand (an expression or a file): no search then.
-    pub mods: Option<String>,
-    /// Tuning; `mods` there stays empty, settings fill it in. `seeds`: each setting is tuned and evaluated with each, at N
-    /// times the time and disk space.
-    pub tune: TuneJob,
-    /// What is measured of every setting.
+    /// Mods_Rob, in place of a search.
+    pub mods: Option<SetSpec>,
+    /// Tuning.
+    pub tune: TuneConfig,
+    /// Evaluation of every setting.
     pub evaluate: EvaluateOptions,
 }
 
@@ -48,8 +54,8 @@ pub struct DataFiles {
     pub security: PathBuf,
     /// Training conversations.
     pub train: Vec<PathBuf>,
-    /// Prompts whose answers give the attack success rate (harmful) and over-refusal (benign); the security file's test
-    /// and ood splits if empty.
+    /// Prompts of the attack success rate (harmful) and over-refusal (benign); the security file's test and ood splits if
+    /// empty.
     pub evaluation: Vec<PathBuf>,
     /// Checkable tasks.
     pub task: Option<PathBuf>,
@@ -59,44 +65,29 @@ pub struct DataFiles {
     pub refusals: Option<PathBuf>,
     /// Answered harmful requests to mix in, for settings with `+attack`.
     pub attack: Option<PathBuf>,
-    /// `{"prompt", "answers": […]}`: what counts as obeying word for word.
+    /// `{"prompt", "answers": […]}`: compliant answers, for the strict attack success rate.
     pub strict: Option<PathBuf>,
 }
 
-/// What is measured.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct EvaluateOptions {
-    /// Most harmful prompts that are answered, drawn from all by the run's seed; 0 = all.
-    pub harmful: usize,
-    /// Most benign prompts that are answered; 0 = all.
-    pub benign: usize,
-    /// Most tasks; 0 = all.
-    pub tasks: usize,
-    /// Longest answer to a security prompt, in tokens: refusals show early.
-    pub answer_tokens: usize,
-    /// Longest answer to a task, in tokens.
-    pub task_tokens: usize,
-    /// Share of the mixed-in lines of `+refusals` and `+attack`.
-    pub mix_share: f64,
-    /// Key-value cache of the generation, in bytes.
-    pub cache_bytes: u64,
-    /// A judge of harmfulness; off if absent. Prompts and answers are sent to it.
-    pub judge: Option<JudgeOptions>,
+/// The `[tune]` table of a study: the recipe of every setting, and the training seeds.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+pub struct TuneConfig {
+    /// Training seeds; each setting is tuned and evaluated with each, at that many times the time and disk space. None =
+    /// `shared.seed` alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seeds: Option<Vec<u64>>,
+    /// The recipe; settings add Mods_Rob and vary it.
+    #[serde(flatten)]
+    pub recipe: TuneRecipe,
 }
 
-impl Default for EvaluateOptions {
-    fn default() -> Self {
-        Self {
-            harmful: 0,
-            benign: 0,
-            tasks: 0,
-            answer_tokens: 48,
-            task_tokens: 64,
-            mix_share: 0.1,
-            cache_bytes: 1 << 30,
-            judge: None,
-        }
+impl<'de> serde::Deserialize<'de> for TuneConfig {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // Not by `flatten`, which cannot name unknown keys.
+        let mut table = toml::Table::deserialize(deserializer)?;
+        let custom = |e: toml::de::Error| serde::de::Error::custom(e.message());
+        let seeds = table.remove("seeds").map(toml::Value::try_into).transpose().map_err(custom)?;
+        Ok(Self { seeds, recipe: table.try_into().map_err(custom)? })
     }
 }
 
@@ -121,27 +112,22 @@ impl RunConfig {
     }
 
     fn resolve(&mut self, base: &Path) {
-        let at = |path: &mut PathBuf| {
-            if path.is_relative() && !path.as_os_str().is_empty() {
-                *path = base.join(&*path);
-            }
-        };
-        at(&mut self.model);
-        at(&mut self.out);
-        at(&mut self.data.security);
-        self.data.train.iter_mut().for_each(at);
-        self.data.evaluation.iter_mut().for_each(at);
         let data = &mut self.data;
+        let required = [&mut self.model, &mut self.out, &mut data.security];
         let optional = [&mut self.chat_template, &mut data.task, &mut data.heldout, &mut data.refusals];
-        optional.into_iter().chain([&mut data.attack, &mut data.strict]).flatten().for_each(at);
+        let optional = optional.into_iter().chain([&mut data.attack, &mut data.strict]).flatten();
+        let paths = required.into_iter().chain(optional).chain(&mut data.train).chain(&mut data.evaluation);
+        for path in paths.filter(|path| path.is_relative() && !path.as_os_str().is_empty()) {
+            *path = base.join(&*path);
+        }
     }
 
-    /// The training seeds: every setting that tunes has a run with each.
+    /// Training seeds of every setting.
     pub fn training_seeds(&self) -> Vec<u64> {
-        self.tune.seeds.clone().unwrap_or_else(|| vec![self.tune.shared.seed])
+        self.tune.seeds.clone().unwrap_or_else(|| vec![self.tune.recipe.shared.seed])
     }
 
-    /// What must be there.
+    /// Checks required keys and ranges.
     ///
     /// # Errors
     /// [`Error::Input`] names the key that is missing or wrong.
@@ -156,11 +142,8 @@ impl RunConfig {
         if self.data.security.as_os_str().is_empty() {
             return missing("data.security", "a file of labelled prompts");
         }
-        if self.data.train.is_empty() && self.settings.iter().any(|s| s != "given") {
+        if self.data.train.is_empty() && !self.settings.iter().all(SettingSpec::is_given) {
             return missing("data.train", "at least one training file");
-        }
-        if self.tune.mods.is_some() {
-            return Err(Error::input(format!("{place}: tune.mods"), "a set", "nothing there: `mods` at the top level"));
         }
         let seeds = self.training_seeds();
         let wrong =
@@ -171,9 +154,9 @@ impl RunConfig {
         if let Some((_, seed)) = seeds.iter().enumerate().find(|(i, seed)| seeds[..*i].contains(seed)) {
             return wrong(format!("{seed} more than once"));
         }
-        self.tune.shared.check()?;
-        self.tune.mods_phase.check()?;
-        self.tune.all_phase.check()
+        self.tune.recipe.shared.check()?;
+        self.tune.recipe.mods_phase.check()?;
+        self.tune.recipe.all_phase.check()
     }
 }
 
@@ -197,7 +180,7 @@ fn apply(table: &mut toml::Table, change: &str) -> Result<()> {
     Ok(())
 }
 
-/// Deserialises with the offending key in the error and a suggestion for an unknown one.
+/// Deserializes; an error names the key, and the nearest known one for an unknown key.
 fn parse<T: DeserializeOwned>(value: toml::Value, place: &str) -> Result<T> {
     value.try_into().map_err(|e: toml::de::Error| {
         let message = e.message().to_owned();
@@ -213,57 +196,4 @@ fn suggestion(message: &str) -> Option<String> {
     let known = rest.split('`').skip(1).step_by(2);
     let nearest = known.max_by(|a, b| strsim::jaro(a, unknown).total_cmp(&strsim::jaro(b, unknown)))?;
     Some(format!("perhaps `{nearest}`"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_with_overrides_resolves_its_paths() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run.toml");
-        let text = "model = 'm'\nout = '/tmp/o'\nsettings = ['given', 'swat']\n[data]\nsecurity = 's.jsonl'\ntrain = ['t.jsonl']\n[tune.all_phase]\nsteps = 3\n";
-        std::fs::write(&path, text).unwrap();
-        let set = ["tune.all_phase.lr=0.5".to_owned(), "perturb.kind=lowrank:4".to_owned()];
-        let config = RunConfig::read(&path, &set).unwrap();
-        assert_eq!(config.model, dir.path().join("m"));
-        assert_eq!(config.out, Path::new("/tmp/o"));
-        assert_eq!(config.tune.all_phase.lr, 0.5);
-        assert_eq!(config.perturb.kind.to_string(), "lowrank:4");
-        assert_eq!(config.data.train, [dir.path().join("t.jsonl")]);
-    }
-
-    #[test]
-    fn training_seeds_are_one_or_a_list() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run.toml");
-        std::fs::write(&path, "model = 'm'\nout = 'o'\n[data]\nsecurity = 's'\n[tune.shared]\nseed = 4\n").unwrap();
-        let read = |overrides: &[&str]| {
-            let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
-            RunConfig::read(&path, &overrides)
-        };
-        let one = read(&[]).unwrap();
-        assert_eq!(one.training_seeds(), [4]);
-        // Kept stages are found by a hash of this.
-        assert!(!serde_json::to_string(&one.tune).unwrap().contains("seeds"));
-        assert_eq!(read(&["tune.seeds=[3, 0, 4]"]).unwrap().training_seeds(), [3, 0, 4]);
-        for (wrong, found) in
-            [("[]", "an empty list"), ("[1, 2, 0, 2]", "2 more than once"), ("[-1]", "-1"), ("3", "3")]
-        {
-            let error = read(&[&format!("tune.seeds={wrong}")]).unwrap_err();
-            assert!(error.to_string().contains(found), "{error}");
-            assert_eq!(error.exit_code(), 2);
-        }
-    }
-
-    #[test]
-    fn an_unknown_key_is_named_with_the_nearest_known_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run.toml");
-        std::fs::write(&path, "modle = 'm'\n").unwrap();
-        let error = RunConfig::read(&path, &[]).unwrap_err();
-        assert!(error.to_string().contains("`modle`") && error.to_string().contains("`model`"), "{error}");
-        assert_eq!(error.exit_code(), 2);
-    }
 }

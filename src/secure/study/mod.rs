@@ -1,5 +1,4 @@
-//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Each stage is kept and
-//! resumable.
+//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Results of each stage are cached.
 
 mod config;
 mod outcome;
@@ -7,7 +6,7 @@ mod run;
 mod setting;
 mod stage;
 
-pub use config::{DataFiles, EvaluateOptions, RunConfig};
+pub use config::{DataFiles, RunConfig, TuneConfig};
 pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 pub use run::run;
 pub use setting::{Base, Mix, SettingSpec};

@@ -1,4 +1,4 @@
-//! What a study found: serde types without any prompt or answer.
+//! Results of a study, without any prompt or answer.
 
 use super::SettingSpec;
 use crate::modules::ModuleSet;
@@ -6,89 +6,89 @@ use crate::secure::{Drift, Evaluation, ModsRob, ProbeAbout, RobustnessMap, Score
 use crate::train::{PhaseSummary, Updates};
 use std::path::PathBuf;
 
-/// Everything that a report shows.
+/// Results of a study, the input of its report.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Outcome {
     /// Title of the report.
     pub title: String,
-    /// Hash of the model as given.
+    /// Hash of the original model.
     pub model_hash: String,
-    /// The classifiers.
+    /// Metadata of the probes.
     pub probe: ProbeAbout,
-    /// The robustness map; none where no setting needs one.
+    /// Robustness map; none if no setting needs it.
     pub map: Option<RobustnessMap>,
-    /// The search; none where Mods_Rob was given by hand or not needed.
+    /// Search; none if Mods_Rob is configured or not needed.
     pub search: Option<ModsRob>,
     /// Mods_Rob.
     pub mods: Option<ModuleSet>,
-    /// One a setting, in the order of the configuration.
+    /// One per setting, in the order of the configuration.
     pub settings: Vec<SettingOutcome>,
-    /// Wall time of this invocation; stages that were kept cost nothing.
+    /// Wall time of the last invocation in seconds, without cached stages.
     pub seconds: f64,
 }
 
-/// One setting.
+/// Results of a setting.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct SettingOutcome {
-    /// As in the configuration.
+    /// The setting.
     pub setting: SettingSpec,
-    /// What the first phase trains.
+    /// Modules that are trained alone.
     pub mods: Option<ModuleSet>,
-    /// Its share of the projections' parameters.
+    /// Their share of the projections' parameters.
     pub share: Option<f64>,
-    /// R of that set, perturbed jointly.
+    /// Joint R of that set.
     pub joint: Option<f64>,
-    /// The run with the first training seed, or the model as given.
+    /// The run with the first training seed, or the original model.
     #[serde(flatten)]
     pub first: RunOutcome,
-    /// The runs with the other training seeds, in the order of the configuration.
+    /// Runs with the other training seeds, in the order of the configuration.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub more_seeds: Vec<RunOutcome>,
 }
 
 impl SettingOutcome {
-    /// The runs of all training seeds.
+    /// Runs of all training seeds.
     pub fn runs(&self) -> impl Iterator<Item = &RunOutcome> {
         std::iter::once(&self.first).chain(&self.more_seeds)
     }
 }
 
-/// A model: tuned with one training seed, or as given.
+/// Results of a run with one training seed, or of the original model.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct RunOutcome {
-    /// How it was tuned; none for the model as given.
+    /// Tuning; none for the original model.
     pub tuned: Option<TunedOutcome>,
-    /// What the model does.
+    /// Evaluation.
     pub evaluation: Evaluation,
-    /// The frozen probe on it; none for the model as given.
+    /// Drift of the frozen probe; none for the original model.
     pub drift: Option<Drift>,
 }
 
-/// A tuning run.
+/// Results of a tuning run.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct TunedOutcome {
-    /// Its model directory.
+    /// Tuned model directory.
     pub dir: PathBuf,
     /// Training seed.
     pub seed: u64,
-    /// Steps an epoch.
+    /// Steps per epoch.
     pub steps_per_epoch: u64,
-    /// Phases.
+    /// Statistics by phase.
     pub phases: Vec<PhaseSummary>,
-    /// How far each cell moved.
+    /// Update magnitudes.
     pub updates: Updates,
-    /// Drift while it ran.
+    /// Drift after each epoch and phase.
     pub points: Vec<DriftPoint>,
-    /// (step, loss), thinned.
+    /// (step, loss), subsampled.
     pub losses: Vec<(u64, f64)>,
-    /// Most memory in use, in bytes: the GPU's, else that of the process.
+    /// Peak memory of the GPU, else of the process, in bytes.
     pub peak_bytes: u64,
 }
 
 /// Frozen probe and refusal log-odds at one step, on the security file's test split.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct DriftPoint {
-    /// Steps taken; 0 = the model as given.
+    /// Steps taken; 0 = the original model.
     pub step: u64,
     /// Scores at the metric layer.
     pub scores: Scores,

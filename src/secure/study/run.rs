@@ -11,10 +11,20 @@ use crate::io::json;
 use crate::model::ModelDir;
 use crate::modules::ModuleSet;
 use crate::progress::{Observer, Progress};
-use crate::secure::{
-    AnswerLengths, Drift, Evaluation, Head, Judge, ModsRob, Probe, Questions, RefusalList, RobustnessMap, Scores,
-    Subject, TuneJob, TuneOutput, cell_parameters, resolve_mods, robustness, search, share, snapshot, tune_directory,
-};
+use crate::secure::eval::Evaluation;
+use crate::secure::eval::judge::Judge;
+use crate::secure::eval::metrics::Scores;
+use crate::secure::eval::refusal::RefusalList;
+use crate::secure::loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
+use crate::secure::probe::drift::Drift;
+use crate::secure::probe::features::snapshot;
+use crate::secure::probe::{Head, Probe};
+use crate::secure::robustness::map::RobustnessMap;
+use crate::secure::robustness::mods::ModsRob;
+use crate::secure::robustness::robustness;
+use crate::secure::robustness::search::search;
+use crate::secure::robustness::sets::{cell_parameters, share};
+use crate::secure::tune::{TuneJob, TuneOutput, tune_directory};
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
 use std::cell::OnceCell;
@@ -23,12 +33,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Tokens of an answer that are enough to see whether it refuses.
-const TENDENCY_TOKENS: usize = 24;
-/// Points of a loss curve that are kept.
+/// Most points of a recorded loss curve.
 const LOSS_POINTS: u64 = 400;
 
-/// Runs a study; `backend` makes the device for each model that is opened. What is done already is not done again.
+/// Runs a study; each model is opened on a device that `backend` makes. Cached stages are not run again.
 ///
 /// # Errors
 /// [`Error::InUse`] where another process runs it; what the stages return.
@@ -41,7 +49,6 @@ pub fn run<B: Backend>(
     let start = Instant::now();
     std::fs::create_dir_all(&config.out).map_err(Error::io(&config.out, "create"))?;
     let _lock = lock(&config.out)?;
-    let specs = config.settings.iter().map(|text| SettingSpec::parse(text)).collect::<Result<Vec<_>>>()?;
     let prompts = SecurityPrompt::read(&config.data.security, config.seed)?;
     SecurityPrompt::require_both_labels(&prompts, &config.data.security)?;
     let model_hash = ModelDir::open(&config.model)?.hash()?.to_owned();
@@ -50,21 +57,25 @@ pub fn run<B: Backend>(
         backend,
         refusals,
         stages: Stages::new(&config.out.join("stages")),
-        questions: Asked::read(config, &prompts)?,
+        data: EvaluationData::read(config, &prompts)?,
         prompts,
         model_hash,
         roofline: OnceCell::new(),
         judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
     };
     let probe = study.probe(observer)?;
-    let (map, search, mods) = match specs.iter().any(SettingSpec::needs_mods) {
-        true => study.mods(&probe, observer)?,
-        false => (None, None, None),
+    let found = match config.settings.iter().any(SettingSpec::needs_mods) {
+        true => Some(study.mods(&probe, observer)?),
+        false => None,
     };
     let mut settings = Vec::new();
-    for spec in &specs {
-        settings.push(study.setting(spec, &probe, map.as_ref(), mods.as_ref(), observer)?);
+    for spec in &config.settings {
+        settings.push(study.setting(spec, &probe, found.as_ref(), observer)?);
     }
+    let (map, search, mods) = match found {
+        Some(Mods { map, search, set }) => (Some(map), search, Some(set)),
+        None => (None, None, None),
+    };
     let title = match config.title.is_empty() {
         false => config.title.clone(),
         true => config.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -74,7 +85,7 @@ pub fn run<B: Backend>(
     Ok(Outcome { title, model_hash: study.model_hash, probe: about, map, search, mods, settings, seconds })
 }
 
-/// Keeps other runs out of the directory.
+/// Locks the directory against other processes.
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(".lock");
     let file = File::create(&path).map_err(Error::io(&path, "create"))?;
@@ -82,14 +93,14 @@ fn lock(dir: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// What every setting is asked.
-struct Asked {
+/// Evaluation data of every setting.
+struct EvaluationData {
     prompts: Vec<SecurityPrompt>,
     strict: Option<BTreeMap<String, Vec<String>>>,
     tasks: Vec<Task>,
 }
 
-impl Asked {
+impl EvaluationData {
     fn read(config: &RunConfig, security: &[SecurityPrompt]) -> Result<Self> {
         let options = &config.evaluate;
         let mut prompts: Vec<SecurityPrompt> = if config.data.evaluation.is_empty() {
@@ -116,7 +127,7 @@ impl Asked {
     }
 }
 
-/// At most `most` items (0 = all), drawn by the seed, in their own order.
+/// A random sample of at most `most` items (0 = all), in their original order.
 fn sample<T>(items: Vec<T>, most: usize, seed: u64) -> Vec<T> {
     if most == 0 || items.len() <= most {
         return items;
@@ -138,13 +149,21 @@ fn read_strict(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
     Ok(lines.into_iter().collect())
 }
 
+/// Robustness map, search and Mods_Rob.
+struct Mods {
+    map: RobustnessMap,
+    /// None where the configuration names the set.
+    search: Option<ModsRob>,
+    set: ModuleSet,
+}
+
 /// A setting with one training seed.
 struct Run<'a> {
     spec: &'a SettingSpec,
     job: TuneJob,
-    /// For progress.
+    /// Name in progress reports.
     name: String,
-    /// For files.
+    /// Name of its files.
     stem: String,
 }
 
@@ -153,7 +172,7 @@ struct Study<'a, B> {
     backend: &'a dyn Fn() -> Result<B>,
     refusals: &'a RefusalList,
     stages: Stages,
-    questions: Asked,
+    data: EvaluationData,
     prompts: Vec<SecurityPrompt>,
     model_hash: String,
     /// Measured by the first run that trains.
@@ -162,8 +181,8 @@ struct Study<'a, B> {
 }
 
 impl<B: Backend> Study<'_, B> {
-    fn open(&self, dir: &Path) -> Result<Subject<B>> {
-        Subject::open((self.backend)()?, dir, self.config.chat_template.as_deref())
+    fn open(&self, dir: &Path) -> Result<LoadedModel<B>> {
+        LoadedModel::open((self.backend)()?, dir, self.config.chat_template.as_deref())
     }
 
     fn probe(&self, observer: Observer<'_>) -> Result<Probe> {
@@ -172,9 +191,8 @@ impl<B: Backend> Study<'_, B> {
         let inputs = json!({ "model": self.model_hash, "security": file_hash(&config.data.security)?,
             "seed": config.seed, "options": config.probe, "refusals": format!("{:?}", self.refusals) });
         let train = || -> Result<String> {
-            let subject = self.open(&config.model)?;
-            let options = &config.probe;
-            let probe = subject.probe(&self.prompts, options, TENDENCY_TOKENS, self.refusals, observer)?;
+            let model = self.open(&config.model)?;
+            let probe = model.probe(&self.prompts, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
             probe.save(&path)?;
             file_hash(&path)
         };
@@ -189,66 +207,56 @@ impl<B: Backend> Study<'_, B> {
         Probe::load(&path)
     }
 
-    /// Map and search, or the set given by hand.
-    #[allow(clippy::type_complexity)]
-    fn mods(
-        &self,
-        probe: &Probe,
-        observer: Observer<'_>,
-    ) -> Result<(Option<RobustnessMap>, Option<ModsRob>, Option<ModuleSet>)> {
+    /// Map and search, or the set that the configuration names.
+    fn mods(&self, probe: &Probe, observer: Observer<'_>) -> Result<Mods> {
         let config = self.config;
         let mut inputs = json!({ "probe": probe.hash()?, "perturb": config.perturb, "robustness": config.robustness });
         let path = config.out.join("map.json");
         let map: RobustnessMap = self.stages.run("robustness", &inputs, || {
-            let subject = self.open(&config.model)?;
-            let scorer = subject.scorer(probe, &self.prompts, config.perturb.clone())?;
+            let model = self.open(&config.model)?;
+            let scorer = model.scorer(probe, &self.prompts, config.perturb.clone())?;
             robustness(&scorer, &config.robustness, Some(&path), observer)
         })?;
         let model = ModelDir::open(&config.model)?;
-        let all = model.config.cells();
-        if let Some(text) = &config.mods {
-            let set = resolve_mods(text, &model.config, None, Some(&self.model_hash))?;
-            return Ok((Some(map), None, Some(set)));
+        if let Some(named) = &config.mods {
+            let set = named.resolve(&model.config, None, Some(&self.model_hash))?;
+            return Ok(Mods { map, search: None, set });
         }
         inputs["search"] = json!(config.search);
         inputs["map"] = json!(map.hash()?);
         let found: ModsRob = self.stages.run("search", &inputs, || {
-            let subject = self.open(&config.model)?;
-            let scorer = subject.scorer(probe, &self.prompts, config.perturb.clone())?;
+            let model = self.open(&config.model)?;
+            let scorer = model.scorer(probe, &self.prompts, config.perturb.clone())?;
             let score = config.search.score;
             let mut joint = |set: &ModuleSet, seeds: &[u64]| scorer.joint(set, score, map.epsilon, seeds);
             let found = search(&map, &config.search, &mut joint, observer)?;
             found.save(&config.out.join("mods.json"))?;
             Ok(found)
         })?;
-        let set = found.modules(&all)?;
-        Ok((Some(map), Some(found), Some(set)))
+        let set = found.modules(&model.config.cells())?;
+        Ok(Mods { map, search: Some(found), set })
     }
 
     fn setting(
         &self,
         spec: &SettingSpec,
         probe: &Probe,
-        map: Option<&RobustnessMap>,
-        mods: Option<&ModuleSet>,
+        mods: Option<&Mods>,
         observer: Observer<'_>,
     ) -> Result<SettingOutcome> {
         let config = self.config;
         let model = ModelDir::open(&config.model)?;
-        let job = spec.job(config, &model.config, mods)?;
+        let job = spec.job(config, &model.config, mods.map(|mods| &mods.set))?;
         let set = job.mods.clone();
         let parameters = cell_parameters(&model.config);
-        let joint = match (&set, map) {
-            (Some(set), Some(map)) => Some(self.joint(set, probe, map)?),
-            _ => None,
-        };
-        // Nothing is drawn for the model as given.
-        let seeds = if spec.is_given() { vec![config.tune.shared.seed] } else { config.training_seeds() };
+        let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map)).transpose()?;
+        // The base model has no randomness.
+        let seeds = if spec.is_given() { vec![config.tune.recipe.shared.seed] } else { config.training_seeds() };
         let mut runs = Vec::new();
         for seed in &seeds {
-            let name = if seeds.len() > 1 { format!("{}, seed {seed}", spec.text) } else { spec.text.clone() };
+            let name = if seeds.len() > 1 { format!("{spec}, seed {seed}") } else { spec.to_string() };
             let mut run = Run { spec, job: job.clone(), name, stem: spec.run_stem(config, *seed) };
-            run.job.shared.seed = *seed;
+            run.job.recipe.shared.seed = *seed;
             runs.push(self.run(&run, probe, observer)?);
         }
         let mut runs = runs.into_iter();
@@ -279,28 +287,23 @@ impl<B: Backend> Study<'_, B> {
         let config = self.config;
         let inputs = json!({ "map": map.hash()?, "set": set.to_string(), "score": config.search.score });
         self.stages.run(&format!("joint/{}", hash(&inputs)), &inputs, || {
-            let subject = self.open(&config.model)?;
-            let scorer = subject.scorer(probe, &self.prompts, config.perturb.clone())?;
+            let model = self.open(&config.model)?;
+            let scorer = model.scorer(probe, &self.prompts, config.perturb.clone())?;
             scorer.joint(set, config.search.score, map.epsilon, &map.seeds)
         })
     }
 
     fn tuned(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<(TunedOutcome, Value)> {
-        let (config, job) = (self.config, &run.job);
+        let (config, job, shared) = (self.config, &run.job, &run.job.recipe.shared);
         let train = config.data.train.iter().map(|p| file_hash(p)).collect::<Result<Vec<_>>>()?;
         let extra = match run.spec.mix {
             None => None,
-            Some(Mix::Refusals) => Some((&config.data.refusals, "data.refusals")),
-            Some(Mix::Attack) => Some((&config.data.attack, "data.attack")),
+            Some(Mix::Refusals) => Some(("data.refusals", &config.data.refusals)),
+            Some(Mix::Attack) => Some(("data.attack", &config.data.attack)),
         };
-        let extra = match extra {
-            None => None,
-            Some((Some(path), _)) => Some(path.clone()),
-            Some((None, field)) => {
-                return Err(Error::input(field, "nothing", format!("a file, for {}", run.spec.text)));
-            }
-        };
-        let extra_hash = extra.as_deref().map(file_hash).transpose()?;
+        let missing = |field| Error::input(field, "nothing", format!("a file, for {}", run.spec));
+        let extra = extra.map(|(field, path)| path.as_ref().ok_or_else(|| missing(field))).transpose()?;
+        let extra_hash = extra.map(|path| file_hash(path)).transpose()?;
         let inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
             "mix": extra_hash, "mix_share": config.evaluate.mix_share });
         let folder = config.out.join("tuned");
@@ -309,46 +312,46 @@ impl<B: Backend> Study<'_, B> {
         let name = format!("tune/{}", run.stem);
         let tuned = self.stages.run(&name, &inputs, || {
             let backend = (self.backend)()?;
-            // Before the model is there, so that what it takes is not on top of the run's peak.
+            // Before the model is loaded, so that its buffers do not raise the run's peak memory.
             let roofline = *self.roofline.get_or_init(|| Roofline::measure(&backend).ok());
-            let mut subject = Subject::open(backend, &config.model, config.chat_template.as_deref())?;
-            let max_length = job.shared.max_length;
+            let mut model = LoadedModel::open(backend, &config.model, config.chat_template.as_deref())?;
+            let max_length = shared.max_length;
             let mut examples: Vec<Example> = Vec::new();
             for path in &config.data.train {
-                examples.extend(subject.examples(path, max_length)?.examples);
+                examples.extend(model.examples(path, max_length)?.examples);
             }
-            if let Some(path) = &extra {
-                let more = subject.examples(path, max_length)?.examples;
-                examples = mix(&examples, &more, config.evaluate.mix_share, job.shared.seed)?;
+            if let Some(path) = extra {
+                let more = model.examples(path, max_length)?.examples;
+                examples = mix(&examples, &more, config.evaluate.mix_share, shared.seed)?;
             }
-            let step_examples = (job.shared.batch_size * job.shared.grad_accum) as u64;
+            let step_examples = (shared.batch_size * shared.grad_accum) as u64;
             let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
             let watched: Vec<&SecurityPrompt> = self.prompts.iter().filter(|p| p.split == Split::Test).collect();
             let mut callbacks = DriftRecorder {
                 probe,
-                tokens: subject.render(watched.iter().map(|p| p.prompt.as_str()))?,
-                harmful: watched.iter().map(|p| p.label == Label::Harmful).collect(),
+                tokens: model.render_prompts(watched.iter().map(|p| p.prompt.as_str()))?,
+                harmful: watched.iter().map(|p| p.is_harmful()).collect(),
                 points: Vec::new(),
                 path: folder.join(format!("{file}.drift.json")),
                 observer: &mut *observer,
                 name: run.name.clone(),
             };
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
-            callbacks.begin(&subject.decoder)?;
+            callbacks.begin(&model.decoder)?;
             let output = TuneOutput {
                 path: dir.clone(),
                 force: true,
                 resume: true,
                 max_shard_bytes: 4 << 30,
                 roofline,
-                config: json!({ "study": config, "setting": run.spec.text }),
+                config: json!({ "study": config, "setting": run.spec }),
             };
-            let Subject { files, decoder, .. } = &mut subject;
+            let LoadedModel { files, decoder, .. } = &mut model;
             let summary = tune_directory(files, decoder, examples, job, &output, &mut callbacks)?;
             let losses = losses(&dir.join("metrics.jsonl"))?;
             Ok(TunedOutcome {
                 dir: dir.clone(),
-                seed: job.shared.seed,
+                seed: shared.seed,
                 steps_per_epoch,
                 phases: summary.phases,
                 updates: summary.updates,
@@ -364,7 +367,7 @@ impl<B: Backend> Study<'_, B> {
         &self,
         run: &Run<'_>,
         dir: &Path,
-        model: &Value,
+        model_inputs: &Value,
         probe: &Probe,
         observer: Observer<'_>,
     ) -> Result<(Evaluation, Option<Drift>)> {
@@ -375,36 +378,30 @@ impl<B: Backend> Study<'_, B> {
             .chain(&config.data.evaluation)
             .map(|p| file_hash(p))
             .collect::<Result<_>>()?;
-        let inputs = json!({ "model": model, "probe": probe.hash()?, "options": config.evaluate, "asked": asked,
+        let inputs = json!({ "model": model_inputs, "probe": probe.hash()?, "options": config.evaluate, "asked": asked,
             "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
         self.stages.run(&format!("evaluate/{}", run.stem), &inputs, || {
-            let subject = self.open(dir)?;
+            let model = self.open(dir)?;
             let heldout = match &config.data.heldout {
-                Some(path) => subject.examples(path, config.tune.shared.max_length)?.examples,
+                Some(path) => model.examples(path, config.tune.recipe.shared.max_length)?.examples,
                 None => Vec::new(),
             };
-            let questions = Questions {
-                prompts: &self.questions.prompts,
-                strict: self.questions.strict.as_ref(),
-                tasks: &self.questions.tasks,
+            let input = EvaluationInput {
+                prompts: &self.data.prompts,
+                strict: self.data.strict.as_ref(),
+                tasks: &self.data.tasks,
                 heldout: &heldout,
                 judge: self.judge.as_ref(),
                 probe: None,
             };
-            let options = &config.evaluate;
-            let lengths = AnswerLengths {
-                security: options.answer_tokens,
-                task: options.task_tokens,
-                cache_bytes: options.cache_bytes,
-            };
             let named = format!("evaluate {}", run.name);
             let mut report = |p: Progress<'_>| observer(Progress { task: &format!("{named}: {}", p.task), ..p });
-            let evaluation = subject.evaluate(&questions, lengths, self.refusals, &mut report)?;
+            let evaluation = model.evaluate(&input, &config.evaluate, self.refusals, &mut report)?;
             let drift = match run.spec.is_given() {
                 true => None,
                 false => {
                     let base = self.open(&config.model)?.snapshot(probe, &self.prompts, &mut report)?;
-                    Some(subject.drift(probe, &self.prompts, &base, &mut report)?)
+                    Some(model.drift(probe, &self.prompts, &base, &mut report)?)
                 }
             };
             Ok((evaluation, drift))
@@ -412,7 +409,7 @@ impl<B: Backend> Study<'_, B> {
     }
 }
 
-/// Follows a tuning run: progress, and drift after each epoch and phase.
+/// Records the drift of a tuning run after each epoch and phase, and reports progress.
 struct DriftRecorder<'a, 'w> {
     probe: &'a Probe,
     tokens: Vec<Vec<u32>>,
@@ -424,7 +421,7 @@ struct DriftRecorder<'a, 'w> {
 }
 
 impl DriftRecorder<'_, '_> {
-    /// Takes up the points of an interrupted run, or measures the first.
+    /// Loads the points of an interrupted run, or measures the first.
     fn begin<B: Backend>(&mut self, decoder: &Decoder<B>) -> Result<()> {
         if let Ok(text) = std::fs::read_to_string(&self.path) {
             self.points = serde_json::from_str(&text).unwrap_or_default();
@@ -433,7 +430,7 @@ impl DriftRecorder<'_, '_> {
     }
 
     fn measure<B: Backend>(&mut self, decoder: &Decoder<B>, step: u64) -> Result<()> {
-        // A resumed run may come here again.
+        // A resumed run may measure the same step again.
         self.points.retain(|p| p.step < step);
         let first = self.probe.about.first_tokens.as_ref();
         let read = snapshot(decoder, &self.tokens, first, 8192, &mut |_| {})?;
@@ -463,12 +460,12 @@ impl<B: Backend> Callbacks<B> for DriftRecorder<'_, '_> {
     }
 }
 
-/// The loss curve of a finished run, thinned.
+/// Loss curve of a finished run, subsampled.
 fn losses(path: &Path) -> Result<Vec<(u64, f64)>> {
     let all = JsonLines::open(path)?
         .parse_all(|line| Ok(line.get("step").and_then(Value::as_u64).zip(line.get("loss").and_then(Value::as_f64))))?;
     let all: Vec<(u64, f64)> = all.into_iter().flatten().collect();
-    // By the step, so that runs of several seeds keep the same ones, also where one has skipped a step.
+    // By step number, so that the runs of several seeds keep the same steps even where one skipped some.
     let every = all.last().map_or(1, |(step, _)| step.div_ceil(LOSS_POINTS).max(1));
     Ok(all.into_iter().filter(|(step, _)| step % every == 1 % every).collect())
 }

@@ -1,32 +1,35 @@
-//! What a study compares: the method, plain tuning, controls and ablations.
+//! Settings of a study: the method, plain tuning, controls and ablations.
 
 use super::RunConfig;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::modules::ModuleSet;
-use crate::secure::{SetSpec, TuneJob};
+use crate::options::serde_as_text;
+use crate::secure::robustness::mods::SetSpec;
+use crate::secure::tune::{TuneJob, TuneRecipe};
 use crate::train::PhaseOptions;
+use std::fmt;
+use std::str::FromStr;
 
-/// One setting, written as its base, then `+refusals` or `+attack`; in JSON it is that text.
+/// A setting: a base, then optionally `+refusals` or `+attack`. Configuration and JSON hold the text form.
 ///
-/// | text | is |
+/// | text | meaning |
 /// |---|---|
-/// | `given` | the model as given |
-/// | `plain` | everything, for phase 2's length |
-/// | `plain-equal` | everything, for both phases' length: the fair control |
+/// | `given` | the base model, not tuned |
+/// | `plain` | everything, for the duration of phase 2 |
+/// | `plain-equal` | everything, for the duration of both phases: the fair control |
 /// | `swat` | Mods_Rob, then everything |
 /// | `reversed` | everything, then Mods_Rob |
 /// | `mods-only` | Mods_Rob alone |
-/// | `ml-lr:BETA` | one phase of both lengths, the rest of the modules at BETA times the rate |
-/// | `warmup:SET` | another set in the place of Mods_Rob, see [`SetSpec`]: `warmup:random:1` |
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(try_from = "String", into = "String")]
+/// | `ml-lr:BETA` | one phase of the duration of both, other modules at BETA times the learning rate |
+/// | `warmup:SET` | another set in place of Mods_Rob, see [`SetSpec`]: `warmup:random:1` |
+#[derive(Clone, Debug, PartialEq)]
 pub struct SettingSpec {
-    /// As written.
+    /// The text that it was parsed from.
     pub text: String,
     /// How the model is tuned.
     pub base: Base,
-    /// What is mixed into the training data.
+    /// Examples mixed into the training data.
     pub mix: Option<Mix>,
 }
 
@@ -45,13 +48,13 @@ pub enum Base {
     Reversed,
     /// Mods_Rob alone.
     ModsOnly,
-    /// One phase of both lengths in which modules outside Mods_Rob learn at this multiple of the rate, 0 to 1.
+    /// One phase of the duration of both, modules outside Mods_Rob at this multiple (0 to 1) of the learning rate.
     MlLr(f32),
     /// This set, then all parameters.
     Warmup(SetSpec),
 }
 
-/// What is mixed into the training data.
+/// Examples mixed into the training data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mix {
     /// Refusals of harmful requests.
@@ -60,12 +63,10 @@ pub enum Mix {
     Attack,
 }
 
-impl SettingSpec {
-    /// Parses the text form.
-    ///
-    /// # Errors
-    /// [`Error::Input`] names the part that is not known.
-    pub fn parse(text: &str) -> Result<Self> {
+impl FromStr for SettingSpec {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
         let wrong = || {
             let known = "given, plain, plain-equal, swat, reversed, mods-only, ml-lr:BETA or warmup:SET, \
                          perhaps with +refusals or +attack";
@@ -95,17 +96,27 @@ impl SettingSpec {
         };
         Ok(Self { text: text.to_owned(), base, mix })
     }
+}
 
-    /// A name for files.
+impl fmt::Display for SettingSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+serde_as_text!(SettingSpec);
+
+impl SettingSpec {
+    /// Name of its files: the text with other characters than letters, digits, `-` and `.` replaced by `_`.
     pub fn stem(&self) -> String {
         self.text.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
     }
 
-    /// A name for the files of the run with a training seed: `swat-seed3`. That of `tune.shared.seed` has the setting's
-    /// own, so that a study of one seed goes on as one of several.
+    /// Name of the files of a training seed's run: `swat-seed3`. The run with `tune.shared.seed` has the setting's name, so
+    /// that a study of one seed can be continued with several.
     pub fn run_stem(&self, config: &RunConfig, seed: u64) -> String {
         let stem = self.stem();
-        if seed == config.tune.shared.seed { stem } else { format!("{stem}-seed{seed}") }
+        if seed == config.tune.recipe.shared.seed { stem } else { format!("{stem}-seed{seed}") }
     }
 
     /// Whether nothing is trained.
@@ -113,29 +124,31 @@ impl SettingSpec {
         self.base == Base::Given
     }
 
-    /// Whether its first phase depends on Mods_Rob.
+    /// Whether it needs Mods_Rob.
     pub fn needs_mods(&self) -> bool {
         !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual)
     }
 
-    /// The tuning run of the seed in `tune.shared`, given Mods_Rob.
+    /// The tuning run with the seed `tune.shared.seed`.
     ///
     /// # Errors
-    /// [`Error::Input`] where phases of equal length are asked for and one counts epochs, the other steps.
+    /// [`Error::Input`] where the durations of both phases are needed and one is in epochs, the other in steps.
     pub fn job(&self, config: &RunConfig, model: &ModelConfig, mods: Option<&ModuleSet>) -> Result<TuneJob> {
-        let mut job = TuneJob { seeds: None, ..config.tune.clone() };
-        let none = PhaseOptions { epochs: Some(0), steps: None, ..config.tune.all_phase.clone() };
-        let own = || mods.cloned().ok_or_else(|| Error::failed("there is no Mods_Rob", "report this"));
+        let recipe = &config.tune.recipe;
+        let mut job = TuneJob { mods: None, recipe: recipe.clone() };
+        let none = PhaseOptions { epochs: Some(0), steps: None, ..recipe.all_phase.clone() };
+        let own =
+            || mods.cloned().ok_or_else(|| Error::failed("there is no Mods_Rob", "this is a bug; please report it"));
         match &self.base {
-            Base::Given => job.all_phase = none,
+            Base::Given => job.recipe.all_phase = none,
             Base::Plain => {}
-            Base::PlainEqual => job.all_phase = both(&config.tune)?,
+            Base::PlainEqual => job.recipe.all_phase = both(recipe)?,
             Base::Swat => job.mods = Some(own()?),
-            Base::Reversed => (job.mods, job.reversed) = (Some(own()?), true),
-            Base::ModsOnly => (job.mods, job.all_phase) = (Some(own()?), none),
+            Base::Reversed => (job.mods, job.recipe.reversed) = (Some(own()?), true),
+            Base::ModsOnly => (job.mods, job.recipe.all_phase) = (Some(own()?), none),
             Base::MlLr(beta) => {
-                (job.mods, job.rest_lr_factor) = (Some(own()?), *beta);
-                (job.mods_phase, job.all_phase) = (both(&config.tune)?, none);
+                (job.mods, job.recipe.rest_lr_factor) = (Some(own()?), *beta);
+                (job.recipe.mods_phase, job.recipe.all_phase) = (both(recipe)?, none);
             }
             Base::Warmup(set) => job.mods = Some(set.resolve(model, mods, None)?),
         }
@@ -143,22 +156,8 @@ impl SettingSpec {
     }
 }
 
-impl TryFrom<String> for SettingSpec {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        Self::parse(&text)
-    }
-}
-
-impl From<SettingSpec> for String {
-    fn from(spec: SettingSpec) -> Self {
-        spec.text
-    }
-}
-
-/// Phase 2 for as long as both phases.
-fn both(job: &TuneJob) -> Result<PhaseOptions> {
+/// The phase on everything, for the duration of both phases.
+fn both(job: &TuneRecipe) -> Result<PhaseOptions> {
     let (first, second) = (&job.mods_phase, &job.all_phase);
     let sum = match (first.epochs, first.steps, second.epochs, second.steps) {
         (_, Some(a), _, Some(b)) => (None, Some(a + b)),
@@ -178,20 +177,20 @@ mod tests {
     #[test]
     fn settings_are_parsed_or_refused() {
         for text in ["given", "plain", "plain-equal+refusals", "swat+attack", "ml-lr:0.0001", "warmup:random:3"] {
-            assert_eq!(SettingSpec::parse(text).unwrap().text, text);
+            assert_eq!(text.parse::<SettingSpec>().unwrap().text, text);
         }
         for text in ["", "given+refusals", "swat+x", "ml-lr:2", "warm", "swat:1", "warmup:random:x"] {
-            assert!(SettingSpec::parse(text).is_err(), "{text}");
+            assert!(text.parse::<SettingSpec>().is_err(), "{text}");
         }
-        assert_eq!(SettingSpec::parse("warmup:random:3").unwrap().stem(), "warmup_random_3");
+        assert_eq!("warmup:random:3".parse::<SettingSpec>().unwrap().stem(), "warmup_random_3");
     }
 
     #[test]
     fn runs_of_other_seeds_have_names_of_their_own() {
         let mut config = RunConfig::default();
-        config.tune.shared.seed = 4;
+        config.tune.recipe.shared.seed = 4;
         config.tune.seeds = Some(vec![3, 4]);
-        let stem = |text: &str, seed| SettingSpec::parse(text).unwrap().run_stem(&config, seed);
+        let stem = |text: &str, seed| text.parse::<SettingSpec>().unwrap().run_stem(&config, seed);
         assert_eq!(
             (stem("swat+attack", 3), stem("swat+attack", 4)),
             ("swat_attack-seed3".into(), "swat_attack".into())
@@ -200,7 +199,7 @@ mod tests {
 
     #[test]
     fn equal_steps_are_the_sum_of_both_phases() {
-        let mut job = TuneJob::default();
+        let mut job = TuneRecipe::default();
         (job.mods_phase.steps, job.all_phase.steps) = (Some(3), Some(5));
         assert_eq!(both(&job).unwrap().steps, Some(8));
         (job.mods_phase.steps, job.all_phase.steps) = (None, None);

@@ -1,4 +1,4 @@
-//! Stages whose results are kept: a stage runs again only when its inputs change.
+//! Stage cache: a stage runs again only if its inputs change.
 
 use crate::error::{Error, Result};
 use crate::io::json;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// The directory of a study.
+/// Directory of cached stages.
 pub(super) struct Stages {
     dir: PathBuf,
 }
@@ -18,7 +18,7 @@ impl Stages {
         Self { dir: dir.to_owned() }
     }
 
-    /// The result in `NAME.json` if it was made from the same `inputs`, else what `work` makes, kept there.
+    /// The result in `NAME.json` if it is of the same `inputs`, else the result of `work`, which is saved there.
     pub(super) fn run<T: Serialize + DeserializeOwned>(
         &self,
         name: &str,
@@ -38,23 +38,23 @@ impl Stages {
             std::fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
         }
         json::write(&path, &value)?;
-        // As a later run will read it: a parser may round the last digit of a number, and hashes must not differ by that.
+        // As a later run reads it: a parser may round the last digit of a number, which must not change hashes.
         Ok(read(&path, &hash).unwrap_or(result))
     }
 }
 
-/// A hash of a stage's inputs.
+/// Hash of a stage's inputs.
 pub(super) fn hash(inputs: &Value) -> String {
     blake3::hash(inputs.to_string().as_bytes()).to_hex()[..16].to_owned()
 }
 
-/// A hash of a file's bytes, for the inputs of a stage.
+/// Hash of a file's bytes, for the inputs of a stage.
 pub(super) fn file_hash(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
     Ok(blake3::hash(&bytes).to_hex()[..16].to_owned())
 }
 
-/// What is damaged or of other inputs is made again.
+/// A cached result; `None` if it is damaged or of other inputs.
 fn read<T: DeserializeOwned>(path: &Path, hash: &str) -> Option<T> {
     let text = std::fs::read_to_string(path).ok()?;
     let mut value: Value = serde_json::from_str(&text).ok()?;

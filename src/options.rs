@@ -1,0 +1,62 @@
+//! Option structs that are command-line arguments and configuration tables at once.
+//!
+//! A field's default stands once, in its `arg` attribute: for the command line by clap, for configuration files by
+//! `#[serde(default)]` over [`defaults`].
+
+use crate::error::{Error, Result};
+use clap::{Args, Command};
+
+/// The options of an empty command line.
+///
+/// # Panics
+/// Where a field has neither a default nor an optional type, which is a bug.
+pub fn defaults<T: Args>() -> T {
+    let command = T::augment_args(Command::new("defaults").no_binary_name(true).disable_help_flag(true));
+    let parsed = command.try_get_matches_from([""; 0]).and_then(|matches| T::from_arg_matches(&matches));
+    parsed.expect("every option has a default")
+}
+
+/// Parses a size in MiB to bytes, as a value parser of clap.
+///
+/// # Errors
+/// A message for text that is no whole number, or too large.
+pub fn mib(text: &str) -> Result<u64, String> {
+    let size: u64 = text.parse().map_err(|e: std::num::ParseIntError| e.to_string())?;
+    size.checked_mul(1 << 20).ok_or_else(|| "too large".into())
+}
+
+/// Checks that an option is in range; `field` names it in the error.
+pub(crate) fn require(valid: bool, field: &str, found: impl std::fmt::Display, expected: &str) -> Result<()> {
+    if valid { Ok(()) } else { Err(Error::input(field, found.to_string(), expected)) }
+}
+
+/// Implements [`Default`] by [`defaults`], for `#[serde(default)]`.
+macro_rules! default_from_args {
+    ($($options:ty),+ $(,)?) => {$(
+        impl Default for $options {
+            fn default() -> Self {
+                $crate::options::defaults()
+            }
+        }
+    )+};
+}
+
+/// Serializes a type as the text that [`std::fmt::Display`] writes and [`std::str::FromStr`] reads.
+macro_rules! serde_as_text {
+    ($($kind:ty),+ $(,)?) => {$(
+        impl serde::Serialize for $kind {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $kind {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = <String as serde::Deserialize>::deserialize(deserializer)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    )+};
+}
+
+pub(crate) use {default_from_args, serde_as_text};

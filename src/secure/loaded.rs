@@ -1,0 +1,310 @@
+//! A model directory opened on a device, and the steps of the method on it.
+
+use super::eval::judge::{Judge, probe_harmfulness};
+use super::eval::refusal::{FirstTokens, RefusalList};
+use super::eval::{
+    EvaluateOptions, Evaluation, Harmfulness, Rate, attack_success, over_refusal, perplexity, strict_compliance,
+    task_score,
+};
+use super::probe::control::ControlLabel;
+use super::probe::drift::{Drift, drift};
+use super::probe::features::{Snapshot, features, prompts_hash, snapshot};
+use super::probe::train::{ProbeInput, ProbeOptions, train_probe};
+use super::probe::{Head, Probe};
+use super::robustness::scorer::{PerturbationScorer, ScorerInput, ScorerOptions};
+use crate::backend::Backend;
+use crate::data::{Chat, Example, Examples, SecurityPrompt, Task};
+use crate::engine::{Decoder, GenerateOptions};
+use crate::error::{Error, Result};
+use crate::model::{ChatTemplate, Message, ModelDir, Tokenizer};
+use crate::progress::{Observer, Progress};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Tokens of an answer by which a refusal is recognised.
+pub const REFUSAL_TOKENS: usize = 24;
+/// Tokens of a forward pass that reads hidden states.
+const FEATURE_TOKENS: usize = 8192;
+
+/// An opened model directory: files, tokenizer, chat template and weights.
+pub struct LoadedModel<B: Backend> {
+    /// The directory.
+    pub files: ModelDir,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The decoder with its weights on the device.
+    pub decoder: Decoder<B>,
+    template: Option<ChatTemplate>,
+}
+
+/// Inputs of an evaluation; what is empty or none is not measured.
+#[derive(Clone, Copy, Default)]
+pub struct EvaluationInput<'a> {
+    /// Harmful prompts give the attack success rate, benign ones over-refusal.
+    pub prompts: &'a [SecurityPrompt],
+    /// Compliant answers of harmful prompts, by prompt, for the strict attack success rate.
+    pub strict: Option<&'a BTreeMap<String, Vec<String>>>,
+    /// Checkable tasks.
+    pub tasks: &'a [Task],
+    /// Held-out conversations, for the perplexity.
+    pub heldout: &'a [Example],
+    /// Grades the answers to harmful prompts, which are sent to its endpoint.
+    pub judge: Option<&'a Judge>,
+    /// Scores the answers to harmful prompts offline ([`probe_harmfulness`]).
+    pub probe: Option<&'a Probe>,
+}
+
+/// A generated answer.
+struct Answer {
+    text: String,
+    tokens: Vec<u32>,
+}
+
+impl<B: Backend> LoadedModel<B> {
+    /// Opens a model directory for chat, with its own chat template or the one at `chat_template`.
+    ///
+    /// # Errors
+    /// As [`ModelDir::open`]; [`Error::Input`] where there is no chat template; [`Error::Memory`] where the weights do
+    /// not fit the device.
+    pub fn open(backend: B, dir: &Path, chat_template: Option<&Path>) -> Result<Self> {
+        let files = ModelDir::open(dir)?;
+        let template = files.chat_template(chat_template)?;
+        Self::load(backend, files, Some(template))
+    }
+
+    /// Opens a model directory for plain text: prompts cannot be rendered.
+    ///
+    /// # Errors
+    /// As [`LoadedModel::open`].
+    pub fn open_without_template(backend: B, dir: &Path) -> Result<Self> {
+        Self::load(backend, ModelDir::open(dir)?, None)
+    }
+
+    fn load(backend: B, files: ModelDir, template: Option<ChatTemplate>) -> Result<Self> {
+        let tokenizer = files.tokenizer()?;
+        let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
+        Ok(Self { files, tokenizer, decoder, template })
+    }
+
+    fn template(&self) -> Result<&ChatTemplate> {
+        let missing =
+            || Error::failed("the model was opened without its chat template", "this is a bug; please report it");
+        self.template.as_ref().ok_or_else(missing)
+    }
+
+    /// Reads and tokenizes training conversations.
+    ///
+    /// # Errors
+    /// As [`Examples::read`].
+    pub fn examples(&self, path: &Path, max_length: usize) -> Result<Examples> {
+        let chat = Chat::new(self.template()?, &self.tokenizer, &self.files.config.eos);
+        Examples::read(path, &chat, max_length)
+    }
+
+    /// Token ids of a conversation by the chat template, with the header of the assistant's turn.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the template refuses the conversation.
+    pub fn render(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.tokenizer.encode(&self.template()?.render(messages, true)?, false)
+    }
+
+    /// Token ids of single-turn prompts: [`LoadedModel::render`].
+    ///
+    /// # Errors
+    /// As [`LoadedModel::render`].
+    pub fn render_prompts<'p>(&self, prompts: impl IntoIterator<Item = &'p str>) -> Result<Vec<Vec<u32>>> {
+        prompts.into_iter().map(|prompt| self.render(&[Message::new("user", prompt)])).collect()
+    }
+
+    fn render_security(&self, prompts: &[SecurityPrompt]) -> Result<Vec<Vec<u32>>> {
+        self.render_prompts(prompts.iter().map(|p| p.prompt.as_str()))
+    }
+
+    /// Greedy answers to rendered prompts; progress counts tokens of `task`, up to the most there can be.
+    fn answers(
+        &self,
+        prompts: &[Vec<u32>],
+        (max_new_tokens, cache_bytes): (usize, u64),
+        task: &str,
+        observer: Observer<'_>,
+    ) -> Result<Vec<Answer>> {
+        let stop = self.files.config.eos.clone();
+        let options = GenerateOptions { max_new_tokens, cache_bytes, stop, ..GenerateOptions::default() };
+        let most = prompts.len() * max_new_tokens;
+        let mut done = 0;
+        let generations = self.decoder.generate(prompts, &options, &mut |_, _| {
+            done += 1;
+            observer(Progress::new(task, done.min(most), most));
+        })?;
+        let answer = |tokens: Vec<u32>| Ok(Answer { text: self.tokenizer.decode(&tokens)?, tokens });
+        generations.into_iter().map(|generation| answer(generation.tokens)).collect()
+    }
+
+    /// Trains the probes of every layer; the model's own answers, of `answer_tokens` tokens, say which prompts it refuses.
+    ///
+    /// # Errors
+    /// As [`train_probe`]; a failing device.
+    pub fn probe(
+        &self,
+        prompts: &[SecurityPrompt],
+        options: &ProbeOptions,
+        answer_tokens: usize,
+        refusals: &RefusalList,
+        observer: Observer<'_>,
+    ) -> Result<Probe> {
+        let tokens = self.render_security(prompts)?;
+        let answers = self.answers(&tokens, (answer_tokens, 1 << 30), "own answers", observer)?;
+        let refused: Vec<bool> = answers.iter().map(|a| refusals.is_refusal(&a.text)).collect();
+        let first = answers.iter().zip(&refused).filter_map(|(a, r)| Some((*a.tokens.first()?, *r)));
+        let first = FirstTokens::learn(first);
+        let features = features(&self.decoder, &tokens, options.batch_tokens, observer)?;
+        let control = ControlLabel::choose(prompts);
+        let control_labels = control.as_ref().map(|c| c.labels(prompts));
+        let input = ProbeInput {
+            features: &features,
+            labels: prompts,
+            refused: Some(&refused),
+            first_tokens: first.as_ref(),
+            control: control.as_ref().zip(control_labels.as_deref()),
+            model_hash: self.files.hash()?,
+            prompts_hash: &prompts_hash(&tokens, prompts),
+        };
+        train_probe(input, options, observer)
+    }
+
+    /// The scorer of the robustness map and the search. `update` perturbations read the tuned directory that they name.
+    ///
+    /// # Errors
+    /// As [`PerturbationScorer::new`].
+    pub fn scorer<'a>(
+        &'a self,
+        probe: &'a Probe,
+        prompts: &'a [SecurityPrompt],
+        options: ScorerOptions,
+    ) -> Result<PerturbationScorer<'a, B>> {
+        let control = probe.about.control.as_ref().map(|c| c.labels(prompts));
+        let input = ScorerInput {
+            decoder: &self.decoder,
+            model_hash: self.files.hash()?,
+            probe,
+            prompts: &self.render_security(prompts)?,
+            labels: prompts,
+            control: control.as_deref(),
+            kind: options.kind.engine_kind(&self.files)?,
+        };
+        PerturbationScorer::new(input, options)
+    }
+
+    /// Hidden states and refusal log-odds of prompts.
+    ///
+    /// # Errors
+    /// As [`snapshot`].
+    pub fn snapshot(&self, probe: &Probe, prompts: &[SecurityPrompt], observer: Observer<'_>) -> Result<Snapshot> {
+        let first = probe.about.first_tokens.as_ref();
+        snapshot(&self.decoder, &self.render_security(prompts)?, first, FEATURE_TOKENS, observer)
+    }
+
+    /// Drift of this model from the one whose snapshot is `base`.
+    ///
+    /// # Errors
+    /// As [`drift`].
+    pub fn drift(
+        &self,
+        probe: &Probe,
+        prompts: &[SecurityPrompt],
+        base: &Snapshot,
+        observer: Observer<'_>,
+    ) -> Result<Drift> {
+        drift(probe, base, &self.snapshot(probe, prompts, observer)?, prompts)
+    }
+
+    /// Generates answers to everything in `input` and scores them; their texts are dropped.
+    ///
+    /// # Errors
+    /// A failing device, or a judge that does not answer.
+    pub fn evaluate(
+        &self,
+        input: &EvaluationInput<'_>,
+        options: &EvaluateOptions,
+        refusals: &RefusalList,
+        observer: Observer<'_>,
+    ) -> Result<Evaluation> {
+        let mut found = Evaluation::default();
+        let lengths = (options.answer_tokens, options.cache_bytes);
+        let (harmful, benign): (Vec<_>, Vec<_>) = input.prompts.iter().cloned().partition(SecurityPrompt::is_harmful);
+        if !harmful.is_empty() {
+            let tokens = self.render_security(&harmful)?;
+            let answers = self.answers(&tokens, lengths, "harmful prompts", observer)?;
+            let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
+            found.asr = Some(attack_success(&texts, refusals));
+            found.asr_by_category = by_category(&harmful, &texts, |texts| attack_success(texts, refusals));
+            if let Some(judge) = input.judge {
+                let mut scores = Vec::with_capacity(texts.len());
+                for (prompt, text) in harmful.iter().zip(&texts) {
+                    scores.push(judge.judge(&prompt.prompt, text)?);
+                    observer(Progress::new("judge", scores.len(), texts.len()));
+                }
+                found.harmfulness = Some(Harmfulness::new(&scores));
+            }
+            if let Some(probe) = input.probe {
+                let scores = self.probe_scores(probe, &tokens, &answers, refusals, observer)?;
+                found.probe_harmfulness = Some(Harmfulness::new(&scores));
+            }
+            if let Some(strict) = input.strict {
+                let compliant = harmful.iter().map(|p| strict.get(&p.prompt).cloned().unwrap_or_default());
+                found.strict_asr = Some(strict_compliance(&texts, &compliant.collect::<Vec<_>>()));
+            }
+        }
+        if !benign.is_empty() {
+            let tokens = self.render_security(&benign)?;
+            let answers = self.answers(&tokens, lengths, "benign prompts", observer)?;
+            let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
+            found.over_refusal = Some(over_refusal(&texts, refusals));
+            found.over_refusal_by_category = by_category(&benign, &texts, |texts| over_refusal(texts, refusals));
+        }
+        if !input.tasks.is_empty() {
+            let tokens = self.render_prompts(input.tasks.iter().map(|t| t.prompt.as_str()))?;
+            let answers = self.answers(&tokens, (options.task_tokens, options.cache_bytes), "tasks", observer)?;
+            let scored = input.tasks.iter().zip(&answers).map(|(t, a)| (t.matches(&a.text), t.category.as_deref()));
+            found.task = Some(task_score(scored));
+        }
+        if !input.heldout.is_empty() {
+            found.perplexity = Some(perplexity(&self.decoder, input.heldout, 4096, observer)?);
+        }
+        Ok(found)
+    }
+
+    /// [`probe_harmfulness`] of each answer, at the probe's metric layer and the last token of prompt and answer.
+    fn probe_scores(
+        &self,
+        probe: &Probe,
+        prompts: &[Vec<u32>],
+        answers: &[Answer],
+        refusals: &RefusalList,
+        observer: Observer<'_>,
+    ) -> Result<Vec<Option<f64>>> {
+        probe.check_shape(&self.files.config)?;
+        let longest = self.decoder.longest_context();
+        let conversation = |(prompt, answer): (&Vec<u32>, &Answer)| -> Vec<u32> {
+            prompt.iter().chain(&answer.tokens).copied().take(longest).collect()
+        };
+        let conversations: Vec<Vec<u32>> = prompts.iter().zip(answers).map(conversation).collect();
+        let read = features(&self.decoder, &conversations, FEATURE_TOKENS, observer)?;
+        let layer = probe.about.metric_layer;
+        let logits = probe.logits(layer, &Head::Harmful, &read.layers[layer])?;
+        let score = |(a, logit): (&Answer, f64)| Some(probe_harmfulness(&a.text, logit, refusals));
+        Ok(answers.iter().zip(logits).map(score).collect())
+    }
+}
+
+/// A rate over the answers of each category.
+fn by_category(prompts: &[SecurityPrompt], texts: &[&str], rate: impl Fn(&[&str]) -> Rate) -> BTreeMap<String, Rate> {
+    let mut categories: BTreeMap<&String, Vec<&str>> = BTreeMap::new();
+    for (prompt, text) in prompts.iter().zip(texts) {
+        if let Some(category) = &prompt.category {
+            categories.entry(category).or_default().push(text);
+        }
+    }
+    categories.into_iter().map(|(name, texts)| (name.clone(), rate(&texts))).collect()
+}

@@ -1,0 +1,50 @@
+//! The configuration file of a study.
+
+use std::path::Path;
+use swat::secure::study::RunConfig;
+
+#[test]
+fn a_file_with_overrides_resolves_its_paths() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    let text = "model = 'm'\nout = '/tmp/o'\nsettings = ['given', 'swat']\n[data]\nsecurity = 's.jsonl'\ntrain = ['t.jsonl']\n[tune.all_phase]\nsteps = 3\n";
+    std::fs::write(&path, text).unwrap();
+    let set = ["tune.all_phase.lr=0.5".to_owned(), "perturb.kind=lowrank:4".to_owned()];
+    let config = RunConfig::read(&path, &set).unwrap();
+    assert_eq!(config.model, dir.path().join("m"));
+    assert_eq!(config.out, Path::new("/tmp/o"));
+    assert_eq!(config.tune.recipe.all_phase.lr, 0.5);
+    assert_eq!(config.perturb.kind.to_string(), "lowrank:4");
+    assert_eq!(config.data.train, [dir.path().join("t.jsonl")]);
+}
+
+#[test]
+fn training_seeds_are_one_or_a_list() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    std::fs::write(&path, "model = 'm'\nout = 'o'\n[data]\nsecurity = 's'\n[tune.shared]\nseed = 4\n").unwrap();
+    let read = |overrides: &[&str]| {
+        let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
+        RunConfig::read(&path, &overrides)
+    };
+    let one = read(&[]).unwrap();
+    assert_eq!(one.training_seeds(), [4]);
+    // Kept stages are found by a hash of this.
+    assert!(!serde_json::to_string(&one.tune).unwrap().contains("seeds"));
+    assert_eq!(read(&["tune.seeds=[3, 0, 4]"]).unwrap().training_seeds(), [3, 0, 4]);
+    for (wrong, found) in [("[]", "an empty list"), ("[1, 2, 0, 2]", "2 more than once"), ("[-1]", "-1"), ("3", "3")] {
+        let error = read(&[&format!("tune.seeds={wrong}")]).unwrap_err();
+        assert!(error.to_string().contains(found), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+}
+
+#[test]
+fn an_unknown_key_is_named_with_the_nearest_known_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    std::fs::write(&path, "modle = 'm'\n").unwrap();
+    let error = RunConfig::read(&path, &[]).unwrap_err();
+    assert!(error.to_string().contains("`modle`") && error.to_string().contains("`model`"), "{error}");
+    assert_eq!(error.exit_code(), 2);
+}
