@@ -4,7 +4,7 @@
 use super::common::{Model, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
-use swat::backend::{AdamW, AdamWModule, Backend, Buffer, Cost, Rounding, cost};
+use swat::backend::{AdamW, AdamWMasked, AdamWModule, Backend, Buffer, Cost, Operator, Rounding, SumSquares, cost};
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
     on_a_gpu(session, cuda, "f32");
@@ -76,11 +76,13 @@ fn costs<B: Backend>(lengths: &[usize]) -> [Cost; 2] {
 
 fn squares<B: Backend>(b: &B, tensors: &mut Tensors<B>) {
     let parts: Vec<_> = tensors.modules.iter().map(|module| module.grad.view()).collect();
-    b.sum_squares(&parts, tensors.squares.view_mut()).expect("a working device");
+    SumSquares { parts: &parts, squares: tensors.squares.view_mut() }.run(b).expect("a working device");
 }
 
 fn step<B: Backend>(b: &B, tensors: &mut Tensors<B>) {
-    tensors.step(|table, squares, hyper| b.adamw_masked(table, squares.view(), hyper).expect("a working device"));
+    tensors.step(|table, squares, hyper| {
+        AdamWMasked { table, squares: squares.view(), hyper }.run(b).expect("a working device")
+    });
 }
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {

@@ -4,10 +4,12 @@
 
 use super::common::shapes::Published;
 use super::common::{Device, Model, Session, documents, integers, random};
-use swat::backend::cost::{AttentionSize, attention_pairs};
+use swat::backend::cost::attention_pairs;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Attention, Buffer, Cost, Documents};
+use swat::backend::{
+    Attention, AttentionBackward, AttentionDecode, AttentionShape, Buffer, Cost, DecodeSpans, Documents, Operator,
+};
 
 /// FLOPs of the largest call of the baseline.
 const BASELINE_FLOPS: u64 = 1 << 36;
@@ -42,12 +44,6 @@ fn attention<D: Device>(
     }
 }
 
-/// What the cost of `tokens` queries that see `pairs` rows in all depends on.
-fn size(model: &Model, tokens: usize, pairs: u64) -> AttentionSize {
-    let Model { heads, kv_heads, head_dim, .. } = *model;
-    AttentionSize { tokens, heads, kv_heads, head_dim, pairs }
-}
-
 /// The tensors of a layer, and of its gradients.
 struct Tensors<D: Device> {
     q: Buffer<D, D::Float>,
@@ -65,31 +61,35 @@ struct Tensors<D: Device> {
 /// A call.
 type Work<D> = fn(&D, &mut Tensors<D>, &Model);
 
-fn shape<'a, D: Device>(model: &Model, documents: &'a Documents<D>) -> Attention<'a, D> {
+fn shape(model: &Model) -> AttentionShape {
     let Model { heads, kv_heads, head_dim, .. } = *model;
-    Attention { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip(), window: None, documents }
+    AttentionShape { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip(), window: None }
 }
 
 fn forward<D: Device>(d: &D, t: &mut Tensors<D>, model: &Model) {
     let Tensors { q, k, v, o, lse, documents, .. } = t;
-    let shape = shape(model, documents);
-    d.attention(q.view(), k.view(), v.view(), o.view_mut(), Some(lse.view_mut()), &shape).expect("a working device");
+    let shape = shape(model);
+    Attention { q: q.view(), k: k.view(), v: v.view(), o: o.view_mut(), lse: Some(lse.view_mut()), shape, documents }
+        .run(d)
+        .expect("a working device");
 }
 
 fn backward<D: Device>(d: &D, t: &mut Tensors<D>, model: &Model) {
     let Tensors { q, k, v, o, lse, d_o, dq, dk, dv, documents } = t;
-    d.attention_backward(
-        q.view(),
-        k.view(),
-        v.view(),
-        o.view(),
-        lse.view(),
-        d_o.view(),
-        dq.view_mut(),
-        dk.view_mut(),
-        dv.view_mut(),
-        &shape(model, documents),
-    )
+    AttentionBackward {
+        q: q.view(),
+        k: k.view(),
+        v: v.view(),
+        o: o.view(),
+        lse: lse.view(),
+        d_o: d_o.view(),
+        dq: dq.view_mut(),
+        dk: dk.view_mut(),
+        dv: dv.view_mut(),
+        shape: shape(model),
+        documents,
+    }
+    .run(d)
     .expect("a working device");
 }
 
@@ -116,9 +116,11 @@ fn sequences<D: Device>(
     };
     let name = format!("{}/{count}x{length}", model.name);
     let float = size_of::<D::Float>();
-    let size = size(model, tokens, count as u64 * attention_pairs(&[0, length as u32], None));
-    let works: [(&str, Cost, Work<D>); 2] =
-        [("forward", size.forward(true, float), forward::<D>), ("backward", size.backward(float), backward::<D>)];
+    let size = shape(model).size(tokens, count as u64 * attention_pairs(&[0, length as u32], None));
+    let works: [(&str, Cost, Work<D>); 2] = [
+        ("forward", size.forward(float) + size.lse(), forward::<D>),
+        ("backward", size.backward(float), backward::<D>),
+    ];
     for (op, cost, work) in works {
         let ladder = session.ladder(device, op, &name, cost, make);
         let ladder = ladder.variant("swat", move |d, t| work(d, t, model));
@@ -141,18 +143,18 @@ fn decode<D: Device>(
     let width = count * model.q_width();
     let cache = count * length * model.kv_width();
     let make = move |d: &D| {
-        let spans = (0..count).flat_map(|i| [(i * length) as u32, length as u32]);
+        let spans: Vec<u32> = (0..count).flat_map(|i| [(i * length) as u32, length as u32]).collect();
         let [q, k, v, o] = [width, cache, cache, width].map(|len| random::<D, D::Float>(d, len));
-        (q, k, v, o, integers(d, spans), documents(d, 1, 1))
+        (q, k, v, o, integers(d, spans.iter().copied()), spans)
     };
     let rows = count * length;
-    let cost = size(model, count, rows as u64).decode(rows, size_of::<D::Float>());
+    let cost = shape(model).size(count, rows as u64).decode(rows, size_of::<D::Float>());
     let ladder = session.ladder(device, "decode", format!("{}/{count}x{length}", model.name), cost, make);
-    type Cached<D, F> = (Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, u32>, Documents<D>);
-    let work = move |d: &D, (q, k, v, o, spans, documents): &mut Cached<D, D::Float>| {
-        let shape = shape(model, documents);
+    type Cached<D, F> = (Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, F>, Buffer<D, u32>, Vec<u32>);
+    let work = move |d: &D, (q, k, v, o, on_device, spans): &mut Cached<D, D::Float>| {
+        let (spans, shape) = (DecodeSpans { host: spans, device: on_device.view() }, shape(model));
         let (q, k, v, o) = (q.view(), k.view(), v.view(), o.view_mut());
-        d.attention_decode(q, k, v, o, spans.view(), length, &shape).expect("a working device");
+        AttentionDecode { q, k, v, o, spans, shape }.run(d).expect("a working device");
     };
     ladder.versions(versions, work).copy().run();
 }

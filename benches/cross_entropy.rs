@@ -1,9 +1,9 @@
 //! Cross-entropy: losses alone, and with the gradient in place. `common` tells how to run it.
 
 use super::common::{Device, Session, integers, random};
-use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
+use swat::backend::{CrossEntropy, Operator, cost};
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     cross_entropy(session, cpu, &[]);
@@ -23,8 +23,11 @@ fn cross_entropy<D: Device>(session: &mut Session, device: &D, versions: &[&'sta
             let (logits, before) = (random::<D, D::Float>(d, len), random::<D, D::Float>(d, len));
             (logits, before, targets, random::<D, f32>(d, rows))
         };
-        for (op, scale) in [("loss", None), ("gradient", Some(1.0))] {
-            let cost = cost::cross_entropy(len, scale.is_some(), size_of::<D::Float>());
+        let float = size_of::<D::Float>();
+        for (op, scale, cost) in [
+            ("loss", None, cost::cross_entropy(len, float)),
+            ("gradient", Some(1.0), cost::cross_entropy_gradient(len, float)),
+        ] {
             // In place: a gradient is put back before each sample.
             let ladder = session.ladder(device, op, &shape, cost, make).refresh(move |d, (logits, before, ..)| {
                 if scale.is_some() {
@@ -33,7 +36,9 @@ fn cross_entropy<D: Device>(session: &mut Session, device: &D, versions: &[&'sta
             });
             let ladder = ladder.versions(versions, move |d, (logits, _, targets, losses)| {
                 let (targets, losses) = (targets.view(), losses.view_mut());
-                d.cross_entropy(logits.view_mut(), targets, losses, vocab, scale).expect("a working device");
+                CrossEntropy { logits: logits.view_mut(), targets, losses, vocab, scale }
+                    .run(d)
+                    .expect("a working device");
             });
             ladder.copy().run();
         }

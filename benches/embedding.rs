@@ -3,9 +3,9 @@
 use super::common::{Device, Session, integers, random};
 use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
-use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
+use swat::backend::{EmbeddingBackward, GatherRows, Operator, ScatterRows, cost};
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     embedding(session, cpu, &[], &[]);
@@ -42,13 +42,17 @@ fn embedding<D: Device>(
         };
         let ladder = session.ladder(device, "gather", &shape, moved, make);
         let ladder = ladder.versions(versions, |d, (table, rows, to)| {
-            d.gather_rows(table.borrow().view(), rows.view(), to.view_mut(), width).expect("a working device");
+            GatherRows { from: table.borrow().view(), rows: rows.view(), to: to.view_mut(), width }
+                .run(d)
+                .expect("a working device");
         });
         ladder.copy().run();
         let ladder = session.ladder(device, "scatter", &shape, moved, make);
         let ladder = ladder.versions(versions, |d, (table, rows, from)| {
             let mut table = table.borrow_mut();
-            d.scatter_rows(from.view(), rows.view(), table.view_mut(), width).expect("a working device");
+            ScatterRows { from: from.view(), rows: rows.view(), to: table.view_mut(), width }
+                .run(d)
+                .expect("a working device");
         });
         ladder.copy().run();
 
@@ -62,7 +66,9 @@ fn embedding<D: Device>(
         let ladder = session.ladder(device, "backward", &shape, cost, make);
         let ladder = ladder.versions(backward_versions, |d, (table, rows, dy)| {
             let mut table = table.borrow_mut();
-            d.embedding_backward(dy.view(), rows.view(), table.view_mut(), width).expect("a working device");
+            EmbeddingBackward { dy: dy.view(), rows: rows.view(), dtable: table.view_mut(), width }
+                .run(d)
+                .expect("a working device");
         });
         ladder.copy().run();
     }

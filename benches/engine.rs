@@ -7,7 +7,9 @@ use std::cell::{OnceCell, RefCell};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::backend::{Backend, Cost};
-use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Lora, Member, NoiseKind, SweepOptions};
+use swat::engine::{
+    Batch, Decoder, GenerateOptions, GradientOptions, Gradients, Lora, Member, NoiseKind, SweepOptions,
+};
 use swat::model::{ModelConfig, Rope, RopeScaling};
 use swat::modules::{Cell, LearningRates, ModuleKind, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepSettings};
@@ -141,7 +143,7 @@ impl<D: Device> Bench<'_, D> {
             let Training { gradients, optimizer, batch } = training;
             let scale = 1.0 / (count * tokens) as f32;
             let mut decoder = self.decoder().borrow_mut();
-            decoder.loss_and_gradients(batch, gradients, scale, false, false).expect("a valid batch");
+            decoder.loss_and_gradients(batch, gradients, GradientOptions::scaled(scale)).expect("a valid batch");
             optimizer.step(&mut decoder, gradients, &settings).expect("a working device");
         });
         ladder.run();

@@ -9,7 +9,10 @@ use half::bf16;
 use std::rc::Rc;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion};
-use swat::backend::{Backend, Epilogue, FloatElement, LinearShape, cost};
+use swat::backend::{
+    Backend, Epilogue, FloatElement, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardWeight,
+    LinearShape, Operator, cost,
+};
 
 /// FLOPs of the largest product that the slowest versions compute.
 const SLOW_FLOPS: u64 = 1 << 37;
@@ -111,7 +114,7 @@ pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
             };
             let ladder = session.ladder(cpu, "decode", named(model, shape), cost::linear(shape, 0, FLOAT), make);
             let ladder = ladder.variant("swat", move |cpu, [x, w, y]| {
-                cpu.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()).expect("a CPU");
+                Linear::new(x.view(), w.view(), y.view_mut(), shape).run(cpu).expect("a CPU");
             });
             ladder.run();
         }
@@ -130,25 +133,25 @@ fn linear(session: &mut Session, cpu: &Cpu, name: &str, shape: LinearShape) {
     };
     let ladder = session.ladder(cpu, "forward", name, cost::linear(shape, 0, FLOAT), make);
     let ladder = ladder.variant("swat", move |cpu, ([x, w, y], _)| {
-        cpu.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()).expect("a CPU");
+        Linear::new(x.view(), w.view(), y.view_mut(), shape).run(cpu).expect("a CPU");
     });
     let ladder = ladder.peer("gemm-crate", move |_, (_, [x, w, y])| {
         gemm_crate(y, (x, (inputs, 1)), (w, (1, inputs)), (tokens, outputs, inputs));
     });
     ladder.run();
-    let cost = cost::linear_backward_input(shape, false, FLOAT);
+    let cost = cost::linear_backward_input(shape, FLOAT);
     let ladder = session.ladder(cpu, "backward-input", name, cost, make);
     let ladder = ladder.variant("swat", move |cpu, ([dx, w, dy], _)| {
-        cpu.linear_backward_input(dy.view(), w.view(), dx.view_mut(), shape, 1.0, false).expect("a CPU");
+        LinearBackwardInput::new(dy.view(), w.view(), dx.view_mut(), shape).run(cpu).expect("a CPU");
     });
     let ladder = ladder.peer("gemm-crate", move |_, (_, [dx, w, dy])| {
         gemm_crate(dx, (dy, (outputs, 1)), (w, (inputs, 1)), (tokens, inputs, outputs));
     });
     ladder.run();
-    let cost = cost::linear_backward_weight(shape, false, FLOAT, FLOAT);
+    let cost = cost::linear_backward_weight(shape, FLOAT, FLOAT);
     let ladder = session.ladder(cpu, "backward-weight", name, cost, make);
     let ladder = ladder.variant("swat", move |cpu, ([x, dw, dy], _)| {
-        cpu.linear_backward_weight(dy.view(), x.view(), dw.view_mut(), shape, 1.0, false).expect("a CPU");
+        LinearBackwardWeight::new(dy.view(), x.view(), dw.view_mut(), shape).run(cpu).expect("a CPU");
     });
     let ladder = ladder.peer("gemm-crate", move |_, (_, [x, dw, dy])| {
         gemm_crate(dw, (dy, (1, outputs)), (x, (inputs, 1)), (outputs, inputs, tokens));
@@ -194,11 +197,13 @@ fn gemm_crate(
 /// Sums over the tokens.
 fn bias<D: Device>(session: &mut Session, device: &D, model: &Model) {
     let (tokens, outputs) = (session.scale.tokens, model.q_width());
-    let cost = cost::linear_backward_bias(tokens, outputs, false, size_of::<D::Float>(), size_of::<D::Grad>());
+    let cost = cost::linear_backward_bias(tokens * outputs, outputs, size_of::<D::Float>(), size_of::<D::Grad>());
     let make = move |d: &D| (random::<D, D::Float>(d, tokens * outputs), random::<D, D::Grad>(d, outputs));
     let ladder = session.ladder(device, "bias", format!("{}/{tokens}x{outputs}", model.name), cost, make);
     let ladder = ladder.variant("swat", move |d, (dy, dbias)| {
-        d.linear_backward_bias(dy.view(), dbias.view_mut(), tokens, outputs, false).expect("a working device");
+        LinearBackwardBias { dy: dy.view(), dbias: dbias.view_mut(), accumulate: false }
+            .run(d)
+            .expect("a working device");
     });
     ladder.copy().run();
 }

@@ -3,14 +3,14 @@
 use super::common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Backend, Buffer, Direction, NoiseKey, cost};
+use swat::backend::{Backend, Buffer, Cost, Direction, In, NoiseKey, Operator, Perturb, cost};
 
 const KEY: NoiseKey = NoiseKey { seed: 1, stream: 2 };
 const EPSILON: f32 = 0.1;
 const RANK: usize = 4;
 
 /// A direction, of the tensor that may be given and the rows of the weight.
-type Kind<D> = fn(&Buffer<D, <D as Backend>::Float>, usize) -> Direction<'_, D>;
+type Kind<D> = fn(&Buffer<D, <D as Backend>::Float>, usize) -> Direction<In<'_, D>>;
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     perturb(session, cpu, &[]);
@@ -36,12 +36,16 @@ fn perturb<D: Device>(session: &mut Session, device: &D, of_gaussian: &[&'static
         // A cost depends on the kind of a direction, not on what is in it.
         let any = random::<D, D::Float>(device, 1);
         for (op, direction) in kinds {
-            let cost = cost::perturb(len, 2, &direction(&any, rows), false, size_of::<D::Float>());
+            let direction_of_any = direction(&any, rows);
+            let norm = if direction_of_any.has_norm() { cost::sum_squares(len, 0) } else { Cost::default() };
+            let cost = cost::perturb(len, 2, &direction_of_any, size_of::<D::Float>()) + norm;
             let ladder = session.ladder(device, op, &shape, cost, make);
             let versions = if op == "gaussian" { of_gaussian } else { &[] };
             let ladder = ladder.versions(versions, move |d, [w, n, plus, minus]| {
                 let (plus, minus) = (plus.view_mut(), Some(minus.view_mut()));
-                d.perturb(w.view(), None, &direction(n, rows), EPSILON, plus, minus).expect("a working device");
+                Perturb { w: w.view(), squares: None, direction: direction(n, rows), epsilon: EPSILON, plus, minus }
+                    .run(d)
+                    .expect("a working device");
             });
             ladder.copy().run();
         }

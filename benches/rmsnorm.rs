@@ -1,9 +1,10 @@
 //! RMSNorm, forward and backward. `common` tells how to run it.
 
 use super::common::{Device, Session, random};
+use swat::backend::cost::NormGradients;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Buffer, cost};
+use swat::backend::{Buffer, Cost, Operator, RmsNorm, RmsNormBackward, cost};
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     rmsnorm(session, cpu, &[], &[]);
@@ -53,20 +54,32 @@ fn rmsnorm<D: Device>(session: &mut Session, device: &D, forward: &[Version], ba
             versions.iter().filter(|(_, most)| width <= *most).map(|(version, _)| *version).collect()
         };
         let shape = format!("{name}/{rows}x{width}");
-        let cost = cost::rmsnorm(len, width, true, size_of::<D::Float>());
+        let cost = cost::rmsnorm(len, width, size_of::<D::Float>()) + Cost::moved(rows * size_of::<f32>());
         let ladder = session.ladder(device, "forward", &shape, cost, make);
         let ladder = ladder.versions(&fitting(forward), move |d, t| {
             let (y, rstd) = (t.y.view_mut(), Some(t.rstd.view_mut()));
-            d.rmsnorm(t.x.view(), t.weight.view(), y, rstd, width, 1e-5).expect("a working device");
+            RmsNorm { x: t.x.view(), weight: t.weight.view(), y, rstd, eps: 1e-5 }.run(d).expect("a working device");
         });
         ladder.copy().run();
         // With what the residual path brings.
-        let cost = cost::rmsnorm_backward(len, width, Some(true), true, size_of::<D::Float>());
+        let wanted = NormGradients { dx: Some(true), dweight: true };
+        let cost = cost::rmsnorm_backward(len, width, wanted, size_of::<D::Float>());
         let ladder = session.ladder(device, "backward", &shape, cost, make);
         let ladder = ladder.versions(&fitting(backward), move |d, t| {
             let (dx, dweight) = (Some(t.dx.view_mut()), Some(t.dweight.view_mut()));
             let (dy, x, weight) = (t.y.view(), t.x.view(), t.weight.view());
-            d.rmsnorm_backward(dy, x, weight, t.rstd.view(), dx, dweight, width, true, true).expect("a working device");
+            RmsNormBackward {
+                dy,
+                x,
+                weight,
+                rstd: t.rstd.view(),
+                dx,
+                dweight,
+                accumulate_dx: true,
+                accumulate_dweight: true,
+            }
+            .run(d)
+            .expect("a working device");
         });
         ladder.copy().run();
     }

@@ -1,9 +1,9 @@
 //! Rotary position embedding of a layer's queries. `common` tells how to run it.
 
 use super::common::{Device, Session, integers, random};
-use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
+use swat::backend::{Operator, Rope, cost};
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     rope(session, cpu, &[]);
@@ -34,7 +34,7 @@ fn rope<D: Device>(session: &mut Session, device: &D, versions: &[&'static str])
         let ladder = session.ladder(device, "forward", shape, cost, make);
         let ladder = ladder.versions(versions, move |d, (x, table, positions)| {
             let (table, positions) = (table.view(), positions.view());
-            d.rope(x.view_mut(), table, positions, heads, head_dim, false).expect("a working device");
+            Rope { x: x.view_mut(), table, positions, head_dim, inverse: false }.run(d).expect("a working device");
         });
         ladder.copy().run();
     }

@@ -3,7 +3,7 @@
 use super::common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Sampling, cost};
+use swat::backend::{Operator, Sample, Sampling, cost};
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     sampling(session, cpu, &[]);
@@ -30,7 +30,9 @@ fn sampling<D: Device>(session: &mut Session, device: &D, versions: &[&'static s
             let ladder = session.ladder(device, op, &shape, cost, make);
             let ladder = ladder.versions(versions, move |d, (logits, uniforms, tokens)| {
                 let (logits, uniforms) = (logits.view(), uniforms.view());
-                d.sample(logits, uniforms, tokens.view_mut(), vocab, sampling).expect("a working device");
+                Sample { logits, uniforms, tokens: tokens.view_mut(), vocab, sampling }
+                    .run(d)
+                    .expect("a working device");
             });
             ladder.copy().run();
         }

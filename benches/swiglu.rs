@@ -1,9 +1,9 @@
 //! SwiGLU, forward and backward. `common` tells how to run it.
 
 use super::common::{Device, Session, random};
-use swat::backend::cost;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
+use swat::backend::{Operator, SwiGlu, SwiGluBackward, cost};
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     swiglu(session, cpu, &[]);
@@ -21,7 +21,7 @@ fn swiglu<D: Device>(session: &mut Session, device: &D, versions: &[&'static str
         let make = move |d: &D| [(); 3].map(|()| random::<D, D::Float>(d, len));
         let ladder = session.ladder(device, "forward", &shape, cost::swiglu(len, size_of::<D::Float>()), make);
         let ladder = ladder.versions(versions, move |d, [gate, up, y]| {
-            d.swiglu(gate.view(), up.view(), y.view_mut()).expect("a working device");
+            SwiGlu { gate: gate.view(), up: up.view(), y: y.view_mut() }.run(d).expect("a working device");
         });
         ladder.copy().run();
         // In place: gate and up come back before each sample, or they would shrink to nothing.
@@ -34,7 +34,9 @@ fn swiglu<D: Device>(session: &mut Session, device: &D, versions: &[&'static str
             }
         });
         let ladder = ladder.versions(versions, move |d, ([gate, up, dy], _)| {
-            d.swiglu_backward(gate.view_mut(), up.view_mut(), dy.view()).expect("a working device");
+            SwiGluBackward { gate: gate.view_mut(), up: up.view_mut(), dy: dy.view() }
+                .run(d)
+                .expect("a working device");
         });
         ladder.copy().run();
     }

@@ -8,7 +8,7 @@ use common::{batch, decoder_on, wide};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use swat::backend::cuda::{Cuda, F32State, Precision};
 use swat::backend::{Backend, trace};
-use swat::engine::{Decoder, Gradients};
+use swat::engine::{Decoder, GradientOptions, Gradients};
 use swat::error::{Error, Result};
 
 /// What records sees the kernels of a whole process.
@@ -36,7 +36,7 @@ fn assert_broken<T>(result: Result<T>, ordinal: u32) {
 fn gradients<P: Precision>(model: &Decoder<Cuda<P>>, to: &mut Gradients<Cuda<P>>, seed: u64) -> Result<f64> {
     let batch = batch(&model.config, &[9, 14], seed);
     let mut losses = model.losses_of(batch.trained_tokens())?;
-    model.queue_gradients(&batch, to, 1.0, false, false, &mut losses)?;
+    model.queue_gradients(&batch, to, GradientOptions::scaled(1.0), &mut losses)?;
     losses.sum()
 }
 

@@ -7,7 +7,7 @@ use common::{batch, config, decoder_on, standin, wide};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::{Backend, Sampling, trace};
-use swat::engine::{Batch, Decoder, GenerateOptions, Generation, Gradients};
+use swat::engine::{Batch, Decoder, GenerateOptions, Generation, GradientOptions, Gradients};
 use swat::model::ModelConfig;
 use swat::modules::LearningRates;
 use swat::train::{Optimizer, StepOutcome, StepSettings};
@@ -41,7 +41,14 @@ impl<P: Precision> Training<P> {
         let mut losses = self.model.losses_of(trained).unwrap();
         for (i, batch) in micro_batches.iter().enumerate() {
             let scale = 1.0 / trained as f32;
-            self.model.queue_gradients(batch, &mut self.gradients, scale, i > 0, false, &mut losses).unwrap();
+            self.model
+                .queue_gradients(
+                    batch,
+                    &mut self.gradients,
+                    GradientOptions { accumulate: i > 0, ..GradientOptions::scaled(scale) },
+                    &mut losses,
+                )
+                .unwrap();
         }
         let loss = losses.sum().unwrap();
         self.steps += 1;

@@ -10,10 +10,7 @@ use std::sync::Once;
 use swat::backend::cuda::{
     Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision, with_version,
 };
-use swat::backend::{
-    AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Documents, Element, Epilogue, FloatElement, NoiseKey,
-    Rounding, Sampling,
-};
+use swat::backend::*;
 
 /// Logits of a batch, as the largest vocabulary of 7B models has them; a vocabulary that is no multiple of eight.
 const ROWS: usize = 32_768;
@@ -83,7 +80,7 @@ fn cross_entropy_of_logits() {
                 let sum = (vocab as f32 - 1.0) + 12f32.exp();
                 for scale in [None, Some(2.0)] {
                     let (lv, ov) = (logits.view_mut(), losses.view_mut());
-                    b.cross_entropy(lv, targets.view(), ov, vocab, scale).unwrap();
+                    CrossEntropy { logits: lv, targets: targets.view(), losses: ov, vocab, scale }.run(b).unwrap();
                     let loss = last(b, &losses, 2);
                     assert_all(&loss[..1], (vocab as f32).ln(), &what);
                     assert_all(&loss[1..], sum.ln(), &what);
@@ -106,7 +103,9 @@ fn tokens_drawn_from_logits() {
             for (temperature, top_p) in [(0.0, 1.0), (1.0, 1.0), (1.0, 0.9)] {
                 let mut tokens = b.zeros::<u32>(ROWS).unwrap();
                 let sampling = Sampling { temperature, top_p };
-                b.sample(logits.view(), uniforms.view(), tokens.view_mut(), vocab, sampling).unwrap();
+                Sample { logits: logits.view(), uniforms: uniforms.view(), tokens: tokens.view_mut(), vocab, sampling }
+                    .run(b)
+                    .unwrap();
                 let mut drawn = [0];
                 b.read(tokens.range(ROWS - 1..ROWS), &mut drawn).unwrap();
                 assert_eq!(drawn, [vocab as u32 - 1], "{sampling:?}, {}", b.name());
@@ -176,7 +175,7 @@ fn sums_of_columns() {
             let outputs = LONG / rows / 8 * 8;
             let dy = ending(b, rows * outputs, &[3.0; 8]);
             let mut dbias = b.zeros::<f32>(outputs).unwrap();
-            b.linear_backward_bias(dy.view(), dbias.view_mut(), rows, outputs, false).unwrap();
+            LinearBackwardBias { dy: dy.view(), dbias: dbias.view_mut(), accumulate: false }.run(b).unwrap();
             assert_all(&last(b, &dbias, 8), 3.0, &format!("{rows} rows, {}", b.name()));
         }
     });
@@ -194,7 +193,7 @@ fn attention_of_many_documents() {
         {
             let starts: Vec<u32> = (0..=tokens / DOCUMENT).map(|i| (i * DOCUMENT) as u32).collect();
             let documents = Documents { device: put(b, &starts), starts };
-            let shape = Attention { heads, kv_heads, head_dim, scale: SCALE, window: None, documents: &documents };
+            let shape = AttentionShape { heads, kv_heads, head_dim, scale: SCALE, window: None };
             let (row, kv_row) = (heads * head_dim, kv_heads * head_dim);
             let q = b.zeros(tokens * row).unwrap();
             let [k, v] = [(); 2].map(|()| ending(b, tokens * kv_row, &vec![1.0; kv_row]));
@@ -211,13 +210,37 @@ fn attention_of_many_documents() {
                 let what = format!("{version}, {tokens} tokens, {heads} heads of {head_dim}, {}", b.name());
                 let (mut o, mut lse) = (b.zeros(tokens * row).unwrap(), b.zeros(heads * tokens).unwrap());
                 let (qv, kv, vv) = (q.view(), k.view(), v.view());
-                b.attention(qv, kv, vv, o.view_mut(), Some(lse.view_mut()), &shape).unwrap();
+                Attention {
+                    q: qv,
+                    k: kv,
+                    v: vv,
+                    o: o.view_mut(),
+                    lse: Some(lse.view_mut()),
+                    shape,
+                    documents: &documents,
+                }
+                .run(b)
+                .unwrap();
                 some_heads(&last(b, &o, row), weight, &format!("o: {what}"));
                 let mut dq = b.zeros(tokens * row).unwrap();
                 let [mut dk, mut dv] = [(); 2].map(|()| b.zeros(tokens * kv_row).unwrap());
                 let (dqv, dkv, dvv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
                 let (qv, kv, vv, ov, lv, dov) = (q.view(), k.view(), v.view(), saved.view(), stats.view(), d_o.view());
-                b.attention_backward(qv, kv, vv, ov, lv, dov, dqv, dkv, dvv, &shape).unwrap();
+                AttentionBackward {
+                    q: qv,
+                    k: kv,
+                    v: vv,
+                    o: ov,
+                    lse: lv,
+                    d_o: dov,
+                    dq: dqv,
+                    dk: dkv,
+                    dv: dvv,
+                    shape,
+                    documents: &documents,
+                }
+                .run(b)
+                .unwrap();
                 let delta = head_dim as f32 * weight;
                 some_heads(&last(b, &dq, row), SCALE * weight * (head_dim as f32 - delta), &format!("dq: {what}"));
                 // Of the heads of a group those that ran.
@@ -240,13 +263,22 @@ fn attention_of_a_large_cache() {
             let rows = LONG / width;
             let k = b.zeros(rows * width).unwrap();
             let v = ending(b, rows * width, &vec![1.0; len * width]);
-            let documents = Documents { starts: vec![0, 1], device: put(b, &[0, 1]) };
-            let shape = Attention { heads, kv_heads, head_dim, scale: 0.125, window: None, documents: &documents };
-            let spans = put(b, &[(rows - len) as u32, len as u32]);
+            let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.125, window: None };
+            let span = [(rows - len) as u32, len as u32];
+            let on_device = put(b, &span);
             let q = b.zeros(heads * head_dim).unwrap();
             each_version(&["baseline"], |version| {
                 let mut o = b.zeros(heads * head_dim).unwrap();
-                b.attention_decode(q.view(), k.view(), v.view(), o.view_mut(), spans.view(), len, &shape).unwrap();
+                AttentionDecode {
+                    q: q.view(),
+                    k: k.view(),
+                    v: v.view(),
+                    o: o.view_mut(),
+                    spans: DecodeSpans { host: &span, device: on_device.view() },
+                    shape,
+                }
+                .run(b)
+                .unwrap();
                 let done = last(b, &o, heads * head_dim);
                 let what = format!("{version}, {heads} heads of {head_dim}, {}", b.name());
                 assert!(done.iter().any(|x| (x - 1.0).abs() < 0.01), "{what}");
@@ -272,7 +304,9 @@ fn norms_of_rows() {
             each_version(&["baseline", "lanes", "warp", "row1024", "row2048", "row4096", "row8192"], |version| {
                 let what = format!("{version}, width {width}, {}", b.name());
                 let (mut y, mut rstd) = (b.zeros(rows * width).unwrap(), b.zeros(rows).unwrap());
-                b.rmsnorm(x.view(), weight.view(), y.view_mut(), Some(rstd.view_mut()), width, 1e-6).unwrap();
+                RmsNorm { x: x.view(), weight: weight.view(), y: y.view_mut(), rstd: Some(rstd.view_mut()), eps: 1e-6 }
+                    .run(b)
+                    .unwrap();
                 assert_all(&last(b, &y, width), 3.0, &what);
                 assert_all(&last(b, &rstd, 1), 0.5, &what);
             });
@@ -282,7 +316,18 @@ fn norms_of_rows() {
                 let (mut dx, mut dweight) = (b.zeros(rows * width).unwrap(), b.zeros::<f32>(width).unwrap());
                 let (dxv, dwv) = (Some(dx.view_mut()), Some(dweight.view_mut()));
                 let (dyv, xv, wv, rv) = (dy.view(), x.view(), weight.view(), rstd.view());
-                b.rmsnorm_backward(dyv, xv, wv, rv, dxv, dwv, width, false, false).unwrap();
+                RmsNormBackward {
+                    dy: dyv,
+                    x: xv,
+                    weight: wv,
+                    rstd: rv,
+                    dx: dxv,
+                    dweight: dwv,
+                    accumulate_dx: false,
+                    accumulate_dweight: false,
+                }
+                .run(b)
+                .unwrap();
                 let mean = 3.0 / width as f32;
                 assert_all(&last(b, &dx, 1), 0.5 * (3.0 - mean), &what);
                 assert_all(&last(b, &dx, 2)[..1], -0.5 * mean, &what);
@@ -303,7 +348,9 @@ fn turned_heads() {
             let (table, positions) = (put(b, &table), b.zeros::<u32>(tokens).unwrap());
             each_version(&["baseline"], |version| {
                 let mut x = ending(b, tokens * heads * head_dim, &vec![1.0; head_dim]);
-                b.rope(x.view_mut(), table.view(), positions.view(), heads, head_dim, false).unwrap();
+                Rope { x: x.view_mut(), table: table.view(), positions: positions.view(), head_dim, inverse: false }
+                    .run(b)
+                    .unwrap();
                 let (got, what) = (last(b, &x, head_dim), format!("{version}, heads of {head_dim}, {}", b.name()));
                 assert_all(&got[..head_dim / 2], -1.0, &what);
                 assert_all(&got[head_dim / 2..], 1.0, &what);
@@ -320,15 +367,15 @@ fn gates() {
         let sigmoid = 1.0 / (1.0 + (-2f32).exp());
         each_version(&["baseline"], |version| {
             let mut y = b.zeros(LONG).unwrap();
-            b.swiglu(gate.view(), up.view(), y.view_mut()).unwrap();
+            SwiGlu { gate: gate.view(), up: up.view(), y: y.view_mut() }.run(b).unwrap();
             assert_all(&last(b, &y, 8), 6.0 * sigmoid, &format!("{version}, {}", b.name()));
         });
-        b.swiglu_backward(gate.view_mut(), up.view_mut(), dy.view()).unwrap();
+        SwiGluBackward { gate: gate.view_mut(), up: up.view_mut(), dy: dy.view() }.run(b).unwrap();
         assert_all(&last(b, &up, 8), 2.0 * sigmoid, "dup");
         assert_all(&last(b, &gate, 8), 3.0 * sigmoid * (1.0 + 2.0 * (1.0 - sigmoid)), "dgate");
         with_version("baseline", || {
             let [mut gate, mut up] = [2.0, 3.0].map(|x| ending(b, LONG, &[x; 8]));
-            b.swiglu_backward(gate.view_mut(), up.view_mut(), dy.view()).unwrap();
+            SwiGluBackward { gate: gate.view_mut(), up: up.view_mut(), dy: dy.view() }.run(b).unwrap();
             assert_all(&last(b, &up, 8), 2.0 * sigmoid, "dup, baseline");
         });
     });
@@ -342,20 +389,20 @@ fn rows_of_tables() {
             each_version(&["baseline"], |version| {
                 let what = format!("{version}, rows of {width}, {}", b.name());
                 let (rows, mut to) = (put(b, &[row]), b.zeros(width).unwrap());
-                b.gather_rows(table.view(), rows.view(), to.view_mut(), width).unwrap();
+                GatherRows { from: table.view(), rows: rows.view(), to: to.view_mut(), width }.run(b).unwrap();
                 assert_all(&last(b, &to, 8), 5.0, &what);
                 let mut table = b.zeros(VOCAB * width).unwrap();
-                b.scatter_rows(to.view(), rows.view(), table.view_mut(), width).unwrap();
+                ScatterRows { from: to.view(), rows: rows.view(), to: table.view_mut(), width }.run(b).unwrap();
                 assert_all(&last(b, &table, 8), 5.0, &what);
                 // Many rows, of which the last is the last of the table.
                 let count = VOCAB;
                 let many = put(b, &(0..count as u32).collect::<Vec<_>>());
                 let mut to = b.zeros(count * width).unwrap();
                 let from = ending(b, VOCAB * width, &vec![5.0; width]);
-                b.gather_rows(from.view(), many.view(), to.view_mut(), width).unwrap();
+                GatherRows { from: from.view(), rows: many.view(), to: to.view_mut(), width }.run(b).unwrap();
                 assert_all(&last(b, &to, 8), 5.0, &what);
                 let mut to = b.zeros(count * width).unwrap();
-                b.scatter_rows(from.view(), many.view(), to.view_mut(), width).unwrap();
+                ScatterRows { from: from.view(), rows: many.view(), to: to.view_mut(), width }.run(b).unwrap();
                 assert_all(&last(b, &to, 8), 5.0, &what);
             });
         }
@@ -372,7 +419,9 @@ fn gradients_of_tables() {
             let rows = put(b, &vec![VOCAB as u32 - 1; copies]);
             each_version(&["baseline"], |version| {
                 let mut dtable = b.zeros::<f32>(VOCAB * width).unwrap();
-                b.embedding_backward(dy.view(), rows.view(), dtable.view_mut(), width).unwrap();
+                EmbeddingBackward { dy: dy.view(), rows: rows.view(), dtable: dtable.view_mut(), width }
+                    .run(b)
+                    .unwrap();
                 let what = format!("{version}, {copies} of {width}, {}", b.name());
                 assert_all(&last(b, &dtable, width)[..8], copies as f32, &what);
             });
@@ -395,7 +444,7 @@ fn optimizer<P: Precision>(b: &Cuda<P>, offset: usize) {
     let (mut m, mut v) = (b.zeros(len).unwrap(), b.zeros(len).unwrap());
     let mut squares = b.zeros::<f32>(1).unwrap();
     let range = offset..len;
-    b.sum_squares(&[grad.range(range.clone())], squares.view_mut()).unwrap();
+    SumSquares { parts: &[grad.range(range.clone())], squares: squares.view_mut() }.run(b).unwrap();
     let what = format!("{}, from {offset}", b.name());
     assert_all(&last(b, &squares, 1), 32.0, &what);
     let row = AdamWModule {
@@ -406,7 +455,7 @@ fn optimizer<P: Precision>(b: &Cuda<P>, offset: usize) {
         lr: 0.5,
         weight_decay: 0.0,
     };
-    b.adamw_masked(&mut [row], squares.view(), hyper).unwrap();
+    AdamWMasked { table: &mut [row], squares: squares.view(), hyper }.run(b).unwrap();
     // The first step is lr, whatever the gradient.
     assert_all(&last(b, &weight, 8), 0.5, &what);
     assert_all(&last(b, &m, 8), 0.1 * 2.0 / 32f32.sqrt(), &what);
@@ -426,9 +475,18 @@ fn perturbed_modules() {
         let w = ending(b, LONG, &[4.0; 16]);
         let n = ending(b, LONG, &[2.0; 16]);
         let key = NoiseKey { seed: 5, stream: 6 };
-        let perturbed = |direction: Direction<'_, Cuda<F32State>>, epsilon| {
+        let perturbed = |direction: Direction<In<'_, Cuda<F32State>>>, epsilon| {
             let [mut plus, mut minus] = [(); 2].map(|()| b.zeros(LONG).unwrap());
-            b.perturb(w.view(), None, &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
+            Perturb {
+                w: w.view(),
+                squares: None,
+                direction,
+                epsilon,
+                plus: plus.view_mut(),
+                minus: Some(minus.view_mut()),
+            }
+            .run(b)
+            .unwrap();
             (last(b, &plus, 16), last(b, &minus, 16))
         };
         // ‖w‖ / ‖n‖ is 2.

@@ -5,7 +5,7 @@ use safetensors::SafeTensors;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use swat::backend::{Backend, IGNORE, Sampling, cpu::Cpu};
-use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Lora};
+use swat::engine::{Batch, Decoder, GenerateOptions, GradientOptions, Gradients, Lora};
 use swat::model::ModelDir;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepOutcome, StepSettings};
@@ -153,7 +153,11 @@ impl Golden {
         let sum: f64 = batches
             .iter()
             .enumerate()
-            .map(|(i, b)| self.decoder.loss_and_gradients(b, gradients, scale, i > 0, recompute).unwrap())
+            .map(|(i, b)| {
+                self.decoder
+                    .loss_and_gradients(b, gradients, GradientOptions { scale, accumulate: i > 0, recompute })
+                    .unwrap()
+            })
             .sum();
         sum / self.trained_tokens()
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use swat::backend::Roofline;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Captured, Cuda, GemmLayout, GemmShape, Precision, with_version};
-use swat::backend::{Backend, Epilogue, LinearShape, trace};
+use swat::backend::{Backend, Linear, LinearShape, Operator, trace};
 
 /// Calls shorter than this are captured.
 const SHORT: Duration = Duration::from_micros(50);
@@ -142,7 +142,7 @@ impl<P: Precision> Device for Cuda<P> {
             Some(product) => best(&mut || product.run(&x, &w, &mut y)),
             None => best(&mut || {
                 let shape = LinearShape { tokens: side, inputs: side, outputs: side };
-                self.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()).expect("a working device");
+                Linear::new(x.view(), w.view(), y.view_mut(), shape).run(self).expect("a working device");
             }),
         };
         let flops_per_s = rate(2.0 * (side as f64).powi(3), time);

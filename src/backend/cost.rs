@@ -5,7 +5,7 @@
 //! are left out. FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends
 //! differ in their types: `float`, `grad` and `moment` are bytes of an element.
 
-use super::{Backend, Direction, LinearShape, Sampling};
+use super::{Direction, LinearShape, Sampling};
 use std::iter::Sum;
 use std::ops::Add;
 
@@ -55,34 +55,26 @@ pub fn linear(shape: LinearShape, addends: usize, float: usize) -> Cost {
     product([shape.tokens, shape.outputs, shape.inputs], float, float) + Cost::moved(addends * float)
 }
 
-/// Layers of one X [tokens, inputs] that have `outputs` and `biases` in all: X is read once. Backward they are a layer of
-/// so many outputs.
-pub fn linear_each(tokens: usize, inputs: usize, outputs: usize, biases: usize, float: usize) -> Cost {
-    linear(LinearShape { tokens, inputs, outputs }, biases, float)
-}
-
 /// Y = silu(X·gateᵀ) · (X·upᵀ), two layers of this shape of which only Y is stored.
 pub fn gated_linear(LinearShape { tokens, inputs, outputs }: LinearShape, float: usize) -> Cost {
     product([tokens, 2 * outputs, inputs], float, 0) + Cost::each(tokens * outputs, float, SWIGLU_FLOPS)
 }
 
-/// dX = dY·W.
-pub fn linear_backward_input(shape: LinearShape, accumulate: bool, float: usize) -> Cost {
+/// dX = dY·W, overwritten.
+pub fn linear_backward_input(shape: LinearShape, float: usize) -> Cost {
     let LinearShape { tokens, inputs, outputs } = shape;
-    let old = if accumulate { tokens * inputs } else { 0 };
-    product([tokens, inputs, outputs], float, float) + Cost::moved(old * float)
+    product([tokens, inputs, outputs], float, float)
 }
 
-/// dW = dYᵀ·X.
-pub fn linear_backward_weight(shape: LinearShape, accumulate: bool, float: usize, grad: usize) -> Cost {
+/// dW = dYᵀ·X, overwritten.
+pub fn linear_backward_weight(shape: LinearShape, float: usize, grad: usize) -> Cost {
     let LinearShape { tokens, inputs, outputs } = shape;
-    let old = if accumulate { outputs * inputs } else { 0 };
-    product([outputs, inputs, tokens], float, grad) + Cost::moved(old * grad)
+    product([outputs, inputs, tokens], float, grad)
 }
 
-/// Column sums of dY [tokens, outputs].
-pub fn linear_backward_bias(tokens: usize, outputs: usize, accumulate: bool, float: usize, grad: usize) -> Cost {
-    Cost::each(tokens * outputs, float, 1) + Cost::moved((1 + usize::from(accumulate)) * outputs * grad)
+/// Sums over the columns of a dY of so many elements, overwritten.
+pub fn linear_backward_bias(elements: usize, columns: usize, float: usize, grad: usize) -> Cost {
+    Cost::each(elements, float, 1) + Cost::moved(columns * grad)
 }
 
 /// Pairs of a query and a key that it sees, of one head, over documents that begin at `starts`.
@@ -119,8 +111,13 @@ impl AttentionSize {
     }
 
     /// O from Q, K and V: two products a pair.
-    pub fn forward(self, lse: bool, float: usize) -> Cost {
-        self.pass(2, 2, usize::from(lse), 4, float)
+    pub fn forward(self, float: usize) -> Cost {
+        self.pass(2, 2, 0, 4, float)
+    }
+
+    /// The log-sum-exps that forward keeps.
+    pub fn lse(self) -> Cost {
+        Cost::moved(self.tokens * self.heads * size_of::<f32>())
     }
 
     /// dQ, dK and dV from Q, K, V, O, lse and dO: five products a pair.
@@ -137,16 +134,24 @@ impl AttentionSize {
     }
 }
 
-/// y and, where it is `kept`, rstd, of `elements` in rows of `width`.
-pub fn rmsnorm(elements: usize, width: usize, kept: bool, float: usize) -> Cost {
-    let stats = if kept { elements / width * size_of::<f32>() } else { 0 };
-    Cost::each(elements, 2 * float, 4) + Cost::moved(width * float + stats)
+/// y of `elements` in rows of `width`.
+pub fn rmsnorm(elements: usize, width: usize, float: usize) -> Cost {
+    Cost::each(elements, 2 * float, 4) + Cost::moved(width * float)
 }
 
-/// dx, which may be added to, and dweight; each may be left out.
-pub fn rmsnorm_backward(elements: usize, width: usize, dx: Option<bool>, dweight: bool, float: usize) -> Cost {
-    let written = dx.map_or(0, |accumulate| 1 + usize::from(accumulate));
-    let flops = if dx.is_some() { 8 } else { 0 } + if dweight { 3 } else { 0 };
+/// Gradients of RMSNorm that are wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct NormGradients {
+    /// dx; `Some(true)`: added to what is there.
+    pub dx: Option<bool>,
+    /// dweight.
+    pub dweight: bool,
+}
+
+/// Gradients of RMSNorm from dy, x, weight and rstd.
+pub fn rmsnorm_backward(elements: usize, width: usize, wanted: NormGradients, float: usize) -> Cost {
+    let written = wanted.dx.map_or(0, |accumulate| 1 + usize::from(accumulate));
+    let flops = wanted.dx.map_or(0, |_| 8) + if wanted.dweight { 3 } else { 0 };
     Cost::each(elements, (2 + written) * float, flops)
         + Cost::moved(width * float + elements / width * size_of::<f32>())
 }
@@ -176,9 +181,14 @@ pub fn embedding_backward(rows: usize, width: usize, float: usize, grad: usize) 
     Cost::each(rows * width, float + 2 * grad, 1) + Cost::moved(rows * size_of::<u32>())
 }
 
-/// Losses of rows of logits, and with `gradients` these in the place of the logits.
-pub fn cross_entropy(logits: usize, gradients: bool, float: usize) -> Cost {
-    if gradients { Cost::each(logits, 2 * float, 7) } else { Cost::each(logits, float, 4) }
+/// Losses of rows of logits.
+pub fn cross_entropy(logits: usize, float: usize) -> Cost {
+    Cost::each(logits, float, 4)
+}
+
+/// The same with the gradients in the place of the logits.
+pub fn cross_entropy_gradient(logits: usize, float: usize) -> Cost {
+    Cost::each(logits, 2 * float, 7)
 }
 
 /// A token a row of logits.
@@ -201,21 +211,13 @@ pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usi
     Cost::each(elements, (1 + copies) * float + bytes, 2 * copies + flops)
 }
 
-/// Perturbed copies with the norm of the direction, whose values are made once, and that of the tensor unless it is `known`.
-pub fn perturb<B: Backend>(
-    elements: usize,
-    copies: usize,
-    direction: &Direction<'_, B>,
-    known: bool,
-    float: usize,
-) -> Cost {
-    let norm = if known { 0 } else { 2 };
+/// Perturbed copies with the norm of the direction, whose values are computed once; that of the tensor is known.
+pub fn perturb<V>(elements: usize, copies: usize, direction: &Direction<V>, float: usize) -> Cost {
     let (bytes, flops) = match direction {
-        Direction::Gaussian(_) => (0, norm + 2 + NORMAL_FLOPS),
-        Direction::Rademacher(_) => (0, norm),
-        Direction::LowRank { rank, .. } => (0, norm + 2 * rank),
-        Direction::Scale => (0, 0),
-        Direction::Given(_) => (float, norm + 2),
+        Direction::Gaussian(_) => (0, 2 + NORMAL_FLOPS),
+        Direction::Rademacher(_) | Direction::Scale => (0, 0),
+        Direction::LowRank { rank, .. } => (0, 2 * rank),
+        Direction::Given(_) => (float, 2),
     };
     perturbed_copies(elements, copies, bytes, flops, float)
 }
@@ -249,11 +251,11 @@ mod tests {
         let shape = LinearShape { tokens: 3, inputs: 5, outputs: 7 };
         assert_eq!(linear(shape, 7 + 21, 2), Cost { bytes: 2 * (15 + 35 + 21 + 7 + 21), flops: 210 });
         assert_eq!(gated_linear(shape, 2), Cost { bytes: 2 * (15 + 2 * 35 + 21), flops: 2 * 210 + 5 * 21 });
-        assert_eq!(linear_backward_input(shape, true, 4), Cost { bytes: 4 * (21 + 35 + 2 * 15), flops: 210 });
-        assert_eq!(linear_backward_weight(shape, false, 2, 4), Cost { bytes: 2 * (21 + 15) + 4 * 35, flops: 210 });
+        assert_eq!(linear_backward_input(shape, 4), Cost { bytes: 4 * (21 + 35 + 15), flops: 210 });
+        assert_eq!(linear_backward_weight(shape, 2, 4), Cost { bytes: 2 * (21 + 15) + 4 * 35, flops: 210 });
         assert_eq!(embedding_backward(3, 5, 2, 4), Cost { bytes: 3 * (5 * (2 + 2 * 4) + 4), flops: 15 });
         let size = AttentionSize { tokens: 4, heads: 2, kv_heads: 1, head_dim: 8, pairs: 10 };
-        assert_eq!(size.forward(true, 2), Cost { bytes: 4 * (48 * 2 + 8), flops: 10 * 4 * 16 });
+        assert_eq!(size.forward(2) + size.lse(), Cost { bytes: 4 * (48 * 2 + 8), flops: 10 * 4 * 16 });
         // What several queries see is read once.
         let decode = AttentionSize { tokens: 2, ..size };
         assert_eq!(decode.decode(5, 4).bytes, 4 * (2 * 5 * 8 + 2 * 2 * 16));

@@ -1,7 +1,9 @@
 //! The measured roofline of a backend: peak FLOPs and peak memory bandwidth (Williams, Waterman and Patterson, CACM 52,
 //! 2009).
 
-use super::{Backend, Buffer, Cost, Epilogue, FloatElement, LinearShape};
+use super::{
+    Backend, Buffer, Cost, FloatElement, Linear, LinearBackwardInput, LinearBackwardWeight, LinearShape, Operator,
+};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 use std::time::{Duration, Instant};
@@ -52,12 +54,12 @@ fn product<B: Backend>(backend: &B) -> Result<f64> {
         let shape = LinearShape { tokens: side, inputs: side, outputs: side };
         let (x, w) = (random(backend, side * side)?, random(backend, side * side)?);
         let mut y = backend.zeros::<B::Float>(side * side)?;
-        let forward = || backend.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default());
+        let forward = || Linear::new(x.view(), w.view(), y.view_mut(), shape).run(backend);
         if let Some(forward) = seconds(backend, side == most, forward)? {
-            let input = || backend.linear_backward_input(x.view(), w.view(), y.view_mut(), shape, 1.0, false);
+            let input = || LinearBackwardInput::new(x.view(), w.view(), y.view_mut(), shape).run(backend);
             let input = seconds(backend, true, input)?.unwrap_or(forward);
             let mut dw = backend.zeros::<B::Grad>(side * side)?;
-            let weight = || backend.linear_backward_weight(x.view(), w.view(), dw.view_mut(), shape, 1.0, false);
+            let weight = || LinearBackwardWeight::new(x.view(), w.view(), dw.view_mut(), shape).run(backend);
             let weight = seconds(backend, true, weight)?.unwrap_or(forward);
             return Ok(2.0 * (side as f64).powi(3) / forward.min(input).min(weight));
         }

@@ -154,6 +154,15 @@ struct Open {
     outer: Place,
 }
 
+impl Guard {
+    /// Ends the span of an operation that turned out not to run, and records nothing.
+    pub(super) fn cancel(mut self) {
+        if let Some(open) = self.0.take() {
+            PLACE.set(open.outer);
+        }
+    }
+}
+
 /// A part of a step.
 #[inline]
 pub fn phase(name: &'static str) -> Guard {

@@ -5,10 +5,13 @@ mod projections;
 use super::decoder::Overlay;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
-use super::pool::{Floats, Scratch};
+use super::pool::{Floats, Scratch, Stats};
 use super::readout::trained_rows;
-use super::{Batch, Decoder, Gradients};
-use crate::backend::{Backend, LinearShape, View, ViewMut, trace};
+use super::{Batch, Decoder, GradientOptions, Gradients};
+use crate::backend::{
+    AttentionBackward, Backend, CrossEntropy, EmbeddingBackward, In, LinearBackwardInput, LinearBackwardWeight,
+    LinearShape, Operator, Out, RmsNormBackward, Rope, ScatterRows, SwiGlu, SwiGluBackward, View, ViewMut, trace,
+};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
@@ -47,21 +50,19 @@ struct Needs {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Forward and backward: gradients of `scale · Σ loss` are put into `gradients`, or added to them (`accumulate`);
-    /// `gradients` names the tensors that train. Returns Σ loss over the batch's targets.
+    /// Forward and backward: the gradients of scale · Σ loss with respect to the tensors of `gradients`, which are those that
+    /// train. Returns Σ loss over the batch's targets.
     ///
-    /// `recompute` keeps one activation a layer instead of about ten and runs each layer's forward pass again: about a
-    /// third more time.
+    /// # Errors
+    /// [`crate::Error::Input`] where the batch does not fit the model; a failing device.
     pub fn loss_and_gradients(
         &self,
         batch: &Batch,
         gradients: &mut Gradients<B>,
-        scale: f32,
-        accumulate: bool,
-        recompute: bool,
+        options: GradientOptions,
     ) -> Result<f64> {
         let mut losses = self.losses_of(batch.trained_tokens())?;
-        self.queue_gradients(batch, gradients, scale, accumulate, recompute, &mut losses)?;
+        self.queue_gradients(batch, gradients, options, &mut losses)?;
         losses.sum()
     }
 
@@ -76,9 +77,7 @@ impl<B: Backend> Decoder<B> {
         &self,
         batch: &Batch,
         gradients: &mut Gradients<B>,
-        scale: f32,
-        accumulate: bool,
-        recompute: bool,
+        options: GradientOptions,
         losses: &mut Losses<'_, B>,
     ) -> Result<()> {
         let span = trace::phase("forward");
@@ -91,20 +90,17 @@ impl<B: Backend> Decoder<B> {
             targets: self.indices(&targets)?,
         };
         drop(span);
-        self.backend
-            .replay(|| self.forward_and_backward(&packed, &inputs, gradients, scale, accumulate, recompute, losses))
+        gradients.accumulate = options.accumulate;
+        self.backend.replay(|| self.forward_and_backward(&packed, &inputs, gradients, options, losses))
     }
 
     /// All that the device does for a micro-batch; nothing comes from the host any more.
-    #[allow(clippy::too_many_arguments)]
     fn forward_and_backward(
         &self,
         packed: &Packed<'_, B>,
         inputs: &Inputs<'_, B>,
         gradients: &mut Gradients<B>,
-        scale: f32,
-        accumulate: bool,
-        recompute: bool,
+        options: GradientOptions,
         losses: &mut Losses<'_, B>,
     ) -> Result<()> {
         let span = trace::phase("forward");
@@ -112,7 +108,7 @@ impl<B: Backend> Decoder<B> {
         let hidden = self.config.hidden;
         let (tokens, chosen, targets) = (inputs.tokens.view(), inputs.rows.view(), inputs.targets.view());
         let rows = chosen.len();
-        if !accumulate {
+        if !options.accumulate {
             // The embedding's rows are added one by one; without targets nothing else would be written.
             let ids: Vec<ParamId> = gradients.iter().map(|(id, _)| id).collect();
             for id in ids.into_iter().filter(|id| rows == 0 || *id == ParamId::Embedding) {
@@ -129,7 +125,7 @@ impl<B: Backend> Decoder<B> {
         let mut x = self.embed_rows(&none, tokens.clone())?;
         for layer in 0..self.config.layers {
             let (activations, out) = self.layer_forward(&none, layer, x, packed)?;
-            saved.push(match (layer >= lowest, recompute) {
+            saved.push(match (layer >= lowest, options.recompute) {
                 (false, _) => Saved::Nothing,
                 (true, true) => Saved::Input(activations.x),
                 (true, false) => Saved::Activations(Box::new(activations)),
@@ -140,18 +136,16 @@ impl<B: Backend> Decoder<B> {
         drop(span);
         let span = trace::phase("head");
         let mut x_rows = self.floats(rows * hidden)?;
-        self.backend.gather_rows(x.view(), chosen.clone(), x_rows.view_mut(), hidden)?;
+        self.gather(x.view(), chosen.clone(), x_rows.view_mut())?;
         drop(x);
-        let below = lowest < self.config.layers || gradients.trains(ParamId::Embedding);
-        let losses = losses.next(rows);
-        let dx_rows = self.head_backward(x_rows, targets, losses, gradients, scale, accumulate, below)?;
+        let dx_rows = self.head_backward(x_rows, targets, losses.next(rows), gradients, options.scale)?;
 
         drop(span);
         let _span = trace::phase("backward");
         if let Some(dx_rows) = dx_rows {
             let mut dx = self.floats(packed.tokens * hidden)?;
             self.backend.clear(dx.view_mut())?;
-            self.backend.scatter_rows(dx_rows.view(), chosen, dx.view_mut(), hidden)?;
+            ScatterRows { from: dx_rows.view(), rows: chosen, to: dx.view_mut(), width: hidden }.run(&self.backend)?;
             drop(dx_rows);
             for layer in (lowest..self.config.layers).rev() {
                 let activations = match saved.pop() {
@@ -162,10 +156,11 @@ impl<B: Backend> Decoder<B> {
                     }
                     Some(Saved::Nothing) | None => break,
                 };
-                self.layer_backward(layer, activations, &mut dx, packed, gradients, accumulate)?;
+                self.layer_backward(layer, activations, &mut dx, packed, gradients)?;
             }
             if let Some(gradient) = gradients.get_mut(ParamId::Embedding) {
-                self.backend.embedding_backward(dx.view(), tokens, gradient.view_mut(), hidden)?;
+                let (dy, dtable) = (dx.view(), gradient.view_mut());
+                EmbeddingBackward { dy, rows: tokens, dtable, width: hidden }.run(&self.backend)?;
             }
         }
         Ok(())
@@ -180,8 +175,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Final norm, head and loss over the rows that have a target. Fills their losses, and returns the gradient of `x` where
-    /// something `below` trains.
-    #[allow(clippy::too_many_arguments)]
+    /// something below trains.
     fn head_backward<'a>(
         &'a self,
         x: Floats<'a, B>,
@@ -189,9 +183,9 @@ impl<B: Backend> Decoder<B> {
         mut losses: ViewMut<'_, B, f32>,
         gradients: &mut Gradients<B>,
         scale: f32,
-        accumulate: bool,
-        below: bool,
     ) -> Result<Option<Floats<'a, B>>> {
+        let below = self.lowest_trained_layer(gradients) < self.config.layers;
+        let accumulate = gradients.accumulate;
         let (hidden, vocab, rows) = (self.config.hidden, self.config.vocab, targets.len());
         let none = Overlay::new();
         let (normed, rstd) = self.norm(&none, ParamId::FinalNorm, x.view())?;
@@ -203,34 +197,47 @@ impl<B: Backend> Decoder<B> {
             let shape = LinearShape { tokens: chunk.len(), inputs: hidden, outputs: vocab };
             let wide = chunk.start * hidden..chunk.end * hidden;
             let mut logits = self.head_logits(&none, normed.range(wide.clone()))?;
-            let at = losses.part(chunk.clone());
-            self.backend.cross_entropy(logits.view_mut(), targets.part(chunk), at, vocab, Some(scale))?;
+            CrossEntropy {
+                logits: logits.view_mut(),
+                targets: targets.part(chunk.clone()),
+                losses: losses.part(chunk),
+                vocab,
+                scale: Some(scale),
+            }
+            .run(&self.backend)?;
             if let Some(gradient) = gradients.get_mut(self.head()) {
                 // A tied embedding's gradient was cleared above, and gets its own rows later.
-                let add = accumulate || first > 0 || self.config.tied;
-                let x = normed.range(wide.clone());
-                self.backend.linear_backward_weight(logits.view(), x, gradient.view_mut(), shape, 1.0, add)?;
+                let accumulate = accumulate || first > 0 || self.config.tied;
+                let (x, dw) = (normed.range(wide.clone()), gradient.view_mut());
+                let product = LinearBackwardWeight::new(logits.view(), x, dw, shape);
+                LinearBackwardWeight { accumulate, ..product }.run(&self.backend)?;
             }
             if let Some(dnormed) = &mut dnormed {
                 let head = self.values(&none, self.head());
-                let into = dnormed.range_mut(wide);
-                self.backend.linear_backward_input(logits.view(), head, into, shape, 1.0, false)?;
+                LinearBackwardInput::new(logits.view(), head, dnormed.range_mut(wide), shape).run(&self.backend)?;
             }
         }
         let Some(dnormed) = dnormed else { return Ok(None) };
         let mut dx = if below { Some(self.floats(rows * hidden)?) } else { None };
-        self.backend.rmsnorm_backward(
-            dnormed.view(),
-            x.view(),
-            self.values(&none, ParamId::FinalNorm),
-            rstd.view(),
-            dx.as_mut().map(Scratch::view_mut),
-            gradients.get_mut(ParamId::FinalNorm).map(|g| g.view_mut()),
-            hidden,
-            false,
-            accumulate,
-        )?;
+        let dx_view = dx.as_mut().map(Scratch::view_mut);
+        let op = self.norm_backward(ParamId::FinalNorm, dnormed.view(), x.view(), rstd.view(), dx_view, gradients);
+        op.run(&self.backend)?;
         Ok(dx)
+    }
+
+    /// The gradients of an RMSNorm, of which that of `x` is overwritten.
+    fn norm_backward<'a>(
+        &'a self,
+        norm: ParamId,
+        dy: In<'a, B>,
+        x: In<'a, B>,
+        rstd: View<'a, B, f32>,
+        dx: Option<Out<'a, B>>,
+        gradients: &'a mut Gradients<B>,
+    ) -> RmsNormBackward<'a, B> {
+        let (weight, accumulate_dweight) = (self.values(&Overlay::new(), norm), gradients.accumulate);
+        let dweight = gradients.get_mut(norm).map(|gradient| gradient.view_mut());
+        RmsNormBackward { dy, x, weight, rstd, dx, dweight, accumulate_dx: false, accumulate_dweight }
     }
 
     fn needs(&self, layer: usize, gradients: &Gradients<B>) -> Needs {
@@ -263,7 +270,6 @@ impl<B: Backend> Decoder<B> {
         dx: &mut Floats<'_, B>,
         packed: &Packed<'_, B>,
         gradients: &mut Gradients<B>,
-        accumulate: bool,
     ) -> Result<()> {
         let _span = trace::layer(layer);
         let none = Overlay::new();
@@ -275,21 +281,22 @@ impl<B: Backend> Decoder<B> {
         let down = module(ModuleKind::Down);
         if self.module_trains(down, gradients) {
             let mut product = self.floats(tokens * self.config.ffn)?;
-            self.backend.swiglu(mlp.gate.view(), mlp.up.view(), product.view_mut())?;
-            self.module_gradients(down, dx.view(), product.view(), tokens, gradients, accumulate)?;
+            SwiGlu { gate: mlp.gate.view(), up: mlp.up.view(), y: product.view_mut() }.run(&self.backend)?;
+            self.module_gradients(down, dx.view(), product.view(), tokens, gradients)?;
         }
         if !needs.product {
             return Ok(());
         }
         let mut dproduct = self.floats(tokens * self.config.ffn)?;
-        self.module_input_gradient(down, dx.view(), dproduct.view_mut(), tokens, false)?;
-        self.backend.swiglu_backward(mlp.gate.view_mut(), mlp.up.view_mut(), dproduct.view())?;
+        self.module_input_gradient(down, dx.view(), dproduct.view_mut(), 0)?;
+        let (gate, up) = (mlp.gate.view_mut(), mlp.up.view_mut());
+        SwiGluBackward { gate, up, dy: dproduct.view() }.run(&self.backend)?;
         drop(dproduct);
         let (dgate, dup) = (mlp.gate, mlp.up);
         let outputs = [(module(ModuleKind::Gate), dgate.view()), (module(ModuleKind::Up), dup.view())];
         if outputs.iter().any(|(id, _)| self.module_trains(*id, gradients)) {
             let (normed, _) = self.norm(&none, ParamId::PostAttentionNorm(layer), mid.view())?;
-            self.gradients_each(&outputs, normed.view(), tokens, gradients, accumulate)?;
+            self.gradients_each(&outputs, normed.view(), tokens, gradients)?;
         }
         if !needs.mlp_normed {
             return Ok(());
@@ -297,96 +304,74 @@ impl<B: Backend> Decoder<B> {
         let mut dnormed = self.floats(tokens * hidden)?;
         self.input_gradient_each(&outputs, dnormed.view_mut(), tokens)?;
         drop((dgate, dup));
-        self.backend.rmsnorm_backward(
-            dnormed.view(),
-            mid.view(),
-            self.values(&none, ParamId::PostAttentionNorm(layer)),
-            mlp.rstd.view(),
-            needs.mid.then(|| dx.view_mut()),
-            gradients.get_mut(ParamId::PostAttentionNorm(layer)).map(|g| g.view_mut()),
-            hidden,
-            true,
-            accumulate,
-        )?;
+        let (norm, dx_view) = (ParamId::PostAttentionNorm(layer), needs.mid.then(|| dx.view_mut()));
+        let op = self.norm_backward(norm, dnormed.view(), mid.view(), mlp.rstd.view(), dx_view, gradients);
+        RmsNormBackward { accumulate_dx: true, ..op }.run(&self.backend)?;
         drop(mid);
         if !needs.mid {
             return Ok(());
         }
         let o = module(ModuleKind::O);
         if self.module_trains(o, gradients) {
-            self.module_gradients(o, dx.view(), attention.mixed.view(), tokens, gradients, accumulate)?;
+            self.module_gradients(o, dx.view(), attention.mixed.view(), tokens, gradients)?;
         }
         if !needs.qkv {
             return Ok(());
         }
-        let rstd = self.qkv_backward(layer, attention, &x, dx, &mut dnormed, packed, gradients, accumulate, &needs)?;
-        if !needs.attention_normed {
-            return Ok(());
-        }
-        self.backend.rmsnorm_backward(
-            dnormed.view(),
-            x.view(),
-            self.values(&none, ParamId::InputNorm(layer)),
-            rstd.view(),
-            needs.input.then(|| dx.view_mut()),
-            gradients.get_mut(ParamId::InputNorm(layer)).map(|g| g.view_mut()),
-            hidden,
-            true,
-            accumulate,
-        )
-    }
-
-    /// From the gradient of the attention block's output to that of its normed input (`dnormed`).
-    #[allow(clippy::too_many_arguments)]
-    fn qkv_backward<'a>(
-        &'a self,
-        layer: usize,
-        saved: AttentionActivations<'a, B>,
-        x: &Floats<'_, B>,
-        dx: &Floats<'_, B>,
-        dnormed: &mut Floats<'_, B>,
-        packed: &Packed<'_, B>,
-        gradients: &mut Gradients<B>,
-        accumulate: bool,
-        needs: &Needs,
-    ) -> Result<Scratch<'a, B, f32>> {
-        let none = Overlay::new();
-        let (tokens, c) = (packed.tokens, &self.config);
-        let module = |kind| ModuleId { layer, kind };
-        let mut dmixed = self.floats(tokens * c.q_width())?;
-        self.module_input_gradient(module(ModuleKind::O), dx.view(), dmixed.view_mut(), tokens, false)?;
-        let mut dq = self.floats(tokens * c.q_width())?;
-        let mut dk = self.floats(tokens * c.kv_width())?;
-        let mut dv = self.floats(tokens * c.kv_width())?;
-        self.backend.attention_backward(
-            saved.q.view(),
-            saved.k.view(),
-            saved.v.view(),
-            saved.mixed.view(),
-            saved.lse.view(),
-            dmixed.view(),
-            dq.view_mut(),
-            dk.view_mut(),
-            dv.view_mut(),
-            &self.attention_shape(layer, &packed.documents),
-        )?;
-        drop(dmixed);
-        let (at, rope) = (|| packed.positions.view(), || packed.rope.view());
-        self.backend.rope(dq.view_mut(), rope(), at(), c.heads, c.head_dim, true)?;
-        self.backend.rope(dk.view_mut(), rope(), at(), c.kv_heads, c.head_dim, true)?;
-        self.head_norm_backward(ParamId::QNorm(layer), saved.q_unnormed, &mut dq, gradients, accumulate)?;
-        self.head_norm_backward(ParamId::KNorm(layer), saved.k_unnormed, &mut dk, gradients, accumulate)?;
-
+        let ([dq, dk, dv], rstd) = self.attention_half_backward(layer, attention, dx, packed, gradients)?;
         let outputs = [(ModuleKind::Q, &dq), (ModuleKind::K, &dk), (ModuleKind::V, &dv)];
         let outputs = outputs.map(|(kind, dy)| (module(kind), dy.view()));
         if outputs.iter().any(|(id, _)| self.module_trains(*id, gradients)) {
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
-            self.gradients_each(&outputs, normed.view(), tokens, gradients, accumulate)?;
+            self.gradients_each(&outputs, normed.view(), tokens, gradients)?;
         }
-        if needs.attention_normed {
-            self.input_gradient_each(&outputs, dnormed.view_mut(), tokens)?;
+        if !needs.attention_normed {
+            return Ok(());
         }
-        Ok(saved.rstd)
+        self.input_gradient_each(&outputs, dnormed.view_mut(), tokens)?;
+        let (norm, dx_view) = (ParamId::InputNorm(layer), needs.input.then(|| dx.view_mut()));
+        let op = self.norm_backward(norm, dnormed.view(), x.view(), rstd.view(), dx_view, gradients);
+        RmsNormBackward { accumulate_dx: true, ..op }.run(&self.backend)
+    }
+
+    /// From the gradient of the attention half's output to those of what q_proj, k_proj and v_proj give; and rstd of its norm.
+    fn attention_half_backward<'a>(
+        &'a self,
+        layer: usize,
+        saved: AttentionActivations<'a, B>,
+        dx: &Floats<'_, B>,
+        packed: &Packed<'_, B>,
+        gradients: &mut Gradients<B>,
+    ) -> Result<([Floats<'a, B>; 3], Stats<'a, B>)> {
+        let (tokens, c) = (packed.tokens, &self.config);
+        let o_proj = ModuleId { layer, kind: ModuleKind::O };
+        let mut dmixed = self.floats(tokens * c.q_width())?;
+        self.module_input_gradient(o_proj, dx.view(), dmixed.view_mut(), 0)?;
+        let mut dq = self.floats(tokens * c.q_width())?;
+        let mut dk = self.floats(tokens * c.kv_width())?;
+        let mut dv = self.floats(tokens * c.kv_width())?;
+        AttentionBackward {
+            q: saved.q.view(),
+            k: saved.k.view(),
+            v: saved.v.view(),
+            o: saved.mixed.view(),
+            lse: saved.lse.view(),
+            d_o: dmixed.view(),
+            dq: dq.view_mut(),
+            dk: dk.view_mut(),
+            dv: dv.view_mut(),
+            shape: self.attention_shape(layer),
+            documents: &packed.documents,
+        }
+        .run(&self.backend)?;
+        drop(dmixed);
+        for x in [dq.view_mut(), dk.view_mut()] {
+            let (table, positions) = (packed.rope.view(), packed.positions.view());
+            Rope { x, table, positions, head_dim: c.head_dim, inverse: true }.run(&self.backend)?;
+        }
+        self.head_norm_backward(ParamId::QNorm(layer), saved.q_unnormed, &mut dq, gradients)?;
+        self.head_norm_backward(ParamId::KNorm(layer), saved.k_unnormed, &mut dk, gradients)?;
+        Ok(([dq, dk, dv], saved.rstd))
     }
 
     /// Through the per-head norm of q or k, where the model has one: `dy` becomes the gradient before it.
@@ -396,21 +381,11 @@ impl<B: Backend> Decoder<B> {
         unnormed: Option<Unnormed<'_, B>>,
         dy: &mut Floats<'a, B>,
         gradients: &mut Gradients<B>,
-        accumulate: bool,
     ) -> Result<()> {
-        let Some(unnormed) = unnormed else { return Ok(()) };
+        let Some(Unnormed { values, rstd }) = unnormed else { return Ok(()) };
         let mut before = self.floats(dy.view().len())?;
-        self.backend.rmsnorm_backward(
-            dy.view(),
-            unnormed.values.view(),
-            self.values(&Overlay::new(), norm),
-            unnormed.rstd.view(),
-            Some(before.view_mut()),
-            gradients.get_mut(norm).map(|g| g.view_mut()),
-            self.config.head_dim,
-            false,
-            accumulate,
-        )?;
+        let dx = Some(before.view_mut());
+        self.norm_backward(norm, dy.view(), values.view(), rstd.view(), dx, gradients).run(&self.backend)?;
         *dy = before;
         Ok(())
     }

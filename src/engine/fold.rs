@@ -6,7 +6,7 @@
 
 use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
-use crate::backend::{Backend, View};
+use crate::backend::{Backend, GatherRows, In, Operator};
 use crate::error::Result;
 use std::collections::HashMap;
 
@@ -63,18 +63,18 @@ impl Fold {
 
 impl<B: Backend> Folded<'_, B> {
     /// All rows [tokens, width] of distinct ones.
-    pub(super) fn unfold<'a>(&self, decoder: &'a Decoder<B>, x: View<'_, B, B::Float>) -> Result<Floats<'a, B>> {
+    pub(super) fn unfold<'a>(&self, decoder: &'a Decoder<B>, x: In<'_, B>) -> Result<Floats<'a, B>> {
         let width = x.len() / self.fold.firsts.len();
         let mut y = decoder.floats(self.fold.places.len() * width)?;
-        decoder.backend.gather_rows(x, self.places.view(), y.view_mut(), width)?;
+        GatherRows { from: x, rows: self.places.view(), to: y.view_mut(), width }.run(&decoder.backend)?;
         Ok(y)
     }
 
     /// The distinct ones of all rows.
-    pub(super) fn fold<'a>(&self, decoder: &'a Decoder<B>, x: View<'_, B, B::Float>) -> Result<Floats<'a, B>> {
+    pub(super) fn fold<'a>(&self, decoder: &'a Decoder<B>, x: In<'_, B>) -> Result<Floats<'a, B>> {
         let width = x.len() / self.fold.places.len();
         let mut y = decoder.floats(self.fold.firsts.len() * width)?;
-        decoder.backend.gather_rows(x, self.firsts.view(), y.view_mut(), width)?;
+        GatherRows { from: x, rows: self.firsts.view(), to: y.view_mut(), width }.run(&decoder.backend)?;
         Ok(y)
     }
 }

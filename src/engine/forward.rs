@@ -5,7 +5,9 @@ use super::fold::{Fold, Folded};
 use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
 use crate::backend::{
-    Attention, Backend, Buffer, Documents, Epilogue, In, LinearShape, Out, Projection, View, ViewMut, trace,
+    Attention, AttentionDecode, AttentionShape, Backend, Buffer, DecodeSpans, Documents, Epilogue, GatedLinear,
+    GatherRows, In, Linear, LinearEach, LinearShape, Operator, Out, Projection, RmsNorm, Rope, SwiGlu, View, ViewMut,
+    trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
@@ -103,20 +105,23 @@ impl<B: Backend> Decoder<B> {
         overlay: &Overlay<'a, B>,
         tokens: View<'_, B, u32>,
     ) -> Result<Floats<'a, B>> {
-        let hidden = self.config.hidden;
-        let mut x = self.floats(tokens.len() * hidden)?;
-        self.backend.gather_rows(self.values(overlay, ParamId::Embedding), tokens, x.view_mut(), hidden)?;
+        let mut x = self.floats(tokens.len() * self.config.hidden)?;
+        self.gather(self.values(overlay, ParamId::Embedding), tokens, x.view_mut())?;
         Ok(x)
     }
 
-    pub(super) fn attention_shape<'d>(&self, layer: usize, documents: &'d Documents<B>) -> Attention<'d, B> {
-        Attention {
+    /// to\[i\] = from[rows\[i\]], rows of the hidden size.
+    pub(super) fn gather(&self, from: In<'_, B>, rows: View<'_, B, u32>, to: Out<'_, B>) -> Result<()> {
+        GatherRows { from, rows, to, width: self.config.hidden }.run(&self.backend)
+    }
+
+    pub(super) fn attention_shape(&self, layer: usize) -> AttentionShape {
+        AttentionShape {
             heads: self.config.heads,
             kv_heads: self.config.kv_heads,
             head_dim: self.config.head_dim,
             scale: 1.0 / (self.config.head_dim as f32).sqrt(),
             window: self.config.windows.get(layer).copied().flatten(),
-            documents,
         }
     }
 
@@ -138,7 +143,8 @@ impl<B: Backend> Decoder<B> {
         let shape = self.shape_of(id.kind, tokens);
         let bias = self.values_if_any(overlay, ParamId::Bias(id));
         let epilogue = Epilogue { bias, residual, ..Epilogue::default() };
-        self.backend.linear(x.clone(), self.values(overlay, ParamId::Weight(id)), y.reborrow(), shape, epilogue)?;
+        let w = self.values(overlay, ParamId::Weight(id));
+        Linear { epilogue, ..Linear::new(x.clone(), w, y.reborrow(), shape) }.run(&self.backend)?;
         self.lora_forward(id, x, y, shape)
     }
 
@@ -156,7 +162,7 @@ impl<B: Backend> Decoder<B> {
             let bias = self.values_if_any(overlay, ParamId::Bias(id));
             Projection { w: self.values(overlay, ParamId::Weight(id)), bias, y: y.reborrow() }
         });
-        self.backend.linear_each(x.clone(), &mut layers, tokens)?;
+        LinearEach { x: x.clone(), layers: &mut layers, tokens }.run(&self.backend)?;
         for (kind, y) in outs {
             self.lora_forward(ModuleId { layer, kind }, x.clone(), y, self.shape_of(kind, tokens))?;
         }
@@ -225,14 +231,13 @@ impl<B: Backend> Decoder<B> {
         positions: View<'_, B, u32>,
         rope: View<'_, B, f32>,
     ) -> Result<()> {
-        let head_dim = self.config.head_dim;
         if let Some(Unnormed { values, rstd }) = unnormed {
             let weight = self.values(overlay, Self::head_norm(id));
-            let (eps, stat) = (self.config.rms_norm_eps, Some(rstd.view_mut()));
-            self.backend.rmsnorm(values.view(), weight, y.reborrow(), stat, head_dim, eps)?;
+            let (x, rstd, eps) = (values.view(), Some(rstd.view_mut()), self.config.rms_norm_eps);
+            RmsNorm { x, weight, y: y.reborrow(), rstd, eps }.run(&self.backend)?;
         }
-        let heads = y.len() / (positions.len() * head_dim);
-        self.backend.rope(y, rope, positions, heads, head_dim, false)
+        let head_dim = self.config.head_dim;
+        Rope { x: y, table: rope, positions, head_dim, inverse: false }.run(&self.backend)
     }
 
     pub(super) fn norm<'a>(
@@ -241,11 +246,10 @@ impl<B: Backend> Decoder<B> {
         id: ParamId,
         x: In<'_, B>,
     ) -> Result<(Floats<'a, B>, Scratch<'a, B, f32>)> {
-        let hidden = self.config.hidden;
-        let mut rstd = self.stats(x.len() / hidden)?;
+        let mut rstd = self.stats(x.len() / self.config.hidden)?;
         let mut y = self.floats(x.len())?;
-        let weight = self.values(overlay, id);
-        self.backend.rmsnorm(x, weight, y.view_mut(), Some(rstd.view_mut()), hidden, self.config.rms_norm_eps)?;
+        let (weight, eps) = (self.values(overlay, id), self.config.rms_norm_eps);
+        RmsNorm { x, weight, y: y.view_mut(), rstd: Some(rstd.view_mut()), eps }.run(&self.backend)?;
         Ok((y, rstd))
     }
 
@@ -278,14 +282,15 @@ impl<B: Backend> Decoder<B> {
         packed: &Packed<'_, B>,
         lse: Option<ViewMut<'_, B, f32>>,
     ) -> Result<Floats<'a, B>> {
-        let shape = self.attention_shape(layer, &packed.documents);
+        let (shape, documents) = (self.attention_shape(layer), &packed.documents);
         let mut mixed = self.floats(packed.rows() * self.config.q_width())?;
         let Some(folded) = &packed.folded else {
-            self.backend.attention(q, k, v, mixed.view_mut(), lse, &shape)?;
+            Attention { q, k, v, o: mixed.view_mut(), lse, shape, documents }.run(&self.backend)?;
             return Ok(mixed);
         };
         let (q, k, v) = (folded.unfold(self, q)?, folded.unfold(self, k)?, folded.unfold(self, v)?);
-        self.backend.attention(q.view(), k.view(), v.view(), mixed.view_mut(), lse, &shape)?;
+        let (q, k, v, o) = (q.view(), k.view(), v.view(), mixed.view_mut());
+        Attention { q, k, v, o, lse, shape, documents }.run(&self.backend)?;
         folded.fold(self, mixed.view())
     }
 
@@ -361,7 +366,7 @@ impl<B: Backend> Decoder<B> {
     /// silu(gate) · up.
     pub(super) fn swiglu(&self, gate: &Floats<'_, B>, up: &Floats<'_, B>) -> Result<Floats<'_, B>> {
         let mut product = self.floats(gate.view().len())?;
-        self.backend.swiglu(gate.view(), up.view(), product.view_mut())?;
+        SwiGlu { gate: gate.view(), up: up.view(), y: product.view_mut() }.run(&self.backend)?;
         Ok(product)
     }
 
@@ -380,7 +385,7 @@ impl<B: Backend> Decoder<B> {
         let tokens = x.len() / self.config.hidden;
         let mut product = self.floats(tokens * self.config.ffn)?;
         let [gate, up] = modules.map(|id| self.values(overlay, ParamId::Weight(id)));
-        let done = self.backend.gated_linear(x, gate, up, product.view_mut(), tokens)?;
+        let done = GatedLinear { x, gate, up, y: product.view_mut(), tokens }.run(&self.backend)?;
         Ok(done.then_some(product))
     }
 
@@ -472,8 +477,8 @@ impl<B: Backend> Decoder<B> {
         let chosen = self.indices(&packed.places(rows))?;
         let mut x_rows = self.floats(rows.len() * c.hidden)?;
         let mut normed_rows = self.floats(rows.len() * c.hidden)?;
-        self.backend.gather_rows(x, chosen.view(), x_rows.view_mut(), c.hidden)?;
-        self.backend.gather_rows(normed.view(), chosen.view(), normed_rows.view_mut(), c.hidden)?;
+        self.gather(x, chosen.view(), x_rows.view_mut())?;
+        self.gather(normed.view(), chosen.view(), normed_rows.view_mut())?;
         let positions: Vec<u32> = rows.iter().map(|r| batch.positions[*r as usize]).collect();
         let at = self.indices(&positions)?;
         let mut q = self.floats(rows.len() * c.q_width())?;
@@ -485,11 +490,11 @@ impl<B: Backend> Decoder<B> {
                 [start, r + 1 - start]
             })
             .collect();
-        let longest = spans.iter().skip(1).step_by(2).max().map_or(0, |rows| *rows as usize);
-        let spans = self.indices(&spans)?;
+        let on_device = self.indices(&spans)?;
+        let spans = DecodeSpans { host: &spans, device: on_device.view() };
         let mut mixed = self.floats(rows.len() * c.q_width())?;
-        let shape = self.attention_shape(layer, &packed.documents);
-        self.backend.attention_decode(q.view(), k.view(), v.view(), mixed.view_mut(), spans.view(), longest, &shape)?;
+        let (q, o, shape) = (q.view(), mixed.view_mut(), self.attention_shape(layer));
+        AttentionDecode { q, k: k.view(), v: v.view(), o, spans, shape }.run(&self.backend)?;
         let mid = self.output_projection(overlay, layer, mixed.view(), x_rows.view())?;
         let mut out = self.floats(rows.len() * c.hidden)?;
         self.mlp_output(overlay, layer, mid.view(), out.view_mut())?;
@@ -503,7 +508,7 @@ impl<B: Backend> Decoder<B> {
         let mut logits = self.floats(tokens * vocab)?;
         let shape = LinearShape { tokens, inputs: hidden, outputs: vocab };
         let head = self.values(overlay, self.head());
-        self.backend.linear(normed, head, logits.view_mut(), shape, Epilogue::default())?;
+        Linear::new(normed, head, logits.view_mut(), shape).run(&self.backend)?;
         Ok(logits)
     }
 }

@@ -3,7 +3,9 @@
 use super::decoder::{Overlay, read_floats};
 use super::pool::{Floats, Scratch, Stats};
 use super::{Batch, Decoder};
-use crate::backend::{Backend, Buffer, Documents, In, Sampling, View, trace};
+use crate::backend::{
+    AttentionDecode, Backend, Buffer, DecodeSpans, In, Operator, Sample, Sampling, ScatterRows, View, trace,
+};
 use crate::error::{Error, Result};
 use crate::modules::ParamId;
 use crate::options::{default_from_args, mib};
@@ -57,8 +59,6 @@ const MAX_SLOTS: usize = 64;
 struct Cache<B: Backend> {
     layers: Vec<CachedLayer<B>>,
     capacity: usize,
-    /// None: what a token sees is told by its span.
-    documents: Documents<B>,
 }
 
 /// Keys and values of one layer, each [slots·capacity, kv_width].
@@ -73,10 +73,8 @@ struct At<'a, B: Backend> {
     positions: View<'a, B, u32>,
     /// Rows of the cache that get their keys and values.
     rows: View<'a, B, u32>,
-    /// Rows of the cache that they see: (start, rows).
-    spans: View<'a, B, u32>,
-    /// Rows of the longest span.
-    longest: usize,
+    /// Rows of the cache that they see.
+    spans: DecodeSpans<'a, B>,
     rope: View<'a, B, f32>,
 }
 
@@ -182,8 +180,8 @@ impl<B: Backend> Decoder<B> {
             let _span = trace::layer(layer);
             let CachedLayer { keys, values } = &mut cache.layers[layer];
             let mut fill = |k, v| {
-                self.backend.scatter_rows(k, rows.view(), keys.view_mut(), width)?;
-                self.backend.scatter_rows(v, rows.view(), values.view_mut(), width)
+                ScatterRows { from: k, rows: rows.view(), to: keys.view_mut(), width }.run(&self.backend)?;
+                ScatterRows { from: v, rows: rows.view(), to: values.view_mut(), width }.run(&self.backend)
             };
             x = if layer == last_layer {
                 let (out, k, v) = self.layer_forward_rows(&none, layer, x.view(), &packed, &batch, &last_rows)?;
@@ -222,10 +220,11 @@ impl<B: Backend> Decoder<B> {
         let positions = states.iter().map(|(_, s)| s.len as u32);
         let rows = states.iter().map(|(slot, s)| (first(*slot) + s.len) as u32);
         let spans = states.iter().flat_map(|(slot, s)| [first(*slot) as u32, s.len as u32 + 1]);
-        let inputs: Vec<u32> = tokens.chain(positions).chain(rows).chain(spans).collect();
-        let inputs = self.indices(&inputs)?;
+        let host: Vec<u32> = tokens.chain(positions).chain(rows).chain(spans).collect();
+        let inputs = self.indices(&host)?;
         let [tokens, positions, rows] = [0, 1, 2].map(|part| inputs.range(part * count..(part + 1) * count));
-        let at = At { tokens, positions, rows, spans: inputs.range(3 * count..5 * count), longest, rope: rope.view() };
+        let spans = DecodeSpans { host: &host[3 * count..], device: inputs.range(3 * count..5 * count) };
+        let at = At { tokens, positions, rows, spans, rope: rope.view() };
         let draws: Vec<(usize, usize)> = states.iter().map(|(_, s)| (s.prompt, s.tokens.len())).collect();
         let mut draw = self.uniforms(&draws, options)?;
         let logits = self.backend.replay(|| self.decode(&at, cache, &mut draw, options))?;
@@ -242,22 +241,22 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<Floats<'_, B>> {
         let none = Overlay::new();
         let (c, count) = (&self.config, at.tokens.len());
-        let Cache { layers, documents, .. } = cache;
+        let (rows, width) = (|| at.rows.clone(), c.kv_width());
         let mut x = self.embed_rows(&none, at.tokens.clone())?;
-        for (layer, CachedLayer { keys, values }) in layers.iter_mut().enumerate() {
+        for (layer, CachedLayer { keys, values }) in cache.layers.iter_mut().enumerate() {
             let _span = trace::layer(layer);
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
             let mut q = self.floats(count * c.q_width())?;
-            let mut k = self.floats(count * c.kv_width())?;
-            let mut v = self.floats(count * c.kv_width())?;
+            let mut k = self.floats(count * width)?;
+            let mut v = self.floats(count * width)?;
             let outs = [q.view_mut(), k.view_mut(), v.view_mut()];
             self.project_qkv(&none, layer, normed.view(), outs, at.positions.clone(), at.rope.clone())?;
-            self.backend.scatter_rows(k.view(), at.rows.clone(), keys.view_mut(), c.kv_width())?;
-            self.backend.scatter_rows(v.view(), at.rows.clone(), values.view_mut(), c.kv_width())?;
+            ScatterRows { from: k.view(), rows: rows(), to: keys.view_mut(), width }.run(&self.backend)?;
+            ScatterRows { from: v.view(), rows: rows(), to: values.view_mut(), width }.run(&self.backend)?;
             let mut mixed = self.floats(count * c.q_width())?;
-            let shape = self.attention_shape(layer, documents);
-            let (k, v, spans) = (keys.view(), values.view(), at.spans.clone());
-            self.backend.attention_decode(q.view(), k, v, mixed.view_mut(), spans, at.longest, &shape)?;
+            let (q, k, v, o) = (q.view(), keys.view(), values.view(), mixed.view_mut());
+            let (spans, shape) = (at.spans.clone(), self.attention_shape(layer));
+            AttentionDecode { q, k, v, o, spans, shape }.run(&self.backend)?;
             let mid = self.output_projection(&none, layer, mixed.view(), x.view())?;
             self.mlp_output(&none, layer, mid.view(), x.view_mut())?;
         }
@@ -284,8 +283,9 @@ impl<B: Backend> Decoder<B> {
     fn draw(&self, normed: In<'_, B>, draw: &mut Draw<'_, B>, options: &GenerateOptions) -> Result<Floats<'_, B>> {
         let logits = self.head_logits(&Overlay::new(), normed)?;
         let Draw { uniforms, tokens } = draw;
-        let vocab = self.config.vocab;
-        self.backend.sample(logits.view(), uniforms.view(), tokens.view_mut(), vocab, options.sampling)?;
+        let (vocab, sampling) = (self.config.vocab, options.sampling);
+        let (uniforms, tokens) = (uniforms.view(), tokens.view_mut());
+        Sample { logits: logits.view(), uniforms, tokens, vocab, sampling }.run(&self.backend)?;
         Ok(logits)
     }
 
@@ -331,7 +331,6 @@ impl<B: Backend> Cache<B> {
         let layers = (0..layers)
             .map(|_| Ok(CachedLayer { keys: backend.zeros(len)?, values: backend.zeros(len)? }))
             .collect::<Result<Vec<_>>>()?;
-        let documents = Documents { starts: vec![0], device: backend.zeros(1)? };
-        Ok(Self { layers, capacity, documents })
+        Ok(Self { layers, capacity })
     }
 }

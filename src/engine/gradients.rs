@@ -9,6 +9,26 @@ use std::collections::BTreeMap;
 /// One buffer for each tensor that trains.
 pub struct Gradients<B: Backend> {
     buffers: BTreeMap<ParamId, Buffer<B, B::Grad>>,
+    /// Whether the backward pass that runs adds to what the buffers hold.
+    pub(super) accumulate: bool,
+}
+
+/// How the gradients of a micro-batch are computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GradientOptions {
+    /// Factor on the loss.
+    pub scale: f32,
+    /// Adds to the gradients of earlier micro-batches instead of replacing them.
+    pub accumulate: bool,
+    /// Keeps one activation a layer instead of about ten and runs each layer's forward pass again: about a third more time.
+    pub recompute: bool,
+}
+
+impl GradientOptions {
+    /// Gradients of scale · Σ loss that replace earlier ones, with all activations kept.
+    pub fn scaled(scale: f32) -> Self {
+        Self { scale, accumulate: false, recompute: false }
+    }
 }
 
 impl<B: Backend> Gradients<B> {
@@ -20,7 +40,7 @@ impl<B: Backend> Gradients<B> {
                 buffers.insert(p.id, decoder.backend.zeros(p.values.len())?);
             }
         }
-        Ok(Self { buffers })
+        Ok(Self { buffers, accumulate: false })
     }
 
     /// The buffer of a tensor; `None` = frozen.

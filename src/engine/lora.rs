@@ -2,7 +2,7 @@
 
 use super::Decoder;
 use super::decoder::{Parameter, upload};
-use crate::backend::{Backend, Epilogue, LinearShape};
+use crate::backend::{Backend, Epilogue, In, Linear, LinearBackwardInput, LinearShape, Operator, Out};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
 use crate::rng::Philox;
@@ -75,20 +75,15 @@ impl<B: Backend> Decoder<B> {
             let shape = LinearShape { tokens: outputs, inputs, outputs: lora.rank };
             let weight = self.params[self.index[&ParamId::Weight(id)]].values.view_mut();
             let (a, b) = (pair[0].values.view(), pair[1].values.view());
-            self.backend.linear_backward_input(b, a, weight, shape, lora.scale(), true)?;
+            let product = LinearBackwardInput::new(b, a, weight, shape);
+            LinearBackwardInput { alpha: lora.scale(), accumulate: true, ..product }.run(&self.backend)?;
         }
         self.index.retain(|id, _| !matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_)));
         Ok(())
     }
 
     /// y += scale · (x·Aᵀ)·Bᵀ where the module has an adapter.
-    pub(super) fn lora_forward(
-        &self,
-        id: ModuleId,
-        x: crate::backend::In<'_, B>,
-        y: crate::backend::Out<'_, B>,
-        shape: LinearShape,
-    ) -> Result<()> {
+    pub(super) fn lora_forward(&self, id: ModuleId, x: In<'_, B>, y: Out<'_, B>, shape: LinearShape) -> Result<()> {
         let Some(lora) = self.lora else { return Ok(()) };
         let (Some(a), Some(b)) = (self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id))) else {
             return Ok(());
@@ -96,8 +91,8 @@ impl<B: Backend> Decoder<B> {
         let mut u = self.floats(shape.tokens * lora.rank)?;
         let down = LinearShape { outputs: lora.rank, ..shape };
         let up = LinearShape { inputs: lora.rank, ..shape };
-        self.backend.linear(x, a.values.view(), u.view_mut(), down, Epilogue::default())?;
-        let add = Epilogue { alpha: lora.scale(), accumulate: true, ..Epilogue::default() };
-        self.backend.linear(u.view(), b.values.view(), y, up, add)
+        Linear::new(x, a.values.view(), u.view_mut(), down).run(&self.backend)?;
+        let epilogue = Epilogue { alpha: lora.scale(), accumulate: true, ..Epilogue::default() };
+        Linear { epilogue, ..Linear::new(u.view(), b.values.view(), y, up) }.run(&self.backend)
     }
 }

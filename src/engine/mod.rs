@@ -20,7 +20,7 @@ pub use batch::Batch;
 pub use decoder::{Decoder, Parameter};
 pub use floor::{Floor, light_seconds};
 pub use generate::{Finish, GenerateOptions, Generation};
-pub use gradients::Gradients;
+pub use gradients::{GradientOptions, Gradients};
 pub use lora::Lora;
 pub use losses::Losses;
 pub use plan::{Plan, Workload};

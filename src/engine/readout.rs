@@ -3,7 +3,7 @@
 use super::decoder::{Overlay, read_floats};
 use super::pool::Floats;
 use super::{Batch, Decoder};
-use crate::backend::{Backend, IGNORE, trace};
+use crate::backend::{Backend, CrossEntropy, IGNORE, Operator, trace};
 use crate::error::Result;
 use crate::modules::ParamId;
 
@@ -55,7 +55,14 @@ impl<B: Backend> Decoder<B> {
                 self.head_logits(&Overlay::new(), normed.range(chunk.start * hidden..chunk.end * hidden))?;
             let targets = self.indices(&targets[chunk.clone()])?;
             let mut nll = self.stats(chunk.len())?;
-            self.backend.cross_entropy(logits.view_mut(), targets.view(), nll.view_mut(), self.config.vocab, None)?;
+            CrossEntropy {
+                logits: logits.view_mut(),
+                targets: targets.view(),
+                losses: nll.view_mut(),
+                vocab: self.config.vocab,
+                scale: None,
+            }
+            .run(&self.backend)?;
             let nll = read_floats(&self.backend, nll.view())?;
             for (row, loss) in rows[chunk].iter().zip(nll) {
                 losses[*row as usize] = loss;
@@ -74,19 +81,18 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<Floats<'_, B>> {
         let none = Overlay::new();
         let packed = self.pack(batch)?;
-        let hidden = self.config.hidden;
         let chosen = self.indices(rows)?;
         let mut x = self.embed(&none, &batch.tokens)?;
-        let mut tapped = self.floats(rows.len() * hidden)?;
+        let mut tapped = self.floats(rows.len() * self.config.hidden)?;
         for layer in 0..self.config.layers {
-            self.backend.gather_rows(x.view(), chosen.view(), tapped.view_mut(), hidden)?;
+            self.gather(x.view(), chosen.view(), tapped.view_mut())?;
             tap(&tapped)?;
             if layer + 1 == self.config.layers && 2 * rows.len() <= packed.tokens {
                 return Ok(self.layer_forward_rows(&none, layer, x.view(), &packed, batch, rows)?.0);
             }
             x = self.layer_attention(&none, layer, x, &packed)?.1;
         }
-        self.backend.gather_rows(x.view(), chosen.view(), tapped.view_mut(), hidden)?;
+        self.gather(x.view(), chosen.view(), tapped.view_mut())?;
         Ok(tapped)
     }
 }

@@ -15,7 +15,7 @@ use super::fold::Fold;
 use super::forward::Packed;
 use super::pool::Floats;
 use super::{Batch, Decoder};
-use crate::backend::{Backend, Epilogue, In, LinearShape, Out, trace};
+use crate::backend::{Backend, In, Linear, LinearShape, Operator, Out, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ModuleSet, ParamId};
 use draws::{Draw, Squares, draws, grouped, overlay, repeated, stage};
@@ -443,7 +443,7 @@ impl<B: Backend> Decoder<B> {
         let rows = self.indices(&rows)?;
         let width = ground.rows.len() * hidden;
         let mut tapped = self.floats(count * width)?;
-        self.backend.gather_rows(x.view(), rows.view(), tapped.view_mut(), hidden)?;
+        self.gather(x.view(), rows.view(), tapped.view_mut())?;
         let host = read_floats(&self.backend, tapped.view())?;
         for (readout, own) in readouts.iter_mut().zip(host.chunks_exact(width)) {
             readout.hidden.push(own.to_vec());
@@ -470,10 +470,10 @@ impl<B: Backend> Decoder<B> {
             let chosen = self.indices(&options.head_rows)?;
             let mut head = self.floats(outputs * hidden)?;
             let all = self.values(overlay, self.head());
-            self.backend.gather_rows(all, chosen.view(), head.view_mut(), hidden)?;
+            self.gather(all, chosen.view(), head.view_mut())?;
             let mut logits = self.floats(prompts * outputs)?;
             let shape = LinearShape { tokens: prompts, inputs: hidden, outputs };
-            self.backend.linear(normed.view(), head.view(), logits.view_mut(), shape, Epilogue::default())?;
+            Linear::new(normed.view(), head.view(), logits.view_mut(), shape).run(&self.backend)?;
             readout.logits = read_floats(&self.backend, logits.view())?;
         }
         Ok(())

@@ -6,7 +6,9 @@ pub use summary::{Row, Summary, summarize};
 
 use crate::backend::trace::{self, Span};
 use crate::backend::{Backend, Cost, Roofline};
-use crate::engine::{Batch, Decoder, Floor, GenerateOptions, Gradients, Member, NoiseKind, SweepOptions};
+use crate::engine::{
+    Batch, Decoder, Floor, GenerateOptions, GradientOptions, Gradients, Member, NoiseKind, SweepOptions,
+};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, LearningRates, ModuleSet, ParamId};
 use crate::train::{Optimizer, StepSettings};
@@ -168,7 +170,8 @@ fn runner<'a, B: Backend>(
                 seed: options.seed,
             };
             Box::new(move || {
-                decoder.loss_and_gradients(batch, &mut gradients, scale, false, options.recompute)?;
+                let options = GradientOptions { recompute: options.recompute, ..GradientOptions::scaled(scale) };
+                decoder.loss_and_gradients(batch, &mut gradients, options)?;
                 optimizer.step(decoder, &gradients, &settings).map(drop)
             })
         }

@@ -1,6 +1,6 @@
 //! Masked AdamW: moments and steps for the trained tensors alone.
 
-use crate::backend::{AdamW, AdamWModule, Backend, Buffer, Rounding, trace};
+use crate::backend::{AdamW, AdamWMasked, AdamWModule, Backend, Buffer, Operator, Rounding, SumSquares, trace};
 use crate::engine::{Decoder, Gradients};
 use crate::error::Result;
 use crate::modules::{Cell, LearningRates, ParamId, Rate};
@@ -195,7 +195,8 @@ impl<B: Backend> Optimizer<B> {
                 seed,
                 rounding: Rounding::Stochastic,
             };
-            backend.adamw_masked(table, self.squares.range(0..table_squares.len()), hyper)?;
+            let squares = self.squares.range(0..table_squares.len());
+            AdamWMasked { table, squares, hyper }.run(backend)?;
         }
         drop(tables);
         for slot in &mut self.slots {
@@ -207,7 +208,7 @@ impl<B: Backend> Optimizer<B> {
     /// Σ g² of each slot, on the device and here.
     fn squares(&mut self, backend: &B, gradients: &Gradients<B>) -> Result<Vec<f32>> {
         let parts: Vec<_> = self.slots.iter().map(|slot| buffer(gradients, slot.id).view()).collect();
-        backend.sum_squares(&parts, self.squares.view_mut())?;
+        SumSquares { parts: &parts, squares: self.squares.view_mut() }.run(backend)?;
         let mut squares = vec![0f32; self.squares.len()];
         backend.read(self.squares.view(), &mut squares)?;
         Ok(squares)

@@ -3,7 +3,7 @@
 use super::optimizer::{Optimizer, StepOutcome, StepSettings};
 use crate::backend::Backend;
 use crate::data::Loader;
-use crate::engine::{Batch, Decoder, Gradients};
+use crate::engine::{Batch, Decoder, GradientOptions, Gradients};
 use crate::error::Result;
 use crate::modules::Cell;
 
@@ -55,10 +55,10 @@ pub(super) fn take_step<B: Backend>(
     }
     let scale = (1.0 / group.trained_tokens as f64) as f32;
     let mut losses = decoder.losses_of(group.trained_tokens as usize)?;
-    let mut accumulate = false;
+    let mut options = GradientOptions { scale, accumulate: false, recompute };
     for batch in group.batches.iter().filter(|b| b.trained_tokens() > 0) {
-        decoder.queue_gradients(batch, gradients, scale, accumulate, recompute, &mut losses)?;
-        accumulate = true;
+        decoder.queue_gradients(batch, gradients, options, &mut losses)?;
+        options.accumulate = true;
     }
     let loss = losses.sum()? / group.trained_tokens as f64;
     // With a non-finite loss even finite gradients are invalid.

@@ -5,8 +5,8 @@ use crate::common::{batch, decoder_on, standin, wide};
 use swat::backend::cuda::{
     Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision, with_version,
 };
-use swat::backend::{Attention, Backend, Buffer, Documents, Element, Epilogue, FloatElement, Sampling};
-use swat::engine::Gradients;
+use swat::backend::*;
+use swat::engine::{GradientOptions, Gradients};
 use swat::model::ModelConfig;
 
 /// Devices of compute capability 9.0 and 8.0, with asynchronous operations late and early.
@@ -33,27 +33,61 @@ fn attention<B: Backend>(b: &B, head_dim: usize) {
     let (tokens, heads, kv_heads) = (130, 2, 1);
     let starts = vec![0, 3, tokens as u32];
     let documents = Documents { device: put(b, &starts), starts };
-    let shape = Attention { heads, kv_heads, head_dim, scale: 0.125, window: None, documents: &documents };
+    let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.125, window: None };
     let [q, d_o] = [(); 2].map(|()| ones(b, tokens * heads * head_dim));
     let [k, v] = [(); 2].map(|()| ones(b, tokens * kv_heads * head_dim));
-    let spans = put(b, &[3u32, 127]);
+    let span = [3u32, 127];
+    let on_device = put(b, &span);
     for version in ["flash64", "flash128", "wgmma", "baseline"] {
         with_version(version, || {
             let (mut o, mut lse) = (b.zeros(q.len()).unwrap(), b.zeros(heads * tokens).unwrap());
             let (kv, vv) = (k.view(), v.view());
-            b.attention(q.view(), kv, vv, o.view_mut(), Some(lse.view_mut()), &shape).unwrap();
+            Attention {
+                q: q.view(),
+                k: kv,
+                v: vv,
+                o: o.view_mut(),
+                lse: Some(lse.view_mut()),
+                shape,
+                documents: &documents,
+            }
+            .run(b)
+            .unwrap();
             assert!(read(b, &o).iter().all(|x| *x == 1.0), "{version}, {}, heads of {head_dim}", b.name());
             let [mut dq, mut dk, mut dv] = [q.len(), k.len(), v.len()].map(|len| b.zeros(len).unwrap());
             let (dqv, dkv, dvv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
             let (qv, kv, vv, ov, lv, dov) = (q.view(), k.view(), v.view(), o.view(), lse.view(), d_o.view());
-            b.attention_backward(qv, kv, vv, ov, lv, dov, dqv, dkv, dvv, &shape).unwrap();
+            AttentionBackward {
+                q: qv,
+                k: kv,
+                v: vv,
+                o: ov,
+                lse: lv,
+                d_o: dov,
+                dq: dqv,
+                dk: dkv,
+                dv: dvv,
+                shape,
+                documents: &documents,
+            }
+            .run(b)
+            .unwrap();
             assert!(
                 read(b, &dv)[..head_dim].iter().all(|x| (*x / heads as f32 - 11.0 / 6.0).abs() < 0.02),
                 "{version}"
             );
             let mut o = b.zeros(heads * head_dim).unwrap();
             let last = q.range(0..heads * head_dim);
-            b.attention_decode(last, k.view(), v.view(), o.view_mut(), spans.view(), 127, &shape).unwrap();
+            AttentionDecode {
+                q: last,
+                k: k.view(),
+                v: v.view(),
+                o: o.view_mut(),
+                spans: DecodeSpans { host: &span, device: on_device.view() },
+                shape,
+            }
+            .run(b)
+            .unwrap();
             assert!(read(b, &o).iter().all(|x| *x == 1.0), "{version}, {}, decoding", b.name());
         });
     }
@@ -66,7 +100,15 @@ fn cross_entropy<B: Backend>(b: &B) {
             with_version(version, || {
                 let (mut logits, mut loss) = (ones(b, 2 * vocab), b.zeros::<f32>(2).unwrap());
                 let targets = put(b, &[0, vocab as u32 - 1]);
-                b.cross_entropy(logits.view_mut(), targets.view(), loss.view_mut(), vocab, Some(1.0)).unwrap();
+                CrossEntropy {
+                    logits: logits.view_mut(),
+                    targets: targets.view(),
+                    losses: loss.view_mut(),
+                    vocab,
+                    scale: Some(1.0),
+                }
+                .run(b)
+                .unwrap();
                 let expected = (vocab as f32).ln();
                 assert!(read(b, &loss).iter().all(|loss| (loss - expected).abs() < 1e-4), "{vocab}, {version}");
                 let gradient = read(b, &logits);
@@ -84,7 +126,9 @@ fn sampling<B: Backend>(b: &B) {
     let uniforms = put(b, &[0.5f32]);
     for sampling in [(0.0, 1.0), (1.0, 1.0), (1.0, 0.9)].map(|(temperature, top_p)| Sampling { temperature, top_p }) {
         let mut token = b.zeros::<u32>(1).unwrap();
-        b.sample(logits.view(), uniforms.view(), token.view_mut(), vocab, sampling).unwrap();
+        Sample { logits: logits.view(), uniforms: uniforms.view(), tokens: token.view_mut(), vocab, sampling }
+            .run(b)
+            .unwrap();
         let mut drawn = [0];
         b.read(token.view(), &mut drawn).unwrap();
         assert_eq!(drawn, [vocab as u32 - 1], "{sampling:?}");
@@ -125,7 +169,7 @@ fn model<P: Precision>(ordinal: u32) {
     let mut gradients = Gradients::new(&model, |_| true).unwrap();
     let batch = batch(&config, &[70, 5], 3);
     let mut losses = model.losses_of(batch.trained_tokens()).unwrap();
-    model.queue_gradients(&batch, &mut gradients, 1.0, false, false, &mut losses).unwrap();
+    model.queue_gradients(&batch, &mut gradients, GradientOptions::scaled(1.0), &mut losses).unwrap();
     let loss = losses.sum().unwrap() / batch.trained_tokens() as f64;
     assert!((5.0..20.0).contains(&loss), "{loss}");
 }

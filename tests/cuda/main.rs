@@ -16,7 +16,9 @@ use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::trace::{self, Lane};
 use swat::backend::{Backend, FloatElement, Sampling};
-use swat::engine::{Batch, Decoder, GenerateOptions, Gradients, Lora, Member, NoiseKind, Readout, SweepOptions};
+use swat::engine::{
+    Batch, Decoder, GenerateOptions, GradientOptions, Gradients, Lora, Member, NoiseKind, Readout, SweepOptions,
+};
 use swat::model::ModelConfig;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepOutcome, StepSettings};
@@ -132,7 +134,9 @@ fn gradients_of<B: Backend>(
 ) -> (f64, Values) {
     let model = decoder(backend, config, seed);
     let mut gradients = Gradients::new(&model, |_| true).unwrap();
-    let loss = model.loss_and_gradients(batch, &mut gradients, 0.05, false, recompute).unwrap();
+    let loss = model
+        .loss_and_gradients(batch, &mut gradients, GradientOptions { recompute, ..GradientOptions::scaled(0.05) })
+        .unwrap();
     let read = |(id, buffer): (ParamId, &swat::backend::Buffer<B, B::Grad>)| {
         let mut values = vec![<B::Grad as FloatElement>::from_f32(0.0); buffer.len()];
         backend.read(buffer.view(), &mut values).unwrap();
@@ -183,7 +187,7 @@ fn ten_steps<B: Backend>(model: &mut Decoder<B>, batch: &Batch, mods: &str) -> V
         let before: Vec<Vec<f32>> = frozen.iter().map(|id| model.read(*id).unwrap()).collect();
         for step in first..first + 5 {
             let scale = 1.0 / batch.trained_tokens() as f32;
-            losses.push(model.loss_and_gradients(batch, &mut gradients, scale, false, false).unwrap());
+            losses.push(model.loss_and_gradients(batch, &mut gradients, GradientOptions::scaled(scale)).unwrap());
             let settings = StepSettings { seed: SETTINGS.seed + step, ..SETTINGS };
             let outcome = optimizer.step(model, &gradients, &settings).unwrap();
             assert!(matches!(outcome, StepOutcome::Done { .. }), "{outcome:?}");

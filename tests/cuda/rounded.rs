@@ -11,8 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use swat::backend::cpu::Cpu;
 use swat::backend::{
-    AdamW, AdamWModule, Attention, Backend, Buffer, Direction, Documents, Element, Epilogue, FloatElement, In,
-    InputGradient, LinearShape, Out, Sampling, View, ViewMut,
+    AdamWMasked, AdamWModule, Attention, AttentionBackward, AttentionDecode, AttentionShape, Backend, Buffer,
+    CrossEntropy, DecodeSpans, Documents, Element, EmbeddingBackward, FloatElement, GatherRows, InputGradient, Linear,
+    LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, Operator, Perturb, RmsNorm,
+    RmsNormBackward, Rope, Sample, ScatterRows, SquaredNorm, SumSquares, SwiGlu, SwiGluBackward, View, ViewMut,
 };
 use swat::error::Result;
 use swat::rng::{Philox, words};
@@ -90,18 +92,24 @@ fn edit(mut y: ViewMut<'_, Rounded, f32>, mut f: impl FnMut(usize, f32) -> f32) 
     Cpu.write(&host, to(&mut y))
 }
 
-/// Calls `f` with an attention as the CPU's.
-fn on_cpu(shape: &Attention<'_, Rounded>, f: impl FnOnce(&Attention<'_, Cpu>) -> Result<()>) -> Result<()> {
-    let Attention { heads, kv_heads, head_dim, scale, window, documents } = *shape;
-    let documents = Documents { starts: documents.starts.clone(), device: Cpu.zeros(0)? };
-    f(&Attention { heads, kv_heads, head_dim, scale, window, documents: &documents })
+/// Documents as the CPU's.
+fn on_cpu(documents: &Documents<Rounded>) -> Documents<Cpu> {
+    let device = Cpu.zeros(documents.starts.len()).expect("memory for documents");
+    Documents { starts: documents.starts.clone(), device }
 }
 
-/// Calls `f` with the sizes of an attention, where tensor cores serve it.
-fn on_tensor_cores(shape: &Attention<'_, Rounded>, f: impl FnOnce(&Sizes) -> Result<()>) -> Option<Result<()>> {
-    let Attention { heads, kv_heads, head_dim, window, .. } = *shape;
-    let lengths: Vec<usize> = shape.documents.starts.windows(2).map(|w| (w[1] - w[0]) as usize).collect();
-    matches!(head_dim, 64 | 128).then(|| f(&Sizes { heads, kv_heads, head_dim, window, lengths: &lengths }))
+/// Calls `f` with the sizes of an attention over documents of these lengths, where tensor cores serve it.
+fn on_tensor_cores(
+    shape: &AttentionShape,
+    lengths: &[usize],
+    f: impl FnOnce(&Sizes) -> Result<()>,
+) -> Option<Result<()>> {
+    let AttentionShape { heads, kv_heads, head_dim, window, .. } = *shape;
+    matches!(head_dim, 64 | 128).then(|| f(&Sizes { heads, kv_heads, head_dim, window, lengths }))
+}
+
+fn lengths(documents: &Documents<Rounded>) -> Vec<usize> {
+    documents.starts.windows(2).map(|w| (w[1] - w[0]) as usize).collect()
 }
 
 impl Backend for Rounded {
@@ -138,143 +146,83 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn linear(
-        &self,
-        x: In<'_, Self>,
-        w: In<'_, Self>,
-        mut y: Out<'_, Self>,
-        shape: LinearShape,
-        epilogue: Epilogue<'_, Self>,
-    ) -> Result<()> {
-        let epilogue = Epilogue {
-            alpha: epilogue.alpha,
-            bias: epilogue.bias.as_ref().map(of),
-            residual: epilogue.residual.as_ref().map(of),
-            accumulate: epilogue.accumulate,
-        };
-        Cpu.linear(of(&x), of(&w), to(&mut y), shape, epilogue)?;
+    fn linear(&self, op: Linear<'_, Self>) -> Result<()> {
+        let Linear { x, w, mut y, shape, epilogue } = op;
+        Linear { x: of(&x), w: of(&w), y: to(&mut y), shape, epilogue: epilogue.map(of) }.run(&Cpu)?;
         self.round(y)
     }
 
-    fn linear_backward_input(
-        &self,
-        dy: In<'_, Self>,
-        w: In<'_, Self>,
-        mut dx: Out<'_, Self>,
-        shape: LinearShape,
-        alpha: f32,
-        accumulate: bool,
-    ) -> Result<()> {
-        Cpu.linear_backward_input(of(&dy), of(&w), to(&mut dx), shape, alpha, accumulate)?;
+    fn linear_backward_input(&self, op: LinearBackwardInput<'_, Self>) -> Result<()> {
+        let LinearBackwardInput { dy, w, mut dx, shape, alpha, accumulate } = op;
+        let (dy, w, to) = (of(&dy), of(&w), to(&mut dx));
+        LinearBackwardInput { dy, w, dx: to, shape, alpha, accumulate }.run(&Cpu)?;
         self.round(dx)
     }
 
     /// The terms are added in f32, and rounded once.
-    fn linear_backward_input_each(
-        &self,
-        layers: &[InputGradient<'_, Self>],
-        mut dx: Out<'_, Self>,
-        tokens: usize,
-        accumulate: bool,
-    ) -> Result<()> {
+    fn linear_backward_input_each(&self, op: LinearBackwardInputEach<'_, Self>) -> Result<()> {
+        let LinearBackwardInputEach { layers, mut dx, tokens, accumulate } = op;
         let layers = layers.iter().map(|InputGradient { dy, w }| InputGradient { dy: of(dy), w: of(w) });
-        Cpu.linear_backward_input_each(&layers.collect::<Vec<_>>(), to(&mut dx), tokens, accumulate)?;
+        let layers: Vec<_> = layers.collect();
+        LinearBackwardInputEach { layers: &layers, dx: to(&mut dx), tokens, accumulate }.run(&Cpu)?;
         self.round(dx)
     }
 
-    fn linear_backward_weight(
-        &self,
-        dy: In<'_, Self>,
-        x: In<'_, Self>,
-        mut dw: Out<'_, Self>,
-        shape: LinearShape,
-        alpha: f32,
-        accumulate: bool,
-    ) -> Result<()> {
-        Cpu.linear_backward_weight(of(&dy), of(&x), to(&mut dw), shape, alpha, accumulate)?;
+    fn linear_backward_weight(&self, op: LinearBackwardWeight<'_, Self>) -> Result<()> {
+        let LinearBackwardWeight { dy, x, mut dw, shape, alpha, accumulate } = op;
+        let (dy, x, to) = (of(&dy), of(&x), to(&mut dw));
+        LinearBackwardWeight { dy, x, dw: to, shape, alpha, accumulate }.run(&Cpu)?;
         self.round_state(dw)
     }
 
-    fn linear_backward_bias(
-        &self,
-        dy: In<'_, Self>,
-        mut dbias: Out<'_, Self>,
-        tokens: usize,
-        outputs: usize,
-        accumulate: bool,
-    ) -> Result<()> {
-        Cpu.linear_backward_bias(of(&dy), to(&mut dbias), tokens, outputs, accumulate)?;
+    fn linear_backward_bias(&self, op: LinearBackwardBias<'_, Self>) -> Result<()> {
+        let LinearBackwardBias { dy, mut dbias, accumulate } = op;
+        LinearBackwardBias { dy: of(&dy), dbias: to(&mut dbias), accumulate }.run(&Cpu)?;
         self.round_state(dbias)
     }
 
-    fn attention(
-        &self,
-        q: In<'_, Self>,
-        k: In<'_, Self>,
-        v: In<'_, Self>,
-        mut o: Out<'_, Self>,
-        mut lse: Option<ViewMut<'_, Self, f32>>,
-        shape: &Attention<'_, Self>,
-    ) -> Result<()> {
-        let cores = on_tensor_cores(shape, |sizes| {
+    fn attention(&self, op: Attention<'_, Self>) -> Result<()> {
+        let Attention { q, k, v, mut o, mut lse, shape, documents } = op;
+        let cores = on_tensor_cores(&shape, &lengths(documents), |sizes| {
             let (values, sums) =
                 attend_rounding(sizes, &read_f64(&q)?, &read_f64(&k)?, &read_f64(&v)?, Products::Rounded);
             write_f64(&values, o.reborrow())?;
             lse.as_mut().map_or(Ok(()), |lse| write_f64(&sums, lse.reborrow()))
         });
         cores.unwrap_or_else(|| {
-            on_cpu(shape, |shape| Cpu.attention(of(&q), of(&k), of(&v), to(&mut o), lse.as_mut().map(to), shape))
+            let (q, k, v, lse, documents) = (of(&q), of(&k), of(&v), lse.as_mut().map(to), &on_cpu(documents));
+            Attention { q, k, v, o: to(&mut o), lse, shape, documents }.run(&Cpu)
         })?;
         self.round(o)
     }
 
-    fn attention_backward(
-        &self,
-        q: In<'_, Self>,
-        k: In<'_, Self>,
-        v: In<'_, Self>,
-        o: In<'_, Self>,
-        lse: View<'_, Self, f32>,
-        d_o: In<'_, Self>,
-        mut dq: Out<'_, Self>,
-        mut dk: Out<'_, Self>,
-        mut dv: Out<'_, Self>,
-        shape: &Attention<'_, Self>,
-    ) -> Result<()> {
+    fn attention_backward(&self, op: AttentionBackward<'_, Self>) -> Result<()> {
+        let AttentionBackward { q, k, v, o, lse, d_o, mut dq, mut dk, mut dv, shape, documents } = op;
         let saved = [&q, &k, &v, &o, &lse, &d_o];
-        let cores = on_tensor_cores(shape, |sizes| {
+        let cores = on_tensor_cores(&shape, &lengths(documents), |sizes| {
             let saved = saved.map(read_f64).into_iter().collect::<Result<Vec<_>>>()?;
             let results = gradients(sizes, std::array::from_fn(|i| saved[i].as_slice()), Products::Rounded);
             let into = [dq.reborrow(), dk.reborrow(), dv.reborrow()];
             results.iter().zip(into).try_for_each(|(values, into)| write_f64(values, into))
         });
         cores.unwrap_or_else(|| {
-            on_cpu(shape, |shape| {
-                let [q, k, v, o, lse, d_o] = saved.map(of);
-                Cpu.attention_backward(q, k, v, o, lse, d_o, to(&mut dq), to(&mut dk), to(&mut dv), shape)
-            })
+            let ([q, k, v, o, lse, d_o], documents) = (saved.map(of), &on_cpu(documents));
+            let (dq, dk, dv) = (to(&mut dq), to(&mut dk), to(&mut dv));
+            AttentionBackward { q, k, v, o, lse, d_o, dq, dk, dv, shape, documents }.run(&Cpu)
         })?;
         self.round(dq)?;
         self.round(dk)?;
         self.round(dv)
     }
 
-    fn attention_decode(
-        &self,
-        q: In<'_, Self>,
-        k: In<'_, Self>,
-        v: In<'_, Self>,
-        mut o: Out<'_, Self>,
-        spans: View<'_, Self, u32>,
-        longest: usize,
-        shape: &Attention<'_, Self>,
-    ) -> Result<()> {
-        let cores = on_tensor_cores(shape, |sizes| {
+    fn attention_decode(&self, op: AttentionDecode<'_, Self>) -> Result<()> {
+        let AttentionDecode { q, k, v, mut o, spans, shape } = op;
+        let cores = on_tensor_cores(&shape, &[], |sizes| {
             let [q, k, v] = [read_f64(&q)?, read_f64(&k)?, read_f64(&v)?];
             let width = sizes.heads * sizes.head_dim;
             let mut values = vec![0.0; q.len()];
             let queries = q.chunks_exact(width).zip(values.chunks_exact_mut(width));
-            for ((q, o), span) in queries.zip(read(of(&spans))?.chunks_exact(2)) {
+            for ((q, o), span) in queries.zip(spans.host.chunks_exact(2)) {
                 let (end, rows) = ((span[0] + span[1]) as usize, span[1] as usize);
                 let seen = rows.min(sizes.window.unwrap_or(rows));
                 attend_query(sizes, q, &k, &v, end - seen..end, o, Products::Rounded);
@@ -282,142 +230,99 @@ impl Backend for Rounded {
             write_f64(&values, o.reborrow())
         });
         cores.unwrap_or_else(|| {
-            on_cpu(shape, |shape| Cpu.attention_decode(of(&q), of(&k), of(&v), to(&mut o), of(&spans), longest, shape))
+            let spans = DecodeSpans { host: spans.host, device: of(&spans.device) };
+            AttentionDecode { q: of(&q), k: of(&k), v: of(&v), o: to(&mut o), spans, shape }.run(&Cpu)
         })?;
         self.round(o)
     }
 
-    fn rmsnorm(
-        &self,
-        x: In<'_, Self>,
-        weight: In<'_, Self>,
-        mut y: Out<'_, Self>,
-        mut rstd: Option<ViewMut<'_, Self, f32>>,
-        width: usize,
-        eps: f32,
-    ) -> Result<()> {
+    fn rmsnorm(&self, op: RmsNorm<'_, Self>) -> Result<()> {
+        let RmsNorm { x, weight, mut y, mut rstd, eps } = op;
+        let width = weight.len();
         let mut ones = Cpu.zeros(width)?;
         Cpu.write(&vec![1.0; width], ones.view_mut())?;
-        Cpu.rmsnorm(of(&x), ones.view(), to(&mut y), rstd.as_mut().map(to), width, eps)?;
+        let rstd = rstd.as_mut().map(to);
+        RmsNorm { x: of(&x), weight: ones.view(), y: to(&mut y), rstd, eps }.run(&Cpu)?;
         self.round(y.reborrow())?;
         let weight = read(of(&weight))?;
         edit(y.reborrow(), |i, x| x * weight[i % width])?;
         self.round(y)
     }
 
-    fn rmsnorm_backward(
-        &self,
-        dy: In<'_, Self>,
-        x: In<'_, Self>,
-        weight: In<'_, Self>,
-        rstd: View<'_, Self, f32>,
-        mut dx: Option<Out<'_, Self>>,
-        mut dweight: Option<Out<'_, Self>>,
-        width: usize,
-        accumulate_dx: bool,
-        accumulate_dweight: bool,
-    ) -> Result<()> {
-        let (dx_to, dweight_to) = (dx.as_mut().map(to), dweight.as_mut().map(to));
-        let (dy, x, weight, rstd) = (of(&dy), of(&x), of(&weight), of(&rstd));
-        Cpu.rmsnorm_backward(dy, x, weight, rstd, dx_to, dweight_to, width, accumulate_dx, accumulate_dweight)?;
+    fn rmsnorm_backward(&self, op: RmsNormBackward<'_, Self>) -> Result<()> {
+        let RmsNormBackward { dy, x, weight, rstd, mut dx, mut dweight, accumulate_dx, accumulate_dweight } = op;
+        RmsNormBackward {
+            dy: of(&dy),
+            x: of(&x),
+            weight: of(&weight),
+            rstd: of(&rstd),
+            dx: dx.as_mut().map(to),
+            dweight: dweight.as_mut().map(to),
+            accumulate_dx,
+            accumulate_dweight,
+        }
+        .run(&Cpu)?;
         dx.map_or(Ok(()), |dx| self.round(dx))?;
         dweight.map_or(Ok(()), |dweight| self.round_state(dweight))
     }
 
-    fn rope(
-        &self,
-        mut x: Out<'_, Self>,
-        table: View<'_, Self, f32>,
-        positions: View<'_, Self, u32>,
-        heads: usize,
-        head_dim: usize,
-        inverse: bool,
-    ) -> Result<()> {
-        Cpu.rope(to(&mut x), of(&table), of(&positions), heads, head_dim, inverse)?;
+    fn rope(&self, op: Rope<'_, Self>) -> Result<()> {
+        let Rope { mut x, table, positions, head_dim, inverse } = op;
+        Rope { x: to(&mut x), table: of(&table), positions: of(&positions), head_dim, inverse }.run(&Cpu)?;
         self.round(x)
     }
 
-    fn swiglu(&self, gate: In<'_, Self>, up: In<'_, Self>, mut y: Out<'_, Self>) -> Result<()> {
-        Cpu.swiglu(of(&gate), of(&up), to(&mut y))?;
+    fn swiglu(&self, op: SwiGlu<'_, Self>) -> Result<()> {
+        let SwiGlu { gate, up, mut y } = op;
+        SwiGlu { gate: of(&gate), up: of(&up), y: to(&mut y) }.run(&Cpu)?;
         self.round(y)
     }
 
-    fn swiglu_backward(&self, mut gate: Out<'_, Self>, mut up: Out<'_, Self>, dy: In<'_, Self>) -> Result<()> {
-        Cpu.swiglu_backward(to(&mut gate), to(&mut up), of(&dy))?;
+    fn swiglu_backward(&self, op: SwiGluBackward<'_, Self>) -> Result<()> {
+        let SwiGluBackward { mut gate, mut up, dy } = op;
+        SwiGluBackward { gate: to(&mut gate), up: to(&mut up), dy: of(&dy) }.run(&Cpu)?;
         self.round(gate)?;
         self.round(up)
     }
 
-    fn gather_rows(
-        &self,
-        from: In<'_, Self>,
-        rows: View<'_, Self, u32>,
-        mut into: Out<'_, Self>,
-        width: usize,
-    ) -> Result<()> {
-        Cpu.gather_rows(of(&from), of(&rows), to(&mut into), width)
+    fn gather_rows(&self, op: GatherRows<'_, Self>) -> Result<()> {
+        let GatherRows { from, rows, to: mut into, width } = op;
+        GatherRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu)
     }
 
-    fn scatter_rows(
-        &self,
-        from: In<'_, Self>,
-        rows: View<'_, Self, u32>,
-        mut into: Out<'_, Self>,
-        width: usize,
-    ) -> Result<()> {
-        Cpu.scatter_rows(of(&from), of(&rows), to(&mut into), width)
+    fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()> {
+        let ScatterRows { from, rows, to: mut into, width } = op;
+        ScatterRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu)
     }
 
-    fn embedding_backward(
-        &self,
-        dy: In<'_, Self>,
-        rows: View<'_, Self, u32>,
-        mut dtable: Out<'_, Self>,
-        width: usize,
-    ) -> Result<()> {
-        Cpu.embedding_backward(of(&dy), of(&rows), to(&mut dtable), width)?;
+    fn embedding_backward(&self, op: EmbeddingBackward<'_, Self>) -> Result<()> {
+        let EmbeddingBackward { dy, rows, mut dtable, width } = op;
+        EmbeddingBackward { dy: of(&dy), rows: of(&rows), dtable: to(&mut dtable), width }.run(&Cpu)?;
         self.round_state(dtable)
     }
 
-    fn cross_entropy(
-        &self,
-        mut logits: Out<'_, Self>,
-        targets: View<'_, Self, u32>,
-        mut losses: ViewMut<'_, Self, f32>,
-        vocab: usize,
-        scale: Option<f32>,
-    ) -> Result<()> {
-        Cpu.cross_entropy(to(&mut logits), of(&targets), to(&mut losses), vocab, scale)?;
+    fn cross_entropy(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
+        let CrossEntropy { mut logits, targets, mut losses, vocab, scale } = op;
+        let (targets, losses) = (of(&targets), to(&mut losses));
+        CrossEntropy { logits: to(&mut logits), targets, losses, vocab, scale }.run(&Cpu)?;
         if scale.is_some() { self.round(logits) } else { Ok(()) }
     }
 
-    fn sample(
-        &self,
-        logits: In<'_, Self>,
-        uniforms: View<'_, Self, f32>,
-        mut tokens: ViewMut<'_, Self, u32>,
-        vocab: usize,
-        sampling: Sampling,
-    ) -> Result<()> {
-        Cpu.sample(of(&logits), of(&uniforms), to(&mut tokens), vocab, sampling)
+    fn sample(&self, op: Sample<'_, Self>) -> Result<()> {
+        let Sample { logits, uniforms, mut tokens, vocab, sampling } = op;
+        let (logits, uniforms, tokens) = (of(&logits), of(&uniforms), to(&mut tokens));
+        Sample { logits, uniforms, tokens, vocab, sampling }.run(&Cpu)
     }
 
-    fn sum_squares<T: FloatElement>(
-        &self,
-        parts: &[View<'_, Self, T>],
-        mut squares: ViewMut<'_, Self, f32>,
-    ) -> Result<()> {
+    fn sum_squares<T: FloatElement>(&self, op: SumSquares<'_, Self, T>) -> Result<()> {
+        let SumSquares { parts, mut squares } = op;
         let parts: Vec<_> = parts.iter().map(of).collect();
-        Cpu.sum_squares(&parts, to(&mut squares))
+        SumSquares { parts: &parts, squares: to(&mut squares) }.run(&Cpu)
     }
 
     /// Weights, and moments where they are bf16, are rounded by the bits that `kernels/adamw.cu` draws.
-    fn adamw_masked(
-        &self,
-        table: &mut [AdamWModule<'_, Self>],
-        squares: View<'_, Self, f32>,
-        hyper: AdamW,
-    ) -> Result<()> {
+    fn adamw_masked(&self, op: AdamWMasked<'_, '_, Self>) -> Result<()> {
+        let AdamWMasked { table, squares, hyper } = op;
         let rows = table.iter_mut().map(|AdamWModule { weight, grad, m, v, lr, weight_decay }| AdamWModule {
             weight: to(weight),
             grad: of(grad),
@@ -426,7 +331,7 @@ impl Backend for Rounded {
             lr: *lr,
             weight_decay: *weight_decay,
         });
-        Cpu.adamw_masked(&mut rows.collect::<Vec<_>>(), of(&squares), hyper)?;
+        AdamWMasked { table: &mut rows.collect::<Vec<_>>(), squares: of(&squares), hyper }.run(&Cpu)?;
         let seed = hyper.seed ^ self.moved.as_ref().map_or(0, |(seed, _)| *seed);
         for (row, module) in table.iter_mut().enumerate() {
             let AdamWModule { weight, m, v, .. } = module;
@@ -442,29 +347,23 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn squares(&self, w: In<'_, Self>) -> Result<Buffer<Self, f64>> {
-        let squares = Cpu.squares(of(&w))?;
+    fn squared_norm(&self, op: SquaredNorm<'_, Self>) -> Result<Buffer<Self, f64>> {
+        let squares = SquaredNorm { w: of(&op.w) }.run(&Cpu)?;
         let len = squares.len();
         Ok(Buffer::new(squares, len))
     }
 
-    fn perturb(
-        &self,
-        w: In<'_, Self>,
-        squares: Option<View<'_, Self, f64>>,
-        direction: &Direction<'_, Self>,
-        epsilon: f32,
-        mut plus: Out<'_, Self>,
-        mut minus: Option<Out<'_, Self>>,
-    ) -> Result<()> {
-        let direction = match direction {
-            Direction::Gaussian(key) => Direction::Gaussian(*key),
-            Direction::Rademacher(key) => Direction::Rademacher(*key),
-            Direction::LowRank { key, rank, rows } => Direction::LowRank { key: *key, rank: *rank, rows: *rows },
-            Direction::Scale => Direction::Scale,
-            Direction::Given(n) => Direction::Given(of(n)),
-        };
-        Cpu.perturb(of(&w), squares.as_ref().map(of), &direction, epsilon, to(&mut plus), minus.as_mut().map(to))?;
+    fn perturb(&self, op: Perturb<'_, Self>) -> Result<()> {
+        let Perturb { w, squares, direction, epsilon, mut plus, mut minus } = op;
+        Perturb {
+            w: of(&w),
+            squares: squares.as_ref().map(of),
+            direction: direction.map(of),
+            epsilon,
+            plus: to(&mut plus),
+            minus: minus.as_mut().map(to),
+        }
+        .run(&Cpu)?;
         self.round(plus)?;
         minus.map_or(Ok(()), |minus| self.round(minus))
     }

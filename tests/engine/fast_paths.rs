@@ -3,8 +3,10 @@
 use crate::common::{batch, config, decoder, numbers, relative};
 use std::collections::BTreeMap;
 use swat::backend::trace::Lane;
-use swat::backend::{Backend, Direction, NoiseKey, Sampling};
-use swat::engine::{Batch, Decoder, Finish, GenerateOptions, Gradients, Lora, Member, NoiseKind, SweepOptions};
+use swat::backend::{Backend, Direction, NoiseKey, Operator, Perturb, Sampling};
+use swat::engine::{
+    Batch, Decoder, Finish, GenerateOptions, GradientOptions, Gradients, Lora, Member, NoiseKind, SweepOptions,
+};
 use swat::modules::{Cell, ModuleKind, ModuleSet, ParamId};
 
 type Cpu = swat::backend::cpu::Cpu;
@@ -16,7 +18,9 @@ fn gradients_of(
     recompute: bool,
 ) -> (f64, BTreeMap<ParamId, Vec<f32>>) {
     let mut gradients = Gradients::new(model, trains).unwrap();
-    let loss = model.loss_and_gradients(batch, &mut gradients, 0.1, false, recompute).unwrap();
+    let loss = model
+        .loss_and_gradients(batch, &mut gradients, GradientOptions { recompute, ..GradientOptions::scaled(0.1) })
+        .unwrap();
     let host = gradients
         .iter()
         .map(|(id, b)| {
@@ -82,8 +86,10 @@ fn gradients_accumulate_over_micro_batches() {
     let mut both = Batch::from_prompts([&a.tokens[..5], &a.tokens[5..], &b.tokens[..]]);
     both.targets = [a.targets.clone(), b.targets.clone()].concat();
     let mut sum = Gradients::new(&model, |_| true).unwrap();
-    model.loss_and_gradients(&a, &mut sum, 0.1, false, false).unwrap();
-    model.loss_and_gradients(&b, &mut sum, 0.1, true, false).unwrap();
+    model.loss_and_gradients(&a, &mut sum, GradientOptions::scaled(0.1)).unwrap();
+    model
+        .loss_and_gradients(&b, &mut sum, GradientOptions { accumulate: true, ..GradientOptions::scaled(0.1) })
+        .unwrap();
     let (_, whole) = gradients_of(&model, &both, |_| true, false);
     for (id, buffer) in sum.iter() {
         let mut values = vec![0.0; buffer.len()];
@@ -254,7 +260,9 @@ fn perturb(model: &mut Decoder<Cpu>, member: &Member, options: &SweepOptions) ->
         let (mut plus, mut minus) =
             (model.backend.zeros::<f32>(values.len()).unwrap(), model.backend.zeros::<f32>(values.len()).unwrap());
         let weight = model.param(id).unwrap().values.view();
-        model.backend.perturb(weight, None, &direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
+        Perturb { w: weight, squares: None, direction, epsilon, plus: plus.view_mut(), minus: Some(minus.view_mut()) }
+            .run(&model.backend)
+            .unwrap();
         let negative = member.negative && options.kind != NoiseKind::Zero;
         let mut perturbed = vec![0.0; values.len()];
         model.backend.read(if negative { minus.view() } else { plus.view() }, &mut perturbed).unwrap();

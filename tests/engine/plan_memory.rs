@@ -2,7 +2,7 @@
 
 use crate::common::{batch, decoder_on, standin, wide};
 use swat::backend::cuda::{Bf16State, F32State, Precision};
-use swat::engine::{Gradients, Lora, Plan, Workload};
+use swat::engine::{GradientOptions, Gradients, Lora, Plan, Workload};
 use swat::model::ModelConfig;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepSettings};
@@ -52,7 +52,9 @@ fn planned_and_measured_of<P: Precision>(config: ModelConfig, mods: &str, lora: 
         max_grad_norm: Some(1.0),
         seed: 1,
     };
-    model.loss_and_gradients(&batch, &mut gradients, 1e-3, false, recompute).unwrap();
+    model
+        .loss_and_gradients(&batch, &mut gradients, GradientOptions { recompute, ..GradientOptions::scaled(1e-3) })
+        .unwrap();
     optimizer.step(&mut model, &gradients, &settings).unwrap();
     let (planned, measured) = (plan.total_bytes() as f64, cuda.peak_bytes() as f64);
     let ratio = planned / measured;

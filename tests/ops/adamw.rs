@@ -1,8 +1,8 @@
 //! Masked AdamW and the sums of squares.
 
+use super::part::{Part, assert_no_worse};
 use super::*;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision, with_version};
-use swat::backend::{AdamW, AdamWModule, Rounding, View, ViewMut};
 use swat::rng::words;
 
 const HYPER: AdamW = AdamW {
@@ -14,49 +14,6 @@ const HYPER: AdamW = AdamW {
     seed: 0x1234_5678_9abc_def0,
     rounding: Rounding::Stochastic,
 };
-/// What lies around a view: it must stay.
-const GUARD: f64 = 77.0;
-
-/// A view of a buffer that begins `offset` elements in and ends as many before its end.
-pub(super) struct Part<B: Backend, T: Element> {
-    tensor: Tensor<B, T>,
-    offset: usize,
-}
-
-impl<B: Backend, T: FloatElement> Part<B, T> {
-    pub(super) fn new(b: &B, values: &[f64], offset: usize) -> Self {
-        let guard = vec![GUARD; offset];
-        Self { tensor: put(b, &[&guard, values, &guard].concat()), offset }
-    }
-
-    pub(super) fn view(&self) -> View<'_, B, T> {
-        self.tensor.device.range(self.offset..self.tensor.host.len() - self.offset)
-    }
-
-    pub(super) fn view_mut(&mut self) -> ViewMut<'_, B, T> {
-        let range = self.offset..self.tensor.host.len() - self.offset;
-        self.tensor.device.range_mut(range)
-    }
-
-    /// What it was made of, as rounded.
-    pub(super) fn host(&self) -> &[f64] {
-        &self.tensor.host[self.offset..self.tensor.host.len() - self.offset]
-    }
-
-    /// What it holds now; what lies around it is as it was.
-    #[track_caller]
-    pub(super) fn get(&self, b: &B) -> Vec<f64> {
-        let all = get(b, &self.tensor.device);
-        let end = all.len() - self.offset;
-        assert!(all[..self.offset].iter().chain(&all[end..]).all(|x| *x == GUARD), "written outside the view");
-        all[self.offset..end].to_vec()
-    }
-
-    fn set(&mut self, b: &B, values: &[f64]) {
-        *self = Self::new(b, values, self.offset);
-    }
-}
-
 struct Module<B: Backend> {
     weight: Part<B, B::Float>,
     grad: Part<B, B::Grad>,
@@ -107,14 +64,14 @@ fn modules<B: Backend>(b: &B, lengths: &[usize]) -> Vec<Module<B>> {
 fn squares_of<B: Backend>(b: &B, modules: &[Module<B>]) -> Tensor<B, f32> {
     let mut squares = put::<B, f32>(b, &vec![f64::NAN; modules.len()]);
     let parts: Vec<_> = modules.iter().map(|m| m.grad.view()).collect();
-    b.sum_squares(&parts, squares.device.view_mut()).unwrap();
+    SumSquares { parts: &parts, squares: squares.device.view_mut() }.run(b).unwrap();
     squares
 }
 
 fn step<B: Backend>(b: &B, modules: &mut [Module<B>], hyper: AdamW) -> Vec<f64> {
     let squares = squares_of(b, modules);
     let mut table: Vec<_> = modules.iter_mut().map(Module::row).collect();
-    b.adamw_masked(&mut table, squares.device.view(), hyper).unwrap();
+    AdamWMasked { table: &mut table, squares: squares.device.view(), hyper }.run(b).unwrap();
     get(b, &squares.device)
 }
 
@@ -159,27 +116,6 @@ fn stored<T: FloatElement>(x: &mut [f64], hyper: &AdamW, module: usize, tensor: 
 fn clip(grads: &[&[f64]], max_grad_norm: Option<f32>) -> f64 {
     let norm = grads.iter().flat_map(|g| g.iter()).map(|g| g * g).sum::<f64>().sqrt();
     max_grad_norm.map_or(1.0, |most| (most as f64 / (norm + 1e-6)).min(1.0))
-}
-
-/// Asserts that neither the largest nor the mean error is above twice that of an emulation, which rounds where the backend
-/// does, by more than `tiny` of the largest and the mean size.
-#[track_caller]
-pub(super) fn assert_no_worse(got: &[f64], emulated: &[f64], exact: &[f64], tiny: f64, what: &str) {
-    assert_eq!([got.len(), emulated.len()], [exact.len(); 2], "{what}");
-    let errors = |of: &[f64]| of.iter().zip(exact).map(|(x, e)| x - e).collect::<Vec<_>>();
-    let (error, reference) = (errors(got), errors(emulated));
-    for (name, size) in [("largest", largest as fn(&[f64]) -> f64), ("mean", root_mean_square)] {
-        let allowed = 2.0 * size(&reference) + tiny * size(exact);
-        assert!(size(&error) <= allowed, "{what}: {name} error {}, allowed {allowed}", size(&error));
-    }
-}
-
-fn largest(x: &[f64]) -> f64 {
-    x.iter().fold(0.0, |most: f64, x| if most >= x.abs() { most } else { x.abs() })
-}
-
-fn root_mean_square(x: &[f64]) -> f64 {
-    (x.iter().map(|x| x * x).sum::<f64>() / x.len().max(1) as f64).sqrt()
 }
 
 /// Ten steps with new gradients each, clipped and not, in both roundings.
@@ -378,7 +314,7 @@ fn sum_of_many_squares<B: Backend>(b: &B) {
     let len = 3_000_001;
     let part = put::<B, f32>(b, &vec![0.1; len]);
     let mut squares = put::<B, f32>(b, &[0.0]);
-    b.sum_squares(&[part.device.view()], squares.device.view_mut()).unwrap();
+    SumSquares { parts: &[part.device.view()], squares: squares.device.view_mut() }.run(b).unwrap();
     let exact = len as f64 * part.host[0] * part.host[0];
     let got = get(b, &squares.device)[0];
     assert!((got / exact - 1.0).abs() < 1e-7, "{got}, exact {exact}");
@@ -392,13 +328,13 @@ fn sums_of_any_length<B: Backend, T: FloatElement>(b: &B) {
         .collect();
     let views: Vec<_> = parts.iter().map(Part::view).collect();
     let mut squares = put::<B, f32>(b, &vec![f64::NAN; parts.len()]);
-    b.sum_squares(&views, squares.device.view_mut()).unwrap();
+    SumSquares { parts: &views, squares: squares.device.view_mut() }.run(b).unwrap();
     for (part, got) in parts.iter().zip(get(b, &squares.device)) {
         let exact: f64 = part.host().iter().map(|x| x * x).sum();
         let what = format!("{} elements {} in", part.host().len(), part.offset);
         assert!((got - exact).abs() <= 1.3e-7 * exact, "{what}: {got}, exact {exact}");
     }
-    b.sum_squares::<T>(&[], b.zeros(0).unwrap().view_mut()).unwrap();
+    SumSquares::<B, T> { parts: &[], squares: b.zeros(0).unwrap().view_mut() }.run(b).unwrap();
 }
 
 fn sums_in_f32<B: Backend>(b: &B) {
@@ -437,11 +373,12 @@ fn baseline_writes_the_same<P: Precision>(ordinal: u32) {
         let expected = step(&b, &mut first, hyper);
         let mut squares = put::<_, f32>(&b, &vec![f64::NAN; second.len()]);
         let parts: Vec<_> = second.iter().map(|m| m.grad.view()).collect();
-        with_version("baseline", || b.sum_squares(&parts, squares.device.view_mut())).unwrap();
+        with_version("baseline", || SumSquares { parts: &parts, squares: squares.device.view_mut() }.run(&b)).unwrap();
         assert_no_worse(&get(&b, &squares.device), &expected, &expected, 1.2e-7, "squares");
         b.write(&expected.iter().map(|s| *s as f32).collect::<Vec<_>>(), squares.device.view_mut()).unwrap();
         let mut table: Vec<_> = second.iter_mut().map(Module::row).collect();
-        with_version("baseline", || b.adamw_masked(&mut table, squares.device.view(), hyper)).unwrap();
+        with_version("baseline", || AdamWMasked { table: &mut table, squares: squares.device.view(), hyper }.run(&b))
+            .unwrap();
         for (first, second) in first.iter().zip(&second) {
             assert!(first.state(&b) == second.state(&b), "{} elements", first.weight.host().len());
         }

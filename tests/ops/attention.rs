@@ -3,7 +3,6 @@
 use super::*;
 use crate::common::attention::{Products, Sizes, attend_rounding, gradients, to_bf16};
 use crate::cores::AMPERE;
-use swat::backend::Attention;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::with_version;
 
@@ -24,9 +23,9 @@ fn attend(s: &Sizes, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
     attend_rounding(s, q, k, v, Products::Exact)
 }
 
-fn shape<'a, B: Backend>(s: &Sizes, documents: &'a Documents<B>) -> Attention<'a, B> {
+fn shape(s: &Sizes) -> AttentionShape {
     let Sizes { heads, kv_heads, head_dim, window, .. } = *s;
-    Attention { heads, kv_heads, head_dim, scale: s.scale() as f32, window, documents }
+    AttentionShape { heads, kv_heads, head_dim, scale: s.scale() as f32, window }
 }
 
 fn forward<B: Backend>(b: &B) {
@@ -36,16 +35,28 @@ fn forward<B: Backend>(b: &B) {
         let v = put::<B, B::Float>(b, &normals(3, s.kv_len()));
         let (exact_o, exact_lse) = attend(s, &q.host, &k.host, &v.host);
         let documents = documents(b, s.lengths);
-        let shape = shape(s, &documents);
+        let shape = shape(s);
         let mut o = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
         let mut lse = put::<B, f32>(b, &vec![f64::NAN; s.heads * s.tokens()]);
         let (qv, kv, vv) = (q.device.view(), k.device.view(), v.device.view());
         let lse_view = Some(lse.device.view_mut());
-        b.attention(qv.clone(), kv.clone(), vv.clone(), o.device.view_mut(), lse_view, &shape).unwrap();
+        Attention {
+            q: qv.clone(),
+            k: kv.clone(),
+            v: vv.clone(),
+            o: o.device.view_mut(),
+            lse: lse_view,
+            shape,
+            documents: &documents,
+        }
+        .run(b)
+        .unwrap();
         let with_lse = get(b, &o.device);
         assert_close::<B>(&with_lse, &exact_o, 1e-5, &format!("o of {s:?}"));
         assert_close::<B>(&get(b, &lse.device), &exact_lse, 1e-5, &format!("lse of {s:?}"));
-        b.attention(qv, kv, vv, o.device.view_mut(), None, &shape).unwrap();
+        Attention { q: qv, k: kv, v: vv, o: o.device.view_mut(), lse: None, shape, documents: &documents }
+            .run(b)
+            .unwrap();
         assert_eq!(get(b, &o.device), with_lse);
     }
 }
@@ -59,18 +70,20 @@ fn backward<B: Backend>(b: &B) {
         let documents = documents(b, s.lengths);
         let mut dq = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
         let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len()]));
-        b.attention_backward(
-            q.device.view(),
-            k.device.view(),
-            v.device.view(),
-            o.device.view(),
-            lse.device.view(),
-            d_o.device.view(),
-            dq.device.view_mut(),
-            dk.device.view_mut(),
-            dv.device.view_mut(),
-            &shape(s, &documents),
-        )
+        AttentionBackward {
+            q: q.device.view(),
+            k: k.device.view(),
+            v: v.device.view(),
+            o: o.device.view(),
+            lse: lse.device.view(),
+            d_o: d_o.device.view(),
+            dq: dq.device.view_mut(),
+            dk: dk.device.view_mut(),
+            dv: dv.device.view_mut(),
+            shape: shape(s),
+            documents: &documents,
+        }
+        .run(b)
         .unwrap();
         let saved = [&q.host, &k.host, &v.host, &o.host, &lse.host, &d_o.host].map(Vec::as_slice);
         let exact = gradients(s, saved, Products::Exact);
@@ -104,8 +117,8 @@ fn decode_equals_packed<B: Backend>(b: &B) {
         let (exact, _) = attend(s, &q.host, &k.host, &v.host);
         let documents = documents(b, s.lengths);
         let spans: Vec<u32> = documents.starts.windows(2).flat_map(|w| [w[0], w[1] - w[0]]).collect();
-        let spans = put_u32(b, &spans);
-        let longest = s.lengths.iter().copied().max().unwrap_or(0);
+        let on_device = put_u32(b, &spans);
+        let spans = DecodeSpans { host: &spans, device: on_device.view() };
         let width = s.heads * s.head_dim;
         let last = |x: &[f64]| -> Vec<f64> {
             documents.starts[1..].iter().flat_map(|end| x[(*end as usize - 1) * width..][..width].to_vec()).collect()
@@ -114,7 +127,7 @@ fn decode_equals_packed<B: Backend>(b: &B) {
         let mut o = put::<B, B::Float>(b, &vec![f64::NAN; q_last.host.len()]);
         let (kv, vv) = (k.device.view(), v.device.view());
         let q_view = q_last.device.view();
-        b.attention_decode(q_view, kv, vv, o.device.view_mut(), spans.view(), longest, &shape(s, &documents)).unwrap();
+        AttentionDecode { q: q_view, k: kv, v: vv, o: o.device.view_mut(), spans, shape: shape(s) }.run(b).unwrap();
         assert_close::<B>(&get(b, &o.device), &last(&exact), 1e-5, &format!("{s:?}"));
     }
 }
@@ -207,7 +220,16 @@ fn forward_versions<B: Backend>(b: &B) {
             let mut lse = put::<B, f32>(b, &vec![f64::NAN; s.heads * s.tokens()]);
             let (o_view, lse_view) = (o.device.view_mut(), Some(lse.device.view_mut()));
             with_version(version, || {
-                b.attention(q.device.view(), k.device.view(), v.device.view(), o_view, lse_view, &shape(s, &documents))
+                Attention {
+                    q: q.device.view(),
+                    k: k.device.view(),
+                    v: v.device.view(),
+                    o: o_view,
+                    lse: lse_view,
+                    shape: shape(s),
+                    documents: &documents,
+                }
+                .run(b)
             })
             .unwrap();
             (get(b, &o.device), get(b, &lse.device))
@@ -242,18 +264,20 @@ fn backward_versions<B: Backend>(b: &B) {
             let mut dq = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
             let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len()]));
             with_version(version, || {
-                b.attention_backward(
-                    q.device.view(),
-                    k.device.view(),
-                    v.device.view(),
-                    o.device.view(),
-                    lse.device.view(),
-                    d_o.device.view(),
-                    dq.device.view_mut(),
-                    dk.device.view_mut(),
-                    dv.device.view_mut(),
-                    &shape(s, &documents),
-                )
+                AttentionBackward {
+                    q: q.device.view(),
+                    k: k.device.view(),
+                    v: v.device.view(),
+                    o: o.device.view(),
+                    lse: lse.device.view(),
+                    d_o: d_o.device.view(),
+                    dq: dq.device.view_mut(),
+                    dk: dk.device.view_mut(),
+                    dv: dv.device.view_mut(),
+                    shape: shape(s),
+                    documents: &documents,
+                }
+                .run(b)
             })
             .unwrap();
             [dq, dk, dv].map(|d| get(b, &d.device))
@@ -283,14 +307,14 @@ fn decode_versions<B: Backend>(b: &B) {
         let exact = choose(&attend(s, &q.host, &k.host, &v.host).0);
         let chosen = put::<B, B::Float>(b, &choose(&q.host));
         let spans: Vec<u32> = rows.iter().flat_map(|row| [start(*row), *row as u32 + 1 - start(*row)]).collect();
-        let spans = put_u32(b, &spans);
+        let on_device = put_u32(b, &spans);
         let run = |version, range: std::ops::Range<usize>| {
             let mut o = put::<B, B::Float>(b, &vec![f64::NAN; range.len() * width]);
             let (q, to) = (chosen.device.range(range.start * width..range.end * width), o.device.view_mut());
-            let spans = spans.range(2 * range.start..2 * range.end);
-            let longest = range.map(|i| rows[i] + 1 - start(rows[i]) as usize).max().unwrap_or(0);
+            let range = 2 * range.start..2 * range.end;
+            let spans = DecodeSpans { host: &spans[range.clone()], device: on_device.range(range) };
             with_version(version, || {
-                b.attention_decode(q, k.device.view(), v.device.view(), to, spans, longest, &shape(s, &documents))
+                AttentionDecode { q, k: k.device.view(), v: v.device.view(), o: to, spans, shape: shape(s) }.run(b)
             })
             .unwrap();
             get(b, &o.device)
@@ -317,7 +341,7 @@ fn unaligned_and_empty<B: Backend>(b: &B) {
     for lengths in [s.lengths, &[]] {
         let s = Sizes { lengths, ..s };
         let documents = documents(b, lengths);
-        let shape = shape(&s, &documents);
+        let shape = shape(&s);
         let (q_range, kv_range) = (1..1 + s.q_len(), 1..1 + s.kv_len());
         let [mut o, mut dq] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.q_len() + 1]));
         let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len() + 1]));
@@ -325,19 +349,31 @@ fn unaligned_and_empty<B: Backend>(b: &B) {
         let q_view = q.device.range(q_range.clone());
         let (k_view, v_view) = (k.device.range(kv_range.clone()), v.device.range(kv_range.clone()));
         let (o_view, lse_view) = (o.device.range_mut(q_range.clone()), Some(lse.device.view_mut()));
-        b.attention(q_view.clone(), k_view.clone(), v_view.clone(), o_view, lse_view, &shape).unwrap();
-        b.attention_backward(
-            q_view,
-            k_view,
-            v_view,
-            o.device.range(q_range.clone()),
-            lse.device.view(),
-            d_o.device.range(q_range.clone()),
-            dq.device.range_mut(q_range.clone()),
-            dk.device.range_mut(kv_range.clone()),
-            dv.device.range_mut(kv_range),
-            &shape,
-        )
+        Attention {
+            q: q_view.clone(),
+            k: k_view.clone(),
+            v: v_view.clone(),
+            o: o_view,
+            lse: lse_view,
+            shape,
+            documents: &documents,
+        }
+        .run(b)
+        .unwrap();
+        AttentionBackward {
+            q: q_view,
+            k: k_view,
+            v: v_view,
+            o: o.device.range(q_range.clone()),
+            lse: lse.device.view(),
+            d_o: d_o.device.range(q_range.clone()),
+            dq: dq.device.range_mut(q_range.clone()),
+            dk: dk.device.range_mut(kv_range.clone()),
+            dv: dv.device.range_mut(kv_range),
+            shape,
+            documents: &documents,
+        }
+        .run(b)
         .unwrap();
         let outside = [&o, &dq, &dk, &dv].map(|t| get(b, &t.device)[0]);
         assert!(outside.iter().all(|x| x.is_nan()), "{outside:?}");
@@ -361,7 +397,17 @@ fn large_scores<B: Backend>(b: &B) {
         let mut o = put::<B, B::Float>(b, &vec![0.0; s.q_len()]);
         let (qv, kv, vv) = (q.device.view(), k.device.view(), v.device.view());
         with_version(version, || {
-            b.attention(qv, kv, vv, o.device.view_mut(), None, &shape(&s, &documents)).unwrap();
+            Attention {
+                q: qv,
+                k: kv,
+                v: vv,
+                o: o.device.view_mut(),
+                lse: None,
+                shape: shape(&s),
+                documents: &documents,
+            }
+            .run(b)
+            .unwrap();
         });
         assert_close::<B>(&get(b, &o.device), &exact, 2e-4, &format!("large scores, {version:?}, {head_dim}"));
     }

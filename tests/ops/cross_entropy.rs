@@ -1,7 +1,6 @@
 //! Cross-entropy.
 
 use super::*;
-use swat::backend::IGNORE;
 
 fn losses(logits: &[f64], targets: &[u32], vocab: usize) -> Vec<f64> {
     let row = |(row, target): (&[f64], &u32)| {
@@ -24,12 +23,27 @@ pub(super) fn loss_and_gradient<B: Backend>(b: &B) {
         let on_device = put_u32(b, &targets);
         let mut loss = put::<B, f32>(b, &vec![f64::NAN; rows]);
         let what = format!("{rows} × {vocab}");
-        b.cross_entropy(logits.device.view_mut(), on_device.view(), loss.device.view_mut(), vocab, None).unwrap();
+        CrossEntropy {
+            logits: logits.device.view_mut(),
+            targets: on_device.view(),
+            losses: loss.device.view_mut(),
+            vocab,
+            scale: None,
+        }
+        .run(b)
+        .unwrap();
         assert_close::<B>(&get(b, &loss.device), &exact, 2e-6, &what);
         assert_eq!(get(b, &logits.device), logits.host, "logits without a scale");
         let scale = 0.25;
-        b.cross_entropy(logits.device.view_mut(), on_device.view(), loss.device.view_mut(), vocab, Some(scale))
-            .unwrap();
+        CrossEntropy {
+            logits: logits.device.view_mut(),
+            targets: on_device.view(),
+            losses: loss.device.view_mut(),
+            vocab,
+            scale: Some(scale),
+        }
+        .run(b)
+        .unwrap();
         assert_close::<B>(&get(b, &loss.device), &exact, 2e-6, &what);
         let got = get(b, &logits.device);
         for row in 0..rows {
@@ -49,7 +63,15 @@ pub(super) fn far_logits_stay_finite<B: Backend>(b: &B) {
     let mut logits = put::<B, B::Float>(b, &[1e4, -1e4, 0.0, -1e4, -1e4, -1e4]);
     let targets = put_u32(b, &[0, 1]);
     let mut loss = put::<B, f32>(b, &[f64::NAN; 2]);
-    b.cross_entropy(logits.device.view_mut(), targets.view(), loss.device.view_mut(), 3, Some(1.0)).unwrap();
+    CrossEntropy {
+        logits: logits.device.view_mut(),
+        targets: targets.view(),
+        losses: loss.device.view_mut(),
+        vocab: 3,
+        scale: Some(1.0),
+    }
+    .run(b)
+    .unwrap();
     let (loss, gradient) = (get(b, &loss.device), get(b, &logits.device));
     assert_close::<B>(&loss, &[0.0, 3f64.ln()], 1e-6, "losses");
     let third = 1.0 / 3.0;
@@ -60,7 +82,15 @@ pub(super) fn a_broken_row_is_not_hidden<B: Backend>(b: &B) {
     let mut logits = put::<B, B::Float>(b, &[0.0, f64::NAN, 0.0]);
     let targets = put_u32(b, &[0]);
     let mut loss = put::<B, f32>(b, &[0.0]);
-    b.cross_entropy(logits.device.view_mut(), targets.view(), loss.device.view_mut(), 3, None).unwrap();
+    CrossEntropy {
+        logits: logits.device.view_mut(),
+        targets: targets.view(),
+        losses: loss.device.view_mut(),
+        vocab: 3,
+        scale: None,
+    }
+    .run(b)
+    .unwrap();
     assert!(get(b, &loss.device)[0].is_nan());
 }
 

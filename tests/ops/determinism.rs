@@ -2,7 +2,6 @@
 
 use super::*;
 use swat::backend::cpu::Cpu;
-use swat::backend::{AdamW, AdamWModule, Attention, Direction, Epilogue, LinearShape, NoiseKey, Rounding};
 
 /// Runs `f` in pools of 1, 2 and 5 threads and compares what it returns bit by bit.
 #[track_caller]
@@ -29,12 +28,22 @@ fn linear_layers() {
         same_on_any_pool(|| {
             let shape = LinearShape { tokens, inputs, outputs };
             let (x, w, mut y) = (float(1, tokens * inputs), float(2, outputs * inputs), float(3, tokens * outputs));
-            B.linear(x.view(), w.view(), y.view_mut(), shape, Epilogue::default()).unwrap();
+            Linear::new(x.view(), w.view(), y.view_mut(), shape).run(&B).unwrap();
             let (mut dx, mut dw) = (float(4, tokens * inputs), float(5, outputs * inputs));
-            B.linear_backward_input(y.view(), w.view(), dx.view_mut(), shape, 1.0, true).unwrap();
-            B.linear_backward_weight(y.view(), x.view(), dw.view_mut(), shape, 1.0, true).unwrap();
+            LinearBackwardInput {
+                accumulate: true,
+                ..LinearBackwardInput::new(y.view(), w.view(), dx.view_mut(), shape)
+            }
+            .run(&B)
+            .unwrap();
+            LinearBackwardWeight {
+                accumulate: true,
+                ..LinearBackwardWeight::new(y.view(), x.view(), dw.view_mut(), shape)
+            }
+            .run(&B)
+            .unwrap();
             let mut dbias = float(6, outputs);
-            B.linear_backward_bias(y.view(), dbias.view_mut(), tokens, outputs, true).unwrap();
+            LinearBackwardBias { dy: y.view(), dbias: dbias.view_mut(), accumulate: true }.run(&B).unwrap();
             [y, dx, dw, dbias].iter().flat_map(|t| read(&B, t)).collect()
         });
     }
@@ -46,29 +55,42 @@ fn attention() {
         same_on_any_pool(|| {
             let tokens: usize = lengths.iter().sum();
             let documents = documents(&B, lengths);
-            let shape = Attention { heads: 6, kv_heads: 2, head_dim: 64, scale: 0.125, window, documents: &documents };
+            let shape = AttentionShape { heads: 6, kv_heads: 2, head_dim: 64, scale: 0.125, window };
             let (q_len, kv_len) = (tokens * 6 * 64, tokens * 2 * 64);
             let (q, k, v, d_o) = (float(1, q_len), float(2, kv_len), float(3, kv_len), float(4, q_len));
             let (mut o, mut lse) = (float(5, q_len), float(5, tokens * 6));
-            B.attention(q.view(), k.view(), v.view(), o.view_mut(), Some(lse.view_mut()), &shape).unwrap();
+            Attention {
+                q: q.view(),
+                k: k.view(),
+                v: v.view(),
+                o: o.view_mut(),
+                lse: Some(lse.view_mut()),
+                shape,
+                documents: &documents,
+            }
+            .run(&B)
+            .unwrap();
             let (mut dq, mut dk, mut dv) = (float(6, q_len), float(6, kv_len), float(6, kv_len));
-            B.attention_backward(
-                q.view(),
-                k.view(),
-                v.view(),
-                o.view(),
-                lse.view(),
-                d_o.view(),
-                dq.view_mut(),
-                dk.view_mut(),
-                dv.view_mut(),
-                &shape,
-            )
+            AttentionBackward {
+                q: q.view(),
+                k: k.view(),
+                v: v.view(),
+                o: o.view(),
+                lse: lse.view(),
+                d_o: d_o.view(),
+                dq: dq.view_mut(),
+                dk: dk.view_mut(),
+                dv: dv.view_mut(),
+                shape,
+                documents: &documents,
+            }
+            .run(&B)
             .unwrap();
             let mut last = float(7, 6 * 64);
-            let spans = put_u32(&B, &[0, lengths[0] as u32]);
-            let (q, spans) = (q.range(0..6 * 64), spans.view());
-            B.attention_decode(q, k.view(), v.view(), last.view_mut(), spans, lengths[0], &shape).unwrap();
+            let span = [0, lengths[0] as u32];
+            let on_device = put_u32(&B, &span);
+            let (q, spans) = (q.range(0..6 * 64), DecodeSpans { host: &span, device: on_device.view() });
+            AttentionDecode { q, k: k.view(), v: v.view(), o: last.view_mut(), spans, shape }.run(&B).unwrap();
             [o, lse, dq, dk, dv, last].iter().flat_map(|t| read(&B, t)).collect()
         });
     }
@@ -80,15 +102,36 @@ fn reductions_over_rows() {
     same_on_any_pool(|| {
         let (x, dy, weight) = (float(1, rows * width), float(2, rows * width), float(3, width));
         let (mut y, mut rstd) = (float(4, rows * width), float(4, rows));
-        B.rmsnorm(x.view(), weight.view(), y.view_mut(), Some(rstd.view_mut()), width, 1e-6).unwrap();
+        RmsNorm { x: x.view(), weight: weight.view(), y: y.view_mut(), rstd: Some(rstd.view_mut()), eps: 1e-6 }
+            .run(&B)
+            .unwrap();
         let (mut dx, mut dw) = (float(5, rows * width), float(6, width));
         let (dxv, dwv) = (Some(dx.view_mut()), Some(dw.view_mut()));
-        B.rmsnorm_backward(dy.view(), x.view(), weight.view(), rstd.view(), dxv, dwv, width, true, true).unwrap();
+        RmsNormBackward {
+            dy: dy.view(),
+            x: x.view(),
+            weight: weight.view(),
+            rstd: rstd.view(),
+            dx: dxv,
+            dweight: dwv,
+            accumulate_dx: true,
+            accumulate_dweight: true,
+        }
+        .run(&B)
+        .unwrap();
         let chosen = put_u32(&B, &(0..rows as u32).map(|r| r * r % 13).collect::<Vec<_>>());
         let mut table = float(7, 13 * width);
-        B.embedding_backward(dy.view(), chosen.view(), table.view_mut(), width).unwrap();
+        EmbeddingBackward { dy: dy.view(), rows: chosen.view(), dtable: table.view_mut(), width }.run(&B).unwrap();
         let (mut losses, targets) = (float(8, rows), put_u32(&B, &vec![5; rows]));
-        B.cross_entropy(y.view_mut(), targets.view(), losses.view_mut(), width, Some(0.1)).unwrap();
+        CrossEntropy {
+            logits: y.view_mut(),
+            targets: targets.view(),
+            losses: losses.view_mut(),
+            vocab: width,
+            scale: Some(0.1),
+        }
+        .run(&B)
+        .unwrap();
         [y, rstd, dx, dw, table, losses].iter().flat_map(|t| read(&B, t)).collect()
     });
 }
@@ -99,7 +142,7 @@ fn steps_and_perturbations() {
     same_on_any_pool(|| {
         let (mut w, g, mut m, mut v) = (float(1, len), float(2, len), float(3, len), float(4, len));
         let mut squares = float(5, 1);
-        B.sum_squares(&[g.view()], squares.view_mut()).unwrap();
+        SumSquares { parts: &[g.view()], squares: squares.view_mut() }.run(&B).unwrap();
         let mut table = [AdamWModule {
             weight: w.view_mut(),
             grad: g.view(),
@@ -117,7 +160,7 @@ fn steps_and_perturbations() {
             seed: 1,
             rounding: Rounding::Nearest,
         };
-        B.adamw_masked(&mut table, squares.view(), hyper).unwrap();
+        AdamWMasked { table: &mut table, squares: squares.view(), hyper }.run(&B).unwrap();
         let key = NoiseKey { seed: 1, stream: 2 };
         let mut out = vec![];
         for direction in [
@@ -127,7 +170,16 @@ fn steps_and_perturbations() {
             Direction::Given(g.view()),
         ] {
             let (mut plus, mut minus) = (float(6, len), float(7, len));
-            B.perturb(g.view(), None, &direction, 0.3, plus.view_mut(), Some(minus.view_mut())).unwrap();
+            Perturb {
+                w: g.view(),
+                squares: None,
+                direction,
+                epsilon: 0.3,
+                plus: plus.view_mut(),
+                minus: Some(minus.view_mut()),
+            }
+            .run(&B)
+            .unwrap();
             out.extend([plus, minus].iter().flat_map(|t| read(&B, t)));
         }
         out.extend([w, m, v, squares].iter().flat_map(|t| read(&B, t)));

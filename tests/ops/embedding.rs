@@ -14,12 +14,16 @@ pub(super) fn gather_and_scatter<B: Backend>(b: &B) {
         chosen.truncate(count);
         let on_device = put_u32(b, &chosen);
         let mut picked = put::<B, B::Float>(b, &vec![f64::NAN; count * width]);
-        b.gather_rows(table.device.view(), on_device.view(), picked.device.view_mut(), width).unwrap();
+        GatherRows { from: table.device.view(), rows: on_device.view(), to: picked.device.view_mut(), width }
+            .run(b)
+            .unwrap();
         let exact: Vec<f64> =
             chosen.iter().flat_map(|row| table.host[*row as usize * width..][..width].to_vec()).collect();
         assert_eq!(get(b, &picked.device), exact);
         let mut back = put::<B, B::Float>(b, &vec![0.5; rows * width]);
-        b.scatter_rows(picked.device.view(), on_device.view(), back.device.view_mut(), width).unwrap();
+        ScatterRows { from: picked.device.view(), rows: on_device.view(), to: back.device.view_mut(), width }
+            .run(b)
+            .unwrap();
         let back = get(b, &back.device);
         for row in 0..rows {
             let got = &back[row * width..][..width];
@@ -42,7 +46,9 @@ pub(super) fn backward_adds_repeated_rows<B: Backend>(b: &B) {
             exact[*row as usize * width..][..width].iter_mut().zip(dy).for_each(|(e, d)| *e += d);
         }
         let on_device = put_u32(b, &chosen);
-        b.embedding_backward(dy.device.view(), on_device.view(), table.device.view_mut(), width).unwrap();
+        EmbeddingBackward { dy: dy.device.view(), rows: on_device.view(), dtable: table.device.view_mut(), width }
+            .run(b)
+            .unwrap();
         assert_close::<B>(&get(b, &table.device), &exact, 1e-5, &format!("{count} of {rows} × {width}"));
     }
 }

@@ -6,7 +6,6 @@ mod grouped;
 use super::*;
 use crate::cores::Cores;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision};
-use swat::backend::{Epilogue, LinearShape};
 
 /// (tokens, inputs, outputs): decoding sizes, odd sizes, sizes of several panels and depths.
 const SHAPES: [(usize, usize, usize); 15] = [
@@ -73,7 +72,9 @@ fn linear_with_every_epilogue<B: Backend>(b: &B) {
                 residual: with_residual.then(|| residual.device.view()),
                 accumulate,
             };
-            b.linear(x.device.view(), w.device.view(), y.device.view_mut(), shape, epilogue).unwrap();
+            Linear { epilogue, ..Linear::new(x.device.view(), w.device.view(), y.device.view_mut(), shape) }
+                .run(b)
+                .unwrap();
             assert_close::<B>(&get(b, &y.device), &exact, error(inputs), &format!("{shape:?}, case {case}"));
         }
     }
@@ -93,8 +94,20 @@ fn backward_of_input_and_weight<B: Backend>(b: &B) {
             let exact_dx = scaled(accumulate.then_some(&dx.host), alpha as f64, &dyw);
             let exact_dw = scaled(accumulate.then_some(&dw.host), alpha as f64, &dytx);
             let (dyv, wv, xv) = (dy.device.view(), w.device.view(), x.device.view());
-            b.linear_backward_input(dyv.clone(), wv, dx.device.view_mut(), shape, alpha, accumulate).unwrap();
-            b.linear_backward_weight(dyv, xv, dw.device.view_mut(), shape, alpha, accumulate).unwrap();
+            LinearBackwardInput {
+                alpha,
+                accumulate,
+                ..LinearBackwardInput::new(dyv.clone(), wv, dx.device.view_mut(), shape)
+            }
+            .run(b)
+            .unwrap();
+            LinearBackwardWeight {
+                alpha,
+                accumulate,
+                ..LinearBackwardWeight::new(dyv, xv, dw.device.view_mut(), shape)
+            }
+            .run(b)
+            .unwrap();
             assert_close::<B>(&get(b, &dx.device), &exact_dx, error(outputs), &format!("dx of {shape:?}"));
             assert_close::<B>(&get(b, &dw.device), &exact_dw, error(tokens), &format!("dw of {shape:?}"));
         }
@@ -112,7 +125,7 @@ fn bias_gradient_sums_columns<B: Backend>(b: &B) {
                     base + (0..tokens).map(|t| dy.host[t * outputs + o]).sum::<f64>()
                 })
                 .collect();
-            b.linear_backward_bias(dy.device.view(), dbias.device.view_mut(), tokens, outputs, accumulate).unwrap();
+            LinearBackwardBias { dy: dy.device.view(), dbias: dbias.device.view_mut(), accumulate }.run(b).unwrap();
             assert_close::<B>(&get(b, &dbias.device), &exact, 1e-5, &format!("{tokens} × {outputs}"));
         }
     }
@@ -125,8 +138,7 @@ fn writes_only_its_view<B: Backend>(b: &B) {
     let w = put::<B, B::Float>(b, &normals(2, outputs * inputs));
     let mut y = put::<B, B::Float>(b, &vec![7.0; tokens * outputs + 11]);
     let to = y.device.range_mut(4..4 + tokens * outputs);
-    b.linear(x.device.view(), w.device.view(), to, LinearShape { tokens, inputs, outputs }, Epilogue::default())
-        .unwrap();
+    Linear::new(x.device.view(), w.device.view(), to, LinearShape { tokens, inputs, outputs }).run(b).unwrap();
     let y = get(b, &y.device);
     assert!(y[..4].iter().chain(&y[4 + tokens * outputs..]).all(|y| *y == 7.0));
 }

@@ -9,6 +9,7 @@ mod cross_entropy;
 mod determinism;
 mod embedding;
 mod gemm;
+mod part;
 mod perturb;
 mod rmsnorm;
 mod rope;
@@ -17,7 +18,7 @@ mod swiglu;
 mod versions;
 
 use common::standin;
-use swat::backend::{Backend, Buffer, Documents, Element, FloatElement};
+use swat::backend::*;
 use swat::rng::Philox;
 use swat_standin::cores;
 

@@ -1,9 +1,8 @@
 //! Perturbed copies.
 
-use super::adamw::{Part, assert_no_worse};
+use super::part::{Part, assert_no_worse};
 use super::*;
 use swat::backend::cuda::{Cuda, F32State, testing, with_version};
-use swat::backend::{Direction, NoiseKey};
 use swat::rng::{uniform, words};
 
 const KEY: NoiseKey = NoiseKey { seed: 77, stream: 5 };
@@ -64,7 +63,7 @@ const ALL: [Which; 7] = [
 ];
 
 /// The direction for a backend.
-fn direction<'a, B: Backend>(which: Which, given: &'a Part<B, B::Float>, rows: usize) -> Direction<'a, B> {
+fn direction<'a, B: Backend>(which: Which, given: &'a Part<B, B::Float>, rows: usize) -> Direction<In<'a, B>> {
     match which {
         Which::Gaussian => Direction::Gaussian(KEY),
         Which::Rademacher => Direction::Rademacher(KEY),
@@ -89,13 +88,31 @@ impl Pair {
 }
 
 /// The offsets are those of w, plus and minus.
-fn perturb<B: Backend>(b: &B, len: usize, direction: &Direction<'_, B>, epsilon: f32, offsets: [usize; 3]) -> Pair {
+fn perturb<B: Backend>(b: &B, len: usize, direction: &Direction<In<'_, B>>, epsilon: f32, offsets: [usize; 3]) -> Pair {
     let w = Part::<B, B::Float>::new(b, &normals(1, len), offsets[0]);
     let [mut plus, mut minus, mut alone] =
         [1, 2, 1].map(|i| Part::<B, B::Float>::new(b, &vec![f64::NAN; len], offsets[i]));
-    b.perturb(w.view(), None, direction, epsilon, plus.view_mut(), Some(minus.view_mut())).unwrap();
-    let squares = b.squares(w.view()).unwrap();
-    b.perturb(w.view(), Some(squares.view()), direction, epsilon, alone.view_mut(), None).unwrap();
+    Perturb {
+        w: w.view(),
+        squares: None,
+        direction: direction.clone(),
+        epsilon,
+        plus: plus.view_mut(),
+        minus: Some(minus.view_mut()),
+    }
+    .run(b)
+    .unwrap();
+    let squares = SquaredNorm { w: w.view() }.run(b).unwrap();
+    Perturb {
+        w: w.view(),
+        squares: Some(squares.view()),
+        direction: direction.clone(),
+        epsilon,
+        plus: alone.view_mut(),
+        minus: None,
+    }
+    .run(b)
+    .unwrap();
     assert_eq!(plus.get(b), alone.get(b), "with and without the antithetic copy, and the norm at hand");
     let sum: f64 = read(b, &squares).iter().sum();
     let exact: f64 = w.host().iter().map(|w| w * w).sum();
@@ -205,14 +222,34 @@ fn zeros_change_nothing<B: Backend>(b: &B) {
     let pair = perturb(b, 64, &Direction::Given(zero.device.view()), 1.0, [0; 3]);
     assert!(pair.plus == pair.w && pair.minus == pair.w);
     let mut copy = put::<B, B::Float>(b, &[f64::NAN; 64]);
-    b.perturb(zero.device.view(), None, &Direction::Gaussian(KEY), 1.0, copy.device.view_mut(), None).unwrap();
+    Perturb {
+        w: zero.device.view(),
+        squares: None,
+        direction: Direction::Gaussian(KEY),
+        epsilon: 1.0,
+        plus: copy.device.view_mut(),
+        minus: None,
+    }
+    .run(b)
+    .unwrap();
     assert!(get(b, &copy.device).iter().all(|x| *x == 0.0));
     let (empty, mut none) = (put::<B, B::Float>(b, &[]), put::<B, B::Float>(b, &[]));
     for direction in [Direction::Gaussian(KEY), Direction::Scale, Direction::LowRank { key: KEY, rank: 2, rows: 3 }] {
-        b.perturb(empty.device.view(), None, &direction, 1.0, none.device.view_mut(), None).unwrap();
-        let squares = b.squares(empty.device.view()).unwrap();
+        Perturb {
+            w: empty.device.view(),
+            squares: None,
+            direction: direction.clone(),
+            epsilon: 1.0,
+            plus: none.device.view_mut(),
+            minus: None,
+        }
+        .run(b)
+        .unwrap();
+        let squares = SquaredNorm { w: empty.device.view() }.run(b).unwrap();
         let (from, to) = (empty.device.view(), none.device.view_mut());
-        b.perturb(from, Some(squares.view()), &direction, 1.0, to, None).unwrap();
+        Perturb { w: from, squares: Some(squares.view()), direction, epsilon: 1.0, plus: to, minus: None }
+            .run(b)
+            .unwrap();
     }
 }
 
@@ -279,10 +316,29 @@ fn baseline_writes_the_same() {
         let copies = || [(), ()].map(|()| b.zeros::<half::bf16>(len + offset).unwrap());
         let [[mut plus, mut minus], [mut expected_plus, mut expected_minus]] = [copies(), copies()];
         let (p, m) = (plus.range_mut(range.clone()), minus.range_mut(range.clone()));
-        let baseline = || b.perturb(w.range(range.clone()), None, &Direction::Gaussian(KEY), EPSILON, p, Some(m));
+        let baseline = || {
+            Perturb {
+                w: w.range(range.clone()),
+                squares: None,
+                direction: Direction::Gaussian(KEY),
+                epsilon: EPSILON,
+                plus: p,
+                minus: Some(m),
+            }
+            .run(&b)
+        };
         with_version("baseline", baseline).unwrap();
         let (p, m) = (expected_plus.range_mut(range.clone()), expected_minus.range_mut(range.clone()));
-        b.perturb(w.range(range.clone()), None, &Direction::Gaussian(KEY), EPSILON, p, Some(m)).unwrap();
+        Perturb {
+            w: w.range(range.clone()),
+            squares: None,
+            direction: Direction::Gaussian(KEY),
+            epsilon: EPSILON,
+            plus: p,
+            minus: Some(m),
+        }
+        .run(&b)
+        .unwrap();
         assert!(read(&b, &plus) == read(&b, &expected_plus), "{len}");
         assert!(read(&b, &minus) == read(&b, &expected_minus), "{len}");
         assert!(read(&b, &plus) != read(&b, &minus), "{len}");

@@ -1,6 +1,6 @@
 //! RMSNorm.
 
-use super::adamw::assert_no_worse;
+use super::part::assert_no_worse;
 use super::*;
 
 const EPS: f64 = 1e-5;
@@ -26,11 +26,11 @@ fn forward_of<B: Backend>(b: &B, rows: usize, width: usize) {
     let mut rstd = put::<B, f32>(b, &vec![f64::NAN; rows]);
     let (xv, wv) = (x.device.view(), weight.device.view());
     let kept = Some(rstd.device.view_mut());
-    b.rmsnorm(xv.clone(), wv.clone(), y.device.view_mut(), kept, width, EPS as f32).unwrap();
+    RmsNorm { x: xv.clone(), weight: wv.clone(), y: y.device.view_mut(), rstd: kept, eps: EPS as f32 }.run(b).unwrap();
     let with_rstd = get(b, &y.device);
     assert_close::<B>(&with_rstd, &exact, 2e-6, &format!("{rows} × {width}"));
     assert_close::<B>(&get(b, &rstd.device), &exact_rstd, 2e-6, &format!("rstd of {rows} × {width}"));
-    b.rmsnorm(xv, wv, y.device.view_mut(), None, width, EPS as f32).unwrap();
+    RmsNorm { x: xv, weight: wv, y: y.device.view_mut(), rstd: None, eps: EPS as f32 }.run(b).unwrap();
     assert_eq!(get(b, &y.device), with_rstd);
 }
 
@@ -46,17 +46,17 @@ fn backward_of<B: Backend>(b: &B, rows: usize, width: usize, case: u32) {
     let [with_dx, with_dw, add_dx, add_dw] = [1, 2, 4, 8].map(|bit| case & bit != 0);
     let mut dx = put::<B, B::Float>(b, &normals(4, rows * width));
     let mut dw = put::<B, B::Grad>(b, &normals(5, width));
-    b.rmsnorm_backward(
-        dy.device.view(),
-        x.device.view(),
-        weight.device.view(),
-        rstd.device.view(),
-        with_dx.then(|| dx.device.view_mut()),
-        with_dw.then(|| dw.device.view_mut()),
-        width,
-        add_dx,
-        add_dw,
-    )
+    RmsNormBackward {
+        dy: dy.device.view(),
+        x: x.device.view(),
+        weight: weight.device.view(),
+        rstd: rstd.device.view(),
+        dx: with_dx.then(|| dx.device.view_mut()),
+        dweight: with_dw.then(|| dw.device.view_mut()),
+        accumulate_dx: add_dx,
+        accumulate_dweight: add_dw,
+    }
+    .run(b)
     .unwrap();
     let what = format!("{rows} × {width}, case {case}");
     let minus = |got: Vec<f64>, base: &[f64], add: bool| -> Vec<f64> {
@@ -90,7 +90,18 @@ fn whole_backward<B: Backend>(b: &B, rows: usize, width: usize) {
     let mut dw = put::<B, B::Grad>(b, &vec![f64::NAN; width]);
     let (dxv, dwv) = (Some(dx.device.view_mut()), Some(dw.device.view_mut()));
     let (dyv, xv, wv) = (dy.device.view(), x.device.view(), weight.device.view());
-    b.rmsnorm_backward(dyv, xv, wv, rstd.device.view(), dxv, dwv, width, false, false).unwrap();
+    RmsNormBackward {
+        dy: dyv,
+        x: xv,
+        weight: wv,
+        rstd: rstd.device.view(),
+        dx: dxv,
+        dweight: dwv,
+        accumulate_dx: false,
+        accumulate_dweight: false,
+    }
+    .run(b)
+    .unwrap();
     let (mut exact_dx, mut exact_dw) = (Vec::new(), vec![0.0; width]);
     for ((x, dy), r) in x.host.chunks(width).zip(dy.host.chunks(width)).zip(&rstd.host) {
         let scaled: Vec<f64> = dy.iter().zip(&weight.host).map(|(dy, w)| dy * w).collect();

@@ -24,9 +24,25 @@ pub(super) fn rotates_and_turns_back<B: Backend>(b: &B) {
             }
         }
         let what = format!("{tokens} × {heads} × {head_dim}");
-        b.rope(x.device.view_mut(), table.device.view(), on_device.view(), heads, head_dim, false).unwrap();
+        Rope {
+            x: x.device.view_mut(),
+            table: table.device.view(),
+            positions: on_device.view(),
+            head_dim,
+            inverse: false,
+        }
+        .run(b)
+        .unwrap();
         assert_close::<B>(&get(b, &x.device), &exact, 1e-6, &what);
-        b.rope(x.device.view_mut(), table.device.view(), on_device.view(), heads, head_dim, true).unwrap();
+        Rope {
+            x: x.device.view_mut(),
+            table: table.device.view(),
+            positions: on_device.view(),
+            head_dim,
+            inverse: true,
+        }
+        .run(b)
+        .unwrap();
         assert_close::<B>(&get(b, &x.device), &x.host, 2e-6, &what);
     }
 }

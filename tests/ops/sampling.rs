@@ -1,7 +1,6 @@
 //! The next token.
 
 use super::*;
-use swat::backend::Sampling;
 
 fn draw<B: Backend>(b: &B, logits: &[f64], uniforms: &[f64], temperature: f32, top_p: f32) -> Vec<u32> {
     let vocab = logits.len() / uniforms.len();
@@ -9,7 +8,9 @@ fn draw<B: Backend>(b: &B, logits: &[f64], uniforms: &[f64], temperature: f32, t
     let uniforms = put::<B, f32>(b, uniforms);
     let mut tokens = put_u32(b, &vec![u32::MAX; uniforms.host.len()]);
     let (from, by) = (logits.device.view(), uniforms.device.view());
-    b.sample(from, by, tokens.view_mut(), vocab, Sampling { temperature, top_p }).unwrap();
+    Sample { logits: from, uniforms: by, tokens: tokens.view_mut(), vocab, sampling: Sampling { temperature, top_p } }
+        .run(b)
+        .unwrap();
     read(b, &tokens)
 }
 

@@ -12,9 +12,9 @@ pub(super) fn forward_and_backward<B: Backend>(b: &B) {
         let (mut gate, mut up) = (put::<B, B::Float>(b, &gates), put::<B, B::Float>(b, &normals(2, len)));
         let dy = put::<B, B::Float>(b, &normals(3, len));
         let mut y = put::<B, B::Float>(b, &vec![f64::NAN; len]);
-        b.swiglu(gate.device.view(), up.device.view(), y.device.view_mut()).unwrap();
+        SwiGlu { gate: gate.device.view(), up: up.device.view(), y: y.device.view_mut() }.run(b).unwrap();
         assert_close::<B>(&get(b, &y.device), &silu_times_up(&gate.host, &up.host), 1e-6, &format!("{len}"));
-        b.swiglu_backward(gate.device.view_mut(), up.device.view_mut(), dy.device.view()).unwrap();
+        SwiGluBackward { gate: gate.device.view_mut(), up: up.device.view_mut(), dy: dy.device.view() }.run(b).unwrap();
         let (dgate, dup) = (get(b, &gate.device), get(b, &up.device));
         assert_gradient::<B>(&dgate, |g| silu_times_up(g, &up.host), &gate.host, &dy.host, &format!("dgate of {len}"));
         assert_gradient::<B>(&dup, |u| silu_times_up(&gate.host, u), &up.host, &dy.host, &format!("dup of {len}"));
@@ -25,7 +25,7 @@ fn far_gates_saturate<B: Backend>(b: &B) {
     let gate = put::<B, B::Float>(b, &[-1000.0, -100.0, 0.0, 100.0, 1000.0]);
     let up = put::<B, B::Float>(b, &[1.0; 5]);
     let mut y = put::<B, B::Float>(b, &[f64::NAN; 5]);
-    b.swiglu(gate.device.view(), up.device.view(), y.device.view_mut()).unwrap();
+    SwiGlu { gate: gate.device.view(), up: up.device.view(), y: y.device.view_mut() }.run(b).unwrap();
     assert_close::<B>(&get(b, &y.device), &[0.0, 0.0, 0.0, 100.0, 1000.0], 1e-6, "far gates");
 }
 

@@ -1,7 +1,6 @@
 //! The kernels that the wrappers would not choose for these tensors, asked for by name, in the tests of those that they do.
 
 use super::*;
-use swat::backend::Attention;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision, with_version};
 
 fn baselines_of<P: Precision>(b: &Cuda<P>) {
@@ -49,7 +48,10 @@ fn versions_are_the_kernels_of_their_names() {
         .map(|(len, stream)| put::<_, half::bf16>(&b, &normals(stream, len)).device);
     let mut kernels = |version| {
         let recording = swat::backend::trace::record().expect("no recording runs on this thread");
-        with_version(version, || b.rmsnorm(x.view(), weight.view(), y.view_mut(), None, 128, 1e-5)).unwrap();
+        with_version(version, || {
+            RmsNorm { x: x.view(), weight: weight.view(), y: y.view_mut(), rstd: None, eps: 1e-5 }.run(&b)
+        })
+        .unwrap();
         b.synchronize().unwrap();
         recording.take().iter().map(|span| span.name).filter(|name| name.starts_with("rmsnorm_")).collect::<Vec<_>>()
     };
@@ -76,26 +78,30 @@ fn attention_versions(
         (tensor(heads), [tensor(1), tensor(1)], tensor(heads), put::<_, f32>(b, &normals(1, heads * tokens)).device);
     let (mut dq, [mut dk, mut dv]) = (tensor(heads), [tensor(1), tensor(1)]);
     let documents = documents(b, &[tokens]);
-    let shape = Attention { heads, kv_heads: 1, head_dim: 64, scale: 0.125, window: None, documents: &documents };
+    let shape = AttentionShape { heads, kv_heads: 1, head_dim: 64, scale: 0.125, window: None };
     let recording = swat::backend::trace::record().expect("no recording runs on this thread");
     let mut run = || {
         let (qv, kv, vv) = (q.view(), k.view(), v.view());
-        b.attention(qv, kv, vv, o.view_mut(), Some(lse.view_mut()), &shape).unwrap();
+        Attention { q: qv, k: kv, v: vv, o: o.view_mut(), lse: Some(lse.view_mut()), shape, documents: &documents }
+            .run(b)
+            .unwrap();
         if !backward {
             return;
         }
-        b.attention_backward(
-            q.view(),
-            k.view(),
-            v.view(),
-            o.view(),
-            lse.view(),
-            q.view(),
-            dq.view_mut(),
-            dk.view_mut(),
-            dv.view_mut(),
-            &shape,
-        )
+        AttentionBackward {
+            q: q.view(),
+            k: k.view(),
+            v: v.view(),
+            o: o.view(),
+            lse: lse.view(),
+            d_o: q.view(),
+            dq: dq.view_mut(),
+            dk: dk.view_mut(),
+            dv: dv.view_mut(),
+            shape,
+            documents: &documents,
+        }
+        .run(b)
         .unwrap();
     };
     match version {

@@ -3,7 +3,7 @@
 use crate::common;
 use std::collections::BTreeMap;
 use swat::backend::cpu::Cpu;
-use swat::engine::{Decoder, Gradients};
+use swat::engine::{Decoder, GradientOptions, Gradients};
 use swat::modules::{Cell, LearningRates, ModuleKind, ParamId, Rate};
 use swat::train::{Optimizer, StepOutcome, StepSettings};
 
@@ -98,7 +98,7 @@ fn follow(
     for seed in steps {
         let batch = common::batch(&decoder.config, &[7, 12, 3], seed);
         let scale = 1.0 / batch.trained_tokens() as f32;
-        decoder.loss_and_gradients(&batch, &mut gradients, scale, false, false).unwrap();
+        decoder.loss_and_gradients(&batch, &mut gradients, GradientOptions::scaled(scale)).unwrap();
         let expected = reference.step(&on_host(decoder, &gradients), rates);
         let StepOutcome::Done { grad_norm } = optimizer.step(decoder, &gradients, &SETTINGS).unwrap() else {
             panic!("finite gradients were refused")
@@ -156,7 +156,7 @@ fn a_non_finite_gradient_changes_nothing_and_is_named() {
         let mut gradients = gradients_for(&decoder, &everything);
         for seed in 0..4 {
             let batch = common::batch(&decoder.config, &[7, 12], seed);
-            decoder.loss_and_gradients(&batch, &mut gradients, 0.1, false, false).unwrap();
+            decoder.loss_and_gradients(&batch, &mut gradients, GradientOptions::scaled(0.1)).unwrap();
             optimizer.step(&mut decoder, &gradients, &SETTINGS).unwrap();
             if let Some(value) = poison.filter(|_| seed == 1) {
                 let id = gradients.iter().map(|(id, _)| id).find(|id| id.cell() == Cell::Norms(1)).unwrap();

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use swat::backend::Roofline;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Backend, Buffer, Cost};
+use swat::backend::{Backend, Buffer, Cost, Operator, SwiGlu};
 use swat_bench::FAMILIES;
 use swat_bench::common::ladder::{Ladder, verdict};
 use swat_bench::common::roofline::{Measured, table};
@@ -90,7 +90,7 @@ fn once_is_for_a_profiler() {
     let make = |cuda: &Cuda<F32State>| [(); 3].map(|()| random::<_, half::bf16>(cuda, 64));
     let ladder = session.ladder(&cuda, "swiglu", "64", cost, make).variant("swat", |cuda, [gate, up, y]| {
         calls.set(calls.get() + 1);
-        cuda.swiglu(gate.view(), up.view(), y.view_mut()).unwrap();
+        SwiGlu { gate: gate.view(), up: up.view(), y: y.view_mut() }.run(cuda).unwrap();
     });
     let before = [standin::launches(1), standin::profiled(1)];
     ladder.run();

@@ -1,19 +1,28 @@
 //! Masked AdamW over a module table, and the sums of squares that clip it.
 
+use super::Cpu;
 use super::simd::simd_kernel;
-use crate::backend::{AdamW, FloatElement};
+use super::storage::{slice, slice_mut};
+use crate::backend::{AdamW, AdamWMasked, AdamWModule, FloatElement, SumSquares};
 use rayon::prelude::*;
 
 /// Elements of one task, and of one partial sum.
 const BLOCK: usize = 1 << 16;
+
+pub(super) fn sum_squares<T: FloatElement>(SumSquares { parts, squares }: SumSquares<'_, Cpu, T>) {
+    for (part, square) in parts.iter().zip(slice_mut(squares)) {
+        *square = squared_norm(slice(part)) as f32;
+    }
+}
+
 /// Σ x² in f64: fixed blocks, added in their order.
-pub(super) fn sum_squares<T: FloatElement>(x: &[T]) -> f64 {
-    let partials: Vec<f64> = x.par_chunks(BLOCK).map(sum_squares_block).collect();
+pub(super) fn squared_norm<T: FloatElement>(x: &[T]) -> f64 {
+    let partials: Vec<f64> = x.par_chunks(BLOCK).map(squared_norm_block).collect();
     partials.iter().sum()
 }
 
 /// Σ x² of one block in f64.
-pub(super) fn sum_squares_block<T: FloatElement>(x: &[T]) -> f64 {
+pub(super) fn squared_norm_block<T: FloatElement>(x: &[T]) -> f64 {
     const AT_HAND: usize = 2048;
     let mut wide = [0.0; AT_HAND];
     let mut total = 0.0;
@@ -43,7 +52,7 @@ simd_kernel! {
 }
 
 /// The factor on all gradients; `None` where the sum of `squares` is not finite.
-pub(super) fn clip_factor(squares: &[f32], max_grad_norm: Option<f32>) -> Option<f32> {
+fn clip_factor(squares: &[f32], max_grad_norm: Option<f32>) -> Option<f32> {
     let total: f64 = squares.iter().map(|s| *s as f64).sum();
     if !total.is_finite() {
         return None;
@@ -63,30 +72,27 @@ struct Factors {
     eps: f32,
 }
 
-/// One module's step in the order of `torch.optim.AdamW`: w ·= 1 − lr·decay; m, v; w −= lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε).
-#[allow(clippy::too_many_arguments)]
-pub(super) fn step(
-    weight: &mut [f32],
-    grad: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    lr: f32,
-    weight_decay: f32,
-    clip: f32,
-    hyper: &AdamW,
-) {
+pub(super) fn adamw_masked(AdamWMasked { table, squares, hyper }: AdamWMasked<'_, '_, Cpu>) {
+    let Some(clip) = clip_factor(slice(&squares), hyper.max_grad_norm) else { return };
+    table.iter_mut().for_each(|module| step(module, clip, &hyper));
+}
+
+/// One module's step in the order of `torch.optim.AdamW`.
+fn step(module: &mut AdamWModule<'_, Cpu>, clip: f32, hyper: &AdamW) {
+    let AdamWModule { weight, grad, m, v, lr, weight_decay } = module;
+    let [weight, m, v] = [weight, m, v].map(|tensor| slice_mut(tensor.reborrow()));
     let power = |beta: f32| 1.0 - (beta as f64).powi(hyper.step as i32);
     let factors = Factors {
         clip,
         beta1: hyper.beta1,
         beta2: hyper.beta2,
-        keep: (1.0 - lr as f64 * weight_decay as f64) as f32,
-        step_size: (lr as f64 / power(hyper.beta1)) as f32,
+        keep: (1.0 - *lr as f64 * *weight_decay as f64) as f32,
+        step_size: (*lr as f64 / power(hyper.beta1)) as f32,
         root_correction2: power(hyper.beta2).sqrt() as f32,
         eps: hyper.eps,
     };
     let written = weight.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
-    written.zip(grad.par_chunks(BLOCK)).for_each(|(((w, m), v), g)| {
+    written.zip(slice(grad).par_chunks(BLOCK)).for_each(|(((w, m), v), g)| {
         step_block(w, g, m, v, factors);
     });
 }

@@ -6,9 +6,11 @@
 //! Backward works document by document and key-value head by key-value head: one task owns its rows of dK and dV, so
 //! sums have one order.
 
-use super::gemm::{Matrix, product};
+use super::Cpu;
+use super::matrix::{Matrix, Product};
 use super::simd::{dot, exp, max, simd_kernel, sum};
-use super::storage::Shared;
+use super::storage::{Shared, slice, slice_mut};
+use crate::backend::{Attention, AttentionBackward, AttentionDecode, AttentionShape, Documents};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -17,17 +19,6 @@ use std::ops::Range;
 const QUERIES: usize = 64;
 /// Most scores of a block (512 KiB), as long as at least 8 queries fit.
 const SCORES: usize = 1 << 17;
-
-/// Sizes of an attention call, views taken apart.
-#[derive(Clone, Copy)]
-pub(super) struct Shape<'a> {
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub scale: f32,
-    pub window: Option<usize>,
-    pub starts: &'a [u32],
-}
 
 /// Queries `rows` of a document whose first visible key is row `first_key` of the batch.
 #[derive(Clone)]
@@ -44,15 +35,13 @@ impl Block {
     }
 }
 
-impl Shape<'_> {
-    fn group(&self) -> usize {
-        self.heads / self.kv_heads
-    }
+/// Rows of the documents that have any.
+fn ranges(documents: &Documents<Cpu>) -> Vec<Range<usize>> {
+    let ranges = documents.starts.windows(2).map(|w| w[0] as usize..w[1] as usize);
+    ranges.filter(|document| !document.is_empty()).collect()
+}
 
-    fn documents(&self) -> impl Iterator<Item = Range<usize>> {
-        self.starts.windows(2).map(|w| w[0] as usize..w[1] as usize).filter(|d| !d.is_empty())
-    }
-
+impl AttentionShape {
     /// The query blocks of a document, equal in size but for the last.
     fn blocks(&self, document: Range<usize>) -> impl Iterator<Item = Block> + use<> {
         let reach = self.window.unwrap_or(usize::MAX);
@@ -97,8 +86,8 @@ fn with_scratch<const N: usize, R>(lengths: [usize; N], f: impl FnOnce([&mut [f3
 }
 
 /// Rows of one key-value head's query heads, stacked head by head: [group · rows, head_dim], times `factor`.
-fn stack(from: &[f32], shape: &Shape<'_>, kv_head: usize, rows: &Range<usize>, factor: f32, to: &mut [f32]) {
-    let Shape { heads, head_dim, .. } = *shape;
+fn stack(from: &[f32], shape: &AttentionShape, kv_head: usize, rows: &Range<usize>, factor: f32, to: &mut [f32]) {
+    let AttentionShape { heads, head_dim, .. } = *shape;
     let group = shape.group();
     for (h, to) in to.chunks_exact_mut(rows.len() * head_dim).take(group).enumerate() {
         let column = (kv_head * group + h) * head_dim;
@@ -124,7 +113,7 @@ simd_kernel! {
     fn softmax_rows(
         simd,
         scores: &'a mut [f32],
-        shape: &'a Shape<'a>,
+        shape: &'a AttentionShape,
         block: &'a Block,
         inverse: &'a mut [f32],
         tops: &'a mut [f32],
@@ -149,13 +138,13 @@ fn exp_minus(row: &mut [f32], offset: f32) {
     }
 }
 
-pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Option<&mut [f32]>, shape: Shape<'_>) {
-    let Shape { heads, kv_heads, head_dim, .. } = shape;
-    let tokens = q.len() / (heads * head_dim);
-    let group = shape.group();
-    let o = Shared::new(o);
-    let lse = lse.map(Shared::new);
-    let blocks: Vec<Block> = shape.documents().flat_map(|d| shape.blocks(d)).collect();
+pub(super) fn attention(op: Attention<'_, Cpu>) {
+    let shape = op.shape;
+    let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+    let (tokens, group) = (op.documents.tokens(), shape.group());
+    let (q, k, v) = (slice(&op.q), slice(&op.k), slice(&op.v));
+    let (o, lse) = (Shared::new(slice_mut(op.o)), op.lse.map(|lse| Shared::new(slice_mut(lse))));
+    let blocks: Vec<Block> = ranges(op.documents).into_iter().flat_map(|d| shape.blocks(d)).collect();
     (0..blocks.len() * kv_heads).into_par_iter().for_each(|task| {
         let (block, kv_head) = (&blocks[task / kv_heads], task % kv_heads);
         let (queries, keys) = (block.rows.len(), block.keys());
@@ -165,16 +154,8 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Opt
             stack(q, &shape, kv_head, &block.rows, shape.scale, qs);
             let kv_width = kv_heads * head_dim;
             let from = block.first_key * kv_width + kv_head * head_dim;
-            product(
-                scores,
-                keys,
-                Matrix::rows(qs, head_dim),
-                Matrix::rows(&k[from..], kv_width).t(),
-                (stacked, keys, head_dim),
-                1.0,
-                false,
-                false,
-            );
+            let (qs, k) = (Matrix::rows(qs, head_dim), Matrix::rows(&k[from..], kv_width).t());
+            Product::serial(scores, keys, qs, k, (stacked, keys, head_dim)).run();
             softmax_rows(scores, &shape, block, inverse, tops);
             if let Some(lse) = &lse {
                 for (i, (inverse, top)) in inverse.iter().zip(&*tops).enumerate() {
@@ -183,16 +164,8 @@ pub(super) fn attention(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], lse: Opt
                     unsafe { lse.range(at..at + 1)[0] = top - inverse.ln() };
                 }
             }
-            product(
-                os,
-                head_dim,
-                Matrix::rows(scores, keys),
-                Matrix::rows(&v[from..], kv_width),
-                (stacked, head_dim, keys),
-                1.0,
-                false,
-                false,
-            );
+            let (scores, v) = (Matrix::rows(scores, keys), Matrix::rows(&v[from..], kv_width));
+            Product::serial(os, head_dim, scores, v, (stacked, head_dim, keys)).run();
             for (i, (row, inverse)) in os.chunks_exact(head_dim).zip(inverse.iter()).enumerate() {
                 let column = (kv_head * group + i / queries) * head_dim;
                 let at = (block.rows.start + i % queries) * heads * head_dim + column;
@@ -208,23 +181,14 @@ simd_kernel! {
     fn inner(simd, a: &'a [f32], b: &'a [f32]) -> f32 { dot(simd, a, b) }
 }
 
-/// What the backward pass reads.
-#[derive(Clone, Copy)]
-pub(super) struct Saved<'a> {
-    pub q: &'a [f32],
-    pub k: &'a [f32],
-    pub v: &'a [f32],
-    pub o: &'a [f32],
-    pub lse: &'a [f32],
-    pub d_o: &'a [f32],
-}
+/// Slices of q, k, v, o, lse and d_o.
+type Saved<'a> = [&'a [f32]; 6];
 
-/// Gradients of [`attention`], by the recomputation of FlashAttention (Dao et al., arXiv 2205.14135, appendix B.4):
-/// P = exp(S − lse), dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P ∘ (dP − rowsum(dO ∘ O)), dQ = scale·dS·K, dK = scale·dSᵀ·Q.
-pub(super) fn attention_backward(saved: Saved<'_>, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32], shape: Shape<'_>) {
-    let Shape { kv_heads, .. } = shape;
-    let (dq, dk, dv) = (Shared::new(dq), Shared::new(dk), Shared::new(dv));
-    let documents: Vec<Range<usize>> = shape.documents().collect();
+pub(super) fn attention_backward(op: AttentionBackward<'_, Cpu>) {
+    let (shape, kv_heads) = (op.shape, op.shape.kv_heads);
+    let saved = [&op.q, &op.k, &op.v, &op.o, &op.lse, &op.d_o].map(slice);
+    let [dq, dk, dv] = [op.dq, op.dk, op.dv].map(|gradient| Shared::new(slice_mut(gradient)));
+    let documents = ranges(op.documents);
     (0..documents.len() * kv_heads).into_par_iter().for_each(|task| {
         let (document, kv_head) = (documents[task / kv_heads].clone(), task % kv_heads);
         backward_head(saved, [&dq, &dk, &dv], document, kv_head, &shape);
@@ -232,15 +196,15 @@ pub(super) fn attention_backward(saved: Saved<'_>, dq: &mut [f32], dk: &mut [f32
 }
 
 fn backward_head(
-    saved: Saved<'_>,
+    [q, k, v, o, lse, d_o]: Saved<'_>,
     [dq, dk, dv]: [&Shared<'_, f32>; 3],
     document: Range<usize>,
     kv_head: usize,
-    shape: &Shape<'_>,
+    shape: &AttentionShape,
 ) {
-    let Shape { heads, kv_heads, head_dim, scale, .. } = *shape;
+    let AttentionShape { heads, kv_heads, head_dim, scale, .. } = *shape;
     let group = shape.group();
-    let tokens = saved.q.len() / (heads * head_dim);
+    let tokens = q.len() / (heads * head_dim);
     let kv_width = kv_heads * head_dim;
     let column = kv_head * head_dim;
     let len = document.len();
@@ -255,34 +219,33 @@ fn backward_head(
             let (queries, keys) = (block.rows.len(), block.keys());
             let stacked = group * queries;
             let (p, ds) = (&mut p[..stacked * keys], &mut ds[..stacked * keys]);
-            stack(saved.q, shape, kv_head, &block.rows, scale, qs);
-            stack(saved.d_o, shape, kv_head, &block.rows, 1.0, dos);
+            stack(q, shape, kv_head, &block.rows, scale, qs);
+            stack(d_o, shape, kv_head, &block.rows, 1.0, dos);
             let from = block.first_key * kv_width + column;
-            let k = Matrix::rows(&saved.k[from..], kv_width);
-            let v = Matrix::rows(&saved.v[from..], kv_width);
+            let (k, v) = (Matrix::rows(&k[from..], kv_width), Matrix::rows(&v[from..], kv_width));
             let (qm, dom) = (Matrix::rows(qs, head_dim), Matrix::rows(dos, head_dim));
-            product(p, keys, qm, k.t(), (stacked, keys, head_dim), 1.0, false, false);
-            product(ds, keys, dom, v.t(), (stacked, keys, head_dim), 1.0, false, false);
+            Product::serial(p, keys, qm, k.t(), (stacked, keys, head_dim)).run();
+            Product::serial(ds, keys, dom, v.t(), (stacked, keys, head_dim)).run();
             for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
                 let query = block.rows.start + i % queries;
                 let head = kv_head * group + i / queries;
                 let at = (query * heads + head) * head_dim;
-                let delta = inner(&saved.o[at..at + head_dim], &saved.d_o[at..at + head_dim]);
+                let delta = inner(&o[at..at + head_dim], &d_o[at..at + head_dim]);
                 let visible = shape.visible(&block, query);
                 for row in [&mut *p, &mut *ds] {
                     row[..visible.start].fill(0.0);
                     row[visible.end..].fill(0.0);
                 }
-                let lse = saved.lse[head * tokens + query];
                 let (p, ds) = (&mut p[visible.clone()], &mut ds[visible]);
-                probabilities_and_gradient(p, ds, lse, delta);
+                probabilities_and_gradient(p, ds, lse[head * tokens + query], delta);
             }
             let (p, ds) = (Matrix::rows(p, keys), Matrix::rows(ds, keys));
             let within = (block.first_key - document.start) * head_dim;
             let (dks, dvs) = (&mut dks[within..], &mut dvs[within..]);
-            product(dvs, head_dim, p.t(), dom, (keys, head_dim, stacked), 1.0, true, false);
-            product(dks, head_dim, ds.t(), qm, (keys, head_dim, stacked), 1.0, true, false);
-            product(dqs, head_dim, ds, k, (stacked, head_dim, keys), scale, false, false);
+            let by_keys = |c, a, b| Product::serial(c, head_dim, a, b, (keys, head_dim, stacked));
+            Product { accumulate: true, ..by_keys(dvs, p.t(), dom) }.run();
+            Product { accumulate: true, ..by_keys(dks, ds.t(), qm) }.run();
+            Product { alpha: scale, ..Product::serial(dqs, head_dim, ds, k, (stacked, head_dim, keys)) }.run();
             for (i, row) in dqs.chunks_exact(head_dim).take(stacked).enumerate() {
                 let at = ((block.rows.start + i % queries) * heads + kv_head * group + i / queries) * head_dim;
                 // SAFETY: each task writes the queries of its own document and heads.
@@ -314,17 +277,18 @@ fn times_difference(ds: &mut [f32], p: &[f32], delta: f32) {
     }
 }
 
-/// One query a span of keys; see [`crate::backend::Backend::attention_decode`].
-pub(super) fn attention_decode(q: &[f32], k: &[f32], v: &[f32], o: &mut [f32], spans: &[u32], shape: Shape<'_>) {
-    let Shape { heads, kv_heads, head_dim, .. } = shape;
+pub(super) fn attention_decode(op: AttentionDecode<'_, Cpu>) {
+    let shape = op.shape;
+    let AttentionShape { kv_heads, head_dim, .. } = shape;
     let group = shape.group();
-    let o = Shared::new(o);
+    let (q, k, v, o) = (slice(&op.q), slice(&op.k), slice(&op.v), Shared::new(slice_mut(op.o)));
+    let spans = op.spans.host;
     (0..spans.len() / 2 * kv_heads).into_par_iter().for_each(|task| {
         let (query, kv_head) = (task / kv_heads, task % kv_heads);
         let (start, len) = (spans[2 * query] as usize, spans[2 * query + 1] as usize);
         let seen = len.min(shape.window.unwrap_or(usize::MAX));
         let rows = start + len - seen..start + len;
-        let at = (query * heads + kv_head * group) * head_dim;
+        let at = query * shape.q_width() + kv_head * group * head_dim;
         let range = at..at + group * head_dim;
         // SAFETY: each task writes the heads of its own query.
         let o = unsafe { o.range(range.clone()) };

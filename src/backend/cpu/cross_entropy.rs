@@ -1,14 +1,18 @@
 //! Cross-entropy of rows of logits, the gradient in place.
 
+use super::Cpu;
 use super::simd::{exp, max, simd_kernel, sum};
-use crate::backend::IGNORE;
+use super::storage::{slice, slice_mut};
+use crate::backend::{CrossEntropy, IGNORE};
 use rayon::prelude::*;
 
 /// Exponentials summed in f32 before they join the f64 sum of a row.
 const BLOCK: usize = 1024;
 
 /// losses[row] = log Σ exp(logits) − logits[target]; with `scale`, logits become scale·(softmax − onehot).
-pub(super) fn cross_entropy(logits: &mut [f32], targets: &[u32], losses: &mut [f32], vocab: usize, scale: Option<f32>) {
+pub(super) fn cross_entropy(op: CrossEntropy<'_, Cpu>) {
+    let CrossEntropy { logits, targets, losses, vocab, scale } = op;
+    let (logits, targets, losses) = (slice_mut(logits), slice(&targets), slice_mut(losses));
     logits.par_chunks_mut(vocab).zip(targets).zip(losses).for_each(|((row, &target), loss)| {
         if target == IGNORE {
             *loss = 0.0;

@@ -1,7 +1,9 @@
 //! Rows chosen from a table, put into one, and added to one.
 
+use super::Cpu;
 use super::simd::simd_kernel;
-use super::storage::Shared;
+use super::storage::{Shared, slice, slice_mut};
+use crate::backend::{EmbeddingBackward, GatherRows, ScatterRows};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -10,8 +12,8 @@ const BLOCK: usize = 1 << 15;
 /// Columns of one task of the backward pass.
 const COLUMNS: usize = 64;
 
-/// to[i] = from[rows[i]].
-pub(super) fn gather_rows(from: &[f32], rows: &[u32], to: &mut [f32], width: usize) {
+pub(super) fn gather_rows(GatherRows { from, rows, to, width }: GatherRows<'_, Cpu>) {
+    let (from, rows, to) = (slice(&from), slice(&rows), slice_mut(to));
     let count = (BLOCK / width).max(1);
     to.par_chunks_mut(count * width).zip(rows.par_chunks(count)).for_each(|(to, rows)| {
         for (to, &row) in to.chunks_exact_mut(width).zip(rows) {
@@ -20,16 +22,16 @@ pub(super) fn gather_rows(from: &[f32], rows: &[u32], to: &mut [f32], width: usi
     });
 }
 
-/// to[rows[i]] = from[i].
-pub(super) fn scatter_rows(from: &[f32], rows: &[u32], to: &mut [f32], width: usize) {
-    for (from, &row) in from.chunks_exact(width).zip(rows) {
+pub(super) fn scatter_rows(ScatterRows { from, rows, to, width }: ScatterRows<'_, Cpu>) {
+    let to = slice_mut(to);
+    for (from, &row) in slice(&from).chunks_exact(width).zip(slice(&rows)) {
         to[row as usize * width..][..width].copy_from_slice(from);
     }
 }
 
-/// dtable[rows[i]] += dy[i] in the order of i: a task owns some columns and walks all rows.
-pub(super) fn embedding_backward(dy: &[f32], rows: &[u32], dtable: &mut [f32], width: usize) {
-    let dtable = Shared::new(dtable);
+/// In the order of rows: a task owns some columns and walks all rows.
+pub(super) fn embedding_backward(EmbeddingBackward { dy, rows, dtable, width }: EmbeddingBackward<'_, Cpu>) {
+    let (dy, rows, dtable) = (slice(&dy), slice(&rows), Shared::new(slice_mut(dtable)));
     (0..width.div_ceil(COLUMNS)).into_par_iter().for_each(|task| {
         let columns = task * COLUMNS..width.min((task + 1) * COLUMNS);
         add_columns(dy, rows, &dtable, width, columns);

@@ -1,10 +1,12 @@
 //! Perturbed copies of a weight at equal relative norm. The generator runs twice, once for ‖n‖ and once for the copies:
 //! noise is stored only a block at a time.
 
-use super::adamw::{sum_squares, sum_squares_block};
-use super::gemm::{Matrix, product};
+use super::Cpu;
+use super::adamw::{squared_norm, squared_norm_block};
+use super::matrix::{Matrix, Product};
 use super::simd::simd_kernel;
-use crate::backend::NoiseKey;
+use super::storage::{slice, slice_mut};
+use crate::backend::{Direction, NoiseKey, Perturb};
 use crate::rng::{MULTIPLIERS, WEYL, uniform};
 use rayon::prelude::*;
 
@@ -13,56 +15,34 @@ const TASK: usize = 1 << 15;
 /// Elements of noise at hand.
 const BLOCK: usize = 1024;
 
-/// [`crate::backend::Direction`] with its view taken apart.
-#[derive(Clone, Copy)]
-pub(super) enum Noise<'a> {
-    Gaussian(NoiseKey),
-    Rademacher(NoiseKey),
-    LowRank { key: NoiseKey, rank: usize, rows: usize },
-    Scale,
-    Given(&'a [f32]),
-}
-
-/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same; where n is zero, copies of w. `known` = ‖w‖², if it is.
-pub(super) fn perturb(
-    w: &[f32],
-    known: Option<f64>,
-    noise: Noise<'_>,
-    epsilon: f32,
-    plus: &mut [f32],
-    minus: Option<&mut [f32]>,
-) {
+pub(super) fn perturb(op: Perturb<'_, Cpu>) {
+    let Perturb { w, squares: known, direction, epsilon, plus, minus } = op;
+    let (w, plus, minus) = (slice(&w), slice_mut(plus), minus.map(slice_mut));
     let factor = |squares_n: f64| {
-        let ratio = epsilon as f64 * (known.unwrap_or_else(|| sum_squares(w)) / squares_n).sqrt();
+        let squares_w = known.as_ref().map_or_else(|| squared_norm(w), |known| slice(known)[0]);
+        let ratio = epsilon as f64 * (squares_w / squares_n).sqrt();
         if squares_n > 0.0 { ratio as f32 } else { 0.0 }
     };
-    match noise {
-        Noise::Scale => combine(w, plus, minus, |_, _, w, n| n.copy_from_slice(w), epsilon),
-        Noise::Given(n) => {
-            combine(w, plus, minus, |_, at, w, to| to.copy_from_slice(&n[at..at + w.len()]), factor(sum_squares(n)));
+    match direction {
+        Direction::Scale => combine(w, plus, minus, |_, _, w, n| n.copy_from_slice(w), epsilon),
+        Direction::Given(n) => {
+            let n = slice(&n);
+            combine(w, plus, minus, |_, at, w, to| to.copy_from_slice(&n[at..at + w.len()]), factor(squared_norm(n)));
         }
-        Noise::Rademacher(key) => {
+        Direction::Rademacher(key) => {
             combine(w, plus, minus, |draw, at, _, n| draw.signs(key, at, n), factor(w.len() as f64))
         }
-        Noise::Gaussian(key) => {
+        Direction::Gaussian(key) => {
             let squares: Vec<f64> =
                 (0..w.len().div_ceil(TASK)).into_par_iter().map(|t| squares(key, t, w.len())).collect();
             combine(w, plus, minus, |draw, at, _, n| draw.normals(key, at, n), factor(squares.iter().sum()));
         }
-        Noise::LowRank { key, rank, rows } => {
+        Direction::LowRank { key, rank, rows } => {
             let columns = w.len() / rows;
             let (a, b) = low_rank_factors(key, rank, rows, columns);
             let factor = factor(low_rank_squares(&a, &b, rank));
-            product(
-                plus,
-                columns,
-                Matrix::rows(&a, rank),
-                Matrix::rows(&b, rank).t(),
-                (rows, columns, rank),
-                1.0,
-                false,
-                true,
-            );
+            Product::new(plus, columns, Matrix::rows(&a, rank), Matrix::rows(&b, rank).t(), (rows, columns, rank))
+                .run();
             combine_in_place(w, plus, minus, factor);
         }
     }
@@ -150,7 +130,7 @@ fn squares(key: NoiseKey, task: usize, len: usize) -> f64 {
         .map(|at| {
             let n = &mut n[..BLOCK.min(end - at)];
             draw.normals(key, at, n);
-            sum_squares_block(n)
+            squared_norm_block(n)
         })
         .sum()
 }

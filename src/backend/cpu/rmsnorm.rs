@@ -1,6 +1,9 @@
-//! RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over rows.
+//! RMSNorm.
 
+use super::Cpu;
 use super::simd::{dot, simd_kernel};
+use super::storage::{slice, slice_mut};
+use crate::backend::{RmsNorm, RmsNormBackward};
 use rayon::prelude::*;
 
 /// Elements of one task, and the rows of one partial sum of a weight gradient.
@@ -10,8 +13,9 @@ fn rows_a_block(width: usize) -> usize {
     (BLOCK / width).max(1)
 }
 
-/// y = x·rstd·weight, rstd = 1 / √(mean(x²) + eps).
-pub(super) fn rmsnorm(x: &[f32], weight: &[f32], y: &mut [f32], rstd: Option<&mut [f32]>, width: usize, eps: f32) {
+pub(super) fn rmsnorm(RmsNorm { x, weight, y, rstd, eps }: RmsNorm<'_, Cpu>) {
+    let (x, weight, y, rstd) = (slice(&x), slice(&weight), slice_mut(y), rstd.map(slice_mut));
+    let width = weight.len();
     let rows = rows_a_block(width);
     let blocks = x.par_chunks(rows * width).zip(y.par_chunks_mut(rows * width));
     match rstd {
@@ -44,26 +48,12 @@ fn scale_row(x: &[f32], weight: &[f32], y: &mut [f32], r: f32) {
     }
 }
 
-/// What the backward pass reads.
-#[derive(Clone, Copy)]
-pub(super) struct Saved<'a> {
-    pub dy: &'a [f32],
-    pub x: &'a [f32],
-    pub weight: &'a [f32],
-    pub rstd: &'a [f32],
-}
-
-/// dx = rstd·(dy∘weight − x·rstd²·mean(dy∘weight∘x)); dweight = Σ_rows dy∘x·rstd, summed over fixed blocks of rows in
-/// their order.
-pub(super) fn rmsnorm_backward(
-    saved: Saved<'_>,
-    dx: Option<&mut [f32]>,
-    dweight: Option<&mut [f32]>,
-    width: usize,
-    accumulate_dx: bool,
-    accumulate_dweight: bool,
-) {
-    let Saved { dy, x, weight, rstd } = saved;
+/// dweight is summed over fixed blocks of rows in their order.
+pub(super) fn rmsnorm_backward(op: RmsNormBackward<'_, Cpu>) {
+    let RmsNormBackward { accumulate_dx, accumulate_dweight, .. } = op;
+    let (dy, x, weight, rstd) = (slice(&op.dy), slice(&op.x), slice(&op.weight), slice(&op.rstd));
+    let (dx, dweight) = (op.dx.map(slice_mut), op.dweight.map(slice_mut));
+    let width = weight.len();
     let rows = rows_a_block(width);
     let read = dy.par_chunks(rows * width).zip(x.par_chunks(rows * width)).zip(rstd.par_chunks(rows));
     let partial = |dy: &[f32], x: &[f32], rstd: &[f32]| {

@@ -1,15 +1,19 @@
-//! Rotary position embedding (Su et al., arXiv 2104.09864), halves rotated as in `transformers`.
+//! Rotary position embedding.
 
+use super::Cpu;
 use super::simd::simd_kernel;
+use super::storage::{slice, slice_mut};
+use crate::backend::Rope;
 use rayon::prelude::*;
 
 /// Elements of one task.
 const BLOCK: usize = 1 << 15;
 
-/// x [tokens, heads·head_dim] in place; `table` [positions, head_dim]: cosines, then sines.
-pub(super) fn rope(x: &mut [f32], table: &[f32], positions: &[u32], heads: usize, head_dim: usize, inverse: bool) {
-    let width = heads * head_dim;
-    let rows = (BLOCK / width).max(1);
+pub(super) fn rope(op: Rope<'_, Cpu>) {
+    let width = op.heads() * op.head_dim;
+    let Rope { head_dim, inverse, .. } = op;
+    let (x, table, positions) = (slice_mut(op.x), slice(&op.table), slice(&op.positions));
+    let rows = (BLOCK / width.max(1)).max(1);
     let sign = if inverse { -1.0 } else { 1.0 };
     x.par_chunks_mut(rows * width).zip(positions.par_chunks(rows)).for_each(|(x, positions)| {
         rotate_rows(x, table, positions, head_dim, sign);

@@ -1,12 +1,14 @@
 //! The next token from a row of logits. Draws are exact: the CUDA backend takes the same token of the same logits
 //! (`kernels/sampling.cu`).
 
+use super::Cpu;
 use super::simd::simd_kernel;
-use crate::backend::Sampling;
+use super::storage::{slice, slice_mut};
+use crate::backend::{Sample, Sampling};
 use rayon::prelude::*;
 
-/// One token a row; see [`Sampling`].
-pub(super) fn sample(logits: &[f32], uniforms: &[f32], tokens: &mut [u32], vocab: usize, sampling: Sampling) {
+pub(super) fn sample(Sample { logits, uniforms, tokens, vocab, sampling }: Sample<'_, Cpu>) {
+    let (logits, uniforms, tokens) = (slice(&logits), slice(&uniforms), slice_mut(tokens));
     logits.par_chunks(vocab).zip(uniforms).zip(tokens).for_each(|((row, &uniform), token)| {
         *token = if sampling.temperature > 0.0 { draw(row, uniform, sampling) } else { greedy(row) };
     });
@@ -73,8 +75,7 @@ fn weight_of(x: f32, top: f32, scale: f32) -> u64 {
     (power * f32::from_bits(((127 + WEIGHT_BITS + n as i32) as u32) << 23)) as u64
 }
 
-/// Of the smallest set of most probable tokens (of equals, the lower ids) whose probability reaches `top_p` (Holtzman et
-/// al., arXiv 1904.09751), the first in the order of the ids at which the sum of probabilities exceeds
+/// Of the smallest set of most probable tokens (of equals, the lower ids) whose probability reaches `top_p`, the first in the order of the ids at which the sum of probabilities exceeds
 /// uniform · (probability of the set). Greedy where the largest logit is not finite.
 fn draw(row: &[f32], uniform: f32, sampling: Sampling) -> u32 {
     let mut weights = vec![0; row.len()];

@@ -1,13 +1,16 @@
-//! SwiGLU (Shazeer, arXiv 2002.05202): y = silu(gate)·up, silu(g) = g·σ(g).
+//! SwiGLU.
 
+use super::Cpu;
 use super::simd::{exp, simd_kernel};
+use super::storage::{slice, slice_mut};
+use crate::backend::{SwiGlu, SwiGluBackward};
 use rayon::prelude::*;
 
 /// Elements of one task.
 const BLOCK: usize = 1 << 15;
 
-/// y = silu(gate)·up.
-pub(super) fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
+pub(super) fn swiglu(SwiGlu { gate, up, y }: SwiGlu<'_, Cpu>) {
+    let (gate, up, y) = (slice(&gate), slice(&up), slice_mut(y));
     gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)).zip(y.par_chunks_mut(BLOCK)).for_each(|((gate, up), y)| {
         forward(gate, up, y);
     });
@@ -21,8 +24,8 @@ simd_kernel! {
     }
 }
 
-/// In place: `gate` becomes dy·up·σ·(1 + gate·(1 − σ)), `up` becomes dy·silu(gate).
-pub(super) fn swiglu_backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+pub(super) fn swiglu_backward(SwiGluBackward { gate, up, dy }: SwiGluBackward<'_, Cpu>) {
+    let (gate, up, dy) = (slice_mut(gate), slice_mut(up), slice(&dy));
     gate.par_chunks_mut(BLOCK).zip(up.par_chunks_mut(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(|((gate, up), dy)| {
         backward(gate, up, dy);
     });

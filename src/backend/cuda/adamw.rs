@@ -1,11 +1,12 @@
 //! Masked AdamW and sums of squares: see `kernels/adamw.cu`.
 
-use super::device::{Device, Launch, args, blocks};
-use super::memory::{self, Memory, Slice, SliceMut, slice, slice_mut};
+use super::device::{Arg, Device, Launch, args, blocks};
+use super::memory::{self, Memory, Slice, slice, slice_mut};
 use super::{Cuda, FLOAT, Precision, measure};
-use crate::backend::{AdamW, AdamWModule, Cost, FloatElement, Rounding, cost};
+use crate::backend::{
+    AdamW, AdamWMasked, AdamWModule, Cost, Element, FloatElement, Operator, Rounding, SumSquares, cost,
+};
 use crate::error::Result;
-use half::bf16;
 use std::sync::{Arc, Mutex};
 
 const BLOCK: u32 = 256;
@@ -19,29 +20,6 @@ const STEP_ROUNDS: usize = 32;
 const STEP_RESIDENT: usize = 3;
 /// Tables kept on the device: those of a step, the old ones of a phase, and a few more.
 const TABLES: usize = 8;
-
-/// One row of the table.
-pub(super) struct Module<'a, G, M> {
-    pub(super) weight: SliceMut<'a, bf16>,
-    pub(super) grad: Slice<'a, G>,
-    pub(super) m: SliceMut<'a, M>,
-    pub(super) v: SliceMut<'a, M>,
-    pub(super) lr: f32,
-    pub(super) weight_decay: f32,
-}
-
-impl<'a, G: FloatElement, M: FloatElement> Module<'a, G, M> {
-    pub(super) fn new<P: Precision<Grad = G, Moment = M>>(module: &'a mut AdamWModule<'_, Cuda<P>>) -> Self {
-        Self {
-            weight: slice_mut(module.weight.reborrow()),
-            grad: slice(&module.grad),
-            m: slice_mut(module.m.reborrow()),
-            v: slice_mut(module.v.reborrow()),
-            lr: module.lr,
-            weight_decay: module.weight_decay,
-        }
-    }
-}
 
 /// Cache of module tables in device memory, by their words: from step to step pointers and sizes stay, so that nothing is
 /// uploaded.
@@ -107,26 +85,20 @@ fn by_element<T: FloatElement>([f32_form, bf16_form]: [&'static str; 2]) -> &'st
 }
 
 /// The form of a kernel for these gradients and moments: f32 f32, f32 bf16, bf16 f32, bf16 bf16.
-fn by_state<G: FloatElement, M: FloatElement>(forms: [&'static str; 4]) -> &'static str {
-    forms[usize::from(G::NAME != "f32") * 2 + usize::from(M::NAME != "f32")]
+fn by_state<P: Precision>(forms: [&'static str; 4]) -> &'static str {
+    forms[usize::from(P::Grad::NAME != "f32") * 2 + usize::from(P::Moment::NAME != "f32")]
 }
 
-fn squares_cost<T: FloatElement>(parts: &[Slice<T>]) -> Cost {
-    cost::sum_squares(parts.iter().map(|part| part.len()).sum(), size_of::<T>())
-}
-
-/// squares\[i\] = Σ parts\[i\]².
-pub(super) fn sum_squares<T: FloatElement>(
+pub(super) fn sum_squares<P: Precision, T: FloatElement>(
     device: &Arc<Device>,
     tables: &Tables,
-    parts: &[Slice<T>],
-    squares: SliceMut<f32>,
+    op: SumSquares<'_, Cuda<P>, T>,
 ) -> Result<()> {
-    assert_eq!(parts.len(), squares.len());
-    let (words, chunks) = table(parts.iter().map(|part| ([part.pointer()], part.len())), SUM_CHUNK);
+    let (cost, parts, squares) = (op.cost(), op.parts, slice_mut(op.squares));
+    let (words, chunks) = table(parts.iter().map(|part| ([slice(part).pointer()], part.len())), SUM_CHUNK);
     if measure::baseline() {
         let kernel = by_element::<T>(["sum_squares_baseline_f32", "sum_squares_baseline_bf16"]);
-        let launch = launch(kernel, blocks(parts.len(), 1), squares_cost(parts));
+        let launch = launch(kernel, blocks(parts.len(), 1), cost);
         // SAFETY: the table's rows are live views; a row has a block and an element of `squares`.
         return tables.with(device, words, |table| unsafe { device.launch(launch, args![table, &squares]) });
     }
@@ -135,7 +107,7 @@ pub(super) fn sum_squares<T: FloatElement>(
     let chunk = SUM_CHUNK as u32;
     tables.with(device, words, |table| {
         let kernel = by_element::<T>(["sum_squares_chunks_vec8_f32", "sum_squares_chunks_vec8_bf16"]);
-        let first = launch(kernel, blocks(chunks, 1), squares_cost(parts));
+        let first = launch(kernel, blocks(chunks, 1), cost);
         // SAFETY: the table's rows are live views; a chunk has a block and an f64 of `sums`.
         unsafe { device.launch(first, args![table, &sums, parts.len() as u32, chunk]) }?;
         let second = launch("sum_squares_tensors", blocks(parts.len(), 1), Cost::default());
@@ -153,9 +125,9 @@ struct Factors {
 }
 
 impl Factors {
-    fn new<G, M>(modules: &[Module<G, M>], hyper: &AdamW) -> Self {
+    fn new<P: Precision>(modules: &[AdamWModule<'_, Cuda<P>>], hyper: &AdamW) -> Self {
         let correction = |beta: f32| 1.0 - f64::from(beta).powi(hyper.step as i32);
-        let rate = |module: &Module<G, M>| {
+        let rate = |module: &AdamWModule<'_, Cuda<P>>| {
             let (lr, decay) = (f64::from(module.lr), f64::from(module.weight_decay));
             [(1.0 - lr * decay) as f32, (lr / correction(hyper.beta1)) as f32]
         };
@@ -166,23 +138,20 @@ impl Factors {
     }
 }
 
-fn step_cost<G, M>(modules: &[Module<G, M>]) -> Cost {
-    let elements = modules.iter().map(|module| module.weight.len()).sum();
-    cost::adamw(elements, FLOAT, size_of::<G>(), size_of::<M>())
+/// Addresses of a module's tensors.
+fn pointers<P: Precision>(module: &mut AdamWModule<'_, Cuda<P>>) -> [u64; 4] {
+    let AdamWModule { weight, grad, m, v, .. } = module;
+    let (weight, m, v) = (slice_mut(weight.reborrow()), slice_mut(m.reborrow()), slice_mut(v.reborrow()));
+    [weight.pointer(), slice(grad).pointer(), m.pointer(), v.pointer()]
 }
 
-/// One step over the table.
-pub(super) fn adamw_masked<G: FloatElement, M: FloatElement>(
+pub(super) fn adamw_masked<P: Precision>(
     device: &Arc<Device>,
     tables: &Tables,
-    modules: &[Module<G, M>],
-    squares: Slice<f32>,
-    hyper: AdamW,
+    op: AdamWMasked<'_, '_, Cuda<P>>,
 ) -> Result<()> {
-    assert_eq!(modules.len(), squares.len());
-    for module in modules {
-        assert_eq!([module.grad.len(), module.m.len(), module.v.len()], [module.weight.len(); 3]);
-    }
+    let (cost, AdamWMasked { table: modules, squares, hyper }) = (op.cost(), op);
+    let squares = slice(&squares);
     let AdamW { beta1, beta2, eps, seed, step, .. } = hyper;
     let Factors { rates, inverse_root } = Factors::new(modules, &hyper);
     let stochastic = u32::from(hyper.rounding == Rounding::Stochastic);
@@ -196,34 +165,33 @@ pub(super) fn adamw_masked<G: FloatElement, M: FloatElement>(
     // SAFETY: `squares` has `count` elements, `clip` one.
     unsafe { device.launch(factor, args![squares, count, max_grad_norm, clip]) }?;
     if measure::baseline() {
-        let kernel = by_state::<G, M>([
+        let kernel = by_state::<P>([
             "adamw_masked_baseline_f32_f32",
             "adamw_masked_baseline_f32_bf16",
             "adamw_masked_baseline_bf16_f32",
             "adamw_masked_baseline_bf16_bf16",
         ]);
-        return modules.iter().enumerate().try_for_each(|(i, module)| {
-            let Module { weight: w, grad, m, v, .. } = module;
-            let launch = launch(kernel, blocks(w.len(), BLOCK as usize), step_cost(std::slice::from_ref(module)));
-            let (len, i) = (w.len() as u64, i as u32);
+        return modules.iter_mut().enumerate().try_for_each(|(i, module)| {
+            let (len, i) = (module.weight.len(), i as u32);
+            let cost = cost::adamw(len, FLOAT, size_of::<P::Grad>(), size_of::<P::Moment>());
+            let launch = launch(kernel, blocks(len, BLOCK as usize), cost);
+            let [w, grad, m, v] = pointers(module).map(Arg::Pointer);
+            let len = len as u64;
             let arguments =
-                args![w, *grad, m, v, len, i, rates, clip, beta1, beta2, inverse_root, eps, seed, step, stochastic];
+                args![w, grad, m, v, len, i, rates, clip, beta1, beta2, inverse_root, eps, seed, step, stochastic];
             // SAFETY: four views of `len` elements, three of them borrowed mutably; a pair of rates a module.
             unsafe { device.launch(launch, arguments) }
         });
     }
-    let pointers = |module: &Module<G, M>| {
-        [module.weight.pointer(), module.grad.pointer(), module.m.pointer(), module.v.pointer()]
-    };
     let chunk = step_chunk(modules.iter().map(|module| module.weight.len()).sum(), device.multiprocessors);
-    let (words, chunks) = table(modules.iter().map(|module| (pointers(module), module.weight.len())), chunk);
-    let kernel = by_state::<G, M>([
+    let (words, chunks) = table(modules.iter_mut().map(|module| (pointers(module), module.weight.len())), chunk);
+    let kernel = by_state::<P>([
         "adamw_masked_vec8_f32_f32",
         "adamw_masked_vec8_f32_bf16",
         "adamw_masked_vec8_bf16_f32",
         "adamw_masked_vec8_bf16_bf16",
     ]);
-    let launch = launch(kernel, blocks(chunks, 1), step_cost(modules));
+    let launch = launch(kernel, blocks(chunks, 1), cost);
     tables.with(device, words, |table| {
         let chunk = chunk as u32;
         let arguments =

@@ -13,12 +13,10 @@
 //! name ([`super::with_version`]): `flash64` gives them all to one block, `flash128` a block to each.
 
 use super::device::{Device, Launch, args, blocks};
-use super::measure;
-use super::memory::{Memory, Slice, SliceMut};
+use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use super::tensor_map::{slab_map, tensor_map};
-use super::{Cuda, FLOAT, Precision, slice};
-use crate::backend::cost::{self, AttentionSize};
-use crate::backend::{Attention, Cost};
+use super::{Cuda, FLOAT, Precision, measure};
+use crate::backend::{Attention, AttentionBackward, AttentionDecode, AttentionShape, Cost, Operator};
 use crate::error::Result;
 use cudarc::driver::sys::CUtensorMap;
 use half::bf16;
@@ -45,51 +43,16 @@ const FLASH128_HD128: &str = "attention_forward_flash128_hd128_bf16";
 /// Blocks that a grid may have in y and z.
 const MOST_BLOCKS: usize = 65535;
 
-/// The sizes of a call.
-#[derive(Clone, Copy)]
-pub(super) struct Shape<'a> {
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
-    pub(super) scale: f32,
-    pub(super) window: Option<usize>,
-    pub(super) starts: &'a [u32],
-    pub(super) starts_device: Slice<'a, u32>,
-}
-
-impl<'a> Shape<'a> {
-    pub(super) fn new<P: Precision>(shape: &Attention<'a, Cuda<P>>) -> Self {
-        let Attention { heads, kv_heads, head_dim, scale, window, documents } = *shape;
-        assert!(head_dim <= MOST_HEAD_DIM, "heads of {head_dim}: the kernels take up to {MOST_HEAD_DIM}");
-        assert_eq!(documents.starts.len(), documents.device.len());
-        let starts_device = slice(&documents.device.view());
-        Self { heads, kv_heads, head_dim, scale, window, starts: &documents.starts, starts_device }
-    }
-
-    fn tokens(&self) -> usize {
-        self.starts.last().map_or(0, |end| *end as usize)
-    }
-
-    fn group(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-
+impl AttentionShape {
     fn window(&self) -> u32 {
         self.window.and_then(|window| u32::try_from(window).ok()).unwrap_or(u32::MAX)
     }
 
-    /// The sizes that the cost model takes.
-    fn size(&self) -> AttentionSize {
-        let Self { heads, kv_heads, head_dim, .. } = *self;
-        let pairs = cost::attention_pairs(self.starts, self.window);
-        AttentionSize { tokens: self.tokens(), heads, kv_heads, head_dim, pairs }
-    }
-
-    /// Whether the tensor-core kernels support the call, whose tensors are all aligned to 16 bytes or not, and the baseline
-    /// is not forced.
-    fn flash(&self, aligned: bool, queries: usize) -> bool {
+    /// Whether the tensor-core kernels support a call on these tensors, and the baseline is not forced.
+    fn flash(&self, tensors: &[Slice<bf16>], queries: usize) -> bool {
+        assert!(self.head_dim <= MOST_HEAD_DIM, "heads of {}: the kernels take up to {MOST_HEAD_DIM}", self.head_dim);
         !measure::baseline()
-            && aligned
+            && tensors.iter().all(|tensor| tensor.aligned(16))
             && matches!(self.head_dim, 64 | 128)
             && self.scale > 0.0
             && queries.div_ceil(TILE) <= MOST_BLOCKS
@@ -101,37 +64,22 @@ impl<'a> Shape<'a> {
         if self.head_dim == 64 { hd64 } else { hd128 }
     }
 
-    /// A launch of a wgmma kernel: `count` blocks a tile of 128 tokens.
-    fn wgmma(&self, image: &'static str, kernel: &'static str, count: u32, cost: Cost) -> Launch {
-        let grid = [count, blocks(self.tokens(), 2 * TILE), 1];
-        Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: 0, cost }
-    }
-
     /// Tensor map of \[tokens, heads·head_dim\] in boxes of `box_rows` rows.
     fn map(&self, device: &Device, tensor: Slice<bf16>, heads: usize, box_rows: usize) -> Result<CUtensorMap> {
         tensor_map(device, tensor, heads * self.head_dim, box_rows)
     }
-
-    /// A launch of a baseline kernel: a warp a row and head.
-    fn baseline(&self, kernel: &'static str, heads: usize, cost: Cost) -> Launch {
-        let grid = [blocks(self.tokens(), BASELINE_ROWS), heads as u32, 1];
-        Launch { image: "attention", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
-    }
 }
 
-/// Activations saved by forward, and dO.
-pub(super) struct Saved<'a> {
-    pub(super) q: Slice<'a, bf16>,
-    pub(super) k: Slice<'a, bf16>,
-    pub(super) v: Slice<'a, bf16>,
-    pub(super) o: Slice<'a, bf16>,
-    pub(super) lse: Slice<'a, f32>,
-    pub(super) d_o: Slice<'a, bf16>,
+/// A launch of a wgmma kernel: `count` blocks a tile of 128 of the tokens.
+fn wgmma_launch(image: &'static str, kernel: &'static str, tokens: usize, count: u32, cost: Cost) -> Launch {
+    let grid = [count, blocks(tokens, 2 * TILE), 1];
+    Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: 0, cost }
 }
 
-/// Whether all allow accesses of 16 bytes.
-fn all_aligned(tensors: &[Slice<bf16>]) -> bool {
-    tensors.iter().all(|tensor| tensor.aligned(16))
+/// A launch of a baseline kernel: a warp a row and head.
+fn baseline_launch(kernel: &'static str, tokens: usize, heads: usize, cost: Cost) -> Launch {
+    let grid = [blocks(tokens, BASELINE_ROWS), heads as u32, 1];
+    Launch { image: "attention", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
 }
 
 /// Tensor-core kernels.
@@ -143,8 +91,12 @@ enum Version {
 }
 
 /// The versions that the device runs, the fastest for the shape first.
-fn versions(device: &Device, shape: &Shape) -> Result<impl Iterator<Item = (&'static str, Version)>> {
-    let count = blocks(shape.tokens(), 2 * TILE) as usize * shape.heads;
+fn versions(
+    device: &Device,
+    shape: &AttentionShape,
+    tokens: usize,
+) -> Result<impl Iterator<Item = (&'static str, Version)> + use<>> {
+    let count = blocks(tokens, 2 * TILE) as usize * shape.heads;
     let multiprocessors = device.multiprocessors as usize;
     let (flash64, flash128) = (("flash64", Version::Flash64), ("flash128", Version::Flash128));
     let wgmma = (count > 0 && device.runs("attention_sm90")).then_some(("wgmma", Version::Wgmma));
@@ -156,27 +108,20 @@ fn versions(device: &Device, shape: &Shape) -> Result<impl Iterator<Item = (&'st
     Ok(first.into_iter().chain(flash).chain(last))
 }
 
-/// O and lse; the lengths are checked by the caller.
-pub(super) fn attention(
-    device: &Arc<Device>,
-    q: Slice<bf16>,
-    k: Slice<bf16>,
-    v: Slice<bf16>,
-    o: SliceMut<bf16>,
-    lse: Option<SliceMut<f32>>,
-    shape: Shape,
-) -> Result<()> {
-    let (rows, lse) = (shape.tokens(), lse.as_ref());
-    let cost = shape.size().forward(lse.is_some(), FLOAT);
-    let (starts, documents) = (shape.starts_device, (shape.starts.len() - 1) as u32);
+pub(super) fn attention<P: Precision>(device: &Arc<Device>, op: Attention<'_, Cuda<P>>) -> Result<()> {
+    let (cost, shape, rows) = (op.cost(), op.shape, op.documents.tokens());
+    let (q, k, v, o) = (slice(&op.q), slice(&op.k), slice(&op.v), slice_mut(op.o));
+    let lse = op.lse.map(slice_mut);
+    let (lse, starts) = (lse.as_ref(), slice(&op.documents.device.view()));
+    let documents = starts.len() as u32 - 1;
     let (heads, kv_heads, head_dim) = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
     let (tokens, scale, window) = (rows as u32, shape.scale, shape.window());
-    let version = match shape.flash(all_aligned(&[q, k, v, *o]), rows) {
-        true => measure::choose(versions(device, &shape)?),
+    let version = match shape.flash(&[q, k, v, *o], rows) {
+        true => measure::choose(versions(device, &shape, rows)?),
         false => None,
     };
     let Some(version) = version else {
-        let launch = shape.baseline("attention_forward_baseline_bf16", shape.heads, cost);
+        let launch = baseline_launch("attention_forward_baseline_bf16", rows, shape.heads, cost);
         let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, head_dim, scale, window];
         // SAFETY: q, o [tokens, heads·head_dim], k, v [tokens, kv_heads·head_dim], lse [heads, tokens]; documents end with
         // tokens; o and lse are borrowed mutably.
@@ -188,7 +133,7 @@ pub(super) fn attention(
         let (k, v) = (shape.map(device, k, shape.kv_heads, 128)?, shape.map(device, v, shape.kv_heads, 128)?);
         let o = slab_map(device, *o, [shape.heads * shape.head_dim, rows, 1])?;
         let arguments = args![q, k, v, o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
-        let mut launch = shape.wgmma("attention_sm90", kernel, heads, cost);
+        let mut launch = wgmma_launch("attention_sm90", kernel, rows, heads, cost);
         let [x, y, _] = launch.grid;
         // Persistent blocks, which share the work tiles: one a multiprocessor.
         launch.grid = [device.multiprocessors.min(x * y), 1, 1];
@@ -212,21 +157,15 @@ pub(super) fn attention(
     unsafe { device.launch(launch, arguments) }
 }
 
-/// dQ, dK, dV; the lengths are checked by the caller.
-pub(super) fn attention_backward(
-    device: &Arc<Device>,
-    saved: Saved,
-    dq: SliceMut<bf16>,
-    dk: SliceMut<bf16>,
-    dv: SliceMut<bf16>,
-    shape: Shape,
-) -> Result<()> {
-    let Saved { q, k, v, o, lse, d_o } = saved;
-    let flash = shape.flash(all_aligned(&[q, k, v, o, d_o, *dq, *dk, *dv]), shape.tokens());
-    let (tokens, heads, head_dim) = (shape.tokens() as u32, shape.heads as u32, shape.head_dim as u32);
-    let kv_heads = shape.kv_heads as u32;
-    let (starts, documents) = (shape.starts_device, (shape.starts.len() - 1) as u32);
-    let (scale, window) = (shape.scale, shape.window());
+pub(super) fn attention_backward<P: Precision>(device: &Arc<Device>, op: AttentionBackward<'_, Cuda<P>>) -> Result<()> {
+    let (shape, rows) = (op.shape, op.documents.tokens());
+    let size = shape.packed(op.documents);
+    let [q, k, v, o, d_o] = [&op.q, &op.k, &op.v, &op.o, &op.d_o].map(slice);
+    let (lse, [dq, dk, dv]) = (slice(&op.lse), [op.dq, op.dk, op.dv].map(slice_mut));
+    let flash = shape.flash(&[q, k, v, o, d_o, *dq, *dk, *dv], rows);
+    let (tokens, heads, head_dim) = (rows as u32, shape.heads as u32, shape.head_dim as u32);
+    let (kv_heads, starts) = (shape.kv_heads as u32, slice(&op.documents.device.view()));
+    let (documents, scale, window) = (starts.len() as u32 - 1, shape.scale, shape.window());
 
     let mut delta: Memory<f32> = Memory::new(device, lse.len())?;
     let delta = delta.all(lse.len());
@@ -241,19 +180,19 @@ pub(super) fn attention_backward(
     unsafe { device.launch(launch, args![o, d_o, &delta, tokens, heads, head_dim]) }?;
 
     // The two kernels execute 14·d FLOPs a pair, of which 10·d are necessary: S and dP are computed twice.
-    let (query_cost, key_cost) = (shape.size().pass(3, 2, 2, 4, FLOAT), shape.size().pass(2, 4, 2, 6, FLOAT));
+    let (query_cost, key_cost) = (size.pass(3, 2, 2, 4, FLOAT), size.pass(2, 4, 2, 6, FLOAT));
     if !flash {
-        let launch = shape.baseline("attention_backward_query_baseline_bf16", shape.heads, query_cost);
+        let launch = baseline_launch("attention_backward_query_baseline_bf16", rows, shape.heads, query_cost);
         let (t, h, kh, d, s, w) = (tokens, heads, kv_heads, head_dim, scale, window);
         // SAFETY: as in `attention`; lse and delta [heads, tokens]; dQ, dK, dV like q, k, v and borrowed mutably.
         unsafe { device.launch(launch, args![q, k, v, d_o, lse, *delta, &dq, starts, documents, t, h, kh, d, s, w]) }?;
-        let launch = shape.baseline("attention_backward_key_baseline_bf16", shape.kv_heads, key_cost);
+        let launch = baseline_launch("attention_backward_key_baseline_bf16", rows, shape.kv_heads, key_cost);
         let arguments = args![q, k, v, d_o, lse, *delta, &dk, &dv, starts, documents, t, h, kh, d, s, w];
         // SAFETY: as above.
         return unsafe { device.launch(launch, arguments) };
     }
 
-    let wgmma = matches!(measure::choose(versions(device, &shape)?), Some(Version::Wgmma));
+    let wgmma = matches!(measure::choose(versions(device, &shape, rows)?), Some(Version::Wgmma));
     let [query, key] = match (wgmma, shape.head_dim) {
         (false, 64) => ["attention_backward_query_flash_hd64_bf16", "attention_backward_key_flash_hd64_bf16"],
         (false, _) => ["attention_backward_query_flash_hd128_bf16", "attention_backward_key_flash_hd128_bf16"],
@@ -269,9 +208,9 @@ pub(super) fn attention_backward(
         false => args![q, k, v, d_o].to_vec(),
     };
     let launch = |kernel, count: u32, cost| match wgmma {
-        true => shape.wgmma("attention_backward_sm90", kernel, count, cost),
+        true => wgmma_launch("attention_backward_sm90", kernel, rows, count, cost),
         false => {
-            let grid = [count, blocks(shape.tokens(), TILE), 1];
+            let grid = [count, blocks(rows, TILE), 1];
             Launch { image: "attention_flash_backward", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
         }
     };
@@ -279,7 +218,8 @@ pub(super) fn attention_backward(
     // SAFETY: as above; all on 16 bytes, those of the wgmma kernels by their maps, and no offset is beyond 32 bits.
     unsafe { device.launch(launch(query, heads, query_cost), &[&tensors[..], rest].concat()) }?;
 
-    let parts = parts(device, &shape, wgmma);
+    let (tile, resident) = if wgmma { (2 * TILE, 1) } else { (TILE, BLOCKS_MULTIPROCESSOR) };
+    let parts = parts(device, &shape, blocks(rows, tile) as usize * shape.kv_heads, resident);
     let partial_len = if parts == 1 { 0 } else { 2 * parts * k.len() };
     let mut partial = Memory::new(device, partial_len)?;
     let partial: SliceMut<f32> = partial.all(partial_len);
@@ -304,9 +244,8 @@ pub(super) fn attention_backward(
 }
 
 /// Blocks among which dK and dV split the query heads of a group: as few as fill the device, each with at least one head.
-fn parts(device: &Device, shape: &Shape, wgmma: bool) -> usize {
-    let (rows, resident) = if wgmma { (2 * TILE, 1) } else { (TILE, BLOCKS_MULTIPROCESSOR) };
-    let count = blocks(shape.tokens(), rows) as usize * shape.kv_heads;
+/// There are `count` groups of tiles, and `resident` blocks fill a multiprocessor.
+fn parts(device: &Device, shape: &AttentionShape, count: usize, resident: usize) -> usize {
     let wanted = match measure::asked() {
         Some("flash64") => 1,
         Some("flash128") => shape.group(),
@@ -316,20 +255,13 @@ fn parts(device: &Device, shape: &Shape, wgmma: bool) -> usize {
     shape.group().div_ceil(share)
 }
 
-/// One query a span of at most `longest` rows; the lengths are checked by the caller.
-pub(super) fn attention_decode(
-    device: &Arc<Device>,
-    q: Slice<bf16>,
-    [k, v]: [Slice<bf16>; 2],
-    o: SliceMut<bf16>,
-    spans: Slice<u32>,
-    longest: usize,
-    shape: Shape,
-) -> Result<()> {
-    let count = spans.len() / 2;
-    let seen = longest.min(shape.window() as usize);
+pub(super) fn attention_decode<P: Precision>(device: &Arc<Device>, op: AttentionDecode<'_, Cuda<P>>) -> Result<()> {
+    let (cost, shape, count) = (op.cost(), op.shape, op.spans.queries());
+    let (q, k, v, o) = (slice(&op.q), slice(&op.k), slice(&op.v), slice_mut(op.o));
+    let spans = slice(&op.spans.device);
+    let seen = op.spans.longest().min(shape.window() as usize);
     let chunks = seen.div_ceil(DECODE_KEYS).max(1);
-    let flash = shape.flash(all_aligned(&[q, k, v, *o]), 1);
+    let flash = shape.flash(&[q, k, v, *o], 1);
     let (image, kernel, grid_y) = if flash {
         let kernel = shape.symbol("attention_decode_flash_hd64_bf16", "attention_decode_flash_hd128_bf16");
         let grid_y = shape.kv_heads * shape.group().div_ceil(DECODE_HEADS);
@@ -338,8 +270,6 @@ pub(super) fn attention_decode(
         ("attention", "attention_decode_baseline_bf16", shape.heads.div_ceil(BASELINE_ROWS))
     };
     let rows = (count * shape.heads * shape.head_dim) as u64;
-    let size = AttentionSize { tokens: count, pairs: (count * seen) as u64, ..shape.size() };
-    let cost = size.decode(k.len() / (shape.kv_heads * shape.head_dim), FLOAT);
     let grid = [chunks as u32, grid_y as u32, count as u32];
     let launch = Launch { image, kernel, grid, block: BLOCK, shared_bytes: 0, cost };
 
@@ -354,8 +284,7 @@ pub(super) fn attention_decode(
     } else {
         args![q, k, v, &o, &partial, &stats, spans, heads, kv_heads, head_dim, scale, window]
     };
-    // SAFETY: q, o [spans, heads·head_dim], on 16 bytes where the kernel asks for it; spans are rows of k and v, as the
-    // trait says; the partial sums [spans, heads, chunks, head_dim] and their (maximum, sum) are this call's own.
+    // SAFETY: q, o [spans, heads·head_dim], on 16 bytes where the kernel asks for it; spans are rows of k and v; the partial sums [spans, heads, chunks, head_dim] and their (maximum, sum) are this call's own.
     unsafe { device.launch(launch, arguments) }?;
     if chunks == 1 {
         return Ok(());

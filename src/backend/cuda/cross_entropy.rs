@@ -1,12 +1,10 @@
 //! Cross-entropy: see `kernels/cross_entropy.cu`.
 
-use super::FLOAT;
 use super::device::{Device, Launch, args, blocks, constant};
-use super::measure;
-use super::memory::{Slice, SliceMut};
-use crate::backend::cost;
+use super::memory::{slice, slice_mut};
+use super::{Cuda, Precision, measure};
+use crate::backend::{CrossEntropy, Operator};
 use crate::error::Result;
-use half::bf16;
 
 const BLOCK: u32 = 512;
 const BASELINE_BLOCK: u32 = 256;
@@ -21,18 +19,10 @@ fn cached_bytes(device: &Device, vocab: usize) -> Result<u32> {
     Ok(if row <= half? { row } else { row.min(most?) })
 }
 
-/// losses [rows] of logits [rows, vocab]; with `scale`, the gradients replace the logits.
-pub(super) fn cross_entropy(
-    device: &Device,
-    logits: SliceMut<bf16>,
-    targets: Slice<u32>,
-    losses: SliceMut<f32>,
-    vocab: usize,
-    scale: Option<f32>,
-) -> Result<()> {
-    assert_eq!([logits.len(), losses.len()], [targets.len() * vocab, targets.len()]);
+pub(super) fn cross_entropy<P: Precision>(device: &Device, op: CrossEntropy<'_, Cuda<P>>) -> Result<()> {
+    let (cost, vocab, scale) = (op.cost(), op.vocab, op.scale);
+    let (logits, targets, losses) = (slice_mut(op.logits), slice(&op.targets), slice_mut(op.losses));
     let grid = [blocks(targets.len(), 1), 1, 1];
-    let cost = cost::cross_entropy(logits.len(), scale.is_some(), FLOAT);
     let launch =
         |kernel, shared_bytes| Launch { image: "cross_entropy", kernel, grid, block: BLOCK, shared_bytes, cost };
     if measure::baseline() {

@@ -1,10 +1,9 @@
 //! Rows of a table: see `kernels/embedding.cu`.
 
-use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
-use super::measure;
-use super::memory::{self, Memory, Slice, SliceMut};
-use crate::backend::{Cost, Element, FloatElement, cost};
+use super::memory::{self, Memory, Slice, SliceMut, slice, slice_mut};
+use super::{Cuda, Precision, measure};
+use crate::backend::{Cost, Element, EmbeddingBackward, GatherRows, Operator, ScatterRows};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -26,73 +25,58 @@ const LONG_BLOCKS: u32 = 1;
 const RUN: usize = 3;
 const TOTALS: usize = 3;
 
-/// to[i] = from[rows[i]].
-pub(super) fn gather_rows(
-    device: &Device,
-    from: Slice<bf16>,
-    rows: Slice<u32>,
-    to: SliceMut<bf16>,
-    width: usize,
-) -> Result<()> {
-    assert_eq!(to.len(), rows.len() * width);
-    let table_rows = from.len() / width;
-    // SAFETY: `from` has `table_rows` rows, `to` one for each index; `to` is borrowed mutably.
-    unsafe { move_rows(device, from, rows, to, table_rows, width, false) }
+/// Which side of a move is the table.
+#[derive(Clone, Copy, PartialEq)]
+enum Table {
+    From,
+    To,
 }
 
-/// to[rows[i]] = from[i].
-pub(super) fn scatter_rows(
-    device: &Device,
-    from: Slice<bf16>,
-    rows: Slice<u32>,
-    to: SliceMut<bf16>,
-    width: usize,
-) -> Result<()> {
-    assert_eq!(from.len(), rows.len() * width);
-    let table_rows = to.len() / width;
-    // SAFETY: `to` has `table_rows` rows, `from` one for each index; `to` is borrowed mutably.
-    unsafe { move_rows(device, from, rows, to, table_rows, width, true) }
+pub(super) fn gather_rows<P: Precision>(device: &Device, op: GatherRows<'_, Cuda<P>>) -> Result<()> {
+    let (cost, from, rows, to) = (op.cost(), slice(&op.from), slice(&op.rows), slice_mut(op.to));
+    // SAFETY: `to` has a row for each index, and is borrowed mutably.
+    unsafe { move_rows(device, from, rows, to, Table::From, op.width, cost) }
+}
+
+pub(super) fn scatter_rows<P: Precision>(device: &Device, op: ScatterRows<'_, Cuda<P>>) -> Result<()> {
+    let (cost, from, rows, to) = (op.cost(), slice(&op.from), slice(&op.rows), slice_mut(op.to));
+    // SAFETY: `from` has a row for each index; `to` is borrowed mutably.
+    unsafe { move_rows(device, from, rows, to, Table::To, op.width, cost) }
 }
 
 /// # Safety
-/// The table, `to` where `scatter`, has `table_rows` rows of `width`; the other side has one for each index.
+/// The side that is not the table has a row of `width` for each index.
 unsafe fn move_rows(
     device: &Device,
     from: Slice<bf16>,
     rows: Slice<u32>,
     to: SliceMut<bf16>,
-    table_rows: usize,
+    table: Table,
     width: usize,
-    scatter: bool,
+    cost: Cost,
 ) -> Result<()> {
     let aligned = width.is_multiple_of(VECTOR) && from.aligned(VECTOR_BYTES) && to.aligned(VECTOR_BYTES);
+    let table_rows = if table == Table::To { to.len() } else { from.len() } / width;
     let elements = rows.len() * width;
     let (kernel, elements_a_block) = match aligned && !measure::baseline() {
         true => ("embedding_move_vec8_bf16", BLOCK as usize * VECTORS * VECTOR),
         false => ("embedding_move_baseline_bf16", BLOCK as usize),
     };
-    let cost = cost::move_rows(rows.len(), width, FLOAT);
     let grid = [blocks(elements, elements_a_block), 1, 1];
     let launch = Launch { image: "embedding", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
     let shape = (rows.len() as u64, table_rows as u32, width as u32);
     // SAFETY: the caller's lengths; aligned as the kernel asks, which skips rows outside the table.
-    unsafe { device.launch(launch, args![from, rows, &to, shape.0, shape.1, shape.2, scatter as u32]) }
+    unsafe { device.launch(launch, args![from, rows, &to, shape.0, shape.1, shape.2, (table == Table::To) as u32]) }
 }
 
-/// dtable[rows[i]] += dy[i].
-pub(super) fn embedding_backward<G: FloatElement>(
-    device: &Arc<Device>,
-    dy: Slice<bf16>,
-    rows: Slice<u32>,
-    dtable: SliceMut<G>,
-    width: usize,
-) -> Result<()> {
-    assert_eq!(dy.len(), rows.len() * width);
+pub(super) fn embedding_backward<P: Precision>(device: &Arc<Device>, op: EmbeddingBackward<'_, Cuda<P>>) -> Result<()> {
+    let (sums, width) = (op.cost(), op.width);
+    let (dy, rows, dtable) = (slice(&op.dy), slice(&op.rows), slice_mut(op.dtable));
     let (count, table_rows) = (rows.len(), dtable.len() / width);
     if count == 0 {
         return Ok(());
     }
-    let [baseline, short, long] = match G::NAME {
+    let [baseline, short, long] = match P::Grad::NAME {
         f32::NAME => ["embedding_backward_baseline_f32", "embedding_backward_short_f32", "embedding_backward_long_f32"],
         _ => ["embedding_backward_baseline_bf16", "embedding_backward_short_bf16", "embedding_backward_long_bf16"],
     };
@@ -104,7 +88,6 @@ pub(super) fn embedding_backward<G: FloatElement>(
         shared_bytes: 0,
         cost,
     };
-    let sums = cost::embedding_backward(count, width, FLOAT, size_of::<G>());
     let (count32, table_rows32, width32) = (count as u32, table_rows as u32, width as u32);
     let aligned = width.is_multiple_of(VECTOR) && dy.aligned(VECTOR_BYTES) && dtable.aligned(VECTOR_BYTES);
     if count <= FEW || !aligned || measure::baseline() {

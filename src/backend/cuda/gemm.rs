@@ -5,7 +5,7 @@ mod grouped;
 mod plan;
 mod wgmma;
 
-pub(super) use gated::Gated;
+pub(super) use gated::gated_linear;
 pub use grouped::GemmMember;
 pub(super) use grouped::{linear_backward_input_each, linear_backward_weight_each, linear_each};
 pub(super) use plan::split_bytes;
@@ -14,7 +14,10 @@ pub use plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
 use super::device::{Device, Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use super::{Cuda, Precision};
-use crate::backend::{Cost, Epilogue, FloatElement, In, LinearShape, ViewMut};
+use crate::backend::{
+    Cost, Element, Epilogue, FloatElement, In, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardWeight,
+    ViewMut,
+};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -31,20 +34,10 @@ const BIAS_PARTS: usize = 64;
 /// Columns of a block of the kernel that sums parts.
 const BIAS_COLUMNS: usize = 256;
 
-/// What a linear layer adds to its product: C = alpha·product + bias + residual (+ C).
-#[derive(Clone, Copy)]
-pub(super) struct Addends<'a> {
-    pub(super) alpha: f32,
-    pub(super) bias: Option<Slice<'a, bf16>>,
-    pub(super) residual: Option<Slice<'a, bf16>>,
-    pub(super) accumulate: bool,
-}
+/// Addends of a product in device memory.
+type Addends<'a> = Epilogue<Slice<'a, bf16>>;
 
 impl Addends<'_> {
-    fn scaled(alpha: f32, accumulate: bool) -> Self {
-        Self { alpha, bias: None, residual: None, accumulate }
-    }
-
     /// Bytes that they read, for a C of `size` elements of `element_bytes`.
     fn bytes(&self, size: usize, element_bytes: usize) -> usize {
         let bias = self.bias.map_or(0, |bias| 2 * bias.len());
@@ -95,105 +88,98 @@ impl<P: Precision> Cuda<P> {
         b: In<'_, Self>,
         c: ViewMut<'_, Self, T>,
         shape: GemmShape,
-        epilogue: Epilogue<'_, Self>,
+        epilogue: Epilogue<In<'_, Self>>,
         plan: Option<GemmPlan>,
     ) -> Result<GemmPlan> {
-        let addends = Addends {
-            alpha: epilogue.alpha,
-            bias: epilogue.bias.as_ref().map(slice),
-            residual: epilogue.residual.as_ref().map(slice),
-            accumulate: epilogue.accumulate,
-        };
-        product(&self.device, slice(&a), slice(&b), slice_mut(c), shape, addends, plan)
+        let product = Product { a: slice(&a), b: slice(&b), c: slice_mut(c), shape, addends: epilogue.map(slice) };
+        product.run(&self.device, plan)
     }
 }
 
 /// C = alpha·A·B + addends.
-fn product<T: FloatElement>(
-    device: &Arc<Device>,
-    a: Slice<bf16>,
-    b: Slice<bf16>,
-    c: SliceMut<T>,
+struct Product<'a, T> {
+    a: Slice<'a, bf16>,
+    b: Slice<'a, bf16>,
+    c: SliceMut<'a, T>,
     shape: GemmShape,
-    addends: Addends,
-    plan: Option<GemmPlan>,
-) -> Result<GemmPlan> {
-    let GemmShape { layout, m, n, k } = shape;
-    assert_eq!([a.len(), b.len(), c.len()], [m * k, n * k, m * n], "{shape:?}");
-    assert!(addends.bias.is_none_or(|bias| bias.len() == n), "{shape:?}");
-    assert!(addends.residual.is_none_or(|residual| residual.len() == m * n), "{shape:?}");
-    let aligned = a.aligned(OPERAND_BYTES) && b.aligned(OPERAND_BYTES);
-    let hopper = device.runs("gemm_sm90");
-    let plan = plan.unwrap_or_else(|| plan::choose(shape, aligned, hopper, device.multiprocessors));
-    let GemmPlan { version, splits } = plan;
-    assert!(splits > 0 && version.supports(shape, aligned, hopper), "{plan:?} of {shape:?}");
-    if m == 0 || n == 0 {
-        return Ok(plan);
-    }
-    let whole = shape.cost(size_of::<T>()) + Cost::moved(addends.bytes(m * n, size_of::<T>()));
-    let Some(tile) = version.tile() else {
-        return untiled(device, a, b, c, shape, addends, plan, whole).map(|()| plan);
-    };
-
-    let mut memory = if splits > 1 { Some(Memory::<f32>::new(device, splits as usize * m * n)?) } else { None };
-    let partials = memory.as_mut().map(|memory| memory.all(splits as usize * m * n));
-    let cost = if splits > 1 { shape.cost(4 * splits as usize) } else { whole };
-    if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
-        let output = wgmma::Output { c: &c, partials: partials.as_ref(), addends, shape };
-        wgmma::launch(device, &[wgmma::Operands { a, b, shape }], &[output], plan, cost)?;
-    } else {
-        let (kernel, grid) = (symbol::<T>(layout, version), [size(tile.count(shape)), splits, 1]);
-        let launch = Launch { image: "gemm", kernel, grid, block: MMA_BLOCK, shared_bytes: 0, cost };
-        let Addends { alpha, bias, residual, accumulate } = addends;
-        let (accumulate, partials, [m, n, k]) = (accumulate as u32, partials.as_ref(), [m, n, k].map(size));
-        let arguments = args![a, b, &c, bias, residual, partials, alpha, accumulate, m, n, k];
-        // SAFETY: lengths fit the shape, operands are aligned as the version asks, `partials` holds the sums of all parts;
-        // C is borrowed mutably.
-        unsafe { device.launch(launch, arguments) }?;
-    }
-    if let Some(partials) = partials {
-        combine(device, &partials, splits, &c, [m, n], addends)?;
-    }
-    Ok(plan)
+    addends: Addends<'a>,
 }
 
-/// The versions that do not cut C into tiles.
-#[allow(clippy::too_many_arguments)]
-fn untiled<T: FloatElement>(
-    device: &Device,
-    a: Slice<bf16>,
-    b: Slice<bf16>,
-    c: SliceMut<T>,
-    shape: GemmShape,
-    addends: Addends,
-    plan: GemmPlan,
-    cost: Cost,
-) -> Result<()> {
-    let GemmShape { layout, m, n, k } = shape;
-    let accumulate = addends.accumulate as u32;
-    let (m32, n32, k32) = (size(m), size(n), size(k));
-    if plan.version == GemmVersion::Decode {
-        assert!([1, 2, 4, 8].contains(&plan.splits) && T::NAME == "bf16", "{plan:?}");
-        let kernel = match m {
-            1 => "gemm_tn_decode1_bf16",
-            2 => "gemm_tn_decode2_bf16",
-            3..=4 => "gemm_tn_decode4_bf16",
-            _ => "gemm_tn_decode8_bf16",
-        };
-        let grid = [blocks(n * plan.splits as usize, plan::DECODE_OUTPUTS), 1, 1];
-        let launch = Launch { image: "gemm_decode", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
-        let (bias, residual) = (addends.bias, addends.residual);
-        let arguments = args![a, b, &c, bias, residual, addends.alpha, accumulate, m32, n32, k32, plan.splits];
-        // SAFETY: lengths fit the shape, which the version supports; C is borrowed mutably.
-        return unsafe { device.launch(launch, arguments) };
+impl<T: FloatElement> Product<'_, T> {
+    fn check(&self) {
+        let Self { a, b, c, shape, addends } = self;
+        let GemmShape { m, n, k, .. } = *shape;
+        assert_eq!([a.len(), b.len(), c.len()], [m * k, n * k, m * n], "{shape:?}");
+        assert!(addends.bias.is_none_or(|bias| bias.len() == n), "{shape:?}");
+        assert!(addends.residual.is_none_or(|residual| residual.len() == m * n), "{shape:?}");
     }
-    assert_eq!(plan.splits, 1, "{plan:?}");
-    let (kernel, grid) = (symbol::<T>(layout, plan.version), [blocks(m * n, BLOCK as usize), 1, 1]);
-    let launch = Launch { image: "gemm", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
-    let (bias, residual, partials) = (addends.bias, addends.residual, 0_u64);
-    let arguments = args![a, b, &c, bias, residual, partials, addends.alpha, accumulate, m32, n32, k32];
-    // SAFETY: lengths fit the shape; C is borrowed mutably.
-    unsafe { device.launch(launch, arguments) }
+
+    /// Computes it by `plan`, else by that chosen for the device and the shape, which is returned.
+    fn run(&self, device: &Arc<Device>, plan: Option<GemmPlan>) -> Result<GemmPlan> {
+        self.check();
+        let Self { a, b, c, shape, addends } = self;
+        let (shape, addends, GemmShape { layout, m, n, k }) = (*shape, *addends, *shape);
+        let aligned = a.aligned(OPERAND_BYTES) && b.aligned(OPERAND_BYTES);
+        let hopper = device.runs("gemm_sm90");
+        let plan = plan.unwrap_or_else(|| plan::choose(shape, aligned, hopper, device.multiprocessors));
+        let GemmPlan { version, splits } = plan;
+        assert!(splits > 0 && version.supports(shape, aligned, hopper), "{plan:?} of {shape:?}");
+        if m == 0 || n == 0 {
+            return Ok(plan);
+        }
+        let whole = shape.cost(size_of::<T>()) + Cost::moved(addends.bytes(m * n, size_of::<T>()));
+        let Some(tile) = version.tile() else { return self.untiled(device, plan, whole).map(|()| plan) };
+
+        let mut memory = if splits > 1 { Some(Memory::<f32>::new(device, splits as usize * m * n)?) } else { None };
+        let partials = memory.as_mut().map(|memory| memory.all(splits as usize * m * n));
+        let cost = if splits > 1 { shape.cost(4 * splits as usize) } else { whole };
+        if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
+            let operands = wgmma::Operands { a: *a, b: *b, shape };
+            let output = wgmma::Output { c, partials: partials.as_ref(), addends, shape };
+            wgmma::launch(device, &[operands], &[output], plan, cost)?;
+        } else {
+            let (kernel, grid) = (symbol::<T>(layout, version), [size(tile.count(shape)), splits, 1]);
+            let launch = Launch { image: "gemm", kernel, grid, block: MMA_BLOCK, shared_bytes: 0, cost };
+            let Addends { alpha, bias, residual, accumulate } = addends;
+            let (accumulate, partials, [m, n, k]) = (accumulate as u32, partials.as_ref(), [m, n, k].map(size));
+            let arguments = args![*a, *b, c, bias, residual, partials, alpha, accumulate, m, n, k];
+            // SAFETY: lengths fit the shape, operands are aligned as the version asks, `partials` holds the sums of all
+            // parts; C is borrowed mutably.
+            unsafe { device.launch(launch, arguments) }?;
+        }
+        if let Some(partials) = partials {
+            combine(device, &partials, splits, c, [m, n], addends)?;
+        }
+        Ok(plan)
+    }
+
+    /// The versions that do not cut C into tiles.
+    fn untiled(&self, device: &Device, plan: GemmPlan, cost: Cost) -> Result<()> {
+        let Self { a, b, c, shape, addends } = self;
+        let GemmShape { layout, m, n, k } = *shape;
+        let Addends { alpha, bias, residual, accumulate } = *addends;
+        let (accumulate, m32, n32, k32) = (accumulate as u32, size(m), size(n), size(k));
+        if plan.version == GemmVersion::Decode {
+            assert!([1, 2, 4, 8].contains(&plan.splits) && T::NAME == "bf16", "{plan:?}");
+            let kernel = match m {
+                1 => "gemm_tn_decode1_bf16",
+                2 => "gemm_tn_decode2_bf16",
+                3..=4 => "gemm_tn_decode4_bf16",
+                _ => "gemm_tn_decode8_bf16",
+            };
+            let grid = [blocks(n * plan.splits as usize, plan::DECODE_OUTPUTS), 1, 1];
+            let launch = Launch { image: "gemm_decode", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+            let arguments = args![*a, *b, c, bias, residual, alpha, accumulate, m32, n32, k32, plan.splits];
+            // SAFETY: lengths fit the shape, which the version supports; C is borrowed mutably.
+            return unsafe { device.launch(launch, arguments) };
+        }
+        assert_eq!(plan.splits, 1, "{plan:?}");
+        let (kernel, grid) = (symbol::<T>(layout, plan.version), [blocks(m * n, BLOCK as usize), 1, 1]);
+        let launch = Launch { image: "gemm", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+        let arguments = args![*a, *b, c, bias, residual, 0_u64, alpha, accumulate, m32, n32, k32];
+        // SAFETY: lengths fit the shape; C is borrowed mutably.
+        unsafe { device.launch(launch, arguments) }
+    }
 }
 
 /// Adds the parts of C [m, n] in order, and the addends.
@@ -223,60 +209,42 @@ fn combine<T: FloatElement>(
     unsafe { device.launch(launch, arguments) }
 }
 
-/// Y [tokens, outputs] = alpha·X·Wᵀ + addends.
-pub(super) fn linear(
-    device: &Arc<Device>,
-    x: Slice<bf16>,
-    w: Slice<bf16>,
-    y: SliceMut<bf16>,
-    shape: LinearShape,
-    addends: Addends,
-) -> Result<()> {
-    let shape = GemmShape { layout: GemmLayout::Tn, m: shape.tokens, n: shape.outputs, k: shape.inputs };
-    product(device, x, w, y, shape, addends, None).map(|_| ())
+pub(super) fn linear<P: Precision>(device: &Arc<Device>, op: Linear<'_, Cuda<P>>) -> Result<()> {
+    let addends = op.epilogue.map(slice);
+    let (layout, m, n, k) = (GemmLayout::Tn, op.shape.tokens, op.shape.outputs, op.shape.inputs);
+    let (a, b, c) = (slice(&op.x), slice(&op.w), slice_mut(op.y));
+    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device, None).map(|_| ())
 }
 
-/// dX [tokens, inputs] = alpha·dY·W (+ dX).
-pub(super) fn linear_backward_input(
+pub(super) fn linear_backward_input<P: Precision>(
     device: &Arc<Device>,
-    dy: Slice<bf16>,
-    w: Slice<bf16>,
-    dx: SliceMut<bf16>,
-    shape: LinearShape,
-    alpha: f32,
-    accumulate: bool,
+    op: LinearBackwardInput<'_, Cuda<P>>,
 ) -> Result<()> {
-    let shape = GemmShape { layout: GemmLayout::Nn, m: shape.tokens, n: shape.inputs, k: shape.outputs };
-    product(device, dy, w, dx, shape, Addends::scaled(alpha, accumulate), None).map(|_| ())
+    let addends = Addends { alpha: op.alpha, accumulate: op.accumulate, ..Addends::default() };
+    let (layout, m, n, k) = (GemmLayout::Nn, op.shape.tokens, op.shape.inputs, op.shape.outputs);
+    let (a, b, c) = (slice(&op.dy), slice(&op.w), slice_mut(op.dx));
+    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device, None).map(|_| ())
 }
 
-/// dW [outputs, inputs] = alpha·dYᵀ·X (+ dW).
-pub(super) fn linear_backward_weight<G: FloatElement>(
+pub(super) fn linear_backward_weight<P: Precision>(
     device: &Arc<Device>,
-    dy: Slice<bf16>,
-    x: Slice<bf16>,
-    dw: SliceMut<G>,
-    shape: LinearShape,
-    alpha: f32,
-    accumulate: bool,
+    op: LinearBackwardWeight<'_, Cuda<P>>,
 ) -> Result<()> {
-    let shape = GemmShape { layout: GemmLayout::Nt, m: shape.outputs, n: shape.inputs, k: shape.tokens };
-    product(device, dy, x, dw, shape, Addends::scaled(alpha, accumulate), None).map(|_| ())
+    let addends = Addends { alpha: op.alpha, accumulate: op.accumulate, ..Addends::default() };
+    let (layout, m, n, k) = (GemmLayout::Nt, op.shape.outputs, op.shape.inputs, op.shape.tokens);
+    let (a, b, c) = (slice(&op.dy), slice(&op.x), slice_mut(op.dw));
+    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device, None).map(|_| ())
 }
 
-/// dbias \[outputs\] = column sums of dY (+ dbias).
-pub(super) fn linear_backward_bias<G: FloatElement>(
+pub(super) fn linear_backward_bias<P: Precision>(
     device: &Arc<Device>,
-    dy: Slice<bf16>,
-    dbias: SliceMut<G>,
-    outputs: usize,
-    accumulate: bool,
+    op: LinearBackwardBias<'_, Cuda<P>>,
 ) -> Result<()> {
-    assert_eq!(dbias.len(), outputs);
+    let (dy, dbias, accumulate) = (slice(&op.dy), slice_mut(op.dbias), op.accumulate);
+    let (outputs, element_bytes) = (dbias.len(), size_of::<P::Grad>());
     if outputs == 0 {
         return Ok(());
     }
-    assert!(dy.len().is_multiple_of(outputs));
     let rows = dy.len() / outputs;
     let (columns, flops) = (blocks(outputs, BIAS_COLUMNS), dy.len() as u64);
     let launch = |kernel, parts, bytes| Launch {
@@ -288,8 +256,8 @@ pub(super) fn linear_backward_bias<G: FloatElement>(
         cost: Cost { bytes: 2 * flops + bytes as u64, flops },
     };
     if rows <= BIAS_BASELINE_ROWS {
-        let kernel = if G::NAME == "f32" { "gemm_bias_baseline_f32" } else { "gemm_bias_baseline_bf16" };
-        let launch = launch(kernel, 1, (1 + accumulate as usize) * size_of::<G>() * outputs);
+        let kernel = if P::Grad::NAME == "f32" { "gemm_bias_baseline_f32" } else { "gemm_bias_baseline_bf16" };
+        let launch = launch(kernel, 1, (1 + accumulate as usize) * element_bytes * outputs);
         let arguments = args![dy, &dbias, accumulate as u32, size(rows), size(outputs)];
         // SAFETY: dY has `rows` × `outputs` elements, dbias one a column; it is borrowed mutably.
         return unsafe { device.launch(launch, arguments) };
@@ -301,5 +269,5 @@ pub(super) fn linear_backward_bias<G: FloatElement>(
     let arguments = args![dy, &sums, size(rows), size(outputs), size(part)];
     // SAFETY: as above, and `sums` holds a row for each part.
     unsafe { device.launch(launch("gemm_bias_vec8_f32", size(parts), 4 * sums.len()), arguments) }?;
-    combine(device, &sums, size(parts), &dbias, [1, outputs], Addends::scaled(1.0, accumulate))
+    combine(device, &sums, size(parts), &dbias, [1, outputs], Addends { accumulate, ..Addends::default() })
 }

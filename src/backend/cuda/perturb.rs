@@ -1,10 +1,10 @@
 //! Perturbed copies of a weight: see `kernels/perturb.cu`.
 
 use super::device::{Device, Launch, args, blocks};
-use super::memory::{Memory, Slice, SliceMut};
-use super::{FLOAT, measure};
+use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
+use super::{Cuda, FLOAT, Precision, measure};
 use crate::backend::cost::{NORMAL_FLOPS, perturbed_copies, sum_squares};
-use crate::backend::{Cost, NoiseKey};
+use crate::backend::{Buffer, Cost, Direction, NoiseKey, Perturb, SquaredNorm};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -20,16 +20,6 @@ const RESIDENT: u32 = 6;
 const RESIDENT_LOW_RANK: u32 = 3;
 /// Columns and rows of a block of the low-rank kernel.
 const TILE: [usize; 2] = [256, 32];
-
-/// A direction.
-#[derive(Clone, Copy)]
-pub(super) enum Noise<'a> {
-    Gaussian(NoiseKey),
-    Rademacher(NoiseKey),
-    LowRank { key: NoiseKey, rank: usize, rows: usize },
-    Scale,
-    Given(Slice<'a, bf16>),
-}
 
 fn launch(kernel: &'static str, grid: [u32; 2], cost: Cost) -> Launch {
     let [x, y] = grid;
@@ -62,19 +52,26 @@ fn range(len: usize) -> usize {
 }
 
 /// Partial sums of a tensor of `len` elements.
-pub(super) fn parts(len: usize) -> usize {
+fn parts(len: usize) -> usize {
     if len == 0 { 0 } else { len.div_ceil(range(len)) }
 }
 
 /// ‖w‖² in [`parts`].
-pub(super) fn squares(device: &Device, w: Slice<bf16>, sums: &SliceMut<f64>) -> Result<()> {
-    assert_eq!(sums.len(), parts(w.len()));
+fn squares(device: &Device, w: Slice<bf16>, sums: &SliceMut<f64>) -> Result<()> {
     let launch = launch("perturb_squares_vec8_bf16", [sums.len() as u32, 1], sum_squares(w.len(), FLOAT));
     // SAFETY: a tensor of `len` elements; a range of it has a block and a place in `sums`.
     unsafe { device.launch(launch, args![w, w.len() as u64, range(w.len()) as u64, sums]) }
 }
 
-/// The same, in memory of their own.
+pub(super) fn squared_norm<P: Precision>(
+    device: &Arc<Device>,
+    op: SquaredNorm<'_, Cuda<P>>,
+) -> Result<Buffer<Cuda<P>, f64>> {
+    let Sums { memory, count } = squares_of_tensor(device, slice(&op.w))?;
+    Ok(Buffer::new(memory, count))
+}
+
+/// ‖w‖² in memory of its own.
 fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
     let mut sums = Sums::new(device, parts(w.len()))?;
     squares(device, w, &sums.all())?;
@@ -169,7 +166,6 @@ impl Copies<'_> {
 
     fn given(&self, device: &Arc<Device>, n: Slice<bf16>) -> Result<()> {
         let Self { w, squares, plus, minus, epsilon } = self;
-        assert_eq!(n.len(), w.len());
         let launch = self.launch(device, "perturb_given_vec8_bf16", 2, 0);
         let mut of_n = squares_of_tensor(device, n)?;
         let (w_count, n_count) = (squares.len() as u32, of_n.count as u32);
@@ -182,7 +178,6 @@ impl Copies<'_> {
     fn low_rank(&self, device: &Arc<Device>, key: NoiseKey, rank: usize, rows: usize) -> Result<()> {
         let Self { w, squares, plus, minus, epsilon } = self;
         let columns = w.len() / rows;
-        assert_eq!(w.len(), rows * columns);
         let [mut a, mut b] = [Memory::new(device, rows * rank)?, Memory::new(device, columns * rank)?];
         let (a, b) = (a.all(rows * rank), b.all(columns * rank));
         normals(device, key, 0, rows, rank, &a)?;
@@ -217,36 +212,24 @@ impl Copies<'_> {
     }
 }
 
-/// plus = w + epsilon·‖w‖/‖n‖·n, minus = w − the same. `known` = ‖w‖² in parts.
-pub(super) fn perturb(
-    device: &Arc<Device>,
-    w: Slice<bf16>,
-    known: Option<Slice<f64>>,
-    noise: Noise,
-    epsilon: f32,
-    plus: SliceMut<bf16>,
-    minus: Option<SliceMut<bf16>>,
-) -> Result<()> {
-    assert_eq!(plus.len(), w.len());
-    assert!(minus.as_ref().is_none_or(|minus| minus.len() == w.len()));
+pub(super) fn perturb<P: Precision>(device: &Arc<Device>, op: Perturb<'_, Cuda<P>>) -> Result<()> {
+    let (w, known, direction) = (slice(&op.w), op.squares.as_ref().map(slice), op.direction.map(slice));
     assert!(known.is_none_or(|known| known.len() == parts(w.len())));
     if w.len() == 0 {
         return Ok(());
     }
-    let mut own = match (known, noise) {
-        (None, Noise::Gaussian(_) | Noise::Rademacher(_) | Noise::LowRank { .. } | Noise::Given(_)) => {
-            squares_of_tensor(device, w)?
-        }
-        (Some(_), _) | (None, Noise::Scale) => Sums::new(device, 0)?,
+    let mut own = match known.is_none() && direction.has_norm() {
+        true => squares_of_tensor(device, w)?,
+        false => Sums::new(device, 0)?,
     };
     let own = own.all();
-    let squares = known.unwrap_or(*own);
-    let copies = Copies { w, squares, plus, minus, epsilon };
-    match noise {
-        Noise::Gaussian(key) => copies.gaussian(device, key),
-        Noise::Rademacher(key) => copies.rademacher(device, key),
-        Noise::LowRank { key, rank, rows } => copies.low_rank(device, key, rank, rows),
-        Noise::Scale => copies.scale(device),
-        Noise::Given(n) => copies.given(device, n),
+    let (plus, minus) = (slice_mut(op.plus), op.minus.map(slice_mut));
+    let copies = Copies { w, squares: known.unwrap_or(*own), plus, minus, epsilon: op.epsilon };
+    match direction {
+        Direction::Gaussian(key) => copies.gaussian(device, key),
+        Direction::Rademacher(key) => copies.rademacher(device, key),
+        Direction::LowRank { key, rank, rows } => copies.low_rank(device, key, rank, rows),
+        Direction::Scale => copies.scale(device),
+        Direction::Given(n) => copies.given(device, n),
     }
 }

@@ -1,10 +1,10 @@
 //! RMSNorm: see `kernels/rmsnorm.cu`.
 
-use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
-use super::measure;
-use super::memory::{Memory, Slice, SliceMut};
-use crate::backend::{Cost, Element, FloatElement, cost};
+use super::memory::{Memory, Slice, slice, slice_mut};
+use super::{Cuda, FLOAT, Precision, measure};
+use crate::backend::cost::{self, NormGradients};
+use crate::backend::{Cost, Element, Operator, RmsNorm, RmsNormBackward};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ enum Forward {
 
 impl Forward {
     /// The first that takes rows of this width, or the one that is forced.
-    fn choose(width: usize, aligned: bool) -> Self {
+    fn choose(width: usize, tensors: &[Slice<bf16>]) -> Self {
         let versions = [
             ("lanes", LANES_WIDTH, Self::Lanes),
             ("warp", 1024, Self::Warp),
@@ -48,7 +48,7 @@ impl Forward {
             ("row4096", 4096, Self::Row4096),
             ("row8192", 8192, Self::Row8192),
         ];
-        let fitting = versions.into_iter().filter(|(_, widest, _)| aligned && width <= *widest);
+        let fitting = versions.into_iter().filter(|(_, widest, _)| aligned(width, tensors) && width <= *widest);
         measure::choose(fitting.map(|(name, _, version)| (name, version))).unwrap_or(Self::Baseline)
     }
 
@@ -82,7 +82,7 @@ enum Backward {
 
 impl Backward {
     /// The first that takes rows of this width, or the one that is forced.
-    fn choose(width: usize, aligned: bool) -> Self {
+    fn choose(width: usize, tensors: &[Slice<bf16>]) -> Self {
         let versions = [
             ("lanes", LANES_WIDTH, Self::Lanes),
             ("row1024", 1024, Self::Row1024),
@@ -90,7 +90,7 @@ impl Backward {
             ("row4096", 4096, Self::Row4096),
             ("row8192", 8192, Self::Row8192),
         ];
-        let fitting = versions.into_iter().filter(|(_, widest, _)| aligned && width <= *widest);
+        let fitting = versions.into_iter().filter(|(_, widest, _)| aligned(width, tensors) && width <= *widest);
         measure::choose(fitting.map(|(name, _, version)| (name, version))).unwrap_or(Self::Baseline)
     }
 
@@ -118,12 +118,9 @@ impl Backward {
     }
 }
 
-/// What the forward pass keeps for the backward pass, and dy.
-pub(super) struct Saved<'a> {
-    pub(super) dy: Slice<'a, bf16>,
-    pub(super) x: Slice<'a, bf16>,
-    pub(super) weight: Slice<'a, bf16>,
-    pub(super) rstd: Slice<'a, f32>,
+/// Whether rows of all tensors can be accessed by vectors.
+fn aligned(width: usize, tensors: &[Slice<bf16>]) -> bool {
+    width.is_multiple_of(VECTOR) && tensors.iter().all(|tensor| tensor.aligned(VECTOR_BYTES))
 }
 
 /// Lanes of a row of the lanes kernels.
@@ -131,23 +128,13 @@ fn lanes(width: usize) -> u32 {
     (width.div_ceil(VECTOR) as u32).next_power_of_two().max(2)
 }
 
-/// y = bf16(x·rstd)·weight over rows of `width`.
-pub(super) fn rmsnorm(
-    device: &Arc<Device>,
-    x: Slice<bf16>,
-    weight: Slice<bf16>,
-    y: SliceMut<bf16>,
-    rstd: Option<SliceMut<f32>>,
-    width: usize,
-    eps: f32,
-) -> Result<()> {
-    let rows = x.len() / width;
-    assert_eq!([x.len(), y.len(), weight.len()], [rows * width, rows * width, width]);
-    assert!(rstd.as_ref().is_none_or(|rstd| rstd.len() == rows));
-    let aligned = width.is_multiple_of(VECTOR) && [x, weight, *y].iter().all(|tensor| tensor.aligned(VECTOR_BYTES));
-    let version = Forward::choose(width, aligned);
+/// y = bf16(x·rstd)·weight.
+pub(super) fn rmsnorm<P: Precision>(device: &Arc<Device>, op: RmsNorm<'_, Cuda<P>>) -> Result<()> {
+    let (cost, eps) = (op.cost(), op.eps);
+    let (x, weight, y, rstd) = (slice(&op.x), slice(&op.weight), slice_mut(op.y), op.rstd.map(slice_mut));
+    let (width, rows) = (weight.len(), x.len() / weight.len());
+    let version = Forward::choose(width, &[x, weight, *y]);
     let (kernel, blocks, block) = version.launch(rows, width);
-    let cost = cost::rmsnorm(x.len(), width, rstd.is_some(), FLOAT);
     let launch = Launch { image: "rmsnorm", kernel, grid: [blocks, 1, 1], block, shared_bytes: 0, cost };
     let (rstd, rows, width32) = (rstd.as_ref(), rows as u64, width as u32);
     // SAFETY: x and y have `rows` rows of `width`, weight one, rstd an element a row; aligned as the kernel asks, which
@@ -160,35 +147,21 @@ pub(super) fn rmsnorm(
     }
 }
 
-/// dx and dweight, each overwritten or added to.
-pub(super) fn rmsnorm_backward<G: FloatElement>(
-    device: &Arc<Device>,
-    saved: Saved,
-    dx: Option<SliceMut<bf16>>,
-    dweight: Option<SliceMut<G>>,
-    width: usize,
-    accumulate_dx: bool,
-    accumulate_dweight: bool,
-) -> Result<()> {
-    let Saved { dy, x, weight, rstd } = saved;
-    let rows = rstd.len();
-    assert_eq!([dy.len(), x.len(), weight.len()], [rows * width, rows * width, width]);
-    assert!(dx.as_ref().is_none_or(|dx| dx.len() == rows * width));
-    assert!(dweight.as_ref().is_none_or(|dweight| dweight.len() == width));
+pub(super) fn rmsnorm_backward<P: Precision>(device: &Arc<Device>, op: RmsNormBackward<'_, Cuda<P>>) -> Result<()> {
+    let (cost, dx_written) = (op.cost(), op.dx.as_ref().map(|_| op.accumulate_dx));
+    let (dy, x, weight, rstd) = (slice(&op.dy), slice(&op.x), slice(&op.weight), slice(&op.rstd));
+    let (dx, dweight) = (op.dx.map(slice_mut), op.dweight.map(slice_mut));
+    let (width, rows) = (weight.len(), rstd.len());
     if dx.is_none() && dweight.is_none() {
         return Ok(());
     }
-    let aligned = width.is_multiple_of(VECTOR)
-        && [dy, x, weight].iter().all(|tensor| tensor.aligned(VECTOR_BYTES))
-        && dx.as_ref().is_none_or(|dx| dx.aligned(VECTOR_BYTES));
-    let version = Backward::choose(width, aligned);
+    let version = Backward::choose(width, &[dy, x, weight, dx.as_ref().map_or(x, |dx| **dx)]);
     let (rows_a_part, parts) = version.parts(rows, width);
     let mut workspace = Memory::<f32>::new(device, if dweight.is_some() { parts * width } else { 0 })?;
     let partial = dweight.as_ref().map(|_| workspace.all(parts * width));
     let (rows_a_part, parts, width32) = (rows_a_part as u32, parts as u32, width as u32);
-    let cost =
-        |dx: bool, dweight: bool| cost::rmsnorm_backward(x.len(), width, dx.then_some(accumulate_dx), dweight, FLOAT);
-    let (rows64, accumulate_dx) = (rows as u64, accumulate_dx as u32);
+    let alone = |wanted| cost::rmsnorm_backward(x.len(), width, wanted, FLOAT);
+    let (rows64, accumulate_dx) = (rows as u64, op.accumulate_dx as u32);
     let launch = |kernel, grid, block, cost| Launch { image: "rmsnorm", kernel, grid, block, shared_bytes: 0, cost };
     // SAFETY: x, dy and dx have `rows` rows of `width`, weight one, rstd an element a row, `partial` `parts` rows,
     // and `parts` of `rows_a_part` rows cover all; aligned as the kernels ask, which also bounds the width; dx,
@@ -196,7 +169,7 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
     unsafe {
         match version.kernel() {
             Some((kernel, block)) => {
-                let launch = launch(kernel, [parts, 1, 1], block, cost(dx.is_some(), dweight.is_some()));
+                let launch = launch(kernel, [parts, 1, 1], block, cost);
                 let (dx, partial) = (dx.as_ref(), partial.as_ref());
                 if version == Backward::Lanes {
                     let lanes = lanes(width);
@@ -212,24 +185,34 @@ pub(super) fn rmsnorm_backward<G: FloatElement>(
             None => {
                 if let Some(dx) = &dx {
                     let grid = [blocks(rows, (BLOCK / 32) as usize), 1, 1];
-                    let launch = launch("rmsnorm_backward_input_baseline_bf16", grid, BLOCK, cost(true, false));
+                    let launch = launch(
+                        "rmsnorm_backward_input_baseline_bf16",
+                        grid,
+                        BLOCK,
+                        alone(NormGradients { dx: dx_written, dweight: false }),
+                    );
                     device.launch(launch, args![dy, x, weight, rstd, dx, rows64, width32, accumulate_dx])?;
                 }
                 if let Some(partial) = &partial {
                     let grid = [blocks(width, BLOCK as usize), parts, 1];
-                    let launch = launch("rmsnorm_backward_weight_baseline_bf16", grid, BLOCK, cost(false, true));
+                    let launch = launch(
+                        "rmsnorm_backward_weight_baseline_bf16",
+                        grid,
+                        BLOCK,
+                        alone(NormGradients { dx: None, dweight: true }),
+                    );
                     device.launch(launch, args![dy, x, rstd, partial, rows64, rows_a_part, width32])?;
                 }
             }
         }
         let (Some(dweight), Some(partial)) = (&dweight, &partial) else { return Ok(()) };
-        let kernel = match G::NAME {
+        let kernel = match P::Grad::NAME {
             f32::NAME => "rmsnorm_backward_columns_f32",
             _ => "rmsnorm_backward_columns_bf16",
         };
         let sums = u64::from(parts) * width as u64;
-        let cost = Cost { bytes: 4 * sums + (width * size_of::<G>()) as u64, flops: sums };
+        let cost = Cost { bytes: 4 * sums + (width * size_of::<P::Grad>()) as u64, flops: sums };
         let launch = launch(kernel, [blocks(width, COLUMNS), 1, 1], COLUMNS_BLOCK, cost);
-        device.launch(launch, args![partial, dweight, parts, width32, accumulate_dweight as u32])
+        device.launch(launch, args![partial, dweight, parts, width32, op.accumulate_dweight as u32])
     }
 }

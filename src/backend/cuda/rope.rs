@@ -1,12 +1,10 @@
 //! Rotary position embedding: see `kernels/rope.cu`.
 
-use super::FLOAT;
 use super::device::{Device, Launch, args, blocks};
-use super::measure;
-use super::memory::{Slice, SliceMut};
-use crate::backend::cost;
+use super::memory::{slice, slice_mut};
+use super::{Cuda, Precision, measure};
+use crate::backend::{Operator, Rope};
 use crate::error::Result;
-use half::bf16;
 
 const BLOCK: usize = 256;
 /// Heads of a thread of the vector kernel.
@@ -15,19 +13,10 @@ const HEADS: usize = 4;
 const VECTOR_BYTES: u64 = 16;
 const HEAD_DIM_STEP: usize = 16;
 
-/// x [tokens, heads·head_dim] in place; `table` [positions, head_dim].
-pub(super) fn rope(
-    device: &Device,
-    x: SliceMut<bf16>,
-    table: Slice<f32>,
-    positions: Slice<u32>,
-    heads: usize,
-    head_dim: usize,
-    inverse: bool,
-) -> Result<()> {
+pub(super) fn rope<P: Precision>(device: &Device, op: Rope<'_, Cuda<P>>) -> Result<()> {
+    let (cost, heads, head_dim) = (op.cost(), op.heads(), op.head_dim);
+    let (x, table, positions) = (slice_mut(op.x), slice(&op.table), slice(&op.positions));
     let tokens = positions.len();
-    assert_eq!(x.len(), tokens * heads * head_dim);
-    assert!(head_dim.is_multiple_of(2) && table.len().is_multiple_of(head_dim));
     let aligned = x.aligned(VECTOR_BYTES) && table.aligned(VECTOR_BYTES);
     let vectors = head_dim.is_multiple_of(HEAD_DIM_STEP) && aligned && !measure::baseline();
     let (kernel, threads) = match vectors {
@@ -40,10 +29,10 @@ pub(super) fn rope(
         grid: [blocks(threads, BLOCK), 1, 1],
         block: BLOCK as u32,
         shared_bytes: 0,
-        cost: cost::rope(x.len(), FLOAT),
+        cost,
     };
     let length = (table.len() / head_dim) as u32;
-    let sign = if inverse { -1f32 } else { 1.0 };
+    let sign = if op.inverse { -1f32 } else { 1.0 };
     // SAFETY: x has `tokens` rows of `heads·head_dim`, aligned as the kernel asks, and is borrowed mutably; positions
     // has one element a token; the kernel skips positions from `length`, the rows of the table, on.
     unsafe {

@@ -1,6 +1,9 @@
 //! Backward through projections: gradients of their own tensors, and of their inputs.
 
-use crate::backend::{Backend, Epilogue, In, InputGradient, LinearShape, Out, ViewMut, WeightGradient};
+use crate::backend::{
+    Backend, In, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
+    LinearBackwardWeight, LinearBackwardWeightEach, LinearShape, Operator, Out, WeightGradient,
+};
 use crate::engine::decoder::Overlay;
 use crate::engine::{Decoder, Gradients};
 use crate::error::Result;
@@ -21,13 +24,14 @@ impl<B: Backend> Decoder<B> {
         x: In<'_, B>,
         tokens: usize,
         gradients: &mut Gradients<B>,
-        accumulate: bool,
     ) -> Result<()> {
+        let accumulate = gradients.accumulate;
         if let Some(dw) = gradients.get_mut(ParamId::Weight(id)) {
             let shape = self.shape_of(id.kind, tokens);
-            self.backend.linear_backward_weight(dy.clone(), x.clone(), dw.view_mut(), shape, 1.0, accumulate)?;
+            let product = LinearBackwardWeight::new(dy.clone(), x.clone(), dw.view_mut(), shape);
+            LinearBackwardWeight { accumulate, ..product }.run(&self.backend)?;
         }
-        self.bias_and_adapter_gradients(id, dy, x, tokens, gradients, accumulate)
+        self.bias_and_adapter_gradients(id, dy, x, tokens, gradients)
     }
 
     /// The same for several projections of one x, each with the gradient of its output.
@@ -37,8 +41,8 @@ impl<B: Backend> Decoder<B> {
         x: In<'_, B>,
         tokens: usize,
         gradients: &mut Gradients<B>,
-        accumulate: bool,
     ) -> Result<()> {
+        let accumulate = gradients.accumulate;
         let weights = outputs.each_ref().map(|(id, _)| ParamId::Weight(*id));
         let mut trained: Vec<WeightGradient<'_, B>> = gradients
             .each_mut(weights)
@@ -48,10 +52,11 @@ impl<B: Backend> Decoder<B> {
             })
             .collect();
         if !trained.is_empty() {
-            self.backend.linear_backward_weight_each(x.clone(), &mut trained, tokens, accumulate)?;
+            let layers = trained.as_mut_slice();
+            LinearBackwardWeightEach { x: x.clone(), layers, tokens, accumulate }.run(&self.backend)?;
         }
         for (id, dy) in outputs {
-            self.bias_and_adapter_gradients(*id, dy.clone(), x.clone(), tokens, gradients, accumulate)?;
+            self.bias_and_adapter_gradients(*id, dy.clone(), x.clone(), tokens, gradients)?;
         }
         Ok(())
     }
@@ -64,26 +69,27 @@ impl<B: Backend> Decoder<B> {
         x: In<'_, B>,
         tokens: usize,
         gradients: &mut Gradients<B>,
-        accumulate: bool,
     ) -> Result<()> {
         let shape = self.shape_of(id.kind, tokens);
-        let backend = &self.backend;
+        let (backend, accumulate) = (&self.backend, gradients.accumulate);
         if let Some(dbias) = gradients.get_mut(ParamId::Bias(id)) {
-            backend.linear_backward_bias(dy.clone(), dbias.view_mut(), tokens, shape.outputs, accumulate)?;
+            LinearBackwardBias { dy: dy.clone(), dbias: dbias.view_mut(), accumulate }.run(backend)?;
         }
         let adapter = (self.lora(), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
         let (Some(lora), Some(a), Some(b)) = adapter else { return Ok(()) };
         let down = LinearShape { outputs: lora.rank, ..shape };
         let up = LinearShape { inputs: lora.rank, ..shape };
-        let mut u = self.floats(tokens * lora.rank)?;
+        let (alpha, mut u) = (lora.scale(), self.floats(tokens * lora.rank)?);
         if let Some(db) = gradients.get_mut(ParamId::LoraB(id)) {
-            backend.linear(x.clone(), a.values.view(), u.view_mut(), down, Epilogue::default())?;
-            backend.linear_backward_weight(dy.clone(), u.view(), db.view_mut(), up, lora.scale(), accumulate)?;
+            Linear::new(x.clone(), a.values.view(), u.view_mut(), down).run(backend)?;
+            let product = LinearBackwardWeight::new(dy.clone(), u.view(), db.view_mut(), up);
+            LinearBackwardWeight { alpha, accumulate, ..product }.run(backend)?;
         }
         if let Some(da) = gradients.get_mut(ParamId::LoraA(id)) {
-            backend.linear_backward_input(dy, b.values.view(), u.view_mut(), up, lora.scale(), false)?;
-            let da: ViewMut<'_, B, B::Grad> = da.view_mut();
-            backend.linear_backward_weight(u.view(), x, da, down, 1.0, accumulate)?;
+            let product = LinearBackwardInput::new(dy, b.values.view(), u.view_mut(), up);
+            LinearBackwardInput { alpha, ..product }.run(backend)?;
+            let product = LinearBackwardWeight::new(u.view(), x, da.view_mut(), down);
+            LinearBackwardWeight { accumulate, ..product }.run(backend)?;
         }
         Ok(())
     }
@@ -97,7 +103,7 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<()> {
         if outputs.iter().any(|(id, _)| self.index.contains_key(&ParamId::LoraA(*id))) {
             for (i, (id, dy)) in outputs.iter().enumerate() {
-                self.module_input_gradient(*id, dy.clone(), dx.reborrow(), tokens, i > 0)?;
+                self.module_input_gradient(*id, dy.clone(), dx.reborrow(), i)?;
             }
             return Ok(());
         }
@@ -105,27 +111,30 @@ impl<B: Backend> Decoder<B> {
         let layers = outputs
             .each_ref()
             .map(|(id, dy)| InputGradient { dy: dy.clone(), w: self.values(&none, ParamId::Weight(*id)) });
-        self.backend.linear_backward_input_each(&layers, dx, tokens, false)
+        LinearBackwardInputEach { layers: &layers, dx, tokens, accumulate: false }.run(&self.backend)
     }
 
-    /// Gradient of a projection's input from that of its output.
+    /// Gradient of a projection's input from that of its output: overwrites `dx` as the first term (0), else adds to it.
     pub(super) fn module_input_gradient(
         &self,
         id: ModuleId,
         dy: In<'_, B>,
         mut dx: Out<'_, B>,
-        tokens: usize,
-        accumulate: bool,
+        term: usize,
     ) -> Result<()> {
-        let shape = self.shape_of(id.kind, tokens);
+        let (outputs, inputs) = self.config.module_shape(id.kind);
+        let shape = LinearShape { tokens: dx.len() / inputs, inputs, outputs };
         let weight = self.values(&Overlay::new(), ParamId::Weight(id));
-        self.backend.linear_backward_input(dy.clone(), weight, dx.reborrow(), shape, 1.0, accumulate)?;
+        let product = LinearBackwardInput::new(dy.clone(), weight, dx.reborrow(), shape);
+        LinearBackwardInput { accumulate: term > 0, ..product }.run(&self.backend)?;
         let adapter = (self.lora(), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
         let (Some(lora), Some(a), Some(b)) = adapter else { return Ok(()) };
         let down = LinearShape { outputs: lora.rank, ..shape };
         let up = LinearShape { inputs: lora.rank, ..shape };
-        let mut du = self.floats(tokens * lora.rank)?;
-        self.backend.linear_backward_input(dy, b.values.view(), du.view_mut(), up, lora.scale(), false)?;
-        self.backend.linear_backward_input(du.view(), a.values.view(), dx, down, 1.0, true)
+        let mut du = self.floats(shape.tokens * lora.rank)?;
+        let product = LinearBackwardInput::new(dy, b.values.view(), du.view_mut(), up);
+        LinearBackwardInput { alpha: lora.scale(), ..product }.run(&self.backend)?;
+        let product = LinearBackwardInput::new(du.view(), a.values.view(), dx, down);
+        LinearBackwardInput { accumulate: true, ..product }.run(&self.backend)
     }
 }

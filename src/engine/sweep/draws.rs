@@ -1,7 +1,7 @@
 //! Draws of noise: which members share one, in what order they run, and the perturbed tensors themselves.
 
 use super::{Member, NoiseKind, SweepOptions};
-use crate::backend::{Backend, Buffer, Direction, NoiseKey, View, trace};
+use crate::backend::{Backend, Buffer, Direction, NoiseKey, Operator, Perturb, SquaredNorm, View, trace};
 use crate::engine::decoder::{Overlay, upload};
 use crate::engine::{Batch, Decoder};
 use crate::error::Result;
@@ -32,7 +32,7 @@ impl<B: Backend> Squares<B> {
         if let Some(squares) = cell.get() {
             return Ok(squares.view());
         }
-        let squares = decoder.backend.squares(decoder.params[index].values.view())?;
+        let squares = SquaredNorm { w: decoder.params[index].values.view() }.run(&decoder.backend)?;
         Ok(cell.get_or_init(|| squares).view())
     }
 }
@@ -87,8 +87,9 @@ impl<B: Backend> Decoder<B> {
                 buffers.try_into().unwrap_or_else(|_| unreachable!("two were made"));
             let both = draw.members.iter().any(|(_, negative)| *negative) && options.kind != NoiseKind::Zero;
             let twin = both.then(|| minus.view_mut());
-            let squares = if let Direction::Scale = direction { None } else { Some(squares.of(self, stream)?) };
-            self.backend.perturb(param.values.view(), squares, &direction, epsilon, plus.view_mut(), twin)?;
+            let squares = if direction.has_norm() { Some(squares.of(self, stream)?) } else { None };
+            let (w, plus_view) = (param.values.view(), plus.view_mut());
+            Perturb { w, squares, direction, epsilon, plus: plus_view, minus: twin }.run(&self.backend)?;
             match draw.members.as_slice() {
                 [(_, negative)] => {
                     all[0].insert(id, if *negative && both { minus } else { plus });

@@ -2,7 +2,6 @@
 
 use super::grouped::assert_as_f32_sums;
 use super::*;
-use swat::backend::Projection;
 use swat::backend::cuda::GemmMember;
 
 /// (tokens, inputs, outputs): tails of tiles in each extent, whole tiles, outputs that are not of whole 16 bytes.
@@ -40,7 +39,7 @@ fn apart<P: Precision>(
     });
     cuda.gemm_each(&mut members.collect::<Vec<_>>(), false, Some(GemmPlan { version, splits: 1 })).unwrap();
     let mut y = cuda.zeros::<half::bf16>(shape.m * shape.n).unwrap();
-    cuda.swiglu(sums[0].view(), sums[1].view(), y.view_mut()).unwrap();
+    SwiGlu { gate: sums[0].view(), up: sums[1].view(), y: y.view_mut() }.run(cuda).unwrap();
     bits(read(cuda, &y))
 }
 
@@ -106,15 +105,15 @@ fn gated_or_left_alone<B: Backend>(b: &B) {
         let before = put::<B, B::Float>(b, &normals(4, tokens * outputs));
         let mut y = put::<B, B::Float>(b, &before.host);
         let [g, u] = weights();
-        let done = b.gated_linear(x.device.view(), g, u, y.device.view_mut(), tokens).unwrap();
+        let done = GatedLinear { x: x.device.view(), gate: g, up: u, y: y.device.view_mut(), tokens }.run(b).unwrap();
         assert_eq!(done, b.name() != "cpu" && tokens > 8 && offset == 0, "{tokens} × {inputs} × {outputs}, {offset}");
         let mut expected = before;
         if done {
             let mut sums = [0, 1].map(|_| b.zeros::<B::Float>(tokens * outputs).unwrap());
             let each = weights().into_iter().zip(&mut sums);
             let each = each.map(|(w, y)| Projection { w, bias: None, y: y.view_mut() });
-            b.linear_each(x.device.view(), &mut each.collect::<Vec<Projection<'_, B>>>(), tokens).unwrap();
-            b.swiglu(sums[0].view(), sums[1].view(), expected.device.view_mut()).unwrap();
+            LinearEach { x: x.device.view(), layers: &mut each.collect::<Vec<_>>(), tokens }.run(b).unwrap();
+            SwiGlu { gate: sums[0].view(), up: sums[1].view(), y: expected.device.view_mut() }.run(b).unwrap();
         }
         assert!(get(b, &y.device) == get(b, &expected.device), "{tokens} × {inputs} × {outputs}, {offset}");
     }
@@ -126,7 +125,7 @@ fn gated_as_the_two_would_be<P: Precision>(cuda: &Cuda<P>) {
         let x = put::<_, half::bf16>(cuda, &normals(1, tokens * inputs)).device;
         let [gate, up] = [2, 3].map(|s| put::<_, half::bf16>(cuda, &normals(s, outputs * inputs)).device);
         let mut y = cuda.zeros::<half::bf16>(tokens * outputs).unwrap();
-        cuda.gated_linear(x.view(), gate.view(), up.view(), y.view_mut(), tokens).unwrap()
+        GatedLinear { x: x.view(), gate: gate.view(), up: up.view(), y: y.view_mut(), tokens }.run(cuda).unwrap()
     };
     assert!(!done(16, 4096, 8));
     assert!(done(1000, 64, 256));

@@ -2,7 +2,6 @@
 
 use super::*;
 use swat::backend::cuda::GemmMember;
-use swat::backend::{InputGradient, Projection, WeightGradient};
 
 /// (tokens, inputs) of layers with these outputs: sizes that go in one launch, and sizes that no launch takes together.
 const GROUPS: [(usize, usize, [usize; 3]); 6] = [
@@ -26,7 +25,7 @@ fn forward<B: Backend>(b: &B) {
                 let bias = (i == 1).then(|| bias.device.view());
                 Projection { w: w.device.view(), bias, y: y.device.view_mut() }
             });
-            b.linear_each(x.device.view(), &mut each.collect::<Vec<Projection<'_, B>>>(), tokens).unwrap();
+            LinearEach { x: x.device.view(), layers: &mut each.collect::<Vec<_>>(), tokens }.run(b).unwrap();
             for (i, n) in outputs.into_iter().enumerate().take(layers) {
                 let mut exact = product(&x.host, (inputs, 1), &w[i].host, (1, inputs), (tokens, n, inputs));
                 if i == 1 {
@@ -54,15 +53,15 @@ fn backward<B: Backend>(b: &B) {
             }
             let each = w.iter().zip(&dy).take(layers);
             let each: Vec<_> = each.map(|(w, dy)| InputGradient { dy: dy.device.view(), w: w.device.view() }).collect();
-            b.linear_backward_input_each(&each, dx.device.view_mut(), tokens, accumulate).unwrap();
+            LinearBackwardInputEach { layers: &each, dx: dx.device.view_mut(), tokens, accumulate }.run(b).unwrap();
             let terms = outputs.iter().take(layers).sum();
             assert_close::<B>(&get(b, &dx.device), &exact, error(terms), &format!("dx of {what}"));
 
             let mut dw = outputs.map(|n| put::<B, B::Grad>(b, &normals(7, n * inputs)));
             let each = dy.iter().zip(&mut dw).take(layers);
             let each = each.map(|(dy, dw)| WeightGradient { dy: dy.device.view(), dw: dw.device.view_mut() });
-            let each = &mut each.collect::<Vec<WeightGradient<'_, B>>>();
-            b.linear_backward_weight_each(x.device.view(), each, tokens, accumulate).unwrap();
+            let each = &mut each.collect::<Vec<_>>();
+            LinearBackwardWeightEach { x: x.device.view(), layers: each, tokens, accumulate }.run(b).unwrap();
             for (i, (n, dw)) in outputs.into_iter().zip(&dw).enumerate() {
                 let dytx = product(&dy[i].host, (1, n), &x.host, (inputs, 1), (n, inputs, tokens));
                 let exact = scaled(accumulate.then_some(&dw.host), 1.0, &dytx);

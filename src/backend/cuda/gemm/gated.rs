@@ -5,22 +5,21 @@ use super::{MMA_BLOCK, OPERAND_BYTES, size, wgmma};
 use crate::backend::cuda::device::{Arg, Device, Launch, args};
 use crate::backend::cuda::memory::{Slice, SliceMut, slice, slice_mut};
 use crate::backend::cuda::{Cuda, FLOAT, Precision};
-use crate::backend::{In, LinearShape, Out, cost};
+use crate::backend::{GatedLinear, In, LinearShape, Out, cost};
 use crate::error::Result;
 use half::bf16;
 
 /// X [tokens, inputs], the weights of gate and up [outputs, inputs], and Y [tokens, outputs].
-pub(in crate::backend::cuda) struct Gated<'a> {
-    pub(in crate::backend::cuda) x: Slice<'a, bf16>,
-    pub(in crate::backend::cuda) gate: Slice<'a, bf16>,
-    pub(in crate::backend::cuda) up: Slice<'a, bf16>,
-    pub(in crate::backend::cuda) y: SliceMut<'a, bf16>,
-    pub(in crate::backend::cuda) shape: LinearShape,
+struct Gated<'a> {
+    x: Slice<'a, bf16>,
+    gate: Slice<'a, bf16>,
+    up: Slice<'a, bf16>,
+    y: SliceMut<'a, bf16>,
+    shape: LinearShape,
 }
 
 impl<P: Precision> Cuda<P> {
-    /// Y = silu(X·gateᵀ) · (X·upᵀ) in one launch by the kernel of this version: see
-    /// [`Backend::gated_linear`](crate::backend::Backend::gated_linear).
+    /// [`GatedLinear`] in one launch by the kernel of this version.
     ///
     /// # Errors
     /// Where the device fails.
@@ -37,6 +36,19 @@ impl<P: Precision> Cuda<P> {
     ) -> Result<()> {
         let gated = Gated { x: slice(&x), gate: slice(&gate), up: slice(&up), y: slice_mut(y), shape };
         gated.launch(&self.device, version)
+    }
+}
+
+/// `false` where no version has a kernel for these tensors.
+pub(in crate::backend::cuda) fn gated_linear<P: Precision>(
+    device: &Device,
+    op: GatedLinear<'_, Cuda<P>>,
+) -> Result<bool> {
+    let shape = op.shape();
+    let gated = Gated { x: slice(&op.x), gate: slice(&op.gate), up: slice(&op.up), y: slice_mut(op.y), shape };
+    match gated.choose(device) {
+        Some(version) => gated.launch(device, version).map(|()| true),
+        None => Ok(false),
     }
 }
 
@@ -58,7 +70,7 @@ impl Gated<'_> {
 
     /// The version that gate and up side by side would take, where there is a kernel of it that ends in SwiGLU and the
     /// depth is not split: the sums are then the same bits.
-    pub(in crate::backend::cuda) fn choose(&self, device: &Device) -> Option<GemmVersion> {
+    fn choose(&self, device: &Device) -> Option<GemmVersion> {
         let both = self.both();
         if both.m * both.n == 0 {
             return None;
@@ -68,7 +80,7 @@ impl Gated<'_> {
         (splits == 1 && self.supports(device, version)).then_some(version)
     }
 
-    pub(in crate::backend::cuda) fn launch(&self, device: &Device, version: GemmVersion) -> Result<()> {
+    fn launch(&self, device: &Device, version: GemmVersion) -> Result<()> {
         let Self { x, gate, up, y, shape } = self;
         let LinearShape { tokens, inputs, outputs } = *shape;
         let lengths = [x.len(), gate.len(), up.len(), y.len()];

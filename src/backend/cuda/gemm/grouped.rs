@@ -2,11 +2,15 @@
 //! side, each with tensors of its own; for the gradient of X they are terms of one sum.
 
 use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmVersion};
-use super::{Addends, BLOCK, MMA_BLOCK, combine, product, size, wgmma};
+use super::wgmma::{self, Operands};
+use super::{Addends, BLOCK, MMA_BLOCK, OPERAND_BYTES, Product, combine, size};
 use crate::backend::cuda::device::{Arg, Device, Launch, args, blocks};
-use crate::backend::cuda::memory::{Memory, Slice, SliceMut, slice, slice_mut};
+use crate::backend::cuda::memory::{Memory, SliceMut, slice, slice_mut};
 use crate::backend::cuda::{Cuda, Precision};
-use crate::backend::{Cost, FloatElement, In, InputGradient, LinearShape, Projection, ViewMut, WeightGradient};
+use crate::backend::{
+    Cost, FloatElement, In, InputGradient, LinearBackwardInputEach, LinearBackwardWeightEach, LinearEach, LinearShape,
+    Projection, ViewMut, WeightGradient,
+};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -28,23 +32,6 @@ pub struct GemmMember<'a, P: Precision, T: FloatElement> {
     pub shape: GemmShape,
 }
 
-/// The same of device memory.
-struct Member<'a, T> {
-    a: Slice<'a, bf16>,
-    b: Slice<'a, bf16>,
-    bias: Option<Slice<'a, bf16>>,
-    c: SliceMut<'a, T>,
-    shape: GemmShape,
-}
-
-/// A term of a sum.
-#[derive(Clone, Copy)]
-struct Term<'a> {
-    a: Slice<'a, bf16>,
-    b: Slice<'a, bf16>,
-    shape: GemmShape,
-}
-
 impl<P: Precision> Cuda<P> {
     /// C = A·B + bias (+ C, if `accumulate`) for each member: in one launch by `plan`, else by that chosen for this device and
     /// these shapes, which is returned; `None` where they go one after another.
@@ -60,14 +47,14 @@ impl<P: Precision> Cuda<P> {
         accumulate: bool,
         plan: Option<GemmPlan>,
     ) -> Result<Option<GemmPlan>> {
-        let members = members.iter_mut().map(|GemmMember { a, b, bias, c, shape }| Member {
+        let products = members.iter_mut().map(|GemmMember { a, b, bias, c, shape }| Product {
             a: slice(a),
             b: slice(b),
-            bias: bias.as_ref().map(slice),
             c: slice_mut(c.reborrow()),
             shape: *shape,
+            addends: Addends { bias: bias.as_ref().map(slice), accumulate, ..Addends::default() },
         });
-        each(&self.device, members.collect(), accumulate, plan)
+        each(&self.device, &products.collect::<Vec<_>>(), plan)
     }
 
     /// C = Σ A·B (+ C, if `accumulate`) over terms of [`GemmLayout::Nn`]: with one rounding in one launch, as
@@ -86,7 +73,7 @@ impl<P: Precision> Cuda<P> {
         plan: Option<GemmPlan>,
     ) -> Result<Option<GemmPlan>> {
         let terms: Vec<_> =
-            terms.iter().map(|(a, b, shape)| Term { a: slice(a), b: slice(b), shape: *shape }).collect();
+            terms.iter().map(|(a, b, shape)| Operands { a: slice(a), b: slice(b), shape: *shape }).collect();
         sum(&self.device, &terms, slice_mut(c), accumulate, plan)
     }
 }
@@ -111,27 +98,22 @@ fn supports(version: GemmVersion, shapes: &[GemmShape], aligned: bool, hopper: b
 
 /// The plan of a group in one launch: that of a product as large as all of them, where it has a kernel for groups. `stores`:
 /// whether kernels of Hopper can store what it gives.
-fn choose(
-    device: &Device,
-    shapes: &[GemmShape],
-    aligned: bool,
-    stores: bool,
-    plan: Option<GemmPlan>,
-) -> Option<GemmPlan> {
+fn choose(device: &Device, operands: &[Operands], stores: bool, plan: Option<GemmPlan>) -> Option<GemmPlan> {
+    let shapes: Vec<GemmShape> = operands.iter().map(|operands| operands.shape).collect();
+    let aligned = operands.iter().all(|Operands { a, b, .. }| a.aligned(OPERAND_BYTES) && b.aligned(OPERAND_BYTES));
     let hopper = device.runs("gemm_sm90");
     if let Some(plan) = plan {
-        assert!(plan.splits > 0 && supports(plan.version, shapes, aligned, hopper && stores), "{plan:?} of {shapes:?}");
+        assert!(
+            plan.splits > 0 && supports(plan.version, &shapes, aligned, hopper && stores),
+            "{plan:?} of {shapes:?}"
+        );
         return Some(plan);
     }
     if shapes.iter().any(|shape| shape.m * shape.n == 0) {
         return None;
     }
-    let plan = plan::choose(whole(shapes), aligned, hopper, device.multiprocessors);
-    supports(plan.version, shapes, aligned, hopper && stores).then_some(plan)
-}
-
-fn aligned(operands: &[Slice<bf16>]) -> bool {
-    operands.iter().all(|operand| operand.aligned(super::OPERAND_BYTES))
+    let plan = plan::choose(whole(&shapes), aligned, hopper, device.multiprocessors);
+    supports(plan.version, &shapes, aligned, hopper && stores).then_some(plan)
 }
 
 /// The arguments of the members that are there, and `none` for the others.
@@ -154,35 +136,33 @@ fn partials(device: &Arc<Device>, splits: u32, shape: GemmShape) -> Result<Memor
     Memory::new(device, splits as usize * shape.m * shape.n)
 }
 
+/// Products of one layout and depth, whose addends are biases and, for all or none, C.
 fn each<T: FloatElement>(
     device: &Arc<Device>,
-    members: Vec<Member<T>>,
-    accumulate: bool,
+    products: &[Product<T>],
     plan: Option<GemmPlan>,
 ) -> Result<Option<GemmPlan>> {
-    let shapes: Vec<GemmShape> = members.iter().map(|member| member.shape).collect();
-    for Member { a, b, bias, c, shape: GemmShape { layout, m, n, k } } in &members {
-        assert_eq!([a.len(), b.len(), c.len()], [m * k, n * k, m * n], "{shapes:?}");
-        assert!(bias.is_none_or(|bias| bias.len() == *n), "{shapes:?}");
-        assert_eq!((*layout, *k), (shapes[0].layout, shapes[0].k), "{shapes:?}");
+    let shapes: Vec<GemmShape> = products.iter().map(|product| product.shape).collect();
+    for product in products {
+        product.check();
+        assert_eq!((product.shape.layout, product.shape.k), (shapes[0].layout, shapes[0].k), "{shapes:?}");
     }
-    let operands: Vec<_> = members.iter().flat_map(|member| [member.a, member.b]).collect();
-    let stores = wgmma::groups(&outputs(&members, &[], accumulate));
-    let Some(plan) = choose(device, &shapes, aligned(&operands), stores, plan) else {
-        for Member { a, b, bias, c, shape } in members {
-            product(device, a, b, c, shape, addends(bias, accumulate), None)?;
-        }
+    let operands: Vec<_> =
+        products.iter().map(|product| Operands { a: product.a, b: product.b, shape: product.shape }).collect();
+    let stores = wgmma::groups(&outputs(products, &[]));
+    let Some(plan) = choose(device, &operands, stores, plan) else {
+        products.iter().try_for_each(|product| product.run(device, None).map(|_| ()))?;
         return Ok(None);
     };
     let GemmPlan { version, splits } = plan;
     let whole = whole(&shapes);
-    let biases = members.iter().filter_map(|member| member.bias).map(|bias| bias.len()).sum::<usize>();
-    let added = size_of::<bf16>() * biases + if accumulate { size_of::<T>() * whole.m * whole.n } else { 0 };
+    let accumulate = products[0].addends.accumulate;
+    let added = products.iter().map(|product| product.addends.bytes(product.c.len(), size_of::<T>())).sum();
     let cost = whole.cost(size_of::<T>()) + Cost::moved(added);
-    let a = pointers(members.iter().map(|member| member.a.into()));
-    let b = pointers(members.iter().map(|member| member.b.into()));
-    let c = pointers(members.iter().map(|member| (&member.c).into()));
-    let bias = pointers(members.iter().map(|member| member.bias.into()));
+    let a = pointers(products.iter().map(|product| product.a.into()));
+    let b = pointers(products.iter().map(|product| product.b.into()));
+    let c = pointers(products.iter().map(|product| (&product.c).into()));
+    let bias = pointers(products.iter().map(|product| product.addends.bias.into()));
     let n = sizes(shapes.iter().map(|shape| shape.n));
     let k = args![size(whole.k)];
     let Some(tile) = version.tile() else {
@@ -202,9 +182,7 @@ fn each<T: FloatElement>(
     let sums: Vec<SliceMut<f32>> = sums.collect();
     let cost = if splits > 1 { whole.cost(4 * splits as usize) } else { cost };
     if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
-        let operands = members.iter().map(|member| wgmma::Operands { a: member.a, b: member.b, shape: member.shape });
-        let outputs = outputs(&members, &sums, accumulate);
-        wgmma::launch(device, &operands.collect::<Vec<_>>(), &outputs, plan, cost)?;
+        wgmma::launch(device, &operands, &outputs(products, &sums), plan, cost)?;
     } else {
         let m = sizes(shapes.iter().map(|shape| shape.m));
         let launch = Launch {
@@ -221,22 +199,18 @@ fn each<T: FloatElement>(
         // its product; each C is borrowed mutably.
         unsafe { device.launch(launch, &arguments) }?;
     }
-    for (sums, Member { bias, c, shape, .. }) in sums.iter().zip(&members) {
-        combine(device, sums, splits, c, [shape.m, shape.n], addends(*bias, accumulate))?;
+    for (sums, Product { c, shape, addends, .. }) in sums.iter().zip(products) {
+        combine(device, sums, splits, c, [shape.m, shape.n], *addends)?;
     }
     Ok(Some(plan))
 }
 
-fn addends(bias: Option<Slice<bf16>>, accumulate: bool) -> Addends {
-    Addends { bias, ..Addends::scaled(1.0, accumulate) }
-}
-
 /// What becomes of products side by side; `sums` of parts where there are some.
-fn outputs<'a, T>(members: &'a [Member<T>], sums: &'a [SliceMut<f32>], accumulate: bool) -> Vec<wgmma::Output<'a, T>> {
-    let outputs = members.iter().enumerate().map(|(i, Member { bias, c, shape, .. })| wgmma::Output {
+fn outputs<'a, T>(products: &'a [Product<T>], sums: &'a [SliceMut<f32>]) -> Vec<wgmma::Output<'a, T>> {
+    let outputs = products.iter().enumerate().map(|(i, Product { c, shape, addends, .. })| wgmma::Output {
         c,
         partials: sums.get(i),
-        addends: addends(*bias, accumulate),
+        addends: *addends,
         shape: *shape,
     });
     outputs.collect()
@@ -262,23 +236,23 @@ fn symbol<T: FloatElement>(GemmShape { layout, m, .. }: GemmShape, version: Gemm
 
 fn sum(
     device: &Arc<Device>,
-    terms: &[Term],
+    terms: &[Operands],
     mut c: SliceMut<bf16>,
     accumulate: bool,
     plan: Option<GemmPlan>,
 ) -> Result<Option<GemmPlan>> {
     let shapes: Vec<GemmShape> = terms.iter().map(|term| term.shape).collect();
-    for Term { a, b, shape: GemmShape { layout, m, n, k } } in terms {
+    for Operands { a, b, shape: GemmShape { layout, m, n, k } } in terms {
         assert_eq!([a.len(), b.len(), c.len()], [m * k, n * k, m * n], "{shapes:?}");
         assert_eq!((*layout, *m, *n), (GemmLayout::Nn, shapes[0].m, shapes[0].n), "{shapes:?}");
     }
-    let operands: Vec<_> = terms.iter().flat_map(|term| [term.a, term.b]).collect();
-    let addends = Addends::scaled(1.0, accumulate);
+    let addends = Addends { accumulate, ..Addends::default() };
     let (GemmShape { m, n, .. }, whole) = (shapes[0], whole(&shapes));
     let stores = wgmma::groups(&[wgmma::Output { c: &c, partials: None, addends, shape: whole }]);
-    let Some(plan) = choose(device, &shapes, aligned(&operands), stores, plan) else {
-        for (i, Term { a, b, shape }) in terms.iter().enumerate() {
-            product(device, *a, *b, c.reborrow(), *shape, Addends::scaled(1.0, accumulate || i > 0), None)?;
+    let Some(plan) = choose(device, terms, stores, plan) else {
+        for (i, Operands { a, b, shape }) in terms.iter().enumerate() {
+            let addends = Addends { accumulate: accumulate || i > 0, ..addends };
+            Product { a: *a, b: *b, c: c.reborrow(), shape: *shape, addends }.run(device, None)?;
         }
         return Ok(None);
     };
@@ -290,8 +264,7 @@ fn sum(
     let cost = if splits > 1 { whole.cost(4 * splits as usize) } else { alone };
     if let GemmVersion::Wgmma128 | GemmVersion::Wgmma256 = version {
         let output = wgmma::Output { c: &c, partials: sums.as_ref(), addends, shape: whole };
-        let operands = terms.iter().map(|term| wgmma::Operands { a: term.a, b: term.b, shape: term.shape });
-        wgmma::launch(device, &operands.collect::<Vec<_>>(), &[output], plan, cost)?;
+        wgmma::launch(device, terms, &[output], plan, cost)?;
     } else {
         let launch = Launch {
             image: "gemm",
@@ -315,53 +288,45 @@ fn sum(
     Ok(Some(plan))
 }
 
-/// Each Y [tokens, outputs] = X·Wᵀ + bias.
 pub(in crate::backend::cuda) fn linear_each<P: Precision>(
     device: &Arc<Device>,
-    x: Slice<bf16>,
-    layers: &mut [Projection<'_, Cuda<P>>],
-    LinearShape { tokens: m, inputs: k, .. }: LinearShape,
+    op: LinearEach<'_, Cuda<P>>,
 ) -> Result<()> {
-    let members = layers.iter_mut().map(|Projection { w, bias, y }| Member {
-        a: x,
+    let LinearShape { tokens: m, inputs: k, .. } = op.shape();
+    let products = op.layers.iter_mut().map(|Projection { w, bias, y }| Product {
+        a: slice(&op.x),
         b: slice(w),
-        bias: bias.as_ref().map(slice),
         shape: GemmShape { layout: GemmLayout::Tn, m, n: w.len() / k, k },
         c: slice_mut(y.reborrow()),
+        addends: Addends { bias: bias.as_ref().map(slice), ..Addends::default() },
     });
-    each(device, members.collect(), false, None).map(|_| ())
+    each(device, &products.collect::<Vec<_>>(), None).map(|_| ())
 }
 
-/// dX [tokens, inputs] = Σ dY·W (+ dX).
 pub(in crate::backend::cuda) fn linear_backward_input_each<P: Precision>(
     device: &Arc<Device>,
-    layers: &[InputGradient<'_, Cuda<P>>],
-    dx: SliceMut<bf16>,
-    LinearShape { tokens: m, inputs: n, .. }: LinearShape,
-    accumulate: bool,
+    op: LinearBackwardInputEach<'_, Cuda<P>>,
 ) -> Result<()> {
-    let terms = layers.iter().map(|InputGradient { dy, w }| Term {
+    let LinearShape { tokens: m, inputs: n, .. } = op.shape();
+    let terms = op.layers.iter().map(|InputGradient { dy, w }| Operands {
         a: slice(dy),
         b: slice(w),
         shape: GemmShape { layout: GemmLayout::Nn, m, n, k: w.len() / n },
     });
-    sum(device, &terms.collect::<Vec<_>>(), dx, accumulate, None).map(|_| ())
+    sum(device, &terms.collect::<Vec<_>>(), slice_mut(op.dx), op.accumulate, None).map(|_| ())
 }
 
-/// Each dW [outputs, inputs] = dYᵀ·X (+ dW).
 pub(in crate::backend::cuda) fn linear_backward_weight_each<P: Precision>(
     device: &Arc<Device>,
-    x: Slice<bf16>,
-    layers: &mut [WeightGradient<'_, Cuda<P>>],
-    LinearShape { tokens: k, inputs: n, .. }: LinearShape,
-    accumulate: bool,
+    op: LinearBackwardWeightEach<'_, Cuda<P>>,
 ) -> Result<()> {
-    let members = layers.iter_mut().map(|WeightGradient { dy, dw }| Member {
+    let (accumulate, LinearShape { tokens: k, inputs: n, .. }) = (op.accumulate, op.shape());
+    let products = op.layers.iter_mut().map(|WeightGradient { dy, dw }| Product {
         a: slice(dy),
-        b: x,
-        bias: None,
+        b: slice(&op.x),
         shape: GemmShape { layout: GemmLayout::Nt, m: dw.len() / n, n, k },
         c: slice_mut(dw.reborrow()),
+        addends: Addends { accumulate, ..Addends::default() },
     });
-    each(device, members.collect(), accumulate, None).map(|_| ())
+    each(device, &products.collect::<Vec<_>>(), None).map(|_| ())
 }

@@ -1,7 +1,7 @@
 //! Operands cut into bf16 parts and laid out in tiles.
 
-use super::super::gemm::Matrix;
 use super::{EMPTY, PANEL, STEP, Step};
+use crate::backend::cpu::matrix::Matrix;
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 use std::ops::Range;

@@ -13,8 +13,8 @@
 
 mod pack;
 
-use super::gemm::Matrix;
-use super::storage::Shared;
+use crate::backend::cpu::matrix::Product;
+use crate::backend::cpu::storage::Shared;
 use pack::{Operand, Side};
 use rayon::prelude::*;
 use std::arch::asm;
@@ -78,23 +78,14 @@ thread_local! {
     static BLOCK_SPACE: Cell<Vec<Step>> = const { Cell::new(Vec::new()) };
 }
 
-/// C [m, n], rows `stride` apart, = alpha·A [m, k]·B [k, n] (+ C). The caller has checked that [`available`] holds and
-/// that all three fit their slices.
+/// Computes a product of at least one row and column. The caller has checked that [`available`] holds and that the matrices
+/// fit their slices.
 ///
 /// The operand with fewer panels is packed as a whole and streamed; of the other, each task packs a block of panels,
 /// which stays in its core's cache. How the work is cut changes no result: an element of C is one sum over the depths
 /// in their order.
-#[allow(clippy::too_many_arguments)]
-pub(super) fn product(
-    c: &mut [f32],
-    stride: usize,
-    a: Matrix<'_>,
-    b: Matrix<'_>,
-    (m, n, k): (usize, usize, usize),
-    alpha: f32,
-    accumulate: bool,
-    parallel: bool,
-) {
+pub(super) fn product(product: Product<'_>) {
+    let Product { c, stride, a, b, size: (m, n, k), alpha, accumulate, parallel } = product;
     let threads = if parallel && m * n * k >= SERIAL { rayon::current_num_threads() } else { 1 };
     let a = Operand { from: a, rows: m, factor: alpha, side: Side::A };
     let b = Operand { from: b.t(), rows: n, factor: 1.0, side: Side::B };

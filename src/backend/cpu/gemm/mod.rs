@@ -1,0 +1,226 @@
+//! Linear layers: products on the matrix unit where the machine has one, else with the crate `gemm`, and a streaming
+//! product for the few rows of decoding.
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+mod stream;
+
+use super::Cpu;
+use super::matrix::{Matrix, Product};
+use super::storage::{slice, slice_mut};
+use crate::backend::{
+    Epilogue, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardWeight, LinearEach, LinearShape,
+    Projection,
+};
+use gemm::Parallelism;
+use rayon::prelude::*;
+use stream::{Stream, stream, streams};
+
+/// Rows, columns and depths from which the matrix unit pays.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const MATRIX_UNIT: usize = 8;
+/// Rows of dY that one partial sum of a bias gradient covers.
+const BIAS_ROWS: usize = 128;
+
+/// Whether this machine has a matrix unit.
+pub(super) fn matrix_unit() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return amx::available();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    return false;
+}
+
+impl Product<'_> {
+    /// Computes it: on the matrix unit where that pays.
+    pub(super) fn run(self) {
+        let (m, n, k) = self.size;
+        if m == 0 || n == 0 {
+            return;
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if m.min(n).min(k) >= MATRIX_UNIT && self.a.has_vectors() && self.b.has_vectors() && amx::available() {
+            self.check();
+            return amx::product(self);
+        }
+        self.run_by_crate();
+    }
+
+    /// The same without the matrix unit.
+    fn run_by_crate(self) {
+        self.check();
+        let Self { c, stride, a, b, size: (m, n, k), alpha, accumulate, parallel } = self;
+        // SAFETY: the largest index into each slice was checked above, and C is borrowed for this call alone.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                c.as_mut_ptr(),
+                1,
+                stride as isize,
+                accumulate,
+                a.data.as_ptr(),
+                a.column_stride as isize,
+                a.row_stride as isize,
+                b.data.as_ptr(),
+                b.column_stride as isize,
+                b.row_stride as isize,
+                1.0,
+                alpha,
+                false,
+                false,
+                false,
+                if parallel { Parallelism::Rayon(0) } else { Parallelism::None },
+            );
+        }
+    }
+}
+
+/// Addends of a product in host memory.
+type Addends<'a> = Epilogue<&'a [f32]>;
+
+pub(super) fn linear(op: Linear<'_, Cpu>) {
+    let addends = op.epilogue.map(slice);
+    layer(slice(&op.x), slice(&op.w), slice_mut(op.y), op.shape, addends);
+}
+
+fn layer(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, addends: Addends<'_>) {
+    let LinearShape { tokens, inputs, outputs } = shape;
+    if streams(tokens) {
+        return stream(x, w, y, shape, addends);
+    }
+    prepare(y, outputs, addends);
+    let accumulate = addends.accumulate || addends.bias.is_some() || addends.residual.is_some();
+    let (x, w) = (Matrix::rows(x, inputs), Matrix::rows(w, inputs).t());
+    let product = Product::new(y, outputs, x, w, (tokens, outputs, inputs));
+    Product { alpha: addends.alpha, accumulate, ..product }.run();
+}
+
+/// [`linear`] for each layer; few tokens go through all of them in one parallel pass.
+pub(super) fn linear_each(op: LinearEach<'_, Cpu>) {
+    let (x, LinearShape { tokens, inputs, .. }) = (slice(&op.x), op.shape());
+    let layers = op.layers.iter_mut().map(|Projection { w, bias, y }| {
+        let shape = LinearShape { tokens, inputs, outputs: w.len() / inputs };
+        (slice(w), slice_mut(y.reborrow()), shape, Addends { bias: bias.as_ref().map(slice), ..Addends::default() })
+    });
+    if !streams(tokens) {
+        return layers.for_each(|(w, y, shape, addends)| layer(x, w, y, shape, addends));
+    }
+    let streams: Vec<Stream<'_>> = layers.map(|(w, y, shape, addends)| Stream::new(x, w, y, shape, addends)).collect();
+    let tasks: Vec<(&Stream<'_>, usize)> = streams.iter().flat_map(|s| (0..s.blocks()).map(move |b| (s, b))).collect();
+    tasks.into_par_iter().for_each(|(stream, block)| stream.run(block));
+}
+
+/// Puts what is added to the product into `y`.
+fn prepare(y: &mut [f32], outputs: usize, addends: Addends<'_>) {
+    let row = |y: &mut [f32], residual: Option<&[f32]>| {
+        match residual {
+            Some(r) if addends.accumulate => y.iter_mut().zip(r).for_each(|(y, r)| *y += r),
+            Some(r) => y.copy_from_slice(r),
+            None if addends.bias.is_some() && !addends.accumulate => y.fill(0.0),
+            None => {}
+        }
+        if let Some(bias) = addends.bias {
+            y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+    };
+    match addends.residual {
+        Some(r) => y.par_chunks_mut(outputs).zip(r.par_chunks(outputs)).for_each(|(y, r)| row(y, Some(r))),
+        None if addends.bias.is_some() => y.par_chunks_mut(outputs).for_each(|y| row(y, None)),
+        None => {}
+    }
+}
+
+pub(super) fn linear_backward_input(op: LinearBackwardInput<'_, Cpu>) {
+    let LinearShape { tokens, inputs, outputs } = op.shape;
+    let (dy, w) = (Matrix::rows(slice(&op.dy), outputs), Matrix::rows(slice(&op.w), inputs));
+    let product = Product::new(slice_mut(op.dx), inputs, dy, w, (tokens, inputs, outputs));
+    Product { alpha: op.alpha, accumulate: op.accumulate, ..product }.run();
+}
+
+pub(super) fn linear_backward_weight(op: LinearBackwardWeight<'_, Cpu>) {
+    let LinearShape { tokens, inputs, outputs } = op.shape;
+    let (dy, x) = (Matrix::rows(slice(&op.dy), outputs).t(), Matrix::rows(slice(&op.x), inputs));
+    let product = Product::new(slice_mut(op.dw), inputs, dy, x, (outputs, inputs, tokens));
+    Product { alpha: op.alpha, accumulate: op.accumulate, ..product }.run();
+}
+
+/// Partial sums over fixed blocks of rows, added in their order.
+pub(super) fn linear_backward_bias(op: LinearBackwardBias<'_, Cpu>) {
+    let (dy, dbias) = (slice(&op.dy), slice_mut(op.dbias));
+    let outputs = dbias.len();
+    let partials: Vec<Vec<f32>> = dy
+        .par_chunks(BIAS_ROWS * outputs)
+        .map(|rows| {
+            let mut sums = vec![0.0; outputs];
+            for row in rows.chunks_exact(outputs) {
+                sums.iter_mut().zip(row).for_each(|(s, x)| *s += x);
+            }
+            sums
+        })
+        .collect();
+    if !op.accumulate {
+        dbias.fill(0.0);
+    }
+    for sums in &partials {
+        dbias.iter_mut().zip(sums).for_each(|(d, s)| *d += s);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Philox;
+
+    fn normals(stream: u64, len: usize) -> Vec<f32> {
+        let mut rng = Philox::new(5, stream);
+        (0..len).map(|_| rng.normal() as f32).collect()
+    }
+
+    /// Root mean square of what a product is off by, against f64.
+    fn error(c: &[f32], before: &[f32], a: Matrix<'_>, b: Matrix<'_>, (m, n, k): (usize, usize, usize)) -> f64 {
+        let at = |x: Matrix<'_>, i: usize, j: usize| x.data[i * x.row_stride + j * x.column_stride] as f64;
+        let mut squares = 0.0;
+        for i in 0..m {
+            for j in 0..n {
+                let exact = before[i * n + j] as f64 - 0.5 * (0..k).map(|l| at(a, i, l) * at(b, l, j)).sum::<f64>();
+                squares += (c[i * n + j] as f64 - exact).powi(2);
+            }
+        }
+        (squares / (m * n) as f64).sqrt()
+    }
+
+    /// Both ways of computing, whichever the machine prefers, in all layouts; the unit is as exact as f32.
+    #[test]
+    fn either_way_is_exact() {
+        for size in [(8, 8, 8), (33, 65, 31), (100, 40, 900), (17, 300, 64), (129, 96, 1600)] {
+            let (m, n, k) = size;
+            let (x, y, before) = (normals(1, m * k), normals(2, k * n), normals(3, m * n));
+            for a in [Matrix::rows(&x, k), Matrix::rows(&x, m).t()] {
+                for b in [Matrix::rows(&y, n), Matrix::rows(&y, k).t()] {
+                    let (mut preferred, mut by_crate) = (before.clone(), before.clone());
+                    let accumulated = |c| Product { alpha: -0.5, accumulate: true, ..Product::new(c, n, a, b, size) };
+                    accumulated(&mut preferred).run();
+                    accumulated(&mut by_crate).run_by_crate();
+                    let [preferred, by_crate] = [preferred, by_crate].map(|c| error(&c, &before, a, b, size));
+                    assert!(by_crate < 1e-6 * (k as f64).sqrt(), "{size:?}: {by_crate}");
+                    assert!(preferred < 2.0 * by_crate + 1e-7, "{size:?}: {preferred}, {by_crate}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let (mut x, w) = (normals(1, 40 * 64), normals(2, 48 * 64));
+            x[7 * 64 + 3] = broken;
+            let mut y = vec![0.0; 40 * 48];
+            let (a, b) = (Matrix::rows(&x, 64), Matrix::rows(&w, 64).t());
+            Product::new(&mut y, 48, a, b, (40, 48, 64)).run();
+            for (i, y) in y.chunks(48).enumerate() {
+                assert!(y.iter().all(|y| y.is_finite() == (i != 7)), "row {i}");
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Products with few rows of X, bound by reading W: each row of W is read once, for all rows of X.
+
+use super::{Addends, matrix_unit};
+use crate::backend::LinearShape;
+use crate::backend::cpu::simd::{prefetch, simd_kernel};
+use crate::backend::cpu::storage::Shared;
+use rayon::prelude::*;
+
+/// Up to this many rows of X the weight is streamed once, instead of being packed: by products alone, and where there is
+/// a matrix unit.
+const STREAM_TOKENS: usize = 32;
+const STREAM_TOKENS_BESIDE_UNIT: usize = 16;
+/// Weight elements of one task of the streaming product (128 KiB).
+const STREAM_BLOCK: usize = 1 << 15;
+/// How far in front of its reads the streaming product of one row of X fetches (2 KiB: 15 % more than the hardware's own
+/// fetching).
+const AHEAD: usize = 512;
+/// Rows of W and rows of X whose products are summed side by side: two sums for each pair fill 32 vector registers.
+const TILE: (usize, usize) = (2, 6);
+
+/// Whether so few rows of X are multiplied by streaming the weight.
+pub(super) fn streams(tokens: usize) -> bool {
+    tokens <= if matrix_unit() { STREAM_TOKENS_BESIDE_UNIT } else { STREAM_TOKENS }
+}
+
+/// Y = X·Wᵀ with its addends.
+pub(super) fn stream(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, addends: Addends<'_>) {
+    if shape.tokens > 0 {
+        let stream = Stream::new(x, w, y, shape, addends);
+        (0..stream.blocks()).into_par_iter().for_each(|block| stream.run(block));
+    }
+}
+
+/// A streaming product, cut into blocks of rows of W.
+pub(super) struct Stream<'a> {
+    x: &'a [f32],
+    w: &'a [f32],
+    y: Shared<'a, f32>,
+    tokens: usize,
+    inputs: usize,
+    outputs: usize,
+    addends: Addends<'a>,
+}
+
+impl<'a> Stream<'a> {
+    pub(super) fn new(x: &'a [f32], w: &'a [f32], y: &'a mut [f32], shape: LinearShape, addends: Addends<'a>) -> Self {
+        let LinearShape { tokens, inputs, outputs } = shape;
+        Self { x, w, y: Shared::new(y), tokens, inputs, outputs, addends }
+    }
+
+    fn rows_a_block(&self) -> usize {
+        (STREAM_BLOCK / self.inputs.max(1)).max(1)
+    }
+
+    pub(super) fn blocks(&self) -> usize {
+        self.outputs.div_ceil(self.rows_a_block())
+    }
+
+    pub(super) fn run(&self, block: usize) {
+        let Self { x, w, inputs, outputs, tokens, addends, .. } = *self;
+        let rows = self.rows_a_block();
+        let range = block * rows..outputs.min((block + 1) * rows);
+        let w = &w[range.start * inputs..range.end * inputs];
+        stream_rows(x, w, inputs, tokens, &mut |row, token, sums| {
+            for (row, sums) in (range.start + row..).zip(sums) {
+                for (token, sum) in (token..).zip(sums.iter()) {
+                    let at = token * outputs + row;
+                    // SAFETY: each block writes the columns of its own outputs, and runs once.
+                    let y = unsafe { &mut self.y.range(at..at + 1)[0] };
+                    let mut value = addends.alpha * sum;
+                    if let Some(bias) = addends.bias {
+                        value += bias[row];
+                    }
+                    if let Some(residual) = addends.residual {
+                        value += residual[at];
+                    }
+                    *y = if addends.accumulate { *y + value } else { value };
+                }
+            }
+        });
+    }
+}
+
+/// Takes the first row of W, the first row of X and the products of the rows of W from there, a slice each, with the rows
+/// of X from there.
+type Put<'a> = dyn FnMut(usize, usize, &[&[f32]]) + 'a;
+
+simd_kernel! {
+    /// All products of a row of W and a row of X, a few rows of both at a time.
+    fn stream_rows(simd, x: &'a [f32], w: &'a [f32], inputs: usize, tokens: usize, put: &'a mut Put<'a>) {
+        // Of 16 registers, half as many sums.
+        let most = if S::REGISTER_COUNT >= 32 { TILE.1 } else { TILE.1 / 2 };
+        let rows_a_tile = if tokens == 1 { 1 } else { TILE.0 };
+        for (first, w) in (0..).step_by(rows_a_tile).zip(w.chunks(rows_a_tile * inputs)) {
+            for (token, x) in (0..).step_by(most).zip(x[..tokens * inputs].chunks(most * inputs)) {
+                let mut sums = [[0.0; TILE.1]; TILE.0];
+                let count = x.len() / inputs;
+                if w.len() == inputs {
+                    match count {
+                        1 => dots::<S, 1, 1>(simd, x, w, AHEAD, &mut sums),
+                        2 => dots::<S, 1, 2>(simd, x, w, AHEAD, &mut sums),
+                        3 => dots::<S, 1, 3>(simd, x, w, AHEAD, &mut sums),
+                        4 => dots::<S, 1, 4>(simd, x, w, AHEAD, &mut sums),
+                        5 => dots::<S, 1, 5>(simd, x, w, AHEAD, &mut sums),
+                        _ => dots::<S, 1, 6>(simd, x, w, AHEAD, &mut sums),
+                    }
+                    put(first, token, &[&sums[0][..count]]);
+                } else {
+                    // The same place of the next rows.
+                    let ahead = TILE.0 * inputs;
+                    match count {
+                        1 => dots::<S, 2, 1>(simd, x, w, ahead, &mut sums),
+                        2 => dots::<S, 2, 2>(simd, x, w, ahead, &mut sums),
+                        3 => dots::<S, 2, 3>(simd, x, w, ahead, &mut sums),
+                        4 => dots::<S, 2, 4>(simd, x, w, ahead, &mut sums),
+                        5 => dots::<S, 2, 5>(simd, x, w, ahead, &mut sums),
+                        _ => dots::<S, 2, 6>(simd, x, w, ahead, &mut sums),
+                    }
+                    put(first, token, &[&sums[0][..count], &sums[1][..count]]);
+                }
+            }
+        }
+    }
+}
+
+/// Products of `ROWS` rows of W with `TOKENS` rows of X. The order of each sum depends on neither: a token's result is the
+/// same in any batch.
+#[inline(always)]
+fn dots<S: pulp::Simd, const ROWS: usize, const TOKENS: usize>(
+    simd: S,
+    x: &[f32],
+    w: &[f32],
+    ahead: usize,
+    sums: &mut [[f32; TILE.1]; TILE.0],
+) {
+    let inputs = w.len() / ROWS;
+    let ws: [(&[S::f32s], &[f32]); ROWS] = std::array::from_fn(|r| S::as_simd_f32s(&w[r * inputs..][..inputs]));
+    let xs: [(&[S::f32s], &[f32]); TOKENS] = std::array::from_fn(|t| S::as_simd_f32s(&x[t * inputs..][..inputs]));
+    let (pairs, last) = ws[0].0.as_chunks::<2>();
+    let w_pairs: [&[[S::f32s; 2]]; ROWS] = std::array::from_fn(|r| &ws[r].0.as_chunks::<2>().0[..pairs.len()]);
+    let x_pairs: [&[[S::f32s; 2]]; TOKENS] = std::array::from_fn(|t| &xs[t].0.as_chunks::<2>().0[..pairs.len()]);
+    let mut partial = [[[simd.splat_f32s(0.0); 2]; TOKENS]; ROWS];
+    for i in 0..pairs.len() {
+        for w in &w_pairs {
+            let next = w[i].as_ptr().cast::<f32>().wrapping_add(ahead);
+            prefetch(next);
+            prefetch(next.wrapping_add(S::F32_LANES));
+        }
+        for half in 0..2 {
+            let w: [S::f32s; ROWS] = std::array::from_fn(|r| w_pairs[r][i][half]);
+            for t in 0..TOKENS {
+                let x = x_pairs[t][i][half];
+                for r in 0..ROWS {
+                    partial[r][t][half] = simd.mul_add_f32s(w[r], x, partial[r][t][half]);
+                }
+            }
+        }
+    }
+    for r in 0..ROWS {
+        let w_tail = simd.partial_load_f32s(ws[r].1);
+        for t in 0..TOKENS {
+            let [even, odd] = &mut partial[r][t];
+            if !last.is_empty() {
+                *even = simd.mul_add_f32s(ws[r].0[2 * pairs.len()], xs[t].0[2 * pairs.len()], *even);
+            }
+            *odd = simd.mul_add_f32s(w_tail, simd.partial_load_f32s(xs[t].1), *odd);
+            sums[r][t] = simd.reduce_sum_f32s(simd.add_f32s(*even, *odd));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Philox;
+
+    fn normals(stream: u64, len: usize) -> Vec<f32> {
+        let mut rng = Philox::new(5, stream);
+        (0..len).map(|_| rng.normal() as f32).collect()
+    }
+
+    /// Streamed products: exact, and the same bits for a token in any batch.
+    #[test]
+    fn a_token_is_the_same_in_any_batch() {
+        for (inputs, outputs) in [(31, 7), (64, 33), (100, 20), (576, 41)] {
+            let (x, w) = (normals(1, STREAM_TOKENS * inputs), normals(2, outputs * inputs));
+            let run = |x: &[f32]| {
+                let shape = LinearShape { tokens: x.len() / inputs, inputs, outputs };
+                let mut y = vec![0.0; shape.tokens * outputs];
+                stream(x, &w, &mut y, shape, Addends::default());
+                y
+            };
+            let alone: Vec<f32> = x.chunks(inputs).flat_map(run).collect();
+            for tokens in [2, 3, 6, 7, 11, STREAM_TOKENS] {
+                assert_eq!(run(&x[..tokens * inputs]), alone[..tokens * outputs], "{tokens} tokens of {inputs}");
+            }
+            for (y, x) in alone.chunks(outputs).zip(x.chunks(inputs)) {
+                for (y, w) in y.iter().zip(w.chunks(inputs)) {
+                    let exact: f64 = x.iter().zip(w).map(|(x, w)| *x as f64 * *w as f64).sum();
+                    assert!((*y as f64 - exact).abs() < 1e-6 * inputs as f64, "{y}, {exact}");
+                }
+            }
+        }
+    }
+}

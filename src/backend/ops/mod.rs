@@ -1,0 +1,69 @@
+//! The operators: each a struct of named arguments, with their shapes, the formula, the checks and the cost.
+//!
+//! [`Operator::run`] is how an operator is called, on any backend; the methods of [`Backend`] hold the arithmetic alone. Every
+//! tensor is dense and row-major; `tokens` counts the rows of a packed batch, in which documents follow one another without
+//! padding. An argument of the wrong shape is a bug of the caller, and panics.
+
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod linear;
+mod perturb;
+mod rmsnorm;
+mod rope;
+mod sampling;
+mod swiglu;
+
+pub use adamw::{AdamW, AdamWMasked, AdamWModule, Rounding, SumSquares};
+pub use attention::{Attention, AttentionBackward, AttentionDecode, AttentionShape, DecodeSpans, Documents};
+pub use cross_entropy::{CrossEntropy, IGNORE};
+pub use embedding::{EmbeddingBackward, GatherRows, ScatterRows};
+pub use linear::{
+    Epilogue, GatedLinear, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
+    LinearBackwardWeight, LinearBackwardWeightEach, LinearEach, LinearShape, Projection, WeightGradient,
+};
+pub use perturb::{Direction, NoiseKey, Perturb, SquaredNorm};
+pub use rmsnorm::{RmsNorm, RmsNormBackward};
+pub use rope::Rope;
+pub use sampling::{Sample, Sampling};
+pub use swiglu::{SwiGlu, SwiGluBackward};
+
+use super::{Backend, Cost, trace};
+use crate::error::Result;
+
+/// A call of an operator on backend `B`.
+pub trait Operator<B: Backend>: Sized {
+    /// The operator's name in traces and profiles.
+    const NAME: &'static str;
+    /// What a call returns beside the tensors that it writes.
+    type Output;
+
+    /// Checks the shapes.
+    ///
+    /// # Panics
+    /// Where they do not fit one another.
+    fn check(&self);
+
+    /// The bytes and FLOPs that the call cannot do without.
+    fn cost(&self) -> Cost;
+
+    /// The backend's arithmetic, neither checked nor traced.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    fn launch(self, backend: &B) -> Result<Self::Output>;
+
+    /// Checks the shapes and calls the backend, in a span of [`trace`] with the cost.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    ///
+    /// # Panics
+    /// Where shapes do not fit.
+    fn run(self, backend: &B) -> Result<Self::Output> {
+        self.check();
+        let _span = trace::op(Self::NAME, || self.cost());
+        self.launch(backend)
+    }
+}
