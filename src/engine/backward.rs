@@ -3,6 +3,7 @@
 mod projections;
 
 use super::decoder::Overlay;
+use super::floor::lowest_layer;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
 use super::pool::{Floats, Scratch, Stats};
@@ -120,7 +121,7 @@ impl<B: Backend> Decoder<B> {
         if rows == 0 {
             return Ok(());
         }
-        let lowest = self.lowest_trained_layer(gradients);
+        let lowest = lowest_layer(gradients.iter().map(|(id, _)| id), self.config.layers);
         let mut saved = Vec::with_capacity(self.config.layers);
         let mut x = self.embed_rows(&none, tokens.clone())?;
         for layer in 0..self.config.layers {
@@ -166,14 +167,6 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// The lowest layer in which, or below which, something trains.
-    fn lowest_trained_layer(&self, gradients: &Gradients<B>) -> usize {
-        if gradients.trains(ParamId::Embedding) {
-            return 0;
-        }
-        gradients.iter().filter_map(|(id, _)| id.layer()).min().unwrap_or(self.config.layers)
-    }
-
     /// Final norm, head and loss over the rows that have a target. Fills their losses, and returns the gradient of `x` where
     /// something below trains.
     fn head_backward<'a>(
@@ -184,7 +177,7 @@ impl<B: Backend> Decoder<B> {
         gradients: &mut Gradients<B>,
         scale: f32,
     ) -> Result<Option<Floats<'a, B>>> {
-        let below = self.lowest_trained_layer(gradients) < self.config.layers;
+        let below = lowest_layer(gradients.iter().map(|(id, _)| id), self.config.layers) < self.config.layers;
         let accumulate = gradients.accumulate;
         let (hidden, vocab, rows) = (self.config.hidden, self.config.vocab, targets.len());
         let none = Overlay::new();

@@ -53,7 +53,7 @@ impl Floor {
         let (head, projections) = (head(config), projections(config, &ModuleKind::ALL));
         let pair = 4 * config.q_width() as u64;
         let trained = elements(&|id| trains(id));
-        let lowest = lowest_trained_layer(config, &params, &trains);
+        let lowest = lowest_layer(params.iter().map(|(id, _)| *id).filter(|id| trains(*id)), config.layers);
         let above = config.layers.saturating_sub(lowest) as u64;
         let row = 2 * (config.vocab * config.hidden) as u64;
 
@@ -233,15 +233,10 @@ pub(super) fn tensors(config: &ModelConfig, lora: Option<Lora>) -> Vec<(ParamId,
     params
 }
 
-pub(super) fn lowest_trained_layer(
-    config: &ModelConfig,
-    params: &[(ParamId, usize)],
-    trains: &impl Fn(ParamId) -> bool,
-) -> usize {
-    if trains(ParamId::Embedding) {
-        return 0;
-    }
-    params.iter().filter(|(id, _)| trains(*id)).filter_map(|(id, _)| id.layer()).min().unwrap_or(config.layers)
+/// The lowest layer in which, or below which, one of these tensors is; `layers` where none is in a layer.
+pub(super) fn lowest_layer(ids: impl Iterator<Item = ParamId>, layers: usize) -> usize {
+    let layer = |id: ParamId| if id == ParamId::Embedding { Some(0) } else { id.layer() };
+    ids.filter_map(layer).min().unwrap_or(layers)
 }
 
 fn head(config: &ModelConfig) -> ParamId {

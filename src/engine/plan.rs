@@ -1,7 +1,7 @@
 //! What a run will take, before anything is allocated: bytes by category, FLOPs a token, trainable share.
 
 use super::Lora;
-use super::floor::{Floor, lowest_trained_layer, tensors};
+use super::floor::{Floor, lowest_layer, tensors};
 use crate::backend::Backend;
 use crate::model::ModelConfig;
 use crate::modules::ParamId;
@@ -54,7 +54,7 @@ impl Plan {
         };
         let parameters = count(&|_| true);
         let trainable = count(&|id| trains(id));
-        let lowest = lowest_trained_layer(config, &params, &trains);
+        let lowest = lowest_layer(params.iter().map(|(id, _)| *id).filter(|id| trains(*id)), config.layers);
         let kept_layers = (config.layers - lowest) as u64;
 
         let floor = Floor::new::<B>(config, work.lora, &trains);

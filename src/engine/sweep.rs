@@ -87,8 +87,9 @@ struct CleanLayer<'p, B: Backend> {
     up: Floats<'p, B>,
 }
 
-/// The prompts on the backend, and what is read of them.
-struct Ground<'p, B: Backend> {
+/// Inputs of a sweep: the prompts on the backend, and what is read of them.
+struct SweepInputs<'p, B: Backend> {
+    options: &'p SweepOptions,
     prompts: &'p Batch,
     fold: Option<Fold>,
     /// The tokens that are computed.
@@ -123,7 +124,15 @@ impl<B: Backend> Decoder<B> {
         let fold = Fold::of(prompts);
         let tokens = fold.as_ref().map_or_else(|| prompts.tokens.clone(), |fold| fold.choose(&prompts.tokens));
         let packed = self.pack_folded(prompts, fold.clone())?;
-        let ground = Ground { prompts, fold, tokens, rows: prompts.last_rows(), packed, squares: Squares::new(self) };
+        let inputs = SweepInputs {
+            options,
+            prompts,
+            fold,
+            tokens,
+            rows: prompts.last_rows(),
+            packed,
+            squares: Squares::new(self),
+        };
         let mut stages: BTreeMap<usize, Vec<Draw<'_>>> = BTreeMap::new();
         for draw in draws(members) {
             stages
@@ -133,61 +142,59 @@ impl<B: Backend> Decoder<B> {
         }
         // Stage 0 is the embedding, stage l + 1 is layer l, stage layers + 1 what comes after the last layer.
         let mut clean = Readout::default();
-        let mut x = self.embed(&none, &ground.tokens)?;
+        let mut x = self.embed(&none, &inputs.tokens)?;
         if let Some(draws) = stages.remove(&0) {
             for draw in &draws {
-                let perturbed = self.perturbed(draw, |id| id == ParamId::Embedding, &ground.squares, options)?;
-                let mut inputs = self.floats(draw.members.len() * x.view().len())?;
+                let perturbed = self.perturbed(draw, |id| id == ParamId::Embedding, &inputs)?;
+                let mut members = self.floats(draw.members.len() * x.view().len())?;
                 for (i, p) in perturbed.iter().enumerate() {
-                    let own = self.embed(&overlay(p), &ground.tokens)?;
+                    let own = self.embed(&overlay(p), &inputs.tokens)?;
                     let n = x.view().len();
-                    self.backend.copy(own.view(), inputs.range_mut(i * n..(i + 1) * n))?;
+                    self.backend.copy(own.view(), members.range_mut(i * n..(i + 1) * n))?;
                 }
                 let readouts = vec![Readout::default(); draw.members.len()];
-                self.finish_members(std::slice::from_ref(draw), inputs, 0, readouts, &ground, options, sink)?;
+                self.finish_members(std::slice::from_ref(draw), members, 0, readouts, &inputs, sink)?;
             }
         }
         for layer in 0..layers {
-            self.tap(&x, 1, layer, &ground, options, std::slice::from_mut(&mut clean))?;
+            self.tap(&x, 1, layer, &inputs, std::slice::from_mut(&mut clean))?;
             let draws = stages.remove(&(layer + 1)).unwrap_or_default();
             if layer + 1 == layers {
                 for draw in draws {
-                    self.last_layer_members(&draw, &x, &clean, &ground, options, sink)?;
+                    self.last_layer_members(&draw, &x, &clean, &inputs, sink)?;
                 }
-                let rows = &ground.rows;
-                x = self.layer_forward_rows(&none, layer, x.view(), &ground.packed, prompts, rows)?.0;
+                let rows = &inputs.rows;
+                x = self.layer_forward_rows(&none, layer, x.view(), &inputs.packed, prompts, rows)?.0;
                 break;
             }
             if draws.is_empty() {
                 let mut out = self.floats(x.view().len())?;
-                self.layer_output(&none, layer, x.view(), &ground.packed, out.view_mut())?;
+                self.layer_output(&none, layer, x.view(), &inputs.packed, out.view_mut())?;
                 x = out;
                 continue;
             }
-            let (shared, out) = self.clean_layer(layer, &x, &ground.packed)?;
-            for group in grouped(draws, self.members_at_once(&ground, options)) {
+            let (shared, out) = self.clean_layer(layer, &x, &inputs.packed)?;
+            for group in grouped(draws, self.members_at_once(&inputs)) {
                 let count: usize = group.iter().map(|d| d.members.len()).sum();
                 let n = x.view().len();
-                let mut inputs = self.floats(count * n)?;
+                let mut members = self.floats(count * n)?;
                 let mut at = 0;
                 for draw in &group {
-                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), &ground.squares, options)? {
-                        let into = inputs.range_mut(at * n..(at + 1) * n);
-                        self.perturbed_layer(layer, x.view(), &shared, &overlay(&perturbed), &ground.packed, into)?;
+                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), &inputs)? {
+                        let into = members.range_mut(at * n..(at + 1) * n);
+                        self.perturbed_layer(layer, x.view(), &shared, &overlay(&perturbed), &inputs.packed, into)?;
                         at += 1;
                     }
                 }
                 let readouts = vec![clean.clone(); count];
-                self.finish_members(&group, inputs, layer + 1, readouts, &ground, options, sink)?;
+                self.finish_members(&group, members, layer + 1, readouts, &inputs, sink)?;
             }
             x = out;
         }
         for draw in stages.remove(&(layers + 1)).unwrap_or_default() {
-            for (perturbed, (member, _)) in
-                self.perturbed(&draw, |_| true, &ground.squares, options)?.iter().zip(&draw.members)
-            {
+            for (perturbed, (member, _)) in self.perturbed(&draw, |_| true, &inputs)?.iter().zip(&draw.members) {
                 let mut readout = clean.clone();
-                self.read_head(&overlay(perturbed), x.view(), options, &mut readout)?;
+                self.read_head(&overlay(perturbed), x.view(), &inputs, &mut readout)?;
                 sink(*member, readout)?;
             }
         }
@@ -200,63 +207,50 @@ impl<B: Backend> Decoder<B> {
         draw: &Draw<'_>,
         x: &Floats<'_, B>,
         clean: &Readout,
-        ground: &Ground<'_, B>,
-        options: &SweepOptions,
+        inputs: &SweepInputs<'_, B>,
         sink: &mut dyn FnMut(usize, Readout) -> Result<()>,
     ) -> Result<()> {
         let layer = self.config.layers - 1;
-        for (perturbed, (member, _)) in
-            self.perturbed(draw, |_| true, &ground.squares, options)?.iter().zip(&draw.members)
-        {
+        for (perturbed, (member, _)) in self.perturbed(draw, |_| true, inputs)?.iter().zip(&draw.members) {
             let overlay = overlay(perturbed);
-            let (packed, rows) = (&ground.packed, &ground.rows);
-            let out = self.layer_forward_rows(&overlay, layer, x.view(), packed, ground.prompts, rows)?.0;
+            let (packed, rows) = (&inputs.packed, &inputs.rows);
+            let out = self.layer_forward_rows(&overlay, layer, x.view(), packed, inputs.prompts, rows)?.0;
             let mut readout = clean.clone();
-            self.read_head(&overlay, out.view(), options, &mut readout)?;
+            self.read_head(&overlay, out.view(), inputs, &mut readout)?;
             sink(*member, readout)?;
         }
         Ok(())
     }
 
     /// Runs concatenated members from layer `from` to the end. `x` holds the inputs of that layer, [members·tokens, hidden].
-    #[allow(clippy::too_many_arguments)]
     fn finish_members<'a>(
         &'a self,
         group: &[Draw<'_>],
         mut x: Floats<'a, B>,
         from: usize,
         mut readouts: Vec<Readout>,
-        ground: &Ground<'_, B>,
-        options: &SweepOptions,
+        inputs: &SweepInputs<'_, B>,
         sink: &mut dyn FnMut(usize, Readout) -> Result<()>,
     ) -> Result<()> {
         let none = Overlay::new();
         let (layers, hidden, count) = (self.config.layers, self.config.hidden, readouts.len());
-        let tokens = ground.packed.tokens;
+        let tokens = inputs.packed.tokens;
         let own = |members: &Range<usize>, width: usize| members.start * width..members.end * width;
-        let pieces = self.member_pieces(count, ground)?;
+        let pieces = self.member_pieces(count, inputs)?;
         let mut last = None;
         for layer in from..layers {
-            self.tap(&x, count, layer, ground, options, &mut readouts)?;
+            self.tap(&x, count, layer, inputs, &mut readouts)?;
             let touched = group.iter().any(|d| d.cells.iter().any(|c| c.layer() == Some(layer)));
             let is_last = layer + 1 == layers;
-            let width = if is_last { ground.rows.len() * hidden } else { tokens * hidden };
+            let width = if is_last { inputs.rows.len() * hidden } else { tokens * hidden };
             let mut out = self.floats(count * width)?;
             if touched {
                 let mut at = 0;
                 for draw in group {
-                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), &ground.squares, options)? {
+                    for perturbed in self.perturbed(draw, |id| id.layer() == Some(layer), inputs)? {
                         let member = at..at + 1;
                         let (x, out) = (x.range(own(&member, tokens * hidden)), out.range_mut(own(&member, width)));
-                        self.member_layer(
-                            &overlay(&perturbed),
-                            layer,
-                            x,
-                            &ground.packed,
-                            ground.prompts,
-                            out,
-                            is_last,
-                        )?;
+                        self.member_layer(&overlay(&perturbed), layer, x, &inputs.packed, inputs.prompts, out)?;
                         at += 1;
                     }
                 }
@@ -264,8 +258,8 @@ impl<B: Backend> Decoder<B> {
                 for piece in &pieces {
                     let (x, out) =
                         (x.range(own(&piece.members, tokens * hidden)), out.range_mut(own(&piece.members, width)));
-                    let packed = piece.packed.as_ref().unwrap_or(&ground.packed);
-                    self.member_layer(&none, layer, x, packed, &piece.prompts, out, is_last)?;
+                    let packed = piece.packed.as_ref().unwrap_or(&inputs.packed);
+                    self.member_layer(&none, layer, x, packed, &piece.prompts, out)?;
                 }
             }
             if is_last {
@@ -275,16 +269,14 @@ impl<B: Backend> Decoder<B> {
             }
         }
         let Some(last) = last else { return Ok(()) };
-        let width = ground.rows.len() * hidden;
+        let width = inputs.rows.len() * hidden;
         let mut at = 0;
         for draw in group {
             let after = |id: ParamId| matches!(id, ParamId::FinalNorm | ParamId::Head | ParamId::Embedding);
-            for (perturbed, (member, _)) in
-                self.perturbed(draw, after, &ground.squares, options)?.iter().zip(&draw.members)
-            {
+            for (perturbed, (member, _)) in self.perturbed(draw, after, inputs)?.iter().zip(&draw.members) {
                 let mut readout = std::mem::take(&mut readouts[at]);
                 let rows = last.range(at * width..(at + 1) * width);
-                self.read_head(&overlay(perturbed), rows, options, &mut readout)?;
+                self.read_head(&overlay(perturbed), rows, inputs, &mut readout)?;
                 sink(*member, readout)?;
                 at += 1;
             }
@@ -293,7 +285,6 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Members through one layer with the same weights; of the last layer only the last tokens.
-    #[allow(clippy::too_many_arguments)]
     fn member_layer<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -302,9 +293,8 @@ impl<B: Backend> Decoder<B> {
         packed: &Packed<'_, B>,
         prompts: &Batch,
         out: Out<'_, B>,
-        is_last: bool,
     ) -> Result<()> {
-        if is_last {
+        if layer + 1 == self.config.layers {
             let rows = self.layer_forward_rows(overlay, layer, x, packed, prompts, &prompts.last_rows())?.0;
             return self.backend.copy(rows.view(), out);
         }
@@ -312,16 +302,16 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Members cut into pieces that are large enough for the backend.
-    fn member_pieces<'a>(&'a self, count: usize, ground: &Ground<'_, B>) -> Result<Vec<Piece<'a, B>>> {
-        let most = self.backend.enough_tokens().div_ceil(ground.packed.tokens).min(count);
+    fn member_pieces<'a>(&'a self, count: usize, inputs: &SweepInputs<'_, B>) -> Result<Vec<Piece<'a, B>>> {
+        let most = self.backend.enough_tokens().div_ceil(inputs.packed.tokens).min(count);
         (0..count)
             .step_by(most)
             .map(|first| {
                 let members = first..(first + most).min(count);
-                let prompts = repeated(ground.prompts, members.len());
+                let prompts = repeated(inputs.prompts, members.len());
                 let packed = match members.len() {
                     1 => None,
-                    n => Some(self.pack_folded(&prompts, ground.fold.as_ref().map(|fold| fold.repeated(n)))?),
+                    n => Some(self.pack_folded(&prompts, inputs.fold.as_ref().map(|fold| fold.repeated(n)))?),
                 };
                 Ok(Piece { members, prompts, packed })
             })
@@ -430,18 +420,17 @@ impl<B: Backend> Decoder<B> {
         x: &Floats<'_, B>,
         count: usize,
         layer: usize,
-        ground: &Ground<'_, B>,
-        options: &SweepOptions,
+        inputs: &SweepInputs<'_, B>,
         readouts: &mut [Readout],
     ) -> Result<()> {
-        if !options.layers.contains(&layer) {
+        if !inputs.options.layers.contains(&layer) {
             return Ok(());
         }
-        let (hidden, tokens) = (self.config.hidden, ground.packed.tokens as u32);
-        let places = ground.packed.places(&ground.rows);
+        let (hidden, tokens) = (self.config.hidden, inputs.packed.tokens as u32);
+        let places = inputs.packed.places(&inputs.rows);
         let rows: Vec<u32> = (0..count as u32).flat_map(|m| places.iter().map(move |r| m * tokens + r)).collect();
         let rows = self.indices(&rows)?;
-        let width = ground.rows.len() * hidden;
+        let width = inputs.rows.len() * hidden;
         let mut tapped = self.floats(count * width)?;
         self.gather(x.view(), rows.view(), tapped.view_mut())?;
         let host = read_floats(&self.backend, tapped.view())?;
@@ -456,10 +445,10 @@ impl<B: Backend> Decoder<B> {
         &'a self,
         overlay: &Overlay<'a, B>,
         rows: In<'_, B>,
-        options: &SweepOptions,
+        inputs: &SweepInputs<'_, B>,
         readout: &mut Readout,
     ) -> Result<()> {
-        let hidden = self.config.hidden;
+        let (hidden, options) = (self.config.hidden, inputs.options);
         let prompts = rows.len() / hidden;
         let (normed, _) = self.norm(overlay, ParamId::FinalNorm, rows)?;
         if options.layers.contains(&self.config.layers) {
@@ -480,12 +469,12 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Members that run concatenated within the budget.
-    fn members_at_once(&self, ground: &Ground<'_, B>, options: &SweepOptions) -> usize {
+    fn members_at_once(&self, inputs: &SweepInputs<'_, B>) -> usize {
         let c = &self.config;
         let heads = 2 * c.q_width() + 2 * c.kv_width();
-        let unfolded = if ground.fold.is_some() { ground.packed.rows() * heads } else { 0 };
-        let elements = ground.packed.tokens * (5 * c.hidden + heads + 3 * c.ffn) + unfolded;
+        let unfolded = if inputs.fold.is_some() { inputs.packed.rows() * heads } else { 0 };
+        let elements = inputs.packed.tokens * (5 * c.hidden + heads + 3 * c.ffn) + unfolded;
         let bytes = elements * size_of::<B::Float>();
-        (options.budget_bytes as usize / bytes.max(1)).max(2)
+        (inputs.options.budget_bytes as usize / bytes.max(1)).max(2)
     }
 }

@@ -1,6 +1,6 @@
 //! Draws of noise: which members share one, in what order they run, and the perturbed tensors themselves.
 
-use super::{Member, NoiseKind, SweepOptions};
+use super::{Member, NoiseKind, SweepInputs};
 use crate::backend::{Backend, Buffer, Direction, NoiseKey, Operator, Perturb, SquaredNorm, View, trace};
 use crate::engine::decoder::{Overlay, upload};
 use crate::engine::{Batch, Decoder};
@@ -50,9 +50,9 @@ impl<B: Backend> Decoder<B> {
         &self,
         draw: &Draw<'_>,
         wanted: impl Fn(ParamId) -> bool,
-        squares: &Squares<B>,
-        options: &SweepOptions,
+        inputs: &SweepInputs<'_, B>,
     ) -> Result<Vec<Perturbed<B>>> {
+        let SweepInputs { options, squares, .. } = inputs;
         let _span = trace::phase("perturb");
         let mut all: Vec<Perturbed<B>> = draw.members.iter().map(|_| BTreeMap::new()).collect();
         for (stream, param) in self.params.iter().enumerate() {
