@@ -1,4 +1,4 @@
-//! RMSNorm, forward and backward. `common` tells how to run it.
+//! RMSNorm, forward and backward.
 
 use super::common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
@@ -60,7 +60,7 @@ fn rmsnorm<D: Device>(session: &mut Session, device: &D, forward: &[Version], ba
             d.rmsnorm(t.x.view(), t.weight.view(), y, rstd, width, 1e-5).expect("a working device");
         });
         ladder.copy().run();
-        // With what the residual path brings.
+        // Accumulates on the gradient of the residual path.
         let cost = cost::rmsnorm_backward(len, width, Some(true), true, size_of::<D::Float>());
         let ladder = session.ladder(device, "backward", &shape, cost, make);
         let ladder = ladder.versions(&fitting(backward), move |d, t| {
