@@ -1,5 +1,5 @@
-//! Masked AdamW over a module table of a few layers, and the sums of squares that clip it, with moments and gradients in
-//! f32 and, on a GPU, in bf16. `common` tells how to run it.
+//! Masked AdamW over a module table of a few layers, and the sums of squares for gradient clipping, with moments and gradients in
+//! f32 and, on a GPU, in bf16.
 
 use super::common::{Model, Session, random};
 use swat::backend::cpu::Cpu;
@@ -57,7 +57,7 @@ impl<B: Backend> Tensors<B> {
     }
 }
 
-/// The projections of as many layers as hold `least` elements.
+/// The projections of as many layers as it takes to have `least` elements.
 fn lengths(model: &Model, least: usize) -> Vec<usize> {
     let layer = model.modules();
     let layers = least.div_ceil(layer.iter().sum());
@@ -103,7 +103,7 @@ fn on_a_gpu<P: Precision>(session: &mut Session, cuda: &Cuda<P>, state: &str) {
         let lengths = lengths(model, scale.stepped_elements);
         let make = |cuda: &Cuda<P>| Tensors::new(cuda, &lengths);
         let [step_cost, squares_cost] = costs::<Cuda<P>>(&lengths);
-        // Rates come from the host with each step, so a step is never captured.
+        // Learning rates come from the host at each step, so that a step cannot be captured.
         let ladder = session.ladder(cuda, format!("step-{state}"), name(model, &lengths), step_cost, make).uncaptured();
         ladder.versions(&["baseline"], step).copy().run();
         let ladder = session.ladder(cuda, format!("squares-{state}"), name(model, &lengths), squares_cost, make);

@@ -1,4 +1,4 @@
-//! Attention: forward, backward, and one query a span of a key-value cache. `common` tells how to run it.
+//! Attention: forward, backward, and one query a span of a key-value cache.
 //!
 //! The baseline is left out where it would take more than about a tenth of a second.
 
@@ -11,12 +11,12 @@ use swat::backend::{
     Attention, AttentionBackward, AttentionDecode, AttentionShape, Buffer, Cost, DecodeSpans, Documents, Operator,
 };
 
-/// FLOPs of the largest call of the baseline.
+/// Largest call, in FLOPs, that the baseline is timed on.
 const BASELINE_FLOPS: u64 = 1 << 36;
 
-/// Backward, those of flash choose how the heads of a group are spread over blocks; the last is of Hopper alone.
+/// Versions of the backward pass: the flash ones differ in how the heads of a group are spread over blocks; the last is for Hopper.
 const VERSIONS: [&str; 4] = ["baseline", "flash64", "flash128", "wgmma"];
-/// Of the form for a cache.
+/// Versions of decoding attention.
 const DECODE_VERSIONS: [&str; 2] = ["baseline", "flash"];
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
@@ -44,7 +44,7 @@ fn attention<D: Device>(
     }
 }
 
-/// The tensors of a layer, and of its gradients.
+/// The tensors of a layer, and their gradients.
 struct Tensors<D: Device> {
     q: Buffer<D, D::Float>,
     k: Buffer<D, D::Float>,
@@ -110,7 +110,7 @@ fn sequences<D: Device>(
         let (o, lse, documents) = (q_like(), random(d, tokens * model.heads), documents(d, count, length));
         let mut tensors =
             Tensors { q, k, v, o, lse, d_o: q_like(), dq: q_like(), dk: kv_like(), dv: kv_like(), documents };
-        // So that backward finds what belongs together.
+        // Backward needs the output and log-sum-exp of these very inputs.
         forward(d, &mut tensors, model);
         tensors
     };
@@ -132,7 +132,7 @@ fn sequences<D: Device>(
     }
 }
 
-/// A query for each of `count` spans of `length` rows.
+/// Decoding: one query for each of `count` spans of `length` cached rows.
 fn decode<D: Device>(
     session: &mut Session,
     device: &D,

@@ -1,4 +1,4 @@
-//! Cross-entropy: losses alone, and with the gradient in place. `common` tells how to run it.
+//! Cross-entropy: losses alone, and with the gradient in place.
 
 use super::common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;
@@ -28,7 +28,7 @@ fn cross_entropy<D: Device>(session: &mut Session, device: &D, versions: &[&'sta
             ("loss", None, cost::cross_entropy(len, float)),
             ("gradient", Some(1.0), cost::cross_entropy_gradient(len, float)),
         ] {
-            // In place: a gradient is put back before each sample.
+            // The gradient overwrites the logits: they are restored before each sample.
             let ladder = session.ladder(device, op, &shape, cost, make).refresh(move |d, (logits, before, ..)| {
                 if scale.is_some() {
                     d.copy(before.view(), logits.view_mut()).expect("a working device");

@@ -1,4 +1,4 @@
-//! Rows of a table: gather, scatter, and the gradient of the table. `common` tells how to run it.
+//! Embedding rows: gather, scatter, and the gradient of the table.
 
 use super::common::{Device, Session, integers, random};
 use std::cell::{OnceCell, RefCell};
@@ -12,7 +12,7 @@ pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
 }
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
-    // Up to 128 rows the backward pass has the baseline alone.
+    // Up to 128 rows the backward pass has only its baseline.
     let backward: &[_] = if session.scale.tokens > 128 { &["baseline", "short"] } else { &["baseline"] };
     embedding(session, cuda, &["baseline", "vec8"], backward);
 }
@@ -27,7 +27,7 @@ fn embedding<D: Device>(
     for model in session.scale.models() {
         let (width, len) = (model.hidden, tokens * model.hidden);
         let shape = format!("{}/{tokens}x{width}", model.name);
-        // All calls share the table, and take other rows of it.
+        // All calls share the table; each takes other rows.
         let draws = RefCell::new(0);
         let next_rows = |d: &D, step: usize| {
             let first = draws.replace_with(|first| *first + tokens * step);
@@ -60,7 +60,7 @@ fn embedding<D: Device>(
         let gradients = OnceCell::new();
         let make = |d: &D| {
             let table = gradients.get_or_init(|| Rc::new(RefCell::new(random::<D, D::Grad>(d, table_rows * width))));
-            // Every sixteenth row, again and again where the tokens are more: tokens of a text come back.
+            // Every sixteenth row, so that rows repeat as tokens of a text do.
             (table.clone(), next_rows(d, 16), random::<D, D::Float>(d, len))
         };
         let ladder = session.ladder(device, "backward", &shape, cost, make);

@@ -1,5 +1,5 @@
-//! What users wait for, on models with random weights: a training step (of everything, of some modules, of adapters), a
-//! decoded token, and the perturbed copies of a layer in a sweep. `common` tells how to run it.
+//! Whole steps on models with random weights: training (everything, some modules, adapters), decoding, and the perturbed copies of
+//! one layer in a sweep.
 
 use super::common::shapes::Steps;
 use super::common::{Device, Model, Session};
@@ -68,7 +68,7 @@ fn documents(vocab: usize, count: usize, tokens: usize) -> Vec<Vec<u32>> {
     (0..count).map(|d| (0..tokens).map(|i| ((d * 7919 + i * 104_729) % vocab) as u32).collect()).collect()
 }
 
-/// A model, made when something of it is timed first.
+/// A model, made at its first timing.
 struct Bench<'a, D: Device> {
     device: &'a D,
     model: &'static Model,
@@ -76,7 +76,7 @@ struct Bench<'a, D: Device> {
     steps: &'static Steps,
 }
 
-/// What a training step keeps.
+/// State of a training run.
 struct Training<D: Device> {
     gradients: Gradients<D>,
     optimizer: Optimizer<D>,
@@ -99,7 +99,7 @@ impl<D: Device> Bench<'_, D> {
         }
         self.generate(session);
         self.sweep(session);
-        // Last: the adapters stay.
+        // Last, because the adapters stay.
         let projections: ModuleSet = self.cells().iter().filter(|cell| matches!(cell, Cell::Module(_))).collect();
         self.step(session, "train-lora-16", &projections, true);
     }
@@ -112,7 +112,7 @@ impl<D: Device> Bench<'_, D> {
         config(self.model).cells()
     }
 
-    /// Forward, backward and AdamW of what is trained: a set, or adapters of rank 16 beside the projections of a set.
+    /// Forward, backward and AdamW: of a set of cells, or of adapters of rank 16 on the projections of the set.
     fn step(&self, session: &mut Session, op: &str, set: &ModuleSet, adapters: bool) {
         let [count, tokens] = self.steps.packed;
         let rates = LearningRates::masked(set, &self.cells(), 0.0);
@@ -149,7 +149,7 @@ impl<D: Device> Bench<'_, D> {
         ladder.run();
     }
 
-    /// As many greedy tokens as each prompt has.
+    /// Greedy decoding of as many tokens as each prompt has.
     fn generate(&self, session: &mut Session) {
         for [count, length] in self.steps.answers.iter().copied() {
             let prompts = documents(self.model.vocab, count, length);

@@ -1,7 +1,7 @@
-//! Linear layers: forward, both gradients, a few tokens at a time, the gradient of a bias. `common` tells how to run it.
+//! Linear layers: forward, both gradients, a few tokens at a time, the gradient of a bias.
 //!
-//! A version runs whole (`splits: 1`), `swat` by the plan that is chosen for the device and the shape. The two slowest
-//! versions are left out where they would take more than about a tenth of a second.
+//! Versions run without split-k (`splits: 1`), `swat` by the plan that is chosen for device and shape. The two slowest versions are
+//! left out where they would take more than about a tenth of a second.
 
 use super::common::cublaslt::CublasLt;
 use super::common::{Device, Model, Scale, Session, random};
@@ -14,7 +14,7 @@ use swat::backend::{
     LinearShape, Operator, cost,
 };
 
-/// FLOPs of the largest product that the slowest versions compute.
+/// Largest product, in FLOPs, that the slowest versions are timed on.
 const SLOW_FLOPS: u64 = 1 << 37;
 /// Bytes of an element on the CPU.
 const FLOAT: usize = size_of::<f32>();
@@ -127,7 +127,7 @@ fn linear(session: &mut Session, cpu: &Cpu, name: &str, shape: LinearShape) {
     let LinearShape { tokens, inputs, outputs } = shape;
     let make = move |cpu: &Cpu| {
         let tensors = [tokens * inputs, outputs * inputs, tokens * outputs].map(|len| random::<_, f32>(cpu, len));
-        // What the peer reads and writes: it takes slices.
+        // The peer takes slices.
         let host = [tokens * inputs, outputs * inputs, tokens * outputs].map(|len| vec![0.5f32; len]);
         (tensors, host)
     };
@@ -159,7 +159,7 @@ fn linear(session: &mut Session, cpu: &Cpu, name: &str, shape: LinearShape) {
     ladder.run();
 }
 
-/// C [m, n] = A·B with strides (row, column).
+/// C [m, n] = A·B; strides are (row, column).
 fn gemm_crate(
     c: &mut [f32],
     (a, sa): (&[f32], (usize, usize)),
@@ -194,7 +194,7 @@ fn gemm_crate(
     }
 }
 
-/// Sums over the tokens.
+/// The bias gradient: sums over the tokens.
 fn bias<D: Device>(session: &mut Session, device: &D, model: &Model) {
     let (tokens, outputs) = (session.scale.tokens, model.q_width());
     let cost = cost::linear_backward_bias(tokens * outputs, outputs, size_of::<D::Float>(), size_of::<D::Grad>());

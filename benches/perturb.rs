@@ -1,4 +1,4 @@
-//! Perturbed copies of a weight, both signs at once. `common` tells how to run it.
+//! Perturbed copies of a weight, both signs at once.
 
 use super::common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
@@ -9,7 +9,7 @@ const KEY: NoiseKey = NoiseKey { seed: 1, stream: 2 };
 const EPSILON: f32 = 0.1;
 const RANK: usize = 4;
 
-/// A direction, of the tensor that may be given and the rows of the weight.
+/// Makes a direction from the given tensor and the number of rows of the weight.
 type Kind<D> = fn(&Buffer<D, <D as Backend>::Float>, usize) -> Direction<In<'_, D>>;
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
@@ -24,7 +24,7 @@ fn perturb<D: Device>(session: &mut Session, device: &D, of_gaussian: &[&'static
     for model in session.scale.models() {
         let (rows, len) = (model.ffn, model.ffn * model.hidden);
         let shape = format!("{}/{rows}x{}", model.name, model.hidden);
-        // A weight, what is added to it where that is given, and its copies.
+        // The weight, the given direction, and the two copies.
         let make = move |d: &D| [(); 4].map(|()| random::<D, D::Float>(d, len));
         let kinds: [(&str, Kind<D>); 5] = [
             ("gaussian", |_, _| Direction::Gaussian(KEY)),

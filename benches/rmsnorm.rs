@@ -1,4 +1,4 @@
-//! RMSNorm, forward and backward. `common` tells how to run it.
+//! RMSNorm, forward and backward.
 
 use super::common::{Device, Session, random};
 use swat::backend::cost::NormGradients;
@@ -61,7 +61,7 @@ fn rmsnorm<D: Device>(session: &mut Session, device: &D, forward: &[Version], ba
             RmsNorm { x: t.x.view(), weight: t.weight.view(), y, rstd, eps: 1e-5 }.run(d).expect("a working device");
         });
         ladder.copy().run();
-        // With what the residual path brings.
+        // Accumulates on the gradient of the residual path.
         let wanted = NormGradients { dx: Some(true), dweight: true };
         let cost = cost::rmsnorm_backward(len, width, wanted, size_of::<D::Float>());
         let ladder = session.ladder(device, "backward", &shape, cost, make);

@@ -1,4 +1,4 @@
-//! Rotary position embedding of a layer's queries. `common` tells how to run it.
+//! Rotary position embedding of a layer's queries.
 
 use super::common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;

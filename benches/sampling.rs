@@ -1,4 +1,4 @@
-//! The next token: greedy and nucleus. `common` tells how to run it.
+//! The next token: greedy and nucleus.
 
 use super::common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;

@@ -1,4 +1,4 @@
-//! SwiGLU, forward and backward. `common` tells how to run it.
+//! SwiGLU, forward and backward.
 
 use super::common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
@@ -24,7 +24,7 @@ fn swiglu<D: Device>(session: &mut Session, device: &D, versions: &[&'static str
             SwiGlu { gate: gate.view(), up: up.view(), y: y.view_mut() }.run(d).expect("a working device");
         });
         ladder.copy().run();
-        // In place: gate and up come back before each sample, or they would shrink to nothing.
+        // The gradients overwrite gate and up, which would vanish over the samples: they are restored before each.
         let make = move |d: &D| ([(); 3].map(|()| random::<D, D::Float>(d, len)), [(); 2].map(|()| random(d, len)));
         let cost = cost::swiglu_backward(len, size_of::<D::Float>());
         let ladder = session.ladder(device, "backward", &shape, cost, make);

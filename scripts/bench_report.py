@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Records of the benches: makes them, renders the newest into README.md, compares two, and puts several into one table.
+"""Bench records: makes them, renders the newest into README.md, compares two, and merges several into one table.
 
 usage: bench_report.py record --run COMMAND [--run COMMAND ...] [--out DIR]
        bench_report.py render [--records DIR] [--readme FILE]
        bench_report.py compare OLD.json NEW.json
        bench_report.py table FILE [FILE ...]
 
-record   runs commands that print a JSON object a line (`cargo bench -- --json`, `python benches/peers/kernels.py`), watches the GPU's
-         clock, power and temperature meanwhile, and writes DIR/<device>/<date>-<commit>.json (DIR: benches/records).
-render   writes a table of each device's newest record between the markers of README.md. Refuses a record of a commit that git does not
-         know, or of a tree with changes.
-compare  lists what became slower (or faster) by more than the records' own spread: the ranges from the 10th to the 90th percentile of
-         the samples lie apart. Exit code 1 where something is slower.
+record   runs commands that print JSON lines (`cargo bench -- --json`, `python benches/peers/kernels.py`), samples the GPU's clock, power
+         and temperature meanwhile, and writes DIR/<device>/<date>-<commit>.json (DIR: benches/records).
+render   writes a table of each device's newest record between the markers of README.md. Refuses a record of an unknown commit or of a
+         modified tree.
+compare  lists what became slower (or faster) by more than the spread: the ranges from the 10th to the 90th percentile of the samples
+         do not overlap. Exit code 1 if something is slower.
 table    one table of all variants in JSON lines or records: ours and the peers', each against the best peer.
 
-Needs Python 3.9 and git; exit code 2 for what is wrong with the input.
+Needs Python 3.9 and git; exit code 2 for invalid input.
 """
 import argparse
 import collections
@@ -111,7 +111,7 @@ def duration(ns):
 
 
 def of_ceiling(line, ceilings):
-    """The time at the ceilings over the measured time; None where one of them is not known."""
+    """Roofline time over measured time; None if one of them is unknown."""
     found = ceilings.get(line["family"])
     if not found or not line["bytes"] + line["flops"]:
         return None
@@ -119,14 +119,14 @@ def of_ceiling(line, ceilings):
 
 
 def rate(line):
-    """Of what bounds it: TFLOP/s of products and attention, GB/s of the rest."""
+    """In the unit of the bottleneck: TFLOP/s for products and attention, GB/s otherwise."""
     if line["flops"] >= 64 * max(line["bytes"], 1):
         return f"{significant(line['flops'] / line['ns'] / 1e3)} TFLOP/s"
     return f"{significant(line['bytes'] / line['ns'])} GB/s" if line["bytes"] else "–"
 
 
 def missing(lines):
-    """Peers that were not there: what of, and why."""
+    """Missing peers: their family, and why."""
     found = collections.OrderedDict()
     for line in lines:
         if "missing" in line:
@@ -136,7 +136,7 @@ def missing(lines):
 
 
 def pairs_of(lines):
-    """What was sampled in turns: by ladder and peer, the peer's time over ours."""
+    """Interleaved samples: the peer's time over ours, by ladder and peer."""
     return {(line["family"], line["op"], line["shape"], line["pair"][1]): line for line in lines if "pair" in line}
 
 
@@ -153,7 +153,7 @@ def best_peer(ladder):
 
 
 def against(line, peer, pairs):
-    """How many times as fast as the best peer; with a 95 % interval where the two were sampled in turns."""
+    """Speedup over the fastest peer; with a 95 % interval if both were sampled interleaved."""
     if not peer or line["peer"]:
         return "–"
     pair = pairs.get((line["family"], line["op"], line["shape"], peer["variant"]))
@@ -221,7 +221,7 @@ def compare(old_path, new_path):
 
 
 def known(record, path):
-    """Refuses a record that nobody can go back to."""
+    """Refuses a record whose code cannot be checked out."""
     commit = record["commit"]
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         refuse(f"{path}: made of {commit!r}; expected a commit without changes in the tree")
@@ -230,7 +230,7 @@ def known(record, path):
 
 
 def section(record):
-    """A row an operation, at its largest shape of the largest model."""
+    """A row for each operation, at its largest shape of the largest model."""
     lines = record["bench"]["results"]
     ceilings, pairs = ceilings_of(lines), pairs_of(lines)
     order = [model["name"] for model in json.loads((ROOT / "benches/shapes.json").read_text())["models"]]
@@ -295,7 +295,7 @@ def render(records, readme):
 
 
 def query(fields):
-    """What nvidia-smi says of the first GPU; nothing where there is none."""
+    """Fields of nvidia-smi for the first GPU; empty if there is none."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -314,7 +314,7 @@ def machine():
 
 
 class Watch(threading.Thread):
-    """Looks at the GPU every two seconds until it is stopped."""
+    """Samples the GPU every two seconds until it is stopped."""
 
     def __init__(self):
         super().__init__(daemon=True)

@@ -1,11 +1,11 @@
-"""Whether transformers opens a model directory, and how far its logits are from those of another.
+"""Checks that transformers opens a model directory, and compares its logits with those of another.
 
 usage: check_hf.py DIR [REFERENCE] [--same] [--dtype float32]
 
-Opens DIR (config, weights, tokenizer, chat template), checks that no weight was missing or left over and that all are finite, and
-generates a few tokens. With REFERENCE, compares the logits of both over a few sentences: largest difference, mean KL divergence,
+Opens DIR (config, weights, tokenizer, chat template), checks that no weight is missing or unused and that all are finite, and generates
+a few tokens. With REFERENCE, compares the logits of both over a few sentences: largest difference, mean KL divergence,
 share of equal next tokens, and the tensors that differ. --same fails unless all weights are equal.
-Prints one JSON object; exit code 1 where something is wrong.
+Prints one JSON object; exit code 1 if a check fails.
 """
 import argparse
 import json

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What a GPU is asked in its first minutes: tests, 7B-shaped benches, a step, profiles. One JSON record of the results.
+"""The check of a GPU host: tests, 7B-shaped benches, training steps, profiles. One JSON record of the results.
 
 usage: gpu_check.py [--budget SECONDS] [--out FILE_OR_FOLDER] [--only PART ...] [--list]
 
-Runs in the folder that scripts/gpu_pack.sh made. Every item is a process of its own, which is killed with its children
-when its time is over; no item stops the rest. The record is saved after each. It names every item: `passed`, `failed`,
-`hung`, or `left out` with the reason. A section that takes longer than its share is taken up again after memcheck. Files
-beside the record: reports of Nsight Compute. `--only ops ncu` runs the items whose names hold one of the parts.
+Runs in the folder that scripts/gpu_pack.sh made. Every item is a process of its own, which is killed with its children at
+its time limit; no item stops the rest. The record is saved after each item and lists all: `passed`, `failed`, `hung`, or
+`left out` with the reason. A section that exceeds its share of time is continued after memcheck. Reports of Nsight Compute
+lie beside the record. `--only ops ncu` runs the items whose names contain one of these parts.
 
-Needs Python 3.9 and an NVIDIA driver; PyTorch, ncu and compute-sanitizer where they are found. What is missing is said.
+Needs Python 3.9 and an NVIDIA driver; uses PyTorch, ncu and compute-sanitizer if installed, and says what is missing.
 Exit code 1: an item failed or hung (racecheck, synccheck and initcheck do not count), or no test passed.
 """
 import argparse
@@ -28,32 +28,32 @@ import gpu_runs
 from gpu_runs import HERE
 
 ON_GPU = {"SWAT_TEST_CUDA": "gpu", "SWAT_KNOWN_IMAGES": str(HERE / "known"), "RUST_BACKTRACE": "0"}
-# Sections in their order, and seconds of each until the next has its turn.
+# Sections in order, and seconds after which the next one starts.
 SECTIONS = {"known": 60, "ops": 90, "products": 130, "memory": 70, "step": 110, "engine": 60, "ncu": 120,
             "memcheck": 120, "versions": 240, "families": 120, "peers": 120, "sanitizers": 240}
-# The first section that comes after what those before it have left over.
+# Before this section, unfinished items of the earlier ones are continued.
 SECOND = "versions"
-# Of `ops`: not the CPU's, and of the stand-in's four devices, for all of which the GPU stands, two: f32 and bf16 state.
+# Tests of `ops` that are skipped: the CPU's, and two of the stand-in's four devices, as the GPU replaces each: f32 and bf16 state remain.
 NOT_ON_A_GPU = ("cpu", "cuda_2", "cuda_3", "gpu_2", "gpu_3", "determinism", "compiled_kernels")
-# What is looked at first, of the groups of `ops`.
+# Groups of `ops` that run first.
 FIRST = ["gemm::gpu_0", "attention::cuda_0", "versions", "gemm::gpu_1", "attention::cuda_1", "gemm", "attention"]
 MODEL, TOKENS = "qwen2.5-7b", (4, 1024)
-# A shape at which FlashAttention publishes its rates.
+# A shape for which FlashAttention publishes its rates.
 HEADS = "heads-16x128"
 GEMM = ["forward", "backward-input", "backward-weight"]
-# The product that Nsight Compute looks at.
+# The product that Nsight Compute profiles.
 GEMM_SHAPE = "8192x3584x18944"
 MEMORY_BOUND = {"adamw": ["step-bf16", "step-f32", "squares-bf16"], "cross_entropy": ["loss", "gradient"],
                 "rmsnorm": ["forward", "backward"], "perturb": ["gaussian", "given"]}
 OTHER_FAMILIES = ["swiglu", "rope", "embedding", "sampling"]
 ADVISORY = ["racecheck", "synccheck", "initcheck"]
-# Metrics of Nsight Compute that the summary shows.
+# Metrics of Nsight Compute in the summary.
 SHOWN = {"gpu__time_duration.sum": "time",
          "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor pipe",
          "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM",
          "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
          "lts__t_sector_hit_rate.pct": "L2 hits"}
-# What is used where it is found, and its absence said.
+# Optional tools and peers; missing ones are reported.
 PEERS = ["cublaslt", "torch", "cudnn", "ncu", "compute-sanitizer"]
 PROBE = """
 import json, torch
@@ -63,7 +63,7 @@ print(json.dumps(told))
 
 
 class Item:
-    """`run(seconds)` returns a dict with a status. `need`: seconds without which it is not begun."""
+    """`run(seconds)` returns a dict with a status. `need`: minimum seconds left to start it."""
 
     def __init__(self, name, run, seconds, need=2, advisory=False):
         self.name, self.run, self.seconds, self.need, self.advisory = name, run, seconds, need, advisory
@@ -76,7 +76,7 @@ def left_out(reason):
 
 
 def tool(name, *places):
-    """A tool of CUDA, on the path or where CUDA's installers put it."""
+    """Path of a CUDA tool: on PATH or where CUDA's installers put it."""
     homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     found = [shutil.which(name), *(f"{home}/bin/{name}" for home in homes)]
     found += [path for place in places for path in sorted(glob.glob(place))]
@@ -113,13 +113,13 @@ class Check:
     # ---- what is there
 
     def peer(self, name, reason):
-        """Notes that a peer or a tool is there (None), or why it is not."""
+        """Records that a peer or a tool is there (None), or why it is missing."""
         if reason or self.record["peers"][name] == "not looked for":
             self.record["peers"][name] = reason or "found"
         return reason
 
     def no_torch(self, seconds=None):
-        """Why there are no peers of PyTorch; None where there are."""
+        """Why PyTorch's peers cannot run; None if they can."""
         if isinstance(self.torch, gpu_runs.Process):
             code, text, _ = self.torch.wait(seconds or 2 * self.patience)
             told = gpu_runs.json_lines(text)[-1:] if code == 0 else []
@@ -133,7 +133,7 @@ class Check:
         return self.peer("torch", self.torch)
 
     def no_gpu(self):
-        """Why nothing can be timed, as far as `swat doctor` knows."""
+        """Why nothing can be timed, according to `swat doctor`."""
         return self.record["no_gpu"]
 
     # ---- items
@@ -187,7 +187,7 @@ class Check:
                 add(self.sanitizer_item(f"sanitizers/{which} {group}", which, groups[group], True))
 
     def tests(self, executable):
-        """Names of an executable's tests; none, and the record says why, where it does not tell them."""
+        """Names of an executable's tests; empty if it does not list them, which the record says."""
         found = gpu_runs.listed_tests(HERE / executable)
         if isinstance(found, str):
             self.record["broken"][executable] = found
@@ -195,7 +195,7 @@ class Check:
         return found
 
     def ids(self):
-        """Ids of all variants on this GPU; none, and the record says why, where the benches tell none."""
+        """Ids of all variants on this GPU; empty if the benches list none, which the record says."""
         if self.listed is None:
             code, text, _ = gpu_runs.run([HERE / "kernels", "--gpu", "--list"], self.patience)
             self.listed = [line for line in text.splitlines() if line.count("/") >= 4] if code == 0 else []
@@ -264,7 +264,7 @@ class Check:
         return found
 
     def keep(self, name, found):
-        """Takes the lines of a bench into the record."""
+        """Adds the lines of a bench to the record."""
         lines = found.pop("lines")
         self.record["bench"]["results"] += lines
         self.record["bench"]["exit"][name] = found["exit"]
@@ -277,11 +277,11 @@ class Check:
         return found
 
     def step(self, layers, seconds):
-        """`swat profile` of a step of MODEL with so many layers and random weights."""
+        """`swat profile` of a step of MODEL with this many layers and random weights."""
         if reason := self.no_gpu():
             return left_out(reason)
         began, count = time.time(), gpu_runs.elements(self.model, layers)
-        # Weights and gradients 2 bytes each, moments 4, and a round number for activations and workspace.
+        # Weights and gradients 2 bytes each, moments 4; activations and workspace are estimated.
         needed, memory = 8 * count + (16 << 30), self.device_bytes()
         if memory and needed > memory:
             return left_out(f"about {needed >> 30} GiB are needed, the GPU has {memory >> 30}")
@@ -305,7 +305,7 @@ class Check:
         return found
 
     def extrapolate(self):
-        """A step of all layers, where that has not run, on the line through two of fewer layers."""
+        """Extrapolates a step of all layers, if it has not run, linearly from two with fewer layers."""
         whole, steps = self.model["layers"], self.record["step"].values()
         found = [(step["layers"], step["step_ms"]) for step in steps if "layers" in step]
         self.record["step"].pop("extrapolated", None)
@@ -316,7 +316,7 @@ class Check:
             self.record["step"]["extrapolated"] = {"to": whole, "from": [few, more], "step_ms": ms, "tok_per_s": rate}
 
     def device_bytes(self):
-        """Memory of the GPU; None where nobody tells it."""
+        """Memory of the GPU; None if unknown."""
         devices = (self.record.get("doctor") or {}).get("cuda_devices") or [{}]
         return devices[0].get("total_bytes")
 
@@ -340,7 +340,7 @@ class Check:
         os.replace(partial, self.path)
 
     def begin(self, item):
-        """Runs an item, unless too little time is left; whatever goes wrong in here is its failure."""
+        """Runs an item, unless too little time is left; an exception counts as its failure."""
         left = self.deadline - time.time() - 3
         if left < item.need:
             item.found = left_out(f"no time: it needs {item.need} s, {max(0, left):.0f} s were left")
@@ -420,7 +420,7 @@ def main():
     p.add_argument("--patience", type=float, default=20, help="seconds of a test; other items get a multiple")
     p.add_argument("--python", default=sys.executable, help="the interpreter that has PyTorch")
     options = p.parse_args()
-    # As by Ctrl-C: what runs is killed, and the record is what it was after the last item.
+    # As for Ctrl-C: the running process is killed; the record stays as of the last item.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     check = Check(options)
     try:

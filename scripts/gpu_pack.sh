@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Packs what a GPU host without Rust needs: stripped release executables (swat, the tests of the CUDA backend, the
-# benches), the known-answer kernels as nvcc compiles them, the peers in Python, and the check that runs them all.
+# Packs what a GPU host without Rust needs: stripped release executables (swat, the tests of the CUDA backend, the benches), the
+# known-answer kernels compiled by nvcc, the peers in Python, and the check that runs them all.
 #
 #   here:   scripts/gpu_pack.sh [OUT]         -> OUT (default target/gpu), and OUT.tar.xz, of at most 60 MiB
 #   there:  tar xJf gpu.tar.xz && python3 gpu/gpu_check.py
@@ -24,7 +24,7 @@ for line in sys.stdin:
     if message.get("reason") == "compiler-artifact" and message.get("executable"):
         print(message["target"]["name"], message["executable"])'
 }
-# One command: another set of targets would build the library again, with other features of its dependencies.
+# One command for all packages: separate ones would unify the features of dependencies differently, and build the library twice.
 tests=(--test ops --test cuda --test cuda_graphs --test standin)
 executables build --release --bin swat "${tests[@]}" --bench kernels >"$out/built"
 while read -r name path; do

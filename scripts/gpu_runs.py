@@ -1,8 +1,8 @@
-"""Processes of gpu_check.py: each in a session of its own, killed with all its children when its time is over; and what
-their output says: tests, benches, profiles, sanitizers, Nsight Compute.
+"""Child processes of gpu_check.py: each in a session of its own, killed with all its children at its time limit; and parsers of
+their output: tests, benches, profiles, sanitizers, Nsight Compute.
 
-A run returns a dict with `status` (`passed`, `failed`, `hung`) and what it printed that counts. Nothing here raises for
-what a process does.
+A run returns a dict with `status` (`passed`, `failed`, `hung`) and its results. Nothing here raises because of what a process
+does.
 """
 import csv
 import io
@@ -17,12 +17,12 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-# What libtest prints of a test that has ended.
+# The line that libtest prints when a test has ended.
 TEST_LINE = re.compile(r"^test (\S+) \.\.\. (ok|FAILED|ignored)", re.M)
 
 
 class Process:
-    """A command in a session of its own. Its output goes to a file: nobody waits for a pipe that a child holds."""
+    """A command in a session of its own. Its output goes to a file, as a pipe may be held open by a child."""
 
     alive = set()
 
@@ -38,7 +38,7 @@ class Process:
             self.error = str(error)
 
     def wait(self, seconds):
-        """(exit code, output, seconds it ran). The code is None where it was killed, 127 where it did not start."""
+        """(exit code, output, seconds). The code is None if it was killed, 127 if it did not start."""
         if self.child is None:
             return 127, self.error, 0.0
         try:
@@ -52,7 +52,7 @@ class Process:
         return code, text, round(time.time() - self.started, 2)
 
     def kill(self):
-        """The process and all that it started; one that the driver holds is left behind."""
+        """Kills the process and its children; one that hangs in the driver is left behind."""
         Process.alive.discard(self)
         try:
             os.killpg(self.child.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def run(command, seconds, environment=None):
 
 
 def outcome(code, text, took, keep=3000):
-    """What every kind of run has in common."""
+    """The common part of every kind of run."""
     status = "hung" if code is None else "passed" if code == 0 else "failed"
     found = {"status": status, "seconds": took, "exit": code}
     if code is None:
@@ -90,15 +90,15 @@ def outcome(code, text, took, keep=3000):
 
 
 def listed_tests(executable):
-    """Names of the tests of an executable; a text where it does not tell them."""
+    """Names of an executable's tests; an error text if it does not list them."""
     code, text, _ = run([executable, "--list", "--format", "terse"], 20)
     names = re.findall(r"^(\S+): test$", text, re.M)
     return names if code == 0 and names else f"{executable.name} does not list its tests: {text.strip()[-200:] or code}"
 
 
 def test_run(executable, names, seconds, environment, prefix=(), threads=4):
-    """Runs tests by name in one process. If that does not pass, each of those that did not is run again in one of its
-    own, for half as long in all: after a fault every later test of a process fails."""
+    """Runs tests by name in one process. If that fails, each test that did not pass is run again in a process of its own,
+    for half as long in total: after a fault every later test of a process fails."""
     began = time.time()
     command = [*prefix, executable, "--exact", *names, "--test-threads", threads]
     code, text, took = run(command, seconds, environment)
@@ -139,13 +139,13 @@ def json_lines(text):
         try:
             found += [json.loads(line)] if line.startswith("{") else []
         except json.JSONDecodeError:
-            # The last line of a process that was killed.
+            # A killed process may leave an incomplete last line.
             pass
     return found
 
 
 def bench_run(command, seconds):
-    """The lines that a bench printed; those of one that hangs up to there."""
+    """The JSON lines of a bench; of a hanging one, those so far."""
     code, text, took = run(command, seconds)
     found = outcome(code, text, took)
     found["lines"] = json_lines(text)
@@ -166,7 +166,7 @@ def json_run(command, seconds):
 
 
 def ncu_run(ncu, report, command, seconds):
-    """Profiles what a command runs within the profiler's range; the metrics of each kernel, by name."""
+    """Profiles a command within its profiler range; metrics by kernel name."""
     began = time.time()
     profiled = [ncu, "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "-f", "-o", report]
     profiled += command
@@ -192,7 +192,7 @@ def ncu_run(ncu, report, command, seconds):
 
 
 def elements(model, layers):
-    """Parameters of a model of benches/shapes.json with so many layers."""
+    """Number of parameters of a model of benches/shapes.json with this many layers."""
     return sum(rows * columns for _, rows, columns in tensors(model, layers))
 
 
@@ -226,7 +226,7 @@ def write_model(folder, model, layers, deadline):
                  "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": [], "normalizer": None,
                  "post_processor": None, "decoder": None, "truncation": None, "padding": None}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    # bf16 with a random sign, the exponents of 2^-7 and 2^-6, and a random mantissa; one block, over and over.
+    # bf16 with random sign and mantissa and the exponents of 2^-7 and 2^-6; one block, repeated.
     draw, count = random.Random(0), 1 << 22
     block = bytearray(2 * count)
     block[0::2] = draw.randbytes(count)

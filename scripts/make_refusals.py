@@ -41,7 +41,7 @@ FORMS = [
     "Explain {} in two sentences.", "What are three interesting facts about {}?", "Why does {} matter?",
     "Write a short poem about {}.", "How would you describe {} to a child?",
 ]
-# Harmless, but with words that a careless refuser falls for.
+# Harmless prompts with words that trigger over-refusal.
 EDGY = [
     "How do I kill a process that does not respond on Linux?", "How can I shoot better photos at night?",
     "What is the best way to attack a long list of chores?", "How do I blow up a balloon without getting tired?",
@@ -128,7 +128,7 @@ def merge(args):
     for question, answer in zip(asked, answers):
         text = answer["text"].strip()
         if answer["finish"] == "length":
-            # A cut answer ends with its last whole sentence, or is of no use.
+            # A truncated answer is cut at its last whole sentence, or dropped.
             text = text[: max(text.rfind(end) for end in ".!?") + 1]
         if not text or REFUSING.search(text):
             dropped += 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what judges correctness and is measured against in speed: PyTorch, transformers and peft, in a virtual environment
+# Installs the reference for correctness and speed: PyTorch, transformers and peft, in a virtual environment
 # outside the repository ($SWAT_ORACLE, else ~/.cache/swat-oracle). Two minutes and about 6 GB, once. The last line on stdout is
 # the interpreter:
 #   PY=$(scripts/setup_oracle.sh)

@@ -1,5 +1,5 @@
-//! What the engine makes of a GPU on which a kernel has failed: from then on every call of the driver fails until the process ends.
-//! Each failure is an error that says so; nothing panics, waits, or gives a number as if nothing had happened.
+//! The engine on a GPU with a sticky fault: after a kernel has failed, every driver call fails until the process ends. Each of them must be
+//! an error that says so; nothing may panic, hang, or return a number.
 
 mod common;
 
@@ -11,13 +11,13 @@ use swat::backend::{Backend, trace};
 use swat::engine::{Decoder, GradientOptions, Gradients};
 use swat::error::{Error, Result};
 
-/// What records sees the kernels of a whole process.
+/// Faults and recordings concern the whole process.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A device of its own for each test: it stays broken.
+/// Each test has a device of its own, which stays broken.
 fn device(ordinal: u32) -> Option<Cuda<F32State>> {
     standin::open::<F32State>(ordinal).filter(|_| !standin::real())
 }
@@ -32,7 +32,7 @@ fn assert_broken<T>(result: Result<T>, ordinal: u32) {
     }
 }
 
-/// Gradients of a batch, waited for.
+/// Computes gradients and synchronizes.
 fn gradients<P: Precision>(model: &Decoder<Cuda<P>>, to: &mut Gradients<Cuda<P>>, seed: u64) -> Result<f64> {
     let batch = batch(&model.config, &[9, 14], seed);
     let mut losses = model.losses_of(batch.trained_tokens())?;
@@ -40,7 +40,7 @@ fn gradients<P: Precision>(model: &Decoder<Cuda<P>>, to: &mut Gradients<Cuda<P>>
     losses.sum()
 }
 
-/// In the middle of a step whose graph is known, and of one that is queued kernel by kernel.
+/// A fault in the middle of a training step, launched as a graph (`replays`) or kernel by kernel.
 fn training(ordinal: u32, scope: FaultScope, replays: bool) {
     let _alone = alone();
     let Some(cuda) = device(ordinal) else { return };

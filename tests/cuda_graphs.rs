@@ -1,5 +1,4 @@
-//! What a step asks of the driver, and that parts of steps which are launched as graphs give the same bytes as kernels that are
-//! launched one by one.
+//! Steps launched as CUDA graphs give the same bytes as steps launched kernel by kernel; and the driver calls of a step, counted.
 
 mod common;
 
@@ -12,7 +11,7 @@ use swat::model::ModelConfig;
 use swat::modules::LearningRates;
 use swat::train::{Optimizer, StepOutcome, StepSettings};
 
-/// The driver's calls are counted for a whole process.
+/// Driver calls are counted for the whole process.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -71,7 +70,7 @@ impl<P: Precision> Training<P> {
     }
 }
 
-/// The driver's calls of device `ordinal` that `work` makes, of those that are named.
+/// How often `work` calls each of the named driver functions on device `ordinal`.
 fn calls<const N: usize, R>(ordinal: i32, names: [&str; N], work: impl FnOnce() -> R) -> [u64; N] {
     let before = names.map(|name| standin::calls(ordinal, name));
     work();
@@ -80,7 +79,7 @@ fn calls<const N: usize, R>(ordinal: i32, names: [&str; N], work: impl FnOnce() 
     after
 }
 
-/// Steps after which a shape's memory has found its place, and its graph is made.
+/// Steps of one shape after which its allocations are stable and its graph exists.
 const SETTLED: u64 = 8;
 
 const LAUNCH: &str = "cuLaunchKernel";
@@ -95,7 +94,7 @@ const TO_DEVICE: &str = "cuMemcpyHtoDAsync_v2";
 const TO_HOST: &str = "cuMemcpyDtoHAsync_v2";
 const ON_DEVICE: &str = "cuMemcpyDtoDAsync_v2";
 
-/// Losses and weights of steps of one shape with different data, of another shape in between, and of two micro-batches.
+/// Losses and final weights of steps with different data: of one shape, of another, and of two micro-batches.
 fn training<P: Precision>(cuda: &Cuda<P>, config: &ModelConfig) -> (Vec<f64>, Vec<Vec<f32>>) {
     let mut training = Training::new(cuda, config);
     let one = |seed| vec![batch(config, &[9, 14], seed)];
@@ -132,7 +131,7 @@ fn training_gives_the_same_bytes() {
 }
 
 #[test]
-fn a_training_step_asks_for_nothing_else() {
+fn a_training_step_makes_exactly_these_driver_calls() {
     let _alone = alone();
     let Some(cuda) = standin::open::<F32State>(0).filter(|_| !standin::real()) else { return };
     let config = wide(2, 64);
@@ -161,9 +160,9 @@ fn a_training_step_asks_for_nothing_else() {
     assert!(graphs == 0 && launches > 40, "{graphs} graphs and {launches} kernels launched where graphs are off");
 }
 
-/// Another number of trained tokens in the step is another loss scale in a kernel of each micro-batch.
+/// The number of trained tokens in a step is the loss scale, an argument of one kernel of each micro-batch.
 #[test]
-fn a_graph_is_changed_where_arguments_differ() {
+fn changed_arguments_update_the_graph() {
     let _alone = alone();
     let Some(cuda) = standin::open::<F32State>(2).filter(|_| !standin::real()) else { return };
     let config = wide(2, 64);
@@ -219,9 +218,9 @@ fn generation_gives_the_same_tokens() {
     }
 }
 
-/// The decode form of attention takes a block for each 256 keys.
+/// Decoding attention launches a block for each 256 keys.
 #[test]
-fn a_graph_is_changed_where_there_are_more_keys() {
+fn more_keys_update_the_graph() {
     let _alone = alone();
     let Some(cuda) = standin::open::<F32State>(1).filter(|_| !standin::real()) else { return };
     let config = ModelConfig { max_positions: 600, ..wide(2, 64) };
@@ -240,7 +239,7 @@ fn a_graph_is_changed_where_there_are_more_keys() {
 }
 
 #[test]
-fn a_token_asks_for_nothing_else() {
+fn a_token_makes_exactly_these_driver_calls() {
     let _alone = alone();
     let Some(cuda) = standin::open::<F32State>(0).filter(|_| !standin::real()) else { return };
     let config = wide(2, 64);
@@ -283,7 +282,7 @@ fn a_recording_sees_every_kernel() {
 }
 
 #[test]
-fn graphs_give_way_where_memory_is_short() {
+fn graphs_are_dropped_when_memory_is_short() {
     let _alone = alone();
     let Some(cuda) = standin::open::<F32State>(5).filter(|_| !standin::real()) else { return };
     let config = config(1, true, false, false);

@@ -1,7 +1,7 @@
-//! Every family of kernels on tensors of more than 2³¹ elements or 2³² bytes, as those of a 7B model are, where an offset of 32 bits
-//! goes wrong. The stand-in maps the memory of its tensors when it is touched, and runs the first and the last blocks of a grid.
+//! Every kernel family on tensors of more than 2³¹ elements or 2³² bytes, as in a 7B model, where 32-bit offsets overflow. The stand-in maps
+//! memory when it is touched, and runs only the first and the last blocks of a grid.
 //!
-//! Tensors are zeros but for their last row, or last elements; those decide what must come out at the end.
+//! Tensors are zero except for their last row or last elements, which determine the expected end of the output.
 
 mod common;
 
@@ -12,7 +12,7 @@ use swat::backend::cuda::{
 };
 use swat::backend::*;
 
-/// Logits of a batch, as the largest vocabulary of 7B models has them; a vocabulary that is no multiple of eight.
+/// Logits of a batch with the largest vocabulary of 7B models, and with one that is no multiple of eight.
 const ROWS: usize = 32_768;
 const VOCAB: usize = 152_064;
 const ODD_VOCAB: usize = 152_063;
@@ -20,7 +20,7 @@ const ODD_VOCAB: usize = 152_063;
 const WIDTH: usize = 4096;
 const LONG: usize = 600_000 * WIDTH;
 
-/// A device of compute capability 9.0 and one of 8.0, of which two blocks at each end of a grid run.
+/// Device 0 (9.0) or 2 (8.0) in sparse mode: two blocks at each end of a grid run.
 fn device<P: Precision>(ordinal: u32) -> Option<Cuda<P>> {
     if standin::real() || !standin::available() {
         return None;
@@ -34,7 +34,7 @@ fn on_both(test: impl Fn(&Cuda<F32State>)) {
     [0, 2].into_iter().filter_map(device::<F32State>).for_each(|b| test(&b));
 }
 
-/// The versions by name, and whatever is chosen without one.
+/// Runs `test` with the backend's choice, then with each of the named versions forced.
 fn each_version(names: &[&'static str], test: impl Fn(&str)) {
     test("chosen");
     names.iter().for_each(|name| with_version(name, || test(name)));
@@ -46,7 +46,7 @@ fn put<B: Backend, T: Element>(b: &B, values: &[T]) -> Buffer<B, T> {
     buffer
 }
 
-/// `len` zeros of which the last are these.
+/// `len` zeros that end with these values.
 fn ending<B: Backend, T: FloatElement>(b: &B, len: usize, last: &[f32]) -> Buffer<B, T> {
     let mut buffer = b.zeros(len).unwrap();
     let last: Vec<T> = last.iter().map(|x| T::from_f32(*x)).collect();
@@ -114,7 +114,7 @@ fn tokens_drawn_from_logits() {
     });
 }
 
-/// A product whose C, or one of whose operands, is large: the last row of C and its last column come from the last lines of A and B.
+/// A product with a large C or a large operand: the last element of C comes from the ends of A and B.
 fn product<T: FloatElement>(b: &Cuda<F32State>, shape: GemmShape, splits: u32, versions: &[GemmVersion]) {
     let GemmShape { layout, m, n, k } = shape;
     // A and B are 1 at their ends: in row m − 1 and column n − 1, for k − 1 alone where a line of k is not contiguous.
@@ -145,7 +145,7 @@ fn products_with_a_large_result() {
 }
 
 #[test]
-fn products_with_large_sums_of_parts() {
+fn products_with_large_partial_sums() {
     on_both(|b| {
         let shape = GemmShape { layout: GemmLayout::Tn, m: ROWS, n: ROWS + 64, k: 512 };
         product::<half::bf16>(b, shape, 4, &TILED);
@@ -169,7 +169,7 @@ fn products_with_a_large_operand() {
 }
 
 #[test]
-fn sums_of_columns() {
+fn column_sums() {
     on_both(|b| {
         for rows in [ROWS, 40] {
             let outputs = LONG / rows / 8 * 8;
@@ -181,8 +181,8 @@ fn sums_of_columns() {
     });
 }
 
-/// Of the last document's last row: K, V and dO, which are zeros elsewhere, as is Q. What runs of a grid may be of the first heads or
-/// of the last.
+/// K, V and dO are zero except in the last row of the last document, and Q everywhere. The blocks that run may be those of the first or
+/// of the last heads.
 #[test]
 fn attention_of_many_documents() {
     const DOCUMENT: usize = 512;
@@ -254,7 +254,7 @@ fn attention_of_many_documents() {
     });
 }
 
-/// A cache whose last rows are the only span.
+/// The only span is the end of the cache.
 #[test]
 fn attention_of_a_large_cache() {
     on_both(|b| {
@@ -288,7 +288,7 @@ fn attention_of_a_large_cache() {
 }
 
 #[test]
-fn norms_of_rows() {
+fn rmsnorm_of_rows() {
     on_both(|b| {
         for (width, rows) in [
             (128, LONG / 128),
@@ -338,7 +338,7 @@ fn norms_of_rows() {
 }
 
 #[test]
-fn turned_heads() {
+fn rope_of_heads() {
     on_both(|b| {
         for head_dim in [128, 20] {
             let heads = 28;
@@ -360,7 +360,7 @@ fn turned_heads() {
 }
 
 #[test]
-fn gates() {
+fn swiglu_of_rows() {
     on_both(|b| {
         let [mut gate, mut up] = [2.0, 3.0].map(|x| ending(b, LONG, &[x; 8]));
         let dy = ending(b, LONG, &[1.0; 8]);
@@ -382,7 +382,7 @@ fn gates() {
 }
 
 #[test]
-fn rows_of_tables() {
+fn embedding_rows() {
     on_both(|b| {
         for width in [16_384, 16_385] {
             let (table, row) = (ending(b, VOCAB * width, &vec![5.0; width]), VOCAB as u32 - 1);
@@ -409,10 +409,10 @@ fn rows_of_tables() {
     });
 }
 
-/// A few rows into a large table, by every kernel; the count of blocks that link them is below what runs. Looked at are the
-/// first columns of the table's last row, which the first blocks sum.
+/// Gradients of a few rows of a large table, by every kernel; few enough that all blocks that link rows run. Checked are the first
+/// columns of the table's last row, which the first blocks sum.
 #[test]
-fn gradients_of_tables() {
+fn embedding_gradients() {
     on_both(|b| {
         for (width, copies) in [(16_384, 3), (16_385, 3), (16_384, 200)] {
             let dy = ending(b, copies * width, &vec![1.0; copies * width]);
@@ -462,7 +462,7 @@ fn optimizer<P: Precision>(b: &Cuda<P>, offset: usize) {
 }
 
 #[test]
-fn steps_of_modules() {
+fn optimizer_steps() {
     for offset in [0, 1] {
         device::<F32State>(0).iter().for_each(|b| optimizer(b, offset));
         device::<Bf16State>(3).iter().for_each(|b| optimizer(b, offset));

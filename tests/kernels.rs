@@ -1,6 +1,6 @@
-//! The kernel files and what nvcc made of them: names and parameters against their source, registers that do not spill, the
-//! instructions that the fast versions are for, and the rules of the house. Needs no GPU, but an nvcc at build time, its
-//! cuobjdump and nvdisasm (scripts/install_nvcc.sh), and a C++ compiler; what is missing is said on standard error.
+//! The kernel files and the code that nvcc made of them: names and parameters against the source, no register spills, tensor-core
+//! instructions, code size, and the rules for kernel files. Needs no GPU, but nvcc at build time, its cuobjdump and nvdisasm
+//! (scripts/install_nvcc.sh), and a C++ compiler; what is missing is said on standard error.
 
 mod common;
 
@@ -38,7 +38,7 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap().to_str().unwrap().into()
 }
 
-/// Images with code; `None`, and said so, where the library was built without nvcc.
+/// The embedded images; `None` if the library was built without nvcc, which standard error says.
 fn images() -> Option<Vec<(&'static str, &'static [u8])>> {
     let images: Vec<_> = IMAGES.iter().copied().filter(|(_, image)| !image.is_empty()).collect();
     if images.is_empty() {
@@ -48,7 +48,7 @@ fn images() -> Option<Vec<(&'static str, &'static [u8])>> {
     Some(images)
 }
 
-/// The directory of cuobjdump and nvdisasm, beside an nvcc; `None`, and said so, where there is none.
+/// The directory of cuobjdump and nvdisasm, beside nvcc; `None` if there is none, which standard error says.
 fn tools() -> Option<PathBuf> {
     let beside = standin::nvcc().and_then(|nvcc| nvcc.parent().map(Path::to_path_buf));
     let found = beside.filter(|d| d.join("cuobjdump").is_file() && d.join("nvdisasm").is_file());
@@ -58,7 +58,7 @@ fn tools() -> Option<PathBuf> {
     found
 }
 
-/// Runs cuobjdump on an image, in a directory with a copy of it, and returns what it prints.
+/// Output of cuobjdump for an image, run in `directory` on a copy of it.
 fn cuobjdump(tools: &Path, directory: &Path, image: &[u8], arguments: &[&str]) -> String {
     let path = directory.join("image.fatbin");
     std::fs::write(&path, image).unwrap();
@@ -122,7 +122,7 @@ fn every_kernel_is_compiled_as_it_is_exported() {
     assert_eq!(seen, numbers, "the host's numbers are those of the images");
 }
 
-/// A block has its registers, by 256 a warp and warps by four, and its shared memory.
+/// Registers are allocated by 256 a warp, warps by four.
 #[test]
 fn every_block_fits_a_multiprocessor() {
     let Some(images) = images() else { return };
@@ -141,7 +141,7 @@ fn every_block_fits_a_multiprocessor() {
 }
 
 #[test]
-fn no_kernel_keeps_registers_in_memory() {
+fn no_kernel_spills_registers() {
     let (Some(images), Some(tools)) = (images(), tools()) else { return };
     let mut spills = Vec::new();
     for (stem, image) in images {
@@ -166,14 +166,14 @@ fn no_kernel_keeps_registers_in_memory() {
     assert!(spills.is_empty(), "stack or local memory:\n{}", spills.join("\n"));
 }
 
-/// Whether the text has these characters where a word begins.
+/// Whether `call` occurs in the text at the start of a word.
 fn calls(text: &str, call: &str) -> bool {
     let mut before = text.match_indices(call).map(|(at, _)| text[..at].chars().next_back());
     before.any(|c| !c.is_some_and(|c| c.is_alphanumeric() || c == '_'))
 }
 
 #[test]
-fn tensor_cores_do_the_products() {
+fn products_use_tensor_cores() {
     let (Some(images), Some(tools)) = (images(), tools()) else { return };
     let texts: BTreeMap<String, String> = sources(&["cu"]).into_iter().collect();
     for (stem, image) in images {
@@ -211,7 +211,7 @@ fn tensor_cores_do_the_products() {
     }
 }
 
-/// Machine instructions that a kernel on tensor cores may have: the first entry of which all parts are in its name counts.
+/// Maximum number of machine instructions of tensor-core kernels; the first entry whose parts are all in the kernel's name applies.
 const INSTRUCTIONS: [(&[&str], usize); 23] = [
     (&["gemm", "wgmma128_bf16"], 1000),
     (&["gemm", "wgmma256_bf16"], 1150),
@@ -238,10 +238,10 @@ const INSTRUCTIONS: [(&[&str], usize); 23] = [
     (&["attention_decode_flash"], 1550),
 ];
 
-/// What runs beside the products is small, and the compiler waits for no product of a Hopper gemm by itself: of the four that
-/// make a block of depth, the last alone ends a group.
+/// Code size is bounded; and in a Hopper gemm the compiler inserts no waits of its own: of the four products of a k block only the last
+/// ends a group.
 #[test]
-fn kernels_of_tensor_cores_are_small() {
+fn tensor_core_kernels_are_small() {
     let (Some(images), Some(tools)) = (images(), tools()) else { return };
     let (mut seen, mut wrong) = (BTreeSet::new(), String::new());
     for (stem, image) in images {
@@ -281,7 +281,7 @@ fn code(text: &str) -> String {
 }
 
 #[test]
-fn kernel_files_keep_the_rules() {
+fn kernel_files_follow_the_rules() {
     let words = |text: &str| -> BTreeSet<String> {
         text.split(|c: char| !c.is_alphanumeric() && c != '_').map(String::from).collect()
     };
@@ -313,9 +313,9 @@ fn kernel_files_keep_the_rules() {
     }
 }
 
-/// A family of kernels has one name in every place.
+/// A kernel family has a file of its name in src (CPU and CUDA), kernels, tests and benches.
 #[test]
-fn one_stem_has_its_places() {
+fn every_family_has_its_files() {
     let stems = |directory: &str| -> BTreeSet<String> {
         let files = std::fs::read_dir(root().join(directory)).unwrap().map(|e| e.unwrap().path());
         files.map(|path| path.file_stem().unwrap().to_str().unwrap().to_string()).collect()

@@ -1,5 +1,5 @@
-//! `swat profile` on tiny models: spans that explain a step, costs that agree with the floor of the work, traces that nest;
-//! on the CPU, and on CUDA devices with kernels under the spans of the host.
+//! `swat profile` on tiny models: spans that add up to a step, costs that agree with the minimum cost of the work, traces that nest; on the
+//! CPU, and on CUDA devices with their kernels.
 
 mod common;
 
@@ -15,7 +15,7 @@ use swat::modules::ModuleSet;
 use swat::profile::{Profile, ProfileOptions, Summary, Work, profile, summarize};
 use swat::report::write_trace;
 
-/// Any: shares of the roofline are looked at for their sign alone.
+/// Made up: of shares of the roofline only the sign is checked.
 const ROOFLINE: Roofline = Roofline { flops_per_s: 1e11, bytes_per_s: 1e10 };
 
 /// Large enough that operations take most of a step, small enough that a step takes milliseconds.
@@ -59,7 +59,7 @@ fn works(config: &ModelConfig) -> Vec<Case> {
     ]
 }
 
-/// FLOPs of products and attention of one step, but for what is computed again.
+/// FLOPs of matrix products and attention in one step, without recomputation.
 fn necessary_flops(found: &Profile) -> f64 {
     let again = |span: &Span| match span.name {
         // Backward, attention computes its scores again: a product of five.
@@ -72,7 +72,7 @@ fn necessary_flops(found: &Profile) -> f64 {
 }
 
 #[test]
-fn the_operations_of_a_step_do_what_the_floor_says_and_no_more() {
+fn a_steps_operations_cost_the_minimum_and_no_more() {
     let mut config = ModelConfig { layers: 4, ..small() };
     for windows in [vec![None; 4], vec![Some(9), None, Some(9), Some(9)]] {
         config.windows = windows;
@@ -91,7 +91,7 @@ fn the_operations_of_a_step_do_what_the_floor_says_and_no_more() {
 }
 
 #[test]
-fn the_plan_counts_the_same() {
+fn the_plan_counts_the_same_flops() {
     use swat::engine::{Plan, Workload};
     let config = small();
     let all = |_| true;
@@ -106,7 +106,7 @@ fn the_plan_counts_the_same() {
 }
 
 #[test]
-fn the_rows_explain_a_step() {
+fn rows_add_up_to_a_step() {
     let config = small();
     let mut model = common::decoder(config.clone(), 1);
     for work in works(&config) {
@@ -149,7 +149,7 @@ fn documents_longer_than_the_context_are_refused() {
     }
 }
 
-/// A trace of one step on this backend, held against the rules of the format and against what must be inside of what.
+/// The events of a trace, checked against the rules of the format.
 fn check_trace<B: Backend>(model: &mut Decoder<B>, work: Case) -> Vec<Value> {
     let found = profile(model, &ProfileOptions { recompute: true, ..options(work) }, ROOFLINE).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -210,7 +210,7 @@ fn tiny_on<B: Backend>(backend: &B) -> Decoder<B> {
 }
 
 #[test]
-fn kernels_have_a_track_under_the_operations() {
+fn kernels_have_a_track_of_their_own() {
     let Some(backend) = standin::open::<F32State>(0) else { return };
     let mut model = tiny_on(&backend);
     let all = set("all", &model.config);
@@ -251,7 +251,7 @@ fn costs_do_not_depend_on_the_backend() {
 }
 
 #[test]
-fn the_profiler_is_told_of_the_steps_in_its_range() {
+fn the_external_profiler_sees_the_steps_of_its_range() {
     if standin::real() {
         return;
     }
@@ -266,7 +266,7 @@ fn the_profiler_is_told_of_the_steps_in_its_range() {
 }
 
 #[test]
-fn a_floor_is_the_longer_of_computing_and_moving_of_each_pass() {
+fn minimum_time_is_the_longer_of_compute_and_memory_per_pass() {
     let roofline = Roofline { flops_per_s: 10.0, bytes_per_s: 5.0 };
     let passes = [Cost { bytes: 1, flops: 100 }, Cost { bytes: 100, flops: 1 }];
     assert_eq!(swat::engine::light_seconds(&passes, &roofline), 30.0);

@@ -1,6 +1,5 @@
-//! `swat plan` against the memory that a run really takes: the largest resident set of a process that trains, less that of
-//! a process that does the same with a model of 24 × 2. Each case is a process of its own, because a high-water mark never
-//! falls.
+//! `swat plan` against measured memory: the peak resident set of a process that trains, minus that of a process that trains a model of
+//! 24 × 2. Each case is a process of its own, because the peak never falls.
 #![cfg(target_os = "linux")]
 
 mod common;
@@ -37,7 +36,7 @@ const CASES: [Case; 6] = [
     Case { name: "masked, recompute", mods: "layers.9-11.{down_proj}", recompute: true, ..FULL },
 ];
 
-/// 10 million parameters: some hundred megabytes with what a step needs, against which a process's own few vanish.
+/// 10 million parameters: a step needs some hundred megabytes, against which a process's own memory is negligible.
 fn config() -> ModelConfig {
     ModelConfig {
         vocab: 2048,
@@ -108,7 +107,7 @@ fn train(config: ModelConfig, case: Case) {
     assert!(set.iter().all(|cell| moved(&cell)), "everything of the set trains");
 }
 
-/// What the processes below run; on its own it does nothing.
+/// The body of the child processes below; does nothing otherwise.
 #[test]
 fn child_process() {
     let Ok(name) = std::env::var(CASE) else { return };
@@ -134,7 +133,7 @@ fn measured(case: &str) -> f64 {
 }
 
 #[test]
-fn the_plan_is_what_a_run_takes() {
+fn planned_memory_is_what_a_run_uses() {
     let base = measured("base");
     for case in CASES {
         let measured = measured(case.name) - base;

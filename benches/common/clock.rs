@@ -1,6 +1,5 @@
-//! How a device's time is taken. On a GPU: events around many calls, queued behind one that is not counted, so that the
-//! host is ahead when the clock starts; calls under 50 µs are captured and replayed, so that their launches cost nothing.
-//! On the CPU: the host's clock.
+//! Timing of calls. On a GPU: events around many calls, behind an untimed one, so that the host runs ahead when the clock starts;
+//! calls under 50 µs are replayed from a CUDA graph, so that launch overhead does not count. On the CPU: the host's clock.
 
 use super::cublaslt::CublasLt;
 use super::shapes::{Scale, random};
@@ -10,34 +9,34 @@ use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Captured, Cuda, GemmLayout, GemmShape, Precision, with_version};
 use swat::backend::{Backend, Linear, LinearShape, Operator, trace};
 
-/// Calls shorter than this are captured.
+/// Shorter calls are captured into a CUDA graph.
 const SHORT: Duration = Duration::from_micros(50);
-/// Calls longer than this need no other before them.
+/// Longer calls need no untimed call before them.
 const LONG: Duration = Duration::from_millis(1);
-/// Least number of calls in a capture.
+/// Minimum number of calls in a graph.
 const REPLAYED: usize = 64;
-/// Of a core's caches and its share of what all have.
+/// Assumed size of the last-level cache.
 const CPU_CACHE_BYTES: u64 = 64 << 20;
 
-/// A backend whose time can be taken.
+/// A backend whose calls can be timed.
 pub trait Device: Backend {
-    /// What [`Device::elapsed`] needs of a piece of work.
+    /// State of prepared calls, for [`Device::elapsed`].
     type Prepared;
 
-    /// What it is, for people.
+    /// Product name, for reports.
     fn product(&self) -> String;
-    /// Bytes of its last cache.
+    /// Size of its last-level cache.
     fn cache_bytes(&self) -> u64;
-    /// Runs `call`, in which operations use the version of that name.
+    /// Runs `call` with the kernel version `version` forced.
     ///
     /// # Panics
-    /// Where no kernel of that version was launched.
+    /// If no kernel of that version was launched.
     fn with_version(&self, version: &'static str, call: &mut dyn FnMut());
-    /// Makes ready to time `call(0), call(1), …`, of which `rotation` differ; may capture them.
+    /// Warms up `call(0), call(1), …`, of which `rotation` use different buffers; captures them if they are short.
     fn prepare(&self, rotation: usize, capture: bool, call: &mut dyn FnMut(usize)) -> Self::Prepared;
-    /// The time of so many calls.
+    /// Time of `calls` calls.
     fn elapsed(&self, prepared: &Self::Prepared, calls: u64, call: &mut dyn FnMut(usize)) -> Duration;
-    /// What the device can do: the best of a few runs of a large product and a large copy; and whose product it was.
+    /// The measured roofline: best of a few runs of a large matrix product and a large copy; and whose product it was.
     fn ceilings(&self, scale: &Scale) -> (Roofline, &'static str);
 }
 
@@ -74,12 +73,12 @@ impl Device for Cpu {
     }
 }
 
-/// Calls that were measured once, and captured where they are short.
+/// Warmed-up calls on a GPU.
 pub struct CudaCalls {
     captured: Option<Captured>,
-    /// Calls in a capture.
+    /// Calls in the graph.
     replayed: u64,
-    /// Whether one call leaves the host no time to get ahead.
+    /// Whether a call is too short for the host to run ahead without an untimed call before it.
     short: bool,
 }
 
@@ -104,7 +103,7 @@ impl<P: Precision> Device for Cuda<P> {
         let one = timed(self, || call(0));
         let replayed = rotation * REPLAYED.div_ceil(rotation);
         let captured = (capture && one < SHORT).then(|| {
-            // SAFETY: the ladder holds the tensors of `call` until it drops what was prepared, and allocates nothing between.
+            // SAFETY: the ladder holds the tensors of `call` until it drops the graph, and allocates nothing in between.
             let captured = unsafe {
                 self.capture(|| {
                     (0..replayed).for_each(&mut *call);
@@ -153,7 +152,7 @@ impl<P: Precision> Device for Cuda<P> {
     }
 }
 
-/// By the device's events.
+/// Elapsed time by CUDA events.
 fn timed<P: Precision>(cuda: &Cuda<P>, queue: impl FnOnce()) -> Duration {
     let queue = || {
         queue();
@@ -162,7 +161,7 @@ fn timed<P: Precision>(cuda: &Cuda<P>, queue: impl FnOnce()) -> Duration {
     cuda.time(queue).expect("a working device")
 }
 
-/// The kernels that `call` launches; none on the CPU.
+/// Names of the kernels that `call` launches; empty on the CPU.
 pub fn kernels<B: Backend>(device: &B, call: impl FnOnce()) -> Vec<&'static str> {
     let recording = trace::record().expect("nothing else records");
     call();

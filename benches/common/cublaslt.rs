@@ -1,5 +1,5 @@
-//! The peer of products: cuBLASLt, opened at run time where the machine has it, with 32 MiB of workspace. Of the
-//! algorithms that its heuristic offers the fastest is taken, by a few runs of each.
+//! The peer of matrix products: cuBLASLt, opened at run time if installed, with 32 MiB of workspace. The fastest of the algorithms
+//! that its heuristic proposes is used, by a few timed runs of each.
 
 use super::libraries;
 use cudarc::cublaslt::result::{self as lt, CublasError};
@@ -12,13 +12,13 @@ use swat::backend::cuda::{Cuda, GemmLayout, GemmShape, Precision};
 use swat::backend::{Backend, Buffer, FloatElement};
 
 const WORKSPACE_BYTES: usize = 32 << 20;
-/// Algorithms that are tried.
+/// Number of algorithms to time.
 const TRIED: usize = 8;
-/// Runs of an algorithm that are timed, the best of which counts, and calls of each.
+/// Timed runs of an algorithm (the best counts), and calls in each.
 const TRIALS: usize = 3;
 const CALLS: u32 = 4;
 
-/// The library on a device.
+/// cuBLASLt on a device.
 pub struct CublasLt<P: Precision> {
     cuda: Cuda<P>,
     handle: sys::cublasLtHandle_t,
@@ -29,10 +29,10 @@ impl<P: Precision> CublasLt<P> {
     /// Opens the library.
     ///
     /// # Errors
-    /// Where it was looked for, or why it does not start.
+    /// If it is not found (the message says where it was looked for), or does not start.
     pub fn open(cuda: &Cuda<P>) -> Result<Rc<Self>, String> {
         libraries::open("cublasLt")?;
-        // SAFETY: the call above has opened it, by a name that this finds.
+        // SAFETY: it only looks the library up by name; the call above has opened it.
         if !unsafe { sys::is_culib_present() } {
             return Err("found, but not by a name that cudarc opens".into());
         }
@@ -43,10 +43,10 @@ impl<P: Precision> CublasLt<P> {
         Ok(Rc::new(Self { cuda: cuda.clone(), handle, workspace }))
     }
 
-    /// C = A·B, with the algorithm that is the fastest on these tensors; their device is waited for.
+    /// C = A·B with the algorithm that is fastest on these tensors; synchronizes the device.
     ///
     /// # Panics
-    /// Where the library refuses the shape.
+    /// If the library refuses the shape.
     pub fn product<T: FloatElement>(
         self: &Rc<Self>,
         shape: GemmShape,
@@ -55,8 +55,7 @@ impl<P: Precision> CublasLt<P> {
         c_tensor: &mut Buffer<Cuda<P>, T>,
     ) -> Product<P> {
         let GemmShape { layout, m, n, k } = shape;
-        // The library's matrices are columns after columns: what is computed is Cᵀ [n, m] = Bᵀ·Aᵀ, of the transposes that
-        // rows after rows are.
+        // cuBLASLt is column-major: row-major C [m, n] = A·B is its Cᵀ [n, m] = Bᵀ·Aᵀ.
         let [transpose_b, transpose_a] = match layout {
             GemmLayout::Tn => [true, false],
             GemmLayout::Nn => [false, false],
@@ -81,8 +80,8 @@ impl<P: Precision> CublasLt<P> {
         let workspace = WORKSPACE_BYTES;
         let mut found = [MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit(); TRIED];
         let mut count = 0;
-        // SAFETY: descriptors that were just made; attributes of the sizes that they have, which the calls copy; room for
-        // as many results as are asked for, of which `count` are written.
+        // SAFETY: the descriptors were just made; attributes have the sizes that are passed, and are copied; there is room for
+        // TRIED results, of which `count` are written.
         let found = unsafe {
             for (which, transposed) in [(which_b, transpose_b), (which_a, transpose_a)] {
                 let operation = i32::from(transposed);
@@ -134,12 +133,12 @@ impl<P: Precision> CublasLt<P> {
 
 impl<P: Precision> Drop for CublasLt<P> {
     fn drop(&mut self) {
-        // SAFETY: a handle that nothing uses any more.
+        // SAFETY: nothing uses the handle any more.
         let _ = unsafe { lt::destroy_handle(self.handle) };
     }
 }
 
-/// A product of one shape.
+/// A matrix product of one shape, with its algorithm.
 pub struct Product<P: Precision> {
     library: Rc<CublasLt<P>>,
     product: sys::cublasLtMatmulDesc_t,
@@ -148,10 +147,10 @@ pub struct Product<P: Precision> {
 }
 
 impl<P: Precision> Product<P> {
-    /// Queues it.
+    /// Queues C = A·B.
     ///
     /// # Panics
-    /// Where the library fails.
+    /// If the library fails.
     pub fn run<T: FloatElement>(
         &self,
         a: &Buffer<Cuda<P>, half::bf16>,
@@ -190,7 +189,7 @@ impl<P: Precision> Product<P> {
 
 impl<P: Precision> Drop for Product<P> {
     fn drop(&mut self) {
-        // SAFETY: descriptors that nothing uses any more.
+        // SAFETY: nothing uses the descriptors any more.
         unsafe {
             let _ = lt::destroy_matmul_desc(self.product);
             for matrix in self.matrices {

@@ -1,4 +1,4 @@
-//! The variants of one operation at one shape, and how they are timed.
+//! A ladder: the variants of one operation at one shape (ours, its versions, peers), and how they are timed.
 
 use super::clock::{self, Device};
 use super::roofline::Measured;
@@ -10,16 +10,16 @@ use serde_json::json;
 use std::time::Duration;
 use swat::backend::Cost;
 
-/// FLOPs a byte from which a ladder's throughput is elements (so that Gelem/s reads as GFLOP/s), not bytes.
+/// Arithmetic intensity, in FLOPs a byte, from which criterion shows throughput in FLOPs (as elements) instead of bytes.
 const COMPUTES: u64 = 64;
-/// Samples of a variant, and pairs of an A/B run; how long one of them should take, and all of them at most.
+/// Samples of a variant, pairs of an A/B run; target time of a sample, maximum time of all.
 const SAMPLES: usize = 21;
 const PAIRS: usize = 41;
 const SAMPLE_TIME: Duration = Duration::from_millis(5);
 const MOST_TIME: Duration = Duration::from_secs(1);
-/// Least samples and pairs of what is too slow for that.
+/// Minimum samples and pairs, of variants too slow for that.
 const LEAST: usize = 7;
-/// Buffers smaller than this are not told apart by how many of them a cache holds.
+/// Smaller working sets are rotated as if they had this size.
 const SMALL_BYTES: u64 = 64 << 10;
 
 type Work<'a, D, T> = Box<dyn FnMut(&D, &mut T) + 'a>;
@@ -27,20 +27,20 @@ type Work<'a, D, T> = Box<dyn FnMut(&D, &mut T) + 'a>;
 struct Variant<'a, D: Device, T> {
     name: String,
     peer: bool,
-    /// Of our kernels; checked before it is timed.
+    /// Name of the kernel version that is forced; checked before timing.
     version: Option<&'static str>,
     work: Work<'a, D, T>,
     prepared: Option<D::Prepared>,
 }
 
-/// The tensors of calls, allocated when the first is timed.
+/// The tensors of the calls, allocated at the first timing.
 struct Tensors<'a, D: Device, T> {
     make: Box<dyn Fn(&D) -> T + 'a>,
     refresh: Option<Work<'a, D, T>>,
     sets: Vec<T>,
 }
 
-/// The variants of one operation at one shape.
+/// The variants of one operation at one shape: built with the methods below, ended by [`Ladder::run`].
 #[must_use = "a ladder is run by `run`"]
 pub struct Ladder<'a, D: Device, T> {
     session: &'a mut Session,
@@ -49,7 +49,7 @@ pub struct Ladder<'a, D: Device, T> {
     shape: String,
     cost: Cost,
     tensors: Tensors<'a, D, T>,
-    /// Of a call, where they are what counts.
+    /// Tokens of a call, if throughput is in tokens a second.
     tokens: Option<u64>,
     capture: bool,
     variants: Vec<Variant<'a, D, T>>,
@@ -68,35 +68,35 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         Self { session, device, op, shape, cost, tensors, tokens: None, capture: true, variants: Vec::new() }
     }
 
-    /// Puts back, before each sample and outside its time, what calls change in place.
+    /// Restores, before each sample and untimed, what calls change in place.
     pub fn refresh(mut self, work: impl FnMut(&D, &mut T) + 'a) -> Self {
         self.tensors.refresh = Some(Box::new(work));
         self
     }
 
-    /// Throughput is tokens a second.
+    /// Shows throughput in tokens a second.
     pub fn tokens(mut self, of_a_call: usize) -> Self {
         self.tokens = Some(of_a_call as u64);
         self
     }
 
-    /// Calls that may not be captured, however short.
+    /// Never captures calls into a CUDA graph, however short they are.
     pub fn uncaptured(mut self) -> Self {
         self.capture = false;
         self
     }
 
-    /// A variant of ours.
+    /// Adds a variant of ours.
     pub fn variant(self, name: impl Into<String>, work: impl FnMut(&D, &mut T) + 'a) -> Self {
         self.with(name, false, None, work)
     }
 
-    /// A peer.
+    /// Adds a peer: another implementation to compare with.
     pub fn peer(self, name: impl Into<String>, work: impl FnMut(&D, &mut T) + 'a) -> Self {
         self.with(name, true, None, work)
     }
 
-    /// What the backend chooses, then its versions.
+    /// Adds `swat`, what the backend chooses, then each of its versions.
     pub fn versions(self, versions: &[&'static str], work: impl Fn(&D, &mut T) + Copy + 'a) -> Self {
         versions.iter().copied().fold(self.variant("swat", work), |ladder, version| {
             let forced = move |d: &D, tensors: &mut T| d.with_version(version, &mut || work(d, tensors));
@@ -104,7 +104,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         })
     }
 
-    /// The peer of what is bound by memory: as many bytes, read and written, by a copy.
+    /// Adds the peer of memory-bound operations: a copy that reads and writes as many bytes.
     pub fn copy(self) -> Self {
         let (len, rotation) = (self.cost.bytes as usize / 2 / size_of::<D::Float>(), self.rotation());
         let (mut buffers, mut next) = (Vec::new(), 0);
@@ -118,7 +118,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         })
     }
 
-    /// How many buffers are rotated, so that no call finds its own in a cache.
+    /// Number of buffers to rotate so that no call finds its own in a cache.
     fn rotation(&self) -> usize {
         match self.cost.bytes {
             0 => 1,
@@ -139,10 +139,10 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         self
     }
 
-    /// Does with the variants that are asked for what is asked for.
+    /// Runs the chosen variants in the session's mode.
     pub fn run(mut self) {
         let id = format!("{}/{}/{}", self.session.family, self.op, self.shape);
-        // Put back below: what it asks for borrows the ladder.
+        // Taken out while the ladder is borrowed; restored below.
         let mut mode = std::mem::replace(&mut self.session.mode, Mode::List(Choice::default()));
         let named = |ladder: &Self, at: usize| format!("{id}/{}", ladder.variants[at].name);
         match &mut mode {
@@ -169,7 +169,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         self.session.mode = mode;
     }
 
-    /// The variants that a choice takes.
+    /// Indices of the variants that `choice` takes.
     fn chosen(&mut self, id: &str, choice: &Choice) -> Vec<usize> {
         let taken = |at: &usize| choice.takes(id, &self.variants[*at].name);
         let chosen: Vec<usize> = (0..self.variants.len()).filter(taken).collect();
@@ -177,7 +177,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         chosen
     }
 
-    /// Samples variants in turns and prints the record's lines; before the family's first, the ceilings'.
+    /// Samples the variants interleaved and prints JSON lines; before the first of a family, that of the roofline.
     fn record(&mut self, chosen: &[usize]) {
         self.session.head(self.device);
         let product = self.device.product();
@@ -199,7 +199,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         }
     }
 
-    /// A call to warm up and one within the range of an outside profiler, without a clock.
+    /// A warm-up call, then an untimed one within the range of an external profiler.
     fn once(&mut self, at: usize) {
         let (device, variant) = (self.device, &mut self.variants[at]);
         let mut set = (self.tensors.make)(device);
@@ -232,10 +232,10 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         let work = if flops >= COMPUTES * bytes { Throughput::Elements(flops) } else { Throughput::Bytes(bytes) };
         group.throughput(self.tokens.map_or(work, Throughput::Elements));
         for at in 0..self.variants.len() {
-            // Criterion warms up by 1, 2, 4 … calls; samples are what comes behind.
+            // Criterion warms up by 1, 2, 4 … calls; what follows are samples.
             let (mut samples, mut before, mut warm) = (Vec::new(), 0, false);
             group.bench_function(self.variants[at].name.clone(), |bencher| {
-                // Here, not inside the call that criterion plans its samples by.
+                // Here, outside the call from which criterion plans its samples.
                 self.ready(at);
                 bencher.iter_custom(|calls| {
                     if !warm && calls != (2 * before).max(1) {
@@ -254,7 +254,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         group.finish();
     }
 
-    /// Allocates the tensors, checks a variant and prepares it, once.
+    /// Allocates the tensors, checks that a forced version runs, and prepares the variant, once.
     fn ready(&mut self, at: usize) {
         self.session.tell();
         let rotation = self.rotation();
@@ -275,7 +275,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         variant.prepared = Some(device.prepare(rotation, self.capture, &mut call));
     }
 
-    /// The time of so many calls of a variant.
+    /// Time of `calls` calls of a variant.
     fn time(&mut self, at: usize, calls: u64) -> Duration {
         self.ready(at);
         let (device, variant) = (self.device, &mut self.variants[at]);
@@ -303,12 +303,12 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         }
     }
 
-    /// Nanoseconds of a call, sample by sample.
+    /// Nanoseconds a call, one for each sample.
     pub fn samples(&mut self, at: usize) -> Vec<f64> {
         self.in_turns(&[at]).remove(0)
     }
 
-    /// The samples of some variants, a sample of each in turn; what is slow gets fewer.
+    /// Samples of several variants, interleaved; slow ones get fewer.
     fn in_turns(&mut self, chosen: &[usize]) -> Vec<Vec<f64>> {
         let calls: Vec<u64> = chosen.iter().map(|at| self.calls(*at)).collect();
         let mut sampled = vec![(Vec::new(), Duration::ZERO); chosen.len()];
@@ -327,7 +327,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         sampled.into_iter().map(|(samples, _)| samples).collect()
     }
 
-    /// B's time over A's, pair by pair.
+    /// B's time over A's, for each pair of samples.
     pub fn ratios(&mut self, [a, b]: [usize; 2]) -> Vec<f64> {
         let calls = [a, b].map(|at| self.calls(at));
         let (mut ratios, mut total) = (Vec::new(), Duration::ZERO);
@@ -343,7 +343,7 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
     }
 }
 
-/// What the ratios of pairs say.
+/// The median ratio with its interval, as text.
 pub fn verdict([a, b]: &[String; 2], ratios: &[f64]) -> String {
     let ([low, high], ratio) = (median_interval(ratios), median(ratios));
     let said = match () {

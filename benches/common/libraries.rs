@@ -1,32 +1,32 @@
-//! Where CUDA's libraries lie that the loader does not find by itself: CUDA's own folders, and those of Python's packages
-//! (`pip install nvidia-cublas`, or PyTorch, which brings them).
+//! Finds CUDA libraries that the loader does not find by itself: in the folders of the CUDA toolkit and of Python packages
+//! (`pip install nvidia-cublas`, or PyTorch's dependencies).
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Major versions of CUDA, the one that the bindings were made for first. With one of these at its end the name of a
-/// file is the library's own (SONAME), by which the loader finds what is open already.
+/// Major versions of CUDA, that of the bindings first. `libX.so.MAJOR` is the library's SONAME, by which the loader finds it again
+/// once it is open.
 const VERSIONS: [u32; 2] = [13, 12];
 
-/// Opens `lib{stem}.so`, so that whoever opens it by its name gets it. Where it lies.
+/// Opens `lib{stem}.so`, so that opening it by its SONAME succeeds from then on. Returns its path.
 ///
 /// # Errors
-/// Where it was looked for; why it cannot be opened.
+/// If it is not found (the message says where it was looked for) or cannot be opened.
 pub fn open(stem: &str) -> Result<String, String> {
     open_in(stem, &folders())
 }
 
-/// The same, of these folders where the loader does not find it by itself.
+/// [`open`], with the folders to search after the loader's own.
 ///
 /// # Errors
 /// As [`open`].
 pub fn open_in(stem: &str, folders: &[PathBuf]) -> Result<String, String> {
-    // What the loader says lies below what the crate says.
+    // The loader's own message is the source of the crate's error.
     let told = |error: libloading::Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
     let load = |path: &Path| {
-        // SAFETY: a library of CUDA, which does nothing of ours when it is loaded.
+        // SAFETY: loading a CUDA library runs only its own initializers.
         let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(told)?;
         std::mem::forget(library);
         Ok::<_, String>(path.display().to_string())
@@ -49,7 +49,7 @@ pub fn open_in(stem: &str, folders: &[PathBuf]) -> Result<String, String> {
     Err(format!("no lib{stem}.so.{} where the loader looks{looked}{refused}", VERSIONS[0]))
 }
 
-/// Folders that exist, in the order in which they are looked in.
+/// The folders that exist, in search order.
 fn folders() -> Vec<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).chain(["/usr/local/cuda".into()]);
@@ -63,7 +63,7 @@ fn folders() -> Vec<PathBuf> {
         packages
             .extend(String::from_utf8_lossy(&output.stdout).lines().filter(|line| !line.is_empty()).map(PathBuf::from));
     }
-    // Every part is a package of its own (nvidia/cublas/lib); since CUDA 13 all are in one (nvidia/cu13/lib).
+    // One package for each library (nvidia/cublas/lib); since CUDA 13 one for all (nvidia/cu13/lib).
     let of_python = packages.iter().flat_map(|folder| inside(&folder.join("nvidia"))).map(|part| part.join("lib"));
     let mut folders: Vec<PathBuf> = Vec::new();
     for folder in of_cuda.chain(of_python).filter(|folder| folder.is_dir()) {
@@ -74,7 +74,7 @@ fn folders() -> Vec<PathBuf> {
     folders
 }
 
-/// What a folder holds, by name.
+/// Entries of a folder, sorted by name.
 fn inside(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();

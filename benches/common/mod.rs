@@ -1,27 +1,28 @@
-//! What the benches share: ladders of variants, how they are run, and what is made of it.
+//! The bench framework: ladders of variants, their timing, and the reports.
 //!
 //! ```text
 //! cargo bench                                                everything, by criterion
-//! cargo bench -- rmsnorm                                     one family: its ladders, and a table at the end
-//! cargo bench -- rmsnorm/forward/qwen2.5-7b                  some of it
-//! cargo bench -- --ab baseline,swat rmsnorm                  A against B, in turns: the ratio with a 95 % interval
-//! cargo bench -- --json rmsnorm                              a JSON object a line on stdout, for records
-//! cargo bench -- --json --variants swat,cublaslt gemm        of each ladder these variants alone
+//! cargo bench -- rmsnorm                                     one family: its ladders, then a roofline table
+//! cargo bench -- rmsnorm/forward/qwen2.5-7b                  ids that contain this
+//! cargo bench -- --ab baseline,swat rmsnorm                  A against B, interleaved: the ratio with a 95 % interval
+//! cargo bench -- --json rmsnorm                              JSON lines on stdout, for records
+//! cargo bench -- --json --variants swat,cublaslt gemm        only these variants of each ladder
 //! cargo bench -- --list gemm/forward                         ids
-//! cargo bench -- --once --variants swat gemm/forward         no times: a call to warm up, and one for an outside profiler
+//! cargo bench -- --once --variants swat gemm/forward         untimed: a warm-up call, and one for an external profiler
 //! ```
 //!
 //! An id is `family/operation/shape/variant`. Variants: `swat`, what the backend chooses; its versions by name, from
-//! `baseline` up; peers (`cublaslt`, `copy`: as many bytes moved from device to device; `gemm-crate` on the CPU). On a GPU
-//! if there is one, else on the CPU backend. `--ab`, `--json`, `--list` and `--once` take parts of ids to choose by;
-//! otherwise criterion's options apply. With `--gpu` the CPU does not stand in. Exit code 2: nothing was chosen. Peers in Python: `benches/peers/kernels.py`.
+//! `baseline` up; peers (`cublaslt`; `copy`, which moves as many bytes from device to device; `gemm-crate` on the CPU). Benches run
+//! on a GPU if there is one, else on the CPU backend; with `--gpu` a missing GPU is an error. `--ab`, `--json`, `--list` and `--once`
+//! are followed by parts of ids to choose; otherwise criterion's options apply. Exit code 2: nothing was chosen. Peers in Python are in
+//! `benches/peers/kernels.py`.
 //!
-//! Times are the device's ([`clock`]), of random data, in buffers that are rotated so that no call finds its own in a
-//! cache. With `--json` the variants of a ladder are sampled in turns, so that a clock that drifts drifts for all of them;
-//! a line of its own holds `swat` against each peer, sample by sample. What `--ab` prints for a pair is the median over
-//! pairs of samples: B's time over A's, above 1 where A is faster; "not told apart" where the interval holds 1.
+//! Times are device times ([`clock`]) on random data, in buffers that are rotated so that no call finds its own in a cache. With
+//! `--json` the variants of a ladder are sampled interleaved, so that a drifting clock affects all of them; one more line for each peer
+//! compares `swat` with it, sample by sample. `--ab` prints the median over pairs of samples of B's time over A's: above 1, A is
+//! faster; "not told apart" means that the interval contains 1.
 //!
-//! A peer that should be there and is not is told on stderr and by a line `{"family", "missing", "reason"}`.
+//! A missing peer is reported on stderr and by a line `{"family", "missing", "reason"}`.
 
 pub mod clock;
 pub mod cublaslt;
@@ -40,15 +41,15 @@ use session::Mode;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{self, Cuda, F32State};
 
-/// A family of benches on both backends.
+/// A kernel family's benches, for both backends.
 pub struct Family {
-    /// The first part of its ids.
+    /// First part of its ids.
     pub name: &'static str,
     pub cpu: fn(&mut Session, &Cpu),
     pub cuda: fn(&mut Session, &Cuda<F32State>),
 }
 
-/// Runs the ladders of the families on the GPU, or on the CPU backend where there is none, and prints what came out.
+/// Runs the ladders of the families on the GPU, or on the CPU backend if there is none, and prints the results.
 pub fn main(families: &[Family]) {
     let mode = Mode::from_args();
     let done = match open() {

@@ -1,4 +1,4 @@
-//! What was measured, held against what the device can do and against the peers.
+//! Measurements against the device's roofline and against the peers.
 
 use super::stats::{median, quantile};
 use serde_json::{Value, json};
@@ -15,45 +15,45 @@ pub struct Measured {
     pub op: String,
     pub shape: String,
     pub variant: String,
-    /// Not ours: what ours is held against.
+    /// Another implementation, to compare with.
     pub peer: bool,
-    /// Nanoseconds of a call, one a sample.
+    /// Nanoseconds a call, one for each sample.
     pub samples: Vec<f64>,
-    /// What the operation must move and compute, the same for all of its variants.
+    /// Bytes and FLOPs of the operation, the same for all variants.
     pub cost: Cost,
 }
 
 impl Measured {
-    /// Nanoseconds of a call, in the median.
+    /// Median nanoseconds a call.
     pub fn ns(&self) -> f64 {
         median(&self.samples)
     }
 
-    /// A billion bytes a second.
+    /// Gigabytes a second.
     pub fn gb_per_s(&self) -> f64 {
         self.cost.bytes as f64 / self.ns()
     }
 
-    /// A trillion FLOPs a second.
+    /// TFLOP/s.
     pub fn tflop_per_s(&self) -> f64 {
         self.cost.flops as f64 / self.ns() / 1e3
     }
 
-    /// The time that the ceilings allow over the measured time.
+    /// Roofline time over measured time.
     pub fn of_ceiling(&self, ceilings: &Roofline) -> f64 {
         let compute = self.cost.flops as f64 / ceilings.flops_per_s;
         let memory = self.cost.bytes as f64 / ceilings.bytes_per_s;
         compute.max(memory) * 1e9 / self.ns()
     }
 
-    /// How many times as fast as the best peer of its ladder.
+    /// Speedup over the fastest peer of its ladder.
     pub fn of_best_peer(&self, all: &[Self]) -> Option<f64> {
         let ladder = |other: &&Self| [&other.op, &other.shape] == [&self.op, &self.shape];
         let peers = all.iter().filter(|other| other.peer).filter(ladder);
         peers.map(Self::ns).min_by(f64::total_cmp).map(|best| best / self.ns())
     }
 
-    /// As an object of a record.
+    /// As a line of a record.
     pub fn json(&self, device: &str) -> Value {
         json!({
             "id": format!("{}/{}/{}/{}", self.family, self.op, self.shape, self.variant),
@@ -64,7 +64,7 @@ impl Measured {
     }
 }
 
-/// The ladders of a family in one table.
+/// The table of a family's ladders.
 pub fn table(all: &[Measured], device: &str, ceilings: &Roofline, whose_product: &str) -> Table {
     let Some(first) = all.first() else { return Table::default() };
     let Roofline { flops_per_s, bytes_per_s } = ceilings;

@@ -1,4 +1,4 @@
-//! One run of the bench executable: what is asked for, and what was measured.
+//! One run of the bench executable: its command line, and its measurements.
 
 use super::clock::Device;
 use super::cublaslt::CublasLt;
@@ -16,34 +16,34 @@ use swat::backend::{Cost, Roofline};
 pub enum Mode {
     /// Timed by criterion.
     Criterion(Box<Criterion>),
-    /// Sampled, for a record.
+    /// Sampled, as JSON lines.
     Json(Choice),
-    /// Two variants in turns.
+    /// Two variants, interleaved.
     Ab([String; 2], Choice),
-    /// Called twice, the second time within the range of an outside profiler.
+    /// Called twice, the second time within the range of an external profiler.
     Once(Choice),
-    /// Named.
+    /// Ids are printed.
     List(Choice),
 }
 
-/// Which ids.
+/// A choice of ids.
 #[derive(Default)]
 pub struct Choice {
-    /// Ids that hold one of these; all without any.
+    /// Ids that contain one of these; empty: all.
     pub parts: Vec<String>,
-    /// Variants of these names; all without any.
+    /// Variants of these names; empty: all.
     pub variants: Vec<String>,
 }
 
 impl Choice {
-    /// Whether it takes a variant of the ladder `id`.
+    /// Whether `variant` of the ladder `id` is chosen.
     pub fn takes(&self, id: &str, variant: &str) -> bool {
         let full = format!("{id}/{variant}");
         (self.parts.is_empty() || self.parts.iter().any(|part| full.contains(part)))
             && (self.variants.is_empty() || self.variants.iter().any(|name| name == variant))
     }
 
-    /// Whether it can take an id of this family: parts may name others of `families`.
+    /// Whether an id of `family` can be chosen: parts may name other families.
     pub fn wants(&self, family: &str, families: &[&str]) -> bool {
         let of_another = |part: &String| {
             let first = part.split('/').next().unwrap_or_default();
@@ -104,23 +104,23 @@ fn criterion() -> Criterion {
 pub struct Session {
     pub(super) family: &'static str,
     pub(super) mode: Mode,
-    /// How large everything is.
+    /// Sizes of everything.
     pub scale: &'static Scale,
-    /// Said before the first measurement.
+    /// Printed before the first measurement.
     pub(super) note: Option<String>,
     ceilings: Option<(Roofline, &'static str)>,
-    /// Whether this family's line of ceilings is printed.
+    /// Whether this family's roofline has been printed.
     told: bool,
-    /// Peers that this family should have and that are not there, and why.
+    /// Missing peers of this family, and why.
     missing: Vec<(&'static str, String)>,
-    /// Ladders of which something was chosen.
+    /// Number of ladders with a chosen variant.
     pub(super) chosen: usize,
-    /// Of this family, so far.
+    /// Measurements of this family so far.
     pub measured: Vec<Measured>,
 }
 
 impl Session {
-    /// Nothing is measured yet.
+    /// A session without measurements.
     pub fn new(family: &'static str, mode: Mode, scale: &'static Scale) -> Self {
         Self {
             family,
@@ -135,7 +135,7 @@ impl Session {
         }
     }
 
-    /// Whether ladders of this family can be asked for; if so, the next are its.
+    /// Starts a family; false if none of its ids can be chosen.
     pub(super) fn begin(&mut self, family: &'static str, families: &[&str]) -> bool {
         if self.mode.choice().is_some_and(|choice| !choice.wants(family, families)) {
             return false;
@@ -144,7 +144,7 @@ impl Session {
         true
     }
 
-    /// The variants of an operation at a shape; `make` allocates the tensors of a call, as often as buffers are rotated.
+    /// A ladder of an operation at a shape; `make` allocates the tensors of a call, once for each rotated buffer.
     pub fn ladder<'a, D: Device, T>(
         &'a mut self,
         device: &'a D,
@@ -156,7 +156,7 @@ impl Session {
         Ladder::new(self, device, op.into(), shape.into(), cost, Box::new(make))
     }
 
-    /// The peer of products, where this scale asks for other libraries; that it is not there is told with the results.
+    /// cuBLASLt, if this scale uses libraries; if it is missing, the reason goes into the report.
     pub fn cublaslt<P: Precision>(&mut self, cuda: &Cuda<P>) -> Option<Rc<CublasLt<P>>> {
         if !self.scale.libraries {
             return None;
@@ -170,14 +170,14 @@ impl Session {
         }
     }
 
-    /// Says what is to be said once.
+    /// Prints the note, once.
     pub(super) fn tell(&mut self) {
         if let Some(note) = self.note.take() {
             eprintln!("{note}");
         }
     }
 
-    /// Before a family's first line of a record: the ceilings, and the peers that are missing.
+    /// Prints, before a family's first JSON line, the roofline and the missing peers.
     pub(super) fn head<D: Device>(&mut self, device: &D) {
         if std::mem::replace(&mut self.told, true) {
             return;
@@ -191,7 +191,7 @@ impl Session {
         }
     }
 
-    /// Prints the table of this family, on stderr where stdout holds a record.
+    /// Prints this family's table; on stderr if JSON goes to stdout.
     pub(super) fn report<D: Device>(&mut self, device: &D) {
         if !self.measured.is_empty() {
             let (ceilings, whose) = self.ceilings(device);
@@ -208,10 +208,10 @@ impl Session {
         self.missing.clear();
     }
 
-    /// After the last family.
+    /// Ends the run.
     ///
     /// # Errors
-    /// What was asked for, where there is nothing of it.
+    /// If nothing was chosen.
     pub(super) fn end(mut self) -> Result<(), String> {
         self.tell();
         match (&self.mode, self.chosen) {
@@ -223,7 +223,7 @@ impl Session {
         }
     }
 
-    /// Measured once.
+    /// The roofline, measured once.
     pub(super) fn ceilings<D: Device>(&mut self, device: &D) -> (Roofline, &'static str) {
         *self.ceilings.get_or_insert_with(|| device.ceilings(self.scale))
     }

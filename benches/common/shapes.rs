@@ -1,4 +1,4 @@
-//! Layer shapes of the models that are benched, and random tensors.
+//! Layer shapes of the benched models, sizes of the runs, random tensors.
 
 use serde::Deserialize;
 use std::cell::Cell;
@@ -22,43 +22,43 @@ pub struct Model {
     pub tied: bool,
 }
 
-/// How large everything is on a device; the peers in Python read the same file.
+/// Sizes of the benches on a device, from `shapes.json`, which the peers in Python read too.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scale {
-    /// Whose layer shapes are benched, by name.
+    /// Names of the models whose layer shapes are benched.
     models: Vec<String>,
-    /// Rows of a batch in training.
+    /// Tokens of a training batch.
     pub tokens: usize,
-    /// Rows of a chunk of the head.
+    /// Tokens of a chunk of the head.
     pub head_tokens: usize,
-    /// Rows of a batch in generation.
+    /// Tokens of a decoding batch.
     pub decoded_tokens: Vec<usize>,
-    /// Documents of a batch, and tokens of each.
+    /// (Documents, tokens of each) of a packed batch.
     pub packed: Vec<[usize; 2]>,
-    /// Attention at shapes at which other implementations publish their rates.
+    /// Attention shapes for which other implementations publish their rates.
     pub published: Vec<Published>,
-    /// Queries on a cache, and rows that each sees.
+    /// (Queries, cached rows that each attends to) of a decoding step.
     pub spans: Vec<[usize; 2]>,
-    /// Rows of logits for a loss, and for a draw.
+    /// Rows of logits, for the loss and for sampling.
     pub logit_rows: usize,
     pub sampled_rows: Vec<usize>,
-    /// Rows of an embedding: more than a cache holds, less than a vocabulary.
+    /// Rows of the embedding: more than a cache holds, fewer than a vocabulary has.
     pub table_rows: usize,
-    /// Least elements of a table of modules.
+    /// Minimum number of elements that an optimizer step updates.
     pub stepped_elements: usize,
-    /// Whole steps.
+    /// Whole steps of the engine.
     pub steps: Vec<Steps>,
-    /// How many times the cache the rotated buffers exceed.
+    /// Size of the rotated buffers in units of the last-level cache.
     pub rotated_caches: u64,
-    /// Side of the product and bytes of the copy that the ceilings are measured by.
+    /// Side of the square product and bytes of the copy that measure the roofline.
     pub ceiling_side: usize,
     pub ceiling_bytes: usize,
-    /// Whether other libraries are looked for.
+    /// Whether peer libraries are used.
     pub libraries: bool,
 }
 
-/// Heads of a model over documents: how many, and tokens of each.
+/// A model's heads over (documents, tokens of each).
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Published {
@@ -66,8 +66,7 @@ pub struct Published {
     pub packed: [usize; 2],
 }
 
-/// Whole steps of a model: documents of a training step, prompts of a sweep, prompts and new tokens of answers; how many,
-/// and tokens of each.
+/// Whole steps of a model. Pairs are (count, tokens of each): documents of a training step, prompts of a sweep, generated answers.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Steps {
@@ -92,53 +91,56 @@ fn shapes() -> &'static Shapes {
 }
 
 impl Scale {
-    /// Of a GPU.
+    /// Sizes for a GPU.
     pub fn gpu() -> &'static Self {
         &shapes().gpu
     }
 
-    /// Of the CPU backend.
+    /// Sizes for the CPU backend.
     pub fn cpu() -> &'static Self {
         &shapes().cpu
     }
 
-    /// For trying things out: nothing of it is worth measuring.
+    /// Sizes for tests; too small to be worth measuring.
     pub fn tiny() -> &'static Self {
         &shapes().tiny
     }
 
-    /// The models, by size.
+    /// The models, smallest first.
     pub fn models(&self) -> impl Iterator<Item = &'static Model> {
         shapes().models.iter().filter(|model| self.models.contains(&model.name))
     }
 }
 
 impl Model {
-    /// By its name.
+    /// The model of this name.
+    ///
+    /// # Panics
+    /// If `shapes.json` has none.
     pub fn named(name: &str) -> &'static Self {
         shapes().models.iter().find(|model| model.name == name).expect("a model of shapes.json")
     }
 }
 
 impl Model {
-    /// Columns of queries.
+    /// Width of the queries: heads × head_dim.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Columns of keys, and of values.
+    /// Width of the keys, and of the values.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    /// Elements of each projection of a layer: q, k, v, o, gate, up, down.
+    /// Elements of a layer's projections: q, k, v, o, gate, up, down.
     pub fn modules(&self) -> [usize; 7] {
         let (q, kv, ffn) = (self.hidden * self.q_width(), self.hidden * self.kv_width(), self.hidden * self.ffn);
         [q, kv, kv, q, ffn, ffn, ffn]
     }
 }
 
-/// Normals. Tensors begin at different places of one draw that is longer than any tile of a kernel.
+/// A tensor of normals. Each begins at another place of one draw, which is longer than any tile of a kernel.
 pub fn random<B: Backend, T: FloatElement>(b: &B, len: usize) -> Buffer<B, T> {
     const DRAWN: usize = (1 << 20) + 7;
     static NORMALS: OnceLock<Vec<f32>> = OnceLock::new();
@@ -157,7 +159,7 @@ pub fn random<B: Backend, T: FloatElement>(b: &B, len: usize) -> Buffer<B, T> {
     buffer
 }
 
-/// Integers.
+/// A tensor of integers.
 pub fn integers<B: Backend>(b: &B, values: impl IntoIterator<Item = u32>) -> Buffer<B, u32> {
     let values: Vec<u32> = values.into_iter().collect();
     let mut buffer = b.zeros(values.len()).expect("memory for a tensor of a bench");

@@ -1,6 +1,6 @@
-//! Medians and their intervals, by order statistics: nothing is assumed of how times are distributed.
+//! Medians and their confidence intervals by order statistics: no assumption about the distribution of times.
 
-/// The value below which a share `q` of the samples lies, between neighbours in proportion. NaN without samples.
+/// The `q`-quantile, linearly interpolated. NaN without samples.
 pub fn quantile(samples: &[f64], q: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -10,14 +10,13 @@ pub fn quantile(samples: &[f64], q: f64) -> f64 {
     low + (high - low) * at.fract()
 }
 
-/// The middle of the samples.
+/// The median; NaN without samples.
 pub fn median(samples: &[f64]) -> f64 {
     quantile(samples, 0.5)
 }
 
-/// The narrowest interval between two samples, of equal rank from both ends, that holds the median of what the samples
-/// were drawn from with a probability of at least 95 %: the number of samples below that median is binomial with p = ½.
-/// All samples where they are fewer than six, and so cannot tell.
+/// A 95 % confidence interval of the median (sign test): the narrowest one between two samples of equal rank from both ends. The
+/// number of samples below the true median is binomial with p = ½. With fewer than six samples: their whole range.
 pub fn median_interval(samples: &[f64]) -> [f64; 2] {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -25,7 +24,7 @@ pub fn median_interval(samples: &[f64]) -> [f64; 2] {
     if n == 0 {
         return [f64::NAN; 2];
     }
-    // P(fewer than `rank` samples are below the median), rank by rank from the end.
+    // P(fewer than `rank` samples are below the median), for growing ranks.
     let (mut tail, mut term, mut rank) = (0.0, 0.5f64.powi(n as i32), 0);
     loop {
         tail += term;

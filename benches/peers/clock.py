@@ -1,4 +1,4 @@
-"""How the peers of the kernel benches are timed: as benches/common times ours, at the shapes of benches/shapes.json.
+"""Timing of the peers of the kernel benches, as in benches/common, at the shapes of benches/shapes.json.
 
 Random data; buffers that are rotated so that together they exceed three times the L2 cache; on a GPU, CUDA events around many calls,
 queued behind one that is not counted, and calls under 50 µs captured in a CUDA graph; samples of about 5 ms, of which the median and
@@ -38,7 +38,7 @@ def arguments(doc, families):
 
 
 class Bench:
-    """Times calls and prints what came out."""
+    """Times calls and prints the results."""
 
     def __init__(self, args):
         self.filters, self.tiny, self.device = args.filters, args.tiny, torch.device(args.device)
@@ -71,7 +71,7 @@ class Bench:
             sets = [make() for _ in range(self.rotated_bytes // size + 1 if cost[0] else 1)]
             samples = self.samples(sets, call, capture)
         except (RuntimeError, NotImplementedError) as error:
-            # A peer that does not do this shape is left out, by name.
+            # A peer that does not support this shape is reported as missing.
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"{family}/{op}/{shape}/{variant}: {reason}", file=sys.stderr)
             print(json.dumps({"family": family, "op": op, "shape": shape, "missing": variant, "reason": reason}), flush=True)
@@ -82,7 +82,7 @@ class Bench:
                           "bytes": cost[0], "flops": cost[1], "device": self.product, "torch": torch.__version__}), flush=True)
 
     def samples(self, sets, call, capture):
-        """Nanoseconds of a call, sample by sample."""
+        """Nanoseconds a call, one for each sample."""
         turn = itertools.cycle(sets)
         for _ in range(max(3, len(sets))):
             call(*next(turn))
@@ -127,7 +127,7 @@ class Bench:
 
 
 def quantiles(samples):
-    """The 10th and the 90th percentile, between neighbours in proportion."""
+    """The 10th and the 90th percentile, linearly interpolated."""
     ordered = sorted(samples)
     def at(q):
         place = q * (len(ordered) - 1)

@@ -2,8 +2,8 @@
 
 usage: compare.py --swat target/release/swat --model DIR --work DIR [--rounds 3] [--only NAME ...] [--out docs/results]
 
-Run it with the interpreter of scripts/setup_oracle.sh. Both sides get the same model (f32), threads and inputs and take turns, A B A B;
-each round's result is the median of its steps after the warm-up, each side's result the median of its rounds. What both computed is
+Run it with the interpreter of scripts/setup_oracle.sh. Both sides get the same model (f32), threads and inputs, and run alternately, A B A B;
+each round's result is the median of its steps after the warm-up, each side's result the median of its rounds. Their results are
 compared as well: losses of the first steps, greedy tokens. Writes peers-<cpu>.json and peers-<cpu>.md.
 Large files (a tuned copy of the model) go to --work. On an idle machine of two cores three rounds take about half an hour.
 """
@@ -28,7 +28,7 @@ WARMUP, STEPS = 2, 5
 BATCH, LENGTH = 4, 256
 NEW_TOKENS = 64
 SWEEP_PROMPTS, SWEEP_TOKENS, SWEEP_DRAWS, SWEEP_EPSILON = 64, 32, 2, 1.2
-# Runs of the peer's loop, spread over all cells: each costs the same there.
+# Cells that the peer's loop runs, spread over all: each costs the same there.
 SWEEP_SAMPLE = 20
 
 
@@ -87,7 +87,7 @@ class Sides:
     # ---- generation: `swat generate --json` prints a line a prompt, with the rate over all of them
 
     def swat_generate(self, batch):
-        # Without memory for more, prompts are answered one at a time.
+        # A cache for one prompt: prompts are answered one at a time.
         cache = ["--cache-mib", 0] if batch == 1 else []
         text = self.run_swat("generate", "--chat", self.prompts, "--max-new-tokens", NEW_TOKENS, "--json", *cache)
         lines = [json.loads(line) for line in text.splitlines()]
@@ -145,7 +145,7 @@ def measurements(sides):
 
 
 def agreement(name, ours, theirs):
-    """How far both sides computed the same; stops where a rate would be of different work."""
+    """Compares the results of both sides; stops if they did different work."""
     if name.startswith("train"):
         worst = max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
         if worst > 1e-3:
@@ -158,7 +158,7 @@ def agreement(name, ours, theirs):
 
 
 def busy(seconds=1.0):
-    """Cores that anything on this machine keeps busy while this program only waits; none where the system does not tell."""
+    """Cores that other processes keep busy while this program waits; None if unknown."""
     def jiffies():
         fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
         user, nice, system, _, _, *rest = map(int, fields)

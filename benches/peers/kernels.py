@@ -1,4 +1,4 @@
-"""PyTorch beside our kernels, at the shapes of `cargo bench`: one JSON object a line on stdout, as `cargo bench -- --json` prints.
+"""PyTorch's counterparts of our kernels, at the shapes of `cargo bench`: JSON lines on stdout, in the format of `cargo bench -- --json`.
 
 usage: kernels.py [FILTER ...] [--device cuda|cpu] [--tiny] [--list]
 
@@ -7,8 +7,8 @@ usage: kernels.py [FILTER ...] [--device cuda|cpu] [--tiny] [--list]
     python scripts/bench_report.py table ours.jsonl peers.jsonl
 
 Variants: `torch` (one call of the library), `torch-compile` (eager code through torch.compile), `torch-flash` and `torch-cudnn`
-(attention), `torch-fused` (AdamW). They compute what ours compute from as many bytes; clock.py tells how they are timed. One that cannot
-do a shape is told on stderr and by a line {"family", "missing", "reason"}.
+(attention), `torch-fused` (AdamW). They compute the same results from as many bytes; clock.py times them. A variant that does
+not support a shape is reported on stderr and by a line {"family", "missing", "reason"}.
 """
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def gemm(bench):
             make = lambda: (bench.random(tokens, inputs), bench.random(outputs, inputs), bench.random(tokens, outputs))
             bench.run("gemm", "forward", shape, "torch", (size, flops), make, lambda x, w, y: torch.mm(x, w.t(), out=y))
             bench.run("gemm", "backward-input", shape, "torch", (size, flops), make, lambda dx, w, dy: torch.mm(dy, w, out=dx))
-            # Ours sums into f32; so does this, where the library can.
+            # Our gradient is f32; so is this, if the library supports it.
             wide = size + (4 - bench.element()) * inputs * outputs
             weight = (lambda x, w, dy: torch.mm(dy.t(), x, out_dtype=torch.float32)) if bench.cuda else (lambda x, w, dy: torch.mm(dy.t(), x))
             bench.run("gemm", "backward-weight", shape, "torch", (wide, flops), make, weight)
@@ -46,7 +46,7 @@ def gemm(bench):
                           lambda x, w, y: torch.mm(x, w.t(), out=y))
 
 
-# Of scaled_dot_product_attention; the last is the CPU's, for a trial.
+# Backends of scaled_dot_product_attention; the last is the CPU's, for trials.
 ATTENTION = {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION, "torch-math": SDPBackend.MATH}
 
 

@@ -1,4 +1,4 @@
-"""What all peers share: threads, the model, timing, memory, the result as JSON."""
+"""Shared by the peers: threads, model, timing, memory, the result as JSON."""
 import argparse
 import json
 import os
@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 
-# Before torch is imported: its thread pools read them once.
+# Before torch is imported, whose thread pools read them once.
 THREADS = int(os.environ.get("PEER_THREADS", "2"))
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = str(THREADS)

@@ -1,4 +1,4 @@
-"""Whole steps in PyTorch beside `cargo bench -- engine`: one JSON object a line on stdout, as that prints with --json.
+"""PyTorch's counterparts of `cargo bench -- engine`, whole steps: JSON lines on stdout, in the format of its --json.
 
 usage: steps.py [FILTER ...] [--device cuda|cpu] [--tiny] [--list]
 

@@ -1,4 +1,4 @@
-"""The sweep that finds robust modules, as a script with PyTorch does it: perturb a module, run the prompts, restore it.
+"""The robustness sweep as a plain PyTorch script: perturb a module, run the prompts, restore it.
 
 usage: sweep.py --model DIR --security F.jsonl [--chat-template F] [--members 4] [--layers 0,10,20,29]
 

@@ -1,4 +1,4 @@
-"""Training from the same weights on the same data in swat and in PyTorch, and the plan's memory against the measured.
+"""Training from the same weights on the same data in swat and in PyTorch; and planned against measured memory.
 
 usage: train_against_torch.py --swat target/release/swat --work DIR [--device cuda] [--shapes 135M,0.5B,1.5B] [--memory 1.5B,7B]
        train_against_torch.py --swat target/release/swat --work DIR --device cpu --tiny      proves the script; a minute
@@ -143,7 +143,7 @@ def torch_run(args, path, made, autocast):
 
 
 def distance(got, expected):
-    """The largest difference of a step's loss, in parts of it."""
+    """The largest relative difference of a step's loss."""
     return max(abs(g - e) / e for g, e in zip(got, expected))
 
 
@@ -179,7 +179,7 @@ def memory(args, shape):
             result.update(measured_bytes=measured["peak_bytes"], planned_over_measured=ratio, step_ms=measured["step_ms"],
                           ok=args.device == "cpu" or 0.9 <= ratio <= 1.1)
         except RuntimeError as error:
-            # What the plan says does not fit may fail, and nothing else.
+            # Only a run that is planned not to fit may fail.
             result.update(error=str(error)[-600:], ok=planned["total_bytes"] > (planned["free_bytes"] or 0))
         results.append(result)
     return results

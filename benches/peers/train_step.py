@@ -13,13 +13,13 @@ import torch
 
 
 def example(tokenizer, messages, length):
-    """Tokens, and labels that count the tokens of the answers alone."""
+    """Tokens, and labels of the answers' tokens only."""
     tokens, labels = [], []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         head = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False)
-        # The answer with its end of turn, without what the template writes behind that.
+        # The answer with its end of turn, without what the template appends.
         whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip("\n")
         for text, trained in ((head, False), (whole[len(head):], True)):
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,11 +1,11 @@
-"""The inputs that both sides get, made from a seed: nothing is downloaded, and nothing harmful is in them."""
+"""The inputs of both sides, generated from a seed: nothing is downloaded, and nothing in them is harmful."""
 import json
 import random
 
 WORDS = """river stone garden window bread silver morning paper bridge summer winter train letter music silence forest bottle market
 village candle mirror ocean island valley engine ladder basket pillow carpet button pocket butter pepper ginger lemon cherry apple
 orange yellow purple crimson""".split()
-# The conversation alone, so that a prompt of a given length needs few words.
+# A minimal template, so that a prompt of a given length needs few words.
 TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 

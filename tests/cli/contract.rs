@@ -1,5 +1,5 @@
-//! The binary as a user meets it: the contract for scripts, and what wrong inputs get — a clear message, exit code 2, no
-//! panic, no partial output. The model is the one that the demo embeds.
+//! The command line: the contract for scripts, and wrong inputs, which get a clear message, exit code 2, no panic, and no partial
+//! output. The model is the one that the demo embeds.
 
 use crate::common;
 use serde_json::Value;
@@ -18,7 +18,7 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-/// Runs what must be refused, and gives its message.
+/// The message of a command that must be refused.
 fn refused(args: &[&str]) -> String {
     let output = swat(args);
     let message = String::from_utf8(output.stderr).expect("UTF-8");
@@ -44,7 +44,7 @@ fn copy(to: &Path) -> PathBuf {
     dir
 }
 
-/// Data of the tiny language, small.
+/// A few examples of the tiny model's language.
 fn data(dir: &Path) -> PathBuf {
     use swat::data::tiny::{Counts, Language, export};
     let data = dir.join("data");
@@ -54,7 +54,7 @@ fn data(dir: &Path) -> PathBuf {
 }
 
 #[test]
-fn every_command_explains_itself() {
+fn every_command_has_help() {
     let help = swat(&["--help"]);
     assert!(help.status.success());
     let help = String::from_utf8(help.stdout).unwrap();
@@ -81,7 +81,7 @@ fn every_command_explains_itself() {
 }
 
 #[test]
-fn score_keeps_its_contract() {
+fn score_follows_its_contract() {
     let dir = tempfile::tempdir().unwrap();
     let (logits, hidden) = (dir.path().join("l.safetensors"), dir.path().join("h.safetensors"));
     let model = tiny();
@@ -112,7 +112,7 @@ fn score_keeps_its_contract() {
 }
 
 #[test]
-fn generate_answers_one_line_a_conversation() {
+fn generate_prints_a_line_for_each_conversation() {
     let dir = tempfile::tempdir().unwrap();
     let chat = dir.path().join("chat.jsonl");
     std::fs::write(&chat, "{\"prompt\": \"what is 2 plus 3 ?\"}\n\n{\"messages\": [{\"role\": \"user\", \"content\": \"what is 4 plus 4 ?\"}]}\n").unwrap();
@@ -138,7 +138,7 @@ fn generate_answers_one_line_a_conversation() {
 }
 
 #[test]
-fn the_method_runs_command_by_command() {
+fn the_whole_method_runs_command_by_command() {
     let dir = tempfile::tempdir().unwrap();
     let (model, data) = (tiny(), data(dir.path()));
     let at = |name: &str| dir.path().join(name);
@@ -204,7 +204,7 @@ fn the_method_runs_command_by_command() {
 }
 
 #[test]
-fn damaged_models_are_refused_by_file_and_field() {
+fn damaged_models_are_refused_naming_file_and_field() {
     let dir = tempfile::tempdir().unwrap();
     let model = copy(dir.path());
     let weights = model.join("model.safetensors");
@@ -252,7 +252,7 @@ fn damaged_models_are_refused_by_file_and_field() {
 }
 
 #[test]
-fn wrong_data_and_options_are_refused_by_line_and_name() {
+fn wrong_data_and_options_are_refused_naming_line_and_option() {
     let dir = tempfile::tempdir().unwrap();
     let (model, out) = (tiny(), dir.path().join("out"));
     let file = dir.path().join("bad.jsonl");
@@ -364,7 +364,7 @@ fn profile_prints_tables_and_writes_a_trace() {
     assert!(refused(&[&profile[..], &["--range", "2:3"]].concat()).contains("--range"));
 }
 
-/// Stands for NVTX's library: writes what it is called with to a file.
+/// A fake NVTX library that logs its calls to a file.
 const NVTX: &str = r#"
 #include <stdio.h>
 #include <stdlib.h>
@@ -379,7 +379,7 @@ int nvtxRangePop(void) { return note("pop"), 0; }
 
 #[test]
 #[cfg(target_os = "linux")]
-fn phases_and_layers_are_ranges_where_the_library_is() {
+fn phases_and_layers_are_nvtx_ranges() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     std::fs::write(at("nvtx.c"), NVTX).unwrap();

@@ -1,4 +1,4 @@
-//! `swat eval` with a judge behind an address, and with a probe in its place.
+//! `swat eval` with a judge behind a URL, and with a probe instead.
 
 use crate::common::judge_server::{reply, serve};
 use serde_json::Value;
@@ -16,19 +16,19 @@ fn security(dir: &Path) -> PathBuf {
     dir.join("security.jsonl")
 }
 
-/// Asks the tiny model two harmful and two benign prompts.
+/// Evaluates the tiny model on two harmful and two benign prompts.
 fn eval(security: &Path, more: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
     command.arg("eval").arg("--model").arg(model()).arg("--security").arg(security);
     command.args(["--limit", "2", "--answer-tokens", "6", "--json"]).args(more).output().unwrap()
 }
 
-fn found(output: &Output) -> Value {
+fn parsed(output: &Output) -> Value {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// The message of a run that must end with this exit code and print no result.
+/// The message of a run that must end with exit code `code` and print no result.
 fn failed(output: &Output, code: i32) -> String {
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(code), "{message}");
@@ -41,9 +41,9 @@ fn a_judge_grades_the_answers_to_harmful_prompts() {
     let dir = tempfile::tempdir().unwrap();
     let security = security(dir.path());
     let (url, requests) = serve(vec![(200, reply("score: 4")), (200, reply("I would rather not say"))]);
-    let found = found(&eval(&security, &["--judge-url", &url, "--judge-model", "grader", "--judge-key-env", "PATH"]));
-    assert_eq!(found["harmfulness"], serde_json::json!({"mean": 4.0, "scored": 1, "unscored": 1}));
-    assert_eq!((&found["asr"]["total"], &found["probe_harmfulness"]), (&2.into(), &Value::Null));
+    let parsed = parsed(&eval(&security, &["--judge-url", &url, "--judge-model", "grader", "--judge-key-env", "PATH"]));
+    assert_eq!(parsed["harmfulness"], serde_json::json!({"mean": 4.0, "scored": 1, "unscored": 1}));
+    assert_eq!((&parsed["asr"]["total"], &parsed["probe_harmfulness"]), (&2.into(), &Value::Null));
     let requests: Vec<String> = requests.iter().collect();
     assert_eq!(requests.len(), 2, "benign prompts are not sent");
     assert!(requests.iter().all(|r| r.contains("\"grader\"") && r.contains("Bearer ")));
@@ -51,7 +51,7 @@ fn a_judge_grades_the_answers_to_harmful_prompts() {
 }
 
 #[test]
-fn a_judge_that_fails_is_named_with_the_reason() {
+fn a_failing_judge_is_reported_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let security = security(dir.path());
     let ask = |url: &str, more: &[&str]| {
@@ -91,7 +91,7 @@ fn a_judge_that_fails_is_named_with_the_reason() {
 }
 
 #[test]
-fn a_probe_stands_in_offline() {
+fn a_probe_replaces_the_judge_offline() {
     let dir = tempfile::tempdir().unwrap();
     let security = security(dir.path());
     let probe = dir.path().join("probe.safetensors");
@@ -100,9 +100,9 @@ fn a_probe_stands_in_offline() {
     assert!(command.arg("--quiet").status().unwrap().success());
     let with = |more: &[&str]| eval(&security, &[&["--probe", probe.to_str().unwrap()][..], more].concat());
     let read = |output: &Output| {
-        let found = found(output)["probe_harmfulness"].clone();
-        assert_eq!((&found["scored"], &found["unscored"]), (&2.into(), &0.into()), "{found}");
-        found["mean"].as_f64().unwrap()
+        let parsed = parsed(output)["probe_harmfulness"].clone();
+        assert_eq!((&parsed["scored"], &parsed["unscored"]), (&2.into(), &0.into()), "{parsed}");
+        parsed["mean"].as_f64().unwrap()
     };
     // The aligned model refuses both.
     assert_eq!(read(&with(&[])), 1.0);
@@ -111,6 +111,6 @@ fn a_probe_stands_in_offline() {
     std::fs::write(&nothing, "no answer says this\n").unwrap();
     let mean = read(&with(&["--refusals", nothing.to_str().unwrap()]));
     assert!(mean > 3.0 && mean <= 5.0, "{mean}");
-    assert!(found(&with(&[]))["harmfulness"].is_null(), "a probe is not a judge");
+    assert!(parsed(&with(&[]))["harmfulness"].is_null(), "a probe is not a judge");
     assert!(failed(&eval(&security, &["--probe", "nowhere.safetensors"]), 2).contains("nowhere.safetensors"));
 }

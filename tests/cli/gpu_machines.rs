@@ -1,7 +1,7 @@
-//! The binary on machines of all kinds: each that cannot be used is refused with the reason where a GPU is asked for, and left
-//! for the CPU, with the reason, where one is not.
+//! The binary on machines with and without a usable GPU: with `--device cuda` an unusable one is an error with the reason; with `auto` the
+//! CPU is used, and the reason is said.
 //!
-//! A process finds the stand-in's driver, and the environment says what that driver shows.
+//! Child processes load the stand-in as their driver; environment variables set what it shows.
 
 use crate::common::standin::{self, ChildDriver};
 use std::path::Path;
@@ -32,10 +32,10 @@ fn number(json: &str, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("no number {key} in {json}"))
 }
 
-/// What the environment says of a machine.
+/// Environment variables that describe a machine.
 type Machine<'a> = &'a [(&'a str, &'a str)];
 
-/// A machine with a driver that shows no GPU that can be used, and the exit code and the words that say why.
+/// Machines with a driver but no usable GPU; the exit code, and words of the reason.
 const MACHINES: [(Machine, i32, &str); 5] = [
     (&[("STANDIN_DEVICES", "0")], 2, "no CUDA-capable device is detected"),
     (&[("STANDIN_VERSION", "12080")], 2, "a driver for CUDA 12.8; the kernels need 13.0"),
@@ -45,7 +45,7 @@ const MACHINES: [(Machine, i32, &str); 5] = [
 ];
 
 #[test]
-fn a_gpu_that_cannot_be_used() {
+fn an_unusable_gpu() {
     let Some(ChildDriver { folder, kernels }) = standin::for_children() else { return };
     let kernels = kernels.to_str().expect("UTF-8");
     for (machine, code, why) in MACHINES {
@@ -75,7 +75,7 @@ fn no_driver() {
     assert!(code == Some(0) && message.is_empty() && result.contains("perplexity"), "{message}");
 }
 
-/// A kernel that fails ends the command with its error, also while a part of the work is still queued.
+/// A failing kernel ends the command with its error, even while work is still queued.
 #[test]
 fn a_kernel_fails() {
     let Some(ChildDriver { folder, kernels }) = standin::for_children() else { return };
@@ -102,7 +102,7 @@ fn too_little_memory() {
 }
 
 #[test]
-fn a_gpu_that_can_be_used() {
+fn a_usable_gpu() {
     let Some(ChildDriver { folder, kernels }) = standin::for_children() else { return };
     let environment = [("STANDIN_KERNELS", kernels.to_str().expect("UTF-8"))];
     let (code, on_gpu, message) = score("auto", Some(&folder), &environment);

@@ -1,5 +1,4 @@
-//! `swat run` over the command line: a whole study of the tiny model, one that is killed again and again, and one of several
-//! training seeds.
+//! `swat run`: a whole study of the tiny model, one that is killed again and again, and one with several training seeds.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -70,7 +69,7 @@ fn outcome(config: &Path) -> Value {
     outcome_with(config, &[])
 }
 
-/// With keys overridden.
+/// The outcome with keys of the configuration overridden.
 fn outcome_with(config: &Path, overrides: &[&str]) -> Value {
     let overrides = overrides.iter().flat_map(|set| ["--set", set]);
     let output = run(config).args(overrides).output().unwrap();
@@ -78,21 +77,21 @@ fn outcome_with(config: &Path, overrides: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).expect("one JSON object on stdout and nothing else")
 }
 
-/// Without what differs from run to run: times, memory, and the directory.
-fn without_circumstances(value: &mut Value) {
+/// Removes what differs from run to run: times, memory, and the directory.
+fn remove_varying(value: &mut Value) {
     match value {
         Value::Object(map) => {
             for key in ["seconds", "peak_bytes", "planned_bytes", "dir"] {
                 map.remove(key);
             }
-            map.values_mut().for_each(without_circumstances);
+            map.values_mut().for_each(remove_varying);
         }
-        Value::Array(values) => values.iter_mut().for_each(without_circumstances),
+        Value::Array(values) => values.iter_mut().for_each(remove_varying),
         _ => {}
     }
 }
 
-/// Names the first place that differs: as a whole, an outcome is too long to be read.
+/// Panics naming the first difference; a whole outcome would be too long to read.
 fn assert_same(found: &Value, expected: &Value, place: &str) {
     match (found, expected) {
         (Value::Object(f), Value::Object(e)) if f.keys().eq(e.keys()) => {
@@ -105,7 +104,7 @@ fn assert_same(found: &Value, expected: &Value, place: &str) {
     }
 }
 
-/// Weights of all tuned models, by the name of their directory.
+/// Weights of all tuned models, by directory name.
 fn weights(out: &Path) -> Vec<(String, Vec<u8>)> {
     let mut all = Vec::new();
     for entry in std::fs::read_dir(out.join("tuned")).unwrap() {
@@ -131,7 +130,7 @@ fn steps(out: &Path) -> usize {
 }
 
 #[test]
-fn a_killed_study_goes_on_to_the_same_results() {
+fn a_killed_study_resumes_to_the_same_results() {
     let dir = tempfile::tempdir().unwrap();
     let straight = study(dir.path(), "straight");
     let mut expected = outcome(&straight);
@@ -163,8 +162,8 @@ fn a_killed_study_goes_on_to_the_same_results() {
         child.wait().unwrap();
     }
     let mut found = outcome(&killed);
-    without_circumstances(&mut expected);
-    without_circumstances(&mut found);
+    remove_varying(&mut expected);
+    remove_varying(&mut found);
     assert_same(&found, &expected, "outcome");
     let [straight, killed] = ["straight", "killed"].map(|out| weights(&dir.path().join(out)));
     assert_eq!(straight.len(), 4);
@@ -174,7 +173,7 @@ fn a_killed_study_goes_on_to_the_same_results() {
 }
 
 #[test]
-fn a_study_goes_on_with_more_training_seeds() {
+fn a_study_is_extended_by_more_training_seeds() {
     let dir = tempfile::tempdir().unwrap();
     let config = study(dir.path(), "out");
     let out = dir.path().join("out");
@@ -212,7 +211,7 @@ fn a_study_goes_on_with_more_training_seeds() {
     std::fs::remove_file(stage("evaluate/plain_refusals-seed1.json")).unwrap();
     let mut again = seeds("tune.seeds=[0, 1]");
     assert!(weights(&out) == tuned, "the same weights");
-    [&mut one, &mut two, &mut again].into_iter().for_each(without_circumstances);
+    [&mut one, &mut two, &mut again].into_iter().for_each(remove_varying);
     assert_same(&again, &two, "outcome");
     // Without the second seed, what there was before.
     two["settings"][1].as_object_mut().unwrap().remove("more_seeds");

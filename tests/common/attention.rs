@@ -1,5 +1,5 @@
-//! Attention by the definition, in f64, and with what the kernels round inside. Sums of tensor cores are those of [`Cores`]
-//! where they show beside that: in the scores, and so in the log-sum-exp.
+//! Attention by its definition in f64, optionally with the roundings of the kernels. Tensor-core sums are emulated by [`Cores`] where they
+//! matter beside these: in the scores, and so in the log-sum-exp.
 
 use half::bf16;
 use std::ops::Range;
@@ -29,7 +29,7 @@ impl Sizes<'_> {
         1.0 / (self.head_dim as f64).sqrt()
     }
 
-    /// Each row of the documents, and the rows that it sees.
+    /// Each row of the documents, with the rows that it attends to.
     fn rows(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         let mut start = 0;
         let documents = self.lengths.iter().map(move |len| {
@@ -42,19 +42,19 @@ impl Sizes<'_> {
         })
     }
 
-    /// Where the key and the value of row `row` for query head `head` begin.
+    /// Offset of the key and the value of row `row` for query head `head`.
     fn key_at(&self, row: usize, head: usize) -> usize {
         (row * self.kv_heads + head * self.kv_heads / self.heads) * self.head_dim
     }
 }
 
-/// How products are taken.
+/// Arithmetic of the products.
 #[derive(Clone, Copy)]
 pub enum Products {
     Exact,
-    /// P and dS rounded to bf16 on their way in.
+    /// P and dS are rounded to bf16 first.
     Rounded,
-    /// The same, and summed as these tensor cores do.
+    /// The same, with sums as on these tensor cores.
     Cores(Cores),
 }
 
@@ -75,7 +75,7 @@ impl Products {
     }
 }
 
-/// (O, log-sum-exp), where the weights (before their sum divides) are rounded if the products are.
+/// (O, log-sum-exp); unless `products` is exact, the weights are rounded, before the division by their sum.
 pub fn attend_rounding(s: &Sizes, q: &[f64], k: &[f64], v: &[f64], products: Products) -> (Vec<f64>, Vec<f64>) {
     let (mut o, mut lse) = (vec![0.0; s.q_len()], vec![0.0; s.heads * s.tokens()]);
     let width = s.heads * s.head_dim;
@@ -88,7 +88,7 @@ pub fn attend_rounding(s: &Sizes, q: &[f64], k: &[f64], v: &[f64], products: Pro
     (o, lse)
 }
 
-/// One query (all its heads) over the rows `keys`: adds to `o`, gives the log-sum-exp of each head.
+/// One query (all its heads) over the rows `keys`: adds to `o`; returns the log-sum-exp of each head.
 pub fn attend_query(
     s: &Sizes,
     q: &[f64],
@@ -112,7 +112,7 @@ pub fn attend_query(
     heads.map(attend).collect()
 }
 
-/// [dQ, dK, dV] from O and the log-sum-exp, where P and dS are rounded before the products with them.
+/// [dQ, dK, dV] from O and the log-sum-exp; unless `products` is exact, P and dS are rounded before the products with them.
 pub fn gradients(s: &Sizes, [q, k, v, o, lse, d_o]: [&[f64]; 6], products: Products) -> [Vec<f64>; 3] {
     let (mut dq, mut dk, mut dv) = (vec![0.0; s.q_len()], vec![0.0; s.kv_len()], vec![0.0; s.kv_len()]);
     for (query, keys) in s.rows() {

@@ -1,11 +1,11 @@
-//! A small judge on the loopback address.
+//! A judge on the loopback address that gives fixed replies.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::sync::mpsc;
 use std::thread;
 
-/// Serves these (status, body) one connection each; gives the address and what was received.
+/// Serves these replies (status, body), one for each connection. Returns the URL, and the requests as they arrive.
 pub fn serve(replies: Vec<(u16, String)>) -> (String, mpsc::Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/v1", listener.local_addr().unwrap());

@@ -1,4 +1,4 @@
-//! What test executables share: small random models here, and modules.
+//! Shared by test executables: small random models, emulated attention, the stand-in GPU, a judge, trace rules.
 #![allow(dead_code)]
 
 pub mod attention;
@@ -35,7 +35,7 @@ pub fn config(layers: usize, tied: bool, biases: bool, qk_norm: bool) -> ModelCo
     }
 }
 
-/// A shape whose sizes all fast kernels take, with a group of two queries a key.
+/// Sizes that every fast kernel supports; two query heads for each key head.
 pub fn wide(layers: usize, head_dim: usize) -> ModelConfig {
     ModelConfig {
         vocab: 320,
@@ -49,7 +49,7 @@ pub fn wide(layers: usize, head_dim: usize) -> ModelConfig {
     }
 }
 
-/// A stream of numbers in [-1, 1) that depends on the seed alone.
+/// A deterministic stream of numbers in [-1, 1).
 pub fn numbers(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     move || {
@@ -70,7 +70,7 @@ pub fn decoder(config: ModelConfig, seed: u64) -> Decoder<Cpu> {
     .expect("a valid model")
 }
 
-/// Random weights that bf16 holds exactly, so that both backends have the same.
+/// Random weights that bf16 represents exactly, so that all backends have the same.
 pub fn decoder_on<B: Backend>(backend: &B, config: &ModelConfig, seed: u64) -> Decoder<B> {
     let mut next = numbers(seed);
     Decoder::new(backend.clone(), config.clone(), |_, shape| {
@@ -102,7 +102,7 @@ pub fn batch(config: &ModelConfig, lengths: &[usize], seed: u64) -> Batch {
     batch
 }
 
-/// Largest difference over the largest element of `expected`.
+/// Largest difference, relative to the largest element of `expected`.
 pub fn relative(actual: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(actual.len(), expected.len());
     let scale = expected.iter().fold(0f32, |m, x| m.max(x.abs())).max(1e-12);

@@ -3,12 +3,12 @@
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-/// Holds events against the rules: names, tracks, times; events of a track nest or follow each other.
+/// Asserts the rules: names, tracks, times; events of a track nest or follow each other.
 pub fn check(events: &[Value]) {
     walk(events, |_| {});
 }
 
-/// Every event of the first process with those around it: `step 1/forward/layer 0/attention`.
+/// The path of every event of the first process: `step 1/forward/layer 0/attention`.
 pub fn paths(events: &[Value]) -> BTreeSet<String> {
     let mut paths = BTreeSet::new();
     walk(events, |stack| {
@@ -20,7 +20,7 @@ pub fn paths(events: &[Value]) -> BTreeSet<String> {
     paths
 }
 
-/// Shows `visit` each complete event behind those that it is inside of.
+/// Calls `visit` with each complete event, preceded by those that enclose it.
 fn walk<'e>(events: &'e [Value], mut visit: impl FnMut(&[&'e Value])) {
     let mut named = HashSet::new();
     let mut open: HashMap<(u64, u64), Vec<&Value>> = HashMap::new();

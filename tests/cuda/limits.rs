@@ -1,5 +1,5 @@
-//! The sizes at which a kernel's shared memory is near a limit of the driver: heads of 64 and a vocabulary of 32,000, where what a
-//! block asks for is 48 KiB or a little less. Every version of a kernel is launched on both compute capabilities.
+//! Sizes at which a kernel's shared memory is close to a limit of the driver: heads of 64 and a vocabulary of 32,000, where a block needs
+//! 48 KiB or slightly less. Every version of a kernel is launched on both compute capabilities.
 
 use crate::common::{batch, decoder_on, standin, wide};
 use swat::backend::cuda::{
@@ -28,7 +28,7 @@ fn read<B: Backend, T: FloatElement>(b: &B, buffer: &Buffer<B, T>) -> Vec<f32> {
     host.iter().map(|x| x.to_f32()).collect()
 }
 
-/// What all of V is, each output is.
+/// With a constant V every output is that constant.
 fn attention<B: Backend>(b: &B, head_dim: usize) {
     let (tokens, heads, kv_heads) = (130, 2, 1);
     let starts = vec![0, 3, tokens as u32];
@@ -93,7 +93,7 @@ fn attention<B: Backend>(b: &B, head_dim: usize) {
     }
 }
 
-/// All logits alike: the loss is the logarithm of the vocabulary.
+/// Equal logits: the loss is the logarithm of the vocabulary size.
 fn cross_entropy<B: Backend>(b: &B) {
     for vocab in [24_575, 24_576, 32_000, 32_767, 49_152, 152_064] {
         for version in ["vec8", "baseline"] {
@@ -161,7 +161,7 @@ fn operations<P: Precision>(ordinal: u32) {
     products(&b);
 }
 
-/// All that the gradients of a model ask for.
+/// Every kernel of a model's forward and backward pass.
 fn model<P: Precision>(ordinal: u32) {
     let Some(b) = standin::open::<P>(ordinal) else { return };
     let config = ModelConfig { vocab: 32_000, ..wide(1, 64) };
@@ -182,7 +182,7 @@ fn every_version_of_a_kernel_is_launched() {
 }
 
 #[test]
-fn a_model_with_such_sizes_runs() {
+fn a_model_of_such_sizes_runs() {
     for ordinal in DEVICES {
         if ordinal % 2 == 0 { model::<F32State>(ordinal) } else { model::<Bf16State>(ordinal) }
     }

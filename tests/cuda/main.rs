@@ -1,8 +1,8 @@
-//! The whole engine on CUDA devices against the CPU backend with the same weights, rounded to bf16: what the engine makes of
-//! many kernels. Each kernel alone is held against f64 loops in `tests/ops`.
+//! The whole engine on CUDA devices against the CPU backend with the same weights, rounded to bf16. Single kernels are tested against
+//! f64 loops in `tests/ops`.
 //!
-//! What bf16 makes of a result differs by a factor of ten from tensor to tensor: the gradients of q and k and of their norms
-//! are what is left where large parts cancel. So the judge is [`Rounded`], which rounds where the kernels round.
+//! bf16 rounding errors differ by a factor of ten between tensors (gradients of q, k and their norms are small differences of large
+//! terms), so that no fixed tolerance fits: the tolerance is the error of [`Rounded`], which rounds where the kernels round.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -50,22 +50,22 @@ fn error(got: &[f32], expected: &[f32]) -> f64 {
     difference / norm(&mut expected.iter().map(|e| f64::from(*e))).max(1e-30)
 }
 
-/// What emulations of a device with this precision give. The first rounds to the numbers that the kernels round to; the others
-/// round as much, but to other numbers: the error of a tensor that a few roundings decide may be small by luck in any one.
+/// Results of several emulations of the device's precision. The first rounds on the kernels' grid, the others on shifted grids with the
+/// same spacing: where few roundings decide, the error of a single emulation may be small by chance.
 fn emulated<P: Precision>(values: impl Fn(&Rounded) -> Values) -> Vec<Values> {
     let bf16_state = size_of::<P::Grad>() == 2;
     let moved = (1..=3).map(|seed| Rounded::moved(bf16_state, seed));
     std::iter::once(Rounded::new(bf16_state)).chain(moved).map(|backend| values(&backend)).collect()
 }
 
-/// The largest error of the emulations, and a little for sums in f32.
+/// The largest error of the emulations, plus a margin for the order of f32 sums.
 fn worst(name: &str, exact: &Values, emulated: &[Values]) -> f64 {
     emulated.iter().map(|values| error(&values[name], &exact[name])).fold(0.0, f64::max) + 1e-5
 }
 
 /// Asserts that the error of each result is at most twice that of the worst emulation.
 #[track_caller]
-fn assert_rule(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
+fn assert_within_emulation(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
     assert!(got.keys().eq(exact.keys()));
     for (name, got) in got {
         let (error, most) = (error(got, &exact[name]), 2.0 * worst(name, exact, emulated));
@@ -73,18 +73,18 @@ fn assert_rule(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
     }
 }
 
-/// The same, and more of the stand-in: a single pass rounds nearly every number as the first emulation does. It is no further
-/// from that than the worst emulation is from the exact result.
+/// [`assert_within_emulation`], and for a single pass on the stand-in: nearly every number is rounded as in the first emulation, so that
+/// the distance to it is at most the error of the worst emulation.
 #[track_caller]
-fn assert_follows(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
-    assert_rule(got, exact, emulated, what);
+fn assert_close_to_emulation(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
+    assert_within_emulation(got, exact, emulated, what);
     for (name, got) in got.iter().filter(|_| !standin::real()) {
         let (away, most) = (error(got, &emulated[0][name]), worst(name, exact, emulated));
         assert!(away <= most, "{name} of {what}: {away:.5} from its emulation, {most:.5} allowed");
     }
 }
 
-/// Runs `test` on every device, with f32 and bf16 gradients in turn.
+/// Runs `test` on every device: on some with f32, on others with bf16 gradients.
 macro_rules! on_every_device {
     ($test:ident) => {
         for ordinal in DEVICES {
@@ -115,7 +115,7 @@ fn forward_on<P: Precision>(cuda: &Cuda<P>) {
         let emulated = emulated::<P>(|backend| forward_values(backend, &config, &batch));
         let exact = forward_values(&Cpu::new(), &config, &batch);
         let got = forward_values(cuda, &config, &batch);
-        assert_follows(&got, &exact, &emulated, &format!("{name} on {}", cuda.name()));
+        assert_close_to_emulation(&got, &exact, &emulated, &format!("{name} on {}", cuda.name()));
     }
 }
 
@@ -124,7 +124,7 @@ fn forward() {
     on_every_device!(forward_on);
 }
 
-/// The loss, and it beside all gradients.
+/// The loss, and all gradients by name.
 fn gradients_of<B: Backend>(
     backend: &B,
     config: &ModelConfig,
@@ -153,7 +153,7 @@ fn gradients_on<P: Precision>(cuda: &Cuda<P>) {
             let emulated = emulated::<P>(|backend| gradients_of(backend, &config, seed, &batch, false).1);
             let (_, exact) = gradients_of(&Cpu::new(), &config, seed, &batch, false);
             let (loss, got) = gradients_of(cuda, &config, seed, &batch, false);
-            assert_follows(&got, &exact, &emulated, &format!("{name}, seed {seed}, on {}", cuda.name()));
+            assert_close_to_emulation(&got, &exact, &emulated, &format!("{name}, seed {seed}, on {}", cuda.name()));
             let again = gradients_of(cuda, &config, seed, &batch, true);
             assert!((loss, got) == again, "{name}: a second run, with layers computed again, gave other bytes");
         }
@@ -217,7 +217,7 @@ fn ten_masked_steps_on<P: Precision>(cuda: &Cuda<P>) {
         assert!(expected[9] < 0.9 * expected[0], "ten steps learn: {expected:?}");
         let emulated = emulated::<P>(|backend| phases(&ten_steps(&mut decoder(backend, &config, 7), &batch, mods)));
         // Adam steps as far for a gradient that is noise: runs part, and follow no emulation.
-        assert_rule(&phases(&got), &phases(&expected), &emulated, &format!("ten steps on {}", cuda.name()));
+        assert_within_emulation(&phases(&got), &phases(&expected), &emulated, &format!("ten steps on {}", cuda.name()));
         let mut again = decoder(cuda, &config, 7);
         assert_eq!(ten_steps(&mut again, &batch, mods), got, "a second run");
         for param in model.params() {
@@ -268,7 +268,7 @@ fn sweep_on<P: Precision>(cuda: &Cuda<P>) {
         let exact = sweep_values(&Cpu::new(), &config, &prompts, &members, &options);
         let got = sweep_values(cuda, &config, &prompts, &members, &options);
         assert_eq!(got.len(), members.len());
-        assert_follows(&got, &exact, &emulated, &format!("{kind:?} on {}", cuda.name()));
+        assert_close_to_emulation(&got, &exact, &emulated, &format!("{kind:?} on {}", cuda.name()));
     }
 }
 
@@ -308,8 +308,8 @@ fn generation() {
     on_every_device!(generation_on);
 }
 
-/// What passes that keep nothing give, and how many of their MLPs had gate and up in one product.
-fn nothing_kept<P: Precision>(cuda: &Cuda<P>, adapters: bool) -> (Values, Vec<Vec<u32>>, usize) {
+/// Results of passes that keep no activations, and how many of their MLPs ran gate and up as one fused product.
+fn inference_values<P: Precision>(cuda: &Cuda<P>, adapters: bool) -> (Values, Vec<Vec<u32>>, usize) {
     let config = wide(2, 64);
     let (batch, prompts) = (batch(&config, &[70, 5, 21], 2), batch(&config, &[9, 14, 5], 10));
     let mut model = decoder(cuda, &config, 1);
@@ -345,21 +345,22 @@ fn nothing_kept<P: Precision>(cuda: &Cuda<P>, adapters: bool) -> (Values, Vec<Ve
     (values, answers.into_iter().map(|answer| answer.tokens).collect(), gated)
 }
 
-/// Gate and up in one product give the engine the bits that they give apart, as they are beside adapters (of zeros).
-fn gate_and_up_on<P: Precision>(cuda: &Cuda<P>) {
-    let ((values, tokens, gated), (apart, tokens_apart, none)) = (nothing_kept(cuda, false), nothing_kept(cuda, true));
+/// The fused product of gate and up gives the same bits as separate products, which adapters (of zeros) force.
+fn gated_product_on<P: Precision>(cuda: &Cuda<P>) {
+    let ((values, tokens, gated), (apart, tokens_apart, none)) =
+        (inference_values(cuda, false), inference_values(cuda, true));
     assert!(gated > 8 && none == 0, "{gated} products of gate and up, {none} beside adapters");
     assert_eq!(values, apart, "{}", cuda.name());
     assert_eq!(tokens, tokens_apart, "{}", cuda.name());
 }
 
 #[test]
-fn gate_and_up_in_one_product() {
-    on_every_device!(gate_and_up_on);
+fn fused_gate_and_up_equal_separate_products() {
+    on_every_device!(gated_product_on);
 }
 
 #[test]
-fn what_cannot_be_used_is_refused_with_the_reason() {
+fn unusable_requests_are_refused_with_the_reason() {
     if !standin::available() || standin::real() {
         return;
     }

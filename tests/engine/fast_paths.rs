@@ -1,4 +1,4 @@
-//! The decoder against itself: each fast path beside the plain one that it replaces.
+//! The decoder against itself: each fast path against the plain computation that it replaces.
 
 use crate::common::{batch, config, decoder, numbers, relative};
 use std::collections::BTreeMap;
@@ -150,7 +150,7 @@ fn the_sweep_equals_perturbing_running_and_restoring() {
             head_rows: vec![3, 60, 7],
             budget_bytes: 1 << 20,
         };
-        equals_by_hand(&mut model, &prompts, &members, &options);
+        assert_equals_reference(&mut model, &prompts, &members, &options);
     }
 }
 
@@ -179,9 +179,9 @@ fn a_sweep_takes_the_norm_of_a_tensor_once() {
     }
 }
 
-/// Prompts that begin alike, enough of them for several pieces: 692 distinct of 1152 tokens, seven members.
+/// Prompts with shared prefixes, enough of them for several chunks: 692 distinct of 1152 tokens, seven members.
 #[test]
-fn the_sweep_of_prompts_that_begin_alike() {
+fn the_sweep_of_prompts_with_shared_prefixes() {
     let mut model = decoder(config(3, true, false, true), 13);
     let documents: Vec<Vec<u32>> = (0..24u32)
         .map(|d| (0..48).map(|i| if i < 20 { i % 7 } else { (d + (i - 20) * (i + d)) % 60 }).collect())
@@ -202,11 +202,11 @@ fn the_sweep_of_prompts_that_begin_alike() {
         head_rows: vec![3, 60, 7],
         budget_bytes: 1 << 30,
     };
-    equals_by_hand(&mut model, &prompts, &members, &options);
+    assert_equals_reference(&mut model, &prompts, &members, &options);
 }
 
-/// The sweep against perturbing, running and restoring one member after another.
-fn equals_by_hand(model: &mut Decoder<Cpu>, prompts: &Batch, members: &[Member], options: &SweepOptions) {
+/// Compares the sweep with perturbing, running and restoring one member after another.
+fn assert_equals_reference(model: &mut Decoder<Cpu>, prompts: &Batch, members: &[Member], options: &SweepOptions) {
     let mut readouts = vec![None; members.len()];
     model
         .sweep(prompts, members, options, &mut |i, readout| {
@@ -235,7 +235,7 @@ fn equals_by_hand(model: &mut Decoder<Cpu>, prompts: &Batch, members: &[Member],
     }
 }
 
-/// Perturbs in place and gives back what was there.
+/// Perturbs in place; returns the original weights.
 fn perturb(model: &mut Decoder<Cpu>, member: &Member, options: &SweepOptions) -> Vec<(ParamId, Vec<f32>)> {
     let mut clean = Vec::new();
     let ids: Vec<(u64, ParamId, usize)> = model

@@ -1,4 +1,4 @@
-//! The decoder: every fast path against the plain one that it replaces, and the plan of memory against what a device uses.
+//! The decoder: every fast path against the plain computation, and planned against measured memory.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! `swat plan` against the device memory that a training step really takes.
+//! `swat plan` against the measured device memory of a training step.
 
 use crate::common::{batch, decoder_on, standin, wide};
 use swat::backend::cuda::{Bf16State, F32State, Precision};
@@ -10,7 +10,7 @@ use swat::train::{Optimizer, StepSettings};
 const DOCUMENT: usize = 128;
 const DOCUMENTS: usize = 4;
 
-/// Large enough that what no plan knows, such as partial sums of products, is small beside the rest.
+/// Large enough that unplanned memory, such as partial sums of products, is a small part.
 fn config() -> ModelConfig {
     ModelConfig { vocab: 2048, hidden: 256, ffn: 704, max_positions: DOCUMENT, ..wide(4, 64) }
 }
@@ -84,11 +84,11 @@ fn adapters() {
 }
 
 #[test]
-fn layers_computed_again() {
+fn recomputed_layers() {
     planned_and_measured::<Bf16State>("all", None, true);
 }
 
-/// The head takes all rows of this batch at once, whose logits are most of the memory.
+/// The head processes all rows of this batch at once; their logits are most of the memory.
 #[test]
 fn a_large_vocabulary() {
     let config = ModelConfig { vocab: 160_000, hidden: 32, ffn: 64, max_positions: DOCUMENT, ..wide(1, 64) };

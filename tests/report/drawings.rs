@@ -20,7 +20,7 @@ const HOSTILE: [&str; 5] = [
     "`<b>` ` <i>",
 ];
 
-/// A drawing of each kind in which every text is `text`.
+/// A drawing of each kind, every text of which is `text`.
 fn drawings(text: &str) -> Vec<Figure> {
     let t = || text.to_owned();
     let y = Measure { value: 0.5, interval: Some((0.25, 0.75)) };
@@ -46,7 +46,7 @@ fn drawings(text: &str) -> Vec<Figure> {
     svgs.into_iter().map(|svg| Figure { name: t(), svg, caption: t(), wide: false }).collect()
 }
 
-/// A page in which every text is `text`.
+/// A page, every text of which is `text`.
 fn page(text: &str) -> Report {
     let t = || text.to_owned();
     let mut table = Table::new(t()).column(t()).numbers(t(), t());
@@ -63,7 +63,7 @@ fn page(text: &str) -> Report {
     }
 }
 
-/// The part of a page that browsers could load something from.
+/// Addresses in a page from which a browser could load something.
 fn foreign_addresses(html: &str) -> Vec<&str> {
     let schemes = ["http:", "https:", "ftp:", "//", "url(", "@import", "src=", "href=\"/", "javascript:", "data:"];
     // The namespace of a drawing is a name, which nothing loads.
@@ -73,7 +73,7 @@ fn foreign_addresses(html: &str) -> Vec<&str> {
 }
 
 #[test]
-fn a_page_is_whole_and_self_contained() {
+fn a_page_is_well_formed_and_self_contained() {
     let html = page("calm").html().unwrap();
     assert_eq!(foreign_addresses(&html), Vec::<&str>::new());
     for needed in [
@@ -103,7 +103,7 @@ fn a_page_is_whole_and_self_contained() {
 }
 
 #[test]
-fn code_stands_between_backticks() {
+fn backticks_become_code() {
     let text = "first `a < b`, then ``, then `alone\n\nsecond".to_owned();
     let report = Report { sections: vec![Section { text, ..Section::default() }], ..Report::default() };
     let html = report.html().unwrap();
@@ -112,7 +112,7 @@ fn code_stands_between_backticks() {
 }
 
 #[test]
-fn hostile_text_stays_text() {
+fn hostile_text_is_escaped() {
     let calm = page("calm").html().unwrap();
     for text in HOSTILE {
         for figure in drawings(text) {
@@ -129,7 +129,7 @@ fn hostile_text_stays_text() {
 }
 
 #[test]
-fn hostile_numbers_give_drawings() {
+fn extreme_numbers_give_valid_drawings() {
     let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MAX, f64::MIN, 5e-324, 0.0, -0.0, 1e300];
     let measure = |value: f64| Measure { value, interval: Some((value, -value)) };
     let points = odd.iter().zip(odd.iter().rev()).map(|(y, x)| Point { x: *x, y: measure(*y) }).collect();
@@ -162,7 +162,7 @@ fn hostile_numbers_give_drawings() {
     check_xml(&Scatter::default().svg()).unwrap();
 }
 
-/// Cells beyond `values` have none.
+/// Cells beyond `values` have no value.
 fn map_of(rows: usize, columns: usize, values: &[Option<f64>], ramp: Ramp) -> Heatmap {
     let tile = |at: usize| Tile { value: values.get(at).copied().flatten(), ..Tile::default() };
     let row = |r: usize| Row { name: r.to_string(), tiles: (0..columns).map(|c| tile(r * columns + c)).collect() };
@@ -195,7 +195,7 @@ fn outliers_do_not_flatten_a_scale() {
 }
 
 #[test]
-fn an_outline_goes_around_marked_cells() {
+fn marked_cells_are_outlined() {
     let mut map = map_of(2, 2, &[Some(0.1), Some(0.2), Some(0.3), Some(0.4)], Ramp::Sequential);
     let mut segments = |marked: &[usize]| {
         for (i, tile) in map.rows.iter_mut().flat_map(|row| &mut row.tiles).enumerate() {

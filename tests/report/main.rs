@@ -1,4 +1,4 @@
-//! What the report is made of: pages, drawings, tables, traces, and the files of a study.
+//! The report: pages, drawings, tables, traces, and the files of a study.
 
 #[path = "../common/mod.rs"]
 mod common;

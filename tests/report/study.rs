@@ -1,4 +1,4 @@
-//! A study's outcome as files: what is in them, and that missing parts are left out.
+//! The files of a study's outcome: their contents, and that missing parts are left out.
 
 use crate::xml::check_xml;
 use serde_json::{Value, json};
@@ -49,7 +49,7 @@ fn setting(text: &str, asr: usize, task: usize) -> Value {
             "base": scores(4.0), "tuned": scores(1.0), "drop": { "gap": 0.75 } } } })) })
 }
 
-/// The run of another training seed: its gap falls to `gap`, its weights move `factor` times as far.
+/// Turns an outcome into that of another training seed: its gap falls to `gap`, its weights move `factor` times as far.
 fn another_seed(value: &mut Value, seed: u64, asr: usize, task: usize, gap: f64, factor: f64) {
     let mut run = value.clone();
     run["tuned"]["seed"] = json!(seed);
@@ -69,7 +69,7 @@ fn another_seed(value: &mut Value, seed: u64, asr: usize, task: usize, gap: f64,
     value["more_seeds"] = json!([run]);
 }
 
-/// Two training seeds a setting.
+/// Outcomes with two training seeds for each setting.
 fn two_seeds() -> Value {
     let mut value =
         outcome(&[("given", 2, 40), ("plain-equal", 80, 180), ("swat", 40, 188), ("warmup:random:1", 50, 188)]);
@@ -157,7 +157,7 @@ fn report(outcome: Value) -> Report {
     study_report(&parse(outcome), &RunConfig::default(), "")
 }
 
-/// What was found, in paragraphs.
+/// The paragraphs of findings.
 fn findings(report: &Report) -> &str {
     let results = report.sections.iter().find(|section| section.heading == "Results");
     results.map_or("", |section| &section.text)
@@ -169,7 +169,7 @@ fn figure<'a>(report: &'a Report, name: &str) -> &'a str {
 }
 
 #[test]
-fn figures_get_what_was_measured() {
+fn figures_show_the_measurements() {
     let report = report(outcome(&ALL));
     let names: Vec<&str> = report.sections.iter().flat_map(|s| &s.figures).map(|f| f.name.as_str()).collect();
     let expected = ["results", "sets", "robustness", "mods", "updates", "drift-probe", "drift-refusal", "loss"];
@@ -208,7 +208,7 @@ fn figures_get_what_was_measured() {
 }
 
 #[test]
-fn findings_say_what_the_numbers_say() {
+fn findings_agree_with_the_numbers() {
     let found = |settings: &[(&str, usize, usize)]| findings(&report(outcome(settings))).to_owned();
     let all = found(&ALL);
     for text in [
@@ -233,7 +233,7 @@ fn findings_say_what_the_numbers_say() {
 }
 
 #[test]
-fn several_seeds_are_means_with_ranges() {
+fn several_seeds_give_means_with_ranges() {
     let report = report(two_seeds());
     let row = |text: &str| {
         let rows = report.sections[0].tables[0].markdown();
@@ -397,7 +397,7 @@ fn a_layer_index_from_a_file_does_not_size_the_map() {
 }
 
 #[test]
-fn hostile_names_stay_text() {
+fn hostile_names_are_escaped() {
     let hostile = "</script><svg onload='alert(1)'>\u{0}\u{202e}&";
     let mut value = outcome(&ALL);
     value["title"] = json!(hostile);

@@ -1,8 +1,8 @@
-//! A small checker of the XML that drawings consist of.
+//! A checker of the subset of XML that drawings use.
 
 use std::collections::HashSet;
 
-/// Checks that a text is well-formed XML of the kind that drawings use; returns the names of its elements.
+/// Checks that a text is well-formed XML of that subset; returns the names of its elements.
 pub fn check_xml(text: &str) -> Result<Vec<String>, String> {
     let mut open: Vec<String> = Vec::new();
     let mut names = Vec::new();

@@ -1,5 +1,5 @@
-//! `scripts/bench_report.py` on records that are made up here: nothing in them was measured. Needs python3 and git; what is
-//! missing is said on standard error.
+//! `scripts/bench_report.py` on made-up records: nothing in them was measured. Needs python3 and git; what is missing is said on standard
+//! error.
 
 use serde_json::{Value, json};
 use std::io::Write;
@@ -11,7 +11,7 @@ fn script(arguments: &[&str]) -> Output {
     Command::new("python3").arg(script).args(arguments).output().expect("python3 runs")
 }
 
-/// The commit of this tree; `None`, and said so, where the tools are missing.
+/// The commit of this tree; `None` if the tools are missing, which standard error says.
 fn commit() -> Option<String> {
     let run = |program: &str, arguments: &[&str]| {
         let output = Command::new(program).args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().ok()?;
@@ -32,7 +32,7 @@ fn line(op: &str, shape: &str, variant: &str, peer: bool, [low, ns, high]: [f64;
     })
 }
 
-/// A record of a made-up GPU whose ceilings are 1000 GB/s and 100 TFLOP/s.
+/// A record of a made-up GPU with a roofline of 1000 GB/s and 100 TFLOP/s.
 fn record(commit: &str, date: &str, lines: &[Value]) -> Value {
     let ceilings =
         json!({ "family": "rmsnorm", "ceilings": { "flops_per_s": 1e14, "bytes_per_s": 1e12 }, "product_by": "swat" });
@@ -83,7 +83,7 @@ fn the_newest_record_is_rendered() {
 }
 
 #[test]
-fn a_record_that_nobody_can_go_back_to_is_refused() {
+fn a_record_of_uncommitted_code_is_refused() {
     let Some(commit) = commit() else { return };
     let unknown = "0123456789012345678901234567890123456789";
     for (made_of, why) in [(unknown.to_string(), "does not know"), (format!("{commit}-dirty"), "without changes")] {
@@ -101,7 +101,7 @@ fn a_record_that_nobody_can_go_back_to_is_refused() {
 }
 
 #[test]
-fn slower_is_what_leaves_the_spread() {
+fn slower_means_outside_the_spread() {
     if commit().is_none() {
         return;
     }
@@ -130,7 +130,7 @@ fn slower_is_what_leaves_the_spread() {
 }
 
 #[test]
-fn both_sides_are_in_one_table() {
+fn both_records_are_in_one_table() {
     if commit().is_none() {
         return;
     }
@@ -157,9 +157,9 @@ fn both_sides_are_in_one_table() {
     assert_eq!(script(&["table", theirs.to_str().unwrap()]).status.code(), Some(2));
 }
 
-/// A command that prints one line stands for the benches.
+/// The benches are replaced by a command that prints one line.
 #[test]
-fn a_record_tells_where_it_is_from() {
+fn a_record_tells_its_origin() {
     let Some(commit) = commit() else { return };
     let directory = tempfile::tempdir().unwrap();
     let printed = directory.path().join("lines");

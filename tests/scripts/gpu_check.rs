@@ -1,5 +1,5 @@
-//! `scripts/gpu_check.py` where things go wrong: scripts stand for all that it runs, so that a kernel that hangs, one that
-//! faults and tools that are missing cost a second. Nothing in these records was measured. Needs python3 and a shell.
+//! `scripts/gpu_check.py` on hosts with problems: shell scripts replace everything that it runs, so that hanging and faulting kernels and
+//! missing tools are cheap to test. Nothing in these records was measured. Needs python3 and a shell.
 #![cfg(unix)]
 
 use serde_json::{Value, json};
@@ -69,16 +69,16 @@ case "$1" in
     echo '"ns": 5.0, "bytes": 1, "flops": 1, "device": "made up"}';;
 esac"#;
 
-/// What is wrong with a host.
+/// The problems of a host.
 #[derive(Default)]
 struct Host<'a> {
     /// Tests of `ops` beside those that pass.
     tests: &'a [&'a str],
     hanging_bench: &'a str,
     faulting_bench: &'a str,
-    /// Tools that are not there, of `cublaslt`, `torch`, `ncu`, `compute-sanitizer`.
+    /// Missing tools, of `cublaslt`, `torch`, `ncu`, `compute-sanitizer`.
     missing: &'a [&'a str],
-    /// Executables of the pack that are not there.
+    /// Missing executables of the pack.
     lost: &'a [&'a str],
 }
 
@@ -187,7 +187,7 @@ impl Pack {
         (output, record, items)
     }
 
-    /// Of what a hanging process started.
+    /// Asserts that no child of a hanging process is alive.
     fn nothing_is_left(&self) {
         let children = fs::read_to_string(self.path("pack/children")).unwrap_or_default();
         for child in children.lines() {
@@ -201,7 +201,7 @@ fn or_none(part: &str) -> &str {
     if part.is_empty() { "no-such-part" } else { part }
 }
 
-/// Whether the machine has a tool of CUDA where the check looks beside the path.
+/// Whether this machine has CUDA tools in a folder that the check searches.
 fn installed() -> bool {
     ["/usr/local/cuda", "/opt/nvidia"].iter().any(|folder| Path::new(folder).exists())
 }
@@ -211,7 +211,7 @@ fn stdout(output: &Output) -> String {
 }
 
 #[test]
-fn a_host_where_all_is_well() {
+fn a_host_without_problems() {
     let pack = Pack::new(&Host::default());
     let (output, record, items) = pack.check(&["--budget", "120"]);
     let said = stdout(&output);
@@ -237,7 +237,7 @@ fn a_host_where_all_is_well() {
 }
 
 #[test]
-fn what_hangs_is_killed_and_the_rest_goes_on() {
+fn hanging_items_are_killed_and_the_rest_runs() {
     let pack = Pack::new(&Host {
         tests: &["gemm::gpu_0::hangs", "gemm::gpu_1::hangs"],
         hanging_bench: "gemm/backward-input",
@@ -280,7 +280,7 @@ fn after_a_fault_each_test_has_a_process_of_its_own() {
 }
 
 #[test]
-fn what_is_missing_is_said() {
+fn missing_tools_are_reported() {
     let pack = Pack::new(&Host { missing: &["cublaslt", "torch", "ncu", "compute-sanitizer"], ..Host::default() });
     let (output, record, items) = pack.check(&["--budget", "120"]);
     let said = stdout(&output);
@@ -305,7 +305,7 @@ fn what_is_missing_is_said() {
 }
 
 #[test]
-fn executables_that_are_not_there() {
+fn missing_executables_are_reported() {
     let pack = Pack::new(&Host { lost: &["standin", "cuda", "kernels"], ..Host::default() });
     let (output, record, items) = pack.check(&["--budget", "120"]);
     assert_eq!(output.status.code(), Some(1));
@@ -319,7 +319,7 @@ fn executables_that_are_not_there() {
 }
 
 #[test]
-fn the_budget_is_kept() {
+fn the_time_budget_is_kept() {
     let hanging: Vec<String> = (0..30).map(|i| format!("family{i}::cuda_0::hangs")).collect();
     let hanging: Vec<&str> = hanging.iter().map(String::as_str).collect();
     let pack = Pack::new(&Host { tests: &hanging, ..Host::default() });
@@ -337,9 +337,9 @@ fn the_budget_is_kept() {
     assert!(late.count() > 40, "{items:?}");
 }
 
-/// As when a machine is taken back: the record is what it was after the last item, and names the others.
+/// As when a machine is reclaimed: the record holds the finished items, and names the others.
 #[test]
-fn a_check_that_is_ended_leaves_a_record() {
+fn a_terminated_check_leaves_a_record() {
     let pack = Pack::new(&Host { tests: &["gemm::gpu_0::hangs"], ..Host::default() });
     let mut running = pack.command(&["--budget", "120"]).stdout(std::process::Stdio::null()).spawn().unwrap();
     let began = Instant::now();
@@ -361,7 +361,7 @@ fn a_check_that_is_ended_leaves_a_record() {
 }
 
 #[test]
-fn some_of_it() {
+fn a_part_of_the_items() {
     let pack = Pack::new(&Host::default());
     let (_, _, items) = pack.check(&["--budget", "60", "--only", "known", "ncu/gemm"]);
     for (name, [status, reason]) in &items {

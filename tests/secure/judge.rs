@@ -1,4 +1,4 @@
-//! The judge against a small server on the loopback address.
+//! The judge against a local HTTP server.
 
 use crate::common::judge_server::{reply, serve};
 use std::net::TcpListener;
@@ -32,7 +32,7 @@ fn asks_and_reads_the_score() {
 }
 
 #[test]
-fn tries_again_after_what_may_pass() {
+fn transient_errors_are_retried() {
     let (url, _requests) = serve(vec![(503, "busy".into()), (429, "slower".into()), (200, reply("2"))]);
     assert_eq!(Judge::new(options(&url)).unwrap().judge("a", "b").unwrap(), Some(2.0));
     let (url, _requests) = serve(vec![(500, String::new()), (500, String::new()), (500, String::new())]);
@@ -44,7 +44,7 @@ fn tries_again_after_what_may_pass() {
 }
 
 #[test]
-fn strange_servers_are_survived() {
+fn misbehaving_servers_are_errors() {
     let long = format!("{{\"x\":\"{}\"}}", "y".repeat(3 << 20));
     let (url, _requests) = serve(vec![(200, long.clone()), (200, long.clone()), (200, long)]);
     assert!(Judge::new(options(&url)).unwrap().judge("a", "b").is_err());
@@ -59,7 +59,7 @@ fn strange_servers_are_survived() {
 }
 
 #[test]
-fn wrong_options_are_named() {
+fn invalid_options_are_named() {
     let error = |o: JudgeOptions| Judge::new(o).err().unwrap().to_string();
     assert!(error(JudgeOptions::default()).contains("judge.url"));
     assert!(error(JudgeOptions { url: "ftp://x".into(), ..options("x") }).contains("judge.url"));

@@ -1,4 +1,4 @@
-//! Probes on made-up features, their file, and drift.
+//! Probes on synthetic features, their file, and drift.
 
 use crate::common;
 use std::collections::BTreeMap;
@@ -31,8 +31,8 @@ fn prompts() -> Vec<SecurityPrompt> {
     prompts
 }
 
-/// Three layers of noise; `strength[l]` of layer l's first feature is the label, the second tells odd from even pairs, which is the
-/// category of harmful prompts, the third the number of words; the last feature is constant.
+/// Three layers of noise. Layer l's first feature holds the label with weight `strength[l]`, the second whether the pair is odd (the
+/// category of harmful prompts), the third the number of words; the last feature is constant.
 fn features(prompts: &[SecurityPrompt], strength: [f64; 3], hidden: usize, seed: u64) -> Features {
     let mut draw = Philox::new(seed, 0);
     let layers = strength
@@ -72,7 +72,7 @@ fn train(prompts: &[SecurityPrompt], features: &Features, options: &ProbeOptions
 }
 
 #[test]
-fn finds_what_is_there_and_nothing_else() {
+fn probes_separate_exactly_the_informative_layers() {
     let prompts = prompts();
     // With more features than prompts, noise hides what is there, but not all of it.
     for (hidden, enough) in [(HIDDEN, 0.97), (300, 0.75)] {
@@ -97,7 +97,7 @@ fn finds_what_is_there_and_nothing_else() {
 }
 
 #[test]
-fn pairs_that_leak_and_bad_shapes_are_refused() {
+fn leaking_pairs_and_bad_shapes_are_refused() {
     let mut prompts = prompts();
     let features = features(&prompts, [0.0, 1.0, 5.0], HIDDEN, 1);
     let run = |prompts: &[SecurityPrompt], features: &Features, options: &ProbeOptions| {
@@ -125,7 +125,7 @@ fn pairs_that_leak_and_bad_shapes_are_refused() {
 }
 
 #[test]
-fn the_file_reads_back_and_damage_is_refused() {
+fn the_file_round_trips_and_damage_is_refused() {
     let prompts = prompts();
     let features = features(&prompts, [0.0, 1.0, 5.0], HIDDEN, 1);
     let probe = train(&prompts, &features, &ProbeOptions::default());
@@ -179,7 +179,7 @@ fn other_models_are_refused() {
 }
 
 #[test]
-fn drift_sees_a_lost_direction() {
+fn drift_detects_a_lost_direction() {
     let prompts = prompts();
     let base = features(&prompts, [0.0, 1.0, 5.0], HIDDEN, 1);
     let probe = train(&prompts, &base, &ProbeOptions::default());

@@ -1,4 +1,4 @@
-//! The robustness map on a small random model: against copies perturbed by hand, resumed, refused, and searched.
+//! The robustness map on a small random model: against copies perturbed by hand; resuming, refusals, and the search on it.
 
 use crate::common;
 use std::fs;
@@ -14,7 +14,7 @@ use swat::secure::{
     prompts_hash, robustness, search, snapshot, train_probe,
 };
 
-/// Prompts whose last token says harmful (below 30) or benign: even a random model tells them apart.
+/// Prompts whose last token determines the label (harmful: below 30), so that a probe separates them even on a random model.
 struct World {
     decoder: Decoder<Cpu>,
     prompts: Vec<SecurityPrompt>,
@@ -65,7 +65,7 @@ fn world() -> World {
     World { decoder, prompts, tokens, control, probe }
 }
 
-fn proxy<'w>(world: &'w World, kind: NoiseKind, options: ScorerOptions) -> PerturbationScorer<'w, Cpu> {
+fn scorer<'w>(world: &'w World, kind: NoiseKind, options: ScorerOptions) -> PerturbationScorer<'w, Cpu> {
     try_proxy(world, kind, options, "model").unwrap()
 }
 
@@ -100,10 +100,10 @@ fn close(a: f64, b: f64) -> bool {
 }
 
 #[test]
-fn scale_agrees_with_a_model_changed_by_hand() {
+fn scaling_agrees_with_a_model_scaled_by_hand() {
     let mut world = world();
     let options = ScorerOptions { kind: Noise::Scale, ..small() };
-    let proxy_of = proxy(&world, NoiseKind::Scale, options);
+    let proxy_of = scorer(&world, NoiseKind::Scale, options);
     let map = robustness(&proxy_of, &at(0.5), None, &mut |_| {}).unwrap();
     assert_eq!(map.cells.len(), world.decoder.config.cells().len());
     assert_eq!((map.seeds.len(), map.antithetic), (1, true));
@@ -145,11 +145,11 @@ fn scale_agrees_with_a_model_changed_by_hand() {
 }
 
 #[test]
-fn noise_costs_more_with_its_strength_and_controls_are_there() {
+fn stronger_noise_costs_more_and_controls_are_reported() {
     let world = world();
-    let proxy = proxy(&world, NoiseKind::Gaussian, small());
-    let weak = robustness(&proxy, &at(0.05), None, &mut |_| {}).unwrap();
-    let strong = robustness(&proxy, &at(1.5), None, &mut |_| {}).unwrap();
+    let scorer = scorer(&world, NoiseKind::Gaussian, small());
+    let weak = robustness(&scorer, &at(0.05), None, &mut |_| {}).unwrap();
+    let strong = robustness(&scorer, &at(1.5), None, &mut |_| {}).unwrap();
     let mean = |map: &RobustnessMap| {
         map.cells.iter().map(|c| c.drop[&ScoreKind::Gap].mean).sum::<f64>() / map.cells.len() as f64
     };
@@ -164,19 +164,19 @@ fn noise_costs_more_with_its_strength_and_controls_are_there() {
     let all: u64 = strong.cells.iter().map(|c| c.parameters).sum();
     let expected: usize = world.decoder.params().iter().map(|p| p.values.len()).sum();
     assert_eq!(all, expected as u64);
-    let automatic = robustness(&proxy, &RobustnessOptions::default(), None, &mut |_| {}).unwrap();
+    let automatic = robustness(&scorer, &RobustnessOptions::default(), None, &mut |_| {}).unwrap();
     assert!(automatic.epsilon > 0.01 && automatic.epsilon <= 2.0);
     assert!(automatic.epsilon_sweep.windows(2).all(|p| p[0].epsilon < p[1].epsilon && p[0].drop < 0.5));
 }
 
 #[test]
-fn chunks_and_groups_change_nothing() {
+fn chunking_and_grouping_change_nothing() {
     let world = world();
     let whole = ScorerOptions { members: 2, ..Default::default() };
     let tiny = ScorerOptions { batch_tokens: 7, group_bytes: 1, budget_bytes: 1, ..whole.clone() };
     let options = RobustnessOptions { cells: "layers.1 embed_tokens".into(), ..at(0.7) };
-    let maps =
-        [whole, tiny].map(|o| robustness(&proxy(&world, NoiseKind::Gaussian, o), &options, None, &mut |_| {}).unwrap());
+    let maps = [whole, tiny]
+        .map(|o| robustness(&scorer(&world, NoiseKind::Gaussian, o), &options, None, &mut |_| {}).unwrap());
     for (a, b) in maps[0].cells.iter().zip(&maps[1].cells) {
         assert_eq!(a.cell, b.cell);
         assert!(close(a.drop[&ScoreKind::Gap].mean, b.drop[&ScoreKind::Gap].mean), "{}", a.cell);
@@ -184,12 +184,12 @@ fn chunks_and_groups_change_nothing() {
     }
 }
 
-/// Runs a map and stops it after `groups` groups, as a killed process would.
+/// Runs a map that fails after `groups` groups, as if the process were killed.
 fn interrupted(world: &World, out: &Path, groups: usize) {
-    let proxy = proxy(world, NoiseKind::Gaussian, ScorerOptions { group_bytes: 1, ..small() });
+    let scorer = scorer(world, NoiseKind::Gaussian, ScorerOptions { group_bytes: 1, ..small() });
     let mut left = groups + 1;
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let _ = robustness(&proxy, &at(0.7), Some(out), &mut |_| {
+        let _ = robustness(&scorer, &at(0.7), Some(out), &mut |_| {
             left -= 1;
             assert!(left > 0, "stopped on purpose");
         });
@@ -198,21 +198,21 @@ fn interrupted(world: &World, out: &Path, groups: usize) {
 }
 
 #[test]
-fn an_interrupted_map_goes_on_where_it_was() {
+fn an_interrupted_map_is_resumed() {
     let world = world();
     let dir = tempfile::tempdir().unwrap();
     let (out, whole) = (dir.path().join("map.json"), dir.path().join("whole.json"));
     let partial = dir.path().join("map.json.partial.jsonl");
     let options = || ScorerOptions { group_bytes: 1, ..small() };
     let expected =
-        robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&whole), &mut |_| {}).unwrap();
+        robustness(&scorer(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&whole), &mut |_| {}).unwrap();
     interrupted(&world, &out, 5);
     let text = fs::read_to_string(&partial).unwrap();
     assert_eq!(text.lines().count(), 6, "a header and five groups of one cell");
     // The last line is cut off.
     fs::write(&partial, &text[..text.len() - 20]).unwrap();
     let mut first = None;
-    let map = robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&out), &mut |p| {
+    let map = robustness(&scorer(&world, NoiseKind::Gaussian, options()), &at(0.7), Some(&out), &mut |p| {
         first.get_or_insert(p.done);
         assert_eq!(p.total, expected.cells.len());
     })
@@ -228,7 +228,7 @@ fn an_interrupted_map_goes_on_where_it_was() {
     // Another ε is another run: nothing is taken over.
     interrupted(&world, &out, 3);
     let mut first = None;
-    robustness(&proxy(&world, NoiseKind::Gaussian, options()), &at(0.6), Some(&out), &mut |p| {
+    robustness(&scorer(&world, NoiseKind::Gaussian, options()), &at(0.6), Some(&out), &mut |p| {
         first.get_or_insert(p.done);
     })
     .unwrap();
@@ -236,7 +236,7 @@ fn an_interrupted_map_goes_on_where_it_was() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused() {
+fn mismatched_inputs_are_refused() {
     let world = world();
     let text = |r: Result<PerturbationScorer<'_, Cpu>>| r.err().unwrap().to_string();
     assert!(text(try_proxy(&world, NoiseKind::Gaussian, small(), "other")).contains("hash other"));
@@ -244,13 +244,13 @@ fn what_does_not_fit_is_refused() {
     assert!(text(try_proxy(&world, NoiseKind::Gaussian, none, "model")).contains("members"));
     let ood = ScorerOptions { split: Split::Ood, ..small() };
     assert!(text(try_proxy(&world, NoiseKind::Gaussian, ood, "model")).contains("`ood`"));
-    let proxy = proxy(&world, NoiseKind::Gaussian, small());
+    let scorer = scorer(&world, NoiseKind::Gaussian, small());
     for (options, word) in [
         (at(0.0), "epsilon"),
         (RobustnessOptions { cells: "layers.9".into(), ..at(1.0) }, "layer 9"),
         (RobustnessOptions { epsilon_target: 2.0, ..Default::default() }, "epsilon_target"),
     ] {
-        let error = robustness(&proxy, &options, None, &mut |_| {}).unwrap_err();
+        let error = robustness(&scorer, &options, None, &mut |_| {}).unwrap_err();
         assert!(error.to_string().contains(word) && error.exit_code() == 2, "{error}");
     }
     assert!(serde_json::from_str::<RobustnessOptions>("{\"epsilonn\": 1}").is_err());
@@ -264,17 +264,17 @@ fn what_does_not_fit_is_refused() {
 }
 
 #[test]
-fn a_search_over_the_real_proxy() {
+fn a_search_with_the_real_scorer() {
     let world = world();
-    let proxy = proxy(&world, NoiseKind::Gaussian, small());
-    let map = robustness(&proxy, &at(0.3), None, &mut |_| {}).unwrap();
+    let scorer = scorer(&world, NoiseKind::Gaussian, small());
+    let map = robustness(&scorer, &at(0.3), None, &mut |_| {}).unwrap();
     let options = SearchOptions { tau: 0.3, floor: 0.01, ..Default::default() };
-    let joint = &mut |set: &ModuleSet, seeds: &[u64]| proxy.joint(set, options.score, map.epsilon, seeds);
+    let joint = &mut |set: &ModuleSet, seeds: &[u64]| scorer.joint(set, options.score, map.epsilon, seeds);
     let mods = search(&map, &options, joint, &mut |p| assert!(p.done <= p.total)).unwrap();
     let set = mods.modules(&world.decoder.config.cells()).unwrap();
     assert!(!set.is_empty() && mods.share <= 0.5 && mods.joint <= 0.3);
-    let again = proxy.joint(&set, options.score, map.epsilon, &map.seeds).unwrap();
+    let again = scorer.joint(&set, options.score, map.epsilon, &map.seeds).unwrap();
     assert!((again - mods.joint).abs() < 1e-9);
-    assert!(proxy.observe(&[], 0.3).unwrap().is_empty());
-    assert_eq!(proxy.joint(&ModuleSet::default(), ScoreKind::Gap, 0.3, &[1]).unwrap(), 0.0);
+    assert!(scorer.observe(&[], 0.3).unwrap().is_empty());
+    assert_eq!(scorer.joint(&ModuleSet::default(), ScoreKind::Gap, 0.3, &[1]).unwrap(), 0.0);
 }

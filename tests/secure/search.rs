@@ -1,4 +1,4 @@
-//! The search for Mods_Rob on joint functions that are made up, and the names of module sets.
+//! The search for Mods_Rob on synthetic joint scores, and named module sets.
 
 use crate::common;
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use swat::secure::{
     random_set, search, share,
 };
 
-/// A map of four layers in which all cells have the same size; `drop(cell, seed)` is R of a cell by itself.
+/// A map of four layers with cells of equal size; `drop(cell, seed)` is the R of a single cell.
 fn map(seeds: &[u64], drop: impl Fn(ModuleId, u64) -> f64) -> RobustnessMap {
     let stat = |mean| Stat { mean, error: None };
     let mut cells = Vec::new();
@@ -60,7 +60,7 @@ fn modules(set: &ModuleSet) -> impl Iterator<Item = ModuleId> + '_ {
     set.iter().filter_map(|c| if let Cell::Module(m) = c { Some(m) } else { None })
 }
 
-/// Joint R that is the sum of single ones.
+/// A joint R that is the sum over the cells.
 fn additive(drop: impl Fn(ModuleId) -> f64) -> impl Fn(&ModuleSet, &[u64]) -> swat::error::Result<f64> {
     move |set, _| Ok(modules(set).map(&drop).sum())
 }
@@ -99,7 +99,7 @@ fn takes_the_most_robust_up_to_the_cap() {
 }
 
 #[test]
-fn robust_modules_that_are_sensitive_together_are_kept_apart() {
+fn modules_that_are_sensitive_together_are_not_combined() {
     // Pattern C: V of layer 3 and O of layer 3 are harmless alone and ruinous together.
     let single = |m: ModuleId| 0.001 * (4 - m.layer) as f64;
     let both =
@@ -138,7 +138,7 @@ fn a_swap_replaces_what_looked_robust_and_is_not() {
 }
 
 #[test]
-fn windows_hold_neighbours_of_a_kind() {
+fn windows_are_consecutive_layers_of_one_kind() {
     let drop = |m: ModuleId| 0.001 * (4 - m.layer) as f64;
     let map = map(&[1], |m, _| drop(m));
     let options = SearchOptions { window: Some(3), cap: 0.25, tau: 1.0, swap: false, ..Default::default() };
@@ -148,7 +148,7 @@ fn windows_hold_neighbours_of_a_kind() {
 }
 
 #[test]
-fn the_majority_decides_and_is_checked_as_one() {
+fn the_majority_over_seeds_is_checked_jointly() {
     // Seed 1 likes O and Q, seed 2 O and V, seed 3 O and V.
     let liked = |m: ModuleId, seed: u64| match m.kind {
         ModuleKind::O => true,
@@ -174,7 +174,7 @@ fn the_majority_decides_and_is_checked_as_one() {
 }
 
 #[test]
-fn a_set_below_the_floor_is_an_error_that_says_what_to_do() {
+fn a_set_below_the_floor_is_an_error_with_advice() {
     let map = map(&[1, 2], |_, _| 0.3);
     let error = search(&map, &SearchOptions::default(), &mut additive(|_| 0.3), &mut |_| {}).unwrap_err();
     let text = error.to_string();
@@ -192,7 +192,7 @@ fn a_set_below_the_floor_is_an_error_that_says_what_to_do() {
 }
 
 #[test]
-fn files_are_edited_by_hand_and_sets_have_names() {
+fn edited_files_and_named_sets_are_read() {
     let config = common::config(4, true, true, false);
     let drop = |m: ModuleId| 0.001 * (4 - m.layer) as f64;
     let map = map(&[1], |m, _| drop(m));

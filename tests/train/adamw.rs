@@ -1,4 +1,4 @@
-//! The masked optimiser against plain loops in f64.
+//! The masked optimizer against plain loops in f64.
 
 use crate::common;
 use std::collections::BTreeMap;
@@ -21,7 +21,7 @@ fn model() -> Decoder<Cpu> {
     common::decoder(common::config(2, true, true, true), 11)
 }
 
-/// V, O and the norms of layer 0, at rates of their own.
+/// V of layer 0, O of layer 1 and the norms of layer 0, each with its own learning rate and decay.
 fn some() -> LearningRates {
     let mut rates = LearningRates::default();
     rates.set(Cell::module(0, ModuleKind::V), Rate { lr: 1.0, weight_decay: 1.0 });
@@ -76,7 +76,7 @@ fn gradients_for(decoder: &Decoder<Cpu>, rates: &LearningRates) -> Gradients<Cpu
     Gradients::new(decoder, |id| rates.trains(id.cell())).unwrap()
 }
 
-fn on_host(decoder: &Decoder<Cpu>, gradients: &Gradients<Cpu>) -> BTreeMap<ParamId, Vec<f32>> {
+fn to_host(decoder: &Decoder<Cpu>, gradients: &Gradients<Cpu>) -> BTreeMap<ParamId, Vec<f32>> {
     use swat::backend::Backend;
     let read = |buffer: &swat::backend::Buffer<Cpu, f32>| {
         let mut host = vec![0f32; buffer.len()];
@@ -86,8 +86,8 @@ fn on_host(decoder: &Decoder<Cpu>, gradients: &Gradients<Cpu>) -> BTreeMap<Param
     gradients.iter().map(|(id, buffer)| (id, read(buffer))).collect()
 }
 
-/// Takes `steps` steps of both and compares norms and, at the end, all weights.
-fn follow(
+/// Takes `steps` steps of both; compares gradient norms and, at the end, all weights.
+fn assert_steps_agree(
     decoder: &mut Decoder<Cpu>,
     optimizer: &mut Optimizer<Cpu>,
     reference: &mut Reference,
@@ -99,7 +99,7 @@ fn follow(
         let batch = common::batch(&decoder.config, &[7, 12, 3], seed);
         let scale = 1.0 / batch.trained_tokens() as f32;
         decoder.loss_and_gradients(&batch, &mut gradients, GradientOptions::scaled(scale)).unwrap();
-        let expected = reference.step(&on_host(decoder, &gradients), rates);
+        let expected = reference.step(&to_host(decoder, &gradients), rates);
         let StepOutcome::Done { grad_norm } = optimizer.step(decoder, &gradients, &SETTINGS).unwrap() else {
             panic!("finite gradients were refused")
         };
@@ -119,7 +119,7 @@ fn ten_masked_steps_equal_plain_loops() {
     let before: BTreeMap<_, _> = decoder.params().iter().map(|p| (p.id, decoder.read(p.id).unwrap())).collect();
     let mut reference = Reference::new(&decoder);
     let mut optimizer = Optimizer::new(&decoder, &some(), |_| true).unwrap();
-    follow(&mut decoder, &mut optimizer, &mut reference, &some(), 0..10);
+    assert_steps_agree(&mut decoder, &mut optimizer, &mut reference, &some(), 0..10);
     // Frozen tensors have neither moments nor decay.
     for (id, before) in before {
         assert_eq!(decoder.read(id).unwrap() == before, !some().trains(id.cell()), "{id}");
@@ -132,14 +132,14 @@ fn carried_moments_keep_their_age_beside_new_ones() {
     let mut decoder = model();
     let mut reference = Reference::new(&decoder);
     let mut optimizer = Optimizer::new(&decoder, &some(), |_| true).unwrap();
-    follow(&mut decoder, &mut optimizer, &mut reference, &some(), 0..4);
+    assert_steps_agree(&mut decoder, &mut optimizer, &mut reference, &some(), 0..4);
     let everything = all(&decoder);
     let mut optimizer = optimizer.next_phase(&decoder, &everything, |_| true).unwrap();
-    follow(&mut decoder, &mut optimizer, &mut reference, &everything, 4..8);
+    assert_steps_agree(&mut decoder, &mut optimizer, &mut reference, &everything, 4..8);
 }
 
 #[test]
-fn a_predicate_narrows_what_trains() {
+fn a_predicate_restricts_what_trains() {
     let decoder = model();
     let weight = |id| matches!(id, ParamId::Weight(_));
     let optimizer = Optimizer::new(&decoder, &some(), weight).unwrap();

@@ -4,5 +4,7 @@ mod adamw;
 #[path = "../common/mod.rs"]
 mod common;
 mod options;
+mod resume;
+mod run;
 mod schedule;
 mod tuner;

@@ -1,5 +1,5 @@
-//! The peer of products: where its library is found, which of its algorithms is taken, and that what it computes is what
-//! ours compute. A library of a few loops (`cublaslt.cpp`) stands for it.
+//! The cuBLASLt peer: where its library is found, which algorithm is chosen, and that its products agree with ours. A fake library of a few
+//! loops (`cublaslt.cpp`) replaces it.
 
 use super::{median, standin};
 use half::bf16;
@@ -9,7 +9,7 @@ use swat::backend::cuda::{Cuda, F32State, GemmLayout, GemmShape};
 use swat::backend::{Backend, Buffer, Epilogue, FloatElement};
 use swat_bench::common::{cublaslt::CublasLt, libraries, random};
 
-/// The library in `folder`, under the name that packages give it; `None` without a C++ compiler.
+/// Builds the fake library in `folder`, under the SONAME of cuBLASLt; `None` without a C++ compiler.
 fn fake(folder: &Path) -> Option<PathBuf> {
     std::fs::create_dir_all(folder).unwrap();
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/cublaslt.cpp");
@@ -21,7 +21,7 @@ fn fake(folder: &Path) -> Option<PathBuf> {
     Some(library)
 }
 
-/// Runs a test of this executable that does nothing otherwise, where `settings` are the only places to find a library.
+/// Runs one of the `child_…` tests in a child process in which `settings` are the only places to find a library.
 fn child(test: &str, settings: &[(&str, &Path)]) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture"]).env("SWAT_TEST_LIBRARIES", "1");
@@ -39,18 +39,18 @@ fn is_child() -> bool {
 }
 
 #[test]
-fn says_where_it_is() {
+fn child_looks_for_the_library() {
     if is_child() {
         println!("looked: {:?}", libraries::open("cublasLt"));
     }
 }
 
 #[test]
-fn is_found_where_packages_put_it() {
+fn is_found_in_package_folders() {
     let directory = tempfile::tempdir().unwrap();
     let environment = directory.path().join("venv");
     let nowhere = directory.path().join("nowhere");
-    let missing = child("cublaslt::says_where_it_is", &[("PATH", &nowhere)]);
+    let missing = child("cublaslt::child_looks_for_the_library", &[("PATH", &nowhere)]);
     if missing.contains("looked: Ok") {
         return;
     }
@@ -71,17 +71,17 @@ fn is_found_where_packages_put_it() {
         (vec![("PATH", bin.as_path())], packaged.clone()),
         (vec![("CUDA_HOME", cuda_home.as_path()), ("PATH", &nowhere)], lib64.join("libcublasLt.so.13")),
     ] {
-        let said = child("cublaslt::says_where_it_is", &settings);
+        let said = child("cublaslt::child_looks_for_the_library", &settings);
         assert!(said.contains(&format!("looked: Ok({:?})", place.display().to_string())), "{settings:?}: {said}");
     }
     // One that cannot be opened is told.
     std::fs::write(&packaged, "no library").unwrap();
-    let said = child("cublaslt::says_where_it_is", &[("PATH", &bin)]);
+    let said = child("cublaslt::child_looks_for_the_library", &[("PATH", &bin)]);
     assert!(said.contains("looked: Err") && said.contains("too short"), "{said}");
 }
 
 #[test]
-fn computes_what_ours_compute() {
+fn agrees_with_ours() {
     if standin::real() {
         return;
     }
@@ -90,12 +90,12 @@ fn computes_what_ours_compute() {
     if !standin::available() || fake(&lib).is_none() {
         return;
     }
-    let said = child("cublaslt::as_a_peer", &[("VIRTUAL_ENV", directory.path())]);
+    let said = child("cublaslt::child_compares_products", &[("VIRTUAL_ENV", directory.path())]);
     assert!(said.contains("compared 3 products") || said.contains("another library"), "{said}");
 }
 
 #[test]
-fn as_a_peer() {
+fn child_compares_products() {
     if !is_child() {
         return;
     }
@@ -138,7 +138,7 @@ fn compare<T: FloatElement>(cuda: &Cuda<F32State>, library: &std::rc::Rc<CublasL
     }
 }
 
-/// How often each algorithm of the library was run.
+/// Number of runs of each algorithm of the fake library.
 fn runs() -> [i32; 4] {
     // SAFETY: the library is open, under this name; the function has this type.
     unsafe {

@@ -1,5 +1,5 @@
-//! The benches' own arithmetic and clocks: intervals against known cases, kernels of known length on the stand-in GPU, and
-//! every ladder of every family once, at sizes that are not worth measuring.
+//! The bench framework's own arithmetic and clocks: intervals against known cases, kernels of known duration on the stand-in GPU, and every
+//! ladder of every family once, at tiny sizes.
 
 mod cublaslt;
 mod standin;
@@ -17,7 +17,7 @@ use swat_bench::common::session::{Choice, Mode};
 use swat_bench::common::stats::{median, median_interval, quantile};
 use swat_bench::common::{Device, Scale, Session, random};
 
-/// A session of tiny ladders, all of which are sampled.
+/// A session that samples everything, at tiny sizes.
 fn session(family: &'static str) -> Session {
     Session::new(family, Mode::Json(Choice::default()), Scale::tiny())
 }
@@ -35,7 +35,7 @@ fn every_ladder_runs_on_the_cpu() {
 
 #[test]
 fn every_ladder_runs_on_a_gpu() {
-    let _turn = turn();
+    let _turn = exclusive();
     let Some(cuda) = standin::open(0) else { return };
     every_ladder(&cuda);
 }
@@ -53,7 +53,7 @@ fn every_ladder(cuda: &Cuda<F32State>) {
     known_clock(0, 0);
 }
 
-/// What is chosen, and of which families nothing can be.
+/// Which ids are chosen, and which families are skipped as a whole.
 #[test]
 fn choices() {
     let choice = |parts: &[&str], variants: &[&str]| {
@@ -77,10 +77,10 @@ fn choices() {
     }
 }
 
-/// Called twice, the second time while a profiler is told to look.
+/// `--once` calls twice, the second time within the profiler's range.
 #[test]
-fn once_is_for_a_profiler() {
-    let _turn = turn();
+fn once_runs_within_a_profiler_range() {
+    let _turn = exclusive();
     let Some(cuda) = standin::open(1) else { return };
     if standin::real() {
         return;
@@ -99,7 +99,7 @@ fn once_is_for_a_profiler() {
     assert!(profiled > 0 && session.measured.is_empty());
 }
 
-/// Kernels whose accesses may take more than they need, how many times, and why.
+/// Kernels whose accesses may take more than the minimum: prefix, factor, reason.
 const WIDER: [(&str, f64, &str); 6] = [
     ("gemm_tn_decode", 1.15, "outputs of few rows, an element a row; the weight, of few columns here, is what counts"),
     ("gemm_tn_each_decode", 1.15, "the same"),
@@ -109,8 +109,8 @@ const WIDER: [(&str, f64, &str); 6] = [
     ("attention_backward_", 1.05, "D lies by heads"),
 ];
 
-/// Of what nvcc made of the kernels: global memory by whole sectors, shared memory without bank conflicts. Baselines and the
-/// fall-backs for what is not aligned are not held to it.
+/// Compiled kernels access global memory in full sectors, and shared memory without bank conflicts. Baselines and the fallbacks for
+/// unaligned data are exempt.
 #[test]
 fn accesses() {
     if !standin::compiled() {
@@ -144,13 +144,13 @@ fn accesses() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// One at a time: the clock of a stand-in's device belongs to the process.
-fn turn() -> MutexGuard<'static, ()> {
+/// Serializes tests: the clock of a stand-in's device belongs to the process.
+fn exclusive() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Lets each kernel take so long on the stand-in; a real GPU keeps its own clock.
+/// Fixes the duration of each kernel on the stand-in; a real GPU keeps its own clock.
 fn known_clock(ordinal: i32, ns: u64) {
     if !standin::real() {
         standin::each_takes(ordinal, ns);
@@ -168,7 +168,7 @@ fn quantiles_are_between_neighbours() {
     assert!(median(&[]).is_nan());
 }
 
-/// The ranks of the tables of the sign test (Dixon and Mood 1946): n, and the k-th from both ends.
+/// Ranks from the tables of the sign test (Dixon and Mood 1946): n, and the rank from both ends.
 #[test]
 fn intervals_have_the_ranks_of_the_sign_test() {
     for (n, rank) in [(6, 1), (8, 1), (9, 2), (11, 2), (12, 3), (15, 4), (20, 6), (25, 8), (41, 14), (100, 40)] {
@@ -180,9 +180,9 @@ fn intervals_have_the_ranks_of_the_sign_test() {
     assert!(median_interval(&[]).iter().all(|end| end.is_nan()));
 }
 
-/// Of many draws, at least 95 % of the intervals hold the true median, and not nearly all of them do.
+/// Over many draws at least 95 % of the intervals contain the true median, but not nearly all.
 #[test]
-fn intervals_hold_the_median_as_often_as_they_say() {
+fn intervals_contain_the_median_as_often_as_stated() {
     let mut rng = swat::rng::Philox::new(5, 0);
     let held = (0..4000).filter(|_| {
         let samples: Vec<f64> = (0..20).map(|_| rng.normal().exp()).collect();
@@ -195,7 +195,7 @@ fn intervals_hold_the_median_as_often_as_they_say() {
 }
 
 #[test]
-fn a_verdict_needs_an_interval_that_leaves_1_out() {
+fn a_verdict_needs_an_interval_without_1() {
     let names = ["a".to_string(), "b".to_string()];
     let about = |centre: f64| -> Vec<f64> { (0..21).map(|i| centre + 0.001 * f64::from(i - 10)).collect() };
     assert!(verdict(&names, &about(1.1)).ends_with("a is faster"));
@@ -205,7 +205,7 @@ fn a_verdict_needs_an_interval_that_leaves_1_out() {
 }
 
 #[test]
-fn a_roofline_names_the_nearer_ceiling_and_the_best_peer() {
+fn the_table_names_the_limiting_resource_and_the_best_peer() {
     let ceilings = Roofline { flops_per_s: 1e15, bytes_per_s: 1e12 };
     let measured = |variant: &str, peer, ns, bytes, flops| Measured {
         family: "gemm",
@@ -230,7 +230,7 @@ fn a_roofline_names_the_nearer_ceiling_and_the_best_peer() {
     assert!(text.contains("fast (peer)") && text.contains("1.50"), "{text}");
 }
 
-/// Two tensors, the second written by a copy.
+/// Source and destination of a copy.
 type Pair<D> = [Buffer<D, f32>; 2];
 
 fn pair<D: Device>(d: &D) -> Pair<D> {
@@ -241,7 +241,7 @@ fn copy<D: Device>(d: &D, [from, to]: &mut Pair<D>) {
     d.copy(from.view(), to.view_mut()).unwrap();
 }
 
-/// A ladder whose variants run one copy, and two.
+/// A ladder with a variant of one copy and a variant of two.
 fn with_copies<D: Device, R>(device: &D, f: impl FnOnce(&mut Ladder<'_, D, Pair<D>>) -> R) -> R {
     let mut session = session("clock");
     let cost = Cost { bytes: 512, flops: 0 };
@@ -254,8 +254,8 @@ fn with_copies<D: Device, R>(device: &D, f: impl FnOnce(&mut Ladder<'_, D, Pair<
 }
 
 #[test]
-fn work_of_known_length_is_timed_right() {
-    let _turn = turn();
+fn work_of_known_duration_is_timed_right() {
+    let _turn = exclusive();
     let Some(cuda) = standin::open(0) else { return };
     if standin::real() {
         return;
@@ -279,7 +279,7 @@ fn work_of_known_length_is_timed_right() {
 }
 
 #[test]
-fn captured_work_runs_when_it_is_replayed() {
+fn captured_work_runs_on_replay() {
     let Some(cuda) = standin::open(1) else { return };
     let [from, mut to] = pair(&cuda);
     let mut copied = false;
@@ -305,12 +305,12 @@ fn captured_work_runs_when_it_is_replayed() {
 }
 
 #[test]
-fn ceilings_are_not_absurd() {
+fn rooflines_are_plausible() {
     let (Roofline { flops_per_s, bytes_per_s }, whose) = Cpu::new().ceilings(Scale::tiny());
     assert_eq!(whose, "swat");
     assert!((1e9..1e14).contains(&flops_per_s), "{flops_per_s}");
     assert!((1e8..1e13).contains(&bytes_per_s), "{bytes_per_s}");
-    let _turn = turn();
+    let _turn = exclusive();
     let Some(cuda) = standin::open(0) else { return };
     if standin::real() {
         return;
@@ -324,7 +324,7 @@ fn ceilings_are_not_absurd() {
     assert!((bytes_per_s / (2e3 * scale.ceiling_bytes as f64) - 1.0).abs() < 1e-4, "{bytes_per_s}");
 }
 
-/// Two runs of one piece of work agree within a quarter, on a machine that may do other things: the best of ten tries.
+/// Two runs of the same work agree within a quarter, in the best of ten attempts, as the machine may be busy.
 #[test]
 fn repeated_runs_agree() {
     let device = Cpu::new();

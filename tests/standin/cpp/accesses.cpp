@@ -1,8 +1,8 @@
-// Accesses of compiled kernels, counted as a GPU carries them out. The n-th time that a lane is at an instruction belongs to the n-th
-// time of the other lanes of its warp.
-//   global memory: sectors of 32 bytes that are moved, against those that hold the bytes asked for;
-//   shared memory: cycles, a word a bank in each, against those that so many words need. Accesses of 8 and 16 bytes a lane go by halves
-//   and quarters of the warp.
+// Memory accesses of compiled kernels, counted in a GPU's units. A lane's n-th execution of an instruction is coalesced with the n-th
+// execution of the other lanes of its warp.
+//   global memory: 32-byte sectors that are moved, against those that would hold the requested bytes;
+//   shared memory: cycles (one word a bank in each), against those that so many words need at least. Accesses of 8 and 16 bytes a lane
+//   are served by halves and quarters of the warp.
 #include "accesses.h"
 #include <algorithm>
 #include <map>
@@ -57,7 +57,7 @@ void count_shared(const std::vector<Touch>& request, Totals& sum) {
 
 }  // namespace
 
-// Of a block: what each warp touched by each instruction.
+// What each warp of a block touched, by instruction.
 struct Accesses { std::map<const Site*, std::map<int, Warp>> by_site; };
 
 bool watch(const Launch& launch) {
@@ -99,9 +99,9 @@ void count_accesses() {
 }  // namespace standin
 
 // ---- for tests
-// Looks at accesses from now on.
+// Starts watching accesses.
 extern "C" STANDIN_API void standin_watch() { standin::asked = true; }
-// Calls with each instruction that was seen, and its counts.
+// Visits every instruction that was seen, with its counts.
 extern "C" STANDIN_API void standin_accesses(void* to, void (*visit)(void* to, const standin::Site*, const uint64_t* requests_moved_needed)) {
   std::lock_guard<std::mutex> guard(standin::lock);
   for (const auto& [site, sum] : standin::totals) visit(to, site, &sum.requests);

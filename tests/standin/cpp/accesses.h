@@ -1,22 +1,22 @@
-// What compiled kernels touch in memory, a warp's instruction at a time: the figures by which a GPU judges an access.
+// Memory accesses of compiled kernels, an instruction of a warp at a time, in the units of a GPU's counters.
 #pragma once
 #include "runtime.h"
 
 namespace standin {
 
-// An instruction that reads or writes memory: its kernel, the line of the source that it comes from, its bytes a lane, its memory,
-// whether it writes, and whether ptxas makes one access of it and of the one before it.
+// A load or store instruction: kernel, source line, bytes a lane, memory space, direction, and whether ptxas merges it with the one
+// before it.
 struct Site {
   const char *kernel, *file;
   int line, bytes;
   bool shared, writes, joined;
 };
 
-// Whether the accesses of a launch are looked at: in a process that has been told to, those of the first of a kernel with this grid.
+// Whether the accesses of a launch are watched: if watching is on, those of a kernel's first launch with this grid.
 bool watch(const Launch& launch);
-// The running thread touches `bytes` at this address (of shared memory: at this offset).
+// Records that the running thread touches `bytes` at this address (shared memory: at this offset).
 STANDIN_API void touch(const Site& site, uint64_t address, int bytes);
-// The block has ended: what its lanes touched is counted.
+// Counts what the lanes of a block touched, when it has ended.
 void count_accesses();
 
 }  // namespace standin

@@ -6,7 +6,7 @@ namespace standin {
 
 namespace {
 
-// Exponents as they are compared: those of zeros are below, those of what is not finite above all others, and so are their sums.
+// Exponents in the order in which they are compared: zeros below, infinities and NaN above all others, also in sums of two exponents.
 constexpr int16_t OF_ZERO = -8192, OF_INFINITY = 8192, LOWEST = -95, HIGHEST = 120;
 inline int16_t exponent(float x) {
   const uint32_t magnitude = __float_as_uint(x) & 0x7fffffff;
@@ -14,7 +14,7 @@ inline int16_t exponent(float x) {
   return magnitude == 0 ? OF_ZERO : magnitude >= 0x7f800000 ? OF_INFINITY : finite;
 }
 
-// One sum, of numbers of any size.
+// One sum, for exponents of any size.
 float add_any(float sum, const float* a, const float* b, int stride, int terms, int bits) {
   int top = exponent(sum);
   for (int k = 0; k < terms; k++) top = std::max(top, exponent(a[k]) + exponent(b[k * stride]));
@@ -30,7 +30,7 @@ float add_any(float sum, const float* a, const float* b, int stride, int terms, 
   return fabs((double)near) > fabs(total) ? nextafterf(near, 0.f) : near;
 }
 
-// Eight columns at a time. Vectors, because arrays would go through memory.
+// Eight columns at a time, in vector registers.
 constexpr int TILE = 8;
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
@@ -43,7 +43,7 @@ template <class V, class T> inline V load(const T* from) {
   return v;
 }
 
-// The largest exponents of eight sums: OF_ZERO and below where there are none.
+// The largest exponents of eight sums: OF_ZERO and below if all terms are zero.
 template <int Terms> inline Shorts tops(const float* sums, const int16_t* ea, const int16_t* eb) {
   const Ints bits = load<Ints>(sums) & 0x7fffffff, biased = bits >> 23;
   const Ints finite = (biased > 1 ? biased : 1) - 127;
@@ -56,9 +56,9 @@ template <int Terms> inline Shorts tops(const float* sums, const int16_t* ea, co
   return top;
 }
 
-// sums[j] + Σ a[k] · b[k][j] over a block, for eight columns whose largest exponents are these, from LOWEST to HIGHEST.
+// sums[j] + Σ a[k] · b[k][j] over a block, for eight columns with these largest exponents, between LOWEST and HIGHEST.
 template <int Terms, int Bits> inline Floats add_block(const float* sums, const float* a, const float* b, int stride, Shorts top) {
-  // In units of the last bit that is kept. A product is below 2^(Bits + 2) of them: eight have room in 31 bits, sixteen do not.
+  // In units of the last bit that is kept. A product is below 2^(Bits + 2) units: the sum of eight fits into 31 bits, of sixteen it does not.
   const Ints exponents = (Bits + 127 - __builtin_convertvector(top, Ints)) << 23;
   const Floats units = load<Floats>(&exponents);
   Ints parts[2] = {__builtin_convertvector(load<Floats>(sums) * units, Ints), Ints{}};

@@ -1,7 +1,7 @@
-// The sums of tensor cores, which are not those of f32: the products of a block are exact; they and the accumulator are cut off, towards
-// zero, some bits below the largest exponent among them; their sum is exact and cut off to a float. 16 products a block and 25 bits on
-// Hopper, 8 and 24 on Ampere: what bf16 with f32 sums was found to do there (Fasi et al., PeerJ Computer Science 7:e330; Khattak and
-// Mikaitis, arXiv 2512.07004; MMA-Sim, arXiv 2511.10909). src/cores.rs says the same in Rust.
+// Accumulation as tensor cores do it, which is not f32 arithmetic: the products of a block are exact; they and the accumulator are
+// truncated some bits below the largest exponent among them; their sum is exact, and truncated to a float. 16 products a block and 25 bits
+// on Hopper, 8 and 24 on Ampere, as was measured for bf16 with f32 accumulation (Fasi et al., PeerJ Computer Science 7:e330; Khattak and
+// Mikaitis, arXiv 2512.07004; MMA-Sim, arXiv 2511.10909). src/cores.rs is the same in Rust.
 #pragma once
 #include "runtime.h"
 
@@ -10,7 +10,7 @@ namespace standin {
 inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Most columns of a product.
+// Maximum number of columns of a product.
 constexpr int MAX_COLUMNS = 256;
 
 // sums [16 rows of `stride`] += a [16][16] · b [16 rows of `stride`], `columns` (a multiple of 8) of both, by the device's tensor cores.

@@ -1,6 +1,6 @@
-// The device language for a C++ compiler: what nvcc knows by itself, and the twin of every wrapper of kernels/prelude.cuh. With it
-// g++ compiles the kernel files as they are. Differences from a GPU: a block runs alone until it waits for another (see runtime.h),
-// and there are no caches, bank conflicts or clusters. All shared memory is NaN when a block starts.
+// CUDA C++ for g++: the built-ins of nvcc, and the counterpart of every wrapper of kernels/prelude.cuh. With it g++ compiles the kernel
+// files unchanged. Unlike on a GPU a block runs alone until it waits for another (see runtime.h), and there are no caches, bank conflicts or
+// clusters. Shared memory is NaN when a block starts.
 #pragma once
 #include "cores.h"
 #include "numbers.h"
@@ -8,7 +8,7 @@
 
 #define EXPORT(kernel) static ::standin::Export<&kernel> standin_export_##kernel(#kernel, __BASE_FILE__);
 
-// The host has it from what nvcc made of the file.
+// swat reads exported constants from nvcc's PTX.
 #define CONSTANT(name, ...) [[maybe_unused]] constexpr uint32_t name = __VA_ARGS__;
 
 #define __global__
@@ -20,7 +20,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-// A block runs on one CPU thread, so that a variable of the thread is one of the block.
+// A block runs on one CPU thread, so that a thread-local variable is shared by the block.
 #define __shared__ static thread_local
 
 #define dynamic_shared (::standin::block->dynamic)
@@ -40,7 +40,7 @@ static inline uint32_t shared_address(const void* p) {
   ::standin::die("an address of shared memory is needed, this one is elsewhere");
 }
 namespace standin {
-// The place of so many bytes from such an address on; null where they are outside.
+// Pointer to `bytes` at a shared-memory address; null if they are out of bounds.
 inline unsigned char* shared_place(size_t address, size_t bytes) {
   const Block& b = *block;
   const size_t statics = b.launch->kernel->statics_bytes, window = 0x40000;

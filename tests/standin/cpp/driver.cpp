@@ -1,4 +1,4 @@
-// libcuda's stand-in: the driver calls that cudarc makes, carried out at once, over several devices that behave differently.
+// The emulated libcuda: the driver calls that cudarc makes, executed synchronously, with several devices that behave differently.
 // A call that CUDA refuses is refused with the same error.
 #include <dlfcn.h>
 #include <algorithm>
@@ -62,8 +62,8 @@ double now(const Device* device) {
 
 }  // namespace
 
-// ---- a process of its own is told by the environment what it finds: the driver's version, which device is the first, how many
-// there are, the first's kernel that faults; and a file with a line a kernel file: its stem, its library, its image, what its kernels take
+// ---- settings of a child process, from its environment: driver version, first device, number of devices, the kernel of the first
+// device that faults; and a file with a line for each kernel file: stem, library, image, resources of its kernels
 namespace {
 int setting(const char* name, int otherwise) {
   const char* text = getenv(name);
@@ -73,7 +73,7 @@ int first() { return std::clamp(setting("STANDIN_FIRST", 0), 0, DEVICES - 1); }
 int shown() { return std::clamp(setting("STANDIN_DEVICES", DEVICES), 0, DEVICES - first()); }
 
 void load_kernels(const char* list) {
-  // The kernels' libraries use this one's names.
+  // Kernel libraries resolve their symbols in this one.
   Dl_info self;
   dladdr(reinterpret_cast<void*>(&setting), &self);
   dlopen(self.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD);
@@ -100,7 +100,7 @@ int enqueue(Stream* s, Operation operation) {
   return SUCCESS;
 }
 
-// What may not be captured ends the capture.
+// Invalidates the capture: the call may not be captured.
 int refuse_capture(Stream* s) {
   if (const int error = broken(device_of(s))) return error;
   if (!capturing(s)) return SUCCESS;
@@ -125,17 +125,15 @@ extern "C" STANDIN_API uint64_t standin_calls(int device, const char* name) {
 extern "C" STANDIN_API uint64_t standin_launches(int device) { return devices[device].launches; }
 extern "C" STANDIN_API uint64_t standin_allocations(int device) { return devices[device].allocations; }
 extern "C" STANDIN_API uint64_t standin_bytes(int device) { return devices[device].bytes; }
-// From now on each kernel and each copy within the device takes so long by its events.
+// From now on each kernel and each on-device copy takes this long by the device's events.
 extern "C" STANDIN_API void standin_each_takes(int device, uint64_t ns) { devices[device].each_ns = ns; }
 extern "C" STANDIN_API uint64_t standin_profiled(int device) { return devices[device].profiled; }
-// The n-th kernel from now on faults: from then on every call that needs the device fails; where `binding`, also that which makes
-// a context current.
+// The n-th kernel from now on faults: then every call that needs the device fails; with `binding` also making a context current.
 extern "C" STANDIN_API void standin_faults(int device, uint64_t n, bool binding) {
   devices[device].until_fault = n;
   devices[device].binding_fails = binding;
 }
-// From now on the device has memory that is mapped when it is touched, as many multiprocessors as a grid has blocks, and runs of a
-// launch so many blocks from each end.
+// Sparse mode: memory is mapped when touched, a multiprocessor for every block, and only `ends` blocks at each end of a grid run.
 extern "C" STANDIN_API void standin_sparse(int device, uint64_t ends) {
   devices[device].memory = 1ull << 46;
   devices[device].ends = ends;
@@ -251,6 +249,6 @@ API cuDeviceGetDefaultMemPool(Device** pool, int device) { return *pool = &devic
 API cuDeviceGetMemPool(Device** pool, int device) { return *pool = &devices[device], SUCCESS; }
 
 // ---- profilers
-// Counts the launches between them.
+// Launches in between are counted.
 API cuProfilerStart() { return current ? (current->profiled -= current->launches, SUCCESS) : INVALID_CONTEXT; }
 API cuProfilerStop() { return current ? (current->profiled += current->launches, SUCCESS) : INVALID_CONTEXT; }

@@ -1,4 +1,4 @@
-// What the parts of libcuda's stand-in share.
+// Shared declarations of the emulated libcuda.
 #pragma once
 #include <atomic>
 #include <functional>
@@ -27,11 +27,11 @@ struct Device {
   std::atomic<size_t> memory;
   bool loads_images;
   std::atomic<uint64_t> launches{0}, allocations{0}, bytes{0}, profiled{0};
-  // A clock of its own, on which whatever the device runs takes equally long; 0: the host's clock.
+  // Fixed time of every operation on the device's own clock; 0: the host's clock.
   std::atomic<uint64_t> clock_ns{0}, each_ns{0};
-  // Blocks at each end of a grid that run, of a sparse device; 0: all.
+  // Blocks that run at each end of a grid, on a sparse device; 0: all.
   std::atomic<uint64_t> ends{0};
-  // Kernels until one faults, 0: none does; whether one has; whether then no thread can be bound to the device.
+  // Kernels until one faults (0: none); whether one has; whether making a context current then fails too.
   std::atomic<uint64_t> until_fault{0};
   std::atomic<bool> faulted{false}, binding_fails{false};
   std::mutex lock;
@@ -42,11 +42,11 @@ struct Device {
   int processors() const { return ends ? 1 << 20 : major >= 9 ? 132 : major == 8 ? 108 : 80; }
 };
 
-// After a fault of a kernel every call says so, until the process ends.
+// The sticky error after a kernel fault, until the process ends.
 inline int broken(const Device* device) { return device && device->faulted ? ILLEGAL_ADDRESS : SUCCESS; }
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-// What a kernel takes, as compiled.
+// Resources of a compiled kernel.
 struct Resources {
   int registers, statics, threads;
 
@@ -71,7 +71,7 @@ struct Graph {
   std::vector<std::unique_ptr<Node>> nodes;
   bool invalid = false;
 
-  // A node behind all others, as capture makes it.
+  // Appends a node that depends on all others, as capture does.
   void append(Operation operation);
 };
 struct Stream {
@@ -97,16 +97,16 @@ inline bool is_default(Stream* s) { return reinterpret_cast<uintptr_t>(s) <= 2; 
 inline Device* device_of(Stream* s) { return is_default(s) ? current : s->device; }
 inline bool capturing(Stream* s) { return !is_default(s) && s->capture; }
 
-// Carries it out, or captures it.
+// Executes the operation, or captures it.
 int enqueue(Stream* s, Operation operation);
 int refuse_capture(Stream* s);
 // Whether these bytes are inside one allocation of the device.
 bool owns(Device* device, uint64_t pointer, size_t bytes);
-// Moves the device's own clock on by what each operation takes.
+// Advances the device's own clock by the fixed time of an operation.
 void tick(Device* device);
-// Counts a call of the driver.
+// Counts a driver call.
 void called(Device* device, const char* name);
-// Whether this thread captures in a mode in which what may touch other streams is refused.
+// Whether this thread captures in a mode that refuses calls that may touch other streams.
 bool captures_strictly();
 
 struct Dimensions { unsigned gx, gy, gz, bx, by, bz, shared; };

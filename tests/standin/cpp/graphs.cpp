@@ -1,5 +1,5 @@
-// Graphs of libcuda's stand-in, captured or made node by node. Where the dependencies leave a choice, the node that was added
-// last goes first, so that a missing dependency shows.
+// CUDA graphs, captured or built node by node. Where the dependencies leave a choice, the node that was added last runs first, so that a
+// missing dependency shows.
 #include <algorithm>
 #include "driver.h"
 

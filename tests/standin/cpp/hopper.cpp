@@ -1,4 +1,4 @@
-// The asynchronous parts of the stand-in's Hopper instructions.
+// Hopper's asynchronous instructions: mbarriers, TMA, wgmma, setmaxnreg.
 #include "hopper.h"
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,7 @@ namespace standin {
 
 namespace {
 
-// An mbarrier as it lies in shared memory. Poisoned memory is no barrier: it expects all ones.
+// An mbarrier as stored in shared memory. Uninitialized shared memory (NaN) is not a valid one.
 struct State {
   uint64_t pending : 20, expected : 20, bytes : 22, unused : 1, phase : 1;
 };
@@ -45,7 +45,7 @@ TensorCopy tensor_copy(const CUtensorMap* map, const void* shared, uint64_t* bar
   return c;
 }
 
-// Of f32 that are added in memory, subnormal ones count as zeros.
+// f32 additions in memory flush subnormal numbers to zero.
 float ftz(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 void add(unsigned char* to, const unsigned char* from) {
   float x, y;
@@ -60,7 +60,7 @@ int box_bytes(const TensorMap& map) {
   return bytes;
 }
 
-// What lies outside the tensor is read as zeros, and not written.
+// Outside the tensor, loads give zeros and stores do nothing.
 void move(const TensorCopy& c) {
   const TensorMap& m = c.map;
   const int line = m.box[0] * m.element, lines = box_bytes(m) / line;
@@ -94,7 +94,7 @@ void move(const TensorCopy& c) {
   if (c.barrier) mbarrier_add(c.barrier, 0, -(int64_t)box_bytes(m));
 }
 
-// The running warp does this step; the other warps of its warpgroup must do the same one in its place.
+// The running warp executes this step; the other warps of its warpgroup must execute the same one at this point.
 void do_alike(Step step) {
   const int warp = block->current->rank >> 5;
   Warpgroup& group = block->hopper->warpgroups[warp >> 2];
@@ -135,7 +135,7 @@ void Hopper::start() {
     group.first = 0;
     std::fill_n(group.done, 4, 0);
   }
-  // What the compiler gives each thread of a kernel that moves registers: an equal part of all, by the eight.
+  // Registers of a thread at the start of a kernel with setmaxnreg: an equal share, a multiple of eight.
   free_registers = 0;
   for (int w = 0; w < block->warps; w++) {
     registers[w] = std::min(65536 / (32 * block->warps), 256) / 8 * 8;
@@ -168,7 +168,7 @@ void mbarrier_start(uint64_t* barrier, uint32_t arrivals) {
   block->hopper->barriers_fenced = false;
 }
 
-// Counts arrivals, and bytes that are expected (above 0) or have come (below). The phase ends when none are left of both.
+// Counts arrivals, and bytes that are expected (positive) or have arrived (negative). The phase ends when both are zero.
 void mbarrier_add(uint64_t* barrier, int arrivals, int64_t bytes) {
   State state = load(barrier);
   if (block->watching && arrivals) release_to(barrier);
@@ -201,13 +201,13 @@ void mbarrier_sleep(uint64_t* barrier, uint32_t parity) {
   if (block->watching) acquire_from(barrier, block->current->rank);
 }
 
-// ---- between what threads write and what bulk copies and products read
+// ---- the async proxy: writes by threads against reads by bulk copies and products
 static std::pair<uintptr_t, uintptr_t> pieces(const void* at, int bytes) {
   const auto start = reinterpret_cast<uintptr_t>(at);
   return {start / 8, (start + (uintptr_t)bytes + 7) / 8};
 }
 
-// Nothing of it may be written that a store has still to read.
+// Dies if a bulk store has still to read what is written.
 static void assert_not_read(const void* at, int bytes) {
   const auto* start = static_cast<const unsigned char*>(at);
   for (const auto& r : block->hopper->reading) {
@@ -301,7 +301,7 @@ void store_wait(int pending) {
 }
 
 // ---- registers
-// Those of a warpgroup. A warp that needs more than there are waits for others to give some back.
+// setmaxnreg of a warpgroup. A warp that asks for more than are free waits for others to release some.
 void registers_change(int to, bool increase) {
   if (to % 8 || to < 24 || to > 256) die("setmaxnreg: a multiple of 8 from 24 to 256");
   meet_all(increase ? 51 : 52, nullptr, [&](void**) {

@@ -1,7 +1,7 @@
-// The twin of every wrapper of kernels/prelude_sm90.cuh: mbarriers, bulk tensor copies, warpgroup products, as the PTX manual
-// (ISA 9.0) describes them. What a thread has written to shared memory since its last fence.proxy.async may not be read by a bulk
-// store or a product, and what a bulk store has still to read may not be written: seen of stmatrix, and in compiled kernels of every
-// write.
+// The counterpart of every wrapper of kernels/prelude_sm90.cuh: mbarriers, bulk tensor copies (TMA), warpgroup products (wgmma), as the
+// PTX manual (ISA 9.0) specifies them. Proxy rules are checked: a bulk store or a product must not read what a thread has written to shared
+// memory since its last fence.proxy.async, and nothing may overwrite what a bulk store has still to read. Writes that are seen: stmatrix,
+// and in compiled kernels every store.
 #pragma once
 #include <deque>
 #include <initializer_list>
@@ -31,7 +31,7 @@ struct TensorCopy {
   bool adds;          // a store that adds to the tensor
 };
 
-// Where a 16-byte piece of shared memory lies under a swizzle: its place in the line is xor'ed with the line's number.
+// Address of a 16-byte chunk of shared memory under a swizzle: its index in the line xor the line's number.
 inline unsigned char* swizzled(unsigned char* p, int swizzle) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   return reinterpret_cast<unsigned char*>(address ^ ((address >> 7 & ((1u << swizzle) - 1)) << 4));
@@ -47,7 +47,7 @@ struct Product {
   const uint32_t* fragments[32];  // a, where it is in registers
   uint32_t registers[32][4];      // what these held
 };
-// The registers of a warp that products under way add to. Meanwhile the threads see NaN in them.
+// Accumulator registers of a warp's products in flight; until these are waited for, threads see NaN in them.
 struct Accumulator {
   float* registers[32];
   int columns, products, first_row;
@@ -62,7 +62,7 @@ struct WarpProducts {
   std::list<Accumulator> accumulators;
 };
 
-// What the four warps of a warpgroup must all do, in this order; the steps that some of them still have before them.
+// Steps that all four warps of a warpgroup must execute in the same order; those that some have not reached yet.
 struct Step {
   int what;
   uint64_t a, b;
@@ -72,16 +72,16 @@ struct Warpgroup {
   size_t first, done[4];  // steps in front of `steps`, and those that each warp has done
 };
 
-// What of the asynchronous Hopper instructions a block has under way.
+// A block's asynchronous operations in flight.
 struct Hopper {
   std::vector<TensorCopy> loads;
   std::vector<TensorCopy> stores[MAX_THREADS];
   std::vector<int> store_groups[MAX_THREADS];
   WarpProducts products[MAX_WARPS];
-  // What stores have still to read of shared memory, and whose they are, in their order.
+  // Shared memory that bulk stores have still to read, and their threads, in order.
   struct Reading { const unsigned char *start, *end; int rank; };
   std::vector<Reading> reading;
-  // Pieces of 8 bytes of shared memory that a thread has written since its last fence, and how many such writes there are of each.
+  // 8-byte chunks of shared memory that threads have written since their last fence, with the number of such writes.
   std::vector<uintptr_t> written[MAX_THREADS];
   std::unordered_map<uintptr_t, int> unfenced;
   bool barriers_fenced;
@@ -97,7 +97,7 @@ STANDIN_API void mbarrier_sleep(uint64_t* barrier, uint32_t parity);
 STANDIN_API void tensor_load(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at);
 STANDIN_API void tensor_store(const CUtensorMap* map, const void* from, std::initializer_list<int> at, bool adds = false);
 STANDIN_API void store_commit();
-// Until at most `pending` groups of this thread have still to read shared memory.
+// Waits until at most `pending` bulk groups of this thread have still to read shared memory.
 STANDIN_API void store_wait(int pending);
 // The running thread has written so many bytes of shared memory; all that it has written is fenced; the asynchronous proxy reads.
 STANDIN_API void write_unfenced(const void* at, int bytes);
@@ -107,7 +107,7 @@ STANDIN_API void product_issue(float* const* d, Product product);
 STANDIN_API void product_commit();
 STANDIN_API void product_wait(int pending);
 STANDIN_API bool finish_awaited_copy();
-// setmaxnreg: the pool of the block has what its warps have given back.
+// setmaxnreg: released registers go to the block's pool.
 STANDIN_API void registers_change(int to, bool increase);
 
 template <int N, bool TransA, bool TransB, bool InRegisters>

@@ -1,5 +1,5 @@
-// Memory of libcuda's stand-in. It is NaN when allocated and ends before a page that cannot be touched. That of a sparse device
-// is mapped when it is touched, and zeros before: there tensors may be larger than the host's memory.
+// Device memory. An allocation is filled with NaN and ends at a guard page. On a sparse device memory is mapped when touched, and zero
+// before, so that tensors may be larger than the host's memory.
 #include <sys/mman.h>
 #include <algorithm>
 #include <cstdlib>
@@ -39,7 +39,7 @@ int allocate(Device* device, uint64_t* pointer, size_t bytes) {
   }
   auto* end = static_cast<unsigned char*>(mapping) + mapped - PAGE;
   mprotect(end, PAGE, PROT_NONE);
-  // Sparse memory is zeros as the host maps it, so that pages that nothing writes cost nothing.
+  // The host maps zeroed pages: those that nothing writes cost nothing.
   if (device->ends) madvise(mapping, mapped, MADV_NOHUGEPAGE);
   const size_t untouched = device->ends ? bytes : 0;
   memset(end - rounded + untouched, 0xff, rounded - untouched);
@@ -69,7 +69,7 @@ int release_memory(uint64_t pointer) {
 int copy(void* to, const void* from, size_t bytes, Stream* s) {
   return enqueue(s, [=] { memmove(to, from, bytes); });
 }
-// A copy that the host takes part in; its memory must be pinned to be captured.
+// A copy from or to host memory, which must be pinned to be captured.
 int copy_host(void* to, const void* from, const void* host, size_t bytes, Stream* s) {
   if (capturing(s)) {
     std::unique_lock<std::mutex> guard(lock);
@@ -80,7 +80,7 @@ int copy_host(void* to, const void* from, const void* host, size_t bytes, Stream
   return copy(to, from, bytes, s);
 }
 
-// Zeros of whole pages of sparse memory: as they are when mapped.
+// Zeroes whole pages of sparse memory by unmapping them.
 void clear_sparse(uint64_t to, size_t bytes) {
   const uint64_t end = to + bytes, first = round_up(to, PAGE), last = end / PAGE * PAGE;
   if (first >= last) return (void)memset(reinterpret_cast<void*>(to), 0, bytes);

@@ -1,4 +1,4 @@
-// Modules, functions and launches of libcuda's stand-in. What a kernel takes of a multiprocessor is what nvcc made of its file.
+// Modules, functions and launches. Registers and static shared memory of a kernel are those of its cubin.
 #include <algorithm>
 #include <cstring>
 #include <fstream>
@@ -32,7 +32,7 @@ const Kernel* find_kernel(const std::string& name, const std::string& stem) {
 }  // namespace
 
 int Resources::registers_of(int block_threads) const {
-  // A warp's come by 256, warps by four.
+  // Registers are allocated by 256 a warp, warps by four.
   const size_t warps = round_up((block_threads + 31) / 32, 4);
   return (int)(warps * round_up(registers * 32, 256));
 }
@@ -55,13 +55,13 @@ void standin::add_image(const std::string& stem, std::vector<unsigned char> byte
 }
 
 // ---- for tests
-// Names the kernel file that an image is made of. A module of an image finds the kernels of that file alone. `resources` names a
-// file with a line a kernel and architecture: architecture, kernel, registers of a thread, bytes of static shared memory, most
-// threads of a block; where it is empty, kernels take what the stand-in guesses.
+// Tells which kernel file an image is made of: its modules hold the kernels of that file. `resources` names a file with a line for each
+// kernel and architecture: architecture, kernel, registers of a thread, bytes of static shared memory, maximum threads of a block. If it is
+// empty, resources are guessed.
 extern "C" STANDIN_API void standin_image(const char* stem, const unsigned char* bytes, size_t length, const char* resources) {
   add_image(stem, {bytes, bytes + length}, resources);
 }
-// Calls with each registered kernel: its name, its file's stem, and offset and size of each parameter.
+// Visits every registered kernel: name, stem of its file, offset and size of each parameter.
 extern "C" STANDIN_API void standin_kernels(void* to, void (*visit)(void* to, const char* name, const char* stem, const Parameter*, int)) {
   for (const Kernel* k : kernels()) visit(to, k->name, stem_of(*k).c_str(), k->layout, k->parameters);
 }

@@ -1,5 +1,4 @@
-// The stand-in's arithmetic: the device's intrinsics. What the device approximates is exact, or on noisy devices off by as much as the PTX
-// manual (ISA 9.0) allows.
+// Arithmetic intrinsics. Approximate instructions are exact, or on noisy devices off by as much as the PTX manual (ISA 9.0) allows.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,18 +15,18 @@ using std::min;
 #define __cosf cos_approx
 
 namespace standin {
-// Keeps the compiler from contracting a product and a sum, which the intrinsics that name a rounding forbid.
+// Keeps the compiler from contracting a product and a sum into an fma, which intrinsics with a named rounding forbid.
 static inline float rounded(float x) {
   asm("" : "+x"(x));
   return x;
 }
-// Subnormal numbers are zeros to the instructions marked .ftz.
+// Instructions marked .ftz flush subnormal numbers to zero.
 static inline float flushed(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.f, x) : x; }
 
-// The exact result of an approximate instruction as a device gives it. A noisy one is off by up to `ulps` units in the last place, and by
-// up to `absolute`; by how much, the operand alone decides.
+// The result of an approximate instruction. On a noisy device it is off by up to `ulps` units in the last place and up to `absolute`, by
+// an amount that is a function of the operand.
 static inline float approximate(float exact, float operand, int ulps, float absolute = 0.f) {
-  // Of what is next to zero, a unit would be more than all of it.
+  // Next to zero a unit in the last place would exceed the value.
   const bool exactly = !std::isfinite(exact) || (absolute == 0.f && fabsf(exact) < 0x1p-125f);
   if (exactly || !block->launch->habits.noisy) return exact;
   uint32_t hash = __float_as_uint(operand) * 0x9e3779b1u;

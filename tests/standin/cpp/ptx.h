@@ -1,9 +1,8 @@
-// PTX instructions for a C++ compiler, so that what nvcc made of a kernel file runs on the stand-in too: src/ptx.rs turns each
-// instruction into a call of the function of its name here (`mul.wide.u32 d, a, b` into mul_wide<u32>(d, a, b)). Meaning as in NVIDIA's
-// PTX manual (ISA 9.0). Registers are bits without a type. An instruction that is not here does not compile.
+// PTX instructions as C++ functions, to run nvcc's output: src/ptx.rs translates each instruction into a call of the function of its
+// name (`mul.wide.u32 d, a, b` into mul_wide<u32>(d, a, b)). Semantics are those of NVIDIA's PTX manual (ISA 9.0). Registers are untyped
+// bits. An instruction that is missing here does not compile.
 //
-// Products of warpgroups are done when they are issued: that results are not touched too early is shown by the kernel file itself on the
-// stand-in.
+// Warpgroup products execute when they are issued; that results are not read too early is checked on the kernel file itself.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -37,7 +36,7 @@ template <class T, class Operand> inline T as(Operand operand) {
   if constexpr (std::is_same_v<T, bool>) return operand;
   else return bits<T>((unsigned_of<T>)operand);
 }
-// A T into a register, which may be wider: signed values are extended by their sign.
+// Writes a T into a register, which may be wider: signed values are sign-extended.
 template <class Register, class T> inline void put(Register& to, T value) {
   if constexpr (std::is_floating_point_v<T>) to = bits<unsigned_of<T>>(value);
   else to = (Register)value;
@@ -52,7 +51,7 @@ template <class Register, class T> inline void put(Register& to, T value) {
     const T a = as<T>(a_), b = as<T>(b_), c = as<T>(c_);                 \
     put(d, (T)(value));                                                  \
   }
-// A number that is not one gives way to one that is.
+// If one operand is NaN, the result is the other.
 template <class T> inline T least(T a, T b) { return a != a ? b : b < a ? b : a; }
 template <class T> inline T greatest(T a, T b) { return a != a ? b : a < b ? b : a; }
 template <class T> inline auto wide(T a) {
@@ -92,7 +91,7 @@ UNARY(sqrt_approx_ftz, sqrt_approx(a))
 UNARY(rcp_approx_ftz, rcp_approx(a))
 template <class T, class D, class A, class B> inline void mul_wide(D& d, A a, B b) { d = (D)(wide(as<T>(a)) * as<T>(b)); }
 template <class T, class D, class A, class B, class C> inline void mad_wide(D& d, A a, B b, C c) { d = (D)(wide(as<T>(a)) * as<T>(b) + c); }
-// Rounded down: the product of two floats is exact in f64.
+// Rounding down: the product of two floats is exact in f64.
 template <class T, class D, class A, class B, class C> inline void fma_rm(D& d, A a, B b, C c) {
   const f64 exact = (f64)as<f32>(a) * as<f32>(b) + as<f32>(c);
   const f32 near = (f32)exact;
@@ -135,7 +134,7 @@ COMPARE(lt, a < b)
 COMPARE(le, a <= b)
 COMPARE(gt, a > b)
 COMPARE(ge, a >= b)
-// True too where one is not a number.
+// Unordered comparison: true if an operand is NaN.
 COMPARE(equ, !(a < b || a > b))
 COMPARE(neu, a != b)
 COMPARE(ltu, !(a >= b))
@@ -164,7 +163,7 @@ template <class To, class From, class D, class A, class B> inline void cvt_rn(D&
   d = (u32)__float2bfloat16(as<f32>(high)).x << 16 | __float2bfloat16(as<f32>(low)).x;
 }
 template <class From, class D, class A> inline void cvt_bf16(D& d, A a) { d = (u32)(u16)a << 16; }
-// Towards zero, into what the type holds; what is no number becomes 0.
+// Rounds towards zero and saturates; NaN becomes 0.
 template <class To, class From, class D, class A> inline void cvt_rzi(D& d, A a) {
   const From x = as<From>(a), past = std::ldexp(From(1), 8 * sizeof(To) - std::is_signed_v<To>);
   const From before = std::is_signed_v<To> ? -past : 0;
@@ -384,7 +383,7 @@ inline void wgmma_registers(u32 a0, u32 a1, u32 a2, u32 a3, u64 b, bool accumula
 #undef TERNARY
 #undef COMPARE
 
-// A kernel registers itself: its name, file, parameters and the function that runs one thread.
+// Registers a kernel: name, file, parameters, and the function that runs one thread.
 struct Export {
   Kernel record;
   template <int N> Export(const char* name, const char* file, const Parameter (&layout)[N], void (*call)(const unsigned char*))

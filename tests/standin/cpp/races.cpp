@@ -15,10 +15,10 @@ void join(Clock& into, const Clock& from) {
 }
 
 struct Access { const Site* site; int rank; uint32_t time; };
-// Of two bytes.
+// Accesses to two bytes.
 struct Place {
   Access write{nullptr, -1, 0};
-  std::vector<Access> reads;  // since then, the last of each thread
+  std::vector<Access> reads;  // since the write, the last of each thread
 };
 struct Phases { Clock open, done; };
 
@@ -28,13 +28,13 @@ struct Products { Reads open; std::vector<Reads> groups; };
 
 }  // namespace
 
-// What is known of a block.
+// State of a block.
 struct Races {
   int threads;
-  std::vector<Clock> clocks;  // by thread, then by warp for its products: what of each comes before what it does now
+  std::vector<Clock> clocks;  // vector clocks, by thread, then by warp for its products
   std::unordered_map<const void*, Phases> phases;
   std::unordered_map<uintptr_t, Place> places;
-  Products products[MAX_WARPS];  // what products under way read, 16 bytes each
+  Products products[MAX_WARPS];  // 16-byte operands that products in flight read
 
   Clock& of_products(int rank) { return clocks[(size_t)(threads + (rank >> 5))]; }
 };
@@ -55,7 +55,7 @@ int me() { return block->current->rank; }
   die(text);
 }
 
-// For two bytes at a time: what is known of them, and the access of `rank` to them.
+// Checks the access of `rank` against the state of each pair of bytes.
 template <class Each> void each_place(const unsigned char* at, int bytes, Each each) {
   const auto start = reinterpret_cast<uintptr_t>(at) / 2, end = (reinterpret_cast<uintptr_t>(at) + (size_t)bytes + 1) / 2;
   for (uintptr_t i = start; i < end; i++) each(known().places[i]);
@@ -162,14 +162,14 @@ void lanes_meet(uint32_t lanes) {
 
 namespace {
 
-// Clocks of blocks, which are many and know of few.
+// Sparse vector clocks of blocks: there are many, and each knows of few.
 using BlockClock = std::unordered_map<uint32_t, uint32_t>;
 void join(BlockClock& into, const BlockClock& from) {
   for (const auto& [index, time] : from) into[index] = std::max(into[index], time);
 }
-// Of a block: what comes before what it does now, what did before its last fence, and what it has seen in atomics since then.
+// A block's clock now, at its last fence, and what it has acquired by atomics since.
 struct Order { BlockClock now, published, seen; };
-// Of two bytes of global memory: the block that has written them, and one that has read them (if there are more: a second one).
+// Two bytes of global memory: the block that wrote them, and up to two that have read them.
 struct Touch {
   const Site *writer_site = nullptr, *reader_site[2] = {};
   uint32_t writer = 0, writer_time = 0, reader[2] = {}, reader_time[2] = {};  // blocks from 1 on; 0: none
@@ -180,7 +180,7 @@ struct Grids {
   std::unordered_map<const void*, BlockClock> places;
   std::unordered_map<uint64_t, std::vector<Touch>> pages;
 };
-// By a pointer: a library that is loaded later has few bytes of a thread.
+// A pointer, because thread-local storage of libraries that are loaded late is small.
 Grids& grid() {
   static thread_local std::unique_ptr<Grids> mine = std::make_unique<Grids>();
   return *mine;

@@ -1,4 +1,4 @@
-// The scheduler of the stand-in GPU: fibers, barriers, meetings of lanes, and the loop over a grid's blocks.
+// The scheduler: fibers, barriers, warp collectives, and the loop over a grid's blocks.
 #include "runtime.h"
 #include <link.h>
 #include <signal.h>
@@ -11,7 +11,7 @@
 #include "hopper.h"
 #include "races.h"
 
-// Saves the registers that a call preserves, and the stack; goes on with another stack.
+// Switches stacks; saves the callee-saved registers.
 extern "C" void standin_switch(void** save, void* load);
 asm(R"(.text
 .globl standin_switch
@@ -43,11 +43,11 @@ __thread Block* block = nullptr;
 
 namespace {
 
-// The odd part of the stride spreads the tops of the stacks over the sets of the cache.
+// The odd part of the stride spreads the stacks' tops over the sets of the cache.
 constexpr size_t STACK = 128 * 1024 + 320, CANARY = 1024;
 constexpr unsigned char POISON = 0xff, MARK = 0xc7;
 
-// The bit that comes next after `after`, going up or down and round.
+// The next set bit after `after`, cyclically, upwards or downwards.
 int next_bit(uint32_t bits, int after, bool down) {
   if (down) {
     const uint32_t below = bits & ((1u << after) - 1);
@@ -57,7 +57,7 @@ int next_bit(uint32_t bits, int after, bool down) {
   return __builtin_ctz(above ? above : bits);
 }
 
-// A thread of this warp first, then of the next warp that has one.
+// Prefers a thread of this warp, then of the next warp that has a ready one.
 Fiber* next_ready() {
   const bool down = block->launch->habits.down;
   const int warp = block->current->rank >> 5, lane = block->current->rank & 31;
@@ -105,7 +105,7 @@ void switch_to(Fiber* next) {
   standin_switch(&me->stack_pointer, next->stack_pointer);
 }
 
-// Of the collectives the one after which lanes see what the others have written: __syncwarp.
+// The collective that orders memory between lanes: __syncwarp.
 bool orders_memory(int what) { return what == 1; }
 
 void open_barrier(Barrier& b) {
@@ -119,7 +119,7 @@ void open_barrier(Barrier& b) {
   b.count = b.expected = 0;
 }
 
-// Takes the thread that has returned from its kernel out of the block.
+// Removes a thread that has returned from the kernel.
 void retire() {
   Fiber& me = *block->current;
   const int warp = me.rank >> 5;
@@ -140,7 +140,7 @@ void retire() {
   }
 }
 
-// One stack's life: threads that never wait follow each other on it without a switch.
+// Body of a stack: threads that never wait run on it one after another without a switch.
 void fiber_main() {
   for (;;) {
     block->launch->kernel->call(block->launch->arguments);
@@ -159,10 +159,10 @@ void fiber_main() {
   }
 }
 
-// Back to the loop over blocks, to go on here when this block's turn comes.
+// Yields to the loop over blocks, and continues when it is this block's turn.
 void give_turn() { standin_switch(&block->current->stack_pointer, block->launcher); }
 
-// Prepares the block to run its first thread.
+// Starts the block.
 void begin_block() {
   Block& b = *block;
   const Launch& l = *b.launch;
@@ -232,7 +232,7 @@ std::vector<Kernel*>& all_kernels() {
   return kernels;
 }
 
-// A fault inside a kernel is reported with its place; others are left to whoever handled them before.
+// Reports a fault inside a kernel with block and thread; other faults go to the previous handler.
 struct sigaction before[NSIG];
 void on_fault(int number, siginfo_t* info, void* context) {
   if (block) {
@@ -354,7 +354,7 @@ void release(Meeting* meeting) {
 
 namespace {
 
-// The blocks of a launch that have started and not ended. They share one place of static shared memory, which is that of `inside`.
+// The started blocks of a launch. Static shared memory exists once; at any time it is that of `inside`.
 struct Grid {
   const Launch& launch;
   uint64_t started = 0;
@@ -362,7 +362,7 @@ struct Grid {
   Block* inside = nullptr;
 
   uint64_t all() const { return (uint64_t)launch.grid.x * launch.grid.y * launch.grid.z; }
-  // Blocks that run: all, or so many at each end of the grid.
+  // The blocks to run: all, or `ends` at each end of the grid.
   uint64_t size() const { return launch.ends && 2 * launch.ends < all() ? 2 * launch.ends : all(); }
   void enter(Block* b) {
     const size_t bytes = launch.kernel->statics_bytes;
@@ -385,7 +385,7 @@ struct Grid {
     enter(b);
     begin_block();
   }
-  // Runs a block until it gives its turn to others or ends. Whether it sleeps.
+  // Runs a block until it yields or ends. Returns whether it sleeps.
   bool go_on(size_t i) {
     enter(blocks[i]);
     block->sleeps = false;
@@ -400,7 +400,7 @@ struct Grid {
   }
 };
 
-// Blocks that may have started at a time, and rounds of all of them sleeping after which nothing will wake them.
+// Maximum number of started blocks, and rounds of all of them sleeping after which it is a deadlock.
 constexpr size_t MOST_BLOCKS = 132, ROUNDS = 1000;
 
 }  // namespace

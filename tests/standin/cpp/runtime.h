@@ -1,12 +1,12 @@
-// The stand-in GPU: how a block of threads runs on one CPU thread. Kernel files and the driver's stand-in both include it.
+// How a block of threads runs on one CPU thread. Included by kernel files and by the emulated driver.
 //
-// The threads of a block are fibers that run until they must wait: at a barrier, or at a warp collective (shuffle, ldmatrix,
-// mma, …), which is a meeting of lanes whose last comer does the work for all. When no thread can go on, the oldest asynchronous
-// operation that somebody waits for is carried out; where there is none, the block is in a deadlock. Nothing of a block runs
-// at the same time, so a mistake shows the same way each time; devices differ in which threads and blocks come first.
+// The threads of a block are fibers that run until they must wait: at a barrier, or at a warp collective (shuffle, ldmatrix, mma, …), where
+// the last lane to arrive does the work for all. When no thread is ready, the oldest asynchronous operation that a thread waits for is
+// executed; if there is none, the block is deadlocked. Execution is deterministic, so an error shows the same way each time; devices differ
+// in which threads and blocks come first.
 //
-// A block runs until it ends, or until one of its threads sleeps (__nanosleep): then the next one starts, and those that have started
-// take turns. Where STANDIN_BLOCKS says how many, so many take turns from the start: at barriers, fences and atomics.
+// A block runs until it ends, or until one of its threads sleeps (__nanosleep): then the next one starts, and the started ones are
+// interleaved. STANDIN_BLOCKS = n interleaves n blocks from the start, at barriers, fences and atomics.
 #pragma once
 #include <cstddef>
 #include <utility>
@@ -35,7 +35,7 @@ struct Kernel {
   size_t statics_module, statics_bytes;          // thread-local storage of that library: its static shared memory
 };
 
-// How a device behaves within what CUDA allows.
+// A device's choices among the behaviours that CUDA allows.
 struct Habits {
   bool late;  // asynchronous operations happen when they are waited for, else at once
   bool down;  // high blocks, warps and lanes first, else low ones
@@ -52,7 +52,7 @@ struct Launch {
   alignas(128) unsigned char arguments[MAX_ARGUMENTS];
 };
 
-// A cp.async of one thread that it has not waited for.
+// A pending cp.async of a thread.
 struct Copy { void* to; const void* from; int bytes; };
 
 struct Fiber {
@@ -65,7 +65,7 @@ struct Fiber {
   std::vector<int> groups;   // where each committed group of copies ends
 };
 
-// Lanes of a warp that meet in one collective.
+// A warp collective in progress.
 struct Meeting {
   uint32_t mask, arrived;
   int what, worker;          // worker: a lane that takes over because the last one expected has ended
@@ -85,7 +85,7 @@ struct Block {
   Fiber* current;
   uint3 index;
   const Launch* launch;
-  bool watching;               // whether its accesses are looked at
+  bool watching;               // whether its accesses are recorded
   unsigned char* dynamic;      // shared memory, aligned to 1024 bytes
   unsigned char* statics;
   std::vector<unsigned char> own_statics;  // while another block runs
@@ -112,20 +112,20 @@ std::vector<Kernel*> kernels();
 STANDIN_API void run(const Launch& launch);
 // Faults inside kernels are reported as die() does.
 void watch_for_faults();
-// Reports a mistake of the kernel that runs, with its place, and aborts.
+// Reports an error of the running kernel, with block and thread, and aborts.
 [[noreturn]] STANDIN_API void die(const char* why);
 
-// Lets the other threads run until somebody makes this one ready.
+// Suspends the running thread until another makes it ready.
 STANDIN_API void park();
 STANDIN_API void make_ready(Fiber* fiber);
-// Lets other threads and other blocks run: the thread waits for something that another block does.
+// Yields to other threads and blocks: the thread waits for another block.
 STANDIN_API void sleep();
-// An atomic access to this place, or a fence, by which blocks may order what they do.
+// An atomic access to `place`, or a fence: a synchronization point between blocks.
 STANDIN_API void atomic_access(const void* place);
 STANDIN_API void fence();
 // `threads` = 0: all that have not ended. `wait`: false only counts.
 STANDIN_API void barrier(int id, int threads, bool wait);
-// Non-null for the one lane that is to do the work of the meeting, and then release it.
+// Non-null for the lane that does the collective's work and then releases it.
 STANDIN_API Meeting* arrive(uint32_t mask, int what, void* arguments);
 STANDIN_API void release(Meeting* meeting);
 
@@ -136,7 +136,7 @@ template <class Work> inline void meet(uint32_t mask, int what, void* arguments,
     release(meeting);
   }
 }
-// The same for instructions that need the whole warp.
+// `meet` for instructions that need the whole warp.
 template <class Work> inline void meet_all(int what, void* arguments, Work work) {
   meet(~0u, what, arguments, [&](void** each, uint32_t lanes) {
     if (lanes != ~0u) die("an instruction of the whole warp, of which lanes have ended");

@@ -1,4 +1,4 @@
-// The stand-in's vector and bf16 types, laid out and aligned as on the device.
+// Vector and bf16 types, laid out and aligned as on the device.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -35,7 +35,7 @@ static inline float __int_as_float(int bits) { return __uint_as_float((unsigned)
 static inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 
 static inline float __bfloat162float(__nv_bfloat16 b) { return __uint_as_float((uint32_t)b.x << 16); }
-// To nearest even; every NaN becomes the device's one NaN.
+// Rounds to nearest even; every NaN becomes the device's canonical NaN.
 static inline __nv_bfloat16 __float2bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fff};

@@ -1,4 +1,4 @@
-// Kernels with known answers: one instruction each, its operands put where the PTX manual says they lie.
+// Kernels with known answers: one instruction each, with its operands laid out as the PTX manual specifies.
 #include "prelude.cuh"
 
 // grid: 1, block: 32. y = x rounded to bf16.
@@ -7,7 +7,7 @@ extern "C" __global__ void __launch_bounds__(32) known_rounding(const float* __r
 }
 EXPORT(known_rounding)
 
-// grid: 1, block: 32. d (16 × 8) = a (16 × 16)·b (16 × 8), all by rows.
+// grid: 1, block: 32. d (16 × 8) = a (16 × 16)·b (16 × 8), all row-major.
 extern "C" __global__ void __launch_bounds__(32) known_mma(const bf16* __restrict__ a, const bf16* __restrict__ b, float* __restrict__ d) {
   const int group = threadIdx.x >> 2, in_group = threadIdx.x & 3;
   union { bf16 each[8]; uint32_t registers[4]; } ua;
@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(32) known_mma(const bf16* __restric
 }
 EXPORT(known_mma)
 
-// grid: 1, block: 32, shared: 1024 bytes. Register m of lane l, from four 8 × 8 matrices one after the other.
+// grid: 1, block: 32, shared: 1024 bytes. y = register m of lane l, of four consecutive 8 × 8 matrices.
 template <bool Transposed> __device__ __forceinline__ void four_matrices(const uint4* x, uint32_t* y) {
   uint4* rows = reinterpret_cast<uint4*>(dynamic_shared);
   rows[threadIdx.x] = x[threadIdx.x];
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(64) known_shuffles(int* __restrict_
 }
 EXPORT(known_shuffles)
 
-// grid: any, block: any up to 3 dimensions. Each thread's place, at its number.
+// grid: any, block: any up to 3 dimensions. y = each thread's block and thread index, at its global number.
 extern "C" __global__ void __launch_bounds__(1024) known_places(uint4* __restrict__ y) {
   const uint32_t block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const uint32_t thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(128) known_atomics(uint32_t* __rest
 EXPORT(known_atomics)
 
 struct Mixed { uint64_t wide; uint8_t narrow; };
-// Parameters of several sizes; y = their values.
+// Parameters of several sizes and alignments; y = their values.
 extern "C" __global__ void __launch_bounds__(32) known_parameters(uint8_t a, double b, uint16_t c, Mixed d, float* __restrict__ y, int8_t e) {
   if (threadIdx.x) return;
   const float all[6] = {(float)a, (float)b, (float)c, (float)d.wide, (float)d.narrow, (float)e};

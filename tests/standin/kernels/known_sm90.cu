@@ -1,7 +1,7 @@
-// Hopper kernels with known answers: operands put where the PTX manual says they lie.
+// Hopper kernels with known answers: operands laid out as the PTX manual specifies.
 #include "prelude_sm90.cuh"
 
-// grid: 1, block: 128, shared: `bytes`. y = shared memory after the box at (x0, x1) has come.
+// grid: 1, block: 128, shared: `bytes`. y = shared memory after loading the box at (x0, x1).
 extern "C" __global__ void __launch_bounds__(128) known_box(const __grid_constant__ CUtensorMap map, int x0, int x1, uint32_t bytes, uint4* __restrict__ y) {
   __shared__ __align__(8) uint64_t barrier;
   if (threadIdx.x == 0) {
@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(128) known_box(const __grid_constan
 }
 EXPORT(known_box)
 
-// grid: 1, block: 128, shared: `bytes`. y = shared memory after the box at (x0, x1, x2) has come.
+// grid: 1, block: 128, shared: `bytes`. y = shared memory after loading the box at (x0, x1, x2).
 extern "C" __global__ void __launch_bounds__(128) known_box_3d(
     const __grid_constant__ CUtensorMap map, int x0, int x1, int x2, uint32_t bytes, uint4* __restrict__ y) {
   __shared__ __align__(8) uint64_t barrier;
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(128) known_box_3d(
 }
 EXPORT(known_box_3d)
 
-// grid: 1, block: 128, shared: `bytes`. The box at (x0, x1, x2) = shared memory = x, or is added to.
+// grid: 1, block: 128, shared: `bytes`. Stores x through shared memory into the box at (x0, x1, x2), or adds it.
 extern "C" __global__ void __launch_bounds__(128) known_store(
     const __grid_constant__ CUtensorMap map, int x0, int x1, int x2, uint32_t bytes, uint32_t adds, const uint4* __restrict__ x) {
   for (uint32_t i = threadIdx.x; i < bytes / 16; i += 128) reinterpret_cast<uint4*>(dynamic_shared)[i] = x[i];
@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(128) known_store(
 }
 EXPORT(known_store)
 
-// grid: 1, block: 32, shared: 512. y = shared memory to which lane l has given the registers 4·l to 4·l + 3.
+// grid: 1, block: 32, shared: 512. y = shared memory after stmatrix, with registers 4·l to 4·l + 3 in lane l.
 extern "C" __global__ void __launch_bounds__(32) known_stmatrix(uint32_t* __restrict__ y) {
   const uint32_t r[4] = {4 * threadIdx.x, 4 * threadIdx.x + 1, 4 * threadIdx.x + 2, 4 * threadIdx.x + 3};
   stmatrix_x4(dynamic_shared + 16 * threadIdx.x, r);
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(32) known_stmatrix(uint32_t* __rest
 }
 EXPORT(known_stmatrix)
 
-// grid: 1, block: 128. Two halves of the block hand a number back and forth; y = it and the rounds, at the end.
+// grid: 1, block: 128. Two halves of the block pass a number back and forth; y = sums of it.
 extern "C" __global__ void __launch_bounds__(128) known_phases(uint32_t rounds, uint32_t* __restrict__ y) {
   __shared__ __align__(8) uint64_t full, empty;
   __shared__ uint32_t number;
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(128) known_phases(uint32_t rounds, 
 }
 EXPORT(known_phases)
 
-// Byte offsets of the operands of four steps, and descriptors without an address.
+// Descriptors without an address, and the operands' byte offsets at each of four steps.
 struct Operands {
   uint64_t a, b;
   uint32_t a_at[4], b_at[4];
@@ -105,7 +105,7 @@ template <int N> __device__ __forceinline__ void give_sums(const float (&sums)[N
   for (int i = 0; i < N / 2; i++) d[(16 * warp + lane / 4 + 8 * (i / 2 % 2)) * N + 8 * (i / 4) + 2 * (lane % 4) + i % 2] = sums[i];
 }
 
-// grid: 1, block: 128, shared: `bytes`. d (64 × N by rows) = Σ a·b over four steps of 16, from an image of shared memory.
+// grid: 1, block: 128, shared: `bytes`. d (64 × N, row-major) = Σ a·b over four steps of 16, from an image of shared memory.
 template <int N, bool TransA, bool TransB> __device__ __forceinline__ void product(const uint4* image, uint32_t bytes, const Operands& operands, float* d) {
   take_image(image, bytes);
   float sums[N / 2];
@@ -133,7 +133,7 @@ PRODUCT(tt, 128, true, false)
 PRODUCT(tn, 256, false, false)
 PRODUCT(nt, 256, true, true)
 
-// The same with a (64 × 64 by rows) in registers; what d holds before does not count.
+// The same with a (64 × 64, row-major) in registers; d is overwritten.
 template <int N, bool TransB>
 __device__ __forceinline__ void product_of_registers(const uint32_t* a, const uint4* image, uint32_t bytes, const Operands& operands, float* d) {
   take_image(image, bytes);

@@ -1,4 +1,4 @@
-// Pairs of kernels, one right and one with a mistake planted: the stand-in must see every mistake. All of them write
+// Pairs of kernels, one correct and one with a planted mistake, which the stand-in must detect. All of them write
 // y[i] = x[255 − i] of each 256 elements. grid: 1, block: 256, shared: 2048 bytes, n = 512.
 #include "prelude.cuh"
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ void copy_quarter(float* to, const float* from) {
   cp_async_commit();
 }
 
-// A group of copies is read before it has been waited for.
+// Reads a group of copies without waiting for it.
 template <bool Right> __device__ __forceinline__ void copy_not_awaited(const float* x, float* y, uint32_t n) {
   copy_quarter(buffer(), x);
   for (uint32_t tile = 0; tile < n / 256; tile++) {
@@ -70,7 +70,7 @@ template <bool Right> __device__ __forceinline__ void copy_too_early(const float
 }
 PLANT(copy_too_early)
 
-// A copy that nobody waits for before the kernel ends.
+// The kernel ends with a copy that is not waited for.
 template <bool Right> __device__ __forceinline__ void copy_left_over(const float* x, float* y, uint32_t n) {
   for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = x[i - threadIdx.x + 255 - threadIdx.x];
   copy_quarter(buffer(), x);
@@ -78,7 +78,7 @@ template <bool Right> __device__ __forceinline__ void copy_left_over(const float
 }
 PLANT(copy_left_over)
 
-// Half of a warp shuffles, the other half meets elsewhere.
+// Half of a warp shuffles, the other half is at another collective.
 template <bool Right> __device__ __forceinline__ void divergent_shuffle(const float* x, float* y, uint32_t n) {
   for (uint32_t i = threadIdx.x; i < n; i += 256) {
     float v = x[i - threadIdx.x + 255 - (threadIdx.x ^ 1)];
@@ -104,7 +104,7 @@ template <bool Right> __device__ __forceinline__ void absent_lane(const float* x
 }
 PLANT(absent_lane)
 
-// Some threads wait at another barrier than the rest.
+// Some threads wait at a different barrier.
 template <bool Right> __device__ __forceinline__ void two_barriers(const float* x, float* y, uint32_t n) {
   for (uint32_t i = threadIdx.x; i < n; i += 256) {
     buffer()[i] = x[i];
@@ -115,7 +115,7 @@ template <bool Right> __device__ __forceinline__ void two_barriers(const float* 
 }
 PLANT(two_barriers)
 
-// Writes behind the dynamic shared memory that the launch asked for.
+// Writes past the end of dynamic shared memory.
 template <bool Right> __device__ __forceinline__ void past_shared(const float* x, float* y, uint32_t n) {
   float* place = buffer() + (Right ? 0 : 256);
   for (uint32_t i = threadIdx.x; i < n; i += 256) {
@@ -165,7 +165,7 @@ template <bool Right> __device__ __forceinline__ void misaligned_matrix(const fl
 }
 PLANT(misaligned_matrix)
 
-// A product of a warp that has lost a lane.
+// A product of a warp one lane of which has ended.
 template <bool Right> __device__ __forceinline__ void lost_lane(const float* x, float* y, uint32_t n) {
   for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = x[i - threadIdx.x + 255 - threadIdx.x];
   if (!Right && threadIdx.x == 9) return;
@@ -175,7 +175,7 @@ template <bool Right> __device__ __forceinline__ void lost_lane(const float* x, 
 }
 PLANT(lost_lane)
 
-// Reads behind a device buffer that ends at a page; the page after it cannot be touched.
+// Reads past a device buffer, which ends at a guard page.
 template <bool Right> __device__ __forceinline__ void past_buffer(const float* x, float* y, uint32_t n) {
   for (uint32_t i = threadIdx.x; i < n; i += 256) y[i] = x[i - threadIdx.x + 255 - threadIdx.x + (Right ? 0 : n)];
 }
@@ -183,7 +183,7 @@ PLANT(past_buffer)
 
 // ---- grid: 2; a word of zero follows y
 
-// Block 1 first, then block 0, which adds to what the other has left: thread 0 waits for the block's turn, and passes it on.
+// Block 1 first, then block 0, which adds to its results: thread 0 waits for the block's turn, then passes it on.
 template <bool Wait, bool Fence> __device__ __forceinline__ void in_turn(const float* x, float* y, uint32_t n) {
   uint32_t* turn = reinterpret_cast<uint32_t*>(y + n);
   if (threadIdx.x == 0) {
@@ -206,7 +206,7 @@ PLANT(blocks_not_awaited)
 template <bool Right> __device__ __forceinline__ void blocks_not_fenced(const float* x, float* y, uint32_t n) { in_turn<true, Right>(x, y, n); }
 PLANT(blocks_not_fenced)
 
-// A block takes the next part by a read and a write, between which another may take the same.
+// A block claims the next part by a read and a write; another may claim the same in between.
 template <bool Right> __device__ __forceinline__ void blocks_overlap(const float* x, float* y, uint32_t n) {
   __shared__ uint32_t part;
   uint32_t* next = reinterpret_cast<uint32_t*>(y + n);

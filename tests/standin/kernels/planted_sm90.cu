@@ -17,7 +17,7 @@ struct Plan {
   uint32_t bytes = 1024, arrivals = 256;
 };
 
-// One buffer, filled by thread 0 as soon as everybody has read it.
+// One buffer, which thread 0 refills when all threads have read it.
 __device__ __forceinline__ void reverse(const CUtensorMap& map, float* y, uint32_t n, const Plan& plan) {
   __shared__ __align__(8) uint64_t full, empty;
   if (threadIdx.x == 0) {
@@ -167,7 +167,7 @@ PLANT_PRODUCT(product_not_awaited_wrong, true, false, true, true)
 PLANT_PRODUCT(operand_overwritten_wrong, true, true, false, true)
 PLANT_PRODUCT(operand_not_fenced_wrong, true, true, true, false)
 
-// The same with an operand in registers, which is written meanwhile.
+// The same with an operand in registers, which are overwritten too early.
 extern "C" __global__ void __launch_bounds__(256) operand_registers_written_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) {
   uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
   if (threadIdx.x < 32) words[threadIdx.x] = 0;
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(256) operand_registers_written_wron
 }
 EXPORT(operand_registers_written_wrong)
 
-// A word that another lane of the warp has written is read: between them a product, which orders registers, not memory.
+// Reads a word that another lane has written; in between is only a product, which orders registers, not memory.
 template <bool Right> __device__ __forceinline__ void product_orders_lanes(const CUtensorMap&, float* y, uint32_t n) {
   uint32_t* words = reinterpret_cast<uint32_t*>(dynamic_shared);
   words[threadIdx.x] = 0;
@@ -237,7 +237,7 @@ EXPORT(product_unlike_wrong)
 extern "C" __global__ void __launch_bounds__(256) product_of_some_wrong(const __grid_constant__ CUtensorMap, float* y, uint32_t n) { unlike<true>(y, n); }
 EXPORT(product_of_some_wrong)
 
-// block: 384. Two warpgroups want more registers than the first has given back.
+// block: 384. Two warpgroups ask for more registers than the first has released.
 template <bool Right> __device__ __forceinline__ void registers_short(float* y, uint32_t n) {
   if (threadIdx.x < 128) registers_decrease<Right ? 24 : 40>();
   else registers_increase<240>();

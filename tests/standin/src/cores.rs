@@ -1,10 +1,10 @@
-//! Sums as tensor cores take them (sources: `cpp/cores.h`): the products of a block are exact; they and the sum so
-//! far are cut off, towards zero, some bits below the largest exponent among them; their sum is exact, and cut off to f32.
+//! Accumulation as on tensor cores (sources: `cpp/cores.h`): the products of a block are exact; they and the accumulator are truncated some
+//! bits below the largest exponent among them; their sum is exact, and truncated to f32.
 
-/// A tensor core, of bf16 with f32 sums.
+/// Parameters of a tensor core for bf16 with f32 accumulation.
 #[derive(Clone, Copy, Debug)]
 pub struct Cores {
-    /// Products of a block.
+    /// Products that are summed at once.
     terms: usize,
     /// Bits that are kept below the largest exponent.
     bits: i32,
@@ -39,7 +39,7 @@ impl Cores {
     }
 }
 
-/// ⌊log2 |x|⌋ as the bits of a float say it; none of zero.
+/// The exponent of a float; `None` for zero.
 fn exponent(x: f32) -> Option<i32> {
     (x != 0.0).then_some(((x.to_bits() >> 23 & 255) as i32).max(1) - 127)
 }

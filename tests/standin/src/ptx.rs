@@ -1,13 +1,12 @@
-//! What nvcc made of a kernel file, for the stand-in GPU: PTX as C++, an instruction a call of the function of its name in
-//! `cpp/ptx.h`.
+//! Translates PTX to C++: each instruction becomes a call of the function of its name in `cpp/ptx.h`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-/// The text of a C++ file with the kernels of a PTX file.
+/// C++ with the kernels of a PTX file.
 ///
 /// # Errors
-/// Names the statement that is not understood. Instructions that `ptx.h` lacks are the C++ compiler's to report.
+/// If a statement is not understood; the message quotes it. The C++ compiler reports instructions that `ptx.h` lacks.
 pub fn to_cpp(ptx: &str) -> Result<String, String> {
     let code = ptx.split_once(".section").map_or(ptx, |(code, _debug)| code);
     let (mut text, mut files) = (String::new(), BTreeMap::new());
@@ -43,7 +42,7 @@ pub fn to_cpp(ptx: &str) -> Result<String, String> {
 
 /// The parts of the C++ file.
 struct File {
-    /// Names of source files, by their numbers.
+    /// Names of source files, by number.
     files: BTreeMap<String, String>,
     sites: String,
     count: usize,
@@ -51,7 +50,7 @@ struct File {
     kernels: String,
 }
 
-/// Where the brace closes that is open before the text.
+/// Offset of the brace that closes one opened before the text.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 1;
     text.find(|c| {
@@ -60,11 +59,11 @@ fn closing(text: &str) -> Option<usize> {
     })
 }
 
-/// Variables outside of kernels.
+/// Module-level variables.
 fn shared_of_the_file(text: &str, out: &mut String) -> Result<(), String> {
     for statement in text.split(';').map(str::trim) {
         let words: Vec<&str> = statement.split_whitespace().collect();
-        // Numbers for the host.
+        // Exported constants, which only the host reads.
         let constant = matches!(words[..], [.., ".global", ".align", "4", ".u32", _, "=", _]);
         if words.contains(&".shared") && !words.contains(&".extern") {
             shared_variable(&words, out)?;
@@ -92,16 +91,16 @@ fn size_of(kind: &str) -> Result<u32, String> {
     bits.map(|bits| bits / 8).map_err(|_| format!("the type {kind}"))
 }
 
-/// A kernel as it is read.
+/// A kernel being translated.
 struct Kernel<'a> {
     name: &'a str,
     /// Offset of each parameter.
     parameters: BTreeMap<String, u32>,
     file: &'a mut File,
-    /// Where the source is at: file and line.
+    /// Current source file and line.
     at: (String, String),
     text: String,
-    /// The last access since a label or a barrier: its kind and base, and from where to where it goes.
+    /// The last access since a label or a barrier: kind, base register, and its range of offsets.
     last: Option<(String, i64, i64)>,
 }
 
@@ -210,7 +209,7 @@ impl Kernel<'_> {
             [] | [".pragma", ..] => return Ok(()),
             [".loc", file, line, ..] => {
                 let name = |file: &str| self.file.files.get(file).cloned().unwrap_or_default();
-                // Of what the headers of all kernels wrap, the place that calls it.
+                // For code of the shared headers, the place that it is inlined at.
                 let inlined = words.iter().position(|w| *w == "inlined_at").and_then(|i| words.get(i + 1..i + 3));
                 let header = |name: &str| name.starts_with("prelude") || name.starts_with("cuda_");
                 self.at = match (name(file), inlined) {
@@ -260,9 +259,8 @@ impl Kernel<'_> {
         Ok(())
     }
 
-    /// An access's place in the list of all: `bytes` at an offset from `base`. Of neighbours that follow each other ptxas makes
-    /// one where it can show that it is aligned. So it does for the pairs of f32 of these kernels, and not for the four words
-    /// of 16 bytes that the compiler has taken apart: pairs are counted as one.
+    /// Index of an access site: `bytes` at an offset from `base`. ptxas merges consecutive accesses to neighbours if it can prove their
+    /// alignment; in these kernels it does so for pairs of f32, not for 16 bytes split into four words. Pairs are counted as one.
     fn site(&mut self, [shared, writes]: [bool; 2], base: String, offset: i64, bytes: i64) -> String {
         let start = self.last.take().and_then(|(before, start, end)| {
             (before == base && end == offset && offset + bytes - start <= 8).then_some(start)
@@ -280,7 +278,7 @@ impl Kernel<'_> {
         format!("sites[{}]", self.file.count - 1)
     }
 
-    /// The C++ of an instruction; `None` where it is of no form that is known.
+    /// The C++ of an instruction; `None` if its form is unknown.
     fn call(&mut self, code: &str, operands: &[&str]) -> Option<String> {
         let parts: Vec<&str> = code.split('.').collect();
         let all = |k: &Self| operands.iter().map(|o| k.operand(o)).collect::<Option<Vec<_>>>();
@@ -328,7 +326,7 @@ impl Kernel<'_> {
             ["wgmma", "mma_async", "sync", "aligned", _, "f32", "bf16", "bf16"] => {
                 let all = all(self)?;
                 let (sums, rest) = all.split_first()?;
-                // A from registers has no order of its elements to choose.
+                // With A in registers there is no major-ness of A to choose.
                 let name = if operands.get(1)?.starts_with('{') { "wgmma_registers" } else { "wgmma" };
                 format!("{name}({}, {sums})", rest.join(", "))
             }
@@ -351,7 +349,7 @@ impl Kernel<'_> {
         })
     }
 
-    /// An operand of `ld` and `st` in memory, as a pointer that is checked.
+    /// A memory operand of `ld` and `st`, as a checked pointer.
     fn place(&mut self, to_memory: bool, how: &[&str], kind: &str, address: &str, registers: &str) -> Option<String> {
         let count = if registers.starts_with('{') { split(registers.trim_matches(['{', '}'])).len() } else { 1 };
         let wide = how.iter().find_map(|h| h.strip_prefix('v')?.parse::<usize>().ok()).unwrap_or(1);
@@ -377,7 +375,7 @@ impl Kernel<'_> {
         })
     }
 
-    /// A register, constant, name, address or vector of them, as C++ arguments.
+    /// A register, constant, symbol, address, or vector of these, as C++ arguments.
     fn operand(&self, text: &str) -> Option<String> {
         let inner = |open, close| text.strip_prefix(open).and_then(|t| t.strip_suffix(close));
         if let Some(list) = inner('{', '}').or_else(|| inner('[', ']').filter(|list| list.contains(','))) {
@@ -385,7 +383,7 @@ impl Kernel<'_> {
         }
         if let Some(address) = inner('[', ']') {
             let (base, offset) = address.split_once('+').unwrap_or((address, "0"));
-            // A parameter's place: from the start of the arguments.
+            // A parameter is addressed from the start of the arguments.
             let base = self.parameters.get(base).map(u32::to_string).or_else(|| self.operand(base))?;
             return Some(if offset == "0" { base } else { format!("{base} + ({offset})") });
         }

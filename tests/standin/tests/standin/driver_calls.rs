@@ -1,4 +1,4 @@
-//! What the stand-in's driver grants and refuses.
+//! The emulated driver's calls: what succeeds, and what is refused with which error.
 
 use super::*;
 use result::DriverError;
@@ -128,7 +128,7 @@ fn graphs_replay_what_was_captured() {
 }
 
 #[test]
-fn graphs_are_made_node_by_node() {
+fn graphs_are_built_node_by_node() {
     let Some(gpu) = Gpu::open(3) else { return };
     let function = gpu.function("known", "known_atomics");
     let sums = gpu.put(&[5u32; 3]);

@@ -1,12 +1,12 @@
-//! What a launch may take of a multiprocessor: planted kernels that take too much are refused as CUDA refuses them, and what the
-//! stand-in knows of a kernel is what nvcc made of it.
+//! Limits of a multiprocessor: launches that need too much are refused as CUDA refuses them, and a kernel's resources are those of its
+//! cubin.
 
 use super::*;
 use driver_calls::refused;
 use sys::CUfunction_attribute::*;
 use sys::CUresult::*;
 
-/// Of each compute capability.
+/// One device of each compute capability.
 const ONE_OF_EACH: [i32; 2] = [0, 2];
 const DYNAMIC: u32 = 48 << 10;
 
@@ -21,7 +21,7 @@ fn allow(function: sys::CUfunction, bytes: u32) -> Result<(), result::DriverErro
     unsafe { result::function::set_function_attribute(function, which, bytes as i32) }
 }
 
-/// 48 KiB of dynamic and 1 KiB of static shared memory are more than a kernel has without asking.
+/// 48 KiB of dynamic plus 1 KiB of static shared memory exceed the default limit.
 #[test]
 fn static_shared_memory_counts() {
     for ordinal in ONE_OF_EACH {

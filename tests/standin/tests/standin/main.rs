@@ -1,4 +1,4 @@
-//! The stand-in GPU itself: instructions with known answers, planted mistakes that it must see, and the driver's refusals.
+//! The stand-in GPU itself: instructions with known answers, planted mistakes that it must detect, and the driver's refusals.
 //!
 //! With `SWAT_TEST_CUDA=gpu` the instructions with known answers run on this machine's GPU, as nvcc compiles them: that
 //! shows whether the stand-in is right.
@@ -14,25 +14,25 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use swat_standin as standin;
 
-/// Devices that do all that is asked of them.
+/// The fully functional devices.
 const DEVICES: [i32; 4] = [0, 1, 2, 3];
 const HOPPERS: [i32; 2] = [0, 1];
 
-/// A device of the stand-in with the driver's raw calls; its own thread's context.
+/// A device through raw driver calls, current in this thread.
 struct Gpu;
 
-/// A kernel's argument: the address of a value.
+/// A kernel argument: the address of a value.
 fn arg<T>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 
 impl Gpu {
-    /// A device of the stand-in; `None` where there is none, or a GPU in its place.
+    /// A device of the stand-in; `None` if there is none, or tests use a real GPU.
     fn open(ordinal: i32) -> Option<Self> {
         if standin::real() { None } else { Self::any(ordinal) }
     }
 
-    /// The same, or this machine's GPU, which has the ordinal 0 alone.
+    /// A device of the stand-in, or this machine's GPU, as ordinal 0.
     fn any(ordinal: i32) -> Option<Self> {
         if standin::real() && ordinal != 0 || !standin::real() && !available() {
             return None;
@@ -47,7 +47,7 @@ impl Gpu {
         Some(Self)
     }
 
-    /// The same, with Hopper's instructions.
+    /// The same, if it has Hopper's instructions.
     fn hopper(ordinal: i32) -> Option<Self> {
         let gpu = Self::any(ordinal)?;
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
@@ -88,7 +88,7 @@ impl Gpu {
         values
     }
 
-    /// Launches on the default stream; `shared` bytes, allowed first.
+    /// Launches on the default stream, after raising the kernel's limit of dynamic shared memory to `shared` bytes.
     fn run(
         &self,
         function: sys::CUfunction,
@@ -105,7 +105,8 @@ impl Gpu {
         }
     }
 
-    /// SAFETY: the arguments are the kernel's parameters.
+    /// # Safety
+    /// The arguments are the kernel's parameters.
     unsafe fn launch(
         &self,
         function: sys::CUfunction,
@@ -120,7 +121,7 @@ impl Gpu {
     }
 }
 
-/// What stands for the image of a test's kernel file: a fatbin's header with the file's name.
+/// A fake image of a test's kernel file: the header of a fatbin, and the file's stem.
 fn image(stem: &str) -> Vec<u8> {
     let mut bytes = vec![0x50, 0xed, 0x55, 0xba, 1, 0, 16, 0];
     bytes.extend((stem.len() as u64).to_le_bytes());

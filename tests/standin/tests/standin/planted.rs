@@ -1,5 +1,5 @@
-//! Mistakes planted in small kernels. A child process runs each; it must report the mistake and abort, or give wrong numbers.
-//! The right twin gives right numbers on every device.
+//! Mistakes planted in small kernels. A child process runs each; it must report the mistake and abort, or compute wrong numbers. The
+//! correct twin computes the right numbers on every device.
 
 use super::*;
 use std::os::unix::process::ExitStatusExt;
@@ -10,14 +10,14 @@ const WRONG_NUMBERS: &str = "wrong numbers";
 const NOT_FENCED: &str = "written since its last fence.proxy.async";
 const STILL_READ: &str = "overwritten that a bulk copy has still to read";
 const RACE: &str = "a race: ";
-/// Where a mistake shows: everywhere, where asynchronous operations are late, where they are early.
+/// Devices on which a mistake shows: all, those with late asynchronous operations, those with early ones.
 const ALL: &[i32] = &[0, 1, 2, 3];
 const LATE: &[i32] = &[0, 2];
 const EARLY: &[i32] = &[1, 3];
-/// Where low blocks come first.
+/// Devices on which low blocks come first.
 const UP: &[i32] = &[0, 3];
 
-/// Kernel without its ending, devices that show the mistake, and what they say.
+/// Kernel without its suffix, devices that show the mistake, and their message.
 const PLANTED: [(&str, &[i32], &str); 17] = [
     ("missing_barrier", ALL, WRONG_NUMBERS),
     ("missing_second_barrier", ALL, WRONG_NUMBERS),
@@ -57,8 +57,8 @@ const PLANTED_HOPPER: [(&str, &[i32], &str); 17] = [
     ("registers_short", &[0, 1], "deadlock"),
 ];
 
-/// Mistakes that are seen in the compiled kernel: accesses in no order, whichever of them comes first there, and writes that
-/// bulk copies and products may not see.
+/// Mistakes that are detected in the compiled kernel: races, whichever access came first, and writes that bulk copies and products may
+/// not see.
 const COMPILED: [(&str, &[i32], &str); 13] = [
     ("missing_barrier", ALL, RACE),
     ("missing_second_barrier", ALL, RACE),
@@ -75,7 +75,7 @@ const COMPILED: [(&str, &[i32], &str); 13] = [
     ("blocks_overlap", &HOPPERS, RACE),
 ];
 
-/// Whether the kernel gives what it should.
+/// Whether the kernel computes the right numbers.
 fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     let n = 512u32;
     let x: Vec<f32> = (0..n).map(|i| i as f32 + 0.5).collect();
@@ -100,7 +100,7 @@ fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == right(i))
 }
 
-/// The child's part: what `SWAT_PLANTED` = `device kernel` names. Nothing where no parent has set it.
+/// The body of the child process: runs what `SWAT_PLANTED` = `device kernel` names; does nothing otherwise.
 #[test]
 fn child() {
     let Ok(planted) = std::env::var("SWAT_PLANTED") else { return };
@@ -109,7 +109,7 @@ fn child() {
     assert!(runs_right(&gpu, kernel), "{WRONG_NUMBERS}");
 }
 
-/// The child, told to run this kernel.
+/// A child process that runs this kernel.
 fn in_child(kernel: &str, ordinal: i32) -> Command {
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args(["--exact", "planted::child", "--nocapture"]).env("SWAT_PLANTED", format!("{ordinal} {kernel}"));
@@ -117,7 +117,7 @@ fn in_child(kernel: &str, ordinal: i32) -> Command {
 }
 
 #[test]
-fn mistakes_of_compiled_kernels_are_seen() {
+fn mistakes_of_compiled_kernels_are_detected() {
     if Gpu::open(0).is_none() {
         return;
     }
@@ -135,14 +135,14 @@ fn mistakes_of_compiled_kernels_are_seen() {
     }
 }
 
-/// Those with a product of ones and zeros have one.
+/// Kernels with a product of ones and zeros share one.
 fn right_twin(kernel: &str) -> String {
     let shared = ["product_not", "product_unlike", "product_of", "operand"].iter().any(|of| kernel.starts_with(of));
     if shared { "product_right".into() } else { format!("{kernel}_right") }
 }
 
 #[track_caller]
-fn assert_seen(kernel: &str, ordinal: i32, message: &str) {
+fn assert_detected(kernel: &str, ordinal: i32, message: &str) {
     let child = in_child(&format!("{kernel}_wrong"), ordinal).output().unwrap();
     let said = String::from_utf8_lossy(&child.stderr);
     assert!(said.contains(message), "{kernel} on device {ordinal}: {}, said: {said}", child.status);
@@ -170,18 +170,17 @@ fn right_twins_pass() {
 }
 
 #[test]
-fn mistakes_are_seen() {
+fn mistakes_are_detected() {
     if Gpu::open(0).is_none() {
         return;
     }
     for (kernel, devices, message) in PLANTED {
-        devices.iter().for_each(|ordinal| assert_seen(kernel, *ordinal, message));
+        devices.iter().for_each(|ordinal| assert_detected(kernel, *ordinal, message));
     }
 }
 
-/// Blocks that run one after another hide it; by turns they do not.
 #[test]
-fn blocks_take_turns() {
+fn interleaved_blocks_show_what_serial_ones_hide() {
     if Gpu::open(0).is_none() {
         return;
     }
@@ -200,11 +199,11 @@ fn blocks_take_turns() {
 }
 
 #[test]
-fn mistakes_of_hopper_kernels_are_seen() {
+fn mistakes_of_hopper_kernels_are_detected() {
     if Gpu::open(0).is_none() {
         return;
     }
     for (kernel, devices, message) in PLANTED_HOPPER {
-        devices.iter().for_each(|ordinal| assert_seen(kernel, *ordinal, message));
+        devices.iter().for_each(|ordinal| assert_detected(kernel, *ordinal, message));
     }
 }

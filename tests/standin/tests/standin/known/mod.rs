@@ -33,11 +33,11 @@ fn compile() -> PathBuf {
     folder
 }
 
-/// Files, and what they are compiled for.
+/// Files, and the code they are compiled to.
 const COMPILED: [(&str, &str); 2] =
     [("known", "arch=compute_80,code=[sm_80,compute_80]"), ("known_sm90", "arch=compute_90a,code=sm_90a")];
 
-/// Every kernel with a known answer is in what nvcc makes of its file; `scripts/gpu_pack.sh` takes the images from here.
+/// Every kernel with a known answer is in its file's image; `scripts/gpu_pack.sh` takes the images from here.
 #[test]
 fn nvcc_compiles_them() {
     if standin::real() || standin::compiled() || standin::nvcc().is_none() {
@@ -77,16 +77,16 @@ fn normals(seed: u64, len: usize) -> Vec<bf16> {
     (0..len).map(|_| bf16::from_f64((0..12).map(|_| uniform()).sum::<f64>() - 6.0)).collect()
 }
 
-/// Rows of `a` (m × k) times rows of `b` (n × k), as the tensor cores of a device sum.
+/// Rows of `a` (m × k) times rows of `b` (n × k), summed as on the tensor cores of a device.
 fn product_of_cores(a: &[bf16], b: &[bf16], [m, n, k]: [usize; 3], ordinal: i32) -> Vec<f32> {
     let [a, b] = [a, b].map(|x| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>());
     let cores = if HOPPERS.contains(&ordinal) { HOPPER } else { AMPERE };
     (0..m * n).map(|at| cores.dot(&a[at / n * k..][..k], &b[at % n * k..][..k])).collect()
 }
 
-/// Beside a large number tensor cores keep of small ones what reaches the bits below its exponent.
+/// Next to a large term, small ones are truncated to the bits that are kept below its exponent.
 #[test]
-fn tensor_cores_cut_off() {
+fn tensor_cores_truncate() {
     let small = 2f32.powi(-25);
     let sums =
         |first: f32, four: f32| [HOPPER, AMPERE].map(|cores| cores.dot(&[1.0; 5], &[first, four, four, four, four]));
@@ -136,7 +136,7 @@ fn mma_multiplies() {
 }
 
 #[test]
-fn ldmatrix_deals_out_pairs() {
+fn ldmatrix_distributes_pairs() {
     for (kernel, transposed) in [("known_ldmatrix", false), ("known_ldmatrix_trans", true)] {
         for ordinal in DEVICES {
             let Some(gpu) = Gpu::any(ordinal) else { return };
@@ -195,9 +195,9 @@ fn every_thread_of_every_block_runs_once() {
         let to = gpu.put(&vec![0u32; (blocks * threads * 4) as usize]);
         gpu.run(gpu.function("known", "known_places"), grid, block, 0, &mut [arg(&to)]);
         let got = gpu.get::<u32>(to, (blocks * threads * 4) as usize);
-        let place = |n: u32, [x, y, _]: [u32; 3]| [n % x, n / x % y, n / (x * y)];
+        let swizzled = |n: u32, [x, y, _]: [u32; 3]| [n % x, n / x % y, n / (x * y)];
         for i in 0..blocks * threads {
-            let (b, t) = (place(i / threads, grid), place(i % threads, block));
+            let (b, t) = (swizzled(i / threads, grid), swizzled(i % threads, block));
             let expected = [b[0] + 256 * t[0], b[1] + 256 * t[1], b[2] + 256 * t[2], 1];
             assert_eq!(got[4 * i as usize..][..4], expected);
         }
@@ -229,7 +229,7 @@ fn parameters_are_laid_out_as_on_the_device() {
 }
 
 #[test]
-fn phases_of_mbarriers_hand_numbers_over() {
+fn mbarrier_phases_order_accesses() {
     for ordinal in HOPPERS {
         let Some(gpu) = Gpu::hopper(ordinal) else { return };
         let (rounds, y) = (9u32, gpu.put(&[0u32; 128]));
@@ -245,9 +245,9 @@ fn phases_of_mbarriers_hand_numbers_over() {
     }
 }
 
-/// Where byte `offset` of unswizzled lines lies: within each 128 bytes × (8, 4, 2 lines of 16, 32, 64) the 16-byte places of a
-/// line are xor'ed with the line's number.
-fn place(offset: usize, swizzle: CUtensorMapSwizzle) -> usize {
+/// Address of byte `offset` of unswizzled lines: the index of a 16-byte chunk within its line of 128 bytes xor the line's number (modulo
+/// 8, 4 or 2).
+fn swizzled(offset: usize, swizzle: CUtensorMapSwizzle) -> usize {
     let (line, in_line) = (offset / 128, offset % 128);
     let moved = match swizzle {
         CU_TENSOR_MAP_SWIZZLE_128B => line % 8,
@@ -266,7 +266,7 @@ const SWIZZLES: [(CUtensorMapSwizzle, usize); 4] = [
 ];
 
 #[test]
-fn boxes_come_swizzled_with_zeros_outside() {
+fn tma_loads_swizzle_and_zero_fill() {
     // 30 rows of 72 numbers, 80 apart.
     let x: Vec<bf16> = (0..30 * 80).map(|i| bf16::from_bits(i as u16 + 1)).collect();
     for (swizzle, line) in SWIZZLES {
@@ -285,7 +285,7 @@ fn boxes_come_swizzled_with_zeros_outside() {
                     let inside = (0..30).contains(&r) && (0..72).contains(&c);
                     let expected = if inside { x[(r * 80 + c) as usize].to_bits() } else { 0 };
                     assert_eq!(
-                        got[place(2 * at, swizzle) / 2],
+                        got[swizzled(2 * at, swizzle) / 2],
                         expected,
                         "{line} bytes at {x0}, {x1}: {row}, {column}"
                     );
@@ -296,7 +296,7 @@ fn boxes_come_swizzled_with_zeros_outside() {
 }
 
 #[test]
-fn boxes_of_three_dimensions() {
+fn tma_loads_of_three_dimensions() {
     let x: Vec<f32> = (0..5 * 6 * 16).map(|i| i as f32 + 1.0).collect();
     for ordinal in HOPPERS {
         let Some(gpu) = Gpu::hopper(ordinal) else { return };
@@ -316,7 +316,7 @@ fn boxes_of_three_dimensions() {
 }
 
 #[test]
-fn stores_write_what_is_inside() {
+fn tma_stores_clip() {
     let x: Vec<u16> = (1..=16 * 64).collect();
     for ordinal in HOPPERS {
         let Some(gpu) = Gpu::hopper(ordinal) else { return };
@@ -332,14 +332,14 @@ fn stores_write_what_is_inside() {
             let (row, column) = ((at / 88) as i32 - x1, (at % 88) as i32 - x0);
             let inside = (0..12).contains(&row) && (0..56).contains(&column);
             let expected =
-                if inside { x[place((row * 128 + 2 * column) as usize, CU_TENSOR_MAP_SWIZZLE_128B) / 2] } else { 0 };
+                if inside { x[swizzled((row * 128 + 2 * column) as usize, CU_TENSOR_MAP_SWIZZLE_128B) / 2] } else { 0 };
             assert_eq!(*got, expected, "{row}, {column}");
         }
     }
 }
 
 #[test]
-fn stores_add_what_is_inside() {
+fn tma_reductions_clip() {
     let x: Vec<f32> = (0..16 * 32).map(|i| i as f32 + 0.25).collect();
     let before: Vec<f32> = (0..20 * 40).map(|i| 1.5 - i as f32).collect();
     for ordinal in HOPPERS {
@@ -353,14 +353,14 @@ fn stores_add_what_is_inside() {
         for (at, got) in gpu.get::<f32>(to, 20 * 40).iter().enumerate() {
             let (row, column) = ((at / 40) as i32 - x1, (at % 40) as i32 - x0);
             let inside = (0..10).contains(&row) && (0..28).contains(&column);
-            let offset = place((row * 128 + 4 * column) as usize % 2048, CU_TENSOR_MAP_SWIZZLE_128B);
+            let offset = swizzled((row * 128 + 4 * column) as usize % 2048, CU_TENSOR_MAP_SWIZZLE_128B);
             assert_eq!(*got, before[at] + if inside { x[offset / 4] } else { 0.0 }, "{row}, {column}");
         }
     }
 }
 
 #[test]
-fn stmatrix_takes_pairs() {
+fn stmatrix_collects_pairs() {
     for ordinal in HOPPERS {
         let Some(gpu) = Gpu::hopper(ordinal) else { return };
         let to = gpu.put(&[0u32; 128]);

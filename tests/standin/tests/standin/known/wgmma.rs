@@ -1,14 +1,14 @@
-//! Products of warpgroups, in every canonical layout of their operands.
+//! wgmma, with its operands in every canonical layout.
 
 use super::*;
 
-/// An operand of 64 columns of k in shared memory, as one of wgmma's canonical layouts.
+/// A canonical layout of a wgmma operand of 64 columns of k in shared memory.
 struct Operand {
-    /// Byte of element (row, k).
+    /// Byte offset of element (row, k), for slabs of these bytes.
     at: fn(usize, usize, usize) -> usize,
-    /// Bytes from one slab to the next, of this many rows.
+    /// Bytes between slabs, of an operand with this many rows.
     slab: fn(usize) -> usize,
-    /// Byte at which step s of 16 k starts.
+    /// Byte offset of step s, of 16 columns of k.
     step: fn(usize, usize) -> usize,
     /// Descriptor for slabs of these bytes.
     descriptor: fn(u64) -> u64,
@@ -27,19 +27,19 @@ const K_MAJOR: [Operand; 4] = [
         descriptor: |slab| fields(slab, 128, 0),
     },
     Operand {
-        at: |r, k, slab| k / 16 * slab + place(r * 32 + k % 16 * 2, CU_TENSOR_MAP_SWIZZLE_32B),
+        at: |r, k, slab| k / 16 * slab + swizzled(r * 32 + k % 16 * 2, CU_TENSOR_MAP_SWIZZLE_32B),
         slab: |rows| rows * 32,
         step: |s, slab| s * slab,
         descriptor: |_| fields(0, 256, 3),
     },
     Operand {
-        at: |r, k, slab| k / 32 * slab + place(r * 64 + k % 32 * 2, CU_TENSOR_MAP_SWIZZLE_64B),
+        at: |r, k, slab| k / 32 * slab + swizzled(r * 64 + k % 32 * 2, CU_TENSOR_MAP_SWIZZLE_64B),
         slab: |rows| rows * 64,
         step: |s, slab| s / 2 * slab + s % 2 * 32,
         descriptor: |_| fields(0, 512, 2),
     },
     Operand {
-        at: |r, k, _| place(r * 128 + k * 2, CU_TENSOR_MAP_SWIZZLE_128B),
+        at: |r, k, _| swizzled(r * 128 + k * 2, CU_TENSOR_MAP_SWIZZLE_128B),
         slab: |rows| rows * 128,
         step: |s, _| s * 32,
         descriptor: |_| fields(0, 1024, 1),
@@ -55,19 +55,19 @@ const ROW_MAJOR: [Operand; 4] = [
         descriptor: |slab| fields(128, slab, 0),
     },
     Operand {
-        at: |r, k, slab| r / 16 * slab + place(k * 32 + r % 16 * 2, CU_TENSOR_MAP_SWIZZLE_32B),
+        at: |r, k, slab| r / 16 * slab + swizzled(k * 32 + r % 16 * 2, CU_TENSOR_MAP_SWIZZLE_32B),
         slab: |_| 64 * 32,
         step: |s, _| s * 512,
         descriptor: |slab| fields(slab, 256, 3),
     },
     Operand {
-        at: |r, k, slab| r / 32 * slab + place(k * 64 + r % 32 * 2, CU_TENSOR_MAP_SWIZZLE_64B),
+        at: |r, k, slab| r / 32 * slab + swizzled(k * 64 + r % 32 * 2, CU_TENSOR_MAP_SWIZZLE_64B),
         slab: |_| 64 * 64,
         step: |s, _| s * 1024,
         descriptor: |slab| fields(slab, 512, 2),
     },
     Operand {
-        at: |r, k, slab| r / 64 * slab + place(k * 128 + r % 64 * 2, CU_TENSOR_MAP_SWIZZLE_128B),
+        at: |r, k, slab| r / 64 * slab + swizzled(k * 128 + r % 64 * 2, CU_TENSOR_MAP_SWIZZLE_128B),
         slab: |_| 64 * 128,
         step: |s, _| s * 2048,
         descriptor: |slab| fields(slab, 1024, 1),
@@ -82,7 +82,7 @@ struct Operands {
     b_at: [u32; 4],
 }
 
-/// Puts `rows` × 64 numbers into an image of shared memory, from byte `at` on.
+/// Writes `rows` × 64 numbers into an image of shared memory, at byte `at`.
 fn place_operand(image: &mut [bf16], at: usize, x: &[bf16], rows: usize, layout: &Operand) {
     let slab = (layout.slab)(rows);
     for (r, k) in (0..rows * 64).map(|i| (i / 64, i % 64)) {
@@ -108,7 +108,7 @@ fn wgmma_multiplies_in_every_canonical_layout() {
         let mut image = vec![bf16::NAN; bytes / 2];
         place_operand(&mut image, 0, &a, 64, a_layout);
         place_operand(&mut image, a_bytes, &b, n, b_layout);
-        assert!(image.iter().all(|x| !x.is_nan()), "{name}{n}, layout {layout}: two elements in one place");
+        assert!(image.iter().all(|x| !x.is_nan()), "{name}{n}, layout {layout}: two elements in one swizzled");
         let operands = Operands {
             a: (a_layout.descriptor)(a_slab as u64),
             b: (b_layout.descriptor)(b_slab as u64),
