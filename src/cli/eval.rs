@@ -1,8 +1,8 @@
 //! `swat eval`: safety and utility of a model.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split, Task};
 use crate::error::Result;
@@ -82,7 +82,7 @@ impl OnDevice for EvalCommand {
         let found = model.evaluate(&input, &self.options, &self.refusals.list()?, &mut bars.observer())?;
         bars.finish();
         if common.json {
-            return print_json(&serde_json::to_value(&found).unwrap_or_default());
+            return print_json(&found);
         }
         let rate = |what: &str, rate: &Rate| {
             let interval = format!("{} to {}", percent(rate.low, 1), percent(rate.high, 1));

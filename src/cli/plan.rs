@@ -1,7 +1,7 @@
 //! `swat plan`: memory and compute of a run.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, State};
-use super::{Common, print_json, print_line};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::engine::{Lora, Plan, Workload};
@@ -74,7 +74,7 @@ impl PlanCommand {
             ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
             _ => lora.is_none() && set.contains(id.cell()),
         };
-        let device = common.device()?;
+        let device = common.gpu();
         let plan = |recompute| match (device, self.state) {
             (None, _) => Plan::new::<Cpu>(config, &workload(recompute), trains),
             (Some(_), State::F32) => Plan::new::<Cuda<F32State>>(config, &workload(recompute), trains),

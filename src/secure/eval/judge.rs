@@ -8,7 +8,7 @@ use crate::options::default_from_args;
 use clap::Args;
 use std::time::Duration;
 
-/// Endpoint of the judge and how it is asked.
+/// Endpoint and request options of the judge.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct JudgeOptions {
