@@ -50,7 +50,7 @@ impl OnDevice for ProbeCommand {
         let options = ProbeOptions { seed: common.seed, ..self.options };
         let mut bars = Bars::new(common);
         let refusals = self.refusals.list()?;
-        let probe = model.probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
+        let probe = model.train_probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
         bars.finish();
         probe.save(&self.out)?;
         if common.json {

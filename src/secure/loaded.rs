@@ -145,7 +145,7 @@ impl<B: Backend> LoadedModel<B> {
     ///
     /// # Errors
     /// As [`train_probe`]; a failing device.
-    pub fn probe(
+    pub fn train_probe(
         &self,
         prompts: &[SecurityPrompt],
         options: &ProbeOptions,

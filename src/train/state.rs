@@ -60,7 +60,8 @@ impl RunState {
         steps && begun <= phases && self.summaries.len() == begun && self.position.batch < batches_per_epoch
     }
 
-    pub(super) fn progress(&self, phase: &str, phase_steps: u64) -> RunPosition {
+    /// The position in a phase of `phase_steps` steps, for callbacks.
+    pub(super) fn position_in(&self, phase: &str, phase_steps: u64) -> RunPosition {
         let (step, phase_step, epoch) = (self.step, self.phase_step, self.position.epoch);
         RunPosition { phase: phase.to_owned(), step, phase_step, phase_steps, epoch }
     }

@@ -99,7 +99,7 @@ impl<B: Backend> Tuner<'_, B> {
         if run.summaries.len() == run.phase {
             run.summaries.push(PhaseSummary { phase: phase.name.clone(), ..PhaseSummary::default() });
         }
-        callbacks.phase_begins(&run.progress(&phase.name, total))?;
+        callbacks.phase_begins(&run.position_in(&phase.name, total))?;
 
         while run.phase_step < total {
             let metrics = self.step(&phase, &floor, total, run, &mut adam, &mut gradients)?;
@@ -107,7 +107,7 @@ impl<B: Backend> Tuner<'_, B> {
                 log.append(&metrics)?;
                 run.metrics_bytes = log.bytes();
             }
-            let at = run.progress(&phase.name, total);
+            let at = run.position_in(&phase.name, total);
             callbacks.step(&metrics, &at)?;
             run.check_progress(&phase.name, MAX_NON_FINITE_STEPS, self.steps_per_epoch())?;
             if run.position.batch == 0 {
@@ -125,7 +125,7 @@ impl<B: Backend> Tuner<'_, B> {
         // The measurements below hold tensors on the host: not at the same time as gradients and activations.
         drop(gradients);
         self.decoder.release_pool();
-        callbacks.phase_ends(self.decoder, &run.progress(&phase.name, total))?;
+        callbacks.phase_ends(self.decoder, &run.position_in(&phase.name, total))?;
         if let Some(start) = start {
             let store = files.as_deref().map(|(store, _)| store);
             if let Some(cells) = self.updates(&start, run, store, callbacks)? {

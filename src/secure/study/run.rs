@@ -192,7 +192,7 @@ impl<B: Backend> Study<'_, B> {
             "seed": config.seed, "options": config.probe, "refusals": format!("{:?}", self.refusals) });
         let train = || -> Result<String> {
             let model = self.open(&config.model)?;
-            let probe = model.probe(&self.prompts, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
+            let probe = model.train_probe(&self.prompts, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
             probe.save(&path)?;
             file_hash(&path)
         };
