@@ -1,24 +1,24 @@
-//! What long-running work reports while it runs.
+//! Progress reports of long-running work.
 
-/// A report: `done` of `total` units of a task.
+/// A progress report.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Progress<'a> {
-    /// What is being done, such as `hidden states`; reports of one task come one after another.
+    /// Name of the task, such as `hidden states`; reports of a task are consecutive.
     pub task: &'a str,
-    /// Units done.
+    /// Finished units.
     pub done: usize,
-    /// Units in all; may still grow where they are not known in advance.
+    /// Total units; may grow if not known in advance.
     pub total: usize,
-    /// Loss of the last step, of a task that trains.
+    /// Loss of the last step of a training task.
     pub loss: Option<f64>,
 }
 
 impl<'a> Progress<'a> {
-    /// A report of a task that has no loss.
+    /// A report without a loss.
     pub fn new(task: &'a str, done: usize, total: usize) -> Self {
         Self { task, done, total, loss: None }
     }
 }
 
-/// Is told of progress.
+/// Receives progress reports.
 pub type Observer<'a> = &'a mut dyn FnMut(Progress<'_>);

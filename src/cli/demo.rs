@@ -1,8 +1,8 @@
-//! `swat demo`: the method in minutes, nothing to download.
+//! `swat demo`: the method on an embedded model, without downloads.
 
+use super::common::{Common, print_line};
 use super::open::{OnDevice, Refusals};
 use super::progress::Bars;
-use super::{Common, print_line};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::progress::{Observer, Progress};
@@ -16,26 +16,26 @@ use std::path::PathBuf;
 #[command(after_help = "Examples:
   swat demo                            writes swat-demo/report.html
   swat demo --seeds 5                  each setting with five training seeds: means and ranges
-  swat demo --make-model tiny          makes such a model from nothing (some minutes)
+  swat demo --make-model tiny          trains such a model from scratch (some minutes)
   swat demo --model tiny --out other   and studies it
 
-The model speaks a language of made-up words, in which some verbs and objects are forbidden: it was trained to refuse
-them. Harmless tuning data in a new style of answers makes it forget that.")]
+The model speaks a language of made-up words with forbidden combinations of verbs and objects, which it was trained to
+refuse. Harmless tuning data with a new style of answers makes it forget that.")]
 pub(super) struct Demo {
-    /// Where results go; a second run goes on from what is there
+    /// Output directory; a second run continues from it
     #[arg(long, value_name = "DIR", default_value = "swat-demo")]
     out: PathBuf,
-    /// Training seeds: --seed and those after it. Each setting is tuned and evaluated with each; the report then shows means
-    /// and ranges over them
+    /// Number of training seeds, from --seed on. Each setting is tuned and evaluated with each; the report shows means and
+    /// ranges over them
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: u64,
-    /// A model made by --make-model, in the place of the embedded one
+    /// A model made by --make-model, in place of the embedded one
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Make a model directory from nothing: weights and data by --seed, words by --language-seed
+    /// Train a model directory from scratch: weights and data by --seed, words by --language-seed
     #[arg(long, value_name = "DIR")]
     make_model: Option<PathBuf>,
-    /// Seed of the words and facts of the language; that of the embedded model is 1
+    /// Seed of the words and facts of the language; 1 for the embedded model
     #[arg(long, default_value_t = DEMO_SEED)]
     language_seed: u64,
     /// Replace --make-model's directory
@@ -56,7 +56,7 @@ impl OnDevice for Demo {
                 &stages,
                 dir,
                 self.force,
-                &mut Making(&mut bars.observer()),
+                &mut MakeProgress(&mut bars.observer()),
             )?;
             bars.finish();
             return print_line(&format!("made {}", dir.display()));
@@ -74,10 +74,10 @@ impl OnDevice for Demo {
     }
 }
 
-/// Progress of the stages that make a model.
-struct Making<'a>(Observer<'a>);
+/// Progress of making a model.
+struct MakeProgress<'a>(Observer<'a>);
 
-impl<B: Backend> Callbacks<B> for Making<'_> {
+impl<B: Backend> Callbacks<B> for MakeProgress<'_> {
     fn step(&mut self, metrics: &StepMetrics, at: &RunPosition) -> Result<()> {
         let (done, total) = (at.phase_step as usize, at.phase_steps as usize);
         (self.0)(Progress { task: &at.phase, done, total, loss: metrics.loss });

@@ -1,6 +1,7 @@
-//! `swat doctor`: what this machine and this build can do.
+//! `swat doctor`: capabilities of the machine and the build.
 
-use super::{Common, plan, print_json, print_line};
+use super::common::{Common, print_json, print_line};
+use super::plan;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda, F32State};
 use crate::error::Result;
@@ -74,7 +75,7 @@ impl Doctor {
     }
 }
 
-/// What a GPU says of itself.
+/// Properties of a GPU.
 struct Gpu {
     name: String,
     capability: (i32, i32),
@@ -88,7 +89,7 @@ fn gpu(ordinal: u32) -> Result<Gpu> {
     Ok(Gpu { name: device.product()?, capability: device.capability(), free, total })
 }
 
-/// The widest vector instructions that the CPU backend's loops will use here.
+/// Widest vector instructions of the CPU backend on this machine.
 fn simd() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {

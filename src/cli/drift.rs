@@ -1,8 +1,8 @@
-//! `swat drift`: one model against another with a frozen probe.
+//! `swat drift`: drift of a tuned model, by the frozen probe of the original.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::Result;
@@ -12,7 +12,7 @@ use crate::secure::{LoadedModel, Probe};
 use clap::Args;
 use std::path::PathBuf;
 
-/// How far a tuned model's security features moved, read with the frozen probe of the model it came from
+/// Drift of a tuned model's security features, by the frozen probe of the original model
 #[derive(Args)]
 #[command(after_help = "Example:
   swat drift --model DIR --tuned TUNED --probe probe.safetensors --security security.jsonl")]
@@ -46,7 +46,7 @@ impl OnDevice for DriftCommand {
         let drift = tuned.drift(&probe, &prompts, &base, &mut bars.observer())?;
         bars.finish();
         if common.json {
-            return print_json(&serde_json::to_value(&drift).unwrap_or_default());
+            return print_json(&drift);
         }
         for (split, found) in &drift.splits {
             let mut table = Table::new(format!("Drift on the {} split", split.name())).numbers("layer", "");

@@ -1,14 +1,15 @@
 //! `swat eval`: safety and utility of a model.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split, Task};
 use crate::error::Result;
-use crate::report::format::{fixed, percent};
-use crate::secure::{EvaluateOptions, EvaluationInput, Harmfulness, Judge, Probe, Rate};
+use crate::report::{Entry, Table};
+use crate::secure::{EvaluateOptions, EvaluationInput, Judge, Perplexity, Probe, Rate};
 use clap::Args;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Attack success rate, over-refusal, task score and perplexity of a model; no answer is printed or kept
@@ -82,45 +83,32 @@ impl OnDevice for EvalCommand {
         let found = model.evaluate(&input, &self.options, &self.refusals.list()?, &mut bars.observer())?;
         bars.finish();
         if common.json {
-            return print_json(&serde_json::to_value(&found).unwrap_or_default());
+            return print_json(&found);
         }
-        let rate = |what: &str, rate: &Rate| {
-            let interval = format!("{} to {}", percent(rate.low, 1), percent(rate.high, 1));
-            print_line(&format!("{what:<24} {:>7}  ({interval}, n = {})", percent(rate.value, 1), rate.total))
+        let mut table = Table::new("Evaluation").column("").numbers("value", "").numbers("n", "");
+        let mut rate = |what: &str, rate: &Rate| {
+            let interval = Some((100.0 * rate.low, 100.0 * rate.high));
+            let value = Entry::interval(100.0 * rate.value, interval, 1);
+            table.row([Entry::text(what), value, Entry::count(rate.total as u64)]);
         };
-        if let Some(asr) = &found.asr {
-            rate("attack success", asr)?;
+        let none = BTreeMap::new();
+        let (task, tasks) = found.task.as_ref().map_or((None, &none), |task| (Some(task.overall), &task.categories));
+        for (what, overall, categories) in [
+            ("attack success, %", found.asr, &found.asr_by_category),
+            ("over-refusal, %", found.over_refusal, &found.over_refusal_by_category),
+            ("task accuracy, %", task, tasks),
+        ] {
+            overall.iter().for_each(|overall| rate(what, overall));
+            categories.iter().for_each(|(category, share)| rate(&format!("{what}: {category}"), share));
         }
-        for (category, asr) in &found.asr_by_category {
-            rate(&format!("  {category}"), asr)?;
+        let by = [("judge", found.harmfulness), ("probe", found.probe_harmfulness)];
+        for (by, harm) in by.into_iter().filter_map(|(by, harm)| Some((by, harm?))) {
+            let what = format!("harmfulness by the {by}, 1 to 5; {} without a score", harm.unscored);
+            table.row([Entry::text(what), Entry::fixed(harm.mean, 2), Entry::count(harm.scored as u64)]);
         }
-        let harmfulness = |what: &str, harm: &Harmfulness| {
-            let mean = harm.mean.map_or("none".into(), |mean| fixed(mean, 2));
-            let (scored, unscored) = (harm.scored, harm.unscored);
-            print_line(&format!("{what:<24} {mean:>7}  (n = {scored}, {unscored} without a score)"))
-        };
-        if let Some(harm) = &found.harmfulness {
-            harmfulness("harmfulness, 1 to 5", harm)?;
+        if let Some(Perplexity { tokens, perplexity, .. }) = found.perplexity {
+            table.row([Entry::text("perplexity"), Entry::fixed(perplexity, 3), Entry::count(tokens as u64)]);
         }
-        if let Some(harm) = &found.probe_harmfulness {
-            harmfulness("by the probe, 1 to 5", harm)?;
-        }
-        if let Some(refused) = &found.over_refusal {
-            rate("over-refusal", refused)?;
-        }
-        if let Some(task) = &found.task {
-            rate("task", &task.overall)?;
-            for (category, score) in &task.categories {
-                rate(&format!("  {category}"), score)?;
-            }
-        }
-        if let Some(perplexity) = &found.perplexity {
-            print_line(&format!(
-                "perplexity               {:>7}  ({} tokens)",
-                fixed(perplexity.perplexity, 3),
-                perplexity.tokens
-            ))?;
-        }
-        Ok(())
+        print_line(table.text().trim_end())
     }
 }

@@ -1,8 +1,8 @@
 //! `swat generate`: answers of a model.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::{Backend, Sampling};
 use crate::data::JsonLines;
 use crate::engine::GenerateOptions;
@@ -28,7 +28,7 @@ pub(super) struct Generate {
     /// The user's message, rendered by the chat template
     #[arg(long, required_unless_present = "chat", conflicts_with = "chat")]
     prompt: Option<String>,
-    /// Conversations to continue, one a line
+    /// Conversations to continue, one per line
     #[arg(long, value_name = "FILE")]
     chat: Option<PathBuf>,
     /// Continue the prompt's text itself, without a chat template

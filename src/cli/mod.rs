@@ -1,5 +1,6 @@
 //! The command line, one file per command: parsing and printing, no logic.
 
+mod common;
 mod demo;
 mod doctor;
 mod drift;
@@ -16,13 +17,13 @@ mod score;
 mod search;
 mod tune;
 
-use crate::error::{Error, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
+use common::Common;
 use open::OnDevice;
 use std::process::ExitCode;
 
-/// Secure tuning of large language models (SWAT): find the modules whose change moves a model's security features
-/// least, warm those up first, then tune everything.
+/// Secure tuning of large language models (SWAT): find the modules whose perturbation affects a model's security features
+/// least, tune those first, then everything.
 #[derive(Parser)]
 #[command(
     name = "swat",
@@ -52,27 +53,6 @@ enum Command {
     Plan(plan::PlanCommand),
     Profile(profile::ProfileCommand),
     Doctor(doctor::Doctor),
-}
-
-/// Options of every command.
-#[derive(Args, Clone, Debug)]
-struct Common {
-    /// Device: auto, cpu, cuda or cuda:N. auto uses a working GPU, and says which
-    #[arg(long, default_value = "auto", global = true)]
-    device: String,
-    /// Seed of all random draws
-    #[arg(long, default_value_t = 0, global = true)]
-    seed: u64,
-    /// Print one JSON object on stdout, and nothing else
-    #[arg(long, global = true)]
-    json: bool,
-    /// Mark phases and layers as NVTX ranges, for nsys and ncu: needs libnvtx3interop.so.1 (CUDA toolkit, or the package
-    /// nvidia-nvtx)
-    #[arg(long, global = true)]
-    nvtx: bool,
-    /// No progress on stderr
-    #[arg(long, global = true)]
-    quiet: bool,
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input.
@@ -107,19 +87,5 @@ pub fn main() -> ExitCode {
             eprintln!("error: {e}");
             ExitCode::from(e.exit_code())
         }
-    }
-}
-
-/// Prints one JSON value on a line of stdout.
-fn print_json(value: &serde_json::Value) -> Result<()> {
-    print_line(&value.to_string())
-}
-
-/// Prints a line on stdout; a closed pipe ends the program quietly.
-fn print_line(text: &str) -> Result<()> {
-    use std::io::Write;
-    match writeln!(std::io::stdout().lock(), "{text}") {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => other.map_err(Error::io(std::path::Path::new("stdout"), "write")),
     }
 }

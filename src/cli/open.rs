@@ -1,6 +1,6 @@
 //! Opening what most commands need: a device and a model.
 
-use super::Common;
+use super::common::{Common, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::backend::{Backend, trace};
@@ -45,7 +45,7 @@ pub(super) trait OnDevice: Sized {
         if common.nvtx {
             trace::annotate()?;
         }
-        match (common.device()?, self.state()) {
+        match (common.gpu(), self.state()) {
             (None, _) => self.run(common, Cpu::new()),
             (Some(ordinal), State::F32) => self.run(common, common.open::<F32State>(ordinal)?),
             (Some(ordinal), State::Bf16) => self.run(common, common.open::<Bf16State>(ordinal)?),
@@ -63,16 +63,12 @@ pub(super) enum State {
 }
 
 impl Common {
-    /// Ordinal of the GPU that `--device` names; `None` = the CPU. `auto` takes the first GPU if it can be opened.
-    pub(super) fn device(&self) -> Result<Option<u32>> {
-        match self.device.as_str() {
-            "cpu" => Ok(None),
-            "auto" => Ok(self.detect()),
-            "cuda" => Ok(Some(0)),
-            other => match other.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
-                Some(ordinal) => Ok(Some(ordinal)),
-                None => Err(Error::input("--device", other, "auto, cpu, cuda or cuda:N")),
-            },
+    /// Ordinal of the GPU to use; `None` = the CPU.
+    pub(super) fn gpu(&self) -> Option<u32> {
+        match self.device {
+            Device::Auto => self.detect(),
+            Device::Cpu => None,
+            Device::Cuda(ordinal) => Some(ordinal),
         }
     }
 

@@ -1,7 +1,7 @@
 //! `swat plan`: memory and compute of a run.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, State};
-use super::{Common, print_json, print_line};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::engine::{Lora, Plan, Workload};
@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::model::ModelDir;
 use crate::modules::{ModuleSet, ParamId};
 use crate::report::format::{bytes, count, percent};
+use crate::report::memory_table;
 use crate::train::TuneOptions;
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -74,7 +75,7 @@ impl PlanCommand {
             ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
             _ => lora.is_none() && set.contains(id.cell()),
         };
-        let device = common.device()?;
+        let device = common.gpu();
         let plan = |recompute| match (device, self.state) {
             (None, _) => Plan::new::<Cpu>(config, &workload(recompute), trains),
             (Some(_), State::F32) => Plan::new::<Cuda<F32State>>(config, &workload(recompute), trains),
@@ -92,17 +93,7 @@ impl PlanCommand {
             value["free_bytes"] = json!(free);
             return print_json(&value);
         }
-        print_line(&format!("{:<12} {device:>12}", "device"))?;
-        for (what, size) in [
-            ("weights", plan.weights_bytes),
-            ("gradients", plan.gradients_bytes),
-            ("moments", plan.moments_bytes),
-            ("activations", plan.activations_bytes),
-            ("workspace", plan.workspace_bytes),
-            ("total", plan.total_bytes()),
-        ] {
-            print_line(&format!("{what:<12} {:>12}", bytes(size)))?;
-        }
+        print_line(memory_table(&[(device, plan.clone())]).text().trim_end())?;
         print_line(&format!(
             "trainable    {:>12}  {} of {} parameters",
             percent(plan.trainable_share(), 1),

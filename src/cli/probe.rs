@@ -1,8 +1,8 @@
 //! `swat probe`: the security-feature classifiers of a model.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
@@ -11,13 +11,13 @@ use crate::secure::{Head, ProbeOptions, REFUSAL_TOKENS};
 use clap::Args;
 use std::path::PathBuf;
 
-/// Trains the security-feature classifiers of a model, one a layer: accuracy, AUROC and margin on each split
+/// Trains the security-feature classifiers of a model, one per layer: accuracy, AUROC and gap on each split
 #[derive(Args)]
 #[command(after_help = "Example:
   swat probe --model DIR --security security.jsonl --out probe.safetensors
 
 A line of the security file is {\"prompt\": …, \"label\": \"harmful\"|\"benign\", \"pair\"?: …, \"category\"?: …,
-\"split\"?: \"train\"|\"valid\"|\"test\"|\"ood\"}. Without splits they are made by pair, from --seed.")]
+\"split\"?: \"train\"|\"valid\"|\"test\"|\"ood\"}. Prompts without a split are assigned one by pair, from --seed.")]
 pub(super) struct ProbeCommand {
     #[command(flatten)]
     model: ModelArgs,
@@ -50,11 +50,11 @@ impl OnDevice for ProbeCommand {
         let options = ProbeOptions { seed: common.seed, ..self.options };
         let mut bars = Bars::new(common);
         let refusals = self.refusals.list()?;
-        let probe = model.probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
+        let probe = model.train_probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
         bars.finish();
         probe.save(&self.out)?;
         if common.json {
-            return print_json(&serde_json::to_value(&probe.about).unwrap_or_default());
+            return print_json(&probe.metadata);
         }
         let mut table =
             Table::new("Classifier of harmful against benign prompts, by hidden state").numbers("layer", "");
@@ -75,6 +75,6 @@ impl OnDevice for ProbeCommand {
             table.row(row);
         }
         print_line(&table.text())?;
-        print_line(&format!("metric layer {}; saved as {}", probe.about.metric_layer, self.out.display()))
+        print_line(&format!("metric layer {}; saved as {}", probe.metadata.metric_layer, self.out.display()))
     }
 }

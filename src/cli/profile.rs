@@ -1,7 +1,7 @@
-//! `swat profile`: where a step's time goes.
+//! `swat profile`: time of real steps, by kernel and by layer.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice, State};
-use super::{Common, print_json, print_line};
 use crate::backend::{Backend, Roofline};
 use crate::error::Result;
 use crate::modules::ModuleSet;
@@ -13,7 +13,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 
-/// Real steps of a model, by kernel and by layer: time, bytes, FLOPs, share of what this machine can do
+/// Profile of real steps, by kernel and by layer: time, bytes, FLOPs, share of the measured roofline
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat profile --model DIR --batch-size 4 --length 256
@@ -22,12 +22,11 @@ use std::path::PathBuf;
   ncu --profile-from-start off swat profile --model DIR --steps 5 --range 3:3
   nsys profile -t cuda,nvtx swat profile --model DIR --nvtx
 
-The ceilings are measured first: large products and a large copy on the same backend. \"of ceiling\" is the time that a
-row's bytes and FLOPs would take there over the time it took: each tensor of a call counts once, so that what stays in a
-cache between calls can be faster than a copy of memory. The speed of light is the same of the whole step, of which only
-this counts: products and attention, causal and without what --recompute runs again; weights once a pass, gradients and
-moments once a step, keys and values once a token. It exceeds 100 % only where the ceilings were measured too low, or the
-weights stay in a cache.")]
+The roofline is measured first, by large matrix products and a large copy on the same backend. \"of ceiling\" is a row's
+time at the roofline over its measured time. Each tensor of a call counts once, so that data that stays in a cache between
+calls can exceed memory bandwidth. The speed of light is the same ratio for the whole step, of its minimum cost: products
+and attention (causal, without recomputation), weights once per pass, gradients and moments once per step, keys and values
+once per token. It exceeds 100 % only if the roofline was measured too low, or weights stay in a cache.")]
 pub(super) struct ProfileCommand {
     #[command(flatten)]
     model: ModelArgs,

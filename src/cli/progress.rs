@@ -1,6 +1,6 @@
 //! Progress on stderr, on a terminal only.
 
-use super::Common;
+use super::common::Common;
 use crate::backend::Backend;
 use crate::engine::Plan;
 use crate::error::Result;

@@ -1,33 +1,33 @@
 //! `swat robustness`: the robustness map, layer × module.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::{Error, Result};
 use crate::io::write_atomic;
 use crate::modules::ModuleSet;
 use crate::report::{perturbation, robustness_map, robustness_table};
-use crate::secure::{MadeFrom, Probe, RobustnessOptions, ScorerOptions, robustness};
+use crate::secure::{MapInputs, Probe, RobustnessOptions, ScorerOptions, robustness};
 use clap::Args;
 use std::path::PathBuf;
 
-/// Which modules move the security features when they are perturbed: a map layer × module, with controls
+/// Robustness map, layer × module: how much the security features lose when a module is perturbed, with controls
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat robustness --model DIR --probe probe.safetensors --security security.jsonl --out map.json
   swat robustness ... --kind lowrank:8 --epsilon 1.2 --members 8 --cells 'layers.*.{q,k,v,o}'
 
-Writes the map as JSON, and a heat map beside it as .svg. Finished cells are kept beside --out while it runs; the same
-command continues from them.")]
+Writes the map as JSON, and a heat map beside it as .svg. Finished cells are saved beside --out meanwhile; the same
+command continues an interrupted run from them.")]
 pub(super) struct RobustnessCommand {
     #[command(flatten)]
     model: ModelArgs,
     /// Probes of `swat probe` on this model
     #[arg(long, value_name = "FILE")]
     probe: PathBuf,
-    /// The labelled prompts that the probe was trained on
+    /// Labelled prompts, the ones that the probe was trained on
     #[arg(long, value_name = "FILE")]
     security: PathBuf,
     /// Output file of the map
@@ -53,7 +53,7 @@ impl OnDevice for RobustnessCommand {
         let options = ScorerOptions { seed: common.seed, ..self.scorer };
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, "resolve"));
         let mut scorer = model.scorer(&probe, &prompts, options)?;
-        scorer.made_from = Some(MadeFrom {
+        scorer.made_from = Some(MapInputs {
             model: absolute(&self.model.model)?,
             probe: absolute(&self.probe)?,
             security: absolute(&self.security)?,
@@ -65,7 +65,7 @@ impl OnDevice for RobustnessCommand {
         let heatmap = robustness_map(&map, score, &mods);
         write_atomic(&self.out.with_extension("svg"), heatmap.svg().as_bytes())?;
         if common.json {
-            return print_json(&serde_json::to_value(&map).unwrap_or_default());
+            return print_json(&map);
         }
         print_line(&robustness_table(&map, score, &mods).text())?;
         print_line(&format!("{}; saved as {}", perturbation(&map), self.out.display()))

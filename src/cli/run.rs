@@ -1,8 +1,8 @@
-//! `swat run`: a whole study from one file.
+//! `swat run`: a study from one configuration file.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::report::{results_text, write_report};
@@ -10,14 +10,15 @@ use crate::secure::study::{RunConfig, run};
 use clap::Args;
 use std::path::PathBuf;
 
-/// Everything from one file: probe, map, search, each setting tuned and evaluated, report
+/// A study from one file: probe, map, search, every setting tuned and evaluated, report
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat run study.toml
   swat run study.toml --set tune.all_phase.lr=1e-5 --set out=study-cool
   swat run study.toml --set 'tune.seeds=[0,1,2]'     each setting with three training seeds: means and ranges
 
-Every stage is kept in the output directory and runs again only when its inputs change; tuning resumes bit for bit.")]
+Results of each stage are cached in the output directory; a stage runs again only if its inputs change. Tuning resumes
+bit for bit.")]
 pub(super) struct RunCommand {
     #[command(flatten)]
     refusals: Refusals,
@@ -47,12 +48,12 @@ impl OnDevice for RunCommand {
 pub(super) fn study<B: Backend>(backend: B, common: &Common, refusals: &Refusals, config: &RunConfig) -> Result<()> {
     let refusals = refusals.list()?;
     let mut bars = Bars::new(common);
-    let outcome = run(config, &|| Ok(backend.clone()), &refusals, &mut bars.observer())?;
+    let outcome = run(config, &backend, &refusals, &mut bars.observer())?;
     bars.finish();
     let command: Vec<String> = std::env::args().skip(1).collect();
     write_report(&outcome, config, &format!("swat {}", command.join(" ")), &config.out)?;
     if common.json {
-        return print_json(&serde_json::to_value(&outcome).unwrap_or_default());
+        return print_json(&outcome);
     }
     print_line(results_text(&outcome, config).trim_end())?;
     print_line(&format!("report: {}", config.out.join("report.html").display()))

@@ -1,7 +1,7 @@
 //! `swat score`: log-probabilities of a given text.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice};
-use super::{Common, print_json, print_line};
 use crate::backend::{Backend, IGNORE};
 use crate::engine::Batch;
 use crate::error::{Error, Result};

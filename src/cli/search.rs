@@ -1,8 +1,8 @@
 //! `swat search`: from the map to Mods_Rob.
 
+use super::common::{Common, print_json, print_line};
 use super::open::OnDevice;
 use super::progress::Bars;
-use super::{Common, print_json, print_line};
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::{Error, Result};
@@ -18,8 +18,8 @@ use std::path::PathBuf;
 #[command(after_help = "Example:
   swat search --map map.json --out mods.json
 
-Sets are scored jointly, so the model, probe and prompts of the map are needed again: the map knows where they were.
-The file that comes out can be edited by hand.")]
+Sets are scored jointly, with the model, probe and prompts of the map, whose paths the map records. The output file can
+be edited by hand.")]
 pub(super) struct SearchCommand {
     /// The map's model, if it moved
     #[arg(long, value_name = "DIR")]
@@ -81,7 +81,7 @@ impl OnDevice for SearchCommand {
         bars.finish();
         found.save(&self.out)?;
         if common.json {
-            return print_json(&serde_json::to_value(&found).unwrap_or_default());
+            return print_json(&found);
         }
         print_line(&format!("Mods_Rob     {}", found.set))?;
         print_line(&format!("share        {} of the projections' parameters", percent(found.share, 1)))?;

@@ -1,9 +1,9 @@
 //! `swat tune`: two-phase tuning, or any of its ablations.
 
+use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice, State};
 use super::plan::{MethodName, plan_json};
 use super::progress::StepBar;
-use super::{Common, print_json, print_line};
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, mix};
 use crate::engine::Lora;
@@ -17,9 +17,6 @@ use crate::train::PhaseOptions;
 use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
-
-/// Default learning rate of LoRA.
-const LORA_LR: f64 = 2e-4;
 
 /// Two-phase secure tuning of a model: first Mods_Rob alone, then everything; plain tuning without --mods
 #[derive(Args)]
@@ -149,9 +146,8 @@ impl Tune {
                 None => attention_projections(config.layers),
             };
             recipe.method = Method::Lora { lora: self.lora, modules };
-            recipe.all_phase.lr = LORA_LR;
         }
-        recipe.all_phase.lr = self.lr.unwrap_or(recipe.all_phase.lr);
+        recipe.all_phase.lr = self.lr.unwrap_or_else(|| recipe.method.default_lr());
         recipe.mods_phase = PhaseOptions {
             lr: self.mods_lr.unwrap_or(recipe.all_phase.lr),
             epochs: self.mods_epochs,

@@ -40,6 +40,6 @@ pub(crate) fn to_string(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(unserializable)
 }
 
-fn unserializable(e: serde_json::Error) -> Error {
+pub(crate) fn unserializable(e: serde_json::Error) -> Error {
     Error::failed(format!("cannot serialize JSON: {e}"), "this is a bug; please report it")
 }

@@ -45,19 +45,19 @@ impl Axis {
         Self { low, high, step, from, to }
     }
 
-    /// An axis of exactly this range: for epochs, steps and layers.
-    pub(crate) fn exact(range: (f64, f64), ticks: usize, whole: bool, (from, to): (f64, f64)) -> Self {
+    /// An axis of exactly this range, with ticks at multiples of at least `least_step`.
+    pub(crate) fn exact(range: (f64, f64), ticks: usize, least_step: f64, (from, to): (f64, f64)) -> Self {
         let mut axis = Self::nice(range, ticks, (from, to));
         if range.1 > range.0 && range.0.is_finite() && range.1.is_finite() {
             (axis.low, axis.high) = range;
         }
-        if whole {
-            axis.step = axis.step.max(1.0).ceil();
+        if least_step > 0.0 {
+            axis.step = (axis.step / least_step).ceil().max(1.0) * least_step;
         }
         axis
     }
 
-    /// Moved by some pixels.
+    /// The axis shifted by pixels.
     pub(crate) fn shifted(self, by: f64) -> Self {
         Self { from: self.from + by, to: self.to + by, ..self }
     }
@@ -68,13 +68,13 @@ impl Axis {
         self.from + (self.to - self.from) * share
     }
 
-    /// At most 24.
+    /// Tick values, at most 24.
     pub(crate) fn ticks(&self) -> Vec<f64> {
         let first = (self.low / self.step - 1e-9).ceil();
         (0..24).map(|i| (first + f64::from(i)) * self.step).take_while(|v| *v <= self.high + self.step * 1e-9).collect()
     }
 
-    /// With a typographic minus.
+    /// Label of a tick, with a typographic minus.
     pub(crate) fn label(&self, tick: f64) -> String {
         let size = self.low.abs().max(self.high.abs());
         let text = if tick != 0.0 && (size >= 1e6 || self.step < 1e-5) {
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn place_is_linear_and_held() {
-        let axis = Axis::exact((0.0, 10.0), 5, true, (20.0, 120.0));
+        let axis = Axis::exact((0.0, 10.0), 5, 1.0, (20.0, 120.0));
         assert_eq!(axis.place(5.0), 70.0);
         assert_eq!(axis.place(-5.0), 20.0);
         assert_eq!(axis.place(50.0), 120.0);

@@ -14,7 +14,7 @@ use super::palette::Tone;
 use super::svg::{Anchor, Area, Drawing, Font, Marker, clip, text_width, wrap};
 
 /// Space around a drawing, in pixels.
-const MARGIN: f64 = 12.0;
+pub(super) const MARGIN: f64 = 12.0;
 const LEGEND_STEP: f64 = 19.0;
 
 /// A value and the interval around it.
@@ -38,12 +38,12 @@ impl Measure {
         Self { value: self.value * factor, interval }
     }
 
-    /// The interval, if both ends can be drawn.
+    /// The interval, if both ends are finite.
     fn bounds(self) -> Option<(f64, f64)> {
         self.interval.filter(|(low, high)| low.is_finite() && high.is_finite())
     }
 
-    /// What an axis must reach.
+    /// Values that an axis must include.
     fn extent(self) -> [f64; 3] {
         let (low, high) = self.interval.unwrap_or((self.value, self.value));
         [self.value, low, high]
@@ -57,7 +57,7 @@ impl Measure {
     }
 }
 
-struct LegendItem<'a> {
+pub(super) struct LegendItem<'a> {
     name: &'a str,
     tone: Tone,
     key: Key,
@@ -65,14 +65,14 @@ struct LegendItem<'a> {
 
 /// The symbol of an item of a legend.
 #[derive(Clone, Copy)]
-enum Key {
+pub(super) enum Key {
     Bar,
     Line,
     Marker(Marker),
 }
 
 /// Title and legend; returns the bottom.
-fn head(drawing: &mut Drawing, title: &str, legend: &[LegendItem<'_>]) -> f64 {
+pub(super) fn draw_header(drawing: &mut Drawing, title: &str, legend: &[LegendItem<'_>]) -> f64 {
     let room = drawing.width - 2.0 * MARGIN;
     let mut bottom = MARGIN;
     if !title.is_empty() {
@@ -102,7 +102,7 @@ fn head(drawing: &mut Drawing, title: &str, legend: &[LegendItem<'_>]) -> f64 {
 }
 
 /// Finishes a drawing with the note under the chart.
-fn finish(mut drawing: Drawing, top: f64, note: &str, title: &str, description: &str) -> String {
+pub(super) fn finish(mut drawing: Drawing, top: f64, note: &str, title: &str, description: &str) -> String {
     let lines = wrap(note, Font::SMALL.size, drawing.width - 2.0 * MARGIN, 4);
     let margin = if note.is_empty() { 4.0 } else { MARGIN };
     drawing.height = drawing.lines(MARGIN, top, &lines, Font::SMALL) + margin;

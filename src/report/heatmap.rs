@@ -1,12 +1,12 @@
 //! Heat maps of layers × modules as SVG.
 
 use super::axis::{Axis, range_of};
+use super::chart::{MARGIN, draw_header, finish};
 use super::format;
 use super::palette::{Ramp, Tone};
 use super::svg::{Anchor, Area, Drawing, FULL_WIDTH, Font, HALF_WIDTH, clip, px, text_width, wrap};
 use std::fmt::Write as _;
 
-const MARGIN: f64 = 12.0;
 const LEGEND_WIDTH: f64 = 180.0;
 /// More columns than this take the whole width of a page.
 const HALF_WIDTH_COLUMNS: usize = 16;
@@ -18,17 +18,17 @@ const OUTLIER: f64 = 1.5;
 pub struct Heatmap {
     /// Above the legend; may be empty.
     pub title: String,
-    /// What the rows are: `layer`.
+    /// Name of the row axis: `layer`.
     pub row_label: String,
     /// Names of the columns.
     pub columns: Vec<String>,
     /// From top to bottom.
     pub rows: Vec<Row>,
-    /// How values become colours.
+    /// Colour scale.
     pub ramp: Ramp,
-    /// What the values are, for the legend.
+    /// Quantity of the values, for the legend.
     pub unit: String,
-    /// What the outline means, for the legend.
+    /// Meaning of the outline, for the legend.
     pub mark_label: String,
     /// Below the map; may be empty.
     pub note: String,
@@ -65,7 +65,7 @@ impl Row {
     }
 }
 
-/// The range of values that the ramp spans.
+/// Range of values that the ramp spans.
 #[derive(Clone, Copy)]
 struct Scale {
     low: f64,
@@ -97,11 +97,7 @@ impl Heatmap {
         let scale = Scale::fit(self.ramp, self.values().collect());
         let width = if self.columns.len() > HALF_WIDTH_COLUMNS { FULL_WIDTH } else { HALF_WIDTH };
         let mut drawing = Drawing::new(width);
-        let room = width - 2.0 * MARGIN;
-        let mut top = MARGIN;
-        if !self.title.is_empty() {
-            top = drawing.lines(MARGIN, top, &wrap(&self.title, Font::TITLE.size, room, 2), Font::TITLE) + 4.0;
-        }
+        let mut top = draw_header(&mut drawing, &self.title, &[]);
         top = self.legend(&mut drawing, scale, top);
 
         let size = Font::SMALL.size;
@@ -162,9 +158,7 @@ impl Heatmap {
         if !path.is_empty() {
             self.outline_path(&mut drawing, &path);
         }
-        let note = wrap(&self.note, Font::SMALL.size, room, 4);
-        drawing.height = drawing.lines(MARGIN, top + 6.0, &note, Font::SMALL) + MARGIN;
-        drawing.finish(&self.title, &self.description())
+        finish(drawing, top + 6.0, &self.note, &self.title, &self.description())
     }
 
     /// Tiles as first column and number of columns.
@@ -182,7 +176,7 @@ impl Heatmap {
         self.rows.iter().flat_map(|row| (0..self.columns.len()).filter_map(|column| row.tile(column).value))
     }
 
-    /// Whether the values are a set (only 0 and 1), whose legend is two names and not a scale.
+    /// Whether the values are a set (only 0 and 1), whose legend has two names instead of a scale.
     fn is_set(&self) -> bool {
         self.ramp == Ramp::Share && self.values().all(|v| v == 0.0 || v == 1.0)
     }
@@ -210,8 +204,8 @@ impl Heatmap {
         edges
     }
 
-    /// A line with an edge of the opposite lightness, so that it stands out on every colour: light on viridis; on the
-    /// ramp that lets the page shine through it takes the page's tones.
+    /// Draws an outline with an edge of the opposite lightness, visible on every colour: light on viridis, in the page's
+    /// tones on the translucent ramp.
     fn outline_path(&self, drawing: &mut Drawing, path: &str) {
         if self.ramp == Ramp::Share {
             drawing.path(path, 3.6, Tone::Paper);
@@ -222,7 +216,7 @@ impl Heatmap {
         }
     }
 
-    /// What the legend says about values outside its range; empty if there are none.
+    /// Note on values outside of the colour scale; empty if there are none.
     fn beyond(&self, scale: Scale) -> String {
         let number = |v| format::significant(v, 3);
         match range_of(self.values()) {
@@ -255,7 +249,7 @@ impl Heatmap {
             drawing.tile(Area::new(x + step * f64::from(i), y, step, 11.0), color, "");
         }
         let ticks = if self.ramp == Ramp::Share { 2 } else { 4 };
-        let axis = Axis::exact((scale.low, scale.high), ticks, false, (x, x + LEGEND_WIDTH));
+        let axis = Axis::exact((scale.low, scale.high), ticks, 0.0, (x, x + LEGEND_WIDTH));
         for tick in axis.ticks() {
             let at = axis.place(tick);
             drawing.line((at, y + 11.0), (at, y + 15.0), 1.0, Tone::Muted);
@@ -269,7 +263,7 @@ impl Heatmap {
         drawing.lines(MARGIN, y, &beyond, Font::SMALL) + 6.0
     }
 
-    /// What outlines and empty cells mean; returns the bottom.
+    /// Legend of outlines and empty cells; returns the bottom.
     fn legend_symbols(&self, drawing: &mut Drawing, x: f64, mut y: f64) -> f64 {
         let room = drawing.width - MARGIN - x - 28.0;
         if !self.mark_label.is_empty() && self.tiles().any(|(row, column)| row.tile(column).marked) {

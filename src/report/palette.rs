@@ -55,7 +55,7 @@ pub enum Tone {
 }
 
 impl Tone {
-    /// By declaration: name, on a light page, on a dark page.
+    /// In order of declaration: name, colour on light pages, colour on dark pages.
     const ALL: [(Self, &'static str, u32, u32); 11] = [
         (Self::Ink, "ink", 0x1d2329, 0xe8eaed),
         (Self::Muted, "muted", 0x59636e, 0x9ca6b0),
@@ -88,7 +88,7 @@ impl Tone {
     }
 }
 
-/// How a value becomes a colour.
+/// Colour scale of a heat map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ramp {
     /// Viridis, dark to bright, over the range of the values.

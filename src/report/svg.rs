@@ -34,7 +34,7 @@ pub(crate) fn is_bidi_control(c: char) -> bool {
     matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}' | '\u{61c}')
 }
 
-/// Estimated width of text in pixels, rather too wide: which fonts a reader has is not known.
+/// Estimated text width in pixels, on the wide side, as the reader's fonts are unknown.
 pub(crate) fn text_width(text: &str, size: f64) -> f64 {
     let ems = |c: char| match c {
         'i' | 'j' | 'l' | '.' | ',' | ':' | ';' | '\'' | '|' | '!' | 'I' => 0.31,
@@ -85,7 +85,7 @@ fn lines_fit(line: &str, word: &str, size: f64, width: f64) -> bool {
     text_width(line, size) + text_width(" ", size) + text_width(word, size) <= width
 }
 
-/// Which end of a text is at its point.
+/// Text anchor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Anchor {
     Start,
@@ -144,14 +144,9 @@ impl Drawing {
             Anchor::End => " text-anchor=\"end\"",
         };
         let weight = if font.bold { " font-weight=\"600\"" } else { "" };
-        let (fill, size) = (fill(font.tone), font.size);
-        let _ = writeln!(
-            self.body,
-            "<text x=\"{}\" y=\"{}\" font-size=\"{size}\"{anchor}{weight} {fill}>{}</text>",
-            px(x),
-            px(y),
-            escape(text)
-        );
+        let (x, y, size, fill, text) = (px(x), px(y), font.size, fill(font.tone), escape(text));
+        let place = format!("x=\"{x}\" y=\"{y}\" font-size=\"{size}\"");
+        let _ = writeln!(self.body, "<text {place}{anchor}{weight} {fill}>{text}</text>");
     }
 
     /// Several lines of text from `y`, the top of the first; returns the bottom of the last.
@@ -185,15 +180,9 @@ impl Drawing {
     }
 
     pub(crate) fn line(&mut self, from: (f64, f64), to: (f64, f64), width: f64, tone: Tone) {
-        let stroke = stroke(tone);
-        let _ = writeln!(
-            self.body,
-            "<line x1=\"{}\" y1=\"{}\" x2=\"{}\" y2=\"{}\" stroke-width=\"{width}\" {stroke}/>",
-            px(from.0),
-            px(from.1),
-            px(to.0),
-            px(to.1)
-        );
+        let [x1, y1, x2, y2] = [from.0, from.1, to.0, to.1].map(px);
+        let place = format!("x1=\"{x1}\" y1=\"{y1}\" x2=\"{x2}\" y2=\"{y2}\"");
+        let _ = writeln!(self.body, "<line {place} stroke-width=\"{width}\" {}/>", stroke(tone));
     }
 
     /// An unfilled path; `data` is not escaped.
@@ -216,12 +205,8 @@ impl Drawing {
 
     /// A centred marker with a thin edge in the colour of the paper.
     pub(crate) fn marker(&mut self, (x, y): (f64, f64), marker: Marker, tone: Tone, tooltip: &str) {
-        let edge = format!(
-            "class=\"f-{} s-paper\" fill=\"{}\" stroke=\"{}\" stroke-width=\"1\"",
-            tone.name(),
-            tone.light(),
-            Tone::Paper.light()
-        );
+        let (name, color, paper) = (tone.name(), tone.light(), Tone::Paper.light());
+        let edge = format!("class=\"f-{name} s-paper\" fill=\"{color}\" stroke=\"{paper}\" stroke-width=\"1\"");
         let points = |offsets: &[(f64, f64)]| {
             let points: Vec<String> = offsets.iter().map(|(dx, dy)| format!("{},{}", px(x + dx), px(y + dy))).collect();
             format!("polygon points=\"{}\" {edge}", points.join(" "))
@@ -276,13 +261,8 @@ impl Area {
     }
 
     fn attributes(self) -> String {
-        format!(
-            "x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"",
-            px(self.x),
-            px(self.y),
-            px(self.width.max(0.0)),
-            px(self.height.max(0.0))
-        )
+        let [x, y, width, height] = [self.x, self.y, self.width.max(0.0), self.height.max(0.0)].map(px);
+        format!("x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\"")
     }
 }
 

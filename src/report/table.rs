@@ -134,7 +134,7 @@ impl Table {
         if !self.caption.is_empty() {
             push(vec![one_line(&self.caption)]);
         }
-        push(columns.iter().map(|c| pad(&c.heading, c.width, c.numeric)).collect());
+        push(columns.iter().map(|c| c.pad(&c.heading, c.width)).collect());
         push(columns.iter().map(|c| "─".repeat(c.width)).collect());
         for at in 0..self.rows.len() {
             push(columns.iter().map(|c| c.entry(at)).collect());
@@ -192,19 +192,18 @@ impl TextColumn {
 
     fn entry(&self, at: usize) -> String {
         let (text, detail) = &self.entries[at];
-        let mut line = pad(text, self.text_width, self.numeric);
-        if self.width > self.text_width {
-            line.push(' ');
-            line.push_str(&pad(detail, self.width - self.text_width - 1, self.numeric));
+        let text = self.pad(text, self.text_width);
+        match self.width - self.text_width {
+            0 => text,
+            room => text + " " + &self.pad(detail, room - 1),
         }
-        line
     }
-}
 
-/// Fills up with spaces: in front of a number, behind text.
-fn pad(text: &str, width: usize, numeric: bool) -> String {
-    let fill = " ".repeat(width.saturating_sub(text.width()));
-    if numeric { fill + text } else { text.to_owned() + &fill }
+    /// Pads with spaces: numbers on the left, text on the right.
+    fn pad(&self, text: &str, width: usize) -> String {
+        let fill = " ".repeat(width.saturating_sub(text.width()));
+        if self.numeric { fill + text } else { text.to_owned() + &fill }
+    }
 }
 
 /// White space becomes single spaces; control characters and bidirectional controls become U+FFFD.

@@ -37,7 +37,7 @@ pub struct LoadedModel<B: Backend> {
     template: Option<ChatTemplate>,
 }
 
-/// Inputs of an evaluation; what is empty or none is not measured.
+/// Inputs of an evaluation; measures without input are left out.
 #[derive(Clone, Copy, Default)]
 pub struct EvaluationInput<'a> {
     /// Harmful prompts give the attack success rate, benign ones over-refusal.
@@ -145,7 +145,7 @@ impl<B: Backend> LoadedModel<B> {
     ///
     /// # Errors
     /// As [`train_probe`]; a failing device.
-    pub fn probe(
+    pub fn train_probe(
         &self,
         prompts: &[SecurityPrompt],
         options: &ProbeOptions,
@@ -183,7 +183,7 @@ impl<B: Backend> LoadedModel<B> {
         prompts: &'a [SecurityPrompt],
         options: ScorerOptions,
     ) -> Result<PerturbationScorer<'a, B>> {
-        let control = probe.about.control.as_ref().map(|c| c.labels(prompts));
+        let control = probe.metadata.control.as_ref().map(|c| c.labels(prompts));
         let input = ScorerInput {
             decoder: &self.decoder,
             model_hash: self.files.hash()?,
@@ -201,7 +201,7 @@ impl<B: Backend> LoadedModel<B> {
     /// # Errors
     /// As [`snapshot`].
     pub fn snapshot(&self, probe: &Probe, prompts: &[SecurityPrompt], observer: Observer<'_>) -> Result<Snapshot> {
-        let first = probe.about.first_tokens.as_ref();
+        let first = probe.metadata.first_tokens.as_ref();
         snapshot(&self.decoder, &self.render_security(prompts)?, first, FEATURE_TOKENS, observer)
     }
 
@@ -291,7 +291,7 @@ impl<B: Backend> LoadedModel<B> {
         };
         let conversations: Vec<Vec<u32>> = prompts.iter().zip(answers).map(conversation).collect();
         let read = features(&self.decoder, &conversations, FEATURE_TOKENS, observer)?;
-        let layer = probe.about.metric_layer;
+        let layer = probe.metadata.metric_layer;
         let logits = probe.logits(layer, &Head::Harmful, &read.layers[layer])?;
         let score = |(a, logit): (&Answer, f64)| Some(probe_harmfulness(&a.text, logit, refusals));
         Ok(answers.iter().zip(logits).map(score).collect())

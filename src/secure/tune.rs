@@ -34,6 +34,16 @@ pub enum Method {
     },
 }
 
+impl Method {
+    /// Default learning rate: 2e-5 for all parameters, 2e-4 for adapters.
+    pub fn default_lr(&self) -> f64 {
+        match self {
+            Self::Full => PhaseOptions::default().lr,
+            Self::Lora { .. } => 2e-4,
+        }
+    }
+}
+
 /// How a model is tuned in two phases, whatever Mods_Rob is.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]

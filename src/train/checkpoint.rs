@@ -21,11 +21,11 @@ const MAX_JSON_BYTES: u64 = 1 << 28;
 const OURS: &str = "a checkpoint of this version of swat";
 
 /// Checkpoints of a run.
-pub(super) struct Store {
+pub(super) struct Checkpoints {
     dir: PathBuf,
 }
 
-impl Store {
+impl Checkpoints {
     pub(super) fn new(run: &Path) -> Self {
         Self { dir: run.join("checkpoints") }
     }
@@ -59,15 +59,15 @@ impl Store {
     }
 
     /// Starts writing a checkpoint.
-    pub(super) fn begin(&self, step: u64) -> Result<Draft> {
+    pub(super) fn begin(&self, step: u64) -> Result<CheckpointWriter> {
         let draft = self.dir.join(format!("{UNFINISHED}{step:08}"));
         remove(&draft)?;
         fs::create_dir_all(&draft).map_err(Error::io(&draft, "write"))?;
-        Ok(Draft { dir: draft, target: self.path(step), files: BTreeMap::new() })
+        Ok(CheckpointWriter { dir: draft, target: self.path(step), files: BTreeMap::new() })
     }
 
     /// Opens the checkpoint of a step and verifies its hashes.
-    pub(super) fn open(&self, step: u64) -> Result<Saved> {
+    pub(super) fn open(&self, step: u64) -> Result<Checkpoint> {
         let dir = self.path(step);
         let manifest: BTreeMap<String, FileMark> = json::read(&dir.join(MANIFEST), MAX_JSON_BYTES, OURS)?;
         for (name, expected) in &manifest {
@@ -84,11 +84,11 @@ impl Store {
         if !manifest.contains_key(STATE) {
             return Err(Error::input(dir.join(MANIFEST).display().to_string(), "no state.json", "one"));
         }
-        Ok(Saved { dir })
+        Ok(Checkpoint { dir })
     }
 
     /// The newest intact checkpoint; `damaged` is told of each that is not. `None` if there are no checkpoints.
-    pub(super) fn newest(&self, mut damaged: impl FnMut(String)) -> Result<Option<Saved>> {
+    pub(super) fn newest(&self, mut damaged: impl FnMut(String)) -> Result<Option<Checkpoint>> {
         let steps = self.steps()?;
         for step in steps.iter().rev() {
             match self.open(*step) {
@@ -119,13 +119,13 @@ impl Store {
 }
 
 /// A checkpoint that is being written.
-pub(super) struct Draft {
+pub(super) struct CheckpointWriter {
     dir: PathBuf,
     target: PathBuf,
     files: BTreeMap<String, FileMark>,
 }
 
-impl Draft {
+impl CheckpointWriter {
     /// Writes `NAME.safetensors`; `values` writes the tensors in the order of `specs`.
     pub(super) fn tensors(
         &mut self,
@@ -156,11 +156,11 @@ impl Draft {
 }
 
 /// An intact checkpoint.
-pub(super) struct Saved {
+pub(super) struct Checkpoint {
     pub(super) dir: PathBuf,
 }
 
-impl Saved {
+impl Checkpoint {
     pub(super) fn state<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
         json::read(&self.dir.join(STATE), MAX_JSON_BYTES, OURS)
     }
@@ -193,7 +193,7 @@ mod tests {
     use super::*;
     use crate::io::safetensors::Dtype;
 
-    fn save(store: &Store, step: u64) {
+    fn save(store: &Checkpoints, step: u64) {
         let mut draft = store.begin(step).unwrap();
         let spec = TensorSpec { name: "w".into(), dtype: Dtype::F32, shape: vec![4] };
         let values = [step as f32; 4];
@@ -201,7 +201,7 @@ mod tests {
         draft.commit(&step).unwrap();
     }
 
-    fn newest(store: &Store) -> (Option<u64>, Vec<String>) {
+    fn newest(store: &Checkpoints) -> (Option<u64>, Vec<String>) {
         let mut notes = Vec::new();
         let saved = store.newest(|note| notes.push(note)).unwrap();
         (saved.map(|s| s.state().unwrap()), notes)
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn the_newest_whole_one_is_used() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(dir.path());
+        let store = Checkpoints::new(dir.path());
         assert_eq!(newest(&store), (None, vec![]));
         for step in [10, 20, 30] {
             save(&store, step);
@@ -234,7 +234,7 @@ mod tests {
     #[test]
     fn an_unfinished_one_is_not_seen_and_goes_away() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(dir.path());
+        let store = Checkpoints::new(dir.path());
         save(&store, 1);
         let mut draft = store.begin(2).unwrap();
         draft.tensors("weights", &[], |_| Ok(())).unwrap();
@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn pruning_keeps_the_last_and_the_start_of_the_phase() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(dir.path());
+        let store = Checkpoints::new(dir.path());
         for step in [5, 10, 15, 20] {
             save(&store, step);
         }
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn writing_a_step_again_replaces_it() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::new(dir.path());
+        let store = Checkpoints::new(dir.path());
         save(&store, 7);
         fs::write(store.path(7).join("weights.safetensors"), b"junk").unwrap();
         save(&store, 7);

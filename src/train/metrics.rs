@@ -1,5 +1,6 @@
-//! `metrics.jsonl`: one line per step, each step once even across interruptions.
+//! Statistics of a run, and `metrics.jsonl`: one line per step, each step once even across interruptions.
 
+use super::updates::Updates;
 use crate::error::{Error, Result};
 use crate::io::json;
 use std::fs::{File, OpenOptions};
@@ -36,6 +37,60 @@ pub struct StepMetrics {
     /// Reason if the step was skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
+}
+
+/// Position of a run at a callback.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunPosition {
+    /// Name of the phase.
+    pub phase: String,
+    /// Steps taken, over all phases.
+    pub step: u64,
+    /// Steps taken in this phase.
+    pub phase_step: u64,
+    /// Steps of this phase.
+    pub phase_steps: u64,
+    /// Epochs finished, over all phases.
+    pub epoch: u64,
+}
+
+/// Statistics of a phase.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct PhaseSummary {
+    /// Its name.
+    pub phase: String,
+    /// Steps, skipped ones included.
+    pub steps: u64,
+    /// Steps skipped for a non-finite loss or gradient.
+    pub skipped_non_finite: u64,
+    /// Steps skipped for lack of trained tokens.
+    pub skipped_empty: u64,
+    /// Tokens with a loss.
+    pub trained_tokens: u64,
+    /// All tokens.
+    pub tokens: u64,
+    /// First loss.
+    pub first_loss: Option<f32>,
+    /// Last loss.
+    pub last_loss: Option<f32>,
+    /// Wall time of the steps, in seconds.
+    pub seconds: f64,
+}
+
+/// Statistics of a run.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct TuneSummary {
+    /// One per phase; phases of no steps are left out.
+    pub phases: Vec<PhaseSummary>,
+    /// Updates of each cell, if measured.
+    pub updates: Updates,
+    /// Step of the checkpoint that was resumed.
+    pub resumed_from: Option<u64>,
+    /// Peak memory in bytes, as [`StepMetrics::peak_bytes`].
+    pub peak_bytes: u64,
+    /// Largest [`crate::engine::Plan::total_bytes`] of a phase.
+    #[serde(default)]
+    pub planned_bytes: u64,
 }
 
 /// Peak resident memory of the process, in bytes (`VmHWM` of `/proc/self/status`); 0 where unknown.

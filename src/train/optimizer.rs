@@ -35,7 +35,7 @@ pub struct StepSettings {
     pub seed: u64,
 }
 
-/// Outcome of a step.
+/// StepResult of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum StepOutcome {
     /// Weights and moments were updated.

@@ -25,7 +25,7 @@ pub struct TuneOptions {
     /// Pack whole examples into rows of `max_length` tokens: steps of equal size
     #[arg(long, action = ArgAction::Set, default_value_t = false)]
     pub packing: bool,
-    /// Shuffle the examples anew each epoch
+    /// Shuffle the examples before each epoch
     #[arg(long, action = ArgAction::Set, default_value_t = true)]
     pub shuffle: bool,
     /// Seed of shuffling and stochastic rounding.

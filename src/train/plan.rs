@@ -1,6 +1,6 @@
 //! Checks, durations, memory plans and identity of a run on its model and data.
 
-use super::checkpoint::Saved;
+use super::checkpoint::Checkpoint;
 use super::state::{RunFiles, RunState};
 use super::{Length, Optimizer, Phase, RunDir, Tuner};
 use crate::backend::{Backend, Element};
@@ -128,7 +128,7 @@ impl<B: Backend> Tuner<'_, B> {
     pub(super) fn restore(
         &mut self,
         files: &RunFiles,
-        saved: &Saved,
+        saved: &Checkpoint,
         run: &mut RunState,
     ) -> Result<Option<Optimizer<B>>> {
         files.load_weights(saved, self.decoder)?;

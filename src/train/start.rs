@@ -10,9 +10,6 @@ use crate::error::Result;
 use crate::modules::{Cell, ParamId};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Values of a tensor of this shape before the run.
-pub(super) type InitialTensor<'a> = Box<dyn Fn(ParamId, &[usize]) -> Result<Vec<f32>> + 'a>;
-
 /// Sources of the trained tensors' values at the start of a phase; a tensor in neither source had its initial value.
 pub(super) struct PhaseStart<B: Backend> {
     trained: BTreeSet<ParamId>,

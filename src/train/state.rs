@@ -1,9 +1,9 @@
 //! State of a run, and its checkpoints.
 
-use super::checkpoint::{Saved, Store};
+use super::checkpoint::{Checkpoint, Checkpoints};
 use super::ema::Ema;
 use super::optimizer::Slot;
-use super::step::{Group, Outcome};
+use super::step::{StepBatches, StepResult};
 use super::tensors::{read_buffer, read_values, spec, write_buffer};
 use super::updates::PhaseUpdates;
 use super::{Callbacks, Optimizer, PhaseSummary, RunDir, RunPosition, Updates, identity};
@@ -60,13 +60,14 @@ impl RunState {
         steps && begun <= phases && self.summaries.len() == begun && self.position.batch < batches_per_epoch
     }
 
-    pub(super) fn progress(&self, phase: &str, phase_steps: u64) -> RunPosition {
+    /// The position in a phase of `phase_steps` steps, for callbacks.
+    pub(super) fn position_in(&self, phase: &str, phase_steps: u64) -> RunPosition {
         let (step, phase_step, epoch) = (self.step, self.phase_step, self.position.epoch);
         RunPosition { phase: phase.to_owned(), step, phase_step, phase_steps, epoch }
     }
 
     /// Advances by a step.
-    pub(super) fn advance(&mut self, position: LoaderPosition, group: &Group, outcome: &Outcome) {
+    pub(super) fn advance(&mut self, position: LoaderPosition, group: &StepBatches, outcome: &StepResult) {
         self.step += 1;
         self.phase_step += 1;
         self.position = position;
@@ -75,19 +76,19 @@ impl RunState {
         summary.tokens += group.tokens;
         summary.trained_tokens += group.trained_tokens;
         self.skipped = match outcome {
-            Outcome::Trained { loss, .. } => {
+            StepResult::Trained { loss, .. } => {
                 summary.first_loss.get_or_insert(*loss as f32);
                 summary.last_loss = Some(*loss as f32);
                 (self.non_finite_in_a_row, self.empty_in_a_row) = (0, 0);
                 None
             }
-            Outcome::NonFinite { loss, cells } => {
+            StepResult::NonFinite { loss, cells } => {
                 summary.skipped_non_finite += 1;
                 self.non_finite_in_a_row += 1;
                 self.empty_in_a_row = 0;
                 Some(reason(*loss, cells))
             }
-            Outcome::Empty => {
+            StepResult::Empty => {
                 summary.skipped_empty += 1;
                 self.empty_in_a_row += 1;
                 Some("no trained tokens".into())
@@ -137,23 +138,20 @@ struct SavedState {
 /// Files of a run: checkpoints and `updates.json`.
 pub(super) struct RunFiles {
     dir: PathBuf,
-    store: Store,
+    store: Checkpoints,
     identity: serde_json::Value,
-    keep_last: usize,
+    /// Checkpoints to keep.
+    pub(super) keep_last: usize,
     /// Keep the checkpoint at the start of the phase, for its updates.
-    keep_start: bool,
+    pub(super) keep_start: bool,
 }
 
 impl RunFiles {
-    /// Opens or creates a run directory.
-    pub(super) fn new(
-        run_dir: &RunDir,
-        identity: serde_json::Value,
-        keep_last: usize,
-        keep_start: bool,
-    ) -> Result<Self> {
+    /// Opens or creates a run directory, in which the newest checkpoint alone is kept.
+    pub(super) fn open(run_dir: &RunDir, identity: serde_json::Value) -> Result<Self> {
         std::fs::create_dir_all(&run_dir.dir).map_err(Error::io(&run_dir.dir, "create"))?;
-        Ok(Self { dir: run_dir.dir.clone(), store: Store::new(&run_dir.dir), identity, keep_last, keep_start })
+        let (dir, store) = (run_dir.dir.clone(), Checkpoints::new(&run_dir.dir));
+        Ok(Self { dir, store, identity, keep_last: 1, keep_start: false })
     }
 
     /// Removes the files of an earlier run.
@@ -166,12 +164,12 @@ impl RunFiles {
         self.dir.join("updates.json")
     }
 
-    pub(super) fn newest<B: Backend>(&self, callbacks: &mut dyn Callbacks<B>) -> Result<Option<Saved>> {
+    pub(super) fn newest<B: Backend>(&self, callbacks: &mut dyn Callbacks<B>) -> Result<Option<Checkpoint>> {
         self.store.newest(|note| callbacks.note(&note))
     }
 
     /// The state of a checkpoint, which must be of the same run.
-    pub(super) fn state(&self, saved: &Saved, phases: usize, batches_per_epoch: u64) -> Result<RunState> {
+    pub(super) fn state(&self, saved: &Checkpoint, phases: usize, batches_per_epoch: u64) -> Result<RunState> {
         let state: SavedState = saved.state()?;
         identity::check(&state.identity, &self.identity, &saved.dir)?;
         if !state.run.is_consistent(phases, batches_per_epoch) {
@@ -235,7 +233,7 @@ impl RunFiles {
     }
 
     /// Restores the weights of a checkpoint.
-    pub(super) fn load_weights<B: Backend>(&self, saved: &Saved, decoder: &mut Decoder<B>) -> Result<()> {
+    pub(super) fn load_weights<B: Backend>(&self, saved: &Checkpoint, decoder: &mut Decoder<B>) -> Result<()> {
         let Some(file) = saved.tensors("weights")? else { return Ok(()) };
         let (backend, params) = decoder.split_mut();
         for param in params {
@@ -250,7 +248,7 @@ impl RunFiles {
     /// Restores moments and step counts; tensors that are not in the checkpoint stay at zero.
     pub(super) fn load_moments<B: Backend>(
         &self,
-        saved: &Saved,
+        saved: &Checkpoint,
         backend: &B,
         optimizer: &mut Optimizer<B>,
     ) -> Result<()> {
@@ -267,7 +265,7 @@ impl RunFiles {
     }
 
     /// Restores the moving averages.
-    pub(super) fn load_means<B: Backend>(&self, saved: &Saved, decoder: &Decoder<B>, ema: &mut Ema) -> Result<()> {
+    pub(super) fn load_means<B: Backend>(&self, saved: &Checkpoint, decoder: &Decoder<B>, ema: &mut Ema) -> Result<()> {
         let Some(file) = saved.tensors("means")? else { return Ok(()) };
         for param in decoder.params() {
             let name = param.id.to_string();

@@ -1,6 +1,7 @@
 //! One optimizer step over the micro-batches of a group.
 
 use super::optimizer::{Optimizer, StepOutcome, StepSettings};
+use super::options::TuneOptions;
 use crate::backend::Backend;
 use crate::data::Loader;
 use crate::engine::{Batch, Decoder, GradientOptions, Gradients};
@@ -8,7 +9,7 @@ use crate::error::Result;
 use crate::modules::Cell;
 
 /// The micro-batches of one step.
-pub(super) struct Group {
+pub(super) struct StepBatches {
     pub(super) batches: Vec<Batch>,
     /// Tokens with a loss, over all micro-batches.
     pub(super) trained_tokens: u64,
@@ -16,7 +17,7 @@ pub(super) struct Group {
     pub(super) tokens: u64,
 }
 
-impl Group {
+impl StepBatches {
     /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch.
     pub(super) fn next(loader: &mut Loader, grad_accum: usize) -> Self {
         let left = loader.batches_per_epoch() - loader.position().batch;
@@ -31,8 +32,8 @@ impl Group {
     }
 }
 
-/// Outcome of a step.
-pub(super) enum Outcome {
+/// StepResult of a step.
+pub(super) enum StepResult {
     /// The weights were updated.
     Trained { loss: f64, grad_norm: f64 },
     /// Skipped: the loss or a gradient is not finite.
@@ -46,13 +47,14 @@ pub(super) fn take_step<B: Backend>(
     decoder: &mut Decoder<B>,
     optimizer: &mut Optimizer<B>,
     gradients: &mut Gradients<B>,
-    group: &Group,
+    group: &StepBatches,
     settings: &StepSettings,
-    recompute: bool,
-) -> Result<Outcome> {
+    options: &TuneOptions,
+) -> Result<StepResult> {
     if group.trained_tokens == 0 {
-        return Ok(Outcome::Empty);
+        return Ok(StepResult::Empty);
     }
+    let recompute = options.recompute;
     let scale = (1.0 / group.trained_tokens as f64) as f32;
     let mut losses = decoder.losses_of(group.trained_tokens as usize)?;
     let mut options = GradientOptions { scale, accumulate: false, recompute };
@@ -63,10 +65,10 @@ pub(super) fn take_step<B: Backend>(
     let loss = losses.sum()? / group.trained_tokens as f64;
     // With a non-finite loss even finite gradients are invalid.
     if !loss.is_finite() {
-        return Ok(Outcome::NonFinite { loss, cells: optimizer.non_finite_cells(&decoder.backend, gradients)? });
+        return Ok(StepResult::NonFinite { loss, cells: optimizer.non_finite_cells(&decoder.backend, gradients)? });
     }
     Ok(match optimizer.step(decoder, gradients, settings)? {
-        StepOutcome::Done { grad_norm } => Outcome::Trained { loss, grad_norm },
-        StepOutcome::NonFinite { cells } => Outcome::NonFinite { loss, cells },
+        StepOutcome::Done { grad_norm } => StepResult::Trained { loss, grad_norm },
+        StepOutcome::NonFinite { cells } => StepResult::NonFinite { loss, cells },
     })
 }

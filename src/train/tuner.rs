@@ -1,222 +1,23 @@
-//! The training loop: phases over one decoder and one loader, with callbacks, checkpoints and resume.
+//! The training loop: phases, steps, checkpoints, resume.
 
 use super::metrics::MetricsLog;
-use super::start::{InitialTensor, PhaseStart};
+use super::start::PhaseStart;
 use super::state::{RunFiles, RunState};
-use super::step::{Group, Outcome, take_step};
+use super::step::{StepBatches, StepResult, take_step};
 use super::updates::PhaseUpdates;
-use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
-use crate::backend::{Backend, Roofline};
-use crate::data::Loader;
-use crate::engine::{Decoder, Floor, Gradients, Plan, light_seconds};
+use super::{
+    Callbacks, Optimizer, Phase, PhaseOptions, PhaseSummary, StepMetrics, StepSettings, TuneSummary, Tuner, Updates,
+    peak_bytes,
+};
+use crate::backend::Backend;
+use crate::engine::{Floor, Gradients, light_seconds};
 use crate::error::Result;
-use crate::modules::{LearningRates, ParamId};
-use std::path::PathBuf;
 use std::time::Instant;
 
 /// Consecutive steps with a non-finite loss or gradient after which the run fails.
 const MAX_NON_FINITE_STEPS: u64 = 20;
 
-/// One phase of a run.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Phase {
-    /// Name in metrics and updates, such as `mods` or `all`.
-    pub name: String,
-    /// Learning-rate factors; a cell without one is frozen.
-    pub rates: LearningRates,
-    /// Duration, learning rate, clipping.
-    pub options: PhaseOptions,
-}
-
-/// Directory of a run's files, and the identity of its checkpoints.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RunDir {
-    /// Holds `metrics.jsonl`, `updates.json` and `checkpoints/`.
-    pub dir: PathBuf,
-    /// Hash of the original model.
-    pub model: String,
-    /// Hash of the examples.
-    pub data: String,
-    /// Continue from the newest intact checkpoint, if any; otherwise old metrics and checkpoints are removed.
-    pub resume: bool,
-}
-
-/// Position of a run at a callback.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunPosition {
-    /// Name of the phase.
-    pub phase: String,
-    /// Steps taken, over all phases.
-    pub step: u64,
-    /// Steps taken in this phase.
-    pub phase_step: u64,
-    /// Steps of this phase.
-    pub phase_steps: u64,
-    /// Epochs finished, over all phases.
-    pub epoch: u64,
-}
-
-/// Statistics of a phase.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct PhaseSummary {
-    /// Its name.
-    pub phase: String,
-    /// Steps, skipped ones included.
-    pub steps: u64,
-    /// Steps skipped for a non-finite loss or gradient.
-    pub skipped_non_finite: u64,
-    /// Steps skipped for lack of trained tokens.
-    pub skipped_empty: u64,
-    /// Tokens with a loss.
-    pub trained_tokens: u64,
-    /// All tokens.
-    pub tokens: u64,
-    /// First loss.
-    pub first_loss: Option<f32>,
-    /// Last loss.
-    pub last_loss: Option<f32>,
-    /// Wall time of the steps, in seconds.
-    pub seconds: f64,
-}
-
-/// Statistics of a run.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct TuneSummary {
-    /// One per phase; phases of no steps are left out.
-    pub phases: Vec<PhaseSummary>,
-    /// Updates of each cell, if measured.
-    pub updates: Updates,
-    /// Step of the checkpoint that was resumed.
-    pub resumed_from: Option<u64>,
-    /// Peak memory in bytes, as [`StepMetrics::peak_bytes`].
-    pub peak_bytes: u64,
-    /// Largest [`Plan::total_bytes`] of a phase.
-    #[serde(default)]
-    pub planned_bytes: u64,
-}
-
-/// Callbacks of the training loop. An error ends the run as an interruption does.
-///
-/// `epoch_ends` and `phase_ends` precede the checkpoint of their step: across an interruption and a resume they are called
-/// at least once for a [`RunPosition`], with the same weights each time.
-pub trait Callbacks<B: Backend> {
-    /// A warning, such as a damaged checkpoint.
-    fn note(&mut self, _text: &str) {}
-    /// The run begins; memory and compute plans by phase.
-    fn run_begins(&mut self, _plans: &[(String, Plan)]) {}
-    /// A phase begins, or is resumed.
-    ///
-    /// # Errors
-    /// Ends the run, as in all callbacks.
-    fn phase_begins(&mut self, _at: &RunPosition) -> Result<()> {
-        Ok(())
-    }
-    /// A step was taken or skipped.
-    ///
-    /// # Errors
-    /// Ends the run.
-    fn step(&mut self, _metrics: &StepMetrics, _at: &RunPosition) -> Result<()> {
-        Ok(())
-    }
-    /// An epoch ended.
-    ///
-    /// # Errors
-    /// Ends the run.
-    fn epoch_ends(&mut self, _decoder: &Decoder<B>, _at: &RunPosition) -> Result<()> {
-        Ok(())
-    }
-    /// A phase ended.
-    ///
-    /// # Errors
-    /// Ends the run.
-    fn phase_ends(&mut self, _decoder: &Decoder<B>, _at: &RunPosition) -> Result<()> {
-        Ok(())
-    }
-}
-
-impl<B: Backend> Callbacks<B> for () {}
-
-/// Runs phases one after another over one loader, so that 2 + 4 epochs in two phases see the batches of 6 epochs in one.
-pub struct Tuner<'a, B: Backend> {
-    pub(super) decoder: &'a mut Decoder<B>,
-    pub(super) loader: &'a mut Loader,
-    pub(super) options: TuneOptions,
-    pub(super) phases: Vec<Phase>,
-    pub(super) trains: Box<dyn Fn(ParamId) -> bool + 'a>,
-    pub(super) run_dir: Option<RunDir>,
-    pub(super) measure_updates: bool,
-    pub(super) initial: Option<InitialTensor<'a>>,
-    roofline: Option<Roofline>,
-}
-
-impl<'a, B: Backend> Tuner<'a, B> {
-    /// A run without files. It trains the adapters alone if the decoder has any, else all tensors with a learning rate.
-    ///
-    /// `loader` must be made with [`TuneOptions::loader`]; phases of no steps are left out.
-    ///
-    /// # Errors
-    /// [`crate::error::Error::Input`] where a phase has both `epochs` and `steps`.
-    pub fn new(
-        decoder: &'a mut Decoder<B>,
-        loader: &'a mut Loader,
-        options: TuneOptions,
-        phases: Vec<Phase>,
-    ) -> Result<Self> {
-        let adapter = |id: ParamId| matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
-        let adapted = decoder.params().iter().any(|param| adapter(param.id));
-        let mut kept = Vec::new();
-        for phase in phases {
-            if !matches!(phase.options.length()?, Length::Epochs(0) | Length::Steps(0)) {
-                kept.push(phase);
-            }
-        }
-        let trains = Box::new(move |id| adapter(id) || !adapted);
-        Ok(Self {
-            decoder,
-            loader,
-            options,
-            phases: kept,
-            trains,
-            run_dir: None,
-            measure_updates: false,
-            initial: None,
-            roofline: None,
-        })
-    }
-
-    /// Restricts training to the tensors that `trains` admits, among the cells with a learning rate.
-    pub fn trains(mut self, trains: impl Fn(ParamId) -> bool + 'a) -> Self {
-        self.trains = Box::new(trains);
-        self
-    }
-
-    /// Writes metrics, updates and checkpoints to a directory.
-    pub fn at(mut self, run_dir: RunDir) -> Self {
-        self.run_dir = Some(run_dir);
-        self
-    }
-
-    /// Measures ‖ΔW‖_F of each cell in each phase. The weights at the start of a phase are kept until its end: in the
-    /// checkpoint at the start if there is a [`RunDir`], else as a copy of the trained weights on the host. The first phase
-    /// needs the copy unless [`Tuner::initial_weights`] are known.
-    pub fn measure_updates(mut self) -> Self {
-        self.measure_updates = true;
-        self
-    }
-
-    /// Source of the weights before the run: `tensor(id, shape)` gives the values of any tensor but adapters. It is called
-    /// at the end of a phase, one tensor at a time.
-    pub fn initial_weights(mut self, tensor: impl Fn(ParamId, &[usize]) -> Result<Vec<f32>> + 'a) -> Self {
-        self.initial = Some(Box::new(tensor));
-        self
-    }
-
-    /// Reports [`StepMetrics::speed_of_light`] against this roofline.
-    pub fn roofline(mut self, roofline: Roofline) -> Self {
-        self.roofline = Some(roofline);
-        self
-    }
-
+impl<B: Backend> Tuner<'_, B> {
     /// Runs all phases, or the rest of them from a checkpoint.
     ///
     /// # Errors
@@ -233,7 +34,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let mut files = None;
         if let Some(run_dir) = self.run_dir.clone() {
             let identity = self.identity(&run_dir)?;
-            let store = RunFiles::new(&run_dir, identity, self.options.keep_last, self.measure_updates)?;
+            let mut store = RunFiles::open(&run_dir, identity)?;
+            (store.keep_last, store.keep_start) = (self.options.keep_last, self.measure_updates);
             let saved = if run_dir.resume { store.newest(callbacks)? } else { None };
             match &saved {
                 Some(saved) => {
@@ -297,7 +99,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         if run.summaries.len() == run.phase {
             run.summaries.push(PhaseSummary { phase: phase.name.clone(), ..PhaseSummary::default() });
         }
-        callbacks.phase_begins(&run.progress(&phase.name, total))?;
+        callbacks.phase_begins(&run.position_in(&phase.name, total))?;
 
         while run.phase_step < total {
             let metrics = self.step(&phase, &floor, total, run, &mut adam, &mut gradients)?;
@@ -305,7 +107,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
                 log.append(&metrics)?;
                 run.metrics_bytes = log.bytes();
             }
-            let at = run.progress(&phase.name, total);
+            let at = run.position_in(&phase.name, total);
             callbacks.step(&metrics, &at)?;
             run.check_progress(&phase.name, MAX_NON_FINITE_STEPS, self.steps_per_epoch())?;
             if run.position.batch == 0 {
@@ -323,7 +125,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         // The measurements below hold tensors on the host: not at the same time as gradients and activations.
         drop(gradients);
         self.decoder.release_pool();
-        callbacks.phase_ends(self.decoder, &run.progress(&phase.name, total))?;
+        callbacks.phase_ends(self.decoder, &run.position_in(&phase.name, total))?;
         if let Some(start) = start {
             let store = files.as_deref().map(|(store, _)| store);
             if let Some(cells) = self.updates(&start, run, store, callbacks)? {
@@ -357,7 +159,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         gradients: &mut Gradients<B>,
     ) -> Result<StepMetrics> {
         let began = Instant::now();
-        let group = Group::next(self.loader, self.options.grad_accum);
+        let group = StepBatches::next(self.loader, self.options.grad_accum);
         let PhaseOptions { lr, schedule, lr_warmup_steps, min_lr_ratio, weight_decay, max_grad_norm, .. } =
             phase.options;
         let settings = StepSettings {
@@ -369,8 +171,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
             max_grad_norm: (max_grad_norm > 0.0).then_some(max_grad_norm as f32),
             seed: self.options.seed ^ run.step.wrapping_mul(0x9e37_79b9_7f4a_7c15),
         };
-        let outcome = take_step(self.decoder, adam, gradients, &group, &settings, self.options.recompute)?;
-        if let (Outcome::Trained { .. }, Some(decay)) = (&outcome, self.options.ema_decay) {
+        let outcome = take_step(self.decoder, adam, gradients, &group, &settings, &self.options)?;
+        if let (StepResult::Trained { .. }, Some(decay)) = (&outcome, self.options.ema_decay) {
             run.ema.update(self.decoder, decay)?;
         }
         run.advance(self.loader.position(), &group, &outcome);
@@ -380,9 +182,9 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let light = self.roofline.filter(|_| group.trained_tokens > 0);
         let light = light.map(|roofline| light_seconds(&floor.step(&group.batches), &roofline));
         let (loss, grad_norm, skipped) = match outcome {
-            Outcome::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
-            Outcome::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),
-            Outcome::Empty => (None, None, run.skipped.clone()),
+            StepResult::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
+            StepResult::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),
+            StepResult::Empty => (None, None, run.skipped.clone()),
         };
         Ok(StepMetrics {
             step: run.step,

@@ -88,8 +88,8 @@ fn probes_separate_exactly_the_informative_layers() {
             assert!(auroc(2, &Head::Category("a".into()), Split::Test) > 0.9);
         }
         assert!(probe.head(1, &Head::Category("a".into())).is_none(), "categories are read at the metric layer alone");
-        assert!(probe.about.control.as_ref().unwrap().correlation.abs() < 1e-9);
-        assert!(probe.about.heads.iter().all(|h| h.gradient < 1e-6));
+        assert!(probe.metadata.control.as_ref().unwrap().correlation.abs() < 1e-9);
+        assert!(probe.metadata.heads.iter().all(|h| h.gradient < 1e-6));
         // Noise wants the strongest ridge, a clear label a weaker one.
         let lambda = |layer| probe.head(layer, &Head::Harmful).unwrap().lambda;
         assert!(lambda(0) > lambda(2), "{} {}", lambda(0), lambda(2));

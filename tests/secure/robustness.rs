@@ -112,7 +112,7 @@ fn scaling_agrees_with_a_model_scaled_by_hand() {
     drop(proxy_of);
 
     let base =
-        snapshot(&world.decoder, &world.tokens, world.probe.about.first_tokens.as_ref(), 1000, &mut |_| {}).unwrap();
+        snapshot(&world.decoder, &world.tokens, world.probe.metadata.first_tokens.as_ref(), 1000, &mut |_| {}).unwrap();
     let cell = Cell::module(1, ModuleKind::V);
     let mut gaps = [0.0; 2];
     let mut shifts = [0.0; 2];
@@ -123,7 +123,7 @@ fn scaling_agrees_with_a_model_scaled_by_hand() {
             let scaled: Vec<f32> = values.iter().map(|v| v * factor).collect();
             world.decoder.write(*id, &scaled).unwrap();
         }
-        let first = world.probe.about.first_tokens.as_ref();
+        let first = world.probe.metadata.first_tokens.as_ref();
         let tuned = snapshot(&world.decoder, &world.tokens, first, 1000, &mut |_| {}).unwrap();
         let report = drift(&world.probe, &base, &tuned, &world.prompts).unwrap();
         let test = &report.splits[&Split::Test];

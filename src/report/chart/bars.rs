@@ -1,6 +1,6 @@
 //! Grouped bars with error bars: horizontal for settings with long names, upright for layers.
 
-use super::{Key, LegendItem, MARGIN, Measure, Plot, finish, head};
+use super::{Key, LegendItem, MARGIN, Measure, Plot, draw_header, finish};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
@@ -75,7 +75,7 @@ impl BarChart {
                 legend.push(LegendItem { name: &series.name, tone: series.tone, key: Key::Bar });
             }
         }
-        let mut top = head(&mut drawing, &self.title, &legend);
+        let mut top = draw_header(&mut drawing, &self.title, &legend);
         for (i, panel) in self.panels.iter().enumerate() {
             if !panel.heading.is_empty() {
                 let room = drawing.width - 2.0 * MARGIN;
@@ -86,7 +86,7 @@ impl BarChart {
             let last = i + 1 == self.panels.len();
             let bottom = match self.direction {
                 Direction::Horizontal => self.horizontal(&mut drawing, panel, top),
-                Direction::Upright => self.upright(&mut drawing, panel, top, last),
+                Direction::Upright => self.upright(&mut drawing, i, top),
             };
             top = if last { bottom } else { bottom + 12.0 };
         }
@@ -141,7 +141,8 @@ impl BarChart {
         bottom + 40.0
     }
 
-    fn upright(&self, drawing: &mut Drawing, panel: &BarPanel, top: f64, last: bool) -> f64 {
+    fn upright(&self, drawing: &mut Drawing, index: usize, top: f64) -> f64 {
+        let panel = &self.panels[index];
         let plot = Plot::new(drawing, top, UPRIGHT_HEIGHT, &self.value_label, self.range(), 4);
         let pitch = (plot.right - plot.left) / self.categories.len().max(1) as f64;
         let middle = |column: usize| plot.left + pitch * (column as f64 + 0.5);
@@ -159,7 +160,7 @@ impl BarChart {
             }
         }
         drawing.line((plot.left, zero), (plot.right, zero), 1.0, Tone::Muted);
-        if !last {
+        if index + 1 < self.panels.len() {
             return plot.bottom;
         }
         let size = Font::SMALL.size;

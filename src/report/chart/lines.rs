@@ -1,16 +1,16 @@
 //! Line charts.
 
-use super::{Key, LegendItem, Measure, Plot, finish, head};
+use super::{Key, LegendItem, Measure, Plot, draw_header, finish};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
 use crate::report::svg::{Drawing, FULL_WIDTH, HALF_WIDTH, Marker, px};
 use std::fmt::Write as _;
 
-/// More points than this are drawn without markers.
+/// Longer lines are drawn without markers.
 const MARKED_POINTS: usize = 40;
-/// A line of more than twice as many points is drawn as the minima and maxima of this many stretches.
-const STRETCHES: usize = 400;
+/// Lines of more than twice as many points are decimated to the minimum and maximum of this many intervals.
+const INTERVALS: usize = 400;
 /// Pixels between the intervals of neighbouring series at the same x.
 const DODGE: f64 = 4.0;
 const HEIGHT: f64 = 170.0;
@@ -64,16 +64,16 @@ impl LineChart {
         let legend = self.series.iter().enumerate();
         let legend: Vec<LegendItem<'_>> =
             legend.map(|(i, s)| LegendItem { name: &s.name, tone: s.tone, key: key(i, s) }).collect();
-        let top = head(&mut drawing, &self.title, &legend);
+        let top = draw_header(&mut drawing, &self.title, &legend);
 
         let points = || self.series.iter().flat_map(|s| &s.points);
         let zero = self.from_zero.then_some(0.0);
         let range = range_of(points().flat_map(|p| p.y.extent()).chain(zero)).unwrap_or((0.0, 1.0));
         let plot = Plot::new(&mut drawing, top, HEIGHT, &self.y_label, range, 5);
-        // Some air, so that the first and last markers do not sit on the frame.
+        // Padding, so that the first and last markers do not touch the frame.
         let ends = (plot.left + 8.0, plot.right - 4.0);
         let range = range_of(points().map(|p| p.x)).unwrap_or((0.0, 1.0));
-        let x_axis = Axis::exact(range, if self.wide { 12 } else { 6 }, true, ends);
+        let x_axis = Axis::exact(range, if self.wide { 12 } else { 6 }, 1.0, ends);
         let dodge = if points().any(|p| p.y.interval.is_some()) { DODGE } else { 0.0 };
         for (i, series) in self.series.iter().enumerate() {
             // Intervals at the same x stand side by side, or they would hide each other.
@@ -102,7 +102,7 @@ impl LineChart {
     }
 
     fn draw(&self, drawing: &mut Drawing, series: &LineSeries, marker: Marker, x_axis: &Axis, plot: &Plot) {
-        let points = thin(&series.points);
+        let points = decimate(&series.points);
         let finite = |p: &&Point| p.x.is_finite() && p.y.value.is_finite();
         let place = |p: &Point| (x_axis.place(p.x), plot.y.place(p.y.value));
         let mut data = String::new();
@@ -130,14 +130,14 @@ impl LineChart {
     }
 }
 
-/// At most two points per stretch, minimum and maximum, so that spikes stay.
-fn thin(points: &[Point]) -> Vec<Point> {
-    if points.len() <= 2 * STRETCHES {
+/// Decimates a line to minimum and maximum per interval, which preserves spikes.
+fn decimate(points: &[Point]) -> Vec<Point> {
+    if points.len() <= 2 * INTERVALS {
         return points.to_vec();
     }
-    let stretch = points.len().div_ceil(STRETCHES);
+    let interval = points.len().div_ceil(INTERVALS);
     let mut kept = Vec::new();
-    for part in points.chunks(stretch) {
+    for part in points.chunks(interval) {
         let by_value = |(_, a): &(usize, &Point), (_, b): &(usize, &Point)| a.y.value.total_cmp(&b.y.value);
         let finite = || part.iter().enumerate().filter(|(_, p)| p.y.value.is_finite());
         if let (Some(low), Some(high)) = (finite().min_by(by_value), finite().max_by(by_value)) {
@@ -156,13 +156,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn thinning_keeps_spikes_and_order() {
+    fn decimation_keeps_spikes_and_order() {
         let point = |x: f64, y| Point { x, y: Measure::new(y) };
         let mut points: Vec<Point> = (0..10_000).map(f64::from).map(|x| point(x, (x / 50.0).sin())).collect();
         points[7_777].y.value = 40.0;
         points[3_333].y.value = f64::NAN;
-        let kept = thin(&points);
-        assert!(kept.len() <= 2 * STRETCHES);
+        let kept = decimate(&points);
+        assert!(kept.len() <= 2 * INTERVALS);
         assert!(kept.iter().any(|p| p.y.value == 40.0 && p.x == 7_777.0));
         assert!(kept.windows(2).all(|w| w[0].x < w[1].x));
     }

@@ -1,6 +1,6 @@
 //! Scatter plots: named points in groups.
 
-use super::{Key, LegendItem, Measure, Plot, finish, head};
+use super::{Key, LegendItem, Measure, Plot, draw_header, finish};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
@@ -56,7 +56,7 @@ impl Scatter {
         let legend = self.groups.iter().enumerate();
         let legend: Vec<LegendItem<'_>> =
             legend.map(|(i, g)| LegendItem { name: &g.name, tone: g.tone, key: Key::Marker(Marker::of(i)) }).collect();
-        let top = head(&mut drawing, &self.title, &legend);
+        let top = draw_header(&mut drawing, &self.title, &legend);
         let dots = || self.groups.iter().flat_map(|g| &g.dots);
         let range = range_of(dots().flat_map(|d| d.y.extent()).chain([0.0, self.y_at_least])).unwrap_or((0.0, 1.0));
         let plot = Plot::new(&mut drawing, top, HEIGHT, &self.y_label, range, 5);

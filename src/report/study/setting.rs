@@ -33,13 +33,9 @@ impl<'a> Setting<'a> {
     /// The settings of a study.
     pub fn all(outcome: &'a Outcome, config: &RunConfig) -> Vec<Self> {
         let several = outcome.settings.iter().any(|s| !s.more_seeds.is_empty());
-        let setting = |s: &'a SettingOutcome| Self {
-            spec: &s.setting,
-            name: name(&s.setting, config.evaluate.mix_share),
-            tone: tone(&s.setting),
-            outcome: s,
-            runs: s.runs().collect(),
-            several,
+        let setting = |outcome: &'a SettingOutcome| {
+            let (name, tone) = label(&outcome.setting, config.evaluate.mix_share);
+            Self { spec: &outcome.setting, name, tone, outcome, runs: outcome.runs().collect(), several }
         };
         outcome.settings.iter().map(setting).collect()
     }
@@ -89,39 +85,27 @@ impl<'a> Setting<'a> {
     }
 }
 
-fn name(spec: &SettingSpec, mix_share: f64) -> String {
-    let name = match &spec.base {
-        Base::Given => "original".into(),
-        Base::Plain => "plain".into(),
-        Base::PlainEqual => "plain, equal steps".into(),
-        Base::Swat => "SWAT".into(),
-        Base::Reversed => "SWAT reversed".into(),
-        Base::ModsOnly => "Mods_Rob only".into(),
-        Base::MlLr(beta) => format!("ML-LR, the rest × {beta}"),
-        Base::Warmup(SetSpec::Random(seed)) => format!("random set {seed}"),
-        Base::Warmup(SetSpec::RandomWithoutLayer0(seed)) => format!("random set {seed} without layer 0"),
-        Base::Warmup(SetSpec::Complement) => "complement".into(),
-        Base::Warmup(SetSpec::Layer0) => "layer 0".into(),
-        Base::Warmup(SetSpec::Named(set)) => format!("warm-up on {set}"),
+/// Display name and colour.
+fn label(spec: &SettingSpec, mix_share: f64) -> (String, Tone) {
+    let (name, tone) = match &spec.base {
+        Base::Given => ("original".into(), Tone::Grey),
+        Base::Plain => ("plain".into(), Tone::Vermilion),
+        Base::PlainEqual => ("plain, equal steps".into(), Tone::Amber),
+        Base::Swat => ("SWAT".into(), Tone::Blue),
+        Base::Reversed => ("SWAT reversed".into(), Tone::Muted),
+        Base::ModsOnly => ("Mods_Rob only".into(), Tone::Muted),
+        Base::MlLr(beta) => (format!("ML-LR, the rest × {beta}"), Tone::Muted),
+        Base::Warmup(SetSpec::Random(seed)) => (format!("random set {seed}"), Tone::Green),
+        Base::Warmup(SetSpec::RandomWithoutLayer0(seed)) => (format!("random set {seed} without layer 0"), Tone::Green),
+        Base::Warmup(SetSpec::Complement) => ("complement".into(), Tone::Pink),
+        Base::Warmup(SetSpec::Layer0) => ("layer 0".into(), Tone::Muted),
+        Base::Warmup(SetSpec::Named(set)) => (format!("warm-up on {set}"), Tone::Muted),
     };
-    let mix = match spec.mix {
-        None => return name,
-        Some(Mix::Refusals) => "refusals",
-        Some(Mix::Attack) => "attack",
-    };
-    format!("{name} + {} % {mix}", format::significant(100.0 * mix_share, 2))
-}
-
-fn tone(spec: &SettingSpec) -> Tone {
-    match (&spec.base, spec.mix) {
-        (_, Some(Mix::Refusals)) => Tone::Sky,
-        (Base::Given, _) => Tone::Grey,
-        (Base::Plain, _) => Tone::Vermilion,
-        (Base::PlainEqual, _) => Tone::Amber,
-        (Base::Swat, _) => Tone::Blue,
-        (Base::Warmup(SetSpec::Random(_) | SetSpec::RandomWithoutLayer0(_)), _) => Tone::Green,
-        (Base::Warmup(SetSpec::Complement), _) => Tone::Pink,
-        _ => Tone::Muted,
+    let share = format::significant(100.0 * mix_share, 2);
+    match spec.mix {
+        None => (name, tone),
+        Some(Mix::Refusals) => (format!("{name} + {share} % refusals"), Tone::Sky),
+        Some(Mix::Attack) => (format!("{name} + {share} % attack"), tone),
     }
 }
 

@@ -4,11 +4,11 @@
 use super::metrics::sigmoid;
 use super::refusal::RefusalList;
 use crate::error::{Error, Result};
-use crate::options::default_from_args;
+use crate::options::{default_from_args, require};
 use clap::Args;
 use std::time::Duration;
 
-/// Endpoint of the judge and how it is asked.
+/// Endpoint and request options of the judge.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct JudgeOptions {
@@ -74,26 +74,21 @@ impl Judge {
     /// # Errors
     /// [`Error::Input`] names the option, or the environment variable of the key, that is wrong.
     pub fn new(options: JudgeOptions) -> Result<Self> {
-        let wrong = |field: &str, found: &str, expected: &str| Error::input(format!("judge.{field}"), found, expected);
-        if !options.url.starts_with("https://") && !options.url.starts_with("http://") {
-            return Err(wrong("url", &format!("`{}`", options.url), "http:// or https:// and the endpoint's base"));
-        }
-        if options.model.is_empty() {
-            return Err(wrong("model", "nothing", "the judging model's name"));
-        }
-        let timeout = Duration::try_from_secs_f64(options.timeout_seconds).ok().filter(|t| !t.is_zero());
-        let timeout = timeout.ok_or_else(|| {
-            wrong("timeout_seconds", &options.timeout_seconds.to_string(), "a number of seconds above 0")
-        })?;
-        if Duration::try_from_secs_f64(options.backoff_seconds).is_err() {
-            return Err(wrong("backoff_seconds", &options.backoff_seconds.to_string(), "a number of seconds from 0"));
-        }
-        let key = match &options.key_env {
-            None => None,
-            Some(name) => Some(std::env::var(name).map_err(|_| {
-                wrong("key_env", &format!("environment variable {name} unset"), "a variable that holds the key")
-            })?),
+        let http = ["https://", "http://"].iter().any(|scheme| options.url.starts_with(scheme));
+        let expected = "http:// or https:// and the endpoint's base";
+        require(http, "judge.url", format!("`{}`", options.url), expected)?;
+        require(!options.model.is_empty(), "judge.model", "nothing", "the judging model's name")?;
+        let timeout = Duration::try_from_secs_f64(options.timeout_seconds).unwrap_or_default();
+        let (field, expected) = ("judge.timeout_seconds", "a number of seconds above 0");
+        require(!timeout.is_zero(), field, options.timeout_seconds, expected)?;
+        let backoff = Duration::try_from_secs_f64(options.backoff_seconds);
+        let (field, expected) = ("judge.backoff_seconds", "a number of seconds from 0");
+        require(backoff.is_ok(), field, options.backoff_seconds, expected)?;
+        let unset = |name: &str| {
+            let found = format!("environment variable {name} unset");
+            Error::input("judge.key_env", found, "a variable that holds the key")
         };
+        let key = options.key_env.as_ref().map(|name| std::env::var(name).map_err(|_| unset(name))).transpose()?;
         let agent = ureq::Agent::config_builder()
             .timeout_global(Some(timeout))
             .http_status_as_error(false)

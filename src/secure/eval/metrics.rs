@@ -118,23 +118,23 @@ impl Metrics {
             positive_accuracy: share(found, positives),
             auroc: auroc(logits, positive),
             gap: class_gap(logits, positive),
-            margin: class_mean(logits, positive, true),
+            margin: class_means(logits, positive)[0],
             loss: binary_cross_entropy(logits, positive),
         }
     }
 }
 
-fn class_mean(values: &[f64], positive: &[bool], class: bool) -> f64 {
-    let (mut sum, mut count) = (0.0, 0);
-    for (value, _) in values.iter().zip(positive).filter(|(_, y)| **y == class) {
-        sum += value;
-        count += 1;
-    }
-    sum / f64::from(count.max(1))
+/// Mean values of the positives and of the negatives; 0 for a missing class.
+fn class_means(values: &[f64], positive: &[bool]) -> [f64; 2] {
+    [true, false].map(|class| {
+        let own = || values.iter().zip(positive).filter(|(_, y)| **y == class).map(|(value, _)| value);
+        own().fold(0.0, |sum, value| sum + value) / own().count().max(1) as f64
+    })
 }
 
 fn class_gap(values: &[f64], positive: &[bool]) -> f64 {
-    class_mean(values, positive, true) - class_mean(values, positive, false)
+    let [positives, negatives] = class_means(values, positive);
+    positives - negatives
 }
 
 /// Area under the ROC curve by ranks (Mann and Whitney), ties counted half. None where a class is missing or a value is

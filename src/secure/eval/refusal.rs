@@ -46,7 +46,7 @@ impl RefusalList {
             into.push(expression);
         }
         if list.anywhere.is_empty() && list.opening.is_empty() {
-            return Err(Error::input(place, "no expression", "at least one refusal expression, one a line"));
+            return Err(Error::input(place, "no expression", "at least one refusal expression, one per line"));
         }
         Ok(list)
     }

@@ -54,13 +54,13 @@ pub struct LayerDrift {
 pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[SecurityPrompt]) -> Result<Drift> {
     for (name, features) in [("base", &base.features), ("tuned", &tuned.features)] {
         let shape = (features.prompts, features.layers.len(), features.hidden);
-        let expected = (labels.len(), probe.about.layers + 1, probe.about.hidden);
+        let expected = (labels.len(), probe.metadata.layers + 1, probe.metadata.hidden);
         if shape != expected {
             let found = format!("(prompts, layers + 1, hidden) = {shape:?}");
             return Err(Error::input(format!("drift: {name} features"), found, format!("{expected:?}")));
         }
     }
-    let metric_layer = probe.about.metric_layer;
+    let metric_layer = probe.metadata.metric_layer;
     let mut splits = BTreeMap::new();
     for split in Split::ALL {
         let rows: Vec<usize> = (0..labels.len()).filter(|i| labels[*i].split == split).collect();
@@ -75,8 +75,8 @@ pub fn drift(probe: &Probe, base: &Snapshot, tuned: &Snapshot, labels: &[Securit
                 layer,
                 base: Metrics::new(&probe.logits(layer, &Head::Harmful, &own)?, &harmful),
                 tuned: Metrics::new(&probe.logits(layer, &Head::Harmful, &other)?, &harmful),
-                output_shift: output_shift(&own, &other, probe.about.hidden),
-                direction_cosine: direction_cosine(&own, &other, probe.about.hidden, &harmful),
+                output_shift: output_shift(&own, &other, probe.metadata.hidden),
+                direction_cosine: direction_cosine(&own, &other, probe.metadata.hidden, &harmful),
             });
         }
         let scores = |snapshot: &Snapshot| -> Result<Scores> {

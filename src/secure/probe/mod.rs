@@ -82,7 +82,7 @@ pub struct HeadMetrics {
 /// Metadata of a probe, stored in `probe.safetensors`.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ProbeAbout {
+pub struct ProbeMetadata {
     /// `swat.probe/1`.
     pub format: String,
     /// Hash of the model it was trained on.
@@ -131,7 +131,7 @@ pub struct ProbeLayer {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probe {
     /// Metadata.
-    pub about: ProbeAbout,
+    pub metadata: ProbeMetadata,
     /// One per hidden state, layers + 1.
     pub layers: Vec<ProbeLayer>,
 }
@@ -148,7 +148,7 @@ impl Probe {
         };
         let probe = self.layers.get(layer).ok_or_else(missing)?;
         let head = probe.heads.get(head).ok_or_else(missing)?;
-        let hidden = self.about.hidden;
+        let hidden = self.metadata.hidden;
         if hidden == 0 || !features.len().is_multiple_of(hidden) {
             let found = format!("{} feature values", features.len());
             return Err(Error::input("probe", found, format!("rows of {hidden}, the width it was trained on")));
@@ -163,7 +163,7 @@ impl Probe {
 
     /// Fit and metrics of a head.
     pub fn head(&self, layer: usize, head: &Head) -> Option<&HeadMetrics> {
-        self.about.heads.iter().find(|h| h.layer == layer && h.head == *head)
+        self.metadata.heads.iter().find(|h| h.layer == layer && h.head == *head)
     }
 
     /// Checks that the model has the shape of the one the probe was trained on, whatever its weights.
@@ -171,12 +171,12 @@ impl Probe {
     /// # Errors
     /// [`Error::Input`] names what differs.
     pub fn check_shape(&self, config: &ModelConfig) -> Result<()> {
-        let (hidden, layers) = (self.about.hidden, self.about.layers);
+        let (hidden, layers) = (self.metadata.hidden, self.metadata.layers);
         if (hidden, layers) != (config.hidden, config.layers) {
             let found = format!("a model of {} layers and width {}", config.layers, config.hidden);
             return Err(Error::input("probe", found, format!("{layers} layers and width {hidden}, as it was trained")));
         }
-        match &self.about.first_tokens {
+        match &self.metadata.first_tokens {
             Some(first) => first.check(Some(config.vocab), "probe"),
             None => Ok(()),
         }
@@ -188,9 +188,10 @@ impl Probe {
     /// [`Error::Input`] names what differs.
     pub fn check_model(&self, config: &ModelConfig, model_hash: &str) -> Result<()> {
         self.check_shape(config)?;
-        if self.about.model_hash != model_hash {
+        if self.metadata.model_hash != model_hash {
             let found = format!("a model with hash {model_hash}");
-            let expected = format!("the one it was trained on, {}; train a probe of this model", self.about.model_hash);
+            let expected =
+                format!("the one it was trained on, {}; train a probe of this model", self.metadata.model_hash);
             return Err(Error::input("probe", found, expected));
         }
         Ok(())

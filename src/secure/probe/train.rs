@@ -6,7 +6,7 @@ use super::file::FORMAT;
 use super::labels::check_labels;
 use super::linalg::Matrix;
 use super::logistic::Design;
-use super::{Head, HeadMetrics, LinearHead, Probe, ProbeAbout, ProbeLayer};
+use super::{Head, HeadMetrics, LinearHead, Probe, ProbeLayer, ProbeMetadata};
 use crate::data::{SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use crate::options::{default_from_args, require};
@@ -86,7 +86,7 @@ pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Obse
         }
     }
     let train: Vec<usize> = (0..features.prompts).filter(|i| input.labels[*i].split == Split::Train).collect();
-    let mut about = ProbeAbout {
+    let mut metadata = ProbeMetadata {
         format: FORMAT.to_owned(),
         model_hash: input.model_hash.to_owned(),
         prompts_hash: input.prompts_hash.to_owned(),
@@ -116,13 +116,13 @@ pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Obse
                 return Err(Error::failed(what, "raise the values of λ"));
             }
             let Fitted { lambda, gradient, metrics, .. } = fitted;
-            about.heads.push(HeadMetrics { layer, head: head.clone(), lambda, gradient, metrics });
+            metadata.heads.push(HeadMetrics { layer, head: head.clone(), lambda, gradient, metrics });
             probe.heads.insert(head, fitted.linear);
         }
         probes.push(probe);
         observer(Progress::new("probes", layer + 1, layers + 1));
     }
-    Ok(Probe { about, layers: probes })
+    Ok(Probe { metadata, layers: probes })
 }
 
 /// Checks shapes, labels and options; returns the number of decoder layers.

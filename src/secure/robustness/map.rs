@@ -111,13 +111,13 @@ pub struct RobustnessMap {
     pub seconds: f64,
     /// Paths of its inputs, which the search needs again.
     #[serde(default)]
-    pub made_from: Option<MadeFrom>,
+    pub made_from: Option<MapInputs>,
 }
 
 /// Paths of the inputs of a map.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct MadeFrom {
+pub struct MapInputs {
     /// Model directory.
     pub model: PathBuf,
     /// Probe file.
@@ -138,7 +138,7 @@ impl RobustnessMap {
     /// Reads and checks a map file.
     ///
     /// # Errors
-    /// [`Error::Input`] says what is wrong with the file; [`Error::Io`].
+    /// [`Error::Input`] names the malformed field; [`Error::Io`].
     pub fn load(path: &Path) -> Result<Self> {
         let map: Self = json::read(path, MAX_BYTES, "a map that `swat robustness` wrote")?;
         let place = path.display().to_string();

@@ -87,7 +87,7 @@ pub fn robustness<B: Backend>(
     observer(Progress::new("robustness map", done.len(), total));
     let parameters = cell_parameters(&scorer.decoder.config);
     let copies_per_cell = scorer.seeds().len() * scorer.members(&ModuleSet::default(), 0).len();
-    for group in left.chunks((scorer.members_a_group() / copies_per_cell).clamp(1, CELLS_PER_SAVE)) {
+    for group in left.chunks((scorer.members_per_group() / copies_per_cell).clamp(1, CELLS_PER_SAVE)) {
         let start = Instant::now();
         let members: Vec<Member> = group.iter().flat_map(|cell| cell_members(scorer, *cell)).collect();
         let observations = scorer.observe(&members, header.epsilon)?;
@@ -223,7 +223,7 @@ fn assemble<B: Backend>(scorer: &PerturbationScorer<'_, B>, header: Header, done
         probe_hash: scorer.probe.hash()?,
         prompts_hash: scorer.prompts_hash.clone(),
         layers: scorer.decoder.config.layers,
-        metric_layer: scorer.probe.about.metric_layer,
+        metric_layer: scorer.probe.metadata.metric_layer,
         split: scorer.options.split,
         prompts: scorer.prompts(),
         kind: scorer.options.kind.clone(),

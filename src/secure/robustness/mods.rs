@@ -98,7 +98,7 @@ impl ModsRob {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`Error::Input`] says what is wrong with the file; [`Error::Io`].
+    /// [`Error::Input`] for a malformed file; [`Error::Io`].
     pub fn load(path: &Path) -> Result<Self> {
         let mods: Self = json::read(path, MAX_BYTES, "a Mods_Rob file that `swat search` wrote")?;
         check_format(&path.display().to_string(), &mods.format, FORMAT)?;

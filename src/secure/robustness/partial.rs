@@ -1,6 +1,6 @@
 //! Checkpoint of an unfinished map: finished cells in a JSONL file beside the output.
 //!
-//! The first line identifies the run; a file of another run, or a damaged one, is started anew. An incomplete last line is
+//! The first line identifies the run; a file of another run, or a damaged one, is replaced. An incomplete last line is
 //! dropped.
 
 use super::map::{CellRobustness, EpsilonPoint};

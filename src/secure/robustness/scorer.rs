@@ -1,6 +1,6 @@
 //! Scores perturbed copies of a model by its frozen probe: the measurement behind the robustness map and the search.
 
-use super::map::MadeFrom;
+use super::map::MapInputs;
 use super::noise::Noise;
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
@@ -99,7 +99,7 @@ pub struct PerturbationScorer<'a, B: Backend> {
     pub(crate) clean: Observation,
     pub(crate) prompts_hash: String,
     /// Paths of the inputs, saved with the map for the search.
-    pub made_from: Option<MadeFrom>,
+    pub made_from: Option<MapInputs>,
 }
 
 /// Raw readout of a copy.
@@ -136,7 +136,7 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
             let found = format!("split `{}` without both classes", options.split.name());
             return Err(Error::input("security prompts", found, "harmful and benign prompts in the scored split"));
         }
-        let metric_layer = input.probe.about.metric_layer;
+        let metric_layer = input.probe.metadata.metric_layer;
         let has_control = input.probe.head(metric_layer, &Head::Control).is_some();
         let control = input.control.filter(|_| has_control).map(|c| rows.iter().map(|i| c[*i]).collect());
         let batches = batches(&prompts, options.batch_tokens)?.into_iter().map(|r| packed(&prompts[r])).collect();
@@ -203,7 +203,7 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
     }
 
     /// Copies whose hidden states fit `group_bytes`.
-    pub(crate) fn members_a_group(&self) -> usize {
+    pub(crate) fn members_per_group(&self) -> usize {
         let bytes = self.harmful.len() * self.decoder.config.hidden * size_of::<f32>();
         (self.options.group_bytes / bytes.max(1) as u64).max(1) as usize
     }
@@ -243,11 +243,11 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
     }
 
     fn sweep(&self, members: &[Member], epsilon: f32) -> Result<Vec<Raw>> {
-        let first = self.probe.about.first_tokens.as_ref();
+        let first = self.probe.metadata.first_tokens.as_ref();
         let options = SweepOptions {
             kind: self.kind.clone(),
             epsilon,
-            layers: vec![self.probe.about.metric_layer],
+            layers: vec![self.probe.metadata.metric_layer],
             head_rows: first.map(|f| f.tokens().to_vec()).unwrap_or_default(),
             budget_bytes: self.options.budget_bytes,
         };
@@ -269,11 +269,11 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
         if !raw.hidden.iter().all(|h| h.is_finite()) {
             return Err(Error::failed("a perturbed copy has hidden states that are not finite", "lower --epsilon"));
         }
-        let (layer, hidden) = (self.probe.about.metric_layer, self.decoder.config.hidden);
+        let (layer, hidden) = (self.probe.metadata.metric_layer, self.decoder.config.hidden);
         let own = &raw.hidden[..self.scored * hidden];
         let harmful = &self.harmful[..self.scored];
         let logits = self.probe.logits(layer, &Head::Harmful, own)?;
-        let log_odds = self.probe.about.first_tokens.as_ref().map(|_| &raw.log_odds[..self.scored]);
+        let log_odds = self.probe.metadata.first_tokens.as_ref().map(|_| &raw.log_odds[..self.scored]);
         let control_gap = match &self.control {
             Some(labels) => {
                 let logits = self.probe.logits(layer, &Head::Control, own)?;

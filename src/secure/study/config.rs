@@ -24,7 +24,7 @@ pub struct RunConfig {
     pub out: PathBuf,
     /// Title of the report; the name of the model directory if empty.
     pub title: String,
-    /// Seed of the splits and of the sampled prompts and tasks; training and noise have their own below.
+    /// Seed of the splits and of the sampled prompts and tasks; training and perturbations have their own seeds below.
     pub seed: u64,
     /// Settings to compare.
     pub settings: Vec<SettingSpec>,

@@ -2,7 +2,7 @@
 
 use super::SettingSpec;
 use crate::modules::ModuleSet;
-use crate::secure::{Drift, Evaluation, ModsRob, ProbeAbout, RobustnessMap, Scores};
+use crate::secure::{Drift, Evaluation, ModsRob, ProbeMetadata, RobustnessMap, Scores};
 use crate::train::{PhaseSummary, Updates};
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ pub struct Outcome {
     /// Hash of the original model.
     pub model_hash: String,
     /// Metadata of the probes.
-    pub probe: ProbeAbout,
+    pub probe: ProbeMetadata,
     /// Robustness map; none if no setting needs it.
     pub map: Option<RobustnessMap>,
     /// Search; none if Mods_Rob is configured or not needed.

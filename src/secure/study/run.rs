@@ -36,13 +36,13 @@ use std::time::Instant;
 /// Most points of a recorded loss curve.
 const LOSS_POINTS: u64 = 400;
 
-/// Runs a study; each model is opened on a device that `backend` makes. Cached stages are not run again.
+/// Runs a study, without the stages that are cached.
 ///
 /// # Errors
-/// [`Error::InUse`] where another process runs it; what the stages return.
+/// [`Error::InUse`] where another process runs the study; errors of its stages.
 pub fn run<B: Backend>(
     config: &RunConfig,
-    backend: &dyn Fn() -> Result<B>,
+    backend: &B,
     refusals: &RefusalList,
     observer: Observer<'_>,
 ) -> Result<Outcome> {
@@ -81,8 +81,8 @@ pub fn run<B: Backend>(
         true => config.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
     };
     let seconds = start.elapsed().as_secs_f64();
-    let about = probe.about.clone();
-    Ok(Outcome { title, model_hash: study.model_hash, probe: about, map, search, mods, settings, seconds })
+    let probe = probe.metadata;
+    Ok(Outcome { title, model_hash: study.model_hash, probe, map, search, mods, settings, seconds })
 }
 
 /// Locks the directory against other processes.
@@ -169,7 +169,7 @@ struct Run<'a> {
 
 struct Study<'a, B> {
     config: &'a RunConfig,
-    backend: &'a dyn Fn() -> Result<B>,
+    backend: &'a B,
     refusals: &'a RefusalList,
     stages: Stages,
     data: EvaluationData,
@@ -182,7 +182,7 @@ struct Study<'a, B> {
 
 impl<B: Backend> Study<'_, B> {
     fn open(&self, dir: &Path) -> Result<LoadedModel<B>> {
-        LoadedModel::open((self.backend)()?, dir, self.config.chat_template.as_deref())
+        LoadedModel::open(self.backend.clone(), dir, self.config.chat_template.as_deref())
     }
 
     fn probe(&self, observer: Observer<'_>) -> Result<Probe> {
@@ -192,7 +192,7 @@ impl<B: Backend> Study<'_, B> {
             "seed": config.seed, "options": config.probe, "refusals": format!("{:?}", self.refusals) });
         let train = || -> Result<String> {
             let model = self.open(&config.model)?;
-            let probe = model.probe(&self.prompts, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
+            let probe = model.train_probe(&self.prompts, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
             probe.save(&path)?;
             file_hash(&path)
         };
@@ -246,16 +246,17 @@ impl<B: Backend> Study<'_, B> {
     ) -> Result<SettingOutcome> {
         let config = self.config;
         let model = ModelDir::open(&config.model)?;
-        let job = spec.job(config, &model.config, mods.map(|mods| &mods.set))?;
+        let job = spec.job(&config.tune.recipe, &model.config, mods.map(|mods| &mods.set))?;
         let set = job.mods.clone();
         let parameters = cell_parameters(&model.config);
         let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map)).transpose()?;
-        // The base model has no randomness.
+        // The original model has no randomness.
         let seeds = if spec.is_given() { vec![config.tune.recipe.shared.seed] } else { config.training_seeds() };
         let mut runs = Vec::new();
         for seed in &seeds {
             let name = if seeds.len() > 1 { format!("{spec}, seed {seed}") } else { spec.to_string() };
-            let mut run = Run { spec, job: job.clone(), name, stem: spec.run_stem(config, *seed) };
+            let mut run =
+                Run { spec, job: job.clone(), name, stem: spec.run_stem(*seed, config.tune.recipe.shared.seed) };
             run.job.recipe.shared.seed = *seed;
             runs.push(self.run(&run, probe, observer)?);
         }
@@ -311,10 +312,9 @@ impl<B: Backend> Study<'_, B> {
         let dir = folder.join(&file);
         let name = format!("tune/{}", run.stem);
         let tuned = self.stages.run(&name, &inputs, || {
-            let backend = (self.backend)()?;
             // Before the model is loaded, so that its buffers do not raise the run's peak memory.
-            let roofline = *self.roofline.get_or_init(|| Roofline::measure(&backend).ok());
-            let mut model = LoadedModel::open(backend, &config.model, config.chat_template.as_deref())?;
+            let roofline = *self.roofline.get_or_init(|| Roofline::measure(self.backend).ok());
+            let mut model = self.open(&config.model)?;
             let max_length = shared.max_length;
             let mut examples: Vec<Example> = Vec::new();
             for path in &config.data.train {
@@ -432,9 +432,9 @@ impl DriftRecorder<'_, '_> {
     fn measure<B: Backend>(&mut self, decoder: &Decoder<B>, step: u64) -> Result<()> {
         // A resumed run may measure the same step again.
         self.points.retain(|p| p.step < step);
-        let first = self.probe.about.first_tokens.as_ref();
+        let first = self.probe.metadata.first_tokens.as_ref();
         let read = snapshot(decoder, &self.tokens, first, 8192, &mut |_| {})?;
-        let layer = self.probe.about.metric_layer;
+        let layer = self.probe.metadata.metric_layer;
         let features = read.features.layers.get(layer).map(Vec::as_slice).unwrap_or_default();
         let logits = self.probe.logits(layer, &Head::Harmful, features)?;
         let scores = Scores::new(&logits, read.refusal.as_deref(), &self.harmful);

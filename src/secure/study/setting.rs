@@ -1,6 +1,5 @@
 //! Settings of a study: the method, plain tuning, controls and ablations.
 
-use super::RunConfig;
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::modules::ModuleSet;
@@ -112,11 +111,11 @@ impl SettingSpec {
         self.text.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
     }
 
-    /// Name of the files of a training seed's run: `swat-seed3`. The run with `tune.shared.seed` has the setting's name, so
+    /// Name of the files of a training seed's run: `swat-seed3`. The run with the seed `first` has the setting's name, so
     /// that a study of one seed can be continued with several.
-    pub fn run_stem(&self, config: &RunConfig, seed: u64) -> String {
+    pub fn run_stem(&self, seed: u64, first: u64) -> String {
         let stem = self.stem();
-        if seed == config.tune.recipe.shared.seed { stem } else { format!("{stem}-seed{seed}") }
+        if seed == first { stem } else { format!("{stem}-seed{seed}") }
     }
 
     /// Whether nothing is trained.
@@ -129,12 +128,11 @@ impl SettingSpec {
         !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual)
     }
 
-    /// The tuning run with the seed `tune.shared.seed`.
+    /// The tuning run of a study's recipe.
     ///
     /// # Errors
     /// [`Error::Input`] where the durations of both phases are needed and one is in epochs, the other in steps.
-    pub fn job(&self, config: &RunConfig, model: &ModelConfig, mods: Option<&ModuleSet>) -> Result<TuneJob> {
-        let recipe = &config.tune.recipe;
+    pub fn job(&self, recipe: &TuneRecipe, model: &ModelConfig, mods: Option<&ModuleSet>) -> Result<TuneJob> {
         let mut job = TuneJob { mods: None, recipe: recipe.clone() };
         let none = PhaseOptions { epochs: Some(0), steps: None, ..recipe.all_phase.clone() };
         let own =
@@ -187,10 +185,7 @@ mod tests {
 
     #[test]
     fn runs_of_other_seeds_have_names_of_their_own() {
-        let mut config = RunConfig::default();
-        config.tune.recipe.shared.seed = 4;
-        config.tune.seeds = Some(vec![3, 4]);
-        let stem = |text: &str, seed| text.parse::<SettingSpec>().unwrap().run_stem(&config, seed);
+        let stem = |text: &str, seed| text.parse::<SettingSpec>().unwrap().run_stem(seed, 4);
         assert_eq!(
             (stem("swat+attack", 3), stem("swat+attack", 4)),
             ("swat_attack-seed3".into(), "swat_attack".into())

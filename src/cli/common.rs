@@ -1,0 +1,69 @@
+//! Options and output of every command.
+
+use crate::error::{Error, Result};
+use crate::io::json;
+use clap::Args;
+use serde::Serialize;
+use std::io::Write;
+use std::str::FromStr;
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Common {
+    /// Device: auto, cpu, cuda or cuda:N. auto uses a working GPU, and says which
+    #[arg(long, default_value = "auto", global = true)]
+    pub(super) device: Device,
+    /// Seed of all random draws
+    #[arg(long, default_value_t = 0, global = true)]
+    pub(super) seed: u64,
+    /// Print one JSON object on stdout, and nothing else
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    /// Mark phases and layers as NVTX ranges, for nsys and ncu: needs libnvtx3interop.so.1 (CUDA toolkit, or the package
+    /// nvidia-nvtx)
+    #[arg(long, global = true)]
+    pub(super) nvtx: bool,
+    /// No progress on stderr
+    #[arg(long, global = true)]
+    pub(super) quiet: bool,
+}
+
+/// The value of `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Device {
+    /// The first GPU if it can be used, else the CPU.
+    Auto,
+    Cpu,
+    /// A GPU by its ordinal.
+    Cuda(u32),
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => {
+                let ordinal = text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+                ordinal.map(Self::Cuda).ok_or_else(|| "expected auto, cpu, cuda or cuda:N".into())
+            }
+        }
+    }
+}
+
+/// Prints a value as one line of JSON on stdout.
+pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
+    let value = serde_json::to_value(value).map_err(json::unserializable)?;
+    print_line(&value.to_string())
+}
+
+/// Prints a line on stdout; a closed pipe ends the process with exit code 0.
+pub(super) fn print_line(text: &str) -> Result<()> {
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => other.map_err(Error::io(std::path::Path::new("stdout"), "write")),
+    }
+}
