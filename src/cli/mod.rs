@@ -16,7 +16,7 @@ mod score;
 mod search;
 mod tune;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use clap::{Args, Parser, Subcommand};
 use open::OnDevice;
 use std::process::ExitCode;
@@ -120,6 +120,6 @@ fn print_line(text: &str) -> Result<()> {
     use std::io::Write;
     match writeln!(std::io::stdout().lock(), "{text}") {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => other.map_err(Error::io(std::path::Path::new("stdout"), "write")),
+        other => other.map_err(Error::io(std::path::Path::new("stdout"), FileOp::Write)),
     }
 }

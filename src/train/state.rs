@@ -10,7 +10,7 @@ use super::{Callbacks, Optimizer, PhaseSummary, RunDir, RunPosition, Updates, id
 use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::safetensors::{Safetensors, TensorSpec};
 use crate::io::{json, remove};
 use crate::modules::{Cell, ParamId};
@@ -152,7 +152,7 @@ impl RunFiles {
         keep_last: usize,
         keep_start: bool,
     ) -> Result<Self> {
-        std::fs::create_dir_all(&run_dir.dir).map_err(Error::io(&run_dir.dir, "create"))?;
+        std::fs::create_dir_all(&run_dir.dir).map_err(Error::io(&run_dir.dir, FileOp::Create))?;
         Ok(Self { dir: run_dir.dir.clone(), store: Store::new(&run_dir.dir), identity, keep_last, keep_start })
     }
 
