@@ -1,11 +1,11 @@
-//! The demonstration: a whole study on the embedded tiny aligned model, in a language of made-up words.
+//! The demonstration: a study of the embedded tiny aligned model.
 
 pub(crate) mod model;
 
 use self::model::DEMO_MAX_LENGTH;
 use super::{EvaluateOptions, RobustnessOptions, ScorerOptions, SearchOptions, TuneRecipe};
 use crate::data::tiny::{Counts, Language, export};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::write_atomic;
 use crate::secure::study::{DataFiles, RunConfig, TuneConfig};
 use crate::train::{PhaseOptions, Schedule, TuneOptions};
@@ -25,7 +25,7 @@ const MODEL: [(&str, &[u8]); 5] = [
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
 pub fn write_demo_model(dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
+    std::fs::create_dir_all(dir).map_err(Error::io(dir, FileOp::Create))?;
     for (name, bytes) in MODEL {
         let path = dir.join(name);
         if std::fs::read(&path).ok().as_deref() != Some(bytes) {
@@ -35,14 +35,14 @@ pub fn write_demo_model(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes the data of the language to `out/data` and gives the study of `model`: plain tuning, the method, and its controls,
-/// each with `seeds` training seeds from `seed` on.
+/// Writes the language's data to `out/data` and returns the configuration of a study of `model`: plain tuning, the
+/// method and its controls, each with `seeds` training seeds from `seed` on.
 ///
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
 pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: &Path) -> Result<RunConfig> {
     let data = out.join("data");
-    std::fs::create_dir_all(&data).map_err(Error::io(&data, "create"))?;
+    std::fs::create_dir_all(&data).map_err(Error::io(&data, FileOp::Create))?;
     let language = Language::new(language_seed);
     export(&language, &data, Counts { pairs: 200, train: 600, tasks: 100 }, 1)?;
     let phase = |steps| PhaseOptions {
@@ -111,7 +111,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let study = |seeds| demo_study(Path::new("model"), 1, 5, seeds, dir.path()).unwrap();
         assert_eq!(study(3).training_seeds(), [5, 6, 7]);
-        // As it was before there were several, so that what is kept is found.
+        // As with a single seed before, so that finished stages are reused.
         assert_eq!((study(1).tune.seeds, study(1).tune.recipe.shared.seed), (None, 5));
         study(3).check("demo").unwrap();
     }
