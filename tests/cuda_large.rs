@@ -8,7 +8,8 @@ mod common;
 use common::standin;
 use std::sync::Once;
 use swat::backend::cuda::{
-    Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision, with_version,
+    Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, Precision, with_plan,
+    with_version,
 };
 use swat::backend::*;
 
@@ -121,10 +122,13 @@ fn product<T: FloatElement>(b: &Cuda<F32State>, shape: GemmShape, splits: u32, v
     let ones = vec![1.0; 8];
     let (left, right) = (ending::<_, half::bf16>(b, m * k, &ones), ending::<_, half::bf16>(b, n * k, &ones));
     let expected = if layout == GemmLayout::Tn { 8.0 } else { 1.0 };
-    for version in versions.iter().filter(|version| version.supports(shape, true, b.capability() == (9, 0))) {
+    for version in versions
+        .iter()
+        .filter(|version| version.supports(shape, GemmSupport { aligned: true, hopper: b.capability() == (9, 0) }))
+    {
         let mut c = b.zeros::<T>(m * n).unwrap();
-        let plan = Some(GemmPlan { version: *version, splits });
-        b.gemm(left.view(), right.view(), c.view_mut(), shape, Epilogue::default(), plan).unwrap();
+        let plan = GemmPlan { version: *version, splits };
+        with_plan(plan, || b.gemm(left.view(), right.view(), c.view_mut(), shape, Epilogue::default())).unwrap();
         assert_all(&last(b, &c, 1), expected, &format!("{version:?} of {shape:?}, {splits} parts, {}", b.name()));
     }
 }

@@ -2,8 +2,8 @@
 
 mod projections;
 
+use super::cost::lowest_layer;
 use super::decoder::Overlay;
-use super::floor::lowest_layer;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
 use super::pool::{Floats, Scratch, Stats};
@@ -55,7 +55,8 @@ impl<B: Backend> Decoder<B> {
     /// train. Returns Σ loss over the batch's targets.
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where the batch does not fit the model; a failing device.
+    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// the device fails.
     pub fn loss_and_gradients(
         &self,
         batch: &Batch,
@@ -68,12 +69,19 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Room for the losses of a step of so many trained tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
     pub fn losses_of(&self, trained_tokens: usize) -> Result<Losses<'_, B>> {
         Ok(Losses::new(&self.backend, self.stats(trained_tokens)?))
     }
 
     /// [`Decoder::loss_and_gradients`] of one of a step's micro-batches, without waiting for the device: the losses are added
     /// to `losses`, and read when the whole step is queued.
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// the device fails.
     pub fn queue_gradients(
         &self,
         batch: &Batch,

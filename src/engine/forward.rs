@@ -3,8 +3,8 @@
 mod projections;
 
 use super::decoder::Overlay;
-use super::fold::{Fold, Folded};
 use super::pool::{Floats, Scratch};
+use super::prefix::{Deduplicated, DistinctRows};
 use super::{Batch, Decoder};
 use crate::backend::{
     Attention, AttentionDecode, AttentionShape, Backend, Buffer, DecodeSpans, Documents, GatedLinear, GatherRows, In,
@@ -19,9 +19,9 @@ pub(super) use projections::Unnormed;
 
 /// A batch on the backend.
 pub(super) struct Packed<'p, B: Backend> {
-    /// Rows that are computed: all, or where the batch is folded the distinct ones.
+    /// Rows that are computed: all, or where prefixes are shared the distinct ones.
     pub(super) tokens: usize,
-    pub(super) folded: Option<Folded<'p, B>>,
+    pub(super) dedup: Option<Deduplicated<'p, B>>,
     pub(super) documents: Documents<B>,
     pub(super) positions: Scratch<'p, B, u32>,
     pub(super) rope: Arc<Buffer<B, f32>>,
@@ -57,13 +57,13 @@ pub(super) struct LayerActivations<'p, B: Backend> {
 impl<B: Backend> Packed<'_, B> {
     /// Rows of the batch.
     pub(super) fn rows(&self) -> usize {
-        self.folded.as_ref().map_or(self.tokens, |folded| folded.fold.places.len())
+        self.dedup.as_ref().map_or(self.tokens, |dedup| dedup.distinct.index.len())
     }
 
-    /// Where rows of the batch are computed.
-    pub(super) fn places(&self, rows: &[u32]) -> Vec<u32> {
-        match &self.folded {
-            Some(folded) => rows.iter().map(|r| folded.fold.places[*r as usize]).collect(),
+    /// Which computed rows are those rows of the batch.
+    pub(super) fn computed(&self, rows: &[u32]) -> Vec<u32> {
+        match &self.dedup {
+            Some(dedup) => rows.iter().map(|r| dedup.distinct.index[*r as usize]).collect(),
             None => rows.to_vec(),
         }
     }
@@ -71,15 +71,15 @@ impl<B: Backend> Packed<'_, B> {
 
 impl<B: Backend> Decoder<B> {
     pub(super) fn pack(&self, batch: &Batch) -> Result<Packed<'_, B>> {
-        self.pack_folded(batch, None)
+        self.pack_distinct(batch, None)
     }
 
-    /// With a fold, of forward passes alone: activations hold the distinct rows.
-    pub(super) fn pack_folded(&self, batch: &Batch, fold: Option<Fold>) -> Result<Packed<'_, B>> {
+    /// With `distinct`, for forward passes alone: activations hold the distinct rows.
+    pub(super) fn pack_distinct(&self, batch: &Batch, distinct: Option<DistinctRows>) -> Result<Packed<'_, B>> {
         self.check(batch)?;
         let longest = batch.positions.iter().max().map_or(1, |p| *p as usize + 1);
-        let positions = match &fold {
-            Some(fold) => self.indices(&fold.choose(&batch.positions))?,
+        let positions = match &distinct {
+            Some(distinct) => self.indices(&distinct.select(&batch.positions))?,
             None => self.indices(&batch.positions)?,
         };
         Ok(Packed {
@@ -87,7 +87,7 @@ impl<B: Backend> Decoder<B> {
             documents: self.documents(&batch.starts)?,
             positions,
             rope: self.rope(longest)?,
-            folded: fold.map(|fold| self.folded(fold)).transpose()?,
+            dedup: distinct.map(|distinct| self.deduplicated(distinct)).transpose()?,
         })
     }
 
@@ -166,14 +166,14 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<Floats<'a, B>> {
         let (shape, documents) = (self.attention_shape(layer), &packed.documents);
         let mut mixed = self.floats(packed.rows() * self.config.q_width())?;
-        let Some(folded) = &packed.folded else {
+        let Some(dedup) = &packed.dedup else {
             Attention { q, k, v, o: mixed.view_mut(), lse, shape, documents }.run(&self.backend)?;
             return Ok(mixed);
         };
-        let (q, k, v) = (folded.unfold(self, q)?, folded.unfold(self, k)?, folded.unfold(self, v)?);
+        let (q, k, v) = (dedup.expand(self, q)?, dedup.expand(self, k)?, dedup.expand(self, v)?);
         let (q, k, v, o) = (q.view(), k.view(), v.view(), mixed.view_mut());
         Attention { q, k, v, o, lse, shape, documents }.run(&self.backend)?;
-        folded.fold(self, mixed.view())
+        dedup.compact(self, mixed.view())
     }
 
     /// `mid` = `x` + o_proj(`mixed`).
@@ -324,9 +324,9 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Rows in pieces as equal as may be, none longer than [`Backend::enough_tokens`].
+    /// Rows in pieces as equal as may be, none longer than [`Backend::saturating_rows`].
     pub(super) fn pieces(&self, tokens: usize) -> impl Iterator<Item = Range<usize>> + use<B> {
-        let count = tokens.div_ceil(self.backend.enough_tokens()).max(1);
+        let count = tokens.div_ceil(self.backend.saturating_rows()).max(1);
         (0..count).map(move |i| i * tokens / count..(i + 1) * tokens / count)
     }
 
@@ -352,11 +352,11 @@ impl<B: Backend> Decoder<B> {
         self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), all, rope())?;
         self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), packed.tokens, None)?;
 
-        let (k, v) = match &packed.folded {
-            Some(folded) => (folded.unfold(self, k.view())?, folded.unfold(self, v.view())?),
+        let (k, v) = match &packed.dedup {
+            Some(dedup) => (dedup.expand(self, k.view())?, dedup.expand(self, v.view())?),
             None => (k, v),
         };
-        let chosen = self.indices(&packed.places(rows))?;
+        let chosen = self.indices(&packed.computed(rows))?;
         let mut x_rows = self.floats(rows.len() * c.hidden)?;
         let mut normed_rows = self.floats(rows.len() * c.hidden)?;
         self.gather(x, chosen.view(), x_rows.view_mut())?;

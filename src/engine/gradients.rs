@@ -1,4 +1,4 @@
-//! Gradient buffers of what trains, and of nothing else.
+//! Gradient buffers of the tensors that train.
 
 use crate::backend::{Backend, Buffer};
 use crate::engine::Decoder;
@@ -32,7 +32,10 @@ impl GradientOptions {
 }
 
 impl<B: Backend> Gradients<B> {
-    /// Zeroed buffers for the decoder's tensors that `trains` says.
+    /// Zeroed buffers; `trains` selects the tensors that train.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
     pub fn new(decoder: &Decoder<B>, trains: impl Fn(ParamId) -> bool) -> Result<Self> {
         let mut buffers = BTreeMap::new();
         for p in decoder.params() {

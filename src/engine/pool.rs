@@ -65,10 +65,6 @@ impl<B: Backend, T: Element> Shelf<B, T> {
         self.tokens.store(tokens, Relaxed);
         self.longest.fetch_max(tokens, Relaxed);
     }
-
-    fn bytes(&self) -> usize {
-        self.lock().iter().map(|(_, buffer)| buffer.bytes()).sum()
-    }
 }
 
 /// The working memory of a decoder.
@@ -97,11 +93,6 @@ impl<B: Backend> Pool<B> {
         self.floats.begin(tokens);
         self.stats.begin(tokens);
         Pass { pool: self }
-    }
-
-    /// Bytes kept for later.
-    pub(super) fn bytes(&self) -> usize {
-        self.floats.bytes() + self.stats.bytes() + self.indices.bytes()
     }
 }
 
@@ -168,6 +159,13 @@ impl<B: Backend, T: Element> Drop for Scratch<'_, B, T> {
 mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
+
+    impl Pool<Cpu> {
+        /// Bytes kept for later.
+        fn bytes(&self) -> usize {
+            self.floats.lock().iter().map(|(_, buffer)| buffer.bytes()).sum()
+        }
+    }
 
     /// What a training pass does with memory: in each layer a wide buffer that is freed, and narrow ones that are kept.
     fn pass(pool: &Pool<Cpu>, tokens: usize) -> usize {

@@ -8,7 +8,7 @@ use super::updates::PhaseUpdates;
 use super::{Length, Optimizer, PhaseOptions, StepMetrics, StepSettings, TuneOptions, Updates, peak_bytes};
 use crate::backend::{Backend, Roofline};
 use crate::data::Loader;
-use crate::engine::{Decoder, Floor, Gradients, Plan, light_seconds};
+use crate::engine::{Decoder, Gradients, MinimumCost, Plan, roofline_seconds};
 use crate::error::Result;
 use crate::modules::{LearningRates, ParamId};
 use std::path::PathBuf;
@@ -350,7 +350,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
     fn step(
         &mut self,
         phase: &Phase,
-        floor: &Floor,
+        floor: &MinimumCost,
         total: u64,
         run: &mut RunState,
         adam: &mut Optimizer<B>,
@@ -378,7 +378,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let seconds = began.elapsed().as_secs_f64();
         run.summaries[run.phase].seconds += seconds;
         let light = self.roofline.filter(|_| group.trained_tokens > 0);
-        let light = light.map(|roofline| light_seconds(&floor.step(&group.batches), &roofline));
+        let light = light.map(|roofline| roofline_seconds(&floor.step(&group.batches), &roofline));
         let (loss, grad_norm, skipped) = match outcome {
             Outcome::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
             Outcome::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),

@@ -50,7 +50,7 @@ impl Backend for Cpu {
         "cpu".into()
     }
 
-    fn enough_tokens(&self) -> usize {
+    fn saturating_rows(&self) -> usize {
         1024
     }
 

@@ -1,6 +1,7 @@
 //! Masked AdamW and sums of squares: see `kernels/adamw.cu`.
 
-use super::device::{Arg, Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Arg, Launch, args, blocks};
 use super::memory::{self, Memory, Slice, slice, slice_mut};
 use super::{Cuda, FLOAT, Precision, measure};
 use crate::backend::{
@@ -76,7 +77,7 @@ fn step_chunk(elements: usize, multiprocessors: u32) -> usize {
 }
 
 fn launch(kernel: &'static str, blocks: u32, cost: Cost) -> Launch {
-    Launch { image: "adamw", kernel, grid: [blocks, 1, 1], block: BLOCK, shared_bytes: 0, cost }
+    Launch::new("adamw", kernel, [blocks], BLOCK, cost)
 }
 
 /// The form of a kernel for these gradients.

@@ -6,16 +6,17 @@
 //! [`Backend::read`] and [`Backend::synchronize`], and results do not depend on timing.
 
 mod adamw;
-mod arguments;
+mod arena;
 mod attention;
+mod context;
 mod cross_entropy;
 mod device;
 mod embedding;
 mod gemm;
 mod graph;
+mod launch;
 mod measure;
 mod memory;
-pub(super) mod nvtx;
 mod perturb;
 mod precision;
 mod rmsnorm;
@@ -25,9 +26,9 @@ mod survey;
 mod swiglu;
 mod tensor_map;
 pub mod testing;
-mod timing;
+mod timer;
 
-pub use gemm::{GemmLayout, GemmMember, GemmPlan, GemmShape, GemmVersion};
+pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
 pub use precision::{Bf16State, F32State, Precision};
@@ -36,6 +37,8 @@ pub use survey::{Image, Survey, survey};
 use super::ops::*;
 use super::{Backend, Buffer, Cost, Element, FloatElement, View, ViewMut, trace};
 use crate::error::Result;
+use context::lock;
+use cudarc::driver::sys;
 use device::Device;
 use half::bf16;
 use memory::{slice, slice_mut};
@@ -48,6 +51,15 @@ const FLOAT: usize = size_of::<bf16>();
 /// Rows of logits that are in memory at once, at least. Each chunk of them reads and writes the f32 gradient of the head's
 /// weight, which takes as long as the product of 1,100 rows (at 800 TFLOP/s and 3.0 TB/s): a quarter of that of these.
 const LOGIT_ROWS: usize = 4096;
+
+/// How recurring parts of a step are launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaunchMode {
+    /// Each kernel by itself.
+    Eager,
+    /// As one graph, where the same work was launched before.
+    Graphs,
+}
 
 /// A GPU. Clones are the same device.
 pub struct Cuda<P: Precision = F32State> {
@@ -95,12 +107,12 @@ impl<P: Precision> Cuda<P> {
 
     /// Most bytes of device memory that buffers held at once.
     pub fn peak_bytes(&self) -> u64 {
-        self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).peak_bytes() as u64
+        lock(&self.device.arena).peak_bytes() as u64
     }
 
-    /// Whether [`Backend::replay`] makes graphs; it does unless the environment says `SWAT_CUDA_GRAPHS=off`.
-    pub fn replays(&self, on: bool) {
-        self.device.replays.store(on, std::sync::atomic::Ordering::Relaxed);
+    /// How [`Backend::replay`] launches: [`LaunchMode::Graphs`] unless the environment says `SWAT_CUDA_GRAPHS=off`.
+    pub fn set_launch_mode(&self, mode: LaunchMode) {
+        self.device.replays.store(mode == LaunchMode::Graphs, std::sync::atomic::Ordering::Relaxed);
     }
 }
 
@@ -111,7 +123,7 @@ impl<P: Precision> Backend for Cuda<P> {
     type Storage<T: Element> = Memory<T>;
 
     fn name(&self) -> String {
-        self.device.label()
+        self.device.context.label()
     }
 
     fn product_scratch_bytes(m: usize, n: usize, k: usize) -> u64 {
@@ -153,8 +165,18 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.synchronize()
     }
 
-    fn profiler(&self, begins: bool) -> Result<()> {
-        self.device.profiler(begins)
+    fn start_profiler(&self) -> Result<()> {
+        self.device.synchronize()?;
+        // SAFETY: the context is current.
+        let started = unsafe { sys::cuProfilerStart() }.result();
+        started.map_err(|error| self.device.context.failed("cannot start the profiler", error))
+    }
+
+    fn stop_profiler(&self) -> Result<()> {
+        self.device.synchronize()?;
+        // SAFETY: the context is current.
+        let stopped = unsafe { sys::cuProfilerStop() }.result();
+        stopped.map_err(|error| self.device.context.failed("cannot stop the profiler", error))
     }
 
     fn device_peak_bytes(&self) -> Option<u64> {

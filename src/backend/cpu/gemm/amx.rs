@@ -102,14 +102,14 @@ pub(super) fn product(product: Product<'_>) {
         let per_task = panels.div_ceil(tasks);
         for start in (0..whole.rows).step_by(WHOLE) {
             let end = whole.rows.min(start + WHOLE);
-            let packed = whole.pack(&mut space, start..end, &depths, threads > 1);
+            let packed = whole.pack(&mut space, start..end, &depths, threads);
             let task = |task: usize| {
                 let rows = task * per_task * PANEL..other.rows.min((task + 1) * per_task * PANEL);
                 if rows.is_empty() {
                     return;
                 }
                 let mut space = BLOCK_SPACE.take();
-                let block = other.pack(&mut space, rows.clone(), &depths, false);
+                let block = other.pack(&mut space, rows.clone(), &depths, 1);
                 let (packed, block) = (Panels { packed, first: start }, Panels { packed: block, first: rows.start });
                 let target = Target { c: &c, stride, size: (m, n), add: accumulate || from > 0 };
                 target.compute(packed, block, steps, whole.side);

@@ -1,6 +1,7 @@
 //! The launches of `kernels/gemm_sm90.cu`.
 
-use super::super::device::{Arg, Device, Launch, args};
+use super::super::device::Device;
+use super::super::launch::{Arg, Launch, args};
 use super::super::memory::{Slice, SliceMut};
 use super::super::tensor_map::{slab_map, tensor_map};
 use super::plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
@@ -202,14 +203,13 @@ pub(super) fn launch<T: FloatElement>(
         GemmLayout::Nn => symbols!("nn"),
         GemmLayout::Nt => symbols!("nt"),
     };
-    let launch = Launch {
-        image: "gemm_sm90",
-        kernel: symbols[wide as usize][finish as usize],
-        grid: [tiles.min(device.multiprocessors), 1, 1],
-        block: BLOCK,
-        shared_bytes: 0,
+    let launch = Launch::new(
+        "gemm_sm90",
+        symbols[wide as usize][finish as usize],
+        [tiles.min(device.multiprocessors)],
+        BLOCK,
         cost,
-    };
+    );
     let arguments = if matches!(finish, Finish::Any | Finish::AnyF32) {
         let GemmShape { m, n, k, .. } = operands[0].shape;
         [&a[..], &b, &output, args![size(m), size(n), size(k), splits]].concat()
