@@ -113,7 +113,7 @@ impl<B: Backend> Decoder<B> {
         self.pool.clear();
     }
 
-    /// A tensor's values, or those of the overlay.
+    /// A tensor's values, replaced by the overlay's where it has some.
     pub(super) fn values<'a>(&'a self, overlay: &Overlay<'a, B>, id: ParamId) -> In<'a, B> {
         overlay.get(&id).cloned().unwrap_or_else(|| self.params[self.index[&id]].values.view())
     }

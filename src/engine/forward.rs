@@ -27,7 +27,7 @@ pub(super) struct Packed<'p, B: Backend> {
     pub(super) rope: Arc<Buffer<B, f32>>,
 }
 
-/// What the attention half of a layer leaves behind.
+/// Activations of a layer's attention half.
 pub(super) struct AttentionActivations<'p, B: Backend> {
     pub(super) rstd: Scratch<'p, B, f32>,
     pub(super) q_unnormed: Option<Unnormed<'p, B>>,
@@ -39,7 +39,7 @@ pub(super) struct AttentionActivations<'p, B: Backend> {
     pub(super) lse: Scratch<'p, B, f32>,
 }
 
-/// What the MLP half of a layer leaves behind.
+/// Activations of a layer's MLP half.
 pub(super) struct MlpActivations<'p, B: Backend> {
     pub(super) rstd: Scratch<'p, B, f32>,
     pub(super) gate: Floats<'p, B>,
@@ -96,7 +96,7 @@ impl<B: Backend> Decoder<B> {
         self.embed_rows(overlay, rows.view())
     }
 
-    /// The same of tokens that the backend has.
+    /// [`Decoder::embed`] of tokens that are on the backend.
     pub(super) fn embed_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -209,7 +209,7 @@ impl<B: Backend> Decoder<B> {
         Ok(MlpActivations { rstd, gate, up })
     }
 
-    /// The same with nothing kept.
+    /// [`Decoder::mlp_half`] that keeps nothing.
     pub(super) fn mlp_output<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -271,7 +271,7 @@ impl<B: Backend> Decoder<B> {
         Ok(done.then_some(product))
     }
 
-    /// A whole layer; dropping the activations gives their memory to the next one.
+    /// A whole layer and its activations; dropping them frees their memory for the next layer.
     pub(super) fn layer_forward<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -287,7 +287,7 @@ impl<B: Backend> Decoder<B> {
         Ok((LayerActivations { x, attention, mid, mlp }, out))
     }
 
-    /// The same of which the attention half alone is kept.
+    /// [`Decoder::layer_forward`] that keeps only the attention half.
     pub(super) fn layer_attention<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -304,7 +304,7 @@ impl<B: Backend> Decoder<B> {
         Ok((attention, out))
     }
 
-    /// The output of a layer, with nothing kept: the MLP in pieces.
+    /// The output of a layer with nothing kept; the MLP runs in pieces.
     pub(super) fn layer_output<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -330,8 +330,8 @@ impl<B: Backend> Decoder<B> {
         (0..count).map(move |i| i * tokens / count..(i + 1) * tokens / count)
     }
 
-    /// A layer of which only some rows of the batch go on: keys and values for all tokens, everything else for `rows`
-    /// alone. Returns the layer's output [rows, hidden], and its keys and values.
+    /// A layer whose output is needed only at `rows` of the batch: keys and values are computed for all tokens, everything else
+    /// for `rows`. Returns the output [rows, hidden], keys and values.
     pub(super) fn layer_forward_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,

@@ -52,7 +52,7 @@ pub struct Generation {
     pub finish: Finish,
 }
 
-/// Most sequences that are decoded in one step.
+/// Most sequences in a decoding step.
 const MAX_SLOTS: usize = 64;
 
 /// Keys and values of all layers: `slots` sequences of up to `capacity` tokens.
@@ -235,7 +235,7 @@ impl<B: Backend> Decoder<B> {
         self.read_tokens(&samples, &logits)
     }
 
-    /// All that the device does for a step: logits, and tokens drawn from them.
+    /// The device's work for a step: logits, and tokens sampled from them.
     fn decode(
         &self,
         inputs: &DecodeInputs<'_, B>,
@@ -311,7 +311,7 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// Takes a drawn token into its slot, and ends the answer where it ends.
+/// Appends a sampled token to its slot, and finishes the answer at its end.
 fn settle(
     slot: &mut Option<Slot>,
     token: u32,

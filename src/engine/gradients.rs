@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 /// One buffer for each tensor that trains.
 pub struct Gradients<B: Backend> {
     buffers: BTreeMap<ParamId, Buffer<B, B::Grad>>,
-    /// Whether the backward pass that runs adds to what the buffers hold.
+    /// Whether the running backward pass adds to what the buffers hold.
     pub(super) accumulate: bool,
 }
 

@@ -29,7 +29,7 @@ impl<B: Backend, T: Element> Shelf<B, T> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `len` elements of unspecified content.
+    /// A buffer of `len` elements of unspecified content.
     pub(super) fn take(&self, backend: &B, len: usize) -> Result<Scratch<'_, B, T>> {
         // Batches differ in length from step to step: a longer buffer serves a shorter batch, so that the pool holds what
         // the longest one needed and no more; but a small request must not take the place of a large one. A training pass
@@ -81,14 +81,14 @@ impl<B: Backend> Default for Pool<B> {
 }
 
 impl<B: Backend> Pool<B> {
-    /// Gives everything that is free back to the backend.
+    /// Frees all unused buffers.
     pub(super) fn clear(&self) {
         self.floats.clear();
         self.stats.clear();
         self.indices.clear();
     }
 
-    /// A training pass over a batch of so many tokens, until the guard is dropped. At most one at a time.
+    /// Begins a training pass over `tokens` tokens, which ends when the guard is dropped. At most one at a time.
     pub(super) fn pass(&self, tokens: usize) -> Pass<'_, B> {
         self.floats.begin(tokens);
         self.stats.begin(tokens);
@@ -96,7 +96,7 @@ impl<B: Backend> Pool<B> {
     }
 }
 
-/// Tells a pool that a training pass is at work.
+/// A running training pass; ends when dropped.
 pub(super) struct Pass<'p, B: Backend> {
     pool: &'p Pool<B>,
 }

@@ -47,12 +47,12 @@ impl DistinctRows {
         (16 * rows.firsts.len() <= 15 * rows.index.len()).then_some(rows)
     }
 
-    /// The values of the distinct rows from those of all rows.
+    /// Selects the values of the distinct rows.
     pub(super) fn select(&self, values: &[u32]) -> Vec<u32> {
         self.firsts.iter().map(|row| values[*row as usize]).collect()
     }
 
-    /// Those of the same batch `count` times, one after another; the copies share nothing.
+    /// The distinct rows of the same batch `count` times, one after another; the copies share nothing.
     pub(super) fn repeated(&self, count: usize) -> Self {
         let copies = |from: &[u32], step: usize| {
             (0..count).flat_map(|copy| from.iter().map(move |x| x + (copy * step) as u32)).collect()

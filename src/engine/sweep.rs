@@ -87,7 +87,7 @@ struct CleanLayer<'p, B: Backend> {
     up: Floats<'p, B>,
 }
 
-/// Inputs of a sweep: the prompts on the backend, and what is read of them.
+/// Inputs of a sweep: the prompts, on host and backend, and the options.
 struct SweepInputs<'p, B: Backend> {
     options: &'p SweepOptions,
     prompts: &'p Batch,
@@ -206,7 +206,7 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Members of a draw that perturbs the last layer first: everything but its keys and values for the last tokens alone.
+    /// Members of a draw whose lowest perturbed layer is the last: only keys and values are computed for all tokens.
     fn last_layer_members(
         &self,
         draw: &NoiseDraw<'_>,

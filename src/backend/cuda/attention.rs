@@ -1,6 +1,6 @@
 //! Attention: see `kernels/attention.cu` (by the definition, any head_dim up to 256), `kernels/attention_flash.cu`,
 //! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores), `kernels/attention_sm90.cu` and
-//! `kernels/attention_backward_sm90.cu` (those of compute capability 9.0).
+//! `kernels/attention_backward_sm90.cu` (compute capability 9.0).
 //!
 //! | head_dim 64 or 128, tensors aligned to 16 bytes, scale > 0 | forward | backward | decode |
 //! |---|---|---|---|
@@ -36,8 +36,8 @@ const WGMMA_BLOCK: u32 = 384;
 const DECODE_KEYS: usize = 256;
 /// Query heads that a block of the decode form takes.
 const DECODE_HEADS: usize = 16;
-/// Blocks of the flash kernels that fill a multiprocessor; of the wgmma kernels, one. Of flash128 and the backward kernels
-/// at head_dim 128 an A100's 164 KiB of shared memory hold one at a time.
+/// Blocks of the flash kernels that fill a multiprocessor (a wgmma kernel: one). At head_dim 128, an A100's 164 KiB of shared
+/// memory hold only one block of flash128 and of the backward kernels.
 const BLOCKS_MULTIPROCESSOR: usize = 2;
 /// It needs more shared memory than the 99 KiB of compute capability 8.6 and 8.9.
 const FLASH128_HD128: &str = "attention_forward_flash128_hd128_bf16";

@@ -17,13 +17,13 @@ use std::sync::{Arc, Mutex};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// What the kernels are compiled with: an older driver cannot load them.
+/// CUDA version of the kernels; an older driver cannot load them.
 const DRIVER_VERSION: i32 = 13000;
 /// The oldest compute capability that the images hold code for.
 const CAPABILITY: (i32, i32) = (8, 0);
-/// Hopper images hold code for exactly this one.
+/// The only compute capability of the Hopper images.
 const HOPPER: (i32, i32) = (9, 0);
-/// `off`: every kernel is launched by itself.
+/// Environment variable; `off` launches every kernel eagerly.
 const GRAPHS: &str = "SWAT_CUDA_GRAPHS";
 const MAX_DYNAMIC: FunctionAttribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 
@@ -43,7 +43,7 @@ pub(super) struct Device {
     pub(super) multiprocessors: u32,
     /// Most shared memory of a block, static and dynamic.
     shared_bytes_block: u32,
-    /// Shared memory of a multiprocessor, and what of it the driver keeps a block.
+    /// Shared memory of a multiprocessor, and the driver's share of it for each block.
     shared_bytes_multiprocessor: u32,
     reserved_bytes_block: u32,
 }
@@ -64,7 +64,7 @@ fn exported(name: &str) -> Option<u32> {
     CONSTANTS.iter().find(|(constant, _)| *constant == name).map(|(_, value)| *value)
 }
 
-/// A number that a kernel file exports by CONSTANT.
+/// A number that a kernel file exports by `CONSTANT`.
 ///
 /// # Panics
 /// Where there is none of this name.
@@ -222,7 +222,7 @@ impl Device {
         lock(&self.graphs).flush(&self.context)
     }
 
-    /// Gives all graphs back to the driver; waits for the device.
+    /// Frees all cached graphs; waits for the device.
     pub(super) fn drop_graphs(&self) -> Result<()> {
         self.synchronize()?;
         // SAFETY: bound and idle.
@@ -283,7 +283,7 @@ impl Device {
         Ok(function.needed_bytes + function.static_bytes <= self.shared_bytes_block)
     }
 
-    /// Most dynamic shared memory with which so many blocks of a kernel are on a multiprocessor at once.
+    /// Most dynamic shared memory with which `blocks` blocks of a kernel fit on a multiprocessor.
     ///
     /// # Errors
     /// [`Error::Device`] where the driver fails.
@@ -318,7 +318,7 @@ impl Device {
         Ok(function)
     }
 
-    /// Allows launches of a function as much dynamic shared memory as this one asks for.
+    /// Raises a function's limit of dynamic shared memory to the launch's.
     fn allow(&self, launch: &Launch, function: &mut Function) -> Result<()> {
         let Launch { kernel, shared_bytes, .. } = *launch;
         // SAFETY: a function of a loaded module.

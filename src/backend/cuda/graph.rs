@@ -24,9 +24,9 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::null_mut;
 
-/// Parts of steps that are remembered; a graph of each may take some megabytes of the driver's own memory.
+/// Cached sequences; the graph of each may take some megabytes of the driver's own memory.
 const KNOWN: usize = 8;
-/// A graph is changed to fit where at most one in so many of its nodes differs.
+/// A graph is updated where at most one node in this many differs.
 const CHANGED: usize = 2;
 
 /// The sequence that is being recorded, and those of earlier parts.
@@ -41,11 +41,11 @@ pub(super) struct GraphCache {
 // SAFETY: graphs of the driver may be used from any thread, one at a time; they are behind a mutex.
 unsafe impl Send for GraphCache {}
 
-/// Kernels and memsets, one after another.
+/// Kernels and memsets in the order of their launch.
 #[derive(Default)]
 struct Sequence {
     nodes: Vec<Node>,
-    /// Arguments of all nodes: a tensor map has sixteen words, anything else one.
+    /// Arguments of all nodes: sixteen words for a tensor map, one for anything else.
     words: Vec<u64>,
 }
 
@@ -67,7 +67,7 @@ enum Work {
 }
 
 impl Work {
-    /// Whether a node of this can be changed to one of `other`.
+    /// Whether a node of this can be updated to `other`.
     fn fits(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Clear, Self::Clear) => true,
@@ -93,7 +93,7 @@ struct Known {
 enum Graph {
     /// Seen once.
     None,
-    /// The driver would not make one.
+    /// The driver refused to make one.
     Refused,
     Ready {
         graph: sys::CUgraph,
@@ -113,7 +113,7 @@ impl Sequence {
         &self.words[self.nodes[node].words.clone()]
     }
 
-    /// The nodes that differ from those of `other`; `None` where that is more than sizes and arguments of a few kernels.
+    /// Nodes that differ from `other`'s; `None` where more differs than sizes and arguments of a few kernels.
     fn changes(&self, other: &Self) -> Option<Vec<usize>> {
         let (nodes, others) = (&self.nodes, &other.nodes);
         if nodes.len() != others.len() || !nodes.iter().zip(others).all(|(node, other)| node.work.fits(&other.work)) {
@@ -132,7 +132,7 @@ impl Sequence {
         Some(changed)
     }
 
-    /// Hands a kernel's arguments to `to` as the driver wants them.
+    /// Hands a kernel's arguments to `to` in the driver's form.
     fn with_arguments<R>(&self, node: usize, function: &Function, to: impl FnOnce(&mut [*mut c_void]) -> R) -> R {
         let words = self.words(node);
         // Room for tensor maps, which are aligned to more than words are.
@@ -147,7 +147,7 @@ impl Sequence {
                 let mut map = sys::CUtensorMap { opaque: [0; 16] };
                 map.opaque.copy_from_slice(&words[at..at + 16]);
                 maps.push(map);
-                // The room was reserved: what is in it stays where it is.
+                // The capacity was reserved: elements never move.
                 pointers.push(maps.last().map_or(null_mut(), |map| std::ptr::from_ref(map) as *mut c_void));
                 at += 16;
             }
@@ -248,7 +248,7 @@ impl Graph {
         }
     }
 
-    /// Gives it back to the driver.
+    /// Frees it.
     ///
     /// # Safety
     /// The context is current and the stream is idle.
@@ -280,7 +280,7 @@ impl Known {
                     sequence.with_kernel(*node, set).map_or(Ok(()), sys::CUresult::result)
                 }),
             };
-            // Where the driver has no memory for a graph, or will not change it, the work goes on without.
+            // Where the driver has no memory for a graph, or refuses to update it, the work is launched eagerly.
             let launched = ready.and_then(|()| match &self.graph {
                 Graph::Ready { executable, .. } => result::graph::launch(*executable, context.stream()).map(|()| true),
                 Graph::None | Graph::Refused => Ok(false),
@@ -371,7 +371,7 @@ impl GraphCache {
         queued.map_err(|error| context.failed("cannot launch a recorded part of a step", error))
     }
 
-    /// Gives all graphs back to the driver.
+    /// Frees all graphs.
     ///
     /// # Safety
     /// The context is current and the stream is idle.

@@ -11,11 +11,11 @@ pub(super) struct Function {
     pub(super) raw: sys::CUfunction,
     /// Bytes of each parameter, as compiled.
     pub(super) parameters: Arc<[usize]>,
-    /// Dynamic shared memory that its file says it needs.
+    /// Dynamic shared memory that its file declares (`SHARED_BYTES`).
     pub(super) needed_bytes: u32,
     /// Static shared memory, as compiled.
     pub(super) static_bytes: u32,
-    /// Most dynamic shared memory of a launch, by the driver; it grows when asked.
+    /// Most dynamic shared memory of a launch; raised on demand.
     pub(super) dynamic_limit: u32,
 }
 
@@ -29,9 +29,9 @@ pub(super) struct Launch {
     pub(super) grid: [u32; 3],
     /// Threads of a block.
     pub(super) block: u32,
-    /// Dynamic shared memory of a block beside what the kernel's file says it needs (`SHARED_BYTES`).
+    /// Dynamic shared memory of a block in addition to the kernel's own (`SHARED_BYTES`).
     pub(super) shared_bytes: u32,
-    /// What it must read, write and compute.
+    /// Bytes and FLOPs.
     pub(super) cost: Cost,
 }
 
@@ -41,7 +41,7 @@ pub(super) fn blocks(count: usize, size: usize) -> u32 {
 }
 
 impl Launch {
-    /// A launch with no more dynamic shared memory than the kernel's file asks for. `grid` has up to three extents.
+    /// A launch without extra dynamic shared memory. `grid` has up to three extents.
     pub(super) fn new<const N: usize>(
         image: &'static str,
         kernel: &'static str,

@@ -1,5 +1,5 @@
-//! What benches need: times by the GPU's clock, a version of a kernel by its name, work captured once and replayed, and the
-//! handles that another library needs to work in a device's stream.
+//! Measurement: times by the GPU's clock, forced kernel versions, work captured once and replayed, and the handles with which
+//! another library works in a device's stream.
 
 use super::device::Device;
 use super::{Cuda, Precision, slice};
@@ -95,7 +95,7 @@ impl Drop for Captured {
 }
 
 impl<P: Precision> Cuda<P> {
-    /// How long the GPU takes for what `queue` puts into its stream, by its own clock; waits for it.
+    /// Time of the work that `queue` enqueues, by the GPU's clock; waits for it.
     ///
     /// # Errors
     /// What `queue` returns; [`crate::Error::Device`] where the driver fails.
@@ -128,8 +128,8 @@ impl<P: Precision> Cuda<P> {
     /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
     ///
     /// # Safety
-    /// The buffers that `queue` uses outlive what is returned. No memory is given back to the driver meanwhile (as
-    /// where a buffer does not fit), and nothing else runs between launches that keeps values in the workspace.
+    /// The buffers that `queue` uses outlive the returned graph. No memory is given back to the driver meanwhile (as where a
+    /// buffer does not fit), and nothing else that keeps values in the workspace runs between launches.
     pub unsafe fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = &self.device;
         device.synchronize()?;
@@ -171,7 +171,7 @@ impl<P: Precision> Cuda<P> {
         Ok(bytes.map_err(failed)?.max(0) as u64)
     }
 
-    /// The one stream, for another library's work among ours; the context is made current.
+    /// The stream of all work, for another library; makes the context current.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.

@@ -48,14 +48,14 @@ use std::sync::Arc;
 /// Bytes of a weight or an activation.
 const FLOAT: usize = size_of::<bf16>();
 
-/// Rows of logits that are in memory at once, at least. Each chunk of them reads and writes the f32 gradient of the head's
-/// weight, which takes as long as the product of 1,100 rows (at 800 TFLOP/s and 3.0 TB/s): a quarter of that of these.
+/// Least rows of logits in memory at once. Each chunk of them reads and writes the f32 gradient of the head's
+/// weight, which takes as long as the product of 1,100 rows (at 800 TFLOP/s and 3.0 TB/s), a quarter of the chunk's product.
 const LOGIT_ROWS: usize = 4096;
 
 /// How recurring parts of a step are launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LaunchMode {
-    /// Each kernel by itself.
+    /// Kernel by kernel.
     Eager,
     /// As one graph, where the same work was launched before.
     Graphs,

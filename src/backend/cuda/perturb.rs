@@ -72,7 +72,7 @@ pub(super) fn squared_norm<P: Precision>(
     Ok(Buffer::new(memory, count))
 }
 
-/// ‖w‖² in memory of its own.
+/// ‖w‖² in a new buffer.
 fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
     let mut sums = Sums::new(device, parts(w.len()))?;
     squares(device, w, &sums.all())?;

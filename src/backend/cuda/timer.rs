@@ -1,4 +1,4 @@
-//! Times of kernels by the GPU's clock: events around what is queued, for the spans of [`crate::backend::trace`].
+//! Kernel times by the GPU's clock: events around launches, for the spans of [`crate::backend::trace`].
 
 use super::context::Context;
 use crate::backend::Cost;

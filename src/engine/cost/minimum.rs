@@ -138,7 +138,7 @@ impl MinimumCost {
     }
 
     /// The last token of every prompt through all layers, once for the model as it is and twice for each projection of
-    /// `cells`, perturbed alone with both signs: what is below the projection is shared, and what is behind it is not.
+    /// `cells`, perturbed one at a time with both signs: computation below the projection is shared, computation behind it is not.
     pub fn sweep(&self, starts: &[u32], cells: &ModuleSet) -> Cost {
         let c = &self.config;
         let (prompts, tokens) = (documents(starts), tokens(starts));
@@ -182,7 +182,7 @@ impl MinimumCost {
         layers.len() as u64 * tokens(starts) * linear + self.pairs(starts, layers) * self.forward.pair
     }
 
-    /// FLOPs of the last layer for the last tokens alone: keys and values of all.
+    /// FLOPs of the last layer: keys and values of all tokens, the rest for the last tokens.
     fn last_layer(&self, starts: &[u32]) -> u64 {
         let (c, prompts) = (&self.config, documents(starts));
         let (all, kv) = (projections(c, &ModuleKind::ALL), projections(c, &[ModuleKind::K, ModuleKind::V]));

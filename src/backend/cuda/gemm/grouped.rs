@@ -1,5 +1,5 @@
-//! Layers of one X in one launch: q, k and v; gate and up. Forward and for the gradients of weights they are products side by
-//! side, each with tensors of its own; for the gradient of X they are terms of one sum.
+//! Layers of one X in one launch: q, k and v; gate and up. Forward passes and weight gradients are products side by side; the
+//! gradient of X is one sum of products.
 
 use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion};
 use super::wgmma::{self, Operands};
@@ -30,8 +30,8 @@ fn whole(shapes: &[GemmShape]) -> GemmShape {
     }
 }
 
-/// The plan of a group in one launch: the forced one, else that of a product as large as all of them, where it has a kernel for
-/// groups that can store `outputs`.
+/// The plan of a group in one launch: the forced one, else the plan of one product as large as all of them, where its version has a
+/// kernel for groups that can store `outputs`.
 fn choose<T: FloatElement>(device: &Device, operands: &[Operands], outputs: &[wgmma::Output<T>]) -> Option<GemmPlan> {
     let shapes: Vec<GemmShape> = operands.iter().map(|operands| operands.shape).collect();
     let offers = operands.iter().map(|Operands { a, b, .. }| offer(device, [*a, *b]));
@@ -53,7 +53,7 @@ fn choose<T: FloatElement>(device: &Device, operands: &[Operands], outputs: &[wg
     supported(plan.version).then_some(plan)
 }
 
-/// The arguments of the members that are there, and `none` for the others.
+/// Arguments of the members, padded with `none`.
 fn padded(values: impl Iterator<Item = Arg>, none: Arg) -> [Arg; MOST] {
     let mut all = [none; MOST];
     all.iter_mut().zip(values).for_each(|(to, value)| *to = value);
@@ -136,7 +136,7 @@ fn each<T: FloatElement>(device: &Arc<Device>, products: &[Product<T>]) -> Resul
     Ok(())
 }
 
-/// What becomes of products side by side; `sums` of parts where there are some.
+/// Destinations of products side by side; `sums` are the partial sums, if any.
 fn outputs<'a, T>(products: &'a [Product<T>], sums: &'a [SliceMut<f32>]) -> Vec<wgmma::Output<'a, T>> {
     let outputs = products.iter().enumerate().map(|(i, Product { c, shape, addends, .. })| wgmma::Output {
         c,

@@ -30,7 +30,7 @@ pub struct GemmShape {
 }
 
 impl GemmShape {
-    /// Of the product alone, C in elements of `element_bytes`.
+    /// Cost of the product without addends, C in elements of `element_bytes`.
     pub fn cost(self, element_bytes: usize) -> Cost {
         let Self { m, n, k, .. } = self;
         cost::product([m, n, k], FLOAT, element_bytes)
@@ -70,7 +70,7 @@ impl GemmVersion {
     pub const ALL: [Self; 7] =
         [Self::Baseline, Self::Scalar64, Self::Mma64, Self::Mma128, Self::Wgmma128, Self::Wgmma256, Self::Decode];
 
-    /// Whether this version computes `shape` from such operands on such a device.
+    /// Whether this version computes `shape` with these properties.
     pub fn supports(self, shape: GemmShape, offer: GemmSupport) -> bool {
         let GemmSupport { aligned, hopper } = offer;
         let whole_vectors = aligned && shape.lines().iter().all(|line| line.is_multiple_of(VECTOR));
@@ -88,7 +88,7 @@ impl GemmVersion {
     }
 }
 
-/// What operands and a device offer to the versions.
+/// Properties of operands and device that versions require.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GemmSupport {
     /// A and B begin at multiples of 16 bytes.
@@ -139,8 +139,8 @@ const MIN_SPLIT_BLOCKS: usize = 4;
 /// Bytes of device memory a clock: 3.0 TB/s at 1.7 GHz.
 const BYTES_CLOCK: usize = 1760;
 
-/// Tiles of a version and their time: what a block of depth and what a tile beside that (first loads, sums to memory)
-/// take of a multiprocessor. Estimates, from the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with
+/// Tiles of a version and their clocks on a multiprocessor: a block of depth, and a tile beside that (first loads, sums to
+/// memory). Estimates, from the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with
 /// `wgmma`), the share of them that such tiles reach, and the instructions of a tile's end.
 pub(super) struct Tile {
     version: GemmVersion,
