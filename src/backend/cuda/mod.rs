@@ -116,6 +116,15 @@ impl<P: Precision> Cuda<P> {
     }
 }
 
+/// Operators that are a function of the device: `method(Arguments) = function;`
+macro_rules! operators {
+    ($($method:ident($op:ident) = $function:path;)*) => {
+        $(fn $method(&self, op: $op<'_, Self>) -> Result<()> {
+            $function(&self.device, op)
+        })*
+    };
+}
+
 impl<P: Precision> Backend for Cuda<P> {
     type Float = bf16;
     type Grad = P::Grad;
@@ -187,88 +196,32 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.replay(work)
     }
 
-    fn linear(&self, op: Linear<'_, Self>) -> Result<()> {
-        gemm::linear(&self.device, op)
-    }
-
-    fn linear_each(&self, op: LinearEach<'_, Self>) -> Result<()> {
-        gemm::linear_each(&self.device, op)
+    operators! {
+        linear(Linear) = gemm::linear;
+        linear_each(LinearEach) = gemm::linear_each;
+        linear_backward_input(LinearBackwardInput) = gemm::linear_backward_input;
+        linear_backward_input_each(LinearBackwardInputEach) = gemm::linear_backward_input_each;
+        linear_backward_weight(LinearBackwardWeight) = gemm::linear_backward_weight;
+        linear_backward_weight_each(LinearBackwardWeightEach) = gemm::linear_backward_weight_each;
+        linear_backward_bias(LinearBackwardBias) = gemm::linear_backward_bias;
+        attention(Attention) = attention::attention;
+        attention_backward(AttentionBackward) = attention::attention_backward;
+        attention_decode(AttentionDecode) = attention::attention_decode;
+        rmsnorm(RmsNorm) = rmsnorm::rmsnorm;
+        rmsnorm_backward(RmsNormBackward) = rmsnorm::rmsnorm_backward;
+        rope(Rope) = rope::rope;
+        swiglu(SwiGlu) = swiglu::swiglu;
+        swiglu_backward(SwiGluBackward) = swiglu::swiglu_backward;
+        gather_rows(GatherRows) = embedding::gather_rows;
+        scatter_rows(ScatterRows) = embedding::scatter_rows;
+        embedding_backward(EmbeddingBackward) = embedding::embedding_backward;
+        cross_entropy(CrossEntropy) = cross_entropy::cross_entropy;
+        sample(Sample) = sampling::sample;
+        perturb(Perturb) = perturb::perturb;
     }
 
     fn gated_linear(&self, op: GatedLinear<'_, Self>) -> Result<bool> {
         gemm::gated_linear(&self.device, op)
-    }
-
-    fn linear_backward_input(&self, op: LinearBackwardInput<'_, Self>) -> Result<()> {
-        gemm::linear_backward_input(&self.device, op)
-    }
-
-    fn linear_backward_input_each(&self, op: LinearBackwardInputEach<'_, Self>) -> Result<()> {
-        gemm::linear_backward_input_each(&self.device, op)
-    }
-
-    fn linear_backward_weight(&self, op: LinearBackwardWeight<'_, Self>) -> Result<()> {
-        gemm::linear_backward_weight(&self.device, op)
-    }
-
-    fn linear_backward_weight_each(&self, op: LinearBackwardWeightEach<'_, Self>) -> Result<()> {
-        gemm::linear_backward_weight_each(&self.device, op)
-    }
-
-    fn linear_backward_bias(&self, op: LinearBackwardBias<'_, Self>) -> Result<()> {
-        gemm::linear_backward_bias(&self.device, op)
-    }
-
-    fn attention(&self, op: Attention<'_, Self>) -> Result<()> {
-        attention::attention(&self.device, op)
-    }
-
-    fn attention_backward(&self, op: AttentionBackward<'_, Self>) -> Result<()> {
-        attention::attention_backward(&self.device, op)
-    }
-
-    fn attention_decode(&self, op: AttentionDecode<'_, Self>) -> Result<()> {
-        attention::attention_decode(&self.device, op)
-    }
-
-    fn rmsnorm(&self, op: RmsNorm<'_, Self>) -> Result<()> {
-        rmsnorm::rmsnorm(&self.device, op)
-    }
-
-    fn rmsnorm_backward(&self, op: RmsNormBackward<'_, Self>) -> Result<()> {
-        rmsnorm::rmsnorm_backward(&self.device, op)
-    }
-
-    fn rope(&self, op: Rope<'_, Self>) -> Result<()> {
-        rope::rope(&self.device, op)
-    }
-
-    fn swiglu(&self, op: SwiGlu<'_, Self>) -> Result<()> {
-        swiglu::swiglu(&self.device, op)
-    }
-
-    fn swiglu_backward(&self, op: SwiGluBackward<'_, Self>) -> Result<()> {
-        swiglu::swiglu_backward(&self.device, op)
-    }
-
-    fn gather_rows(&self, op: GatherRows<'_, Self>) -> Result<()> {
-        embedding::gather_rows(&self.device, op)
-    }
-
-    fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()> {
-        embedding::scatter_rows(&self.device, op)
-    }
-
-    fn embedding_backward(&self, op: EmbeddingBackward<'_, Self>) -> Result<()> {
-        embedding::embedding_backward(&self.device, op)
-    }
-
-    fn cross_entropy(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
-        cross_entropy::cross_entropy(&self.device, op)
-    }
-
-    fn sample(&self, op: Sample<'_, Self>) -> Result<()> {
-        sampling::sample(&self.device, op)
     }
 
     fn sum_squares<T: FloatElement>(&self, op: SumSquares<'_, Self, T>) -> Result<()> {
@@ -281,9 +234,5 @@ impl<P: Precision> Backend for Cuda<P> {
 
     fn squared_norm(&self, op: SquaredNorm<'_, Self>) -> Result<Buffer<Self, f64>> {
         perturb::squared_norm(&self.device, op)
-    }
-
-    fn perturb(&self, op: Perturb<'_, Self>) -> Result<()> {
-        perturb::perturb(&self.device, op)
     }
 }
