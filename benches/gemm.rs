@@ -8,7 +8,7 @@ use super::common::{Device, Model, Scale, Session, random};
 use half::bf16;
 use std::rc::Rc;
 use swat::backend::cpu::Cpu;
-use swat::backend::cuda::{Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion};
+use swat::backend::cuda::{Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 use swat::backend::{
     Backend, Epilogue, FloatElement, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardWeight,
     LinearShape, Operator, cost,
@@ -81,15 +81,20 @@ fn product<T: FloatElement>(
     };
     let hopper = cuda.capability() == (9, 0);
     let slow = |version| matches!(version, GemmVersion::Baseline | GemmVersion::Scalar64);
-    let versions = GemmVersion::ALL
-        .into_iter()
-        .filter(|version| version.supports(shape, true, hopper) && (cost.flops <= SLOW_FLOPS || !slow(*version)));
+    let versions = GemmVersion::ALL.into_iter().filter(|version| {
+        version.supports(shape, GemmSupport { aligned: true, hopper }) && (cost.flops <= SLOW_FLOPS || !slow(*version))
+    });
     let plans = versions.map(|version| Some(GemmPlan { version, splits: 1 }));
     let mut ladder = session.ladder(cuda, op, name, cost, make);
     for plan in [None].into_iter().chain(plans) {
         let variant = plan.map_or("swat".into(), |plan| format!("{:?}", plan.version).to_lowercase());
         ladder = ladder.variant(variant, move |cuda, (a, b, c)| {
-            cuda.gemm(a.view(), b.view(), c.view_mut(), shape, Epilogue::default(), plan).expect("a working device");
+            let mut product = || cuda.gemm(a.view(), b.view(), c.view_mut(), shape, Epilogue::default());
+            match plan {
+                Some(plan) => with_plan(plan, product),
+                None => product(),
+            }
+            .expect("a working device");
         });
     }
     if let Some(peer) = peer {

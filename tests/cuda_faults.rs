@@ -6,7 +6,7 @@ mod common;
 use common::standin::{self, FaultScope};
 use common::{batch, decoder_on, wide};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use swat::backend::cuda::{Cuda, F32State, Precision};
+use swat::backend::cuda::{Cuda, F32State, LaunchMode, Precision};
 use swat::backend::{Backend, trace};
 use swat::engine::{Decoder, GradientOptions, Gradients};
 use swat::error::{Error, Result};
@@ -44,7 +44,7 @@ fn gradients<P: Precision>(model: &Decoder<Cuda<P>>, to: &mut Gradients<Cuda<P>>
 fn training(ordinal: u32, scope: FaultScope, replays: bool) {
     let _alone = alone();
     let Some(cuda) = device(ordinal) else { return };
-    cuda.replays(replays);
+    cuda.set_launch_mode(if replays { LaunchMode::Graphs } else { LaunchMode::Eager });
     let config = wide(2, 64);
     let model = decoder_on(&cuda, &config, 3);
     let mut to = Gradients::new(&model, |_| true).unwrap();

@@ -4,7 +4,7 @@ mod common;
 
 use common::{batch, config, decoder_on, standin, wide};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
+use swat::backend::cuda::{Bf16State, Cuda, F32State, LaunchMode, Precision};
 use swat::backend::{Backend, Sampling, trace};
 use swat::engine::{Batch, Decoder, GenerateOptions, Generation, GradientOptions, Gradients};
 use swat::model::ModelConfig;
@@ -108,7 +108,7 @@ fn training<P: Precision>(cuda: &Cuda<P>, config: &ModelConfig) -> (Vec<f64>, Ve
 
 fn same_bytes<P: Precision>(ordinal: u32, config: &ModelConfig) {
     let (Some(with), Some(without)) = (standin::open::<P>(ordinal), standin::open::<P>(ordinal)) else { return };
-    without.replays(false);
+    without.set_launch_mode(LaunchMode::Eager);
     let mut expected = None;
     let run = || expected = Some(training(&without, config));
     if standin::real() {
@@ -155,7 +155,7 @@ fn a_training_step_makes_exactly_these_driver_calls() {
     assert_eq!(calls(0, names, || training.step(&two(30))), step, "two micro-batches");
     assert_eq!(calls(0, WAIT_OTHERWISE, || training.step(&two(31))), [0, 0]);
 
-    cuda.replays(false);
+    cuda.set_launch_mode(LaunchMode::Eager);
     let [graphs, launches, ..] = calls(0, names, || training.step(&one(32)));
     assert!(graphs == 0 && launches > 40, "{graphs} graphs and {launches} kernels launched where graphs are off");
 }
@@ -180,7 +180,7 @@ fn changed_arguments_update_the_graph() {
     };
     let (losses, weights, changed) = run(&cuda);
     assert_eq!(changed, [1], "the node with the loss scale");
-    cuda.replays(false);
+    cuda.set_launch_mode(LaunchMode::Eager);
     let (expected, expected_weights, _) = run(&cuda);
     assert!(losses == expected && weights == expected_weights, "{losses:?} with graphs, {expected:?} without");
 }
@@ -208,7 +208,7 @@ fn generation_gives_the_same_tokens() {
                 cache_bytes: (3 * bytes * (17 + 14)) as u64,
             };
             let run = |on| {
-                cuda.replays(on);
+                cuda.set_launch_mode(if on { LaunchMode::Graphs } else { LaunchMode::Eager });
                 model.generate(&prompts, &options, &mut |_, _| {}).unwrap()
             };
             let with: Vec<Generation> = run(true);
@@ -234,7 +234,7 @@ fn more_keys_update_the_graph() {
     // parts; and where the memory of the smaller parts, free from then on, has the lowest address of its size, the two kernels
     // that write and read what is there now.
     assert!(made == 1 && matches!(changed, 4 | 8), "{made} made, {changed} nodes changed");
-    cuda.replays(false);
+    cuda.set_launch_mode(LaunchMode::Eager);
     assert_eq!(with, generate());
 }
 
@@ -274,7 +274,7 @@ fn a_recording_sees_every_kernel() {
     let [graphs, launches] = calls(0, [GRAPH_LAUNCH, LAUNCH], || step(10));
     cuda.synchronize().unwrap();
     // Copies and memsets are on the same lane.
-    let is_kernel = |span: &&trace::Span| span.lane == trace::Lane::Kernel && !span.name.starts_with("mem");
+    let is_kernel = |span: &&trace::Span| span.kind == trace::SpanKind::Kernel && !span.name.starts_with("mem");
     let kernels = recording.take().iter().filter(is_kernel).count() as u64;
     drop(recording);
     assert!(graphs == 0 && kernels == launches && launches > 40, "{graphs} graphs; {kernels} of {launches} kernels");
@@ -297,6 +297,6 @@ fn graphs_are_dropped_when_memory_is_short() {
     let mut losses = Vec::new();
     let made = calls(5, [INSTANTIATE], || losses = run(&cuda));
     assert_eq!(made, [2], "made before and after");
-    cuda.replays(false);
+    cuda.set_launch_mode(LaunchMode::Eager);
     assert_eq!(losses, run(&cuda));
 }

@@ -8,7 +8,8 @@ mod common;
 use common::standin;
 use std::sync::Once;
 use swat::backend::cuda::{
-    Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision, with_version,
+    Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, Precision, with_plan,
+    with_version,
 };
 use swat::backend::*;
 
@@ -121,10 +122,13 @@ fn product<T: FloatElement>(b: &Cuda<F32State>, shape: GemmShape, splits: u32, v
     let ones = vec![1.0; 8];
     let (left, right) = (ending::<_, half::bf16>(b, m * k, &ones), ending::<_, half::bf16>(b, n * k, &ones));
     let expected = if layout == GemmLayout::Tn { 8.0 } else { 1.0 };
-    for version in versions.iter().filter(|version| version.supports(shape, true, b.capability() == (9, 0))) {
+    for version in versions
+        .iter()
+        .filter(|version| version.supports(shape, GemmSupport { aligned: true, hopper: b.capability() == (9, 0) }))
+    {
         let mut c = b.zeros::<T>(m * n).unwrap();
-        let plan = Some(GemmPlan { version: *version, splits });
-        b.gemm(left.view(), right.view(), c.view_mut(), shape, Epilogue::default(), plan).unwrap();
+        let plan = GemmPlan { version: *version, splits };
+        with_plan(plan, || b.gemm(left.view(), right.view(), c.view_mut(), shape, Epilogue::default())).unwrap();
         assert_all(&last(b, &c, 1), expected, &format!("{version:?} of {shape:?}, {splits} parts, {}", b.name()));
     }
 }
@@ -209,38 +213,16 @@ fn attention_of_many_documents() {
             each_version(&["flash64", "flash128", "wgmma", "baseline"], |version| {
                 let what = format!("{version}, {tokens} tokens, {heads} heads of {head_dim}, {}", b.name());
                 let (mut o, mut lse) = (b.zeros(tokens * row).unwrap(), b.zeros(heads * tokens).unwrap());
-                let (qv, kv, vv) = (q.view(), k.view(), v.view());
-                Attention {
-                    q: qv,
-                    k: kv,
-                    v: vv,
-                    o: o.view_mut(),
-                    lse: Some(lse.view_mut()),
-                    shape,
-                    documents: &documents,
-                }
-                .run(b)
-                .unwrap();
+                let (q, k, v, documents, lse) = (q.view(), k.view(), v.view(), &documents, Some(lse.view_mut()));
+                let forward =
+                    Attention { q: q.clone(), k: k.clone(), v: v.clone(), o: o.view_mut(), lse, shape, documents };
+                forward.run(b).unwrap();
                 some_heads(&last(b, &o, row), weight, &format!("o: {what}"));
                 let mut dq = b.zeros(tokens * row).unwrap();
                 let [mut dk, mut dv] = [(); 2].map(|()| b.zeros(tokens * kv_row).unwrap());
-                let (dqv, dkv, dvv) = (dq.view_mut(), dk.view_mut(), dv.view_mut());
-                let (qv, kv, vv, ov, lv, dov) = (q.view(), k.view(), v.view(), saved.view(), stats.view(), d_o.view());
-                AttentionBackward {
-                    q: qv,
-                    k: kv,
-                    v: vv,
-                    o: ov,
-                    lse: lv,
-                    d_o: dov,
-                    dq: dqv,
-                    dk: dkv,
-                    dv: dvv,
-                    shape,
-                    documents: &documents,
-                }
-                .run(b)
-                .unwrap();
+                let (o, lse, d_o, [dqv, dkv, dvv]) =
+                    (saved.view(), stats.view(), d_o.view(), [&mut dq, &mut dk, &mut dv].map(Buffer::view_mut));
+                AttentionBackward { q, k, v, o, lse, d_o, dq: dqv, dk: dkv, dv: dvv, shape, documents }.run(b).unwrap();
                 let delta = head_dim as f32 * weight;
                 some_heads(&last(b, &dq, row), SCALE * weight * (head_dim as f32 - delta), &format!("dq: {what}"));
                 // Of the heads of a group those that ran.
@@ -269,16 +251,9 @@ fn attention_of_a_large_cache() {
             let q = b.zeros(heads * head_dim).unwrap();
             each_version(&["baseline"], |version| {
                 let mut o = b.zeros(heads * head_dim).unwrap();
-                AttentionDecode {
-                    q: q.view(),
-                    k: k.view(),
-                    v: v.view(),
-                    o: o.view_mut(),
-                    spans: DecodeSpans { host: &span, device: on_device.view() },
-                    shape,
-                }
-                .run(b)
-                .unwrap();
+                let spans = DecodeSpans { host: &span, device: on_device.view() };
+                let (q, k, v) = (q.view(), k.view(), v.view());
+                AttentionDecode { q, k, v, o: o.view_mut(), spans, shape }.run(b).unwrap();
                 let done = last(b, &o, heads * head_dim);
                 let what = format!("{version}, {heads} heads of {head_dim}, {}", b.name());
                 assert!(done.iter().any(|x| (x - 1.0).abs() < 0.01), "{what}");
@@ -314,15 +289,13 @@ fn rmsnorm_of_rows() {
                 let what = format!("{version}, width {width}, {}, backward", b.name());
                 let rstd = ending(b, rows, &[0.5]);
                 let (mut dx, mut dweight) = (b.zeros(rows * width).unwrap(), b.zeros::<f32>(width).unwrap());
-                let (dxv, dwv) = (Some(dx.view_mut()), Some(dweight.view_mut()));
-                let (dyv, xv, wv, rv) = (dy.view(), x.view(), weight.view(), rstd.view());
                 RmsNormBackward {
-                    dy: dyv,
-                    x: xv,
-                    weight: wv,
-                    rstd: rv,
-                    dx: dxv,
-                    dweight: dwv,
+                    dy: dy.view(),
+                    x: x.view(),
+                    weight: weight.view(),
+                    rstd: rstd.view(),
+                    dx: Some(dx.view_mut()),
+                    dweight: Some(dweight.view_mut()),
                     accumulate_dx: false,
                     accumulate_dweight: false,
                 }

@@ -7,9 +7,9 @@ use common::{config, standin};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use swat::backend::cuda::F32State;
-use swat::backend::trace::{Lane, Span};
+use swat::backend::trace::{Span, SpanKind};
 use swat::backend::{Backend, Cost, Roofline};
-use swat::engine::{Decoder, Floor};
+use swat::engine::{Decoder, MinimumCost};
 use swat::model::ModelConfig;
 use swat::modules::ModuleSet;
 use swat::profile::{Profile, ProfileOptions, Summary, Work, profile, summarize};
@@ -67,7 +67,7 @@ fn necessary_flops(found: &Profile) -> f64 {
         name if name.starts_with("linear") || name.starts_with("attention") => span.cost.flops as f64,
         _ => 0.0,
     };
-    let spans = found.spans.iter().filter(|span| span.lane == Lane::Op && span.phase != "recompute");
+    let spans = found.spans.iter().filter(|span| span.kind == SpanKind::Op && span.phase != "recompute");
     spans.map(again).sum::<f64>() / found.steps.len() as f64
 }
 
@@ -95,7 +95,7 @@ fn the_plan_counts_the_same_flops() {
     use swat::engine::{Plan, Workload};
     let config = small();
     let all = |_| true;
-    let floor = Floor::new::<swat::backend::cpu::Cpu>(&config, None, all);
+    let floor = MinimumCost::new::<swat::backend::cpu::Cpu>(&config, None, all);
     let work = Workload { tokens: 120, document_tokens: 40, trained_share: 0.5, recompute: false, lora: None };
     let plan = Plan::new::<swat::backend::cpu::Cpu>(&config, &work, all);
     let forward = floor.forward(&[0, 40, 80, 120], 60).flops as f64 / 120.0;
@@ -229,7 +229,7 @@ fn costs_do_not_depend_on_the_backend() {
     let Some(backend) = standin::open::<F32State>(0) else { return };
     let flops = |spans: &[Span]| {
         let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
-        for span in spans.iter().filter(|span| span.lane == Lane::Op) {
+        for span in spans.iter().filter(|span| span.kind == SpanKind::Op) {
             // Several layers of one X are one operation, or several; SwiGLU ends such a one, or is one by itself.
             let name = match span.name.strip_suffix("_each").unwrap_or(span.name) {
                 "linear" | "swiglu" | "gated_linear" => "linear, swiglu",
@@ -260,7 +260,8 @@ fn the_external_profiler_sees_the_steps_of_its_range() {
     let options =
         ProfileOptions { batch_size: 1, length: 8, steps: 4, range: Some(2..=3), ..options(on_nothing(Work::Forward)) };
     let found = profile(&mut model, &options, ROOFLINE).unwrap();
-    let launched = found.spans.iter().filter(|span| span.lane == Lane::Kernel && !span.name.starts_with("mem")).count();
+    let launched =
+        found.spans.iter().filter(|span| span.kind == SpanKind::Kernel && !span.name.starts_with("mem")).count();
     assert!(launched > 0);
     assert_eq!(standin::profiled(2), launched as u64 / 2, "of {launched} launches in four steps");
 }
@@ -269,13 +270,13 @@ fn the_external_profiler_sees_the_steps_of_its_range() {
 fn minimum_time_is_the_longer_of_compute_and_memory_per_pass() {
     let roofline = Roofline { flops_per_s: 10.0, bytes_per_s: 5.0 };
     let passes = [Cost { bytes: 1, flops: 100 }, Cost { bytes: 100, flops: 1 }];
-    assert_eq!(swat::engine::light_seconds(&passes, &roofline), 30.0);
+    assert_eq!(swat::engine::roofline_seconds(&passes, &roofline), 30.0);
 }
 
 #[test]
 fn rows_add_up_to_the_steps() {
-    let span = |lane, name, phase, layer, start_ns, duration_ns, flops| Span {
-        lane,
+    let span = |kind, name, phase, layer, start_ns, duration_ns, flops| Span {
+        kind,
         name,
         phase,
         layer,
@@ -284,10 +285,10 @@ fn rows_add_up_to_the_steps() {
         cost: Cost { bytes: 10, flops },
     };
     let spans = vec![
-        span(Lane::Op, "linear", "forward", Some(0), 0, 300, 100),
-        span(Lane::Op, "linear", "forward", Some(1), 300, 500, 100),
-        span(Lane::Op, "rmsnorm", "forward", None, 800, 100, 0),
-        span(Lane::Phase, "forward", "forward", None, 0, 950, 0),
+        span(SpanKind::Op, "linear", "forward", Some(0), 0, 300, 100),
+        span(SpanKind::Op, "linear", "forward", Some(1), 300, 500, 100),
+        span(SpanKind::Op, "rmsnorm", "forward", None, 800, 100, 0),
+        span(SpanKind::Phase, "forward", "forward", None, 0, 950, 0),
     ];
     let roofline = Roofline { flops_per_s: 1e9, bytes_per_s: 1e9 };
     let floor = vec![Cost { bytes: 20, flops: 150 }, Cost { bytes: 50, flops: 1 }];
@@ -306,8 +307,8 @@ fn rows_add_up_to_the_steps() {
 
 #[test]
 fn kernels_take_the_place_of_operations() {
-    let span = |lane, ns| Span {
-        lane,
+    let span = |kind, ns| Span {
+        kind,
         name: "gemm",
         phase: "",
         layer: None,
@@ -318,7 +319,7 @@ fn kernels_take_the_place_of_operations() {
     let profile = Profile {
         steps: vec![(0, 100)],
         tokens: 1,
-        spans: vec![span(Lane::Op, 90), span(Lane::Kernel, 40)],
+        spans: vec![span(SpanKind::Op, 90), span(SpanKind::Kernel, 40)],
         floor: Vec::new(),
         roofline: Roofline { flops_per_s: 1.0, bytes_per_s: 1.0 },
     };

@@ -166,5 +166,5 @@ pub fn kernels<B: Backend>(device: &B, call: impl FnOnce()) -> Vec<&'static str>
     let recording = trace::record().expect("nothing else records");
     call();
     device.synchronize().expect("a working device");
-    recording.take().iter().filter(|span| span.lane == trace::Lane::Kernel).map(|span| span.name).collect()
+    recording.take().iter().filter(|span| span.kind == trace::SpanKind::Kernel).map(|span| span.name).collect()
 }

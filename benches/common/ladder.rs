@@ -207,9 +207,9 @@ impl<'a, D: Device, T> Ladder<'a, D, T> {
         if let Some(refresh) = &mut self.tensors.refresh {
             refresh(device, &mut set);
         }
-        device.profiler(true).expect("a working device");
+        device.start_profiler().expect("a working device");
         (variant.work)(device, &mut set);
-        device.profiler(false).expect("a working device");
+        device.stop_profiler().expect("a working device");
     }
 
     fn keep(&mut self, at: usize, samples: Vec<f64>) {

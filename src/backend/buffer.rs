@@ -4,19 +4,19 @@ use super::Backend;
 use crate::io::safetensors::Dtype;
 use std::ops::Range;
 
-/// What a buffer may hold.
+/// An element type of buffers.
 pub trait Element: bytemuck::Pod + Send + Sync + PartialEq + std::fmt::Debug {
     /// `f32`, `bf16`, `u32`, `f64`.
     const NAME: &'static str;
-    /// The same in a safetensors file.
+    /// Its type in a safetensors file.
     const DTYPE: Dtype;
 }
 
 /// An element that stands for a real number.
 pub trait FloatElement: Element {
-    /// Widens.
+    /// Exact.
     fn to_f32(self) -> f32;
-    /// Narrows, to nearest even.
+    /// Rounds to nearest even.
     fn from_f32(x: f32) -> Self;
 }
 
@@ -70,7 +70,7 @@ impl<B: Backend, T: Element> Buffer<B, T> {
         Self { storage, len }
     }
 
-    /// Elements.
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -80,29 +80,35 @@ impl<B: Backend, T: Element> Buffer<B, T> {
         self.len == 0
     }
 
-    /// Bytes.
+    /// Size in bytes.
     pub fn bytes(&self) -> usize {
         self.len * size_of::<T>()
     }
 
-    /// All of it.
+    /// All elements.
     pub fn view(&self) -> View<'_, B, T> {
         self.range(0..self.len)
     }
 
-    /// All of it, to write.
+    /// All elements, to write.
     pub fn view_mut(&mut self) -> ViewMut<'_, B, T> {
         let len = self.len;
         self.range_mut(0..len)
     }
 
-    /// Some of it. Panics outside.
+    /// Some of its elements.
+    ///
+    /// # Panics
+    /// Where the range is not inside.
     pub fn range(&self, range: Range<usize>) -> View<'_, B, T> {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a buffer of {}", self.len);
         View { storage: &self.storage, range }
     }
 
-    /// Some of it, to write. Panics outside.
+    /// Some of its elements, to write.
+    ///
+    /// # Panics
+    /// Where the range is not inside.
     pub fn range_mut(&mut self, range: Range<usize>) -> ViewMut<'_, B, T> {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a buffer of {}", self.len);
         ViewMut { storage: &mut self.storage, range }
@@ -124,7 +130,7 @@ impl<B: Backend, T: Element> Clone for View<'_, B, T> {
 }
 
 impl<'a, B: Backend, T: Element> View<'a, B, T> {
-    /// Elements.
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.range.len()
     }
@@ -134,7 +140,10 @@ impl<'a, B: Backend, T: Element> View<'a, B, T> {
         self.range.is_empty()
     }
 
-    /// Some of it. Panics outside.
+    /// Some of its elements.
+    ///
+    /// # Panics
+    /// Where the range is not inside.
     pub fn part(&self, range: Range<usize>) -> View<'a, B, T> {
         assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of a view of {}", self.len());
         View { storage: self.storage, range: self.range.start + range.start..self.range.start + range.end }
@@ -150,7 +159,7 @@ pub struct ViewMut<'a, B: Backend, T: Element> {
 }
 
 impl<B: Backend, T: Element> ViewMut<'_, B, T> {
-    /// Elements.
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.range.len()
     }
@@ -160,12 +169,15 @@ impl<B: Backend, T: Element> ViewMut<'_, B, T> {
         self.range.is_empty()
     }
 
-    /// The same view for a shorter time, so that it can be used twice.
+    /// The same view for a shorter lifetime, so that it can be passed twice.
     pub fn reborrow(&mut self) -> ViewMut<'_, B, T> {
         ViewMut { storage: self.storage, range: self.range.clone() }
     }
 
-    /// Some of it, to write. Panics outside.
+    /// Some of its elements, to write.
+    ///
+    /// # Panics
+    /// Where the range is not inside.
     pub fn part(&mut self, range: Range<usize>) -> ViewMut<'_, B, T> {
         assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of a view of {}", self.len());
         ViewMut { storage: self.storage, range: self.range.start + range.start..self.range.start + range.end }

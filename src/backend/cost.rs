@@ -1,5 +1,5 @@
-//! What operations must move and compute: one function a family, shared by the spans of both backends, the launches of
-//! kernels, `swat plan` and the benches.
+//! Bytes and FLOPs of the operators by their sizes: one function a family, shared by the trace spans, the launches of kernels,
+//! `swat plan` and the benches.
 //!
 //! Bytes count each tensor once, as it is read or written; small ones that no time goes into (positions, starts of documents)
 //! are left out. FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends
@@ -9,7 +9,7 @@ use super::{Direction, LinearShape, Sampling};
 use std::iter::Sum;
 use std::ops::Add;
 
-/// What an operation cannot do without: a bound on its time on any machine.
+/// Least bytes and FLOPs of an operation: a bound on its time on any machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
     /// Read and written, each tensor once.
@@ -19,12 +19,12 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// Bytes alone.
+    /// `bytes`, and no FLOPs.
     pub fn moved(bytes: usize) -> Self {
         Self { bytes: bytes as u64, flops: 0 }
     }
 
-    /// So many bytes and FLOPs for each of `elements`.
+    /// `bytes` and `flops` for each element.
     fn each(elements: usize, bytes: usize, flops: usize) -> Self {
         Self { bytes: elements as u64 * bytes as u64, flops: elements as u64 * flops as u64 }
     }
@@ -50,12 +50,12 @@ pub fn product([m, n, k]: [usize; 3], float: usize, result: usize) -> Cost {
     Cost { bytes: float as u64 * (m * k + n * k) + result as u64 * m * n, flops: 2 * m * n * k }
 }
 
-/// Y = X·Wᵀ, and `addends` elements that are added to it: bias, residual, what Y held.
+/// Y = X·Wᵀ + addends: `addends` counts the elements of bias, residual and old Y.
 pub fn linear(shape: LinearShape, addends: usize, float: usize) -> Cost {
     product([shape.tokens, shape.outputs, shape.inputs], float, float) + Cost::moved(addends * float)
 }
 
-/// Y = silu(X·gateᵀ) · (X·upᵀ), two layers of this shape of which only Y is stored.
+/// Y = silu(X·gateᵀ) · (X·upᵀ): two layers of this shape, only Y is stored.
 pub fn gated_linear(LinearShape { tokens, inputs, outputs }: LinearShape, float: usize) -> Cost {
     product([tokens, 2 * outputs, inputs], float, 0) + Cost::each(tokens * outputs, float, SWIGLU_FLOPS)
 }
@@ -72,7 +72,7 @@ pub fn linear_backward_weight(shape: LinearShape, float: usize, grad: usize) -> 
     product([outputs, inputs, tokens], float, grad)
 }
 
-/// Sums over the columns of a dY of so many elements, overwritten.
+/// Column sums of a dY of `elements` elements, overwritten.
 pub fn linear_backward_bias(elements: usize, columns: usize, float: usize, grad: usize) -> Cost {
     Cost::each(elements, float, 1) + Cost::moved(columns * grad)
 }
@@ -125,7 +125,7 @@ impl AttentionSize {
         self.pass(4, 4, 1, 10, float)
     }
 
-    /// O from Q and a cache of `rows` rows of K and V, of which no more is read than it has.
+    /// O from Q and a cache of `rows` rows of K and V, each read once at most.
     pub fn decode(self, rows: usize, float: usize) -> Cost {
         let Self { tokens, heads, kv_heads, head_dim, pairs } = self;
         let read = pairs.min(rows as u64) * (2 * kv_heads * head_dim) as u64;
@@ -142,7 +142,7 @@ pub fn rmsnorm(elements: usize, width: usize, float: usize) -> Cost {
 /// Gradients of RMSNorm that are wanted.
 #[derive(Clone, Copy, Debug)]
 pub struct NormGradients {
-    /// dx; `Some(true)`: added to what is there.
+    /// dx; `Some(true)`: accumulated.
     pub dx: Option<bool>,
     /// dweight.
     pub dweight: bool,
@@ -206,12 +206,12 @@ pub fn adamw(elements: usize, float: usize, grad: usize, moment: usize) -> Cost 
     Cost::each(elements, 2 * float + grad + 4 * moment, 14)
 }
 
-/// `copies` copies of a tensor along a direction whose values take `bytes` and `flops` an element.
+/// `copies` perturbed copies of a tensor; the direction takes `bytes` and `flops` an element.
 pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usize, float: usize) -> Cost {
     Cost::each(elements, (1 + copies) * float + bytes, 2 * copies + flops)
 }
 
-/// Perturbed copies with the norm of the direction, whose values are computed once; that of the tensor is known.
+/// Perturbed copies with the norm of the direction, whose values are computed once; the tensor's norm is known.
 pub fn perturb<V>(elements: usize, copies: usize, direction: &Direction<V>, float: usize) -> Cost {
     let (bytes, flops) = match direction {
         Direction::Gaussian(_) => (0, 2 + NORMAL_FLOPS),
@@ -225,7 +225,7 @@ pub fn perturb<V>(elements: usize, copies: usize, direction: &Direction<V>, floa
 /// FLOPs of silu(gate) · up: a negation, an exponential, a sum, a quotient, a product.
 const SWIGLU_FLOPS: usize = 5;
 
-/// FLOPs of a normal, half of those of a pair: two scalings, a logarithm, its double, a root, a sine, a cosine, two products.
+/// FLOPs of a normal, half a Box–Muller pair: two scalings, a logarithm, its double, a root, a sine, a cosine, two products.
 pub const NORMAL_FLOPS: usize = 5;
 
 #[cfg(test)]
@@ -233,7 +233,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pairs_are_those_that_a_mask_lets_through() {
+    fn pairs_are_counted_as_a_mask_would() {
         let counted = |starts: &[u32], window: Option<usize>| {
             let sees = |query: u32, key: u32| key <= query && window.is_none_or(|w| ((query - key) as usize) < w);
             let document = |w: &[u32]| (w[0]..w[1]).flat_map(|q| (w[0]..w[1]).map(move |k| (q, k))).collect::<Vec<_>>();

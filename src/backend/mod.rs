@@ -40,9 +40,9 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// `cpu`, `cuda:0`.
     fn name(&self) -> String;
 
-    /// Rows from which a product is no faster for having more. Where nothing is kept for backward the engine works in
-    /// pieces of about this many, whose intermediate values then stay in a cache; no limit by default.
-    fn enough_tokens(&self) -> usize {
+    /// Rows at which the throughput of matrix products saturates. Where nothing is kept for backward the engine works in pieces
+    /// of about as many rows, whose intermediate values stay in a cache. No limit by default.
+    fn saturating_rows(&self) -> usize {
         usize::MAX
     }
 
@@ -56,20 +56,55 @@ pub trait Backend: Clone + Send + Sync + 'static {
         ((64 << 20) / (vocab * size_of::<Self::Float>())).max(1)
     }
 
-    /// Zeroed memory.
+    /// Memory for `len` elements, all zero.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] or [`crate::Error::Failed`] where there is none, [`crate::Error::Device`] where the device fails.
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>>;
+
     /// Host to device.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the device fails.
     fn write<T: Element>(&self, host: &[T], to: ViewMut<'_, Self, T>) -> Result<()>;
+
     /// Device to host; waits for the device.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the device fails.
     fn read<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<()>;
+
     /// Device to device.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the device fails.
     fn copy<T: Element>(&self, from: View<'_, Self, T>, to: ViewMut<'_, Self, T>) -> Result<()>;
+
     /// Sets every element to zero.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the device fails.
     fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()>;
+
     /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the device fails.
     fn synchronize(&self) -> Result<()>;
-    /// Tells an outside profiler (nsys, ncu) that what it is to look at begins, or ends. Nothing on the CPU.
-    fn profiler(&self, _begins: bool) -> Result<()> {
+
+    /// Starts the range that an outside profiler (nsys, ncu) captures, behind everything queued. No effect on the CPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    fn start_profiler(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Ends the range of [`Backend::start_profiler`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] where the driver fails.
+    fn stop_profiler(&self) -> Result<()> {
         Ok(())
     }
 
@@ -77,16 +112,27 @@ pub trait Backend: Clone + Send + Sync + 'static {
     fn device_peak_bytes(&self) -> Option<u64> {
         None
     }
-    /// Runs `work`, a part of a step that comes again and again: it queues operations, and neither reads from the device nor
-    /// writes to it. A GPU may hold its operations back until `work` is done, and get all of them in one launch where they
-    /// are those of an earlier step. The values are the same either way; by default nothing is held back.
+
+    /// Runs `work`, a part of a step that recurs and that queues operators, but neither reads from the device nor writes to it.
+    /// A GPU may record its launches and replay them as one graph where an earlier step had the same. The values are the same
+    /// either way; by default `work` just runs.
+    ///
+    /// # Errors
+    /// Those of `work`; [`crate::Error::Device`] where the driver fails.
     fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         work()
     }
 
     /// See [`Linear`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn linear(&self, op: Linear<'_, Self>) -> Result<()>;
+
     /// See [`LinearEach`]. One layer after another by default.
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn linear_each(&self, op: LinearEach<'_, Self>) -> Result<()> {
         let (x, LinearShape { tokens, inputs, .. }) = (&op.x, op.shape());
         op.layers.iter_mut().try_for_each(|Projection { w, bias, y }| {
@@ -95,13 +141,25 @@ pub trait Backend: Clone + Send + Sync + 'static {
             self.linear(Linear { epilogue, ..Linear::new(x.clone(), w.clone(), y.reborrow(), shape) })
         })
     }
+
     /// See [`GatedLinear`]. `false` by default.
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn gated_linear(&self, _op: GatedLinear<'_, Self>) -> Result<bool> {
         Ok(false)
     }
+
     /// See [`LinearBackwardInput`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn linear_backward_input(&self, op: LinearBackwardInput<'_, Self>) -> Result<()>;
+
     /// See [`LinearBackwardInputEach`]. By default one layer after another, each added to a dX that is stored in between.
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn linear_backward_input_each(&self, mut op: LinearBackwardInputEach<'_, Self>) -> Result<()> {
         let LinearShape { tokens, inputs, .. } = op.shape();
         op.layers.iter().enumerate().try_for_each(|(i, InputGradient { dy, w })| {
@@ -110,9 +168,17 @@ pub trait Backend: Clone + Send + Sync + 'static {
             self.linear_backward_input(LinearBackwardInput { accumulate: op.accumulate || i > 0, ..product })
         })
     }
+
     /// See [`LinearBackwardWeight`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn linear_backward_weight(&self, op: LinearBackwardWeight<'_, Self>) -> Result<()>;
+
     /// See [`LinearBackwardWeightEach`]. One layer after another by default.
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn linear_backward_weight_each(&self, op: LinearBackwardWeightEach<'_, Self>) -> Result<()> {
         let (x, accumulate, LinearShape { tokens, inputs, .. }) = (&op.x, op.accumulate, op.shape());
         op.layers.iter_mut().try_for_each(|WeightGradient { dy, dw }| {
@@ -121,40 +187,112 @@ pub trait Backend: Clone + Send + Sync + 'static {
             self.linear_backward_weight(LinearBackwardWeight { accumulate, ..product })
         })
     }
+
     /// See [`LinearBackwardBias`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn linear_backward_bias(&self, op: LinearBackwardBias<'_, Self>) -> Result<()>;
+
     /// See [`Attention`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn attention(&self, op: Attention<'_, Self>) -> Result<()>;
+
     /// See [`AttentionBackward`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn attention_backward(&self, op: AttentionBackward<'_, Self>) -> Result<()>;
+
     /// See [`AttentionDecode`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn attention_decode(&self, op: AttentionDecode<'_, Self>) -> Result<()>;
+
     /// See [`RmsNorm`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn rmsnorm(&self, op: RmsNorm<'_, Self>) -> Result<()>;
+
     /// See [`RmsNormBackward`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn rmsnorm_backward(&self, op: RmsNormBackward<'_, Self>) -> Result<()>;
+
     /// See [`Rope`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn rope(&self, op: Rope<'_, Self>) -> Result<()>;
+
     /// See [`SwiGlu`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn swiglu(&self, op: SwiGlu<'_, Self>) -> Result<()>;
+
     /// See [`SwiGluBackward`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn swiglu_backward(&self, op: SwiGluBackward<'_, Self>) -> Result<()>;
+
     /// See [`GatherRows`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn gather_rows(&self, op: GatherRows<'_, Self>) -> Result<()>;
+
     /// See [`ScatterRows`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()>;
+
     /// See [`EmbeddingBackward`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn embedding_backward(&self, op: EmbeddingBackward<'_, Self>) -> Result<()>;
+
     /// See [`CrossEntropy`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn cross_entropy(&self, op: CrossEntropy<'_, Self>) -> Result<()>;
+
     /// See [`Sample`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn sample(&self, op: Sample<'_, Self>) -> Result<()>;
+
     /// See [`SumSquares`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn sum_squares<T: FloatElement>(&self, op: SumSquares<'_, Self, T>) -> Result<()>;
+
     /// See [`AdamWMasked`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn adamw_masked(&self, op: AdamWMasked<'_, '_, Self>) -> Result<()>;
+
     /// See [`SquaredNorm`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn squared_norm(&self, op: SquaredNorm<'_, Self>) -> Result<Buffer<Self, f64>>;
+
     /// See [`Perturb`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
     fn perturb(&self, op: Perturb<'_, Self>) -> Result<()>;
 }

@@ -40,7 +40,7 @@ const COPIED_BYTES: [usize; 2] = [64 << 20, 256 << 20];
 /// Long enough for a host's clock, and short enough that one of many timings meets a moment in which a busy machine does
 /// nothing else.
 const LONG: Duration = Duration::from_millis(2);
-/// What the timings of one work may take together; the best counts.
+/// Time of all timings of one piece of work; the best counts.
 const BUDGET: Duration = Duration::from_millis(250);
 /// Fewest and most timings.
 const TIMINGS: [u128; 2] = [5, 100];
@@ -55,12 +55,12 @@ fn product<B: Backend>(backend: &B) -> Result<f64> {
         let (x, w) = (random(backend, side * side)?, random(backend, side * side)?);
         let mut y = backend.zeros::<B::Float>(side * side)?;
         let forward = || Linear::new(x.view(), w.view(), y.view_mut(), shape).run(backend);
-        if let Some(forward) = seconds(backend, side == most, forward)? {
+        if let Some(forward) = seconds(backend, if side == most { Duration::ZERO } else { LONG }, forward)? {
             let input = || LinearBackwardInput::new(x.view(), w.view(), y.view_mut(), shape).run(backend);
-            let input = seconds(backend, true, input)?.unwrap_or(forward);
+            let input = seconds(backend, Duration::ZERO, input)?.unwrap_or(forward);
             let mut dw = backend.zeros::<B::Grad>(side * side)?;
             let weight = || LinearBackwardWeight::new(x.view(), w.view(), dw.view_mut(), shape).run(backend);
-            let weight = seconds(backend, true, weight)?.unwrap_or(forward);
+            let weight = seconds(backend, Duration::ZERO, weight)?.unwrap_or(forward);
             return Ok(2.0 * (side as f64).powi(3) / forward.min(input).min(weight));
         }
         side *= 2;
@@ -73,16 +73,16 @@ fn copy<B: Backend>(backend: &B) -> Result<f64> {
     loop {
         let from = random(backend, bytes / size_of::<B::Float>())?;
         let mut to = backend.zeros::<B::Float>(from.len())?;
-        if let Some(seconds) = seconds(backend, bytes == most, || backend.copy(from.view(), to.view_mut()))? {
+        let least = if bytes == most { Duration::ZERO } else { LONG };
+        if let Some(seconds) = seconds(backend, least, || backend.copy(from.view(), to.view_mut()))? {
             return Ok(2.0 * bytes as f64 / seconds);
         }
         bytes *= 2;
     }
 }
 
-/// What `work` takes at best; `None` where it is too short to be timed alone, unless it is the `last`, which is then timed
-/// several times in a row.
-fn seconds<B: Backend>(backend: &B, last: bool, mut work: impl FnMut() -> Result<()>) -> Result<Option<f64>> {
+/// Least seconds of `work`; `None` where one run takes less than `least`. Short work is timed several times in a row.
+fn seconds<B: Backend>(backend: &B, least: Duration, mut work: impl FnMut() -> Result<()>) -> Result<Option<f64>> {
     let mut time = |times: usize| {
         backend.synchronize()?;
         let began = Instant::now();
@@ -94,7 +94,7 @@ fn seconds<B: Backend>(backend: &B, last: bool, mut work: impl FnMut() -> Result
     };
     time(1)?;
     let once = time(1)?;
-    if once < LONG && !last {
+    if once < least {
         return Ok(None);
     }
     let once_ns = once.as_nanos().max(1);

@@ -1,9 +1,9 @@
-//! The backward pass, by hand. It computes the gradients of what trains and stops below the lowest of it.
+//! The backward pass, by hand: gradients of the tensors that train, down to the lowest of them.
 
 mod projections;
 
+use super::cost::lowest_layer;
 use super::decoder::Overlay;
-use super::floor::lowest_layer;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
 use super::pool::{Floats, Scratch, Stats};
@@ -16,7 +16,7 @@ use crate::backend::{
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
-/// What a micro-batch brings beside its [`Packed`] form.
+/// Inputs of a micro-batch beside its [`Packed`] form.
 struct Inputs<'p, B: Backend> {
     tokens: Scratch<'p, B, u32>,
     /// Rows that have a target, and their targets.
@@ -24,13 +24,13 @@ struct Inputs<'p, B: Backend> {
     targets: Scratch<'p, B, u32>,
 }
 
-/// What is kept of a layer until its backward pass.
+/// Activations kept of a layer until its backward pass.
 enum Saved<'p, B: Backend> {
-    /// Below everything that trains.
+    /// Below the lowest trained tensor.
     Nothing,
-    /// The input alone: the layer runs again.
+    /// The input: the layer's forward pass runs again.
     Input(Floats<'p, B>),
-    /// All that backward needs.
+    /// Everything that backward needs.
     Activations(Box<LayerActivations<'p, B>>),
 }
 
@@ -55,7 +55,8 @@ impl<B: Backend> Decoder<B> {
     /// train. Returns Σ loss over the batch's targets.
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where the batch does not fit the model; a failing device.
+    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// the device fails.
     pub fn loss_and_gradients(
         &self,
         batch: &Batch,
@@ -68,12 +69,19 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Room for the losses of a step of so many trained tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
     pub fn losses_of(&self, trained_tokens: usize) -> Result<Losses<'_, B>> {
         Ok(Losses::new(&self.backend, self.stats(trained_tokens)?))
     }
 
     /// [`Decoder::loss_and_gradients`] of one of a step's micro-batches, without waiting for the device: the losses are added
     /// to `losses`, and read when the whole step is queued.
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// the device fails.
     pub fn queue_gradients(
         &self,
         batch: &Batch,
@@ -95,7 +103,7 @@ impl<B: Backend> Decoder<B> {
         self.backend.replay(|| self.forward_and_backward(&packed, &inputs, gradients, options, losses))
     }
 
-    /// All that the device does for a micro-batch; nothing comes from the host any more.
+    /// The device's work for a micro-batch; nothing comes from the host any more.
     fn forward_and_backward(
         &self,
         packed: &Packed<'_, B>,
@@ -218,7 +226,7 @@ impl<B: Backend> Decoder<B> {
         Ok(dx)
     }
 
-    /// The gradients of an RMSNorm, of which that of `x` is overwritten.
+    /// The backward pass of an RMSNorm, which overwrites `dx`.
     fn norm_backward<'a>(
         &'a self,
         norm: ParamId,
@@ -255,7 +263,7 @@ impl<B: Backend> Decoder<B> {
         Needs { input, attention_normed, qkv, mid, mlp_normed, product }
     }
 
-    /// `dx` holds the gradient of the layer's output and receives that of its input.
+    /// `dx` holds the gradient of the layer's output, and becomes the gradient of its input.
     fn layer_backward(
         &self,
         layer: usize,
@@ -327,7 +335,8 @@ impl<B: Backend> Decoder<B> {
         RmsNormBackward { accumulate_dx: true, ..op }.run(&self.backend)
     }
 
-    /// From the gradient of the attention half's output to those of what q_proj, k_proj and v_proj give; and rstd of its norm.
+    /// Backward from the attention half's output to the outputs of q_proj, k_proj and v_proj. Returns their gradients, and rstd of
+    /// the half's norm.
     fn attention_half_backward<'a>(
         &'a self,
         layer: usize,

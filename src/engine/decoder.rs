@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// One tensor on the backend.
 pub struct Parameter<B: Backend> {
-    /// Which one.
+    /// Its name.
     pub id: ParamId,
     /// Shape as in the checkpoint.
     pub shape: Vec<usize>,
@@ -22,9 +22,9 @@ pub struct Parameter<B: Backend> {
 
 /// A decoder on a backend.
 pub struct Decoder<B: Backend> {
-    /// Arithmetic.
+    /// Where it runs.
     pub backend: B,
-    /// Shape.
+    /// Sizes and hyper-parameters.
     pub config: ModelConfig,
     pub(super) params: Vec<Parameter<B>>,
     pub(super) index: BTreeMap<ParamId, usize>,
@@ -43,7 +43,13 @@ pub(super) struct RopeTable<B: Backend> {
 pub(super) type Overlay<'a, B> = BTreeMap<ParamId, In<'a, B>>;
 
 impl<B: Backend> Decoder<B> {
-    /// Builds it; `tensor(id, shape)` gives the values of each tensor of [`ModelConfig::params`].
+    /// Uploads a model; `tensor(id, shape)` gives the values of each tensor of [`ModelConfig::params`].
+    ///
+    /// # Errors
+    /// Those of `tensor`; [`Error::Device`] or [`Error::Memory`] where the device fails.
+    ///
+    /// # Panics
+    /// Where `tensor` gives another number of values than the shape has.
     pub fn new(
         backend: B,
         config: ModelConfig,
@@ -64,32 +70,37 @@ impl<B: Backend> Decoder<B> {
         &self.params
     }
 
-    /// All tensors, to change.
-    pub fn params_mut(&mut self) -> &mut [Parameter<B>] {
-        &mut self.params
-    }
-
-    /// Arithmetic, and all tensors to change: what an optimiser needs at the same time.
+    /// The backend, and all tensors to change: an optimiser's view.
     pub fn split_mut(&mut self) -> (&B, &mut [Parameter<B>]) {
         (&self.backend, &mut self.params)
     }
 
-    /// One tensor; `None` where the model has none such.
+    /// One tensor; `None` where the model has no such.
     pub fn param(&self, id: ParamId) -> Option<&Parameter<B>> {
         self.index.get(&id).map(|i| &self.params[*i])
     }
 
     /// A tensor's values on the host.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the model has no such tensor, [`Error::Device`] where the device fails.
     pub fn read(&self, id: ParamId) -> Result<Vec<f32>> {
-        let param = self.param(id).ok_or_else(|| Error::input("model", format!("no tensor {id}"), "a tensor of it"))?;
+        let param = self.param(id).ok_or_else(|| Self::unknown(id))?;
         read_floats(&self.backend, param.values.view())
     }
 
     /// Replaces a tensor's values.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the model has no such tensor, [`Error::Device`] where the device fails.
     pub fn write(&mut self, id: ParamId, values: &[f32]) -> Result<()> {
-        let i = *self.index.get(&id).ok_or_else(|| Error::input("model", format!("no tensor {id}"), "one of it"))?;
+        let i = *self.index.get(&id).ok_or_else(|| Self::unknown(id))?;
         let narrowed: Vec<B::Float> = values.iter().map(|x| B::Float::from_f32(*x)).collect();
         self.backend.write(&narrowed, self.params[i].values.view_mut())
+    }
+
+    fn unknown(id: ParamId) -> Error {
+        Error::input("model", format!("no tensor {id}"), "a parameter of this model")
     }
 
     /// The tensor that the head multiplies by: `lm_head`, or the embedding where they are tied.
@@ -97,17 +108,12 @@ impl<B: Backend> Decoder<B> {
         if self.config.tied { ParamId::Embedding } else { ParamId::Head }
     }
 
-    /// Bytes of working memory that are kept between calls.
-    pub fn pool_bytes(&self) -> usize {
-        self.pool.bytes()
-    }
-
     /// Gives working memory back to the backend, between phases of different shape.
     pub fn release_pool(&self) {
         self.pool.clear();
     }
 
-    /// A tensor's values, or those of the overlay.
+    /// A tensor's values, replaced by the overlay's where it has some.
     pub(super) fn values<'a>(&'a self, overlay: &Overlay<'a, B>, id: ParamId) -> In<'a, B> {
         overlay.get(&id).cloned().unwrap_or_else(|| self.params[self.index[&id]].values.view())
     }

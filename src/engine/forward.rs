@@ -3,8 +3,8 @@
 mod projections;
 
 use super::decoder::Overlay;
-use super::fold::{Fold, Folded};
 use super::pool::{Floats, Scratch};
+use super::prefix::{Deduplicated, DistinctRows};
 use super::{Batch, Decoder};
 use crate::backend::{
     Attention, AttentionDecode, AttentionShape, Backend, Buffer, DecodeSpans, Documents, GatedLinear, GatherRows, In,
@@ -19,15 +19,15 @@ pub(super) use projections::Unnormed;
 
 /// A batch on the backend.
 pub(super) struct Packed<'p, B: Backend> {
-    /// Rows that are computed: all, or where the batch is folded the distinct ones.
+    /// Rows that are computed: all, or where prefixes are shared the distinct ones.
     pub(super) tokens: usize,
-    pub(super) folded: Option<Folded<'p, B>>,
+    pub(super) dedup: Option<Deduplicated<'p, B>>,
     pub(super) documents: Documents<B>,
     pub(super) positions: Scratch<'p, B, u32>,
     pub(super) rope: Arc<Buffer<B, f32>>,
 }
 
-/// What the attention half of a layer leaves behind.
+/// Activations of a layer's attention half.
 pub(super) struct AttentionActivations<'p, B: Backend> {
     pub(super) rstd: Scratch<'p, B, f32>,
     pub(super) q_unnormed: Option<Unnormed<'p, B>>,
@@ -39,7 +39,7 @@ pub(super) struct AttentionActivations<'p, B: Backend> {
     pub(super) lse: Scratch<'p, B, f32>,
 }
 
-/// What the MLP half of a layer leaves behind.
+/// Activations of a layer's MLP half.
 pub(super) struct MlpActivations<'p, B: Backend> {
     pub(super) rstd: Scratch<'p, B, f32>,
     pub(super) gate: Floats<'p, B>,
@@ -57,13 +57,13 @@ pub(super) struct LayerActivations<'p, B: Backend> {
 impl<B: Backend> Packed<'_, B> {
     /// Rows of the batch.
     pub(super) fn rows(&self) -> usize {
-        self.folded.as_ref().map_or(self.tokens, |folded| folded.fold.places.len())
+        self.dedup.as_ref().map_or(self.tokens, |dedup| dedup.distinct.index.len())
     }
 
-    /// Where rows of the batch are computed.
-    pub(super) fn places(&self, rows: &[u32]) -> Vec<u32> {
-        match &self.folded {
-            Some(folded) => rows.iter().map(|r| folded.fold.places[*r as usize]).collect(),
+    /// Which computed rows are those rows of the batch.
+    pub(super) fn computed(&self, rows: &[u32]) -> Vec<u32> {
+        match &self.dedup {
+            Some(dedup) => rows.iter().map(|r| dedup.distinct.index[*r as usize]).collect(),
             None => rows.to_vec(),
         }
     }
@@ -71,15 +71,15 @@ impl<B: Backend> Packed<'_, B> {
 
 impl<B: Backend> Decoder<B> {
     pub(super) fn pack(&self, batch: &Batch) -> Result<Packed<'_, B>> {
-        self.pack_folded(batch, None)
+        self.pack_distinct(batch, None)
     }
 
-    /// With a fold, of forward passes alone: activations hold the distinct rows.
-    pub(super) fn pack_folded(&self, batch: &Batch, fold: Option<Fold>) -> Result<Packed<'_, B>> {
+    /// With `distinct`, for forward passes alone: activations hold the distinct rows.
+    pub(super) fn pack_distinct(&self, batch: &Batch, distinct: Option<DistinctRows>) -> Result<Packed<'_, B>> {
         self.check(batch)?;
         let longest = batch.positions.iter().max().map_or(1, |p| *p as usize + 1);
-        let positions = match &fold {
-            Some(fold) => self.indices(&fold.choose(&batch.positions))?,
+        let positions = match &distinct {
+            Some(distinct) => self.indices(&distinct.select(&batch.positions))?,
             None => self.indices(&batch.positions)?,
         };
         Ok(Packed {
@@ -87,7 +87,7 @@ impl<B: Backend> Decoder<B> {
             documents: self.documents(&batch.starts)?,
             positions,
             rope: self.rope(longest)?,
-            folded: fold.map(|fold| self.folded(fold)).transpose()?,
+            dedup: distinct.map(|distinct| self.deduplicated(distinct)).transpose()?,
         })
     }
 
@@ -96,7 +96,7 @@ impl<B: Backend> Decoder<B> {
         self.embed_rows(overlay, rows.view())
     }
 
-    /// The same of tokens that the backend has.
+    /// [`Decoder::embed`] of tokens that are on the backend.
     pub(super) fn embed_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -166,14 +166,14 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<Floats<'a, B>> {
         let (shape, documents) = (self.attention_shape(layer), &packed.documents);
         let mut mixed = self.floats(packed.rows() * self.config.q_width())?;
-        let Some(folded) = &packed.folded else {
+        let Some(dedup) = &packed.dedup else {
             Attention { q, k, v, o: mixed.view_mut(), lse, shape, documents }.run(&self.backend)?;
             return Ok(mixed);
         };
-        let (q, k, v) = (folded.unfold(self, q)?, folded.unfold(self, k)?, folded.unfold(self, v)?);
+        let (q, k, v) = (dedup.expand(self, q)?, dedup.expand(self, k)?, dedup.expand(self, v)?);
         let (q, k, v, o) = (q.view(), k.view(), v.view(), mixed.view_mut());
         Attention { q, k, v, o, lse, shape, documents }.run(&self.backend)?;
-        folded.fold(self, mixed.view())
+        dedup.compact(self, mixed.view())
     }
 
     /// `mid` = `x` + o_proj(`mixed`).
@@ -209,7 +209,7 @@ impl<B: Backend> Decoder<B> {
         Ok(MlpActivations { rstd, gate, up })
     }
 
-    /// The same with nothing kept.
+    /// [`Decoder::mlp_half`] that keeps nothing.
     pub(super) fn mlp_output<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -271,7 +271,7 @@ impl<B: Backend> Decoder<B> {
         Ok(done.then_some(product))
     }
 
-    /// A whole layer; dropping the activations gives their memory to the next one.
+    /// A whole layer and its activations; dropping them frees their memory for the next layer.
     pub(super) fn layer_forward<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -287,7 +287,7 @@ impl<B: Backend> Decoder<B> {
         Ok((LayerActivations { x, attention, mid, mlp }, out))
     }
 
-    /// The same of which the attention half alone is kept.
+    /// [`Decoder::layer_forward`] that keeps only the attention half.
     pub(super) fn layer_attention<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -304,7 +304,7 @@ impl<B: Backend> Decoder<B> {
         Ok((attention, out))
     }
 
-    /// The output of a layer, with nothing kept: the MLP in pieces.
+    /// The output of a layer with nothing kept; the MLP runs in pieces.
     pub(super) fn layer_output<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -324,14 +324,14 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Rows in pieces as equal as may be, none longer than [`Backend::enough_tokens`].
+    /// Rows in pieces as equal as may be, none longer than [`Backend::saturating_rows`].
     pub(super) fn pieces(&self, tokens: usize) -> impl Iterator<Item = Range<usize>> + use<B> {
-        let count = tokens.div_ceil(self.backend.enough_tokens()).max(1);
+        let count = tokens.div_ceil(self.backend.saturating_rows()).max(1);
         (0..count).map(move |i| i * tokens / count..(i + 1) * tokens / count)
     }
 
-    /// A layer of which only some rows of the batch go on: keys and values for all tokens, everything else for `rows`
-    /// alone. Returns the layer's output [rows, hidden], and its keys and values.
+    /// A layer whose output is needed only at `rows` of the batch: keys and values are computed for all tokens, everything else
+    /// for `rows`. Returns the output [rows, hidden], keys and values.
     pub(super) fn layer_forward_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,
@@ -352,11 +352,11 @@ impl<B: Backend> Decoder<B> {
         self.project_rotated(overlay, module(ModuleKind::K), normed.view(), k.view_mut(), all, rope())?;
         self.project(overlay, module(ModuleKind::V), normed.view(), v.view_mut(), packed.tokens, None)?;
 
-        let (k, v) = match &packed.folded {
-            Some(folded) => (folded.unfold(self, k.view())?, folded.unfold(self, v.view())?),
+        let (k, v) = match &packed.dedup {
+            Some(dedup) => (dedup.expand(self, k.view())?, dedup.expand(self, v.view())?),
             None => (k, v),
         };
-        let chosen = self.indices(&packed.places(rows))?;
+        let chosen = self.indices(&packed.computed(rows))?;
         let mut x_rows = self.floats(rows.len() * c.hidden)?;
         let mut normed_rows = self.floats(rows.len() * c.hidden)?;
         self.gather(x, chosen.view(), x_rows.view_mut())?;

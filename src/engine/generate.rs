@@ -52,7 +52,7 @@ pub struct Generation {
     pub finish: Finish,
 }
 
-/// Most sequences that are decoded in one step.
+/// Most sequences in a decoding step.
 const MAX_SLOTS: usize = 64;
 
 /// Keys and values of all layers: `slots` sequences of up to `capacity` tokens.
@@ -67,8 +67,8 @@ struct CachedLayer<B: Backend> {
     values: Buffer<B, B::Float>,
 }
 
-/// Where the tokens of a step stand, on the backend.
-struct At<'a, B: Backend> {
+/// Inputs of a decoding step: a token of each running sequence.
+struct DecodeInputs<'a, B: Backend> {
     tokens: View<'a, B, u32>,
     positions: View<'a, B, u32>,
     /// Rows of the cache that get their keys and values.
@@ -78,8 +78,8 @@ struct At<'a, B: Backend> {
     rope: View<'a, B, f32>,
 }
 
-/// What tokens are drawn with (unspecified where the draw is greedy), and into.
-struct Draw<'p, B: Backend> {
+/// Uniforms that tokens are sampled by (unspecified where greedy), and the tokens.
+struct SampleBuffers<'p, B: Backend> {
     uniforms: Stats<'p, B>,
     tokens: Scratch<'p, B, u32>,
 }
@@ -97,7 +97,11 @@ struct Slot {
 impl<B: Backend> Decoder<B> {
     /// Answers to `prompts`; `on_token(prompt, token)` sees each token as it comes (stop tokens too).
     ///
-    /// Several sequences are decoded at once, and a prompt takes the place of each one that ends.
+    /// Several sequences are decoded at once (continuous batching): a prompt takes the slot of each one that ends.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where a prompt is empty or longer than the context; [`Error::Failed`] where no token can be sampled;
+    /// [`Error::Device`] or [`Error::Memory`] where the device fails.
     pub fn generate(
         &self,
         prompts: &[Vec<u32>],
@@ -195,9 +199,9 @@ impl<B: Backend> Decoder<B> {
         }
         let (normed, _) = self.norm(&none, ParamId::FinalNorm, x.view())?;
         let draws: Vec<(usize, usize)> = arrivals.iter().map(|(_, p)| (*p, 0)).collect();
-        let mut draw = self.uniforms(&draws, options)?;
-        let logits = self.draw(normed.view(), &mut draw, options)?;
-        self.drawn(&draw, &logits)
+        let mut samples = self.sample_buffers(&draws, options)?;
+        let logits = self.sample(normed.view(), &mut samples, options)?;
+        self.read_tokens(&samples, &logits)
     }
 
     /// One token for each running slot.
@@ -221,28 +225,28 @@ impl<B: Backend> Decoder<B> {
         let rows = states.iter().map(|(slot, s)| (first(*slot) + s.len) as u32);
         let spans = states.iter().flat_map(|(slot, s)| [first(*slot) as u32, s.len as u32 + 1]);
         let host: Vec<u32> = tokens.chain(positions).chain(rows).chain(spans).collect();
-        let inputs = self.indices(&host)?;
-        let [tokens, positions, rows] = [0, 1, 2].map(|part| inputs.range(part * count..(part + 1) * count));
-        let spans = DecodeSpans { host: &host[3 * count..], device: inputs.range(3 * count..5 * count) };
-        let at = At { tokens, positions, rows, spans, rope: rope.view() };
+        let on_device = self.indices(&host)?;
+        let [tokens, positions, rows] = [0, 1, 2].map(|part| on_device.range(part * count..(part + 1) * count));
+        let spans = DecodeSpans { host: &host[3 * count..], device: on_device.range(3 * count..5 * count) };
+        let inputs = DecodeInputs { tokens, positions, rows, spans, rope: rope.view() };
         let draws: Vec<(usize, usize)> = states.iter().map(|(_, s)| (s.prompt, s.tokens.len())).collect();
-        let mut draw = self.uniforms(&draws, options)?;
-        let logits = self.backend.replay(|| self.decode(&at, cache, &mut draw, options))?;
-        self.drawn(&draw, &logits)
+        let mut samples = self.sample_buffers(&draws, options)?;
+        let logits = self.backend.replay(|| self.decode(&inputs, cache, &mut samples, options))?;
+        self.read_tokens(&samples, &logits)
     }
 
-    /// All that the device does for a step: logits, and tokens drawn from them.
+    /// The device's work for a step: logits, and tokens sampled from them.
     fn decode(
         &self,
-        at: &At<'_, B>,
+        inputs: &DecodeInputs<'_, B>,
         cache: &mut Cache<B>,
-        draw: &mut Draw<'_, B>,
+        samples: &mut SampleBuffers<'_, B>,
         options: &GenerateOptions,
     ) -> Result<Floats<'_, B>> {
         let none = Overlay::new();
-        let (c, count) = (&self.config, at.tokens.len());
-        let (rows, width) = (|| at.rows.clone(), c.kv_width());
-        let mut x = self.embed_rows(&none, at.tokens.clone())?;
+        let (c, count) = (&self.config, inputs.tokens.len());
+        let (rows, width) = (|| inputs.rows.clone(), c.kv_width());
+        let mut x = self.embed_rows(&none, inputs.tokens.clone())?;
         for (layer, CachedLayer { keys, values }) in cache.layers.iter_mut().enumerate() {
             let _span = trace::layer(layer);
             let (normed, _) = self.norm(&none, ParamId::InputNorm(layer), x.view())?;
@@ -250,22 +254,22 @@ impl<B: Backend> Decoder<B> {
             let mut k = self.floats(count * width)?;
             let mut v = self.floats(count * width)?;
             let outs = [q.view_mut(), k.view_mut(), v.view_mut()];
-            self.project_qkv(&none, layer, normed.view(), outs, at.positions.clone(), at.rope.clone())?;
+            self.project_qkv(&none, layer, normed.view(), outs, inputs.positions.clone(), inputs.rope.clone())?;
             ScatterRows { from: k.view(), rows: rows(), to: keys.view_mut(), width }.run(&self.backend)?;
             ScatterRows { from: v.view(), rows: rows(), to: values.view_mut(), width }.run(&self.backend)?;
             let mut mixed = self.floats(count * c.q_width())?;
             let (q, k, v, o) = (q.view(), keys.view(), values.view(), mixed.view_mut());
-            let (spans, shape) = (at.spans.clone(), self.attention_shape(layer));
+            let (spans, shape) = (inputs.spans.clone(), self.attention_shape(layer));
             AttentionDecode { q, k, v, o, spans, shape }.run(&self.backend)?;
             let mid = self.output_projection(&none, layer, mixed.view(), x.view())?;
             self.mlp_output(&none, layer, mid.view(), x.view_mut())?;
         }
         let (normed, _) = self.norm(&none, ParamId::FinalNorm, x.view())?;
-        self.draw(normed.view(), draw, options)
+        self.sample(normed.view(), samples, options)
     }
 
-    /// What tokens are drawn with; `draws` names (prompt, index of the token).
-    fn uniforms(&self, draws: &[(usize, usize)], options: &GenerateOptions) -> Result<Draw<'_, B>> {
+    /// Uniforms for the tokens (prompt, index in the answer) of `draws`, and room for the tokens.
+    fn sample_buffers(&self, draws: &[(usize, usize)], options: &GenerateOptions) -> Result<SampleBuffers<'_, B>> {
         let mut uniforms = self.stats(draws.len())?;
         if options.sampling.temperature > 0.0 {
             let uniform = |(prompt, token): &(usize, usize)| {
@@ -276,23 +280,28 @@ impl<B: Backend> Decoder<B> {
             let host: Vec<f32> = draws.iter().map(uniform).collect();
             self.backend.write(&host, uniforms.view_mut())?;
         }
-        Ok(Draw { uniforms, tokens: self.pool.indices.take(&self.backend, draws.len())? })
+        Ok(SampleBuffers { uniforms, tokens: self.pool.indices.take(&self.backend, draws.len())? })
     }
 
-    /// Logits of normed rows, and a token drawn from each.
-    fn draw(&self, normed: In<'_, B>, draw: &mut Draw<'_, B>, options: &GenerateOptions) -> Result<Floats<'_, B>> {
+    /// Logits of normed rows, and a token sampled from each.
+    fn sample(
+        &self,
+        normed: In<'_, B>,
+        samples: &mut SampleBuffers<'_, B>,
+        options: &GenerateOptions,
+    ) -> Result<Floats<'_, B>> {
         let logits = self.head_logits(&Overlay::new(), normed)?;
-        let Draw { uniforms, tokens } = draw;
+        let SampleBuffers { uniforms, tokens } = samples;
         let (vocab, sampling) = (self.config.vocab, options.sampling);
         let (uniforms, tokens) = (uniforms.view(), tokens.view_mut());
         Sample { logits: logits.view(), uniforms, tokens, vocab, sampling }.run(&self.backend)?;
         Ok(logits)
     }
 
-    /// The tokens that were drawn; waits for the device.
-    fn drawn(&self, draw: &Draw<'_, B>, logits: &Floats<'_, B>) -> Result<Vec<u32>> {
-        let mut host = vec![0; draw.tokens.view().len()];
-        self.backend.read(draw.tokens.view(), &mut host)?;
+    /// The sampled tokens; waits for the device.
+    fn read_tokens(&self, samples: &SampleBuffers<'_, B>, logits: &Floats<'_, B>) -> Result<Vec<u32>> {
+        let mut host = vec![0; samples.tokens.view().len()];
+        self.backend.read(samples.tokens.view(), &mut host)?;
         if host.iter().any(|t| *t as usize >= self.config.vocab) {
             let finite = read_floats(&self.backend, logits.view())?.iter().all(|x| x.is_finite());
             let what = if finite { "no token could be drawn" } else { "the logits are not finite" };
@@ -302,7 +311,7 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// Takes a drawn token into its slot, and ends the answer where it ends.
+/// Appends a sampled token to its slot, and finishes the answer at its end.
 fn settle(
     slot: &mut Option<Slot>,
     token: u32,

@@ -1,4 +1,4 @@
-//! Gradient buffers of what trains, and of nothing else.
+//! Gradient buffers of the tensors that train.
 
 use crate::backend::{Backend, Buffer};
 use crate::engine::Decoder;
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 /// One buffer for each tensor that trains.
 pub struct Gradients<B: Backend> {
     buffers: BTreeMap<ParamId, Buffer<B, B::Grad>>,
-    /// Whether the backward pass that runs adds to what the buffers hold.
+    /// Whether the running backward pass adds to what the buffers hold.
     pub(super) accumulate: bool,
 }
 
@@ -32,7 +32,10 @@ impl GradientOptions {
 }
 
 impl<B: Backend> Gradients<B> {
-    /// Zeroed buffers for the decoder's tensors that `trains` says.
+    /// Zeroed buffers; `trains` selects the tensors that train.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
     pub fn new(decoder: &Decoder<B>, trains: impl Fn(ParamId) -> bool) -> Result<Self> {
         let mut buffers = BTreeMap::new();
         for p in decoder.params() {

@@ -31,6 +31,9 @@ impl Lora {
 impl<B: Backend> Decoder<B> {
     /// Puts adapters beside the projections of `set`: A uniform in ±1/√inputs (as `peft`), B zero, so that nothing
     /// changes until a step is taken.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the rank is 0; [`Error::Device`] or [`Error::Memory`] where the device fails.
     pub fn add_lora(&mut self, set: &ModuleSet, lora: Lora, seed: u64) -> Result<()> {
         if lora.rank == 0 {
             return Err(Error::input("lora.rank", "0", "at least 1"));
@@ -64,6 +67,9 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Adds scale · B·A to each adapted weight and removes the adapters.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`] where the device fails.
     pub fn merge_lora(&mut self) -> Result<()> {
         let Some(lora) = self.lora.take() else { return Ok(()) };
         let base = self.params.iter().take_while(|p| !matches!(p.id, ParamId::LoraA(_))).count();

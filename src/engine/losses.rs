@@ -1,4 +1,4 @@
-//! The losses of a step, which stay on the backend until they are read.
+//! Losses of a step, which stay on the backend until they are read.
 
 use super::decoder::read_floats;
 use super::pool::Stats;
@@ -17,7 +17,7 @@ impl<'d, B: Backend> Losses<'d, B> {
         Self { backend, values, filled: 0 }
     }
 
-    /// Room for those of the next micro-batch.
+    /// Room for the losses of the next micro-batch.
     pub(super) fn next(&mut self, rows: usize) -> ViewMut<'_, B, f32> {
         let first = self.filled;
         self.filled += rows;

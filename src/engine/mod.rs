@@ -1,27 +1,25 @@
-//! A decoder: forward with taps, backward by hand, key-value cache and generation, the perturbed sweep.
+//! A decoder: forward pass with hidden states, backward pass by hand, key-value cache and generation, the perturbed sweep.
 //! Written once, over [`crate::backend::Backend`].
 
 mod backward;
 mod batch;
+mod cost;
 mod decoder;
-mod floor;
-mod fold;
 mod forward;
 mod generate;
 mod gradients;
 mod lora;
 mod losses;
-mod plan;
 mod pool;
+mod prefix;
 mod readout;
 mod sweep;
 
 pub use batch::Batch;
+pub use cost::{MinimumCost, Plan, Workload, roofline_seconds};
 pub use decoder::{Decoder, Parameter};
-pub use floor::{Floor, light_seconds};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use gradients::{GradientOptions, Gradients};
 pub use lora::Lora;
 pub use losses::Losses;
-pub use plan::{Plan, Workload};
 pub use sweep::{Member, NoiseKind, Readout, SweepOptions};

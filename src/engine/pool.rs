@@ -29,7 +29,7 @@ impl<B: Backend, T: Element> Shelf<B, T> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `len` elements of unspecified content.
+    /// A buffer of `len` elements of unspecified content.
     pub(super) fn take(&self, backend: &B, len: usize) -> Result<Scratch<'_, B, T>> {
         // Batches differ in length from step to step: a longer buffer serves a shorter batch, so that the pool holds what
         // the longest one needed and no more; but a small request must not take the place of a large one. A training pass
@@ -65,10 +65,6 @@ impl<B: Backend, T: Element> Shelf<B, T> {
         self.tokens.store(tokens, Relaxed);
         self.longest.fetch_max(tokens, Relaxed);
     }
-
-    fn bytes(&self) -> usize {
-        self.lock().iter().map(|(_, buffer)| buffer.bytes()).sum()
-    }
 }
 
 /// The working memory of a decoder.
@@ -85,27 +81,22 @@ impl<B: Backend> Default for Pool<B> {
 }
 
 impl<B: Backend> Pool<B> {
-    /// Gives everything that is free back to the backend.
+    /// Frees all unused buffers.
     pub(super) fn clear(&self) {
         self.floats.clear();
         self.stats.clear();
         self.indices.clear();
     }
 
-    /// A training pass over a batch of so many tokens, until the guard is dropped. At most one at a time.
+    /// Begins a training pass over `tokens` tokens, which ends when the guard is dropped. At most one at a time.
     pub(super) fn pass(&self, tokens: usize) -> Pass<'_, B> {
         self.floats.begin(tokens);
         self.stats.begin(tokens);
         Pass { pool: self }
     }
-
-    /// Bytes kept for later.
-    pub(super) fn bytes(&self) -> usize {
-        self.floats.bytes() + self.stats.bytes() + self.indices.bytes()
-    }
 }
 
-/// Tells a pool that a training pass is at work.
+/// A running training pass; ends when dropped.
 pub(super) struct Pass<'p, B: Backend> {
     pool: &'p Pool<B>,
 }
@@ -168,6 +159,13 @@ impl<B: Backend, T: Element> Drop for Scratch<'_, B, T> {
 mod tests {
     use super::*;
     use crate::backend::cpu::Cpu;
+
+    impl Pool<Cpu> {
+        /// Bytes kept for later.
+        fn bytes(&self) -> usize {
+            self.floats.lock().iter().map(|(_, buffer)| buffer.bytes()).sum()
+        }
+    }
 
     /// What a training pass does with memory: in each layer a wide buffer that is freed, and narrow ones that are kept.
     fn pass(pool: &Pool<Cpu>, tokens: usize) -> usize {

@@ -1,4 +1,4 @@
-//! What can be read from a forward pass: hidden states, logits, losses.
+//! Outputs of forward passes: hidden states, logits, losses.
 
 use super::decoder::{Overlay, read_floats};
 use super::pool::Floats;
@@ -10,6 +10,10 @@ use crate::modules::ParamId;
 impl<B: Backend> Decoder<B> {
     /// Hidden states at `rows` of the packed batch, each [rows, hidden], layers + 1 of them: the embedding's output
     /// first, the last after the final norm (as `output_hidden_states` of transformers).
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// the device fails.
     pub fn hidden_states(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<Vec<f32>>> {
         let _span = trace::phase("forward");
         let mut states = Vec::with_capacity(self.config.layers + 1);
@@ -23,6 +27,10 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Logits [rows, vocab] at `rows` of the packed batch.
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// the device fails.
     pub fn logits(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<f32>> {
         let _span = trace::phase("forward");
         let last = self.run_layers(batch, rows, |_| Ok(()))?;
@@ -38,6 +46,10 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// −log p of each row's target (0 where ignored), \[tokens\].
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// the device fails.
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
         let _span = trace::phase("forward");
         self.check(batch)?;

@@ -1,7 +1,7 @@
 //! The perturbed sweep: many copies of the model, each with some tensors perturbed, read at the last token of every prompt.
 //!
 //! What makes it cheap, next to perturbing, running and restoring one copy after another:
-//! - what prompts have in common from their beginnings on is computed once ([`Fold`]);
+//! - what prompts have in common from their beginnings on is computed once ([`DistinctRows`]);
 //! - everything below the lowest perturbed layer is the clean model's, computed once for all;
 //! - inside that layer, what comes before the perturbed projection is shared as well;
 //! - above it, copies are concatenated along the tokens until products are large enough for the backend;
@@ -11,14 +11,14 @@
 mod draws;
 
 use super::decoder::{Overlay, read_floats};
-use super::fold::Fold;
 use super::forward::Packed;
 use super::pool::Floats;
+use super::prefix::DistinctRows;
 use super::{Batch, Decoder};
 use crate::backend::{Backend, In, Linear, LinearShape, Operator, Out, trace};
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ModuleSet, ParamId};
-use draws::{Draw, Squares, draws, grouped, overlay, repeated, stage};
+use draws::{NoiseDraw, Squares, draws, grouped, overlay, repeated, stage};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -87,11 +87,11 @@ struct CleanLayer<'p, B: Backend> {
     up: Floats<'p, B>,
 }
 
-/// Inputs of a sweep: the prompts on the backend, and what is read of them.
+/// Inputs of a sweep: the prompts, on host and backend, and the options.
 struct SweepInputs<'p, B: Backend> {
     options: &'p SweepOptions,
     prompts: &'p Batch,
-    fold: Option<Fold>,
+    distinct: Option<DistinctRows>,
     /// The tokens that are computed.
     tokens: Vec<u32>,
     /// The last row of each prompt.
@@ -111,6 +111,10 @@ struct Piece<'p, B: Backend> {
 impl<B: Backend> Decoder<B> {
     /// Runs every member over the prompts. Members come to `sink(index, readout)` in the order of the lowest layer that
     /// they perturb, not in their own.
+    ///
+    /// # Errors
+    /// Those of `sink`; [`crate::Error::Input`] where the prompts do not fit the model; [`crate::Error::Device`] or
+    /// [`crate::Error::Memory`] where the device fails.
     pub fn sweep(
         &self,
         prompts: &Batch,
@@ -121,19 +125,20 @@ impl<B: Backend> Decoder<B> {
         let _span = trace::phase("sweep");
         let none = Overlay::new();
         let layers = self.config.layers;
-        let fold = Fold::of(prompts);
-        let tokens = fold.as_ref().map_or_else(|| prompts.tokens.clone(), |fold| fold.choose(&prompts.tokens));
-        let packed = self.pack_folded(prompts, fold.clone())?;
+        let distinct = DistinctRows::of(prompts);
+        let tokens =
+            distinct.as_ref().map_or_else(|| prompts.tokens.clone(), |distinct| distinct.select(&prompts.tokens));
+        let packed = self.pack_distinct(prompts, distinct.clone())?;
         let inputs = SweepInputs {
             options,
             prompts,
-            fold,
+            distinct,
             tokens,
             rows: prompts.last_rows(),
             packed,
             squares: Squares::new(self),
         };
-        let mut stages: BTreeMap<usize, Vec<Draw<'_>>> = BTreeMap::new();
+        let mut stages: BTreeMap<usize, Vec<NoiseDraw<'_>>> = BTreeMap::new();
         for draw in draws(members) {
             stages
                 .entry(draw.cells.iter().map(|c| stage(c, layers)).min().unwrap_or(layers + 1))
@@ -201,10 +206,10 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Members of a draw that perturbs the last layer first: everything but its keys and values for the last tokens alone.
+    /// Members of a draw whose lowest perturbed layer is the last: only keys and values are computed for all tokens.
     fn last_layer_members(
         &self,
-        draw: &Draw<'_>,
+        draw: &NoiseDraw<'_>,
         x: &Floats<'_, B>,
         clean: &Readout,
         inputs: &SweepInputs<'_, B>,
@@ -225,7 +230,7 @@ impl<B: Backend> Decoder<B> {
     /// Runs concatenated members from layer `from` to the end. `x` holds the inputs of that layer, [members·tokens, hidden].
     fn finish_members<'a>(
         &'a self,
-        group: &[Draw<'_>],
+        group: &[NoiseDraw<'_>],
         mut x: Floats<'a, B>,
         from: usize,
         mut readouts: Vec<Readout>,
@@ -303,7 +308,7 @@ impl<B: Backend> Decoder<B> {
 
     /// Members cut into pieces that are large enough for the backend.
     fn member_pieces<'a>(&'a self, count: usize, inputs: &SweepInputs<'_, B>) -> Result<Vec<Piece<'a, B>>> {
-        let most = self.backend.enough_tokens().div_ceil(inputs.packed.tokens).min(count);
+        let most = self.backend.saturating_rows().div_ceil(inputs.packed.tokens).min(count);
         (0..count)
             .step_by(most)
             .map(|first| {
@@ -311,7 +316,9 @@ impl<B: Backend> Decoder<B> {
                 let prompts = repeated(inputs.prompts, members.len());
                 let packed = match members.len() {
                     1 => None,
-                    n => Some(self.pack_folded(&prompts, inputs.fold.as_ref().map(|fold| fold.repeated(n)))?),
+                    n => Some(
+                        self.pack_distinct(&prompts, inputs.distinct.as_ref().map(|distinct| distinct.repeated(n)))?,
+                    ),
                 };
                 Ok(Piece { members, prompts, packed })
             })
@@ -427,8 +434,8 @@ impl<B: Backend> Decoder<B> {
             return Ok(());
         }
         let (hidden, tokens) = (self.config.hidden, inputs.packed.tokens as u32);
-        let places = inputs.packed.places(&inputs.rows);
-        let rows: Vec<u32> = (0..count as u32).flat_map(|m| places.iter().map(move |r| m * tokens + r)).collect();
+        let computed = inputs.packed.computed(&inputs.rows);
+        let rows: Vec<u32> = (0..count as u32).flat_map(|m| computed.iter().map(move |r| m * tokens + r)).collect();
         let rows = self.indices(&rows)?;
         let width = inputs.rows.len() * hidden;
         let mut tapped = self.floats(count * width)?;
@@ -472,8 +479,8 @@ impl<B: Backend> Decoder<B> {
     fn members_at_once(&self, inputs: &SweepInputs<'_, B>) -> usize {
         let c = &self.config;
         let heads = 2 * c.q_width() + 2 * c.kv_width();
-        let unfolded = if inputs.fold.is_some() { inputs.packed.rows() * heads } else { 0 };
-        let elements = inputs.packed.tokens * (5 * c.hidden + heads + 3 * c.ffn) + unfolded;
+        let expanded = if inputs.distinct.is_some() { inputs.packed.rows() * heads } else { 0 };
+        let elements = inputs.packed.tokens * (5 * c.hidden + heads + 3 * c.ffn) + expanded;
         let bytes = elements * size_of::<B::Float>();
         (inputs.options.budget_bytes as usize / bytes.max(1)).max(2)
     }

@@ -7,7 +7,7 @@ pub use summary::{Row, Summary, summarize};
 use crate::backend::trace::{self, Span};
 use crate::backend::{Backend, Cost, Roofline};
 use crate::engine::{
-    Batch, Decoder, Floor, GenerateOptions, GradientOptions, Gradients, Member, NoiseKind, SweepOptions,
+    Batch, Decoder, GenerateOptions, GradientOptions, Gradients, Member, MinimumCost, NoiseKind, SweepOptions,
 };
 use crate::error::{Error, Result};
 use crate::modules::{Cell, LearningRates, ModuleSet, ParamId};
@@ -112,14 +112,14 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, r
     let range = options.range.clone().unwrap_or(0..=0);
     for i in 1..=options.steps {
         if i == *range.start() {
-            backend.profiler(true)?;
+            backend.start_profiler()?;
         }
         let began = recording.now_ns();
         step()?;
         backend.synchronize()?;
         steps.push((began, recording.now_ns() - began));
         if i == *range.end() {
-            backend.profiler(false)?;
+            backend.stop_profiler()?;
         }
     }
     let tokens = match options.work {
@@ -135,7 +135,7 @@ fn projections(set: &ModuleSet) -> impl Iterator<Item = Cell> + '_ {
 }
 
 fn floor<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions, batch: &Batch) -> Vec<Cost> {
-    let of = |trains: &dyn Fn(ParamId) -> bool| Floor::new::<B>(&decoder.config, None, trains);
+    let of = |trains: &dyn Fn(ParamId) -> bool| MinimumCost::new::<B>(&decoder.config, None, trains);
     let set = &options.set;
     match options.work {
         Work::Forward => vec![of(&|_| false).forward(&batch.starts, batch.trained_tokens())],

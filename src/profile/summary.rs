@@ -2,8 +2,8 @@
 
 use super::Profile;
 use crate::backend::Roofline;
-use crate::backend::trace::{Lane, Span};
-use crate::engine::light_seconds;
+use crate::backend::trace::{Span, SpanKind};
+use crate::engine::roofline_seconds;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -61,7 +61,7 @@ pub struct Summary {
     pub between_ns: u64,
     /// Share of the steps' time inside of the rows, 0 to 1.
     pub explained: f64,
-    /// Time of the minimum cost at the roofline over the steps' time (see [`crate::engine::Floor`]).
+    /// Time of the minimum cost at the roofline over the steps' time (see [`crate::engine::MinimumCost`]).
     pub speed_of_light: f64,
     /// The measured roofline.
     #[serde(rename = "ceilings")]
@@ -70,11 +70,11 @@ pub struct Summary {
 
 /// Summarizes a profile.
 pub fn summarize(profile: &Profile) -> Summary {
-    let lane = if profile.spans.iter().any(|s| s.lane == Lane::Kernel) { Lane::Kernel } else { Lane::Op };
+    let kind = if profile.spans.iter().any(|s| s.kind == SpanKind::Kernel) { SpanKind::Kernel } else { SpanKind::Op };
     let total: u64 = profile.steps.iter().map(|(_, ns)| ns).sum();
     let mut rows: BTreeMap<&str, Row> = BTreeMap::new();
     let mut layers: BTreeMap<_, Row> = BTreeMap::new();
-    for span in profile.spans.iter().filter(|s| s.lane == lane) {
+    for span in profile.spans.iter().filter(|s| s.kind == kind) {
         rows.entry(span.name).or_default().add(span, &profile.roofline);
         let place = match span.layer {
             Some(layer) => format!("{}, layer {layer}", span.phase),
@@ -88,12 +88,12 @@ pub fn summarize(profile: &Profile) -> Summary {
     let mut rows: Vec<Row> = rows.into_iter().map(|(name, row)| row.finish(name.to_string(), total)).collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.ns));
     let explained: u64 = rows.iter().map(|row| row.ns).sum();
-    let light = profile.steps.len() as f64 * light_seconds(&profile.floor, &profile.roofline);
+    let light = profile.steps.len() as f64 * roofline_seconds(&profile.floor, &profile.roofline);
     let mut steps: Vec<u64> = profile.steps.iter().map(|(_, ns)| *ns).collect();
     steps.sort_unstable();
     let median = steps.get(steps.len() / 2).copied().unwrap_or(0).max(1);
     Summary {
-        kernels: lane == Lane::Kernel,
+        kernels: kind == SpanKind::Kernel,
         step_ms: median as f64 / 1e6,
         tok_per_s: profile.tokens as f64 / (median as f64 / 1e9),
         between_ns: total.saturating_sub(explained),
@@ -106,6 +106,6 @@ pub fn summarize(profile: &Profile) -> Summary {
 }
 
 fn first_start(profile: &Profile, phase: &str) -> u64 {
-    let spans = profile.spans.iter().filter(|s| s.lane == Lane::Phase && s.name == phase);
+    let spans = profile.spans.iter().filter(|s| s.kind == SpanKind::Phase && s.name == phase);
     spans.map(|s| s.start_ns).min().unwrap_or(u64::MAX)
 }

@@ -3,7 +3,7 @@
 use super::format::{bytes, compact, fixed};
 use super::trace::{Trace, Track};
 use super::{Entry, Table};
-use crate::backend::trace::{Lane, Span};
+use crate::backend::trace::{Span, SpanKind};
 use crate::engine::Plan;
 use crate::error::Result;
 use crate::io::write_atomic;
@@ -85,13 +85,13 @@ pub fn write_trace(profile: &Profile, device: &str, path: &Path) -> Result<usize
     let mut trace = Trace::default();
     trace.name_process(HOST.pid, "host");
     trace.name_track(HOST, "engine");
-    if profile.spans.iter().any(|s| s.lane == Lane::Kernel) {
+    if profile.spans.iter().any(|s| s.kind == SpanKind::Kernel) {
         trace.name_process(GPU.pid, device);
         trace.name_track(GPU, "kernels");
     }
-    // Outer spans first: they begin no later, end no earlier, and have the outer lane where both are equal.
+    // Outer spans first: they begin no later, end no earlier, and have the outer kind where both are equal.
     let mut spans: Vec<&Span> = profile.spans.iter().collect();
-    spans.sort_by_key(|s| (s.start_ns, std::cmp::Reverse(s.duration_ns), s.lane));
+    spans.sort_by_key(|s| (s.start_ns, std::cmp::Reverse(s.duration_ns), s.kind));
     let mut spans = spans.into_iter().peekable();
     for (i, step) in profile.steps.iter().enumerate() {
         while let Some(span) = spans.next_if(|span| span.start_ns < step.0) {
@@ -105,19 +105,19 @@ pub fn write_trace(profile: &Profile, device: &str, path: &Path) -> Result<usize
 }
 
 fn add_span(trace: &mut Trace, span: &Span) {
-    let name = match span.layer.filter(|_| span.lane == Lane::Layer) {
+    let name = match span.layer.filter(|_| span.kind == SpanKind::Layer) {
         Some(layer) => format!("layer {layer}"),
         None => span.name.to_string(),
     };
-    let (track, category) = match span.lane {
-        Lane::Phase => (HOST, "phase"),
-        Lane::Layer => (HOST, "layer"),
-        Lane::Op => (HOST, "operation"),
-        Lane::Kernel => (GPU, "kernel"),
+    let (track, category) = match span.kind {
+        SpanKind::Phase => (HOST, "phase"),
+        SpanKind::Layer => (HOST, "layer"),
+        SpanKind::Op => (HOST, "operation"),
+        SpanKind::Kernel => (GPU, "kernel"),
     };
-    let args = match span.lane {
-        Lane::Phase | Lane::Layer => Map::new(),
-        Lane::Op | Lane::Kernel => Map::from_iter([
+    let args = match span.kind {
+        SpanKind::Phase | SpanKind::Layer => Map::new(),
+        SpanKind::Op | SpanKind::Kernel => Map::from_iter([
             ("bytes".into(), json!(span.cost.bytes)),
             ("flops".into(), json!(span.cost.flops)),
             ("layer".into(), json!(span.layer)),

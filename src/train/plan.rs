@@ -5,7 +5,7 @@ use super::state::{RunFiles, RunState};
 use super::{Length, Optimizer, Phase, RunDir, Tuner};
 use crate::backend::{Backend, Element};
 use crate::data::BatchSize;
-use crate::engine::{Floor, Plan, Workload};
+use crate::engine::{MinimumCost, Plan, Workload};
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ParamId};
 use std::collections::BTreeSet;
@@ -64,9 +64,9 @@ impl<B: Backend> Tuner<'_, B> {
     }
 
     /// Minimum cost of a phase's steps.
-    pub(super) fn floor(&self, phase: &Phase) -> Floor {
+    pub(super) fn floor(&self, phase: &Phase) -> MinimumCost {
         let trained: BTreeSet<ParamId> = self.trained(phase).collect();
-        Floor::new::<B>(&self.decoder.config, self.decoder.lora(), |id| trained.contains(&id))
+        MinimumCost::new::<B>(&self.decoder.config, self.decoder.lora(), |id| trained.contains(&id))
     }
 
     /// Tensors that phases up to `last` train: the content of a checkpoint.

@@ -10,7 +10,7 @@ use super::{
     peak_bytes,
 };
 use crate::backend::Backend;
-use crate::engine::{Floor, Gradients, light_seconds};
+use crate::engine::{Gradients, MinimumCost, roofline_seconds};
 use crate::error::Result;
 use std::time::Instant;
 
@@ -152,7 +152,7 @@ impl<B: Backend> Tuner<'_, B> {
     fn step(
         &mut self,
         phase: &Phase,
-        floor: &Floor,
+        floor: &MinimumCost,
         total: u64,
         run: &mut RunState,
         adam: &mut Optimizer<B>,
@@ -180,7 +180,7 @@ impl<B: Backend> Tuner<'_, B> {
         let seconds = began.elapsed().as_secs_f64();
         run.summaries[run.phase].seconds += seconds;
         let light = self.roofline.filter(|_| group.trained_tokens > 0);
-        let light = light.map(|roofline| light_seconds(&floor.step(&group.batches), &roofline));
+        let light = light.map(|roofline| roofline_seconds(&floor.step(&group.batches), &roofline));
         let (loss, grad_norm, skipped) = match outcome {
             StepResult::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
             StepResult::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),

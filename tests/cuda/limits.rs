@@ -3,7 +3,8 @@
 
 use crate::common::{batch, decoder_on, standin, wide};
 use swat::backend::cuda::{
-    Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision, with_version,
+    Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, Precision, with_plan,
+    with_version,
 };
 use swat::backend::*;
 use swat::engine::{GradientOptions, Gradients};
@@ -143,10 +144,13 @@ fn products<P: Precision>(b: &Cuda<P>) {
     {
         let shape = GemmShape { layout, m, n, k };
         let (left, right) = (ones(b, a_len), ones(b, b_len));
-        for version in GemmVersion::ALL.into_iter().filter(|version| version.supports(shape, true, hopper)) {
+        for version in GemmVersion::ALL
+            .into_iter()
+            .filter(|version| version.supports(shape, GemmSupport { aligned: true, hopper }))
+        {
             let mut c = b.zeros::<half::bf16>(m * n).unwrap();
-            let plan = Some(GemmPlan { version, splits: 1 });
-            b.gemm(left.view(), right.view(), c.view_mut(), shape, Epilogue::default(), plan).unwrap();
+            let plan = GemmPlan { version, splits: 1 };
+            with_plan(plan, || b.gemm(left.view(), right.view(), c.view_mut(), shape, Epilogue::default())).unwrap();
             assert!(read(b, &c).iter().all(|x| *x == k as f32), "{version:?} of {shape:?}");
         }
     }

@@ -14,7 +14,7 @@ use rounded::Rounded;
 use std::collections::BTreeMap;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
-use swat::backend::trace::{self, Lane};
+use swat::backend::trace::{self, SpanKind};
 use swat::backend::{Backend, FloatElement, Sampling};
 use swat::engine::{
     Batch, Decoder, GenerateOptions, GradientOptions, Gradients, Lora, Member, NoiseKind, Readout, SweepOptions,
@@ -341,7 +341,7 @@ fn inference_values<P: Precision>(cuda: &Cuda<P>, adapters: bool) -> (Values, Ve
     let generate = GenerateOptions { max_new_tokens: 4, stop: Vec::new(), ..GenerateOptions::default() };
     let answers = model.generate(&texts, &generate, &mut |_, _| {}).unwrap();
     cuda.synchronize().unwrap();
-    let gated = recording.take().iter().filter(|span| span.lane == Lane::Op && span.name == "gated_linear").count();
+    let gated = recording.take().iter().filter(|span| span.kind == SpanKind::Op && span.name == "gated_linear").count();
     (values, answers.into_iter().map(|answer| answer.tokens).collect(), gated)
 }
 

@@ -2,7 +2,7 @@
 
 use crate::common::{batch, config, decoder, numbers, relative};
 use std::collections::BTreeMap;
-use swat::backend::trace::Lane;
+use swat::backend::trace::SpanKind;
 use swat::backend::{Backend, Direction, NoiseKey, Operator, Perturb, Sampling};
 use swat::engine::{
     Batch, Decoder, Finish, GenerateOptions, GradientOptions, Gradients, Lora, Member, NoiseKind, SweepOptions,
@@ -168,7 +168,7 @@ fn a_sweep_takes_the_norm_of_a_tensor_once() {
         model.sweep(&prompts, &members, &options, &mut |_, _| Ok(())).unwrap();
         let spans = recording.take();
         ["squares", "perturb"]
-            .map(|name| spans.iter().filter(|span| span.lane == Lane::Op && span.name == name).count())
+            .map(|name| spans.iter().filter(|span| span.kind == SpanKind::Op && span.name == name).count())
     };
     let tensors = model.params().len();
     for (kind, norms) in [(NoiseKind::Gaussian, tensors), (NoiseKind::Scale, 0)] {

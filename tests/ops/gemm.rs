@@ -5,7 +5,9 @@ mod grouped;
 
 use super::*;
 use crate::cores::Cores;
-use swat::backend::cuda::{Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmVersion, Precision};
+use swat::backend::cuda::{
+    Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, Precision, with_plan,
+};
 
 /// (tokens, inputs, outputs): decoding sizes, odd sizes, sizes of several panels and depths.
 const SHAPES: [(usize, usize, usize); 15] = [
@@ -197,7 +199,7 @@ impl<P: Precision> Case<Cuda<P>> {
         let allowed = 2.0 * far(&emulated.collect::<Vec<_>>()) + 1e-6 * (k as f64).sqrt();
         let (begin, aligned) = (self.offset, self.offset.is_multiple_of(8));
         for version in GemmVersion::ALL {
-            if !version.supports(self.shape, aligned, cuda.capability() == (9, 0)) {
+            if !version.supports(self.shape, GemmSupport { aligned, hopper: cuda.capability() == (9, 0) }) {
                 continue;
             }
             let splits: &[u32] = match version {
@@ -216,7 +218,7 @@ impl<P: Precision> Case<Cuda<P>> {
                 };
                 let (a, b) = (self.a.range(begin..begin + m * k), self.b.range(begin..begin + n * k));
                 let to = c.device.range_mut(shift..shift + m * n);
-                assert_eq!(cuda.gemm(a, b, to, self.shape, epilogue, Some(plan)).unwrap(), plan);
+                with_plan(plan, || cuda.gemm(a, b, to, self.shape, epilogue)).unwrap();
                 let after = get(cuda, &c.device);
                 let error = far(&after[shift..shift + m * n]);
                 assert!(error <= allowed, "{:?}, {plan:?}, {addends}: {error} > {allowed}", self.shape);
@@ -281,12 +283,12 @@ fn what_is_not_finite_stays_in_its_row<P: Precision>(cuda: &Cuda<P>) {
             a[if layout == GemmLayout::Nt { 3 * m + 7 } else { 7 * k + 3 }] = broken;
             let a = put::<_, half::bf16>(cuda, &a);
             for version in GemmVersion::ALL {
-                if !version.supports(shape, true, cuda.capability() == (9, 0)) {
+                if !version.supports(shape, GemmSupport { aligned: true, hopper: cuda.capability() == (9, 0) }) {
                     continue;
                 }
                 let mut c = put::<_, half::bf16>(cuda, &vec![0.0; m * n]);
                 let (a, b, plan) = (a.device.view(), b.device.view(), GemmPlan { version, splits: 1 });
-                cuda.gemm(a, b, c.device.view_mut(), shape, Epilogue::default(), Some(plan)).unwrap();
+                with_plan(plan, || cuda.gemm(a, b, c.device.view_mut(), shape, Epilogue::default())).unwrap();
                 for (i, row) in get(cuda, &c.device).chunks(n).enumerate() {
                     assert!(row.iter().all(|x| x.is_finite() == (i != 7)), "{layout:?}, {version:?}, row {i}");
                 }
@@ -321,7 +323,7 @@ fn blocks_take_several_tiles<P: Precision>(cuda: &Cuda<P>) {
             *x += if accumulate { before[i] } else { 0.0 };
         }
         for version in [GemmVersion::Wgmma128, GemmVersion::Wgmma256] {
-            if !version.supports(shape, true, cuda.capability() == (9, 0)) {
+            if !version.supports(shape, GemmSupport { aligned: true, hopper: cuda.capability() == (9, 0) }) {
                 continue;
             }
             let epilogue = || Epilogue {
@@ -330,13 +332,15 @@ fn blocks_take_several_tiles<P: Precision>(cuda: &Cuda<P>) {
                 residual: with_residual.then(|| residual.device.view()),
                 accumulate,
             };
-            let (plan, what) = (Some(GemmPlan { version, splits }), format!("{layout:?}, {version:?}"));
+            let (plan, what) = (GemmPlan { version, splits }, format!("{layout:?}, {version:?}"));
             let mut c = put::<_, half::bf16>(cuda, &before);
-            cuda.gemm(a.device.view(), b.device.view(), c.device.view_mut(), shape, epilogue(), plan).unwrap();
+            let operands = (a.device.view(), b.device.view());
+            with_plan(plan, || cuda.gemm(operands.0, operands.1, c.device.view_mut(), shape, epilogue())).unwrap();
             assert!(get(cuda, &c.device) == exact, "{what}");
             if layout == GemmLayout::Nt {
                 let mut c = put::<_, f32>(cuda, &before);
-                cuda.gemm(a.device.view(), b.device.view(), c.device.view_mut(), shape, epilogue(), plan).unwrap();
+                let operands = (a.device.view(), b.device.view());
+                with_plan(plan, || cuda.gemm(operands.0, operands.1, c.device.view_mut(), shape, epilogue())).unwrap();
                 assert!(get(cuda, &c.device) == exact, "{what} into f32");
             }
         }
@@ -352,7 +356,7 @@ fn a_token_is_decoded_alike_in_any_batch<P: Precision>(cuda: &Cuda<P>) {
         let (mut y, m) = (put::<_, half::bf16>(cuda, &vec![0.0; tokens.len() * n]), tokens.len());
         let (x, shape) =
             (x.device.range(tokens.start * k..tokens.end * k), GemmShape { layout: GemmLayout::Tn, m, n, k });
-        let plan = cuda.gemm(x, w.device.view(), y.device.view_mut(), shape, Epilogue::default(), None).unwrap();
+        let plan = cuda.gemm(x, w.device.view(), y.device.view_mut(), shape, Epilogue::default()).unwrap();
         assert_eq!(plan.version, GemmVersion::Decode);
         read(cuda, &y.device)
     };

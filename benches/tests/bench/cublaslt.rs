@@ -123,7 +123,7 @@ fn compare<T: FloatElement>(cuda: &Cuda<F32State>, library: &std::rc::Rc<CublasL
     assert_eq!([slow, refused, failing], [before[0], 0, before[2]]);
     assert_eq!(good, before[3] + 1, "the fastest algorithm is the one that runs");
     assert!(before[0] > 0 && before[2] > 0, "all that are offered as supported were tried: {before:?}");
-    cuda.gemm(a.view(), b.view(), ours.view_mut(), shape, Epilogue::default(), None).unwrap();
+    cuda.gemm(a.view(), b.view(), ours.view_mut(), shape, Epilogue::default()).unwrap();
     let read = |tensor: &Buffer<Cuda<F32State>, T>| {
         let mut values = vec![T::from_f32(0.0); tensor.len()];
         cuda.read(tensor.view(), &mut values).unwrap();

@@ -40,6 +40,16 @@ impl Cpu {
     }
 }
 
+/// Operators that are a function of this backend: `method(Arguments) = function;`
+macro_rules! operators {
+    ($($method:ident($op:ident) = $function:path;)*) => {
+        $(fn $method(&self, op: $op<'_, Self>) -> Result<()> {
+            $function(op);
+            Ok(())
+        })*
+    };
+}
+
 impl Backend for Cpu {
     type Float = f32;
     type Grad = f32;
@@ -50,7 +60,7 @@ impl Backend for Cpu {
         "cpu".into()
     }
 
-    fn enough_tokens(&self) -> usize {
+    fn saturating_rows(&self) -> usize {
         1024
     }
 
@@ -93,94 +103,26 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn linear(&self, op: Linear<'_, Self>) -> Result<()> {
-        gemm::linear(op);
-        Ok(())
-    }
-
-    fn linear_each(&self, op: LinearEach<'_, Self>) -> Result<()> {
-        gemm::linear_each(op);
-        Ok(())
-    }
-
-    fn linear_backward_input(&self, op: LinearBackwardInput<'_, Self>) -> Result<()> {
-        gemm::linear_backward_input(op);
-        Ok(())
-    }
-
-    fn linear_backward_weight(&self, op: LinearBackwardWeight<'_, Self>) -> Result<()> {
-        gemm::linear_backward_weight(op);
-        Ok(())
-    }
-
-    fn linear_backward_bias(&self, op: LinearBackwardBias<'_, Self>) -> Result<()> {
-        gemm::linear_backward_bias(op);
-        Ok(())
-    }
-
-    fn attention(&self, op: Attention<'_, Self>) -> Result<()> {
-        attention::attention(op);
-        Ok(())
-    }
-
-    fn attention_backward(&self, op: AttentionBackward<'_, Self>) -> Result<()> {
-        attention::attention_backward(op);
-        Ok(())
-    }
-
-    fn attention_decode(&self, op: AttentionDecode<'_, Self>) -> Result<()> {
-        attention::attention_decode(op);
-        Ok(())
-    }
-
-    fn rmsnorm(&self, op: RmsNorm<'_, Self>) -> Result<()> {
-        rmsnorm::rmsnorm(op);
-        Ok(())
-    }
-
-    fn rmsnorm_backward(&self, op: RmsNormBackward<'_, Self>) -> Result<()> {
-        rmsnorm::rmsnorm_backward(op);
-        Ok(())
-    }
-
-    fn rope(&self, op: Rope<'_, Self>) -> Result<()> {
-        rope::rope(op);
-        Ok(())
-    }
-
-    fn swiglu(&self, op: SwiGlu<'_, Self>) -> Result<()> {
-        swiglu::swiglu(op);
-        Ok(())
-    }
-
-    fn swiglu_backward(&self, op: SwiGluBackward<'_, Self>) -> Result<()> {
-        swiglu::swiglu_backward(op);
-        Ok(())
-    }
-
-    fn gather_rows(&self, op: GatherRows<'_, Self>) -> Result<()> {
-        embedding::gather_rows(op);
-        Ok(())
-    }
-
-    fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()> {
-        embedding::scatter_rows(op);
-        Ok(())
-    }
-
-    fn embedding_backward(&self, op: EmbeddingBackward<'_, Self>) -> Result<()> {
-        embedding::embedding_backward(op);
-        Ok(())
-    }
-
-    fn cross_entropy(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
-        cross_entropy::cross_entropy(op);
-        Ok(())
-    }
-
-    fn sample(&self, op: Sample<'_, Self>) -> Result<()> {
-        sampling::sample(op);
-        Ok(())
+    operators! {
+        linear(Linear) = gemm::linear;
+        linear_each(LinearEach) = gemm::linear_each;
+        linear_backward_input(LinearBackwardInput) = gemm::linear_backward_input;
+        linear_backward_weight(LinearBackwardWeight) = gemm::linear_backward_weight;
+        linear_backward_bias(LinearBackwardBias) = gemm::linear_backward_bias;
+        attention(Attention) = attention::attention;
+        attention_backward(AttentionBackward) = attention::attention_backward;
+        attention_decode(AttentionDecode) = attention::attention_decode;
+        rmsnorm(RmsNorm) = rmsnorm::rmsnorm;
+        rmsnorm_backward(RmsNormBackward) = rmsnorm::rmsnorm_backward;
+        rope(Rope) = rope::rope;
+        swiglu(SwiGlu) = swiglu::swiglu;
+        swiglu_backward(SwiGluBackward) = swiglu::swiglu_backward;
+        gather_rows(GatherRows) = embedding::gather_rows;
+        scatter_rows(ScatterRows) = embedding::scatter_rows;
+        embedding_backward(EmbeddingBackward) = embedding::embedding_backward;
+        cross_entropy(CrossEntropy) = cross_entropy::cross_entropy;
+        sample(Sample) = sampling::sample;
+        perturb(Perturb) = perturb::perturb;
     }
 
     fn sum_squares<T: FloatElement>(&self, op: SumSquares<'_, Self, T>) -> Result<()> {
@@ -197,10 +139,5 @@ impl Backend for Cpu {
         let mut squares = self.zeros(1)?;
         slice_mut(squares.view_mut())[0] = adamw::squared_norm(slice(&op.w));
         Ok(squares)
-    }
-
-    fn perturb(&self, op: Perturb<'_, Self>) -> Result<()> {
-        perturb::perturb(op);
-        Ok(())
     }
 }

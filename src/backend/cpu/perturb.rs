@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 /// Elements of one task.
 const TASK: usize = 1 << 15;
-/// Elements of noise at hand.
+/// Elements of noise that a task holds at once.
 const BLOCK: usize = 1024;
 
 pub(super) fn perturb(op: Perturb<'_, Cpu>) {
@@ -48,7 +48,7 @@ pub(super) fn perturb(op: Perturb<'_, Cpu>) {
     }
 }
 
-/// Both copies; `fill(room, first element, w, n)` gives a block of n.
+/// Both copies; `fill(buffers, first element, w, n)` fills a block of n.
 fn combine(
     w: &[f32],
     plus: &mut [f32],
@@ -187,7 +187,7 @@ simd_kernel! {
     }
 }
 
-/// Room for the words of [`BLOCK`] elements and for what is made of them.
+/// Buffers for the words of [`BLOCK`] elements and for the values made of them.
 struct Draw {
     words: Quads<u32>,
     values: Quads<f32>,

@@ -7,7 +7,7 @@
 use pulp::Simd;
 
 /// Defines a function whose body is compiled for every instruction set and runs on the best one of this machine, with
-/// its vectors at hand as `$simd`. All its reference arguments live for `'a`; all that it calls is `#[inline(always)]`.
+/// `$simd` for its vectors. All its reference arguments live for `'a`; everything that it calls is `#[inline(always)]`.
 macro_rules! simd_kernel {
     ($(#[$attr:meta])* fn $name:ident($simd:ident $(, $arg:ident: $ty:ty)* $(,)?) $(-> $out:ty)? $body:block) => {
         $(#[$attr])*

@@ -73,7 +73,7 @@ pub(super) fn slice_mut<'a, T: Element>(view: ViewMut<'a, super::Cpu, T>) -> &'a
     &mut view.storage.as_mut_slice()[view.range]
 }
 
-/// A slice of which several tasks write disjoint parts that are not contiguous (columns of a matrix).
+/// A slice whose parts several tasks write; the parts are disjoint but not contiguous (columns of a matrix).
 pub(super) struct Shared<'a, T> {
     start: *mut T,
     len: usize,

@@ -1,6 +1,7 @@
 //! Masked AdamW and sums of squares: see `kernels/adamw.cu`.
 
-use super::device::{Arg, Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Arg, Launch, args, blocks};
 use super::memory::{self, Memory, Slice, slice, slice_mut};
 use super::{Cuda, FLOAT, Precision, measure};
 use crate::backend::{
@@ -18,7 +19,7 @@ const STEP_CHUNKS: [usize; 2] = [8 << 10, 64 << 10];
 /// half of one, on average.
 const STEP_ROUNDS: usize = 32;
 const STEP_RESIDENT: usize = 3;
-/// Tables kept on the device: those of a step, the old ones of a phase, and a few more.
+/// Tables kept on the device: a step's, the last phase's, and a few more.
 const TABLES: usize = 8;
 
 /// Cache of module tables in device memory, by their words: from step to step pointers and sizes stay, so that nothing is
@@ -68,7 +69,7 @@ fn table<const POINTERS: usize>(
     (words, chunks)
 }
 
-/// Elements of a chunk of a step over so many: enough chunks for all multiprocessors to end at about the same time, and
+/// Elements of a chunk of a step over `elements`: enough chunks for all multiprocessors to end at about the same time, and
 /// none so small that looking for its module counts.
 fn step_chunk(elements: usize, multiprocessors: u32) -> usize {
     let [least, most] = STEP_CHUNKS;
@@ -76,15 +77,15 @@ fn step_chunk(elements: usize, multiprocessors: u32) -> usize {
 }
 
 fn launch(kernel: &'static str, blocks: u32, cost: Cost) -> Launch {
-    Launch { image: "adamw", kernel, grid: [blocks, 1, 1], block: BLOCK, shared_bytes: 0, cost }
+    Launch::new("adamw", kernel, [blocks], BLOCK, cost)
 }
 
-/// The form of a kernel for these gradients.
+/// The kernel for gradients of type T.
 fn by_element<T: FloatElement>([f32_form, bf16_form]: [&'static str; 2]) -> &'static str {
     if T::NAME == "f32" { f32_form } else { bf16_form }
 }
 
-/// The form of a kernel for these gradients and moments: f32 f32, f32 bf16, bf16 f32, bf16 bf16.
+/// The kernel for the types of gradients and moments: f32 f32, f32 bf16, bf16 f32, bf16 bf16.
 fn by_state<P: Precision>(forms: [&'static str; 4]) -> &'static str {
     forms[usize::from(P::Grad::NAME != "f32") * 2 + usize::from(P::Moment::NAME != "f32")]
 }
@@ -116,7 +117,7 @@ pub(super) fn sum_squares<P: Precision, T: FloatElement>(
     })
 }
 
-/// What is computed on the host in f64 and handed to the kernels.
+/// Factors that are computed on the host in f64.
 struct Factors {
     /// A pair a module: 1 − lr·decay, lr / (1 − β₁ᵗ).
     rates: Vec<f32>,

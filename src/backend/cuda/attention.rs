@@ -1,6 +1,6 @@
 //! Attention: see `kernels/attention.cu` (by the definition, any head_dim up to 256), `kernels/attention_flash.cu`,
 //! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores), `kernels/attention_sm90.cu` and
-//! `kernels/attention_backward_sm90.cu` (those of compute capability 9.0).
+//! `kernels/attention_backward_sm90.cu` (compute capability 9.0).
 //!
 //! | head_dim 64 or 128, tensors aligned to 16 bytes, scale > 0 | forward | backward | decode |
 //! |---|---|---|---|
@@ -12,7 +12,8 @@
 //! Where blocks of dK and dV would leave multiprocessors idle, the heads of a group are shared among several. Forced by
 //! name ([`super::with_version`]): `flash64` gives them all to one block, `flash128` a block to each.
 
-use super::device::{Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use super::tensor_map::{slab_map, tensor_map};
 use super::{Cuda, FLOAT, Precision, measure};
@@ -35,8 +36,8 @@ const WGMMA_BLOCK: u32 = 384;
 const DECODE_KEYS: usize = 256;
 /// Query heads that a block of the decode form takes.
 const DECODE_HEADS: usize = 16;
-/// Blocks of the flash kernels that fill a multiprocessor; of the wgmma kernels, one. Of flash128 and the backward kernels
-/// at head_dim 128 an A100's 164 KiB of shared memory hold one at a time.
+/// Blocks of the flash kernels that fill a multiprocessor (a wgmma kernel: one). At head_dim 128, an A100's 164 KiB of shared
+/// memory hold only one block of flash128 and of the backward kernels.
 const BLOCKS_MULTIPROCESSOR: usize = 2;
 /// It needs more shared memory than the 99 KiB of compute capability 8.6 and 8.9.
 const FLASH128_HD128: &str = "attention_forward_flash128_hd128_bf16";
@@ -73,13 +74,13 @@ impl AttentionShape {
 /// A launch of a wgmma kernel: `count` blocks a tile of 128 of the tokens.
 fn wgmma_launch(image: &'static str, kernel: &'static str, tokens: usize, count: u32, cost: Cost) -> Launch {
     let grid = [count, blocks(tokens, 2 * TILE), 1];
-    Launch { image, kernel, grid, block: WGMMA_BLOCK, shared_bytes: 0, cost }
+    Launch::new(image, kernel, grid, WGMMA_BLOCK, cost)
 }
 
 /// A launch of a baseline kernel: a warp a row and head.
 fn baseline_launch(kernel: &'static str, tokens: usize, heads: usize, cost: Cost) -> Launch {
     let grid = [blocks(tokens, BASELINE_ROWS), heads as u32, 1];
-    Launch { image: "attention", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
+    Launch::new("attention", kernel, grid, BLOCK, cost)
 }
 
 /// Tensor-core kernels.
@@ -151,7 +152,7 @@ pub(super) fn attention<P: Precision>(device: &Arc<Device>, op: Attention<'_, Cu
         }
     };
     let grid = [heads, blocks(rows, queries), 1];
-    let launch = Launch { image: "attention_flash", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+    let launch = Launch::new("attention_flash", kernel, grid, BLOCK, cost);
     let arguments = args![q, k, v, &o, lse, starts, documents, tokens, heads, kv_heads, scale, window];
     // SAFETY: as above; all on 16 bytes, and no offset is beyond 32 bits.
     unsafe { device.launch(launch, arguments) }
@@ -174,7 +175,7 @@ pub(super) fn attention_backward<P: Precision>(device: &Arc<Device>, op: Attenti
         true => ("attention_backward_delta_vec8_bf16", blocks(q.len(), 2048), 256),
         false => ("attention_backward_delta_baseline_bf16", blocks(lse.len(), BASELINE_ROWS), BLOCK),
     };
-    let launch = Launch { image: "attention", kernel, grid: [grid, 1, 1], block, shared_bytes: 0, cost };
+    let launch = Launch::new("attention", kernel, [grid], block, cost);
     // SAFETY: o, dO [tokens, heads·head_dim], on 16 bytes where the kernel asks for it; delta [heads, tokens] is this
     // call's own.
     unsafe { device.launch(launch, args![o, d_o, &delta, tokens, heads, head_dim]) }?;
@@ -211,7 +212,7 @@ pub(super) fn attention_backward<P: Precision>(device: &Arc<Device>, op: Attenti
         true => wgmma_launch("attention_backward_sm90", kernel, rows, count, cost),
         false => {
             let grid = [count, blocks(rows, TILE), 1];
-            Launch { image: "attention_flash_backward", kernel, grid, block: BLOCK, shared_bytes: 0, cost }
+            Launch::new("attention_flash_backward", kernel, grid, BLOCK, cost)
         }
     };
     let rest = args![lse, *delta, &dq, starts, documents, tokens, heads, kv_heads, scale, window];
@@ -231,14 +232,13 @@ pub(super) fn attention_backward<P: Precision>(device: &Arc<Device>, op: Attenti
         return Ok(());
     }
     let cost = Cost { bytes: (partial_len + k.len()) as u64 * 4, flops: partial_len as u64 };
-    let launch = Launch {
-        image: "attention_flash_backward",
-        kernel: "attention_backward_reduce_bf16",
-        grid: [blocks(k.len(), 1024), 2, 1],
-        block: 256,
-        shared_bytes: 0,
+    let launch = Launch::new(
+        "attention_flash_backward",
+        "attention_backward_reduce_bf16",
+        [blocks(k.len(), 1024), 2],
+        256,
         cost,
-    };
+    );
     // SAFETY: the sums that were just written; dK, dV as above.
     unsafe { device.launch(launch, args![&partial, &dk, &dv, k.len() as u64, parts]) }
 }
@@ -271,7 +271,7 @@ pub(super) fn attention_decode<P: Precision>(device: &Arc<Device>, op: Attention
     };
     let rows = (count * shape.heads * shape.head_dim) as u64;
     let grid = [chunks as u32, grid_y as u32, count as u32];
-    let launch = Launch { image, kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+    let launch = Launch::new(image, kernel, grid, BLOCK, cost);
 
     let parts = if chunks == 1 { 0 } else { count * shape.heads * chunks };
     let (mut partial, mut stats) = (Memory::new(device, parts * shape.head_dim)?, Memory::new(device, 2 * parts)?);
@@ -290,14 +290,7 @@ pub(super) fn attention_decode<P: Precision>(device: &Arc<Device>, op: Attention
         return Ok(());
     }
     let cost = Cost { bytes: (parts * (shape.head_dim + 2) * 4) as u64 + 2 * rows, flops: 2 * chunks as u64 * rows };
-    let launch = Launch {
-        image: "attention",
-        kernel: "attention_decode_combine_bf16",
-        grid: [heads, count as u32, 1],
-        block: BLOCK,
-        shared_bytes: 0,
-        cost,
-    };
+    let launch = Launch::new("attention", "attention_decode_combine_bf16", [heads, count as u32], BLOCK, cost);
     // SAFETY: the sums that were just written; spans and o as above.
     unsafe { device.launch(launch, args![&partial, &stats, spans, &o, chunks as u32, head_dim, window]) }
 }

@@ -1,6 +1,7 @@
 //! Cross-entropy: see `kernels/cross_entropy.cu`.
 
-use super::device::{Device, Launch, args, blocks, constant};
+use super::device::{Device, constant};
+use super::launch::{Launch, args, blocks};
 use super::memory::{slice, slice_mut};
 use super::{Cuda, Precision, measure};
 use crate::backend::{CrossEntropy, Operator};

@@ -1,60 +1,41 @@
-//! One GPU: its context, its stream, the images loaded on it, and the one place that launches kernels.
+//! One GPU: the images loaded on it, its memory, its graphs and its timer, and the one place that launches kernels.
 
 use super::Image;
-pub(super) use super::arguments::{Arg, args};
-use super::graph::Graphs;
-use super::memory::Arena;
-use super::timing::Pending;
-use crate::backend::Cost;
+use super::arena::Arena;
+use super::context::{Context, cannot_open, describe, lock};
+use super::graph::GraphCache;
+use super::launch::{Arg, Function, Launch};
+use super::timer::EventTimer;
+use crate::backend::{Cost, trace};
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute};
 use cudarc::driver::{DriverError, result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// What the kernels are compiled with: an older driver cannot load them.
+/// CUDA version of the kernels; an older driver cannot load them.
 const DRIVER_VERSION: i32 = 13000;
 /// The oldest compute capability that the images hold code for.
 const CAPABILITY: (i32, i32) = (8, 0);
-/// Hopper images hold code for exactly this one.
+/// The only compute capability of the Hopper images.
 const HOPPER: (i32, i32) = (9, 0);
-/// `off`: every kernel is launched by itself.
+/// Environment variable; `off` launches every kernel eagerly.
 const GRAPHS: &str = "SWAT_CUDA_GRAPHS";
 const MAX_DYNAMIC: FunctionAttribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 
-/// A kernel, found once.
-#[derive(Clone)]
-pub(super) struct Function {
-    pub(super) raw: sys::CUfunction,
-    /// Bytes of each parameter, as compiled.
-    pub(super) parameters: Arc<[usize]>,
-    /// Dynamic shared memory that its file says it needs.
-    needed_bytes: u32,
-    /// Static shared memory, as compiled.
-    static_bytes: u32,
-    /// Most dynamic shared memory of a launch, by the driver; it grows when asked.
-    dynamic_limit: u32,
-}
-
-/// An open GPU. Everything goes through one stream, so that operations run in the order of the calls.
+/// An open GPU with the kernels loaded on it.
 pub(super) struct Device {
-    ordinal: u32,
-    raw: sys::CUdevice,
-    context: sys::CUcontext,
-    stream: sys::CUstream,
+    pub(super) context: Context,
     modules: HashMap<&'static str, sys::CUmodule>,
     functions: Mutex<HashMap<&'static str, Function>>,
-    /// Kernels that are being timed.
-    pub(super) pending: Mutex<Pending>,
-    /// Free memory, kept for the next buffer of its size.
+    timer: Mutex<EventTimer>,
     pub(super) arena: Mutex<Arena>,
-    /// What is queued again and again.
-    pub(super) graphs: Mutex<Graphs>,
-    /// Whether that is made a graph.
+    pub(super) graphs: Mutex<GraphCache>,
+    /// Whether [`Device::replay`] records.
     pub(super) replays: AtomicBool,
     /// Major, minor.
     pub(super) capability: (i32, i32),
@@ -62,37 +43,16 @@ pub(super) struct Device {
     pub(super) multiprocessors: u32,
     /// Most shared memory of a block, static and dynamic.
     shared_bytes_block: u32,
-    /// Shared memory of a multiprocessor, and what of it the driver keeps a block.
+    /// Shared memory of a multiprocessor, and the driver's share of it for each block.
     shared_bytes_multiprocessor: u32,
     reserved_bytes_block: u32,
 }
 
-// SAFETY: the handles of the driver may be used from any thread; each call binds the context to its thread first, and what
-// changes is behind a mutex.
+// SAFETY: modules and functions of the driver may be used from any thread; each call binds the context to its thread first, and
+// what changes is behind a mutex.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
-
-/// A launch: which kernel, on how much.
-pub(super) struct Launch {
-    /// The stem of the kernel's file.
-    pub(super) image: &'static str,
-    /// Its symbol.
-    pub(super) kernel: &'static str,
-    /// Blocks in x, y, z; a launch of no blocks does nothing.
-    pub(super) grid: [u32; 3],
-    /// Threads of a block.
-    pub(super) block: u32,
-    /// Dynamic shared memory of a block beside what the kernel's file says it needs (`SHARED_BYTES`).
-    pub(super) shared_bytes: u32,
-    /// What it must read, write and compute.
-    pub(super) cost: Cost,
-}
-
-/// Blocks of `size` that cover `count`.
-pub(super) fn blocks(count: usize, size: usize) -> u32 {
-    u32::try_from(count.div_ceil(size)).expect("a grid beyond 2³² blocks")
-}
 
 /// The image of a stem, where the library was built with nvcc.
 fn image(stem: &str) -> Option<&'static [u8]> {
@@ -104,7 +64,7 @@ fn exported(name: &str) -> Option<u32> {
     CONSTANTS.iter().find(|(constant, _)| *constant == name).map(|(_, value)| *value)
 }
 
-/// A number that a kernel file exports by CONSTANT.
+/// A number that a kernel file exports by `CONSTANT`.
 ///
 /// # Panics
 /// Where there is none of this name.
@@ -143,13 +103,6 @@ pub(super) fn count() -> Result<u32, String> {
     Ok(result::device::get_count().map_err(describe)?.max(0) as u32)
 }
 
-fn describe(error: DriverError) -> String {
-    match error.error_string() {
-        Ok(text) => text.to_string_lossy().into_owned(),
-        Err(_) => format!("{error:?}"),
-    }
-}
-
 impl Device {
     /// Opens GPU `ordinal` and loads the kernels on it.
     ///
@@ -170,7 +123,7 @@ impl Device {
         if ordinal >= devices {
             return Err(refuse(format!("{devices} device(s)")));
         }
-        let failed = |error: DriverError| failed(ordinal, "cannot be opened", error);
+        let failed = |error: DriverError| cannot_open(ordinal, error);
         let raw = result::device::get(ordinal as i32).map_err(failed)?;
         // SAFETY: `raw` is a device of the driver.
         let attribute = |which| unsafe { result::device::get_attribute(raw, which) }.map_err(failed);
@@ -186,16 +139,11 @@ impl Device {
         let shared_bytes_block = bytes(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let shared_bytes_multiprocessor = bytes(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         let reserved_bytes_block = bytes(Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?;
-        // SAFETY: `raw` is a device of the driver; the context is released by `drop`.
-        let context = unsafe { result::primary_ctx::retain(raw) }.map_err(failed)?;
         let mut device = Self {
-            ordinal,
-            raw,
-            context,
-            stream: std::ptr::null_mut(),
+            context: Context::open(ordinal, raw)?,
             modules: HashMap::new(),
             functions: Mutex::default(),
-            pending: Mutex::default(),
+            timer: Mutex::default(),
             arena: Mutex::default(),
             graphs: Mutex::default(),
             replays: AtomicBool::new(std::env::var_os(GRAPHS).is_none_or(|value| value != "off")),
@@ -205,8 +153,6 @@ impl Device {
             shared_bytes_multiprocessor,
             reserved_bytes_block,
         };
-        device.bind()?;
-        device.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
         for (stem, bytes) in IMAGES.iter().copied() {
             if !device.runs(stem) {
                 continue;
@@ -214,20 +160,16 @@ impl Device {
             // SAFETY: a whole fatbin, as nvcc wrote it.
             let module = unsafe { result::module::load_data(bytes.as_ptr().cast()) };
             let module =
-                module.map_err(|error| device.failed(&format!("does not load the kernels of {stem}"), error))?;
+                module.map_err(|error| device.context.failed(&format!("cannot load the kernels of {stem}"), error))?;
             device.modules.insert(stem, module);
         }
         Ok(device)
     }
 
-    /// `cuda:0`.
-    pub(super) fn label(&self) -> String {
-        format!("cuda:{}", self.ordinal)
-    }
-
     /// The product's name.
     pub(super) fn product(&self) -> Result<String> {
-        result::device::get_name(self.raw).map_err(|error| self.failed("does not tell its name", error))
+        result::device::get_name(self.context.raw())
+            .map_err(|error| self.context.failed("cannot query the device name", error))
     }
 
     /// Whether an image of this stem is embedded and holds code for this device.
@@ -237,41 +179,55 @@ impl Device {
 
     /// Free and total bytes of its memory.
     pub(super) fn memory(&self) -> Result<(u64, u64)> {
-        self.bind()?;
-        let (free, total) = result::mem_get_info().map_err(|error| self.failed("does not tell its memory", error))?;
+        self.context.bind()?;
+        let (free, total) =
+            result::mem_get_info().map_err(|error| self.context.failed("cannot query free memory", error))?;
         Ok((free as u64, total as u64))
-    }
-
-    /// Makes this thread's driver calls go to this device.
-    pub(super) fn bind(&self) -> Result<()> {
-        // SAFETY: the context is retained until `drop`.
-        unsafe { result::ctx::set_current(self.context) }
-            .map_err(|error| self.failed("cannot be bound to a thread", error))
-    }
-
-    /// The stream of everything.
-    pub(super) fn stream(&self) -> sys::CUstream {
-        self.stream
-    }
-
-    /// The context of everything.
-    pub(super) fn context(&self) -> sys::CUcontext {
-        self.context
     }
 
     /// Waits until everything queued is done.
     pub(super) fn synchronize(&self) -> Result<()> {
         self.flush()?;
-        self.bind()?;
-        // SAFETY: the stream lives as long as the device.
-        unsafe { result::stream::synchronize(self.stream) }
-            .and_then(|()| self.settle())
-            .map_err(|error| self.failed("failed in its work", error))
+        self.context.bind()?;
+        let done = self.context.wait().and_then(|()| lock(&self.timer).settle());
+        done.map_err(|error| self.context.failed("kernel execution failed", error))
     }
 
-    /// An [`Error::Device`] of this device.
-    pub(super) fn failed(&self, what: &str, error: DriverError) -> Error {
-        failed(self.ordinal, what, error)
+    /// Calls `launch`, between two events while a trace is recorded.
+    pub(super) fn timed(
+        &self,
+        kernel: &'static str,
+        cost: Cost,
+        launch: impl FnOnce() -> Result<(), DriverError>,
+    ) -> Result<(), DriverError> {
+        if !trace::on() {
+            return launch();
+        }
+        lock(&self.timer).time(&self.context, kernel, cost, launch)
+    }
+
+    /// Runs `work`, a part of a step that recurs, and launches what it records: as one graph where that is known.
+    pub(super) fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        if trace::on() || !self.replays.load(Relaxed) || !lock(&self.graphs).begin() {
+            return work();
+        }
+        let done = work();
+        // Also where `work` has failed: memory that it gave back may have another user, whose work comes behind this.
+        let queued = lock(&self.graphs).finish(&self.context);
+        done.and_then(|result| queued.map(|()| result))
+    }
+
+    /// Launches eagerly what is being recorded, before work that cannot be recorded.
+    pub(super) fn flush(&self) -> Result<()> {
+        lock(&self.graphs).flush(&self.context)
+    }
+
+    /// Frees all cached graphs; waits for the device.
+    pub(super) fn drop_graphs(&self) -> Result<()> {
+        self.synchronize()?;
+        // SAFETY: bound and idle.
+        unsafe { lock(&self.graphs).clear() };
+        Ok(())
     }
 
     /// Queues a kernel.
@@ -289,7 +245,7 @@ impl Device {
         if launch.grid.contains(&0) {
             return Ok(());
         }
-        self.bind()?;
+        self.context.bind()?;
         let mut function = self.function(launch.image, launch.kernel)?;
         let launch = Launch { shared_bytes: function.needed_bytes + launch.shared_bytes, ..launch };
         if launch.shared_bytes > function.dynamic_limit {
@@ -304,18 +260,18 @@ impl Device {
             given.collect::<Vec<_>>()
         );
         // SAFETY: the arguments were checked; the rest is this function's own contract.
-        if unsafe { self.put_down(&launch, &function, arguments) } {
+        if unsafe { lock(&self.graphs).record_launch(&launch, &function, arguments) } {
             return Ok(());
         }
         let mut pointers: Vec<*mut c_void> = arguments.iter().map(Arg::pointer).collect();
         let [x, y, z] = launch.grid;
-        let (block, shared_bytes) = ((launch.block, 1, 1), launch.shared_bytes);
+        let (block, shared_bytes, stream) = ((launch.block, 1, 1), launch.shared_bytes, self.context.stream());
         self.timed(launch.kernel, launch.cost, || {
             // SAFETY: a function of a loaded module with as many arguments, of the sizes it was compiled for; the rest is
             // this function's own contract.
-            unsafe { result::launch_kernel(function.raw, (x, y, z), block, shared_bytes, self.stream, &mut pointers) }
+            unsafe { result::launch_kernel(function.raw, (x, y, z), block, shared_bytes, stream, &mut pointers) }
         })
-        .map_err(|error| self.failed(&format!("refused the kernel {}", launch.kernel), error))
+        .map_err(|error| self.context.failed(&format!("cannot launch the kernel {}", launch.kernel), error))
     }
 
     /// Whether the device has the shared memory that a kernel needs.
@@ -327,7 +283,7 @@ impl Device {
         Ok(function.needed_bytes + function.static_bytes <= self.shared_bytes_block)
     }
 
-    /// Most dynamic shared memory with which so many blocks of a kernel are on a multiprocessor at once.
+    /// Most dynamic shared memory with which `blocks` blocks of a kernel fit on a multiprocessor.
     ///
     /// # Errors
     /// [`Error::Device`] where the driver fails.
@@ -337,16 +293,12 @@ impl Device {
         Ok(share.min(self.shared_bytes_block).saturating_sub(function.static_bytes))
     }
 
-    fn functions(&self) -> MutexGuard<'_, HashMap<&'static str, Function>> {
-        self.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
     fn function(&self, image: &'static str, kernel: &'static str) -> Result<Function> {
-        if let Some(function) = self.functions().get(kernel) {
+        if let Some(function) = lock(&self.functions).get(kernel) {
             return Ok(function.clone());
         }
-        self.bind()?;
-        let refused = |error| self.failed(&format!("refused the kernel {kernel}"), error);
+        self.context.bind()?;
+        let refused = |error| self.context.failed(&format!("cannot load the kernel {kernel}"), error);
         let module = *self.modules.get(image).unwrap_or_else(|| panic!("{image} holds no code for this device"));
         let name = CString::new(kernel).expect("a symbol without NUL");
         // SAFETY: a loaded module.
@@ -362,11 +314,11 @@ impl Device {
             static_bytes: attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?.max(0) as u32,
             dynamic_limit: attribute(MAX_DYNAMIC)?.max(0) as u32,
         };
-        self.functions().insert(kernel, function.clone());
+        lock(&self.functions).insert(kernel, function.clone());
         Ok(function)
     }
 
-    /// Allows launches of a function as much dynamic shared memory as this one asks for.
+    /// Raises a function's limit of dynamic shared memory to the launch's.
     fn allow(&self, launch: &Launch, function: &mut Function) -> Result<()> {
         let Launch { kernel, shared_bytes, .. } = *launch;
         // SAFETY: a function of a loaded module.
@@ -374,14 +326,14 @@ impl Device {
             |error| {
                 let (own, most) = (function.static_bytes, self.shared_bytes_block);
                 let what = format!(
-                    "gives a block of {kernel} no {shared_bytes} bytes of shared memory beside {own} of its own \
-                     (the most is {most})"
+                    "cannot give a block of {kernel} {shared_bytes} bytes of dynamic shared memory beside {own} of static (at \
+                     most {most} together)"
                 );
-                self.failed(&what, error)
+                self.context.failed(&what, error)
             },
         )?;
         function.dynamic_limit = shared_bytes;
-        self.functions().insert(kernel, function.clone());
+        lock(&self.functions).insert(kernel, function.clone());
         Ok(())
     }
 }
@@ -397,55 +349,21 @@ fn parameters(function: sys::CUfunction) -> Arc<[usize]> {
     (0..).map_while(size).collect()
 }
 
-fn failed(ordinal: u32, what: &str, error: DriverError) -> Error {
-    let help = match ends_context(error) {
-        true => {
-            "a kernel has failed, and this process cannot use the GPU any more: start again; compute-sanitizer finds it"
-        }
-        false => "see `nvidia-smi`; --device cpu needs no GPU",
-    };
-    let what = format!("{what}: {}", describe(error));
-    Error::Device { device: format!("cuda:{ordinal}"), what, help: help.into() }
-}
-
-/// Whether every later call of this process fails, too.
-fn ends_context(error: DriverError) -> bool {
-    use sys::CUresult::*;
-    matches!(
-        error.0,
-        CUDA_ERROR_ILLEGAL_ADDRESS
-            | CUDA_ERROR_LAUNCH_TIMEOUT
-            | CUDA_ERROR_ASSERT
-            | CUDA_ERROR_HARDWARE_STACK_ERROR
-            | CUDA_ERROR_ILLEGAL_INSTRUCTION
-            | CUDA_ERROR_MISALIGNED_ADDRESS
-            | CUDA_ERROR_INVALID_ADDRESS_SPACE
-            | CUDA_ERROR_INVALID_PC
-            | CUDA_ERROR_LAUNCH_FAILED
-    )
-}
-
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.bind().is_err() {
+        if self.context.bind().is_err() {
             return;
         }
         // Nothing can be done where the driver refuses here; the process's end frees it all.
         // SAFETY: every buffer holds this device, so that nothing uses the handles any more.
         unsafe {
-            if !self.stream.is_null() {
-                let _ = result::stream::synchronize(self.stream);
-            }
-            self.pending.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).destroy();
-            self.graphs.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
-            self.arena.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).flush();
+            let _ = self.context.wait();
+            lock(&self.timer).destroy();
+            lock(&self.graphs).clear();
+            lock(&self.arena).flush();
             for module in self.modules.values() {
                 let _ = result::module::unload(*module);
             }
-            if !self.stream.is_null() {
-                let _ = result::stream::destroy(self.stream);
-            }
-            let _ = result::primary_ctx::release(self.raw);
         }
     }
 }

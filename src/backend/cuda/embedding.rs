@@ -1,6 +1,7 @@
 //! Rows of a table: see `kernels/embedding.cu`.
 
-use super::device::{Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Launch, args, blocks};
 use super::memory::{self, Memory, Slice, SliceMut, slice, slice_mut};
 use super::{Cuda, Precision, measure};
 use crate::backend::{Cost, Element, EmbeddingBackward, GatherRows, Operator, ScatterRows};
@@ -63,7 +64,7 @@ unsafe fn move_rows(
         false => ("embedding_move_baseline_bf16", BLOCK as usize),
     };
     let grid = [blocks(elements, elements_a_block), 1, 1];
-    let launch = Launch { image: "embedding", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+    let launch = Launch::new("embedding", kernel, grid, BLOCK, cost);
     let shape = (rows.len() as u64, table_rows as u32, width as u32);
     // SAFETY: the caller's lengths; aligned as the kernel asks, which skips rows outside the table.
     unsafe { device.launch(launch, args![from, rows, &to, shape.0, shape.1, shape.2, (table == Table::To) as u32]) }
@@ -80,14 +81,7 @@ pub(super) fn embedding_backward<P: Precision>(device: &Arc<Device>, op: Embeddi
         f32::NAME => ["embedding_backward_baseline_f32", "embedding_backward_short_f32", "embedding_backward_long_f32"],
         _ => ["embedding_backward_baseline_bf16", "embedding_backward_short_bf16", "embedding_backward_long_bf16"],
     };
-    let launch = |kernel, blocks, block, cost| Launch {
-        image: "embedding",
-        kernel,
-        grid: [blocks, 1, 1],
-        block,
-        shared_bytes: 0,
-        cost,
-    };
+    let launch = |kernel, blocks, block, cost| Launch::new("embedding", kernel, [blocks], block, cost);
     let (count32, table_rows32, width32) = (count as u32, table_rows as u32, width as u32);
     let aligned = width.is_multiple_of(VECTOR) && dy.aligned(VECTOR_BYTES) && dtable.aligned(VECTOR_BYTES);
     if count <= FEW || !aligned || measure::baseline() {

@@ -6,12 +6,12 @@ mod plan;
 mod wgmma;
 
 pub(super) use gated::gated_linear;
-pub use grouped::GemmMember;
 pub(super) use grouped::{linear_backward_input_each, linear_backward_weight_each, linear_each};
 pub(super) use plan::split_bytes;
-pub use plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
+pub use plan::{GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 
-use super::device::{Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use super::{Cuda, Precision};
 use crate::backend::{
@@ -69,16 +69,22 @@ fn symbol<T: FloatElement>(layout: GemmLayout, version: GemmVersion) -> &'static
     symbols[version as usize]
 }
 
+/// What operands and the device offer.
+fn offer<const N: usize>(device: &Device, operands: [Slice<bf16>; N]) -> GemmSupport {
+    let aligned = operands.iter().all(|operand| operand.aligned(OPERAND_BYTES));
+    GemmSupport { aligned, hopper: device.runs("gemm_sm90") }
+}
+
 fn size(count: usize) -> u32 {
     u32::try_from(count).expect("fewer than 2³² rows and columns")
 }
 
 impl<P: Precision> Cuda<P> {
-    /// C = epilogue(A·B) by the version and the parts of `plan`, else by those chosen for this device and shape, which are
-    /// returned. T is bf16, or f32 with [`GemmLayout::Nt`].
+    /// C = epilogue(A·B) by the plan of [`with_plan`], else by that chosen for this device and shape, which is returned. T is
+    /// bf16, or f32 with [`GemmLayout::Nt`].
     ///
     /// # Errors
-    /// Where the device fails or has no memory for the sums of parts.
+    /// [`crate::Error::Device`] and [`crate::Error::Memory`] where the device fails or has no memory for the sums of parts.
     ///
     /// # Panics
     /// Where lengths do not fit, or the version does not support the operands ([`GemmVersion::supports`]).
@@ -89,10 +95,9 @@ impl<P: Precision> Cuda<P> {
         c: ViewMut<'_, Self, T>,
         shape: GemmShape,
         epilogue: Epilogue<In<'_, Self>>,
-        plan: Option<GemmPlan>,
     ) -> Result<GemmPlan> {
-        let product = Product { a: slice(&a), b: slice(&b), c: slice_mut(c), shape, addends: epilogue.map(slice) };
-        product.run(&self.device, plan)
+        let (a, b, c) = (slice(&a), slice(&b), slice_mut(c));
+        Product { a, b, c, shape, addends: epilogue.map(slice) }.run(&self.device)
     }
 }
 
@@ -114,16 +119,15 @@ impl<T: FloatElement> Product<'_, T> {
         assert!(addends.residual.is_none_or(|residual| residual.len() == m * n), "{shape:?}");
     }
 
-    /// Computes it by `plan`, else by that chosen for the device and the shape, which is returned.
-    fn run(&self, device: &Arc<Device>, plan: Option<GemmPlan>) -> Result<GemmPlan> {
+    /// Computes it by the forced plan, else by that chosen for the device and the shape, and returns the plan.
+    fn run(&self, device: &Arc<Device>) -> Result<GemmPlan> {
         self.check();
         let Self { a, b, c, shape, addends } = self;
         let (shape, addends, GemmShape { layout, m, n, k }) = (*shape, *addends, *shape);
-        let aligned = a.aligned(OPERAND_BYTES) && b.aligned(OPERAND_BYTES);
-        let hopper = device.runs("gemm_sm90");
-        let plan = plan.unwrap_or_else(|| plan::choose(shape, aligned, hopper, device.multiprocessors));
+        let offer = offer(device, [*a, *b]);
+        let plan = plan::forced().unwrap_or_else(|| plan::choose(shape, offer, device.multiprocessors));
         let GemmPlan { version, splits } = plan;
-        assert!(splits > 0 && version.supports(shape, aligned, hopper), "{plan:?} of {shape:?}");
+        assert!(splits > 0 && version.supports(shape, offer), "{plan:?} of {shape:?}");
         if m == 0 || n == 0 {
             return Ok(plan);
         }
@@ -139,7 +143,7 @@ impl<T: FloatElement> Product<'_, T> {
             wgmma::launch(device, &[operands], &[output], plan, cost)?;
         } else {
             let (kernel, grid) = (symbol::<T>(layout, version), [size(tile.count(shape)), splits, 1]);
-            let launch = Launch { image: "gemm", kernel, grid, block: MMA_BLOCK, shared_bytes: 0, cost };
+            let launch = Launch::new("gemm", kernel, grid, MMA_BLOCK, cost);
             let Addends { alpha, bias, residual, accumulate } = addends;
             let (accumulate, partials, [m, n, k]) = (accumulate as u32, partials.as_ref(), [m, n, k].map(size));
             let arguments = args![*a, *b, c, bias, residual, partials, alpha, accumulate, m, n, k];
@@ -168,14 +172,14 @@ impl<T: FloatElement> Product<'_, T> {
                 _ => "gemm_tn_decode8_bf16",
             };
             let grid = [blocks(n * plan.splits as usize, plan::DECODE_OUTPUTS), 1, 1];
-            let launch = Launch { image: "gemm_decode", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+            let launch = Launch::new("gemm_decode", kernel, grid, BLOCK, cost);
             let arguments = args![*a, *b, c, bias, residual, alpha, accumulate, m32, n32, k32, plan.splits];
             // SAFETY: lengths fit the shape, which the version supports; C is borrowed mutably.
             return unsafe { device.launch(launch, arguments) };
         }
         assert_eq!(plan.splits, 1, "{plan:?}");
         let (kernel, grid) = (symbol::<T>(layout, plan.version), [blocks(m * n, BLOCK as usize), 1, 1]);
-        let launch = Launch { image: "gemm", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+        let launch = Launch::new("gemm", kernel, grid, BLOCK, cost);
         let arguments = args![*a, *b, c, bias, residual, 0_u64, alpha, accumulate, m32, n32, k32];
         // SAFETY: lengths fit the shape; C is borrowed mutably.
         unsafe { device.launch(launch, arguments) }
@@ -194,15 +198,9 @@ fn combine<T: FloatElement>(
     assert_eq!(partials.len(), splits as usize * m * n);
     let kernel = if T::NAME == "f32" { "gemm_combine_f32" } else { "gemm_combine_bf16" };
     let bytes = 4 * partials.len() + size_of::<T>() * c.len() + addends.bytes(m * n, size_of::<T>());
-    let launch = Launch {
-        image: "gemm",
-        kernel,
-        // A thread takes four elements where alignment allows.
-        grid: [blocks(m * n, 4 * BLOCK as usize), 1, 1],
-        block: BLOCK,
-        shared_bytes: 0,
-        cost: Cost { bytes: bytes as u64, flops: partials.len() as u64 },
-    };
+    let cost = Cost { bytes: bytes as u64, flops: partials.len() as u64 };
+    // A thread takes four elements where alignment allows.
+    let launch = Launch::new("gemm", kernel, [blocks(m * n, 4 * BLOCK as usize)], BLOCK, cost);
     let (alpha, accumulate) = (addends.alpha, addends.accumulate as u32);
     let arguments = args![partials, splits, c, addends.bias, addends.residual, alpha, accumulate, size(m), size(n)];
     // SAFETY: the lengths were checked above and by the caller; C is borrowed mutably.
@@ -213,7 +211,7 @@ pub(super) fn linear<P: Precision>(device: &Arc<Device>, op: Linear<'_, Cuda<P>>
     let addends = op.epilogue.map(slice);
     let (layout, m, n, k) = (GemmLayout::Tn, op.shape.tokens, op.shape.outputs, op.shape.inputs);
     let (a, b, c) = (slice(&op.x), slice(&op.w), slice_mut(op.y));
-    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device, None).map(|_| ())
+    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device).map(|_| ())
 }
 
 pub(super) fn linear_backward_input<P: Precision>(
@@ -223,7 +221,7 @@ pub(super) fn linear_backward_input<P: Precision>(
     let addends = Addends { alpha: op.alpha, accumulate: op.accumulate, ..Addends::default() };
     let (layout, m, n, k) = (GemmLayout::Nn, op.shape.tokens, op.shape.inputs, op.shape.outputs);
     let (a, b, c) = (slice(&op.dy), slice(&op.w), slice_mut(op.dx));
-    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device, None).map(|_| ())
+    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device).map(|_| ())
 }
 
 pub(super) fn linear_backward_weight<P: Precision>(
@@ -233,7 +231,7 @@ pub(super) fn linear_backward_weight<P: Precision>(
     let addends = Addends { alpha: op.alpha, accumulate: op.accumulate, ..Addends::default() };
     let (layout, m, n, k) = (GemmLayout::Nt, op.shape.outputs, op.shape.inputs, op.shape.tokens);
     let (a, b, c) = (slice(&op.dy), slice(&op.x), slice_mut(op.dw));
-    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device, None).map(|_| ())
+    Product { a, b, c, shape: GemmShape { layout, m, n, k }, addends }.run(device).map(|_| ())
 }
 
 pub(super) fn linear_backward_bias<P: Precision>(
@@ -247,13 +245,8 @@ pub(super) fn linear_backward_bias<P: Precision>(
     }
     let rows = dy.len() / outputs;
     let (columns, flops) = (blocks(outputs, BIAS_COLUMNS), dy.len() as u64);
-    let launch = |kernel, parts, bytes| Launch {
-        image: "gemm_bias",
-        kernel,
-        grid: [columns, parts, 1],
-        block: BLOCK,
-        shared_bytes: 0,
-        cost: Cost { bytes: 2 * flops + bytes as u64, flops },
+    let launch = |kernel, parts, bytes| {
+        Launch::new("gemm_bias", kernel, [columns, parts], BLOCK, Cost { bytes: 2 * flops + bytes as u64, flops })
     };
     if rows <= BIAS_BASELINE_ROWS {
         let kernel = if P::Grad::NAME == "f32" { "gemm_bias_baseline_f32" } else { "gemm_bias_baseline_bf16" };

@@ -1,53 +1,51 @@
-//! One launch for what a step queues again and again ([`crate::backend::Backend::replay`]).
+//! CUDA graph cache: the parts of a step that recur ([`crate::backend::Backend::replay`]) are launched as one graph.
 //!
-//! While a part of a step runs, its kernels and memsets are put down here instead of going to the driver. At its end they are
-//! compared with what earlier parts have put down: the same work becomes a graph, and from then on one launch; where some
-//! kernels have other arguments or sizes (a loss scale, more keys to look at), their nodes are changed first. Nothing is taken on trust: what the
-//! GPU gets is always what this very pass has put down, with the memory that this pass holds, so that a graph needs no memory
-//! of its own and no key. What must wait for the device, or copies, ends the part: all of it then goes the plain way.
+//! While such a part runs, its kernels and memsets are recorded instead of launched. At its end the sequence is compared with
+//! the sequences of earlier parts: the same work becomes a graph, and from then on one launch; where some kernels have other
+//! arguments or sizes (a loss scale, more keys to look at), their nodes are changed first. The GPU runs exactly what this very
+//! pass has recorded, with the memory that this pass holds: a graph needs no memory of its own and no key. What must wait for
+//! the device, or copies, ends the recording, and the whole part is launched eagerly.
 //!
 //! | the same work, with the same memory | what happens |
 //! |---|---|
-//! | seen for the first time | plain, and remembered |
+//! | seen for the first time | launched eagerly, and remembered |
 //! | for the second | made a graph, and launched |
 //! | again | launched |
 //!
 //! The first steps of a shape allocate; after that the engine's pool and the arena give the same request the same memory.
 //!
-//! `SWAT_CUDA_GRAPHS=off` leaves all of it out. While `swat profile` records, every kernel is queued and timed by itself.
+//! `SWAT_CUDA_GRAPHS=off` launches everything eagerly. While `swat profile` records, every kernel is launched and timed by itself.
 
-use super::device::{Arg, Device, Function, Launch};
-use crate::backend::trace;
+use super::context::Context;
+use super::launch::{Arg, Function, Launch};
 use crate::error::Result;
 use cudarc::driver::{DriverError, result, sys};
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::null_mut;
-use std::sync::MutexGuard;
-use std::sync::atomic::Ordering::Relaxed;
 
-/// Parts of steps that are remembered; a graph of each may take some megabytes of the driver's own memory.
+/// Cached sequences; the graph of each may take some megabytes of the driver's own memory.
 const KNOWN: usize = 8;
-/// A graph is changed to fit where at most one in so many of its nodes differs.
+/// A graph is updated where at most one node in this many differs.
 const CHANGED: usize = 2;
 
-/// What is put down, and what is known from earlier.
+/// The sequence that is being recorded, and those of earlier parts.
 #[derive(Default)]
-pub(super) struct Graphs {
-    /// Of the part of a step that runs now.
+pub(super) struct GraphCache {
+    /// That of the part of a step that runs now.
     open: Option<Sequence>,
     /// The most recently used last.
     known: Vec<Known>,
 }
 
 // SAFETY: graphs of the driver may be used from any thread, one at a time; they are behind a mutex.
-unsafe impl Send for Graphs {}
+unsafe impl Send for GraphCache {}
 
-/// Kernels and memsets, one after another.
+/// Kernels and memsets in the order of their launch.
 #[derive(Default)]
 struct Sequence {
     nodes: Vec<Node>,
-    /// Arguments of all nodes: a tensor map has sixteen words, anything else one.
+    /// Arguments of all nodes: sixteen words for a tensor map, one for anything else.
     words: Vec<u64>,
 }
 
@@ -69,7 +67,7 @@ enum Work {
 }
 
 impl Work {
-    /// Whether a node of this can be changed to one of `other`.
+    /// Whether a node of this can be updated to `other`.
     fn fits(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Clear, Self::Clear) => true,
@@ -95,7 +93,7 @@ struct Known {
 enum Graph {
     /// Seen once.
     None,
-    /// The driver would not make one.
+    /// The driver refused to make one.
     Refused,
     Ready {
         graph: sys::CUgraph,
@@ -115,7 +113,7 @@ impl Sequence {
         &self.words[self.nodes[node].words.clone()]
     }
 
-    /// The nodes that differ from those of `other`; `None` where that is more than sizes and arguments of a few kernels.
+    /// Nodes that differ from `other`'s; `None` where more differs than sizes and arguments of a few kernels.
     fn changes(&self, other: &Self) -> Option<Vec<usize>> {
         let (nodes, others) = (&self.nodes, &other.nodes);
         if nodes.len() != others.len() || !nodes.iter().zip(others).all(|(node, other)| node.work.fits(&other.work)) {
@@ -134,7 +132,7 @@ impl Sequence {
         Some(changed)
     }
 
-    /// Hands a kernel's arguments to `to` as the driver wants them.
+    /// Hands a kernel's arguments to `to` in the driver's form.
     fn with_arguments<R>(&self, node: usize, function: &Function, to: impl FnOnce(&mut [*mut c_void]) -> R) -> R {
         let words = self.words(node);
         // Room for tensor maps, which are aligned to more than words are.
@@ -149,7 +147,7 @@ impl Sequence {
                 let mut map = sys::CUtensorMap { opaque: [0; 16] };
                 map.opaque.copy_from_slice(&words[at..at + 16]);
                 maps.push(map);
-                // The room was reserved: what is in it stays where it is.
+                // The capacity was reserved: elements never move.
                 pointers.push(maps.last().map_or(null_mut(), |map| std::ptr::from_ref(map) as *mut c_void));
                 at += 16;
             }
@@ -181,21 +179,21 @@ impl Sequence {
     /// Queues everything, one by one.
     ///
     /// # Safety
-    /// The context is current, and all of it was put down by [`Device::put_down`].
+    /// The context is current, and all of it was recorded by [`GraphCache::record_launch`].
     unsafe fn queue(&self, stream: sys::CUstream) -> Result<(), DriverError> {
         for (i, node) in self.nodes.iter().enumerate() {
             let words = self.words(i);
             match &node.work {
                 Work::Kernel { function, grid: [x, y, z], block, shared_bytes } => {
                     self.with_arguments(i, function, |arguments| {
-                        // SAFETY: a launch that was checked when it was put down.
+                        // SAFETY: a launch that was checked when it was recorded.
                         unsafe {
                             let (grid, block) = ((*x, *y, *z), (*block, 1, 1));
                             result::launch_kernel(function.raw, grid, block, *shared_bytes, stream, arguments)
                         }
                     })?;
                 }
-                // SAFETY: memory that was borrowed mutably when this was put down.
+                // SAFETY: memory that was borrowed mutably when this was recorded.
                 Work::Clear => unsafe { result::memset_d8_async(words[0], 0, words[1] as usize, stream) }?,
             }
         }
@@ -207,7 +205,7 @@ impl Graph {
     /// A chain of the nodes of `sequence`.
     ///
     /// # Safety
-    /// The context is current, and all of it was put down by [`Device::put_down`].
+    /// The context is current, and all of it was recorded by [`GraphCache::record_launch`].
     unsafe fn new(sequence: &Sequence, context: sys::CUcontext) -> Result<Self, DriverError> {
         let mut graph = null_mut();
         // SAFETY: writes the handle of a new graph.
@@ -218,7 +216,7 @@ impl Graph {
                 let (before, count) = nodes.last().map_or((std::ptr::null(), 0), |last| (std::ptr::from_ref(last), 1));
                 let mut node = null_mut();
                 let kernel = sequence.with_kernel(i, |kernel| {
-                    // SAFETY: a launch that was checked when it was put down; the driver copies the arguments.
+                    // SAFETY: a launch that was checked when it was recorded; the driver copies the arguments.
                     unsafe { sys::cuGraphAddKernelNode_v2(&mut node, graph, before, count, kernel) }
                 });
                 let words = sequence.words(i);
@@ -231,7 +229,7 @@ impl Graph {
                         width: words[1] as usize,
                         height: 1,
                     };
-                    // SAFETY: memory that was borrowed mutably when this was put down.
+                    // SAFETY: memory that was borrowed mutably when this was recorded.
                     unsafe { sys::cuGraphAddMemsetNode(&mut node, graph, before, count, &params, context) }
                 };
                 kernel.unwrap_or_else(clear).result()?;
@@ -250,7 +248,7 @@ impl Graph {
         }
     }
 
-    /// Gives it back to the driver.
+    /// Frees it.
     ///
     /// # Safety
     /// The context is current and the stream is idle.
@@ -265,128 +263,56 @@ impl Graph {
 }
 
 impl Known {
-    /// Queues what this pass has put down, which differs from what is known in the nodes `changed`.
+    /// Queues `sequence`, which differs from the known one in the nodes `changed`.
     ///
     /// # Safety
     /// As [`Sequence::queue`].
-    unsafe fn queue(&mut self, device: &Device, sequence: Sequence, changed: &[usize]) -> Result<(), DriverError> {
+    unsafe fn queue(&mut self, context: &Context, sequence: Sequence, changed: &[usize]) -> Result<(), DriverError> {
         self.sequence = sequence;
         let sequence = &self.sequence;
         // SAFETY: the caller's promise; a node belongs to the graph that this one was made of.
         unsafe {
             let ready = match &self.graph {
                 Graph::Refused => Ok(()),
-                Graph::None => Graph::new(sequence, device.context()).map(|graph| self.graph = graph),
+                Graph::None => Graph::new(sequence, context.handle()).map(|graph| self.graph = graph),
                 Graph::Ready { executable, nodes, .. } => changed.iter().try_for_each(|node| {
                     let set = |kernel: &_| sys::cuGraphExecKernelNodeSetParams_v2(*executable, nodes[*node], kernel);
                     sequence.with_kernel(*node, set).map_or(Ok(()), sys::CUresult::result)
                 }),
             };
-            // Where the driver has no memory for a graph, or will not change it, the work goes on without.
+            // Where the driver has no memory for a graph, or refuses to update it, the work is launched eagerly.
             let launched = ready.and_then(|()| match &self.graph {
-                Graph::Ready { executable, .. } => result::graph::launch(*executable, device.stream()).map(|()| true),
+                Graph::Ready { executable, .. } => result::graph::launch(*executable, context.stream()).map(|()| true),
                 Graph::None | Graph::Refused => Ok(false),
             });
             match launched {
                 Ok(true) => Ok(()),
-                Ok(false) => sequence.queue(device.stream()),
+                Ok(false) => sequence.queue(context.stream()),
                 Err(error) => {
-                    result::stream::synchronize(device.stream()).map_err(|_| error)?;
+                    context.wait().map_err(|_| error)?;
                     self.graph.destroy();
                     self.graph = Graph::Refused;
-                    sequence.queue(device.stream())
+                    sequence.queue(context.stream())
                 }
             }
         }
     }
 }
 
-impl Graphs {
-    /// Begins to put down; false where that has begun already.
-    fn begin(&mut self) -> bool {
+impl GraphCache {
+    /// Begins to record; false where that has begun already.
+    pub(super) fn begin(&mut self) -> bool {
         let begins = self.open.is_none();
         self.open.get_or_insert_default();
         begins
     }
 
-    /// Gives all graphs back to the driver.
+    /// Records a launch where a part of a step runs; false where it is to be launched now.
     ///
     /// # Safety
-    /// The context is current and the stream is idle.
-    pub(super) unsafe fn clear(&mut self) {
-        for mut known in self.known.drain(..) {
-            // SAFETY: the caller's promise.
-            unsafe { known.graph.destroy() };
-        }
-    }
-}
-
-impl Device {
-    fn graphs(&self) -> MutexGuard<'_, Graphs> {
-        self.graphs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Runs `work`, a part of a step, and queues what it puts down: as one where that is known.
-    pub(super) fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
-        if trace::on() || !self.replays.load(Relaxed) || !self.graphs().begin() {
-            return work();
-        }
-        let done = work();
-        // Also where `work` has failed: memory that it gave back may have another user, whose work comes behind this.
-        let queued = self.close();
-        done.and_then(|result| queued.map(|()| result))
-    }
-
-    fn close(&self) -> Result<()> {
-        let mut graphs = self.graphs();
-        let Some(sequence) = graphs.open.take() else { return Ok(()) };
-        self.bind()?;
-        let found = |(i, known): (usize, &Known)| known.sequence.changes(&sequence).map(|changed| (i, changed));
-        let found = graphs.known.iter().enumerate().rev().find_map(found);
-        // SAFETY: the context is current; what is in a sequence was put down below; the stream is idle where a graph goes.
-        let queued = unsafe {
-            match found {
-                Some((i, changed)) => {
-                    let mut known = graphs.known.remove(i);
-                    let queued = known.queue(self, sequence, &changed);
-                    graphs.known.push(known);
-                    queued
-                }
-                None => {
-                    if graphs.known.len() == KNOWN {
-                        let mut oldest = graphs.known.remove(0);
-                        if matches!(oldest.graph, Graph::Ready { .. }) {
-                            let _ = result::stream::synchronize(self.stream());
-                            oldest.graph.destroy();
-                        }
-                    }
-                    let queued = sequence.queue(self.stream());
-                    graphs.known.push(Known { sequence, graph: Graph::None });
-                    queued
-                }
-            }
-        };
-        queued.map_err(|error| self.failed("cannot queue a part of a step", error))
-    }
-
-    /// Queues what a part of a step has put down so far: the rest of it goes the plain way. Comes before anything that does
-    /// not go through [`Device::put_down`].
-    pub(super) fn flush(&self) -> Result<()> {
-        let mut graphs = self.graphs();
-        let Some(sequence) = graphs.open.take() else { return Ok(()) };
-        self.bind()?;
-        // SAFETY: the context is current, and the sequence was put down below.
-        let queued = unsafe { sequence.queue(self.stream()) };
-        queued.map_err(|error| self.failed("cannot queue a part of a step", error))
-    }
-
-    /// Puts a launch down where a part of a step runs; false where it is to be queued now.
-    ///
-    /// # Safety
-    /// As [`Device::launch`], which has checked the arguments.
-    pub(super) unsafe fn put_down(&self, launch: &Launch, function: &Function, arguments: &[Arg]) -> bool {
-        let mut graphs = self.graphs();
-        let Some(sequence) = &mut graphs.open else { return false };
+    /// As [`super::device::Device::launch`], which has checked the arguments.
+    pub(super) unsafe fn record_launch(&mut self, launch: &Launch, function: &Function, arguments: &[Arg]) -> bool {
+        let Some(sequence) = &mut self.open else { return false };
         let &Launch { grid, block, shared_bytes, .. } = launch;
         let words = arguments.iter().flat_map(Arg::words);
         sequence.add(Work::Kernel { function: function.clone(), grid, block, shared_bytes }, words);
@@ -397,18 +323,62 @@ impl Device {
     ///
     /// # Safety
     /// That memory is live and borrowed mutably.
-    pub(super) unsafe fn put_down_clear(&self, pointer: sys::CUdeviceptr, bytes: usize) -> bool {
-        let mut graphs = self.graphs();
-        let Some(sequence) = &mut graphs.open else { return false };
+    pub(super) unsafe fn record_memset(&mut self, pointer: sys::CUdeviceptr, bytes: usize) -> bool {
+        let Some(sequence) = &mut self.open else { return false };
         sequence.add(Work::Clear, [pointer, bytes as u64].into_iter());
         true
     }
 
-    /// Gives all graphs back to the driver; waits for the device.
-    pub(super) fn drop_graphs(&self) -> Result<()> {
-        self.synchronize()?;
-        // SAFETY: bound and idle.
-        unsafe { self.graphs().clear() };
-        Ok(())
+    /// Ends the recording and queues it: as one graph where the sequence is known.
+    pub(super) fn finish(&mut self, context: &Context) -> Result<()> {
+        let Some(sequence) = self.open.take() else { return Ok(()) };
+        context.bind()?;
+        let found = |(i, known): (usize, &Known)| known.sequence.changes(&sequence).map(|changed| (i, changed));
+        let found = self.known.iter().enumerate().rev().find_map(found);
+        // SAFETY: the context is current; what is in a sequence was recorded above; the stream is idle where a graph goes.
+        let queued = unsafe {
+            match found {
+                Some((i, changed)) => {
+                    let mut known = self.known.remove(i);
+                    let queued = known.queue(context, sequence, &changed);
+                    self.known.push(known);
+                    queued
+                }
+                None => {
+                    if self.known.len() == KNOWN {
+                        let mut oldest = self.known.remove(0);
+                        if matches!(oldest.graph, Graph::Ready { .. }) {
+                            let _ = context.wait();
+                            oldest.graph.destroy();
+                        }
+                    }
+                    let queued = sequence.queue(context.stream());
+                    self.known.push(Known { sequence, graph: Graph::None });
+                    queued
+                }
+            }
+        };
+        queued.map_err(|error| context.failed("cannot launch a recorded part of a step", error))
+    }
+
+    /// Ends the recording and launches it eagerly, as the rest of the part will be. Comes before anything that is not
+    /// recorded.
+    pub(super) fn flush(&mut self, context: &Context) -> Result<()> {
+        let Some(sequence) = self.open.take() else { return Ok(()) };
+        context.bind()?;
+        // SAFETY: the context is current, and the sequence was recorded above.
+        let queued = unsafe { sequence.queue(context.stream()) };
+        queued.map_err(|error| context.failed("cannot launch a recorded part of a step", error))
+    }
+
+    /// Frees all graphs.
+    ///
+    /// # Safety
+    /// The context is current and the stream is idle.
+    pub(super) unsafe fn clear(&mut self) {
+        for mut known in self.known.drain(..) {
+            // SAFETY: the caller's promise.
+            unsafe { known.graph.destroy() };
+        }
     }
 }

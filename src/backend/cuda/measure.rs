@@ -1,30 +1,42 @@
-//! What benches need beside [`Cuda::time`]: a version of a kernel by its name, work captured once and replayed, and the
-//! handles that another library needs to work in a device's stream.
+//! Measurement: times by the GPU's clock, forced kernel versions, work captured once and replayed, and the handles with which
+//! another library works in a device's stream.
 
 use super::device::Device;
 use super::{Cuda, Precision, slice};
 use crate::backend::{Element, View};
 use crate::error::Result;
+use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUstreamCaptureMode as Mode};
 use cudarc::driver::{DriverError, result};
 use std::cell::Cell;
 use std::sync::Arc;
+use std::thread::LocalKey;
+use std::time::Duration;
 
 thread_local! {
     static FORCED: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
-/// Runs `f` with a version forced: operations called from this thread use the version of their kernels of this name (the
+/// Runs `f` with a version forced: operators called from this thread use the version of their kernels of this name (the
 /// last part but one of a symbol: `baseline`, `vec8`, `row2048`) where they have one that fits the tensors, else what they
-/// would have chosen. Products are asked for by version and parts: [`Cuda::gemm`].
+/// would have chosen. Matrix products are forced by [`with_plan`](super::with_plan).
 pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
-    struct Restore(Option<&'static str>);
-    impl Drop for Restore {
+    with_forced(&FORCED, version, f)
+}
+
+/// Runs `f` with a cell set, which is then as it was before.
+pub(super) fn with_forced<T: Copy + 'static, R>(
+    cell: &'static LocalKey<Cell<Option<T>>>,
+    value: T,
+    f: impl FnOnce() -> R,
+) -> R {
+    struct Restore<T: Copy + 'static>(&'static LocalKey<Cell<Option<T>>>, Option<T>);
+    impl<T: Copy + 'static> Drop for Restore<T> {
         fn drop(&mut self) {
-            FORCED.set(self.0);
+            self.0.set(self.1);
         }
     }
-    let _restore = Restore(FORCED.replace(Some(version)));
+    let _restore = Restore(cell, cell.replace(Some(value)));
     f()
 }
 
@@ -65,10 +77,10 @@ impl Captured {
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.
     pub fn launch(&self) -> Result<()> {
-        self.device.bind()?;
+        self.device.context.bind()?;
         // SAFETY: an executable graph and the stream of this device's context, which is current.
-        unsafe { result::graph::launch(self.executable, self.device.stream()) }
-            .map_err(|error| self.device.failed("cannot launch a captured graph", error))
+        unsafe { result::graph::launch(self.executable, self.device.context.stream()) }
+            .map_err(|error| self.device.context.failed("cannot launch a captured graph", error))
     }
 }
 
@@ -83,26 +95,52 @@ impl Drop for Captured {
 }
 
 impl<P: Precision> Cuda<P> {
-    /// Captures what `queue` puts into the stream; nothing of it runs. It must have run once before, so that it finds
-    /// its workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
+    /// Time of the work that `queue` enqueues, by the GPU's clock; waits for it.
+    ///
+    /// # Errors
+    /// What `queue` returns; [`crate::Error::Device`] where the driver fails.
+    pub fn time(&self, queue: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        let device = &self.device;
+        device.flush()?;
+        device.context.bind()?;
+        let failed = |error| device.context.failed("cannot time queued work", error);
+        let event = || result::event::create(CU_EVENT_DEFAULT).map_err(failed);
+        let (start, end) = (event()?, event()?);
+        // SAFETY: events and the stream of this device's context, which is current; the events are destroyed once,
+        // after they were waited for.
+        let milliseconds = unsafe {
+            result::event::record(start, device.context.stream()).map_err(failed)?;
+            let queued = queue();
+            result::event::record(end, device.context.stream()).map_err(failed)?;
+            result::event::synchronize(end).map_err(failed)?;
+            let elapsed = result::event::elapsed(start, end).map_err(failed);
+            let _ = (result::event::destroy(start), result::event::destroy(end));
+            queued?;
+            elapsed?
+        };
+        Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
+    }
+
+    /// Captures the work that `queue` enqueues, without running it. It must have run once before, so that it finds its
+    /// workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
     ///
     /// # Errors
     /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
     ///
     /// # Safety
-    /// The buffers that `queue` uses outlive what is returned. No memory is given back to the driver meanwhile (as
-    /// where a buffer does not fit), and nothing else runs between launches that keeps values in the workspace.
+    /// The buffers that `queue` uses outlive the returned graph. No memory is given back to the driver meanwhile (as where a
+    /// buffer does not fit), and nothing else that keeps values in the workspace runs between launches.
     pub unsafe fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = &self.device;
         device.synchronize()?;
-        let failed = |error: DriverError| device.failed("cannot capture work", error);
+        let failed = |error: DriverError| device.context.failed("cannot capture work", error);
         // SAFETY: the stream of this device's context, which is current; what the capture returns is a graph, which is
         // destroyed once, after it was made executable.
         unsafe {
-            result::stream::begin_capture(device.stream(), Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            result::stream::begin_capture(device.context.stream(), Mode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
                 .map_err(failed)?;
             let queued = queue();
-            let graph = result::stream::end_capture(device.stream());
+            let graph = result::stream::end_capture(device.context.stream());
             let executable = graph.and_then(|graph| match &queued {
                 Ok(()) => result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)).map(Some),
                 Err(_) => Ok(None),
@@ -111,8 +149,10 @@ impl<P: Precision> Cuda<P> {
                 let _ = result::graph::destroy(graph);
             }
             queued?;
-            let executable = executable.map_err(failed)?.expect("made where the work was queued");
-            Ok(Captured { device: device.clone(), executable })
+            match executable.map_err(failed)? {
+                Some(executable) => Ok(Captured { device: device.clone(), executable }),
+                None => unreachable!("instantiated where the work was queued"),
+            }
         }
     }
 
@@ -121,8 +161,8 @@ impl<P: Precision> Cuda<P> {
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.
     pub fn l2_bytes(&self) -> Result<u64> {
-        self.device.bind()?;
-        let failed = |error: DriverError| self.device.failed("cannot query the L2 cache size", error);
+        self.device.context.bind()?;
+        let failed = |error: DriverError| self.device.context.failed("cannot query the L2 cache size", error);
         let mut raw = 0;
         // SAFETY: a context is current; the call writes one integer.
         unsafe { sys::cuCtxGetDevice(&mut raw) }.result().map_err(failed)?;
@@ -131,13 +171,13 @@ impl<P: Precision> Cuda<P> {
         Ok(bytes.map_err(failed)?.max(0) as u64)
     }
 
-    /// The one stream, for another library's work among ours; the context is made current.
+    /// The stream of all work, for another library; makes the context current.
     ///
     /// # Errors
     /// [`crate::Error::Device`] where the driver fails.
     pub fn stream(&self) -> Result<sys::CUstream> {
-        self.device.bind()?;
-        Ok(self.device.stream())
+        self.device.context.bind()?;
+        Ok(self.device.context.stream())
     }
 
     /// The device's address of a view's first element, for another library.

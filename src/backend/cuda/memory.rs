@@ -1,59 +1,20 @@
-//! Device memory. Freed buffers stay with the arena for the next of their size, so that a step allocates nothing after
+//! Device memory and copies. Freed buffers stay in the arena for the next of their size, so that a step allocates nothing after
 //! the first; one stream orders the old user before the new one.
 
-use super::Cuda;
-use super::Precision;
-use super::device::{Arg, Device};
+use super::arena::Arena;
+use super::context::lock;
+use super::device::Device;
+use super::launch::Arg;
+use super::{Cuda, Precision};
 use crate::backend::{Cost, Element, View, ViewMut};
 use crate::error::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
-use std::collections::{BTreeSet, HashMap};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Every allocation is a multiple of this; the driver aligns each to 256 bytes.
 const GRANULE_BYTES: usize = 16;
-
-/// Caching allocator with usage counters: free blocks by size, the lowest address first, so that a step that asks for
-/// the same sizes again gets the same addresses.
-#[derive(Default)]
-pub(super) struct Arena {
-    free: HashMap<usize, BTreeSet<sys::CUdeviceptr>>,
-    free_bytes: usize,
-    used_bytes: usize,
-    peak_bytes: usize,
-}
-
-impl Arena {
-    /// Frees all cached blocks.
-    ///
-    /// # Safety
-    /// The context of the device is current and its stream is idle.
-    pub(super) unsafe fn flush(&mut self) {
-        for pointer in self.free.drain().flat_map(|(_, pointers)| pointers) {
-            // SAFETY: an allocation of the driver without a user. An error leaks it until the process ends.
-            let _ = unsafe { result::free_sync(pointer) };
-        }
-        self.free_bytes = 0;
-    }
-
-    /// Most bytes in use at once.
-    pub(super) fn peak_bytes(&self) -> usize {
-        self.peak_bytes
-    }
-
-    fn take(&mut self, bytes: usize) -> Option<sys::CUdeviceptr> {
-        let pointer = self.free.get_mut(&bytes)?.pop_first()?;
-        self.free_bytes -= bytes;
-        Some(pointer)
-    }
-
-    fn add_used(&mut self, bytes: usize) {
-        self.used_bytes += bytes;
-        self.peak_bytes = self.peak_bytes.max(self.used_bytes);
-    }
-}
 
 /// Memory of a device for a fixed number of elements.
 pub struct Memory<T> {
@@ -76,8 +37,8 @@ impl<T: Element> Memory<T> {
         if bytes == 0 {
             return Ok(memory(0));
         }
-        device.bind()?;
-        let mut arena = device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        device.context.bind()?;
+        let mut arena = lock(&device.arena);
         let pointer = match arena.take(bytes) {
             Some(pointer) => pointer,
             None => Self::allocate(device, &mut arena, bytes)?,
@@ -94,7 +55,7 @@ impl<T: Element> Memory<T> {
             Err(error) => error,
         };
         if error != DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY) {
-            return Err(device.failed("allocation failed", error));
+            return Err(device.context.failed("allocation failed", error));
         }
         device.drop_graphs()?;
         // SAFETY: the context is current and the stream is idle; then as above.
@@ -108,8 +69,8 @@ impl<T: Element> Memory<T> {
                 what: format!(
                     "a buffer of {} on {}, beside {} bytes in use,",
                     T::NAME,
-                    device.label(),
-                    arena.used_bytes
+                    device.context.label(),
+                    arena.used_bytes()
                 ),
                 planned_bytes: bytes as u64,
                 free_bytes: free,
@@ -133,10 +94,7 @@ impl<T: Element> Memory<T> {
 impl<T> Drop for Memory<T> {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            let mut arena = self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            arena.used_bytes -= self.bytes;
-            arena.free_bytes += self.bytes;
-            arena.free.entry(self.bytes).or_default().insert(self.pointer);
+            lock(&self.device.arena).give_back(self.pointer, self.bytes);
         }
     }
 }
@@ -224,13 +182,15 @@ pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result
     }
     let bytes = to.len * size_of::<T>();
     // SAFETY: the memory is borrowed mutably.
-    if unsafe { device.put_down_clear(to.pointer, bytes) } {
+    if unsafe { lock(&device.graphs).record_memset(to.pointer, bytes) } {
         return Ok(());
     }
-    device.bind()?;
+    device.context.bind()?;
     // SAFETY: as many bytes as the borrowed memory has.
-    let clear = || unsafe { result::memset_d8_async(to.pointer, 0, bytes, device.stream()) };
-    device.timed("memset", Cost::moved(bytes), clear).map_err(|error| device.failed("cannot clear memory", error))
+    let clear = || unsafe { result::memset_d8_async(to.pointer, 0, bytes, device.context.stream()) };
+    device
+        .timed("memset", Cost::moved(bytes), clear)
+        .map_err(|error| device.context.failed("cannot clear memory", error))
 }
 
 /// Host to device. The host's bytes may change once this returns: the driver stages pageable memory before.
@@ -240,12 +200,12 @@ pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T
         return Ok(());
     }
     device.flush()?;
-    device.bind()?;
+    device.context.bind()?;
     // SAFETY: both sides have `len` elements; pageable memory is staged before the call returns.
-    let copy = || unsafe { result::memcpy_htod_async(to.pointer, from, device.stream()) };
+    let copy = || unsafe { result::memcpy_htod_async(to.pointer, from, device.context.stream()) };
     device
         .timed("memcpy_host_to_device", Cost::moved(size_of_val(from)), copy)
-        .map_err(|error| device.failed("cannot copy from the host", error))
+        .map_err(|error| device.context.failed("cannot copy from the host", error))
 }
 
 /// Device to host; synchronizes.
@@ -255,13 +215,13 @@ pub(super) fn read<T: Element>(device: &Device, from: Slice<'_, T>, to: &mut [T]
         return device.synchronize();
     }
     device.flush()?;
-    device.bind()?;
+    device.context.bind()?;
     let cost = Cost::moved(size_of_val(to));
     // SAFETY: both sides have `len` elements, and the host's are borrowed until the copy is done.
-    let copy = || unsafe { result::memcpy_dtoh_async(to, from.pointer, device.stream()) };
+    let copy = || unsafe { result::memcpy_dtoh_async(to, from.pointer, device.context.stream()) };
     device
         .timed("memcpy_device_to_host", cost, copy)
-        .map_err(|error| device.failed("cannot copy to the host", error))?;
+        .map_err(|error| device.context.failed("cannot copy to the host", error))?;
     device.synchronize()
 }
 
@@ -272,11 +232,11 @@ pub(super) fn copy<T: Element>(device: &Device, from: Slice<'_, T>, to: &SliceMu
         return Ok(());
     }
     device.flush()?;
-    device.bind()?;
+    device.context.bind()?;
     let bytes = from.len * size_of::<T>();
     // SAFETY: both sides have `len` elements, and a buffer is not borrowed to read and to write at once.
-    let copy = || unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, bytes, device.stream()) };
+    let copy = || unsafe { result::memcpy_dtod_async(to.pointer, from.pointer, bytes, device.context.stream()) };
     device
         .timed("memcpy_device_to_device", Cost::moved(2 * bytes), copy)
-        .map_err(|error| device.failed("cannot copy", error))
+        .map_err(|error| device.context.failed("cannot copy", error))
 }

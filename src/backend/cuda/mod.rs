@@ -6,16 +6,17 @@
 //! [`Backend::read`] and [`Backend::synchronize`], and results do not depend on timing.
 
 mod adamw;
-mod arguments;
+mod arena;
 mod attention;
+mod context;
 mod cross_entropy;
 mod device;
 mod embedding;
 mod gemm;
 mod graph;
+mod launch;
 mod measure;
 mod memory;
-pub(super) mod nvtx;
 mod perturb;
 mod precision;
 mod rmsnorm;
@@ -25,9 +26,9 @@ mod survey;
 mod swiglu;
 mod tensor_map;
 pub mod testing;
-mod timing;
+mod timer;
 
-pub use gemm::{GemmLayout, GemmMember, GemmPlan, GemmShape, GemmVersion};
+pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
 pub use precision::{Bf16State, F32State, Precision};
@@ -36,6 +37,8 @@ pub use survey::{Image, Survey, survey};
 use super::ops::*;
 use super::{Backend, Buffer, Cost, Element, FloatElement, View, ViewMut, trace};
 use crate::error::Result;
+use context::lock;
+use cudarc::driver::sys;
 use device::Device;
 use half::bf16;
 use memory::{slice, slice_mut};
@@ -45,9 +48,18 @@ use std::sync::Arc;
 /// Bytes of a weight or an activation.
 const FLOAT: usize = size_of::<bf16>();
 
-/// Rows of logits that are in memory at once, at least. Each chunk of them reads and writes the f32 gradient of the head's
-/// weight, which takes as long as the product of 1,100 rows (at 800 TFLOP/s and 3.0 TB/s): a quarter of that of these.
+/// Least rows of logits in memory at once. Each chunk of them reads and writes the f32 gradient of the head's
+/// weight, which takes as long as the product of 1,100 rows (at 800 TFLOP/s and 3.0 TB/s), a quarter of the chunk's product.
 const LOGIT_ROWS: usize = 4096;
+
+/// How recurring parts of a step are launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaunchMode {
+    /// Kernel by kernel.
+    Eager,
+    /// As one graph, where the same work was launched before.
+    Graphs,
+}
 
 /// A GPU. Clones are the same device.
 pub struct Cuda<P: Precision = F32State> {
@@ -95,13 +107,22 @@ impl<P: Precision> Cuda<P> {
 
     /// Most bytes of device memory that buffers held at once.
     pub fn peak_bytes(&self) -> u64 {
-        self.device.arena.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).peak_bytes() as u64
+        lock(&self.device.arena).peak_bytes() as u64
     }
 
-    /// Whether [`Backend::replay`] makes graphs; it does unless the environment says `SWAT_CUDA_GRAPHS=off`.
-    pub fn replays(&self, on: bool) {
-        self.device.replays.store(on, std::sync::atomic::Ordering::Relaxed);
+    /// How [`Backend::replay`] launches: [`LaunchMode::Graphs`] unless the environment says `SWAT_CUDA_GRAPHS=off`.
+    pub fn set_launch_mode(&self, mode: LaunchMode) {
+        self.device.replays.store(mode == LaunchMode::Graphs, std::sync::atomic::Ordering::Relaxed);
     }
+}
+
+/// Operators that are a function of the device: `method(Arguments) = function;`
+macro_rules! operators {
+    ($($method:ident($op:ident) = $function:path;)*) => {
+        $(fn $method(&self, op: $op<'_, Self>) -> Result<()> {
+            $function(&self.device, op)
+        })*
+    };
 }
 
 impl<P: Precision> Backend for Cuda<P> {
@@ -111,7 +132,7 @@ impl<P: Precision> Backend for Cuda<P> {
     type Storage<T: Element> = Memory<T>;
 
     fn name(&self) -> String {
-        self.device.label()
+        self.device.context.label()
     }
 
     fn product_scratch_bytes(m: usize, n: usize, k: usize) -> u64 {
@@ -153,8 +174,18 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.synchronize()
     }
 
-    fn profiler(&self, begins: bool) -> Result<()> {
-        self.device.profiler(begins)
+    fn start_profiler(&self) -> Result<()> {
+        self.device.synchronize()?;
+        // SAFETY: the context is current.
+        let started = unsafe { sys::cuProfilerStart() }.result();
+        started.map_err(|error| self.device.context.failed("cannot start the profiler", error))
+    }
+
+    fn stop_profiler(&self) -> Result<()> {
+        self.device.synchronize()?;
+        // SAFETY: the context is current.
+        let stopped = unsafe { sys::cuProfilerStop() }.result();
+        stopped.map_err(|error| self.device.context.failed("cannot stop the profiler", error))
     }
 
     fn device_peak_bytes(&self) -> Option<u64> {
@@ -165,88 +196,32 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.replay(work)
     }
 
-    fn linear(&self, op: Linear<'_, Self>) -> Result<()> {
-        gemm::linear(&self.device, op)
-    }
-
-    fn linear_each(&self, op: LinearEach<'_, Self>) -> Result<()> {
-        gemm::linear_each(&self.device, op)
+    operators! {
+        linear(Linear) = gemm::linear;
+        linear_each(LinearEach) = gemm::linear_each;
+        linear_backward_input(LinearBackwardInput) = gemm::linear_backward_input;
+        linear_backward_input_each(LinearBackwardInputEach) = gemm::linear_backward_input_each;
+        linear_backward_weight(LinearBackwardWeight) = gemm::linear_backward_weight;
+        linear_backward_weight_each(LinearBackwardWeightEach) = gemm::linear_backward_weight_each;
+        linear_backward_bias(LinearBackwardBias) = gemm::linear_backward_bias;
+        attention(Attention) = attention::attention;
+        attention_backward(AttentionBackward) = attention::attention_backward;
+        attention_decode(AttentionDecode) = attention::attention_decode;
+        rmsnorm(RmsNorm) = rmsnorm::rmsnorm;
+        rmsnorm_backward(RmsNormBackward) = rmsnorm::rmsnorm_backward;
+        rope(Rope) = rope::rope;
+        swiglu(SwiGlu) = swiglu::swiglu;
+        swiglu_backward(SwiGluBackward) = swiglu::swiglu_backward;
+        gather_rows(GatherRows) = embedding::gather_rows;
+        scatter_rows(ScatterRows) = embedding::scatter_rows;
+        embedding_backward(EmbeddingBackward) = embedding::embedding_backward;
+        cross_entropy(CrossEntropy) = cross_entropy::cross_entropy;
+        sample(Sample) = sampling::sample;
+        perturb(Perturb) = perturb::perturb;
     }
 
     fn gated_linear(&self, op: GatedLinear<'_, Self>) -> Result<bool> {
         gemm::gated_linear(&self.device, op)
-    }
-
-    fn linear_backward_input(&self, op: LinearBackwardInput<'_, Self>) -> Result<()> {
-        gemm::linear_backward_input(&self.device, op)
-    }
-
-    fn linear_backward_input_each(&self, op: LinearBackwardInputEach<'_, Self>) -> Result<()> {
-        gemm::linear_backward_input_each(&self.device, op)
-    }
-
-    fn linear_backward_weight(&self, op: LinearBackwardWeight<'_, Self>) -> Result<()> {
-        gemm::linear_backward_weight(&self.device, op)
-    }
-
-    fn linear_backward_weight_each(&self, op: LinearBackwardWeightEach<'_, Self>) -> Result<()> {
-        gemm::linear_backward_weight_each(&self.device, op)
-    }
-
-    fn linear_backward_bias(&self, op: LinearBackwardBias<'_, Self>) -> Result<()> {
-        gemm::linear_backward_bias(&self.device, op)
-    }
-
-    fn attention(&self, op: Attention<'_, Self>) -> Result<()> {
-        attention::attention(&self.device, op)
-    }
-
-    fn attention_backward(&self, op: AttentionBackward<'_, Self>) -> Result<()> {
-        attention::attention_backward(&self.device, op)
-    }
-
-    fn attention_decode(&self, op: AttentionDecode<'_, Self>) -> Result<()> {
-        attention::attention_decode(&self.device, op)
-    }
-
-    fn rmsnorm(&self, op: RmsNorm<'_, Self>) -> Result<()> {
-        rmsnorm::rmsnorm(&self.device, op)
-    }
-
-    fn rmsnorm_backward(&self, op: RmsNormBackward<'_, Self>) -> Result<()> {
-        rmsnorm::rmsnorm_backward(&self.device, op)
-    }
-
-    fn rope(&self, op: Rope<'_, Self>) -> Result<()> {
-        rope::rope(&self.device, op)
-    }
-
-    fn swiglu(&self, op: SwiGlu<'_, Self>) -> Result<()> {
-        swiglu::swiglu(&self.device, op)
-    }
-
-    fn swiglu_backward(&self, op: SwiGluBackward<'_, Self>) -> Result<()> {
-        swiglu::swiglu_backward(&self.device, op)
-    }
-
-    fn gather_rows(&self, op: GatherRows<'_, Self>) -> Result<()> {
-        embedding::gather_rows(&self.device, op)
-    }
-
-    fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()> {
-        embedding::scatter_rows(&self.device, op)
-    }
-
-    fn embedding_backward(&self, op: EmbeddingBackward<'_, Self>) -> Result<()> {
-        embedding::embedding_backward(&self.device, op)
-    }
-
-    fn cross_entropy(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
-        cross_entropy::cross_entropy(&self.device, op)
-    }
-
-    fn sample(&self, op: Sample<'_, Self>) -> Result<()> {
-        sampling::sample(&self.device, op)
     }
 
     fn sum_squares<T: FloatElement>(&self, op: SumSquares<'_, Self, T>) -> Result<()> {
@@ -259,9 +234,5 @@ impl<P: Precision> Backend for Cuda<P> {
 
     fn squared_norm(&self, op: SquaredNorm<'_, Self>) -> Result<Buffer<Self, f64>> {
         perturb::squared_norm(&self.device, op)
-    }
-
-    fn perturb(&self, op: Perturb<'_, Self>) -> Result<()> {
-        perturb::perturb(&self.device, op)
     }
 }

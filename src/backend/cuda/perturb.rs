@@ -1,6 +1,7 @@
 //! Perturbed copies of a weight: see `kernels/perturb.cu`.
 
-use super::device::{Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use super::{Cuda, FLOAT, Precision, measure};
 use crate::backend::cost::{NORMAL_FLOPS, perturbed_copies, sum_squares};
@@ -23,7 +24,7 @@ const TILE: [usize; 2] = [256, 32];
 
 fn launch(kernel: &'static str, grid: [u32; 2], cost: Cost) -> Launch {
     let [x, y] = grid;
-    Launch { image: "perturb", kernel, grid: [x, y, 1], block: BLOCK as u32, shared_bytes: 0, cost }
+    Launch::new("perturb", kernel, [x, y], BLOCK as u32, cost)
 }
 
 fn cost(elements: usize, bytes: usize, flops: usize) -> Cost {
@@ -71,7 +72,7 @@ pub(super) fn squared_norm<P: Precision>(
     Ok(Buffer::new(memory, count))
 }
 
-/// ‖w‖² in memory of its own.
+/// ‖w‖² in a new buffer.
 fn squares_of_tensor(device: &Arc<Device>, w: Slice<bf16>) -> Result<Sums> {
     let mut sums = Sums::new(device, parts(w.len()))?;
     squares(device, w, &sums.all())?;

@@ -1,6 +1,7 @@
 //! Rotary position embedding: see `kernels/rope.cu`.
 
-use super::device::{Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Launch, args, blocks};
 use super::memory::{slice, slice_mut};
 use super::{Cuda, Precision, measure};
 use crate::backend::{Operator, Rope};
@@ -23,14 +24,7 @@ pub(super) fn rope<P: Precision>(device: &Device, op: Rope<'_, Cuda<P>>) -> Resu
         true => ("rope_forward_vec8_bf16", tokens * heads.div_ceil(HEADS) * head_dim / HEAD_DIM_STEP),
         false => ("rope_forward_baseline_bf16", x.len() / 2),
     };
-    let launch = Launch {
-        image: "rope",
-        kernel,
-        grid: [blocks(threads, BLOCK), 1, 1],
-        block: BLOCK as u32,
-        shared_bytes: 0,
-        cost,
-    };
+    let launch = Launch::new("rope", kernel, [blocks(threads, BLOCK)], BLOCK as u32, cost);
     let length = (table.len() / head_dim) as u32;
     let sign = if op.inverse { -1f32 } else { 1.0 };
     // SAFETY: x has `tokens` rows of `heads·head_dim`, aligned as the kernel asks, and is borrowed mutably; positions

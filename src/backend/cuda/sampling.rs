@@ -1,6 +1,7 @@
 //! The next token: see `kernels/sampling.cu`.
 
-use super::device::{Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Launch, args, blocks};
 use super::memory::{slice, slice_mut};
 use super::{Cuda, Precision, measure};
 use crate::backend::{Operator, Sample};
@@ -16,7 +17,7 @@ pub(super) fn sample<P: Precision>(device: &Device, op: Sample<'_, Cuda<P>>) -> 
         false => ["sampling_greedy_vec8_bf16", "sampling_nucleus_vec8_bf16"],
     };
     let grid = [blocks(tokens.len(), 1), 1, 1];
-    let launch = |kernel| Launch { image: "sampling", kernel, grid, block: BLOCK, shared_bytes: 0, cost };
+    let launch = |kernel| Launch::new("sampling", kernel, grid, BLOCK, cost);
     // SAFETY: logits has a row of `vocab` for each uniform and token; the kernels ask for no alignment; tokens is
     // borrowed mutably.
     unsafe {

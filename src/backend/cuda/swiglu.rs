@@ -1,6 +1,7 @@
 //! SwiGLU: see `kernels/swiglu.cu`.
 
-use super::device::{Device, Launch, args, blocks};
+use super::device::Device;
+use super::launch::{Launch, args, blocks};
 use super::memory::{Slice, slice, slice_mut};
 use super::{Cuda, Precision, measure};
 use crate::backend::{Cost, Operator, SwiGlu, SwiGluBackward};
@@ -23,7 +24,7 @@ fn choose(tensors: [Slice<bf16>; 3], [vec8, baseline]: [&'static str; 2], wave: 
         true => (vec8, blocks(len, VECTOR * BLOCK as usize).min(wave)),
         false => (baseline, blocks(len, BLOCK as usize)),
     };
-    Launch { image: "swiglu", kernel, grid: [blocks, 1, 1], block: BLOCK, shared_bytes: 0, cost }
+    Launch::new("swiglu", kernel, [blocks], BLOCK, cost)
 }
 
 pub(super) fn swiglu<P: Precision>(device: &Device, op: SwiGlu<'_, Cuda<P>>) -> Result<()> {

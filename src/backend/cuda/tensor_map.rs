@@ -51,7 +51,7 @@ fn encode<T: FloatElement, const RANK: usize, const LINES: usize>(
     dimensions: [usize; RANK],
     box_lines: [usize; LINES],
 ) -> Result<sys::CUtensorMap> {
-    device.bind()?;
+    device.context.bind()?;
     let data_type = match T::NAME {
         "bf16" => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         "f32" => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
@@ -83,6 +83,6 @@ fn encode<T: FloatElement, const RANK: usize, const LINES: usize>(
         )
     }
     .result()
-    .map_err(|error| device.failed("refused a tensor map", error))?;
+    .map_err(|error| device.context.failed("the driver refused a tensor map", error))?;
     Ok(map)
 }

@@ -1,4 +1,4 @@
-//! What tests alone need: the generator of `kernels/philox.cuh` by itself.
+//! The generator of `kernels/philox.cuh` alone, for its tests.
 
 use super::memory::slice_mut;
 use super::{Cuda, Precision, perturb};

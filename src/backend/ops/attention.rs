@@ -5,7 +5,7 @@ use crate::backend::cost::{self, AttentionSize};
 use crate::backend::{Backend, Buffer, Cost, In, Out, View, ViewMut};
 use crate::error::Result;
 
-/// Heads of an attention layer, and what they see.
+/// Heads, scale and window of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
     /// Query heads.
@@ -54,7 +54,7 @@ impl AttentionShape {
         assert_eq!(starts.last().map(|end| *end as usize), Some(tokens));
     }
 
-    /// Sizes of `tokens` queries of which each head sees `pairs` keys in all.
+    /// Sizes of a call over `tokens` queries; `pairs` counts the (query, key) pairs of one head.
     pub fn size(&self, tokens: usize, pairs: u64) -> AttentionSize {
         let Self { heads, kv_heads, head_dim, .. } = *self;
         AttentionSize { tokens, heads, kv_heads, head_dim, pairs }

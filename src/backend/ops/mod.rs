@@ -1,6 +1,6 @@
 //! The operators: each a struct of named arguments, with their shapes, the formula, the checks and the cost.
 //!
-//! [`Operator::run`] is how an operator is called, on any backend; the methods of [`Backend`] hold the arithmetic alone. Every
+//! [`Operator::run`] calls an operator on any backend; the methods of [`Backend`] hold the arithmetic and nothing more. Every
 //! tensor is dense and row-major; `tokens` counts the rows of a packed batch, in which documents follow one another without
 //! padding. An argument of the wrong shape is a bug of the caller, and panics.
 
@@ -45,7 +45,7 @@ pub trait Operator<B: Backend>: Sized {
     /// Where they do not fit one another.
     fn check(&self);
 
-    /// The bytes and FLOPs that the call cannot do without.
+    /// Least bytes and FLOPs of the call.
     fn cost(&self) -> Cost;
 
     /// The backend's arithmetic, neither checked nor traced.

@@ -36,7 +36,7 @@ pub enum Direction<V> {
 }
 
 impl<V> Direction<V> {
-    /// Whether ‖w‖ and ‖n‖ are needed; those of [`Direction::Scale`] cancel.
+    /// Whether ‖w‖ and ‖n‖ are needed; they cancel in [`Direction::Scale`].
     pub fn has_norm(&self) -> bool {
         !matches!(self, Self::Scale)
     }

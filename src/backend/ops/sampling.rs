@@ -4,7 +4,7 @@ use super::Operator;
 use crate::backend::{Backend, Cost, In, View, ViewMut, cost};
 use crate::error::Result;
 
-/// How a token is drawn from a row of logits; the nucleus is that of Holtzman et al., arXiv 1904.09751.
+/// How a token is sampled from a row of logits; nucleus sampling as in Holtzman et al., arXiv 1904.09751.
 #[derive(Clone, Copy, Debug, PartialEq, clap::Args)]
 pub struct Sampling {
     /// Sampling temperature; 0 = greedy (the first of equals)

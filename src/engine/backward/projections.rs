@@ -16,7 +16,7 @@ impl<B: Backend> Decoder<B> {
             .any(|id| gradients.trains(id))
     }
 
-    /// Gradients of a projection's own tensors from those of its output.
+    /// Gradients of a projection's tensors from dY.
     pub(super) fn module_gradients(
         &self,
         id: ModuleId,
@@ -34,7 +34,7 @@ impl<B: Backend> Decoder<B> {
         self.bias_and_adapter_gradients(id, dy, x, tokens, gradients)
     }
 
-    /// The same for several projections of one x, each with the gradient of its output.
+    /// [`Decoder::module_gradients`] of several projections of one x.
     pub(super) fn gradients_each<const N: usize>(
         &self,
         outputs: &[(ModuleId, In<'_, B>); N],
@@ -61,7 +61,7 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Gradients of what a projection has beside its weight.
+    /// Gradients of a projection's bias and adapter.
     fn bias_and_adapter_gradients(
         &self,
         id: ModuleId,
@@ -94,7 +94,7 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Gradient of the input of several projections from those of their outputs.
+    /// Gradient of the common input of several projections from their dY.
     pub(super) fn input_gradient_each<const N: usize>(
         &self,
         outputs: &[(ModuleId, In<'_, B>); N],
@@ -114,7 +114,7 @@ impl<B: Backend> Decoder<B> {
         LinearBackwardInputEach { layers: &layers, dx, tokens, accumulate: false }.run(&self.backend)
     }
 
-    /// Gradient of a projection's input from that of its output: overwrites `dx` as the first term (0), else adds to it.
+    /// Gradient of a projection's input from dY. Overwrites `dx` as term 0 of a sum over projections, else adds to it.
     pub(super) fn module_input_gradient(
         &self,
         id: ModuleId,

@@ -10,7 +10,7 @@ use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 
 /// A draw of noise and the members that use it.
-pub(super) struct Draw<'m> {
+pub(super) struct NoiseDraw<'m> {
     pub(super) cells: &'m ModuleSet,
     pub(super) seed: u64,
     /// (member, negative), one or two.
@@ -48,7 +48,7 @@ impl<B: Backend> Decoder<B> {
     /// The perturbed tensors of a draw that `wanted` says, one set a member (plus and minus come from one draw).
     pub(super) fn perturbed(
         &self,
-        draw: &Draw<'_>,
+        draw: &NoiseDraw<'_>,
         wanted: impl Fn(ParamId) -> bool,
         inputs: &SweepInputs<'_, B>,
     ) -> Result<Vec<Perturbed<B>>> {
@@ -117,8 +117,8 @@ pub(super) fn stage(cell: Cell, layers: usize) -> usize {
 }
 
 /// Puts antithetic twins together.
-pub(super) fn draws(members: &[Member]) -> Vec<Draw<'_>> {
-    let mut draws: Vec<Draw<'_>> = Vec::new();
+pub(super) fn draws(members: &[Member]) -> Vec<NoiseDraw<'_>> {
+    let mut draws: Vec<NoiseDraw<'_>> = Vec::new();
     let mut open: HashMap<(String, u64), usize> = HashMap::new();
     for (i, member) in members.iter().enumerate() {
         let text: Vec<String> = member.cells.iter().map(|c| c.to_string()).collect();
@@ -133,14 +133,14 @@ pub(super) fn draws(members: &[Member]) -> Vec<Draw<'_>> {
             continue;
         }
         open.insert(key, draws.len());
-        draws.push(Draw { cells: &member.cells, seed: member.seed, members: vec![(i, member.negative)] });
+        draws.push(NoiseDraw { cells: &member.cells, seed: member.seed, members: vec![(i, member.negative)] });
     }
     draws
 }
 
 /// Groups of draws with at most `members` members; draws that reach into other layers apart from those that do not.
-pub(super) fn grouped(draws: Vec<Draw<'_>>, members: usize) -> Vec<Vec<Draw<'_>>> {
-    let one_layer = |d: &Draw<'_>| {
+pub(super) fn grouped(draws: Vec<NoiseDraw<'_>>, members: usize) -> Vec<Vec<NoiseDraw<'_>>> {
+    let one_layer = |d: &NoiseDraw<'_>| {
         let mut layers: Vec<_> = d.cells.iter().map(|c| c.layer()).collect();
         layers.dedup();
         layers.len() == 1

@@ -2,7 +2,6 @@
 
 use super::grouped::assert_as_f32_sums;
 use super::*;
-use swat::backend::cuda::GemmMember;
 
 /// (tokens, inputs, outputs): tails of tiles in each extent, whole tiles, outputs that are not of whole 16 bytes.
 const SIZES: [(usize, usize, usize); 5] = [(9, 72, 8), (67, 200, 67), (130, 72, 136), (128, 64, 128), (300, 40, 264)];
@@ -15,10 +14,26 @@ fn silu_times_up(gate: f64, up: f64) -> f64 {
     gate / (1.0 + (-gate).exp()) * up
 }
 
-/// The kernels of tiles, which [`Cuda::gemm_gated`] takes for outputs of so many columns.
+/// [`GatedLinear`] by the kernel of a version.
+fn gated<P: Precision>(
+    cuda: &Cuda<P>,
+    x: In<'_, Cuda<P>>,
+    [gate, up]: [In<'_, Cuda<P>>; 2],
+    y: Out<'_, Cuda<P>>,
+    shape: GemmShape,
+    version: GemmVersion,
+) {
+    let op = GatedLinear { x, gate, up, y, tokens: shape.m };
+    assert!(with_plan(GemmPlan { version, splits: 1 }, || op.run(cuda)).unwrap());
+}
+
+/// The kernels of tiles, which [`GatedLinear`] takes for outputs of so many columns.
 fn versions<P: Precision>(cuda: &Cuda<P>, shape: GemmShape) -> impl Iterator<Item = GemmVersion> {
     let copies = cuda.capability() == (9, 0) && shape.n.is_multiple_of(8);
-    GemmVersion::ALL[2..6].iter().copied().filter(move |version| version.supports(shape, true, copies))
+    GemmVersion::ALL[2..6]
+        .iter()
+        .copied()
+        .filter(move |version| version.supports(shape, GemmSupport { aligned: true, hopper: copies }))
 }
 
 /// The bits of gate and up side by side by the same version, then SwiGLU.
@@ -30,14 +45,10 @@ fn apart<P: Precision>(
     version: GemmVersion,
 ) -> Vec<u16> {
     let mut sums = [0, 1].map(|_| cuda.zeros::<half::bf16>(shape.m * shape.n).unwrap());
-    let members = weights.iter().zip(&mut sums).map(|(w, y)| GemmMember {
-        a: x.view(),
-        b: w.view(),
-        bias: None,
-        c: y.view_mut(),
-        shape,
-    });
-    cuda.gemm_each(&mut members.collect::<Vec<_>>(), false, Some(GemmPlan { version, splits: 1 })).unwrap();
+    let layers = weights.iter().zip(&mut sums).map(|(w, y)| Projection { w: w.view(), bias: None, y: y.view_mut() });
+    let layers = &mut layers.collect::<Vec<_>>();
+    let each = LinearEach { x: x.view(), layers, tokens: shape.m };
+    with_plan(GemmPlan { version, splits: 1 }, || each.run(cuda)).unwrap();
     let mut y = cuda.zeros::<half::bf16>(shape.m * shape.n).unwrap();
     SwiGlu { gate: sums[0].view(), up: sums[1].view(), y: y.view_mut() }.run(cuda).unwrap();
     bits(read(cuda, &y))
@@ -67,9 +78,8 @@ fn every_epilogue_of_gate_and_up<P: Precision>(cuda: &Cuda<P>) {
             let before = put::<_, half::bf16>(cuda, &normals(5, shift + m * n + 3));
             let mut y = put::<_, half::bf16>(cuda, &before.host);
             let to = y.device.range_mut(shift..shift + m * n);
-            let shape_of_each = LinearShape { tokens: m, inputs: k, outputs: n };
-            cuda.gemm_gated(x.device.view(), [gate.device.view(), up.device.view()], to, shape_of_each, version)
-                .unwrap();
+            let (x_view, gate_view, up_view) = (x.device.view(), gate.device.view(), up.device.view());
+            gated(cuda, x_view, [gate_view, up_view], to, shape, version);
             let (after, what) = (get(cuda, &y.device), format!("{version:?} of {m} × {k} × {n}"));
             assert_as_f32_sums::<half::bf16>(&after[shift..shift + m * n], &exact, &sums, k, &what);
             let outside = |y: &[f64]| [y[..shift].to_vec(), y[shift + m * n..].to_vec()];
@@ -90,8 +100,7 @@ fn blocks_take_several_gated_tiles<P: Precision>(cuda: &Cuda<P>) {
     });
     for version in versions(cuda, shape).filter(|v| matches!(v, GemmVersion::Wgmma128 | GemmVersion::Wgmma256)) {
         let mut y = cuda.zeros::<half::bf16>(m * n).unwrap();
-        let shape_of_each = LinearShape { tokens: m, inputs: k, outputs: n };
-        cuda.gemm_gated(x.view(), [gate.view(), up.view()], y.view_mut(), shape_of_each, version).unwrap();
+        gated(cuda, x.view(), [gate.view(), up.view()], y.view_mut(), shape, version);
         assert!(bits(read(cuda, &y)) == apart(cuda, &x, [&gate, &up], shape, version), "{version:?}");
     }
 }

@@ -1,7 +1,6 @@
 //! Layers of one X: q, k and v; gate and up.
 
 use super::*;
-use swat::backend::cuda::GemmMember;
 
 /// (tokens, inputs) of layers with these outputs: sizes that go in one launch, and sizes that no launch takes together.
 const GROUPS: [(usize, usize, [usize; 3]); 6] = [
@@ -91,7 +90,7 @@ fn plans<P: Precision>(cuda: &Cuda<P>, shapes: &[GemmShape]) -> impl Iterator<It
     let hopper = cuda.capability() == (9, 0);
     let tiles = GemmVersion::ALL[2..6].iter().copied();
     let tiles: Vec<_> = tiles
-        .filter(|version| shapes.iter().all(|shape| version.supports(*shape, true, hopper)))
+        .filter(|version| shapes.iter().all(|shape| version.supports(*shape, GemmSupport { aligned: true, hopper })))
         .flat_map(|version| [(version, 1), (version, 3)])
         .collect();
     let tiles = tiles.into_iter();
@@ -102,8 +101,48 @@ fn plans<P: Precision>(cuda: &Cuda<P>, shapes: &[GemmShape]) -> impl Iterator<It
 /// Results behind the tensors of a group are left alone.
 const BEHIND: usize = 3;
 
+/// One of several layers: its weight and Y, or its dY and dW.
+struct Layer<'a, P: Precision, T: FloatElement> {
+    own: In<'a, Cuda<P>>,
+    bias: Option<In<'a, Cuda<P>>>,
+    c: ViewMut<'a, Cuda<P>, T>,
+}
+
+/// An operator on layers of one X of so many tokens; whether it adds to what C holds.
+type Each<P, T> = fn(&Cuda<P>, In<'_, Cuda<P>>, Vec<Layer<'_, P, T>>, usize, bool);
+
+fn forward_each<P: Precision>(
+    cuda: &Cuda<P>,
+    x: In<'_, Cuda<P>>,
+    layers: Vec<Layer<'_, P, half::bf16>>,
+    tokens: usize,
+    accumulate: bool,
+) {
+    assert!(!accumulate);
+    let mut layers: Vec<_> =
+        layers.into_iter().map(|Layer { own, bias, c }| Projection { w: own, bias, y: c }).collect();
+    LinearEach { x, layers: &mut layers, tokens }.run(cuda).unwrap();
+}
+
+fn weight_each<P: Precision>(
+    cuda: &Cuda<P>,
+    x: In<'_, Cuda<P>>,
+    layers: Vec<Layer<'_, P, P::Grad>>,
+    tokens: usize,
+    accumulate: bool,
+) {
+    let mut layers: Vec<_> = layers.into_iter().map(|Layer { own, c, .. }| WeightGradient { dy: own, dw: c }).collect();
+    LinearBackwardWeightEach { x, layers: &mut layers, tokens, accumulate }.run(cuda).unwrap();
+}
+
 /// Products side by side, into C's that only single elements of can be accessed in turn.
-fn side_by_side<P: Precision, T: FloatElement>(cuda: &Cuda<P>, layout: GemmLayout, rows: usize, k: usize) {
+fn side_by_side<P: Precision, T: FloatElement>(
+    cuda: &Cuda<P>,
+    layout: GemmLayout,
+    rows: usize,
+    k: usize,
+    run: Each<P, T>,
+) {
     for widths in [&[136, 8, 72][..], &[40, 200]] {
         let shapes: Vec<GemmShape> = widths
             .iter()
@@ -131,15 +170,13 @@ fn side_by_side<P: Precision, T: FloatElement>(cuda: &Cuda<P>, layout: GemmLayou
                 _ => (&own[i], &shared),
             };
             let with_bias = |i: usize| layout == GemmLayout::Tn && i != 1;
-            let members = c.iter_mut().enumerate().map(|(i, c)| GemmMember {
-                a: operands(i).0.device.view(),
-                b: operands(i).1.device.view(),
+            let layers = c.iter_mut().enumerate().map(|(i, c)| Layer {
+                own: own[i].device.view(),
                 bias: with_bias(i).then(|| biases[i].device.view()),
                 c: c.device.range_mut(shift..shift + shapes[i].m * shapes[i].n),
-                shape: shapes[i],
             });
-            let members = &mut members.collect::<Vec<_>>();
-            assert_eq!(cuda.gemm_each(members, accumulate, Some(plan)).unwrap(), Some(plan));
+            let (layers, tokens) = (layers.collect(), if layout == GemmLayout::Tn { rows } else { k });
+            with_plan(plan, || run(cuda, shared.device.view(), layers, tokens, accumulate));
             for (i, GemmShape { m, n, .. }) in shapes.iter().copied().enumerate() {
                 let (a, b) = (&operands(i).0.host, &operands(i).1.host);
                 let (sa, sb) = if layout == GemmLayout::Tn { ((k, 1), (1, k)) } else { ((1, m), (n, 1)) };
@@ -163,10 +200,10 @@ fn side_by_side<P: Precision, T: FloatElement>(cuda: &Cuda<P>, layout: GemmLayou
 
 fn every_version_of_a_group<P: Precision>(cuda: &Cuda<P>) {
     for rows in [1, 2, 4, 7, 67] {
-        side_by_side::<P, half::bf16>(cuda, GemmLayout::Tn, rows, 264);
+        side_by_side(cuda, GemmLayout::Tn, rows, 264, forward_each);
     }
-    side_by_side::<P, half::bf16>(cuda, GemmLayout::Nt, 72, 203);
-    side_by_side::<P, f32>(cuda, GemmLayout::Nt, 136, 77);
+    side_by_side(cuda, GemmLayout::Nt, 72, 203, weight_each);
+    side_by_side(cuda, GemmLayout::Nt, 136, 77, weight_each);
 }
 
 /// Terms of which each is a hundred times their sum: what is rounded in between is not in the result.
@@ -212,14 +249,10 @@ fn a_sum_is_rounded_once<P: Precision>(cuda: &Cuda<P>) {
             let shapes: Vec<_> = depths.iter().map(|k| GemmShape { layout: GemmLayout::Nn, m, n, k: *k }).collect();
             for plan in plans(cuda, &shapes) {
                 let mut c = put::<_, half::bf16>(cuda, &before);
-                let given: Vec<_> = terms
-                    .iter()
-                    .map(|(a, b, k)| {
-                        (a.device.view(), b.device.view(), GemmShape { layout: GemmLayout::Nn, m, n, k: *k })
-                    })
-                    .collect();
-                let to = c.device.range_mut(0..m * n);
-                assert_eq!(cuda.gemm_sum(&given, to, accumulate, Some(plan)).unwrap(), Some(plan));
+                let layers = terms.iter().map(|(a, b, _)| InputGradient { dy: a.device.view(), w: b.device.view() });
+                let (layers, dx) = (&layers.collect::<Vec<_>>()[..], c.device.range_mut(0..m * n));
+                let sum = LinearBackwardInputEach { layers, dx, tokens: m, accumulate };
+                with_plan(plan, || sum.run(cuda)).unwrap();
                 let (after, what) = (get(cuda, &c.device), format!("{plan:?}, {depths:?}, accumulate {accumulate}"));
                 assert_as_f32_sums::<half::bf16>(&after[..m * n], &exact, &sums, places().count(), &what);
                 assert_eq!(after[m * n..], before[m * n..], "{what}");
@@ -235,24 +268,26 @@ fn one_launch_where_there_is_a_kernel<P: Precision>(cuda: &Cuda<P>) {
         let x = put::<_, half::bf16>(cuda, &normals(1, m * k));
         let w = widths.map(|n| put::<_, half::bf16>(cuda, &normals(2, offset + n * k)));
         let mut y = widths.map(|n| put::<_, half::bf16>(cuda, &vec![0.0; m * n]));
-        let members = w.iter().zip(&mut y).zip(widths).map(|((w, y), n)| GemmMember {
-            a: x.device.view(),
-            b: w.device.range(offset..offset + n * k),
-            bias: None,
-            c: y.device.view_mut(),
-            shape: GemmShape { layout: GemmLayout::Tn, m, n, k },
+        let layers = w.iter().zip(&mut y).zip(widths).map(|((w, y), n)| {
+            let w = w.device.range(offset..offset + n * k);
+            Projection { w, bias: None, y: y.device.view_mut() }
         });
-        cuda.gemm_each(&mut members.collect::<Vec<_>>(), false, None).unwrap().map(|plan| plan.version)
+        let recording = swat::backend::trace::record().expect("no recording runs on this thread");
+        LinearEach { x: x.device.view(), layers: &mut layers.collect::<Vec<_>>(), tokens: m }.run(cuda).unwrap();
+        cuda.synchronize().unwrap();
+        let names: Vec<_> =
+            recording.take().iter().map(|span| span.name).filter(|name| name.starts_with("gemm_")).collect();
+        let [name] = names[..] else { return None };
+        ["decode", "mma64", "wgmma128", "mma128"].into_iter().find(|version| name.contains(version))
     };
     let hopper = cuda.capability() == (9, 0);
-    assert_eq!(launch(4, [72, 8], 0), Some(GemmVersion::Decode));
+    assert_eq!(launch(4, [72, 8], 0), Some("decode"));
     assert_eq!(launch(4, [72, 8], 1), None);
-    assert_eq!(launch(200, [72, 8], 0), Some(GemmVersion::Mma64));
-    let large = if hopper { GemmVersion::Wgmma128 } else { GemmVersion::Mma128 };
+    assert_eq!(launch(200, [72, 8], 0), Some("mma64"));
+    let large = if hopper { "wgmma128" } else { "mma128" };
     assert_eq!(launch(1000, [512, 72], 0), Some(large));
-    assert_eq!(launch(1000, [512, 68], 0), if hopper { None } else { Some(GemmVersion::Mma128) });
+    assert_eq!(launch(1000, [512, 68], 0), if hopper { None } else { Some("mma128") });
     assert_eq!(launch(200, [72, 8], 1), None);
-    assert_eq!(launch(0, [72, 8], 0), None);
 }
 
 on_every_backend!(forward, backward);

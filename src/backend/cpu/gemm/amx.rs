@@ -102,14 +102,14 @@ pub(super) fn product(product: Product<'_>) {
         let per_task = panels.div_ceil(tasks);
         for start in (0..whole.rows).step_by(WHOLE) {
             let end = whole.rows.min(start + WHOLE);
-            let packed = whole.pack(&mut space, start..end, &depths, threads > 1);
+            let packed = whole.pack(&mut space, start..end, &depths, threads);
             let task = |task: usize| {
                 let rows = task * per_task * PANEL..other.rows.min((task + 1) * per_task * PANEL);
                 if rows.is_empty() {
                     return;
                 }
                 let mut space = BLOCK_SPACE.take();
-                let block = other.pack(&mut space, rows.clone(), &depths, false);
+                let block = other.pack(&mut space, rows.clone(), &depths, 1);
                 let (packed, block) = (Panels { packed, first: start }, Panels { packed: block, first: rows.start });
                 let target = Target { c: &c, stride, size: (m, n), add: accumulate || from > 0 };
                 target.compute(packed, block, steps, whole.side);
@@ -182,11 +182,11 @@ impl Target<'_> {
             let at = row * self.stride + column;
             let c = self.c.pointer(at..at + (PANEL - 1) * self.stride + PANEL);
             // SAFETY: the 32 × 32 block is inside C and this task's alone; the tiles are configured.
-            return unsafe { multiply(a, b, c, self.stride, self.add, ahead) };
+            return unsafe { multiply(a, b, Block { c, stride: self.stride, add: self.add }, ahead) };
         }
         let mut edge = [[0.0f32; PANEL]; PANEL];
         // SAFETY: `edge` is 32 × 32; the tiles are configured.
-        unsafe { multiply(a, b, edge.as_mut_ptr().cast(), PANEL, false, ahead) };
+        unsafe { multiply(a, b, Block { c: edge.as_mut_ptr().cast(), stride: PANEL, add: false }, ahead) };
         for (r, edge) in edge.iter().enumerate().take(rows) {
             for (c, x) in place(r, columns).iter_mut().zip(edge) {
                 *c = if self.add { *c + x } else { *x };
@@ -195,7 +195,14 @@ impl Target<'_> {
     }
 }
 
-/// All eight tiles 16 rows of 64 bytes.
+/// 32 × 32 elements of C, whose rows are `stride` apart, overwritten or added to.
+struct Block {
+    c: *mut f32,
+    stride: usize,
+    add: bool,
+}
+
+/// Configures all eight tiles as 16 rows of 64 bytes.
 ///
 /// # Safety
 /// The unit is [`available`].
@@ -224,8 +231,8 @@ unsafe fn configure() {
 /// each change loads one side only. Fetches [`AHEAD`] bytes from `ahead` on into the second-level cache a step.
 ///
 /// # Safety
-/// The tiles are configured; `c` holds 32 rows of 32, `stride` elements apart.
-unsafe fn multiply(a: &[Step], b: &[Step], c: *mut f32, stride: usize, add: bool, ahead: *const u8) {
+/// The tiles are configured; the block is live memory that nothing else uses.
+unsafe fn multiply(a: &[Step], b: &[Step], Block { c, stride, add }: Block, ahead: *const u8) {
     assert_eq!(a.len(), b.len());
     let bytes = stride * size_of::<f32>();
     // SAFETY: reads `a` and `b` in whole steps and the 32 rows of C, writes the latter.

@@ -111,7 +111,7 @@ pub(super) fn linear_each(op: LinearEach<'_, Cpu>) {
     tasks.into_par_iter().for_each(|(stream, block)| stream.run(block));
 }
 
-/// Puts what is added to the product into `y`.
+/// Writes the addends into `y`.
 fn prepare(y: &mut [f32], outputs: usize, addends: Addends<'_>) {
     let row = |y: &mut [f32], residual: Option<&[f32]>| {
         match residual {
@@ -177,7 +177,7 @@ mod tests {
         (0..len).map(|_| rng.normal() as f32).collect()
     }
 
-    /// Root mean square of what a product is off by, against f64.
+    /// Root mean square error of a product against f64.
     fn error(c: &[f32], before: &[f32], a: Matrix<'_>, b: Matrix<'_>, (m, n, k): (usize, usize, usize)) -> f64 {
         let at = |x: Matrix<'_>, i: usize, j: usize| x.data[i * x.row_stride + j * x.column_stride] as f64;
         let mut squares = 0.0;

@@ -6,8 +6,7 @@ use crate::backend::cpu::simd::{prefetch, simd_kernel};
 use crate::backend::cpu::storage::Shared;
 use rayon::prelude::*;
 
-/// Up to this many rows of X the weight is streamed once, instead of being packed: by products alone, and where there is
-/// a matrix unit.
+/// Up to this many rows of X the weight is streamed once instead of packed: without a matrix unit, and with one.
 const STREAM_TOKENS: usize = 32;
 const STREAM_TOKENS_BESIDE_UNIT: usize = 16;
 /// Weight elements of one task of the streaming product (128 KiB).

@@ -1,11 +1,12 @@
 //! The products of gate and up that end in SwiGLU: neither is written to memory.
 
-use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmVersion};
-use super::{MMA_BLOCK, OPERAND_BYTES, size, wgmma};
-use crate::backend::cuda::device::{Arg, Device, Launch, args};
+use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion};
+use super::{MMA_BLOCK, offer, size, wgmma};
+use crate::backend::cuda::device::Device;
+use crate::backend::cuda::launch::{Arg, Launch, args};
 use crate::backend::cuda::memory::{Slice, SliceMut, slice, slice_mut};
 use crate::backend::cuda::{Cuda, FLOAT, Precision};
-use crate::backend::{GatedLinear, In, LinearShape, Out, cost};
+use crate::backend::{GatedLinear, LinearShape, cost};
 use crate::error::Result;
 use half::bf16;
 
@@ -16,27 +17,6 @@ struct Gated<'a> {
     up: Slice<'a, bf16>,
     y: SliceMut<'a, bf16>,
     shape: LinearShape,
-}
-
-impl<P: Precision> Cuda<P> {
-    /// [`GatedLinear`] in one launch by the kernel of this version.
-    ///
-    /// # Errors
-    /// Where the device fails.
-    ///
-    /// # Panics
-    /// Where lengths do not fit, or the version has no kernel for these tensors.
-    pub fn gemm_gated(
-        &self,
-        x: In<'_, Self>,
-        [gate, up]: [In<'_, Self>; 2],
-        y: Out<'_, Self>,
-        shape: LinearShape,
-        version: GemmVersion,
-    ) -> Result<()> {
-        let gated = Gated { x: slice(&x), gate: slice(&gate), up: slice(&up), y: slice_mut(y), shape };
-        gated.launch(&self.device, version)
-    }
 }
 
 /// `false` where no version has a kernel for these tensors.
@@ -59,24 +39,27 @@ impl Gated<'_> {
         GemmShape { layout: GemmLayout::Tn, m: tokens, n: 2 * outputs, k: inputs }
     }
 
-    fn aligned(&self) -> bool {
-        [self.x, self.gate, self.up].iter().all(|operand| operand.aligned(OPERAND_BYTES))
+    fn offer(&self, device: &Device) -> GemmSupport {
+        offer(device, [self.x, self.gate, self.up])
     }
 
     fn supports(&self, device: &Device, version: GemmVersion) -> bool {
-        let copies = wgmma::copies(*self.y, self.shape.outputs);
-        version.supports(self.both(), self.aligned(), device.runs("gemm_sm90") && copies) && kernel(version).is_some()
+        let offer = self.offer(device);
+        let hopper = offer.hopper && wgmma::copies(*self.y, self.shape.outputs);
+        version.supports(self.both(), GemmSupport { hopper, ..offer }) && kernel(version).is_some()
     }
 
     /// The version that gate and up side by side would take, where there is a kernel of it that ends in SwiGLU and the
-    /// depth is not split: the sums are then the same bits.
+    /// depth is not split: the sums are then the same bits. The forced one, if any.
     fn choose(&self, device: &Device) -> Option<GemmVersion> {
         let both = self.both();
         if both.m * both.n == 0 {
             return None;
         }
-        let hopper = device.runs("gemm_sm90");
-        let GemmPlan { version, splits } = plan::choose(both, self.aligned(), hopper, device.multiprocessors);
+        if let Some(plan) = plan::forced() {
+            return Some(plan.version);
+        }
+        let GemmPlan { version, splits } = plan::choose(both, self.offer(device), device.multiprocessors);
         (splits == 1 && self.supports(device, version)).then_some(version)
     }
 
@@ -94,12 +77,12 @@ impl Gated<'_> {
         let sizes: &[Arg] = args![size(tokens), size(outputs), size(inputs)];
         if image == "gemm_sm90" {
             let grid = [tiles.min(device.multiprocessors), 1, 1];
-            let launch = Launch { image, kernel, grid, block: wgmma::BLOCK, shared_bytes: 0, cost };
+            let launch = Launch::new(image, kernel, grid, wgmma::BLOCK, cost);
             let maps = wgmma::gated_maps(device, [*x, *gate, *up], **y, *shape, columns)?;
             // SAFETY: lengths fit the shape, and maps describe X, the weights and Y, which is borrowed mutably.
             return unsafe { device.launch(launch, &[&maps, sizes].concat()) };
         }
-        let launch = Launch { image, kernel, grid: [tiles, 1, 1], block: MMA_BLOCK, shared_bytes: 0, cost };
+        let launch = Launch::new(image, kernel, [tiles], MMA_BLOCK, cost);
         // SAFETY: lengths fit the shape, operands are aligned as the version asks; Y is borrowed mutably.
         unsafe { device.launch(launch, &[args![*x, *gate, *up, y].as_slice(), sizes].concat()) }
     }

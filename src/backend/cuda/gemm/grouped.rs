@@ -1,15 +1,16 @@
-//! Layers of one X in one launch: q, k and v; gate and up. Forward and for the gradients of weights they are products side by
-//! side, each with tensors of its own; for the gradient of X they are terms of one sum.
+//! Layers of one X in one launch: q, k and v; gate and up. Forward passes and weight gradients are products side by side; the
+//! gradient of X is one sum of products.
 
-use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmVersion};
+use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion};
 use super::wgmma::{self, Operands};
-use super::{Addends, BLOCK, MMA_BLOCK, OPERAND_BYTES, Product, combine, size};
-use crate::backend::cuda::device::{Arg, Device, Launch, args, blocks};
+use super::{Addends, BLOCK, MMA_BLOCK, Product, combine, offer, size};
+use crate::backend::cuda::device::Device;
+use crate::backend::cuda::launch::{Arg, Launch, args, blocks};
 use crate::backend::cuda::memory::{Memory, SliceMut, slice, slice_mut};
 use crate::backend::cuda::{Cuda, Precision};
 use crate::backend::{
-    Cost, FloatElement, In, InputGradient, LinearBackwardInputEach, LinearBackwardWeightEach, LinearEach, LinearShape,
-    Projection, ViewMut, WeightGradient,
+    Cost, FloatElement, InputGradient, LinearBackwardInputEach, LinearBackwardWeightEach, LinearEach, LinearShape,
+    Projection, WeightGradient,
 };
 use crate::error::Result;
 use half::bf16;
@@ -17,66 +18,6 @@ use std::sync::Arc;
 
 /// Most products of a launch.
 const MOST: usize = 3;
-
-/// One of the products of [`Cuda::gemm_each`], of which all have one layout and depth.
-pub struct GemmMember<'a, P: Precision, T: FloatElement> {
-    /// As the layout says.
-    pub a: In<'a, Cuda<P>>,
-    /// As the layout says.
-    pub b: In<'a, Cuda<P>>,
-    /// \[n\]
-    pub bias: Option<In<'a, Cuda<P>>>,
-    /// [m, n]
-    pub c: ViewMut<'a, Cuda<P>, T>,
-    /// The layout and sizes.
-    pub shape: GemmShape,
-}
-
-impl<P: Precision> Cuda<P> {
-    /// C = A·B + bias (+ C, if `accumulate`) for each member: in one launch by `plan`, else by that chosen for this device and
-    /// these shapes, which is returned; `None` where they go one after another.
-    ///
-    /// # Errors
-    /// Where the device fails or has no memory for the sums of parts.
-    ///
-    /// # Panics
-    /// Where lengths do not fit, or the plan's version has no kernel for such a group.
-    pub fn gemm_each<T: FloatElement>(
-        &self,
-        members: &mut [GemmMember<'_, P, T>],
-        accumulate: bool,
-        plan: Option<GemmPlan>,
-    ) -> Result<Option<GemmPlan>> {
-        let products = members.iter_mut().map(|GemmMember { a, b, bias, c, shape }| Product {
-            a: slice(a),
-            b: slice(b),
-            c: slice_mut(c.reborrow()),
-            shape: *shape,
-            addends: Addends { bias: bias.as_ref().map(slice), accumulate, ..Addends::default() },
-        });
-        each(&self.device, &products.collect::<Vec<_>>(), plan)
-    }
-
-    /// C = Σ A·B (+ C, if `accumulate`) over terms of [`GemmLayout::Nn`]: with one rounding in one launch, as
-    /// [`Cuda::gemm_each`]; one after another, each is rounded.
-    ///
-    /// # Errors
-    /// As there.
-    ///
-    /// # Panics
-    /// As there.
-    pub fn gemm_sum(
-        &self,
-        terms: &[(In<'_, Self>, In<'_, Self>, GemmShape)],
-        c: ViewMut<'_, Self, bf16>,
-        accumulate: bool,
-        plan: Option<GemmPlan>,
-    ) -> Result<Option<GemmPlan>> {
-        let terms: Vec<_> =
-            terms.iter().map(|(a, b, shape)| Operands { a: slice(a), b: slice(b), shape: *shape }).collect();
-        sum(&self.device, &terms, slice_mut(c), accumulate, plan)
-    }
-}
 
 /// One product as large as all of them.
 fn whole(shapes: &[GemmShape]) -> GemmShape {
@@ -89,34 +30,30 @@ fn whole(shapes: &[GemmShape]) -> GemmShape {
     }
 }
 
-/// Whether there is a kernel of this version that takes a group of these shapes in one launch; `hopper`: those of Hopper can
-/// store what it gives.
-fn supports(version: GemmVersion, shapes: &[GemmShape], aligned: bool, hopper: bool) -> bool {
-    let kernel = !matches!(version, GemmVersion::Baseline | GemmVersion::Scalar64);
-    kernel && (2..=MOST).contains(&shapes.len()) && shapes.iter().all(|shape| version.supports(*shape, aligned, hopper))
-}
-
-/// The plan of a group in one launch: that of a product as large as all of them, where it has a kernel for groups. `stores`:
-/// whether kernels of Hopper can store what it gives.
-fn choose(device: &Device, operands: &[Operands], stores: bool, plan: Option<GemmPlan>) -> Option<GemmPlan> {
+/// The plan of a group in one launch: the forced one, else the plan of one product as large as all of them, where its version has a
+/// kernel for groups that can store `outputs`.
+fn choose<T: FloatElement>(device: &Device, operands: &[Operands], outputs: &[wgmma::Output<T>]) -> Option<GemmPlan> {
     let shapes: Vec<GemmShape> = operands.iter().map(|operands| operands.shape).collect();
-    let aligned = operands.iter().all(|Operands { a, b, .. }| a.aligned(OPERAND_BYTES) && b.aligned(OPERAND_BYTES));
-    let hopper = device.runs("gemm_sm90");
-    if let Some(plan) = plan {
-        assert!(
-            plan.splits > 0 && supports(plan.version, &shapes, aligned, hopper && stores),
-            "{plan:?} of {shapes:?}"
-        );
+    let offers = operands.iter().map(|Operands { a, b, .. }| offer(device, [*a, *b]));
+    let offer = offers.reduce(|x, y| GemmSupport { aligned: x.aligned && y.aligned, ..x })?;
+    let stored = GemmSupport { hopper: offer.hopper && wgmma::groups(outputs), ..offer };
+    let supported = |version: GemmVersion| {
+        !matches!(version, GemmVersion::Baseline | GemmVersion::Scalar64)
+            && (2..=MOST).contains(&shapes.len())
+            && shapes.iter().all(|shape| version.supports(*shape, stored))
+    };
+    if let Some(plan) = plan::forced() {
+        assert!(plan.splits > 0 && supported(plan.version), "{plan:?} of {shapes:?}");
         return Some(plan);
     }
     if shapes.iter().any(|shape| shape.m * shape.n == 0) {
         return None;
     }
-    let plan = plan::choose(whole(&shapes), aligned, hopper, device.multiprocessors);
-    supports(plan.version, &shapes, aligned, hopper && stores).then_some(plan)
+    let plan = plan::choose(whole(&shapes), offer, device.multiprocessors);
+    supported(plan.version).then_some(plan)
 }
 
-/// The arguments of the members that are there, and `none` for the others.
+/// Arguments of the members, padded with `none`.
 fn padded(values: impl Iterator<Item = Arg>, none: Arg) -> [Arg; MOST] {
     let mut all = [none; MOST];
     all.iter_mut().zip(values).for_each(|(to, value)| *to = value);
@@ -136,12 +73,9 @@ fn partials(device: &Arc<Device>, splits: u32, shape: GemmShape) -> Result<Memor
     Memory::new(device, splits as usize * shape.m * shape.n)
 }
 
-/// Products of one layout and depth, whose addends are biases and, for all or none, C.
-fn each<T: FloatElement>(
-    device: &Arc<Device>,
-    products: &[Product<T>],
-    plan: Option<GemmPlan>,
-) -> Result<Option<GemmPlan>> {
+/// Products of one layout and depth, whose addends are biases and, for all or none, C: in one launch where there is a plan for
+/// that, else one after another.
+fn each<T: FloatElement>(device: &Arc<Device>, products: &[Product<T>]) -> Result<()> {
     let shapes: Vec<GemmShape> = products.iter().map(|product| product.shape).collect();
     for product in products {
         product.check();
@@ -149,10 +83,8 @@ fn each<T: FloatElement>(
     }
     let operands: Vec<_> =
         products.iter().map(|product| Operands { a: product.a, b: product.b, shape: product.shape }).collect();
-    let stores = wgmma::groups(&outputs(products, &[]));
-    let Some(plan) = choose(device, &operands, stores, plan) else {
-        products.iter().try_for_each(|product| product.run(device, None).map(|_| ()))?;
-        return Ok(None);
+    let Some(plan) = choose(device, &operands, &outputs(products, &[])) else {
+        return products.iter().try_for_each(|product| product.run(device).map(|_| ()));
     };
     let GemmPlan { version, splits } = plan;
     let whole = whole(&shapes);
@@ -169,10 +101,10 @@ fn each<T: FloatElement>(
         assert!(!accumulate && [1, 2, 4, 8].contains(&splits), "{plan:?}");
         let grid = shapes.iter().map(|shape| blocks(shape.n * splits as usize, plan::DECODE_OUTPUTS)).sum();
         let kernel = symbol::<T>(whole, version);
-        let launch = Launch { image: "gemm_decode", kernel, grid: [grid, 1, 1], block: BLOCK, shared_bytes: 0, cost };
+        let launch = Launch::new("gemm_decode", kernel, [grid], BLOCK, cost);
         let arguments = [&a[..1], &b, &c, &bias, args![size(whole.m)], &n, k, args![splits]].concat();
         // SAFETY: lengths fit the shapes, which the version supports, and X is the same; each C is borrowed mutably.
-        return unsafe { device.launch(launch, &arguments) }.map(|()| Some(plan));
+        return unsafe { device.launch(launch, &arguments) };
     };
     let mut memory = Vec::with_capacity(MOST);
     if splits > 1 {
@@ -185,14 +117,13 @@ fn each<T: FloatElement>(
         wgmma::launch(device, &operands, &outputs(products, &sums), plan, cost)?;
     } else {
         let m = sizes(shapes.iter().map(|shape| shape.m));
-        let launch = Launch {
-            image: "gemm",
-            kernel: symbol::<T>(whole, version),
-            grid: [size(shapes.iter().map(|shape| tile.count(*shape)).sum()), splits, 1],
-            block: MMA_BLOCK,
-            shared_bytes: 0,
+        let launch = Launch::new(
+            "gemm",
+            symbol::<T>(whole, version),
+            [size(shapes.iter().map(|shape| tile.count(*shape)).sum()), splits],
+            MMA_BLOCK,
             cost,
-        };
+        );
         let parts = pointers(sums.iter().map(Arg::from));
         let arguments = [&a[..], &b, &c, &bias, &parts, args![accumulate as u32], &m, &n, k].concat();
         // SAFETY: lengths fit the shapes, operands are aligned as the version asks, each of `sums` holds the sums of all parts of
@@ -202,10 +133,10 @@ fn each<T: FloatElement>(
     for (sums, Product { c, shape, addends, .. }) in sums.iter().zip(products) {
         combine(device, sums, splits, c, [shape.m, shape.n], *addends)?;
     }
-    Ok(Some(plan))
+    Ok(())
 }
 
-/// What becomes of products side by side; `sums` of parts where there are some.
+/// Destinations of products side by side; `sums` are the partial sums, if any.
 fn outputs<'a, T>(products: &'a [Product<T>], sums: &'a [SliceMut<f32>]) -> Vec<wgmma::Output<'a, T>> {
     let outputs = products.iter().enumerate().map(|(i, Product { c, shape, addends, .. })| wgmma::Output {
         c,
@@ -234,27 +165,20 @@ fn symbol<T: FloatElement>(GemmShape { layout, m, .. }: GemmShape, version: Gemm
     }
 }
 
-fn sum(
-    device: &Arc<Device>,
-    terms: &[Operands],
-    mut c: SliceMut<bf16>,
-    accumulate: bool,
-    plan: Option<GemmPlan>,
-) -> Result<Option<GemmPlan>> {
+fn sum(device: &Arc<Device>, terms: &[Operands], mut c: SliceMut<bf16>, addends: Addends) -> Result<()> {
     let shapes: Vec<GemmShape> = terms.iter().map(|term| term.shape).collect();
     for Operands { a, b, shape: GemmShape { layout, m, n, k } } in terms {
         assert_eq!([a.len(), b.len(), c.len()], [m * k, n * k, m * n], "{shapes:?}");
         assert_eq!((*layout, *m, *n), (GemmLayout::Nn, shapes[0].m, shapes[0].n), "{shapes:?}");
     }
-    let addends = Addends { accumulate, ..Addends::default() };
     let (GemmShape { m, n, .. }, whole) = (shapes[0], whole(&shapes));
-    let stores = wgmma::groups(&[wgmma::Output { c: &c, partials: None, addends, shape: whole }]);
-    let Some(plan) = choose(device, terms, stores, plan) else {
+    let output = wgmma::Output { c: &c, partials: None, addends, shape: whole };
+    let Some(plan) = choose(device, terms, &[output]) else {
         for (i, Operands { a, b, shape }) in terms.iter().enumerate() {
-            let addends = Addends { accumulate: accumulate || i > 0, ..addends };
-            Product { a: *a, b: *b, c: c.reborrow(), shape: *shape, addends }.run(device, None)?;
+            let addends = Addends { accumulate: addends.accumulate || i > 0, ..addends };
+            Product { a: *a, b: *b, c: c.reborrow(), shape: *shape, addends }.run(device)?;
         }
-        return Ok(None);
+        return Ok(());
     };
     let GemmPlan { version, splits } = plan;
     let tile = version.tile().expect("a version with tiles: no other has this layout");
@@ -266,17 +190,16 @@ fn sum(
         let output = wgmma::Output { c: &c, partials: sums.as_ref(), addends, shape: whole };
         wgmma::launch(device, terms, &[output], plan, cost)?;
     } else {
-        let launch = Launch {
-            image: "gemm",
-            kernel: if version == GemmVersion::Mma64 { "gemm_nn_sum_mma64_bf16" } else { "gemm_nn_sum_mma128_bf16" },
-            grid: [size(tile.count(whole)), splits, 1],
-            block: MMA_BLOCK,
-            shared_bytes: 0,
+        let launch = Launch::new(
+            "gemm",
+            if version == GemmVersion::Mma64 { "gemm_nn_sum_mma64_bf16" } else { "gemm_nn_sum_mma128_bf16" },
+            [size(tile.count(whole)), splits],
+            MMA_BLOCK,
             cost,
-        };
+        );
         let a = pointers(terms.iter().map(|term| term.a.into()));
         let b = pointers(terms.iter().map(|term| term.b.into()));
-        let common = args![&c, sums.as_ref(), accumulate as u32, size(m), size(n)];
+        let common = args![&c, sums.as_ref(), addends.accumulate as u32, size(m), size(n)];
         let arguments = [&a[..], &b, common, &sizes(shapes.iter().map(|shape| shape.k))].concat();
         // SAFETY: lengths fit the shapes, operands are aligned as the version asks, `sums` holds the sums of all parts; C is
         // borrowed mutably.
@@ -285,7 +208,7 @@ fn sum(
     if let Some(sums) = sums {
         combine(device, &sums, splits, &c, [m, n], addends)?;
     }
-    Ok(Some(plan))
+    Ok(())
 }
 
 pub(in crate::backend::cuda) fn linear_each<P: Precision>(
@@ -300,7 +223,7 @@ pub(in crate::backend::cuda) fn linear_each<P: Precision>(
         c: slice_mut(y.reborrow()),
         addends: Addends { bias: bias.as_ref().map(slice), ..Addends::default() },
     });
-    each(device, &products.collect::<Vec<_>>(), None).map(|_| ())
+    each(device, &products.collect::<Vec<_>>())
 }
 
 pub(in crate::backend::cuda) fn linear_backward_input_each<P: Precision>(
@@ -313,7 +236,8 @@ pub(in crate::backend::cuda) fn linear_backward_input_each<P: Precision>(
         b: slice(w),
         shape: GemmShape { layout: GemmLayout::Nn, m, n, k: w.len() / n },
     });
-    sum(device, &terms.collect::<Vec<_>>(), slice_mut(op.dx), op.accumulate, None).map(|_| ())
+    let addends = Addends { accumulate: op.accumulate, ..Addends::default() };
+    sum(device, &terms.collect::<Vec<_>>(), slice_mut(op.dx), addends)
 }
 
 pub(in crate::backend::cuda) fn linear_backward_weight_each<P: Precision>(
@@ -328,5 +252,5 @@ pub(in crate::backend::cuda) fn linear_backward_weight_each<P: Precision>(
         c: slice_mut(dw.reborrow()),
         addends: Addends { accumulate, ..Addends::default() },
     });
-    each(device, &products.collect::<Vec<_>>(), None).map(|_| ())
+    each(device, &products.collect::<Vec<_>>())
 }

@@ -1,7 +1,9 @@
 //! Which kernel computes a product.
 
 use crate::backend::cuda::FLOAT;
+use crate::backend::cuda::measure::with_forced;
 use crate::backend::{Cost, cost};
+use std::cell::Cell;
 
 /// A product of a linear layer with X [tokens, inputs] and W [outputs, inputs].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +30,7 @@ pub struct GemmShape {
 }
 
 impl GemmShape {
-    /// Of the product alone, C in elements of `element_bytes`.
+    /// Cost of the product without addends, C in elements of `element_bytes`.
     pub fn cost(self, element_bytes: usize) -> Cost {
         let Self { m, n, k, .. } = self;
         cost::product([m, n, k], FLOAT, element_bytes)
@@ -68,8 +70,9 @@ impl GemmVersion {
     pub const ALL: [Self; 7] =
         [Self::Baseline, Self::Scalar64, Self::Mma64, Self::Mma128, Self::Wgmma128, Self::Wgmma256, Self::Decode];
 
-    /// Whether this version computes `shape`; `aligned`: A and B begin at multiples of 16 bytes.
-    pub fn supports(self, shape: GemmShape, aligned: bool, hopper: bool) -> bool {
+    /// Whether this version computes `shape` with these properties.
+    pub fn supports(self, shape: GemmShape, offer: GemmSupport) -> bool {
+        let GemmSupport { aligned, hopper } = offer;
         let whole_vectors = aligned && shape.lines().iter().all(|line| line.is_multiple_of(VECTOR));
         match self {
             Self::Baseline | Self::Scalar64 => true,
@@ -85,6 +88,15 @@ impl GemmVersion {
     }
 }
 
+/// Properties of operands and device that versions require.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GemmSupport {
+    /// A and B begin at multiples of 16 bytes.
+    pub aligned: bool,
+    /// The device has compute capability 9.0.
+    pub hopper: bool,
+}
+
 /// A version, and how far the depth is split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GemmPlan {
@@ -93,6 +105,21 @@ pub struct GemmPlan {
     /// Parts of the depth: summed apart by other blocks, then added in order; needs 4·m·n bytes each where there are
     /// several. [`GemmVersion::Decode`]: warps (1, 2, 4 or 8) that share a sum, without such memory.
     pub splits: u32,
+}
+
+thread_local! {
+    static FORCED: Cell<Option<GemmPlan>> = const { Cell::new(None) };
+}
+
+/// Runs `f` with a plan forced: every matrix product that is called from this thread takes it, and panics where its version has
+/// no kernel for the tensors.
+pub fn with_plan<R>(plan: GemmPlan, f: impl FnOnce() -> R) -> R {
+    with_forced(&FORCED, plan, f)
+}
+
+/// The plan that is forced.
+pub(super) fn forced() -> Option<GemmPlan> {
+    FORCED.get()
 }
 
 /// Elements of a 16-byte access.
@@ -112,8 +139,8 @@ const MIN_SPLIT_BLOCKS: usize = 4;
 /// Bytes of device memory a clock: 3.0 TB/s at 1.7 GHz.
 const BYTES_CLOCK: usize = 1760;
 
-/// Tiles of a version and their time: what a block of depth and what a tile beside that (first loads, sums to memory)
-/// take of a multiprocessor. Estimates, from the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with
+/// Tiles of a version and their clocks on a multiprocessor: a block of depth, and a tile beside that (first loads, sums to
+/// memory). Estimates, from the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with
 /// `wgmma`), the share of them that such tiles reach, and the instructions of a tile's end.
 pub(super) struct Tile {
     version: GemmVersion,
@@ -157,19 +184,19 @@ impl Tile {
 
 /// The version of the least estimated time; of equals the one with the larger tiles and the fewest parts. Few tokens are
 /// bound by reading weights, whatever the tiles, and no product is needed where there is no depth.
-pub(super) fn choose(shape: GemmShape, aligned: bool, hopper: bool, multiprocessors: u32) -> GemmPlan {
+pub(super) fn choose(shape: GemmShape, offer: GemmSupport, multiprocessors: u32) -> GemmPlan {
     let multiprocessors = multiprocessors as usize;
     if shape.k == 0 {
         return GemmPlan { version: GemmVersion::Baseline, splits: 1 };
     }
-    if GemmVersion::Decode.supports(shape, aligned, hopper) {
+    if GemmVersion::Decode.supports(shape, offer) {
         let enough = |slices: &usize| shape.n * slices >= DECODE_OUTPUTS * DECODE_BLOCKS * multiprocessors;
         let fits = |slices: &usize| slices * DECODE_INPUTS <= shape.k || *slices == 1;
         let mut slices = [1, 2, 4, 8].into_iter().filter(fits);
         let slices = slices.clone().find(enough).or(slices.next_back()).unwrap_or(1);
         return GemmPlan { version: GemmVersion::Decode, splits: slices as u32 };
     }
-    let plans = TILES.iter().filter(|tile| tile.version.supports(shape, aligned, hopper)).flat_map(|tile| {
+    let plans = TILES.iter().filter(|tile| tile.version.supports(shape, offer)).flat_map(|tile| {
         (1..=tile.max_splits(shape)).map(move |splits| (tile.clocks(shape, splits, multiprocessors), tile, splits))
     });
     let (_, tile, splits) = plans.min_by_key(|(clocks, ..)| *clocks).expect("Scalar64 supports everything");
@@ -178,7 +205,7 @@ pub(super) fn choose(shape: GemmShape, aligned: bool, hopper: bool, multiprocess
 
 /// Bytes of the sums of parts that a product takes on an H100, whose 132 multiprocessors ask for most parts.
 pub(in crate::backend::cuda) fn split_bytes(shape: GemmShape) -> u64 {
-    let GemmPlan { version, splits } = choose(shape, true, true, 132);
+    let GemmPlan { version, splits } = choose(shape, GemmSupport { aligned: true, hopper: true }, 132);
     if splits == 1 || version == GemmVersion::Decode { 0 } else { 4 * splits as u64 * (shape.m * shape.n) as u64 }
 }
 
@@ -187,7 +214,8 @@ mod tests {
     use super::*;
 
     fn plan(layout: GemmLayout, (m, n, k): (usize, usize, usize), hopper: bool) -> (GemmVersion, u32) {
-        let plan = choose(GemmShape { layout, m, n, k }, true, hopper, if hopper { 132 } else { 108 });
+        let offer = GemmSupport { aligned: true, hopper };
+        let plan = choose(GemmShape { layout, m, n, k }, offer, if hopper { 132 } else { 108 });
         (plan.version, plan.splits)
     }
 
@@ -221,10 +249,13 @@ mod tests {
     #[test]
     fn what_is_not_aligned_or_has_no_depth_takes_a_kernel_that_can() {
         let odd = GemmShape { layout: GemmLayout::Tn, m: 300, n: 300, k: 301 };
-        assert_eq!(choose(odd, true, true, 132).version, GemmVersion::Scalar64);
+        assert_eq!(choose(odd, GemmSupport { aligned: true, hopper: true }, 132).version, GemmVersion::Scalar64);
         let even = GemmShape { k: 304, ..odd };
-        assert_eq!(choose(even, false, true, 132).version, GemmVersion::Scalar64);
-        assert_eq!(choose(GemmShape { k: 0, ..odd }, true, true, 132).version, GemmVersion::Baseline);
+        assert_eq!(choose(even, GemmSupport { aligned: false, hopper: true }, 132).version, GemmVersion::Scalar64);
+        assert_eq!(
+            choose(GemmShape { k: 0, ..odd }, GemmSupport { aligned: true, hopper: true }, 132).version,
+            GemmVersion::Baseline
+        );
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The launches of `kernels/gemm_sm90.cu`.
 
-use super::super::device::{Arg, Device, Launch, args};
+use super::super::device::Device;
+use super::super::launch::{Arg, Launch, args};
 use super::super::memory::{Slice, SliceMut};
 use super::super::tensor_map::{slab_map, tensor_map};
 use super::plan::{GemmLayout, GemmPlan, GemmShape, GemmVersion};
@@ -23,7 +24,7 @@ const MEMBERS: usize = 3;
 /// Parts of a depth that the kernels' 32-bit arithmetic allows.
 const MAX_SPLITS: u32 = 64;
 
-/// How a tile's sums become C; of those of a group the last.
+/// How a tile's sums become C. A group takes the latest variant that any member needs.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Finish {
     /// Bulk copies: bf16, C = sum.
@@ -98,7 +99,7 @@ impl<T: FloatElement> Output<'_, T> {
         finish(**self.c, self.partials.map(|partials| **partials), self.shape.n, &self.addends)
     }
 
-    /// A map of what is stored.
+    /// Tensor map of C, or of the partial sums.
     fn map(&self, device: &Device, splits: usize) -> Result<sys::CUtensorMap> {
         let GemmShape { m, n, .. } = self.shape;
         match self.partials {
@@ -107,7 +108,7 @@ impl<T: FloatElement> Output<'_, T> {
         }
     }
 
-    /// A map of what is added, of C itself where nothing is.
+    /// Tensor map of the residual, else of C.
     fn source(&self, device: &Device) -> Result<sys::CUtensorMap> {
         let GemmShape { m, n, .. } = self.shape;
         match self.addends.residual {
@@ -134,7 +135,7 @@ fn sizes(values: impl Iterator<Item = usize>) -> [Arg; MEMBERS] {
     all
 }
 
-/// X, the weights of gate and up, of which a tile takes so many `columns` each, and Y: what the kernels with SwiGLU begin with.
+/// Tensor maps of X, gate, up and Y, the first arguments of the SwiGLU kernels; a tile takes `columns` columns of gate and of up.
 pub(super) fn gated_maps(
     device: &Device,
     [x, gate, up]: [Slice<bf16>; 3],
@@ -202,14 +203,13 @@ pub(super) fn launch<T: FloatElement>(
         GemmLayout::Nn => symbols!("nn"),
         GemmLayout::Nt => symbols!("nt"),
     };
-    let launch = Launch {
-        image: "gemm_sm90",
-        kernel: symbols[wide as usize][finish as usize],
-        grid: [tiles.min(device.multiprocessors), 1, 1],
-        block: BLOCK,
-        shared_bytes: 0,
+    let launch = Launch::new(
+        "gemm_sm90",
+        symbols[wide as usize][finish as usize],
+        [tiles.min(device.multiprocessors)],
+        BLOCK,
         cost,
-    };
+    );
     let arguments = if matches!(finish, Finish::Any | Finish::AnyF32) {
         let GemmShape { m, n, k, .. } = operands[0].shape;
         [&a[..], &b, &output, args![size(m), size(n), size(k), splits]].concat()

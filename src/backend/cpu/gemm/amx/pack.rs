@@ -33,7 +33,7 @@ impl Operand<'_> {
         space: &'s mut Vec<Step>,
         rows: Range<usize>,
         depths: &Range<usize>,
-        parallel: bool,
+        threads: usize,
     ) -> &'s [Step] {
         let steps = depths.len().div_ceil(STEP);
         let len = rows.len().div_ceil(PANEL) * steps;
@@ -46,13 +46,13 @@ impl Operand<'_> {
             for half in 0..2 {
                 let row = row + 16 * half;
                 let rows = rows.end.saturating_sub(row).min(16);
-                let place = Place { row, rows, depth, depths: (depths.end - depth).min(STEP) };
+                let window = Window { row, rows, depth, depths: (depths.end - depth).min(STEP) };
                 // SAFETY: `available` has seen AVX-512.
-                unsafe { pack_tiles(self.from, place, self.factor, self.side, half, to) };
+                unsafe { pack_tiles(self.from, window, self.factor, self.side, half, to) };
             }
         };
         let space = &mut space[..len];
-        if parallel {
+        if threads > 1 {
             space.par_iter_mut().with_min_len(16).enumerate().for_each(pack_step);
         } else {
             space.iter_mut().enumerate().for_each(pack_step);
@@ -63,7 +63,7 @@ impl Operand<'_> {
 
 /// Up to 16 rows and 32 depths of an operand.
 #[derive(Clone, Copy)]
-struct Place {
+struct Window {
     row: usize,
     rows: usize,
     depth: usize,
@@ -76,8 +76,8 @@ struct Place {
 /// Plain loops throughout: a closure handed to a function of the standard library would not be inlined here, where the
 /// vector instructions are.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn pack_tiles(from: Matrix<'_>, place: Place, factor: f32, side: Side, half: usize, to: &mut Step) {
-    let Place { row, rows, depth, depths } = place;
+fn pack_tiles(from: Matrix<'_>, window: Window, factor: f32, side: Side, half: usize, to: &mut Step) {
+    let Window { row, rows, depth, depths } = window;
     let factor = _mm512_set1_ps(factor);
     let mut vectors = [[_mm512_setzero_ps(); 16]; 2];
     let along_depth = from.column_stride == 1;

@@ -5,18 +5,19 @@
 //! begin and end there. While nothing records or annotates, a span costs one load. Spans that come from a GPU arrive when its
 //! backend is synchronised.
 
+mod nvtx;
+
 use super::Cost;
-use super::cuda::nvtx;
 use crate::error::Result;
 use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::time::Instant;
 
-/// What a span is a span of; the outer ones contain the inner ones.
+/// What a span times; the outer kinds contain the inner ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Lane {
-    /// A part of a step: `forward`, `head`, `backward`, `optimizer`, `cache`, `prefill`, `decode`, `sweep`; inside of others,
-    /// `recompute` and `perturb`.
+pub enum SpanKind {
+    /// A part of a step: `forward`, `head`, `backward`, `optimizer`, `cache`, `prefill`, `decode`, `sweep`; `recompute` and
+    /// `perturb` inside others.
     Phase,
     /// A layer of the model.
     Layer,
@@ -26,22 +27,22 @@ pub enum Lane {
     Kernel,
 }
 
-/// Something that ran.
+/// A timed phase, layer, operation or kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
-    /// What it is a span of.
-    pub lane: Lane,
+    /// What it times.
+    pub kind: SpanKind,
     /// `forward`, `layer`, `linear`, `gemm_tn_mma128_bf16`.
     pub name: &'static str,
     /// The innermost phase around it; its own name for a phase, empty outside all phases.
     pub phase: &'static str,
     /// The layer around it.
     pub layer: Option<usize>,
-    /// Since the recording began.
+    /// Nanoseconds since the recording began.
     pub start_ns: u64,
-    /// How long.
+    /// Nanoseconds.
     pub duration_ns: u64,
-    /// What an operation or a kernel had to move and to compute.
+    /// Of an operation or a kernel.
     pub cost: Cost,
 }
 
@@ -49,10 +50,9 @@ const RECORD: u8 = 1;
 const ANNOTATE: u8 = 2;
 
 thread_local! {
-    /// Who wants to know of this thread's spans: [`RECORD`], [`ANNOTATE`].
+    /// Consumers of this thread's spans: [`RECORD`] | [`ANNOTATE`].
     static WANTED: Cell<u8> = const { Cell::new(0) };
-    /// The phase and the layer that this thread is in.
-    static PLACE: Cell<Place> = const { Cell::new(Place { phase: "", layer: None }) };
+    static SCOPE: Cell<Scope> = const { Cell::new(Scope { phase: "", layer: None }) };
     static RECORDER: RefCell<Option<Recorder>> = const { RefCell::new(None) };
 }
 
@@ -61,17 +61,17 @@ struct Recorder {
     spans: Vec<Span>,
 }
 
-/// Where in a step a thread is.
+/// The phase and the layer that a thread is in.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct Scope {
     pub(super) phase: &'static str,
     pub(super) layer: Option<usize>,
 }
 
-/// A running recording of this thread; dropped, it records no more.
+/// A recording of this thread, which ends when this is dropped.
 pub struct Recording(PhantomData<*const ()>);
 
-/// Starts to record this thread; `None` where something records it already.
+/// Starts to record this thread; `None` while another recording runs on it.
 pub fn record() -> Option<Recording> {
     RECORDER.with_borrow_mut(|recorder| {
         if recorder.is_some() {
@@ -83,7 +83,7 @@ pub fn record() -> Option<Recording> {
     })
 }
 
-/// From now on phases and layers of this thread are NVTX ranges too.
+/// Emits phases and layers of this thread as NVTX ranges from now on.
 ///
 /// # Errors
 /// [`crate::Error::Input`] where NVTX's library is not found.
@@ -126,8 +126,8 @@ pub(super) fn now_ns() -> u64 {
 }
 
 /// The phase and layer of this thread.
-pub(super) fn place() -> Place {
-    PLACE.get()
+pub(super) fn scope() -> Scope {
+    SCOPE.get()
 }
 
 /// Adds a span that was timed elsewhere.
@@ -144,21 +144,21 @@ pub(super) fn push(span: Span) {
 pub struct Guard(Option<Open>);
 
 struct Open {
-    lane: Lane,
+    kind: SpanKind,
     name: &'static str,
     start_ns: u64,
     cost: Cost,
     /// Whether it is a range of NVTX.
     annotated: bool,
     /// What this thread was in before.
-    outer: Place,
+    outer: Scope,
 }
 
 impl Guard {
     /// Ends the span of an operation that turned out not to run, and records nothing.
     pub(super) fn cancel(mut self) {
         if let Some(open) = self.0.take() {
-            PLACE.set(open.outer);
+            SCOPE.set(open.outer);
         }
     }
 }
@@ -166,51 +166,51 @@ impl Guard {
 /// A part of a step.
 #[inline]
 pub fn phase(name: &'static str) -> Guard {
-    open(Lane::Phase, name, |_| Place { phase: name, layer: None }, Cost::default)
+    open(SpanKind::Phase, name, |_| Scope { phase: name, layer: None }, Cost::default)
 }
 
 /// A layer of the model; nothing inside of a span of the same layer.
 #[inline]
 pub fn layer(index: usize) -> Guard {
-    open(Lane::Layer, "layer", |outer| Place { layer: Some(index), ..outer }, Cost::default)
+    open(SpanKind::Layer, "layer", |outer| Scope { layer: Some(index), ..outer }, Cost::default)
 }
 
 /// An operation of a backend.
 #[inline]
 pub(super) fn op(name: &'static str, cost: impl FnOnce() -> Cost) -> Guard {
-    open(Lane::Op, name, |outer| outer, cost)
+    open(SpanKind::Op, name, |outer| outer, cost)
 }
 
 #[inline]
-fn open(lane: Lane, name: &'static str, enter: impl FnOnce(Place) -> Place, cost: impl FnOnce() -> Cost) -> Guard {
+fn open(kind: SpanKind, name: &'static str, enter: impl FnOnce(Scope) -> Scope, cost: impl FnOnce() -> Cost) -> Guard {
     match WANTED.get() {
         0 => Guard(None),
-        wanted => open_wanted(wanted, lane, name, enter, cost),
+        wanted => open_wanted(wanted, kind, name, enter, cost),
     }
 }
 
 #[cold]
 fn open_wanted(
     wanted: u8,
-    lane: Lane,
+    kind: SpanKind,
     name: &'static str,
-    enter: impl FnOnce(Place) -> Place,
+    enter: impl FnOnce(Scope) -> Scope,
     cost: impl FnOnce() -> Cost,
 ) -> Guard {
-    let outer = place();
+    let outer = scope();
     let here = enter(outer);
-    let annotated = wanted & ANNOTATE != 0 && lane != Lane::Op;
-    if (wanted & RECORD == 0 && !annotated) || (lane == Lane::Layer && here.layer == outer.layer) {
+    let annotated = wanted & ANNOTATE != 0 && kind != SpanKind::Op;
+    if (wanted & RECORD == 0 && !annotated) || (kind == SpanKind::Layer && here.layer == outer.layer) {
         return Guard(None);
     }
-    PLACE.set(here);
+    SCOPE.set(here);
     if annotated {
-        match here.layer.filter(|_| lane == Lane::Layer) {
+        match here.layer.filter(|_| kind == SpanKind::Layer) {
             Some(layer) => nvtx::push(&format!("layer {layer}")),
             None => nvtx::push(name),
         }
     }
-    Guard(Some(Open { lane, name, start_ns: now_ns(), cost: cost(), annotated, outer }))
+    Guard(Some(Open { kind, name, start_ns: now_ns(), cost: cost(), annotated, outer }))
 }
 
 impl Drop for Guard {
@@ -223,10 +223,10 @@ impl Drop for Guard {
 }
 
 #[cold]
-fn close(Open { lane, name, start_ns, cost, annotated, outer }: Open) {
-    let Place { phase, layer } = PLACE.replace(outer);
+fn close(Open { kind, name, start_ns, cost, annotated, outer }: Open) {
+    let Scope { phase, layer } = SCOPE.replace(outer);
     let duration_ns = now_ns().saturating_sub(start_ns);
-    push(Span { lane, name, phase, layer, start_ns, duration_ns, cost });
+    push(Span { kind, name, phase, layer, start_ns, duration_ns, cost });
     if annotated {
         nvtx::pop();
     }
@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spans_nest_and_know_their_place() {
+    fn spans_nest_and_know_their_scope() {
         drop(phase("before"));
         let recording = record().unwrap();
         assert!(record().is_none(), "one recording of a thread");
@@ -251,13 +251,13 @@ mod tests {
         // Another thread's spans are its own.
         std::thread::spawn(|| drop(phase("elsewhere"))).join().unwrap();
         let spans = recording.take();
-        let names: Vec<_> = spans.iter().map(|s| (s.lane, s.name, s.phase, s.layer)).collect();
+        let names: Vec<_> = spans.iter().map(|s| (s.kind, s.name, s.phase, s.layer)).collect();
         let expected = [
-            (Lane::Op, "linear", "forward", Some(3)),
-            (Lane::Layer, "layer", "forward", Some(3)),
+            (SpanKind::Op, "linear", "forward", Some(3)),
+            (SpanKind::Layer, "layer", "forward", Some(3)),
             // The guard of a layer closes before that of its phase, which has left the layer by then.
-            (Lane::Phase, "forward", "forward", None),
-            (Lane::Op, "copy", "", None),
+            (SpanKind::Phase, "forward", "forward", None),
+            (SpanKind::Op, "copy", "", None),
         ];
         assert_eq!(names, expected);
         assert_eq!(spans[0].cost, Cost { bytes: 8, flops: 2 });

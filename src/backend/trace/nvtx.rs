@@ -20,7 +20,7 @@ struct Ranges {
 static RANGES: OnceLock<Ranges> = OnceLock::new();
 
 /// Opens the library, if it is not open.
-pub(in crate::backend) fn find() -> Result<()> {
+pub(super) fn find() -> Result<()> {
     if RANGES.get().is_none() {
         let ranges = open().map_err(|why| {
             let why = why.source().map_or_else(|| why.to_string(), ToString::to_string);
@@ -47,7 +47,7 @@ fn open() -> Result<Ranges, libloading::Error> {
 }
 
 /// Begins a range on this thread.
-pub(in crate::backend) fn push(name: &str) {
+pub(super) fn push(name: &str) {
     if let (Some(ranges), Ok(name)) = (RANGES.get(), CString::new(name)) {
         // SAFETY: a function of the open library; it copies the text.
         unsafe { (ranges.push)(name.as_ptr()) };
@@ -55,7 +55,7 @@ pub(in crate::backend) fn push(name: &str) {
 }
 
 /// Ends the innermost range of this thread.
-pub(in crate::backend) fn pop() {
+pub(super) fn pop() {
     if let Some(ranges) = RANGES.get() {
         // SAFETY: a function of the open library.
         unsafe { (ranges.pop)() };

@@ -1,8 +1,8 @@
-//! What a run will take, before anything is allocated: bytes by category, FLOPs a token, trainable share.
+//! Memory plan of a run, before anything is allocated: bytes by category, FLOPs a token, trainable share.
 
-use super::Lora;
-use super::floor::{Floor, lowest_layer, tensors};
+use super::minimum::{MinimumCost, lowest_layer, tensors};
 use crate::backend::Backend;
+use crate::engine::Lora;
 use crate::model::ModelConfig;
 use crate::modules::ParamId;
 
@@ -13,30 +13,30 @@ pub struct Workload {
     pub tokens: usize,
     /// Tokens of one document; attention's FLOPs grow with it.
     pub document_tokens: usize,
-    /// Share of the tokens that have a loss; the head works on those alone.
+    /// Share of the tokens that have a loss, 0 to 1; the head runs on those alone.
     pub trained_share: f64,
-    /// One activation a layer is kept instead of about ten.
+    /// Keeps one activation a layer instead of about ten.
     pub recompute: bool,
-    /// Adapters, if that is what trains.
+    /// Adapters of a LoRA run.
     pub lora: Option<Lora>,
 }
 
-/// Bytes by category, at the highest point of a step.
+/// Bytes by category at the peak of a step, and FLOPs.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Plan {
-    /// All weights (and adapters).
+    /// All weights and adapters.
     pub weights_bytes: u64,
-    /// Gradients of what trains.
+    /// Gradients of the trained tensors.
     pub gradients_bytes: u64,
-    /// Both moments of what trains.
+    /// Both AdamW moments of the trained tensors.
     pub moments_bytes: u64,
     /// Activations kept for the backward pass.
     pub activations_bytes: u64,
-    /// Buffers of the layer at work and of the head.
+    /// Buffers of the layer that runs, of the head, and scratch of products.
     pub workspace_bytes: u64,
-    /// Parameters, and those that train.
+    /// Number of parameters.
     pub parameters: u64,
-    /// Parameters that train.
+    /// Number of trained parameters.
     pub trainable: u64,
     /// FLOPs of the forward pass, a token (a multiplication and an addition count as two).
     pub forward_flops: f64,
@@ -45,7 +45,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans a step of `config` on backend `B` in which the tensors that `trains` says are trained.
+    /// Plans a step of `config` on backend `B`; `trains` selects the tensors that train.
     pub fn new<B: Backend>(config: &ModelConfig, work: &Workload, trains: impl Fn(ParamId) -> bool) -> Self {
         let params = tensors(config, work.lora);
         let float = size_of::<B::Float>() as u64;
@@ -57,10 +57,10 @@ impl Plan {
         let lowest = lowest_layer(params.iter().map(|(id, _)| *id).filter(|id| trains(*id)), config.layers);
         let kept_layers = (config.layers - lowest) as u64;
 
-        let floor = Floor::new::<B>(config, work.lora, &trains);
+        let minimum = MinimumCost::new::<B>(config, work.lora, &trains);
         let document = &[0, work.document_tokens as u32];
         let document_rows = (work.trained_share * work.document_tokens as f64).ceil() as usize;
-        let recomputed = if work.recompute { floor.recomputed_flops(document, lowest) } else { 0 };
+        let recomputed = if work.recompute { minimum.recomputed_flops(document, lowest) } else { 0 };
         let a_token = |flops: u64| flops as f64 / work.document_tokens.max(1) as f64;
 
         let (tokens, c) = (work.tokens as u64, config);
@@ -94,8 +94,8 @@ impl Plan {
             workspace_bytes: (head + layer) * float + scratch,
             parameters,
             trainable,
-            forward_flops: a_token(floor.forward(document, document_rows).flops),
-            backward_flops: a_token(floor.backward(document, document_rows).flops + recomputed),
+            forward_flops: a_token(minimum.forward(document, document_rows).flops),
+            backward_flops: a_token(minimum.backward(document, document_rows).flops + recomputed),
         }
     }
 
@@ -110,12 +110,12 @@ impl Plan {
         ]
     }
 
-    /// Everything together.
+    /// Sum of all categories.
     pub fn total_bytes(&self) -> u64 {
         self.categories().iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Share of the parameters that trains.
+    /// Share of the parameters that train, 0 to 1.
     pub fn trainable_share(&self) -> f64 {
         self.trainable as f64 / self.parameters.max(1) as f64
     }

@@ -1,5 +1,4 @@
-//! The least that a pass over a model must compute and move, whatever the engine does: what speed-of-light shares are shares
-//! of.
+//! The least FLOPs and bytes of a pass over a model, whatever the engine does: 100 % of the speed of light.
 //!
 //! | counted | not counted |
 //! |---|---|
@@ -7,15 +6,15 @@
 //! | backward: input gradients down to the lowest tensor that trains, weight gradients of what trains | what is computed again to save memory, and the scores that attention computes again |
 //! | weights once a pass, gradients and moments once a step, keys and values of a cache once a token | activations, which a large enough chip would not let out |
 
-use super::{Batch, Lora};
 use crate::backend::{Backend, Cost, Roofline, cost};
+use crate::engine::{Batch, Lora};
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleId, ModuleKind, ModuleSet, ParamId};
 use std::ops::Range;
 
-/// Of a model, and of what trains in it.
+/// The least FLOPs and bytes of the passes over a model, given which of its tensors train.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Floor {
+pub struct MinimumCost {
     config: ModelConfig,
     forward: Pass,
     backward: Pass,
@@ -24,7 +23,7 @@ pub struct Floor {
     float: usize,
 }
 
-/// What a pass takes by what a batch is made of.
+/// Coefficients of a pass's cost.
 #[derive(Clone, Debug, PartialEq)]
 struct Pass {
     /// FLOPs a token, attention aside.
@@ -42,8 +41,8 @@ struct Pass {
 /// Projections of a layer behind its attention, in their order; gate and up have one input.
 const BEHIND_ATTENTION: [ModuleKind; 4] = [ModuleKind::O, ModuleKind::Gate, ModuleKind::Up, ModuleKind::Down];
 
-impl Floor {
-    /// Of passes on backend `B` over a model in which the tensors that `trains` says are trained.
+impl MinimumCost {
+    /// Of `config` on backend `B`; `trains` selects the tensors that train.
     pub fn new<B: Backend>(config: &ModelConfig, lora: Option<Lora>, trains: impl Fn(ParamId) -> bool) -> Self {
         let params = tensors(config, lora);
         let float = size_of::<B::Float>();
@@ -139,7 +138,7 @@ impl Floor {
     }
 
     /// The last token of every prompt through all layers, once for the model as it is and twice for each projection of
-    /// `cells`, perturbed alone with both signs: what is below the projection is shared, and what is behind it is not.
+    /// `cells`, perturbed one at a time with both signs: computation below the projection is shared, computation behind it is not.
     pub fn sweep(&self, starts: &[u32], cells: &ModuleSet) -> Cost {
         let c = &self.config;
         let (prompts, tokens) = (documents(starts), tokens(starts));
@@ -183,7 +182,7 @@ impl Floor {
         layers.len() as u64 * tokens(starts) * linear + self.pairs(starts, layers) * self.forward.pair
     }
 
-    /// FLOPs of the last layer for the last tokens alone: keys and values of all.
+    /// FLOPs of the last layer: keys and values of all tokens, the rest for the last tokens.
     fn last_layer(&self, starts: &[u32]) -> u64 {
         let (c, prompts) = (&self.config, documents(starts));
         let (all, kv) = (projections(c, &ModuleKind::ALL), projections(c, &[ModuleKind::K, ModuleKind::V]));
@@ -212,8 +211,8 @@ impl Pass {
     }
 }
 
-/// What passes that follow one another take at the ceilings, in seconds.
-pub fn light_seconds(passes: &[Cost], roofline: &Roofline) -> f64 {
+/// Seconds that passes take one after another at the measured roofline.
+pub fn roofline_seconds(passes: &[Cost], roofline: &Roofline) -> f64 {
     passes.iter().map(|pass| roofline.seconds(*pass)).sum()
 }
 
@@ -234,7 +233,7 @@ pub(super) fn tensors(config: &ModelConfig, lora: Option<Lora>) -> Vec<(ParamId,
 }
 
 /// The lowest layer in which, or below which, one of these tensors is; `layers` where none is in a layer.
-pub(super) fn lowest_layer(ids: impl Iterator<Item = ParamId>, layers: usize) -> usize {
+pub(in crate::engine) fn lowest_layer(ids: impl Iterator<Item = ParamId>, layers: usize) -> usize {
     let layer = |id: ParamId| if id == ParamId::Embedding { Some(0) } else { id.layer() };
     ids.filter_map(layer).min().unwrap_or(layers)
 }

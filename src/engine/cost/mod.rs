@@ -1,0 +1,8 @@
+//! Costs of a run that follow from the model's shape alone: the least time ([`minimum`]) and the memory ([`memory`]).
+
+mod memory;
+mod minimum;
+
+pub use memory::{Plan, Workload};
+pub(super) use minimum::lowest_layer;
+pub use minimum::{MinimumCost, roofline_seconds};
