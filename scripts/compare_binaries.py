@@ -31,6 +31,13 @@ PROMPTS = ["how do i plusant the drumir ?", "show me a way to rufont the lopir .
 DEMO_READY = "stages/probe.json"
 DEMO_SECONDS = 300
 SHOWN = 12
+# The golden model that is tuned; words w0 to w30 for all of them, and a turn that ends with w0.
+TUNED = "qwen3"
+END = {"id": 0, "content": "w0", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+TOKENIZER = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [END], "normalizer": None,
+             "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+             "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(31)}, "unk_token": "w0"}}
+TEMPLATE = "{% for m in messages %}w2 {{ m['content'] }}w0{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
 
 
 def commands(device):
@@ -56,7 +63,9 @@ def commands(device):
     yield "score-tiny", ["score", *model, "--ids", "1,5,9,2,7", "--logits-out", "logits.safetensors", *common]
     for name in golden():
         outputs = ["--logits-out", f"{name}-logits.safetensors", "--hidden-out", f"{name}-hidden.safetensors"]
-        yield f"score-{name}", ["score", "--model", f"golden/{name}", "--ids", "8,31,25,24,5,11,37,44,6,19", *outputs, *common]
+        yield f"score-{name}", ["score", "--model", f"golden/{name}", "--ids", "8,30,25,24,5,11,17,14,6,19", *outputs, *common]
+    yield "tune-golden", ["tune", "--model", f"golden/{TUNED}", "--data", "golden.jsonl", "--steps", "4", "--batch-size", "2", "--lr", "1e-2",
+                          "--force", "--out", "tuned-golden", *common]
 
 
 def golden():
@@ -83,9 +92,11 @@ def prepare(binary, side, device):
     (side / "chat.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     for name in golden():
         shutil.copytree(GOLDEN / name, side / "golden" / name)
-        # They have no tokenizer of their own, and ids need none; but a model directory must have one.
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(side / "model" / file, side / "golden" / name)
+        # They have no tokenizer of their own.
+        (side / "golden" / name / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+        (side / "golden" / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "w0", "chat_template": TEMPLATE}))
+    lines = [{"prompt": f"w{i} w{i + 3}", "completion": f"w{i + 5} w{i + 1} w{i + 9}"} for i in range(1, 9)]
+    (side / "golden.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def run(binary, side, name, arguments):
@@ -125,8 +136,10 @@ def compare_json(found, place, old, new):
     if type(old) is not type(new):
         found.add(place, old, new)
     elif isinstance(old, dict):
-        if list(old) != list(new):
-            found.add(f"{place}: keys", list(old), list(new))
+        if set(old) != set(new):
+            found.add(f"{place}: keys", [key for key in old if key not in new], [key for key in new if key not in old])
+        elif list(old) != list(new):
+            found.add(f"{place}: order of keys", list(old), list(new))
         for key in old:
             if key in new and not SKIPPED.fullmatch(key):
                 compare_json(found, f"{place}.{key}", old[key], new[key])
