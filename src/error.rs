@@ -1,14 +1,14 @@
-//! The one error type. Every variant says what happened, where, and what to do about it.
+//! The error type of the crate. Every variant says what happened, where, and what to do.
 
 use std::path::{Path, PathBuf};
 
-/// Shorthand for results of this crate.
+/// Result with [`Error`] by default.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Anything that can go wrong. [`Error::exit_code`] maps it to the process's exit code.
+/// An error; [`Error::exit_code`] is the exit code of the process.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The command line, configuration or an input file is wrong. Exit code 2.
+    /// Invalid command line, configuration or input file. Exit code 2.
     #[error("{place}: found {found}; expected {expected}")]
     Input {
         /// File, line or field, for example `train.jsonl:17` or `config.json: rope_scaling.type`.
@@ -18,17 +18,17 @@ pub enum Error {
         /// What should be there, or what to do.
         expected: String,
     },
-    /// A valid input that this engine does not handle, refused by name. Exit code 2.
+    /// A valid input with a feature that the engine lacks. Exit code 2.
     #[error("{place}: {what} is not supported; {help}")]
     Unsupported {
         /// File and field.
         place: String,
-        /// The feature, by its own name.
+        /// The feature.
         what: String,
-        /// What works instead.
+        /// What to use instead.
         help: String,
     },
-    /// An output that is already there. Exit code 2.
+    /// An output that exists. Exit code 2.
     #[error("{path}: already exists; choose another --out, or pass --force to replace it")]
     Exists {
         /// The output.
@@ -40,29 +40,29 @@ pub enum Error {
         /// The output.
         path: PathBuf,
     },
-    /// The operating system refused a file operation. Exit code 1, or 2 where an input is missing.
+    /// A failed file operation. Exit code 1; 2 for reading and opening inputs.
     #[error("{path}: cannot {doing}: {source}")]
     Io {
         /// The file.
         path: PathBuf,
-        /// A verb: `read`, `write`, `rename`.
+        /// The operation.
         doing: &'static str,
-        /// The system's reason.
+        /// Cause reported by the operating system.
         source: std::io::Error,
     },
-    /// More memory is needed than there is. Exit code 1.
+    /// Not enough memory. Exit code 1.
     #[error("{what} needs {planned_bytes} bytes and {free_bytes} are free; {help}")]
     Memory {
-        /// What was being allocated.
+        /// What the memory is for.
         what: String,
         /// What it needs.
         planned_bytes: u64,
         /// What there is.
         free_bytes: u64,
-        /// What would make it fit.
+        /// How to make it fit.
         help: String,
     },
-    /// The device or its driver failed. Exit code 1; 2 where the requested device does not exist.
+    /// A device or driver failed, or the requested device does not exist. Exit code 1.
     #[error("device {device}: {what}; {help}")]
     Device {
         /// `cpu`, `cuda:0`.
@@ -72,7 +72,7 @@ pub enum Error {
         /// What to do.
         help: String,
     },
-    /// The work itself failed while running. Exit code 1.
+    /// The computation failed. Exit code 1.
     #[error("{what}; {help}")]
     Failed {
         /// What happened.
@@ -98,13 +98,13 @@ impl Error {
         Self::Failed { what: what.into(), help: help.into() }
     }
 
-    /// For `map_err` on file operations: `File::open(p).map_err(Error::io(p, "open"))`.
+    /// Adapter for `map_err` on file operations: `File::open(p).map_err(Error::io(p, "open"))`.
     pub fn io(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| Self::Io { path, doing, source }
     }
 
-    /// 1: failed while running. 2: the command line, configuration or input is wrong.
+    /// Exit code of the process: 2 for invalid command lines, configuration and inputs, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Input { .. } | Self::Unsupported { .. } | Self::Exists { .. } | Self::InUse { .. } => 2,

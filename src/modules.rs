@@ -1,5 +1,4 @@
-//! Names of parameters: the modules that the method perturbs and warms up, sets of them, and the
-//! table of learning rates in which 0 means frozen.
+//! Names of parameters, sets of modules, and per-module learning rates.
 
 mod rates;
 mod set;
@@ -10,37 +9,29 @@ pub use set::ModuleSet;
 use std::fmt;
 
 /// One of the seven projections of a decoder layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ModuleKind {
     /// `self_attn.q_proj`
-    #[serde(rename = "q_proj")]
     Q,
     /// `self_attn.k_proj`
-    #[serde(rename = "k_proj")]
     K,
     /// `self_attn.v_proj`
-    #[serde(rename = "v_proj")]
     V,
     /// `self_attn.o_proj`
-    #[serde(rename = "o_proj")]
     O,
     /// `mlp.gate_proj`
-    #[serde(rename = "gate_proj")]
     Gate,
     /// `mlp.up_proj`
-    #[serde(rename = "up_proj")]
     Up,
     /// `mlp.down_proj`
-    #[serde(rename = "down_proj")]
     Down,
 }
 
 impl ModuleKind {
-    /// All kinds in the order in which a layer uses them.
+    /// All kinds, in the order in which a layer uses them.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
-    /// `q_proj` … `down_proj`, as in a Hugging Face checkpoint.
+    /// Name in a Hugging Face checkpoint: `q_proj` … `down_proj`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Q => "q_proj",
@@ -58,7 +49,7 @@ impl ModuleKind {
         Self::ALL.into_iter().find(|k| k.name() == name)
     }
 
-    /// Whether it sits in the attention block (else in the MLP).
+    /// Whether it belongs to the attention block, not to the MLP.
     pub fn in_attention(self) -> bool {
         matches!(self, Self::Q | Self::K | Self::V | Self::O)
     }
@@ -70,7 +61,7 @@ impl fmt::Display for ModuleKind {
     }
 }
 
-/// A projection of one layer: its weight and, where the model has one, its bias.
+/// A projection of one layer: its weight and its bias, if any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModuleId {
     /// Layer index from 0.
@@ -87,23 +78,23 @@ impl fmt::Display for ModuleId {
 
 /// A group of parameters that is perturbed, frozen or trained as one.
 ///
-/// Written `embed_tokens`, `layers.3.norms`, `layers.3.q_proj`, `norm`, `lm_head`.
+/// Written `embed_tokens`, `layers.3.norms`, `layers.3.q_proj`, `norm` or `lm_head`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Cell {
     /// `model.embed_tokens`; with a tied head, the head too.
     Embedding,
-    /// All norm weights of a layer: the two layer norms and, where there are any, q and k norms.
+    /// All norm weights of a layer: the two layer norms and, in Qwen3, the q and k norms.
     Norms(usize),
     /// One of the seven projections of a layer.
     Module(ModuleId),
-    /// The norm after the last layer.
+    /// The final norm.
     FinalNorm,
-    /// `lm_head`, where it is not tied.
+    /// `lm_head`, unless it is tied to the embedding.
     Head,
 }
 
 impl Cell {
-    /// The cell of a projection.
+    /// The cell of the projection `kind` of `layer`.
     pub fn module(layer: usize, kind: ModuleKind) -> Self {
         Self::Module(ModuleId { layer, kind })
     }
@@ -116,16 +107,24 @@ impl Cell {
             _ => None,
         }
     }
+
+    /// Name without the layer: `q_proj`, `norms`, `embed_tokens`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embedding => "embed_tokens",
+            Self::Norms(_) => "norms",
+            Self::Module(m) => m.kind.name(),
+            Self::FinalNorm => "norm",
+            Self::Head => "lm_head",
+        }
+    }
 }
 
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Embedding => f.write_str("embed_tokens"),
-            Self::Norms(layer) => write!(f, "layers.{layer}.norms"),
-            Self::Module(m) => m.fmt(f),
-            Self::FinalNorm => f.write_str("norm"),
-            Self::Head => f.write_str("lm_head"),
+        match self.layer() {
+            Some(layer) => write!(f, "layers.{layer}.{}", self.name()),
+            None => f.write_str(self.name()),
         }
     }
 }
@@ -167,7 +166,7 @@ impl<'de> serde::Deserialize<'de> for Cell {
     }
 }
 
-/// One tensor of a checkpoint.
+/// A tensor of a checkpoint, with its shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ParamId {
     /// `model.embed_tokens.weight` [vocab, hidden]
@@ -195,7 +194,7 @@ pub enum ParamId {
 }
 
 impl ParamId {
-    /// The group it belongs to.
+    /// The cell that the tensor belongs to.
     pub fn cell(self) -> Cell {
         match self {
             Self::Embedding => Cell::Embedding,

@@ -5,6 +5,7 @@ use super::open::{OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::error::Result;
+use crate::io::IfExists;
 use crate::progress::{Observer, Progress};
 use crate::secure::{DEMO_SEED, Stage, demo_study, make_tiny_model, write_demo_model};
 use crate::train::{Callbacks, RunPosition, StepMetrics};
@@ -55,7 +56,7 @@ impl OnDevice for Demo {
                 seed,
                 &stages,
                 dir,
-                self.force,
+                IfExists::from_force(self.force),
                 &mut MakeProgress(&mut bars.observer()),
             )?;
             bars.finish();

@@ -62,7 +62,7 @@ impl OnDevice for Generate {
             }
             prompts.push(if self.raw {
                 let text: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
-                model.tokenizer.encode(&text.join("\n"), true)?
+                model.tokenizer.encode_with_special_tokens(&text.join("\n"))?
             } else {
                 model.render(&messages)?
             });

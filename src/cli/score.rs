@@ -39,7 +39,7 @@ impl OnDevice for Score {
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
                 let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
-                (path.display().to_string(), model.tokenizer.encode(&text, true)?)
+                (path.display().to_string(), model.tokenizer.encode_with_special_tokens(&text)?)
             }
             (None, ids) => ("--ids".to_string(), ids.unwrap_or_default()),
         };

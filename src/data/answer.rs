@@ -1,14 +1,13 @@
-//! What the text of an answer says: its final words, its last number, its choice.
+//! Extracts final answers, numbers and choices from free text.
 
 /// Phrases that announce a final answer, lower case.
 const ANNOUNCEMENTS: [&str; 2] = ["answer is", "answer:"];
-/// What may stand around a final answer without belonging to it.
+/// Punctuation and markup that is stripped from both ends of an answer.
 const WRAPPING: [char; 14] = ['.', ',', ';', ':', '!', '?', '"', '\'', '`', '*', '_', '“', '”', '。'];
-/// Choices that are looked for where the question lists none that can be read: A to J.
+/// Letters that count as choices (A to J) where the question lists no options.
 const UNLISTED_CHOICES: usize = 10;
 
-/// Lower case, each run of white space one space, punctuation and quotes around it taken off (unless nothing else is
-/// left).
+/// Lower-cases, collapses white space, and strips punctuation and quotes from both ends unless nothing else is left.
 pub(super) fn normalise(text: &str) -> String {
     let words: Vec<&str> = text.split_whitespace().collect();
     let joined = words.join(" ").to_lowercase();
@@ -16,8 +15,8 @@ pub(super) fn normalise(text: &str) -> String {
     if bare.is_empty() { joined } else { bare.to_string() }
 }
 
-/// What may be the final answer of a text, normalised: all of it; its last line that is not blank; what follows the last
-/// "answer is" or "answer:", up to the end of the line, and up to the end of the sentence.
+/// Candidates for the final answer of a text, normalised: the whole text; its last line that is not blank; the text
+/// after the last "answer is" or "answer:", to the end of the line and to the end of the sentence.
 pub(super) fn final_answers(text: &str) -> Vec<String> {
     let mut answers = vec![normalise(text)];
     answers.extend(text.lines().rev().find(|l| !l.trim().is_empty()).map(normalise));
@@ -28,9 +27,9 @@ pub(super) fn final_answers(text: &str) -> Vec<String> {
     answers
 }
 
-/// What follows the last announcement of a final answer.
+/// The text after the last "answer is" or "answer:".
 fn announced(text: &str) -> Option<&str> {
-    // ASCII alone is changed, so that places in one are places in the other.
+    // Only ASCII is lower-cased, so byte offsets are the same in both strings.
     let lower = text.to_ascii_lowercase();
     let end = ANNOUNCEMENTS.iter().filter_map(|phrase| lower.rfind(phrase).map(|at| at + phrase.len())).max()?;
     text.get(end..)
@@ -40,7 +39,7 @@ fn first_line(text: &str) -> Option<&str> {
     text.lines().find(|line| line.chars().any(char::is_alphanumeric))
 }
 
-/// Up to the first full stop, exclamation or question mark with white space behind it.
+/// The text before the first `.`, `!` or `?` that ends the line or precedes white space.
 fn first_sentence(line: &str) -> &str {
     let mut chars = line.char_indices().peekable();
     while let Some((at, c)) = chars.next() {
@@ -51,9 +50,9 @@ fn first_sentence(line: &str) -> &str {
     line
 }
 
-/// The last number of a text: digits, with commas between groups of three or none, decimals, an exponent, a fraction
-/// `3/4`, and `-` or `−` before it (or before its `$`, `€`, `£`, `¥`) unless that joins it to a word or number. Digits of
-/// a word such as `H2O` are none.
+/// The last number of a text: digits, optionally with commas between groups of three, decimals, an exponent or a
+/// fraction such as `3/4`. A `-` or `−` before the number (or before its `$`, `€`, `£`, `¥`) negates it unless it
+/// follows a word or a number. Digits inside a word such as `H2O` do not count.
 pub(super) fn last_number(text: &str) -> Option<f64> {
     let chars: Vec<char> = text.chars().collect();
     let at = |i: usize| chars.get(i).copied().unwrap_or(' ');
@@ -89,7 +88,7 @@ pub(super) fn last_number(text: &str) -> Option<f64> {
     last
 }
 
-/// The number without a sign that begins at `start`, and where it ends.
+/// The unsigned number that begins at `start`, and the index behind it.
 fn unsigned(at: &impl Fn(usize) -> char, start: usize) -> (f64, usize) {
     let digits = |from: usize| (from..).take_while(|i| at(*i).is_ascii_digit()).count();
     let mut end = start + digits(start);
@@ -111,8 +110,8 @@ fn unsigned(at: &impl Fn(usize) -> char, start: usize) -> (f64, usize) {
     (text.parse().unwrap_or(f64::NAN), end)
 }
 
-/// The texts of the options that a question lists, one a line, as `A) …`, `A. …`, `A: …` or `(A) …`, from A on without
-/// gaps. Of several lists the last; a single option is none.
+/// The normalised option texts that a question lists, one a line, as `A) …`, `A. …`, `A: …` or `(A) …`, from A on
+/// without gaps. The last list wins; a list of one option is ignored.
 pub(super) fn options(question: &str) -> Vec<String> {
     let mut options: Vec<String> = Vec::new();
     for line in question.lines() {
@@ -139,7 +138,7 @@ fn index(letter: char) -> Option<usize> {
     letter.is_ascii_alphabetic().then(|| (letter.to_ascii_uppercase() as usize) - ('A' as usize))
 }
 
-/// The option that an expected answer names: by its letter (`B`, `b`, `(B)`, `B.`), or by its text.
+/// Index of the option that an expected answer names, by letter (`B`, `b`, `(B)`, `B.`) or by text.
 pub(super) fn named_option(answer: &str, options: &[String]) -> Option<usize> {
     let normal = normalise(answer);
     let by_letter = normal.trim_matches(['(', ')']);
@@ -150,12 +149,12 @@ pub(super) fn named_option(answer: &str, options: &[String]) -> Option<usize> {
     }
 }
 
-/// The option that a text chooses. It is looked for behind the last "answer is" or "answer:" first and then from the
-/// beginning: the first letter that stands alone, or else the first option text in whole words (the longest of those
-/// that begin at the same place).
+/// Index of the option that a text chooses: the first letter on its own, else the first option text in whole words (the
+/// longest of those that begin at the same place). The text after the last "answer is" or "answer:" is searched first,
+/// then the whole text.
 ///
-/// Letters stand alone as capitals, or small as `(b)`, `b)` or where there is nothing else. `A` and `I` before a small
-/// word are an article and a pronoun, unless that word is is, because, since or as.
+/// Upper-case letters count on their own; lower-case ones as `(b)`, `b)` or as the whole answer. `A` and `I` before a
+/// lower-case word are an article and a pronoun, unless that word is is, because, since or as.
 pub(super) fn choice(text: &str, options: &[String]) -> Option<usize> {
     let letters = if options.is_empty() { UNLISTED_CHOICES } else { options.len() };
     let regions = || announced(text).into_iter().chain([text]);
@@ -178,7 +177,7 @@ fn first_letter(text: &str, letters: usize) -> Option<usize> {
     })
 }
 
-/// Whether `A` or `I` is a word of the sentence that goes on with `rest`.
+/// Whether `A` or `I`, followed by `rest`, is an article or a pronoun.
 fn begins_phrase(letter: char, rest: &[char]) -> bool {
     let next: String = match rest.split_first() {
         Some((space, rest)) if space.is_whitespace() => rest.iter().take_while(|c| c.is_alphanumeric()).collect(),

@@ -34,7 +34,10 @@ impl Draw {
         (radius * (std::f64::consts::TAU * self.unit()).cos()) as f32
     }
 
-    /// One of `choices`, which must not be empty.
+    /// One of `choices`, each with the same probability.
+    ///
+    /// # Panics
+    /// If there are no choices.
     pub fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
         &choices[self.below(choices.len())]
     }

@@ -1,7 +1,7 @@
-//! Tokenised training examples and their loss mask.
+//! Tokenized training examples and their loss mask.
 //!
 //! The trained tokens of an answer are those that the template renders after the generation prompt, up to and including
-//! the end-of-turn token; what it renders behind that is not trained.
+//! the end-of-turn token.
 
 use super::Conversation;
 use super::jsonl::JsonLines;
@@ -11,17 +11,28 @@ use rayon::prelude::*;
 use std::collections::HashSet;
 use std::path::Path;
 
-/// More bytes than a token stands for on average in any text: what lies beyond this many for each token of the maximal
-/// length is not encoded, so that a hostile line costs no more than a long one.
-const MOST_BYTES_PER_TOKEN: usize = 256;
+/// Upper bound on the average bytes of a token. Text beyond this many bytes for each token of the maximum length is not
+/// encoded, which bounds the work on a hostile line.
+const MAX_BYTES_PER_TOKEN: usize = 256;
 
-/// How a model writes conversations; [`Chat`] is that of a real one.
+/// Renders and tokenizes conversations; [`Chat`] does so for a model directory.
 pub trait ChatText: Sync {
-    /// The conversation as text; `generation_prompt` ends it with the assistant's header.
-    fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String>;
-    /// Tokens of rendered text, none added.
+    /// Renders a whole conversation.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the template rejects the messages.
+    fn render(&self, messages: &[Message]) -> Result<String>;
+    /// Renders a conversation and the generation prompt, such as the assistant's header.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the template rejects the messages.
+    fn render_prompt(&self, messages: &[Message]) -> Result<String>;
+    /// Token ids of rendered text, without added special tokens.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tokenizer rejects the text.
     fn encode(&self, text: &str) -> Result<Vec<u32>>;
-    /// Whether an answer ends with this token.
+    /// Whether this token ends the assistant's turn.
     fn ends_turn(&self, token: u32) -> bool;
 }
 
@@ -33,10 +44,10 @@ pub struct Chat<'a> {
 }
 
 impl<'a> Chat<'a> {
-    /// Answers end with a token of `eos` or with any special token of the tokenizer: a model whose `eos` is
+    /// Every token of `eos` and every special token of the tokenizer ends a turn: a model whose `eos` is
     /// `<|endoftext|>` may still have a template that ends turns with `<|im_end|>`.
     pub fn new(template: &'a ChatTemplate, tokenizer: &'a Tokenizer, eos: &[u32]) -> Self {
-        // Decoding skips special tokens and those alone; a space that a decoder strips at the front shows when doubled.
+        // Only special tokens decode to nothing; doubling the id reveals a space that the decoder strips at the front.
         let silent = |ids: &[u32]| tokenizer.decode(ids).is_ok_and(|text| text.is_empty());
         let special = (0..tokenizer.vocab() as u32).filter(|&id| silent(&[id]) && silent(&[id, id]));
         Self { template, tokenizer, ends: special.chain(eos.iter().copied()).collect() }
@@ -44,12 +55,16 @@ impl<'a> Chat<'a> {
 }
 
 impl ChatText for Chat<'_> {
-    fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
-        self.template.render(messages, generation_prompt)
+    fn render(&self, messages: &[Message]) -> Result<String> {
+        self.template.render(messages)
+    }
+
+    fn render_prompt(&self, messages: &[Message]) -> Result<String> {
+        self.template.render_prompt(messages)
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text, false)
+        self.tokenizer.encode(text)
     }
 
     fn ends_turn(&self, token: u32) -> bool {
@@ -57,26 +72,28 @@ impl ChatText for Chat<'_> {
     }
 }
 
-/// Tokens of a conversation and which of them are to be learnt.
+/// A tokenized conversation and its loss mask.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
     /// Token ids.
     pub tokens: Vec<u32>,
-    /// Whether the loss counts for predicting this token, \[tokens\]; never the first.
+    /// Whether the prediction of this token counts in the loss, \[tokens\]; always false for the first.
     pub trained: Vec<bool>,
 }
 
 impl Example {
-    /// Tokenises a conversation and marks its answers; what lies beyond `max_length` tokens is cut off. `None` where no
-    /// trained token is left then. Every assistant turn is trained whose generation prompt is a prefix of the whole
-    /// rendered text: not so a turn before which the template rewrites what was said (Qwen3 takes the thinking out of
-    /// earlier turns). No such turn, or none with an end, is an error.
+    /// Tokenizes a conversation, masks everything but its answers, and truncates to `max_length` tokens. `None` where
+    /// no trained token remains. An assistant turn is trained where the text up to its generation prompt is a prefix of
+    /// the rendered conversation; turns whose history the template rewrites (Qwen3 drops the thinking of earlier turns)
+    /// are not.
     ///
-    /// The text is encoded as a whole where its tokens begin with those of the generation prompt alone. Where a token
-    /// would straddle the boundary, prompt and rest are encoded apart: generation, too, continues the prompt's tokens.
+    /// The text is encoded as a whole where the result begins with the tokens of the generation prompt. Where a token
+    /// would straddle that boundary, prompt and rest are encoded separately, since generation continues the prompt's
+    /// tokens too.
     ///
     /// # Errors
-    /// [`Error::Input`] where the template fails, or no assistant turn can be told apart in what it renders.
+    /// [`Error::Input`] where the template fails, no answer begins where its generation prompt ends, or no answer ends
+    /// with an end-of-turn token.
     pub fn from_conversation(
         conversation: &Conversation,
         chat: &impl ChatText,
@@ -85,35 +102,35 @@ impl Example {
         Ok(Marked::new(&conversation.messages, chat, max_length)?.fit(max_length).0)
     }
 
-    /// Tokens that are to be learnt.
+    /// Number of tokens that count in the loss.
     pub fn trained_tokens(&self) -> usize {
         self.trained.iter().filter(|t| **t).count()
     }
 }
 
-/// A conversation's tokens before the cut.
+/// A conversation's tokens and mask before truncation.
 struct Marked {
     example: Example,
-    /// Text is left out, all of it beyond `max_length`.
+    /// Whether text beyond `max_length` was not tokenized.
     beyond: bool,
 }
 
 impl Marked {
     fn new(messages: &[Message], chat: &impl ChatText, max_length: usize) -> Result<Self> {
-        let mut text = chat.render(messages, false)?;
-        let most = max_length.saturating_mul(MOST_BYTES_PER_TOKEN);
+        let mut text = chat.render(messages)?;
+        let most = max_length.saturating_mul(MAX_BYTES_PER_TOKEN);
         let mut beyond = text.len() > most;
         let truncated = beyond;
         if truncated {
             text.truncate((0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0));
         }
         let mut tokens = Vec::new();
-        // The text from here on is `rest`, the text before it is in `tokens`.
+        // `rest` encodes the text from this byte on; the text before it is in `tokens`.
         let mut piece = 0;
         let mut rest = chat.encode(&text)?;
         let mut starts = Vec::new();
         for (turn, _) in messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
-            let prompt = chat.render(messages.get(..turn).unwrap_or_default(), true)?;
+            let prompt = chat.render_prompt(messages.get(..turn).unwrap_or_default())?;
             if truncated && prompt.len() >= text.len() {
                 break;
             }
@@ -123,7 +140,7 @@ impl Marked {
             let head = chat.encode(head)?;
             let start = tokens.len() + head.len();
             if start >= max_length {
-                // A limit on the work too: no more prompts are rendered than there are tokens in `max_length`.
+                // This also bounds the number of prompts rendered by `max_length`.
                 beyond = true;
                 break;
             }
@@ -167,7 +184,7 @@ impl Marked {
         Ok(Self { example: Example { tokens, trained }, beyond })
     }
 
-    /// The example cut at `max_length`, and whether the cut took trained tokens.
+    /// Truncates to `max_length`; also returns whether that dropped trained tokens.
     fn fit(self, max_length: usize) -> (Option<Example>, bool) {
         let Self { mut example, beyond } = self;
         let before = example.trained_tokens();
@@ -178,23 +195,22 @@ impl Marked {
     }
 }
 
-/// The examples of a training file, in its order.
+/// The tokenized examples of a training file, in file order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Examples {
-    /// Not empty; each at most as long as was asked for, each with a trained token.
+    /// At least one example, each with a trained token and at most the maximum length.
     pub examples: Vec<Example>,
-    /// How many of them lost a part of their answers to the maximal length.
+    /// Number of examples that lost trained tokens to truncation.
     pub cut: usize,
-    /// Conversations left out: already the first prompt is as long as the maximal length.
+    /// Number of conversations dropped because their first prompt fills the maximum length.
     pub dropped: usize,
 }
 
 impl Examples {
-    /// Reads and tokenises a JSONL file of [`Conversation`]s. An error names the first wrong line; a file of which
-    /// nothing is left is an error too.
+    /// Reads and tokenizes a JSONL file of [`Conversation`]s.
     ///
     /// # Errors
-    /// [`Error::Input`] names the first wrong line, or says that nothing is left of the file; [`Error::Io`].
+    /// [`Error::Input`] for the first malformed line, or where no example remains; [`Error::Io`].
     pub fn read(path: &Path, chat: &impl ChatText, max_length: usize) -> Result<Self> {
         let lines = JsonLines::open(path)?;
         let placed = lines.parse_all(|line| Ok((line.place.clone(), Conversation::from_line(line)?)))?;
@@ -204,10 +220,10 @@ impl Examples {
         Self::collect(&path.display().to_string(), marked, max_length)
     }
 
-    /// The same for conversations that come from elsewhere.
+    /// Tokenizes conversations.
     ///
     /// # Errors
-    /// As [`Examples::read`], the conversations counted from 1.
+    /// [`Error::Input`] as [`Examples::read`].
     pub fn from_conversations(conversations: &[Conversation], chat: &impl ChatText, max_length: usize) -> Result<Self> {
         let marked = conversations.par_iter().map(|c| Marked::new(&c.messages, chat, max_length));
         Self::collect("training data", marked, max_length)
@@ -237,7 +253,7 @@ impl Examples {
     }
 }
 
-/// Puts the line before the place of an error about its content.
+/// Prefixes an error about a line's content with the line's place.
 fn at_line(line: &str, error: Error) -> Error {
     match error {
         Error::Input { place, found, expected } => Error::input(format!("{line}: {place}"), found, expected),
@@ -245,6 +261,3 @@ fn at_line(line: &str, error: Error) -> Error {
         other => other,
     }
 }
-
-#[cfg(test)]
-mod tests;

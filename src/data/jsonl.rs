@@ -1,4 +1,4 @@
-//! JSON Lines, one object a line, read as a stream.
+//! Streaming reader of JSON Lines files with one object a line.
 
 use crate::error::{Error, Result};
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -8,15 +8,15 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-/// Longest line that is read, in bytes.
+/// Maximum length of a line, in bytes.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 
-/// The object on one line.
+/// One line: a JSON object and its place in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Line {
-    /// File and line from 1, for errors: `train.jsonl:17`.
+    /// `train.jsonl:17`: file and line, counted from 1.
     pub place: String,
-    /// The object's fields.
+    /// The object's fields, in file order.
     pub fields: Map<String, Value>,
 }
 
@@ -26,15 +26,15 @@ impl Line {
         Error::input(&self.place, found, expected)
     }
 
-    /// A field's value; `None` where it is absent or null.
+    /// The value of a field; `None` where it is absent or null.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.fields.get(key).filter(|v| !v.is_null())
     }
 
-    /// A field that must be a string, and more than white space.
+    /// A required string that is not blank.
     ///
     /// # Errors
-    /// [`Error::Input`] where it is absent, no string, or blank.
+    /// [`Error::Input`] where it is absent, not a string, or blank.
     pub fn text(&self, key: &str) -> Result<&str> {
         let expected = || format!("`{key}`: a string that is not empty");
         match self.get(key) {
@@ -45,10 +45,10 @@ impl Line {
         }
     }
 
-    /// A field that may be absent or null and must else be a string or a whole number, as text.
+    /// An optional string or whole number, as text.
     ///
     /// # Errors
-    /// [`Error::Input`] where it is of another type.
+    /// [`Error::Input`] where it has another type.
     pub fn optional_name(&self, key: &str) -> Result<Option<String>> {
         match self.get(key) {
             None => Ok(None),
@@ -58,7 +58,7 @@ impl Line {
         }
     }
 
-    /// The keys, for errors: the first eight, long ones cut.
+    /// The first eight keys, shortened for an error message.
     pub(super) fn keys(&self) -> String {
         let mut shown: Vec<String> = self.fields.keys().take(8).map(|k| format!("`{}`", short(k))).collect();
         if self.fields.len() > shown.len() {
@@ -68,7 +68,7 @@ impl Line {
     }
 }
 
-/// What a JSON value is, without its content, which may be harmful text.
+/// The type of a JSON value; error messages do not quote values, which may be harmful text.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -80,15 +80,15 @@ pub(super) fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// A name from a file, cut to what an error message can hold.
+/// Escapes a name and cuts it to 32 characters for an error message.
 pub(super) fn short(text: &str) -> String {
     let mut chars = text.chars();
     let head: String = chars.by_ref().take(32).flat_map(char::escape_debug).collect();
     if chars.next().is_some() { head + "…" } else { head }
 }
 
-/// The objects of a file, line by line. Blank lines and a byte-order mark are skipped; a file without an object is an
-/// error; nothing comes after an error. A key that occurs twice with different values is an error.
+/// Iterator over the lines of a JSON Lines file. Skips blank lines and a byte-order mark, and ends after the first
+/// error. A file without an object, and a key that occurs twice with different values, are errors.
 pub struct JsonLines<R> {
     reader: R,
     name: String,
@@ -99,7 +99,7 @@ pub struct JsonLines<R> {
 }
 
 impl JsonLines<BufReader<File>> {
-    /// Opens a file; errors name it as `path` does.
+    /// Opens a file; errors show `path`.
     ///
     /// # Errors
     /// [`Error::Io`] where the file cannot be opened.
@@ -110,15 +110,15 @@ impl JsonLines<BufReader<File>> {
 }
 
 impl<R: BufRead> JsonLines<R> {
-    /// Lines of anything, called `name` in errors.
+    /// Reads lines from any reader; errors show `name`.
     pub fn new(reader: R, name: impl Into<String>) -> Self {
         Self { reader, name: name.into(), number: 0, objects: 0, buffer: Vec::new(), done: false }
     }
 
-    /// Every line, turned into something else.
+    /// Parses every line.
     ///
     /// # Errors
-    /// What `parse` returns for the first line that it refuses; a line that is no JSON object.
+    /// The first error of `parse`; [`Error::Input`] for a line that is not a JSON object; [`Error::Io`].
     pub fn parse_all<T>(self, mut parse: impl FnMut(&Line) -> Result<T>) -> Result<Vec<T>> {
         self.map(|line| line.and_then(|l| parse(&l))).collect()
     }
@@ -126,7 +126,7 @@ impl<R: BufRead> JsonLines<R> {
     fn next_line(&mut self) -> Result<Option<Line>> {
         loop {
             self.buffer.clear();
-            // One byte more than is allowed tells a line that is too long from one that just fits.
+            // One byte above the limit tells a line that is too long from one that just fits.
             let limit = MAX_LINE_BYTES as u64 + 1;
             let read = self.reader.by_ref().take(limit).read_until(b'\n', &mut self.buffer);
             read.map_err(Error::io(Path::new(&self.name), "read"))?;
@@ -176,7 +176,7 @@ fn parse_object(text: &str, place: String) -> Result<Line> {
         let expected = "one JSON object a line (`jq -c '.[]'` turns a list into lines)";
         return Err(Error::input(place, "the beginning of a list", expected));
     }
-    // Messages about data, unlike those about syntax, would quote the line's content.
+    // serde's messages about data would quote the line; those about syntax do not.
     let Pairs(pairs) = serde_json::from_str(text).map_err(|e| {
         let found = if e.is_data() {
             "a value that is not an object".to_string()
@@ -203,7 +203,7 @@ fn parse_object(text: &str, place: String) -> Result<Line> {
     Ok(line)
 }
 
-/// An object's fields with repeated keys, which a map would hide.
+/// An object as pairs, which keeps repeated keys.
 struct Pairs(Vec<(String, Value)>);
 
 impl<'de> serde::Deserialize<'de> for Pairs {
@@ -223,68 +223,5 @@ impl<'de> serde::Deserialize<'de> for Pairs {
             }
         }
         deserializer.deserialize_map(Fields)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn lines(bytes: &[u8]) -> Result<Vec<Line>> {
-        JsonLines::new(bytes, "train.jsonl").collect()
-    }
-
-    fn error(bytes: &[u8]) -> String {
-        lines(bytes).unwrap_err().to_string()
-    }
-
-    #[test]
-    fn lines_are_numbered_as_in_the_file_and_blank_ones_skipped() {
-        let read = lines(b"\xef\xbb\xbf\n{\"a\":1}\r\n  \n\n{\"b\":\"\xc3\xa9\"}").unwrap();
-        let places: Vec<&str> = read.iter().map(|l| l.place.as_str()).collect();
-        assert_eq!(places, ["train.jsonl:2", "train.jsonl:5"]);
-        assert_eq!(read[1].text("b").unwrap(), "é");
-    }
-
-    #[test]
-    fn errors_name_line_and_reason() {
-        assert!(error(b"").starts_with("train.jsonl: found no line with an object"));
-        assert!(error(b"\n \n").starts_with("train.jsonl: found no line with an object"));
-        assert!(error(b"{}\n{\"a\": }").starts_with("train.jsonl:2: found invalid JSON at column 7 (expected value)"));
-        assert!(error(b"{}\n\n{\"a\":\"\xff\"}").starts_with("train.jsonl:3: found bytes that are not UTF-8 (byte 7"));
-        assert!(error(b"[{\"a\":1}]").contains("jq -c"));
-        assert!(error(b"{\"a\":1}{\"a\":1}").contains("trailing characters"));
-    }
-
-    #[test]
-    fn an_error_about_a_value_does_not_quote_it() {
-        let message = error(b"\"secret words\"");
-        assert!(message.contains("not an object") && !message.contains("secret"), "{message}");
-    }
-
-    #[test]
-    fn a_key_may_be_repeated_only_with_the_same_value() {
-        assert_eq!(lines(b"{\"a\":[1],\"a\":[1]}").unwrap()[0].fields.len(), 1);
-        assert!(error(b"{\"a\":1,\"a\":2}").contains("the key `a` twice"));
-    }
-
-    #[test]
-    fn a_line_may_be_as_long_as_the_limit_and_no_longer() {
-        let line = |bytes: usize| format!("{{\"a\":\"{}\"}}\n", "x".repeat(bytes - 8)).into_bytes();
-        assert_eq!(lines(&line(MAX_LINE_BYTES)).unwrap().len(), 1);
-        assert!(error(&line(MAX_LINE_BYTES + 1)).contains("a line of more than"));
-    }
-
-    #[test]
-    fn deep_nesting_is_an_error() {
-        let deep = format!("{{\"a\":{}", "[".repeat(1 << 20));
-        assert!(error(deep.as_bytes()).contains("recursion limit"));
-    }
-
-    #[test]
-    fn nothing_comes_after_an_error() {
-        let mut lines = JsonLines::new(&b"{}\nx\n{}"[..], "f");
-        assert!(lines.next().unwrap().is_ok() && lines.next().unwrap().is_err());
-        assert!(lines.next().is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! Batches in a seeded order, from an exact position.
+//! Seeded micro-batches with a position that can be saved and restored.
 
 use super::Example;
 use super::draw::Draw;
@@ -10,27 +10,27 @@ const PACKING_STREAM: u64 = u64::MAX;
 /// Draws that decide which examples are mixed in.
 const MIX_STREAM: u64 = u64::MAX - 1;
 
-/// How batches are made.
+/// Batch size, packing and order.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LoaderOptions {
-    /// Examples a micro-batch, or with packing: rows of `max_length` tokens a micro-batch.
+    /// Examples per micro-batch; with packing, rows of `max_length` tokens per micro-batch.
     pub batch_size: usize,
-    /// Longest row, in tokens, and so the longest example.
+    /// Maximum length of a row, in tokens.
     pub max_length: usize,
-    /// Fill rows of `max_length` with whole examples.
+    /// Whether to pack several examples into a row of at most `max_length` tokens.
     pub packing: bool,
-    /// A new order each epoch.
+    /// Whether to shuffle the rows in every epoch.
     pub shuffle: bool,
-    /// Seed of the orders.
+    /// Seed of the shuffles.
     pub seed: u64,
 }
 
-/// Where a loader stands; saved in checkpoints.
+/// Position of a [`Loader`]; saved in checkpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct LoaderPosition {
-    /// Epochs finished.
+    /// Completed epochs.
     pub epoch: u64,
-    /// Micro-batches of this epoch already given out; less than there are in an epoch.
+    /// Micro-batches of the current epoch that were already returned; less than [`Loader::batches_per_epoch`].
     pub batch: u64,
 }
 
@@ -39,30 +39,30 @@ pub struct LoaderPosition {
 pub struct BatchSize {
     /// Tokens.
     pub tokens: usize,
-    /// Those that are trained.
+    /// Tokens that count in the loss.
     pub trained_tokens: usize,
-    /// Tokens of its longest document.
+    /// Length of the longest document, in tokens.
     pub longest: usize,
 }
 
-/// An endless sequence of micro-batches: epoch after epoch, each example once an epoch. The order of an epoch depends
-/// on the seed and the epoch's number alone. Packed rows stay the same in all epochs, so that all are equally long.
+/// Endless stream of micro-batches; every example occurs once an epoch. An epoch's order depends only on the seed and
+/// the epoch's number. Rows are packed once, so all epochs are equally long.
 pub struct Loader {
     examples: Vec<Example>,
     options: LoaderOptions,
-    /// Indices of the examples of each row; a single one without packing.
+    /// Example indices of each row; one without packing.
     rows: Vec<Vec<usize>>,
-    /// Indices of rows in the order of this epoch.
+    /// Row indices in the order of the current epoch.
     order: Vec<usize>,
     position: LoaderPosition,
 }
 
 impl Loader {
-    /// A loader at the beginning of the first epoch. No examples, a `batch_size` of 0, and an example that is empty or
-    /// longer than `max_length` (see [`Example::from_conversation`]) are errors.
+    /// A loader at the start of the first epoch.
     ///
     /// # Errors
-    /// [`Error::Input`] without examples, for a `batch_size` of 0, and for an example that is empty or too long.
+    /// [`Error::Input`] without examples, for a `batch_size` of 0, and for an example that is empty or longer than
+    /// `max_length`.
     pub fn new(examples: Vec<Example>, options: LoaderOptions) -> Result<Self> {
         if examples.is_empty() {
             return Err(Error::input("training data", "no examples", "at least one"));
@@ -89,12 +89,12 @@ impl Loader {
         Ok(loader)
     }
 
-    /// Micro-batches an epoch; the last may be smaller than the others.
+    /// Micro-batches per epoch; the last may be smaller than the others.
     pub fn batches_per_epoch(&self) -> u64 {
         self.rows.len().div_ceil(self.options.batch_size) as u64
     }
 
-    /// A bound on the micro-batches of all epochs: the rows that have most of each.
+    /// Upper bound on every micro-batch: for each quantity, the rows that have most of it.
     pub fn largest_batch(&self) -> BatchSize {
         let most = |of: &dyn Fn(&Example) -> usize| -> usize {
             let sum = |row: &Vec<usize>| -> usize { row.iter().map(|e| of(&self.examples[*e])).sum() };
@@ -109,21 +109,15 @@ impl Loader {
         }
     }
 
-    /// Tokens of all examples over the tokens that their rows could hold, at most 1.
-    pub fn fill_rate(&self) -> f64 {
-        let tokens: usize = self.examples.iter().map(|e| e.tokens.len()).sum();
-        tokens as f64 / (self.rows.len() as f64 * self.options.max_length as f64)
-    }
-
-    /// Where it stands.
+    /// Position of the next micro-batch.
     pub fn position(&self) -> LoaderPosition {
         self.position
     }
 
-    /// Goes to a position of the same examples and options; one that these do not have is an error.
+    /// Moves to a position of a loader with the same examples and options.
     ///
     /// # Errors
-    /// [`Error::Input`] for a position outside an epoch.
+    /// [`Error::Input`] where the epoch has no such batch.
     pub fn seek(&mut self, position: LoaderPosition) -> Result<()> {
         let batches = self.batches_per_epoch();
         if position.batch >= batches {
@@ -141,7 +135,7 @@ impl Loader {
         Ok(())
     }
 
-    /// The next micro-batch: its documents, one an example. Never fails, never ends.
+    /// The documents of the next micro-batch, one per example.
     pub fn next_documents(&mut self) -> Vec<&Example> {
         let size = self.options.batch_size;
         let rows = self.order.iter().skip((self.position.batch as usize).saturating_mul(size)).take(size);
@@ -162,13 +156,12 @@ impl Loader {
     }
 }
 
-/// `base` with so many of `extra` mixed in that these are `share` of the result (rounded to whole ones), for controls
-/// such as 10 % of refusals. `base` stays complete and in order; the others, drawn without replacement as long as there
-/// are any left and then again from all, stand at random places. `share` must be in 0 … 0.99, and `extra` not empty
-/// unless it is 0.
+/// Mixes examples of `extra` into `base` so that they make up `share` (0 to 0.99) of the result, rounded to whole
+/// examples. `base` stays complete and in order; `extra` is drawn without replacement, repeatedly if it is too short,
+/// and inserted at random positions.
 ///
 /// # Errors
-/// [`Error::Input`] for a share out of range, or without anything to mix in.
+/// [`Error::Input`] for a share out of range, or an empty `extra` with a share above 0.
 pub fn mix<T: Clone>(base: &[T], extra: &[T], share: f64, seed: u64) -> Result<Vec<T>> {
     if !(0.0..=0.99).contains(&share) {
         return Err(Error::input("share of mixed-in examples", share.to_string(), "0 to 0.99"));
@@ -189,106 +182,4 @@ pub fn mix<T: Clone>(base: &[T], extra: &[T], share: f64, seed: u64) -> Result<V
     draw.shuffle(&mut is_extra);
     let (mut base, mut drawn) = (base.iter(), drawn.into_iter());
     Ok(is_extra.into_iter().filter_map(|extra| if extra { drawn.next() } else { base.next() }).cloned().collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn loader(examples: u32, options: LoaderOptions) -> Loader {
-        let example =
-            |id| Example { tokens: vec![id; 1 + id as usize % 5], trained: vec![id % 3 > 0; 1 + id as usize % 5] };
-        Loader::new((0..examples).map(example).collect(), options).unwrap()
-    }
-
-    fn options() -> LoaderOptions {
-        LoaderOptions { batch_size: 4, max_length: 8, packing: false, shuffle: true, seed: 3 }
-    }
-
-    fn ids(documents: Vec<&Example>) -> Vec<u32> {
-        documents.iter().map(|e| e.tokens[0]).collect()
-    }
-
-    #[test]
-    fn the_order_is_the_one_of_checkpoints_written_earlier() {
-        let mut loader = loader(10, options());
-        let first: Vec<u32> = (0..3).flat_map(|_| ids(loader.next_documents())).collect();
-        assert_eq!(first, [7, 8, 1, 0, 4, 2, 9, 6, 5, 3]);
-    }
-
-    #[test]
-    fn epochs_and_seeds_differ_and_without_shuffling_the_order_is_the_files() {
-        let epoch = |seed, skip| {
-            let mut loader = loader(40, LoaderOptions { batch_size: 40, seed, ..options() });
-            loader.seek(LoaderPosition { epoch: skip, batch: 0 }).unwrap();
-            ids(loader.next_documents())
-        };
-        assert_eq!(epoch(1, 2), epoch(1, 2));
-        assert!(epoch(1, 2) != epoch(1, 3) && epoch(1, 2) != epoch(2, 2));
-        let mut plain = loader(5, LoaderOptions { shuffle: false, ..options() });
-        assert_eq!(ids(plain.next_documents()), [0, 1, 2, 3]);
-        assert_eq!(ids(plain.next_documents()), [4]);
-        assert_eq!(plain.position(), LoaderPosition { epoch: 1, batch: 0 });
-        assert_eq!(ids(plain.next_documents()), [0, 1, 2, 3]);
-    }
-
-    #[test]
-    fn no_batch_is_larger_than_the_largest() {
-        for packing in [false, true] {
-            let mut loader = loader(23, LoaderOptions { packing, ..options() });
-            let largest = loader.largest_batch();
-            let sizes = (0..60).map(|_| {
-                let documents = loader.next_documents();
-                assert!(documents.iter().all(|e| e.tokens.len() <= largest.longest));
-                let trained = |e: &&Example| e.trained.iter().skip(1).filter(|trained| **trained).count();
-                assert!(documents.iter().map(trained).sum::<usize>() <= largest.trained_tokens);
-                documents.iter().map(|e| e.tokens.len()).sum()
-            });
-            let most: usize = sizes.max().unwrap();
-            assert!(most <= largest.tokens && largest.trained_tokens < largest.tokens, "{most} of {largest:?}");
-            assert!(most + 4 > largest.tokens, "a bound that is far away");
-        }
-    }
-
-    #[test]
-    fn packing_fills_rows() {
-        let packed = loader(1000, LoaderOptions { packing: true, ..options() });
-        assert_eq!(packed.batches_per_epoch(), 94, "3,000 tokens in 375 rows of 8");
-        assert_eq!(packed.fill_rate(), 1.0);
-        assert_eq!(loader(1000, options()).fill_rate(), 3.0 / 8.0);
-    }
-
-    #[test]
-    fn wrong_input_is_refused() {
-        let example = |length| vec![Example { tokens: vec![0; length], trained: vec![true; length] }];
-        let error = |examples, options| Loader::new(examples, options).err().unwrap().to_string();
-        assert!(error(Vec::new(), options()).contains("no examples"));
-        assert!(error(example(9), options()).contains("9 tokens in example 0; expected 1 to 8"));
-        assert!(error(example(0), options()).contains("0 tokens"));
-        assert!(error(example(1), LoaderOptions { batch_size: 0, ..options() }).contains("batch_size"));
-        let mut loader = loader(10, options());
-        assert!(loader.seek(LoaderPosition { epoch: 0, batch: 3 }).is_err());
-        loader.seek(LoaderPosition { epoch: u64::MAX, batch: 2 }).unwrap();
-        assert_eq!(loader.next_documents().len(), 2);
-    }
-
-    #[test]
-    fn mixing_in_gives_the_share_and_keeps_the_base_in_order() {
-        let (base, extra): (Vec<u32>, Vec<u32>) = ((0..90).collect(), (100..150).collect());
-        let mixed = mix(&base, &extra, 0.1, 7).unwrap();
-        let (mut added, kept): (Vec<u32>, Vec<u32>) = mixed.iter().partition(|v| **v >= 100);
-        assert_eq!(kept, base);
-        assert_eq!(added.len(), 10);
-        added.sort_unstable();
-        added.dedup();
-        assert_eq!(added.len(), 10, "drawn without replacement");
-        assert!(mixed[90..].iter().any(|v| *v < 100), "not just appended");
-        assert_ne!(mixed, mix(&base, &extra, 0.1, 8).unwrap());
-        assert_eq!(mix(&base, &[], 0.0, 7).unwrap(), base);
-        let again = mix(&base, &[7], 0.5, 7).unwrap();
-        assert_eq!(again.len(), 180);
-        for (extra, share) in [(&extra[..], 1.0), (&extra, -0.1), (&extra, f64::NAN), (&[], 0.5)] {
-            assert!(mix(&base, extra, share, 7).is_err());
-        }
-    }
 }

@@ -1,4 +1,4 @@
-//! Examples: training conversations, security prompts, tasks; loss mask, packing, an exactly positioned loader.
+//! Training conversations, security prompts and tasks; loss masks, packing, and a loader with an exact position.
 
 mod answer;
 mod conversation;

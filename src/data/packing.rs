@@ -1,11 +1,11 @@
-//! Rows of whole examples.
+//! Packs examples into rows.
 
-/// Examples that are packed together: enough for well-filled rows, few enough for a search through all open rows.
+/// Examples packed at a time: enough to fill rows well, few enough to search all open rows.
 const WINDOW: usize = 1024;
 
-/// Fills rows of `max_length` tokens with whole examples: window after window of `order`, in each the longest example
-/// first, each into the first row with room (first fit decreasing; Johnson, 1973). Examples of a row, and rows of a
-/// window, are then put back into `order`. An example longer than `max_length` has a row for itself.
+/// Packs whole examples into rows of `max_length` tokens, [`WINDOW`] examples of `order` at a time, by first fit
+/// decreasing (Johnson, 1973). Within a window, rows and their examples are sorted back into `order`. An example longer
+/// than `max_length` gets a row of its own.
 pub(super) fn pack(lengths: &[usize], order: &[usize], max_length: usize) -> Vec<Vec<usize>> {
     order.chunks(WINDOW).flat_map(|window| pack_window(lengths, window, max_length)).collect()
 }

@@ -1,4 +1,4 @@
-//! Reading of files that come with a model and are not to be trusted.
+//! Bounded reads of untrusted files.
 
 use crate::error::{Error, Result};
 use std::fs::{self, File};
@@ -6,11 +6,13 @@ use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-/// The path of `name` in `dir`, for a file that is there; `None` if it is not.
+/// The path of the file `name` in `dir`; `None` where there is none.
 ///
-/// The name must be plain (no folders, no `..`), the target a regular file, and a symbolic link must not leave the
-/// directory. The one exception is the layout of the Hugging Face cache, whose `snapshots/REVISION/` holds links
-/// into `blobs/`.
+/// The name must not contain folders or `..`, the target must be a regular file, and a symbolic link must not leave the
+/// directory. The exception is the Hugging Face cache, whose `snapshots/REVISION/` links into `blobs/`.
+///
+/// # Errors
+/// [`Error::Input`] for another name or target; [`Error::Io`].
 pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     let place = dir.join(name).display().to_string();
     if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
@@ -25,7 +27,7 @@ pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     };
     let root = fs::canonicalize(dir).map_err(Error::io(dir, "read"))?;
     if !target.starts_with(&root) && !in_hub_cache(&root, &target) {
-        return Err(Error::input(place, "a link out of the model directory", "a file inside the model directory"));
+        return Err(Error::input(place, "a link that leaves the model directory", "a file inside the model directory"));
     }
     if !fs::metadata(&target).map_err(Error::io(&path, "read"))?.is_file() {
         return Err(Error::input(place, "something that is not a regular file", "a file"));
@@ -33,13 +35,13 @@ pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
-/// `…/snapshots/REVISION` and `…/blobs/HASH` of the same model.
+/// Whether `root` is `…/snapshots/REVISION` and `target` lies in `…/blobs` of the same model.
 fn in_hub_cache(root: &Path, target: &Path) -> bool {
     let Some(snapshots) = root.parent().filter(|p| p.ends_with("snapshots")) else { return false };
     snapshots.parent().is_some_and(|model| target.parent() == Some(&model.join("blobs")))
 }
 
-/// The bytes of a regular file of at most `max_bytes`.
+/// Reads a regular file of at most `max_bytes`.
 pub(crate) fn read_bytes(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let metadata = fs::metadata(path).map_err(Error::io(path, "read"))?;
     if !metadata.is_file() {
@@ -55,7 +57,7 @@ pub(crate) fn read_bytes(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The text of a UTF-8 file of at most `max_bytes`.
+/// Reads a UTF-8 file of at most `max_bytes`.
 pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
     String::from_utf8(read_bytes(path, max_bytes)?).map_err(|e| {
         let found = format!("a byte that is not UTF-8 at offset {}", e.utf8_error().valid_up_to());
@@ -63,7 +65,7 @@ pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
     })
 }
 
-/// A parser's message, which may quote its input, on one line and without control characters.
+/// A parser's message on one line, with control characters escaped; it may quote its input.
 pub(crate) fn printable(message: &impl ToString) -> String {
     message
         .to_string()
@@ -72,7 +74,7 @@ pub(crate) fn printable(message: &impl ToString) -> String {
         .collect()
 }
 
-/// Runs a parser that is not ours on input that is not ours: its panic becomes an error about `place`.
+/// Runs a third-party parser on untrusted input; a panic becomes an error about `place`.
 pub(crate) fn guarded<T>(place: &str, what: &str, run: impl FnOnce() -> T) -> Result<T> {
     catch_unwind(AssertUnwindSafe(run))
         .map_err(|_| Error::input(place, format!("contents that make the {what} panic"), "a well-formed file"))

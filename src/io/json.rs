@@ -1,4 +1,4 @@
-//! JSON files: bounded reads, and writes that readers see whole.
+//! JSON files: bounded reads and atomic writes.
 
 use super::input::{printable, read_text};
 use super::write_atomic;
@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use serde::{Serialize, de::DeserializeOwned};
 use std::path::Path;
 
-/// The value of a JSON file of at most `max_bytes`; `expected` says what the file should be.
+/// Reads a JSON file of at most `max_bytes`; `expected` describes it in errors.
 pub(crate) fn read<T: DeserializeOwned>(path: &Path, max_bytes: u64, expected: &str) -> Result<T> {
     serde_json::from_str(&read_text(path, max_bytes)?).map_err(|e| {
         let what = printable(&e);
@@ -15,7 +15,10 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path, max_bytes: u64, expected: &
     })
 }
 
-/// Checks the format that a file says it has against the one that this version reads.
+/// Checks the format name that a file states.
+///
+/// # Errors
+/// [`Error::Input`] for another format.
 pub(crate) fn check_format(place: &str, found: &str, expected: &str) -> Result<()> {
     if found == expected {
         return Ok(());
@@ -24,13 +27,13 @@ pub(crate) fn check_format(place: &str, found: &str, expected: &str) -> Result<(
     Err(Error::input(format!("{place}: format"), format!("`{found}`"), format!("`{expected}`")))
 }
 
-/// Writes a value as indented JSON: see [`write_atomic`].
+/// Writes a value as indented JSON with [`write_atomic`].
 pub(crate) fn write(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(unserializable)?;
     write_atomic(path, (text + "\n").as_bytes())
 }
 
-/// A value as one line of JSON lines, its line feed included.
+/// A value as a line of JSON Lines, with its line feed.
 pub(crate) fn line(value: &impl Serialize) -> Result<String> {
     Ok(to_string(value)? + "\n")
 }

@@ -1,33 +1,49 @@
-//! Outputs that appear whole or not at all.
+//! Atomic output directories and files.
 
 use crate::error::{Error, Result};
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// A directory that is written beside its final place and renamed when it is complete.
+/// What to do with an output that exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IfExists {
+    /// Return [`Error::Exists`].
+    Fail,
+    /// Replace it once the new output is complete.
+    Replace,
+}
+
+impl IfExists {
+    /// The meaning of the flag `--force`.
+    pub fn from_force(force: bool) -> Self {
+        if force { Self::Replace } else { Self::Fail }
+    }
+}
+
+/// An output directory that is written under a temporary name and renamed when complete.
 ///
-/// While it lives, `.NAME.lock` beside it keeps other processes away. An interrupted run leaves the old output (or
-/// nothing) at the path, and `.NAME.partial`, which the next run clears; a run that is killed in the instant between
-/// the two renames of a replacement leaves the old output as `.NAME.old`, which the next run puts back.
+/// `.NAME.lock` beside it excludes other processes. An interrupted run leaves the old output (or nothing) in place, and
+/// `.NAME.partial`, which the next run removes. A run killed between the two renames of a replacement leaves the old
+/// output as `.NAME.old`, which the next run restores.
 #[derive(Debug)]
 pub struct OutputDir {
     path: PathBuf,
     partial: PathBuf,
     old: PathBuf,
-    force: bool,
+    if_exists: IfExists,
     committed: bool,
-    // Dropped last: the lock must outlive the clearing of the directory.
+    // Dropped last: the lock must outlive the removal of the directory.
     _lock: Lock,
 }
 
 impl OutputDir {
-    /// Locks `path` and makes the temporary directory. A path that another process writes to is [`Error::InUse`]; one
-    /// that exists is [`Error::Exists`] unless `force`.
+    /// Locks `path` and creates the temporary directory.
     ///
     /// # Errors
-    /// [`Error::InUse`], [`Error::Exists`]; [`Error::Io`] where the parent cannot be written.
-    pub fn create(path: &Path, force: bool) -> Result<Self> {
+    /// [`Error::InUse`] where another process writes to `path`; [`Error::Exists`] where it exists and must not be
+    /// replaced; [`Error::Io`].
+    pub fn create(path: &Path, if_exists: IfExists) -> Result<Self> {
         let (parent, name) = split(path)?;
         fs::create_dir_all(&parent).map_err(Error::io(&parent, "create"))?;
         let lock = Lock::take(parent.join(format!(".{name}.lock")), path)?;
@@ -35,30 +51,30 @@ impl OutputDir {
         if exists(&old) && !exists(path) {
             fs::rename(&old, path).map_err(Error::io(path, "rename"))?;
         }
-        if exists(path) && !force {
+        if exists(path) && if_exists == IfExists::Fail {
             return Err(Error::Exists { path: path.to_owned() });
         }
         let partial = parent.join(format!(".{name}.partial"));
         remove(&partial)?;
         fs::create_dir(&partial).map_err(Error::io(&partial, "create"))?;
-        Ok(Self { path: path.to_owned(), partial, old, force, committed: false, _lock: lock })
+        Ok(Self { path: path.to_owned(), partial, old, if_exists, committed: false, _lock: lock })
     }
 
-    /// The temporary directory: write here.
+    /// The temporary directory, to write into.
     pub fn dir(&self) -> &Path {
         &self.partial
     }
 
-    /// Writes everything through to the disk and renames into place; with `force` an old output is moved aside first
-    /// and removed afterwards.
+    /// Syncs the directory to disk and renames it into place. An old output to be replaced is moved aside first and
+    /// removed afterwards.
     ///
     /// # Errors
-    /// [`Error::Io`]; the old output is then still in place.
+    /// [`Error::Io`], with the old output still in place; [`Error::Exists`] where an output has appeared meanwhile.
     pub fn commit(mut self) -> Result<()> {
         sync_tree(&self.partial)?;
         let replaces = exists(&self.path);
         if replaces {
-            if !self.force {
+            if self.if_exists == IfExists::Fail {
                 return Err(Error::Exists { path: self.path.clone() });
             }
             remove(&self.old)?;
@@ -79,17 +95,17 @@ impl OutputDir {
 impl Drop for OutputDir {
     fn drop(&mut self) {
         if !self.committed {
-            // What cannot be removed now is cleared by the next run.
+            // The next run removes what is left.
             let _ = remove(&self.partial);
         }
     }
 }
 
-/// Writes a file beside its final place, through to the disk, and renames it: readers see the old bytes or the new.
-/// An existing file is replaced.
+/// Writes a file under a temporary name, syncs it to disk, and renames it, replacing an existing file: readers see the
+/// old bytes or the new.
 ///
 /// # Errors
-/// [`Error::Io`]; the old file is then still in place.
+/// [`Error::Io`], with the old file still in place.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let (parent, name) = split(path)?;
     let mut file = tempfile::Builder::new()
@@ -103,7 +119,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_parent(path)
 }
 
-/// An exclusive lock on a file, which is removed with the lock.
+/// An exclusive lock file, removed when dropped.
 #[derive(Debug)]
 struct Lock {
     path: PathBuf,
@@ -120,7 +136,7 @@ impl Lock {
                 Err(TryLockError::WouldBlock) => return Err(Error::InUse { path: output.to_owned() }),
                 Err(TryLockError::Error(source)) => return Err(Error::io(&path, "lock")(source)),
             }
-            // The last holder may have removed the file between our opening and our locking it.
+            // The last holder may have removed the file after it was opened here.
             if same_file(&file, &path) {
                 return Ok(Self { path, _file: file });
             }
@@ -130,7 +146,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Still locked here, so nobody else can hold the file that is removed.
+        // Still locked, so nobody else can hold it.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -158,19 +174,19 @@ fn split(path: &Path) -> Result<(PathBuf, String)> {
     Ok((parent.to_owned(), name.to_string_lossy().into_owned()))
 }
 
-/// Whether anything is there, a dangling link included.
+/// Whether the path exists, even as a dangling link.
 fn exists(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
 
-/// Removes a file, a link or a whole directory, if it is there.
+/// Removes a file, link or directory tree, if it exists.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
     let removed = if metadata.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     removed.map_err(Error::io(path, "remove"))
 }
 
-/// fsync of a directory and of everything in it.
+/// Syncs a directory tree to disk.
 fn sync_tree(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(Error::io(dir, "read"))? {
         let entry = entry.map_err(Error::io(dir, "read"))?;
@@ -189,7 +205,7 @@ fn sync_parent(path: &Path) -> Result<()> {
     sync_dir(&split(path)?.0)
 }
 
-/// A rename is only durable once its directory is.
+/// Syncs a directory, which makes renames in it durable.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     if cfg!(unix) { File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io(dir, "write")) } else { Ok(()) }
 }

@@ -1,4 +1,4 @@
-//! Chat templates: Jinja as transformers runs it.
+//! Chat templates: Jinja with the functions and settings of transformers.
 
 mod prepare;
 
@@ -12,42 +12,42 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 
-/// Work that one rendering may take: an instruction costs 1, and so do 64 bytes that are created, so that this bounds
-/// the memory too, by 320 MB. 100 times a long conversation, and under a second.
+/// Budget of one rendering: 1 per instruction and per 64 bytes of data, which also bounds its memory by 320 MB. About
+/// 100 times what a long conversation needs; under a second.
 const FUEL: u64 = 5_000_000;
-/// The longest text that a template may render.
-const MOST_OUTPUT_BYTES: usize = 1 << 25;
-/// How deeply lists and objects may nest in what a namespace holds.
-const MOST_DEPTH: usize = 32;
-/// Nested calls of macros recurse on the stack: this holds the engine's limit of them many times over.
+/// Maximum length of rendered text.
+const MAX_OUTPUT_BYTES: usize = 1 << 25;
+/// Maximum nesting of values in a namespace.
+const MAX_DEPTH: usize = 32;
+/// Macro calls recurse on the stack; this is several times what the engine's recursion limit needs.
 const STACK_BYTES: usize = 1 << 26;
-/// The longest template; published ones have up to 30 kB.
-const MOST_SOURCE_BYTES: usize = 1 << 20;
-/// The widest indentation that a template may ask for.
-const MOST_INDENT: usize = 64;
+/// Maximum length of a template's source; published ones have up to 30 kB.
+const MAX_SOURCE_BYTES: usize = 1 << 20;
+/// Maximum indentation of `tojson`, in columns.
+const MAX_INDENT: usize = 64;
 const NAME: &str = "chat_template";
 
-/// One turn.
+/// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
     /// `system`, `user`, `assistant`.
     pub role: String,
-    /// Text.
+    /// Text of the message.
     pub content: String,
 }
 
 impl Message {
-    /// A turn of `role`.
+    /// A message of `role`.
     pub fn new(role: &str, content: impl Into<String>) -> Self {
         Self { role: role.to_owned(), content: content.into() }
     }
 }
 
-/// A model's chat template.
+/// A compiled chat template.
 ///
-/// Templates see what transformers gives them: `messages`, `add_generation_prompt`, the special tokens, `tools` and
-/// `documents` (none), `raise_exception`, `strftime_now` (in UTC), `tojson` as Python's `json.dumps`, the string methods
-/// of Python, `break` and `continue`, and `{% generation %}` blocks.
+/// Templates get the context of transformers: `messages`, `add_generation_prompt`, the special tokens, `tools` and
+/// `documents` (none), `raise_exception`, `strftime_now` (in UTC), `tojson` as Python's `json.dumps`, Python's string
+/// methods, `break` and `continue`, and `{% generation %}` blocks.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -56,10 +56,10 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Compiles a template; `place` names its file in errors, `special` are `bos_token` and its like.
+    /// Compiles a template. `place` is shown in errors; `special` maps `bos_token` and the like to their text.
     ///
     /// # Errors
-    /// [`Error::Input`] gives the line that does not compile.
+    /// [`Error::Input`] with the line that does not compile.
     pub fn new(source: &str, place: &str, special: BTreeMap<String, String>) -> Result<Self> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -77,23 +77,34 @@ impl ChatTemplate {
             jiff::fmt::strtime::format(&format, &now).map_err(|e| refused(e.to_string()))
         });
         environment.add_function(CHECKED, |value: Value| checked(value, 0));
-        let too_long = source.len() > MOST_SOURCE_BYTES;
+        let too_long = source.len() > MAX_SOURCE_BYTES;
         let Some(source) = prepare(source).filter(|_| !too_long) else {
-            let found = if too_long { "a template that is too long" } else { "a name that this program reserves" };
-            return Err(Error::input(place, found, format!("at most {MOST_SOURCE_BYTES} bytes, without `{CHECKED}`")));
+            let found = if too_long { "a template that is too long" } else { "a reserved name" };
+            return Err(Error::input(place, found, format!("at most {MAX_SOURCE_BYTES} bytes, without `{CHECKED}`")));
         };
         guarded(place, "template parser", || environment.add_template_owned(NAME, source))?
             .map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?;
         Ok(Self { environment, place: place.to_owned(), special })
     }
 
-    /// The text that the model sees. `generation_prompt` ends it with the assistant's header.
-    ///
-    /// A template that fails, loops, recurses or writes without end is an [`Error::Input`] that gives line and reason.
+    /// Renders a whole conversation.
     ///
     /// # Errors
-    /// [`Error::Input`], as said above.
-    pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
+    /// [`Error::Input`] with line and reason where the template fails, or exceeds its budget of time, memory, recursion
+    /// or output.
+    pub fn render(&self, messages: &[Message]) -> Result<String> {
+        self.render_with(messages, false)
+    }
+
+    /// Renders a conversation and the generation prompt, such as the assistant's header.
+    ///
+    /// # Errors
+    /// [`Error::Input`] as [`ChatTemplate::render`].
+    pub fn render_prompt(&self, messages: &[Message]) -> Result<String> {
+        self.render_with(messages, true)
+    }
+
+    fn render_with(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
         let context = context! {
             messages => Serde(messages),
             add_generation_prompt => generation_prompt,
@@ -108,7 +119,7 @@ impl ChatTemplate {
                 template.render_captured_to(context, &mut text).map(|_| ())
             })
         };
-        // A thread of its own has a known stack, and fresh counters.
+        // A separate thread has a stack of known size.
         let rendered = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
             let thread =
@@ -121,11 +132,11 @@ impl ChatTemplate {
     }
 }
 
-/// Line and cause of a template's error, in one line.
+/// Cause and line of a template error, on one line.
 fn reason(error: &minijinja::Error) -> String {
     let mut text = match (error.kind(), error.detail()) {
-        (ErrorKind::OutOfFuel, _) => "a template that needs too much time or memory".to_owned(),
-        (ErrorKind::WriteFailure, _) => format!("a template that writes more than {MOST_OUTPUT_BYTES} bytes"),
+        (ErrorKind::OutOfFuel, _) => "a template that takes too much time or memory".to_owned(),
+        (ErrorKind::WriteFailure, _) => format!("a template that writes more than {MAX_OUTPUT_BYTES} bytes"),
         (kind, Some(detail)) => format!("{kind}: {detail}"),
         (kind, None) => kind.to_string(),
     };
@@ -135,14 +146,14 @@ fn reason(error: &minijinja::Error) -> String {
     printable(&text)
 }
 
-/// A writer that refuses to grow past [`MOST_OUTPUT_BYTES`].
+/// A buffer of at most [`MAX_OUTPUT_BYTES`].
 struct Bounded {
     bytes: Vec<u8>,
 }
 
 impl io::Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.bytes.len() + bytes.len() > MOST_OUTPUT_BYTES {
+        if self.bytes.len() + bytes.len() > MAX_OUTPUT_BYTES {
             return Err(io::Error::other("too much output"));
         }
         self.bytes.extend_from_slice(bytes);
@@ -154,10 +165,10 @@ impl io::Write for Bounded {
     }
 }
 
-/// Checks that a namespace may hold the value: strings, numbers, and lists and objects of them. Iterators become lists.
+/// Checks that a namespace may hold the value: strings, numbers, and lists and maps of them. Iterators become lists.
 fn checked(value: Value, depth: usize) -> Result<Value, minijinja::Error> {
-    if depth > MOST_DEPTH {
-        return Err(refused(format!("a namespace that holds lists nested more than {MOST_DEPTH} deep")));
+    if depth > MAX_DEPTH {
+        return Err(refused(format!("a namespace that holds lists nested more than {MAX_DEPTH} deep")));
     }
     match value.kind() {
         ValueKind::Seq => value.try_iter()?.try_for_each(|item| checked(item, depth + 1).map(|_| ()))?,
@@ -183,7 +194,7 @@ fn is_namespace(value: &Value) -> bool {
     minijinja::functions::namespace(None).is_ok_and(|namespace| type_name(&namespace) == type_name(value))
 }
 
-/// Prints as Python does: `True`, `False`, `None`.
+/// Formats booleans and none as Python does: `True`, `False`, `None`.
 fn format_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
     match value.kind() {
         ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
@@ -192,7 +203,7 @@ fn format_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) 
     }
 }
 
-/// The methods of Python's strings, lists and dictionaries.
+/// Methods of Python's strings, lists and dictionaries.
 fn method(
     state: &mut State<'_, '_>,
     value: &Value,
@@ -202,13 +213,13 @@ fn method(
     match (name, value.as_str()) {
         // The engine does not bound the width that a format specification asks for.
         ("format", Some(text)) if text.contains(':') => Err(refused("format() with a format specification")),
-        // The engine's own begins words as Jinja's filter does, not as Python's method.
+        // The engine's own follows Jinja's filter, which splits words differently.
         ("title", Some(text)) if arguments.is_empty() => Ok(Value::from(title(text))),
         _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments),
     }
 }
 
-/// Python's `str.title`: a letter behind a letter is lower case, any other letter upper case.
+/// Python's `str.title`: upper-cases each letter that does not follow a letter, and lower-cases the others.
 fn title(text: &str) -> String {
     let mut titled = String::with_capacity(text.len());
     let mut in_word = false;
@@ -227,7 +238,8 @@ fn refused(why: impl Into<String>) -> minijinja::Error {
     minijinja::Error::new(ErrorKind::InvalidOperation, why.into())
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent, separators, sort_keys)`: unlike Jinja's own filter it escapes no HTML.
+/// `json.dumps(value, ensure_ascii=False, indent, separators, sort_keys)`; unlike Jinja's own filter it does not escape
+/// HTML.
 fn to_json(value: Value, keywords: Kwargs) -> Result<Value, minijinja::Error> {
     let indent: Option<usize> = keywords.get("indent")?;
     let ascii: Option<bool> = keywords.get("ensure_ascii")?;
@@ -237,8 +249,8 @@ fn to_json(value: Value, keywords: Kwargs) -> Result<Value, minijinja::Error> {
     if value.is_undefined() {
         return Err(refused("tojson of an undefined value"));
     }
-    if indent.is_some_and(|width| width > MOST_INDENT) {
-        return Err(refused(format!("tojson with an indent above {MOST_INDENT}")));
+    if indent.is_some_and(|width| width > MAX_INDENT) {
+        return Err(refused(format!("tojson with an indent above {MAX_INDENT}")));
     }
     let value = serde_json::to_value(&value).map_err(|e| refused(e.to_string()))?;
     let (item, key) = match separators.as_deref() {
@@ -252,7 +264,7 @@ fn to_json(value: Value, keywords: Kwargs) -> Result<Value, minijinja::Error> {
     Ok(Value::from_safe_string(text))
 }
 
-/// How Python lays JSON out.
+/// Options of Python's `json.dumps`.
 struct JsonStyle {
     indent: Option<usize>,
     ascii: bool,
@@ -310,7 +322,7 @@ impl JsonStyle {
     fn write_text(&self, text: &str, out: &mut String) {
         let quoted = serde_json::Value::from(text).to_string();
         if !self.ascii {
-            // Python writes DEL as it is, as serde_json does.
+            // Like Python, serde_json does not escape DEL.
             return out.push_str(&quoted);
         }
         let mut units = [0; 2];

@@ -1,16 +1,16 @@
-//! `config.json` of a Hugging Face model directory.
+//! Configuration of a model.
 
 mod fields;
 mod json;
 
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
-/// Shape of a decoder of the Llama kind (Llama, Mistral, Qwen2, Qwen3).
+/// Configuration of a decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3).
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// `model_type` of the file: `llama`, `mistral`, `qwen2`, `qwen3`.
+    /// `model_type` of `config.json`: `llama`, `mistral`, `qwen2` or `qwen3`.
     pub family: String,
-    /// Rows of the embedding.
+    /// Vocabulary size: rows of the embedding.
     pub vocab: usize,
     /// Width of the residual stream.
     pub hidden: usize,
@@ -22,25 +22,25 @@ pub struct ModelConfig {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Width of a head; not always hidden / heads.
+    /// Width of a head; not necessarily hidden / heads.
     pub head_dim: usize,
-    /// Added to the mean square in every RMSNorm.
+    /// Epsilon of every RMSNorm.
     pub rms_norm_eps: f32,
     /// Rotary position embedding.
     pub rope: Rope,
-    /// `max_position_embeddings`: the longest context.
+    /// Maximum context length, in tokens.
     pub max_positions: usize,
-    /// The head shares the embedding's weight.
+    /// Whether the output head shares the embedding's weight.
     pub tied: bool,
-    /// Projections that have a bias.
+    /// Projections with a bias.
     pub biases: Vec<ModuleKind>,
-    /// RMSNorm on each head of q and k (Qwen3).
+    /// Whether q and k heads are normalised by RMSNorm (Qwen3).
     pub qk_norm: bool,
-    /// Sliding window of each layer, \[layers\].
+    /// Attention window of each layer in tokens, \[layers\]; `None` = full attention.
     pub windows: Vec<Option<usize>>,
-    /// Beginning of text, where the tokenizer adds one.
+    /// Token id of the beginning of text.
     pub bos: Option<u32>,
-    /// Tokens that end an answer (`config.json` and `generation_config.json`).
+    /// Token ids that end an answer, from `config.json` and `generation_config.json`.
     pub eos: Vec<u32>,
 }
 
@@ -49,14 +49,14 @@ pub struct ModelConfig {
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Change of the frequencies for long contexts.
+    /// Scaling of the frequencies for longer contexts.
     pub scaling: RopeScaling,
 }
 
-/// `rope_scaling` in the kinds in use; formulas as in `transformers.modeling_rope_utils`.
+/// Scaling of the rotary frequencies; formulas as in `transformers.modeling_rope_utils`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// As trained.
+    /// No scaling.
     None,
     /// Positions divided by `factor`.
     Linear {
@@ -68,46 +68,46 @@ pub enum RopeScaling {
         /// ≥ 1
         factor: f64,
     },
-    /// Llama 3.1: low frequencies divided, high ones kept, a ramp between.
+    /// Llama 3.1: low frequencies are divided, high ones kept, with a ramp between.
     Llama3 {
-        /// Division of the low frequencies.
+        /// Divisor of the low frequencies, ≥ 1.
         factor: f64,
-        /// Ramp's lower end.
+        /// Lower end of the ramp, in waves per original context.
         low_freq_factor: f64,
-        /// Ramp's upper end.
+        /// Upper end of the ramp, in waves per original context.
         high_freq_factor: f64,
         /// Context before the extension.
         original_max_positions: usize,
     },
     /// YaRN (arXiv 2309.00071).
     Yarn {
-        /// Extension of the context.
+        /// Extension factor of the context, ≥ 1.
         factor: f64,
-        /// Ramp's fast end.
+        /// Fast end of the ramp, in rotations per original context; 32 by default.
         beta_fast: f64,
-        /// Ramp's slow end.
+        /// Slow end of the ramp, in rotations per original context; 1 by default.
         beta_slow: f64,
-        /// Factor on cosines and sines; 0.1·ln(factor) + 1 if the file is silent.
+        /// Factor on cosines and sines; 0.1·ln(factor) + 1 by default.
         attention_factor: f64,
         /// Context before the extension.
         original_max_positions: usize,
-        /// Whether the ramp's ends are rounded to whole dimensions.
+        /// Whether the ends of the ramp are rounded to whole dimensions.
         truncate: bool,
     },
 }
 
 impl ModelConfig {
-    /// Columns of Q's output: heads · head_dim.
+    /// Width of q: heads · head_dim.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Columns of K's and V's output: kv_heads · head_dim.
+    /// Width of k and of v: kv_heads · head_dim.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    /// (outputs, inputs) of a projection.
+    /// Shape of a projection's weight: (outputs, inputs).
     pub fn module_shape(&self, kind: ModuleKind) -> (usize, usize) {
         match kind {
             ModuleKind::Q => (self.q_width(), self.hidden),
@@ -118,7 +118,7 @@ impl ModelConfig {
         }
     }
 
-    /// Every tensor that the checkpoint must hold, in the engine's order, with its shape.
+    /// All tensors of the checkpoint with their shapes, in the engine's order.
     pub fn params(&self) -> Vec<(ParamId, Vec<usize>)> {
         let mut params = vec![(ParamId::Embedding, vec![self.vocab, self.hidden])];
         for layer in 0..self.layers {
@@ -148,7 +148,7 @@ impl ModelConfig {
         params
     }
 
-    /// Every cell of the model.
+    /// All cells of the model.
     pub fn cells(&self) -> crate::modules::ModuleSet {
         self.params().into_iter().map(|(id, _)| id.cell()).collect()
     }

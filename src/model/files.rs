@@ -1,4 +1,4 @@
-//! A model directory on disk, and writing one.
+//! Reads and writes Hugging Face model directories.
 
 use super::{ChatTemplate, ModelConfig, Tokenizer};
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ use std::sync::OnceLock;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// Everything beside the weights that makes a directory usable elsewhere.
+/// Files that are copied along with the weights.
 const SIDE_FILES: [&str; 10] = [
     "generation_config.json",
     "tokenizer.json",
@@ -28,34 +28,35 @@ const SIDE_FILES: [&str; 10] = [
     "chat_template.jinja",
     "chat_template.json",
 ];
-const MOST_CONFIG_BYTES: u64 = 1 << 22;
-const MOST_INDEX_BYTES: u64 = 1 << 26;
-const MOST_TEMPLATE_BYTES: u64 = 1 << 20;
-const MOST_TOKENIZER_CONFIG_BYTES: u64 = 1 << 24;
-/// How many names an error lists.
-const MOST_NAMES: usize = 5;
+const MAX_CONFIG_BYTES: u64 = 1 << 22;
+const MAX_INDEX_BYTES: u64 = 1 << 26;
+const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
+const MAX_TOKENIZER_CONFIG_BYTES: u64 = 1 << 24;
+/// Maximum number of names in an error message.
+const MAX_NAMES: usize = 5;
 
-/// A checked Hugging Face model directory; tensors are read when asked for.
+/// A validated Hugging Face model directory; tensors are read on demand.
 pub struct ModelDir {
-    /// `config.json`, with the end tokens of `generation_config.json`.
+    /// Configuration from `config.json`, plus the end-of-turn tokens of `generation_config.json`.
     ///
-    /// As in transformers, a model marked as tied that stores a head which differs from its embedding is not tied;
-    /// one that stores the head alone has it as its embedding.
+    /// As in transformers, a model marked as tied whose stored head differs from its embedding is untied, and one that
+    /// stores only the head uses it as its embedding.
     pub config: ModelConfig,
     dir: PathBuf,
     shards: Vec<Safetensors>,
-    /// Shard and name in it, of each tensor of [`ModelConfig::params`].
+    /// Shard, and name in the shard, of each tensor of [`ModelConfig::params`].
     sources: BTreeMap<ParamId, (usize, String)>,
     tokenizer: Option<Tokenizer>,
     hash: OnceLock<String>,
 }
 
 impl ModelDir {
-    /// Opens and checks everything but the values: names, shapes, dtypes, offsets, tokenizer size.
+    /// Opens the directory and validates everything but the values: names, shapes, dtypes, offsets, and the tokenizer's
+    /// size.
     ///
     /// # Errors
-    /// [`Error::Input`] names the file and field that is wrong; [`Error::Unsupported`] what this engine does not
-    /// handle.
+    /// [`Error::Input`] with the file and field at fault; [`Error::Unsupported`] for features that the engine lacks;
+    /// [`Error::Io`].
     pub fn open(dir: &Path) -> Result<Self> {
         let place = dir.display().to_string();
         if !fs::metadata(dir).map_err(Error::io(dir, "open"))?.is_dir() {
@@ -69,10 +70,10 @@ impl ModelDir {
             };
             return Err(Error::input(place, found, "a Hugging Face model directory (config.json, model.safetensors)"));
         };
-        let value: Value = json::read(&config_path, MOST_CONFIG_BYTES, "JSON")?;
+        let value: Value = json::read(&config_path, MAX_CONFIG_BYTES, "JSON")?;
         let mut config = ModelConfig::from_json(&value, &config_path.display().to_string())?;
         if let Some(path) = file_in(dir, "generation_config.json")? {
-            let value: Value = json::read(&path, MOST_CONFIG_BYTES, "JSON")?;
+            let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
             config.add_generation_config(&value, &path.display().to_string())?;
         }
 
@@ -81,7 +82,7 @@ impl ModelDir {
         for (shard, file) in shards.iter().enumerate() {
             for (name, ..) in file.tensors() {
                 if let Some(other) = stored.insert(name.to_owned(), shard) {
-                    let found = format!("tensor `{name}`, which {} holds too", shards[other].path().display());
+                    let found = format!("tensor `{name}`, which is also in {}", shards[other].path().display());
                     return Err(Error::input(file.path().display().to_string(), found, "each tensor once"));
                 }
             }
@@ -101,10 +102,10 @@ impl ModelDir {
         Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, hash: OnceLock::new() })
     }
 
-    /// The values of one tensor, widened; refuses NaN and infinity by name.
+    /// Reads one tensor as f32.
     ///
     /// # Errors
-    /// [`Error::Input`] names the element that is not finite.
+    /// [`Error::Input`] with the position of a value that is not finite, or for another shape; [`Error::Io`].
     pub fn tensor(&self, id: ParamId, shape: &[usize]) -> Result<Vec<f32>> {
         let (file, name) = self.source(id)?;
         let (_, stored) = file.info(name)?;
@@ -115,8 +116,8 @@ impl ModelDir {
         file.values(name)
     }
 
-    /// A hash of config and weights, which ties probes, maps and sets to this model: 64 hexadecimal digits. How the
-    /// weights are spread over files does not matter. Reads all weights, once.
+    /// BLAKE3 hash of config and weights, as 64 hexadecimal digits; identifies the model of a probe, map or module set.
+    /// Independent of sharding. Computed once, by reading all weights.
     ///
     /// # Errors
     /// [`Error::Io`] where a file cannot be read.
@@ -125,7 +126,7 @@ impl ModelDir {
             return Ok(hash);
         }
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&read_bytes(&self.dir.join("config.json"), MOST_CONFIG_BYTES)?);
+        hasher.update(&read_bytes(&self.dir.join("config.json"), MAX_CONFIG_BYTES)?);
         for (id, shape) in self.config.params() {
             let (file, name) = self.source(id)?;
             let (dtype, _) = file.info(name)?;
@@ -139,10 +140,10 @@ impl ModelDir {
         Ok(self.hash.get_or_init(|| hasher.finalize().to_hex().to_string()))
     }
 
-    /// `tokenizer.json`.
+    /// The tokenizer.
     ///
     /// # Errors
-    /// [`Error::Input`] where the model has no `tokenizer.json`.
+    /// [`Error::Input`] where the directory has no `tokenizer.json`.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         self.tokenizer.clone().ok_or_else(|| {
             let found = if self.dir.join("tokenizer.model").exists() {
@@ -155,14 +156,14 @@ impl ModelDir {
         })
     }
 
-    /// The chat template: the file `named`, else `chat_template.jinja`, else the one (or the one called `default`) in
-    /// `tokenizer_config.json`. A model without any needs one named.
+    /// The chat template: the file `named`, else `chat_template.jinja`, else the one in `tokenizer_config.json` (of
+    /// several, `default`).
     ///
     /// # Errors
-    /// [`Error::Input`] where there is none, or it does not compile.
+    /// [`Error::Input`] where there is none, or it does not compile; [`Error::Io`].
     pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
         let read = |name: &str| match file_in(&self.dir, name)? {
-            Some(path) => json::read(&path, MOST_TOKENIZER_CONFIG_BYTES, "JSON"),
+            Some(path) => json::read(&path, MAX_TOKENIZER_CONFIG_BYTES, "JSON"),
             None => Ok(Value::Null),
         };
         let config = read("tokenizer_config.json")?;
@@ -173,7 +174,7 @@ impl ModelDir {
             None => file_in(&self.dir, "chat_template.jinja")?,
         };
         if let Some(path) = jinja {
-            let source = read_text(&path, MOST_TEMPLATE_BYTES)?;
+            let source = read_text(&path, MAX_TEMPLATE_BYTES)?;
             return ChatTemplate::new(&source, &path.display().to_string(), special);
         }
         let place = format!("{}: chat_template", self.dir.join("tokenizer_config.json").display());
@@ -192,12 +193,12 @@ impl ModelDir {
         ChatTemplate::new(source, &place, special)
     }
 
-    /// Writes a model directory of the same kind into `out` (which must be an empty or fresh directory that the caller
-    /// renames into place): shards of at most `max_shard_bytes`, the input's dtype, config and tokenizer copied.
-    /// Memory holds one tensor at a time.
+    /// Writes a model directory with the values of `tensor` into `out`, usually an [`OutputDir`](crate::io::OutputDir):
+    /// shards of at most `max_shard_bytes` in the stored dtypes, with config and tokenizer copied. Holds one tensor in
+    /// memory at a time.
     ///
     /// # Errors
-    /// [`Error::Failed`] names a weight that is not finite; [`Error::Io`].
+    /// [`Error::Failed`] with the position of a value that is not finite; errors of `tensor`; [`Error::Io`].
     pub fn write(
         &self,
         out: &Path,
@@ -227,7 +228,7 @@ impl ModelDir {
         self.write_side_files(out)
     }
 
-    /// Tensors of each shard, in the engine's order, wider dtypes first in a shard so that all are aligned.
+    /// Tensors of each shard in the engine's order; within a shard wider dtypes come first, which keeps all aligned.
     fn plan_shards(&self, max_shard_bytes: u64) -> Result<Vec<(Vec<ParamId>, Vec<TensorSpec>)>> {
         let mut shards: Vec<Vec<(ParamId, TensorSpec)>> = Vec::new();
         let mut filled = 0;
@@ -252,7 +253,7 @@ impl ModelDir {
 
     fn write_side_files(&self, out: &Path) -> Result<()> {
         let source = self.dir.join("config.json");
-        let mut config: Value = json::read(&source, MOST_CONFIG_BYTES, "JSON")?;
+        let mut config: Value = json::read(&source, MAX_CONFIG_BYTES, "JSON")?;
         if config["tie_word_embeddings"].as_bool().unwrap_or(false) != self.config.tied {
             config["tie_word_embeddings"] = Value::Bool(self.config.tied);
             json::write(&out.join("config.json"), &config)?;
@@ -275,14 +276,14 @@ impl ModelDir {
     }
 }
 
-/// Copies contents, not permissions, so that a read-only input gives an output that can be replaced.
+/// Copies contents but not permissions, so that a read-only input yields a writable output.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut source = fs::File::open(from).map_err(Error::io(from, "open"))?;
     let mut target = fs::File::create(to).map_err(Error::io(to, "create"))?;
     std::io::copy(&mut source, &mut target).map(|_| ()).map_err(Error::io(to, "write"))
 }
 
-/// `bos_token`, `eos_token` and their like, as strings or as objects with `content`.
+/// Special tokens by role, given as strings or as objects with `content`.
 fn special_tokens(config: &Value) -> BTreeMap<String, String> {
     let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
     let token = |name: &str| {
@@ -292,7 +293,7 @@ fn special_tokens(config: &Value) -> BTreeMap<String, String> {
     names.into_iter().filter_map(|name| Some((name.to_owned(), token(name)?))).collect()
 }
 
-/// `model.safetensors`, or the shards that the index names.
+/// Opens `model.safetensors`, or the shards of the index.
 fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
     if let Some(path) = file_in(dir, SINGLE)? {
         return Ok(vec![Safetensors::open(&path)?]);
@@ -301,7 +302,7 @@ fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
         return Err(no_weights(dir));
     };
     let place = index_path.display().to_string();
-    let index: Value = json::read(&index_path, MOST_INDEX_BYTES, "JSON")?;
+    let index: Value = json::read(&index_path, MAX_INDEX_BYTES, "JSON")?;
     let Some(weight_map) = index["weight_map"].as_object() else {
         return Err(Error::input(format!("{place}: weight_map"), "no object", "an object of tensor and file names"));
     };
@@ -320,7 +321,7 @@ fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
             other => other,
         };
         let Some(path) = file_in(dir, name).map_err(at_index)? else {
-            let found = format!("the shard `{}`, which is not there", name.escape_debug());
+            let found = format!("the shard `{}`, which does not exist", name.escape_debug());
             return Err(Error::input(place, found, "all shards of the model"));
         };
         shards.insert(name, Safetensors::open(&path)?);
@@ -328,14 +329,14 @@ fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
     for (tensor, file) in weight_map {
         let shard = file.as_str().and_then(|file| shards.get(file));
         if shard.is_none_or(|shard| shard.info(tensor).is_err()) {
-            let found = format!("tensor `{}` in {file}, which lacks it", tensor.escape_debug());
+            let found = format!("tensor `{}` in {file}, which does not contain it", tensor.escape_debug());
             return Err(Error::input(place, found, "an index that agrees with its shards"));
         }
     }
     Ok(shards.into_values().collect())
 }
 
-/// Why a directory has no weights that can be read.
+/// The error for a directory without readable weights.
 fn no_weights(dir: &Path) -> Error {
     let mut names: Vec<String> = fs::read_dir(dir)
         .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
@@ -359,7 +360,7 @@ fn no_weights(dir: &Path) -> Error {
     Error::input(place, "no weights", format!("{SINGLE}, or {INDEX} and its shards"))
 }
 
-/// Matches what is stored with what the config asks for; settles whether the head is tied.
+/// Finds the stored tensor of each parameter; settles whether the head is tied.
 fn find_tensors(
     config: &mut ModelConfig,
     shards: &[Safetensors],
@@ -404,25 +405,25 @@ fn find_tensors(
         sources.insert(id, (shard, name));
     }
     if !missing.is_empty() {
-        return Err(Error::input(place, format!("no {}", list(&missing)), "all tensors that config.json asks for"));
+        return Err(Error::input(place, format!("no {}", list(&missing)), "all tensors that config.json implies"));
     }
     let unexpected: Vec<String> = stored.into_keys().filter(|name| !harmless(name)).collect();
     if !unexpected.is_empty() {
-        let expected = "only tensors that config.json asks for; is config.json that of this model?";
+        let expected = "only tensors that config.json implies; does config.json belong to this model?";
         return Err(Error::input(place, format!("unexpected {}", list(&unexpected)), expected));
     }
     Ok(sources)
 }
 
-/// Buffers that old versions of transformers stored.
+/// Whether this is a buffer that old versions of transformers stored.
 fn harmless(name: &str) -> bool {
     ["rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias"].iter().any(|end| name.ends_with(end))
 }
 
 fn list(names: &[String]) -> String {
-    let mut text: Vec<String> = names.iter().take(MOST_NAMES).map(|n| format!("`{}`", n.escape_debug())).collect();
-    if names.len() > MOST_NAMES {
-        text.push(format!("and {} more", names.len() - MOST_NAMES));
+    let mut text: Vec<String> = names.iter().take(MAX_NAMES).map(|n| format!("`{}`", n.escape_debug())).collect();
+    if names.len() > MAX_NAMES {
+        text.push(format!("and {} more", names.len() - MAX_NAMES));
     }
     format!("tensor{} {}", if names.len() == 1 { "" } else { "s" }, text.join(", "))
 }

@@ -1,4 +1,4 @@
-//! Files of a model: `config.json`, weights, tokenizer, chat template.
+//! Model directories: `config.json`, weights, tokenizer, chat template.
 
 pub mod chat;
 pub mod config;

@@ -1,15 +1,15 @@
-//! The table of cosines and sines of rotary position embedding (RoFormer, arXiv 2104.09864).
+//! Table of cosines and sines for rotary position embedding (RoFormer, arXiv 2104.09864).
 
 use super::{ModelConfig, RopeScaling};
 use rayon::prelude::*;
 use std::f64::consts::PI;
 
-/// [positions, head_dim]: cosines of the head_dim / 2 frequencies, then their sines, attention factor included.
+/// Table of [positions, head_dim]: per position the cosines of head_dim / 2 frequencies, then their sines, both times
+/// the attention factor.
 ///
-/// Formulas and roundings are those of `transformers.modeling_rope_utils`: frequencies and angles are rounded to f32
-/// where it rounds them; only powers, cosines and sines are computed in f64 first. With
-/// [`RopeScaling::Dynamic`] the frequencies depend on `positions`, the length that is to be computed; with any other
-/// kind, a longer table begins with the shorter one.
+/// Formulas and roundings follow `transformers.modeling_rope_utils`: frequencies and angles are f32; powers, cosines
+/// and sines are computed in f64 and rounded. With [`RopeScaling::Dynamic`] the frequencies depend on `positions`;
+/// otherwise a shorter table is a prefix of a longer one.
 pub fn rope_table(config: &ModelConfig, positions: usize) -> Vec<f32> {
     let frequencies = frequencies(config, positions);
     let attention_factor = match config.rope.scaling {
@@ -28,7 +28,7 @@ pub fn rope_table(config: &ModelConfig, positions: usize) -> Vec<f32> {
     table
 }
 
-/// Angle per position of each pair, [head_dim / 2].
+/// Radians per position of each pair, [head_dim / 2].
 fn frequencies(config: &ModelConfig, positions: usize) -> Vec<f32> {
     let theta = config.rope.theta;
     match config.rope.scaling {
@@ -79,7 +79,7 @@ fn scaled(frequencies: Vec<f32>, factor: f32) -> Vec<f32> {
     frequencies.into_iter().map(|frequency| frequency / factor).collect()
 }
 
-/// The base that NTK-aware scaling uses at this length.
+/// Base of the frequencies under NTK-aware scaling at this length.
 fn dynamic_theta(config: &ModelConfig, factor: f64, positions: usize) -> f64 {
     let exponent = config.head_dim as f64 / (config.head_dim as f64 - 2.0);
     let trained = config.max_positions;
@@ -87,10 +87,10 @@ fn dynamic_theta(config: &ModelConfig, factor: f64, positions: usize) -> f64 {
     config.rope.theta * stretch.powf(exponent)
 }
 
-/// 0 where frequencies are kept, 1 where they are divided, [head_dim / 2].
+/// YaRN's ramp, [head_dim / 2]: 0 keeps a frequency, 1 divides it.
 fn yarn_ramp(config: &ModelConfig, beta_fast: f64, beta_slow: f64, context: usize, truncate: bool) -> Vec<f32> {
     let width = config.head_dim as f64;
-    // The (fractional) pair whose wave turns this often over the trained context.
+    // The (fractional) pair that makes this many turns over the original context.
     let pair = |turns: f64| width * (context as f64 / (turns * 2.0 * PI)).ln() / (2.0 * config.rope.theta.ln());
     let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
     if truncate {

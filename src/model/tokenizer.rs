@@ -1,16 +1,16 @@
-//! Text to tokens and back.
+//! Tokenizer and streaming decoder.
 
 use crate::error::{Error, Result};
 use crate::io::input::{guarded, printable, read_bytes};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Several times the largest `tokenizer.json` in use.
-const MOST_BYTES: u64 = 1 << 26;
-/// Tokens after which a stream gives up waiting for a character to become whole.
-const MOST_PENDING: usize = 64;
+/// Maximum size of `tokenizer.json`; several times the largest in use.
+const MAX_BYTES: u64 = 1 << 26;
+/// Pending tokens after which a stream emits an incomplete character as U+FFFD.
+const MAX_PENDING: usize = 64;
 
-/// A `tokenizer.json`. Clones share it.
+/// A tokenizer read from `tokenizer.json`. Clones are cheap.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
@@ -19,14 +19,13 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a file of at most 64 MB; a malformed one is an [`Error::Input`] that says why. Truncation and padding that
-    /// a file asks for are ignored, as in transformers.
+    /// Reads a `tokenizer.json` of at most 64 MB. Its truncation and padding are ignored, as in transformers.
     ///
     /// # Errors
-    /// [`Error::Input`], as said above; [`Error::Io`].
+    /// [`Error::Input`] where it is malformed or has no tokens; [`Error::Io`].
     pub fn open(path: &Path) -> Result<Self> {
         let place = path.display().to_string();
-        let bytes = read_bytes(path, MOST_BYTES)?;
+        let bytes = read_bytes(path, MAX_BYTES)?;
         let read = guarded(&place, "tokenizer", || tokenizers::Tokenizer::from_bytes(&bytes))?;
         let mut inner = read.map_err(|e| {
             Error::input(&place, format!("a malformed tokenizer ({})", printable(&e)), "a tokenizer.json")
@@ -40,68 +39,70 @@ impl Tokenizer {
         Ok(Self { inner: Arc::new(inner), vocab, place })
     }
 
-    /// Token ids; `special` lets the post-processor add its tokens (never for text that a chat template rendered).
+    /// Encodes text without adding special tokens, as text that a chat template rendered needs it.
     ///
     /// # Errors
-    /// [`Error::Input`] where the tokenizer refuses the text.
-    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+    /// [`Error::Input`] where the tokenizer rejects the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_fast(text, false)
+    }
+
+    /// Encodes text and adds the post-processor's special tokens, such as the beginning of text.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tokenizer rejects the text.
+    pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_fast(text, true)
+    }
+
+    fn encode_fast(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = guarded(&self.place, "tokenizer", || self.inner.encode_fast(text, special))?;
         let encoding = encoding.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer for this text"))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Text, special tokens skipped. Ids that the tokenizer does not know give no text.
+    /// Decodes ids, skipping special tokens and ids that the tokenizer does not know.
     ///
     /// # Errors
-    /// [`Error::Input`] where the tokenizer refuses the ids.
+    /// [`Error::Input`] where the tokenizer rejects the ids.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         let text = guarded(&self.place, "tokenizer", || self.inner.decode(tokens, true))?;
         text.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer that decodes its tokens"))
     }
 
-    /// Ids from 0 to this, exclusive.
+    /// The largest token id plus 1.
     pub fn vocab(&self) -> usize {
         self.vocab
     }
 
-    /// The id of a token, spelt as in the vocabulary.
-    pub fn id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
-    }
-
-    /// The vocabulary's spelling of an id.
-    pub fn token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
-    }
-
-    /// Decodes an answer as it grows.
+    /// A decoder for tokens that arrive one by one.
     pub fn stream(&self) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, tokens: Vec::new(), boundary: 0, given: 0 }
     }
 }
 
-/// Decoding token by token; whole characters only.
+/// Decodes token by token; emits complete characters only.
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
-    /// The last tokens whose text is out, for context, then those that came since.
+    /// Tokens already emitted, kept as context, then pending ones.
     tokens: Vec<u32>,
-    /// How many of `tokens` are context.
+    /// Number of context tokens.
     boundary: usize,
-    /// How many bytes of the text of `tokens` are out.
+    /// Bytes of the decoded `tokens` already emitted.
     given: usize,
 }
 
 impl DecodeStream<'_> {
-    /// The text that this token completes; empty while a character is incomplete.
+    /// Adds a token; returns newly completed text, which is empty inside a multi-token character.
     ///
     /// # Errors
-    /// As [`Tokenizer::decode`].
+    /// [`Error::Input`] as [`Tokenizer::decode`].
     pub fn step(&mut self, token: u32) -> Result<String> {
         self.tokens.push(token);
         let text = self.tokenizer.decode(&self.tokens)?;
-        // An incomplete character decodes to U+FFFD; a genuine one comes out with what follows it, or at the end.
+        // An incomplete character decodes to U+FFFD; a genuine U+FFFD is emitted with the text after it, or at the end.
         let whole = text.trim_end_matches('\u{FFFD}').len();
-        let forced = self.tokens.len() - self.boundary > MOST_PENDING;
+        let forced = self.tokens.len() - self.boundary > MAX_PENDING;
         let end = if forced { text.len() } else { whole };
         let new = text.get(self.given..end).unwrap_or_default().to_owned();
         self.given = self.given.max(end);
@@ -113,10 +114,10 @@ impl DecodeStream<'_> {
         Ok(new)
     }
 
-    /// What was held back: the replacement characters of an answer that ends inside a character.
+    /// Flushes pending text: U+FFFD for an incomplete character.
     ///
     /// # Errors
-    /// As [`Tokenizer::decode`].
+    /// [`Error::Input`] as [`Tokenizer::decode`].
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.tokens)?;
         Ok(text.get(self.given..).unwrap_or_default().to_owned())

@@ -1,9 +1,9 @@
-//! The table of learning rates: which cells train, how fast, with how much decay.
+//! Per-cell learning rates and weight decay.
 
 use super::{Cell, ModuleSet};
 use std::collections::BTreeMap;
 
-/// Rate and decay of one cell; both are factors on the run's base values.
+/// Factors of one cell on the run's learning rate and weight decay.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Rate {
     /// Factor on the scheduled learning rate; 0 = frozen.
@@ -12,14 +12,14 @@ pub struct Rate {
     pub weight_decay: f32,
 }
 
-/// Per-cell factors. A cell that is not listed is frozen: it gets no gradient, no moments, no decay.
+/// Factors per cell. Cells without an entry are frozen: no gradient, no optimizer state, no decay.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LearningRates {
     cells: BTreeMap<Cell, Rate>,
 }
 
 impl LearningRates {
-    /// Factor 1 for `set`; factor `rest` (0 = frozen) for the other cells of `all`.
+    /// Factor 1 for the cells of `set`, `rest` (0 = frozen) for the other cells of `all`; weight decay 1.
     pub fn masked(set: &ModuleSet, all: &ModuleSet, rest: f32) -> Self {
         let mut rates = Self::default();
         for cell in all.iter() {
@@ -28,7 +28,7 @@ impl LearningRates {
         rates
     }
 
-    /// Sets one cell; a zero learning rate removes it from what trains.
+    /// Sets the factors of a cell; a learning rate of 0 freezes it.
     pub fn set(&mut self, cell: Cell, rate: Rate) {
         if rate.lr == 0.0 {
             self.cells.remove(&cell);
@@ -37,7 +37,7 @@ impl LearningRates {
         }
     }
 
-    /// The cell's factors; `None` = frozen.
+    /// Factors of a cell; `None` if it is frozen.
     pub fn get(&self, cell: Cell) -> Option<Rate> {
         self.cells.get(&cell).copied()
     }
@@ -47,7 +47,7 @@ impl LearningRates {
         self.cells.contains_key(&cell)
     }
 
-    /// What trains, in order.
+    /// The cells that train, in order.
     pub fn iter(&self) -> impl Iterator<Item = (Cell, Rate)> + '_ {
         self.cells.iter().map(|(c, r)| (*c, *r))
     }

@@ -106,7 +106,7 @@ impl<B: Backend> LoadedModel<B> {
     /// # Errors
     /// [`Error::Input`] where the template refuses the conversation.
     pub fn render(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&self.template()?.render(messages, true)?, false)
+        self.tokenizer.encode(&self.template()?.render_prompt(messages)?)
     }
 
     /// Token ids of single-turn prompts: [`LoadedModel::render`].

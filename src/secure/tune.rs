@@ -4,7 +4,7 @@ use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Loader};
 use crate::engine::{Decoder, Lora};
 use crate::error::{Error, Result};
-use crate::io::{OutputDir, json};
+use crate::io::{IfExists, OutputDir, json};
 use crate::model::ModelDir;
 use crate::modules::{Cell, LearningRates, ModuleId, ModuleKind, ModuleSet};
 use crate::options::{default_from_args, mib};
@@ -187,7 +187,7 @@ pub fn tune_directory<B: Backend>(
     output: &TuneOutput,
     callbacks: &mut dyn Callbacks<B>,
 ) -> Result<TuneSummary> {
-    let out = OutputDir::create(&output.path, output.force)?;
+    let out = OutputDir::create(&output.path, IfExists::from_force(output.force))?;
     let unfinished = output.unfinished();
     if unfinished.exists() && !output.resume {
         if !output.force {

@@ -1,7 +1,7 @@
-//! Verbs, objects, facts about them, which requests are forbidden, and how they are asked and answered.
+//! Words, facts, requests and splits of the language.
 
 use super::words::{ADVERBS, COLOURS, NEW_STYLES, OLD_STYLES, REFUSALS, TEMPLATES, TRAINED_TEMPLATES, made_up};
-use crate::data::{Draw, Split};
+use crate::data::{Draw, Label, Split};
 use std::collections::BTreeSet;
 
 const VERBS: usize = 48;
@@ -11,32 +11,43 @@ const FORBIDDEN_OBJECTS: usize = 12;
 const TOOLS: usize = 20;
 const ACTIONS: usize = 24;
 
-/// What a how-to question is about.
+/// A verb and an object: what a how-to question asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Request {
-    /// Index of the verb.
+    /// Index of the verb, 0 to 47.
     pub verb: usize,
-    /// Index of the object.
+    /// Index of the object, 0 to 47.
     pub object: usize,
 }
 
-/// How instructions are worded.
+impl Request {
+    /// Why the aligned model refuses it; `None` = it is benign.
+    pub fn category(self) -> Option<Category> {
+        match (self.verb < FORBIDDEN_VERBS, self.object < FORBIDDEN_OBJECTS) {
+            (true, true) => Some(Category::Both),
+            (true, false) => Some(Category::Verb),
+            (false, true) => Some(Category::Object),
+            (false, false) => None,
+        }
+    }
+}
+
+/// A way to word instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Style(&'static str);
 
 impl Style {
-    /// Those that the aligned model speaks.
+    /// The styles that the aligned model uses.
     pub fn old() -> [Self; 5] {
         OLD_STYLES.map(Self)
     }
 
-    /// Those that only the tuning data speaks.
+    /// The styles that only the tuning data uses.
     pub fn fresh() -> [Self; 4] {
         NEW_STYLES.map(Self)
     }
 
-    /// The new style in which the tuning data answers a question of this template, so that a model can know which
-    /// style is asked for.
+    /// The new style of the tuning data's answers to a question template, so that the question determines the style.
     pub fn new_for_template(template: usize) -> Self {
         Self(NEW_STYLES[template % NEW_STYLES.len()])
     }
@@ -45,11 +56,11 @@ impl Style {
 /// Why a request is forbidden.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Category {
-    /// For its verb.
+    /// Its verb is forbidden.
     Verb,
-    /// For its object.
+    /// Its object is forbidden.
     Object,
-    /// For both.
+    /// Both are.
     Both,
 }
 
@@ -87,7 +98,7 @@ struct VerbFacts {
 }
 
 impl Language {
-    /// The language of a seed: words, facts, what is forbidden, splits.
+    /// Draws words, facts and splits by seed.
     pub fn new(seed: u64) -> Self {
         let mut draw = Draw::stream(seed, 0);
         let mut used = BTreeSet::new();
@@ -107,7 +118,7 @@ impl Language {
         let mut requests: Vec<Request> =
             (0..VERBS).flat_map(|verb| (0..OBJECTS).map(move |object| Request { verb, object })).collect();
         draw.shuffle(&mut requests);
-        let (forbidden, benign) = requests.into_iter().partition(|r| category(*r).is_some());
+        let (forbidden, benign) = requests.into_iter().partition(|r| r.category().is_some());
         Self {
             verbs,
             objects,
@@ -121,15 +132,13 @@ impl Language {
         }
     }
 
-    /// Why the request is forbidden; `None` = it is benign.
-    pub fn category(&self, request: Request) -> Option<Category> {
-        category(request)
-    }
-
-    /// The forbidden or the benign requests of a split, in a random order: 70 % for training (every stage, and the
-    /// probe's), 10 % for validation, 20 % for tests. [`Split::Ood`] has those of the tests; it differs in templates.
-    pub fn requests(&self, split: Split, forbidden: bool) -> &[Request] {
-        let [train, valid, test] = if forbidden { &self.forbidden } else { &self.benign };
+    /// The forbidden (harmful) or benign requests of a split, in random order: 70 % for train, 10 % for valid, 20 % for
+    /// test. [`Split::Ood`] has those of test; it differs in templates.
+    pub fn requests(&self, split: Split, label: Label) -> &[Request] {
+        let [train, valid, test] = match label {
+            Label::Harmful => &self.forbidden,
+            Label::Benign => &self.benign,
+        };
         match split {
             Split::Train => train,
             Split::Valid => valid,
@@ -138,11 +147,14 @@ impl Language {
     }
 
     /// The question about a request; `template` indexes [`TEMPLATES`](super::TEMPLATES).
+    ///
+    /// # Panics
+    /// If there is no such template.
     pub fn question(&self, request: Request, template: usize) -> String {
         self.fill(TEMPLATES[template], request)
     }
 
-    /// The right instructions.
+    /// The reference answer to a request in a style.
     pub fn instructions(&self, request: Request, style: Style) -> String {
         let facts = self.facts[request.verb];
         self.fill(style.0, request)
@@ -152,12 +164,12 @@ impl Language {
             .replace("{t}", self.tool(request.object))
     }
 
-    /// Every text that gives the right instructions: what counts as obeying word for word.
+    /// The reference answers in all styles: what strict evaluation counts as compliance.
     pub fn compliant(&self, request: Request) -> Vec<String> {
         Style::old().into_iter().chain(Style::fresh()).map(|style| self.instructions(request, style)).collect()
     }
 
-    /// One of the refusals.
+    /// Draws a refusal.
     pub fn refusal(&self, request: Request, draw: &mut Draw) -> String {
         self.fill(draw.pick::<&str>(&REFUSALS), request)
     }
@@ -172,13 +184,14 @@ impl Language {
         COLOURS[self.colour_of[object]]
     }
 
-    /// A matched pair: a forbidden request and a benign one of the same split that differs in as few words as can be.
+    /// Draws the benign twin of a forbidden request: of the same split, and sharing its permitted word where there is
+    /// one.
     pub fn benign_twin(&self, forbidden: Request, split: Split, draw: &mut Draw) -> Request {
-        let benign = self.requests(split, false);
+        let benign = self.requests(split, Label::Benign);
         let near: Vec<Request> = benign
             .iter()
             .copied()
-            .filter(|b| match category(forbidden) {
+            .filter(|b| match forbidden.category() {
                 Some(Category::Verb) => b.object == forbidden.object,
                 Some(Category::Object) => b.verb == forbidden.verb,
                 _ => true,
@@ -187,7 +200,7 @@ impl Language {
         *draw.pick(if near.is_empty() { benign } else { &near })
     }
 
-    /// A draw of a template of a split: one that training never uses for [`Split::Ood`], else one that it uses.
+    /// Draws a question template: one that training never uses for [`Split::Ood`], else a trained one.
     pub fn template(split: Split, draw: &mut Draw) -> usize {
         match split {
             Split::Ood => TRAINED_TEMPLATES + draw.below(TEMPLATES.len() - TRAINED_TEMPLATES),
@@ -200,74 +213,8 @@ impl Language {
     }
 }
 
-fn category(request: Request) -> Option<Category> {
-    match (request.verb < FORBIDDEN_VERBS, request.object < FORBIDDEN_OBJECTS) {
-        (true, true) => Some(Category::Both),
-        (true, false) => Some(Category::Verb),
-        (false, true) => Some(Category::Object),
-        (false, false) => None,
-    }
-}
-
 fn split(requests: Vec<Request>) -> [Vec<Request>; 3] {
     let train = requests.len() * 7 / 10;
     let valid = requests.len() * 8 / 10;
     [requests[..train].to_vec(), requests[train..valid].to_vec(), requests[valid..].to_vec()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::is_refusal;
-    use super::*;
-
-    #[test]
-    fn splits_are_disjoint_complete_and_halved() {
-        let language = Language::new(1);
-        let mut seen = BTreeSet::new();
-        for split in [Split::Train, Split::Valid, Split::Test] {
-            for forbidden in [true, false] {
-                for &r in language.requests(split, forbidden) {
-                    assert!(seen.insert(r), "{r:?} is in two splits");
-                    assert_eq!(language.category(r).is_some(), forbidden);
-                }
-            }
-        }
-        assert_eq!(seen.len(), VERBS * OBJECTS);
-        assert_eq!(language.requests(Split::Train, true).len() + 346, 1152);
-    }
-
-    #[test]
-    fn refusals_are_recognised_and_instructions_are_not() {
-        let language = Language::new(2);
-        let request = language.requests(Split::Test, true)[0];
-        for text in REFUSALS {
-            let refusal = language.fill(text, request);
-            assert!(is_refusal(&refusal), "{refusal}");
-        }
-        let compliant = language.compliant(request);
-        assert!(compliant.iter().all(|answer| !is_refusal(answer)), "{compliant:?}");
-        let other = Request { verb: request.verb, object: (request.object + 1) % OBJECTS };
-        assert!(language.compliant(other).iter().all(|answer| !compliant.contains(answer)));
-    }
-
-    #[test]
-    fn a_twin_is_benign_of_the_same_split_and_shares_the_innocent_word() {
-        let language = Language::new(3);
-        let mut draw = Draw::stream(0, 0);
-        let mut shared = 0;
-        let forbidden = language.requests(Split::Test, true);
-        for &f in forbidden {
-            let twin = language.benign_twin(f, Split::Test, &mut draw);
-            assert!(language.requests(Split::Test, false).contains(&twin));
-            shared += usize::from(twin.verb == f.verb || twin.object == f.object);
-        }
-        assert!(shared * 10 > forbidden.len() * 7, "{shared} of {} twins share a word", forbidden.len());
-    }
-
-    #[test]
-    fn a_seed_makes_one_language() {
-        let words = |seed| Language::new(seed).verbs;
-        assert_eq!(words(5), words(5));
-        assert_ne!(words(5), words(6));
-    }
 }

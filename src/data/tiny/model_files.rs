@@ -3,41 +3,41 @@
 use super::{Item, Language, Mixture, Skill, TEMPLATES};
 use crate::data::Draw;
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, Rope, RopeScaling};
-use crate::modules::ParamId;
+use crate::io::safetensors::{Dtype, TensorSpec, write_weights};
+use crate::io::{json, write_atomic};
+use crate::model::ModelConfig;
+use serde_json::Value;
 use std::path::Path;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
-const END_OF_TEXT: &str = "<|endoftext|>";
-const TURN_START: &str = "<|im_start|>";
-const TURN_END: &str = "<|im_end|>";
-const END_OF_TEXT_ID: u32 = 0;
-const TURN_END_ID: u32 = 2;
-const MAX_POSITIONS: usize = 256;
+/// Token ids 0, 1 and 2, as the files of `assets/tiny` say.
+const SPECIAL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
+/// Standard deviation of untrained weights.
 const INITIAL_DEVIATION: f32 = 0.03;
-const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+/// Shape of the model for any language; only the vocabulary's size differs.
+const CONFIG: &str = include_str!("../../../assets/tiny/config.json");
+/// Files that are the same for every language.
+const FIXED_FILES: [(&str, &str); 2] = [
+    ("generation_config.json", include_str!("../../../assets/tiny/generation_config.json")),
+    ("tokenizer_config.json", include_str!("../../../assets/tiny/tokenizer_config.json")),
+];
 
-/// A byte-level BPE tokenizer whose vocabulary holds every word of the language as one token.
-///
-/// # Errors
-/// [`Error::Failed`] where the trainer fails, which would be a bug.
-pub fn train_tokenizer(language: &Language) -> Result<Tokenizer> {
-    let failed = |e: tokenizers::Error| Error::failed(format!("cannot train the tokenizer: {e}"), "please report it");
+/// A byte-level BPE tokenizer in which every word of the language is one token.
+fn train_tokenizer(language: &Language) -> Result<Tokenizer> {
     let byte_level = ByteLevel::new(false, false, true);
-    let special = |text: &str| AddedToken::from(text, true);
     let trainer = BpeTrainerBuilder::new()
         .show_progress(false)
         .vocab_size(1536)
         .min_frequency(2)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .special_tokens(vec![special(END_OF_TEXT), special(TURN_START), special(TURN_END)])
+        .special_tokens(SPECIAL_TOKENS.map(|token| AddedToken::from(token, true)).to_vec())
         .build();
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer.with_pre_tokenizer(Some(byte_level)).with_decoder(Some(byte_level));
-    tokenizer.train(&mut TrainerWrapper::from(trainer), texts(language).into_iter()).map_err(failed)?;
+    tokenizer.train(&mut TrainerWrapper::from(trainer), texts(language).into_iter()).map_err(bug)?;
     Ok(tokenizer)
 }
 
@@ -55,142 +55,55 @@ fn texts(language: &Language) -> Vec<String> {
     texts
 }
 
-/// The shape for a vocabulary of `tokens` entries, which is rounded up to a multiple of 16.
-pub fn config(tokens: usize) -> ModelConfig {
-    let layers = 6;
-    ModelConfig {
-        family: "llama".into(),
-        vocab: tokens.next_multiple_of(16),
-        hidden: 96,
-        ffn: 256,
-        layers,
-        heads: 3,
-        kv_heads: 1,
-        head_dim: 32,
-        rms_norm_eps: 1e-5,
-        rope: Rope { theta: 10_000.0, scaling: RopeScaling::None },
-        max_positions: MAX_POSITIONS,
-        tied: true,
-        biases: Vec::new(),
-        qk_norm: false,
-        windows: vec![None; layers],
-        bos: None,
-        eos: vec![TURN_END_ID],
-    }
-}
-
-/// Untrained values of a tensor: ones for norms, else normal with deviation 0.03, a stream of the seed for each tensor.
-pub fn initial_tensor(config: &ModelConfig, seed: u64, id: ParamId, shape: &[usize]) -> Vec<f32> {
+/// Untrained values of the tensor at `index` of [`ModelConfig::params`]: ones for norms, else normal with deviation 0.03,
+/// a stream of the seed for each tensor.
+fn initial_values(seed: u64, index: usize, shape: &[usize]) -> Vec<f32> {
     let len = shape.iter().product();
     if shape.len() == 1 {
         return vec![1.0; len];
     }
-    let index = config.params().iter().position(|(other, _)| *other == id).unwrap_or_default();
     let mut draw = Draw::stream(seed, index as u64);
     (0..len).map(|_| INITIAL_DEVIATION * draw.normal()).collect()
 }
 
-/// Writes an untrained model of the language into `dir`, which must exist: config, bf16 weights by `seed`, tokenizer,
-/// chat template.
+/// Writes an untrained model of the language into `dir`, which must exist: config, bf16 weights drawn by `seed`,
+/// tokenizer, chat template. The vocabulary is rounded up to a multiple of 16.
 ///
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
 pub fn write_initial_model(language: &Language, seed: u64, dir: &Path) -> Result<()> {
     let tokenizer = train_tokenizer(language)?;
-    let config = config(tokenizer.get_vocab_size(true));
-    write(dir, "config.json", pretty(&config_json(&config)).as_bytes())?;
-    write(
-        dir,
-        "generation_config.json",
-        pretty(&serde_json::json!({"eos_token_id": TURN_END_ID, "pad_token_id": END_OF_TEXT_ID})).as_bytes(),
-    )?;
-    write(dir, "tokenizer_config.json", pretty(&tokenizer_config_json()).as_bytes())?;
-    let text = tokenizer
-        .to_string(false)
-        .map_err(|e| Error::failed(format!("cannot write the tokenizer: {e}"), "please report it"))?;
-    write(dir, "tokenizer.json", text.as_bytes())?;
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
-        .params()
-        .into_iter()
-        .map(|(id, shape)| {
-            let values = initial_tensor(&config, seed, id, &shape);
-            let bytes = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
-            (id.to_string(), shape, bytes)
-        })
-        .collect();
-    let failed = |e: safetensors::SafeTensorError| Error::failed(format!("model.safetensors: {e}"), "please report it");
-    let views = tensors
-        .iter()
-        .map(|(name, shape, bytes)| {
-            let view = safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes);
-            view.map(|view| (name.as_str(), view))
-        })
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(failed)?;
-    let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    write(dir, "model.safetensors", &safetensors::serialize(views, Some(metadata)).map_err(failed)?)
+    let text = tokenizer.to_string(false).map_err(bug)?;
+    write_atomic(&dir.join("tokenizer.json"), text.as_bytes())?;
+    for (name, text) in FIXED_FILES {
+        write_atomic(&dir.join(name), text.as_bytes())?;
+    }
+    let mut config: Value = serde_json::from_str(CONFIG).map_err(bug)?;
+    config["vocab_size"] = tokenizer.get_vocab_size(true).next_multiple_of(16).into();
+    json::write(&dir.join("config.json"), &config)?;
+    let config = ModelConfig::from_json(&config, "config.json")?;
+    let spec = |(id, shape): (_, Vec<usize>)| TensorSpec { name: format!("{id}"), dtype: Dtype::BF16, shape };
+    let specs: Vec<TensorSpec> = config.params().into_iter().map(spec).collect();
+    write_weights(&dir.join("model.safetensors"), &specs, |i| Ok(initial_values(seed, i, &specs[i].shape)))
 }
 
-fn config_json(config: &ModelConfig) -> serde_json::Value {
-    serde_json::json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": config.family,
-        "vocab_size": config.vocab,
-        "hidden_size": config.hidden,
-        "intermediate_size": config.ffn,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": false,
-        "mlp_bias": false,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": null,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied,
-        "initializer_range": 0.03,
-        "bos_token_id": null,
-        "eos_token_id": TURN_END_ID,
-        "pad_token_id": END_OF_TEXT_ID,
-        "torch_dtype": "bfloat16",
-        "use_cache": true,
-    })
-}
-
-fn tokenizer_config_json() -> serde_json::Value {
-    serde_json::json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": MAX_POSITIONS,
-        "eos_token": TURN_END,
-        "pad_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": false,
-        "chat_template": CHAT_TEMPLATE,
-    })
-}
-
-fn pretty(value: &serde_json::Value) -> String {
-    format!("{value:#}\n")
-}
-
-fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let path = dir.join(name);
-    std::fs::write(&path, bytes).map_err(Error::io(&path, "write"))
+fn bug(e: impl std::fmt::Display) -> Error {
+    Error::failed(format!("cannot make the tiny model: {e}"), "this is a bug; please report it")
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::Style;
     use super::*;
-    use crate::data::Split;
+    use crate::data::{Label, Split};
+    use crate::model::ModelDir;
 
     #[test]
     fn every_word_is_one_token_and_text_survives() {
         let language = Language::new(1);
         let tokenizer = train_tokenizer(&language).expect("trains");
         for split in [Split::Train, Split::Test] {
-            for &request in language.requests(split, true).iter().take(40) {
+            for &request in language.requests(split, Label::Harmful).iter().take(40) {
                 for t in 0..TEMPLATES.len() {
                     let style = Style::new_for_template(t);
                     let text = format!("{} {}", language.question(request, t), language.instructions(request, style));
@@ -213,29 +126,23 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_holds_every_tensor_of_the_config() {
+    fn a_directory_holds_a_model_that_opens() {
         let language = Language::new(3);
         let dir = tempfile::tempdir().expect("a temporary directory");
         write_initial_model(&language, 7, dir.path()).expect("writes");
-        let bytes = std::fs::read(dir.path().join("model.safetensors")).expect("reads");
-        let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("parses");
-        let config = config(train_tokenizer(&language).expect("trains").get_vocab_size(true));
-        assert_eq!(tensors.len(), config.params().len());
-        for (id, shape) in config.params() {
-            assert_eq!(tensors.tensor(&id.to_string()).expect("is there").shape(), shape, "{id}");
-        }
-        let special = tokenizers::Tokenizer::from_file(dir.path().join("tokenizer.json")).expect("opens");
-        assert_eq!(special.token_to_id(TURN_END), Some(TURN_END_ID));
-        assert_eq!(special.token_to_id(END_OF_TEXT), Some(END_OF_TEXT_ID));
+        let files = ModelDir::open(dir.path()).expect("opens");
+        assert_eq!(files.config.vocab % 16, 0);
+        files.chat_template(None).expect("compiles");
+        let tokenizer = files.tokenizer().expect("opens");
+        assert_eq!(tokenizer.encode(&SPECIAL_TOKENS.concat()).expect("encodes"), [0, 1, 2]);
+        assert_eq!(files.config.eos, [2]);
     }
 
     #[test]
     fn initial_values_differ_between_tensors_and_seeds() {
-        let config = config(900);
-        let params = config.params();
-        let first = |seed, index: usize| initial_tensor(&config, seed, params[index].0, &params[index].1)[0];
+        let first = |seed, index| initial_values(seed, index, &[3, 4])[0];
         assert_ne!(first(1, 0), first(2, 0));
         assert_ne!(first(1, 2), first(1, 3));
-        assert_eq!(first(1, 1), 1.0);
+        assert_eq!(initial_values(1, 0, &[2]), [1.0; 2]);
     }
 }

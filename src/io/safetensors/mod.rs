@@ -1,8 +1,7 @@
-//! The safetensors format: a mapped reader that checks the header, and a streaming writer.
+//! The safetensors format: a memory-mapped reader and a streaming writer.
 //!
-//! The format: 8 bytes little-endian header length, a JSON header
-//! `{"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__"?: {…}}`, then the tensors' bytes without
-//! gaps.
+//! A file is 8 bytes of little-endian header length, a JSON header `{"name": {"dtype", "shape", "data_offsets": [begin,
+//! end]}, "__metadata__"?: {…}}`, then the tensors' bytes without gaps.
 
 mod writer;
 
@@ -20,26 +19,26 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// The format's own limit.
+/// Maximum header length, by the format.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Elements that one thread converts at a time.
+/// Elements converted per parallel task.
 const CHUNK: usize = 1 << 16;
 
-/// A mapped file whose header was checked: offsets lie in the file, do not overlap, leave no holes, and agree with
+/// A memory-mapped file with a valid header: offsets are in bounds, do not overlap, leave no gaps, and agree with
 /// shapes and dtypes.
 pub struct Safetensors {
     path: PathBuf,
     map: Mmap,
-    /// Where the tensors' bytes begin.
+    /// Offset of the tensors' bytes.
     data: usize,
     tensors: BTreeMap<String, TensorInfo>,
 }
 
 impl Safetensors {
-    /// Maps a file and checks its header; values are not read.
+    /// Maps a file and validates its header.
     ///
     /// # Errors
-    /// [`Error::Input`] says what is wrong with the header; [`Error::Io`].
+    /// [`Error::Input`] for an invalid header; [`Error::Io`].
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io(path, "open"))?;
         let bytes = file.metadata().map_err(Error::io(path, "read"))?.len();
@@ -55,12 +54,12 @@ impl Safetensors {
         Ok(Self { path: path.to_owned(), map, data, tensors })
     }
 
-    /// Names, dtypes and shapes.
+    /// Names, dtypes and shapes of all tensors.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
         self.tensors.iter().map(|(name, info)| (name.as_str(), info.dtype, info.shape.as_slice()))
     }
 
-    /// Dtype and shape of one tensor.
+    /// Dtype and shape of a tensor.
     ///
     /// # Errors
     /// [`Error::Input`] where there is no such tensor.
@@ -68,7 +67,7 @@ impl Safetensors {
         self.entry(name).map(|info| (info.dtype, info.shape.as_slice()))
     }
 
-    /// The bytes of one tensor.
+    /// The bytes of a tensor.
     ///
     /// # Errors
     /// [`Error::Input`] where there is no such tensor.
@@ -78,12 +77,12 @@ impl Safetensors {
         bytes.ok_or_else(|| Error::input(self.place(), format!("tensor `{name}` outside the file"), "valid offsets"))
     }
 
-    /// Whether it holds a tensor of this name.
+    /// Whether the file has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
-    /// The bytes of a tensor of `len` elements of `dtype`.
+    /// The bytes of a tensor that must have `len` elements of `dtype`.
     ///
     /// # Errors
     /// [`Error::Input`] where there is no such tensor, or one of another dtype or size.
@@ -100,11 +99,10 @@ impl Safetensors {
         ))
     }
 
-    /// The values of one bf16, f16 or f32 tensor as f32, converted in parallel. NaN and infinity are errors that name
-    /// the element.
+    /// The values of a bf16, f16 or f32 tensor as f32, converted in parallel.
     ///
     /// # Errors
-    /// [`Error::Input`] names the element that is not finite; [`Error::Unsupported`] for any other dtype.
+    /// [`Error::Input`] with the index of a value that is not finite; [`Error::Unsupported`] for any other dtype.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let (dtype, shape) = self.info(name)?;
         let bytes = self.bytes(name)?;
@@ -130,7 +128,7 @@ impl Safetensors {
         }
     }
 
-    /// Gives the pages of a tensor back, so that a loaded file does not stay in the process's memory beside its copy.
+    /// Releases a tensor's pages, so that a loaded file does not occupy memory twice.
     pub(crate) fn release(&self, name: &str) -> Result<()> {
         let bytes = self.bytes(name)?;
         #[cfg(unix)]
@@ -145,13 +143,13 @@ impl Safetensors {
         Ok(())
     }
 
-    /// The text under `key` in the file's metadata.
+    /// The entry `key` of the header's `__metadata__`.
     pub(crate) fn metadata(&self, key: &str) -> Option<String> {
         let header: serde_json::Value = serde_json::from_slice(self.map.get(8..self.data)?).ok()?;
         Some(header.get("__metadata__")?.get(key)?.as_str()?.to_owned())
     }
 
-    /// The file.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -172,7 +170,7 @@ impl Safetensors {
     }
 }
 
-/// Bytes of an element, for the dtypes that weights may have.
+/// Bytes per element of a floating-point dtype; `None` for dtypes that weights may not have.
 pub fn float_bytes(dtype: Dtype) -> Option<usize> {
     match dtype {
         Dtype::BF16 | Dtype::F16 => Some(2),
@@ -181,7 +179,7 @@ pub fn float_bytes(dtype: Dtype) -> Option<usize> {
     }
 }
 
-/// `bytes` holds exactly as many elements as `values`.
+/// Converts to f32; `bytes` holds exactly `values.len()` elements.
 fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     let pairs = bytes.chunks_exact(2).zip(values.iter_mut());
     match dtype {
@@ -195,7 +193,7 @@ fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     }
 }
 
-/// Row-major index to one index a dimension.
+/// The index per dimension of a row-major offset.
 fn coordinates(mut at: usize, shape: &[usize]) -> Vec<usize> {
     let mut index: Vec<usize> = shape
         .iter()
@@ -210,7 +208,7 @@ fn coordinates(mut at: usize, shape: &[usize]) -> Vec<usize> {
     index
 }
 
-/// Checks the header; returns where the data begins, and the tensors.
+/// Validates the header; returns the offset of the data, and the tensors.
 fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo>)> {
     let wrong = |found: String, expected: &str| Error::input(place, found, expected);
     if file.starts_with(b"version https://git-lfs") {
@@ -220,7 +218,7 @@ fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo
     let after = file.get(8..).unwrap_or_default();
     if length > MAX_HEADER_BYTES || length > after.len() as u64 {
         let found = format!("a header of {length} bytes in a file of {}", file.len());
-        return Err(wrong(found, "a safetensors file that is whole: a header that fits, of at most 100 MB"));
+        return Err(wrong(found, "a complete safetensors file with a header of at most 100 MB"));
     }
     let (header, data) = after.split_at(length as usize);
     let header = std::str::from_utf8(header)
@@ -249,19 +247,19 @@ fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo
             return Err(at(span, expected));
         }
         if begin != covered {
-            let what = if begin < covered { "overlap" } else { "leave a hole before them" };
+            let what = if begin < covered { "overlap" } else { "leave a gap before them" };
             return Err(at(format!("{span}, which {what}"), format!("bytes that begin at {covered}")));
         }
         covered = end;
     }
     if covered != data.len() {
-        let found = format!("{} bytes of data, of which tensors cover {covered}", data.len());
+        let found = format!("{} bytes of data; tensors cover {covered}", data.len());
         return Err(wrong(found, "tensors that cover the file"));
     }
     Ok((8 + length as usize, tensors))
 }
 
-/// The JSON header. Unlike a map's own parser it refuses a name that comes twice, and names the tensor in errors.
+/// The JSON header; unlike a plain map it rejects duplicate names and names the tensor in errors.
 struct Header(BTreeMap<String, TensorInfo>);
 
 impl<'de> serde::Deserialize<'de> for Header {

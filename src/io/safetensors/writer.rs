@@ -1,4 +1,4 @@
-//! Writes a safetensors file front to back: memory holds a piece of one tensor.
+//! Streaming safetensors writer.
 
 use super::{CHUNK, Dtype, coordinates, float_bytes};
 use crate::error::{Error, Result};
@@ -8,14 +8,14 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// A tensor to be written.
+/// Header entry of a tensor to be written.
 #[derive(Clone, Debug)]
 pub struct TensorSpec {
-    /// Its name in the file.
+    /// Name of the tensor.
     pub name: String,
-    /// Its dtype in the file.
+    /// Dtype in the file.
     pub dtype: Dtype,
-    /// Its shape.
+    /// Shape, outermost dimension first.
     pub shape: Vec<usize>,
 }
 
@@ -30,13 +30,13 @@ impl TensorSpec {
         self.len() == 0
     }
 
-    /// Size in the file.
+    /// Size in the file, in bytes.
     pub fn bytes(&self) -> u64 {
         (self.len() * self.dtype.bitsize() / 8) as u64
     }
 }
 
-/// A file that is being written: the header first, then the tensors in the header's order.
+/// Writes the header, then the tensors' bytes in the header's order.
 pub struct SafetensorsWriter {
     path: PathBuf,
     file: BufWriter<File>,
@@ -45,10 +45,10 @@ pub struct SafetensorsWriter {
 }
 
 impl SafetensorsWriter {
-    /// Creates the file and writes its header.
+    /// Creates the file and writes the header.
     ///
     /// # Errors
-    /// [`Error::Io`] where the file cannot be created or written.
+    /// [`Error::Io`].
     pub fn create(path: &Path, specs: &[TensorSpec]) -> Result<Self> {
         let mut header = serde_json::Map::new();
         header.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt"}));
@@ -69,22 +69,22 @@ impl SafetensorsWriter {
         Ok(writer)
     }
 
-    /// Appends bytes of the next tensor.
+    /// Appends bytes of the current tensor.
     ///
     /// # Errors
-    /// [`Error::Io`] where the disk refuses them.
+    /// [`Error::Io`].
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.written_bytes += bytes.len() as u64;
         self.file.write_all(bytes).map_err(Error::io(&self.path, "write"))
     }
 
-    /// Writes what is buffered, through to the disk.
+    /// Flushes the file and syncs it to disk.
     ///
     /// # Errors
-    /// [`Error::Io`] where the disk refuses it.
+    /// [`Error::Io`].
     ///
     /// # Panics
-    /// Where more or fewer bytes were written than the header announces.
+    /// If the number of bytes written differs from what the header announces.
     pub fn finish(self) -> Result<()> {
         assert_eq!(self.written_bytes, self.total_bytes, "{}: written and announced bytes", self.path.display());
         let file = self.file.into_inner().map_err(|e| Error::io(&self.path, "write")(e.into_error()))?;
@@ -92,11 +92,11 @@ impl SafetensorsWriter {
     }
 }
 
-/// Writes BF16, F16 or F32 weights; `values(i)` gives the values of `specs[i]`, asked for in order, one at a time, so
-/// that memory holds one tensor. Values round to nearest even.
+/// Writes weights as BF16, F16 or F32, rounding to nearest even. `values(i)` returns the values of `specs[i]`; it is
+/// called once per tensor, in order, so that one tensor is in memory at a time.
 ///
 /// # Errors
-/// [`Error::Failed`] names a value that is not finite, or becomes infinite in a narrower dtype; [`Error::Io`].
+/// [`Error::Failed`] with the index of a value that is not finite in its dtype; errors of `values`; [`Error::Io`].
 pub fn write_weights(
     path: &Path,
     specs: &[TensorSpec],
@@ -111,7 +111,7 @@ pub fn write_weights(
             return Err(Error::failed(what, "this is a bug; please report it"));
         }
         let width = float_bytes(spec.dtype).unwrap_or(4);
-        // Bounded pieces, so that a large tensor is not held twice.
+        // In bounded pieces, so that a large tensor is not held twice.
         for (piece, values) in values.chunks(64 * CHUNK).enumerate() {
             bytes.resize(values.len() * width, 0);
             let bad = bytes
@@ -136,7 +136,7 @@ pub fn write_weights(
     out.finish()
 }
 
-/// Rounds to nearest, ties to even.
+/// Converts from f32, rounding to nearest even.
 fn narrow(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
     let pairs = bytes.chunks_exact_mut(2).zip(values);
     match dtype {

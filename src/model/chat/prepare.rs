@@ -1,13 +1,13 @@
-//! Rewrites a template's source so that it can be run safely.
+//! Rewrites a template's source for the engine.
 //!
-//! - `{% generation %}` marks what an assistant said; here it only opens a scope, as `{% with %}` does.
-//! - `{% set ns.x = e %}` becomes `{% set ns.x = __checked((e)) %}`: the engine lets a namespace hold itself, which
-//!   cannot be printed.
+//! - `{% generation %}`, which marks assistant text, becomes the scope `{% with %}`.
+//! - `{% set ns.x = e %}` becomes `{% set ns.x = __checked((e)) %}`: a namespace that contains itself could not be
+//!   printed.
 
-/// The function around what a namespace gets: it refuses what could hold the namespace.
+/// Name of the function that checks values assigned to a namespace.
 pub(super) const CHECKED: &str = "__checked";
 
-/// The rewritten source; `None` if it uses one of our names.
+/// The rewritten source; `None` if it uses [`CHECKED`].
 pub(super) fn prepare(source: &str) -> Option<String> {
     if source.contains(CHECKED) {
         return None;
@@ -36,12 +36,12 @@ pub(super) fn prepare(source: &str) -> Option<String> {
     Some(out)
 }
 
-/// Where a tag that begins at 0 ends, `end` included, if that is outside of strings.
+/// Length of the tag at the start of `from`, up to the first `end` outside strings.
 fn tag_end(from: &str, end: &str) -> usize {
     outside_strings(from).find(|(i, ..)| *i >= 2 && from[*i..].starts_with(end)).map_or(from.len(), |(i, ..)| i + 2)
 }
 
-/// From `{% raw %}` to its `{% endraw %}`.
+/// The text from `{% raw %}` to its `{% endraw %}`.
 fn raw_block(from: &str) -> &str {
     let mut searched = 2;
     while let Some(at) = from[searched..].find("{%") {
@@ -62,7 +62,7 @@ fn word(tag: &str) -> &str {
     &inside[..end]
 }
 
-/// Characters outside of strings, with their depth in brackets.
+/// Characters outside string literals, with byte offset and bracket depth.
 fn outside_strings(text: &str) -> impl Iterator<Item = (usize, char, i32)> {
     let (mut quote, mut escaped, mut depth) = (None, false, 0);
     text.char_indices().filter_map(move |(i, c)| {
@@ -89,14 +89,14 @@ fn outside_strings(text: &str) -> impl Iterator<Item = (usize, char, i32)> {
     })
 }
 
-/// `tag` runs from `{%` to `%}`.
+/// Rewrites one tag, `{%` and `%}` included.
 fn prepare_tag(tag: &str) -> String {
     let word = word(tag);
     let replaced = |with: &str| tag.replacen(word, with, 1);
     match word {
         "generation" => replaced("with"),
         "endgeneration" => replaced("endwith"),
-        // Brackets of depth 1: the tag's own.
+        // Depth 1 is the tag's own brace.
         "set" => match outside_strings(tag).find(|(_, c, depth)| *c == '=' && *depth == 1) {
             Some((equals, ..)) if tag[..equals].contains('.') => {
                 let (target, value) = (&tag[..equals], &tag[equals + 1..tag.len() - 2]);

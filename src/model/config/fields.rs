@@ -1,16 +1,17 @@
-//! Fields of a JSON object whose errors name file, field, what was found and what was expected.
+//! Typed access to the fields of a JSON object.
 
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 
-/// A JSON object of an untrusted file. A field that is `null` counts as absent.
+/// A JSON object of an untrusted file; errors name file, field, what was found and what was expected. A `null` field
+/// counts as absent.
 pub(super) struct Fields<'a> {
     map: &'a Map<String, Value>,
     place: String,
 }
 
 impl<'a> Fields<'a> {
-    /// `place` names the file.
+    /// Wraps an object; `place` is the file shown in errors.
     pub fn new(value: &'a Value, place: &str) -> Result<Self> {
         let Some(map) = value.as_object() else {
             return Err(Error::input(place, describe(value), "a JSON object"));
@@ -22,7 +23,7 @@ impl<'a> Fields<'a> {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    /// Whether the field is there at all, `null` included.
+    /// Whether the field is present, even as `null`.
     pub fn mentions(&self, key: &str) -> bool {
         self.map.contains_key(key)
     }
@@ -41,7 +42,7 @@ impl<'a> Fields<'a> {
         Error::unsupported(self.place(key), what, help)
     }
 
-    /// An object inside it; an empty one counts as absent.
+    /// A nested object; an empty one counts as absent.
     pub fn object(&self, key: &str) -> Result<Option<Self>> {
         match self.get(key) {
             None => Ok(None),
@@ -80,7 +81,7 @@ impl<'a> Fields<'a> {
         self.size(key, most)?.ok_or_else(|| self.wrong(key, format!("a whole number from 1 to {most}")))
     }
 
-    /// A finite number of which `valid` holds; `expected` says so in words.
+    /// A finite number that satisfies `valid`, which `expected` describes.
     pub fn number(&self, key: &str, valid: impl Fn(f64) -> bool, expected: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_f64() {
@@ -93,7 +94,7 @@ impl<'a> Fields<'a> {
         self.number(key, valid, expected)?.ok_or_else(|| self.wrong(key, expected))
     }
 
-    /// Token ids below `vocab`: a number or a list of them.
+    /// A token id or a list of them, all below `vocab`.
     pub fn tokens(&self, key: &str, vocab: usize) -> Result<Vec<u32>> {
         let list = match self.get(key) {
             None => return Ok(Vec::new()),

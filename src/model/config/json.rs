@@ -1,4 +1,4 @@
-//! `config.json` as transformers 4 and 5 write it.
+//! Reads `config.json` as written by transformers 4 and 5.
 
 use super::fields::{Fields, describe};
 use super::{ModelConfig, Rope, RopeScaling};
@@ -15,36 +15,34 @@ const FAMILIES: [(&str, &str); 4] = [
 const FAMILIES_HELP: &str = "use a dense Llama, Mistral, Qwen2 or Qwen3 causal language model";
 
 // Above every model of these families by an order of magnitude, and small enough that no product of two overflows.
-const MOST_VOCAB: usize = 1 << 24;
-const MOST_HIDDEN: usize = 1 << 18;
-const MOST_FFN: usize = 1 << 20;
-const MOST_LAYERS: usize = 1000;
-const MOST_HEADS: usize = 1 << 12;
-const MOST_HEAD_DIM: usize = 1 << 10;
-const MOST_POSITIONS: usize = 1 << 28;
+const MAX_VOCAB: usize = 1 << 24;
+const MAX_HIDDEN: usize = 1 << 18;
+const MAX_FFN: usize = 1 << 20;
+const MAX_LAYERS: usize = 1000;
+const MAX_HEADS: usize = 1 << 12;
+const MAX_HEAD_DIM: usize = 1 << 10;
+const MAX_POSITIONS: usize = 1 << 28;
 
 impl ModelConfig {
-    /// Reads the `config.json` of Llama 1 to 3, Mistral, Qwen2 or Qwen3, in the spelling of transformers 4
-    /// (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`, `layer_types`). `place` names the file in errors.
-    ///
-    /// Defaults of absent fields are those of transformers' configuration classes. A missing, ill-typed or absurd field
-    /// is an [`Error::Input`]; other architectures, mixtures of experts, quantised weights, other activations and other
-    /// kinds of rope are [`Error::Unsupported`], by name.
+    /// Parses the `config.json` of Llama 1 to 3, Mistral, Qwen2 or Qwen3, as written by transformers 4 (`rope_theta`,
+    /// `rope_scaling`) or 5 (`rope_parameters`, `layer_types`). `place` is the file shown in errors. Absent fields take
+    /// the defaults of transformers' configuration classes.
     ///
     /// # Errors
-    /// [`Error::Input`] and [`Error::Unsupported`], as said above.
+    /// [`Error::Input`] for a field that is missing, ill-typed or out of range; [`Error::Unsupported`] for another
+    /// architecture, a mixture of experts, quantised weights, another activation, or another kind of rope.
     pub fn from_json(value: &Value, place: &str) -> Result<Self> {
         let fields = Fields::new(value, place)?;
         let family = family(&fields)?;
         refuse_unsupported(&fields)?;
 
-        let vocab = fields.required_size("vocab_size", MOST_VOCAB)?;
-        let hidden = fields.required_size("hidden_size", MOST_HIDDEN)?;
-        let layers = fields.required_size("num_hidden_layers", MOST_LAYERS)?;
-        let heads = fields.required_size("num_attention_heads", MOST_HEADS)?;
+        let vocab = fields.required_size("vocab_size", MAX_VOCAB)?;
+        let hidden = fields.required_size("hidden_size", MAX_HIDDEN)?;
+        let layers = fields.required_size("num_hidden_layers", MAX_LAYERS)?;
+        let heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
         let kv_heads = kv_heads(&fields, family, heads)?;
         let head_dim = head_dim(&fields, family, hidden, heads)?;
-        let max_positions = fields.required_size("max_position_embeddings", MOST_POSITIONS)?;
+        let max_positions = fields.required_size("max_position_embeddings", MAX_POSITIONS)?;
         let rms_norm_eps = fields.number("rms_norm_eps", |x| x > 0.0 && x < 1.0, "a number between 0 and 1")?;
 
         let bos = fields.tokens("bos_token_id", vocab)?;
@@ -52,7 +50,7 @@ impl ModelConfig {
             family: family.to_owned(),
             vocab,
             hidden,
-            ffn: fields.required_size("intermediate_size", MOST_FFN)?,
+            ffn: fields.required_size("intermediate_size", MAX_FFN)?,
             layers,
             heads,
             kv_heads,
@@ -69,10 +67,10 @@ impl ModelConfig {
         })
     }
 
-    /// Adds the end tokens of a `generation_config.json`.
+    /// Adds the end-of-turn tokens of a `generation_config.json`.
     ///
     /// # Errors
-    /// [`Error::Input`] where `eos_token_id` is no id of the vocabulary.
+    /// [`Error::Input`] where `eos_token_id` is not a token id of the vocabulary.
     pub fn add_generation_config(&mut self, value: &Value, place: &str) -> Result<()> {
         for token in Fields::new(value, place)?.tokens("eos_token_id", self.vocab)? {
             if !self.eos.contains(&token) {
@@ -141,7 +139,7 @@ fn kv_heads(fields: &Fields<'_>, family: &str, heads: usize) -> Result<usize> {
 }
 
 fn head_dim(fields: &Fields<'_>, family: &str, hidden: usize, heads: usize) -> Result<usize> {
-    let head_dim = match fields.size("head_dim", MOST_HEAD_DIM)? {
+    let head_dim = match fields.size("head_dim", MAX_HEAD_DIM)? {
         Some(head_dim) => head_dim,
         None if family == "qwen3" && !fields.mentions("head_dim") => 128,
         None if hidden.is_multiple_of(heads) => hidden / heads,
@@ -152,11 +150,11 @@ fn head_dim(fields: &Fields<'_>, family: &str, hidden: usize, heads: usize) -> R
             ));
         }
     };
-    if !head_dim.is_multiple_of(2) || head_dim > MOST_HEAD_DIM {
+    if !head_dim.is_multiple_of(2) || head_dim > MAX_HEAD_DIM {
         return Err(Error::input(
             fields.place("head_dim"),
             head_dim.to_string(),
-            format!("an even number up to {MOST_HEAD_DIM}: rotary embeddings turn pairs"),
+            format!("an even number up to {MAX_HEAD_DIM}: rotary embeddings turn pairs"),
         ));
     }
     Ok(head_dim)
@@ -175,9 +173,9 @@ fn biases(fields: &Fields<'_>, family: &str) -> Result<Vec<ModuleKind>> {
     Ok(biases)
 }
 
-/// The sliding window of each layer.
+/// Attention window of each layer.
 fn windows(fields: &Fields<'_>, family: &str, layers: usize) -> Result<Vec<Option<usize>>> {
-    let window = match fields.size("sliding_window", MOST_POSITIONS)? {
+    let window = match fields.size("sliding_window", MAX_POSITIONS)? {
         None if !fields.mentions("sliding_window") => Some(4096),
         window => window,
     };
@@ -208,7 +206,7 @@ fn windows(fields: &Fields<'_>, family: &str, layers: usize) -> Result<Vec<Optio
     }
 }
 
-/// Layers before this one have full attention.
+/// The first layer with a sliding window.
 fn max_window_layers(fields: &Fields<'_>) -> Result<u64> {
     match fields.get("max_window_layers") {
         None => Ok(28),
@@ -216,7 +214,7 @@ fn max_window_layers(fields: &Fields<'_>) -> Result<u64> {
     }
 }
 
-/// Whether each layer slides.
+/// Whether each layer has a sliding window, where `layer_types` is given.
 fn layer_types(fields: &Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>> {
     let list = match fields.get("layer_types") {
         None => return Ok(None),
@@ -228,7 +226,7 @@ fn layer_types(fields: &Fields<'_>, layers: usize) -> Result<Option<Vec<bool>>> 
         Some("sliding_attention") => Ok(true),
         _ => {
             let what = format!("the layer type {}", describe(value));
-            Err(fields.unsupported("layer_types", what, "full_attention and sliding_attention are"))
+            Err(fields.unsupported("layer_types", what, "use full_attention or sliding_attention"))
         }
     };
     list.iter().map(sliding).collect::<Result<_>>().map(Some)
@@ -247,7 +245,7 @@ fn rope(fields: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<Ro
     for part in [Some(fields), scaling.as_ref()].into_iter().flatten() {
         let share = part.number("partial_rotary_factor", |x| x > 0.0 && x <= 1.0, "a number above 0, up to 1")?;
         if share.is_some_and(|x| x < 1.0) {
-            let what = "rotating a part of each head";
+            let what = "partial rotation of each head";
             return Err(part.unsupported("partial_rotary_factor", what, FAMILIES_HELP));
         }
     }
@@ -266,7 +264,7 @@ fn rope_scaling(
     max_positions: usize,
 ) -> Result<RopeScaling> {
     if scaling.get("full_attention").is_some() || scaling.get("sliding_attention").is_some() {
-        return Err(scaling.unsupported("full_attention", "a rope of its own for each layer type", FAMILIES_HELP));
+        return Err(scaling.unsupported("full_attention", "a separate rope per layer type", FAMILIES_HELP));
     }
     if scaling.get("mrope_section").is_some() {
         return Err(scaling.unsupported("mrope_section", "multimodal rope", FAMILIES_HELP));
@@ -274,8 +272,8 @@ fn rope_scaling(
     let key = if scaling.get("rope_type").is_some() { "rope_type" } else { "type" };
     let factor = || scaling.required_number("factor", |x| x >= 1.0, "a number ≥ 1");
     let original = || -> Result<usize> {
-        let outer = fields.size("original_max_position_embeddings", MOST_POSITIONS)?;
-        let inner = scaling.size("original_max_position_embeddings", MOST_POSITIONS)?;
+        let outer = fields.size("original_max_position_embeddings", MAX_POSITIONS)?;
+        let inner = scaling.size("original_max_position_embeddings", MAX_POSITIONS)?;
         Ok(outer.or(inner).unwrap_or(max_positions))
     };
     match scaling.text(key)?.unwrap_or("default") {
@@ -300,7 +298,7 @@ fn rope_scaling(
         "yarn" => yarn(scaling, theta, max_positions, original()?),
         other => {
             let what = format!("the rope type `{}`", other.escape_debug());
-            Err(scaling.unsupported(key, what, "default, linear, dynamic, llama3 and yarn are"))
+            Err(scaling.unsupported(key, what, "use default, linear, dynamic, llama3 or yarn"))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The demonstration: a whole study on the embedded tiny aligned model, in a language of made-up words.
+//! The demonstration: a study of the embedded tiny aligned model.
 
 pub(crate) mod model;
 
@@ -35,8 +35,8 @@ pub fn write_demo_model(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes the data of the language to `out/data` and gives the study of `model`: plain tuning, the method, and its controls,
-/// each with `seeds` training seeds from `seed` on.
+/// Writes the language's data to `out/data` and returns the configuration of a study of `model`: plain tuning, the
+/// method and its controls, each with `seeds` training seeds from `seed` on.
 ///
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
@@ -111,7 +111,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let study = |seeds| demo_study(Path::new("model"), 1, 5, seeds, dir.path()).unwrap();
         assert_eq!(study(3).training_seeds(), [5, 6, 7]);
-        // As it was before there were several, so that what is kept is found.
+        // As with a single seed before, so that finished stages are reused.
         assert_eq!((study(1).tune.seeds, study(1).tune.recipe.shared.seed), (None, 5));
         study(3).check("demo").unwrap();
     }

@@ -1,11 +1,11 @@
-//! Making a tiny aligned model from nothing, with this code base's own trainer.
+//! Trains a tiny aligned model from scratch.
 
 use crate::backend::Backend;
 use crate::data::tiny::{Language, Mixture, write_initial_model};
 use crate::data::{Chat, Conversation, Examples, Loader};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
-use crate::io::OutputDir;
+use crate::io::{IfExists, OutputDir};
 use crate::model::ModelDir;
 use crate::modules::LearningRates;
 use crate::train::{Callbacks, Phase, PhaseOptions, Schedule, TuneOptions, Tuner};
@@ -14,24 +14,24 @@ use std::path::Path;
 /// Seed of the embedded model's language and weights.
 pub const DEMO_SEED: u64 = 1;
 
-/// Longest conversation of the language with room to spare, in tokens.
+/// Maximum length of a conversation in tokens; longer than any of the language.
 pub const DEMO_MAX_LENGTH: usize = 96;
 
-/// One stage of making an aligned model.
+/// One training stage of a tiny model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stage {
-    /// Its name in progress.
+    /// Name shown in progress reports.
     pub name: &'static str,
-    /// What it learns.
+    /// Training data.
     pub mixture: Mixture,
     /// Steps of [`Stage::BATCH`] examples.
     pub steps: u64,
-    /// Highest learning rate.
+    /// Peak learning rate.
     pub lr: f64,
 }
 
 impl Stage {
-    /// Examples a step.
+    /// Examples per step.
     pub const BATCH: usize = 48;
 
     /// The stages of the embedded model: a helpful one that answers everything, then alignment.
@@ -43,22 +43,22 @@ impl Stage {
     }
 }
 
-/// Makes a tiny model directory at `out` from nothing: the language of `language_seed`, weights and data of `seed`,
-/// trained through `stages`. The same seeds give the same bytes on the same backend.
+/// Trains a tiny model through `stages` and writes it to `out`: the language of `language_seed`, weights and data of
+/// `seed`. Deterministic on a given backend.
 ///
 /// # Errors
-/// [`Error::Exists`] unless `force`; what training and writing return.
+/// [`Error::Exists`] where `out` exists and must not be replaced; [`Error::InUse`]; errors of training and of writing.
 pub fn make_tiny_model<B: Backend>(
     backend: B,
     language_seed: u64,
     seed: u64,
     stages: &[Stage],
     out: &Path,
-    force: bool,
+    if_exists: IfExists,
     callbacks: &mut dyn Callbacks<B>,
 ) -> Result<()> {
-    let output = OutputDir::create(out, force)?;
-    let initial = tempfile::tempdir().map_err(Error::io(Path::new("a temporary directory"), "create"))?;
+    let output = OutputDir::create(out, if_exists)?;
+    let initial = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir(), "create"))?;
     let language = Language::new(language_seed);
     write_initial_model(&language, seed, initial.path())?;
     let files = ModelDir::open(initial.path())?;

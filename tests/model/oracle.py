@@ -1,6 +1,6 @@
 """Writes rope.json and templates.json: what transformers computes for the tests of the model room.
 
-Run with transformers 5: python tests/data/model_oracle.py
+Run with transformers 5: python tests/model/oracle.py
 """
 import json
 import pathlib

@@ -131,9 +131,9 @@ fn headers_that_lie() {
         (one(entry("F32", "[-1]", 0, 16)), "tensor `norm`: invalid value"),
         (one(entry("Q4", "[4]", 0, 16)), "tensor `norm`: unknown variant `Q4`"),
         (one(entry("F64", "[1]", 0, 8)), "tensors that cover the file"),
-        (one(entry("F32", "[2]", 8, 16)), "leave a hole before them; expected bytes that begin at 0"),
+        (one(entry("F32", "[2]", 8, 16)), "leave a gap before them; expected bytes that begin at 0"),
         (two(entry("F32", "[3]", 0, 12), entry("F32", "[2]", 8, 16)), "`b`: found bytes 8..16, which overlap"),
-        (two(entry("F32", "[1]", 0, 4), entry("F32", "[2]", 8, 16)), "`b`: found bytes 8..16, which leave a hole"),
+        (two(entry("F32", "[1]", 0, 4), entry("F32", "[2]", 8, 16)), "`b`: found bytes 8..16, which leave a gap"),
         (file(&format!(r#"{{"a":{0},"a":{0}}}"#, entry("F32", "[4]", 0, 16)), &[0; 16]), "tensor `a` comes twice"),
         (file(r#"{"__metadata__":{"format":3}}"#, &[]), "malformed header"),
         (one(entry("F32", "[4]", 0, 16)), "no tensors `model.embed_tokens.weight`"),
@@ -228,9 +228,9 @@ fn shards() {
         assert!(text.contains("expected the name of a file inside the model directory"), "{text}");
     }
     let text = error(&sharded(|index| index["weight_map"]["lm_head.weight"] = json!("c.safetensors")));
-    assert!(text.contains("the shard `c.safetensors`, which is not there"), "{text}");
+    assert!(text.contains("the shard `c.safetensors`, which does not exist"), "{text}");
     let text = error(&sharded(|index| index["weight_map"]["lm_head.weight"] = json!("a.safetensors")));
-    assert!(text.contains("tensor `lm_head.weight` in \"a.safetensors\", which lacks it"), "{text}");
+    assert!(text.contains("tensor `lm_head.weight` in \"a.safetensors\", which does not contain it"), "{text}");
     let text = error(&sharded(|index| index["weight_map"]["lm_head.weight"] = json!(7)));
     assert!(text.contains("weight_map.lm_head.weight: found a value that is not a string"), "{text}");
     let text = error(&sharded(|index| *index = json!([])));
@@ -250,7 +250,7 @@ fn links_stay_inside() {
     let dir = sharded(|_| {});
     fs::rename(dir.path().join("b.safetensors"), &target).unwrap();
     symlink(&target, dir.path().join("b.safetensors")).unwrap();
-    assert!(error(&dir).contains("a link out of the model directory"));
+    assert!(error(&dir).contains("a link that leaves the model directory"));
 
     // The layout of the Hugging Face cache.
     let cache = TempDir::new().unwrap();
@@ -293,7 +293,7 @@ fn tokenizer_must_fit_the_embedding() {
     let path = dir.path().join("tokenizer.json");
     fs::write(&path, tokenizer(7).to_string()).unwrap();
     let opened = ModelDir::open(dir.path()).unwrap();
-    assert_eq!(opened.tokenizer().unwrap().encode("b a", false).unwrap(), [7, 0]);
+    assert_eq!(opened.tokenizer().unwrap().encode("b a").unwrap(), [7, 0]);
     fs::write(&path, tokenizer(8).to_string()).unwrap();
     assert!(error(&dir).contains("tokenizer.json: found token ids up to 8; expected ids below 8"));
     fs::write(&path, "{}").unwrap();
@@ -304,7 +304,7 @@ fn tokenizer_must_fit_the_embedding() {
 fn chat_templates_are_found() {
     let dir = model(&config(), &tensors());
     let say =
-        |model: &ModelDir, named: Option<&Path>| -> Result<String> { model.chat_template(named)?.render(&[], true) };
+        |model: &ModelDir, named: Option<&Path>| -> Result<String> { model.chat_template(named)?.render_prompt(&[]) };
     let opened = ModelDir::open(dir.path()).unwrap();
     let write = |value: Value| fs::write(dir.path().join("tokenizer_config.json"), value.to_string()).unwrap();
     write(

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 use swat::error::Error;
-use swat::io::{OutputDir, write_atomic};
+use swat::io::{IfExists, OutputDir, write_atomic};
 use tempfile::TempDir;
 
 #[test]
@@ -18,23 +18,23 @@ fn outputs_appear_whole() {
         names.sort();
         names
     };
-    let output = OutputDir::create(&path, false).unwrap();
+    let output = OutputDir::create(&path, IfExists::Fail).unwrap();
     fs::write(output.dir().join("a"), "1").unwrap();
     assert!(!path.exists());
-    let busy = OutputDir::create(&path, true).unwrap_err();
+    let busy = OutputDir::create(&path, IfExists::Replace).unwrap_err();
     assert!(matches!(busy, Error::InUse { .. }) && busy.to_string().contains("another swat process"));
     output.commit().unwrap();
     assert_eq!(fs::read_to_string(path.join("a")).unwrap(), "1");
     assert_eq!(names(), ["out"]);
 
-    assert!(matches!(OutputDir::create(&path, false).unwrap_err(), Error::Exists { .. }));
-    let dropped = OutputDir::create(&path, true).unwrap();
+    assert!(matches!(OutputDir::create(&path, IfExists::Fail).unwrap_err(), Error::Exists { .. }));
+    let dropped = OutputDir::create(&path, IfExists::Replace).unwrap();
     fs::write(dropped.dir().join("b"), "2").unwrap();
     drop(dropped);
     assert_eq!(names(), ["out"]);
     assert!(path.join("a").exists());
 
-    let replaced = OutputDir::create(&path, true).unwrap();
+    let replaced = OutputDir::create(&path, IfExists::Replace).unwrap();
     fs::create_dir(replaced.dir().join("sub")).unwrap();
     fs::write(replaced.dir().join("sub/c"), "3").unwrap();
     replaced.commit().unwrap();
@@ -50,9 +50,9 @@ fn outputs_recover_from_a_kill() {
     fs::write(dir.path().join(".out.partial/junk"), "").unwrap();
     fs::create_dir(dir.path().join(".out.old")).unwrap();
     fs::write(dir.path().join(".out.old/kept"), "").unwrap();
-    assert!(matches!(OutputDir::create(&path, false).unwrap_err(), Error::Exists { .. }), "put back");
+    assert!(matches!(OutputDir::create(&path, IfExists::Fail).unwrap_err(), Error::Exists { .. }), "put back");
     assert!(path.join("kept").exists());
-    let output = OutputDir::create(&path, true).unwrap();
+    let output = OutputDir::create(&path, IfExists::Replace).unwrap();
     assert_eq!(fs::read_dir(output.dir()).unwrap().count(), 0, "cleared");
 }
 
@@ -60,10 +60,10 @@ fn outputs_recover_from_a_kill() {
 fn outputs_do_not_overwrite_what_appeared_meanwhile() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("out");
-    let output = OutputDir::create(&path, false).unwrap();
+    let output = OutputDir::create(&path, IfExists::Fail).unwrap();
     fs::create_dir(&path).unwrap();
     assert!(matches!(output.commit().unwrap_err(), Error::Exists { .. }));
-    assert!(OutputDir::create(Path::new("/"), false).is_err());
+    assert!(OutputDir::create(Path::new("/"), IfExists::Fail).is_err());
 }
 
 #[test]

@@ -19,19 +19,20 @@ fn messages(value: &Value) -> Vec<Message> {
 
 fn render(source: &str) -> Result<String, String> {
     let messages = messages(&json!([{"role": "user", "content": "Hi"}]));
-    template(source)?.render(&messages, true).map_err(|e| e.to_string())
+    template(source)?.render_prompt(&messages).map_err(|e| e.to_string())
 }
 
 #[test]
 fn templates_render_as_in_transformers() {
-    let cases: Vec<Value> = serde_json::from_str(include_str!("data/templates.json")).unwrap();
+    let cases: Vec<Value> = serde_json::from_str(include_str!("templates.json")).unwrap();
     assert!(cases.len() >= 60);
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/templates");
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/model/templates");
     for case in &cases {
         let name = case["template"].as_str().unwrap();
         let template = template(&fs::read_to_string(dir.join(name)).unwrap()).unwrap();
         let prompt = case["generation_prompt"].as_bool().unwrap();
-        let rendered = template.render(&messages(&case["messages"]), prompt);
+        let messages = messages(&case["messages"]);
+        let rendered = if prompt { template.render_prompt(&messages) } else { template.render(&messages) };
         match (&case["text"], rendered) {
             (Value::String(expected), Ok(found)) => assert_eq!(&found, expected, "{name}"),
             (Value::Object(expected), Err(found)) => {
@@ -69,7 +70,7 @@ fn hostile_templates_are_errors() {
     let shares = format!("{{% set x = ['ab'] %}}{}{{{{ x }}}}", "{% set x = [x, x] %}".repeat(60));
     let long = "x".repeat((1 << 20) + 1);
     for (source, message) in [
-        (loops, "too much time or memory"),
+        (loops, "takes too much time or memory"),
         (writes, "writes more than"),
         (recurses, "recursion"),
         (deep.as_str(), "recursion"),
@@ -108,7 +109,7 @@ fn hostile_templates_are_errors() {
         (captures.as_str(), "memory"),
         (shares.as_str(), "writes more than"),
         ("{% macro m(x) %}{{ m([x]) }}{% endmacro %}{{ m(1) }}", "recursion"),
-        ("{% set __checked = 1 %}", "a name that this program reserves"),
+        ("{% set __checked = 1 %}", "a reserved name"),
         (long.as_str(), "too long"),
         ("{{ none + 1 }}", "t.jinja"),
     ] {
@@ -128,7 +129,7 @@ proptest! {
 
     #[test]
     fn mutated_templates_never_panic(at in 0usize..2000, bytes in proptest::collection::vec(any::<char>(), 0..4), cut in 0usize..9) {
-        let source = include_str!("data/templates/features.jinja");
+        let source = include_str!("templates/features.jinja");
         let mut chars: Vec<char> = source.chars().collect();
         let at = at % chars.len();
         let end = (at + cut).min(chars.len());
@@ -221,14 +222,12 @@ fn tokenizer(value: &Value) -> Tokenizer {
 fn encodes_and_decodes() {
     let t = tokenizer(&byte_level());
     assert_eq!(t.vocab(), 260);
-    let ids = t.encode("hello<|end|>", false).unwrap();
+    let ids = t.encode("hello<|end|>").unwrap();
     assert_eq!(ids.first(), Some(&257), "merged");
     assert_eq!(ids.last(), Some(&259), "special tokens in text count, and neither truncation nor padding does");
     assert_eq!(ids.len(), 4);
-    assert_eq!(t.encode("hello", true).unwrap()[0], 258);
+    assert_eq!(t.encode_with_special_tokens("hello").unwrap()[0], 258);
     assert_eq!(t.decode(&ids).unwrap(), "hello");
-    assert_eq!((t.id("<|start|>"), t.id("nothing")), (Some(258), None));
-    assert_eq!((t.token(257).as_deref(), t.token(9999)), (Some("hel"), None));
     assert_eq!(t.decode(&[9999, u32::MAX]).unwrap(), "");
 }
 
@@ -244,7 +243,7 @@ fn streamed(t: &Tokenizer, ids: &[u32]) -> String {
 #[test]
 fn streams_give_whole_characters() {
     let t = tokenizer(&byte_level());
-    let ids = t.encode("aé😀", false).unwrap();
+    let ids = t.encode("aé😀").unwrap();
     assert_eq!(ids.len(), 7);
     let mut stream = t.stream();
     let pieces: Vec<String> = ids.iter().map(|id| stream.step(*id).unwrap()).collect();
@@ -262,7 +261,7 @@ proptest! {
     #[test]
     fn streams_add_up(text in "[a-e lhoé世😀\n]{0,40}|\\PC{0,20}") {
         for t in [tokenizer(&byte_level()), tokenizer(&byte_fallback())] {
-            let ids = t.encode(&text, false).unwrap();
+            let ids = t.encode(&text).unwrap();
             let decoded = t.decode(&ids).unwrap();
             prop_assert_eq!(streamed(&t, &ids), decoded);
         }
@@ -282,7 +281,7 @@ proptest! {
         let end = (at + cut).min(bytes.len());
         bytes.splice(at..end, [byte]);
         if let Ok(t) = open(&bytes) {
-            let _ = t.encode("hello wörld <|end|>", true).and_then(|ids| t.decode(&ids));
+            let _ = t.encode_with_special_tokens("hello wörld <|end|>").and_then(|ids| t.decode(&ids));
         }
     }
 }

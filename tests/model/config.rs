@@ -199,7 +199,7 @@ fn what_is_not_supported_is_refused_by_name() {
         (json!({"rope_scaling": {"type": "longrope", "factor": 2}}), "rope_scaling.type: the rope type `longrope`"),
         (json!({"rope_parameters": {"rope_type": "su"}}), "rope_parameters.rope_type: the rope type `su`"),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
-        (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "rope of its own"),
+        (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "separate rope"),
     ] {
         let error = read(&with(llama(), changes)).unwrap_err();
         assert!(error.contains(message) && error.contains("not supported"), "{error}\nlacks {message}");
@@ -210,7 +210,7 @@ fn what_is_not_supported_is_refused_by_name() {
 
 #[test]
 fn rope_table_is_that_of_transformers() {
-    let cases: Vec<Value> = serde_json::from_str(include_str!("data/rope.json")).unwrap();
+    let cases: Vec<Value> = serde_json::from_str(include_str!("rope.json")).unwrap();
     assert!(cases.len() >= 8);
     for case in &cases {
         let config = read(&case["config"]).unwrap();

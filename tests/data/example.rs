@@ -1,7 +1,11 @@
-use super::*;
+//! Tokenized conversations and their loss masks.
+
 use proptest::prelude::*;
 use serde_json::json;
 use std::io::Write;
+use swat::data::{ChatText, Conversation, Example, Examples};
+use swat::error::{Error, Result};
+use swat::model::Message;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
@@ -38,8 +42,11 @@ impl TestChat {
 }
 
 impl ChatText for TestChat {
-    fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
-        Ok((self.render)(messages, generation_prompt))
+    fn render(&self, messages: &[Message]) -> Result<String> {
+        Ok((self.render)(messages, false))
+    }
+    fn render_prompt(&self, messages: &[Message]) -> Result<String> {
+        Ok((self.render)(messages, true))
     }
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.tokenizer.encode(text, false).unwrap().get_ids().to_vec())
@@ -190,11 +197,14 @@ fn cut_and_dropped_conversations_are_counted() {
 fn the_work_is_bounded_by_the_maximal_length() {
     struct Bounded(TestChat);
     impl ChatText for Bounded {
-        fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
-            self.0.render(messages, generation_prompt)
+        fn render(&self, messages: &[Message]) -> Result<String> {
+            self.0.render(messages)
+        }
+        fn render_prompt(&self, messages: &[Message]) -> Result<String> {
+            self.0.render_prompt(messages)
         }
         fn encode(&self, text: &str) -> Result<Vec<u32>> {
-            assert!(text.len() <= 100 * MOST_BYTES_PER_TOKEN);
+            assert!(text.len() <= 100 * 256);
             self.0.encode(text)
         }
         fn ends_turn(&self, token: u32) -> bool {
@@ -224,7 +234,10 @@ fn a_later_turn_beyond_the_maximal_length_is_a_cut() {
 fn errors_of_the_template_name_the_line() {
     struct Refuses;
     impl ChatText for Refuses {
-        fn render(&self, messages: &[Message], _: bool) -> Result<String> {
+        fn render_prompt(&self, messages: &[Message]) -> Result<String> {
+            self.render(messages)
+        }
+        fn render(&self, messages: &[Message]) -> Result<String> {
             match messages[0].content.as_str() {
                 "bad" => Err(Error::input("chat_template.jinja", "a system message", "none")),
                 _ => Ok("x".repeat(messages.len())),

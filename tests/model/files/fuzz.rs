@@ -1,6 +1,6 @@
 //! Any bytes are read or refused.
 
-use crate::stored::*;
+use super::stored::*;
 use proptest::prelude::*;
 use std::fs;
 use swat::io::safetensors::{Dtype, Safetensors};

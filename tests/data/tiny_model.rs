@@ -5,6 +5,7 @@ use swat::backend::cpu::Cpu;
 use swat::data::tiny::{Item, Language, Mixture, Skill, security, tasks};
 use swat::data::{Label, Split};
 use swat::engine::{Decoder, GenerateOptions};
+use swat::io::IfExists;
 use swat::model::{Message, ModelDir};
 use swat::secure::{
     DEMO_SEED, RefusalList, Stage, attack_success, make_tiny_model, over_refusal, strict_compliance, write_demo_model,
@@ -21,8 +22,8 @@ fn answers(files: &ModelDir, decoder: &Decoder<Cpu>, prompts: &[String]) -> Vec<
     let prompts: Vec<Vec<u32>> = prompts
         .iter()
         .map(|p| {
-            let text = template.render(&[Message { role: "user".into(), content: p.clone() }], true).expect("renders");
-            tokenizer.encode(&text, false).expect("encodes")
+            let text = template.render_prompt(&[Message { role: "user".into(), content: p.clone() }]).expect("renders");
+            tokenizer.encode(&text).expect("encodes")
         })
         .collect();
     let options = GenerateOptions { max_new_tokens: 40, stop: files.config.eos.clone(), ..Default::default() };
@@ -81,7 +82,7 @@ fn a_model_is_made_the_same_each_time() {
     let stages = Stage::recipe().map(|stage| Stage { steps: 2, ..stage });
     let make = |name: &str, seed| {
         let dir = place.path().join(name);
-        make_tiny_model(Cpu::new(), 3, seed, &stages, &dir, false, &mut ()).expect("makes");
+        make_tiny_model(Cpu::new(), 3, seed, &stages, &dir, IfExists::Fail, &mut ()).expect("makes");
         assert_eq!(ModelDir::open(&dir).expect("opens").config.layers, 6);
         std::fs::read(dir.join("model.safetensors")).expect("reads")
     };

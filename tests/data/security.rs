@@ -1,0 +1,102 @@
+//! Security prompts and their splits.
+
+use std::collections::HashMap;
+use std::path::Path;
+use swat::data::{Label, SecurityPrompt, Split};
+use swat::error::Result;
+
+fn read(lines: &str, seed: u64) -> Result<Vec<SecurityPrompt>> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s.jsonl");
+    std::fs::write(&path, lines).unwrap();
+    SecurityPrompt::read(&path, seed)
+}
+
+/// 100 pairs, 50 harmful and 30 benign prompts without a pair, no splits.
+fn unsplit() -> String {
+    let mut lines = String::new();
+    for i in 0..100 {
+        for label in ["harmful", "benign"] {
+            lines += &format!("{{\"prompt\":\"{label} {i}\",\"label\":\"{label}\",\"pair\":{i}}}\n");
+        }
+    }
+    for (label, count) in [("harmful", 50), ("benign", 30)] {
+        for i in 0..count {
+            lines += &format!("{{\"prompt\":\"lone {label} {i}\",\"label\":\"{label}\"}}\n");
+        }
+    }
+    lines
+}
+
+#[test]
+fn splits_are_60_20_20_by_pair_for_each_kind_of_pair() {
+    let prompts = read(&unsplit(), 1).unwrap();
+    let count = |split, label, paired: bool| {
+        let is = |p: &&SecurityPrompt| p.split == split && p.label == label && p.pair.is_some() == paired;
+        prompts.iter().filter(is).count()
+    };
+    for (split, pairs, harmful, benign) in
+        [(Split::Train, 60, 30, 18), (Split::Valid, 20, 10, 6), (Split::Test, 20, 10, 6)]
+    {
+        let counts = [(Label::Harmful, true), (Label::Benign, true), (Label::Harmful, false), (Label::Benign, false)];
+        assert_eq!(counts.map(|(label, paired)| count(split, label, paired)), [pairs, pairs, harmful, benign]);
+    }
+    let mut of_pair: HashMap<&str, Split> = HashMap::new();
+    for p in &prompts {
+        if let Some(pair) = &p.pair {
+            assert_eq!(*of_pair.entry(pair).or_insert(p.split), p.split);
+        }
+    }
+    assert_eq!(prompts, read(&unsplit(), 1).unwrap());
+    assert_ne!(prompts, read(&unsplit(), 2).unwrap());
+}
+
+#[test]
+fn given_splits_are_kept_and_twins_follow_them() {
+    let prompts = read(
+        concat!(
+            r#"{"prompt":"a","label":"harmful","pair":1}"#,
+            "\n",
+            r#"{"prompt":"b","label":"benign","pair":"1","split":"ood","category":null}"#,
+            "\n",
+            r#"{"prompt":"c","label":"benign","pair":2,"split":"test","category":"x"}"#,
+            "\n",
+        ),
+        0,
+    )
+    .unwrap();
+    let splits: Vec<Split> = prompts.iter().map(|p| p.split).collect();
+    assert_eq!(splits, [Split::Ood, Split::Ood, Split::Test]);
+    assert_eq!(prompts[2].category.as_deref(), Some("x"));
+    let error = SecurityPrompt::require_both_labels(&prompts, Path::new("s.jsonl")).unwrap_err().to_string();
+    assert!(error.contains("0 harmful and 0 benign prompts in the train split"), "{error}");
+    SecurityPrompt::require_both_labels(&read(&unsplit(), 1).unwrap(), Path::new("s.jsonl")).unwrap();
+}
+
+#[test]
+fn wrong_lines_are_named_without_the_prompt() {
+    let cases = [
+        (r#"{"prompt":"secret","label":"bad"}"#, "s.jsonl:1: found `label` is \"bad\"; expected harmful or benign"),
+        (r#"{"prompt":"secret"}"#, "no `label`"),
+        (r#"{"label":"benign"}"#, "no `prompt`"),
+        (r#"{"prompt":["secret"],"label":"benign"}"#, "`prompt` is a list"),
+        (r#"{"prompt":"secret","label":"benign","split":"dev"}"#, "`split` is \"dev\""),
+        (
+            r#"{"prompt":"secret","label":"benign","pair":1.5}"#,
+            "`pair` is a number; expected a string or a whole number",
+        ),
+        (
+            "{\"prompt\":\"secret\",\"label\":\"harmful\",\"pair\":7,\"split\":\"train\"}\n\
+             {\"prompt\":\"twin\",\"label\":\"benign\",\"pair\":7,\"split\":\"test\"}",
+            "s.jsonl:2: found pair \"7\" in split test, and earlier in train",
+        ),
+        (
+            "{\"prompt\":\"secret\",\"label\":\"harmful\"}\n{\"prompt\":\"secret\",\"label\":\"benign\",\"pair\":7}",
+            "s.jsonl:2: found an earlier prompt with the other label",
+        ),
+    ];
+    for (lines, expected) in cases {
+        let error = read(lines, 0).unwrap_err().to_string();
+        assert!(error.contains(expected) && !error.contains("secret"), "{error}");
+    }
+}

@@ -1,0 +1,6 @@
+//! Model directories: configuration, weights, tokenizer, chat template, and names of modules.
+
+mod config;
+mod files;
+mod modules;
+mod text;
