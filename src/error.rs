@@ -1,9 +1,32 @@
 //! The error type of the crate. Every variant says what happened, where, and what to do.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// Result with [`Error`] by default.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A file operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum FileOp {
+    Open,
+    Read,
+    Map,
+    Release,
+    Resolve,
+    Lock,
+    Create,
+    Write,
+    Rename,
+    Remove,
+}
+
+impl fmt::Display for FileOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&format!("{self:?}").to_lowercase())
+    }
+}
 
 /// An error; [`Error::exit_code`] is the exit code of the process.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +69,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// The operation.
-        doing: &'static str,
+        doing: FileOp,
         /// Cause reported by the operating system.
         source: std::io::Error,
     },
@@ -98,8 +121,8 @@ impl Error {
         Self::Failed { what: what.into(), help: help.into() }
     }
 
-    /// Adapter for `map_err` on file operations: `File::open(p).map_err(Error::io(p, "open"))`.
-    pub fn io(path: &Path, doing: &'static str) -> impl FnOnce(std::io::Error) -> Self + use<> {
+    /// Adapter for `map_err` on file operations: `File::open(p).map_err(Error::io(p, FileOp::Open))`.
+    pub fn io(path: &Path, doing: FileOp) -> impl FnOnce(std::io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| Self::Io { path, doing, source }
     }
@@ -108,7 +131,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Input { .. } | Self::Unsupported { .. } | Self::Exists { .. } | Self::InUse { .. } => 2,
-            Self::Io { doing: "open" | "read", .. } => 2,
+            Self::Io { doing: FileOp::Open | FileOp::Read, .. } => 2,
             _ => 1,
         }
     }

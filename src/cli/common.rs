@@ -1,6 +1,6 @@
 //! Options and output of every command.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use clap::Args;
 use serde::Serialize;
@@ -64,6 +64,6 @@ pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
 pub(super) fn print_line(text: &str) -> Result<()> {
     match writeln!(std::io::stdout().lock(), "{text}") {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => other.map_err(Error::io(std::path::Path::new("stdout"), "write")),
+        other => other.map_err(Error::io(std::path::Path::new("stdout"), FileOp::Write)),
     }
 }

@@ -4,7 +4,7 @@ use super::common::{Common, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::backend::{Backend, trace};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::secure::{LoadedModel, RefusalList};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -109,7 +109,7 @@ pub(super) struct Refusals {
 impl Refusals {
     pub(super) fn list(&self) -> Result<RefusalList> {
         let Some(path) = &self.refusals else { return Ok(RefusalList::default()) };
-        let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
         RefusalList::parse(&text, &path.display().to_string())
     }
 }

@@ -5,7 +5,7 @@ use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::write_atomic;
 use crate::modules::ModuleSet;
 use crate::report::{perturbation, robustness_map, robustness_table};
@@ -51,7 +51,7 @@ impl OnDevice for RobustnessCommand {
         let probe = Probe::load(&self.probe)?;
         let model = self.model.open(backend)?;
         let options = ScorerOptions { seed: common.seed, ..self.scorer };
-        let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, "resolve"));
+        let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, FileOp::Resolve));
         let mut scorer = model.scorer(&probe, &prompts, options)?;
         scorer.made_from = Some(MapInputs {
             model: absolute(&self.model.model)?,

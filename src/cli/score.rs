@@ -4,7 +4,7 @@ use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice};
 use crate::backend::{Backend, IGNORE};
 use crate::engine::Batch;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::write_atomic;
 use clap::Args;
 use safetensors::tensor::{Dtype, TensorView};
@@ -38,7 +38,7 @@ impl OnDevice for Score {
         let model = self.model.open_without_template(backend)?;
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
-                let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+                let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
                 (path.display().to_string(), model.tokenizer.encode_with_special_tokens(&text)?)
             }
             (None, ids) => ("--ids".to_string(), ids.unwrap_or_default()),

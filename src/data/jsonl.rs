@@ -1,6 +1,6 @@
 //! Streaming reader of JSON Lines files with one object a line.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -104,7 +104,7 @@ impl JsonLines<BufReader<File>> {
     /// # Errors
     /// [`Error::Io`] where the file cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path, "open"))?;
+        let file = File::open(path).map_err(Error::io(path, FileOp::Open))?;
         Ok(Self::new(BufReader::new(file), path.display().to_string()))
     }
 }
@@ -129,7 +129,7 @@ impl<R: BufRead> JsonLines<R> {
             // One byte above the limit tells a line that is too long from one that just fits.
             let limit = MAX_LINE_BYTES as u64 + 1;
             let read = self.reader.by_ref().take(limit).read_until(b'\n', &mut self.buffer);
-            read.map_err(Error::io(Path::new(&self.name), "read"))?;
+            read.map_err(Error::io(Path::new(&self.name), FileOp::Read))?;
             if self.buffer.is_empty() {
                 return match self.objects {
                     0 => Err(Error::input(&self.name, "no line with an object", "one JSON object a line")),

@@ -1,6 +1,6 @@
 //! Bounded reads of untrusted files.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use std::fs::{self, File};
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,13 +23,13 @@ pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     let target = match fs::canonicalize(&path) {
         Ok(target) => target,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io(&path, "read")(e)),
+        Err(e) => return Err(Error::io(&path, FileOp::Read)(e)),
     };
-    let root = fs::canonicalize(dir).map_err(Error::io(dir, "read"))?;
+    let root = fs::canonicalize(dir).map_err(Error::io(dir, FileOp::Read))?;
     if !target.starts_with(&root) && !in_hub_cache(&root, &target) {
         return Err(Error::input(place, "a link that leaves the model directory", "a file inside the model directory"));
     }
-    if !fs::metadata(&target).map_err(Error::io(&path, "read"))?.is_file() {
+    if !fs::metadata(&target).map_err(Error::io(&path, FileOp::Read))?.is_file() {
         return Err(Error::input(place, "something that is not a regular file", "a file"));
     }
     Ok(Some(path))
@@ -43,13 +43,13 @@ fn in_hub_cache(root: &Path, target: &Path) -> bool {
 
 /// Reads a regular file of at most `max_bytes`.
 pub(crate) fn read_bytes(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
-    let metadata = fs::metadata(path).map_err(Error::io(path, "read"))?;
+    let metadata = fs::metadata(path).map_err(Error::io(path, FileOp::Read))?;
     if !metadata.is_file() {
         return Err(Error::input(path.display().to_string(), "something that is not a regular file", "a file"));
     }
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(Error::io(path, "open"))?;
-    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    let file = File::open(path).map_err(Error::io(path, FileOp::Open))?;
+    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Error::io(path, FileOp::Read))?;
     if bytes.len() as u64 > max_bytes {
         let found = format!("more than {max_bytes} bytes");
         return Err(Error::input(path.display().to_string(), found, format!("at most {max_bytes} bytes")));

@@ -1,6 +1,6 @@
 //! Atomic output directories and files.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -45,18 +45,18 @@ impl OutputDir {
     /// replaced; [`Error::Io`].
     pub fn create(path: &Path, if_exists: IfExists) -> Result<Self> {
         let (parent, name) = split(path)?;
-        fs::create_dir_all(&parent).map_err(Error::io(&parent, "create"))?;
+        fs::create_dir_all(&parent).map_err(Error::io(&parent, FileOp::Create))?;
         let lock = Lock::take(parent.join(format!(".{name}.lock")), path)?;
         let old = parent.join(format!(".{name}.old"));
         if exists(&old) && !exists(path) {
-            fs::rename(&old, path).map_err(Error::io(path, "rename"))?;
+            fs::rename(&old, path).map_err(Error::io(path, FileOp::Rename))?;
         }
         if exists(path) && if_exists == IfExists::Fail {
             return Err(Error::Exists { path: path.to_owned() });
         }
         let partial = parent.join(format!(".{name}.partial"));
         remove(&partial)?;
-        fs::create_dir(&partial).map_err(Error::io(&partial, "create"))?;
+        fs::create_dir(&partial).map_err(Error::io(&partial, FileOp::Create))?;
         Ok(Self { path: path.to_owned(), partial, old, if_exists, committed: false, _lock: lock })
     }
 
@@ -78,13 +78,13 @@ impl OutputDir {
                 return Err(Error::Exists { path: self.path.clone() });
             }
             remove(&self.old)?;
-            fs::rename(&self.path, &self.old).map_err(Error::io(&self.path, "rename"))?;
+            fs::rename(&self.path, &self.old).map_err(Error::io(&self.path, FileOp::Rename))?;
         }
         if let Err(source) = fs::rename(&self.partial, &self.path) {
             if replaces {
-                fs::rename(&self.old, &self.path).map_err(Error::io(&self.path, "rename"))?;
+                fs::rename(&self.old, &self.path).map_err(Error::io(&self.path, FileOp::Rename))?;
             }
-            return Err(Error::io(&self.path, "rename")(source));
+            return Err(Error::io(&self.path, FileOp::Rename)(source));
         }
         self.committed = true;
         sync_parent(&self.path)?;
@@ -112,10 +112,10 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         .prefix(&format!(".{name}."))
         .suffix(".partial")
         .make_in(&parent, |temporary| File::create_new(temporary))
-        .map_err(Error::io(path, "create"))?;
-    file.write_all(bytes).map_err(Error::io(path, "write"))?;
-    file.as_file().sync_all().map_err(Error::io(path, "write"))?;
-    file.persist(path).map_err(|e| Error::io(path, "rename")(e.error))?;
+        .map_err(Error::io(path, FileOp::Create))?;
+    file.write_all(bytes).map_err(Error::io(path, FileOp::Write))?;
+    file.as_file().sync_all().map_err(Error::io(path, FileOp::Write))?;
+    file.persist(path).map_err(|e| Error::io(path, FileOp::Rename)(e.error))?;
     sync_parent(path)
 }
 
@@ -130,11 +130,11 @@ impl Lock {
     fn take(path: PathBuf, output: &Path) -> Result<Self> {
         loop {
             let options = File::options().create(true).truncate(false).write(true).open(&path);
-            let file = options.map_err(Error::io(&path, "create"))?;
+            let file = options.map_err(Error::io(&path, FileOp::Create))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Err(Error::InUse { path: output.to_owned() }),
-                Err(TryLockError::Error(source)) => return Err(Error::io(&path, "lock")(source)),
+                Err(TryLockError::Error(source)) => return Err(Error::io(&path, FileOp::Lock)(source)),
             }
             // The last holder may have removed the file after it was opened here.
             if same_file(&file, &path) {
@@ -183,19 +183,19 @@ fn exists(path: &Path) -> bool {
 pub(crate) fn remove(path: &Path) -> Result<()> {
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
     let removed = if metadata.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
-    removed.map_err(Error::io(path, "remove"))
+    removed.map_err(Error::io(path, FileOp::Remove))
 }
 
 /// Syncs a directory tree to disk.
 fn sync_tree(dir: &Path) -> Result<()> {
-    for entry in fs::read_dir(dir).map_err(Error::io(dir, "read"))? {
-        let entry = entry.map_err(Error::io(dir, "read"))?;
+    for entry in fs::read_dir(dir).map_err(Error::io(dir, FileOp::Read))? {
+        let entry = entry.map_err(Error::io(dir, FileOp::Read))?;
         let path = entry.path();
-        let kind = entry.file_type().map_err(Error::io(&path, "read"))?;
+        let kind = entry.file_type().map_err(Error::io(&path, FileOp::Read))?;
         if kind.is_dir() {
             sync_tree(&path)?;
         } else if kind.is_file() {
-            File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io(&path, "write"))?;
+            File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io(&path, FileOp::Write))?;
         }
     }
     sync_dir(dir)
@@ -207,5 +207,5 @@ fn sync_parent(path: &Path) -> Result<()> {
 
 /// Syncs a directory, which makes renames in it durable.
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
-    if cfg!(unix) { File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io(dir, "write")) } else { Ok(()) }
+    if cfg!(unix) { File::open(dir).and_then(|f| f.sync_all()).map_err(Error::io(dir, FileOp::Write)) } else { Ok(()) }
 }

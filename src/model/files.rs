@@ -1,7 +1,7 @@
 //! Reads and writes Hugging Face model directories.
 
 use super::{ChatTemplate, ModelConfig, Tokenizer};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
 use crate::io::json;
 use crate::io::safetensors::{Safetensors, TensorSpec, float_bytes, write_weights};
@@ -59,7 +59,7 @@ impl ModelDir {
     /// [`Error::Io`].
     pub fn open(dir: &Path) -> Result<Self> {
         let place = dir.display().to_string();
-        if !fs::metadata(dir).map_err(Error::io(dir, "open"))?.is_dir() {
+        if !fs::metadata(dir).map_err(Error::io(dir, FileOp::Open))?.is_dir() {
             return Err(Error::input(place, "something that is not a directory", "a Hugging Face model directory"));
         }
         let Some(config_path) = file_in(dir, "config.json")? else {
@@ -205,7 +205,7 @@ impl ModelDir {
         mut tensor: impl FnMut(ParamId) -> Result<Vec<f32>>,
         max_shard_bytes: u64,
     ) -> Result<()> {
-        fs::create_dir_all(out).map_err(Error::io(out, "create"))?;
+        fs::create_dir_all(out).map_err(Error::io(out, FileOp::Create))?;
         let shards = self.plan_shards(max_shard_bytes)?;
         let count = shards.len();
         let mut weight_map = serde_json::Map::new();
@@ -278,9 +278,9 @@ impl ModelDir {
 
 /// Copies contents but not permissions, so that a read-only input yields a writable output.
 fn copy(from: &Path, to: &Path) -> Result<()> {
-    let mut source = fs::File::open(from).map_err(Error::io(from, "open"))?;
-    let mut target = fs::File::create(to).map_err(Error::io(to, "create"))?;
-    std::io::copy(&mut source, &mut target).map(|_| ()).map_err(Error::io(to, "write"))
+    let mut source = fs::File::open(from).map_err(Error::io(from, FileOp::Open))?;
+    let mut target = fs::File::create(to).map_err(Error::io(to, FileOp::Create))?;
+    std::io::copy(&mut source, &mut target).map(|_| ()).map_err(Error::io(to, FileOp::Write))
 }
 
 /// Special tokens by role, given as strings or as objects with `content`.

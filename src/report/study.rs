@@ -10,7 +10,7 @@ mod training;
 use super::format;
 use super::page::{Figure, Footer, Report, Section};
 use super::table::{Table, markdown_text};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::{json, write_atomic};
 use crate::secure::study::{Outcome, RunConfig};
 pub use map::{perturbation, robustness_map, robustness_table};
@@ -45,7 +45,7 @@ pub fn study_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Rep
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
 pub fn write_report(outcome: &Outcome, config: &RunConfig, command: &str, dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
+    std::fs::create_dir_all(dir).map_err(Error::io(dir, FileOp::Create))?;
     let study = Study { outcome, config, settings: Setting::all(outcome, config) };
     let write = |name: &str, text: &str| write_atomic(&dir.join(name), text.as_bytes());
     json::write(&dir.join("outcome.json"), outcome)?;

@@ -3,7 +3,7 @@
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Loader};
 use crate::engine::{Decoder, Lora};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, OutputDir, json};
 use crate::model::ModelDir;
 use crate::modules::{Cell, LearningRates, ModuleId, ModuleKind, ModuleSet};
@@ -197,9 +197,9 @@ pub fn tune_directory<B: Backend>(
                 "--resume to continue it, or --force to start again",
             ));
         }
-        std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, "remove"))?;
+        std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, FileOp::Remove))?;
     }
-    std::fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished, "create"))?;
+    std::fs::create_dir_all(&unfinished).map_err(Error::io(&unfinished, FileOp::Create))?;
     let run_dir = RunDir {
         dir: unfinished.clone(),
         model: files.hash()?.to_owned(),
@@ -210,14 +210,14 @@ pub fn tune_directory<B: Backend>(
     files.write(out.dir(), |id| decoder.read(id), output.max_shard_bytes)?;
     let metrics = unfinished.join("metrics.jsonl");
     let to = out.dir().join("metrics.jsonl");
-    std::fs::copy(&metrics, &to).map_err(Error::io(&to, "write"))?;
+    std::fs::copy(&metrics, &to).map_err(Error::io(&to, FileOp::Write))?;
     json::write(&out.dir().join("updates.json"), &summary.updates)?;
     let record = serde_json::json!({ "config": output.config, "job": job, "summary": {
         "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes,
         "planned_bytes": summary.planned_bytes } });
     json::write(&out.dir().join("tune.json"), &record)?;
     out.commit()?;
-    std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, "remove"))?;
+    std::fs::remove_dir_all(&unfinished).map_err(Error::io(&unfinished, FileOp::Remove))?;
     Ok(summary)
 }
 

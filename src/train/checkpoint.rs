@@ -4,7 +4,7 @@
 //! `moments.safetensors`, `state.json`, and `manifest.json` with the size and hash of each file. It is written under a
 //! temporary name, synced and renamed.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::safetensors::{Safetensors, SafetensorsWriter, TensorSpec};
 use crate::io::{json, remove, sync_dir};
 use std::collections::BTreeMap;
@@ -53,8 +53,8 @@ impl Checkpoints {
         if !self.dir.exists() {
             return Ok(Vec::new());
         }
-        let entries = fs::read_dir(&self.dir).map_err(Error::io(&self.dir, "read"))?;
-        let names = entries.map(|entry| Ok(entry.map_err(Error::io(&self.dir, "read"))?.file_name()));
+        let entries = fs::read_dir(&self.dir).map_err(Error::io(&self.dir, FileOp::Read))?;
+        let names = entries.map(|entry| Ok(entry.map_err(Error::io(&self.dir, FileOp::Read))?.file_name()));
         Ok(names.collect::<Result<Vec<_>>>()?.into_iter().filter_map(|name| name.into_string().ok()).collect())
     }
 
@@ -62,7 +62,7 @@ impl Checkpoints {
     pub(super) fn begin(&self, step: u64) -> Result<CheckpointWriter> {
         let draft = self.dir.join(format!("{UNFINISHED}{step:08}"));
         remove(&draft)?;
-        fs::create_dir_all(&draft).map_err(Error::io(&draft, "write"))?;
+        fs::create_dir_all(&draft).map_err(Error::io(&draft, FileOp::Write))?;
         Ok(CheckpointWriter { dir: draft, target: self.path(step), files: BTreeMap::new() })
     }
 
@@ -150,7 +150,7 @@ impl CheckpointWriter {
         json::write(&self.dir.join(MANIFEST), &self.files)?;
         sync_dir(&self.dir)?;
         remove(&self.target)?;
-        fs::rename(&self.dir, &self.target).map_err(Error::io(&self.target, "rename"))?;
+        fs::rename(&self.dir, &self.target).map_err(Error::io(&self.target, FileOp::Rename))?;
         self.target.parent().map_or(Ok(()), sync_dir)
     }
 }
@@ -181,9 +181,9 @@ struct FileMark {
 
 impl FileMark {
     fn of(path: &Path) -> Result<Self> {
-        let mut file = fs::File::open(path).map_err(Error::io(path, "open"))?;
+        let mut file = fs::File::open(path).map_err(Error::io(path, FileOp::Open))?;
         let mut hasher = blake3::Hasher::new();
-        let bytes = std::io::copy(&mut file, &mut hasher).map_err(Error::io(path, "read"))?;
+        let bytes = std::io::copy(&mut file, &mut hasher).map_err(Error::io(path, FileOp::Read))?;
         Ok(Self { bytes, blake3: hasher.finalize().to_hex().to_string() })
     }
 }

@@ -1,7 +1,7 @@
 //! Statistics of a run, and `metrics.jsonl`: one line per step, each step once even across interruptions.
 
 use super::updates::Updates;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -114,19 +114,23 @@ pub(super) struct MetricsLog {
 impl MetricsLog {
     /// Opens the log and truncates it to `keep` bytes: the lines behind are of steps that will be repeated.
     pub(super) fn open(path: &Path, keep: u64) -> Result<Self> {
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(Error::io(path, "write"))?;
-        let there = file.metadata().map_err(Error::io(path, "read"))?.len();
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(Error::io(path, FileOp::Write))?;
+        let there = file.metadata().map_err(Error::io(path, FileOp::Read))?.len();
         let bytes = keep.min(there);
-        file.set_len(bytes).map_err(Error::io(path, "write"))?;
-        file.seek(SeekFrom::Start(bytes)).map_err(Error::io(path, "write"))?;
+        file.set_len(bytes).map_err(Error::io(path, FileOp::Write))?;
+        file.seek(SeekFrom::Start(bytes)).map_err(Error::io(path, FileOp::Write))?;
         Ok(Self { path: path.to_owned(), file, bytes })
     }
 
     /// Appends a line in a single write, so that a killed process leaves no partial line.
     pub(super) fn append(&mut self, metrics: &StepMetrics) -> Result<()> {
         let line = json::line(metrics)?;
-        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path, "write"))?;
+        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path, FileOp::Write))?;
         self.bytes += line.len() as u64;
         Ok(())
     }
@@ -138,7 +142,7 @@ impl MetricsLog {
 
     /// Flushes the file to the disk.
     pub(super) fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io(&self.path, "write"))
+        self.file.sync_data().map_err(Error::io(&self.path, FileOp::Write))
     }
 }
 

@@ -10,7 +10,7 @@ use super::{Callbacks, Optimizer, PhaseSummary, RunDir, RunPosition, Updates, id
 use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::safetensors::{Safetensors, TensorSpec};
 use crate::io::{json, remove};
 use crate::modules::{Cell, ParamId};
@@ -149,7 +149,7 @@ pub(super) struct RunFiles {
 impl RunFiles {
     /// Opens or creates a run directory, in which the newest checkpoint alone is kept.
     pub(super) fn open(run_dir: &RunDir, identity: serde_json::Value) -> Result<Self> {
-        std::fs::create_dir_all(&run_dir.dir).map_err(Error::io(&run_dir.dir, "create"))?;
+        std::fs::create_dir_all(&run_dir.dir).map_err(Error::io(&run_dir.dir, FileOp::Create))?;
         let (dir, store) = (run_dir.dir.clone(), Checkpoints::new(&run_dir.dir));
         Ok(Self { dir, store, identity, keep_last: 1, keep_start: false })
     }

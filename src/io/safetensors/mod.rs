@@ -9,7 +9,7 @@ pub use safetensors::Dtype;
 pub use writer::{SafetensorsWriter, TensorSpec, write_weights};
 
 use super::input::printable;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -40,8 +40,8 @@ impl Safetensors {
     /// # Errors
     /// [`Error::Input`] for an invalid header; [`Error::Io`].
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path, "open"))?;
-        let bytes = file.metadata().map_err(Error::io(path, "read"))?.len();
+        let file = File::open(path).map_err(Error::io(path, FileOp::Open))?;
+        let bytes = file.metadata().map_err(Error::io(path, FileOp::Read))?.len();
         let place = path.display().to_string();
         if bytes < 8 {
             return Err(Error::input(place, format!("{bytes} bytes"), "a safetensors file, which has at least 8"));
@@ -49,7 +49,7 @@ impl Safetensors {
         // SAFETY: the mapping is read-only and private to this value. The one way to misuse it is another process that
         // changes the file meanwhile, which every mapping loader of checkpoints accepts; bytes are only read as integers
         // and floats, for which every pattern is valid.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, "map"))?;
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, FileOp::Map))?;
         let (data, tensors) = parse(&map, &place)?;
         Ok(Self { path: path.to_owned(), map, data, tensors })
     }
@@ -138,7 +138,7 @@ impl Safetensors {
             // SAFETY: the map is of a file and read-only: dropped pages hold nothing that the file does not, and are read again
             // when touched. The range lies inside the map: `bytes` checked it.
             let advised = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
-            advised.map_err(Error::io(&self.path, "release"))?;
+            advised.map_err(Error::io(&self.path, FileOp::Release))?;
         }
         Ok(())
     }

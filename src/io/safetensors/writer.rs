@@ -1,7 +1,7 @@
 //! Streaming safetensors writer.
 
 use super::{CHUNK, Dtype, coordinates, float_bytes};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::fs::File;
@@ -61,7 +61,7 @@ impl SafetensorsWriter {
         }
         let mut header = serde_json::Value::Object(header).to_string().into_bytes();
         header.resize(header.len().next_multiple_of(8), b' ');
-        let file = BufWriter::new(File::create(path).map_err(Error::io(path, "create"))?);
+        let file = BufWriter::new(File::create(path).map_err(Error::io(path, FileOp::Create))?);
         let total_bytes = 8 + header.len() as u64 + begin;
         let mut writer = Self { path: path.to_owned(), file, written_bytes: 0, total_bytes };
         writer.write(&(header.len() as u64).to_le_bytes())?;
@@ -75,7 +75,7 @@ impl SafetensorsWriter {
     /// [`Error::Io`].
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.written_bytes += bytes.len() as u64;
-        self.file.write_all(bytes).map_err(Error::io(&self.path, "write"))
+        self.file.write_all(bytes).map_err(Error::io(&self.path, FileOp::Write))
     }
 
     /// Flushes the file and syncs it to disk.
@@ -87,8 +87,8 @@ impl SafetensorsWriter {
     /// If the number of bytes written differs from what the header announces.
     pub fn finish(self) -> Result<()> {
         assert_eq!(self.written_bytes, self.total_bytes, "{}: written and announced bytes", self.path.display());
-        let file = self.file.into_inner().map_err(|e| Error::io(&self.path, "write")(e.into_error()))?;
-        file.sync_all().map_err(Error::io(&self.path, "write"))
+        let file = self.file.into_inner().map_err(|e| Error::io(&self.path, FileOp::Write)(e.into_error()))?;
+        file.sync_all().map_err(Error::io(&self.path, FileOp::Write))
     }
 }
 

@@ -5,7 +5,7 @@ pub(crate) mod model;
 use self::model::DEMO_MAX_LENGTH;
 use super::{EvaluateOptions, RobustnessOptions, ScorerOptions, SearchOptions, TuneRecipe};
 use crate::data::tiny::{Counts, Language, export};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::write_atomic;
 use crate::secure::study::{DataFiles, RunConfig, TuneConfig};
 use crate::train::{PhaseOptions, Schedule, TuneOptions};
@@ -25,7 +25,7 @@ const MODEL: [(&str, &[u8]); 5] = [
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.
 pub fn write_demo_model(dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
+    std::fs::create_dir_all(dir).map_err(Error::io(dir, FileOp::Create))?;
     for (name, bytes) in MODEL {
         let path = dir.join(name);
         if std::fs::read(&path).ok().as_deref() != Some(bytes) {
@@ -42,7 +42,7 @@ pub fn write_demo_model(dir: &Path) -> Result<()> {
 /// [`Error::Io`] where a file cannot be written.
 pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: &Path) -> Result<RunConfig> {
     let data = out.join("data");
-    std::fs::create_dir_all(&data).map_err(Error::io(&data, "create"))?;
+    std::fs::create_dir_all(&data).map_err(Error::io(&data, FileOp::Create))?;
     let language = Language::new(language_seed);
     export(&language, &data, Counts { pairs: 200, train: 600, tasks: 100 }, 1)?;
     let phase = |steps| PhaseOptions {

@@ -4,7 +4,7 @@ use crate::backend::Backend;
 use crate::data::tiny::{Language, Mixture, write_initial_model};
 use crate::data::{Chat, Conversation, Examples, Loader};
 use crate::engine::Decoder;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, OutputDir};
 use crate::model::ModelDir;
 use crate::modules::LearningRates;
@@ -58,7 +58,7 @@ pub fn make_tiny_model<B: Backend>(
     callbacks: &mut dyn Callbacks<B>,
 ) -> Result<()> {
     let output = OutputDir::create(out, if_exists)?;
-    let initial = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir(), "create"))?;
+    let initial = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir(), FileOp::Create))?;
     let language = Language::new(language_seed);
     write_initial_model(&language, seed, initial.path())?;
     let files = ModelDir::open(initial.path())?;

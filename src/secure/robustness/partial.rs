@@ -4,7 +4,7 @@
 //! dropped.
 
 use super::map::{CellRobustness, EpsilonPoint};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::{json, remove, write_atomic};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -69,11 +69,11 @@ impl Partial {
     /// Appends finished cells.
     pub(crate) fn append(&self, done: &[Done]) -> Result<()> {
         let Some(path) = &self.path else { return Ok(()) };
-        let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, "write"))?;
+        let mut file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, FileOp::Write))?;
         for cell in done {
-            file.write_all(json::line(cell)?.as_bytes()).map_err(Error::io(path, "write"))?;
+            file.write_all(json::line(cell)?.as_bytes()).map_err(Error::io(path, FileOp::Write))?;
         }
-        file.sync_data().map_err(Error::io(path, "write"))
+        file.sync_data().map_err(Error::io(path, FileOp::Write))
     }
 
     /// Removes the file.

@@ -1,7 +1,7 @@
 //! The configuration of a study: one TOML file.
 
 use super::SettingSpec;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::secure::eval::EvaluateOptions;
 use crate::secure::probe::train::ProbeOptions;
 use crate::secure::robustness::RobustnessOptions;
@@ -98,7 +98,7 @@ impl RunConfig {
     /// # Errors
     /// [`Error::Input`] names the key; [`Error::Io`].
     pub fn read(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
         let place = path.display().to_string();
         let mut table: toml::Table =
             text.parse().map_err(|e: toml::de::Error| Error::input(&place, e.message(), "valid TOML"))?;

@@ -6,7 +6,7 @@ use super::{Mix, RunConfig, SettingSpec};
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use crate::model::ModelDir;
 use crate::modules::ModuleSet;
@@ -47,7 +47,7 @@ pub fn run<B: Backend>(
     observer: Observer<'_>,
 ) -> Result<Outcome> {
     let start = Instant::now();
-    std::fs::create_dir_all(&config.out).map_err(Error::io(&config.out, "create"))?;
+    std::fs::create_dir_all(&config.out).map_err(Error::io(&config.out, FileOp::Create))?;
     let _lock = lock(&config.out)?;
     let prompts = SecurityPrompt::read(&config.data.security, config.seed)?;
     SecurityPrompt::require_both_labels(&prompts, &config.data.security)?;
@@ -88,7 +88,7 @@ pub fn run<B: Backend>(
 /// Locks the directory against other processes.
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(".lock");
-    let file = File::create(&path).map_err(Error::io(&path, "create"))?;
+    let file = File::create(&path).map_err(Error::io(&path, FileOp::Create))?;
     file.try_lock().map_err(|_| Error::InUse { path: dir.to_owned() })?;
     Ok(file)
 }
@@ -336,7 +336,7 @@ impl<B: Backend> Study<'_, B> {
                 observer: &mut *observer,
                 name: run.name.clone(),
             };
-            std::fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
             callbacks.begin(&model.decoder)?;
             let output = TuneOutput {
                 path: dir.clone(),

@@ -1,6 +1,6 @@
 //! Stage cache: a stage runs again only if its inputs change.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -35,7 +35,7 @@ impl Stages {
         let value = json!({ "stage": name, "inputs_hash": hash, "inputs": inputs,
             "seconds": start.elapsed().as_secs_f64(), "result": result });
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(Error::io(parent, "create"))?;
+            std::fs::create_dir_all(parent).map_err(Error::io(parent, FileOp::Create))?;
         }
         json::write(&path, &value)?;
         // As a later run reads it: a parser may round the last digit of a number, which must not change hashes.
@@ -50,7 +50,7 @@ pub(super) fn hash(inputs: &Value) -> String {
 
 /// Hash of a file's bytes, for the inputs of a stage.
 pub(super) fn file_hash(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
+    let bytes = std::fs::read(path).map_err(Error::io(path, FileOp::Read))?;
     Ok(blake3::hash(&bytes).to_hex()[..16].to_owned())
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 use stored::*;
-use swat::error::{Error, Result};
+use swat::error::{Error, FileOp, Result};
 use swat::model::ModelDir;
 use swat::modules::{ModuleKind, ParamId};
 use tempfile::TempDir;
@@ -401,7 +401,7 @@ fn a_full_disk_is_an_error_with_the_path() {
     let path = out.path().join("model.safetensors");
     std::os::unix::fs::symlink("/dev/full", &path).unwrap();
     let error = model.write(out.path(), |id| model.tensor(id, &shape_of(&model, id)), u64::MAX).unwrap_err();
-    assert!(matches!(&error, Error::Io { path: at, doing: "write", .. } if *at == path), "{error}");
+    assert!(matches!(&error, Error::Io { path: at, doing: FileOp::Write, .. } if *at == path), "{error}");
     assert_eq!(error.exit_code(), 1);
 }
 
