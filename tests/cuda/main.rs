@@ -371,7 +371,7 @@ fn unusable_requests_are_refused_with_the_reason() {
     let (code, text) = refused(4);
     assert!(code == 2 && text.contains("compute capability 7.0"), "{text}");
     let (code, text) = refused(6);
-    assert!(code == 1 && text.contains("does not load the kernels"), "{text}");
+    assert!(code == 1 && text.contains("cannot load the kernels"), "{text}");
     let (code, text) = refused(99);
     assert!(code == 2 && text.contains("cuda:99") && text.contains("device(s)"), "{text}");
 
