@@ -38,7 +38,7 @@ fn perturb<D: Device>(session: &mut Session, device: &D, of_gaussian: &[&'static
         for (op, direction) in kinds {
             let direction_of_any = direction(&any, rows);
             let norm = if direction_of_any.has_norm() { cost::sum_squares(len, 0) } else { Cost::default() };
-            let cost = cost::perturb(len, 2, &direction_of_any, size_of::<D::Float>()) + norm;
+            let cost = direction_of_any.cost(len, 2, size_of::<D::Float>()) + norm;
             let ladder = session.ladder(device, op, &shape, cost, make);
             let versions = if op == "gaussian" { of_gaussian } else { &[] };
             let ladder = ladder.versions(versions, move |d, [w, n, plus, minus]| {

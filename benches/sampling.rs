@@ -24,9 +24,11 @@ fn sampling<D: Device>(session: &mut Session, device: &D, versions: &[&'static s
             d.write(&uniforms, on_device.view_mut()).expect("a working device");
             (random::<D, D::Float>(d, rows * vocab), on_device, integers(d, (0..rows).map(|_| 0)))
         };
-        for (op, temperature) in [("greedy", 0.0), ("nucleus", 0.7)] {
+        let (logits, float) = (rows * vocab, size_of::<D::Float>());
+        for (op, temperature, cost) in
+            [("greedy", 0.0, cost::sample_greedy(logits, float)), ("nucleus", 0.7, cost::sample_nucleus(logits, float))]
+        {
             let sampling = Sampling { temperature, top_p: 0.9 };
-            let cost = cost::sample(rows * vocab, sampling, size_of::<D::Float>());
             let ladder = session.ladder(device, op, &shape, cost, make);
             let ladder = ladder.versions(versions, move |d, (logits, uniforms, tokens)| {
                 let (logits, uniforms) = (logits.view(), uniforms.view());

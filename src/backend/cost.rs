@@ -5,7 +5,6 @@
 //! are left out. FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends
 //! differ in their types: `float`, `grad` and `moment` are bytes of an element.
 
-use super::{Direction, LinearShape, Sampling};
 use std::iter::Sum;
 use std::ops::Add;
 
@@ -42,6 +41,17 @@ impl Sum for Cost {
     fn sum<I: Iterator<Item = Self>>(costs: I) -> Self {
         costs.fold(Self::default(), Self::add)
     }
+}
+
+/// Sizes of a linear layer: X [tokens, inputs] · Wᵀ [inputs, outputs].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Rows of X and Y.
+    pub tokens: usize,
+    /// Columns of X and of W.
+    pub inputs: usize,
+    /// Columns of Y, rows of W.
+    pub outputs: usize,
 }
 
 /// C [m, n] = A·B over a depth of k; A and B have elements of `float` bytes, C of `result`.
@@ -191,9 +201,14 @@ pub fn cross_entropy_gradient(logits: usize, float: usize) -> Cost {
     Cost::each(logits, 2 * float, 7)
 }
 
-/// A token a row of logits.
-pub fn sample(logits: usize, sampling: Sampling, float: usize) -> Cost {
-    Cost::each(logits, float, if sampling.temperature > 0.0 { 80 } else { 1 })
+/// The largest of each row of logits.
+pub fn sample_greedy(logits: usize, float: usize) -> Cost {
+    Cost::each(logits, float, 1)
+}
+
+/// A draw from the nucleus of each row of logits.
+pub fn sample_nucleus(logits: usize, float: usize) -> Cost {
+    Cost::each(logits, float, 80)
 }
 
 /// Σ x² of elements of `element` bytes.
@@ -209,17 +224,6 @@ pub fn adamw(elements: usize, float: usize, grad: usize, moment: usize) -> Cost 
 /// `copies` perturbed copies of a tensor; the direction takes `bytes` and `flops` an element.
 pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usize, float: usize) -> Cost {
     Cost::each(elements, (1 + copies) * float + bytes, 2 * copies + flops)
-}
-
-/// Perturbed copies with the norm of the direction, whose values are computed once; the tensor's norm is known.
-pub fn perturb<V>(elements: usize, copies: usize, direction: &Direction<V>, float: usize) -> Cost {
-    let (bytes, flops) = match direction {
-        Direction::Gaussian(_) => (0, 2 + NORMAL_FLOPS),
-        Direction::Rademacher(_) | Direction::Scale => (0, 0),
-        Direction::LowRank { rank, .. } => (0, 2 * rank),
-        Direction::Given(_) => (float, 2),
-    };
-    perturbed_copies(elements, copies, bytes, flops, float)
 }
 
 /// FLOPs of silu(gate) · up: a negation, an exponential, a sum, a quotient, a product.

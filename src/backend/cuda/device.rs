@@ -1,6 +1,5 @@
 //! One GPU: the images loaded on it, its memory, its graphs and its timer, and the one place that launches kernels.
 
-use super::Image;
 use super::arena::Arena;
 use super::context::{Context, cannot_open, describe, lock};
 use super::graph::GraphCache;
@@ -26,6 +25,17 @@ const HOPPER: (i32, i32) = (9, 0);
 /// Environment variable; `off` launches every kernel eagerly.
 const GRAPHS: &str = "SWAT_CUDA_GRAPHS";
 const MAX_DYNAMIC: FunctionAttribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+
+/// The embedded code of a kernel file.
+#[derive(serde::Serialize)]
+pub struct Image {
+    /// Stem of the kernel file.
+    pub stem: &'static str,
+    /// Compressed size.
+    pub bytes: usize,
+    /// `sm_80` for code of a compute capability, `compute_80` for PTX that the driver compiles for newer ones.
+    pub architectures: &'static [&'static str],
+}
 
 /// An open GPU with the kernels loaded on it.
 pub(super) struct Device {

@@ -30,7 +30,7 @@ impl<T: Element> Memory<T> {
     /// # Errors
     /// [`Error::Memory`] with the planned and the free bytes.
     pub(super) fn new(device: &Arc<Device>, len: usize) -> Result<Self> {
-        let too_much = || Error::failed(format!("{len} elements of {} are beyond any memory", T::NAME), "use less");
+        let too_much = || Error::failed(format!("{len} elements of {} exceed any memory", T::NAME), "use less");
         let bytes = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_next_multiple_of(GRANULE_BYTES));
         let bytes = bytes.ok_or_else(too_much)?;
         let memory = |pointer| Self { device: device.clone(), pointer, bytes, element: PhantomData };
@@ -74,7 +74,7 @@ impl<T: Element> Memory<T> {
                 ),
                 planned_bytes: bytes as u64,
                 free_bytes: free,
-                help: "use a smaller batch, a shorter --max-length or --recompute; `swat plan` tells what fits".into(),
+                help: "use a smaller batch, a shorter --max-length or --recompute; `swat plan` shows what fits".into(),
             })
         })
     }

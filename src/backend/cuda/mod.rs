@@ -28,11 +28,12 @@ mod tensor_map;
 pub mod testing;
 mod timer;
 
+pub use device::Image;
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
 pub use precision::{Bf16State, F32State, Precision};
-pub use survey::{Image, Survey, survey};
+pub use survey::{Survey, survey};
 
 use super::ops::*;
 use super::{Backend, Buffer, Cost, Element, FloatElement, View, ViewMut, trace};

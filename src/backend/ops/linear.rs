@@ -1,19 +1,9 @@
 //! Linear layers: products with a weight, alone and several with the same input, and their gradients.
 
 use super::Operator;
-use crate::backend::{Backend, Cost, In, Out, View, ViewMut, cost, trace};
+use crate::backend::cost::{self, LinearShape};
+use crate::backend::{Backend, Cost, In, Out, View, ViewMut, trace};
 use crate::error::Result;
-
-/// Sizes of a linear layer: X [tokens, inputs] · Wᵀ [inputs, outputs].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinearShape {
-    /// Rows of X and Y.
-    pub tokens: usize,
-    /// Columns of X and of W.
-    pub inputs: usize,
-    /// Columns of Y, rows of W.
-    pub outputs: usize,
-}
 
 impl LinearShape {
     /// Asserts the elements of tensors like X, W and Y.

@@ -21,7 +21,7 @@ pub use cross_entropy::{CrossEntropy, IGNORE};
 pub use embedding::{EmbeddingBackward, GatherRows, ScatterRows};
 pub use linear::{
     Epilogue, GatedLinear, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
-    LinearBackwardWeight, LinearBackwardWeightEach, LinearEach, LinearShape, Projection, WeightGradient,
+    LinearBackwardWeight, LinearBackwardWeightEach, LinearEach, Projection, WeightGradient,
 };
 pub use perturb::{Direction, NoiseKey, Perturb, SquaredNorm};
 pub use rmsnorm::{RmsNorm, RmsNormBackward};
@@ -29,6 +29,7 @@ pub use rope::Rope;
 pub use sampling::{Sample, Sampling};
 pub use swiglu::{SwiGlu, SwiGluBackward};
 
+pub use super::cost::LinearShape;
 use super::{Backend, Cost, trace};
 use crate::error::Result;
 

@@ -41,6 +41,18 @@ impl<V> Direction<V> {
         !matches!(self, Self::Scale)
     }
 
+    /// Cost of `copies` perturbed copies of a weight whose norm is known; the values of the direction and their norm are
+    /// computed once. `float`: bytes of an element.
+    pub fn cost(&self, elements: usize, copies: usize, float: usize) -> Cost {
+        let (bytes, flops) = match self {
+            Self::Gaussian(_) => (0, 2 + cost::NORMAL_FLOPS),
+            Self::Rademacher(_) | Self::Scale => (0, 0),
+            Self::LowRank { rank, .. } => (0, 2 * rank),
+            Self::Given(_) => (float, 2),
+        };
+        cost::perturbed_copies(elements, copies, bytes, flops, float)
+    }
+
     /// The same with its view converted.
     pub fn map<'s, U>(&'s self, convert: impl FnOnce(&'s V) -> U) -> Direction<U> {
         match self {
@@ -108,7 +120,7 @@ impl<B: Backend> Operator<B> for Perturb<'_, B> {
     fn cost(&self) -> Cost {
         let (len, copies) = (self.w.len(), 1 + usize::from(self.minus.is_some()));
         let computed = self.squares.is_none() && self.direction.has_norm();
-        cost::perturb(len, copies, &self.direction, size_of::<B::Float>())
+        self.direction.cost(len, copies, size_of::<B::Float>())
             + if computed { cost::sum_squares(len, 0) } else { Cost::default() }
     }
 

@@ -46,7 +46,12 @@ impl<B: Backend> Operator<B> for Sample<'_, B> {
     }
 
     fn cost(&self) -> Cost {
-        cost::sample(self.logits.len(), self.sampling, size_of::<B::Float>())
+        let (logits, float) = (self.logits.len(), size_of::<B::Float>());
+        if self.sampling.temperature > 0.0 {
+            cost::sample_nucleus(logits, float)
+        } else {
+            cost::sample_greedy(logits, float)
+        }
     }
 
     fn launch(self, backend: &B) -> Result<()> {
