@@ -12,7 +12,7 @@ pub trait Element: bytemuck::Pod + Send + Sync + PartialEq + std::fmt::Debug {
     const DTYPE: Dtype;
 }
 
-/// An element that stands for a real number.
+/// A floating-point element.
 pub trait FloatElement: Element {
     /// Exact.
     fn to_f32(self) -> f32;

@@ -1,8 +1,7 @@
 //! Bytes and FLOPs of the operators by their sizes: one function a family, shared by the trace spans, the launches of kernels,
 //! `swat plan` and the benches.
 //!
-//! Bytes count each tensor once, as it is read or written; small ones that no time goes into (positions, starts of documents)
-//! are left out. FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends
+//! Bytes count each tensor once, as it is read or written; small ones (positions, starts of documents) are left out. FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends
 //! differ in their types: `float`, `grad` and `moment` are bytes of an element.
 
 use std::iter::Sum;
@@ -166,7 +165,7 @@ pub fn rmsnorm_backward(elements: usize, width: usize, wanted: NormGradients, fl
         + Cost::moved(width * float + elements / width * size_of::<f32>())
 }
 
-/// In place.
+/// Rotation in place.
 pub fn rope(elements: usize, float: usize) -> Cost {
     Cost::each(elements, 2 * float, 3)
 }
@@ -176,7 +175,7 @@ pub fn swiglu(elements: usize, float: usize) -> Cost {
     Cost::each(elements, 3 * float, SWIGLU_FLOPS)
 }
 
-/// dgate and dup in the place of gate and up.
+/// dgate and dup replace gate and up.
 pub fn swiglu_backward(elements: usize, float: usize) -> Cost {
     Cost::each(elements, 5 * float, 13)
 }
@@ -196,7 +195,7 @@ pub fn cross_entropy(logits: usize, float: usize) -> Cost {
     Cost::each(logits, float, 4)
 }
 
-/// The same with the gradients in the place of the logits.
+/// Losses, and gradients that replace the logits.
 pub fn cross_entropy_gradient(logits: usize, float: usize) -> Cost {
     Cost::each(logits, 2 * float, 7)
 }

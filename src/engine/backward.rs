@@ -103,7 +103,7 @@ impl<B: Backend> Decoder<B> {
         self.backend.replay(|| self.forward_and_backward(&packed, &inputs, gradients, options, losses))
     }
 
-    /// The device's work for a micro-batch; nothing comes from the host any more.
+    /// The device's work for a micro-batch, without copies from the host.
     fn forward_and_backward(
         &self,
         packed: &Packed<'_, B>,

@@ -39,7 +39,7 @@ pub(super) struct RopeTable<B: Backend> {
     pub(super) values: Arc<Buffer<B, f32>>,
 }
 
-/// Perturbed values that stand in for tensors of the decoder.
+/// Perturbed values that replace tensors of the decoder.
 pub(super) type Overlay<'a, B> = BTreeMap<ParamId, In<'a, B>>;
 
 impl<B: Backend> Decoder<B> {

@@ -95,7 +95,7 @@ struct Slot {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Answers to `prompts`; `on_token(prompt, token)` sees each token as it comes (stop tokens too).
+    /// Answers to `prompts`; `on_token(prompt, token)` is called for each token, stop tokens included.
     ///
     /// Several sequences are decoded at once (continuous batching): a prompt takes the slot of each one that ends.
     ///
@@ -218,7 +218,7 @@ impl<B: Backend> Decoder<B> {
             running.iter().filter_map(|slot| active[*slot].as_ref().map(|s| (*slot, s))).collect();
         let longest = states.iter().map(|(_, s)| s.len + 1).max().unwrap_or(0);
         let rope = self.rope(longest)?;
-        // Everything that comes from the host, in one copy.
+        // All host inputs in one copy.
         let first = |slot: usize| slot * cache.capacity;
         let tokens = states.iter().map(|(_, s)| s.last);
         let positions = states.iter().map(|(_, s)| s.len as u32);

@@ -29,8 +29,8 @@ impl Lora {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Puts adapters beside the projections of `set`: A uniform in ±1/√inputs (as `peft`), B zero, so that nothing
-    /// changes until a step is taken.
+    /// Adds adapters to the projections of `set`: A uniform in ±1/√inputs (as `peft`), B zero, so that the outputs are
+    /// unchanged until the first step.
     ///
     /// # Errors
     /// [`Error::Input`] where the rank is 0; [`Error::Device`] or [`Error::Memory`] where the device fails.

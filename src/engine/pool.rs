@@ -8,11 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Free buffers of one element type.
 pub(super) struct Shelf<B: Backend, T: Element> {
-    /// With the order in which they were made, which decides between equals: a step that asks for the same again gets the
-    /// same again.
+    /// With the order of their allocation, which decides between equal sizes: a step with the same requests gets the same
+    /// buffers.
     free: Mutex<Vec<(usize, Buffer<B, T>)>>,
     made: AtomicUsize,
-    /// Tokens of the training pass at work, 0 = none, and of the longest so far.
+    /// Tokens of the running training pass (0 = none), and of the longest so far.
     tokens: AtomicUsize,
     longest: AtomicUsize,
 }
@@ -108,13 +108,13 @@ impl<B: Backend> Drop for Pass<'_, B> {
     }
 }
 
-/// Statistics of rows, lent by the pool.
+/// Statistics of rows (f32) in pooled memory.
 pub(super) type Stats<'p, B> = Scratch<'p, B, f32>;
 
-/// Activations lent by the pool.
+/// Activations in pooled memory.
 pub(super) type Floats<'p, B> = Scratch<'p, B, <B as Backend>::Float>;
 
-/// A buffer lent by a shelf; it goes back when dropped.
+/// A buffer borrowed from a shelf; returned when dropped.
 pub(super) struct Scratch<'p, B: Backend, T: Element> {
     buffer: Option<Buffer<B, T>>,
     made: usize,
@@ -167,7 +167,7 @@ mod tests {
         }
     }
 
-    /// What a training pass does with memory: in each layer a wide buffer that is freed, and narrow ones that are kept.
+    /// The requests of a training pass: in each layer a wide buffer that is freed, and narrow ones that are kept.
     fn pass(pool: &Pool<Cpu>, tokens: usize) -> usize {
         let _pass = pool.pass(tokens);
         let mut kept = Vec::new();
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_not_wider_than_it_must_be() {
+    fn kept_buffers_are_no_wider_than_needed() {
         let pool = Pool::default();
         let needed = (3 + 10) * 1000 * 4;
         let found = pass(&pool, 1000);

@@ -1,9 +1,9 @@
 //! The perturbed sweep: many copies of the model, each with some tensors perturbed, read at the last token of every prompt.
 //!
-//! What makes it cheap, next to perturbing, running and restoring one copy after another:
-//! - what prompts have in common from their beginnings on is computed once ([`DistinctRows`]);
+//! Savings over perturbing, running and restoring one copy after another:
+//! - shared prefixes of prompts are computed once ([`DistinctRows`]);
 //! - everything below the lowest perturbed layer is the clean model's, computed once for all;
-//! - inside that layer, what comes before the perturbed projection is shared as well;
+//! - inside that layer, everything before the perturbed projection is shared as well;
 //! - above it, copies are concatenated along the tokens until products are large enough for the backend;
 //! - an antithetic pair shares its draw, and weights are perturbed out of place;
 //! - of the last layer only the last tokens are computed, beyond keys and values.
@@ -25,7 +25,7 @@ use std::ops::Range;
 /// One perturbed copy of the model: a set of cells, all drawn from one seed, with a sign. No cells = the clean model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Member {
-    /// What is perturbed.
+    /// The perturbed cells.
     pub cells: ModuleSet,
     /// Seed of the draw.
     pub seed: u64,
@@ -50,25 +50,25 @@ pub enum NoiseKind {
     Update(BTreeMap<ParamId, Vec<f32>>),
 }
 
-/// What to perturb by, and what to read.
+/// Options of a sweep: the noise, and the outputs to read.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SweepOptions {
     /// Kind of noise.
     pub kind: NoiseKind,
     /// Relative norm of the perturbation.
     pub epsilon: f32,
-    /// Indices into the hidden states that are wanted, from 0 (the embedding's output) to layers (after the final norm).
+    /// Indices of the hidden states to read, from 0 (the embedding's output) to layers (after the final norm).
     pub layers: Vec<usize>,
-    /// Rows of the vocabulary whose logits are wanted.
+    /// Token ids whose logits are read.
     pub head_rows: Vec<u32>,
-    /// Working memory that the concatenated copies may take.
+    /// Bytes of working memory for the concatenated copies.
     pub budget_bytes: u64,
 }
 
-/// What one member gives at the last token of every prompt.
+/// Outputs of one member at the last token of every prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Readout {
-    /// For each wanted index, in ascending order, [prompts, hidden].
+    /// For each of [`SweepOptions::layers`], in ascending order, [prompts, hidden].
     pub hidden: Vec<Vec<f32>>,
     /// [prompts, head_rows].
     pub logits: Vec<f32>,
@@ -104,13 +104,13 @@ struct SweepInputs<'p, B: Backend> {
 struct Piece<'p, B: Backend> {
     members: Range<usize>,
     prompts: Batch,
-    /// Of several members; one takes the prompts' own.
+    /// For several members; a single one uses the prompts' own.
     packed: Option<Packed<'p, B>>,
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Runs every member over the prompts. Members come to `sink(index, readout)` in the order of the lowest layer that
-    /// they perturb, not in their own.
+    /// Runs every member over the prompts, and calls `sink(index, readout)` for each, in the order of the lowest layer that
+    /// members perturb.
     ///
     /// # Errors
     /// Those of `sink`; [`crate::Error::Input`] where the prompts do not fit the model; [`crate::Error::Device`] or
@@ -421,7 +421,7 @@ impl<B: Backend> Decoder<B> {
         self.project(overlay, module(ModuleKind::Down), product.view(), out, tokens, Some(mid))
     }
 
-    /// Keeps the last tokens' hidden states at index `layer`, where they are wanted.
+    /// Reads the last tokens' hidden states at index `layer`, if selected.
     fn tap(
         &self,
         x: &Floats<'_, B>,
@@ -447,7 +447,7 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Final norm and the wanted rows of the head. `rows`: the last tokens after the last layer, [prompts, hidden].
+    /// Final norm and the selected rows of the head. `rows`: the last tokens after the last layer, [prompts, hidden].
     fn read_head<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,

@@ -69,7 +69,7 @@ thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Gives `f` this thread's scratch, cut into pieces of the lengths asked for. Contents are whatever was there.
+/// Calls `f` with this thread's scratch, cut into pieces of these lengths, of unspecified content.
 fn with_scratch<const N: usize, R>(lengths: [usize; N], f: impl FnOnce([&mut [f32]; N]) -> R) -> R {
     SCRATCH.with_borrow_mut(|scratch| {
         let total = lengths.iter().sum();

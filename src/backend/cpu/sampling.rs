@@ -14,7 +14,7 @@ pub(super) fn sample(Sample { logits, uniforms, tokens, vocab, sampling }: Sampl
     });
 }
 
-/// −∞ where nothing compares (NaN).
+/// The largest logit; −∞ where all are NaN.
 fn largest(row: &[f32]) -> f32 {
     let mut tops = [f32::NEG_INFINITY; 16];
     for chunk in row.chunks(tops.len()) {
@@ -25,7 +25,7 @@ fn largest(row: &[f32]) -> f32 {
     tops.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// The first of the largest; 0 where nothing compares (NaN).
+/// The first of the largest logits; 0 where all are NaN.
 fn greedy(row: &[f32]) -> u32 {
     let top = largest(row);
     row.iter().position(|x| *x == top).unwrap_or(0) as u32

@@ -110,7 +110,7 @@ pub(super) fn sum<S: Simd>(simd: S, x: &[f32]) -> f32 {
     simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(s0, s1), simd.add_f32s(s2, s3)))
 }
 
-/// max xᵢ; −∞ for nothing.
+/// max xᵢ; −∞ for an empty slice.
 #[inline(always)]
 pub(super) fn max<S: Simd>(simd: S, x: &[f32]) -> f32 {
     let (x, tail) = S::as_simd_f32s(x);

@@ -10,7 +10,7 @@
 //! | no | `baseline` | `baseline` | `baseline` |
 //!
 //! Where blocks of dK and dV would leave multiprocessors idle, the heads of a group are shared among several. Forced by
-//! name ([`super::with_version`]): `flash64` gives them all to one block, `flash128` a block to each.
+//! name ([`super::with_version`]), `flash64` puts all heads of a group into one block, `flash128` each into its own.
 
 use super::device::Device;
 use super::launch::{Launch, args, blocks};

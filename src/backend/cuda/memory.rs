@@ -132,7 +132,7 @@ impl<'a, T> Slice<'a, T> {
 pub(super) struct SliceMut<'a, T>(Slice<'a, T>);
 
 impl<T> SliceMut<'_, T> {
-    /// The same for a shorter time, so that it can be used twice.
+    /// The same for a shorter lifetime, so that it can be passed twice.
     pub(super) fn reborrow(&mut self) -> SliceMut<'_, T> {
         SliceMut(self.0)
     }
@@ -175,7 +175,7 @@ pub(super) fn slice_mut<'a, T: Element, P: Precision>(view: ViewMut<'a, Cuda<P>,
     SliceMut(storage.slice(view.range))
 }
 
-/// Zeros every byte.
+/// Sets every byte to 0.
 pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result<()> {
     if to.len == 0 {
         return Ok(());

@@ -2,8 +2,8 @@
 //!
 //! A kernel, its wrapper here, its CPU twin, its tests and its benches share a stem: `kernels/rmsnorm.cu`,
 //! `backend/cuda/rmsnorm.rs`, `backend/cpu/rmsnorm.rs`, `tests/ops/rmsnorm.rs`. A wrapper checks what its kernel assumes,
-//! chooses the version, and launches. All work of a device goes through one stream: nothing waits but
-//! [`Backend::read`] and [`Backend::synchronize`], and results do not depend on timing.
+//! chooses the version, and launches. All work of a device goes through one stream: only [`Backend::read`]
+//! and [`Backend::synchronize`] wait, and results do not depend on timing.
 
 mod adamw;
 mod arena;
@@ -111,7 +111,7 @@ impl<P: Precision> Cuda<P> {
         lock(&self.device.arena).peak_bytes() as u64
     }
 
-    /// How [`Backend::replay`] launches: [`LaunchMode::Graphs`] unless the environment says `SWAT_CUDA_GRAPHS=off`.
+    /// How [`Backend::replay`] launches: [`LaunchMode::Graphs`] unless the environment has `SWAT_CUDA_GRAPHS=off`.
     pub fn set_launch_mode(&self, mode: LaunchMode) {
         self.device.replays.store(mode == LaunchMode::Graphs, std::sync::atomic::Ordering::Relaxed);
     }

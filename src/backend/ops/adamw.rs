@@ -53,9 +53,9 @@ pub struct AdamWModule<'a, B: Backend> {
 /// One step over a table: g = clip·grad, clip = min(1, max_grad_norm / (√Σ squares + 1e-6)); w ·= 1 − lr·decay;
 /// m += (1−β₁)·(g − m); v = β₂·v + (1−β₂)·g²; w −= lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε).
 pub struct AdamWMasked<'t, 'a, B: Backend> {
-    /// What trains, and nothing else.
+    /// The tensors that train.
     pub table: &'t mut [AdamWModule<'a, B>],
-    /// \[table\], by [`SumSquares`] of the gradients. Where their sum is not finite nothing is changed.
+    /// \[table\], by [`SumSquares`] of the gradients. A sum that is not finite leaves everything unchanged.
     pub squares: View<'t, B, f32>,
     /// Hyper-parameters.
     pub hyper: AdamW,

@@ -155,7 +155,7 @@ struct Open {
 }
 
 impl Guard {
-    /// Ends the span of an operation that turned out not to run, and records nothing.
+    /// Discards the span of an operation that did not run.
     pub(super) fn cancel(mut self) {
         if let Some(open) = self.0.take() {
             SCOPE.set(open.outer);
@@ -169,7 +169,7 @@ pub fn phase(name: &'static str) -> Guard {
     open(SpanKind::Phase, name, |_| Scope { phase: name, layer: None }, Cost::default)
 }
 
-/// A layer of the model; nothing inside of a span of the same layer.
+/// A layer of the model; no span inside a span of the same layer.
 #[inline]
 pub fn layer(index: usize) -> Guard {
     open(SpanKind::Layer, "layer", |outer| Scope { layer: Some(index), ..outer }, Cost::default)

@@ -1,5 +1,5 @@
 //! NVTX ranges, which `nsys` and `ncu` show and filter by: <https://nvidia.github.io/NVTX>. The library is opened
-//! where ranges are asked for, and nowhere else.
+//! on the first request for ranges.
 
 use crate::error::{Error, Result};
 use libloading::Library;

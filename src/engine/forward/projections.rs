@@ -85,7 +85,7 @@ impl<B: Backend> Decoder<B> {
         Ok(unnormed)
     }
 
-    /// q or k alone, as [`Decoder::project_qkv`] gives them.
+    /// q or k by itself, as in [`Decoder::project_qkv`].
     pub(in crate::engine) fn project_rotated<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,

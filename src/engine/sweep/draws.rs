@@ -1,4 +1,4 @@
-//! Draws of noise: which members share one, in what order they run, and the perturbed tensors themselves.
+//! Draws of noise: their members, their order, and the perturbed tensors.
 
 use super::{Member, NoiseKind, SweepInputs};
 use crate::backend::{Backend, Buffer, Direction, NoiseKey, Operator, Perturb, SquaredNorm, View, trace};
@@ -21,12 +21,12 @@ pub(super) struct NoiseDraw<'m> {
 pub(super) struct Squares<B: Backend>(Vec<OnceCell<Buffer<B, f64>>>);
 
 impl<B: Backend> Squares<B> {
-    /// Of none of the decoder's tensors yet.
+    /// Empty.
     pub(super) fn new(decoder: &Decoder<B>) -> Self {
         Self(decoder.params.iter().map(|_| OnceCell::new()).collect())
     }
 
-    /// Of the tensor at `index`.
+    /// Of the tensor at `index`, computed on first use.
     fn of(&self, decoder: &Decoder<B>, index: usize) -> Result<View<'_, B, f64>> {
         let cell = &self.0[index];
         if let Some(squares) = cell.get() {
@@ -45,7 +45,7 @@ pub(super) fn overlay<B: Backend>(perturbed: &Perturbed<B>) -> Overlay<'_, B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// The perturbed tensors of a draw that `wanted` says, one set a member (plus and minus come from one draw).
+    /// The perturbed tensors of a draw, one set a member; `wanted` selects tensors.
     pub(super) fn perturbed(
         &self,
         draw: &NoiseDraw<'_>,
@@ -107,7 +107,7 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// 0 for the embedding, l + 1 for layer l, layers + 1 for what comes after the last layer.
+/// 0 for the embedding, l + 1 for layer l, layers + 1 for the final norm and the head.
 pub(super) fn stage(cell: Cell, layers: usize) -> usize {
     match cell {
         Cell::Embedding => 0,
@@ -116,7 +116,7 @@ pub(super) fn stage(cell: Cell, layers: usize) -> usize {
     }
 }
 
-/// Puts antithetic twins together.
+/// Groups members by their draw: antithetic twins share one.
 pub(super) fn draws(members: &[Member]) -> Vec<NoiseDraw<'_>> {
     let mut draws: Vec<NoiseDraw<'_>> = Vec::new();
     let mut open: HashMap<(String, u64), usize> = HashMap::new();
@@ -127,7 +127,7 @@ pub(super) fn draws(members: &[Member]) -> Vec<NoiseDraw<'_>> {
             && draws[d].members.len() == 1
             && draws[d].members[0].1 != member.negative
         {
-            // The plus member comes first, as `perturbed` gives them.
+            // The plus member first, as `perturbed` returns them.
             let position = usize::from(member.negative);
             draws[d].members.insert(position, (i, member.negative));
             continue;
@@ -138,7 +138,7 @@ pub(super) fn draws(members: &[Member]) -> Vec<NoiseDraw<'_>> {
     draws
 }
 
-/// Groups of draws with at most `members` members; draws that reach into other layers apart from those that do not.
+/// Groups of draws with at most `members` members; draws over several layers are kept apart.
 pub(super) fn grouped(draws: Vec<NoiseDraw<'_>>, members: usize) -> Vec<Vec<NoiseDraw<'_>>> {
     let one_layer = |d: &NoiseDraw<'_>| {
         let mut layers: Vec<_> = d.cells.iter().map(|c| c.layer()).collect();

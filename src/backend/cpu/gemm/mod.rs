@@ -190,7 +190,7 @@ mod tests {
         (squares / (m * n) as f64).sqrt()
     }
 
-    /// Both ways of computing, whichever the machine prefers, in all layouts; the unit is as exact as f32.
+    /// The preferred path of this machine and the crate's, in all layouts; the matrix unit is as exact as f32.
     #[test]
     fn either_way_is_exact() {
         for size in [(8, 8, 8), (33, 65, 31), (100, 40, 900), (17, 300, 64), (129, 96, 1600)] {

@@ -15,7 +15,7 @@ pub(super) const BLOCK: u32 = 384;
 /// Lines of a box of a bulk tensor copy: rows of A where k is contiguous, else depth.
 const BOX_ROWS_A: usize = 128;
 const BOX_DEPTH: usize = 64;
-/// What bulk tensor copies want: the alignment of a tensor and of its rows.
+/// Alignment of a tensor and of its rows for bulk tensor copies.
 const COPY_BYTES: usize = 16;
 /// Alignment of a bias that is read by pairs.
 const PAIR_BYTES: u64 = 4;
@@ -71,7 +71,7 @@ fn finish<T: FloatElement>(c: Slice<T>, partials: Option<Slice<f32>>, n: usize, 
         "f32" if sum_alone => Finish::StoreF32,
         "f32" => any,
         _ if sum_alone && !accumulate => Finish::Store,
-        // One tensor to add comes by copies as C leaves.
+        // The bulk copies load one addend at most.
         _ if accumulate && residual.is_some() => any,
         _ if residual.is_some_and(|residual| !copies(residual, n)) => any,
         _ if bias.is_some_and(|bias| !bias.aligned(PAIR_BYTES)) => any,
@@ -123,12 +123,12 @@ pub(super) fn groups<T: FloatElement>(outputs: &[Output<T>]) -> bool {
     outputs.iter().all(|output| !matches!(output.finish(), Finish::Any | Finish::AnyF32))
 }
 
-/// The values of the members of a group, the last one again for those that are not there.
+/// The values of the members of a group, padded with the last one.
 fn padded(values: Vec<Arg>) -> [Arg; MEMBERS] {
     std::array::from_fn(|i| values[i.min(values.len() - 1)])
 }
 
-/// The sizes of the members of a group, nothing for those that are not there.
+/// The sizes of the members of a group, padded with 0.
 fn sizes(values: impl Iterator<Item = usize>) -> [Arg; MEMBERS] {
     let mut all = [Arg::U32(0); MEMBERS];
     all.iter_mut().zip(values).for_each(|(to, value)| *to = Arg::U32(size(value)));
