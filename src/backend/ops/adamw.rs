@@ -63,7 +63,6 @@ pub struct AdamWMasked<'t, 'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for AdamWMasked<'_, '_, B> {
     const NAME: &'static str = "adamw_masked";
-    type Output = ();
 
     fn check(&self) {
         assert_eq!(self.table.len(), self.squares.len());
@@ -92,7 +91,6 @@ pub struct SumSquares<'a, B: Backend, T: FloatElement> {
 
 impl<B: Backend, T: FloatElement> Operator<B> for SumSquares<'_, B, T> {
     const NAME: &'static str = "sum_squares";
-    type Output = ();
 
     fn check(&self) {
         assert_eq!(self.parts.len(), self.squares.len());

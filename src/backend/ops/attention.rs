@@ -101,7 +101,6 @@ pub struct Attention<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for Attention<'_, B> {
     const NAME: &'static str = "attention";
-    type Output = ();
 
     fn check(&self) {
         self.shape.check_packed(self.q.len(), [self.k.len(), self.v.len()], self.documents);
@@ -149,7 +148,6 @@ pub struct AttentionBackward<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for AttentionBackward<'_, B> {
     const NAME: &'static str = "attention_backward";
-    type Output = ();
 
     fn check(&self) {
         self.shape.check_packed(self.q.len(), [self.k.len(), self.v.len()], self.documents);
@@ -212,7 +210,6 @@ pub struct AttentionDecode<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for AttentionDecode<'_, B> {
     const NAME: &'static str = "attention_decode";
-    type Output = ();
 
     fn check(&self) {
         self.shape.check();

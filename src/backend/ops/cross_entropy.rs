@@ -23,7 +23,6 @@ pub struct CrossEntropy<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for CrossEntropy<'_, B> {
     const NAME: &'static str = "cross_entropy";
-    type Output = ();
 
     fn check(&self) {
         let (rows, vocab) = (self.targets.len(), self.vocab);

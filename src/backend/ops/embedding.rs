@@ -18,7 +18,6 @@ pub struct GatherRows<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for GatherRows<'_, B> {
     const NAME: &'static str = "gather_rows";
-    type Output = ();
 
     fn check(&self) {
         assert!(self.width > 0 && self.to.len() == self.rows.len() * self.width);
@@ -47,7 +46,6 @@ pub struct ScatterRows<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for ScatterRows<'_, B> {
     const NAME: &'static str = "scatter_rows";
-    type Output = ();
 
     fn check(&self) {
         assert!(self.width > 0 && self.from.len() == self.rows.len() * self.width);
@@ -76,7 +74,6 @@ pub struct EmbeddingBackward<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for EmbeddingBackward<'_, B> {
     const NAME: &'static str = "embedding_backward";
-    type Output = ();
 
     fn check(&self) {
         assert!(self.width > 0 && self.dy.len() == self.rows.len() * self.width);

@@ -81,7 +81,6 @@ impl<'a, B: Backend> Linear<'a, B> {
 
 impl<B: Backend> Operator<B> for Linear<'_, B> {
     const NAME: &'static str = "linear";
-    type Output = ();
 
     fn check(&self) {
         self.shape.check(self.x.len(), self.w.len(), self.y.len());
@@ -132,7 +131,6 @@ impl<B: Backend> LinearEach<'_, B> {
 
 impl<B: Backend> Operator<B> for LinearEach<'_, B> {
     const NAME: &'static str = "linear_each";
-    type Output = ();
 
     fn check(&self) {
         let inputs = self.shape().inputs;
@@ -152,7 +150,7 @@ impl<B: Backend> Operator<B> for LinearEach<'_, B> {
 }
 
 /// Y = silu(X·gateᵀ) · (X·upᵀ) without the two products in memory; the same bits as [`LinearEach`] and
-/// [`SwiGlu`](super::SwiGlu). Returns `false`, and leaves Y as it was, where the backend has no kernel for these tensors.
+/// [`SwiGlu`](super::SwiGlu). Y stays as it was where the backend has no kernel for these tensors.
 pub struct GatedLinear<'a, B: Backend> {
     /// [tokens, inputs]
     pub x: In<'a, B>,
@@ -171,29 +169,19 @@ impl<B: Backend> GatedLinear<'_, B> {
     pub fn shape(&self) -> LinearShape {
         LinearShape::concatenated(self.tokens, self.x.len(), std::iter::once((self.gate.len(), self.y.len())))
     }
-}
 
-impl<B: Backend> Operator<B> for GatedLinear<'_, B> {
-    const NAME: &'static str = "gated_linear";
-    type Output = bool;
-
-    fn check(&self) {
-        self.shape();
-        assert_eq!(self.up.len(), self.gate.len());
-    }
-
-    fn cost(&self) -> Cost {
-        cost::gated_linear(self.shape(), size_of::<B::Float>())
-    }
-
-    fn launch(self, backend: &B) -> Result<bool> {
-        backend.gated_linear(self)
-    }
-
-    fn run(self, backend: &B) -> Result<bool> {
-        self.check();
-        let span = trace::op(Self::NAME, || self.cost());
-        let done = self.launch(backend)?;
+    /// As [`Operator::run`]; returns whether the backend has a kernel for these tensors, and leaves no span where it has none.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    ///
+    /// # Panics
+    /// Where shapes do not fit.
+    pub fn run(self, backend: &B) -> Result<bool> {
+        let shape = self.shape();
+        assert_eq!(self.up.len(), self.gate.len(), "{shape:?}");
+        let span = trace::op("gated_linear", || cost::gated_linear(shape, size_of::<B::Float>()));
+        let done = backend.gated_linear(self)?;
         if !done {
             span.cancel();
         }
@@ -226,7 +214,6 @@ impl<'a, B: Backend> LinearBackwardInput<'a, B> {
 
 impl<B: Backend> Operator<B> for LinearBackwardInput<'_, B> {
     const NAME: &'static str = "linear_backward_input";
-    type Output = ();
 
     fn check(&self) {
         self.shape.check(self.dx.len(), self.w.len(), self.dy.len());
@@ -268,7 +255,6 @@ impl<'a, B: Backend> LinearBackwardWeight<'a, B> {
 
 impl<B: Backend> Operator<B> for LinearBackwardWeight<'_, B> {
     const NAME: &'static str = "linear_backward_weight";
-    type Output = ();
 
     fn check(&self) {
         self.shape.check(self.x.len(), self.dw.len(), self.dy.len());
@@ -315,7 +301,6 @@ impl<B: Backend> LinearBackwardInputEach<'_, B> {
 
 impl<B: Backend> Operator<B> for LinearBackwardInputEach<'_, B> {
     const NAME: &'static str = "linear_backward_input_each";
-    type Output = ();
 
     fn check(&self) {
         self.shape();
@@ -362,7 +347,6 @@ impl<B: Backend> LinearBackwardWeightEach<'_, B> {
 
 impl<B: Backend> Operator<B> for LinearBackwardWeightEach<'_, B> {
     const NAME: &'static str = "linear_backward_weight_each";
-    type Output = ();
 
     fn check(&self) {
         self.shape();
@@ -391,7 +375,6 @@ pub struct LinearBackwardBias<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for LinearBackwardBias<'_, B> {
     const NAME: &'static str = "linear_backward_bias";
-    type Output = ();
 
     fn check(&self) {
         assert!(self.dy.len().is_multiple_of(self.dbias.len()), "{} columns", self.dbias.len());

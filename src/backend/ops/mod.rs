@@ -37,8 +37,6 @@ use crate::error::Result;
 pub trait Operator<B: Backend>: Sized {
     /// The operator's name in traces and profiles.
     const NAME: &'static str;
-    /// What a call returns beside the tensors that it writes.
-    type Output;
 
     /// Checks the shapes.
     ///
@@ -53,7 +51,7 @@ pub trait Operator<B: Backend>: Sized {
     ///
     /// # Errors
     /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
-    fn launch(self, backend: &B) -> Result<Self::Output>;
+    fn launch(self, backend: &B) -> Result<()>;
 
     /// Checks the shapes and calls the backend, in a span of [`trace`] with the cost.
     ///
@@ -62,7 +60,7 @@ pub trait Operator<B: Backend>: Sized {
     ///
     /// # Panics
     /// Where shapes do not fit.
-    fn run(self, backend: &B) -> Result<Self::Output> {
+    fn run(self, backend: &B) -> Result<()> {
         self.check();
         let _span = trace::op(Self::NAME, || self.cost());
         self.launch(backend)

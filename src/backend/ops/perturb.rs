@@ -1,7 +1,7 @@
 //! Perturbed copies of a weight at equal relative norm.
 
 use super::Operator;
-use crate::backend::{Backend, Buffer, Cost, In, Out, View, cost};
+use crate::backend::{Backend, Buffer, Cost, In, Out, View, cost, trace};
 use crate::error::Result;
 
 /// Where a draw starts in the counter-based generator (Philox4x32-10: key = `seed`, counter = (`stream`, element / 4)).
@@ -71,17 +71,13 @@ pub struct SquaredNorm<'a, B: Backend> {
     pub w: In<'a, B>,
 }
 
-impl<B: Backend> Operator<B> for SquaredNorm<'_, B> {
-    const NAME: &'static str = "squares";
-    type Output = Buffer<B, f64>;
-
-    fn check(&self) {}
-
-    fn cost(&self) -> Cost {
-        cost::sum_squares(self.w.len(), size_of::<B::Float>())
-    }
-
-    fn launch(self, backend: &B) -> Result<Buffer<B, f64>> {
+impl<B: Backend> SquaredNorm<'_, B> {
+    /// As [`Operator::run`]; returns the partial sums.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    pub fn run(self, backend: &B) -> Result<Buffer<B, f64>> {
+        let _span = trace::op("squares", || cost::sum_squares(self.w.len(), size_of::<B::Float>()));
         backend.squared_norm(self)
     }
 }
@@ -104,7 +100,6 @@ pub struct Perturb<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for Perturb<'_, B> {
     const NAME: &'static str = "perturb";
-    type Output = ();
 
     fn check(&self) {
         let len = self.w.len();

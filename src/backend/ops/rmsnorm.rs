@@ -21,7 +21,6 @@ pub struct RmsNorm<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for RmsNorm<'_, B> {
     const NAME: &'static str = "rmsnorm";
-    type Output = ();
 
     fn check(&self) {
         let (len, width) = (self.x.len(), self.weight.len());
@@ -62,7 +61,6 @@ pub struct RmsNormBackward<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for RmsNormBackward<'_, B> {
     const NAME: &'static str = "rmsnorm_backward";
-    type Output = ();
 
     fn check(&self) {
         let (len, width) = (self.x.len(), self.weight.len());

@@ -27,7 +27,6 @@ impl<B: Backend> Rope<'_, B> {
 
 impl<B: Backend> Operator<B> for Rope<'_, B> {
     const NAME: &'static str = "rope";
-    type Output = ();
 
     fn check(&self) {
         let head_dim = self.head_dim;

@@ -38,7 +38,6 @@ pub struct Sample<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for Sample<'_, B> {
     const NAME: &'static str = "sample";
-    type Output = ();
 
     fn check(&self) {
         let (rows, vocab) = (self.tokens.len(), self.vocab);

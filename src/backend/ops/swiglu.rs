@@ -16,7 +16,6 @@ pub struct SwiGlu<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for SwiGlu<'_, B> {
     const NAME: &'static str = "swiglu";
-    type Output = ();
 
     fn check(&self) {
         assert_eq!([self.gate.len(), self.up.len()], [self.y.len(); 2]);
@@ -43,7 +42,6 @@ pub struct SwiGluBackward<'a, B: Backend> {
 
 impl<B: Backend> Operator<B> for SwiGluBackward<'_, B> {
     const NAME: &'static str = "swiglu_backward";
-    type Output = ();
 
     fn check(&self) {
         assert_eq!([self.gate.len(), self.up.len()], [self.dy.len(); 2]);
