@@ -80,9 +80,9 @@ fn a_steps_operations_cost_the_minimum_and_no_more() {
         for (work, recompute) in works(&config).into_iter().flat_map(|work| [(work.clone(), false), (work, true)]) {
             let found = profile(&mut model, &ProfileOptions { recompute, ..options(work.clone()) }, ROOFLINE).unwrap();
             // AdamW's are elementwise.
-            let passes = if work.0 == Work::Train { found.floor.len() - 1 } else { found.floor.len() };
-            let floor: u64 = found.floor[..passes].iter().map(|pass| pass.flops).sum();
-            let ratio = necessary_flops(&found) / floor as f64;
+            let passes = if work.0 == Work::Train { found.minimum_cost.len() - 1 } else { found.minimum_cost.len() };
+            let minimum: u64 = found.minimum_cost[..passes].iter().map(|pass| pass.flops).sum();
+            let ratio = necessary_flops(&found) / minimum as f64;
             // A sweep's last layer is run anew for each member, and its head reads one row.
             let most = if work.0 == Work::Sweep { 1.2 } else { 1.0 + 1e-9 };
             assert!((1.0 - 1e-9..=most).contains(&ratio), "{work:?}: {ratio}");
@@ -95,10 +95,10 @@ fn the_plan_counts_the_same_flops() {
     use swat::engine::{Plan, Workload};
     let config = small();
     let all = |_| true;
-    let floor = MinimumCost::new::<swat::backend::cpu::Cpu>(&config, None, all);
+    let minimum = MinimumCost::new::<swat::backend::cpu::Cpu>(&config, None, all);
     let work = Workload { tokens: 120, document_tokens: 40, trained_share: 0.5, recompute: false, lora: None };
     let plan = Plan::new::<swat::backend::cpu::Cpu>(&config, &work, all);
-    let forward = floor.forward(&[0, 40, 80, 120], 60).flops as f64 / 120.0;
+    let forward = minimum.forward(&[0, 40, 80, 120], 60).flops as f64 / 120.0;
     assert!((plan.forward_flops - forward).abs() < 1e-6 * forward);
     let recomputed = Plan::new::<swat::backend::cpu::Cpu>(&config, &Workload { recompute: true, ..work }, all);
     let head = 0.5 * 2.0 * (config.vocab * config.hidden) as f64;
@@ -291,8 +291,8 @@ fn rows_add_up_to_the_steps() {
         span(SpanKind::Phase, "forward", "forward", None, 0, 950, 0),
     ];
     let roofline = Roofline { flops_per_s: 1e9, bytes_per_s: 1e9 };
-    let floor = vec![Cost { bytes: 20, flops: 150 }, Cost { bytes: 50, flops: 1 }];
-    let profile = Profile { steps: vec![(0, 1000)], tokens: 5, spans, floor, roofline };
+    let minimum = vec![Cost { bytes: 20, flops: 150 }, Cost { bytes: 50, flops: 1 }];
+    let profile = Profile { steps: vec![(0, 1000)], tokens: 5, spans, minimum_cost: minimum, roofline };
     let summary = summarize(&profile);
     assert!(!summary.kernels);
     assert!((summary.explained - 0.9).abs() < 1e-9 && summary.between_ns == 100);
@@ -320,7 +320,7 @@ fn kernels_take_the_place_of_operations() {
         steps: vec![(0, 100)],
         tokens: 1,
         spans: vec![span(SpanKind::Op, 90), span(SpanKind::Kernel, 40)],
-        floor: Vec::new(),
+        minimum_cost: Vec::new(),
         roofline: Roofline { flops_per_s: 1.0, bytes_per_s: 1.0 },
     };
     let summary = summarize(&profile);

@@ -76,7 +76,7 @@ pub struct Profile {
     /// All spans.
     pub spans: Vec<Span>,
     /// Minimum cost of a step, by consecutive passes.
-    pub floor: Vec<Cost>,
+    pub minimum_cost: Vec<Cost>,
     /// The roofline.
     pub roofline: Roofline,
 }
@@ -101,7 +101,7 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, r
     }
     let backend = decoder.backend.clone();
     let batch = batch(decoder, options);
-    let floor = floor(decoder, options, &batch);
+    let minimum_cost = minimum_cost(decoder, options, &batch);
     let mut step = runner(decoder, options, &batch)?;
     for _ in 0..options.warmup {
         step()?;
@@ -126,7 +126,7 @@ pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, r
         Work::Train | Work::Forward | Work::Generate => options.batch_size * options.length,
         Work::Sweep => 2 * projections(&options.set).count() * options.batch_size * options.length,
     };
-    Ok(Profile { steps, tokens, spans: recording.take(), floor, roofline })
+    Ok(Profile { steps, tokens, spans: recording.take(), minimum_cost, roofline })
 }
 
 /// Cells that the sweep perturbs.
@@ -134,7 +134,7 @@ fn projections(set: &ModuleSet) -> impl Iterator<Item = Cell> + '_ {
     set.iter().filter(|cell| matches!(cell, Cell::Module(_)))
 }
 
-fn floor<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions, batch: &Batch) -> Vec<Cost> {
+fn minimum_cost<B: Backend>(decoder: &Decoder<B>, options: &ProfileOptions, batch: &Batch) -> Vec<Cost> {
     let of = |trains: &dyn Fn(ParamId) -> bool| MinimumCost::new::<B>(&decoder.config, None, trains);
     let set = &options.set;
     match options.work {

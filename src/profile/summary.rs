@@ -88,7 +88,7 @@ pub fn summarize(profile: &Profile) -> Summary {
     let mut rows: Vec<Row> = rows.into_iter().map(|(name, row)| row.finish(name.to_string(), total)).collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.ns));
     let explained: u64 = rows.iter().map(|row| row.ns).sum();
-    let light = profile.steps.len() as f64 * roofline_seconds(&profile.floor, &profile.roofline);
+    let light = profile.steps.len() as f64 * roofline_seconds(&profile.minimum_cost, &profile.roofline);
     let mut steps: Vec<u64> = profile.steps.iter().map(|(_, ns)| *ns).collect();
     steps.sort_unstable();
     let median = steps.get(steps.len() / 2).copied().unwrap_or(0).max(1);

@@ -64,7 +64,7 @@ impl<B: Backend> Tuner<'_, B> {
     }
 
     /// Minimum cost of a phase's steps.
-    pub(super) fn floor(&self, phase: &Phase) -> MinimumCost {
+    pub(super) fn minimum_cost(&self, phase: &Phase) -> MinimumCost {
         let trained: BTreeSet<ParamId> = self.trained(phase).collect();
         MinimumCost::new::<B>(&self.decoder.config, self.decoder.lora(), |id| trained.contains(&id))
     }

@@ -88,7 +88,7 @@ impl<B: Backend> Tuner<'_, B> {
             None => Optimizer::new(self.decoder, &phase.rates, &self.trains)?,
         };
         let mut gradients = Gradients::new(self.decoder, |id| phase.rates.trains(id.cell()) && (self.trains)(id))?;
-        let floor = self.floor(&phase);
+        let minimum = self.minimum_cost(&phase);
         if self.options.ema_decay.is_some() {
             run.ema.begin(self.decoder, adam.trained())?;
         }
@@ -102,7 +102,7 @@ impl<B: Backend> Tuner<'_, B> {
         callbacks.phase_begins(&run.position_in(&phase.name, total))?;
 
         while run.phase_step < total {
-            let metrics = self.step(&phase, &floor, total, run, &mut adam, &mut gradients)?;
+            let metrics = self.step(&phase, &minimum, total, run, &mut adam, &mut gradients)?;
             if let Some((_, log)) = files.as_deref_mut() {
                 log.append(&metrics)?;
                 run.metrics_bytes = log.bytes();
@@ -152,7 +152,7 @@ impl<B: Backend> Tuner<'_, B> {
     fn step(
         &mut self,
         phase: &Phase,
-        floor: &MinimumCost,
+        minimum: &MinimumCost,
         total: u64,
         run: &mut RunState,
         adam: &mut Optimizer<B>,
@@ -180,7 +180,7 @@ impl<B: Backend> Tuner<'_, B> {
         let seconds = began.elapsed().as_secs_f64();
         run.summaries[run.phase].seconds += seconds;
         let light = self.roofline.filter(|_| group.trained_tokens > 0);
-        let light = light.map(|roofline| roofline_seconds(&floor.step(&group.batches), &roofline));
+        let light = light.map(|roofline| roofline_seconds(&minimum.step(&group.batches), &roofline));
         let (loss, grad_norm, skipped) = match outcome {
             StepResult::Trained { loss, grad_norm } => (Some(loss), Some(grad_norm), None),
             StepResult::NonFinite { loss, .. } => (Some(loss).filter(|l| l.is_finite()), None, run.skipped.clone()),

@@ -40,9 +40,9 @@ fn updates(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
         .numbers("Rest ÷ Mods_Rob", "");
     let set = outcome.mods.clone().unwrap_or_default();
     let projection = |cell: Cell| matches!(cell, Cell::Module(_));
-    for n in settings {
+    for setting in settings {
         // Phases in their order, by name.
-        let phases = n.tuned().map(|tuned| {
+        let phases = setting.tuned().map(|tuned| {
             let phases = tuned.updates.phases.iter().enumerate();
             phases.map(|(i, phase)| ((i, phase.phase.as_str()), phase)).collect()
         });
@@ -54,7 +54,7 @@ fn updates(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
             let inside = mean(&|cell| set.contains(cell));
             let outside = mean(&|cell| !set.contains(cell) && projection(cell));
             table.row([
-                Entry::text(n.name.as_str()),
+                Entry::text(setting.name.as_str()),
                 Entry::text(name),
                 Entry::fixed(inside, 3),
                 Entry::fixed(outside, 3),
@@ -81,8 +81,8 @@ fn drift(settings: &[Setting<'_>]) -> Table {
         .numbers("AUROC", "after tuning")
         .numbers("Refusal, original", "log-odds")
         .numbers("Refusal", "log-odds after tuning");
-    for n in settings {
-        let splits = n.runs.iter().filter_map(|run| run.drift.as_ref());
+    for setting in settings {
+        let splits = setting.runs.iter().filter_map(|run| run.drift.as_ref());
         let splits = by_key(splits.map(|drift| drift.splits.iter().map(|(split, drift)| (*split, drift)).collect()));
         for (split, runs) in splits {
             if !matches!(split.name(), "test" | "ood") {
@@ -94,7 +94,7 @@ fn drift(settings: &[Setting<'_>]) -> Table {
             // The original model is the same for all.
             let base = runs.first().map(|drift| drift.base);
             table.row([
-                Entry::text(n.name.as_str()),
+                Entry::text(setting.name.as_str()),
                 Entry::text(split.name()),
                 Entry::fixed(base.map(|base| base.gap), 2),
                 entry(over(&|d| Some(d.tuned.gap)), 2),
@@ -165,19 +165,19 @@ fn times(outcome: &Outcome, settings: &[Setting<'_>]) -> Table {
     if let Some(search) = &outcome.search {
         table.row([Entry::text("search"), time(search.seconds)]);
     }
-    for n in settings {
-        let runs = n.tuned().count();
+    for setting in settings {
+        let runs = setting.tuned().count();
         if runs == 0 {
             continue;
         }
-        let sum = |of: fn(&PhaseSummary) -> u64| n.tuned().flat_map(|tuned| &tuned.phases).map(of).sum::<u64>();
+        let sum = |of: fn(&PhaseSummary) -> u64| setting.tuned().flat_map(|tuned| &tuned.phases).map(of).sum::<u64>();
         let (steps, tokens) = (sum(|p| p.steps), sum(|p| p.tokens));
-        let seconds: f64 = n.tuned().flat_map(|tuned| &tuned.phases).map(|p| p.seconds).sum();
-        let memory = n.tuned().map(|tuned| tuned.peak_bytes).max().unwrap_or(0);
+        let seconds: f64 = setting.tuned().flat_map(|tuned| &tuned.phases).map(|p| p.seconds).sum();
+        let memory = setting.tuned().map(|tuned| tuned.peak_bytes).max().unwrap_or(0);
         let times = if runs > 1 { format!(", {runs} runs") } else { String::new() };
         let speed = tokens as f64 / seconds;
         table.row([
-            Entry::text(format!("tuning: {}{times}", n.name)),
+            Entry::text(format!("tuning: {}{times}", setting.name)),
             time(seconds),
             Entry::count(steps),
             Entry::number(tokens as f64, format::compact(tokens)),

@@ -18,17 +18,18 @@ const ROUNDING: f64 = 1e-9;
 /// Paragraphs separated by blank lines; empty where nothing was measured.
 pub(super) fn findings(settings: &[Setting<'_>]) -> String {
     let mut paragraphs = Vec::new();
-    for swat in settings.iter().filter(|n| n.spec.base == Base::Swat) {
+    for swat in settings.iter().filter(|setting| setting.spec.base == Base::Swat) {
         paragraphs.push(against_plain(settings, swat));
-        let alike = |n: &&Setting<'_>| n.spec.mix == swat.spec.mix && n.rate(ASR).is_some();
+        let alike = |setting: &&Setting<'_>| setting.spec.mix == swat.spec.mix && setting.rate(ASR).is_some();
         let sets: Vec<&Setting<'_>> =
-            settings.iter().filter(alike).filter(|n| matches!(n.spec.base, Base::Warmup(_))).collect();
+            settings.iter().filter(alike).filter(|setting| matches!(setting.spec.base, Base::Warmup(_))).collect();
         paragraphs.push(beside("Warm-ups on other sets", &sets, swat));
-        let variant = |n: &&Setting<'_>| matches!(n.spec.base, Base::Reversed | Base::ModsOnly | Base::MlLr(_));
+        let variant =
+            |setting: &&Setting<'_>| matches!(setting.spec.base, Base::Reversed | Base::ModsOnly | Base::MlLr(_));
         let variants: Vec<&Setting<'_>> = settings.iter().filter(alike).filter(variant).collect();
         paragraphs.push(beside("Variants of the schedule", &variants, swat));
     }
-    match settings.iter().find(|n| n.spec.base == Base::Swat && n.spec.mix.is_none()) {
+    match settings.iter().find(|setting| setting.spec.base == Base::Swat && setting.spec.mix.is_none()) {
         Some(swat) => paragraphs.extend(with_refusals(settings, swat)),
         None if paragraphs.is_empty() => paragraphs.push(rates(&settings.iter().collect::<Vec<_>>())),
         None => {}
@@ -46,24 +47,26 @@ fn text(Measure { value, interval }: Measure) -> String {
 }
 
 fn list(runs: &[&Setting<'_>]) -> String {
-    let item = |n: &&Setting<'_>| Some(format!("{} {}", n.name, text(n.rate(ASR)?)));
+    let item = |setting: &&Setting<'_>| Some(format!("{} {}", setting.name, text(setting.rate(ASR)?)));
     runs.iter().filter_map(item).collect::<Vec<_>>().join("; ")
 }
 
 fn names(runs: &[&Setting<'_>]) -> String {
-    runs.iter().map(|n| n.name.as_str()).collect::<Vec<_>>().join("; ")
+    runs.iter().map(|setting| setting.name.as_str()).collect::<Vec<_>>().join("; ")
 }
 
 fn rates(runs: &[&Setting<'_>]) -> String {
     let list = list(runs);
-    let several = runs.iter().any(|n| n.several);
+    let several = runs.iter().any(|setting| setting.several);
     let what = if several { ", mean and range over training seeds" } else { " with 95 % intervals" };
     if list.is_empty() { list } else { format!("Attack success{what}: {list}.") }
 }
 
 /// Original model, plain tuning and SWAT on the same data, and SWAT against the fairest plain run.
 fn against_plain(settings: &[Setting<'_>], swat: &Setting<'_>) -> String {
-    let find = |base: Base, mix: Option<Mix>| settings.iter().find(|n| n.spec.base == base && n.spec.mix == mix);
+    let find = |base: Base, mix: Option<Mix>| {
+        settings.iter().find(|setting| setting.spec.base == base && setting.spec.mix == mix)
+    };
     let (plain, equal) = (find(Base::Plain, swat.spec.mix), find(Base::PlainEqual, swat.spec.mix));
     let given = find(Base::Given, None);
     let shown: Vec<&Setting<'_>> = [given, plain, equal, Some(swat)].into_iter().flatten().collect();
@@ -117,7 +120,7 @@ fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
     }
     let mut sentences = vec![format!("{what}, attack success: {}.", list(runs))];
     if let Some(own) = swat.rate(ASR) {
-        let at_most = |n: &&&Setting<'_>| n.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
+        let at_most = |setting: &&&Setting<'_>| setting.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
         let better: Vec<&Setting<'_>> = runs.iter().filter(at_most).copied().collect();
         let (name, lower, all) = (&swat.name, runs.len() - better.len(), runs.len());
         sentences.push(format!("{name} is lower than {lower} of these {all}."));
@@ -130,7 +133,8 @@ fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
 
 /// Plain tuning and others with refusals mixed in, against SWAT without.
 fn with_refusals(settings: &[Setting<'_>], swat: &Setting<'_>) -> Vec<String> {
-    let mixed = settings.iter().filter(|n| n.spec.mix == Some(Mix::Refusals) && n.spec.base != Base::Swat);
+    let mixed =
+        settings.iter().filter(|setting| setting.spec.mix == Some(Mix::Refusals) && setting.spec.base != Base::Swat);
     let sentences =
         |run: &Setting<'_>| MEASURES.iter().filter_map(|(what, of)| compare(what, *of, run, swat)).collect::<Vec<_>>();
     mixed.map(|run| sentences(run).join(" ")).collect()
