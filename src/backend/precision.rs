@@ -1,9 +1,9 @@
-//! What gradients and moments are kept in.
+//! What weights, gradients and moments are kept in.
 
-use crate::backend::FloatElement;
+use super::FloatElement;
 use half::bf16;
 
-/// What gradients and moments are kept in.
+/// What gradients and moments of bf16 weights are kept in.
 pub trait Precision: Send + Sync + 'static {
     /// Weight gradients.
     type Grad: FloatElement;
