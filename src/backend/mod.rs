@@ -16,7 +16,7 @@ pub mod trace;
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
 pub use cost::Cost;
 pub use ops::*;
-pub use precision::{Bf16State, F32State, Precision};
+pub use precision::{Bf16State, DtypeChoice, F32State, Precision};
 pub use roofline::Roofline;
 
 use crate::error::Result;

@@ -38,7 +38,8 @@ fn linear_layers<E: Elements>(b: &Cpu<E>) {
     for (tokens, inputs, outputs) in [(1, 576, 1536), (4, 1536, 576), (300, 576, 1000), (1024, 576, 192)] {
         same_on_any_pool(|| {
             let shape = LinearShape { tokens, inputs, outputs };
-            let (x, w, mut y) = (float(b, 1, tokens * inputs), float(b, 2, outputs * inputs), float(b, 3, tokens * outputs));
+            let (x, w, mut y) =
+                (float(b, 1, tokens * inputs), float(b, 2, outputs * inputs), float(b, 3, tokens * outputs));
             Linear::new(x.view(), w.view(), y.view_mut(), shape).run(b).unwrap();
             let (mut dx, mut dw) = (float(b, 4, tokens * inputs), float(b, 5, outputs * inputs));
             LinearBackwardInput {

@@ -15,9 +15,7 @@ use super::simd::{dot, exp, max, simd_kernel, sum};
 use super::storage::{Shared, slice, slice_mut};
 use super::wide::{convert, same, widen};
 use super::{Cpu, Elements};
-use crate::backend::{
-    Attention, AttentionBackward, AttentionDecode, AttentionShape, Documents, Element, FloatElement,
-};
+use crate::backend::{Attention, AttentionBackward, AttentionDecode, AttentionShape, Documents, Element, FloatElement};
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;

@@ -56,7 +56,9 @@ pub(super) fn perturb<E: Elements>(op: Perturb<'_, Cpu<E>>) {
             if apart.is_empty() {
                 combine_in_place(w, plus, minus, factor);
             } else {
-                let fill = |_: &mut Draw, at: usize, w: &[E::Float], to: &mut [f32]| to.copy_from_slice(&apart[at..at + w.len()]);
+                let fill = |_: &mut Draw, at: usize, w: &[E::Float], to: &mut [f32]| {
+                    to.copy_from_slice(&apart[at..at + w.len()])
+                };
                 combine(w, plus, minus, fill, factor);
             }
         }

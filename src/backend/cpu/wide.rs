@@ -62,7 +62,8 @@ mod tests {
 
     #[test]
     fn conversions_are_those_of_half() {
-        let bits = (0..=u16::MAX).flat_map(|high| [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| (high as u32) << 16 | low));
+        let bits = (0..=u16::MAX)
+            .flat_map(|high| [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| (high as u32) << 16 | low));
         let wide: Vec<f32> = bits.map(f32::from_bits).collect();
         let mut narrow = vec![bf16::ZERO; wide.len()];
         convert(&wide, &mut narrow);

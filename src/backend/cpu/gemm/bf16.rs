@@ -99,7 +99,13 @@ fn for_each(tasks: usize, parallel: bool, task: impl Fn(usize) + Sync + Send) {
 
 /// Rows `range` of `matrix` [.., k] as panels of `N` rows: pair p of row i is word p·N + i of its panel; rows and elements
 /// that are missing are 0.
-fn pack<const N: usize>(matrix: Matrix<'_, bf16>, range: Range<usize>, k: usize, packed: &mut Vec<u32>, parallel: bool) {
+fn pack<const N: usize>(
+    matrix: Matrix<'_, bf16>,
+    range: Range<usize>,
+    k: usize,
+    packed: &mut Vec<u32>,
+    parallel: bool,
+) {
     let pairs = k.div_ceil(2);
     let len = range.len().div_ceil(N) * N * pairs;
     if packed.len() < len {
@@ -114,7 +120,11 @@ fn pack<const N: usize>(matrix: Matrix<'_, bf16>, range: Range<usize>, k: usize,
         let source = Matrix { data: &matrix.data[first * matrix.row_stride..], ..matrix };
         // SAFETY: the machine has the instructions, and `product` checked that the matrix has these rows.
         unsafe {
-            if matrix.column_stride == 1 { pack_rows(source, rows, k, panel) } else { pack_columns(source, rows, k, panel) }
+            if matrix.column_stride == 1 {
+                pack_rows(source, rows, k, panel)
+            } else {
+                pack_columns(source, rows, k, panel)
+            }
         }
     });
 }
@@ -179,7 +189,8 @@ unsafe fn pack_columns(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &
             unsafe {
                 let low = _mm256_maskz_loadu_epi16(inside, low.as_ptr().wrapping_add(16 * i).cast());
                 let high = _mm256_maskz_loadu_epi16(inside, high.as_ptr().wrapping_add(16 * i).cast());
-                let pairs = _mm512_or_epi32(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)));
+                let pairs =
+                    _mm512_or_epi32(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)));
                 _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), lanes(to.len()), pairs);
             }
         }
@@ -366,7 +377,13 @@ impl Output for bf16 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn store(to: *mut Self, mask: __mmask16, value: __m512) {
         // SAFETY: the caller's; the types have the same bits.
-        unsafe { _mm256_mask_storeu_epi16(to.cast(), mask, std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(value))) };
+        unsafe {
+            _mm256_mask_storeu_epi16(
+                to.cast(),
+                mask,
+                std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(value)),
+            )
+        };
     }
 }
 
@@ -413,7 +430,8 @@ pub(super) unsafe fn dots<const ROWS: usize, const TOKENS: usize, const R: usize
                 unsafe {
                     let x = _mm512_maskz_loadu_epi16(mask, x.wrapping_add(t * inputs + at).cast());
                     let w = _mm512_maskz_loadu_epi16(mask, w.wrapping_add(r * inputs + at).cast());
-                    let (x, w) = (std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(w));
+                    let (x, w) =
+                        (std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(w));
                     partial[r][t][half] = _mm512_dpbf16_ps(partial[r][t][half], w, x);
                 }
             }

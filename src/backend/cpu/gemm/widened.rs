@@ -81,7 +81,8 @@ mod tests {
             let swap = |t: bool, rows: usize, columns: usize| if t { rows } else { columns };
             for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
                 let (mut got, mut expected) = (before.clone(), wide(&before));
-                let epilogue = Epilogue { alpha: -0.5, bias: Some(&bias[..]), residual: Some(&residual[..]), accumulate: true };
+                let epilogue =
+                    Epilogue { alpha: -0.5, bias: Some(&bias[..]), residual: Some(&residual[..]), accumulate: true };
                 let (a, b) = (Matrix::rows(&x, swap(ta, m, k)), Matrix::rows(&y, swap(tb, k, n)));
                 let (a, b) = (if ta { a.t() } else { a }, if tb { b.t() } else { b });
                 product(Product { epilogue, ..Product::new(&mut got[..], n, a, b, size) });
