@@ -1,6 +1,6 @@
 //! Matrices in slices, and their products.
 
-use super::wide::{same, same_mut};
+use super::wide::{is, same, same_mut};
 use crate::backend::{Element, Epilogue};
 
 /// A matrix in a slice: element (i, j) is at `i·row_stride + j·column_stride`.
@@ -28,10 +28,9 @@ impl<'a, T: Element> Matrix<'a, T> {
         self.row_stride == 1 || self.column_stride == 1
     }
 
-    /// The same of elements under another name.
-    fn same<U: Element>(self) -> Option<Matrix<'a, U>> {
+    fn same<U: Element>(self) -> Matrix<'a, U> {
         let Self { data, row_stride, column_stride } = self;
-        same(data).map(|data| Matrix { data, row_stride, column_stride })
+        Matrix { data: same(data).unwrap_or_default(), row_stride, column_stride }
     }
 
     fn check(&self, rows: usize, columns: usize) {
@@ -86,15 +85,27 @@ impl<'a, T: Element, C: Element> Product<'a, T, C> {
         self
     }
 
-    /// The same of elements under other names; `Err` gives it back.
-    pub(super) fn same<U: Element, D: Element>(self) -> Result<Product<'a, U, D>, Self> {
-        let Self { stride, size, parallel, .. } = self;
-        if let (Some(a), Some(b), true) = (self.a.same(), self.b.same(), same::<C, D>(self.c).is_some()) {
-            let epilogue = self.epilogue.map(|addend| same(addend).unwrap_or_default());
-            let c = same_mut(self.c).unwrap_or_default();
-            return Ok(Product { c, stride, a, b, size, epilogue, parallel });
+    /// Whether A and B are of `U`, and C of `D`.
+    pub(super) fn is<U: Element, D: Element>() -> bool {
+        is::<T, U>() && is::<C, D>()
+    }
+
+    /// The same with its types under other names.
+    ///
+    /// # Panics
+    /// Where they are others.
+    pub(super) fn same<U: Element, D: Element>(self) -> Product<'a, U, D> {
+        assert!(Self::is::<U, D>());
+        let Self { c, stride, a, b, size, epilogue, parallel } = self;
+        Product {
+            c: same_mut(c).unwrap_or_default(),
+            stride,
+            a: a.same(),
+            b: b.same(),
+            size,
+            epilogue: epilogue.map(|addend| same(addend).unwrap_or_default()),
+            parallel,
         }
-        Err(self)
     }
 
     /// Asserts that all matrices are inside their slices.

@@ -5,16 +5,22 @@ use super::simd::simd_kernel;
 use crate::backend::{Element, FloatElement};
 use std::any::TypeId;
 
+/// Whether two names stand for one type.
+#[inline(always)]
+pub(super) fn is<T: Element, U: Element>() -> bool {
+    TypeId::of::<T>() == TypeId::of::<U>()
+}
+
 /// A slice as one of the same type under another name; `None` where the types differ.
 #[inline(always)]
 pub(super) fn same<T: Element, U: Element>(x: &[T]) -> Option<&[U]> {
-    if TypeId::of::<T>() == TypeId::of::<U>() { Some(bytemuck::cast_slice(x)) } else { None }
+    if is::<T, U>() { Some(bytemuck::cast_slice(x)) } else { None }
 }
 
 /// [`same`], to write.
 #[inline(always)]
 pub(super) fn same_mut<T: Element, U: Element>(x: &mut [T]) -> Option<&mut [U]> {
-    if TypeId::of::<T>() == TypeId::of::<U>() { Some(bytemuck::cast_slice_mut(x)) } else { None }
+    if is::<T, U>() { Some(bytemuck::cast_slice_mut(x)) } else { None }
 }
 
 simd_kernel! {

@@ -6,14 +6,18 @@
 //! [k / 2, 14]. The depth is not blocked: a panel of B streams from L2 at 5 bytes a cycle, of 32 that it delivers.
 //! Subnormal operands and results count as 0; sums round to nearest even, in an order that depends on k alone.
 
+mod dots;
+mod pack;
+
+pub(super) use dots::dots;
+
 use crate::backend::Epilogue;
-use crate::backend::cpu::matrix::{self, Matrix};
-use crate::backend::cpu::storage::Shared;
+use crate::backend::cpu::matrix;
 use half::bf16;
+use pack::pack;
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 use std::cell::Cell;
-use std::ops::Range;
 
 /// Rows and columns of a tile of C.
 const TILE: (usize, usize) = (14, 32);
@@ -97,134 +101,9 @@ fn for_each(tasks: usize, parallel: bool, task: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// Rows `range` of `matrix` [.., k] as panels of `N` rows: pair p of row i is word p·N + i of its panel; rows and elements
-/// that are missing are 0.
-fn pack<const N: usize>(
-    matrix: Matrix<'_, bf16>,
-    range: Range<usize>,
-    k: usize,
-    packed: &mut Vec<u32>,
-    parallel: bool,
-) {
-    let pairs = k.div_ceil(2);
-    let len = range.len().div_ceil(N) * N * pairs;
-    if packed.len() < len {
-        packed.resize(len, 0);
-    }
-    let panels = Shared::new(&mut packed[..len]);
-    for_each(range.len().div_ceil(N), parallel, |i| {
-        // SAFETY: each panel is packed once.
-        let panel = unsafe { panels.range(i * N * pairs..(i + 1) * N * pairs) };
-        let first = range.start + i * N;
-        let rows = N.min(range.end - first);
-        let source = Matrix { data: &matrix.data[first * matrix.row_stride..], ..matrix };
-        // SAFETY: the machine has the instructions, and `product` checked that the matrix has these rows.
-        unsafe {
-            if matrix.column_stride == 1 {
-                pack_rows(source, rows, k, panel)
-            } else {
-                pack_columns(source, rows, k, panel)
-            }
-        }
-    });
-}
-
-/// A pair of a row, element by element.
-fn pair(matrix: Matrix<'_, bf16>, row: usize, pair: usize, k: usize) -> u32 {
-    let element = |column: usize| {
-        let inside = column < k;
-        if inside { matrix.data[row * matrix.row_stride + column * matrix.column_stride].to_bits() as u32 } else { 0 }
-    };
-    element(2 * pair) | element(2 * pair + 1) << 16
-}
-
 /// The lowest `count` lanes of 16.
 fn lanes(count: usize) -> __mmask16 {
     ((1u32 << count.min(16)) - 1) as __mmask16
-}
-
-/// A panel from rows that are contiguous in k: blocks of 16 × 16 pairs are transposed in registers.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_rows(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut [u32]) {
-    let width = panel.len() / k.div_ceil(2);
-    let whole = k / 2 / 16 * 16;
-    for group in (0..width).step_by(16) {
-        let mask = lanes(width - group);
-        for first in (0..whole).step_by(16) {
-            let mut block = [_mm512_setzero_si512(); 16];
-            for (i, row) in block.iter_mut().take(rows.saturating_sub(group)).enumerate() {
-                let from = &matrix.data[(group + i) * matrix.row_stride + 2 * first..][..32];
-                // SAFETY: 32 elements, as just cut.
-                *row = unsafe { _mm512_loadu_epi32(from.as_ptr().cast()) };
-            }
-            for (j, column) in transpose(block).into_iter().enumerate() {
-                let to = &mut panel[(first + j) * width + group..];
-                assert!(to.len() >= 16.min(width - group));
-                // SAFETY: the lanes of the mask are inside of the panel, as just asserted.
-                unsafe { _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), mask, column) };
-            }
-        }
-    }
-    for p in whole..k.div_ceil(2) {
-        for (i, to) in panel[p * width..][..width].iter_mut().enumerate() {
-            *to = if i < rows { pair(matrix, i, p, k) } else { 0 };
-        }
-    }
-}
-
-/// A panel from rows that lie beside one another, element for element: two columns of k are interleaved.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_columns(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut [u32]) {
-    let width = panel.len() / k.div_ceil(2);
-    for (p, to) in panel.chunks_exact_mut(width).enumerate() {
-        if matrix.row_stride != 1 || 2 * p + 1 == k {
-            to.iter_mut().enumerate().for_each(|(i, to)| *to = if i < rows { pair(matrix, i, p, k) } else { 0 });
-            continue;
-        }
-        let low = &matrix.data[2 * p * matrix.column_stride..][..rows];
-        let high = &matrix.data[(2 * p + 1) * matrix.column_stride..][..rows];
-        for (i, to) in to.chunks_mut(16).enumerate() {
-            let inside = lanes(rows.saturating_sub(16 * i));
-            // SAFETY: lanes of `inside` are elements of both slices; those of `to` are its length.
-            unsafe {
-                let low = _mm256_maskz_loadu_epi16(inside, low.as_ptr().wrapping_add(16 * i).cast());
-                let high = _mm256_maskz_loadu_epi16(inside, high.as_ptr().wrapping_add(16 * i).cast());
-                let pairs =
-                    _mm512_or_epi32(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)));
-                _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), lanes(to.len()), pairs);
-            }
-        }
-    }
-}
-
-/// Word j of row i becomes word i of row j.
-#[target_feature(enable = "avx512f")]
-fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
-    let mut pairs = rows;
-    for i in 0..8 {
-        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    // fours[4·g + c]: of rows 4g to 4g + 3 the words c, 4 + c, 8 + c and 12 + c, a group of four lanes each.
-    let mut fours = pairs;
-    for g in 0..4 {
-        fours[4 * g] = _mm512_unpacklo_epi64(pairs[4 * g], pairs[4 * g + 2]);
-        fours[4 * g + 1] = _mm512_unpackhi_epi64(pairs[4 * g], pairs[4 * g + 2]);
-        fours[4 * g + 2] = _mm512_unpacklo_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
-        fours[4 * g + 3] = _mm512_unpackhi_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
-    }
-    let mut columns = fours;
-    for c in 0..4 {
-        let [a, b] = [fours[c], fours[4 + c]];
-        let [d, e] = [fours[8 + c], fours[12 + c]];
-        let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
-        let (even_below, odd_below) = (_mm512_shuffle_i32x4::<0x88>(d, e), _mm512_shuffle_i32x4::<0xdd>(d, e));
-        columns[c] = _mm512_shuffle_i32x4::<0x88>(even, even_below);
-        columns[8 + c] = _mm512_shuffle_i32x4::<0xdd>(even, even_below);
-        columns[4 + c] = _mm512_shuffle_i32x4::<0x88>(odd, odd_below);
-        columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(odd, odd_below);
-    }
-    columns
 }
 
 /// A product that runs: where C is, and what is done to its tiles.
@@ -387,66 +266,10 @@ impl Output for bf16 {
     }
 }
 
-/// Products of some rows of W and rows of X, `inputs` elements each: sums\[r\]\[t\]. The order of each sum depends on
-/// neither number.
-///
-/// # Safety
-/// `x` holds `TOKENS` rows and `w` holds `ROWS`; the machine has the instructions.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn dots<const ROWS: usize, const TOKENS: usize, const R: usize, const T: usize>(
-    x: *const bf16,
-    w: *const bf16,
-    inputs: usize,
-    ahead: usize,
-    sums: &mut [[f32; T]; R],
-) {
-    let mut partial = [[[_mm512_setzero_ps(); 2]; TOKENS]; ROWS];
-    for at in (0..inputs / 64 * 64).step_by(64) {
-        for half in 0..2 {
-            let at = at + 32 * half;
-            // SAFETY: 32 elements of each row; a prefetch reads nothing.
-            unsafe {
-                let mut columns = [_mm512_setzero_ps(); ROWS].map(|x| std::mem::transmute::<__m512, __m512bh>(x));
-                for (r, column) in columns.iter_mut().enumerate() {
-                    let from = w.add(r * inputs + at);
-                    *column = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_epi16(from.cast()));
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(ahead).cast());
-                }
-                for t in 0..TOKENS {
-                    let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_epi16(x.add(t * inputs + at).cast()));
-                    for r in 0..ROWS {
-                        partial[r][t][half] = _mm512_dpbf16_ps(partial[r][t][half], columns[r], x);
-                    }
-                }
-            }
-        }
-    }
-    for half in 0..2 {
-        let at = inputs / 64 * 64 + 32 * half;
-        let mask = ((1u64 << inputs.saturating_sub(at).min(32)) - 1) as __mmask32;
-        for t in 0..TOKENS {
-            for r in 0..ROWS {
-                // SAFETY: the mask ends with the row.
-                unsafe {
-                    let x = _mm512_maskz_loadu_epi16(mask, x.wrapping_add(t * inputs + at).cast());
-                    let w = _mm512_maskz_loadu_epi16(mask, w.wrapping_add(r * inputs + at).cast());
-                    let (x, w) =
-                        (std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(w));
-                    partial[r][t][half] = _mm512_dpbf16_ps(partial[r][t][half], w, x);
-                }
-            }
-        }
-    }
-    for (sums, partial) in sums.iter_mut().zip(&partial) {
-        for (sum, [even, odd]) in sums.iter_mut().zip(partial) {
-            *sum = _mm512_reduce_add_ps(_mm512_add_ps(*even, *odd));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::matrix::Matrix;
 
     fn numbers(seed: u32, len: usize) -> Vec<bf16> {
         let mut state = seed;
@@ -481,7 +304,7 @@ mod tests {
                         product(matrix::Product { epilogue, ..matrix::Product::new(&mut narrow[..], n, a, b, size) });
                         product(matrix::Product { epilogue, ..matrix::Product::serial(&mut wide[..], n, a, b, size) });
                         for i in 0..m {
-                            for j in 0..n {
+                            for (j, bias) in bias.iter().enumerate() {
                                 let element = |x: Matrix<'_, bf16>, i: usize, j: usize| {
                                     x.data[i * x.row_stride + j * x.column_stride].to_f64()
                                 };
@@ -489,7 +312,7 @@ mod tests {
                                 let magnitude: f64 = (0..k).map(|l| (element(a, i, l) * element(b, l, j)).abs()).sum();
                                 let at = i * n + j;
                                 let exact = if added {
-                                    before[at].to_f64() + residual[at].to_f64() + bias[j].to_f64() - 0.5 * sum
+                                    before[at].to_f64() + residual[at].to_f64() + bias.to_f64() - 0.5 * sum
                                 } else {
                                     sum
                                 };

@@ -51,24 +51,19 @@ impl<T: FloatElement, C: FloatElement> Product<'_, T, C> {
             return;
         }
         self.check();
-        let product = match self.same::<f32, f32>() {
-            Ok(product) => return product.run_f32(),
-            Err(product) => product,
-        };
+        if Self::is::<f32, f32>() {
+            return self.same().run_f32();
+        }
         #[cfg(target_arch = "x86_64")]
-        let product = if bf16_products() {
-            let product = match product.same::<half::bf16, half::bf16>() {
-                Ok(product) => return bf16::product(product),
-                Err(product) => product,
-            };
-            match product.same::<half::bf16, f32>() {
-                Ok(product) => return bf16::product(product),
-                Err(product) => product,
+        if bf16_products() {
+            if Self::is::<half::bf16, half::bf16>() {
+                return bf16::product(self.same::<half::bf16, half::bf16>());
             }
-        } else {
-            product
-        };
-        widened::product(product);
+            if Self::is::<half::bf16, f32>() {
+                return bf16::product(self.same::<half::bf16, f32>());
+            }
+        }
+        widened::product(self);
     }
 }
 
