@@ -10,7 +10,12 @@ use std::arch::x86_64::*;
 /// `x` holds `TOKENS` rows and `w` holds `ROWS`; the machine has the instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[allow(clippy::needless_range_loop)] // Plain loops are unrolled, and their sums stay in registers.
-pub(in crate::backend::cpu::gemm) unsafe fn dots<const ROWS: usize, const TOKENS: usize, const R: usize, const T: usize>(
+pub(in crate::backend::cpu::gemm) unsafe fn dots<
+    const ROWS: usize,
+    const TOKENS: usize,
+    const R: usize,
+    const T: usize,
+>(
     x: *const bf16,
     w: *const bf16,
     inputs: usize,
