@@ -1,4 +1,4 @@
-"""Greedy generation with transformers and its key-value cache, f32.
+"""Greedy generation with transformers and its key-value cache.
 
 usage: generate.py --model DIR --chat F.jsonl [--max-new-tokens 64] [--batch-size 1] [--tokens-out F.jsonl]
 
@@ -19,7 +19,7 @@ def main():
     p.add_argument("--batch-size", type=int, default=1)
     p.add_argument("--tokens-out")
     args = p.parse_args()
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, args.dtype)
     model.eval()
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -20,18 +20,23 @@ transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(THREADS)
 
 
-def parser(doc):
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parser(doc, model=True):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True, help="Hugging Face model directory")
+    if model:
+        p.add_argument("--model", required=True, help="Hugging Face model directory")
+    p.add_argument("--dtype", choices=DTYPES, default="f32", help="precision of weights and activations")
     p.add_argument("--warmup", type=int, default=2, help="runs that are not counted")
     p.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     return p
 
 
-def load(path):
-    """The model in f32 with PyTorch's fused attention, and its tokenizer."""
+def load(path, dtype):
+    """The model with PyTorch's fused attention, and its tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
     return model, tokenizer
 
 

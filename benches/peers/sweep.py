@@ -21,7 +21,7 @@ def main():
     p.add_argument("--layers", default="")
     p.add_argument("--epsilon", type=float, default=1.2)
     args = p.parse_args()
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, args.dtype)
     model.eval()
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -40,7 +40,7 @@ def main():
         layer, kind, member = runs[i * len(runs) // (args.warmup + args.repeats) % len(runs)]
         weight = model.get_parameter(f"model.layers.{layer}.{kind}.weight")
         clean = weight.clone()
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(member // 2))
+        noise = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(member // 2))
         sign = -1.0 if member % 2 else 1.0
         weight.add_(noise, alpha=float(sign * args.epsilon * weight.norm() / noise.norm()))
         states = model.model(**batch, output_hidden_states=True, use_cache=False).hidden_states

@@ -47,14 +47,18 @@ impl FloatElement for f32 {
         x
     }
 }
+// Without branches, for loops to be vectorised.
 impl FloatElement for half::bf16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
-        Self::to_f32(self)
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
     #[inline(always)]
     fn from_f32(x: f32) -> Self {
-        Self::from_f32(x)
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        let quiet_nan = bits >> 16 | 0x40;
+        Self::from_bits(if x.is_nan() { quiet_nan } else { rounded } as u16)
     }
 }
 

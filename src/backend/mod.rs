@@ -1,6 +1,6 @@
 //! Arithmetic: buffers, and operators on them ([`ops`]).
 //!
-//! The engine owns the order of operators; a [`Backend`] owns the arithmetic and nothing else. [`cpu`] computes in f32, [`cuda`]
+//! The engine owns the order of operators; a [`Backend`] owns the arithmetic and nothing else. [`cpu`] computes in f32 or bf16, [`cuda`]
 //! in bf16 with f32 sums. Operators check every shape: a wrong one is a bug of the engine, and panics. Errors are for what a
 //! device may refuse (memory, a lost device).
 
@@ -9,12 +9,14 @@ pub mod cost;
 pub mod cpu;
 pub mod cuda;
 pub mod ops;
+mod precision;
 mod roofline;
 pub mod trace;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
 pub use cost::Cost;
 pub use ops::*;
+pub use precision::{Bf16State, DtypeChoice, F32State, Precision};
 pub use roofline::Roofline;
 
 use crate::error::Result;

@@ -1,5 +1,6 @@
 //! Options and output of every command.
 
+use crate::backend::DtypeChoice;
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use clap::Args;
@@ -13,6 +14,10 @@ pub(super) struct Common {
     /// Device: auto, cpu, cuda or cuda:N. auto uses a working GPU, and says which
     #[arg(long, default_value = "auto", global = true)]
     pub(super) device: Device,
+    /// Precision of weights and activations: auto, f32 or bf16 (with f32 sums). auto is bf16 on a GPU; on a CPU it is bf16
+    /// if the model is stored in it and the processor multiplies it, and says so
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = DtypeChoice::Auto, global = true)]
+    pub(super) dtype: DtypeChoice,
     /// Seed of all random draws
     #[arg(long, default_value_t = 0, global = true)]
     pub(super) seed: u64,

@@ -45,6 +45,10 @@ pub(super) struct Demo {
 }
 
 impl OnDevice for Demo {
+    fn model(&self) -> Option<PathBuf> {
+        None
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         if let Some(dir) = &self.make_model {
             let mut bars = Bars::new(common);

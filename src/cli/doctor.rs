@@ -22,7 +22,7 @@ impl Doctor {
         let cuda = cuda::survey();
         let nvcc = std::env::var_os("PATH")
             .and_then(|paths| std::env::split_paths(&paths).map(|p| p.join("nvcc")).find(|p| p.is_file()));
-        let (simd, amx) = (simd(), Cpu::matrix_unit());
+        let (simd, amx, bf16) = (simd(), Cpu::matrix_unit(), Cpu::bf16_products());
         let gpus: Vec<_> = (0..*cuda.devices.as_ref().unwrap_or(&0)).map(|ordinal| (ordinal, gpu(ordinal))).collect();
         if common.json {
             let gpus: Vec<_> = gpus.iter().map(|(ordinal, gpu)| match gpu {
@@ -31,14 +31,15 @@ impl Doctor {
                 Err(e) => json!({ "device": format!("cuda:{ordinal}"), "error": e.to_string() }),
             }).collect();
             return print_json(&json!({
-                "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "amx": amx, "free_memory_bytes": memory,
+                "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "amx": amx, "bf16_products": bf16, "free_memory_bytes": memory,
                 "free_disk_bytes": disk, "cuda_images": cuda.images, "cuda_devices": gpus,
                 "cuda_driver": cuda.devices.as_ref().map_or_else(|why| json!({ "error": why }), |count| json!({ "devices": count })),
                 "nvcc": nvcc,
             }));
         }
         print_line(&format!("swat         {}", env!("CARGO_PKG_VERSION")))?;
-        let products = if amx { ", AMX for large products" } else { "" };
+        let products = [(amx, ", AMX for large products of f32"), (bf16, ", AVX-512 BF16 for products of bf16")];
+        let products: String = products.iter().filter(|(there, _)| *there).map(|(_, text)| *text).collect();
         print_line(&format!("cpu          {cores} cores, {simd}{products}"))?;
         print_line(&format!("memory       {} free", memory.map_or("unknown".into(), bytes)))?;
         print_line(&format!("disk         {} free here", disk.map_or("unknown".into(), bytes)))?;

@@ -31,6 +31,10 @@ pub(super) struct DriftCommand {
 }
 
 impl OnDevice for DriftCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         let probe = Probe::load(&self.probe)?;

@@ -46,6 +46,10 @@ pub(super) struct EvalCommand {
 }
 
 impl OnDevice for EvalCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let limit = if self.limit == 0 { usize::MAX } else { self.limit };
         let mut counts = std::collections::HashMap::new();

@@ -42,6 +42,10 @@ pub(super) struct Generate {
 }
 
 impl OnDevice for Generate {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let Sampling { temperature, top_p } = self.options.sampling;
         require(temperature >= 0.0 && temperature.is_finite(), "--temperature", temperature, "0 (greedy) or more")?;

@@ -3,11 +3,12 @@
 use super::common::{Common, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
-use crate::backend::{Backend, trace};
+use crate::backend::{Backend, DtypeChoice, trace};
 use crate::error::{Error, FileOp, Result};
+use crate::model::ModelDir;
 use crate::secure::{LoadedModel, RefusalList};
 use clap::{Args, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The model of a command.
 #[derive(Args, Clone, Debug)]
@@ -37,6 +38,14 @@ pub(super) trait OnDevice: Sized {
         State::F32
     }
 
+    /// The model that the command loads, by whose dtype `--dtype auto` goes; `None` = f32 on a CPU.
+    fn model(&self) -> Option<PathBuf>;
+
+    /// `--dtype`, or what the command's configuration says instead.
+    fn dtype(&self, common: &Common) -> Result<DtypeChoice> {
+        Ok(common.dtype)
+    }
+
     /// The whole command.
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()>;
 
@@ -45,15 +54,26 @@ pub(super) trait OnDevice: Sized {
         if common.nvtx {
             trace::annotate()?;
         }
-        match (common.gpu(), self.state()) {
-            (None, _) => self.run(common, Cpu::new()),
-            (Some(ordinal), State::F32) => self.run(common, common.open::<F32State>(ordinal)?),
-            (Some(ordinal), State::Bf16) => self.run(common, common.open::<Bf16State>(ordinal)?),
+        let (device, state) = (common.gpu(), self.state());
+        let dtype = common.float(device, self.dtype(common)?, self.model().as_deref())?;
+        match (device, dtype, state) {
+            (None, Float::F32, _) => self.run(common, Cpu::new()),
+            (None, Float::Bf16, State::F32) => self.run(common, Cpu::<F32State>::default()),
+            (None, Float::Bf16, State::Bf16) => self.run(common, Cpu::<Bf16State>::default()),
+            (Some(ordinal), _, State::F32) => self.run(common, common.open::<F32State>(ordinal)?),
+            (Some(ordinal), _, State::Bf16) => self.run(common, common.open::<Bf16State>(ordinal)?),
         }
     }
 }
 
-/// Precision of gradients and moments on a GPU.
+/// Precision of weights and activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Float {
+    F32,
+    Bf16,
+}
+
+/// Precision of gradients and moments beside bf16 weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum State {
     /// 12 bytes per trained parameter
@@ -69,6 +89,31 @@ impl Common {
             Device::Auto => self.detect(),
             Device::Cpu => None,
             Device::Cuda(ordinal) => Some(ordinal),
+        }
+    }
+
+    /// The precision in which a command computes; what `auto` chose on a CPU, and why, goes to stderr.
+    pub(super) fn float(&self, device: Option<u32>, asked: DtypeChoice, model: Option<&Path>) -> Result<Float> {
+        match (device, asked) {
+            (Some(ordinal), DtypeChoice::F32) => {
+                let found = format!("f32 on cuda:{ordinal}");
+                Err(Error::input("--dtype", found, "auto or bf16 on a GPU, whose kernels compute in bf16"))
+            }
+            (Some(_), DtypeChoice::Auto | DtypeChoice::Bf16) | (None, DtypeChoice::Bf16) => Ok(Float::Bf16),
+            (None, DtypeChoice::F32) => Ok(Float::F32),
+            (None, DtypeChoice::Auto) => {
+                // A directory that cannot be read is an error of the command, when it loads the model.
+                let stored = model.is_some_and(|dir| ModelDir::stores_bf16(dir).unwrap_or(false));
+                let (float, chosen) = match (stored, Cpu::bf16_products()) {
+                    (false, _) => return Ok(Float::F32),
+                    (true, true) => (Float::Bf16, "in bf16, as the model is stored: this processor multiplies bf16"),
+                    (true, false) => (Float::F32, "in f32: this processor has no instructions for products of bf16"),
+                };
+                if !self.quiet {
+                    eprintln!("on the CPU {chosen}");
+                }
+                Ok(float)
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! `swat plan`: memory and compute of a run.
 
 use super::common::{Common, print_json, print_line};
-use super::open::{ModelArgs, State};
+use super::open::{Float, ModelArgs, State};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::engine::{Lora, Plan, Workload};
@@ -44,7 +44,7 @@ pub(super) struct PlanCommand {
     /// Rank of the adapters
     #[arg(long, default_value_t = Lora::default().rank)]
     lora_rank: usize,
-    /// Precision of gradients and moments on a GPU: f32 (12 bytes per trained parameter) or bf16 (6)
+    /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
     state: State,
 }
@@ -76,10 +76,13 @@ impl PlanCommand {
             _ => lora.is_none() && set.contains(id.cell()),
         };
         let device = common.gpu();
-        let plan = |recompute| match (device, self.state) {
-            (None, _) => Plan::new::<Cpu>(config, &workload(recompute), trains),
-            (Some(_), State::F32) => Plan::new::<Cuda<F32State>>(config, &workload(recompute), trains),
-            (Some(_), State::Bf16) => Plan::new::<Cuda<Bf16State>>(config, &workload(recompute), trains),
+        let float = common.float(device, common.dtype, Some(&self.model.model))?;
+        let plan = |recompute| match (device, float, self.state) {
+            (None, Float::F32, _) => Plan::new::<Cpu>(config, &workload(recompute), trains),
+            (None, Float::Bf16, State::F32) => Plan::new::<Cpu<F32State>>(config, &workload(recompute), trains),
+            (None, Float::Bf16, State::Bf16) => Plan::new::<Cpu<Bf16State>>(config, &workload(recompute), trains),
+            (Some(_), _, State::F32) => Plan::new::<Cuda<F32State>>(config, &workload(recompute), trains),
+            (Some(_), _, State::Bf16) => Plan::new::<Cuda<Bf16State>>(config, &workload(recompute), trains),
         };
         let free = match device {
             None => free_memory(),

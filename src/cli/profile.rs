@@ -35,7 +35,7 @@ pub(super) struct ProfileCommand {
     /// Modules that train, or that the sweep perturbs: a set such as layers.8-15.{q_proj,v_proj}, or all
     #[arg(long, default_value = "all")]
     mods: String,
-    /// Precision of gradients and moments on a GPU: f32 (12 bytes per trained parameter) or bf16 (6)
+    /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
     state: State,
     /// Write all spans as a Chrome trace
@@ -44,6 +44,10 @@ pub(super) struct ProfileCommand {
 }
 
 impl OnDevice for ProfileCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
     fn state(&self) -> State {
         self.state
     }

@@ -43,6 +43,10 @@ pub(super) struct RobustnessCommand {
 }
 
 impl OnDevice for RobustnessCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         if self.out.exists() && !self.force {
             return Err(Error::Exists { path: self.out });

@@ -3,7 +3,7 @@
 use super::common::{Common, print_json, print_line};
 use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
-use crate::backend::Backend;
+use crate::backend::{Backend, DtypeChoice};
 use crate::error::Result;
 use crate::report::{results_text, write_report};
 use crate::secure::study::{RunConfig, run};
@@ -25,7 +25,7 @@ pub(super) struct RunCommand {
     /// Configuration (TOML)
     #[arg(value_name = "CONFIG")]
     config: PathBuf,
-    /// Precision of gradients and moments on a GPU: f32 (12 bytes per trained parameter) or bf16 (6)
+    /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
     state: State,
     /// Override a key: tune.all_phase.lr=1e-5
@@ -38,9 +38,25 @@ impl OnDevice for RunCommand {
         self.state
     }
 
+    fn model(&self) -> Option<PathBuf> {
+        self.config().ok().map(|config| config.model)
+    }
+
+    fn dtype(&self, common: &Common) -> Result<DtypeChoice> {
+        match common.dtype {
+            DtypeChoice::Auto => Ok(self.config()?.dtype),
+            asked => Ok(asked),
+        }
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        let config = RunConfig::read(&self.config, &self.overrides)?;
-        study(backend, common, &self.refusals, &config)
+        study(backend, common, &self.refusals, &self.config()?)
+    }
+}
+
+impl RunCommand {
+    fn config(&self) -> Result<RunConfig> {
+        RunConfig::read(&self.config, &self.overrides)
     }
 }
 

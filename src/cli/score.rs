@@ -34,6 +34,10 @@ pub(super) struct Score {
 }
 
 impl OnDevice for Score {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let model = self.model.open_without_template(backend)?;
         let (place, tokens) = match (&self.text_file, self.ids) {

@@ -50,6 +50,10 @@ pub(super) struct SearchCommand {
 }
 
 impl OnDevice for SearchCommand {
+    fn model(&self) -> Option<PathBuf> {
+        self.model.clone().or_else(|| RobustnessMap::load(&self.map).ok()?.made_from.map(|from| from.model))
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         if self.out.exists() && !self.force {
             return Err(Error::Exists { path: self.out });

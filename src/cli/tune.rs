@@ -64,12 +64,16 @@ pub(super) struct Tune {
     mix_share: Option<f64>,
     #[command(flatten)]
     output: TuneOutput,
-    /// Precision of gradients and moments on a GPU: f32 (12 bytes per trained parameter) or bf16 (6)
+    /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
     state: State,
 }
 
 impl OnDevice for Tune {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
     fn state(&self) -> State {
         self.state
     }

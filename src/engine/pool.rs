@@ -172,9 +172,9 @@ mod tests {
         let _pass = pool.pass(tokens);
         let mut kept = Vec::new();
         for _ in 0..10 {
-            let wide = pool.floats.take(&Cpu, tokens * 3).unwrap();
+            let wide = pool.floats.take(&Cpu::new(), tokens * 3).unwrap();
             drop(wide);
-            kept.push(pool.floats.take(&Cpu, tokens).unwrap());
+            kept.push(pool.floats.take(&Cpu::new(), tokens).unwrap());
         }
         drop(kept);
         pool.bytes()
@@ -204,11 +204,11 @@ mod tests {
     #[test]
     fn outside_of_a_pass_a_buffer_serves_down_to_a_quarter() {
         let pool = Pool::<Cpu>::default();
-        drop(pool.floats.take(&Cpu, 4000).unwrap());
+        drop(pool.floats.take(&Cpu::new(), 4000).unwrap());
         let bytes = pool.bytes();
-        drop(pool.floats.take(&Cpu, 1100).unwrap());
+        drop(pool.floats.take(&Cpu::new(), 1100).unwrap());
         assert_eq!(pool.bytes(), bytes);
-        drop(pool.floats.take(&Cpu, 500).unwrap());
+        drop(pool.floats.take(&Cpu::new(), 500).unwrap());
         assert!(pool.bytes() > bytes);
     }
 }

@@ -4,7 +4,7 @@ use super::{ChatTemplate, ModelConfig, Tokenizer};
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
 use crate::io::json;
-use crate::io::safetensors::{Safetensors, TensorSpec, float_bytes, write_weights};
+use crate::io::safetensors::{Dtype, Safetensors, TensorSpec, float_bytes, write_weights};
 use crate::modules::ParamId;
 use rayon::prelude::*;
 use serde_json::Value;
@@ -100,6 +100,14 @@ impl ModelDir {
             return Err(Error::input(dir.join("tokenizer.json").display().to_string(), found, expected));
         }
         Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, hash: OnceLock::new() })
+    }
+
+    /// Whether all weights of a model directory are stored in bf16.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the file that is missing or wrong.
+    pub fn stores_bf16(dir: &Path) -> Result<bool> {
+        Ok(open_shards(dir)?.iter().all(|shard| shard.tensors().all(|(_, dtype, _)| dtype == Dtype::BF16)))
     }
 
     /// Reads one tensor as f32.

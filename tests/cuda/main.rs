@@ -1,4 +1,4 @@
-//! The whole engine on CUDA devices against the CPU backend with the same weights, rounded to bf16. Single kernels are tested against
+//! The whole engine in bf16, on CUDA devices and on the CPU, against f32 with the same weights, rounded to bf16. Single kernels are tested against
 //! f64 loops in `tests/ops`.
 //!
 //! bf16 rounding errors differ by a factor of ten between tensors (gradients of q, k and their norms are small differences of large
@@ -52,8 +52,8 @@ fn error(got: &[f32], expected: &[f32]) -> f64 {
 
 /// Results of several emulations of the device's precision. The first rounds on the kernels' grid, the others on shifted grids with the
 /// same spacing: where few roundings decide, the error of a single emulation may be small by chance.
-fn emulated<P: Precision>(values: impl Fn(&Rounded) -> Values) -> Vec<Values> {
-    let bf16_state = size_of::<P::Grad>() == 2;
+fn emulated<B: Backend>(values: impl Fn(&Rounded) -> Values) -> Vec<Values> {
+    let bf16_state = size_of::<B::Grad>() == 2;
     let moved = (1..=3).map(|seed| Rounded::moved(bf16_state, seed));
     std::iter::once(Rounded::new(bf16_state)).chain(moved).map(|backend| values(&backend)).collect()
 }
@@ -84,8 +84,17 @@ fn assert_close_to_emulation(got: &Values, exact: &Values, emulated: &[Values], 
     }
 }
 
-/// Runs `test` on every device: on some with f32, on others with bf16 gradients.
+/// Runs `test` on the CPU and on every CUDA device, with f32 and with bf16 gradients.
 macro_rules! on_every_device {
+    ($test:ident) => {
+        $test(&Cpu::<F32State>::default());
+        $test(&Cpu::<Bf16State>::default());
+        on_every_cuda_device!($test);
+    };
+}
+
+/// Runs `test` on every CUDA device: on some with f32, on others with bf16 gradients.
+macro_rules! on_every_cuda_device {
     ($test:ident) => {
         for ordinal in DEVICES {
             if ordinal % 3 == 0 {
@@ -109,13 +118,13 @@ fn forward_values<B: Backend>(backend: &B, config: &ModelConfig, batch: &Batch) 
     values
 }
 
-fn forward_on<P: Precision>(cuda: &Cuda<P>) {
+fn forward_on<B: Backend>(device: &B) {
     for (name, config, lengths) in shapes() {
         let batch = batch(&config, &lengths, 2);
-        let emulated = emulated::<P>(|backend| forward_values(backend, &config, &batch));
+        let emulated = emulated::<B>(|backend| forward_values(backend, &config, &batch));
         let exact = forward_values(&Cpu::new(), &config, &batch);
-        let got = forward_values(cuda, &config, &batch);
-        assert_close_to_emulation(&got, &exact, &emulated, &format!("{name} on {}", cuda.name()));
+        let got = forward_values(device, &config, &batch);
+        assert_close_to_emulation(&got, &exact, &emulated, &format!("{name} on {}", device.name()));
     }
 }
 
@@ -145,16 +154,16 @@ fn gradients_of<B: Backend>(
     (loss, gradients.iter().map(read).chain([("loss".into(), vec![loss as f32])]).collect())
 }
 
-fn gradients_on<P: Precision>(cuda: &Cuda<P>) {
+fn gradients_on<B: Backend>(device: &B) {
     for (name, config, lengths) in shapes() {
         let seeds = if config.hidden < 128 { 0..8 } else { 3..4 };
         for seed in seeds {
             let batch = batch(&config, &lengths, seed + 1);
-            let emulated = emulated::<P>(|backend| gradients_of(backend, &config, seed, &batch, false).1);
+            let emulated = emulated::<B>(|backend| gradients_of(backend, &config, seed, &batch, false).1);
             let (_, exact) = gradients_of(&Cpu::new(), &config, seed, &batch, false);
-            let (loss, got) = gradients_of(cuda, &config, seed, &batch, false);
-            assert_close_to_emulation(&got, &exact, &emulated, &format!("{name}, seed {seed}, on {}", cuda.name()));
-            let again = gradients_of(cuda, &config, seed, &batch, true);
+            let (loss, got) = gradients_of(device, &config, seed, &batch, false);
+            assert_close_to_emulation(&got, &exact, &emulated, &format!("{name}, seed {seed}, on {}", device.name()));
+            let again = gradients_of(device, &config, seed, &batch, true);
             assert!((loss, got) == again, "{name}: a second run, with layers computed again, gave other bytes");
         }
     }
@@ -199,7 +208,7 @@ fn ten_steps<B: Backend>(model: &mut Decoder<B>, batch: &Batch, mods: &str) -> V
     losses
 }
 
-fn ten_masked_steps_on<P: Precision>(cuda: &Cuda<P>) {
+fn ten_masked_steps_on<B: Backend>(device: &B) {
     for (config, lengths, mods) in [
         (config(3, false, true, true), vec![7, 1, 12], "layers.1.{q,v}, layers.2.down"),
         (wide(2, 64), vec![40, 25], "layers.0.{k,o,up}, layers.1.gate"),
@@ -212,13 +221,13 @@ fn ten_masked_steps_on<P: Precision>(cuda: &Cuda<P>) {
             let phases = parts.chunks(5).zip(["losses on Mods_Rob", "losses on everything"]);
             phases.map(|(losses, name)| (name.into(), losses.to_vec())).collect()
         };
-        let mut model = decoder(cuda, &config, 7);
+        let mut model = decoder(device, &config, 7);
         let got = ten_steps(&mut model, &batch, mods);
         assert!(expected[9] < 0.9 * expected[0], "ten steps learn: {expected:?}");
-        let emulated = emulated::<P>(|backend| phases(&ten_steps(&mut decoder(backend, &config, 7), &batch, mods)));
+        let emulated = emulated::<B>(|backend| phases(&ten_steps(&mut decoder(backend, &config, 7), &batch, mods)));
         // Adam steps as far for a gradient that is noise: runs part, and follow no emulation.
-        assert_within_emulation(&phases(&got), &phases(&expected), &emulated, &format!("ten steps on {}", cuda.name()));
-        let mut again = decoder(cuda, &config, 7);
+        assert_within_emulation(&phases(&got), &phases(&expected), &emulated, &format!("ten steps on {}", device.name()));
+        let mut again = decoder(device, &config, 7);
         assert_eq!(ten_steps(&mut again, &batch, mods), got, "a second run");
         for param in model.params() {
             assert!(model.read(param.id).unwrap() == again.read(param.id).unwrap(), "{}: a second run", param.id);
@@ -248,7 +257,7 @@ fn sweep_values<B: Backend>(
     values
 }
 
-fn sweep_on<P: Precision>(cuda: &Cuda<P>) {
+fn sweep_on<B: Backend>(device: &B) {
     let config = wide(2, 64);
     let prompts = batch(&config, &[9, 14, 5], 10);
     for kind in [NoiseKind::Gaussian, NoiseKind::Rademacher, NoiseKind::LowRank(2), NoiseKind::Scale] {
@@ -264,11 +273,11 @@ fn sweep_on<P: Precision>(cuda: &Cuda<P>) {
             head_rows: vec![3, 160, 7],
             budget_bytes: 1 << 20,
         };
-        let emulated = emulated::<P>(|backend| sweep_values(backend, &config, &prompts, &members, &options));
+        let emulated = emulated::<B>(|backend| sweep_values(backend, &config, &prompts, &members, &options));
         let exact = sweep_values(&Cpu::new(), &config, &prompts, &members, &options);
-        let got = sweep_values(cuda, &config, &prompts, &members, &options);
+        let got = sweep_values(device, &config, &prompts, &members, &options);
         assert_eq!(got.len(), members.len());
-        assert_close_to_emulation(&got, &exact, &emulated, &format!("{kind:?} on {}", cuda.name()));
+        assert_close_to_emulation(&got, &exact, &emulated, &format!("{kind:?} on {}", device.name()));
     }
 }
 
@@ -277,14 +286,14 @@ fn robustness_sweep() {
     on_every_device!(sweep_on);
 }
 
-fn generation_on<P: Precision>(cuda: &Cuda<P>) {
+fn generation_on<B: Backend>(device: &B) {
     for config in [config(3, false, true, true), wide(2, 64)] {
-        let (host, device) = (decoder(&Cpu::new(), &config, 11), decoder(cuda, &config, 11));
+        let (host, model) = (decoder(&Cpu::new(), &config, 11), decoder(device, &config, 11));
         let prompts = batch(&config, &[4, 9, 1, 17], 12);
         let prompts: Vec<Vec<u32>> =
             prompts.starts.windows(2).map(|w| prompts.tokens[w[0] as usize..w[1] as usize].to_vec()).collect();
         let options = GenerateOptions { max_new_tokens: 8, stop: Vec::new(), ..GenerateOptions::default() };
-        let answers = device.generate(&prompts, &options, &mut |_, _| {}).unwrap();
+        let answers = model.generate(&prompts, &options, &mut |_, _| {}).unwrap();
         for (prompt, answer) in prompts.iter().zip(&answers) {
             assert_eq!(answer.tokens.len(), 8);
             let mut text = prompt.clone();
@@ -293,12 +302,12 @@ fn generation_on<P: Precision>(cuda: &Cuda<P>) {
                 let logits = host.logits(&so_far, &so_far.last_rows()).unwrap();
                 let (low, best) = logits.iter().fold((f32::MAX, f32::MIN), |(l, b), x| (l.min(*x), b.max(*x)));
                 let chosen = logits[*token as usize];
-                assert!(best - chosen <= 0.02 * (best - low), "{}: {chosen} was chosen, {best} is best", cuda.name());
+                assert!(best - chosen <= 0.02 * (best - low), "{}: {chosen} was chosen, {best} is best", device.name());
                 text.push(*token);
             }
         }
         let sampled = GenerateOptions { sampling: Sampling { temperature: 1.0, top_p: 0.9 }, seed: 4, ..options };
-        let run = || device.generate(&prompts, &sampled, &mut |_, _| {}).unwrap();
+        let run = || model.generate(&prompts, &sampled, &mut |_, _| {}).unwrap();
         assert_eq!(run(), run(), "the same seed gives the same tokens");
     }
 }
@@ -356,7 +365,7 @@ fn gated_product_on<P: Precision>(cuda: &Cuda<P>) {
 
 #[test]
 fn fused_gate_and_up_equal_separate_products() {
-    on_every_device!(gated_product_on);
+    on_every_cuda_device!(gated_product_on);
 }
 
 #[test]

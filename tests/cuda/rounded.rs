@@ -72,7 +72,7 @@ fn to<'a, T: Element>(view: &'a mut ViewMut<'_, Rounded, T>) -> ViewMut<'a, Cpu,
 
 fn read<T: Element>(view: View<'_, Cpu, T>) -> Result<Vec<T>> {
     let mut host = vec![bytemuck::Zeroable::zeroed(); view.len()];
-    Cpu.read(view, &mut host)?;
+    Cpu::new().read(view, &mut host)?;
     Ok(host)
 }
 
@@ -82,19 +82,19 @@ fn read_f64(view: &View<'_, Rounded, f32>) -> Result<Vec<f64>> {
 
 fn write_f64(values: &[f64], mut into: ViewMut<'_, Rounded, f32>) -> Result<()> {
     let values: Vec<f32> = values.iter().map(|x| *x as f32).collect();
-    Cpu.write(&values, to(&mut into))
+    Cpu::new().write(&values, to(&mut into))
 }
 
 /// Puts f(index, x) for each x.
 fn edit(mut y: ViewMut<'_, Rounded, f32>, mut f: impl FnMut(usize, f32) -> f32) -> Result<()> {
     let mut host = read(y.storage.range(y.range.clone()))?;
     host.iter_mut().enumerate().for_each(|(i, x)| *x = f(i, *x));
-    Cpu.write(&host, to(&mut y))
+    Cpu::new().write(&host, to(&mut y))
 }
 
 /// Documents as the CPU's.
 fn on_cpu(documents: &Documents<Rounded>) -> Documents<Cpu> {
-    let device = Cpu.zeros(documents.starts.len()).expect("memory for documents");
+    let device = Cpu::new().zeros(documents.starts.len()).expect("memory for documents");
     Documents { starts: documents.starts.clone(), device }
 }
 
@@ -123,23 +123,23 @@ impl Backend for Rounded {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {
-        Ok(Buffer::new(Cpu.zeros(len)?, len))
+        Ok(Buffer::new(Cpu::new().zeros(len)?, len))
     }
 
     fn write<T: Element>(&self, host: &[T], mut into: ViewMut<'_, Self, T>) -> Result<()> {
-        Cpu.write(host, to(&mut into))
+        Cpu::new().write(host, to(&mut into))
     }
 
     fn read<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<()> {
-        Cpu.read(of(&from), host)
+        Cpu::new().read(of(&from), host)
     }
 
     fn copy<T: Element>(&self, from: View<'_, Self, T>, mut into: ViewMut<'_, Self, T>) -> Result<()> {
-        Cpu.copy(of(&from), to(&mut into))
+        Cpu::new().copy(of(&from), to(&mut into))
     }
 
     fn clear<T: Element>(&self, mut into: ViewMut<'_, Self, T>) -> Result<()> {
-        Cpu.clear(to(&mut into))
+        Cpu::new().clear(to(&mut into))
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -148,14 +148,14 @@ impl Backend for Rounded {
 
     fn linear(&self, op: Linear<'_, Self>) -> Result<()> {
         let Linear { x, w, mut y, shape, epilogue } = op;
-        Linear { x: of(&x), w: of(&w), y: to(&mut y), shape, epilogue: epilogue.map(of) }.run(&Cpu)?;
+        Linear { x: of(&x), w: of(&w), y: to(&mut y), shape, epilogue: epilogue.map(of) }.run(&Cpu::new())?;
         self.round(y)
     }
 
     fn linear_backward_input(&self, op: LinearBackwardInput<'_, Self>) -> Result<()> {
         let LinearBackwardInput { dy, w, mut dx, shape, alpha, accumulate } = op;
         let (dy, w, to) = (of(&dy), of(&w), to(&mut dx));
-        LinearBackwardInput { dy, w, dx: to, shape, alpha, accumulate }.run(&Cpu)?;
+        LinearBackwardInput { dy, w, dx: to, shape, alpha, accumulate }.run(&Cpu::new())?;
         self.round(dx)
     }
 
@@ -164,20 +164,20 @@ impl Backend for Rounded {
         let LinearBackwardInputEach { layers, mut dx, tokens, accumulate } = op;
         let layers = layers.iter().map(|InputGradient { dy, w }| InputGradient { dy: of(dy), w: of(w) });
         let layers: Vec<_> = layers.collect();
-        LinearBackwardInputEach { layers: &layers, dx: to(&mut dx), tokens, accumulate }.run(&Cpu)?;
+        LinearBackwardInputEach { layers: &layers, dx: to(&mut dx), tokens, accumulate }.run(&Cpu::new())?;
         self.round(dx)
     }
 
     fn linear_backward_weight(&self, op: LinearBackwardWeight<'_, Self>) -> Result<()> {
         let LinearBackwardWeight { dy, x, mut dw, shape, alpha, accumulate } = op;
         let (dy, x, to) = (of(&dy), of(&x), to(&mut dw));
-        LinearBackwardWeight { dy, x, dw: to, shape, alpha, accumulate }.run(&Cpu)?;
+        LinearBackwardWeight { dy, x, dw: to, shape, alpha, accumulate }.run(&Cpu::new())?;
         self.round_state(dw)
     }
 
     fn linear_backward_bias(&self, op: LinearBackwardBias<'_, Self>) -> Result<()> {
         let LinearBackwardBias { dy, mut dbias, accumulate } = op;
-        LinearBackwardBias { dy: of(&dy), dbias: to(&mut dbias), accumulate }.run(&Cpu)?;
+        LinearBackwardBias { dy: of(&dy), dbias: to(&mut dbias), accumulate }.run(&Cpu::new())?;
         self.round_state(dbias)
     }
 
@@ -191,7 +191,7 @@ impl Backend for Rounded {
         });
         cores.unwrap_or_else(|| {
             let (q, k, v, lse, documents) = (of(&q), of(&k), of(&v), lse.as_mut().map(to), &on_cpu(documents));
-            Attention { q, k, v, o: to(&mut o), lse, shape, documents }.run(&Cpu)
+            Attention { q, k, v, o: to(&mut o), lse, shape, documents }.run(&Cpu::new())
         })?;
         self.round(o)
     }
@@ -208,7 +208,7 @@ impl Backend for Rounded {
         cores.unwrap_or_else(|| {
             let ([q, k, v, o, lse, d_o], documents) = (saved.map(of), &on_cpu(documents));
             let (dq, dk, dv) = (to(&mut dq), to(&mut dk), to(&mut dv));
-            AttentionBackward { q, k, v, o, lse, d_o, dq, dk, dv, shape, documents }.run(&Cpu)
+            AttentionBackward { q, k, v, o, lse, d_o, dq, dk, dv, shape, documents }.run(&Cpu::new())
         })?;
         self.round(dq)?;
         self.round(dk)?;
@@ -231,7 +231,7 @@ impl Backend for Rounded {
         });
         cores.unwrap_or_else(|| {
             let spans = DecodeSpans { host: spans.host, device: of(&spans.device) };
-            AttentionDecode { q: of(&q), k: of(&k), v: of(&v), o: to(&mut o), spans, shape }.run(&Cpu)
+            AttentionDecode { q: of(&q), k: of(&k), v: of(&v), o: to(&mut o), spans, shape }.run(&Cpu::new())
         })?;
         self.round(o)
     }
@@ -239,10 +239,10 @@ impl Backend for Rounded {
     fn rmsnorm(&self, op: RmsNorm<'_, Self>) -> Result<()> {
         let RmsNorm { x, weight, mut y, mut rstd, eps } = op;
         let width = weight.len();
-        let mut ones = Cpu.zeros(width)?;
-        Cpu.write(&vec![1.0; width], ones.view_mut())?;
+        let mut ones = Cpu::new().zeros(width)?;
+        Cpu::new().write(&vec![1.0; width], ones.view_mut())?;
         let rstd = rstd.as_mut().map(to);
-        RmsNorm { x: of(&x), weight: ones.view(), y: to(&mut y), rstd, eps }.run(&Cpu)?;
+        RmsNorm { x: of(&x), weight: ones.view(), y: to(&mut y), rstd, eps }.run(&Cpu::new())?;
         self.round(y.reborrow())?;
         let weight = read(of(&weight))?;
         edit(y.reborrow(), |i, x| x * weight[i % width])?;
@@ -261,63 +261,63 @@ impl Backend for Rounded {
             accumulate_dx,
             accumulate_dweight,
         }
-        .run(&Cpu)?;
+        .run(&Cpu::new())?;
         dx.map_or(Ok(()), |dx| self.round(dx))?;
         dweight.map_or(Ok(()), |dweight| self.round_state(dweight))
     }
 
     fn rope(&self, op: Rope<'_, Self>) -> Result<()> {
         let Rope { mut x, table, positions, head_dim, inverse } = op;
-        Rope { x: to(&mut x), table: of(&table), positions: of(&positions), head_dim, inverse }.run(&Cpu)?;
+        Rope { x: to(&mut x), table: of(&table), positions: of(&positions), head_dim, inverse }.run(&Cpu::new())?;
         self.round(x)
     }
 
     fn swiglu(&self, op: SwiGlu<'_, Self>) -> Result<()> {
         let SwiGlu { gate, up, mut y } = op;
-        SwiGlu { gate: of(&gate), up: of(&up), y: to(&mut y) }.run(&Cpu)?;
+        SwiGlu { gate: of(&gate), up: of(&up), y: to(&mut y) }.run(&Cpu::new())?;
         self.round(y)
     }
 
     fn swiglu_backward(&self, op: SwiGluBackward<'_, Self>) -> Result<()> {
         let SwiGluBackward { mut gate, mut up, dy } = op;
-        SwiGluBackward { gate: to(&mut gate), up: to(&mut up), dy: of(&dy) }.run(&Cpu)?;
+        SwiGluBackward { gate: to(&mut gate), up: to(&mut up), dy: of(&dy) }.run(&Cpu::new())?;
         self.round(gate)?;
         self.round(up)
     }
 
     fn gather_rows(&self, op: GatherRows<'_, Self>) -> Result<()> {
         let GatherRows { from, rows, to: mut into, width } = op;
-        GatherRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu)
+        GatherRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu::new())
     }
 
     fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()> {
         let ScatterRows { from, rows, to: mut into, width } = op;
-        ScatterRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu)
+        ScatterRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu::new())
     }
 
     fn embedding_backward(&self, op: EmbeddingBackward<'_, Self>) -> Result<()> {
         let EmbeddingBackward { dy, rows, mut dtable, width } = op;
-        EmbeddingBackward { dy: of(&dy), rows: of(&rows), dtable: to(&mut dtable), width }.run(&Cpu)?;
+        EmbeddingBackward { dy: of(&dy), rows: of(&rows), dtable: to(&mut dtable), width }.run(&Cpu::new())?;
         self.round_state(dtable)
     }
 
     fn cross_entropy(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
         let CrossEntropy { mut logits, targets, mut losses, vocab, scale } = op;
         let (targets, losses) = (of(&targets), to(&mut losses));
-        CrossEntropy { logits: to(&mut logits), targets, losses, vocab, scale }.run(&Cpu)?;
+        CrossEntropy { logits: to(&mut logits), targets, losses, vocab, scale }.run(&Cpu::new())?;
         if scale.is_some() { self.round(logits) } else { Ok(()) }
     }
 
     fn sample(&self, op: Sample<'_, Self>) -> Result<()> {
         let Sample { logits, uniforms, mut tokens, vocab, sampling } = op;
         let (logits, uniforms, tokens) = (of(&logits), of(&uniforms), to(&mut tokens));
-        Sample { logits, uniforms, tokens, vocab, sampling }.run(&Cpu)
+        Sample { logits, uniforms, tokens, vocab, sampling }.run(&Cpu::new())
     }
 
     fn sum_squares<T: FloatElement>(&self, op: SumSquares<'_, Self, T>) -> Result<()> {
         let SumSquares { parts, mut squares } = op;
         let parts: Vec<_> = parts.iter().map(of).collect();
-        SumSquares { parts: &parts, squares: to(&mut squares) }.run(&Cpu)
+        SumSquares { parts: &parts, squares: to(&mut squares) }.run(&Cpu::new())
     }
 
     /// Weights, and moments where they are bf16, are rounded by the bits that `kernels/adamw.cu` draws.
@@ -331,7 +331,7 @@ impl Backend for Rounded {
             lr: *lr,
             weight_decay: *weight_decay,
         });
-        AdamWMasked { table: &mut rows.collect::<Vec<_>>(), squares: of(&squares), hyper }.run(&Cpu)?;
+        AdamWMasked { table: &mut rows.collect::<Vec<_>>(), squares: of(&squares), hyper }.run(&Cpu::new())?;
         let seed = hyper.seed ^ self.moved.as_ref().map_or(0, |(seed, _)| *seed);
         for (row, module) in table.iter_mut().enumerate() {
             let AdamWModule { weight, m, v, .. } = module;
@@ -348,7 +348,7 @@ impl Backend for Rounded {
     }
 
     fn squared_norm(&self, op: SquaredNorm<'_, Self>) -> Result<Buffer<Self, f64>> {
-        let squares = SquaredNorm { w: of(&op.w) }.run(&Cpu)?;
+        let squares = SquaredNorm { w: of(&op.w) }.run(&Cpu::new())?;
         let len = squares.len();
         Ok(Buffer::new(squares, len))
     }
@@ -363,7 +363,7 @@ impl Backend for Rounded {
             plus: to(&mut plus),
             minus: minus.as_mut().map(to),
         }
-        .run(&Cpu)?;
+        .run(&Cpu::new())?;
         self.round(plus)?;
         minus.map_or(Ok(()), |minus| self.round(minus))
     }

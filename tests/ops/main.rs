@@ -25,13 +25,18 @@ use swat_standin::cores;
 /// Runs the named functions of this file, each of which takes a backend, as tests on every backend.
 macro_rules! on_every_backend {
     ($($name:ident),* $(,)?) => {
-        mod cpu {
-            $(#[test] fn $name() { super::$name(&swat::backend::cpu::Cpu::new()); })*
-        }
+        on_every_backend!(cpu cpu swat::backend::cpu::F32: $($name),*);
+        on_every_backend!(cpu cpu_bf16 swat::backend::F32State: $($name),*);
+        on_every_backend!(cpu cpu_bf16_state swat::backend::Bf16State: $($name),*);
         on_every_backend!(cuda cuda_0 0 F32State: $($name),*);
         on_every_backend!(cuda cuda_1 1 Bf16State: $($name),*);
         on_every_backend!(cuda cuda_2 2 Bf16State: $($name),*);
         on_every_backend!(cuda cuda_3 3 F32State: $($name),*);
+    };
+    (cpu $module:ident $elements:ty: $($name:ident),*) => {
+        mod $module {
+            $(#[test] fn $name() { super::$name(&swat::backend::cpu::Cpu::<$elements>::default()); })*
+        }
     };
     (cuda $module:ident $ordinal:literal $state:ident: $($name:ident),*) => {
         mod $module {

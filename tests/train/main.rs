@@ -1,6 +1,7 @@
 //! Training on a tiny random model: the masked optimizer, and runs of the tuner.
 
 mod adamw;
+mod bf16;
 #[path = "../common/mod.rs"]
 mod common;
 mod options;

@@ -1,17 +1,26 @@
 //! Masked AdamW over a module table, and the sums of squares that clip it.
 
-use super::Cpu;
+use super::perturb::{BLOCK as NOISE, Quads, fill_words};
 use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
-use crate::backend::{AdamW, AdamWMasked, AdamWModule, FloatElement, SumSquares};
+use super::wide::{convert, same, same_mut};
+use super::{Cpu, Elements};
+use crate::backend::{AdamW, AdamWMasked, AdamWModule, FloatElement, Rounding, SumSquares};
+use half::bf16;
 use rayon::prelude::*;
 
 /// Elements of one task, and of one partial sum.
 const BLOCK: usize = 1 << 16;
+/// Elements that are computed at a time: those of as many words as are drawn at once, each of which rounds two.
+const AT_HAND: usize = 2 * NOISE;
 
-pub(super) fn sum_squares<T: FloatElement>(SumSquares { parts, squares }: SumSquares<'_, Cpu, T>) {
+pub(super) fn sum_squares<E: Elements, T: FloatElement>(SumSquares { parts, squares }: SumSquares<'_, Cpu<E>, T>) {
+    let parts: Vec<&[T]> = parts.iter().map(slice).collect();
+    let blocks: Vec<&[T]> = parts.iter().flat_map(|part| part.chunks(BLOCK)).collect();
+    let partials: Vec<f64> = blocks.into_par_iter().map(squared_norm_block).collect();
+    let mut partials = partials.into_iter();
     for (part, square) in parts.iter().zip(slice_mut(squares)) {
-        *square = squared_norm(slice(part)) as f32;
+        *square = partials.by_ref().take(part.len().div_ceil(BLOCK)).sum::<f64>() as f32;
     }
 }
 
@@ -23,29 +32,21 @@ pub(super) fn squared_norm<T: FloatElement>(x: &[T]) -> f64 {
 
 /// Σ x² of one block in f64.
 pub(super) fn squared_norm_block<T: FloatElement>(x: &[T]) -> f64 {
-    const AT_HAND: usize = 2048;
-    let mut wide = [0.0; AT_HAND];
-    let mut total = 0.0;
-    for x in x.chunks(AT_HAND) {
-        let wide = &mut wide[..x.len()];
-        wide.iter_mut().zip(x).for_each(|(wide, x)| *wide = x.to_f32());
-        total += squares_f64(wide);
-    }
-    total
+    x.chunks(2048).map(squares_f64).sum()
 }
 
 simd_kernel! {
-    fn squares_f64(_simd, x: &'a [f32]) -> f64 {
+    fn squares_f64<T: FloatElement>(_simd, x: &'a [T]) -> f64 {
         // Squares of f32 are exact in f64, and each sum has its own elements: the same bits on every instruction set.
         let mut sums = [0.0; 32];
         let (rows, tail) = x.as_chunks::<32>();
         for row in rows {
             for (sum, x) in sums.iter_mut().zip(row) {
-                *sum += f64::from(*x) * f64::from(*x);
+                *sum += f64::from(x.to_f32()) * f64::from(x.to_f32());
             }
         }
         for (sum, x) in sums.iter_mut().zip(tail) {
-            *sum += f64::from(*x) * f64::from(*x);
+            *sum += f64::from(x.to_f32()) * f64::from(x.to_f32());
         }
         sums.iter().sum()
     }
@@ -72,15 +73,16 @@ struct Factors {
     eps: f32,
 }
 
-pub(super) fn adamw_masked(AdamWMasked { table, squares, hyper }: AdamWMasked<'_, '_, Cpu>) {
+pub(super) fn adamw_masked<E: Elements>(AdamWMasked { table, squares, hyper }: AdamWMasked<'_, '_, Cpu<E>>) {
     let Some(clip) = clip_factor(slice(&squares), hyper.max_grad_norm) else { return };
-    table.iter_mut().for_each(|module| step(module, clip, &hyper));
+    table.iter_mut().enumerate().for_each(|(row, module)| step(row, module, clip, &hyper));
 }
 
 /// One module's step in the order of `torch.optim.AdamW`.
-fn step(module: &mut AdamWModule<'_, Cpu>, clip: f32, hyper: &AdamW) {
+fn step<E: Elements>(row: usize, module: &mut AdamWModule<'_, Cpu<E>>, clip: f32, hyper: &AdamW) {
     let AdamWModule { weight, grad, m, v, lr, weight_decay } = module;
-    let [weight, m, v] = [weight, m, v].map(|tensor| slice_mut(tensor.reborrow()));
+    let (weight, grad) = (slice_mut(weight.reborrow()), slice(grad));
+    let [m, v] = [m, v].map(|tensor| slice_mut(tensor.reborrow()));
     let power = |beta: f32| 1.0 - (beta as f64).powi(hyper.step as i32);
     let factors = Factors {
         clip,
@@ -91,10 +93,87 @@ fn step(module: &mut AdamWModule<'_, Cpu>, clip: f32, hyper: &AdamW) {
         root_correction2: power(hyper.beta2).sqrt() as f32,
         eps: hyper.eps,
     };
-    let written = weight.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
-    written.zip(slice(grad).par_chunks(BLOCK)).for_each(|(((w, m), v), g)| {
-        step_block(w, g, m, v, factors);
+    let stream = |tensor: u64| u64::from(hyper.step) << 32 | tensor << 30 | row as u64;
+    let draws = [0, 1, 2].map(|tensor| {
+        (hyper.rounding == Rounding::Stochastic).then_some(Draws { seed: hyper.seed, stream: stream(tensor) })
     });
+    let written = weight.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
+    written.zip(grad.par_chunks(BLOCK)).enumerate().for_each(|(block, (((w, m), v), g))| {
+        let [mut wide_w, mut wide_m, mut wide_v, mut wide_g] = [[0.0; AT_HAND]; 4];
+        let parts = w.chunks_mut(AT_HAND).zip(m.chunks_mut(AT_HAND)).zip(v.chunks_mut(AT_HAND)).zip(g.chunks(AT_HAND));
+        for (i, (((w, m), v), g)) in parts.enumerate() {
+            step_block(
+                load(w, &mut wide_w),
+                same(g).unwrap_or_else(|| {
+                    convert(g, &mut wide_g[..g.len()]);
+                    &wide_g[..g.len()]
+                }),
+                load(m, &mut wide_m),
+                load(v, &mut wide_v),
+                factors,
+            );
+            let first = block * BLOCK + i * AT_HAND;
+            store(&wide_w, w, draws[0], first);
+            store(&wide_m, m, draws[1], first);
+            store(&wide_v, v, draws[2], first);
+        }
+    });
+}
+
+/// f32 where it lies, bf16 widened; [`store`] puts the latter back.
+#[inline(always)]
+fn load<'s, T: FloatElement>(x: &'s mut [T], space: &'s mut [f32; AT_HAND]) -> &'s mut [f32] {
+    let len = x.len();
+    if same::<T, f32>(x).is_none() {
+        convert(x, &mut space[..len]);
+        return &mut space[..len];
+    }
+    same_mut(x).expect("f32")
+}
+
+/// Rounds bf16 by the `draws` of elements from `first` on, or to nearest without; f32 is in its place already.
+#[inline(always)]
+fn store<T: FloatElement>(from: &[f32; AT_HAND], to: &mut [T], draws: Option<Draws>, first: usize) {
+    let Some(to) = same_mut::<T, bf16>(to) else { return };
+    let from = &from[..to.len()];
+    match draws {
+        Some(draws) => draws.round(from, to, first),
+        None => convert(from, to),
+    }
+}
+
+/// Random numbers by which a tensor's elements are rounded: 16 bits an element, block = element / 8, word j of which serves elements
+/// 2j (low half) and 2j + 1.
+#[derive(Clone, Copy)]
+struct Draws {
+    seed: u64,
+    stream: u64,
+}
+
+impl Draws {
+    /// Up with the probability of what is cut off over the distance of the neighbours. At most [`AT_HAND`] elements; `first` is a
+    /// multiple of 8.
+    fn round(self, from: &[f32], to: &mut [bf16], first: usize) {
+        let mut words: Quads<u32> = [[0; NOISE / 4]; 4];
+        fill_words(&mut words, self.seed, self.stream, first as u64 / 8);
+        round_by(&words, from, to);
+    }
+}
+
+simd_kernel! {
+    fn round_by(_simd, words: &'a Quads<u32>, from: &'a [f32], to: &'a mut [bf16]) {
+        let mut bits = [[0u16; 8]; NOISE / 4];
+        for (block, bits) in bits.iter_mut().enumerate() {
+            for (j, words) in words.iter().enumerate() {
+                bits[2 * j] = words[block] as u16;
+                bits[2 * j + 1] = (words[block] >> 16) as u16;
+            }
+        }
+        for ((to, x), bits) in to.iter_mut().zip(from).zip(bits.as_flattened()) {
+            let rounded = x.to_bits().wrapping_add(u32::from(*bits));
+            *to = bf16::from_bits((if x.is_nan() { x.to_bits() | 0x40_0000 } else { rounded } >> 16) as u16);
+        }
+    }
 }
 
 simd_kernel! {

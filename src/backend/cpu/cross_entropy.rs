@@ -1,41 +1,40 @@
 //! Cross-entropy of rows of logits, the gradient in place.
 
-use super::Cpu;
 use super::simd::{exp, max, simd_kernel, sum};
 use super::storage::{slice, slice_mut};
-use crate::backend::{CrossEntropy, IGNORE};
+use super::wide::{edit, widen};
+use super::{Cpu, Elements};
+use crate::backend::{CrossEntropy, FloatElement, IGNORE};
 use rayon::prelude::*;
 
 /// Exponentials summed in f32 before they join the f64 sum of a row.
 const BLOCK: usize = 1024;
 
 /// losses[row] = log Σ exp(logits) − logits[target]; with `scale`, logits become scale·(softmax − onehot).
-pub(super) fn cross_entropy(op: CrossEntropy<'_, Cpu>) {
+pub(super) fn cross_entropy<E: Elements>(op: CrossEntropy<'_, Cpu<E>>) {
     let CrossEntropy { logits, targets, losses, vocab, scale } = op;
     let (logits, targets, losses) = (slice_mut(logits), slice(&targets), slice_mut(losses));
-    logits.par_chunks_mut(vocab).zip(targets).zip(losses).for_each(|((row, &target), loss)| {
+    let rows = logits.par_chunks_mut(vocab).zip(targets).zip(losses);
+    rows.for_each_init(Vec::new, |space, ((row, &target), loss)| {
         if target == IGNORE {
             *loss = 0.0;
             if scale.is_some() {
-                row.fill(0.0);
+                row.fill(bytemuck::Zeroable::zeroed());
             }
             return;
         }
         let target = target as usize;
-        let chosen = row[target];
-        match scale {
-            None => {
-                let (top, total) = log_sum_exp(row);
-                *loss = (total.ln() - (chosen as f64 - top as f64)) as f32;
-            }
-            Some(scale) => {
+        let chosen = row[target].to_f32();
+        let (top, total) = match scale {
+            None => log_sum_exp(widen(row, space)),
+            Some(scale) => edit(row, space, |row| {
                 let (top, total) = exponentials(row);
-                *loss = (total.ln() - (chosen as f64 - top as f64)) as f32;
-                let factor = (scale as f64 / total) as f32;
-                scale_row(row, factor);
+                scale_row(row, (scale as f64 / total) as f32);
                 row[target] -= scale;
-            }
-        }
+                (top, total)
+            }),
+        };
+        *loss = (total.ln() - (chosen as f64 - top as f64)) as f32;
     });
 }
 

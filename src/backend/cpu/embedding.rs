@@ -1,9 +1,9 @@
 //! Rows chosen from a table, put into one, and added to one.
 
-use super::Cpu;
 use super::simd::simd_kernel;
 use super::storage::{Shared, slice, slice_mut};
-use crate::backend::{EmbeddingBackward, GatherRows, ScatterRows};
+use super::{Cpu, Elements};
+use crate::backend::{EmbeddingBackward, FloatElement, GatherRows, ScatterRows};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ const BLOCK: usize = 1 << 15;
 /// Columns of one task of the backward pass.
 const COLUMNS: usize = 64;
 
-pub(super) fn gather_rows(GatherRows { from, rows, to, width }: GatherRows<'_, Cpu>) {
+pub(super) fn gather_rows<E: Elements>(GatherRows { from, rows, to, width }: GatherRows<'_, Cpu<E>>) {
     let (from, rows, to) = (slice(&from), slice(&rows), slice_mut(to));
     let count = (BLOCK / width).max(1);
     to.par_chunks_mut(count * width).zip(rows.par_chunks(count)).for_each(|(to, rows)| {
@@ -22,30 +22,52 @@ pub(super) fn gather_rows(GatherRows { from, rows, to, width }: GatherRows<'_, C
     });
 }
 
-pub(super) fn scatter_rows(ScatterRows { from, rows, to, width }: ScatterRows<'_, Cpu>) {
+pub(super) fn scatter_rows<E: Elements>(ScatterRows { from, rows, to, width }: ScatterRows<'_, Cpu<E>>) {
     let to = slice_mut(to);
     for (from, &row) in slice(&from).chunks_exact(width).zip(slice(&rows)) {
         to[row as usize * width..][..width].copy_from_slice(from);
     }
 }
 
-/// In the order of rows: a task owns some columns and walks all rows.
-pub(super) fn embedding_backward(EmbeddingBackward { dy, rows, dtable, width }: EmbeddingBackward<'_, Cpu>) {
+/// A task owns some columns. Terms of one row of the table are added in their order, in f32, and rounded once.
+pub(super) fn embedding_backward<E: Elements>(op: EmbeddingBackward<'_, Cpu<E>>) {
+    let EmbeddingBackward { dy, rows, dtable, width } = op;
     let (dy, rows, dtable) = (slice(&dy), slice(&rows), Shared::new(slice_mut(dtable)));
+    let mut terms: Vec<(u32, u32)> = rows.iter().zip(0..).map(|(row, term)| (*row, term)).collect();
+    terms.sort_unstable();
     (0..width.div_ceil(COLUMNS)).into_par_iter().for_each(|task| {
         let columns = task * COLUMNS..width.min((task + 1) * COLUMNS);
-        add_columns(dy, rows, &dtable, width, columns);
+        add_columns(dy, &terms, &dtable, width, columns);
     });
 }
 
 simd_kernel! {
-    fn add_columns(_simd, dy: &'a [f32], rows: &'a [u32], dtable: &'a Shared<'a, f32>, width: usize, columns: Range<usize>) {
-        for (dy, &row) in dy.chunks_exact(width).zip(rows) {
-            let at = row as usize * width;
+    /// `terms`: rows of the table, ascending, and of `dy`.
+    fn add_columns<T: FloatElement, G: FloatElement>(
+        _simd,
+        dy: &'a [T],
+        terms: &'a [(u32, u32)],
+        dtable: &'a Shared<'a, G>,
+        width: usize,
+        columns: Range<usize>,
+    ) {
+        let mut sums = [0.0; COLUMNS];
+        let sums = &mut sums[..columns.len()];
+        for terms in terms.chunk_by(|a, b| a.0 == b.0) {
+            let at = terms[0].0 as usize * width;
             // SAFETY: each task writes its own columns.
             let to = unsafe { dtable.range(at + columns.start..at + columns.end) };
-            for (to, x) in to.iter_mut().zip(&dy[columns.clone()]) {
-                *to += x;
+            for (sum, to) in sums.iter_mut().zip(&*to) {
+                *sum = to.to_f32();
+            }
+            for (_, term) in terms {
+                let dy = &dy[*term as usize * width..][..width];
+                for (sum, x) in sums.iter_mut().zip(&dy[columns.clone()]) {
+                    *sum += x.to_f32();
+                }
+            }
+            for (to, sum) in to.iter_mut().zip(&*sums) {
+                *to = G::from_f32(*sum);
             }
         }
     }

@@ -1,16 +1,19 @@
 //! Matrices in slices, and their products.
 
-/// A matrix in a slice: element (i, j) is at `i·rows + j·columns`.
+use super::wide::{is, same, same_mut};
+use crate::backend::{Element, Epilogue};
+
+/// A matrix in a slice: element (i, j) is at `i·row_stride + j·column_stride`.
 #[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    pub data: &'a [f32],
+pub(super) struct Matrix<'a, T = f32> {
+    pub data: &'a [T],
     pub row_stride: usize,
     pub column_stride: usize,
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, T: Element> Matrix<'a, T> {
     /// Row-major with rows `stride` apart.
-    pub(super) fn rows(data: &'a [f32], stride: usize) -> Self {
+    pub(super) fn rows(data: &'a [T], stride: usize) -> Self {
         Self { data, row_stride: stride, column_stride: 1 }
     }
 
@@ -25,6 +28,11 @@ impl<'a> Matrix<'a> {
         self.row_stride == 1 || self.column_stride == 1
     }
 
+    fn same<U: Element>(self) -> Matrix<'a, U> {
+        let Self { data, row_stride, column_stride } = self;
+        Matrix { data: same(data).unwrap_or_default(), row_stride, column_stride }
+    }
+
     fn check(&self, rows: usize, columns: usize) {
         if rows > 0 && columns > 0 {
             let last = (rows - 1) * self.row_stride + (columns - 1) * self.column_stride;
@@ -33,43 +41,71 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// C [m, n] = alpha·A [m, k]·B [k, n] (+ C).
-pub(super) struct Product<'a> {
-    pub c: &'a mut [f32],
+/// C [m, n] = alpha·A [m, k]·B [k, n] + bias + residual (+ C), in f32 sums.
+pub(super) struct Product<'a, T = f32, C = T> {
+    pub c: &'a mut [C],
     /// Elements from one row of C to the next.
     pub stride: usize,
-    pub a: Matrix<'a>,
-    pub b: Matrix<'a>,
+    pub a: Matrix<'a, T>,
+    pub b: Matrix<'a, T>,
     /// (m, n, k)
     pub size: (usize, usize, usize),
-    pub alpha: f32,
-    /// Adds to what C holds.
-    pub accumulate: bool,
+    /// A bias has n elements; a residual is laid out as C, and given only where rows of C are adjacent.
+    pub epilogue: Epilogue<&'a [T]>,
     /// Shares the work among rayon's threads.
     pub parallel: bool,
 }
 
-impl<'a> Product<'a> {
+impl<'a, T: Element, C: Element> Product<'a, T, C> {
     /// C = A·B on all threads.
     pub(super) fn new(
-        c: &'a mut [f32],
+        c: &'a mut [C],
         stride: usize,
-        a: Matrix<'a>,
-        b: Matrix<'a>,
+        a: Matrix<'a, T>,
+        b: Matrix<'a, T>,
         size: (usize, usize, usize),
     ) -> Self {
-        Self { c, stride, a, b, size, alpha: 1.0, accumulate: false, parallel: true }
+        Self { c, stride, a, b, size, epilogue: Epilogue::default(), parallel: true }
     }
 
     /// C = A·B on the calling thread.
     pub(super) fn serial(
-        c: &'a mut [f32],
+        c: &'a mut [C],
         stride: usize,
-        a: Matrix<'a>,
-        b: Matrix<'a>,
+        a: Matrix<'a, T>,
+        b: Matrix<'a, T>,
         size: (usize, usize, usize),
     ) -> Self {
         Self { parallel: false, ..Self::new(c, stride, a, b, size) }
+    }
+
+    /// C = alpha·A·B, or that added to C.
+    pub(super) fn scaled(mut self, alpha: f32, accumulate: bool) -> Self {
+        (self.epilogue.alpha, self.epilogue.accumulate) = (alpha, accumulate);
+        self
+    }
+
+    /// Whether A and B are of `U`, and C of `D`.
+    pub(super) fn is<U: Element, D: Element>() -> bool {
+        is::<T, U>() && is::<C, D>()
+    }
+
+    /// The same with its types under other names.
+    ///
+    /// # Panics
+    /// Where they are others.
+    pub(super) fn same<U: Element, D: Element>(self) -> Product<'a, U, D> {
+        assert!(Self::is::<U, D>());
+        let Self { c, stride, a, b, size, epilogue, parallel } = self;
+        Product {
+            c: same_mut(c).unwrap_or_default(),
+            stride,
+            a: a.same(),
+            b: b.same(),
+            size,
+            epilogue: epilogue.map(|addend| same(addend).unwrap_or_default()),
+            parallel,
+        }
     }
 
     /// Asserts that all matrices are inside their slices.
@@ -77,7 +113,9 @@ impl<'a> Product<'a> {
         let (m, n, k) = self.size;
         self.a.check(m, k);
         self.b.check(k, n);
-        let inside = n <= self.stride && (m - 1) * self.stride + n <= self.c.len();
+        let inside = m == 0 || n <= self.stride && (m - 1) * self.stride + n <= self.c.len();
         assert!(inside, "{m} × {n} of {} elements", self.c.len());
+        assert!(self.epilogue.bias.is_none_or(|bias| bias.len() == n));
+        assert!(self.epilogue.residual.is_none_or(|residual| residual.len() == self.c.len() && self.stride == n));
     }
 }

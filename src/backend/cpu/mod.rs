@@ -1,4 +1,5 @@
-//! f32 on the host's cores: rayon tasks over fixed blocks, loops compiled for the widest vectors of the machine.
+//! The host's cores, in f32 or in bf16 with f32 sums: rayon tasks over fixed blocks, loops compiled for the widest vectors
+//! of the machine.
 //!
 //! Results do not depend on the number of threads: blocks are cut by shape alone, and sums over blocks are added in
 //! their order. Called from a thread of the pool (`rayon::scope`), an operation saves two context switches.
@@ -16,29 +17,75 @@ mod sampling;
 mod simd;
 mod storage;
 mod swiglu;
+mod wide;
 
 pub use storage::Memory;
 
 use super::ops::*;
-use super::{Backend, Buffer, Cost, Element, FloatElement, View, ViewMut, trace};
+use super::{Backend, Buffer, Cost, Element, FloatElement, Precision, View, ViewMut, trace};
 use crate::error::{Error, Result};
+use half::bf16;
+use std::marker::PhantomData;
 use storage::{slice, slice_mut};
 
-/// The host.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Cpu;
+/// What tensors are kept in: f32 alone, or bf16 weights and activations with a [`Precision`] of gradients and moments.
+pub trait Elements: Send + Sync + 'static {
+    /// Weights and activations.
+    type Float: FloatElement;
+    /// Weight gradients.
+    type Grad: FloatElement;
+    /// AdamW's moments.
+    type Moment: FloatElement;
+}
+
+/// f32 throughout.
+pub struct F32;
+
+impl Elements for F32 {
+    type Float = f32;
+    type Grad = f32;
+    type Moment = f32;
+}
+
+impl<P: Precision> Elements for P {
+    type Float = bf16;
+    type Grad = P::Grad;
+    type Moment = P::Moment;
+}
+
+/// The host: all cores that rayon's global pool has (`RAYON_NUM_THREADS`).
+pub struct Cpu<E: Elements = F32>(PhantomData<E>);
 
 impl Cpu {
-    /// All cores that rayon's global pool has (`RAYON_NUM_THREADS`).
+    /// The host, in f32.
     pub fn new() -> Self {
-        Self
+        Self::default()
     }
 
     /// Whether large products go to the matrix unit (AMX) of this machine.
     pub fn matrix_unit() -> bool {
         gemm::matrix_unit()
     }
+
+    /// Whether this machine has instructions for products of bf16.
+    pub fn bf16_products() -> bool {
+        gemm::bf16_products()
+    }
 }
+
+impl<E: Elements> Default for Cpu<E> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<E: Elements> Clone for Cpu<E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E: Elements> Copy for Cpu<E> {}
 
 /// Operators that are a function of this backend: `method(Arguments) = function;`
 macro_rules! operators {
@@ -50,10 +97,10 @@ macro_rules! operators {
     };
 }
 
-impl Backend for Cpu {
-    type Float = f32;
-    type Grad = f32;
-    type Moment = f32;
+impl<E: Elements> Backend for Cpu<E> {
+    type Float = E::Float;
+    type Grad = E::Grad;
+    type Moment = E::Moment;
     type Storage<T: Element> = Memory<T>;
 
     fn name(&self) -> String {
@@ -107,6 +154,7 @@ impl Backend for Cpu {
         linear(Linear) = gemm::linear;
         linear_each(LinearEach) = gemm::linear_each;
         linear_backward_input(LinearBackwardInput) = gemm::linear_backward_input;
+        linear_backward_input_each(LinearBackwardInputEach) = gemm::linear_backward_input_each;
         linear_backward_weight(LinearBackwardWeight) = gemm::linear_backward_weight;
         linear_backward_bias(LinearBackwardBias) = gemm::linear_backward_bias;
         attention(Attention) = attention::attention;

@@ -1,21 +1,22 @@
 //! Perturbed copies of a weight at equal relative norm. The generator runs twice, once for ‖n‖ and once for the copies:
 //! noise is stored only a block at a time.
 
-use super::Cpu;
 use super::adamw::{squared_norm, squared_norm_block};
 use super::matrix::{Matrix, Product};
 use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
-use crate::backend::{Direction, NoiseKey, Perturb};
+use super::wide::{convert, same_mut};
+use super::{Cpu, Elements};
+use crate::backend::{Direction, FloatElement, NoiseKey, Perturb};
 use crate::rng::{MULTIPLIERS, WEYL, uniform};
 use rayon::prelude::*;
 
 /// Elements of one task.
 const TASK: usize = 1 << 15;
 /// Elements of noise that a task holds at once.
-const BLOCK: usize = 1024;
+pub(super) const BLOCK: usize = 1024;
 
-pub(super) fn perturb(op: Perturb<'_, Cpu>) {
+pub(super) fn perturb<E: Elements>(op: Perturb<'_, Cpu<E>>) {
     let Perturb { w, squares: known, direction, epsilon, plus, minus } = op;
     let (w, plus, minus) = (slice(&w), slice_mut(plus), minus.map(slice_mut));
     let factor = |squares_n: f64| {
@@ -24,10 +25,10 @@ pub(super) fn perturb(op: Perturb<'_, Cpu>) {
         if squares_n > 0.0 { ratio as f32 } else { 0.0 }
     };
     match direction {
-        Direction::Scale => combine(w, plus, minus, |_, _, w, n| n.copy_from_slice(w), epsilon),
+        Direction::Scale => combine(w, plus, minus, |_, _, w, n| convert(w, n), epsilon),
         Direction::Given(n) => {
             let n = slice(&n);
-            combine(w, plus, minus, |_, at, w, to| to.copy_from_slice(&n[at..at + w.len()]), factor(squared_norm(n)));
+            combine(w, plus, minus, |_, at, w, to| convert(&n[at..at + w.len()], to), factor(squared_norm(n)));
         }
         Direction::Rademacher(key) => {
             combine(w, plus, minus, |draw, at, _, n| draw.signs(key, at, n), factor(w.len() as f64))
@@ -41,22 +42,38 @@ pub(super) fn perturb(op: Perturb<'_, Cpu>) {
             let columns = w.len() / rows;
             let (a, b) = low_rank_factors(key, rank, rows, columns);
             let factor = factor(low_rank_squares(&a, &b, rank));
-            Product::new(plus, columns, Matrix::rows(&a, rank), Matrix::rows(&b, rank).t(), (rows, columns, rank))
-                .run();
-            combine_in_place(w, plus, minus, factor);
+            let (a, b) = (Matrix::rows(&a, rank), Matrix::rows(&b, rank).t());
+            // f32 has room for n where the copy goes.
+            let mut apart = Vec::new();
+            let n = match same_mut(plus) {
+                Some(n) => n,
+                None => {
+                    apart.resize(w.len(), 0.0);
+                    &mut apart[..]
+                }
+            };
+            Product::new(n, columns, a, b, (rows, columns, rank)).run();
+            if apart.is_empty() {
+                combine_in_place(w, plus, minus, factor);
+            } else {
+                let fill = |_: &mut Draw, at: usize, w: &[E::Float], to: &mut [f32]| {
+                    to.copy_from_slice(&apart[at..at + w.len()])
+                };
+                combine(w, plus, minus, fill, factor);
+            }
         }
     }
 }
 
 /// Both copies; `fill(buffers, first element, w, n)` fills a block of n.
-fn combine(
-    w: &[f32],
-    plus: &mut [f32],
-    minus: Option<&mut [f32]>,
-    fill: impl Fn(&mut Draw, usize, &[f32], &mut [f32]) + Sync,
+fn combine<T: FloatElement>(
+    w: &[T],
+    plus: &mut [T],
+    minus: Option<&mut [T]>,
+    fill: impl Fn(&mut Draw, usize, &[T], &mut [f32]) + Sync,
     factor: f32,
 ) {
-    let block = |draw: &mut Draw, at: usize, w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>| {
+    let block = |draw: &mut Draw, at: usize, w: &[T], plus: &mut [T], minus: Option<&mut [T]>| {
         let mut n = [0.0; BLOCK];
         let n = &mut n[..w.len()];
         fill(draw, at, w, n);
@@ -83,7 +100,7 @@ fn combine(
 }
 
 /// Both copies where `plus` holds n.
-fn combine_in_place(w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>, factor: f32) {
+fn combine_in_place<T: FloatElement>(w: &[T], plus: &mut [T], minus: Option<&mut [T]>, factor: f32) {
     if let Some(minus) = minus {
         let tasks = w.par_chunks(TASK).zip(plus.par_chunks(TASK)).zip(minus.par_chunks_mut(TASK));
         tasks.for_each(|((w, n), minus)| {
@@ -96,26 +113,33 @@ fn combine_in_place(w: &[f32], plus: &mut [f32], minus: Option<&mut [f32]>, fact
 }
 
 simd_kernel! {
-    fn add(_simd, w: &'a [f32], n: &'a [f32], to: &'a mut [f32], factor: f32) {
+    fn add<T: FloatElement, N: FloatElement>(_simd, w: &'a [T], n: &'a [N], to: &'a mut [T], factor: f32) {
         for ((to, w), n) in to.iter_mut().zip(w).zip(n) {
-            *to = n.mul_add(factor, *w);
+            *to = T::from_f32(n.to_f32().mul_add(factor, w.to_f32()));
         }
     }
 }
 
 simd_kernel! {
-    fn add_to_noise(_simd, w: &'a [f32], n: &'a mut [f32], factor: f32) {
+    fn add_to_noise<T: FloatElement>(_simd, w: &'a [T], n: &'a mut [T], factor: f32) {
         for (n, w) in n.iter_mut().zip(w) {
-            *n = n.mul_add(factor, *w);
+            *n = T::from_f32(n.to_f32().mul_add(factor, w.to_f32()));
         }
     }
 }
 
 simd_kernel! {
-    fn add_and_subtract(_simd, w: &'a [f32], n: &'a [f32], plus: &'a mut [f32], minus: &'a mut [f32], factor: f32) {
+    fn add_and_subtract<T: FloatElement>(
+        _simd,
+        w: &'a [T],
+        n: &'a [f32],
+        plus: &'a mut [T],
+        minus: &'a mut [T],
+        factor: f32,
+    ) {
         for (((plus, minus), w), n) in plus.iter_mut().zip(minus).zip(w).zip(n) {
-            *plus = n.mul_add(factor, *w);
-            *minus = n.mul_add(-factor, *w);
+            *plus = T::from_f32(n.mul_add(factor, w.to_f32()));
+            *minus = T::from_f32(n.mul_add(-factor, w.to_f32()));
         }
     }
 }
@@ -162,12 +186,12 @@ fn low_rank_squares(a: &[f32], b: &[f32], rank: usize) -> f64 {
 }
 
 /// Words of a block of counters, or values of their elements, by the place of the word.
-type Quads<T> = [[T; BLOCK / 4]; 4];
+pub(super) type Quads<T> = [[T; BLOCK / 4]; 4];
 
 simd_kernel! {
     /// Words of blocks from `start`: the rounds of [`crate::rng`] on 64-bit lanes, whose upper
     /// halves are left to hold anything, because a round needs no other shuffle then.
-    fn fill_words(_simd, words: &'a mut Quads<u32>, seed: u64, stream: u64, start: u64) {
+    pub(super) fn fill_words(_simd, words: &'a mut Quads<u32>, seed: u64, stream: u64, start: u64) {
         let [w0, w1, w2, w3] = words;
         const LOW: u64 = 0xffff_ffff;
         // Zipped iterators are not vectorised here.

@@ -1,9 +1,10 @@
 //! RMSNorm.
 
-use super::Cpu;
 use super::simd::{dot, simd_kernel};
 use super::storage::{slice, slice_mut};
-use crate::backend::{RmsNorm, RmsNormBackward};
+use super::wide::{edit, widen};
+use super::{Cpu, Elements};
+use crate::backend::{FloatElement, RmsNorm, RmsNormBackward};
 use rayon::prelude::*;
 
 /// Elements of one task, and the rows of one partial sum of a weight gradient.
@@ -13,111 +14,105 @@ fn rows_a_block(width: usize) -> usize {
     (BLOCK / width).max(1)
 }
 
-pub(super) fn rmsnorm(RmsNorm { x, weight, y, rstd, eps }: RmsNorm<'_, Cpu>) {
+pub(super) fn rmsnorm<E: Elements>(RmsNorm { x, weight, y, rstd, eps }: RmsNorm<'_, Cpu<E>>) {
     let (x, weight, y, rstd) = (slice(&x), slice(&weight), slice_mut(y), rstd.map(slice_mut));
     let width = weight.len();
     let rows = rows_a_block(width);
     let blocks = x.par_chunks(rows * width).zip(y.par_chunks_mut(rows * width));
-    match rstd {
-        Some(rstd) => {
-            blocks
-                .zip(rstd.par_chunks_mut(rows))
-                .for_each(|((x, y), r)| forward_rows(x, weight, y, Some(r), width, eps));
-        }
-        None => blocks.for_each(|(x, y)| forward_rows(x, weight, y, None, width, eps)),
-    }
-}
-
-simd_kernel! {
-    fn forward_rows(simd, x: &'a [f32], weight: &'a [f32], y: &'a mut [f32], rstd: Option<&'a mut [f32]>, width: usize, eps: f32) {
-        let mut rstd = rstd;
+    let task = |x: &[E::Float], y: &mut [E::Float], mut rstd: Option<&mut [f32]>| {
+        let mut space = Vec::new();
         for (i, (x, y)) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).enumerate() {
-            let r = 1.0 / (dot(simd, x, x) / width as f32 + eps).sqrt();
-            scale_row(x, weight, y, r);
+            let r = forward_row(widen(x, &mut space), weight, y, eps);
             if let Some(rstd) = &mut rstd {
                 rstd[i] = r;
             }
         }
+    };
+    match rstd {
+        Some(rstd) => blocks.zip(rstd.par_chunks_mut(rows)).for_each(|((x, y), rstd)| task(x, y, Some(rstd))),
+        None => blocks.for_each(|(x, y)| task(x, y, None)),
+    }
+}
+
+simd_kernel! {
+    /// Gives 1/rms. The normalised value is rounded before the weight multiplies it.
+    fn forward_row<T: FloatElement>(simd, x: &'a [f32], weight: &'a [T], y: &'a mut [T], eps: f32) -> f32 {
+        let r = 1.0 / (dot(simd, x, x) / x.len() as f32 + eps).sqrt();
+        scale_row(x, weight, y, r);
+        r
     }
 }
 
 #[inline(always)]
-fn scale_row(x: &[f32], weight: &[f32], y: &mut [f32], r: f32) {
+fn scale_row<T: FloatElement>(x: &[f32], weight: &[T], y: &mut [T], r: f32) {
     for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-        *y = x * r * w;
+        *y = T::from_f32(T::from_f32(x * r).to_f32() * w.to_f32());
     }
 }
 
 /// dweight is summed over fixed blocks of rows in their order.
-pub(super) fn rmsnorm_backward(op: RmsNormBackward<'_, Cpu>) {
+pub(super) fn rmsnorm_backward<E: Elements>(op: RmsNormBackward<'_, Cpu<E>>) {
     let RmsNormBackward { accumulate_dx, accumulate_dweight, .. } = op;
     let (dy, x, weight, rstd) = (slice(&op.dy), slice(&op.x), slice(&op.weight), slice(&op.rstd));
     let (dx, dweight) = (op.dx.map(slice_mut), op.dweight.map(slice_mut));
     let width = weight.len();
     let rows = rows_a_block(width);
-    let read = dy.par_chunks(rows * width).zip(x.par_chunks(rows * width)).zip(rstd.par_chunks(rows));
-    let partial = |dy: &[f32], x: &[f32], rstd: &[f32]| {
-        let mut sums = vec![0.0; width];
-        weight_rows(dy, x, rstd, &mut sums);
+    let mut space = Vec::new();
+    let weight = widen(weight, &mut space);
+    let wanted = dweight.is_some();
+    let task = |dy: &[E::Float], x: &[E::Float], rstd: &[f32], mut dx: Option<&mut [E::Float]>| {
+        let mut sums = vec![0.0; if wanted { width } else { 0 }];
+        let [mut dy_space, mut x_space, mut dx_space] = [const { Vec::new() }; 3];
+        for (i, (dy, x)) in dy.chunks_exact(width).zip(x.chunks_exact(width)).enumerate() {
+            let (dy, x) = (widen(dy, &mut dy_space), widen(x, &mut x_space));
+            if let Some(dx) = &mut dx {
+                let dx = &mut dx[i * width..][..width];
+                edit(dx, &mut dx_space, |dx| input_row(dy, x, weight, rstd[i], dx, accumulate_dx));
+            }
+            if wanted {
+                weight_row(dy, x, rstd[i], &mut sums);
+            }
+        }
         sums
     };
-    let partials: Vec<Vec<f32>> = match (dx, &dweight) {
-        (Some(dx), wanted) => read
-            .zip(dx.par_chunks_mut(rows * width))
-            .filter_map(|(((dy, x), rstd), dx)| {
-                input_rows(dy, x, weight, rstd, dx, width, accumulate_dx);
-                wanted.is_some().then(|| partial(dy, x, rstd))
-            })
-            .collect(),
-        (None, Some(_)) => read.map(|((dy, x), rstd)| partial(dy, x, rstd)).collect(),
-        (None, None) => return,
+    let read = dy.par_chunks(rows * width).zip(x.par_chunks(rows * width)).zip(rstd.par_chunks(rows));
+    let partials: Vec<Vec<f32>> = match dx {
+        Some(dx) => {
+            let blocks = read.zip(dx.par_chunks_mut(rows * width));
+            blocks.map(|(((dy, x), rstd), dx)| task(dy, x, rstd, Some(dx))).collect()
+        }
+        None if wanted => read.map(|((dy, x), rstd)| task(dy, x, rstd, None)).collect(),
+        None => return,
     };
     if let Some(dweight) = dweight {
-        if !accumulate_dweight {
-            dweight.fill(0.0);
-        }
-        for sums in &partials {
-            dweight.iter_mut().zip(sums).for_each(|(d, s)| *d += s);
+        for (i, dweight) in dweight.iter_mut().enumerate() {
+            let before = if accumulate_dweight { dweight.to_f32() } else { 0.0 };
+            *dweight = E::Grad::from_f32(partials.iter().fold(before, |sum, partial| sum + partial[i]));
         }
     }
 }
 
 simd_kernel! {
-    fn weight_rows(_simd, dy: &'a [f32], x: &'a [f32], rstd: &'a [f32], sums: &'a mut [f32]) {
-        let width = sums.len();
-        for ((dy, x), r) in dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(rstd) {
-            for ((s, dy), x) in sums.iter_mut().zip(dy).zip(x) {
-                *s += dy * (x * r);
-            }
+    fn weight_row(_simd, dy: &'a [f32], x: &'a [f32], r: f32, sums: &'a mut [f32]) {
+        for ((s, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+            *s += dy * (x * r);
         }
     }
 }
 
 simd_kernel! {
-    fn input_rows(
-        simd,
-        dy: &'a [f32],
-        x: &'a [f32],
-        weight: &'a [f32],
-        rstd: &'a [f32],
-        dx: &'a mut [f32],
-        width: usize,
-        accumulate: bool,
-    ) {
-        let rows = dy.chunks_exact(width).zip(x.chunks_exact(width)).zip(dx.chunks_exact_mut(width)).zip(rstd);
-        for (((dy, x), dx), &r) in rows {
-            let projection = dot3(simd, dy, weight, x) * r * r / width as f32;
-            if accumulate {
-                input_row::<true>(dy, x, weight, dx, r, projection);
-            } else {
-                input_row::<false>(dy, x, weight, dx, r, projection);
-            }
+    fn input_row(simd, dy: &'a [f32], x: &'a [f32], weight: &'a [f32], r: f32, dx: &'a mut [f32], accumulate: bool) {
+        let projection = dot3(simd, dy, weight, x) * r * r / x.len() as f32;
+        if accumulate {
+            store_input_row::<true>(dy, x, weight, dx, r, projection);
+        } else {
+            store_input_row::<false>(dy, x, weight, dx, r, projection);
         }
     }
 }
 
 #[inline(always)]
-fn input_row<const ADD: bool>(dy: &[f32], x: &[f32], weight: &[f32], dx: &mut [f32], r: f32, projection: f32) {
+fn store_input_row<const ADD: bool>(dy: &[f32], x: &[f32], weight: &[f32], dx: &mut [f32], r: f32, projection: f32) {
     for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
         let value = r * (dy * w - x * projection);
         *dx = if ADD { *dx + value } else { value };

@@ -1,15 +1,15 @@
 //! Rotary position embedding.
 
-use super::Cpu;
 use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
-use crate::backend::Rope;
+use super::{Cpu, Elements};
+use crate::backend::{FloatElement, Rope};
 use rayon::prelude::*;
 
 /// Elements of one task.
 const BLOCK: usize = 1 << 15;
 
-pub(super) fn rope(op: Rope<'_, Cpu>) {
+pub(super) fn rope<E: Elements>(op: Rope<'_, Cpu<E>>) {
     let width = op.heads() * op.head_dim;
     let Rope { head_dim, inverse, .. } = op;
     let (x, table, positions) = (slice_mut(op.x), slice(&op.table), slice(&op.positions));
@@ -21,7 +21,14 @@ pub(super) fn rope(op: Rope<'_, Cpu>) {
 }
 
 simd_kernel! {
-    fn rotate_rows(_simd, x: &'a mut [f32], table: &'a [f32], positions: &'a [u32], head_dim: usize, sign: f32) {
+    fn rotate_rows<T: FloatElement>(
+        _simd,
+        x: &'a mut [T],
+        table: &'a [f32],
+        positions: &'a [u32],
+        head_dim: usize,
+        sign: f32,
+    ) {
         let width = x.len() / positions.len();
         for (x, &position) in x.chunks_exact_mut(width).zip(positions) {
             let row = &table[position as usize * head_dim..][..head_dim];
@@ -35,9 +42,9 @@ simd_kernel! {
 }
 
 #[inline(always)]
-fn rotate(low: &mut [f32], high: &mut [f32], cosines: &[f32], sines: &[f32], sign: f32) {
-    for (((a, b), c), s) in low.iter_mut().zip(high).zip(cosines).zip(sines) {
-        let s = s * sign;
-        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+fn rotate<T: FloatElement>(low: &mut [T], high: &mut [T], cosines: &[f32], sines: &[f32], sign: f32) {
+    for (((low, high), c), s) in low.iter_mut().zip(high).zip(cosines).zip(sines) {
+        let (a, b, s) = (low.to_f32(), high.to_f32(), s * sign);
+        (*low, *high) = (T::from_f32(a * c - b * s), T::from_f32(b * c + a * s));
     }
 }

@@ -1,15 +1,17 @@
 //! The next token from a row of logits. Draws are exact: the CUDA backend takes the same token of the same logits
 //! (`kernels/sampling.cu`).
 
-use super::Cpu;
 use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
+use super::wide::widen;
+use super::{Cpu, Elements};
 use crate::backend::{Sample, Sampling};
 use rayon::prelude::*;
 
-pub(super) fn sample(Sample { logits, uniforms, tokens, vocab, sampling }: Sample<'_, Cpu>) {
+pub(super) fn sample<E: Elements>(Sample { logits, uniforms, tokens, vocab, sampling }: Sample<'_, Cpu<E>>) {
     let (logits, uniforms, tokens) = (slice(&logits), slice(&uniforms), slice_mut(tokens));
-    logits.par_chunks(vocab).zip(uniforms).zip(tokens).for_each(|((row, &uniform), token)| {
+    logits.par_chunks(vocab).zip(uniforms).zip(tokens).for_each_init(Vec::new, |space, ((row, &uniform), token)| {
+        let row = widen(row, space);
         *token = if sampling.temperature > 0.0 { draw(row, uniform, sampling) } else { greedy(row) };
     });
 }

@@ -9,15 +9,16 @@ use pulp::Simd;
 /// Defines a function whose body is compiled for every instruction set and runs on the best one of this machine, with
 /// `$simd` for its vectors. All its reference arguments live for `'a`; everything that it calls is `#[inline(always)]`.
 macro_rules! simd_kernel {
-    ($(#[$attr:meta])* fn $name:ident($simd:ident $(, $arg:ident: $ty:ty)* $(,)?) $(-> $out:ty)? $body:block) => {
+    ($(#[$attr:meta])* $vis:vis fn $name:ident $(<$($t:ident: $bound:ident),+>)? ($simd:ident $(, $arg:ident: $ty:ty)* $(,)?)
+        $(-> $out:ty)? $body:block) => {
         $(#[$attr])*
         #[allow(clippy::too_many_arguments)]
-        fn $name<'a>($($arg: $ty),*) $(-> $out)? {
-            struct Kernel<'a> {
+        $vis fn $name<'a $($(, $t: $bound)+)?>($($arg: $ty),*) $(-> $out)? {
+            struct Kernel<'a $($(, $t: $bound)+)?> {
                 $($arg: $ty,)*
-                lifetime: std::marker::PhantomData<&'a ()>,
+                lifetime: std::marker::PhantomData<&'a ($($($t,)+)?)>,
             }
-            impl<'a> pulp::WithSimd for Kernel<'a> {
+            impl<'a $($(, $t: $bound)+)?> pulp::WithSimd for Kernel<'a $($(, $t)+)?> {
                 type Output = simd_kernel!(@out $($out)?);
                 #[inline(always)]
                 fn with_simd<S: pulp::Simd>(self, $simd: S) -> Self::Output {

@@ -1,5 +1,6 @@
 //! Host memory on cache-line boundaries, and slices that several tasks write.
 
+use super::{Cpu, Elements};
 use crate::backend::{Element, View, ViewMut};
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -64,12 +65,12 @@ impl<T: Element> Memory<T> {
 }
 
 /// The elements of a view.
-pub(super) fn slice<'a, T: Element>(view: &View<'a, super::Cpu, T>) -> &'a [T] {
+pub(super) fn slice<'a, E: Elements, T: Element>(view: &View<'a, Cpu<E>, T>) -> &'a [T] {
     &view.storage.as_slice()[view.range.clone()]
 }
 
 /// The elements of a view, to write.
-pub(super) fn slice_mut<'a, T: Element>(view: ViewMut<'a, super::Cpu, T>) -> &'a mut [T] {
+pub(super) fn slice_mut<'a, E: Elements, T: Element>(view: ViewMut<'a, Cpu<E>, T>) -> &'a mut [T] {
     &mut view.storage.as_mut_slice()[view.range]
 }
 

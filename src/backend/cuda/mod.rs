@@ -18,7 +18,6 @@ mod launch;
 mod measure;
 mod memory;
 mod perturb;
-mod precision;
 mod rmsnorm;
 mod rope;
 mod sampling;
@@ -32,7 +31,7 @@ pub use device::Image;
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
-pub use precision::{Bf16State, F32State, Precision};
+pub use super::precision::{Bf16State, F32State, Precision};
 pub use survey::{Survey, survey};
 
 use super::ops::*;

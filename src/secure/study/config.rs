@@ -1,6 +1,7 @@
 //! The configuration of a study: one TOML file.
 
 use super::SettingSpec;
+use crate::backend::DtypeChoice;
 use crate::error::{Error, FileOp, Result};
 use crate::secure::eval::EvaluateOptions;
 use crate::secure::probe::train::ProbeOptions;
@@ -26,6 +27,8 @@ pub struct RunConfig {
     pub title: String,
     /// Seed of the splits and of the sampled prompts and tasks; training and perturbations have their own seeds below.
     pub seed: u64,
+    /// Precision of weights and activations, where `--dtype` is not given.
+    pub dtype: DtypeChoice,
     /// Settings to compare.
     pub settings: Vec<SettingSpec>,
     /// Input files.

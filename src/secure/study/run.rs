@@ -3,7 +3,7 @@
 use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
 use super::{Mix, RunConfig, SettingSpec};
-use crate::backend::{Backend, Roofline};
+use crate::backend::{Backend, Element, Roofline};
 use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
@@ -56,7 +56,7 @@ pub fn run<B: Backend>(
         config,
         backend,
         refusals,
-        stages: Stages::new(&config.out.join("stages")),
+        stages: Stages::new(&config.out.join("stages"), B::Float::NAME),
         data: EvaluationData::read(config, &prompts)?,
         prompts,
         model_hash,

@@ -11,11 +11,13 @@ use std::time::Instant;
 /// Directory of cached stages.
 pub(super) struct Stages {
     dir: PathBuf,
+    /// Precision of weights and activations: an input of every stage, unless it is f32.
+    float: &'static str,
 }
 
 impl Stages {
-    pub(super) fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned() }
+    pub(super) fn new(dir: &Path, float: &'static str) -> Self {
+        Self { dir: dir.to_owned(), float }
     }
 
     /// The result in `NAME.json` if it is of the same `inputs`, else the result of `work`, which is saved there.
@@ -26,7 +28,11 @@ impl Stages {
         work: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
         let path = self.dir.join(format!("{name}.json"));
-        let hash = hash(inputs);
+        let mut inputs = inputs.clone();
+        if let (Some(inputs), true) = (inputs.as_object_mut(), self.float != "f32") {
+            inputs.insert("dtype".into(), self.float.into());
+        }
+        let hash = hash(&inputs);
         if let Some(kept) = read(&path, &hash) {
             return Ok(kept);
         }
@@ -71,7 +77,7 @@ mod tests {
     #[test]
     fn a_stage_runs_once_for_the_same_inputs() {
         let dir = tempfile::tempdir().unwrap();
-        let stages = Stages::new(dir.path());
+        let stages = Stages::new(dir.path(), "f32");
         let mut runs = 0;
         let mut run = |inputs: &Value| {
             stages.run::<u32>("a/b", inputs, || {

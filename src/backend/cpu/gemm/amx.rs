@@ -13,6 +13,7 @@
 
 mod pack;
 
+use crate::backend::Epilogue;
 use crate::backend::cpu::matrix::Product;
 use crate::backend::cpu::storage::Shared;
 use pack::{Operand, Side};
@@ -78,14 +79,15 @@ thread_local! {
     static BLOCK_SPACE: Cell<Vec<Step>> = const { Cell::new(Vec::new()) };
 }
 
-/// Computes a product of at least one row and column. The caller has checked that [`available`] holds and that the matrices
-/// fit their slices.
+/// Computes a product of at least one row and column, without bias and residual. The caller has checked that [`available`]
+/// holds and that the matrices fit their slices.
 ///
 /// The operand with fewer panels is packed as a whole and streamed; of the other, each task packs a block of panels,
 /// which stays in its core's cache. How the work is cut changes no result: an element of C is one sum over the depths
 /// in their order.
 pub(super) fn product(product: Product<'_>) {
-    let Product { c, stride, a, b, size: (m, n, k), alpha, accumulate, parallel } = product;
+    let Product { c, stride, a, b, size: (m, n, k), epilogue, parallel } = product;
+    let Epilogue { alpha, accumulate, .. } = epilogue;
     let threads = if parallel && m * n * k >= SERIAL { rayon::current_num_threads() } else { 1 };
     let a = Operand { from: a, rows: m, factor: alpha, side: Side::A };
     let b = Operand { from: b.t(), rows: n, factor: 1.0, side: Side::B };

@@ -1,19 +1,24 @@
-//! Linear layers: products on the matrix unit where the machine has one, else with the crate `gemm`, and a streaming
-//! product for the few rows of decoding.
+//! Linear layers: products of f32 on the matrix unit where the machine has one, else with the crate `gemm`; products of
+//! bf16 by AVX-512 BF16, else widened; and a streaming product for the few rows of decoding.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod stream;
+mod widened;
 
-use super::Cpu;
 use super::matrix::{Matrix, Product};
 use super::storage::{slice, slice_mut};
+use super::wide::edit;
+use super::{Cpu, Elements};
 use crate::backend::{
-    Epilogue, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardWeight, LinearEach, LinearShape,
-    Projection,
+    Epilogue, FloatElement, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
+    LinearBackwardWeight, LinearEach, LinearShape, Projection,
 };
 use gemm::Parallelism;
 use rayon::prelude::*;
+use std::cell::Cell;
 use stream::{Stream, stream, streams};
 
 /// Rows, columns and depths from which the matrix unit pays.
@@ -30,26 +35,79 @@ pub(super) fn matrix_unit() -> bool {
     return false;
 }
 
-impl Product<'_> {
-    /// Computes it: on the matrix unit where that pays.
+/// Whether this machine has instructions for products of bf16.
+pub(super) fn bf16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return bf16::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
+impl<T: FloatElement, C: FloatElement> Product<'_, T, C> {
+    /// Computes it, by the fastest instructions that the machine has for it.
     pub(super) fn run(self) {
-        let (m, n, k) = self.size;
+        let (m, n, _) = self.size;
         if m == 0 || n == 0 {
             return;
         }
+        self.check();
+        if Self::is::<f32, f32>() {
+            return self.same().run_f32();
+        }
+        #[cfg(target_arch = "x86_64")]
+        if bf16_products() {
+            if Self::is::<half::bf16, half::bf16>() {
+                return bf16::product(self.same::<half::bf16, half::bf16>());
+            }
+            if Self::is::<half::bf16, f32>() {
+                return bf16::product(self.same::<half::bf16, f32>());
+            }
+        }
+        widened::product(self);
+    }
+}
+
+impl Product<'_> {
+    /// On the matrix unit where that pays.
+    fn run_f32(mut self) {
+        self.prepare();
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if m.min(n).min(k) >= MATRIX_UNIT && self.a.has_vectors() && self.b.has_vectors() && amx::available() {
-            self.check();
-            return amx::product(self);
+        {
+            let (m, n, k) = self.size;
+            if m.min(n).min(k) >= MATRIX_UNIT && self.a.has_vectors() && self.b.has_vectors() && amx::available() {
+                return amx::product(self);
+            }
         }
         self.run_by_crate();
     }
 
-    /// The same without the matrix unit.
+    /// Writes the addends into C.
+    fn prepare(&mut self) {
+        let Epilogue { bias, residual, accumulate, .. } = self.epilogue;
+        let row = |y: &mut [f32], residual: Option<&[f32]>| {
+            match residual {
+                Some(r) if accumulate => y.iter_mut().zip(r).for_each(|(y, r)| *y += r),
+                Some(r) => y.copy_from_slice(r),
+                None if bias.is_some() && !accumulate => y.fill(0.0),
+                None => {}
+            }
+            if let Some(bias) = bias {
+                y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            }
+        };
+        let rows = self.c.par_chunks_mut(self.stride);
+        match residual {
+            Some(r) => rows.zip(r.par_chunks(self.stride)).for_each(|(y, r)| row(y, Some(r))),
+            None if bias.is_some() => rows.for_each(|y| row(y, None)),
+            None => return,
+        }
+        self.epilogue = Epilogue { alpha: self.epilogue.alpha, accumulate: true, ..Epilogue::default() };
+    }
+
+    /// Without the matrix unit. Bias and residual are in C.
     fn run_by_crate(self) {
-        self.check();
-        let Self { c, stride, a, b, size: (m, n, k), alpha, accumulate, parallel } = self;
-        // SAFETY: the largest index into each slice was checked above, and C is borrowed for this call alone.
+        let Self { c, stride, a, b, size: (m, n, k), epilogue, parallel } = self;
+        // SAFETY: the largest index into each slice was checked, and C is borrowed for this call alone.
         unsafe {
             gemm::gemm(
                 m,
@@ -58,7 +116,7 @@ impl Product<'_> {
                 c.as_mut_ptr(),
                 1,
                 stride as isize,
-                accumulate,
+                epilogue.accumulate,
                 a.data.as_ptr(),
                 a.column_stride as isize,
                 a.row_stride as isize,
@@ -66,7 +124,7 @@ impl Product<'_> {
                 b.column_stride as isize,
                 b.row_stride as isize,
                 1.0,
-                alpha,
+                epilogue.alpha,
                 false,
                 false,
                 false,
@@ -76,77 +134,72 @@ impl Product<'_> {
     }
 }
 
-/// Addends of a product in host memory.
-type Addends<'a> = Epilogue<&'a [f32]>;
-
-pub(super) fn linear(op: Linear<'_, Cpu>) {
+pub(super) fn linear<E: Elements>(op: Linear<'_, Cpu<E>>) {
     let addends = op.epilogue.map(slice);
     layer(slice(&op.x), slice(&op.w), slice_mut(op.y), op.shape, addends);
 }
 
-fn layer(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, addends: Addends<'_>) {
+fn layer<T: FloatElement>(x: &[T], w: &[T], y: &mut [T], shape: LinearShape, epilogue: Epilogue<&[T]>) {
     let LinearShape { tokens, inputs, outputs } = shape;
     if streams(tokens) {
-        return stream(x, w, y, shape, addends);
+        return stream(x, w, y, shape, epilogue);
     }
-    prepare(y, outputs, addends);
-    let accumulate = addends.accumulate || addends.bias.is_some() || addends.residual.is_some();
     let (x, w) = (Matrix::rows(x, inputs), Matrix::rows(w, inputs).t());
-    let product = Product::new(y, outputs, x, w, (tokens, outputs, inputs));
-    Product { alpha: addends.alpha, accumulate, ..product }.run();
+    Product { epilogue, ..Product::new(y, outputs, x, w, (tokens, outputs, inputs)) }.run();
 }
 
 /// [`linear`] for each layer; few tokens go through all of them in one parallel pass.
-pub(super) fn linear_each(op: LinearEach<'_, Cpu>) {
+pub(super) fn linear_each<E: Elements>(op: LinearEach<'_, Cpu<E>>) {
     let (x, LinearShape { tokens, inputs, .. }) = (slice(&op.x), op.shape());
     let layers = op.layers.iter_mut().map(|Projection { w, bias, y }| {
         let shape = LinearShape { tokens, inputs, outputs: w.len() / inputs };
-        (slice(w), slice_mut(y.reborrow()), shape, Addends { bias: bias.as_ref().map(slice), ..Addends::default() })
+        (slice(w), slice_mut(y.reborrow()), shape, Epilogue { bias: bias.as_ref().map(slice), ..Epilogue::default() })
     });
     if !streams(tokens) {
         return layers.for_each(|(w, y, shape, addends)| layer(x, w, y, shape, addends));
     }
-    let streams: Vec<Stream<'_>> = layers.map(|(w, y, shape, addends)| Stream::new(x, w, y, shape, addends)).collect();
-    let tasks: Vec<(&Stream<'_>, usize)> = streams.iter().flat_map(|s| (0..s.blocks()).map(move |b| (s, b))).collect();
+    let streams: Vec<Stream<'_, E::Float>> =
+        layers.map(|(w, y, shape, addends)| Stream::new(x, w, y, shape, addends)).collect();
+    let tasks: Vec<(&Stream<'_, E::Float>, usize)> =
+        streams.iter().flat_map(|s| (0..s.blocks()).map(move |b| (s, b))).collect();
     tasks.into_par_iter().for_each(|(stream, block)| stream.run(block));
 }
 
-/// Writes the addends into `y`.
-fn prepare(y: &mut [f32], outputs: usize, addends: Addends<'_>) {
-    let row = |y: &mut [f32], residual: Option<&[f32]>| {
-        match residual {
-            Some(r) if addends.accumulate => y.iter_mut().zip(r).for_each(|(y, r)| *y += r),
-            Some(r) => y.copy_from_slice(r),
-            None if addends.bias.is_some() && !addends.accumulate => y.fill(0.0),
-            None => {}
-        }
-        if let Some(bias) = addends.bias {
-            y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-        }
-    };
-    match addends.residual {
-        Some(r) => y.par_chunks_mut(outputs).zip(r.par_chunks(outputs)).for_each(|(y, r)| row(y, Some(r))),
-        None if addends.bias.is_some() => y.par_chunks_mut(outputs).for_each(|y| row(y, None)),
-        None => {}
-    }
-}
-
-pub(super) fn linear_backward_input(op: LinearBackwardInput<'_, Cpu>) {
+pub(super) fn linear_backward_input<E: Elements>(op: LinearBackwardInput<'_, Cpu<E>>) {
     let LinearShape { tokens, inputs, outputs } = op.shape;
     let (dy, w) = (Matrix::rows(slice(&op.dy), outputs), Matrix::rows(slice(&op.w), inputs));
     let product = Product::new(slice_mut(op.dx), inputs, dy, w, (tokens, inputs, outputs));
-    Product { alpha: op.alpha, accumulate: op.accumulate, ..product }.run();
+    product.scaled(op.alpha, op.accumulate).run();
 }
 
-pub(super) fn linear_backward_weight(op: LinearBackwardWeight<'_, Cpu>) {
+/// The terms are added in f32, and rounded once.
+pub(super) fn linear_backward_input_each<E: Elements>(op: LinearBackwardInputEach<'_, Cpu<E>>) {
+    thread_local! {
+        /// The sums of bf16 gradients; taken while in use.
+        static SUMS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    }
+    let (LinearShape { tokens, inputs, .. }, layers, accumulate) = (op.shape(), op.layers, op.accumulate);
+    let mut space = SUMS.take();
+    edit(slice_mut(op.dx), &mut space, |dx| {
+        for (i, InputGradient { dy, w }) in layers.iter().enumerate() {
+            let outputs = w.len() / inputs;
+            let (dy, w) = (Matrix::rows(slice(dy), outputs), Matrix::rows(slice(w), inputs));
+            let product = Product::new(dx, inputs, dy, w, (tokens, inputs, outputs));
+            product.scaled(1.0, accumulate || i > 0).run();
+        }
+    });
+    SUMS.set(space);
+}
+
+pub(super) fn linear_backward_weight<E: Elements>(op: LinearBackwardWeight<'_, Cpu<E>>) {
     let LinearShape { tokens, inputs, outputs } = op.shape;
     let (dy, x) = (Matrix::rows(slice(&op.dy), outputs).t(), Matrix::rows(slice(&op.x), inputs));
     let product = Product::new(slice_mut(op.dw), inputs, dy, x, (outputs, inputs, tokens));
-    Product { alpha: op.alpha, accumulate: op.accumulate, ..product }.run();
+    product.scaled(op.alpha, op.accumulate).run();
 }
 
 /// Partial sums over fixed blocks of rows, added in their order.
-pub(super) fn linear_backward_bias(op: LinearBackwardBias<'_, Cpu>) {
+pub(super) fn linear_backward_bias<E: Elements>(op: LinearBackwardBias<'_, Cpu<E>>) {
     let (dy, dbias) = (slice(&op.dy), slice_mut(op.dbias));
     let outputs = dbias.len();
     let partials: Vec<Vec<f32>> = dy
@@ -154,16 +207,14 @@ pub(super) fn linear_backward_bias(op: LinearBackwardBias<'_, Cpu>) {
         .map(|rows| {
             let mut sums = vec![0.0; outputs];
             for row in rows.chunks_exact(outputs) {
-                sums.iter_mut().zip(row).for_each(|(s, x)| *s += x);
+                sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.to_f32());
             }
             sums
         })
         .collect();
-    if !op.accumulate {
-        dbias.fill(0.0);
-    }
-    for sums in &partials {
-        dbias.iter_mut().zip(sums).for_each(|(d, s)| *d += s);
+    for (i, dbias) in dbias.iter_mut().enumerate() {
+        let before = if op.accumulate { dbias.to_f32() } else { 0.0 };
+        *dbias = E::Grad::from_f32(partials.iter().fold(before, |sum, partial| sum + partial[i]));
     }
 }
 
@@ -199,7 +250,7 @@ mod tests {
             for a in [Matrix::rows(&x, k), Matrix::rows(&x, m).t()] {
                 for b in [Matrix::rows(&y, n), Matrix::rows(&y, k).t()] {
                     let (mut preferred, mut by_crate) = (before.clone(), before.clone());
-                    let accumulated = |c| Product { alpha: -0.5, accumulate: true, ..Product::new(c, n, a, b, size) };
+                    let accumulated = |c| Product::new(c, n, a, b, size).scaled(-0.5, true);
                     accumulated(&mut preferred).run();
                     accumulated(&mut by_crate).run_by_crate();
                     let [preferred, by_crate] = [preferred, by_crate].map(|c| error(&c, &before, a, b, size));

@@ -1,9 +1,10 @@
 //! Products with few rows of X, bound by reading W: each row of W is read once, for all rows of X.
 
-use super::{Addends, matrix_unit};
-use crate::backend::LinearShape;
+use super::matrix_unit;
 use crate::backend::cpu::simd::{prefetch, simd_kernel};
 use crate::backend::cpu::storage::Shared;
+use crate::backend::cpu::wide::{same, widen};
+use crate::backend::{Epilogue, FloatElement, LinearShape};
 use rayon::prelude::*;
 
 /// Up to this many rows of X the weight is streamed once instead of packed: without a matrix unit, and with one.
@@ -23,7 +24,7 @@ pub(super) fn streams(tokens: usize) -> bool {
 }
 
 /// Y = X·Wᵀ with its addends.
-pub(super) fn stream(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, addends: Addends<'_>) {
+pub(super) fn stream<T: FloatElement>(x: &[T], w: &[T], y: &mut [T], shape: LinearShape, addends: Epilogue<&[T]>) {
     if shape.tokens > 0 {
         let stream = Stream::new(x, w, y, shape, addends);
         (0..stream.blocks()).into_par_iter().for_each(|block| stream.run(block));
@@ -31,36 +32,33 @@ pub(super) fn stream(x: &[f32], w: &[f32], y: &mut [f32], shape: LinearShape, ad
 }
 
 /// A streaming product, cut into blocks of rows of W.
-pub(super) struct Stream<'a> {
-    x: &'a [f32],
-    w: &'a [f32],
-    y: Shared<'a, f32>,
-    tokens: usize,
-    inputs: usize,
-    outputs: usize,
-    addends: Addends<'a>,
+pub(super) struct Stream<'a, T> {
+    x: &'a [T],
+    w: &'a [T],
+    y: Shared<'a, T>,
+    shape: LinearShape,
+    addends: Epilogue<&'a [T]>,
 }
 
-impl<'a> Stream<'a> {
-    pub(super) fn new(x: &'a [f32], w: &'a [f32], y: &'a mut [f32], shape: LinearShape, addends: Addends<'a>) -> Self {
-        let LinearShape { tokens, inputs, outputs } = shape;
-        Self { x, w, y: Shared::new(y), tokens, inputs, outputs, addends }
+impl<'a, T: FloatElement> Stream<'a, T> {
+    pub(super) fn new(x: &'a [T], w: &'a [T], y: &'a mut [T], shape: LinearShape, addends: Epilogue<&'a [T]>) -> Self {
+        Self { x, w, y: Shared::new(y), shape, addends }
     }
 
     fn rows_a_block(&self) -> usize {
-        (STREAM_BLOCK / self.inputs.max(1)).max(1)
+        (STREAM_BLOCK / self.shape.inputs.max(1)).max(1)
     }
 
     pub(super) fn blocks(&self) -> usize {
-        self.outputs.div_ceil(self.rows_a_block())
+        self.shape.outputs.div_ceil(self.rows_a_block())
     }
 
     pub(super) fn run(&self, block: usize) {
-        let Self { x, w, inputs, outputs, tokens, addends, .. } = *self;
+        let Self { x, w, shape: LinearShape { tokens, inputs, outputs }, addends, .. } = *self;
         let rows = self.rows_a_block();
         let range = block * rows..outputs.min((block + 1) * rows);
         let w = &w[range.start * inputs..range.end * inputs];
-        stream_rows(x, w, inputs, tokens, &mut |row, token, sums| {
+        let mut put = |row: usize, token: usize, sums: &[&[f32]]| {
             for (row, sums) in (range.start + row..).zip(sums) {
                 for (token, sum) in (token..).zip(sums.iter()) {
                     let at = token * outputs + row;
@@ -68,15 +66,21 @@ impl<'a> Stream<'a> {
                     let y = unsafe { &mut self.y.range(at..at + 1)[0] };
                     let mut value = addends.alpha * sum;
                     if let Some(bias) = addends.bias {
-                        value += bias[row];
+                        value += bias[row].to_f32();
                     }
                     if let Some(residual) = addends.residual {
-                        value += residual[at];
+                        value += residual[at].to_f32();
                     }
-                    *y = if addends.accumulate { *y + value } else { value };
+                    *y = T::from_f32(if addends.accumulate { y.to_f32() + value } else { value });
                 }
             }
-        });
+        };
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(x), Some(w), true) = (same(x), same(w), super::bf16_products()) {
+            return bf16_rows(x, w, inputs, tokens, &mut put);
+        }
+        let mut space = Vec::new();
+        stream_rows(widen(x, &mut space), w, inputs, tokens, &mut put);
     }
 }
 
@@ -84,42 +88,76 @@ impl<'a> Stream<'a> {
 /// of X from there.
 type Put<'a> = dyn FnMut(usize, usize, &[&[f32]]) + 'a;
 
-simd_kernel! {
-    /// All products of a row of W and a row of X, a few rows of both at a time.
-    fn stream_rows(simd, x: &'a [f32], w: &'a [f32], inputs: usize, tokens: usize, put: &'a mut Put<'a>) {
-        // Of 16 registers, half as many sums.
-        let most = if S::REGISTER_COUNT >= 32 { TILE.1 } else { TILE.1 / 2 };
-        let rows_a_tile = if tokens == 1 { 1 } else { TILE.0 };
-        for (first, w) in (0..).step_by(rows_a_tile).zip(w.chunks(rows_a_tile * inputs)) {
-            for (token, x) in (0..).step_by(most).zip(x[..tokens * inputs].chunks(most * inputs)) {
-                let mut sums = [[0.0; TILE.1]; TILE.0];
-                let count = x.len() / inputs;
-                if w.len() == inputs {
-                    match count {
-                        1 => dots::<S, 1, 1>(simd, x, w, AHEAD, &mut sums),
-                        2 => dots::<S, 1, 2>(simd, x, w, AHEAD, &mut sums),
-                        3 => dots::<S, 1, 3>(simd, x, w, AHEAD, &mut sums),
-                        4 => dots::<S, 1, 4>(simd, x, w, AHEAD, &mut sums),
-                        5 => dots::<S, 1, 5>(simd, x, w, AHEAD, &mut sums),
-                        _ => dots::<S, 1, 6>(simd, x, w, AHEAD, &mut sums),
-                    }
-                    put(first, token, &[&sums[0][..count]]);
-                } else {
-                    // The same place of the next rows.
-                    let ahead = TILE.0 * inputs;
-                    match count {
-                        1 => dots::<S, 2, 1>(simd, x, w, ahead, &mut sums),
-                        2 => dots::<S, 2, 2>(simd, x, w, ahead, &mut sums),
-                        3 => dots::<S, 2, 3>(simd, x, w, ahead, &mut sums),
-                        4 => dots::<S, 2, 4>(simd, x, w, ahead, &mut sums),
-                        5 => dots::<S, 2, 5>(simd, x, w, ahead, &mut sums),
-                        _ => dots::<S, 2, 6>(simd, x, w, ahead, &mut sums),
-                    }
-                    put(first, token, &[&sums[0][..count], &sums[1][..count]]);
-                }
-            }
+/// Calls `tile` with the first row and the number of rows of W, and the same of X, for all tiles of the products.
+#[inline(always)]
+fn for_tiles(w_rows: usize, tokens: usize, most: usize, mut tile: impl FnMut((usize, usize), (usize, usize))) {
+    let rows_a_tile = if tokens == 1 { 1 } else { TILE.0 };
+    for first in (0..w_rows).step_by(rows_a_tile) {
+        for token in (0..tokens).step_by(most) {
+            tile((first, rows_a_tile.min(w_rows - first)), (token, most.min(tokens - token)));
         }
     }
+}
+
+simd_kernel! {
+    /// All products of a row of W and a row of X, a few rows of both at a time.
+    fn stream_rows<T: FloatElement>(simd, x: &'a [f32], w: &'a [T], inputs: usize, tokens: usize, put: &'a mut Put<'a>) {
+        // Of 16 registers, half as many sums.
+        let most = if S::REGISTER_COUNT >= 32 { TILE.1 } else { TILE.1 / 2 };
+        let mut space = Vec::new();
+        for_tiles(w.len() / inputs.max(1), tokens, most, |(first, rows), (token, count)| {
+            let x = &x[token * inputs..][..count * inputs];
+            let w = widen(&w[first * inputs..][..rows * inputs], &mut space);
+            let mut sums = [[0.0; TILE.1]; TILE.0];
+            // Of several rows, the same place of the next ones.
+            let ahead = if rows == 1 { AHEAD } else { TILE.0 * inputs };
+            match (rows, count) {
+                (1, 1) => dots::<S, 1, 1>(simd, x, w, ahead, &mut sums),
+                (1, 2) => dots::<S, 1, 2>(simd, x, w, ahead, &mut sums),
+                (1, 3) => dots::<S, 1, 3>(simd, x, w, ahead, &mut sums),
+                (1, 4) => dots::<S, 1, 4>(simd, x, w, ahead, &mut sums),
+                (1, 5) => dots::<S, 1, 5>(simd, x, w, ahead, &mut sums),
+                (1, _) => dots::<S, 1, 6>(simd, x, w, ahead, &mut sums),
+                (_, 1) => dots::<S, 2, 1>(simd, x, w, ahead, &mut sums),
+                (_, 2) => dots::<S, 2, 2>(simd, x, w, ahead, &mut sums),
+                (_, 3) => dots::<S, 2, 3>(simd, x, w, ahead, &mut sums),
+                (_, 4) => dots::<S, 2, 4>(simd, x, w, ahead, &mut sums),
+                (_, 5) => dots::<S, 2, 5>(simd, x, w, ahead, &mut sums),
+                _ => dots::<S, 2, 6>(simd, x, w, ahead, &mut sums),
+            }
+            put(first, token, &sums.each_ref().map(|sums| &sums[..count])[..rows]);
+        });
+    }
+}
+
+/// [`stream_rows`] by products of bf16, which the machine has.
+#[cfg(target_arch = "x86_64")]
+fn bf16_rows(x: &[half::bf16], w: &[half::bf16], inputs: usize, tokens: usize, put: &mut Put<'_>) {
+    use super::bf16::dots;
+    for_tiles(w.len() / inputs.max(1), tokens, TILE.1, |(first, rows), (token, count)| {
+        let x = x[token * inputs..][..count * inputs].as_ptr();
+        let w = w[first * inputs..][..rows * inputs].as_ptr();
+        let mut sums = [[0.0; TILE.1]; TILE.0];
+        let ahead = if rows == 1 { 2 * AHEAD } else { TILE.0 * inputs };
+        // SAFETY: the slices just cut; the caller knows of the instructions.
+        unsafe {
+            match (rows, count) {
+                (1, 1) => dots::<1, 1, _, _>(x, w, inputs, ahead, &mut sums),
+                (1, 2) => dots::<1, 2, _, _>(x, w, inputs, ahead, &mut sums),
+                (1, 3) => dots::<1, 3, _, _>(x, w, inputs, ahead, &mut sums),
+                (1, 4) => dots::<1, 4, _, _>(x, w, inputs, ahead, &mut sums),
+                (1, 5) => dots::<1, 5, _, _>(x, w, inputs, ahead, &mut sums),
+                (1, _) => dots::<1, 6, _, _>(x, w, inputs, ahead, &mut sums),
+                (_, 1) => dots::<2, 1, _, _>(x, w, inputs, ahead, &mut sums),
+                (_, 2) => dots::<2, 2, _, _>(x, w, inputs, ahead, &mut sums),
+                (_, 3) => dots::<2, 3, _, _>(x, w, inputs, ahead, &mut sums),
+                (_, 4) => dots::<2, 4, _, _>(x, w, inputs, ahead, &mut sums),
+                (_, 5) => dots::<2, 5, _, _>(x, w, inputs, ahead, &mut sums),
+                _ => dots::<2, 6, _, _>(x, w, inputs, ahead, &mut sums),
+            }
+        }
+        put(first, token, &sums.each_ref().map(|sums| &sums[..count])[..rows]);
+    });
 }
 
 /// Products of `ROWS` rows of W with `TOKENS` rows of X. The order of each sum depends on neither: a token's result is the
@@ -186,7 +224,7 @@ mod tests {
             let run = |x: &[f32]| {
                 let shape = LinearShape { tokens: x.len() / inputs, inputs, outputs };
                 let mut y = vec![0.0; shape.tokens * outputs];
-                stream(x, &w, &mut y, shape, Addends::default());
+                stream(x, &w, &mut y, shape, Epilogue::default());
                 y
             };
             let alone: Vec<f32> = x.chunks(inputs).flat_map(run).collect();
