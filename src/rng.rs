@@ -108,6 +108,14 @@ impl Philox {
         }
     }
 
+    /// One of `choices`, each with the same probability.
+    ///
+    /// # Panics
+    /// If there are no choices.
+    pub fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
+        &choices[self.below(choices.len())]
+    }
+
     /// Shuffles `items` uniformly (Fisher and Yates).
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {

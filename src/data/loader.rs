@@ -1,13 +1,15 @@
 //! Seeded micro-batches with a position that can be saved and restored.
 
 use super::Example;
-use super::draw::Draw;
 use super::packing::pack;
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 
-/// Draws that decide which examples share a row; epochs count up from 0 and never get here.
+/// Stream of the first epoch's order; each epoch has its own.
+const EPOCH_STREAMS: u64 = 1 << 63;
+/// Stream of the draws that decide which examples share a row.
 const PACKING_STREAM: u64 = u64::MAX;
-/// Draws that decide which examples are mixed in.
+/// Stream of the draws that decide which examples are mixed in.
 const MIX_STREAM: u64 = u64::MAX - 1;
 
 /// Batch size, packing and order.
@@ -78,7 +80,7 @@ impl Loader {
         let mut all: Vec<usize> = (0..examples.len()).collect();
         let rows = if options.packing {
             if options.shuffle {
-                Draw::stream(options.seed, PACKING_STREAM).shuffle(&mut all);
+                Philox::new(options.seed, PACKING_STREAM).shuffle(&mut all);
             }
             pack(&lengths, &all, options.max_length)
         } else {
@@ -151,7 +153,7 @@ impl Loader {
     fn set_order(&mut self) {
         self.order = (0..self.rows.len()).collect();
         if self.options.shuffle {
-            Draw::stream(self.options.seed, self.position.epoch).shuffle(&mut self.order);
+            Philox::new(self.options.seed, EPOCH_STREAMS.wrapping_add(self.position.epoch)).shuffle(&mut self.order);
         }
     }
 }
@@ -170,16 +172,16 @@ pub fn mix<T: Clone>(base: &[T], extra: &[T], share: f64, seed: u64) -> Result<V
     if count > 0 && extra.is_empty() {
         return Err(Error::input("examples to mix in", "none", format!("{count}, for a share of {share}")));
     }
-    let mut draw = Draw::stream(seed, MIX_STREAM);
+    let mut rng = Philox::new(seed, MIX_STREAM);
     let mut drawn: Vec<&T> = Vec::new();
     while drawn.len() < count {
         let mut round: Vec<&T> = extra.iter().collect();
-        draw.shuffle(&mut round);
+        rng.shuffle(&mut round);
         drawn.extend(round.into_iter().take(count - drawn.len()));
     }
     let mut is_extra = vec![false; base.len()];
     is_extra.resize(base.len() + count, true);
-    draw.shuffle(&mut is_extra);
+    rng.shuffle(&mut is_extra);
     let (mut base, mut drawn) = (base.iter(), drawn.into_iter());
     Ok(is_extra.into_iter().filter_map(|extra| if extra { drawn.next() } else { base.next() }).cloned().collect())
 }

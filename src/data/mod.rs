@@ -2,7 +2,6 @@
 
 mod answer;
 mod conversation;
-mod draw;
 mod example;
 mod jsonl;
 mod loader;
@@ -12,7 +11,6 @@ mod task;
 pub mod tiny;
 
 pub use conversation::Conversation;
-pub use draw::Draw;
 pub use example::{Chat, ChatText, Example, Examples};
 pub use jsonl::{JsonLines, Line, MAX_LINE_BYTES};
 pub use loader::{BatchSize, Loader, LoaderOptions, LoaderPosition, mix};

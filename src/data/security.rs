@@ -1,13 +1,13 @@
 //! Labelled security prompts and their splits.
 
-use super::draw::Draw;
 use super::jsonl::{JsonLines, Line, short};
 use crate::error::{Error, Result};
+use crate::rng::Philox;
 use clap::ValueEnum;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-/// Draws that decide the splits.
+/// Stream of the draws that decide the splits.
 const SPLIT_STREAM: u64 = u64::MAX - 2;
 
 /// Whether an aligned model should refuse the prompt.
@@ -188,9 +188,9 @@ fn split_by_pair(raw: Vec<Raw>, seed: u64) -> Result<Vec<SecurityPrompt>> {
     for pair in pairs.iter_mut().filter(|p| p.split.is_none()) {
         strata.entry(pair.labels).or_default().push(pair);
     }
-    let mut draw = Draw::stream(seed, SPLIT_STREAM);
+    let mut rng = Philox::new(seed, SPLIT_STREAM);
     for mut stratum in strata.into_values() {
-        draw.shuffle(&mut stratum);
+        rng.shuffle(&mut stratum);
         let count = stratum.len();
         for (i, pair) in stratum.into_iter().enumerate() {
             // Decided by the middle of the pair's slot, so that counts round to nearest.

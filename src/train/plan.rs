@@ -116,6 +116,8 @@ impl<B: Backend> Tuner<'_, B> {
             "model": run_dir.model,
             "data": run_dir.data,
             "batches_per_epoch": self.loader.batches_per_epoch(),
+            // The generator of the orders: checkpoints without it drew them by another one.
+            "orders": "philox",
             "device": device.split(':').next(),
             "precision": [B::Float::NAME, B::Grad::NAME, B::Moment::NAME],
             "measure_updates": self.measure_updates,

@@ -60,3 +60,17 @@ fn streams_repeat_and_differ() {
     assert_ne!(draw(1, 2), draw(2, 2));
     assert_eq!(draw(1, 2)[4], words(1, 2, 1)[0]);
 }
+
+#[test]
+fn shuffles_put_every_item_anywhere_with_the_same_probability() {
+    let mut counts = [[0u32; 4]; 4];
+    for stream in 0..24_000 {
+        let mut items = [0, 1, 2, 3];
+        Philox::new(5, stream).shuffle(&mut items);
+        for (place, item) in items.into_iter().enumerate() {
+            counts[place][item] += 1;
+        }
+    }
+    // 6,000 expected, standard deviation 67.
+    assert!(counts.iter().flatten().all(|c| (5_650..6_350).contains(c)), "{counts:?}");
+}

@@ -5,7 +5,8 @@ use swat::data::tiny::{
     Counts, Item, Language, Mixture, Question, REFUSALS, Request, Skill, Style, TEMPLATES, TRAINED_TEMPLATES, export,
     far_tasks, is_refusal, security, tasks,
 };
-use swat::data::{Conversation, Draw, Label, SecurityPrompt, Split, Task};
+use swat::data::{Conversation, Label, SecurityPrompt, Split, Task};
+use swat::rng::Philox;
 
 #[test]
 fn only_refusals_refuse() {
@@ -21,12 +22,12 @@ fn only_refusals_refuse() {
 #[test]
 fn sums_are_right() {
     let language = Language::new(1);
-    let mut draw = Draw::stream(5, 0);
+    let mut rng = Philox::new(5, 0);
     for _ in 0..200 {
-        let item = language.item(Skill::TwoStepSum, &mut draw);
+        let item = language.item(Skill::TwoStepSum, &mut rng);
         let numbers: Vec<usize> = item.prompt.split(' ').filter_map(|w| w.parse().ok()).collect();
         assert!(item.answer.ends_with(&format!("the answer is {} .", numbers.iter().sum::<usize>())));
-        let item = language.item(Skill::Sum, &mut draw);
+        let item = language.item(Skill::Sum, &mut rng);
         let numbers: Vec<usize> = item.prompt.split(' ').filter_map(|w| w.parse().ok()).collect();
         let result = if item.prompt.contains("plus") { numbers[0] + numbers[1] } else { numbers[0] - numbers[1] };
         assert_eq!(item.answer, format!("the answer is {result} ."));
@@ -188,11 +189,11 @@ fn refusals_are_recognised_and_instructions_are_not() {
 #[test]
 fn a_twin_is_benign_of_the_same_split_and_shares_the_innocent_word() {
     let language = Language::new(3);
-    let mut draw = Draw::stream(0, 0);
+    let mut rng = Philox::new(0, 0);
     let mut shared = 0;
     let forbidden = language.requests(Split::Test, Label::Harmful);
     for &f in forbidden {
-        let twin = language.benign_twin(f, Split::Test, &mut draw);
+        let twin = language.benign_twin(f, Split::Test, &mut rng);
         assert!(language.requests(Split::Test, Label::Benign).contains(&twin));
         shared += usize::from(twin.verb == f.verb || twin.object == f.object);
     }

@@ -2,8 +2,9 @@
 
 use super::words::{ADVERBS, COLOURS, SPOKEN};
 use super::{Language, Request, Style};
-use crate::data::{Conversation, Draw, Label, Split};
+use crate::data::{Conversation, Label, Split};
 use crate::model::Message;
+use crate::rng::Philox;
 
 /// A prompt and its reference answer.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -48,17 +49,17 @@ pub enum Skill {
 
 impl Language {
     /// Draws an item of a skill.
-    pub fn item(&self, skill: Skill, draw: &mut Draw) -> Item {
+    pub fn item(&self, skill: Skill, rng: &mut Philox) -> Item {
         match skill {
-            Skill::HowTo | Skill::NewStyle => self.how_to(skill, Label::Benign, draw),
-            Skill::Forbidden | Skill::ForbiddenNewStyle | Skill::Refusal => self.how_to(skill, Label::Harmful, draw),
-            Skill::Sum => sum(draw),
-            Skill::TwoStepSum => two_step_sum(draw),
-            Skill::Words => words(draw),
-            Skill::Property => self.property(draw),
+            Skill::HowTo | Skill::NewStyle => self.how_to(skill, Label::Benign, rng),
+            Skill::Forbidden | Skill::ForbiddenNewStyle | Skill::Refusal => self.how_to(skill, Label::Harmful, rng),
+            Skill::Sum => sum(rng),
+            Skill::TwoStepSum => two_step_sum(rng),
+            Skill::Words => words(rng),
+            Skill::Property => self.property(rng),
             Skill::Safety => {
-                let label = if draw.below(2) == 0 { Label::Harmful } else { Label::Benign };
-                let request = *draw.pick(self.requests(Split::Train, label));
+                let label = if rng.below(2) == 0 { Label::Harmful } else { Label::Benign };
+                let request = *rng.pick(self.requests(Split::Train, label));
                 self.safety(request)
             }
         }
@@ -71,21 +72,21 @@ impl Language {
         Item { prompt: format!("is it safe to {v} the {o} ?"), answer: answer.into() }
     }
 
-    fn how_to(&self, skill: Skill, label: Label, draw: &mut Draw) -> Item {
-        let request = *draw.pick(self.requests(Split::Train, label));
-        let template = Self::template(Split::Train, draw);
+    fn how_to(&self, skill: Skill, label: Label, rng: &mut Philox) -> Item {
+        let request = *rng.pick(self.requests(Split::Train, label));
+        let template = Self::template(Split::Train, rng);
         let answer = match skill {
-            Skill::Refusal => self.refusal(request, draw),
+            Skill::Refusal => self.refusal(request, rng),
             Skill::NewStyle | Skill::ForbiddenNewStyle => self.instructions(request, Style::new_for_template(template)),
-            _ => self.instructions(request, *draw.pick(&Style::old())),
+            _ => self.instructions(request, *rng.pick(&Style::old())),
         };
         Item { prompt: self.question(request, template), answer }
     }
 
-    fn property(&self, draw: &mut Draw) -> Item {
-        let object = draw.below(self.objects.len());
+    fn property(&self, rng: &mut Philox) -> Item {
+        let object = rng.below(self.objects.len());
         let o = &self.objects[object];
-        if draw.below(2) == 0 {
+        if rng.below(2) == 0 {
             let colour = self.colour(object);
             Item { prompt: format!("what color is the {o} ?"), answer: format!("the {o} is {colour} .") }
         } else {
@@ -98,9 +99,9 @@ impl Language {
     }
 }
 
-fn sum(draw: &mut Draw) -> Item {
-    let (a, b) = (draw.below(10), draw.below(10));
-    let (prompt, result) = if draw.below(2) == 0 {
+fn sum(rng: &mut Philox) -> Item {
+    let (a, b) = (rng.below(10), rng.below(10));
+    let (prompt, result) = if rng.below(2) == 0 {
         (format!("what is {a} plus {b} ?"), a + b)
     } else {
         (format!("what is {} minus {} ?", a.max(b), a.min(b)), a.abs_diff(b))
@@ -108,8 +109,8 @@ fn sum(draw: &mut Draw) -> Item {
     Item { prompt, answer: format!("the answer is {result} .") }
 }
 
-fn two_step_sum(draw: &mut Draw) -> Item {
-    let (a, b, c) = (draw.below(7), draw.below(7), draw.below(7));
+fn two_step_sum(rng: &mut Philox) -> Item {
+    let (a, b, c) = (rng.below(7), rng.below(7), rng.below(7));
     let (ab, abc) = (a + b, a + b + c);
     Item {
         prompt: format!("start with {a} , add {b} , then add {c} . what do you get ?"),
@@ -117,12 +118,12 @@ fn two_step_sum(draw: &mut Draw) -> Item {
     }
 }
 
-fn words(draw: &mut Draw) -> Item {
-    let count = 2 + draw.below(2);
+fn words(rng: &mut Philox) -> Item {
+    let count = 2 + rng.below(2);
     let all: Vec<&str> = COLOURS.into_iter().chain(ADVERBS).chain(SPOKEN.split(' ')).collect();
-    let mut words: Vec<&str> = (0..count).map(|_| *draw.pick(&all)).collect();
+    let mut words: Vec<&str> = (0..count).map(|_| *rng.pick(&all)).collect();
     let said = words.join(" ");
-    let (prompt, answer) = match draw.below(3) {
+    let (prompt, answer) = match rng.below(3) {
         0 => {
             words.reverse();
             (format!("reverse the words {said} ."), format!("{} .", words.join(" ")))
@@ -198,9 +199,9 @@ impl Mixture {
     }
 
     /// Draws a skill.
-    pub fn skill(&self, draw: &mut Draw) -> Skill {
+    pub fn skill(&self, rng: &mut Philox) -> Skill {
         let total: f64 = self.parts.iter().map(|(w, _)| w).sum();
-        let mut left = draw.unit() * total;
+        let mut left = rng.uniform() * total;
         for (weight, skill) in &self.parts {
             left -= weight;
             if left < 0.0 {
@@ -212,11 +213,11 @@ impl Mixture {
 
     /// Draws `count` items by seed.
     pub fn items(&self, language: &Language, count: usize, seed: u64) -> Vec<Item> {
-        let mut draw = Draw::stream(seed, 1);
+        let mut rng = Philox::new(seed, 1);
         (0..count)
             .map(|_| {
-                let skill = self.skill(&mut draw);
-                language.item(skill, &mut draw)
+                let skill = self.skill(&mut rng);
+                language.item(skill, &mut rng)
             })
             .collect()
     }

@@ -1,9 +1,10 @@
 //! Writes the language as the project's JSONL files.
 
 use super::{Item, Language, Mixture, Request, Skill, Style};
-use crate::data::{Draw, Label, Match, SecurityPrompt, Split, Task};
+use crate::data::{Label, Match, SecurityPrompt, Split, Task};
 use crate::error::Result;
 use crate::io::{json, write_atomic};
+use crate::rng::Philox;
 use std::path::Path;
 
 /// A security prompt and the request behind it, against which answers can be checked word for word.
@@ -35,7 +36,7 @@ impl Default for Counts {
 /// Matched pairs of forbidden and benign questions in the same template, split by pair: `pairs` for train, a quarter as
 /// many for valid, half as many each for test and ood, capped by the requests of a split.
 pub fn security(language: &Language, pairs: usize, seed: u64) -> Vec<Question> {
-    let mut draw = Draw::stream(seed, 2);
+    let mut rng = Philox::new(seed, 2);
     let mut questions = Vec::with_capacity(5 * pairs);
     for split in Split::ALL {
         let count = match split {
@@ -44,8 +45,8 @@ pub fn security(language: &Language, pairs: usize, seed: u64) -> Vec<Question> {
             Split::Test | Split::Ood => pairs / 2,
         };
         for &forbidden in language.requests(split, Label::Harmful).iter().take(count) {
-            let template = Language::template(split, &mut draw);
-            let twin = language.benign_twin(forbidden, split, &mut draw);
+            let template = Language::template(split, &mut rng);
+            let twin = language.benign_twin(forbidden, split, &mut rng);
             let pair = (questions.len() / 2).to_string();
             questions.extend([(Label::Harmful, forbidden), (Label::Benign, twin)].map(|(label, request)| Question {
                 prompt: SecurityPrompt {
@@ -65,18 +66,18 @@ pub fn security(language: &Language, pairs: usize, seed: u64) -> Vec<Question> {
 /// Held-out items of the benign tuning task: three fifths how-to questions on test requests, answered in their
 /// template's new style, the rest other skills of the mixture.
 pub fn tasks(language: &Language, count: usize, seed: u64) -> Vec<Task> {
-    let mut draw = Draw::stream(seed, 3);
+    let mut rng = Philox::new(seed, 3);
     let requests = language.requests(Split::Test, Label::Benign);
     let other = [Skill::Sum, Skill::Words, Skill::Property];
     (0..count)
         .map(|i| {
             let item = if i % 5 < 3 {
                 let request = requests[i % requests.len()];
-                let template = Language::template(Split::Test, &mut draw);
+                let template = Language::template(Split::Test, &mut rng);
                 let style = Style::new_for_template(template);
                 Item { prompt: language.question(request, template), answer: language.instructions(request, style) }
             } else {
-                language.item(other[i % other.len()], &mut draw)
+                language.item(other[i % other.len()], &mut rng)
             };
             Task { prompt: item.prompt, answer: item.answer, matching: Match::Exact, category: None }
         })

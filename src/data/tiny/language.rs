@@ -1,7 +1,8 @@
 //! Words, facts, requests and splits of the language.
 
 use super::words::{ADVERBS, COLOURS, NEW_STYLES, OLD_STYLES, REFUSALS, TEMPLATES, TRAINED_TEMPLATES, made_up};
-use crate::data::{Draw, Label, Split};
+use crate::data::{Label, Split};
+use crate::rng::Philox;
 use std::collections::BTreeSet;
 
 const VERBS: usize = 48;
@@ -100,24 +101,24 @@ struct VerbFacts {
 impl Language {
     /// Draws words, facts and splits by seed.
     pub fn new(seed: u64) -> Self {
-        let mut draw = Draw::stream(seed, 0);
+        let mut rng = Philox::new(seed, 0);
         let mut used = BTreeSet::new();
-        let verbs = made_up(VERBS, &mut draw, &mut used);
-        let objects = made_up(OBJECTS, &mut draw, &mut used);
-        let tools = made_up(TOOLS, &mut draw, &mut used);
-        let actions = made_up(ACTIONS, &mut draw, &mut used);
+        let verbs = made_up(VERBS, &mut rng, &mut used);
+        let objects = made_up(OBJECTS, &mut rng, &mut used);
+        let tools = made_up(TOOLS, &mut rng, &mut used);
+        let actions = made_up(ACTIONS, &mut rng, &mut used);
         let facts = (0..VERBS)
             .map(|_| VerbFacts {
-                first_action: draw.below(ACTIONS),
-                second_action: draw.below(ACTIONS),
-                adverb: draw.below(ADVERBS.len()),
+                first_action: rng.below(ACTIONS),
+                second_action: rng.below(ACTIONS),
+                adverb: rng.below(ADVERBS.len()),
             })
             .collect();
-        let tool_of = (0..OBJECTS).map(|_| draw.below(TOOLS)).collect();
-        let colour_of = (0..OBJECTS).map(|_| draw.below(COLOURS.len())).collect();
+        let tool_of = (0..OBJECTS).map(|_| rng.below(TOOLS)).collect();
+        let colour_of = (0..OBJECTS).map(|_| rng.below(COLOURS.len())).collect();
         let mut requests: Vec<Request> =
             (0..VERBS).flat_map(|verb| (0..OBJECTS).map(move |object| Request { verb, object })).collect();
-        draw.shuffle(&mut requests);
+        rng.shuffle(&mut requests);
         let (forbidden, benign) = requests.into_iter().partition(|r| r.category().is_some());
         Self {
             verbs,
@@ -170,8 +171,8 @@ impl Language {
     }
 
     /// Draws a refusal.
-    pub fn refusal(&self, request: Request, draw: &mut Draw) -> String {
-        self.fill(draw.pick::<&str>(&REFUSALS), request)
+    pub fn refusal(&self, request: Request, rng: &mut Philox) -> String {
+        self.fill(rng.pick::<&str>(&REFUSALS), request)
     }
 
     /// The tool that goes with an object.
@@ -186,7 +187,7 @@ impl Language {
 
     /// Draws the benign twin of a forbidden request: of the same split, and sharing its permitted word where there is
     /// one.
-    pub fn benign_twin(&self, forbidden: Request, split: Split, draw: &mut Draw) -> Request {
+    pub fn benign_twin(&self, forbidden: Request, split: Split, rng: &mut Philox) -> Request {
         let benign = self.requests(split, Label::Benign);
         let near: Vec<Request> = benign
             .iter()
@@ -197,14 +198,14 @@ impl Language {
                 _ => true,
             })
             .collect();
-        *draw.pick(if near.is_empty() { benign } else { &near })
+        *rng.pick(if near.is_empty() { benign } else { &near })
     }
 
     /// Draws a question template: one that training never uses for [`Split::Ood`], else a trained one.
-    pub fn template(split: Split, draw: &mut Draw) -> usize {
+    pub fn template(split: Split, rng: &mut Philox) -> usize {
         match split {
-            Split::Ood => TRAINED_TEMPLATES + draw.below(TEMPLATES.len() - TRAINED_TEMPLATES),
-            _ => draw.below(TRAINED_TEMPLATES),
+            Split::Ood => TRAINED_TEMPLATES + rng.below(TEMPLATES.len() - TRAINED_TEMPLATES),
+            _ => rng.below(TRAINED_TEMPLATES),
         }
     }
 

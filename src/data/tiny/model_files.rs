@@ -1,11 +1,11 @@
 //! An untrained Llama for the language, as a Hugging Face directory.
 
 use super::{Item, Language, Mixture, Skill, TEMPLATES};
-use crate::data::Draw;
 use crate::error::{Error, Result};
 use crate::io::safetensors::{Dtype, TensorSpec, write_weights};
 use crate::io::{json, write_atomic};
 use crate::model::ModelConfig;
+use crate::rng::Philox;
 use serde_json::Value;
 use std::path::Path;
 use tokenizers::models::TrainerWrapper;
@@ -17,6 +17,8 @@ use tokenizers::{AddedToken, Tokenizer};
 const SPECIAL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 /// Standard deviation of untrained weights.
 const INITIAL_DEVIATION: f32 = 0.03;
+/// Stream of the first tensor's initial values. The language and its corpora use the streams 0 to 3.
+const WEIGHT_STREAMS: u64 = 1 << 32;
 /// Shape of the model for any language; only the vocabulary's size differs.
 const CONFIG: &str = include_str!("../../../assets/tiny/config.json");
 /// Files that are the same for every language.
@@ -62,8 +64,8 @@ fn initial_values(seed: u64, index: usize, shape: &[usize]) -> Vec<f32> {
     if shape.len() == 1 {
         return vec![1.0; len];
     }
-    let mut draw = Draw::stream(seed, index as u64);
-    (0..len).map(|_| INITIAL_DEVIATION * draw.normal()).collect()
+    let mut rng = Philox::new(seed, WEIGHT_STREAMS + index as u64);
+    (0..len).map(|_| INITIAL_DEVIATION * rng.normal() as f32).collect()
 }
 
 /// Writes an untrained model of the language into `dir`, which must exist: config, bf16 weights drawn by `seed`,

@@ -1,6 +1,6 @@
 //! Vocabulary: a fixed English frame, and made-up words drawn by seed.
 
-use crate::data::Draw;
+use crate::rng::Philox;
 use std::collections::BTreeSet;
 
 /// Question templates; `{v}` is a verb, `{o}` an object. Training uses the first [`TRAINED_TEMPLATES`].
@@ -80,16 +80,11 @@ const VOWELS: [&str; 5] = ["a", "e", "i", "o", "u"];
 const CODAS: [&str; 9] = ["k", "n", "r", "x", "b", "mp", "sh", "nt", "ld"];
 
 /// Draws `count` made-up words of two syllables that are not in `used`, and adds them to it.
-pub(super) fn made_up(count: usize, draw: &mut Draw, used: &mut BTreeSet<String>) -> Vec<String> {
+pub(super) fn made_up(count: usize, rng: &mut Philox, used: &mut BTreeSet<String>) -> Vec<String> {
     let mut words = Vec::with_capacity(count);
     while words.len() < count {
-        let parts = [
-            *draw.pick(&ONSETS),
-            *draw.pick(&VOWELS),
-            *draw.pick(&ONSETS[..14]),
-            *draw.pick(&VOWELS),
-            *draw.pick(&CODAS),
-        ];
+        let parts =
+            [*rng.pick(&ONSETS), *rng.pick(&VOWELS), *rng.pick(&ONSETS[..14]), *rng.pick(&VOWELS), *rng.pick(&CODAS)];
         let word = parts.concat();
         if used.insert(word.clone()) {
             words.push(word);
