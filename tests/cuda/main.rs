@@ -226,7 +226,12 @@ fn ten_masked_steps_on<B: Backend>(device: &B) {
         assert!(expected[9] < 0.9 * expected[0], "ten steps learn: {expected:?}");
         let emulated = emulated::<B>(|backend| phases(&ten_steps(&mut decoder(backend, &config, 7), &batch, mods)));
         // Adam steps as far for a gradient that is noise: runs part, and follow no emulation.
-        assert_within_emulation(&phases(&got), &phases(&expected), &emulated, &format!("ten steps on {}", device.name()));
+        assert_within_emulation(
+            &phases(&got),
+            &phases(&expected),
+            &emulated,
+            &format!("ten steps on {}", device.name()),
+        );
         let mut again = decoder(device, &config, 7);
         assert_eq!(ten_steps(&mut again, &batch, mods), got, "a second run");
         for param in model.params() {

@@ -27,11 +27,11 @@ mod tensor_map;
 pub mod testing;
 mod timer;
 
+pub use super::precision::{Bf16State, F32State, Precision};
 pub use device::Image;
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
-pub use super::precision::{Bf16State, F32State, Precision};
 pub use survey::{Survey, survey};
 
 use super::ops::*;
