@@ -13,7 +13,7 @@ use super::gemm::bf16_products;
 use super::matrix::{Matrix, Product};
 use super::simd::{dot, exp, max, simd_kernel, sum};
 use super::storage::{Shared, slice, slice_mut};
-use super::wide::{convert, same, widen};
+use super::wide::{convert, convert_all, same, widen};
 use super::{Cpu, Elements};
 use crate::backend::{Attention, AttentionBackward, AttentionDecode, AttentionShape, Documents, Element, FloatElement};
 use rayon::prelude::*;
@@ -123,7 +123,7 @@ fn divided_scale<T: FloatElement>(scale: f32) -> (f32, f32) {
 /// f32s of all elements.
 fn widened<T: FloatElement>(x: &[T]) -> Vec<f32> {
     let mut wide = vec![0.0; x.len()];
-    convert(x, &mut wide);
+    convert_all(x, &mut wide);
     wide
 }
 
@@ -204,7 +204,7 @@ pub(super) fn attention<E: Elements>(op: Attention<'_, Cpu<E>>) {
     let [q, k, v] = [q, k, v].map(widened);
     let mut wide = vec![0.0; o.len()];
     attend([&q, &k, &v], &mut wide, lse, &shape, &documents);
-    convert(&wide, o);
+    convert_all(&wide, o);
 }
 
 fn attend<T: FloatElement>(
@@ -272,7 +272,7 @@ pub(super) fn attention_backward<E: Elements>(op: AttentionBackward<'_, Cpu<E>>)
     let saved = (saved.each_ref().map(Vec::as_slice), lse);
     attend_backward(saved, wide.each_mut().map(Vec::as_mut_slice), &shape, &documents);
     for (gradient, wide) in gradients.into_iter().zip(&wide) {
-        convert(wide, gradient);
+        convert_all(wide, gradient);
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::simd::simd_kernel;
 use crate::backend::{Element, FloatElement};
+use rayon::prelude::*;
 use std::any::TypeId;
 
 /// Whether two names stand for one type.
@@ -30,6 +31,12 @@ simd_kernel! {
             *to = T::from_f32(x.to_f32());
         }
     }
+}
+
+/// [`convert`] on all threads.
+pub(super) fn convert_all<F: FloatElement, T: FloatElement>(from: &[F], to: &mut [T]) {
+    const BLOCK: usize = 1 << 15;
+    from.par_chunks(BLOCK).zip(to.par_chunks_mut(BLOCK)).for_each(|(from, to)| convert(from, to));
 }
 
 /// The elements as f32: themselves, or widened into `space`.

@@ -10,7 +10,7 @@ mod widened;
 
 use super::matrix::{Matrix, Product};
 use super::storage::{slice, slice_mut};
-use super::wide::edit;
+use super::wide::{convert_all, same_mut};
 use super::{Cpu, Elements};
 use crate::backend::{
     Epilogue, FloatElement, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
@@ -178,16 +178,27 @@ pub(super) fn linear_backward_input_each<E: Elements>(op: LinearBackwardInputEac
         /// The sums of bf16 gradients; taken while in use.
         static SUMS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     }
-    let (LinearShape { tokens, inputs, .. }, layers, accumulate) = (op.shape(), op.layers, op.accumulate);
-    let mut space = SUMS.take();
-    edit(slice_mut(op.dx), &mut space, |dx| {
+    let (tokens, layers, accumulate, dx) = (op.tokens, op.layers, op.accumulate, slice_mut(op.dx));
+    let inputs = dx.len() / tokens;
+    let sum = |dx: &mut [f32]| {
         for (i, InputGradient { dy, w }) in layers.iter().enumerate() {
             let outputs = w.len() / inputs;
             let (dy, w) = (Matrix::rows(slice(dy), outputs), Matrix::rows(slice(w), inputs));
-            let product = Product::new(dx, inputs, dy, w, (tokens, inputs, outputs));
+            let product = Product::new(&mut *dx, inputs, dy, w, (tokens, inputs, outputs));
             product.scaled(1.0, accumulate || i > 0).run();
         }
-    });
+    };
+    if let Some(dx) = same_mut(dx) {
+        return sum(dx);
+    }
+    let mut space = SUMS.take();
+    space.resize(space.len().max(dx.len()), 0.0);
+    let sums = &mut space[..dx.len()];
+    if accumulate {
+        convert_all(dx, sums);
+    }
+    sum(sums);
+    convert_all(sums, dx);
     SUMS.set(space);
 }
 
