@@ -5,6 +5,7 @@
 mod common;
 
 use swat::backend::cpu::Cpu;
+use swat::backend::{Backend, Bf16State, F32State};
 use swat::data::{Example, Loader};
 use swat::engine::{Decoder, Lora, Plan, Workload};
 use swat::model::ModelConfig;
@@ -24,16 +25,28 @@ struct Case {
     lora: bool,
     grad_accum: usize,
     recompute: bool,
+    precision: Precision,
 }
 
-const FULL: Case = Case { name: "full", mods: "all", lora: false, grad_accum: 1, recompute: false };
-const CASES: [Case; 6] = [
+/// Precision of weights and activations, and of gradients and moments.
+#[derive(Clone, Copy, Debug)]
+enum Precision {
+    F32,
+    F32State,
+    Bf16State,
+}
+
+const FULL: Case = Case { name: "full", mods: "all", lora: false, grad_accum: 1, recompute: false, precision: Precision::F32 };
+const CASES: [Case; 9] = [
     FULL,
     Case { name: "masked", mods: "layers.6-11.{q_proj,k_proj,v_proj,o_proj}", ..FULL },
     Case { name: "lora", mods: "layers.0-11.{q_proj,k_proj,v_proj,o_proj}", lora: true, ..FULL },
     Case { name: "accumulation", grad_accum: 3, ..FULL },
     Case { name: "recompute", recompute: true, ..FULL },
     Case { name: "masked, recompute", mods: "layers.9-11.{down_proj}", recompute: true, ..FULL },
+    Case { name: "bf16", precision: Precision::F32State, ..FULL },
+    Case { name: "bf16 state", precision: Precision::Bf16State, ..FULL },
+    Case { name: "bf16 state, recompute", precision: Precision::Bf16State, recompute: true, ..FULL },
 ];
 
 /// 10 million parameters: a step needs some hundred megabytes, against which a process's own memory is negligible.
@@ -66,17 +79,22 @@ fn plan(case: Case) -> Plan {
         recompute: case.recompute,
         lora: case.lora.then(Lora::default),
     };
-    Plan::new::<Cpu>(&config, &work, |id| {
+    let trains = |id| {
         let adapter = matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
         adapter == case.lora && set.contains(id.cell())
-    })
+    };
+    match case.precision {
+        Precision::F32 => Plan::new::<Cpu>(&config, &work, trains),
+        Precision::F32State => Plan::new::<Cpu<F32State>>(&config, &work, trains),
+        Precision::Bf16State => Plan::new::<Cpu<Bf16State>>(&config, &work, trains),
+    }
 }
 
 /// Trains two steps, each followed by a checkpoint, and measures how far the weights moved.
-fn train(config: ModelConfig, case: Case) {
+fn train<B: Backend>(backend: B, config: ModelConfig, case: Case) {
     let dir = tempfile::tempdir().unwrap();
     let set = ModuleSet::parse(case.mods, &config.cells()).unwrap();
-    let mut decoder = Decoder::new(Cpu::new(), config, |id, shape| Ok(weights(id, shape))).unwrap();
+    let mut decoder = Decoder::new(backend, config, |id, shape| Ok(weights(id, shape))).unwrap();
     if case.lora {
         decoder.add_lora(&set, Lora::default(), 1).unwrap();
     }
@@ -112,9 +130,14 @@ fn train(config: ModelConfig, case: Case) {
 fn child_process() {
     let Ok(name) = std::env::var(CASE) else { return };
     match CASES.into_iter().find(|case| case.name == name) {
-        Some(case) => train(config(), case),
+        Some(case) => match case.precision {
+            Precision::F32 => train(Cpu::new(), config(), case),
+            Precision::F32State => train(Cpu::<F32State>::default(), config(), case),
+            Precision::Bf16State => train(Cpu::<Bf16State>::default(), config(), case),
+        },
         None => {
-            train(ModelConfig { vocab: 2048, max_positions: DOCUMENT, ..common::config(2, true, false, false) }, FULL)
+            let config = ModelConfig { vocab: 2048, max_positions: DOCUMENT, ..common::config(2, true, false, false) };
+            train(Cpu::new(), config, FULL)
         }
     }
     eprintln!("measured {}", peak_bytes());
