@@ -36,7 +36,8 @@ enum Precision {
     Bf16State,
 }
 
-const FULL: Case = Case { name: "full", mods: "all", lora: false, grad_accum: 1, recompute: false, precision: Precision::F32 };
+const FULL: Case =
+    Case { name: "full", mods: "all", lora: false, grad_accum: 1, recompute: false, precision: Precision::F32 };
 const CASES: [Case; 9] = [
     FULL,
     Case { name: "masked", mods: "layers.6-11.{q_proj,k_proj,v_proj,o_proj}", ..FULL },

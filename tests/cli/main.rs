@@ -5,4 +5,5 @@ mod common;
 mod contract;
 mod eval;
 mod gpu_machines;
+mod precision;
 mod run;
