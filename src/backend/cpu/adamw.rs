@@ -1,6 +1,6 @@
 //! Masked AdamW over a module table, and the sums of squares that clip it.
 
-use super::perturb::{BLOCK as NOISE, Quads, fill_words};
+use super::noise::{BLOCK as NOISE, Quads, fill_words};
 use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
 use super::wide::{convert, same, same_mut};

@@ -10,6 +10,7 @@ mod cross_entropy;
 mod embedding;
 mod gemm;
 mod matrix;
+mod noise;
 mod perturb;
 mod rmsnorm;
 mod rope;
