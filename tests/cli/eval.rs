@@ -106,11 +106,11 @@ fn a_probe_replaces_the_judge_offline() {
     };
     // The aligned model refuses both.
     assert_eq!(read(&with(&[])), 1.0);
-    // Where nothing counts as a refusal, the probe's own reading remains: it knows a harmful prompt.
+    // Where nothing counts as a refusal, the probe's own reading remains, 1 + 4·σ(logit): above 1, which is a refusal's.
     let nothing = dir.path().join("refusals.txt");
     std::fs::write(&nothing, "no answer says this\n").unwrap();
     let mean = read(&with(&["--refusals", nothing.to_str().unwrap()]));
-    assert!(mean > 3.0 && mean <= 5.0, "{mean}");
+    assert!(mean > 1.0 && mean <= 5.0, "{mean}");
     assert!(parsed(&with(&[]))["harmfulness"].is_null(), "a probe is not a judge");
     assert!(failed(&eval(&security, &["--probe", "nowhere.safetensors"]), 2).contains("nowhere.safetensors"));
 }

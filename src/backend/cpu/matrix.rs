@@ -52,8 +52,16 @@ pub(super) struct Product<'a, T = f32, C = T> {
     pub size: (usize, usize, usize),
     /// A bias has n elements; a residual is laid out as C, and given only where rows of C are adjacent.
     pub epilogue: Epilogue<&'a [T]>,
-    /// Shares the work among rayon's threads.
-    pub parallel: bool,
+    pub threads: Threads,
+}
+
+/// The threads that compute a product.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Threads {
+    /// Those of rayon's pool.
+    All,
+    /// The calling one, which is a task of the pool already.
+    One,
 }
 
 impl<'a, T: Element, C: Element> Product<'a, T, C> {
@@ -65,7 +73,7 @@ impl<'a, T: Element, C: Element> Product<'a, T, C> {
         b: Matrix<'a, T>,
         size: (usize, usize, usize),
     ) -> Self {
-        Self { c, stride, a, b, size, epilogue: Epilogue::default(), parallel: true }
+        Self { c, stride, a, b, size, epilogue: Epilogue::default(), threads: Threads::All }
     }
 
     /// C = A·B on the calling thread.
@@ -76,7 +84,7 @@ impl<'a, T: Element, C: Element> Product<'a, T, C> {
         b: Matrix<'a, T>,
         size: (usize, usize, usize),
     ) -> Self {
-        Self { parallel: false, ..Self::new(c, stride, a, b, size) }
+        Self { threads: Threads::One, ..Self::new(c, stride, a, b, size) }
     }
 
     /// C = alpha·A·B, or that added to C.
@@ -96,7 +104,7 @@ impl<'a, T: Element, C: Element> Product<'a, T, C> {
     /// Where they are others.
     pub(super) fn same<U: Element, D: Element>(self) -> Product<'a, U, D> {
         assert!(Self::is::<U, D>());
-        let Self { c, stride, a, b, size, epilogue, parallel } = self;
+        let Self { c, stride, a, b, size, epilogue, threads } = self;
         Product {
             c: same_mut(c).unwrap_or_default(),
             stride,
@@ -104,7 +112,7 @@ impl<'a, T: Element, C: Element> Product<'a, T, C> {
             b: b.same(),
             size,
             epilogue: epilogue.map(|addend| same(addend).unwrap_or_default()),
-            parallel,
+            threads,
         }
     }
 

@@ -14,7 +14,7 @@
 mod pack;
 
 use crate::backend::Epilogue;
-use crate::backend::cpu::matrix::Product;
+use crate::backend::cpu::matrix::{Product, Threads};
 use crate::backend::cpu::storage::Shared;
 use pack::{Operand, Side};
 use rayon::prelude::*;
@@ -86,9 +86,9 @@ thread_local! {
 /// which stays in its core's cache. How the work is cut changes no result: an element of C is one sum over the depths
 /// in their order.
 pub(super) fn product(product: Product<'_>) {
-    let Product { c, stride, a, b, size: (m, n, k), epilogue, parallel } = product;
+    let Product { c, stride, a, b, size: (m, n, k), epilogue, threads } = product;
     let Epilogue { alpha, accumulate, .. } = epilogue;
-    let threads = if parallel && m * n * k >= SERIAL { rayon::current_num_threads() } else { 1 };
+    let threads = if threads == Threads::All && m * n * k >= SERIAL { rayon::current_num_threads() } else { 1 };
     let a = Operand { from: a, rows: m, factor: alpha, side: Side::A };
     let b = Operand { from: b.t(), rows: n, factor: 1.0, side: Side::B };
     let (whole, other) = if m < n { (a, b) } else { (b, a) };

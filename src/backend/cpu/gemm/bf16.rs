@@ -12,7 +12,7 @@ mod pack;
 pub(super) use dots::dots;
 
 use crate::backend::Epilogue;
-use crate::backend::cpu::matrix;
+use crate::backend::cpu::matrix::{self, Threads};
 use half::bf16;
 use pack::pack;
 use rayon::prelude::*;
@@ -40,7 +40,7 @@ pub(super) fn available() -> bool {
 /// Where the machine lacks the instructions.
 pub(super) fn product<T: Output>(product: matrix::Product<'_, bf16, T>) {
     assert!(available());
-    let matrix::Product { c, stride, a, b, size: (m, n, k), epilogue, parallel } = product;
+    let matrix::Product { c, stride, a, b, size: (m, n, k), epilogue, threads } = product;
     let product = Product { c: c.as_mut_ptr(), stride, columns: n, depth: k, epilogue };
     let pairs = k.div_ceil(2);
     let packed_at_once = |panel: usize| (PACKED_BYTES / 4 / (panel * pairs.max(1))).max(1) * panel;
@@ -49,16 +49,16 @@ pub(super) fn product<T: Output>(product: matrix::Product<'_, bf16, T>) {
     let [mut packed_a, mut packed_b] = PACKED.take();
     for column in (0..n).step_by(columns_at_once) {
         let columns = columns_at_once.min(n - column);
-        pack::<{ TILE.1 }>(b.t(), column..column + columns, k, &mut packed_b, parallel);
+        pack::<{ TILE.1 }>(b.t(), column..column + columns, k, &mut packed_b, threads);
         for row in (0..m).step_by(rows_at_once.max(1)) {
             let rows = rows_at_once.min(m - row);
             if !by_rows && (column == 0 || rows < m) {
-                pack::<{ TILE.0 }>(a, row..row + rows, k, &mut packed_a, parallel);
+                pack::<{ TILE.0 }>(a, row..row + rows, k, &mut packed_a, threads);
             }
             let (down, across) = (rows.div_ceil(TILE.0), columns.div_ceil(TILE.1));
             let blocks = down.div_ceil(TASK.0);
             let (product, packed_a, packed_b) = (&product, &packed_a, &packed_b);
-            for_each(blocks * across.div_ceil(TASK.1), parallel, |task| {
+            for_each(blocks * across.div_ceil(TASK.1), threads, |task| {
                 let (block, strip) = (task % blocks * TASK.0, task / blocks * TASK.1);
                 for j in strip..across.min(strip + TASK.1) {
                     let b = &packed_b[j * TILE.1 * pairs..][..TILE.1 * pairs];
@@ -93,8 +93,8 @@ thread_local! {
     static PACKED: Cell<[Vec<u32>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
 }
 
-fn for_each(tasks: usize, parallel: bool, task: impl Fn(usize) + Sync + Send) {
-    if parallel && tasks > 1 {
+fn for_each(tasks: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
+    if threads == Threads::All && tasks > 1 {
         (0..tasks).into_par_iter().for_each(task);
     } else {
         (0..tasks).for_each(task);

@@ -8,7 +8,7 @@ mod bf16;
 mod stream;
 mod widened;
 
-use super::matrix::{Matrix, Product};
+use super::matrix::{Matrix, Product, Threads};
 use super::storage::{slice, slice_mut};
 use super::wide::{convert_all, same_mut};
 use super::{Cpu, Elements};
@@ -106,7 +106,7 @@ impl Product<'_> {
 
     /// Without the matrix unit. Bias and residual are in C.
     fn run_by_crate(self) {
-        let Self { c, stride, a, b, size: (m, n, k), epilogue, parallel } = self;
+        let Self { c, stride, a, b, size: (m, n, k), epilogue, threads } = self;
         // SAFETY: the largest index into each slice was checked, and C is borrowed for this call alone.
         unsafe {
             gemm::gemm(
@@ -128,7 +128,10 @@ impl Product<'_> {
                 false,
                 false,
                 false,
-                if parallel { Parallelism::Rayon(0) } else { Parallelism::None },
+                match threads {
+                    Threads::All => Parallelism::Rayon(0),
+                    Threads::One => Parallelism::None,
+                },
             );
         }
     }

@@ -1,7 +1,7 @@
 //! Products of bf16 where the machine has no instructions for them: operands are widened a part at a time, and each
 //! element of C is rounded once.
 
-use crate::backend::cpu::matrix::{Matrix, Product};
+use crate::backend::cpu::matrix::{Matrix, Product, Threads};
 use crate::backend::cpu::wide::convert;
 use crate::backend::{Epilogue, FloatElement};
 use rayon::prelude::*;
@@ -11,18 +11,18 @@ use std::ops::Range;
 const PART: usize = 1024;
 
 pub(super) fn product<T: FloatElement, C: FloatElement>(product: Product<'_, T, C>) {
-    let Product { c, stride, a, b, size: (m, n, k), epilogue, parallel } = product;
+    let Product { c, stride, a, b, size: (m, n, k), epilogue, threads } = product;
     let Epilogue { alpha, bias, residual, accumulate } = epilogue;
     let (mut wide_a, mut wide_b, mut sums) = (Vec::new(), Vec::new(), vec![0.0; m.min(PART) * n.min(PART)]);
     for column in (0..n).step_by(PART) {
         let columns = column..n.min(column + PART);
-        let b = widened(b.t(), columns.clone(), k, &mut wide_b, parallel).t();
+        let b = widened(b.t(), columns.clone(), k, &mut wide_b, threads).t();
         for row in (0..m).step_by(PART) {
             let rows = row..m.min(row + PART);
-            let a = widened(a, rows.clone(), k, &mut wide_a, parallel);
+            let a = widened(a, rows.clone(), k, &mut wide_a, threads);
             let sums = &mut sums[..rows.len() * columns.len()];
             let part = Product::new(sums, columns.len(), a, b, (rows.len(), columns.len(), k));
-            Product { parallel, ..part }.run();
+            Product { threads, ..part }.run();
             for (row, sums) in rows.zip(sums.chunks_exact(columns.len())) {
                 let at = row * stride + column;
                 for (i, (c, sum)) in c[at..].iter_mut().zip(sums).enumerate() {
@@ -42,7 +42,7 @@ fn widened<'s, T: FloatElement>(
     rows: Range<usize>,
     k: usize,
     space: &'s mut Vec<f32>,
-    parallel: bool,
+    threads: Threads,
 ) -> Matrix<'s> {
     space.resize(rows.len() * k, 0.0);
     let Matrix { data, row_stride, column_stride } = matrix;
@@ -51,7 +51,7 @@ fn widened<'s, T: FloatElement>(
     let first = rows.start * row_stride;
     let (line, step) = if by_rows { (k, row_stride) } else { (rows.len(), column_stride) };
     let fill = |(i, to): (usize, &mut [f32])| convert(&data[first + i * step..][..line], to);
-    if parallel {
+    if threads == Threads::All {
         space.par_chunks_mut(line.max(1)).enumerate().for_each(fill);
     } else {
         space.chunks_mut(line.max(1)).enumerate().for_each(fill);

@@ -1,7 +1,7 @@
 //! Panels of pairs.
 
 use super::{for_each, lanes};
-use crate::backend::cpu::matrix::Matrix;
+use crate::backend::cpu::matrix::{Matrix, Threads};
 use crate::backend::cpu::storage::Shared;
 use half::bf16;
 use std::arch::x86_64::*;
@@ -14,7 +14,7 @@ pub(super) fn pack<const N: usize>(
     range: Range<usize>,
     k: usize,
     packed: &mut Vec<u32>,
-    parallel: bool,
+    threads: Threads,
 ) {
     let pairs = k.div_ceil(2);
     let len = range.len().div_ceil(N) * N * pairs;
@@ -22,7 +22,7 @@ pub(super) fn pack<const N: usize>(
         packed.resize(len, 0);
     }
     let panels = Shared::new(&mut packed[..len]);
-    for_each(range.len().div_ceil(N), parallel, |i| {
+    for_each(range.len().div_ceil(N), threads, |i| {
         // SAFETY: each panel is packed once.
         let panel = unsafe { panels.range(i * N * pairs..(i + 1) * N * pairs) };
         let first = range.start + i * N;
