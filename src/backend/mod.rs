@@ -61,43 +61,43 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Memory for `len` elements, all zero.
     ///
     /// # Errors
-    /// [`crate::Error::Memory`] or [`crate::Error::Failed`] where there is none, [`crate::Error::Device`] where the device fails.
+    /// [`crate::error::Error::Memory`] or [`crate::error::Error::Failed`] where there is none, [`crate::error::Error::Device`] where the device fails.
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>>;
 
     /// Host to device.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the device fails.
+    /// [`crate::error::Error::Device`] where the device fails.
     fn write<T: Element>(&self, host: &[T], to: ViewMut<'_, Self, T>) -> Result<()>;
 
     /// Device to host; waits for the device.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the device fails.
+    /// [`crate::error::Error::Device`] where the device fails.
     fn read<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<()>;
 
     /// Device to device.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the device fails.
+    /// [`crate::error::Error::Device`] where the device fails.
     fn copy<T: Element>(&self, from: View<'_, Self, T>, to: ViewMut<'_, Self, T>) -> Result<()>;
 
     /// Sets every element to zero.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the device fails.
+    /// [`crate::error::Error::Device`] where the device fails.
     fn clear<T: Element>(&self, to: ViewMut<'_, Self, T>) -> Result<()>;
 
     /// Waits until everything queued is done.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the device fails.
+    /// [`crate::error::Error::Device`] where the device fails.
     fn synchronize(&self) -> Result<()>;
 
     /// Starts the range that an outside profiler (nsys, ncu) captures, behind everything queued. No effect on the CPU.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Device`] where the driver fails.
     fn start_profiler(&self) -> Result<()> {
         Ok(())
     }
@@ -105,7 +105,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Ends the range of [`Backend::start_profiler`].
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Device`] where the driver fails.
     fn stop_profiler(&self) -> Result<()> {
         Ok(())
     }
@@ -120,7 +120,7 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// either way; by default `work` just runs.
     ///
     /// # Errors
-    /// Those of `work`; [`crate::Error::Device`] where the driver fails.
+    /// Those of `work`; [`crate::error::Error::Device`] where the driver fails.
     fn replay<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         work()
     }

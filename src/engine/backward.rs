@@ -55,7 +55,7 @@ impl<B: Backend> Decoder<B> {
     /// train. Returns Σ loss over the batch's targets.
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
     /// the device fails.
     pub fn loss_and_gradients(
         &self,
@@ -71,7 +71,7 @@ impl<B: Backend> Decoder<B> {
     /// Room for the losses of a step of so many trained tokens.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.
     pub fn losses_of(&self, trained_tokens: usize) -> Result<Losses<'_, B>> {
         Ok(Losses::new(&self.backend, self.stats(trained_tokens)?))
     }
@@ -80,7 +80,7 @@ impl<B: Backend> Decoder<B> {
     /// to `losses`, and read when the whole step is queued.
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
     /// the device fails.
     pub fn queue_gradients(
         &self,

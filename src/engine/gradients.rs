@@ -35,7 +35,7 @@ impl<B: Backend> Gradients<B> {
     /// Zeroed buffers; `trains` selects the tensors that train.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.
     pub fn new(decoder: &Decoder<B>, trains: impl Fn(ParamId) -> bool) -> Result<Self> {
         let mut buffers = BTreeMap::new();
         for p in decoder.params() {

@@ -27,7 +27,7 @@ impl<'d, B: Backend> Losses<'d, B> {
     /// Σ loss over all that was queued; waits for the device.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the work has failed.
+    /// [`crate::error::Error::Device`] where the work has failed.
     pub fn sum(self) -> Result<f64> {
         let _span = trace::phase("head");
         if self.filled == 0 {

@@ -12,7 +12,7 @@ impl<B: Backend> Decoder<B> {
     /// first, the last after the final norm (as `output_hidden_states` of transformers).
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
     /// the device fails.
     pub fn hidden_states(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<Vec<f32>>> {
         let _span = trace::phase("forward");
@@ -29,7 +29,7 @@ impl<B: Backend> Decoder<B> {
     /// Logits [rows, vocab] at `rows` of the packed batch.
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
     /// the device fails.
     pub fn logits(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<f32>> {
         let _span = trace::phase("forward");
@@ -48,7 +48,7 @@ impl<B: Backend> Decoder<B> {
     /// −log p of each row's target (0 where ignored), \[tokens\].
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where the batch does not fit the model; [`crate::Error::Device`] or [`crate::Error::Memory`] where
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
     /// the device fails.
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
         let _span = trace::phase("forward");

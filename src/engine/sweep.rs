@@ -113,8 +113,8 @@ impl<B: Backend> Decoder<B> {
     /// members perturb.
     ///
     /// # Errors
-    /// Those of `sink`; [`crate::Error::Input`] where the prompts do not fit the model; [`crate::Error::Device`] or
-    /// [`crate::Error::Memory`] where the device fails.
+    /// Those of `sink`; [`crate::error::Error::Input`] where the prompts do not fit the model; [`crate::error::Error::Device`] or
+    /// [`crate::error::Error::Memory`] where the device fails.
     pub fn sweep(
         &self,
         prompts: &Batch,

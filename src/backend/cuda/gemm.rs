@@ -84,7 +84,7 @@ impl<P: Precision> Cuda<P> {
     /// bf16, or f32 with [`GemmLayout::Nt`].
     ///
     /// # Errors
-    /// [`crate::Error::Device`] and [`crate::Error::Memory`] where the device fails or has no memory for the sums of parts.
+    /// [`crate::error::Error::Device`] and [`crate::error::Error::Memory`] where the device fails or has no memory for the sums of parts.
     ///
     /// # Panics
     /// Where lengths do not fit, or the version does not support the operands ([`GemmVersion::supports`]).

@@ -75,7 +75,7 @@ impl Captured {
     /// Queues a replay.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Device`] where the driver fails.
     pub fn launch(&self) -> Result<()> {
         self.device.context.bind()?;
         // SAFETY: an executable graph and the stream of this device's context, which is current.
@@ -98,7 +98,7 @@ impl<P: Precision> Cuda<P> {
     /// Time of the work that `queue` enqueues, by the GPU's clock; waits for it.
     ///
     /// # Errors
-    /// What `queue` returns; [`crate::Error::Device`] where the driver fails.
+    /// What `queue` returns; [`crate::error::Error::Device`] where the driver fails.
     pub fn time(&self, queue: impl FnOnce() -> Result<()>) -> Result<Duration> {
         let device = &self.device;
         device.flush()?;
@@ -125,7 +125,7 @@ impl<P: Precision> Cuda<P> {
     /// workspace in the arena, and must not copy from the host: `adamw_masked` cannot be captured.
     ///
     /// # Errors
-    /// What `queue` returns; [`crate::Error::Device`] where the driver refuses what it does.
+    /// What `queue` returns; [`crate::error::Error::Device`] where the driver refuses what it does.
     ///
     /// # Safety
     /// The buffers that `queue` uses outlive the returned graph. No memory is given back to the driver meanwhile (as where a
@@ -159,7 +159,7 @@ impl<P: Precision> Cuda<P> {
     /// Size of the L2 cache in bytes.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Device`] where the driver fails.
     pub fn l2_bytes(&self) -> Result<u64> {
         self.device.context.bind()?;
         let failed = |error: DriverError| self.device.context.failed("cannot query the L2 cache size", error);
@@ -174,7 +174,7 @@ impl<P: Precision> Cuda<P> {
     /// The stream of all work, for another library; makes the context current.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Device`] where the driver fails.
     pub fn stream(&self) -> Result<sys::CUstream> {
         self.device.context.bind()?;
         Ok(self.device.context.stream())

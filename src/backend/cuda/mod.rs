@@ -78,8 +78,8 @@ impl<P: Precision> Cuda<P> {
     /// Opens GPU `ordinal` and loads the kernels.
     ///
     /// # Errors
-    /// [`crate::Error::Input`] where there is no such device, no driver for it, or no kernels are embedded;
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Input`] where there is no such device, no driver for it, or no kernels are embedded;
+    /// [`crate::error::Error::Device`] where the driver fails.
     pub fn open(ordinal: u32) -> Result<Self> {
         Ok(Self { device: Arc::new(Device::open(ordinal)?), tables: Arc::default(), precision: PhantomData })
     }
@@ -87,7 +87,7 @@ impl<P: Precision> Cuda<P> {
     /// The product's name, such as `NVIDIA H100 80GB HBM3`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Device`] where the driver fails.
     pub fn product(&self) -> Result<String> {
         self.device.product()
     }
@@ -100,7 +100,7 @@ impl<P: Precision> Cuda<P> {
     /// Free and total bytes of the device's memory.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] where the driver fails.
+    /// [`crate::error::Error::Device`] where the driver fails.
     pub fn memory(&self) -> Result<(u64, u64)> {
         self.device.memory()
     }

@@ -18,7 +18,7 @@ const SLAB_LINES: usize = 64;
 /// `wgmma_descriptor` of `kernels/prelude_sm90.cuh` has it. Outside the matrix a box is zeros.
 ///
 /// # Errors
-/// [`crate::Error::Device`] where the driver refuses it: an empty or unaligned matrix, or lines that are no multiple of
+/// [`crate::error::Error::Device`] where the driver refuses it: an empty or unaligned matrix, or lines that are no multiple of
 /// 16 bytes.
 pub(super) fn tensor_map(
     device: &Device,

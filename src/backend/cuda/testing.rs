@@ -8,7 +8,7 @@ use crate::error::Result;
 /// The words of a stream from block `first` on ([`crate::rng`]); `to` holds whole blocks of four.
 ///
 /// # Errors
-/// [`crate::Error::Device`] where the driver fails.
+/// [`crate::error::Error::Device`] where the driver fails.
 pub fn philox_words<P: Precision>(
     cuda: &Cuda<P>,
     key: NoiseKey,
@@ -21,7 +21,7 @@ pub fn philox_words<P: Precision>(
 /// The normals of a stream, from element 0.
 ///
 /// # Errors
-/// [`crate::Error::Device`] where the driver fails.
+/// [`crate::error::Error::Device`] where the driver fails.
 pub fn philox_normals<P: Precision>(cuda: &Cuda<P>, key: NoiseKey, to: ViewMut<'_, Cuda<P>, f32>) -> Result<()> {
     let to = slice_mut(to);
     perturb::normals(&cuda.device, key, 0, to.len(), 1, &to)

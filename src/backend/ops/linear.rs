@@ -173,7 +173,7 @@ impl<B: Backend> GatedLinear<'_, B> {
     /// As [`Operator::run`]; returns whether the backend has a kernel for these tensors, and leaves no span where it has none.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.
     ///
     /// # Panics
     /// Where shapes do not fit.

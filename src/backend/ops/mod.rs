@@ -50,13 +50,13 @@ pub trait Operator<B: Backend>: Sized {
     /// The backend's arithmetic, neither checked nor traced.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.
     fn launch(self, backend: &B) -> Result<()>;
 
     /// Checks the shapes and calls the backend, in a span of [`trace`] with the cost.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.
     ///
     /// # Panics
     /// Where shapes do not fit.

@@ -75,7 +75,7 @@ impl<B: Backend> SquaredNorm<'_, B> {
     /// As [`Operator::run`]; returns the partial sums.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] or [`crate::Error::Memory`] where the device fails.
+    /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.
     pub fn run(self, backend: &B) -> Result<Buffer<B, f64>> {
         let _span = trace::op("squares", || cost::sum_squares(self.w.len(), size_of::<B::Float>()));
         backend.squared_norm(self)

@@ -86,7 +86,7 @@ pub fn record() -> Option<Recording> {
 /// Emits phases and layers of this thread as NVTX ranges from now on.
 ///
 /// # Errors
-/// [`crate::Error::Input`] where NVTX's library is not found.
+/// [`crate::error::Error::Input`] where NVTX's library is not found.
 pub fn annotate() -> Result<()> {
     nvtx::find()?;
     WANTED.set(WANTED.get() | ANNOTATE);
