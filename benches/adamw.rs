@@ -1,5 +1,5 @@
-//! Masked AdamW over a module table of a few layers, and the sums of squares for gradient clipping, with moments and gradients in
-//! f32 and, on a GPU, in bf16.
+//! Masked AdamW over a module table of a few layers, and the sums of squares for gradient clipping, with moments and
+//! gradients in f32 and, on a GPU, in bf16.
 
 use super::common::{Model, Session, random};
 use swat::backend::cpu::Cpu;

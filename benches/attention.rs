@@ -14,7 +14,8 @@ use swat::backend::{
 /// Largest call, in FLOPs, that the baseline is timed on.
 const BASELINE_FLOPS: u64 = 1 << 36;
 
-/// Versions of the backward pass: the flash ones differ in how the heads of a group are spread over blocks; the last is for Hopper.
+/// Versions of the backward pass: the flash ones differ in how the heads of a group are spread over blocks; the last is
+/// for Hopper.
 const VERSIONS: [&str; 4] = ["baseline", "flash64", "flash128", "wgmma"];
 /// Versions of decoding attention.
 const DECODE_VERSIONS: [&str; 2] = ["baseline", "flash"];

@@ -1,5 +1,5 @@
-//! Whole steps on models with random weights: training (everything, some modules, adapters), decoding, and the perturbed copies of
-//! one layer in a sweep.
+//! Whole steps on models with random weights: training (everything, some modules, adapters), decoding, and the
+//! perturbed copies of one layer in a sweep.
 
 use super::common::shapes::Steps;
 use super::common::{Device, Model, Session};

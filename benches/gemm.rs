@@ -1,7 +1,7 @@
 //! Linear layers: forward, both gradients, a few tokens at a time, the gradient of a bias.
 //!
-//! Versions run without split-k (`splits: 1`), `swat` by the plan that is chosen for device and shape. The two slowest versions are
-//! left out where they would take more than about a tenth of a second.
+//! Versions run without split-k (`splits: 1`), `swat` by the plan that is chosen for device and shape. The two slowest
+//! versions are left out where they would take more than about a tenth of a second.
 
 use super::common::cublaslt::CublasLt;
 use super::common::{Device, Model, Scale, Session, random};

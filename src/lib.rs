@@ -1,8 +1,8 @@
-//! Secure tuning of large language models: SWAT (Du et al., arXiv 2410.04524) on a transformer engine written from scratch, with
-//! CUDA kernels and a CPU backend.
+//! Secure tuning of large language models: SWAT (Du et al., arXiv 2410.04524) on a transformer engine written from
+//! scratch, with CUDA kernels and a CPU backend.
 //!
-//! Rooms, each of which uses only those before it: [`error`], [`options`], [`progress`], [`rng`], [`io`], [`modules`], [`model`],
-//! [`data`], [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`], [`cli`].
+//! Rooms, each of which uses only those before it: [`error`], [`options`], [`progress`], [`rng`], [`io`], [`modules`],
+//! [`model`], [`data`], [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`], [`cli`].
 
 pub mod backend;
 pub mod cli;

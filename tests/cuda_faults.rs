@@ -1,5 +1,5 @@
-//! The engine on a GPU with a sticky fault: after a kernel has failed, every driver call fails until the process ends. Each of them must be
-//! an error that says so; nothing may panic, hang, or return a number.
+//! The engine on a GPU with a sticky fault: after a kernel has failed, every driver call fails until the process ends.
+//! Each of them must be an error that says so; nothing may panic, hang, or return a number.
 
 mod common;
 

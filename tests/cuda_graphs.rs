@@ -1,4 +1,5 @@
-//! Steps launched as CUDA graphs give the same bytes as steps launched kernel by kernel; and the driver calls of a step, counted.
+//! Steps launched as CUDA graphs give the same bytes as steps launched kernel by kernel; and the driver calls of a
+//! step, counted.
 
 mod common;
 
@@ -142,8 +143,8 @@ fn a_training_step_makes_exactly_these_driver_calls() {
         training.step(&one(seed));
     }
     let names = [GRAPH_LAUNCH, LAUNCH, INSTANTIATE, WAIT, ALLOCATE, FREE, TO_DEVICE, TO_HOST, ON_DEVICE];
-    // Sums of squares in two kernels, the clip factor in one, the step in one. Tokens, positions, starts, rows, targets;
-    // rates. Losses and norm.
+    // Sums of squares in two kernels, the clip factor in one, the step in one. Tokens, positions, starts, rows,
+    // targets; rates. Losses and norm.
     let step = [1, 4, 0, 2, 0, 0, 6, 2, 0];
     for seed in 10..13 {
         assert_eq!(calls(0, names, || training.step(&one(seed))), step);
@@ -230,9 +231,9 @@ fn more_keys_update_the_graph() {
     let generate = || model.generate(std::slice::from_ref(&prompt), &options, &mut |_, _| {}).unwrap();
     let mut with = Vec::new();
     let [made, changed] = calls(1, [INSTANTIATE, SET_PARAMS], || with = generate());
-    // At the one token with a third block, in each of two layers: the kernel that sees the keys and the one that combines its
-    // parts; and where the memory of the smaller parts, free from then on, has the lowest address of its size, the two kernels
-    // that write and read what is there now.
+    // At the one token with a third block, in each of two layers: the kernel that sees the keys and the one that
+    // combines its parts; and where the memory of the smaller parts, free from then on, has the lowest address of its
+    // size, the two kernels that write and read what is there now.
     assert!(made == 1 && matches!(changed, 4 | 8), "{made} made, {changed} nodes changed");
     cuda.set_launch_mode(LaunchMode::Eager);
     assert_eq!(with, generate());

@@ -1,5 +1,5 @@
-//! Every kernel family on tensors of more than 2³¹ elements or 2³² bytes, as in a 7B model, where 32-bit offsets overflow. The stand-in maps
-//! memory when it is touched, and runs only the first and the last blocks of a grid.
+//! Every kernel family on tensors of more than 2³¹ elements or 2³² bytes, as in a 7B model, where 32-bit offsets
+//! overflow. The stand-in maps memory when it is touched, and runs only the first and the last blocks of a grid.
 //!
 //! Tensors are zero except for their last row or last elements, which determine the expected end of the output.
 
@@ -185,8 +185,8 @@ fn column_sums() {
     });
 }
 
-/// K, V and dO are zero except in the last row of the last document, and Q everywhere. The blocks that run may be those of the first or
-/// of the last heads.
+/// K, V and dO are zero except in the last row of the last document, and Q everywhere. The blocks that run may be those
+/// of the first or of the last heads.
 #[test]
 fn attention_of_many_documents() {
     const DOCUMENT: usize = 512;
@@ -382,8 +382,8 @@ fn embedding_rows() {
     });
 }
 
-/// Gradients of a few rows of a large table, by every kernel; few enough that all blocks that link rows run. Checked are the first
-/// columns of the table's last row, which the first blocks sum.
+/// Gradients of a few rows of a large table, by every kernel; few enough that all blocks that link rows run. Checked
+/// are the first columns of the table's last row, which the first blocks sum.
 #[test]
 fn embedding_gradients() {
     on_both(|b| {

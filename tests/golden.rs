@@ -1,5 +1,6 @@
 //! Tiny models of every family, read from disk, against what `transformers` and `peft` compute with them
-//! (`tests/golden/make.py`): hidden states, logits, losses, every gradient, ten masked AdamW steps, greedy continuations.
+//! (`tests/golden/make.py`): hidden states, logits, losses, every gradient, ten masked AdamW steps, greedy
+//! continuations.
 
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
@@ -10,7 +11,8 @@ use swat::model::ModelDir;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepOutcome, StepSettings};
 
-/// Largest error of an element, relative to the largest of its tensor. PyTorch in f32 stays within 3e-6 of PyTorch in f64.
+/// Largest error of an element, relative to the largest of its tensor. PyTorch in f32 stays within 3e-6 of PyTorch in
+/// f64.
 const TENSOR_TOLERANCE: f64 = 2e-5;
 /// Largest relative error of a loss.
 const LOSS_TOLERANCE: f64 = 1e-5;

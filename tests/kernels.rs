@@ -1,6 +1,6 @@
-//! The kernel files and the code that nvcc made of them: names and parameters against the source, no register spills, tensor-core
-//! instructions, code size, and the rules for kernel files. Needs no GPU, but nvcc at build time, its cuobjdump and nvdisasm
-//! (scripts/install_nvcc.sh), and a C++ compiler; what is missing is said on standard error.
+//! The kernel files and the code that nvcc made of them: names and parameters against the source, no register spills,
+//! tensor-core instructions, code size, and the rules for kernel files. Needs no GPU, but nvcc at build time, its
+//! cuobjdump and nvdisasm (scripts/install_nvcc.sh), and a C++ compiler; what is missing is said on standard error.
 
 mod common;
 
@@ -211,7 +211,8 @@ fn products_use_tensor_cores() {
     }
 }
 
-/// Maximum number of machine instructions of tensor-core kernels; the first entry whose parts are all in the kernel's name applies.
+/// Maximum number of machine instructions of tensor-core kernels; the first entry whose parts are all in the kernel's
+/// name applies.
 const INSTRUCTIONS: [(&[&str], usize); 23] = [
     (&["gemm", "wgmma128_bf16"], 1000),
     (&["gemm", "wgmma256_bf16"], 1150),
@@ -238,8 +239,8 @@ const INSTRUCTIONS: [(&[&str], usize); 23] = [
     (&["attention_decode_flash"], 1550),
 ];
 
-/// Code size is bounded; and in a Hopper gemm the compiler inserts no waits of its own: of the four products of a k block only the last
-/// ends a group.
+/// Code size is bounded; and in a Hopper gemm the compiler inserts no waits of its own: of the four products of a k
+/// block only the last ends a group.
 #[test]
 fn tensor_core_kernels_are_small() {
     let (Some(images), Some(tools)) = (images(), tools()) else { return };

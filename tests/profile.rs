@@ -1,5 +1,5 @@
-//! `swat profile` on tiny models: spans that add up to a step, costs that agree with the minimum cost of the work, traces that nest; on the
-//! CPU, and on CUDA devices with their kernels.
+//! `swat profile` on tiny models: spans that add up to a step, costs that agree with the minimum cost of the work,
+//! traces that nest; on the CPU, and on CUDA devices with their kernels.
 
 mod common;
 

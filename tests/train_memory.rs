@@ -1,5 +1,5 @@
-//! `swat plan` against measured memory: the peak resident set of a process that trains, minus that of a process that trains a model of
-//! 24 × 2. Each case is a process of its own, because the peak never falls.
+//! `swat plan` against measured memory: the peak resident set of a process that trains, minus that of a process that
+//! trains a model of 24 × 2. Each case is a process of its own, because the peak never falls.
 #![cfg(target_os = "linux")]
 
 mod common;

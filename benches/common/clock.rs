@@ -1,5 +1,6 @@
-//! Timing of calls. On a GPU: events around many calls, behind an untimed one, so that the host runs ahead when the clock starts;
-//! calls under 50 µs are replayed from a CUDA graph, so that launch overhead does not count. On the CPU: the host's clock.
+//! Timing of calls. On a GPU: events around many calls, behind an untimed one, so that the host runs ahead when the
+//! clock starts; calls under 50 µs are replayed from a CUDA graph, so that launch overhead does not count. On the CPU:
+//! the host's clock.
 
 use super::cublaslt::CublasLt;
 use super::shapes::{Scale, random};

@@ -1,5 +1,5 @@
-//! The peer of matrix products: cuBLASLt, opened at run time if installed, with 32 MiB of workspace. The fastest of the algorithms
-//! that its heuristic proposes is used, by a few timed runs of each.
+//! The peer of matrix products: cuBLASLt, opened at run time if installed, with 32 MiB of workspace. The fastest of the
+//! algorithms that its heuristic proposes is used, by a few timed runs of each.
 
 use super::libraries;
 use cudarc::cublaslt::result::{self as lt, CublasError};

@@ -10,7 +10,8 @@ use serde_json::json;
 use std::time::Duration;
 use swat::backend::Cost;
 
-/// Arithmetic intensity, in FLOPs a byte, from which criterion shows throughput in FLOPs (as elements) instead of bytes.
+/// Arithmetic intensity, in FLOPs a byte, from which criterion shows throughput in FLOPs (as elements) instead of
+/// bytes.
 const COMPUTES: u64 = 64;
 /// Samples of a variant, pairs of an A/B run; target time of a sample, maximum time of all.
 const SAMPLES: usize = 21;

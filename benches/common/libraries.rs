@@ -1,13 +1,13 @@
-//! Finds CUDA libraries that the loader does not find by itself: in the folders of the CUDA toolkit and of Python packages
-//! (`pip install nvidia-cublas`, or PyTorch's dependencies).
+//! Finds CUDA libraries that the loader does not find by itself: in the folders of the CUDA toolkit and of Python
+//! packages (`pip install nvidia-cublas`, or PyTorch's dependencies).
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Major versions of CUDA, that of the bindings first. `libX.so.MAJOR` is the library's SONAME, by which the loader finds it again
-/// once it is open.
+/// Major versions of CUDA, that of the bindings first. `libX.so.MAJOR` is the library's SONAME, by which the loader
+/// finds it again once it is open.
 const VERSIONS: [u32; 2] = [13, 12];
 
 /// Opens `lib{stem}.so`, so that opening it by its SONAME succeeds from then on. Returns its path.

@@ -12,15 +12,15 @@
 //! ```
 //!
 //! An id is `family/operation/shape/variant`. Variants: `swat`, what the backend chooses; its versions by name, from
-//! `baseline` up; peers (`cublaslt`; `copy`, which moves as many bytes from device to device; `gemm-crate` on the CPU). Benches run
-//! on a GPU if there is one, else on the CPU backend; with `--gpu` a missing GPU is an error. `--ab`, `--json`, `--list` and `--once`
-//! are followed by parts of ids to choose; otherwise criterion's options apply. Exit code 2: nothing was chosen. Peers in Python are in
-//! `benches/peers/kernels.py`.
+//! `baseline` up; peers (`cublaslt`; `copy`, which moves as many bytes from device to device; `gemm-crate` on the CPU).
+//! Benches run on a GPU if there is one, else on the CPU backend; with `--gpu` a missing GPU is an error. `--ab`,
+//! `--json`, `--list` and `--once` are followed by parts of ids to choose; otherwise criterion's options apply. Exit
+//! code 2: nothing was chosen. Peers in Python are in `benches/peers/kernels.py`.
 //!
-//! Times are device times ([`clock`]) on random data, in buffers that are rotated so that no call finds its own in a cache. With
-//! `--json` the variants of a ladder are sampled interleaved, so that a drifting clock affects all of them; one more line for each peer
-//! compares `swat` with it, sample by sample. `--ab` prints the median over pairs of samples of B's time over A's: above 1, A is
-//! faster; "not told apart" means that the interval contains 1.
+//! Times are device times ([`clock`]) on random data, in buffers that are rotated so that no call finds its own in a
+//! cache. With `--json` the variants of a ladder are sampled interleaved, so that a drifting clock affects all of them;
+//! one more line for each peer compares `swat` with it, sample by sample. `--ab` prints the median over pairs of
+//! samples of B's time over A's: above 1, A is faster; "not told apart" means that the interval contains 1.
 //!
 //! A missing peer is reported on stderr and by a line `{"family", "missing", "reason"}`.
 

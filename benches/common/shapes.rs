@@ -66,7 +66,8 @@ pub struct Published {
     pub packed: [usize; 2],
 }
 
-/// Whole steps of a model. Pairs are (count, tokens of each): documents of a training step, prompts of a sweep, generated answers.
+/// Whole steps of a model. Pairs are (count, tokens of each): documents of a training step, prompts of a sweep,
+/// generated answers.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Steps {

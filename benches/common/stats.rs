@@ -15,8 +15,9 @@ pub fn median(samples: &[f64]) -> f64 {
     quantile(samples, 0.5)
 }
 
-/// A 95 % confidence interval of the median (sign test): the narrowest one between two samples of equal rank from both ends. The
-/// number of samples below the true median is binomial with p = ½. With fewer than six samples: their whole range.
+/// A 95 % confidence interval of the median (sign test): the narrowest one between two samples of equal rank from both
+/// ends. The number of samples below the true median is binomial with p = ½. With fewer than six samples: their whole
+/// range.
 pub fn median_interval(samples: &[f64]) -> [f64; 2] {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);

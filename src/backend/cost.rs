@@ -1,8 +1,9 @@
-//! Bytes and FLOPs of the operators by their sizes: one function a family, shared by the trace spans, the launches of kernels,
-//! `swat plan` and the benches.
+//! Bytes and FLOPs of the operators by their sizes: one function a family, shared by the trace spans, the launches of
+//! kernels, `swat plan` and the benches.
 //!
-//! Bytes count each tensor once, as it is read or written; small ones (positions, starts of documents) are left out. FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends
-//! differ in their types: `float`, `grad` and `moment` are bytes of an element.
+//! Bytes count each tensor once, as it is read or written; small ones (positions, starts of documents) are left out.
+//! FLOPs count a multiplication and an addition as two, a root, an exponential or a conversion as one. Backends differ
+//! in their types: `float`, `grad` and `moment` are bytes of an element.
 
 use std::iter::Sum;
 use std::ops::Add;
@@ -112,7 +113,8 @@ pub struct AttentionSize {
 }
 
 impl AttentionSize {
-    /// A pass over `q_tensors` tensors like Q, `kv_tensors` like K and `stats` like lse, with `flops` a pair, head and column.
+    /// A pass over `q_tensors` tensors like Q, `kv_tensors` like K and `stats` like lse, with `flops` a pair, head and
+    /// column.
     pub fn pass(self, q_tensors: usize, kv_tensors: usize, stats: usize, flops: u64, float: usize) -> Cost {
         let Self { tokens, heads, kv_heads, head_dim, pairs } = self;
         let row = (q_tensors * heads + kv_tensors * kv_heads) * head_dim * float + stats * heads * size_of::<f32>();
@@ -228,7 +230,8 @@ pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usi
 /// FLOPs of silu(gate) · up: a negation, an exponential, a sum, a quotient, a product.
 const SWIGLU_FLOPS: usize = 5;
 
-/// FLOPs of a normal, half a Box–Muller pair: two scalings, a logarithm, its double, a root, a sine, a cosine, two products.
+/// FLOPs of a normal, half a Box–Muller pair: two scalings, a logarithm, its double, a root, a sine, a cosine, two
+/// products.
 pub const NORMAL_FLOPS: usize = 5;
 
 #[cfg(test)]

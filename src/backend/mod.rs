@@ -1,8 +1,8 @@
 //! Arithmetic: buffers, and operators on them ([`ops`]).
 //!
-//! The engine owns the order of operators; a [`Backend`] owns the arithmetic and nothing else. [`cpu`] computes in f32 or bf16, [`cuda`]
-//! in bf16 with f32 sums. Operators check every shape: a wrong one is a bug of the engine, and panics. Errors are for what a
-//! device may refuse (memory, a lost device).
+//! The engine owns the order of operators; a [`Backend`] owns the arithmetic and nothing else. [`cpu`] computes in f32
+//! or bf16, [`cuda`] in bf16 with f32 sums. Operators check every shape: a wrong one is a bug of the engine, and
+//! panics. Errors are for what a device may refuse (memory, a lost device).
 
 mod buffer;
 pub mod cost;
@@ -42,8 +42,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// `cpu`, `cuda:0`.
     fn name(&self) -> String;
 
-    /// Rows at which the throughput of matrix products saturates. Where nothing is kept for backward the engine works in pieces
-    /// of about as many rows, whose intermediate values stay in a cache. No limit by default.
+    /// Rows at which the throughput of matrix products saturates. Where nothing is kept for backward the engine works
+    /// in pieces of about as many rows, whose intermediate values stay in a cache. No limit by default.
     fn saturating_rows(&self) -> usize {
         usize::MAX
     }
@@ -61,7 +61,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// Memory for `len` elements, all zero.
     ///
     /// # Errors
-    /// [`crate::error::Error::Memory`] or [`crate::error::Error::Failed`] where there is none, [`crate::error::Error::Device`] where the device fails.
+    /// [`crate::error::Error::Memory`] or [`crate::error::Error::Failed`] where there is none,
+    /// [`crate::error::Error::Device`] where the device fails.
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>>;
 
     /// Host to device.
@@ -110,14 +111,15 @@ pub trait Backend: Clone + Send + Sync + 'static {
         Ok(())
     }
 
-    /// Most bytes of the device's own memory that buffers held at once; `None` where they are in the memory of the process.
+    /// Most bytes of the device's own memory that buffers held at once; `None` where they are in the memory of the
+    /// process.
     fn device_peak_bytes(&self) -> Option<u64> {
         None
     }
 
-    /// Runs `work`, a part of a step that recurs and that queues operators, but neither reads from the device nor writes to it.
-    /// A GPU may record its launches and replay them as one graph where an earlier step had the same. The values are the same
-    /// either way; by default `work` just runs.
+    /// Runs `work`, a part of a step that recurs and that queues operators, but neither reads from the device nor
+    /// writes to it. A GPU may record its launches and replay them as one graph where an earlier step had the same. The
+    /// values are the same either way; by default `work` just runs.
     ///
     /// # Errors
     /// Those of `work`; [`crate::error::Error::Device`] where the driver fails.
@@ -158,7 +160,8 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// As [`Operator::run`].
     fn linear_backward_input(&self, op: LinearBackwardInput<'_, Self>) -> Result<()>;
 
-    /// See [`LinearBackwardInputEach`]. By default one layer after another, each added to a dX that is stored in between.
+    /// See [`LinearBackwardInputEach`]. By default one layer after another, each added to a dX that is stored in
+    /// between.
     ///
     /// # Errors
     /// As [`Operator::run`].

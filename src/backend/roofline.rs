@@ -18,8 +18,8 @@ pub struct Roofline {
 }
 
 impl Roofline {
-    /// Measures a backend: about a second of a quiet machine and at most 700 MB of memory, which a GPU's arena keeps for
-    /// later buffers. Whatever else the machine does meanwhile lowers it.
+    /// Measures a backend: about a second of a quiet machine and at most 700 MB of memory, which a GPU's arena keeps
+    /// for later buffers. Whatever else the machine does meanwhile lowers it.
     ///
     /// # Errors
     /// A device without memory for it, or that fails.
@@ -33,12 +33,12 @@ impl Roofline {
     }
 }
 
-/// Sides of the product, and bytes of the copy, from where they start to where they end: doubled until one takes [`LONG`].
-/// No cache holds the copy.
+/// Sides of the product, and bytes of the copy, from where they start to where they end: doubled until one takes
+/// [`LONG`]. No cache holds the copy.
 const SIDES: [usize; 2] = [256, 8192];
 const COPIED_BYTES: [usize; 2] = [64 << 20, 256 << 20];
-/// Long enough for a host's clock, and short enough that one of many timings meets a moment in which a busy machine does
-/// nothing else.
+/// Long enough for a host's clock, and short enough that one of many timings meets a moment in which a busy machine
+/// does nothing else.
 const LONG: Duration = Duration::from_millis(2);
 /// Time of all timings of one piece of work; the best counts.
 const BUDGET: Duration = Duration::from_millis(250);

@@ -14,8 +14,8 @@ pub(super) struct Common {
     /// Device: auto, cpu, cuda or cuda:N. auto uses a working GPU, and says which
     #[arg(long, default_value = "auto", global = true)]
     pub(super) device: Device,
-    /// Precision of weights and activations: auto, f32 or bf16 (with f32 sums). auto is bf16 on a GPU; on a CPU it is bf16
-    /// if the model is stored in it and the processor multiplies it, and says so
+    /// Precision of weights and activations: auto, f32 or bf16 (with f32 sums). auto is bf16 on a GPU; on a CPU it is
+    /// bf16 if the model is stored in it and the processor multiplies it, and says so
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = DtypeChoice::Auto, global = true)]
     pub(super) dtype: DtypeChoice,
     /// Seed of all random draws
@@ -24,8 +24,8 @@ pub(super) struct Common {
     /// Print one JSON object on stdout, and nothing else
     #[arg(long, global = true)]
     pub(super) json: bool,
-    /// Mark phases and layers as NVTX ranges, for nsys and ncu: needs libnvtx3interop.so.1 (CUDA toolkit, or the package
-    /// nvidia-nvtx)
+    /// Mark phases and layers as NVTX ranges, for nsys and ncu: needs libnvtx3interop.so.1 (CUDA toolkit, or the
+    /// package nvidia-nvtx)
     #[arg(long, global = true)]
     pub(super) nvtx: bool,
     /// No progress on stderr

@@ -26,8 +26,8 @@ pub(super) struct Demo {
     /// Output directory; a second run continues from it
     #[arg(long, value_name = "DIR", default_value = "swat-demo")]
     out: PathBuf,
-    /// Number of training seeds, from --seed on. Each setting is tuned and evaluated with each; the report shows means and
-    /// ranges over them
+    /// Number of training seeds, from --seed on. Each setting is tuned and evaluated with each; the report shows means
+    /// and ranges over them
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: u64,
     /// A model made by --make-model, in place of the embedded one

@@ -22,8 +22,8 @@ use common::Common;
 use open::OnDevice;
 use std::process::ExitCode;
 
-/// Secure tuning of large language models (SWAT): find the modules whose perturbation affects a model's security features
-/// least, tune those first, then everything.
+/// Secure tuning of large language models (SWAT): find the modules whose perturbation affects a model's security
+/// features least, tune those first, then everything.
 #[derive(Parser)]
 #[command(
     name = "swat",

@@ -51,12 +51,12 @@ struct Needs {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Forward and backward: the gradients of scale · Σ loss with respect to the tensors of `gradients`, which are those that
-    /// train. Returns Σ loss over the batch's targets.
+    /// Forward and backward: the gradients of scale · Σ loss with respect to the tensors of `gradients`, which are
+    /// those that train. Returns Σ loss over the batch's targets.
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
-    /// the device fails.
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or
+    /// [`crate::error::Error::Memory`] where the device fails.
     pub fn loss_and_gradients(
         &self,
         batch: &Batch,
@@ -76,12 +76,12 @@ impl<B: Backend> Decoder<B> {
         Ok(Losses::new(&self.backend, self.stats(trained_tokens)?))
     }
 
-    /// [`Decoder::loss_and_gradients`] of one of a step's micro-batches, without waiting for the device: the losses are added
-    /// to `losses`, and read when the whole step is queued.
+    /// [`Decoder::loss_and_gradients`] of one of a step's micro-batches, without waiting for the device: the losses are
+    /// added to `losses`, and read when the whole step is queued.
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
-    /// the device fails.
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or
+    /// [`crate::error::Error::Memory`] where the device fails.
     pub fn queue_gradients(
         &self,
         batch: &Batch,
@@ -175,8 +175,8 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Final norm, head and loss over the rows that have a target. Fills their losses, and returns the gradient of `x` where
-    /// something below trains.
+    /// Final norm, head and loss over the rows that have a target. Fills their losses, and returns the gradient of `x`
+    /// where something below trains.
     fn head_backward<'a>(
         &'a self,
         x: Floats<'a, B>,
@@ -335,8 +335,8 @@ impl<B: Backend> Decoder<B> {
         RmsNormBackward { accumulate_dx: true, ..op }.run(&self.backend)
     }
 
-    /// Backward from the attention half's output to the outputs of q_proj, k_proj and v_proj. Returns their gradients, and rstd of
-    /// the half's norm.
+    /// Backward from the attention half's output to the outputs of q_proj, k_proj and v_proj. Returns their gradients,
+    /// and rstd of the half's norm.
     fn attention_half_backward<'a>(
         &'a self,
         layer: usize,

@@ -330,8 +330,8 @@ impl<B: Backend> Decoder<B> {
         (0..count).map(move |i| i * tokens / count..(i + 1) * tokens / count)
     }
 
-    /// A layer whose output is needed only at `rows` of the batch: keys and values are computed for all tokens, everything else
-    /// for `rows`. Returns the output [rows, hidden], keys and values.
+    /// A layer whose output is needed only at `rows` of the batch: keys and values are computed for all tokens,
+    /// everything else for `rows`. Returns the output [rows, hidden], keys and values.
     pub(super) fn layer_forward_rows<'a>(
         &'a self,
         overlay: &Overlay<'a, B>,

@@ -100,8 +100,8 @@ impl<B: Backend> Decoder<B> {
     /// Several sequences are decoded at once (continuous batching): a prompt takes the slot of each one that ends.
     ///
     /// # Errors
-    /// [`Error::Input`] where a prompt is empty or longer than the context; [`Error::Failed`] where no token can be sampled;
-    /// [`Error::Device`] or [`Error::Memory`] where the device fails.
+    /// [`Error::Input`] where a prompt is empty or longer than the context; [`Error::Failed`] where no token can be
+    /// sampled; [`Error::Device`] or [`Error::Memory`] where the device fails.
     pub fn generate(
         &self,
         prompts: &[Vec<u32>],

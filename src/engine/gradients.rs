@@ -20,7 +20,8 @@ pub struct GradientOptions {
     pub scale: f32,
     /// Adds to the gradients of earlier micro-batches instead of replacing them.
     pub accumulate: bool,
-    /// Keeps one activation a layer instead of about ten and runs each layer's forward pass again: about a third more time.
+    /// Keeps one activation a layer instead of about ten and runs each layer's forward pass again: about a third more
+    /// time.
     pub recompute: bool,
 }
 

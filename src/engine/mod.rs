@@ -1,5 +1,5 @@
-//! A decoder: forward pass with hidden states, backward pass by hand, key-value cache and generation, the perturbed sweep.
-//! Written once, over [`crate::backend::Backend`].
+//! A decoder: forward pass with hidden states, backward pass by hand, key-value cache and generation, the perturbed
+//! sweep. Written once, over [`crate::backend::Backend`].
 
 mod backward;
 mod batch;

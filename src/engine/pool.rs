@@ -8,8 +8,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Free buffers of one element type.
 pub(super) struct Shelf<B: Backend, T: Element> {
-    /// With the order of their allocation, which decides between equal sizes: a step with the same requests gets the same
-    /// buffers.
+    /// With the order of their allocation, which decides between equal sizes: a step with the same requests gets the
+    /// same buffers.
     free: Mutex<Vec<(usize, Buffer<B, T>)>>,
     made: AtomicUsize,
     /// Tokens of the running training pass (0 = none), and of the longest so far.
@@ -31,9 +31,9 @@ impl<B: Backend, T: Element> Shelf<B, T> {
 
     /// A buffer of `len` elements of unspecified content.
     pub(super) fn take(&self, backend: &B, len: usize) -> Result<Scratch<'_, B, T>> {
-        // Batches differ in length from step to step: a longer buffer serves a shorter batch, so that the pool holds what
-        // the longest one needed and no more; but a small request must not take the place of a large one. A training pass
-        // keeps what it takes: it gets no more than the same request in the longest pass would.
+        // Batches differ in length from step to step: a longer buffer serves a shorter batch, so that the pool holds
+        // what the longest one needed and no more; but a small request must not take the place of a large one. A
+        // training pass keeps what it takes: it gets no more than the same request in the longest pass would.
         let most = match self.tokens.load(Relaxed) {
             0 => 4 * (len + 64),
             tokens => len.div_ceil(tokens) * self.longest.load(Relaxed) / 4 * 5 + 64,

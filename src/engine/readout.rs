@@ -12,8 +12,8 @@ impl<B: Backend> Decoder<B> {
     /// first, the last after the final norm (as `output_hidden_states` of transformers).
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
-    /// the device fails.
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or
+    /// [`crate::error::Error::Memory`] where the device fails.
     pub fn hidden_states(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<Vec<f32>>> {
         let _span = trace::phase("forward");
         let mut states = Vec::with_capacity(self.config.layers + 1);
@@ -29,8 +29,8 @@ impl<B: Backend> Decoder<B> {
     /// Logits [rows, vocab] at `rows` of the packed batch.
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
-    /// the device fails.
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or
+    /// [`crate::error::Error::Memory`] where the device fails.
     pub fn logits(&self, batch: &Batch, rows: &[u32]) -> Result<Vec<f32>> {
         let _span = trace::phase("forward");
         let last = self.run_layers(batch, rows, |_| Ok(()))?;
@@ -48,8 +48,8 @@ impl<B: Backend> Decoder<B> {
     /// −log p of each row's target (0 where ignored), \[tokens\].
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where
-    /// the device fails.
+    /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or
+    /// [`crate::error::Error::Memory`] where the device fails.
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f32>> {
         let _span = trace::phase("forward");
         self.check(batch)?;

@@ -1,4 +1,5 @@
-//! The perturbed sweep: many copies of the model, each with some tensors perturbed, read at the last token of every prompt.
+//! The perturbed sweep: many copies of the model, each with some tensors perturbed, read at the last token of every
+//! prompt.
 //!
 //! Savings over perturbing, running and restoring one copy after another:
 //! - shared prefixes of prompts are computed once ([`DistinctRows`]);
@@ -109,12 +110,12 @@ struct Piece<'p, B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Runs every member over the prompts, and calls `sink(index, readout)` for each, in the order of the lowest layer that
-    /// members perturb.
+    /// Runs every member over the prompts, and calls `sink(index, readout)` for each, in the order of the lowest layer
+    /// that members perturb.
     ///
     /// # Errors
-    /// Those of `sink`; [`crate::error::Error::Input`] where the prompts do not fit the model; [`crate::error::Error::Device`] or
-    /// [`crate::error::Error::Memory`] where the device fails.
+    /// Those of `sink`; [`crate::error::Error::Input`] where the prompts do not fit the model;
+    /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.
     pub fn sweep(
         &self,
         prompts: &Batch,
@@ -227,7 +228,8 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Runs concatenated members from layer `from` to the end. `x` holds the inputs of that layer, [members·tokens, hidden].
+    /// Runs concatenated members from layer `from` to the end. `x` holds the inputs of that layer, [members·tokens,
+    /// hidden].
     fn finish_members<'a>(
         &'a self,
         group: &[NoiseDraw<'_>],

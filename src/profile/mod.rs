@@ -84,8 +84,8 @@ pub struct Profile {
 /// Runs steps and records their spans.
 ///
 /// # Errors
-/// [`Error::Input`] names an option that is out of range; [`Error::Failed`] where another recording is active; a failing
-/// device.
+/// [`Error::Input`] names an option that is out of range; [`Error::Failed`] where another recording is active; a
+/// failing device.
 pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, roofline: Roofline) -> Result<Profile> {
     if options.batch_size == 0 || options.length == 0 || options.steps == 0 {
         return Err(Error::input("--batch-size, --length, --steps", "0", "at least 1"));

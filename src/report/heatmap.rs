@@ -204,8 +204,8 @@ impl Heatmap {
         edges
     }
 
-    /// Draws an outline with an edge of the opposite lightness, visible on every colour: light on viridis, in the page's
-    /// tones on the translucent ramp.
+    /// Draws an outline with an edge of the opposite lightness, visible on every colour: light on viridis, in the
+    /// page's tones on the translucent ramp.
     fn outline_path(&self, drawing: &mut Drawing, path: &str) {
         if self.ramp == Ramp::Share {
             drawing.path(path, 3.6, Tone::Paper);

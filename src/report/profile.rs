@@ -76,8 +76,8 @@ fn table(caption: String, what: &str, rows: &[Row]) -> Table {
 const HOST: Track = Track { pid: 1, tid: 1 };
 const GPU: Track = Track { pid: 2, tid: 1 };
 
-/// Writes a profile's spans as a Chrome trace: steps, phases, layers and operations nested on a host track, kernels on a
-/// GPU track. Returns the number of events.
+/// Writes a profile's spans as a Chrome trace: steps, phases, layers and operations nested on a host track, kernels on
+/// a GPU track. Returns the number of events.
 ///
 /// # Errors
 /// [`crate::error::Error::Io`] where the file cannot be written.

@@ -39,8 +39,8 @@ pub fn study_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Rep
     }
 }
 
-/// Writes `report.html`, `results.md` and `outcome.json` into `dir`, which is created if missing, and `robustness.svg` and
-/// `mods.svg` where the study has a map and a set. Each file is written atomically.
+/// Writes `report.html`, `results.md` and `outcome.json` into `dir`, which is created if missing, and `robustness.svg`
+/// and `mods.svg` where the study has a map and a set. Each file is written atomically.
 ///
 /// # Errors
 /// [`Error::Io`] where a file cannot be written.

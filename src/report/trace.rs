@@ -34,8 +34,8 @@ impl Trace {
         self.metadata(track, "thread_sort_index", json!({ "sort_index": track.tid }));
     }
 
-    /// Adds an event from `start_ns` for `duration_ns`. `category` is one word, or several separated by commas; `args` are
-    /// shown when the event is selected.
+    /// Adds an event from `start_ns` for `duration_ns`. `category` is one word, or several separated by commas; `args`
+    /// are shown when the event is selected.
     pub fn complete(
         &mut self,
         track: Track,

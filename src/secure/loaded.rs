@@ -141,7 +141,8 @@ impl<B: Backend> LoadedModel<B> {
         generations.into_iter().map(|generation| answer(generation.tokens)).collect()
     }
 
-    /// Trains the probes of every layer; the model's own answers, of `answer_tokens` tokens, say which prompts it refuses.
+    /// Trains the probes of every layer; the model's own answers, of `answer_tokens` tokens, say which prompts it
+    /// refuses.
     ///
     /// # Errors
     /// As [`train_probe`]; a failing device.

@@ -1,7 +1,8 @@
-//! The method: security-feature probes, drift, the robustness map, the search for Mods_Rob, two-phase tuning, evaluation.
+//! The method: security-feature probes, drift, the robustness map, the search for Mods_Rob, two-phase tuning,
+//! evaluation.
 //!
-//! Source: Du et al., "Toward Secure Tuning" (arXiv 2410.04524), "the paper" below. Nothing here prints, and no saved file
-//! holds a prompt or an answer: progress goes to callbacks, results are serde types.
+//! Source: Du et al., "Toward Secure Tuning" (arXiv 2410.04524), "the paper" below. Nothing here prints, and no saved
+//! file holds a prompt or an answer: progress goes to callbacks, results are serde types.
 
 mod demo;
 mod eval;

@@ -138,8 +138,8 @@ impl TuneOutput {
     }
 }
 
-/// Tunes a decoder in memory. Given the `files` whose weights it holds, updates are measured against those, without a copy
-/// of the trained weights.
+/// Tunes a decoder in memory. Given the `files` whose weights it holds, updates are measured against those, without a
+/// copy of the trained weights.
 ///
 /// # Errors
 /// As [`Tuner::run`].

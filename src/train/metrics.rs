@@ -26,8 +26,8 @@ pub struct StepMetrics {
     pub tokens: u64,
     /// `tokens` per second.
     pub tok_per_s: f64,
-    /// Time of the minimum cost at the measured roofline over the step's time (see [`crate::engine::MinimumCost`]); none without
-    /// a roofline, and in a step without a loss.
+    /// Time of the minimum cost at the measured roofline over the step's time (see [`crate::engine::MinimumCost`]);
+    /// none without a roofline, and in a step without a loss.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed_of_light: Option<f64>,
     /// Peak memory so far, in bytes: of the GPU's buffers, else resident memory of the process (0 where unknown).

@@ -1,8 +1,8 @@
 //! Training: masked AdamW, gradient clipping, schedules, the training loop, checkpoints and exact resume.
 //!
-//! [`Tuner`] runs a list of [`Phase`]s over one decoder and one loader. A phase trains the cells in its table of learning
-//! rates; all other tensors have no gradients, moments or decay, and stay bit-identical. Nothing is printed: progress goes
-//! to [`Callbacks`].
+//! [`Tuner`] runs a list of [`Phase`]s over one decoder and one loader. A phase trains the cells in its table of
+//! learning rates; all other tensors have no gradients, moments or decay, and stay bit-identical. Nothing is printed:
+//! progress goes to [`Callbacks`].
 
 mod checkpoint;
 mod ema;

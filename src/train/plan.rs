@@ -87,7 +87,8 @@ impl<B: Backend> Tuner<'_, B> {
         })
     }
 
-    /// Everything that determines the bytes of a run. Options that only trade time, memory or disk may change on resume.
+    /// Everything that determines the bytes of a run. Options that only trade time, memory or disk may change on
+    /// resume.
     pub(super) fn identity(&self, run_dir: &RunDir) -> Result<serde_json::Value> {
         let failed = |e: serde_json::Error| Error::failed(format!("options: {e}"), "this is a bug; please report it");
         let mut options = serde_json::to_value(&self.options).map_err(failed)?;

@@ -34,8 +34,8 @@ pub struct RunDir {
 
 /// Callbacks of the training loop. An error ends the run as an interruption does.
 ///
-/// `epoch_ends` and `phase_ends` precede the checkpoint of their step: across an interruption and a resume they are called
-/// at least once for a [`RunPosition`], with the same weights each time.
+/// `epoch_ends` and `phase_ends` precede the checkpoint of their step: across an interruption and a resume they are
+/// called at least once for a [`RunPosition`], with the same weights each time.
 pub trait Callbacks<B: Backend> {
     /// A warning, such as a damaged checkpoint.
     fn note(&mut self, _text: &str) {}
@@ -76,7 +76,8 @@ impl<B: Backend> Callbacks<B> for () {}
 /// Values of a tensor of this shape before the run.
 pub(super) type InitialTensor<'a> = Box<dyn Fn(ParamId, &[usize]) -> Result<Vec<f32>> + 'a>;
 
-/// Runs phases one after another over one loader, so that 2 + 4 epochs in two phases see the batches of 6 epochs in one.
+/// Runs phases one after another over one loader, so that 2 + 4 epochs in two phases see the batches of 6 epochs in
+/// one.
 pub struct Tuner<'a, B: Backend> {
     pub(super) decoder: &'a mut Decoder<B>,
     pub(super) loader: &'a mut Loader,
@@ -137,15 +138,15 @@ impl<'a, B: Backend> Tuner<'a, B> {
     }
 
     /// Measures ‖ΔW‖_F of each cell in each phase. The weights at the start of a phase are kept until its end: in the
-    /// checkpoint at the start if there is a [`RunDir`], else as a copy of the trained weights on the host. The first phase
-    /// needs the copy unless [`Tuner::initial_weights`] are known.
+    /// checkpoint at the start if there is a [`RunDir`], else as a copy of the trained weights on the host. The first
+    /// phase needs the copy unless [`Tuner::initial_weights`] are known.
     pub fn measure_updates(mut self) -> Self {
         self.measure_updates = true;
         self
     }
 
-    /// Source of the weights before the run: `tensor(id, shape)` gives the values of any tensor but adapters. It is called
-    /// at the end of a phase, one tensor at a time.
+    /// Source of the weights before the run: `tensor(id, shape)` gives the values of any tensor but adapters. It is
+    /// called at the end of a phase, one tensor at a time.
     pub fn initial_weights(mut self, tensor: impl Fn(ParamId, &[usize]) -> Result<Vec<f32>> + 'a) -> Self {
         self.initial = Some(Box::new(tensor));
         self

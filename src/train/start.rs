@@ -20,8 +20,8 @@ pub(super) struct PhaseStart<B: Backend> {
 }
 
 impl<B: Backend> Tuner<'_, B> {
-    /// Records the start of a phase. The decoder must hold the weights at the start of the phase, or, with checkpoints, of
-    /// the run: tensors that had not trained are equal in both.
+    /// Records the start of a phase. The decoder must hold the weights at the start of the phase, or, with checkpoints,
+    /// of the run: tensors that had not trained are equal in both.
     pub(super) fn phase_start(&self, phase: usize) -> Result<PhaseStart<B>> {
         let trained: BTreeSet<ParamId> = self.phases.get(phase).into_iter().flat_map(|p| self.trained(p)).collect();
         let before = if phase == 0 { BTreeSet::new() } else { self.changed(phase - 1) };

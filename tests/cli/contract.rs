@@ -1,5 +1,5 @@
-//! The command line: the contract for scripts, and wrong inputs, which get a clear message, exit code 2, no panic, and no partial
-//! output. The model is the one that the demo embeds.
+//! The command line: the contract for scripts, and wrong inputs, which get a clear message, exit code 2, no panic, and
+//! no partial output. The model is the one that the demo embeds.
 
 use crate::common;
 use serde_json::Value;

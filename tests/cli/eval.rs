@@ -106,7 +106,8 @@ fn a_probe_replaces_the_judge_offline() {
     };
     // The aligned model refuses both.
     assert_eq!(read(&with(&[])), 1.0);
-    // Where nothing counts as a refusal, the probe's own reading remains, 1 + 4·σ(logit): above 1, which is a refusal's.
+    // Where nothing counts as a refusal, the probe's own reading remains, 1 + 4·σ(logit): above 1, which is a
+    // refusal's.
     let nothing = dir.path().join("refusals.txt");
     std::fs::write(&nothing, "no answer says this\n").unwrap();
     let mean = read(&with(&["--refusals", nothing.to_str().unwrap()]));

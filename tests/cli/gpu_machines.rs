@@ -1,5 +1,5 @@
-//! The binary on machines with and without a usable GPU: with `--device cuda` an unusable one is an error with the reason; with `auto` the
-//! CPU is used, and the reason is said.
+//! The binary on machines with and without a usable GPU: with `--device cuda` an unusable one is an error with the
+//! reason; with `auto` the CPU is used, and the reason is said.
 //!
 //! Child processes load the stand-in as their driver; environment variables set what it shows.
 

@@ -1,4 +1,5 @@
-//! `swat run`: a whole study of the tiny model, one that is killed again and again, and one with several training seeds.
+//! `swat run`: a whole study of the tiny model, one that is killed again and again, and one with several training
+//! seeds.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};

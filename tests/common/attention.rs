@@ -1,5 +1,5 @@
-//! Attention by its definition in f64, optionally with the roundings of the kernels. Tensor-core sums are emulated by [`Cores`] where they
-//! matter beside these: in the scores, and so in the log-sum-exp.
+//! Attention by its definition in f64, optionally with the roundings of the kernels. Tensor-core sums are emulated by
+//! [`Cores`] where they matter beside these: in the scores, and so in the log-sum-exp.
 
 use half::bf16;
 use std::ops::Range;
@@ -112,7 +112,8 @@ pub fn attend_query(
     heads.map(attend).collect()
 }
 
-/// [dQ, dK, dV] from O and the log-sum-exp; unless `products` is exact, P and dS are rounded before the products with them.
+/// [dQ, dK, dV] from O and the log-sum-exp; unless `products` is exact, P and dS are rounded before the products with
+/// them.
 pub fn gradients(s: &Sizes, [q, k, v, o, lse, d_o]: [&[f64]; 6], products: Products) -> [Vec<f64>; 3] {
     let (mut dq, mut dk, mut dv) = (vec![0.0; s.q_len()], vec![0.0; s.kv_len()], vec![0.0; s.kv_len()]);
     for (query, keys) in s.rows() {

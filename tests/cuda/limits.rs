@@ -1,5 +1,5 @@
-//! Sizes at which a kernel's shared memory is close to a limit of the driver: heads of 64 and a vocabulary of 32,000, where a block needs
-//! 48 KiB or slightly less. Every version of a kernel is launched on both compute capabilities.
+//! Sizes at which a kernel's shared memory is close to a limit of the driver: heads of 64 and a vocabulary of 32,000,
+//! where a block needs 48 KiB or slightly less. Every version of a kernel is launched on both compute capabilities.
 
 use crate::common::{batch, decoder_on, standin, wide};
 use swat::backend::cuda::{

@@ -1,8 +1,9 @@
-//! The whole engine in bf16, on CUDA devices and on the CPU, against f32 with the same weights, rounded to bf16. Single kernels are tested against
-//! f64 loops in `tests/ops`.
+//! The whole engine in bf16, on CUDA devices and on the CPU, against f32 with the same weights, rounded to bf16. Single
+//! kernels are tested against f64 loops in `tests/ops`.
 //!
-//! bf16 rounding errors differ by a factor of ten between tensors (gradients of q, k and their norms are small differences of large
-//! terms), so that no fixed tolerance fits: the tolerance is the error of [`Rounded`], which rounds where the kernels round.
+//! bf16 rounding errors differ by a factor of ten between tensors (gradients of q, k and their norms are small
+//! differences of large terms), so that no fixed tolerance fits: the tolerance is the error of [`Rounded`], which
+//! rounds where the kernels round.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -50,8 +51,9 @@ fn error(got: &[f32], expected: &[f32]) -> f64 {
     difference / norm(&mut expected.iter().map(|e| f64::from(*e))).max(1e-30)
 }
 
-/// Results of several emulations of the device's precision. The first rounds on the kernels' grid, the others on shifted grids with the
-/// same spacing: where few roundings decide, the error of a single emulation may be small by chance.
+/// Results of several emulations of the device's precision. The first rounds on the kernels' grid, the others on
+/// shifted grids with the same spacing: where few roundings decide, the error of a single emulation may be small by
+/// chance.
 fn emulated<B: Backend>(values: impl Fn(&Rounded) -> Values) -> Vec<Values> {
     let bf16_state = size_of::<B::Grad>() == 2;
     let moved = (1..=3).map(|seed| Rounded::moved(bf16_state, seed));
@@ -73,8 +75,8 @@ fn assert_within_emulation(got: &Values, exact: &Values, emulated: &[Values], wh
     }
 }
 
-/// [`assert_within_emulation`], and for a single pass on the stand-in: nearly every number is rounded as in the first emulation, so that
-/// the distance to it is at most the error of the worst emulation.
+/// [`assert_within_emulation`], and for a single pass on the stand-in: nearly every number is rounded as in the first
+/// emulation, so that the distance to it is at most the error of the worst emulation.
 #[track_caller]
 fn assert_close_to_emulation(got: &Values, exact: &Values, emulated: &[Values], what: &str) {
     assert_within_emulation(got, exact, emulated, what);

@@ -1,9 +1,10 @@
 //! The CPU backend, rounding to bf16 where the CUDA backend does: what the device's precision alone makes of a result.
 //!
-//! What a kernel computes in f32 is computed in f32 here, in another order; what it stores as bf16 is rounded once. Rounded
-//! inside of an operation: the normalised value of RMSNorm; P and dS of attention, for a head_dim of 64 or 128, by the
-//! largest of the whole row where the kernel goes by that of the tiles so far. log-sum-exps, 1/rms and losses are f32. What tensor
-//! cores cut off of a sum (`swat_standin::cores`) is thousands of times less than the roundings to bf16, and left out.
+//! What a kernel computes in f32 is computed in f32 here, in another order; what it stores as bf16 is rounded once.
+//! Rounded inside of an operation: the normalised value of RMSNorm; P and dS of attention, for a head_dim of 64 or 128,
+//! by the largest of the whole row where the kernel goes by that of the tiles so far. log-sum-exps, 1/rms and losses
+//! are f32. What tensor cores cut off of a sum (`swat_standin::cores`) is thousands of times less than the roundings to
+//! bf16, and left out.
 
 use crate::common::attention::{Products, Sizes, attend_query, attend_rounding, gradients};
 use half::bf16;
@@ -24,8 +25,8 @@ use swat::rng::{Philox, words};
 pub struct Rounded {
     /// Whether gradients and moments are bf16, too.
     bf16_state: bool,
-    /// Where activations and gradients are rounded on a grid that is moved by a part of a unit, drawn for each: the seed
-    /// and the draws so far.
+    /// Where activations and gradients are rounded on a grid that is moved by a part of a unit, drawn for each: the
+    /// seed and the draws so far.
     moved: Option<(u64, Arc<AtomicU64>)>,
 }
 

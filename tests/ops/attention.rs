@@ -143,7 +143,8 @@ const MANY_DOCUMENTS: [usize; 1100] = {
     lengths
 };
 
-/// Sizes for each version of the kernels: tiles of 64 and 128 rows that end, straddle and are skipped, every ratio of heads.
+/// Sizes for each version of the kernels: tiles of 64 and 128 rows that end, straddle and are skipped, every ratio of
+/// heads.
 const VERSION_SIZES: [Sizes; 13] = [
     Sizes { heads: 1, kv_heads: 1, head_dim: 64, window: None, lengths: &[1] },
     Sizes { heads: 2, kv_heads: 1, head_dim: 64, window: None, lengths: &[63] },
@@ -172,7 +173,8 @@ const LONG_SIZES: [Sizes; 8] = [
     Sizes { heads: 5, kv_heads: 1, head_dim: 128, window: Some(1), lengths: &[129] },
 ];
 
-/// More for forward on Hopper: 266 and 268 work tiles, of which 132 multiprocessors take two or three each, in both orders.
+/// More for forward on Hopper: 266 and 268 work tiles, of which 132 multiprocessors take two or three each, in both
+/// orders.
 const PERSISTENT_SIZES: [Sizes; 2] = [
     Sizes { heads: 133, kv_heads: 7, head_dim: 64, window: None, lengths: &[120, 12] },
     Sizes { heads: 134, kv_heads: 67, head_dim: 128, window: Some(30), lengths: &[129] },
@@ -195,7 +197,8 @@ fn worst(got: &[f64], exact: &[f64]) -> f64 {
     got.iter().zip(exact).map(|(g, e)| (g - e).abs()).fold(0.0, f64::max)
 }
 
-/// Asserts that the largest error is at most twice that of the emulation, and a little. f32 gets a tolerance of its own.
+/// Asserts that the largest error is at most twice that of the emulation, and a little. f32 gets a tolerance of its
+/// own.
 #[track_caller]
 fn assert_rule<B: Backend>(got: &[f64], exact: &[f64], emulated: &[f64], what: &str) {
     let emulated: Vec<f64> = emulated.iter().map(|x| to_bf16(*x)).collect();
@@ -238,7 +241,8 @@ fn forward_versions<B: Backend>(b: &B) {
             let (o, lse) = run(version);
             let (emulated, emulated_lse) = attend_rounding(s, &q.host, &k.host, &v.host, products(s, version));
             assert_rule::<B>(&o, &exact, &emulated, &format!("o, {version:?} of {s:?}"));
-            // And what is f32 in it: the scores (of a few tens in units of log2 e), a sum of exponentials, its logarithm.
+            // And what is f32 in it: the scores (of a few tens in units of log2 e), a sum of exponentials, its
+            // logarithm.
             let allowed = 2.0 * worst(&emulated_lse, &exact_lse) + 4e-6;
             let error = worst(&lse, &exact_lse);
             assert!(error <= allowed, "lse: {error}, allowed {allowed}, {version:?} of {s:?}");
@@ -294,7 +298,8 @@ fn backward_versions<B: Backend>(b: &B) {
     }
 }
 
-/// Rows of packed attention asked for as spans, of every version: the rule, and the same bytes whatever else is decoded.
+/// Rows of packed attention asked for as spans, of every version: the rule, and the same bytes whatever else is
+/// decoded.
 fn decode_versions<B: Backend>(b: &B) {
     for s in &VERSION_SIZES {
         let q = put::<B, B::Float>(b, &normals(1, s.q_len()));

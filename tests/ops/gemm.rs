@@ -297,8 +297,8 @@ fn what_is_not_finite_stays_in_its_row<P: Precision>(cuda: &Cuda<P>) {
     }
 }
 
-/// More tiles than any GPU has multiprocessors: a block's rings go round, and what is to be added comes for the next tile
-/// while one is stored. Sums of few small integers, which every way of adding gives exactly.
+/// More tiles than any GPU has multiprocessors: a block's rings go round, and what is to be added comes for the next
+/// tile while one is stored. Sums of few small integers, which every way of adding gives exactly.
 fn blocks_take_several_tiles<P: Precision>(cuda: &Cuda<P>) {
     let (m, n, k) = (128 * (2 * 132 + 5) - 40, 8, 8);
     let integers =

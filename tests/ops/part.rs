@@ -45,8 +45,8 @@ impl<B: Backend, T: FloatElement> Part<B, T> {
     }
 }
 
-/// Asserts that neither the largest nor the mean error is above twice that of an emulation, which rounds where the backend
-/// does, by more than `tiny` of the largest and the mean size.
+/// Asserts that neither the largest nor the mean error is above twice that of an emulation, which rounds where the
+/// backend does, by more than `tiny` of the largest and the mean size.
 #[track_caller]
 pub(super) fn assert_no_worse(got: &[f64], emulated: &[f64], exact: &[f64], tiny: f64, what: &str) {
     assert_eq!([got.len(), emulated.len()], [exact.len(); 2], "{what}");

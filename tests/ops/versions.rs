@@ -1,4 +1,5 @@
-//! The kernels that the wrappers would not choose for these tensors, asked for by name, in the tests of those that they do.
+//! The kernels that the wrappers would not choose for these tensors, asked for by name, in the tests of those that they
+//! do.
 
 use super::*;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision, with_version};

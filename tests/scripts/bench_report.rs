@@ -1,5 +1,5 @@
-//! `scripts/bench_report.py` on made-up records: nothing in them was measured. Needs python3 and git; what is missing is said on standard
-//! error.
+//! `scripts/bench_report.py` on made-up records: nothing in them was measured. Needs python3 and git; what is missing
+//! is said on standard error.
 
 use serde_json::{Value, json};
 use std::io::Write;

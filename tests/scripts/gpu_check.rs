@@ -1,5 +1,6 @@
-//! `scripts/gpu_check.py` on hosts with problems: shell scripts replace everything that it runs, so that hanging and faulting kernels and
-//! missing tools are cheap to test. Nothing in these records was measured. Needs python3 and a shell.
+//! `scripts/gpu_check.py` on hosts with problems: shell scripts replace everything that it runs, so that hanging and
+//! faulting kernels and missing tools are cheap to test. Nothing in these records was measured. Needs python3 and a
+//! shell.
 #![cfg(unix)]
 
 use serde_json::{Value, json};
@@ -155,8 +156,8 @@ impl Pack {
         serde_json::from_str(&fs::read_to_string(self.path("out/record.json")).unwrap()).unwrap()
     }
 
-    /// Runs the check: what it printed, its record, and status and reason of each item. Every item that it lists is in the
-    /// record, no child is left, and bench_report.py reads it.
+    /// Runs the check: what it printed, its record, and status and reason of each item. Every item that it lists is in
+    /// the record, no child is left, and bench_report.py reads it.
     fn check(&self, options: &[&str]) -> (Output, Value, BTreeMap<String, [String; 2]>) {
         let output = self.command(options).output().unwrap();
         let record = self.record();

@@ -31,8 +31,8 @@ fn prompts() -> Vec<SecurityPrompt> {
     prompts
 }
 
-/// Three layers of noise. Layer l's first feature holds the label with weight `strength[l]`, the second whether the pair is odd (the
-/// category of harmful prompts), the third the number of words; the last feature is constant.
+/// Three layers of noise. Layer l's first feature holds the label with weight `strength[l]`, the second whether the
+/// pair is odd (the category of harmful prompts), the third the number of words; the last feature is constant.
 fn features(prompts: &[SecurityPrompt], strength: [f64; 3], hidden: usize, seed: u64) -> Features {
     let mut draw = Philox::new(seed, 0);
     let layers = strength

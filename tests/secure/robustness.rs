@@ -1,4 +1,5 @@
-//! The robustness map on a small random model: against copies perturbed by hand; resuming, refusals, and the search on it.
+//! The robustness map on a small random model: against copies perturbed by hand; resuming, refusals, and the search on
+//! it.
 
 use crate::common;
 use std::fs;
@@ -14,7 +15,8 @@ use swat::secure::{
     prompts_hash, robustness, search, snapshot, train_probe,
 };
 
-/// Prompts whose last token determines the label (harmful: below 30), so that a probe separates them even on a random model.
+/// Prompts whose last token determines the label (harmful: below 30), so that a probe separates them even on a random
+/// model.
 struct World {
     decoder: Decoder<Cpu>,
     prompts: Vec<SecurityPrompt>,

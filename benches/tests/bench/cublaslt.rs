@@ -1,5 +1,5 @@
-//! The cuBLASLt peer: where its library is found, which algorithm is chosen, and that its products agree with ours. A fake library of a few
-//! loops (`cublaslt.cpp`) replaces it.
+//! The cuBLASLt peer: where its library is found, which algorithm is chosen, and that its products agree with ours. A
+//! fake library of a few loops (`cublaslt.cpp`) replaces it.
 
 use super::{median, standin};
 use half::bf16;

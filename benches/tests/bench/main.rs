@@ -1,5 +1,5 @@
-//! The bench framework's own arithmetic and clocks: intervals against known cases, kernels of known duration on the stand-in GPU, and every
-//! ladder of every family once, at tiny sizes.
+//! The bench framework's own arithmetic and clocks: intervals against known cases, kernels of known duration on the
+//! stand-in GPU, and every ladder of every family once, at tiny sizes.
 
 mod cublaslt;
 mod standin;
@@ -109,8 +109,8 @@ const WIDER: [(&str, f64, &str); 6] = [
     ("attention_backward_", 1.05, "D lies by heads"),
 ];
 
-/// Compiled kernels access global memory in full sectors, and shared memory without bank conflicts. Baselines and the fallbacks for
-/// unaligned data are exempt.
+/// Compiled kernels access global memory in full sectors, and shared memory without bank conflicts. Baselines and the
+/// fallbacks for unaligned data are exempt.
 #[test]
 fn accesses() {
     if !standin::compiled() {

@@ -142,8 +142,8 @@ fn store<T: FloatElement>(from: &[f32; AT_HAND], to: &mut [T], draws: Option<Dra
     }
 }
 
-/// Random numbers by which a tensor's elements are rounded: 16 bits an element, block = element / 8, word j of which serves elements
-/// 2j (low half) and 2j + 1.
+/// Random numbers by which a tensor's elements are rounded: 16 bits an element, block = element / 8, word j of which
+/// serves elements 2j (low half) and 2j + 1.
 #[derive(Clone, Copy)]
 struct Draws {
     seed: u64,
@@ -151,8 +151,8 @@ struct Draws {
 }
 
 impl Draws {
-    /// Up with the probability of what is cut off over the distance of the neighbours. At most [`AT_HAND`] elements; `first` is a
-    /// multiple of 8.
+    /// Up with the probability of what is cut off over the distance of the neighbours. At most [`AT_HAND`] elements;
+    /// `first` is a multiple of 8.
     fn round(self, from: &[f32], to: &mut [bf16], first: usize) {
         let mut words: Quads<u32> = [[0; NOISE / 4]; 4];
         fill_words(&mut words, self.seed, self.stream, first as u64 / 8);

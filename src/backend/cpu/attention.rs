@@ -6,8 +6,8 @@
 //! Backward works document by document and key-value head by key-value head: one task owns its rows of dK and dV, so
 //! sums have one order.
 //!
-//! Of bf16, products take P and dS rounded to bf16 where the head width is one of those at which the CUDA kernels do so and
-//! the machine has instructions for such products; else everything is widened first.
+//! Of bf16, products take P and dS rounded to bf16 where the head width is one of those at which the CUDA kernels do so
+//! and the machine has instructions for such products; else everything is widened first.
 
 use super::gemm::bf16_products;
 use super::matrix::{Matrix, Product};
@@ -115,7 +115,8 @@ fn direct<T: FloatElement>(head_dim: usize) -> bool {
     T::NAME == "f32" || matches!(head_dim, 64 | 128) && bf16_products()
 }
 
-/// The scale of scores as a factor on stacked queries, and what is left of it for the products: bf16 queries stay as they are.
+/// The scale of scores as a factor on stacked queries, and what is left of it for the products: bf16 queries stay as
+/// they are.
 fn divided_scale<T: FloatElement>(scale: f32) -> (f32, f32) {
     if T::NAME == "f32" { (scale, 1.0) } else { (1.0, scale) }
 }

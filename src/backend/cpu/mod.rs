@@ -1,5 +1,5 @@
-//! The host's cores, in f32 or in bf16 with f32 sums: rayon tasks over fixed blocks, loops compiled for the widest vectors
-//! of the machine.
+//! The host's cores, in f32 or in bf16 with f32 sums: rayon tasks over fixed blocks, loops compiled for the widest
+//! vectors of the machine.
 //!
 //! Results do not depend on the number of threads: blocks are cut by shape alone, and sums over blocks are added in
 //! their order. Called from a thread of the pool (`rayon::scope`), an operation saves two context switches.

@@ -54,8 +54,8 @@ simd_kernel! {
     }
 }
 
-/// A probability as an integer: the whole part of 2⁴⁰·2^((x − top)·scale), so that sums are exact and the same in any order.
-/// 2^z = 2ⁿ·2^f, n the nearest integer; 2^f by its Taylor series, to 1.2e-7. 0 for NaN.
+/// A probability as an integer: the whole part of 2⁴⁰·2^((x − top)·scale), so that sums are exact and the same in any
+/// order. 2^z = 2ⁿ·2^f, n the nearest integer; 2^f by its Taylor series, to 1.2e-7. 0 for NaN.
 #[inline(always)]
 #[allow(clippy::approx_constant, clippy::excessive_precision)] // Coefficients, in decimal.
 fn weight_of(x: f32, top: f32, scale: f32) -> u64 {
@@ -77,8 +77,9 @@ fn weight_of(x: f32, top: f32, scale: f32) -> u64 {
     (power * f32::from_bits(((127 + WEIGHT_BITS + n as i32) as u32) << 23)) as u64
 }
 
-/// Of the smallest set of most probable tokens (of equals, the lower ids) whose probability reaches `top_p`, the first in the order of the ids at which the sum of probabilities exceeds
-/// uniform · (probability of the set). Greedy where the largest logit is not finite.
+/// Of the smallest set of most probable tokens (of equals, the lower ids) whose probability reaches `top_p`, the first
+/// in the order of the ids at which the sum of probabilities exceeds uniform · (probability of the set). Greedy where
+/// the largest logit is not finite.
 fn draw(row: &[f32], uniform: f32, sampling: Sampling) -> u32 {
     let mut weights = vec![0; row.len()];
     weigh(row, largest(row), sampling.exponent_scale(), &mut weights);

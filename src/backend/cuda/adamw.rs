@@ -22,8 +22,8 @@ const STEP_RESIDENT: usize = 3;
 /// Tables kept on the device: a step's, the last phase's, and a few more.
 const TABLES: usize = 8;
 
-/// Cache of module tables in device memory, by their words: from step to step pointers and sizes stay, so that nothing is
-/// uploaded.
+/// Cache of module tables in device memory, by their words: from step to step pointers and sizes stay, so that nothing
+/// is uploaded.
 #[derive(Default)]
 pub(super) struct Tables(Mutex<Vec<Table>>);
 
@@ -69,8 +69,8 @@ fn table<const POINTERS: usize>(
     (words, chunks)
 }
 
-/// Elements of a chunk of a step over `elements`: enough chunks for all multiprocessors to end at about the same time, and
-/// none so small that looking for its module counts.
+/// Elements of a chunk of a step over `elements`: enough chunks for all multiprocessors to end at about the same time,
+/// and none so small that looking for its module counts.
 fn step_chunk(elements: usize, multiprocessors: u32) -> usize {
     let [least, most] = STEP_CHUNKS;
     (elements / (multiprocessors as usize * STEP_RESIDENT * STEP_ROUNDS)).clamp(least, most) / least * least

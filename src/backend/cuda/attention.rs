@@ -1,6 +1,6 @@
 //! Attention: see `kernels/attention.cu` (by the definition, any head_dim up to 256), `kernels/attention_flash.cu`,
-//! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores), `kernels/attention_sm90.cu` and
-//! `kernels/attention_backward_sm90.cu` (compute capability 9.0).
+//! `kernels/attention_flash_backward.cu` and `kernels/attention_decode.cu` (tensor cores), `kernels/attention_sm90.cu`
+//! and `kernels/attention_backward_sm90.cu` (compute capability 9.0).
 //!
 //! | head_dim 64 or 128, tensors aligned to 16 bytes, scale > 0 | forward | backward | decode |
 //! |---|---|---|---|
@@ -36,8 +36,8 @@ const WGMMA_BLOCK: u32 = 384;
 const DECODE_KEYS: usize = 256;
 /// Query heads that a block of the decode form takes.
 const DECODE_HEADS: usize = 16;
-/// Blocks of the flash kernels that fill a multiprocessor (a wgmma kernel: one). At head_dim 128, an A100's 164 KiB of shared
-/// memory hold only one block of flash128 and of the backward kernels.
+/// Blocks of the flash kernels that fill a multiprocessor (a wgmma kernel: one). At head_dim 128, an A100's 164 KiB of
+/// shared memory hold only one block of flash128 and of the backward kernels.
 const BLOCKS_MULTIPROCESSOR: usize = 2;
 /// It needs more shared memory than the 99 KiB of compute capability 8.6 and 8.9.
 const FLASH128_HD128: &str = "attention_forward_flash128_hd128_bf16";
@@ -243,8 +243,8 @@ pub(super) fn attention_backward<P: Precision>(device: &Arc<Device>, op: Attenti
     unsafe { device.launch(launch, args![&partial, &dk, &dv, k.len() as u64, parts]) }
 }
 
-/// Blocks among which dK and dV split the query heads of a group: as few as fill the device, each with at least one head.
-/// There are `count` groups of tiles, and `resident` blocks fill a multiprocessor.
+/// Blocks among which dK and dV split the query heads of a group: as few as fill the device, each with at least one
+/// head. There are `count` groups of tiles, and `resident` blocks fill a multiprocessor.
 fn parts(device: &Device, shape: &AttentionShape, count: usize, resident: usize) -> usize {
     let wanted = match measure::asked() {
         Some("flash64") => 1,

@@ -11,7 +11,8 @@ const BLOCK: u32 = 512;
 const BASELINE_BLOCK: u32 = 256;
 const BACKWARD: &str = "cross_entropy_backward_vec8_bf16";
 
-/// Bytes of a row of `vocab` logits to cache: all where two blocks share a multiprocessor, else what one block may have.
+/// Bytes of a row of `vocab` logits to cache: all where two blocks share a multiprocessor, else what one block may
+/// have.
 fn cached_bytes(device: &Device, vocab: usize) -> Result<u32> {
     let span = constant("cross_entropy_span_bytes");
     let whole = |bytes: u32| bytes / span * span;

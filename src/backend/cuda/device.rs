@@ -117,7 +117,8 @@ impl Device {
     /// Opens GPU `ordinal` and loads the kernels on it.
     ///
     /// # Errors
-    /// [`Error::Input`] where there is no such device, no driver, or no kernels for it; [`Error::Device`] where it fails.
+    /// [`Error::Input`] where there is no such device, no driver, or no kernels for it; [`Error::Device`] where it
+    /// fails.
     pub(super) fn open(ordinal: u32) -> Result<Self> {
         let place = format!("--device cuda:{ordinal}");
         let refuse =

@@ -80,11 +80,12 @@ fn size(count: usize) -> u32 {
 }
 
 impl<P: Precision> Cuda<P> {
-    /// C = epilogue(A·B) by the plan of [`with_plan`], else by that chosen for this device and shape, which is returned. T is
-    /// bf16, or f32 with [`GemmLayout::Nt`].
+    /// C = epilogue(A·B) by the plan of [`with_plan`], else by that chosen for this device and shape, which is
+    /// returned. T is bf16, or f32 with [`GemmLayout::Nt`].
     ///
     /// # Errors
-    /// [`crate::error::Error::Device`] and [`crate::error::Error::Memory`] where the device fails or has no memory for the sums of parts.
+    /// [`crate::error::Error::Device`] and [`crate::error::Error::Memory`] where the device fails or has no memory for
+    /// the sums of parts.
     ///
     /// # Panics
     /// Where lengths do not fit, or the version does not support the operands ([`GemmVersion::supports`]).

@@ -1,10 +1,11 @@
 //! CUDA graph cache: the parts of a step that recur ([`crate::backend::Backend::replay`]) are launched as one graph.
 //!
-//! While such a part runs, its kernels and memsets are recorded instead of launched. At its end the sequence is compared with
-//! the sequences of earlier parts: the same work becomes a graph, and from then on one launch; where some kernels have other
-//! arguments or sizes (a loss scale, more keys to look at), their nodes are changed first. The GPU runs exactly what this very
-//! pass has recorded, with the memory that this pass holds: a graph needs no memory of its own and no key. What must wait for
-//! the device, or copies, ends the recording, and the whole part is launched eagerly.
+//! While such a part runs, its kernels and memsets are recorded instead of launched. At its end the sequence is
+//! compared with the sequences of earlier parts: the same work becomes a graph, and from then on one launch; where some
+//! kernels have other arguments or sizes (a loss scale, more keys to look at), their nodes are changed first. The GPU
+//! runs exactly what this very pass has recorded, with the memory that this pass holds: a graph needs no memory of its
+//! own and no key. What must wait for the device, or copies, ends the recording, and the whole part is launched
+//! eagerly.
 //!
 //! | the same work, with the same memory | what happens |
 //! |---|---|
@@ -12,9 +13,11 @@
 //! | for the second | made a graph, and launched |
 //! | again | launched |
 //!
-//! The first steps of a shape allocate; after that the engine's pool and the arena give the same request the same memory.
+//! The first steps of a shape allocate; after that the engine's pool and the arena give the same request the same
+//! memory.
 //!
-//! `SWAT_CUDA_GRAPHS=off` launches everything eagerly. While `swat profile` records, every kernel is launched and timed by itself.
+//! `SWAT_CUDA_GRAPHS=off` launches everything eagerly. While `swat profile` records, every kernel is launched and timed
+//! by itself.
 
 use super::context::Context;
 use super::launch::{Arg, Function, Launch};

@@ -1,5 +1,5 @@
-//! Measurement: times by the GPU's clock, forced kernel versions, work captured once and replayed, and the handles with which
-//! another library works in a device's stream.
+//! Measurement: times by the GPU's clock, forced kernel versions, work captured once and replayed, and the handles with
+//! which another library works in a device's stream.
 
 use super::device::Device;
 use super::{Cuda, Precision, slice};
@@ -18,8 +18,8 @@ thread_local! {
 }
 
 /// Runs `f` with a version forced: operators called from this thread use the version of their kernels of this name (the
-/// last part but one of a symbol: `baseline`, `vec8`, `row2048`) where they have one that fits the tensors, else what they
-/// would have chosen. Matrix products are forced by [`with_plan`](super::with_plan).
+/// last part but one of a symbol: `baseline`, `vec8`, `row2048`) where they have one that fits the tensors, else what
+/// they would have chosen. Matrix products are forced by [`with_plan`](super::with_plan).
 pub fn with_version<R>(version: &'static str, f: impl FnOnce() -> R) -> R {
     with_forced(&FORCED, version, f)
 }
@@ -128,8 +128,8 @@ impl<P: Precision> Cuda<P> {
     /// What `queue` returns; [`crate::error::Error::Device`] where the driver refuses what it does.
     ///
     /// # Safety
-    /// The buffers that `queue` uses outlive the returned graph. No memory is given back to the driver meanwhile (as where a
-    /// buffer does not fit), and nothing else that keeps values in the workspace runs between launches.
+    /// The buffers that `queue` uses outlive the returned graph. No memory is given back to the driver meanwhile (as
+    /// where a buffer does not fit), and nothing else that keeps values in the workspace runs between launches.
     pub unsafe fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = &self.device;
         device.synchronize()?;

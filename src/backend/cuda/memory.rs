@@ -1,5 +1,5 @@
-//! Device memory and copies. Freed buffers stay in the arena for the next of their size, so that a step allocates nothing after
-//! the first; one stream orders the old user before the new one.
+//! Device memory and copies. Freed buffers stay in the arena for the next of their size, so that a step allocates
+//! nothing after the first; one stream orders the old user before the new one.
 
 use super::arena::Arena;
 use super::context::lock;

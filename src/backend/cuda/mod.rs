@@ -1,9 +1,9 @@
 //! bf16 with f32 sums on a GPU, in the kernels of `kernels/`.
 //!
 //! A kernel, its wrapper here, its CPU twin, its tests and its benches share a stem: `kernels/rmsnorm.cu`,
-//! `backend/cuda/rmsnorm.rs`, `backend/cpu/rmsnorm.rs`, `tests/ops/rmsnorm.rs`. A wrapper checks what its kernel assumes,
-//! chooses the version, and launches. All work of a device goes through one stream: only [`Backend::read`]
-//! and [`Backend::synchronize`] wait, and results do not depend on timing.
+//! `backend/cuda/rmsnorm.rs`, `backend/cpu/rmsnorm.rs`, `tests/ops/rmsnorm.rs`. A wrapper checks what its kernel
+//! assumes, chooses the version, and launches. All work of a device goes through one stream: only [`Backend::read`] and
+//! [`Backend::synchronize`] wait, and results do not depend on timing.
 
 mod adamw;
 mod arena;
@@ -48,8 +48,8 @@ use std::sync::Arc;
 /// Bytes of a weight or an activation.
 const FLOAT: usize = size_of::<bf16>();
 
-/// Least rows of logits in memory at once. Each chunk of them reads and writes the f32 gradient of the head's
-/// weight, which takes as long as the product of 1,100 rows (at 800 TFLOP/s and 3.0 TB/s), a quarter of the chunk's product.
+/// Least rows of logits in memory at once. Each chunk of them reads and writes the f32 gradient of the head's weight,
+/// which takes as long as the product of 1,100 rows (at 800 TFLOP/s and 3.0 TB/s), a quarter of the chunk's product.
 const LOGIT_ROWS: usize = 4096;
 
 /// How recurring parts of a step are launched.

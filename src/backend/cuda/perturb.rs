@@ -13,8 +13,8 @@ use std::sync::Arc;
 const BLOCK: usize = 256;
 /// Elements that a block's threads take at once, eight each.
 const ROUND: usize = 8 * BLOCK;
-/// Most partial sums of a tensor: about four blocks for each multiprocessor of an H100, and two sums for each thread of a
-/// block that adds them up.
+/// Most partial sums of a tensor: about four blocks for each multiprocessor of an H100, and two sums for each thread of
+/// a block that adds them up.
 const SUMS: usize = 512;
 /// Blocks of a multiprocessor that the copies' kernels are bounded to: the grid is one wave.
 const RESIDENT: u32 = 6;

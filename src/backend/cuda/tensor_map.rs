@@ -18,8 +18,8 @@ const SLAB_LINES: usize = 64;
 /// `wgmma_descriptor` of `kernels/prelude_sm90.cuh` has it. Outside the matrix a box is zeros.
 ///
 /// # Errors
-/// [`crate::error::Error::Device`] where the driver refuses it: an empty or unaligned matrix, or lines that are no multiple of
-/// 16 bytes.
+/// [`crate::error::Error::Device`] where the driver refuses it: an empty or unaligned matrix, or lines that are no
+/// multiple of 16 bytes.
 pub(super) fn tensor_map(
     device: &Device,
     matrix: Slice<bf16>,

@@ -1,4 +1,5 @@
-//! Masked AdamW (Loshchilov and Hutter, arXiv 1711.05101) over a table of modules, and the sums of squares that clip it.
+//! Masked AdamW (Loshchilov and Hutter, arXiv 1711.05101) over a table of modules, and the sums of squares that clip
+//! it.
 
 use super::Operator;
 use crate::backend::{Backend, Cost, FloatElement, Out, View, ViewMut, cost};
@@ -28,7 +29,8 @@ pub struct AdamW {
     pub step: u32,
     /// Clip the global norm of all gradients of the table to this; `None` = no clipping.
     pub max_grad_norm: Option<f32>,
-    /// Seeds stochastic rounding, together with `step`, a module's row in the table and an element's index in the module.
+    /// Seeds stochastic rounding, together with `step`, a module's row in the table and an element's index in the
+    /// module.
     pub seed: u64,
     /// How bf16 weights and moments are rounded.
     pub rounding: Rounding,

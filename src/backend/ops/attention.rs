@@ -1,4 +1,5 @@
-//! Causal grouped-query attention inside packed documents (Ainslie et al., arXiv 2305.13245), and over a key-value cache.
+//! Causal grouped-query attention inside packed documents (Ainslie et al., arXiv 2305.13245), and over a key-value
+//! cache.
 
 use super::Operator;
 use crate::backend::cost::{self, AttentionSize};
@@ -165,8 +166,8 @@ impl<B: Backend> Operator<B> for AttentionBackward<'_, B> {
     }
 }
 
-/// The rows of K and V that each query of [`AttentionDecode`] sees, [queries, 2]: the first row and the number of rows, of
-/// which the last is the query's own position.
+/// The rows of K and V that each query of [`AttentionDecode`] sees, [queries, 2]: the first row and the number of rows,
+/// of which the last is the query's own position.
 #[derive(Clone)]
 pub struct DecodeSpans<'a, B: Backend> {
     /// By which the call is checked, and work divided.

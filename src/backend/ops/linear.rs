@@ -170,7 +170,8 @@ impl<B: Backend> GatedLinear<'_, B> {
         LinearShape::concatenated(self.tokens, self.x.len(), std::iter::once((self.gate.len(), self.y.len())))
     }
 
-    /// As [`Operator::run`]; returns whether the backend has a kernel for these tensors, and leaves no span where it has none.
+    /// As [`Operator::run`]; returns whether the backend has a kernel for these tensors, and leaves no span where it
+    /// has none.
     ///
     /// # Errors
     /// [`crate::error::Error::Device`] or [`crate::error::Error::Memory`] where the device fails.

@@ -1,8 +1,8 @@
 //! The operators: each a struct of named arguments, with their shapes, the formula, the checks and the cost.
 //!
-//! [`Operator::run`] calls an operator on any backend; the methods of [`Backend`] hold the arithmetic and nothing more. Every
-//! tensor is dense and row-major; `tokens` counts the rows of a packed batch, in which documents follow one another without
-//! padding. An argument of the wrong shape is a bug of the caller, and panics.
+//! [`Operator::run`] calls an operator on any backend; the methods of [`Backend`] hold the arithmetic and nothing more.
+//! Every tensor is dense and row-major; `tokens` counts the rows of a packed batch, in which documents follow one
+//! another without padding. An argument of the wrong shape is a bug of the caller, and panics.
 
 mod adamw;
 mod attention;

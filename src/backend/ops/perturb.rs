@@ -41,8 +41,8 @@ impl<V> Direction<V> {
         !matches!(self, Self::Scale)
     }
 
-    /// Cost of `copies` perturbed copies of a weight whose norm is known; the values of the direction and their norm are
-    /// computed once. `float`: bytes of an element.
+    /// Cost of `copies` perturbed copies of a weight whose norm is known; the values of the direction and their norm
+    /// are computed once. `float`: bytes of an element.
     pub fn cost(&self, elements: usize, copies: usize, float: usize) -> Cost {
         let (bytes, flops) = match self {
             Self::Gaussian(_) => (0, 2 + cost::NORMAL_FLOPS),
@@ -82,7 +82,8 @@ impl<B: Backend> SquaredNorm<'_, B> {
     }
 }
 
-/// plus = w + epsilon·‖w‖/‖n‖·n and minus = w − the same, out of place and from one draw of n; copies of w where n is 0.
+/// plus = w + epsilon·‖w‖/‖n‖·n and minus = w − the same, out of place and from one draw of n; copies of w where n is
+/// 0.
 pub struct Perturb<'a, B: Backend> {
     /// The weight, row-major.
     pub w: In<'a, B>,

@@ -1,5 +1,5 @@
-//! RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over rows as wide as the weight: the hidden size, or a head's width for the
-//! q and k norms.
+//! RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over rows as wide as the weight: the hidden size, or a head's width
+//! for the q and k norms.
 
 use super::Operator;
 use crate::backend::{Backend, Cost, In, Out, View, ViewMut, cost};

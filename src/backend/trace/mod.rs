@@ -1,9 +1,9 @@
-//! What ran when: spans of phases, layers, operations and kernels, recorded on request for `swat profile`; and the same phases
-//! and layers as NVTX ranges, for `nsys` and `ncu`.
+//! What ran when: spans of phases, layers, operations and kernels, recorded on request for `swat profile`; and the same
+//! phases and layers as NVTX ranges, for `nsys` and `ncu`.
 //!
-//! A recording holds the spans of its thread, which is where the engine runs; operations that compute on several threads
-//! begin and end there. While nothing records or annotates, a span costs one load. Spans that come from a GPU arrive when its
-//! backend is synchronised.
+//! A recording holds the spans of its thread, which is where the engine runs; operations that compute on several
+//! threads begin and end there. While nothing records or annotates, a span costs one load. Spans that come from a GPU
+//! arrive when its backend is synchronised.
 
 mod nvtx;
 
@@ -16,8 +16,8 @@ use std::time::Instant;
 /// What a span times; the outer kinds contain the inner ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SpanKind {
-    /// A part of a step: `forward`, `head`, `backward`, `optimizer`, `cache`, `prefill`, `decode`, `sweep`; `recompute` and
-    /// `perturb` inside others.
+    /// A part of a step: `forward`, `head`, `backward`, `optimizer`, `cache`, `prefill`, `decode`, `sweep`; `recompute`
+    /// and `perturb` inside others.
     Phase,
     /// A layer of the model.
     Layer,

@@ -57,8 +57,8 @@ fn texts(language: &Language) -> Vec<String> {
     texts
 }
 
-/// Untrained values of the tensor at `index` of [`ModelConfig::params`]: ones for norms, else normal with deviation 0.03,
-/// a stream of the seed for each tensor.
+/// Untrained values of the tensor at `index` of [`ModelConfig::params`]: ones for norms, else normal with deviation
+/// 0.03, a stream of the seed for each tensor.
 fn initial_values(seed: u64, index: usize, shape: &[usize]) -> Vec<f32> {
     let len = shape.iter().product();
     if shape.len() == 1 {

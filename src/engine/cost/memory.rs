@@ -77,12 +77,12 @@ impl Plan {
         let rows = (work.trained_share * tokens as f64).ceil() as u64;
         let logit_rows = (B::logit_rows(c.vocab) as u64).clamp(1, rows.max(1));
         let head = 4 * rows * hidden + logit_rows * c.vocab as u64;
-        // Beside what is kept: the residual stream or its gradient, the MLP's product or its gradient, and the gradients of
-        // k and v, which are too small to take the place of what is freed by then. A frozen layer below works in the
-        // memory in which the layers above are kept later.
+        // Beside what is kept: the residual stream or its gradient, the MLP's product or its gradient, and the
+        // gradients of k and v, which are too small to take the place of what is freed by then. A frozen layer below
+        // works in the memory in which the layers above are kept later.
         let layer = tokens * (hidden + ffn + 2 * kv) + if kept_layers == 0 { layer_floats } else { 0 };
-        // The products of the backward pass: the gradients of q, k and v are one product where they can be, those of gate and
-        // up as well.
+        // The products of the backward pass: the gradients of q, k and v are one product where they can be, those of
+        // gate and up as well.
         let products = [(c.hidden, c.q_width() + 2 * c.kv_width()), (c.hidden, 2 * c.ffn), (c.ffn, c.hidden)];
         let scratch = products.map(|(n, k)| B::product_scratch_bytes(work.tokens, n, k));
         let scratch = if kept_layers == 0 { 0 } else { scratch.into_iter().max().unwrap_or(0) };

@@ -120,7 +120,8 @@ impl MinimumCost {
         passes.chain([self.optimizer]).collect()
     }
 
-    /// Answers of `new_tokens` tokens each to prompts that begin at `starts`: a pass over the prompts, then one a token.
+    /// Answers of `new_tokens` tokens each to prompts that begin at `starts`: a pass over the prompts, then one a
+    /// token.
     pub fn generation(&self, starts: &[u32], new_tokens: usize) -> Vec<Cost> {
         let (c, prompts) = (&self.config, documents(starts));
         let prefill = self.last_rows(starts) + Cost { bytes: self.forward.bytes, flops: prompts * self.forward.row };
@@ -138,7 +139,8 @@ impl MinimumCost {
     }
 
     /// The last token of every prompt through all layers, once for the model as it is and twice for each projection of
-    /// `cells`, perturbed one at a time with both signs: computation below the projection is shared, computation behind it is not.
+    /// `cells`, perturbed one at a time with both signs: computation below the projection is shared, computation behind
+    /// it is not.
     pub fn sweep(&self, starts: &[u32], cells: &ModuleSet) -> Cost {
         let c = &self.config;
         let (prompts, tokens) = (documents(starts), tokens(starts));

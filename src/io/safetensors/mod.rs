@@ -47,8 +47,8 @@ impl Safetensors {
             return Err(Error::input(place, format!("{bytes} bytes"), "a safetensors file, which has at least 8"));
         }
         // SAFETY: the mapping is read-only and private to this value. The one way to misuse it is another process that
-        // changes the file meanwhile, which every mapping loader of checkpoints accepts; bytes are only read as integers
-        // and floats, for which every pattern is valid.
+        // changes the file meanwhile, which every mapping loader of checkpoints accepts; bytes are only read as
+        // integers and floats, for which every pattern is valid.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, FileOp::Map))?;
         let (data, tensors) = parse(&map, &place)?;
         Ok(Self { path: path.to_owned(), map, data, tensors })

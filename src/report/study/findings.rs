@@ -167,8 +167,8 @@ fn seeds(settings: &[Setting<'_>]) -> String {
     )
 }
 
-/// Reciprocal probability that the ranges of two samples of `n` draws from one continuous distribution are disjoint: half
-/// of the binomial coefficient (2n over n). `None` above 10 draws, where it is negligible.
+/// Reciprocal probability that the ranges of two samples of `n` draws from one continuous distribution are disjoint:
+/// half of the binomial coefficient (2n over n). `None` above 10 draws, where it is negligible.
 fn ranges_apart(n: usize) -> Option<u64> {
     let n = u64::try_from(n).ok().filter(|n| *n <= 10)?;
     Some((1..=n).fold(1, |ways, k| ways * (n + k) / k) / 2)

@@ -46,8 +46,8 @@ impl<'a> Setting<'a> {
         tuned.map(|run| Self { runs: vec![*run], several: false, ..self.clone() })
     }
 
-    /// Whether it has this base and no refusals mixed in: those are a defence of their own, while an attack changes the data
-    /// of every setting alike.
+    /// Whether it has this base and no refusals mixed in: those are a defence of their own, while an attack changes the
+    /// data of every setting alike.
     pub fn is(&self, base: &Base) -> bool {
         self.spec.base == *base && self.spec.mix != Some(Mix::Refusals)
     }
@@ -72,8 +72,8 @@ impl<'a> Setting<'a> {
         over_seeds(&values?)
     }
 
-    /// A rate over the training seeds, with its Wilson interval in a study of one seed; `None` where a run lacks it or has
-    /// no trials.
+    /// A rate over the training seeds, with its Wilson interval in a study of one seed; `None` where a run lacks it or
+    /// has no trials.
     pub fn rate(&self, of: RateOf) -> Option<Measure> {
         let rate = |run: &RunOutcome| of(&run.evaluation).filter(|rate| rate.total > 0);
         match self.runs.as_slice() {

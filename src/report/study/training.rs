@@ -93,8 +93,8 @@ impl<'a> Updates<'a> {
     }
 }
 
-/// √(Σ ‖ΔW‖² over phases) / ‖W before the first phase‖ of each cell: ‖ΔW‖ / ‖W‖ of the whole run where only one phase moves
-/// the cell, or the phases' updates are orthogonal.
+/// √(Σ ‖ΔW‖² over phases) / ‖W before the first phase‖ of each cell: ‖ΔW‖ / ‖W‖ of the whole run where only one phase
+/// moves the cell, or the phases' updates are orthogonal.
 fn relative_updates(tuned: &TunedOutcome) -> Vec<(Cell, f64)> {
     let mut squares: BTreeMap<Cell, f64> = BTreeMap::new();
     for (cell, update) in tuned.updates.phases.iter().flat_map(|phase| &phase.cells) {
@@ -111,8 +111,8 @@ fn relative_updates(tuned: &TunedOutcome) -> Vec<(Cell, f64)> {
 /// A score by step.
 type Steps = Vec<(u64, Option<f64>)>;
 
-/// Frozen probe and refusal log-odds by epoch; `None` where nothing was tuned. The probe's gap is relative to the original
-/// model where that is above 0 in every run, else absolute.
+/// Frozen probe and refusal log-odds by epoch; `None` where nothing was tuned. The probe's gap is relative to the
+/// original model where that is above 0 in every run, else absolute.
 pub(super) fn drift_charts(settings: &[Setting<'_>], outcome: &Outcome) -> Option<[LineChart; 2]> {
     let drawn = |s: &&Setting<'_>| s.tuned().next().is_some() && s.tuned().all(|tuned| !tuned.points.is_empty());
     let shown: Vec<&Setting<'_>> = settings.iter().filter(drawn).collect();

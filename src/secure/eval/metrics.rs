@@ -57,7 +57,8 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// From the probe's logits and optional refusal log-odds, both \[prompts\]. A missing class gives 0 (0.5 for `auroc`).
+    /// From the probe's logits and optional refusal log-odds, both \[prompts\]. A missing class gives 0 (0.5 for
+    /// `auroc`).
     pub fn new(logits: &[f64], refusal: Option<&[f64]>, harmful: &[bool]) -> Self {
         let metrics = Metrics::new(logits, harmful);
         Self {

@@ -211,7 +211,8 @@ pub fn perplexity<B: Backend>(
     Ok(Perplexity { tokens, nll, perplexity: nll.exp() })
 }
 
-/// Consecutive documents of these lengths, at most `batch_tokens` tokens a batch; a longer document is a batch of its own.
+/// Consecutive documents of these lengths, at most `batch_tokens` tokens a batch; a longer document is a batch of its
+/// own.
 pub(crate) fn token_batches(lengths: impl IntoIterator<Item = usize>, batch_tokens: usize) -> Vec<Range<usize>> {
     let mut batches: Vec<Range<usize>> = Vec::new();
     let mut tokens = 0;

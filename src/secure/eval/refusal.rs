@@ -23,8 +23,8 @@ impl Default for RefusalList {
 }
 
 impl RefusalList {
-    /// Parses one expression per line; a leading `^` restricts it to the start of an answer, `#` starts a comment. `place`
-    /// names the file in errors.
+    /// Parses one expression per line; a leading `^` restricts it to the start of an answer, `#` starts a comment.
+    /// `place` names the file in errors.
     ///
     /// # Errors
     /// [`Error::Input`] for an empty expression or list.
@@ -92,8 +92,8 @@ fn begins_with(text: &str, expression: &str) -> bool {
 
 /// P(refusal | first token) of an answer, estimated from the model's own greedy answers.
 ///
-/// Both classes have equal weight. A token that begins both refusals and other answers, such as "I" (cannot … / would …),
-/// counts for both in proportion.
+/// Both classes have equal weight. A token that begins both refusals and other answers, such as "I" (cannot … / would
+/// …), counts for both in proportion.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FirstTokens {
@@ -123,8 +123,8 @@ impl FirstTokens {
         &self.tokens
     }
 
-    /// Refusal log-odds ln Σ pᵢ·P(refusal | i) − ln Σ pᵢ·P(compliance | i), \[prompts\], from the `logits` [prompts, tokens]
-    /// at the first answer position. The softmax normaliser cancels.
+    /// Refusal log-odds ln Σ pᵢ·P(refusal | i) − ln Σ pᵢ·P(compliance | i), \[prompts\], from the `logits` [prompts,
+    /// tokens] at the first answer position. The softmax normaliser cancels.
     pub fn log_odds(&self, logits: &[f32]) -> Vec<f64> {
         let odds = |row: &[f32]| {
             let side = |share: &dyn Fn(f64) -> f64| {

@@ -1,9 +1,9 @@
 //! Control (c): a label unrelated to security, read from the same prompts by a probe of the same shape.
 //!
-//! By default the label is whether the prompt has more words than a threshold: of the thresholds exceeded by 30 to 70 % of
-//! the training prompts, the one whose label correlates least with harmfulness. (Twins made by word substitution have equal
-//! length, so that the correlation is usually about 0.) Where prompts hardly differ in length, the first word decides: the
-//! first words of the training prompts, most frequent first, are dealt into two groups of equal size.
+//! By default the label is whether the prompt has more words than a threshold: of the thresholds exceeded by 30 to 70 %
+//! of the training prompts, the one whose label correlates least with harmfulness. (Twins made by word substitution
+//! have equal length, so that the correlation is usually about 0.) Where prompts hardly differ in length, the first
+//! word decides: the first words of the training prompts, most frequent first, are dealt into two groups of equal size.
 
 use crate::data::{SecurityPrompt, Split};
 use std::collections::{BTreeMap, BTreeSet};

@@ -4,8 +4,8 @@ use crate::data::{Label, SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
-/// Checks that train, valid and test have both classes, and that no pair spans two splits, which would leak its test prompt
-/// into training.
+/// Checks that train, valid and test have both classes, and that no pair spans two splits, which would leak its test
+/// prompt into training.
 ///
 /// # Errors
 /// [`Error::Input`] names the split or the pair.

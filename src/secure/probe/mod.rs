@@ -1,5 +1,5 @@
-//! Security-feature classifiers: linear probes p = σ(w·h + b) on standardised hidden states (paper, section 3). A trained
-//! probe is frozen, its mean and deviation included, and applied to changed models.
+//! Security-feature classifiers: linear probes p = σ(w·h + b) on standardised hidden states (paper, section 3). A
+//! trained probe is frozen, its mean and deviation included, and applied to changed models.
 
 pub(crate) mod control;
 pub(crate) mod drift;

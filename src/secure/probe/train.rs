@@ -68,8 +68,8 @@ const MIN_PROMPTS: usize = 4;
 /// Trains the probes of every hidden state; progress counts them.
 ///
 /// # Errors
-/// [`Error::Input`] names an option or size that is wrong, or the class that is missing; [`Error::Failed`] where features
-/// or fits are not finite.
+/// [`Error::Input`] names an option or size that is wrong, or the class that is missing; [`Error::Failed`] where
+/// features or fits are not finite.
 pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Observer<'_>) -> Result<Probe> {
     let features = input.features;
     let layers = check(&input, options)?;
@@ -278,8 +278,8 @@ fn rows_of(x: &Matrix, rows: &[usize]) -> Matrix {
     Matrix { rows: rows.len(), columns: x.columns, values }
 }
 
-/// Control (a): AUROC on `test` of a probe retrained on `train` with a fixed λ. Both are rows [prompts, hidden] with labels,
-/// standardised by the training rows.
+/// Control (a): AUROC on `test` of a probe retrained on `train` with a fixed λ. Both are rows [prompts, hidden] with
+/// labels, standardised by the training rows.
 pub(crate) fn retrained_auroc(
     hidden: usize,
     train: (&[f32], &[bool]),

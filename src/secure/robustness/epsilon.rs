@@ -12,8 +12,8 @@ const GRID: [f32; 11] = [0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 2.0]
 /// Share of the reference sets: large enough to reach the target, which a single cell may not.
 const REFERENCE_SHARE: f64 = 0.4;
 
-/// Sweeps ε over random sets of 40 % of the projections, one per draw, up to the first whose mean R reaches `target`, and
-/// interpolates; the largest ε if none does. Returns ε and the points of the sweep.
+/// Sweeps ε over random sets of 40 % of the projections, one per draw, up to the first whose mean R reaches `target`,
+/// and interpolates; the largest ε if none does. Returns ε and the points of the sweep.
 pub(crate) fn choose<B: Backend>(
     scorer: &PerturbationScorer<'_, B>,
     score: ScoreKind,

@@ -1,8 +1,8 @@
-//! The robustness map (paper, figure 3): the relative drop R of a security score when a single cell is perturbed; smaller
-//! is more robust.
+//! The robustness map (paper, figure 3): the relative drop R of a security score when a single cell is perturbed;
+//! smaller is more robust.
 //!
-//! Three controls tell a loss of security features from distribution shift: (a) a probe retrained on each copy, (b) R per
-//! unit of output shift, and (c) a probe for a label unrelated to security.
+//! Three controls tell a loss of security features from distribution shift: (a) a probe retrained on each copy, (b) R
+//! per unit of output shift, and (c) a probe for a label unrelated to security.
 
 pub(crate) mod epsilon;
 pub(crate) mod map;
@@ -50,12 +50,12 @@ pub struct RobustnessOptions {
 
 default_from_args!(RobustnessOptions);
 
-/// Most cells per save, about two layers: an interruption loses little, and the clean forward pass that each group repeats
-/// stays a small part of the work.
+/// Most cells per save, about two layers: an interruption loses little, and the clean forward pass that each group
+/// repeats stays a small part of the work.
 const CELLS_PER_SAVE: usize = 16;
 
-/// Computes the map. With `out` the map is saved there, and finished cells are kept beside it, from which an interrupted
-/// run continues. Progress counts cells.
+/// Computes the map. With `out` the map is saved there, and finished cells are kept beside it, from which an
+/// interrupted run continues. Progress counts cells.
 ///
 /// # Errors
 /// [`crate::error::Error::Input`] names the option that is wrong; [`crate::error::Error::Io`]; a failing device.

@@ -181,11 +181,12 @@ fn place(text: &str) -> String {
 }
 
 impl SetSpec {
-    /// The cells of the set in a model, given a `reference` set. A Mods_Rob file must be of the model with `model_hash`.
+    /// The cells of the set in a model, given a `reference` set. A Mods_Rob file must be of the model with
+    /// `model_hash`.
     ///
     /// # Errors
-    /// [`Error::Input`] for a complement without reference, an expression that matches no cell of the model, or a Mods_Rob
-    /// file that is damaged or of another model; [`Error::Io`].
+    /// [`Error::Input`] for a complement without reference, an expression that matches no cell of the model, or a
+    /// Mods_Rob file that is damaged or of another model; [`Error::Io`].
     pub fn resolve(
         &self,
         config: &ModelConfig,

@@ -10,8 +10,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// A kind of perturbation, scaled to relative norm ε per tensor; written `gaussian`, `rademacher`, `lowrank:8`, `scale`,
-/// `zero`, `update:DIR`.
+/// A kind of perturbation, scaled to relative norm ε per tensor; written `gaussian`, `rademacher`, `lowrank:8`,
+/// `scale`, `zero`, `update:DIR`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Noise {
     /// Independent normal entries.

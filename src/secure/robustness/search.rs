@@ -1,9 +1,10 @@
 //! The search for Mods_Rob (paper, figure 4): a set of modules whose joint perturbation keeps the security features.
 //!
-//! Windows (adjacent layers of one module kind) are visited from the most robust on. A window joins the set if the set stays
-//! robust **jointly**, as modules that are robust one by one can be sensitive together, and if its share of parameters stays
-//! under the cap. A swap pass then tries rejected windows in place of the accepted ones that cost the set most. One such
-//! search runs per seed; Mods_Rob holds the cells that a majority of them chose, verified jointly over all seeds.
+//! Windows (adjacent layers of one module kind) are visited from the most robust on. A window joins the set if the set
+//! stays robust **jointly**, as modules that are robust one by one can be sensitive together, and if its share of
+//! parameters stays under the cap. A swap pass then tries rejected windows in place of the accepted ones that cost the
+//! set most. One such search runs per seed; Mods_Rob holds the cells that a majority of them chose, verified jointly
+//! over all seeds.
 
 use super::map::RobustnessMap;
 use super::mods::{FORMAT, ModsRob, SearchStep};
@@ -77,8 +78,8 @@ struct Candidate {
 /// [`super::scorer::PerturbationScorer::joint`]); progress counts joint runs, up to the most there can be.
 ///
 /// # Errors
-/// [`Error::Input`] names the option that is out of range or the score that the map lacks; [`Error::Failed`] where no set
-/// between floor and cap stays under τ.
+/// [`Error::Input`] names the option that is out of range or the score that the map lacks; [`Error::Failed`] where no
+/// set between floor and cap stays under τ.
 pub fn search(
     map: &RobustnessMap,
     options: &SearchOptions,
@@ -166,8 +167,8 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
-/// Windows of `width` adjacent layers of one kind, most robust first by the draws of the `seed`-th seed. They are aligned
-/// at the deepest layer, so that a shorter one falls on layer 0, the most sensitive.
+/// Windows of `width` adjacent layers of one kind, most robust first by the draws of the `seed`-th seed. They are
+/// aligned at the deepest layer, so that a shorter one falls on layer 0, the most sensitive.
 fn windows(singles: &BTreeMap<Cell, Vec<f64>>, width: usize, seed: usize) -> Vec<Window> {
     let mut ordered: Vec<(f64, usize, usize, Window)> = Vec::new();
     for (rank, kind) in TIE_ORDER.into_iter().enumerate() {
@@ -213,8 +214,8 @@ impl Search<'_> {
         Ok(found.set)
     }
 
-    /// Replaces the accepted windows that cost the set most by rejected ones, each tried once. The cost of a window is how
-    /// much R its removal saves, as alone it may look robust.
+    /// Replaces the accepted windows that cost the set most by rejected ones, each tried once. The cost of a window is
+    /// how much R its removal saves, as alone it may look robust.
     fn swap(&mut self, seed: u64, found: &mut Candidate, accepted: Vec<&Window>, rejected: Vec<&Window>) -> Result<()> {
         let mut costs = Vec::with_capacity(accepted.len());
         for window in accepted {
@@ -243,8 +244,8 @@ impl Search<'_> {
         Ok(())
     }
 
-    /// The union of the majority's windows, within the cap and jointly under τ over all seeds; until it is, the window with
-    /// the fewest votes, of those the most sensitive, is removed.
+    /// The union of the majority's windows, within the cap and jointly under τ over all seeds; until it is, the window
+    /// with the fewest votes, of those the most sensitive, is removed.
     fn settle(&mut self, mut windows: Vec<Window>, votes: &BTreeMap<Cell, usize>, seeds: &[u64]) -> Result<Candidate> {
         let support = |w: &Window| w.cells.iter().filter_map(|c| votes.get(&c)).copied().min().unwrap_or(0);
         windows.sort_by(|a, b| support(b).cmp(&support(a)).then(a.single.total_cmp(&b.single)));

@@ -17,8 +17,8 @@ pub fn cell_parameters(config: &ModelConfig) -> BTreeMap<Cell, u64> {
     cells
 }
 
-/// Share of a set's projections in the parameters of all projections (q, k, v, o, gate, up, down), 0 to 1. Embedding, norms
-/// and head are not counted, so that the share is comparable across vocabularies and tied or untied heads.
+/// Share of a set's projections in the parameters of all projections (q, k, v, o, gate, up, down), 0 to 1. Embedding,
+/// norms and head are not counted, so that the share is comparable across vocabularies and tied or untied heads.
 pub fn share(set: &ModuleSet, parameters: &BTreeMap<Cell, u64>) -> f64 {
     let all: u64 = projections(parameters).map(|(_, n)| n).sum();
     let own: u64 = projections(parameters).filter(|(c, _)| set.contains(*c)).map(|(_, n)| n).sum();
@@ -30,8 +30,8 @@ pub(super) fn projections(parameters: &BTreeMap<Cell, u64>) -> impl Iterator<Ite
     parameters.iter().filter(|(c, _)| matches!(c, Cell::Module(_))).map(|(c, n)| (*c, *n))
 }
 
-/// A random set of the projections that `eligible` admits, of about `target` share: cells are visited in random order, and
-/// each that still fits is taken.
+/// A random set of the projections that `eligible` admits, of about `target` share: cells are visited in random order,
+/// and each that still fits is taken.
 pub fn random_set(
     parameters: &BTreeMap<Cell, u64>,
     target: f64,

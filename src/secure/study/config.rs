@@ -57,8 +57,8 @@ pub struct DataFiles {
     pub security: PathBuf,
     /// Training conversations.
     pub train: Vec<PathBuf>,
-    /// Prompts of the attack success rate (harmful) and over-refusal (benign); the security file's test and ood splits if
-    /// empty.
+    /// Prompts of the attack success rate (harmful) and over-refusal (benign); the security file's test and ood splits
+    /// if empty.
     pub evaluation: Vec<PathBuf>,
     /// Checkable tasks.
     pub task: Option<PathBuf>,
@@ -75,8 +75,8 @@ pub struct DataFiles {
 /// The `[tune]` table of a study: the recipe of every setting, and the training seeds.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct TuneConfig {
-    /// Training seeds; each setting is tuned and evaluated with each, at that many times the time and disk space. None =
-    /// `shared.seed` alone.
+    /// Training seeds; each setting is tuned and evaluated with each, at that many times the time and disk space. None
+    /// = `shared.seed` alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seeds: Option<Vec<u64>>,
     /// The recipe; settings add Mods_Rob and vary it.

@@ -1,4 +1,5 @@
-//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Results of each stage are cached.
+//! A study from one configuration: probe, map, search, every setting tuned and evaluated. Results of each stage are
+//! cached.
 
 mod config;
 mod outcome;

@@ -111,8 +111,8 @@ impl SettingSpec {
         self.text.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
     }
 
-    /// Name of the files of a training seed's run: `swat-seed3`. The run with the seed `first` has the setting's name, so
-    /// that a study of one seed can be continued with several.
+    /// Name of the files of a training seed's run: `swat-seed3`. The run with the seed `first` has the setting's name,
+    /// so that a study of one seed can be continued with several.
     pub fn run_stem(&self, seed: u64, first: u64) -> String {
         let stem = self.stem();
         if seed == first { stem } else { format!("{stem}-seed{seed}") }

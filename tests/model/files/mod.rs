@@ -1,4 +1,5 @@
-//! Model directories: what is read, what is refused and with which words, what is written; and outputs that appear whole.
+//! Model directories: what is read, what is refused and with which words, what is written; and outputs that appear
+//! whole.
 
 mod fuzz;
 mod outputs;

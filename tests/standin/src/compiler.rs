@@ -7,8 +7,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// `-fno-strict-aliasing`: kernels read bf16 by the 16 bytes. The sanitizers trap on a misaligned access and on an index
-/// past the end of an array of known size.
+/// `-fno-strict-aliasing`: kernels read bf16 by the 16 bytes. The sanitizers trap on a misaligned access and on an
+/// index past the end of an array of known size.
 const FLAGS: &str = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -fno-stack-protector \
     -ffp-contract=fast -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error -Wno-psabi";
 /// Of translated PTX: every instruction rounds by itself; the code is long, and little of it is hot.

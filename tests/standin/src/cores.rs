@@ -1,5 +1,5 @@
-//! Accumulation as on tensor cores (sources: `cpp/cores.h`): the products of a block are exact; they and the accumulator are truncated some
-//! bits below the largest exponent among them; their sum is exact, and truncated to f32.
+//! Accumulation as on tensor cores (sources: `cpp/cores.h`): the products of a block are exact; they and the
+//! accumulator are truncated some bits below the largest exponent among them; their sum is exact, and truncated to f32.
 
 /// Parameters of a tensor core for bf16 with f32 accumulation.
 #[derive(Clone, Copy, Debug)]

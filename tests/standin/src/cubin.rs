@@ -123,8 +123,8 @@ pub fn read(cubin: &[u8]) -> Cubin {
     result
 }
 
-/// What the kernels of cubins take of a multiprocessor, as the emulated driver reads it: a line for each kernel, with its
-/// architecture, name, registers, static shared bytes and maximum number of threads.
+/// What the kernels of cubins take of a multiprocessor, as the emulated driver reads it: a line for each kernel, with
+/// its architecture, name, registers, static shared bytes and maximum number of threads.
 ///
 /// # Panics
 /// If a cubin cannot be read.

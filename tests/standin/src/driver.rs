@@ -19,8 +19,8 @@ pub(crate) fn open(library: &Path) {
     });
 }
 
-/// Loads the library of a kernel file. `cuModuleLoadData` of `image` gives a module with its kernels; `resources` is the
-/// file of [`crate::Compiler::resources`].
+/// Loads the library of a kernel file. `cuModuleLoadData` of `image` gives a module with its kernels; `resources` is
+/// the file of [`crate::Compiler::resources`].
 ///
 /// # Panics
 /// If the library cannot be opened, or no driver is loaded.
@@ -110,8 +110,8 @@ pub fn faults(ordinal: i32, n: u64, scope: FaultScope) {
     unsafe { hook::<unsafe extern "C" fn(i32, u64, bool)>("standin_faults")(ordinal, n, binding) }
 }
 
-/// Sparse mode for huge tensors: from now on device `ordinal` has 64 TiB of memory, mapped when touched and zero before,
-/// and runs only the first and the last `ends` blocks of each grid.
+/// Sparse mode for huge tensors: from now on device `ordinal` has 64 TiB of memory, mapped when touched and zero
+/// before, and runs only the first and the last `ends` blocks of each grid.
 pub fn sparse(ordinal: i32, ends: u64) {
     set("standin_sparse", ordinal, ends);
 }

@@ -1,6 +1,7 @@
-//! A GPU for tests on machines without one: an implementation of the CUDA driver's calls that runs swat's kernel files on
-//! the CPU, as g++ compiles them, or with `SWAT_TEST_CUDA=ptx` what nvcc made of them. With `SWAT_TEST_CUDA=gpu` tests use
-//! the GPU of this machine instead, and the stand-in stays out. `README.md` says what is emulated, and what is not.
+//! A GPU for tests on machines without one: an implementation of the CUDA driver's calls that runs swat's kernel files
+//! on the CPU, as g++ compiles them, or with `SWAT_TEST_CUDA=ptx` what nvcc made of them. With `SWAT_TEST_CUDA=gpu`
+//! tests use the GPU of this machine instead, and the stand-in stays out. `README.md` says what is emulated, and what
+//! is not.
 //!
 //! | device | compute capability | asynchronous operations happen | approximate instructions are |
 //! |---|---|---|---|
@@ -83,8 +84,8 @@ pub struct Build {
 }
 
 impl Build {
-    /// Whether there are CUDA devices to test on. The first call compiles and loads the stand-in with every kernel of swat;
-    /// it comes before anything else uses the driver. If there can be none, standard error says why, once.
+    /// Whether there are CUDA devices to test on. The first call compiles and loads the stand-in with every kernel of
+    /// swat; it comes before anything else uses the driver. If there can be none, standard error says why, once.
     pub fn available(self) -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
         *AVAILABLE.get_or_init(|| self.load().map_or_else(|reason| skip(&reason), |()| true))

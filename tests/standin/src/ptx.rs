@@ -259,8 +259,9 @@ impl Kernel<'_> {
         Ok(())
     }
 
-    /// Index of an access site: `bytes` at an offset from `base`. ptxas merges consecutive accesses to neighbours if it can prove their
-    /// alignment; in these kernels it does so for pairs of f32, not for 16 bytes split into four words. Pairs are counted as one.
+    /// Index of an access site: `bytes` at an offset from `base`. ptxas merges consecutive accesses to neighbours if it
+    /// can prove their alignment; in these kernels it does so for pairs of f32, not for 16 bytes split into four words.
+    /// Pairs are counted as one.
     fn site(&mut self, [shared, writes]: [bool; 2], base: String, offset: i64, bytes: i64) -> String {
         let start = self.last.take().and_then(|(before, start, end)| {
             (before == base && end == offset && offset + bytes - start <= 8).then_some(start)

@@ -6,8 +6,8 @@
 //! intelligence datatype for higher-precision computations", ARITH 2019) at 6/16 of its cost.
 //!
 //! Both operands are packed into tiles first: a panel is 32 rows of A or 32 columns of B; a step of a panel is 32 deep
-//! and holds six tiles of 1 KiB, part by part, two tiles a part. A word of a tile pairs depths i and i + 16: a tile of A
-//! is 16 rows of 16 pairs; a tile of B is 16 pairs of 16 columns.
+//! and holds six tiles of 1 KiB, part by part, two tiles a part. A word of a tile pairs depths i and i + 16: a tile of
+//! A is 16 rows of 16 pairs; a tile of B is 16 pairs of 16 columns.
 //!
 //! Not finite stays not finite, but an infinity may become NaN. The unit takes parts below 2⁻¹²⁶ for zero.
 
@@ -79,8 +79,8 @@ thread_local! {
     static BLOCK_SPACE: Cell<Vec<Step>> = const { Cell::new(Vec::new()) };
 }
 
-/// Computes a product of at least one row and column, without bias and residual. The caller has checked that [`available`]
-/// holds and that the matrices fit their slices.
+/// Computes a product of at least one row and column, without bias and residual. The caller has checked that
+/// [`available`] holds and that the matrices fit their slices.
 ///
 /// The operand with fewer panels is packed as a whole and streamed; of the other, each task packs a block of panels,
 /// which stays in its core's cache. How the work is cut changes no result: an element of C is one sum over the depths

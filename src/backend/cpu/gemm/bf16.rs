@@ -1,10 +1,11 @@
 //! Products of bf16 matrices with f32 sums, by `vdpbf16ps` (AVX-512 BF16: Cooper Lake, Zen 4 and later).
 //!
-//! A tile of C, 14 rows × 32 columns, is summed in 28 vector registers over the whole depth and written once, so a result
-//! is rounded once. The instruction adds a pair of products to each f32 sum: B is packed into panels [k / 2, 32] of pairs
-//! (k, k + 1); A gives one pair to all lanes, read from its rows where these are contiguous in k, else from panels
-//! [k / 2, 14]. The depth is not blocked: a panel of B streams from L2 at 5 bytes a cycle, of 32 that it delivers.
-//! Subnormal operands and results count as 0; sums round to nearest even, in an order that depends on k alone.
+//! A tile of C, 14 rows × 32 columns, is summed in 28 vector registers over the whole depth and written once, so a
+//! result is rounded once. The instruction adds a pair of products to each f32 sum: B is packed into panels [k / 2, 32]
+//! of pairs (k, k + 1); A gives one pair to all lanes, read from its rows where these are contiguous in k, else from
+//! panels [k / 2, 14]. The depth is not blocked: a panel of B streams from L2 at 5 bytes a cycle, of 32 that it
+//! delivers. Subnormal operands and results count as 0; sums round to nearest even, in an order that depends on k
+//! alone.
 
 mod dots;
 mod pack;
@@ -88,8 +89,8 @@ pub(super) fn product<T: Output>(product: matrix::Product<'_, bf16, T>) {
 }
 
 thread_local! {
-    /// Packed operands of the last product of this thread: memory that need not be asked for again. Taken while it is in
-    /// use, for a thread that waits may begin another product.
+    /// Packed operands of the last product of this thread: memory that need not be asked for again. Taken while it is
+    /// in use, for a thread that waits may begin another product.
     static PACKED: Cell<[Vec<u32>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
 }
 

@@ -12,8 +12,8 @@ const STREAM_TOKENS: usize = 32;
 const STREAM_TOKENS_BESIDE_UNIT: usize = 16;
 /// Weight elements of one task of the streaming product (128 KiB).
 const STREAM_BLOCK: usize = 1 << 15;
-/// How far in front of its reads the streaming product of one row of X fetches (2 KiB: 15 % more than the hardware's own
-/// fetching).
+/// How far in front of its reads the streaming product of one row of X fetches (2 KiB: 15 % more than the hardware's
+/// own fetching).
 const AHEAD: usize = 512;
 /// Rows of W and rows of X whose products are summed side by side: two sums for each pair fill 32 vector registers.
 const TILE: (usize, usize) = (2, 6);
@@ -84,8 +84,8 @@ impl<'a, T: FloatElement> Stream<'a, T> {
     }
 }
 
-/// Takes the first row of W, the first row of X and the products of the rows of W from there, a slice each, with the rows
-/// of X from there.
+/// Takes the first row of W, the first row of X and the products of the rows of W from there, a slice each, with the
+/// rows of X from there.
 type Put<'a> = dyn FnMut(usize, usize, &[&[f32]]) + 'a;
 
 /// Calls `tile` with the first row and the number of rows of W, and the same of X, for all tiles of the products.
@@ -160,8 +160,8 @@ fn bf16_rows(x: &[half::bf16], w: &[half::bf16], inputs: usize, tokens: usize, p
     });
 }
 
-/// Products of `ROWS` rows of W with `TOKENS` rows of X. The order of each sum depends on neither: a token's result is the
-/// same in any batch.
+/// Products of `ROWS` rows of W with `TOKENS` rows of X. The order of each sum depends on neither: a token's result is
+/// the same in any batch.
 #[inline(always)]
 fn dots<S: pulp::Simd, const ROWS: usize, const TOKENS: usize>(
     simd: S,

@@ -1,5 +1,5 @@
-//! Layers of one X in one launch: q, k and v; gate and up. Forward passes and weight gradients are products side by side; the
-//! gradient of X is one sum of products.
+//! Layers of one X in one launch: q, k and v; gate and up. Forward passes and weight gradients are products side by
+//! side; the gradient of X is one sum of products.
 
 use super::plan::{self, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion};
 use super::wgmma::{self, Operands};
@@ -30,8 +30,8 @@ fn whole(shapes: &[GemmShape]) -> GemmShape {
     }
 }
 
-/// The plan of a group in one launch: the forced one, else the plan of one product as large as all of them, where its version has a
-/// kernel for groups that can store `outputs`.
+/// The plan of a group in one launch: the forced one, else the plan of one product as large as all of them, where its
+/// version has a kernel for groups that can store `outputs`.
 fn choose<T: FloatElement>(device: &Device, operands: &[Operands], outputs: &[wgmma::Output<T>]) -> Option<GemmPlan> {
     let shapes: Vec<GemmShape> = operands.iter().map(|operands| operands.shape).collect();
     let offers = operands.iter().map(|Operands { a, b, .. }| offer(device, [*a, *b]));
@@ -73,8 +73,8 @@ fn partials(device: &Arc<Device>, splits: u32, shape: GemmShape) -> Result<Memor
     Memory::new(device, splits as usize * shape.m * shape.n)
 }
 
-/// Products of one layout and depth, whose addends are biases and, for all or none, C: in one launch where there is a plan for
-/// that, else one after another.
+/// Products of one layout and depth, whose addends are biases and, for all or none, C: in one launch where there is a
+/// plan for that, else one after another.
 fn each<T: FloatElement>(device: &Arc<Device>, products: &[Product<T>]) -> Result<()> {
     let shapes: Vec<GemmShape> = products.iter().map(|product| product.shape).collect();
     for product in products {

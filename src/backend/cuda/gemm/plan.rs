@@ -111,8 +111,8 @@ thread_local! {
     static FORCED: Cell<Option<GemmPlan>> = const { Cell::new(None) };
 }
 
-/// Runs `f` with a plan forced: every matrix product that is called from this thread takes it, and panics where its version has
-/// no kernel for the tensors.
+/// Runs `f` with a plan forced: every matrix product that is called from this thread takes it, and panics where its
+/// version has no kernel for the tensors.
 pub fn with_plan<R>(plan: GemmPlan, f: impl FnOnce() -> R) -> R {
     with_forced(&FORCED, plan, f)
 }
@@ -139,9 +139,9 @@ const MIN_SPLIT_BLOCKS: usize = 4;
 /// Bytes of device memory a clock: 3.0 TB/s at 1.7 GHz.
 const BYTES_CLOCK: usize = 1760;
 
-/// Tiles of a version and their clocks on a multiprocessor: a block of depth, and a tile beside that (first loads, sums to
-/// memory). Estimates, from the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with
-/// `wgmma`), the share of them that such tiles reach, and the instructions of a tile's end.
+/// Tiles of a version and their clocks on a multiprocessor: a block of depth, and a tile beside that (first loads, sums
+/// to memory). Estimates, from the tensor cores' rates (1024 products a clock with `mma.sync`, 2048 with `wgmma`), the
+/// share of them that such tiles reach, and the instructions of a tile's end.
 pub(super) struct Tile {
     version: GemmVersion,
     pub(super) rows: usize,
@@ -182,8 +182,8 @@ impl Tile {
     }
 }
 
-/// The version of the least estimated time; of equals the one with the larger tiles and the fewest parts. Few tokens are
-/// bound by reading weights, whatever the tiles, and no product is needed where there is no depth.
+/// The version of the least estimated time; of equals the one with the larger tiles and the fewest parts. Few tokens
+/// are bound by reading weights, whatever the tiles, and no product is needed where there is no depth.
 pub(super) fn choose(shape: GemmShape, offer: GemmSupport, multiprocessors: u32) -> GemmPlan {
     let multiprocessors = multiprocessors as usize;
     if shape.k == 0 {

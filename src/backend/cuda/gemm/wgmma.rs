@@ -135,7 +135,8 @@ fn sizes(values: impl Iterator<Item = usize>) -> [Arg; MEMBERS] {
     all
 }
 
-/// Tensor maps of X, gate, up and Y, the first arguments of the SwiGLU kernels; a tile takes `columns` columns of gate and of up.
+/// Tensor maps of X, gate, up and Y, the first arguments of the SwiGLU kernels; a tile takes `columns` columns of gate
+/// and of up.
 pub(super) fn gated_maps(
     device: &Device,
     [x, gate, up]: [Slice<bf16>; 3],
@@ -151,8 +152,9 @@ pub(super) fn gated_maps(
     ])
 }
 
-/// Products of one layout by the version and the parts of `plan`, which the caller has checked as it has the lengths: each
-/// with an output, or ([`GemmLayout::Nn`]) the terms of one. Several have alpha and `accumulate` in common, and [`groups`].
+/// Products of one layout by the version and the parts of `plan`, which the caller has checked as it has the lengths:
+/// each with an output, or ([`GemmLayout::Nn`]) the terms of one. Several have alpha and `accumulate` in common, and
+/// [`groups`].
 pub(super) fn launch<T: FloatElement>(
     device: &Device,
     operands: &[Operands],

@@ -1,5 +1,5 @@
-//! Limits of a multiprocessor: launches that need too much are refused as CUDA refuses them, and a kernel's resources are those of its
-//! cubin.
+//! Limits of a multiprocessor: launches that need too much are refused as CUDA refuses them, and a kernel's resources
+//! are those of its cubin.
 
 use super::*;
 use driver_calls::refused;

@@ -1,4 +1,5 @@
-//! The stand-in GPU itself: instructions with known answers, planted mistakes that it must detect, and the driver's refusals.
+//! The stand-in GPU itself: instructions with known answers, planted mistakes that it must detect, and the driver's
+//! refusals.
 //!
 //! With `SWAT_TEST_CUDA=gpu` the instructions with known answers run on this machine's GPU, as nvcc compiles them: that
 //! shows whether the stand-in is right.
@@ -155,8 +156,8 @@ fn available() -> bool {
     })
 }
 
-/// A tensor map of rows of `T`; `size` and `box_size` from the contiguous dimension on, rows `pitch` bytes apart, planes of
-/// `size[1]` rows.
+/// A tensor map of rows of `T`; `size` and `box_size` from the contiguous dimension on, rows `pitch` bytes apart,
+/// planes of `size[1]` rows.
 fn tensor_map<T: bytemuck::Pod>(
     base: u64,
     size: &[u64],

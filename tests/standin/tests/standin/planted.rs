@@ -1,5 +1,5 @@
-//! Mistakes planted in small kernels. A child process runs each; it must report the mistake and abort, or compute wrong numbers. The
-//! correct twin computes the right numbers on every device.
+//! Mistakes planted in small kernels. A child process runs each; it must report the mistake and abort, or compute wrong
+//! numbers. The correct twin computes the right numbers on every device.
 
 use super::*;
 use std::os::unix::process::ExitStatusExt;
@@ -57,8 +57,8 @@ const PLANTED_HOPPER: [(&str, &[i32], &str); 17] = [
     ("registers_short", &[0, 1], "deadlock"),
 ];
 
-/// Mistakes that are detected in the compiled kernel: races, whichever access came first, and writes that bulk copies and products may
-/// not see.
+/// Mistakes that are detected in the compiled kernel: races, whichever access came first, and writes that bulk copies
+/// and products may not see.
 const COMPILED: [(&str, &[i32], &str); 13] = [
     ("missing_barrier", ALL, RACE),
     ("missing_second_barrier", ALL, RACE),

@@ -7,8 +7,8 @@ use half::bf16;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Rows `range` of `matrix` [.., k] as panels of `N` rows: pair p of row i is word p·N + i of its panel; rows and elements
-/// that are missing are 0.
+/// Rows `range` of `matrix` [.., k] as panels of `N` rows: pair p of row i is word p·N + i of its panel; rows and
+/// elements that are missing are 0.
 pub(super) fn pack<const N: usize>(
     matrix: Matrix<'_, bf16>,
     range: Range<usize>,

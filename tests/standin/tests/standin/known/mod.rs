@@ -245,8 +245,8 @@ fn mbarrier_phases_order_accesses() {
     }
 }
 
-/// Address of byte `offset` of unswizzled lines: the index of a 16-byte chunk within its line of 128 bytes xor the line's number (modulo
-/// 8, 4 or 2).
+/// Address of byte `offset` of unswizzled lines: the index of a 16-byte chunk within its line of 128 bytes xor the
+/// line's number (modulo 8, 4 or 2).
 fn swizzled(offset: usize, swizzle: CUtensorMapSwizzle) -> usize {
     let (line, in_line) = (offset / 128, offset % 128);
     let moved = match swizzle {
