@@ -20,7 +20,12 @@ fn security(dir: &Path) -> PathBuf {
 fn eval(security: &Path, more: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
     command.arg("eval").arg("--model").arg(model()).arg("--security").arg(security);
-    command.args(["--limit", "2", "--answer-tokens", "6", "--json"]).args(more).output().unwrap()
+    // What a probe of a few prompts reads in an answer depends on the machine's precision.
+    command
+        .args(["--device", "cpu", "--dtype", "f32", "--limit", "2", "--answer-tokens", "6", "--json"])
+        .args(more)
+        .output()
+        .unwrap()
 }
 
 fn parsed(output: &Output) -> Value {
@@ -97,7 +102,7 @@ fn a_probe_replaces_the_judge_offline() {
     let probe = dir.path().join("probe.safetensors");
     let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
     command.arg("probe").arg("--model").arg(model()).arg("--security").arg(&security).arg("--out").arg(&probe);
-    assert!(command.arg("--quiet").status().unwrap().success());
+    assert!(command.args(["--device", "cpu", "--dtype", "f32", "--quiet"]).status().unwrap().success());
     let with = |more: &[&str]| eval(&security, &[&["--probe", probe.to_str().unwrap()][..], more].concat());
     let read = |output: &Output| {
         let parsed = parsed(output)["probe_harmfulness"].clone();

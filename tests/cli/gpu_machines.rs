@@ -131,7 +131,7 @@ fn a_usable_gpu() {
 fn a_plan_for_a_gpu_needs_none() {
     let plan = |device: &str, state: &str, driver: Option<&Path>| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
-        let dtype = if device == "cpu" { "f32" } else { "bf16" };
+        let dtype = if device == "cpu" { "f32" } else { "auto" };
         command.args(["plan", "--json", "--device", device, "--dtype", dtype, "--state", state, "--model"]);
         command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny"));
         let kernels = driver.map(|folder| folder.join("kernels").to_str().expect("UTF-8").to_owned());
