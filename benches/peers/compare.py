@@ -76,6 +76,9 @@ class Sides:
         steps = ["--mods", mods, "--mods-steps", WARMUP + STEPS, "--steps", 0] if mods else ["--steps", WARMUP + STEPS]
         if lora:
             steps += ["--method", "lora", "--lora-rank", lora]
+        if self.dtype == "bf16":
+            # As PyTorch keeps gradients and moments of bf16 weights.
+            steps += ["--state", "bf16"]
         self.run_swat("tune", "--data", self.conversations, "--out", out, "--force", "--batch-size", batch, "--max-length", length,
                       "--packing", "false", "--shuffle", "false", "--lr", "1e-5", "--schedule", "constant", "--save-every", 0, *steps)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
