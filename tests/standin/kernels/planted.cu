@@ -216,3 +216,13 @@ template <bool Right> __device__ __forceinline__ void blocks_overlap(const float
   y[part * 256 + threadIdx.x] = x[part * 256 + 255 - threadIdx.x];
 }
 PLANT(blocks_overlap)
+
+// ---- y of more than 2^32 elements, which end with the results
+
+// The offset of the last row overflows 32 bits.
+template <bool Right> __device__ __forceinline__ void offset_overflows(const float* x, float* y, uint32_t n) {
+  const uint32_t row = (n << 11) + 1, width = 8 * n;
+  float* to = Right ? y + (uint64_t)row * width : y + row * width;
+  for (uint32_t i = threadIdx.x; i < n; i += 256) to[i] = x[i - threadIdx.x + 255 - threadIdx.x];
+}
+PLANT(offset_overflows)

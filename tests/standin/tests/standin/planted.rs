@@ -80,6 +80,18 @@ fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
     let n = 512u32;
     let x: Vec<f32> = (0..n).map(|i| i as f32 + 0.5).collect();
     let (from, to) = (gpu.put(&x), gpu.put(&vec![0f32; n as usize + 1]));
+    let right = |to: u64, exact: &dyn Fn(usize) -> f32| {
+        gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == exact(i))
+    };
+    let reversed = |i: usize| x[i / 256 * 256 + 255 - i % 256];
+    if kernel.starts_with("offset") {
+        // Row 2²⁰ + 1 of rows of 4096 elements.
+        let before = ((1 << 20) + 1) * 4096 * size_of::<f32>();
+        // SAFETY: sparse memory, of which only what is touched is mapped.
+        let to = unsafe { result::malloc_sync(before + n as usize * size_of::<f32>()) }.unwrap();
+        gpu.run(gpu.function("planted", kernel), [1; 3], [256, 1, 1], 0, &mut [arg(&from), arg(&to), arg(&n)]);
+        return right(to + before as u64, &reversed);
+    }
     let product = ["product", "operand", "registers"].iter().any(|of| kernel.starts_with(of));
     let hopper = product || PLANTED_HOPPER.iter().any(|(name, ..)| kernel.starts_with(name));
     let grid = [if kernel.starts_with("blocks") { 2 } else { 1 }, 1, 1];
@@ -96,8 +108,7 @@ fn runs_right(gpu: &Gpu, kernel: &str) -> bool {
         let function = gpu.function("planted", kernel);
         gpu.run(function, grid, block, 2048, &mut [arg(&from), arg(&to), arg(&n)]);
     }
-    let right = |i: usize| if product { 64.0 } else { x[i / 256 * 256 + 255 - i % 256] };
-    gpu.get::<f32>(to, n as usize).iter().enumerate().all(|(i, got)| *got == right(i))
+    if product { right(to, &|_| 64.0) } else { right(to, &reversed) }
 }
 
 /// The body of the child process: runs what `SWAT_PLANTED` = `device kernel` names; does nothing otherwise.
@@ -106,6 +117,9 @@ fn child() {
     let Ok(planted) = std::env::var("SWAT_PLANTED") else { return };
     let (ordinal, kernel) = planted.split_once(' ').unwrap();
     let gpu = Gpu::open(ordinal.parse().unwrap()).expect("a stand-in");
+    if kernel.starts_with("offset") {
+        swat_standin::sparse(ordinal.parse().unwrap(), 2);
+    }
     assert!(runs_right(&gpu, kernel), "{WRONG_NUMBERS}");
 }
 
@@ -176,6 +190,18 @@ fn mistakes_are_detected() {
     }
     for (kernel, devices, message) in PLANTED {
         devices.iter().for_each(|ordinal| assert_detected(kernel, *ordinal, message));
+    }
+}
+
+/// Tensors of more than 2³² elements show offsets of 32 bits.
+#[test]
+fn an_offset_that_overflows_is_detected() {
+    if Gpu::open(0).is_none() {
+        return;
+    }
+    for ordinal in DEVICES {
+        assert_detected("offset_overflows", ordinal, WRONG_NUMBERS);
+        assert!(in_child("offset_overflows_right", ordinal).status().unwrap().success(), "device {ordinal}");
     }
 }
 
