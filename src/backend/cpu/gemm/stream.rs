@@ -88,15 +88,14 @@ impl<'a, T: FloatElement> Stream<'a, T> {
 /// rows of X from there.
 type Put<'a> = dyn FnMut(usize, usize, &[&[f32]]) + 'a;
 
-/// Calls `tile` with the first row and the number of rows of W, and the same of X, for all tiles of the products.
-#[inline(always)]
-fn for_tiles(w_rows: usize, tokens: usize, most: usize, mut tile: impl FnMut((usize, usize), (usize, usize))) {
+/// First row and number of rows of W, and the same of X, of all tiles of the products. An iterator, because the body of a
+/// loop is compiled with the vectors of its kernel, and a closure is not.
+fn tiles(w_rows: usize, tokens: usize, most: usize) -> impl Iterator<Item = ((usize, usize), (usize, usize))> {
     let rows_a_tile = if tokens == 1 { 1 } else { TILE.0 };
-    for first in (0..w_rows).step_by(rows_a_tile) {
-        for token in (0..tokens).step_by(most) {
-            tile((first, rows_a_tile.min(w_rows - first)), (token, most.min(tokens - token)));
-        }
-    }
+    (0..w_rows).step_by(rows_a_tile).flat_map(move |first| {
+        let rows = rows_a_tile.min(w_rows - first);
+        (0..tokens).step_by(most).map(move |token| ((first, rows), (token, most.min(tokens - token))))
+    })
 }
 
 simd_kernel! {
@@ -105,7 +104,7 @@ simd_kernel! {
         // Of 16 registers, half as many sums.
         let most = if S::REGISTER_COUNT >= 32 { TILE.1 } else { TILE.1 / 2 };
         let mut space = Vec::new();
-        for_tiles(w.len() / inputs.max(1), tokens, most, |(first, rows), (token, count)| {
+        for ((first, rows), (token, count)) in tiles(w.len() / inputs.max(1), tokens, most) {
             let x = &x[token * inputs..][..count * inputs];
             let w = widen(&w[first * inputs..][..rows * inputs], &mut space);
             let mut sums = [[0.0; TILE.1]; TILE.0];
@@ -126,7 +125,7 @@ simd_kernel! {
                 _ => dots::<S, 2, 6>(simd, x, w, ahead, &mut sums),
             }
             put(first, token, &sums.each_ref().map(|sums| &sums[..count])[..rows]);
-        });
+        }
     }
 }
 
@@ -134,7 +133,7 @@ simd_kernel! {
 #[cfg(target_arch = "x86_64")]
 fn bf16_rows(x: &[half::bf16], w: &[half::bf16], inputs: usize, tokens: usize, put: &mut Put<'_>) {
     use super::bf16::dots;
-    for_tiles(w.len() / inputs.max(1), tokens, TILE.1, |(first, rows), (token, count)| {
+    for ((first, rows), (token, count)) in tiles(w.len() / inputs.max(1), tokens, TILE.1) {
         let x = x[token * inputs..][..count * inputs].as_ptr();
         let w = w[first * inputs..][..rows * inputs].as_ptr();
         let mut sums = [[0.0; TILE.1]; TILE.0];
@@ -157,7 +156,7 @@ fn bf16_rows(x: &[half::bf16], w: &[half::bf16], inputs: usize, tokens: usize, p
             }
         }
         put(first, token, &sums.each_ref().map(|sums| &sums[..count])[..rows]);
-    });
+    }
 }
 
 /// Products of `ROWS` rows of W with `TOKENS` rows of X. The order of each sum depends on neither: a token's result is
