@@ -61,6 +61,34 @@ fn forward<B: Backend>(b: &B) {
     }
 }
 
+/// dQ, dK and dV.
+fn run_backward<B: Backend>(
+    b: &B,
+    s: &Sizes,
+    [q, k, v, o, d_o]: [&Tensor<B, B::Float>; 5],
+    lse: &Tensor<B, f32>,
+    documents: &Documents<B>,
+) -> [Tensor<B, B::Float>; 3] {
+    let [mut dq, mut dk, mut dv] =
+        [s.q_len(), s.kv_len(), s.kv_len()].map(|len| put::<B, B::Float>(b, &vec![f64::NAN; len]));
+    AttentionBackward {
+        q: q.device.view(),
+        k: k.device.view(),
+        v: v.device.view(),
+        o: o.device.view(),
+        lse: lse.device.view(),
+        d_o: d_o.device.view(),
+        dq: dq.device.view_mut(),
+        dk: dk.device.view_mut(),
+        dv: dv.device.view_mut(),
+        shape: shape(s),
+        documents,
+    }
+    .run(b)
+    .unwrap();
+    [dq, dk, dv]
+}
+
 fn backward<B: Backend>(b: &B) {
     for s in &SIZES {
         let [q, d_o] = [1, 4].map(|stream| put::<B, B::Float>(b, &normals(stream, s.q_len())));
@@ -68,23 +96,7 @@ fn backward<B: Backend>(b: &B) {
         let (o, lse) = attend(s, &q.host, &k.host, &v.host);
         let (o, lse) = (put::<B, B::Float>(b, &o), put::<B, f32>(b, &lse));
         let documents = documents(b, s.lengths);
-        let mut dq = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
-        let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len()]));
-        AttentionBackward {
-            q: q.device.view(),
-            k: k.device.view(),
-            v: v.device.view(),
-            o: o.device.view(),
-            lse: lse.device.view(),
-            d_o: d_o.device.view(),
-            dq: dq.device.view_mut(),
-            dk: dk.device.view_mut(),
-            dv: dv.device.view_mut(),
-            shape: shape(s),
-            documents: &documents,
-        }
-        .run(b)
-        .unwrap();
+        let [dq, dk, dv] = run_backward(b, s, [&q, &k, &v, &o, &d_o], &lse, &documents);
         let saved = [&q.host, &k.host, &v.host, &o.host, &lse.host, &d_o.host].map(Vec::as_slice);
         let exact = gradients(s, saved, Products::Exact);
         for (name, got, exact) in [("dq", dq, &exact[0]), ("dk", dk, &exact[1]), ("dv", dv, &exact[2])] {
@@ -265,26 +277,8 @@ fn backward_versions<B: Backend>(b: &B) {
         let exact = gradients(s, [&q.host, &k.host, &v.host, &exact_o, &exact_lse, &d_o.host], Products::Exact);
         let documents = documents(b, s.lengths);
         let run = |version| {
-            let mut dq = put::<B, B::Float>(b, &vec![f64::NAN; s.q_len()]);
-            let [mut dk, mut dv] = [(), ()].map(|_| put::<B, B::Float>(b, &vec![f64::NAN; s.kv_len()]));
-            with_version(version, || {
-                AttentionBackward {
-                    q: q.device.view(),
-                    k: k.device.view(),
-                    v: v.device.view(),
-                    o: o.device.view(),
-                    lse: lse.device.view(),
-                    d_o: d_o.device.view(),
-                    dq: dq.device.view_mut(),
-                    dk: dk.device.view_mut(),
-                    dv: dv.device.view_mut(),
-                    shape: shape(s),
-                    documents: &documents,
-                }
-                .run(b)
-            })
-            .unwrap();
-            [dq, dk, dv].map(|d| get(b, &d.device))
+            let gradients = with_version(version, || run_backward(b, s, [&q, &k, &v, &o, &d_o], &lse, &documents));
+            gradients.map(|d| get(b, &d.device))
         };
         for version in versions {
             let saved = [&q.host, &k.host, &v.host, &o.host, &lse.host, &d_o.host].map(Vec::as_slice);

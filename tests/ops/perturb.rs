@@ -315,30 +315,20 @@ fn baseline_writes_the_same() {
         let range = offset..len + offset;
         let copies = || [(), ()].map(|()| b.zeros::<half::bf16>(len + offset).unwrap());
         let [[mut plus, mut minus], [mut expected_plus, mut expected_minus]] = [copies(), copies()];
-        let (p, m) = (plus.range_mut(range.clone()), minus.range_mut(range.clone()));
-        let baseline = || {
+        let run = |plus: &mut Buffer<_, _>, minus: &mut Buffer<_, _>| {
             Perturb {
                 w: w.range(range.clone()),
                 squares: None,
                 direction: Direction::Gaussian(KEY),
                 epsilon: EPSILON,
-                plus: p,
-                minus: Some(m),
+                plus: plus.range_mut(range.clone()),
+                minus: Some(minus.range_mut(range.clone())),
             }
             .run(&b)
+            .unwrap();
         };
-        with_version("baseline", baseline).unwrap();
-        let (p, m) = (expected_plus.range_mut(range.clone()), expected_minus.range_mut(range.clone()));
-        Perturb {
-            w: w.range(range.clone()),
-            squares: None,
-            direction: Direction::Gaussian(KEY),
-            epsilon: EPSILON,
-            plus: p,
-            minus: Some(m),
-        }
-        .run(&b)
-        .unwrap();
+        with_version("baseline", || run(&mut plus, &mut minus));
+        run(&mut expected_plus, &mut expected_minus);
         assert!(read(&b, &plus) == read(&b, &expected_plus), "{len}");
         assert!(read(&b, &minus) == read(&b, &expected_minus), "{len}");
         assert!(read(&b, &plus) != read(&b, &minus), "{len}");

@@ -3,7 +3,7 @@
 use super::noise::{BLOCK as NOISE, Quads, fill_words};
 use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
-use super::wide::{convert, same, same_mut};
+use super::wide::{as_type, as_type_mut, convert};
 use super::{Cpu, Elements};
 use crate::backend::{AdamW, AdamWMasked, AdamWModule, FloatElement, Rounding, SumSquares};
 use half::bf16;
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 /// Elements of one task, and of one partial sum.
 const BLOCK: usize = 1 << 16;
-/// Elements that are computed at a time: those of as many words as are drawn at once, each of which rounds two.
+/// Elements per inner block: one block of Philox words rounds two elements per word.
 const AT_HAND: usize = 2 * NOISE;
 
 pub(super) fn sum_squares<E: Elements, T: FloatElement>(SumSquares { parts, squares }: SumSquares<'_, Cpu<E>, T>) {
@@ -104,7 +104,7 @@ fn step<E: Elements>(row: usize, module: &mut AdamWModule<'_, Cpu<E>>, clip: f32
         for (i, (((w, m), v), g)) in parts.enumerate() {
             step_block(
                 load(w, &mut wide_w),
-                same(g).unwrap_or_else(|| {
+                as_type(g).unwrap_or_else(|| {
                     convert(g, &mut wide_g[..g.len()]);
                     &wide_g[..g.len()]
                 }),
@@ -124,17 +124,17 @@ fn step<E: Elements>(row: usize, module: &mut AdamWModule<'_, Cpu<E>>, clip: f32
 #[inline(always)]
 fn load<'s, T: FloatElement>(x: &'s mut [T], space: &'s mut [f32; AT_HAND]) -> &'s mut [f32] {
     let len = x.len();
-    if same::<T, f32>(x).is_none() {
+    if as_type::<T, f32>(x).is_none() {
         convert(x, &mut space[..len]);
         return &mut space[..len];
     }
-    same_mut(x).expect("f32")
+    as_type_mut(x).expect("f32")
 }
 
 /// Rounds bf16 by the `draws` of elements from `first` on, or to nearest without; f32 is in its place already.
 #[inline(always)]
 fn store<T: FloatElement>(from: &[f32; AT_HAND], to: &mut [T], draws: Option<Draws>, first: usize) {
-    let Some(to) = same_mut::<T, bf16>(to) else { return };
+    let Some(to) = as_type_mut::<T, bf16>(to) else { return };
     let from = &from[..to.len()];
     match draws {
         Some(draws) => draws.round(from, to, first),

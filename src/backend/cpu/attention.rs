@@ -13,7 +13,7 @@ use super::gemm::bf16_products;
 use super::matrix::{Matrix, Product};
 use super::simd::{dot, exp, max, simd_kernel, sum};
 use super::storage::{Shared, slice, slice_mut};
-use super::wide::{convert, convert_all, same, widen};
+use super::wide::{as_type, convert, convert_all, widen};
 use super::{Cpu, Elements};
 use crate::backend::{Attention, AttentionBackward, AttentionDecode, AttentionShape, Documents, Element, FloatElement};
 use rayon::prelude::*;
@@ -102,7 +102,7 @@ fn as_elements<T: Element>(scratch: &mut [f32]) -> &mut [T] {
 
 /// f32s as operands of products of `T`: themselves, or rounded into `space`.
 fn operands<'s, T: FloatElement>(x: &'s [f32], space: &'s mut [f32]) -> &'s [T] {
-    if let Some(x) = same(x) {
+    if let Some(x) = as_type(x) {
         return x;
     }
     let to = &mut as_elements(space)[..x.len()];

@@ -2,7 +2,7 @@
 
 use super::simd::{exp, max, simd_kernel, sum};
 use super::storage::{slice, slice_mut};
-use super::wide::{edit, widen};
+use super::wide::{widen, with_f32};
 use super::{Cpu, Elements};
 use crate::backend::{CrossEntropy, FloatElement, IGNORE};
 use rayon::prelude::*;
@@ -27,7 +27,7 @@ pub(super) fn cross_entropy<E: Elements>(op: CrossEntropy<'_, Cpu<E>>) {
         let chosen = row[target].to_f32();
         let (top, total) = match scale {
             None => log_sum_exp(widen(row, space)),
-            Some(scale) => edit(row, space, |row| {
+            Some(scale) => with_f32(row, space, |row| {
                 let (top, total) = exponentials(row);
                 scale_row(row, (scale as f64 / total) as f32);
                 row[target] -= scale;

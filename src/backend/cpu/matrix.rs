@@ -1,6 +1,6 @@
 //! Matrices in slices, and their products.
 
-use super::wide::{is, same, same_mut};
+use super::wide::{as_type, as_type_mut, same_type};
 use crate::backend::{Element, Epilogue};
 
 /// A matrix in a slice: element (i, j) is at `i·row_stride + j·column_stride`.
@@ -28,9 +28,9 @@ impl<'a, T: Element> Matrix<'a, T> {
         self.row_stride == 1 || self.column_stride == 1
     }
 
-    fn same<U: Element>(self) -> Matrix<'a, U> {
+    fn with_type<U: Element>(self) -> Matrix<'a, U> {
         let Self { data, row_stride, column_stride } = self;
-        Matrix { data: same(data).unwrap_or_default(), row_stride, column_stride }
+        Matrix { data: as_type(data).unwrap_or_default(), row_stride, column_stride }
     }
 
     fn check(&self, rows: usize, columns: usize) {
@@ -93,25 +93,25 @@ impl<'a, T: Element, C: Element> Product<'a, T, C> {
         self
     }
 
-    /// Whether A and B are of `U`, and C of `D`.
-    pub(super) fn is<U: Element, D: Element>() -> bool {
-        is::<T, U>() && is::<C, D>()
+    /// Whether the elements of A and B are `U`, and those of C `D`.
+    pub(super) fn has_types<U: Element, D: Element>() -> bool {
+        same_type::<T, U>() && same_type::<C, D>()
     }
 
-    /// The same with its types under other names.
+    /// The product typed as [`Product::has_types`] found it.
     ///
     /// # Panics
-    /// Where they are others.
-    pub(super) fn same<U: Element, D: Element>(self) -> Product<'a, U, D> {
-        assert!(Self::is::<U, D>());
+    /// Where the types differ.
+    pub(super) fn with_types<U: Element, D: Element>(self) -> Product<'a, U, D> {
+        assert!(Self::has_types::<U, D>());
         let Self { c, stride, a, b, size, epilogue, threads } = self;
         Product {
-            c: same_mut(c).unwrap_or_default(),
+            c: as_type_mut(c).unwrap_or_default(),
             stride,
-            a: a.same(),
-            b: b.same(),
+            a: a.with_type(),
+            b: b.with_type(),
             size,
-            epilogue: epilogue.map(|addend| same(addend).unwrap_or_default()),
+            epilogue: epilogue.map(|addend| as_type(addend).unwrap_or_default()),
             threads,
         }
     }

@@ -6,7 +6,7 @@ use super::matrix::{Matrix, Product};
 use super::noise::{BLOCK, NoiseBlock};
 use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
-use super::wide::{convert, same_mut};
+use super::wide::{as_type_mut, convert};
 use super::{Cpu, Elements};
 use crate::backend::{Direction, FloatElement, NoiseKey, Perturb};
 use rayon::prelude::*;
@@ -42,7 +42,7 @@ pub(super) fn perturb<E: Elements>(op: Perturb<'_, Cpu<E>>) {
             let (a, b) = (Matrix::rows(&a, rank), Matrix::rows(&b, rank).t());
             // f32 has room for n where the copy goes.
             let mut apart = Vec::new();
-            let n = match same_mut(plus) {
+            let n = match as_type_mut(plus) {
                 Some(n) => n,
                 None => {
                     apart.resize(w.len(), 0.0);

@@ -2,7 +2,7 @@
 
 use super::simd::{dot, simd_kernel};
 use super::storage::{slice, slice_mut};
-use super::wide::{edit, widen};
+use super::wide::{widen, with_f32};
 use super::{Cpu, Elements};
 use crate::backend::{FloatElement, RmsNorm, RmsNormBackward};
 use rayon::prelude::*;
@@ -67,7 +67,7 @@ pub(super) fn rmsnorm_backward<E: Elements>(op: RmsNormBackward<'_, Cpu<E>>) {
             let (dy, x) = (widen(dy, &mut dy_space), widen(x, &mut x_space));
             if let Some(dx) = &mut dx {
                 let dx = &mut dx[i * width..][..width];
-                edit(dx, &mut dx_space, |dx| input_row(dy, x, weight, rstd[i], dx, accumulate_dx));
+                with_f32(dx, &mut dx_space, |dx| input_row(dy, x, weight, rstd[i], dx, accumulate_dx));
             }
             if wanted {
                 weight_row(dy, x, rstd[i], &mut sums);

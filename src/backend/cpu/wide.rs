@@ -1,31 +1,31 @@
-//! Loops written for f32, over elements of either type: f32 is taken where it lies, bf16 widened a part at a time and
-//! rounded once.
+//! f32 views of f32 or bf16 slices, for kernels that compute in f32: an f32 slice is borrowed, a bf16 slice is widened
+//! into scratch memory and its results are rounded once.
 
 use super::simd::simd_kernel;
 use crate::backend::{Element, FloatElement};
 use rayon::prelude::*;
 use std::any::TypeId;
 
-/// Whether two names stand for one type.
+/// Whether `T` and `U` are the same type.
 #[inline(always)]
-pub(super) fn is<T: Element, U: Element>() -> bool {
+pub(super) fn same_type<T: Element, U: Element>() -> bool {
     TypeId::of::<T>() == TypeId::of::<U>()
 }
 
-/// A slice as one of the same type under another name; `None` where the types differ.
+/// The slice as `&[U]` if `T` is `U`: lets generic code call what exists for one type only.
 #[inline(always)]
-pub(super) fn same<T: Element, U: Element>(x: &[T]) -> Option<&[U]> {
-    if is::<T, U>() { Some(bytemuck::cast_slice(x)) } else { None }
+pub(super) fn as_type<T: Element, U: Element>(x: &[T]) -> Option<&[U]> {
+    if same_type::<T, U>() { Some(bytemuck::cast_slice(x)) } else { None }
 }
 
-/// [`same`], to write.
+/// [`as_type`] of a mutable slice.
 #[inline(always)]
-pub(super) fn same_mut<T: Element, U: Element>(x: &mut [T]) -> Option<&mut [U]> {
-    if is::<T, U>() { Some(bytemuck::cast_slice_mut(x)) } else { None }
+pub(super) fn as_type_mut<T: Element, U: Element>(x: &mut [T]) -> Option<&mut [U]> {
+    if same_type::<T, U>() { Some(bytemuck::cast_slice_mut(x)) } else { None }
 }
 
 simd_kernel! {
-    /// Widens or narrows, to nearest even.
+    /// Converts between f32 and bf16; bf16 is rounded to nearest even.
     pub(super) fn convert<F: FloatElement, T: FloatElement>(_simd, from: &'a [F], to: &'a mut [T]) {
         for (to, x) in to.iter_mut().zip(from) {
             *to = T::from_f32(x.to_f32());
@@ -39,10 +39,10 @@ pub(super) fn convert_all<F: FloatElement, T: FloatElement>(from: &[F], to: &mut
     from.par_chunks(BLOCK).zip(to.par_chunks_mut(BLOCK)).for_each(|(from, to)| convert(from, to));
 }
 
-/// The elements as f32: themselves, or widened into `space`.
+/// The slice in f32: itself, or widened into `space`.
 #[inline(always)]
 pub(super) fn widen<'s, T: FloatElement>(x: &'s [T], space: &'s mut Vec<f32>) -> &'s [f32] {
-    if let Some(x) = same(x) {
+    if let Some(x) = as_type(x) {
         return x;
     }
     if space.len() < x.len() {
@@ -52,10 +52,10 @@ pub(super) fn widen<'s, T: FloatElement>(x: &'s [T], space: &'s mut Vec<f32>) ->
     &space[..x.len()]
 }
 
-/// Gives `f` the elements as f32, and stores what becomes of them: in place, or by way of `space`.
+/// Lets `f` modify the slice in f32: in place, or widened into `space` and rounded back afterwards.
 #[inline(always)]
-pub(super) fn edit<T: FloatElement, R>(x: &mut [T], space: &mut Vec<f32>, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    if let Some(x) = same_mut(x) {
+pub(super) fn with_f32<T: FloatElement, R>(x: &mut [T], space: &mut Vec<f32>, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    if let Some(x) = as_type_mut(x) {
         return f(x);
     }
     if space.len() < x.len() {

@@ -22,12 +22,12 @@ use std::cell::Cell;
 
 /// Rows and columns of a tile of C.
 const TILE: (usize, usize) = (14, 32);
-/// Tiles of a task, down and across: about 100 µs of work at a depth of 1024.
+/// Tiles per task, down and across: about 100 µs of work at k = 1024.
 const TASK: (usize, usize) = (8, 4);
-/// Bytes of a matrix that are packed at once, so that they are still in a cache when they are read.
+/// Bytes of a matrix packed at once: they stay in the last-level cache until they are read.
 const PACKED_BYTES: usize = 4 << 20;
 
-/// Whether this machine has the instructions.
+/// Whether the CPU has AVX-512 BF16.
 pub(super) fn available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")

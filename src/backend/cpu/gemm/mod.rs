@@ -10,7 +10,7 @@ mod widened;
 
 use super::matrix::{Matrix, Product, Threads};
 use super::storage::{slice, slice_mut};
-use super::wide::{convert_all, same_mut};
+use super::wide::{as_type_mut, convert_all};
 use super::{Cpu, Elements};
 use crate::backend::{
     Epilogue, FloatElement, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
@@ -51,16 +51,16 @@ impl<T: FloatElement, C: FloatElement> Product<'_, T, C> {
             return;
         }
         self.check();
-        if Self::is::<f32, f32>() {
-            return self.same().run_f32();
+        if Self::has_types::<f32, f32>() {
+            return self.with_types().run_f32();
         }
         #[cfg(target_arch = "x86_64")]
         if bf16_products() {
-            if Self::is::<half::bf16, half::bf16>() {
-                return bf16::product(self.same::<half::bf16, half::bf16>());
+            if Self::has_types::<half::bf16, half::bf16>() {
+                return bf16::product(self.with_types::<half::bf16, half::bf16>());
             }
-            if Self::is::<half::bf16, f32>() {
-                return bf16::product(self.same::<half::bf16, f32>());
+            if Self::has_types::<half::bf16, f32>() {
+                return bf16::product(self.with_types::<half::bf16, f32>());
             }
         }
         widened::product(self);
@@ -191,7 +191,7 @@ pub(super) fn linear_backward_input_each<E: Elements>(op: LinearBackwardInputEac
             product.scaled(1.0, accumulate || i > 0).run();
         }
     };
-    if let Some(dx) = same_mut(dx) {
+    if let Some(dx) = as_type_mut(dx) {
         return sum(dx);
     }
     let mut space = SUMS.take();

@@ -3,7 +3,7 @@
 use super::matrix_unit;
 use crate::backend::cpu::simd::{prefetch, simd_kernel};
 use crate::backend::cpu::storage::Shared;
-use crate::backend::cpu::wide::{same, widen};
+use crate::backend::cpu::wide::{as_type, widen};
 use crate::backend::{Epilogue, FloatElement, LinearShape};
 use rayon::prelude::*;
 
@@ -76,7 +76,7 @@ impl<'a, T: FloatElement> Stream<'a, T> {
             }
         };
         #[cfg(target_arch = "x86_64")]
-        if let (Some(x), Some(w), true) = (same(x), same(w), super::bf16_products()) {
+        if let (Some(x), Some(w), true) = (as_type(x), as_type(w), super::bf16_products()) {
             return bf16_rows(x, w, inputs, tokens, &mut put);
         }
         let mut space = Vec::new();

@@ -1,5 +1,5 @@
-//! Products of bf16 where the machine has no instructions for them: operands are widened a part at a time, and each
-//! element of C is rounded once.
+//! bf16 products on CPUs without bf16 instructions: blocks of the operands are widened to f32, and each element of C is
+//! rounded once.
 
 use crate::backend::cpu::matrix::{Matrix, Product, Threads};
 use crate::backend::cpu::wide::convert;
@@ -7,7 +7,7 @@ use crate::backend::{Epilogue, FloatElement};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Most rows and columns of C that are computed at a time.
+/// Largest block of C, in rows and columns.
 const PART: usize = 1024;
 
 pub(super) fn product<T: FloatElement, C: FloatElement>(product: Product<'_, T, C>) {
