@@ -205,17 +205,17 @@ ADAMW_BASELINE(adamw_masked_baseline_bf16_f32, bf16, float)
 ADAMW_BASELINE(adamw_masked_baseline_bf16_bf16, bf16, bf16)
 
 // grid: chunks of all modules, block: 256, 2 KiB for sums
-#define ADAMW_VEC8(name, Grad, Moment, blocks) \
-  extern "C" __global__ void __launch_bounds__(256, blocks) name(const Module<Grad, Moment>* table, const float2* rates, \
+#define ADAMW_VEC8(name, Grad, Moment, registers) \
+  extern "C" __global__ void __maxnreg__(registers) name(const Module<Grad, Moment>* table, const float2* rates, \
       const float* clip, uint32_t modules, uint32_t chunk, float beta1, float beta2, float inverse_root, float eps, \
       uint64_t seed, uint32_t step, uint32_t stochastic) { \
     adamw_vec8(table, rates, clip, modules, chunk, beta1, beta2, inverse_root, eps, seed, step, stochastic); \
   } \
   EXPORT(name)
-ADAMW_VEC8(adamw_masked_vec8_f32_f32, float, float, 4)
-ADAMW_VEC8(adamw_masked_vec8_f32_bf16, float, bf16, 4)
-ADAMW_VEC8(adamw_masked_vec8_bf16_f32, bf16, float, 4)
-ADAMW_VEC8(adamw_masked_vec8_bf16_bf16, bf16, bf16, 3)
+ADAMW_VEC8(adamw_masked_vec8_f32_f32, float, float, 64)
+ADAMW_VEC8(adamw_masked_vec8_f32_bf16, float, bf16, 64)
+ADAMW_VEC8(adamw_masked_vec8_bf16_f32, bf16, float, 64)
+ADAMW_VEC8(adamw_masked_vec8_bf16_bf16, bf16, bf16, 78)
 
 // grid: tensors, block: 256, 2 KiB for sums
 #define SUM_SQUARES_BASELINE(name, T)                                                             \

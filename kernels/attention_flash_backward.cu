@@ -193,8 +193,8 @@ __device__ __forceinline__ void flash_backward_query(const bf16* __restrict__ q,
   store_rows<HeadDim>(to, q_stride, rows - warp * 16, dq_acc[0], scale, scale, Smem::own(0, warp * 16), lane);
 }
 
-#define FLASH_BACKWARD(key_name, query_name, head_dim, blocks)                                                         \
-  extern "C" __global__ void __launch_bounds__(THREADS, blocks)                                                        \
+#define FLASH_BACKWARD(key_name, query_name, head_dim, key_registers, query_registers)                                 \
+  extern "C" __global__ void __maxnreg__(key_registers)                                                                \
       key_name(const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,                     \
                const bf16* __restrict__ d_o, const float* __restrict__ lse, const float* __restrict__ delta,           \
                bf16* __restrict__ dk, bf16* __restrict__ dv, float* __restrict__ partial,                              \
@@ -206,7 +206,7 @@ __device__ __forceinline__ void flash_backward_query(const bf16* __restrict__ q,
   }                                                                                                                    \
   EXPORT(key_name)                                                                                                     \
   SHARED_BYTES(key_name, SmemLayout<head_dim>::BYTES)                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS, blocks)                                                        \
+  extern "C" __global__ void __maxnreg__(query_registers)                                                              \
       query_name(const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,                   \
                  const bf16* __restrict__ d_o, const float* __restrict__ lse, const float* __restrict__ delta,         \
                  bf16* __restrict__ dq, const uint32_t* __restrict__ starts, int documents, int tokens, int heads,     \
@@ -219,8 +219,8 @@ __device__ __forceinline__ void flash_backward_query(const bf16* __restrict__ q,
 
 // key: grid kv_heads · parts × ceil(tokens / 64); query: grid heads × ceil(tokens / 64); block: 128, shared: 768 ·
 // head_dim bytes
-FLASH_BACKWARD(attention_backward_key_flash_hd64_bf16, attention_backward_query_flash_hd64_bf16, 64, 3)
-FLASH_BACKWARD(attention_backward_key_flash_hd128_bf16, attention_backward_query_flash_hd128_bf16, 128, 2)
+FLASH_BACKWARD(attention_backward_key_flash_hd64_bf16, attention_backward_query_flash_hd64_bf16, 64, 168, 158)
+FLASH_BACKWARD(attention_backward_key_flash_hd128_bf16, attention_backward_query_flash_hd128_bf16, 128, 247, 198)
 
 // Adds the parts of four values of dK or dV, in order; n = tokens · kv_heads · head_dim, a multiple of 4.
 // grid: ceil(n / 1024) × 2 (dK, dV), block: 256, no shared memory

@@ -144,7 +144,8 @@ __device__ __forceinline__ void product(const Maps& a, const Maps& b, const Out&
 #define GEMM_SCHEDULE {{m0, m1, m2}, {n0, n1, n2}, {k0, k1, k2}, splits}
 
 // The kernels of a layout. grid: at most the tiles times splits (one block an SM is of use), block: 384, shared:
-// SharedLayout::BYTES. Boxes of C [splits, m, n] and of the source [1, m, n] are 64 rows of 128 bytes. TN and NT: k is k0; NN: m and n are m0 and n0, C is c0.
+// SharedLayout::BYTES. Boxes of C [splits, m, n] and of the source [1, m, n] are 64 rows of 128 bytes. TN and NT: k is
+// k0; NN: m and n are m0 and n0, C is c0.
 #define GEMM_STORE(LAYOUT, name, COLUMNS, dtype, T)                                                                    \
   extern "C" __global__ void __launch_bounds__(384, 1) gemm_##name##_wgmma##COLUMNS##_##dtype(                         \
       GEMM_MAPS(a), GEMM_MAPS(b), GEMM_MAPS(c), uint32_t accumulate, GEMM_SIZES) {                                     \

@@ -1,10 +1,10 @@
 // What every kernel file includes, and nothing else: nvcc gets the device language and these wrappers of PTX; a C++
-// compiler gets the CPU stand-in of the same names (tests/standin/cpp/device.h), so that the very same kernels run in tests
-// without a GPU.
+// compiler gets the CPU stand-in of the same names (tests/standin/cpp/device.h), so that the very same kernels run in
+// tests without a GPU.
 //
 // Rules for kernel files: PTX only in prelude*.cuh, each wrapper with its twin in the stand-in; dynamic shared memory
-// is `dynamic_shared`; every kernel is `extern "C" __global__` with `__launch_bounds__` and is named once in EXPORT, and
-// in SHARED_BYTES where it uses that memory; bf16 arithmetic goes through f32.
+// is `dynamic_shared`; every kernel is `extern "C" __global__` with `__launch_bounds__` or `__maxnreg__` and is named
+// once in EXPORT, and in SHARED_BYTES where it uses that memory; bf16 arithmetic goes through f32.
 #pragma once
 #ifndef __CUDACC__
 #include "device.h"

@@ -19,8 +19,8 @@
 // and pointers aligned to 16 bytes. lanes: width up to 256 (q and k norms), 2 to 32 lanes a row. warp: forward to
 // 1024, a warp a row. rowN: width up to N, a block a row with the row in registers and one barrier a row; backward
 // keeps the part's sums of dweight in registers too, and fetches the next row before it reduces this one. There, a
-// vector a thread is 63 registers on sm_90, so that 32 warps of row4096 share a multiprocessor; two vectors are 113, for
-// 16 warps. A row is read once in all but the baseline. Shared memory is read and written by consecutive lanes at
+// vector a thread is 63 registers on sm_90, so that 32 warps of row4096 share a multiprocessor; two vectors are 113,
+// for 16 warps. A row is read once in all but the baseline. Shared memory is read and written by consecutive lanes at
 // consecutive words or 16-byte words: no bank conflicts.
 #include "prelude.cuh"
 

@@ -16,8 +16,8 @@ union Bf16x4 {
 
 __device__ __forceinline__ bool aligned16(const void* p) { return ((uintptr_t)p & 15) == 0; }
 
-// The access of whole, aligned groups; `Once`: streaming, for data that no one reads again soon. Eight f32 take two accesses, each
-// of which leaves every other 16 bytes to the other: where f32 is streamed, threads take groups of four.
+// The access of whole, aligned groups; `Once`: streaming, for data that no one reads again soon. Eight f32 take two
+// accesses, each of which leaves every other 16 bytes to the other: where f32 is streamed, threads take groups of four.
 template <bool Once, class V> __device__ __forceinline__ V load_vector(const V* p) {
   return Once ? load_streaming(p) : *p;
 }

@@ -13,12 +13,21 @@ const REGISTERS: u8 = 0x2f;
 pub struct Kernel {
     /// Offset and bytes of each parameter.
     pub parameters: BTreeMap<u16, (u32, u32)>,
-    /// Maximum threads of a block, from `__launch_bounds__`.
-    pub threads: Option<usize>,
+    /// Maximum threads of a block by `__launch_bounds__`, if it has them.
+    launch_bounds: Option<usize>,
     /// Registers of a thread.
     pub registers: usize,
     /// Static shared memory; from compute capability 9.0 on including the KiB that the driver reserves for each block.
     pub static_bytes: usize,
+}
+
+impl Kernel {
+    /// Maximum threads of a block: by `__launch_bounds__`, else by the registers of a multiprocessor, which are allocated
+    /// by 256 a warp, warps by four.
+    pub fn threads(&self) -> usize {
+        let warps = (1 << 16) / (32 * self.registers.max(1)).next_multiple_of(256) / 4 * 4;
+        self.launch_bounds.unwrap_or((32 * warps).min(1024))
+    }
 }
 
 /// The code of a kernel file for one architecture.
@@ -98,7 +107,7 @@ pub fn read(cubin: &[u8]) -> Cubin {
                     let (ordinal, offset) = (number(bytes, 4, 2) as u16, number(bytes, 6, 2) as u32);
                     kernel.parameters.insert(ordinal, (offset, number(bytes, 8, 4) as u32 >> 18));
                 }
-                MAX_THREADS => kernel.threads = Some((0..3).map(|i| number(bytes, 4 * i, 4)).product()),
+                MAX_THREADS => kernel.launch_bounds = Some((0..3).map(|i| number(bytes, 4 * i, 4)).product()),
                 _ => {}
             }
         }
@@ -132,8 +141,9 @@ pub fn resources(cubins: &[PathBuf]) -> String {
     let mut lines = String::new();
     for path in cubins {
         let Cubin { architecture, kernels, .. } = read(&std::fs::read(path).expect("a readable cubin"));
-        for (name, Kernel { registers, static_bytes, threads, .. }) in kernels {
-            lines += &format!("{architecture} {name} {registers} {static_bytes} {}\n", threads.unwrap_or(1024));
+        for (name, Kernel { registers, static_bytes, launch_bounds, .. }) in kernels {
+            let threads = launch_bounds.unwrap_or(1024);
+            lines += &format!("{architecture} {name} {registers} {static_bytes} {threads}\n");
         }
     }
     lines
