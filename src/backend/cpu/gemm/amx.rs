@@ -208,7 +208,7 @@ struct Block {
 ///
 /// # Safety
 /// The unit is [`available`].
-unsafe fn configure() {
+pub(super) unsafe fn configure() {
     #[repr(C, align(64))]
     struct Configuration {
         palette: u8,

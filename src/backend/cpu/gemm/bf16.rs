@@ -1,31 +1,37 @@
-//! Products of bf16 matrices with f32 sums, by `vdpbf16ps` (AVX-512 BF16: Cooper Lake, Zen 4 and later).
+//! Products of bf16 matrices with f32 sums, by `vdpbf16ps` (AVX-512 BF16: Cooper Lake, Zen 4 and later) or on the matrix
+//! unit (AMX: Sapphire Rapids and later).
 //!
-//! A tile of C, 14 rows × 32 columns, is summed in 28 vector registers over the whole depth and written once, so a
-//! result is rounded once. The instruction adds a pair of products to each f32 sum: B is packed into panels [k / 2, 32]
-//! of pairs (k, k + 1); A gives one pair to all lanes, read from its rows where these are contiguous in k, else from
-//! panels [k / 2, 14]. The depth is not blocked: a panel of B streams from L2 at 5 bytes a cycle, of 32 that it
-//! delivers. Subnormal operands and results count as 0; sums round to nearest even, in an order that depends on k
+//! A tile of C is summed in registers over the whole depth and written once, so a result is rounded once. Both
+//! instructions add pairs of products to each f32 sum: B is packed into panels [pairs, 32] of pairs (k, k + 1); A is
+//! read from its rows where these are contiguous in k, else it is packed as well. The depth is not blocked: a panel of B
+//! streams from L2. Subnormal operands and results count as 0; sums round to nearest even, in an order that depends on k
 //! alone.
 
 mod dots;
 mod pack;
+#[cfg(target_os = "linux")]
+mod tiles;
+mod vectors;
 
 pub(super) use dots::dots;
 
 use crate::backend::Epilogue;
-use crate::backend::cpu::matrix::{self, Threads};
+use crate::backend::cpu::matrix::{self, Matrix, Threads};
 use half::bf16;
-use pack::pack;
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 use std::cell::Cell;
+use std::ops::Range;
 
-/// Rows and columns of a tile of C.
-const TILE: (usize, usize) = (14, 32);
+/// Columns of a tile of C.
+const COLUMNS: usize = 32;
 /// Tiles per task, down and across: about 100 µs of work at k = 1024.
 const TASK: (usize, usize) = (8, 4);
 /// Bytes of a matrix packed at once: they stay in the last-level cache until they are read.
 const PACKED_BYTES: usize = 4 << 20;
+/// Rows, columns and depths from which the matrix unit pays.
+#[cfg(target_os = "linux")]
+const MATRIX_UNIT: usize = 16;
 
 /// Whether the CPU has AVX-512 BF16.
 pub(super) fn available() -> bool {
@@ -41,47 +47,105 @@ pub(super) fn available() -> bool {
 /// Where the machine lacks the instructions.
 pub(super) fn product<T: Output>(product: matrix::Product<'_, bf16, T>) {
     assert!(available());
+    #[cfg(target_os = "linux")]
+    {
+        let (m, n, k) = product.size;
+        if m.min(n).min(k) >= MATRIX_UNIT && super::amx::available() {
+            return run::<_, tiles::Tiles<tiles::Amx>>(product);
+        }
+    }
+    run::<_, vectors::Vectors>(product);
+}
+
+/// How a tile of C is summed.
+trait Kernel {
+    /// Rows of a tile of C.
+    const ROWS: usize;
+    /// Pairs to a multiple of which operands are packed.
+    const PAIRS: usize;
+
+    /// Packs rows of an A that is not contiguous in k: [`Kernel::ROWS`] · `pairs` words a tile.
+    fn pack_a(a: Matrix<'_, bf16>, range: Range<usize>, k: usize, packed: &mut Vec<u32>, threads: Threads);
+
+    /// Prepares the calling thread for the tiles of a task.
+    ///
+    /// # Safety
+    /// The machine has the instructions.
+    unsafe fn begin() {}
+
+    /// Sums a tile of C over the whole depth; `b` is a panel.
+    ///
+    /// # Safety
+    /// A and C hold the tile, which no other thread writes; the machine has the instructions; the thread has begun.
+    unsafe fn tile<T: Output>(product: &Product<'_, T>, a: Rows, b: &[u32], place: Place);
+
+    /// Ends what [`Kernel::begin`] began.
+    ///
+    /// # Safety
+    /// As [`Kernel::begin`].
+    unsafe fn end() {}
+}
+
+/// Rows of A: the first element, and the elements from one row to the next if they lie in the matrix itself.
+#[derive(Clone, Copy)]
+struct Rows {
+    first: *const bf16,
+    stride: usize,
+    layout: Layout,
+}
+
+/// Where the rows of A lie.
+#[derive(Clone, Copy, PartialEq)]
+enum Layout {
+    /// In the matrix itself, contiguous in k.
+    Matrix,
+    /// Packed by [`Kernel::pack_a`].
+    Packed,
+}
+
+fn run<T: Output, K: Kernel>(product: matrix::Product<'_, bf16, T>) {
     let matrix::Product { c, stride, a, b, size: (m, n, k), epilogue, threads } = product;
     let product = Product { c: c.as_mut_ptr(), stride, columns: n, depth: k, epilogue };
-    let pairs = k.div_ceil(2);
+    let pairs = k.div_ceil(2).next_multiple_of(K::PAIRS);
     let packed_at_once = |panel: usize| (PACKED_BYTES / 4 / (panel * pairs.max(1))).max(1) * panel;
     let by_rows = a.column_stride == 1;
-    let (rows_at_once, columns_at_once) = (if by_rows { m } else { packed_at_once(TILE.0) }, packed_at_once(TILE.1));
+    let (rows_at_once, columns_at_once) = (if by_rows { m } else { packed_at_once(K::ROWS) }, packed_at_once(COLUMNS));
     let [mut packed_a, mut packed_b] = PACKED.take();
     for column in (0..n).step_by(columns_at_once) {
         let columns = columns_at_once.min(n - column);
-        pack::<{ TILE.1 }>(b.t(), column..column + columns, k, &mut packed_b, threads);
+        pack::pack::<COLUMNS>(b.t(), column..column + columns, k, pairs, &mut packed_b, threads);
         for row in (0..m).step_by(rows_at_once.max(1)) {
             let rows = rows_at_once.min(m - row);
             if !by_rows && (column == 0 || rows < m) {
-                pack::<{ TILE.0 }>(a, row..row + rows, k, &mut packed_a, threads);
+                K::pack_a(a, row..row + rows, k, &mut packed_a, threads);
             }
-            let (down, across) = (rows.div_ceil(TILE.0), columns.div_ceil(TILE.1));
+            let (down, across) = (rows.div_ceil(K::ROWS), columns.div_ceil(COLUMNS));
             let blocks = down.div_ceil(TASK.0);
             let (product, packed_a, packed_b) = (&product, &packed_a, &packed_b);
             for_each(blocks * across.div_ceil(TASK.1), threads, |task| {
                 let (block, strip) = (task % blocks * TASK.0, task / blocks * TASK.1);
+                // SAFETY: the machine has the instructions.
+                unsafe { K::begin() };
                 for j in strip..across.min(strip + TASK.1) {
-                    let b = &packed_b[j * TILE.1 * pairs..][..TILE.1 * pairs];
+                    let b = &packed_b[j * COLUMNS * pairs..][..COLUMNS * pairs];
                     for i in block..down.min(block + TASK.0) {
                         let place = Place {
-                            row: row + i * TILE.0,
-                            column: column + j * TILE.1,
-                            rows: TILE.0.min(rows - i * TILE.0),
+                            row: row + i * K::ROWS,
+                            column: column + j * COLUMNS,
+                            rows: K::ROWS.min(rows - i * K::ROWS),
+                        };
+                        let (first, layout) = if by_rows {
+                            (a.data[place.row * a.row_stride..].as_ptr(), Layout::Matrix)
+                        } else {
+                            (packed_a[i * K::ROWS * pairs..].as_ptr().cast(), Layout::Packed)
                         };
                         // SAFETY: the machine has the instructions; the matrices hold the rows and columns of the
                         // tile, and no other task has this tile of C.
-                        unsafe {
-                            if by_rows {
-                                let first = a.data.as_ptr().add(place.row * a.row_stride);
-                                product.tile::<1>(first, a.row_stride, b, place);
-                            } else {
-                                let first = packed_a[i * TILE.0 * pairs..].as_ptr().cast();
-                                product.tile::<{ TILE.0 }>(first, 2, b, place);
-                            }
-                        }
+                        unsafe { K::tile(product, Rows { first, stride: a.row_stride, layout }, b, place) };
                     }
                 }
+                // SAFETY: as above.
+                unsafe { K::end() };
             });
         }
     }
@@ -128,47 +192,26 @@ struct Place {
 }
 
 impl<T: Output> Product<'_, T> {
-    /// Pair p of row i of A is at `a + i·stride + 2·STEP·p`, rows behind the last are not read; B is a panel.
+    /// Stores 32 sums of a row of C, those that it has.
     ///
     /// # Safety
-    /// A and B hold the tile, which no other thread writes; the machine has the instructions.
+    /// That of [`Product::store`].
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-    unsafe fn tile<const STEP: usize>(&self, a: *const bf16, stride: usize, b: &[u32], place: Place) {
-        let rows: [*const bf16; TILE.0] = std::array::from_fn(|i| a.wrapping_add(i.min(place.rows - 1) * stride));
-        let mut sums = [[_mm512_setzero_ps(); 2]; TILE.0];
-        // Of rows that are contiguous in k, the last of an odd depth has no partner.
-        let whole = if STEP == 1 { self.depth / 2 } else { self.depth.div_ceil(2) };
-        for p in 0..whole {
-            // SAFETY: the panel has a pair of 32 columns for each p, A one of each row.
-            unsafe {
-                let columns = load_pairs(b.as_ptr().add(p * TILE.1));
-                for (sums, row) in sums.iter_mut().zip(rows) {
-                    let pair = row.add(2 * STEP * p).cast::<u32>().read_unaligned();
-                    add_products(sums, pair, columns);
-                }
-            }
-        }
-        if 2 * whole < self.depth {
-            // SAFETY: as above, and element depth − 1 is the last of a row.
-            unsafe {
-                let columns = load_pairs(b.as_ptr().add(whole * TILE.1));
-                for (sums, row) in sums.iter_mut().zip(rows) {
-                    add_products(sums, u32::from((*row.add(self.depth - 1)).to_bits()), columns);
-                }
-            }
-        }
-        for (i, sums) in sums.iter().enumerate().take(place.rows) {
-            for (half, sum) in sums.iter().enumerate() {
-                let column = place.column + 16 * half;
-                if column < self.columns {
-                    // SAFETY: row and column are inside of C, and the mask ends with the row.
-                    unsafe { self.store(place.row + i, column, lanes(self.columns - column), *sum) };
-                }
+    unsafe fn store_row(&self, row: usize, column: usize, sums: [__m512; 2]) {
+        for (half, sum) in sums.into_iter().enumerate() {
+            let column = column + 16 * half;
+            if column < self.columns {
+                // SAFETY: the mask ends with the row; the caller's.
+                unsafe { self.store(row, column, lanes(self.columns - column), sum) };
             }
         }
     }
 
     /// Applies the epilogue to 16 elements of a row of C.
+    ///
+    /// # Safety
+    /// C has the row and the lanes of the mask, which no other thread writes; the machine has the instructions.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn store(&self, row: usize, column: usize, mask: __mmask16, sum: __m512) {
@@ -189,28 +232,6 @@ impl<T: Output> Product<'_, T> {
             }
             T::store(to, mask, value);
         }
-    }
-}
-
-/// 16 pairs of two groups of columns.
-///
-/// # Safety
-/// `from` holds 32 words.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn load_pairs(from: *const u32) -> [__m512bh; 2] {
-    // SAFETY: as the function's; the types have the same bits.
-    unsafe { std::mem::transmute([_mm512_loadu_epi32(from.cast()), _mm512_loadu_epi32(from.add(16).cast())]) }
-}
-
-/// Adds to each column's sum the products of its pair and `pair`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn add_products(sums: &mut [__m512; 2], pair: u32, columns: [__m512bh; 2]) {
-    // SAFETY: the types have the same bits.
-    let pair: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(pair as i32)) };
-    for (sum, columns) in sums.iter_mut().zip(columns) {
-        *sum = _mm512_dpbf16_ps(*sum, pair, columns);
     }
 }
 
@@ -270,7 +291,6 @@ impl Output for bf16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::matrix::Matrix;
 
     fn numbers(seed: u32, len: usize) -> Vec<bf16> {
         let mut state = seed;
@@ -281,13 +301,36 @@ mod tests {
         (0..len).map(|_| bf16::from_f32(next())).collect()
     }
 
-    /// All layouts, tails and epilogues: one rounding of the f64 result, but for what sums in f32 are off by.
     #[test]
-    fn every_layout_and_epilogue() {
-        if !available() {
-            return;
+    fn vectors_in_every_layout_and_epilogue() {
+        if available() {
+            every_layout_and_epilogue::<vectors::Vectors>();
         }
-        for size in [(1, 1, 1), (14, 32, 64), (15, 33, 31), (37, 45, 71), (3, 100, 130), (130, 70, 33), (300, 515, 2)] {
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn tiles_in_every_layout_and_epilogue() {
+        if available() {
+            every_layout_and_epilogue::<tiles::Tiles<tiles::Emulated>>();
+        }
+        if available() && super::super::amx::available() {
+            every_layout_and_epilogue::<tiles::Tiles<tiles::Amx>>();
+        }
+    }
+
+    /// All layouts, tails and epilogues: one rounding of the f64 result, but for what sums in f32 are off by.
+    fn every_layout_and_epilogue<K: Kernel>() {
+        for size in [
+            (1, 1, 1),
+            (14, 32, 64),
+            (15, 33, 31),
+            (37, 45, 71),
+            (3, 100, 130),
+            (130, 70, 33),
+            (300, 515, 2),
+            (70, 64, 96),
+        ] {
             let (m, n, k) = size;
             let (x, y) = (numbers(1, m * k), numbers(2, k * n));
             let (bias, residual, before) = (numbers(3, n), numbers(4, m * n), numbers(5, m * n));
@@ -302,8 +345,14 @@ mod tests {
                         };
                         let mut narrow = before.clone();
                         let mut wide: Vec<f32> = before.iter().map(|x| x.to_f32()).collect();
-                        product(matrix::Product { epilogue, ..matrix::Product::new(&mut narrow[..], n, a, b, size) });
-                        product(matrix::Product { epilogue, ..matrix::Product::serial(&mut wide[..], n, a, b, size) });
+                        run::<_, K>(matrix::Product {
+                            epilogue,
+                            ..matrix::Product::new(&mut narrow[..], n, a, b, size)
+                        });
+                        run::<_, K>(matrix::Product {
+                            epilogue,
+                            ..matrix::Product::serial(&mut wide[..], n, a, b, size)
+                        });
                         for i in 0..m {
                             for (j, bias) in bias.iter().enumerate() {
                                 let element = |x: Matrix<'_, bf16>, i: usize, j: usize| {

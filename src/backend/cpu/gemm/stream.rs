@@ -58,9 +58,9 @@ impl<'a, T: FloatElement> Stream<'a, T> {
         let rows = self.rows_a_block();
         let range = block * rows..outputs.min((block + 1) * rows);
         let w = &w[range.start * inputs..range.end * inputs];
-        let mut put = |row: usize, token: usize, sums: &[&[f32]]| {
+        let mut put = |row: usize, token: usize, count: usize, sums: &[[f32; TILE.1]]| {
             for (row, sums) in (range.start + row..).zip(sums) {
-                for (token, sum) in (token..).zip(sums.iter()) {
+                for (token, sum) in (token..).zip(&sums[..count]) {
                     let at = token * outputs + row;
                     // SAFETY: each block writes the columns of its own outputs, and runs once.
                     let y = unsafe { &mut self.y.range(at..at + 1)[0] };
@@ -84,47 +84,46 @@ impl<'a, T: FloatElement> Stream<'a, T> {
     }
 }
 
-/// Takes the first row of W, the first row of X and the products of the rows of W from there, a slice each, with the
-/// rows of X from there.
-type Put<'a> = dyn FnMut(usize, usize, &[&[f32]]) + 'a;
+/// Takes the first row of W, the first row and the number of rows of X, and the sums of each row of W from there.
+type Put<'a> = dyn FnMut(usize, usize, usize, &[[f32; TILE.1]]) + 'a;
 
-/// First row and number of rows of W, and the same of X, of all tiles of the products. An iterator, because the body of a
-/// loop is compiled with the vectors of its kernel, and a closure is not.
-fn tiles(w_rows: usize, tokens: usize, most: usize) -> impl Iterator<Item = ((usize, usize), (usize, usize))> {
-    let rows_a_tile = if tokens == 1 { 1 } else { TILE.0 };
-    (0..w_rows).step_by(rows_a_tile).flat_map(move |first| {
-        let rows = rows_a_tile.min(w_rows - first);
-        (0..tokens).step_by(most).map(move |token| ((first, rows), (token, most.min(tokens - token))))
-    })
+/// Rows of W whose sums are taken side by side.
+fn rows_a_tile(tokens: usize) -> usize {
+    if tokens == 1 { 1 } else { TILE.0 }
 }
 
 simd_kernel! {
-    /// All products of a row of W and a row of X, a few rows of both at a time.
+    /// All products of a row of W and a row of X, a few rows of both at a time. Loops, not iterators with closures: a
+    /// closure is not compiled with the vectors of its kernel.
     fn stream_rows<T: FloatElement>(simd, x: &'a [f32], w: &'a [T], inputs: usize, tokens: usize, put: &'a mut Put<'a>) {
         // Of 16 registers, half as many sums.
         let most = if S::REGISTER_COUNT >= 32 { TILE.1 } else { TILE.1 / 2 };
+        let rows_a_tile = rows_a_tile(tokens);
         let mut space = Vec::new();
-        for ((first, rows), (token, count)) in tiles(w.len() / inputs.max(1), tokens, most) {
-            let x = &x[token * inputs..][..count * inputs];
-            let w = widen(&w[first * inputs..][..rows * inputs], &mut space);
-            let mut sums = [[0.0; TILE.1]; TILE.0];
+        for (first, w) in (0..).step_by(rows_a_tile).zip(w.chunks(rows_a_tile * inputs.max(1))) {
+            let rows = w.len() / inputs.max(1);
+            let w = widen(w, &mut space);
             // Of several rows, the same place of the next ones.
             let ahead = if rows == 1 { AHEAD } else { TILE.0 * inputs };
-            match (rows, count) {
-                (1, 1) => dots::<S, 1, 1>(simd, x, w, ahead, &mut sums),
-                (1, 2) => dots::<S, 1, 2>(simd, x, w, ahead, &mut sums),
-                (1, 3) => dots::<S, 1, 3>(simd, x, w, ahead, &mut sums),
-                (1, 4) => dots::<S, 1, 4>(simd, x, w, ahead, &mut sums),
-                (1, 5) => dots::<S, 1, 5>(simd, x, w, ahead, &mut sums),
-                (1, _) => dots::<S, 1, 6>(simd, x, w, ahead, &mut sums),
-                (_, 1) => dots::<S, 2, 1>(simd, x, w, ahead, &mut sums),
-                (_, 2) => dots::<S, 2, 2>(simd, x, w, ahead, &mut sums),
-                (_, 3) => dots::<S, 2, 3>(simd, x, w, ahead, &mut sums),
-                (_, 4) => dots::<S, 2, 4>(simd, x, w, ahead, &mut sums),
-                (_, 5) => dots::<S, 2, 5>(simd, x, w, ahead, &mut sums),
-                _ => dots::<S, 2, 6>(simd, x, w, ahead, &mut sums),
+            for (token, x) in (0..).step_by(most).zip(x[..tokens * inputs].chunks(most * inputs.max(1))) {
+                let count = x.len() / inputs.max(1);
+                let mut sums = [[0.0; TILE.1]; TILE.0];
+                match (rows, count) {
+                    (1, 1) => dots::<S, 1, 1>(simd, x, w, ahead, &mut sums),
+                    (1, 2) => dots::<S, 1, 2>(simd, x, w, ahead, &mut sums),
+                    (1, 3) => dots::<S, 1, 3>(simd, x, w, ahead, &mut sums),
+                    (1, 4) => dots::<S, 1, 4>(simd, x, w, ahead, &mut sums),
+                    (1, 5) => dots::<S, 1, 5>(simd, x, w, ahead, &mut sums),
+                    (1, _) => dots::<S, 1, 6>(simd, x, w, ahead, &mut sums),
+                    (_, 1) => dots::<S, 2, 1>(simd, x, w, ahead, &mut sums),
+                    (_, 2) => dots::<S, 2, 2>(simd, x, w, ahead, &mut sums),
+                    (_, 3) => dots::<S, 2, 3>(simd, x, w, ahead, &mut sums),
+                    (_, 4) => dots::<S, 2, 4>(simd, x, w, ahead, &mut sums),
+                    (_, 5) => dots::<S, 2, 5>(simd, x, w, ahead, &mut sums),
+                    _ => dots::<S, 2, 6>(simd, x, w, ahead, &mut sums),
+                }
+                put(first, token, count, &sums[..rows]);
             }
-            put(first, token, &sums.each_ref().map(|sums| &sums[..count])[..rows]);
         }
     }
 }
@@ -133,29 +132,33 @@ simd_kernel! {
 #[cfg(target_arch = "x86_64")]
 fn bf16_rows(x: &[half::bf16], w: &[half::bf16], inputs: usize, tokens: usize, put: &mut Put<'_>) {
     use super::bf16::dots;
-    for ((first, rows), (token, count)) in tiles(w.len() / inputs.max(1), tokens, TILE.1) {
-        let x = x[token * inputs..][..count * inputs].as_ptr();
-        let w = w[first * inputs..][..rows * inputs].as_ptr();
-        let mut sums = [[0.0; TILE.1]; TILE.0];
+    let rows_a_tile = rows_a_tile(tokens);
+    for (first, w) in (0..).step_by(rows_a_tile).zip(w.chunks(rows_a_tile * inputs.max(1))) {
+        let rows = w.len() / inputs.max(1);
         let ahead = if rows == 1 { 2 * AHEAD } else { TILE.0 * inputs };
-        // SAFETY: the slices just cut; the caller knows of the instructions.
-        unsafe {
-            match (rows, count) {
-                (1, 1) => dots::<1, 1, _, _>(x, w, inputs, ahead, &mut sums),
-                (1, 2) => dots::<1, 2, _, _>(x, w, inputs, ahead, &mut sums),
-                (1, 3) => dots::<1, 3, _, _>(x, w, inputs, ahead, &mut sums),
-                (1, 4) => dots::<1, 4, _, _>(x, w, inputs, ahead, &mut sums),
-                (1, 5) => dots::<1, 5, _, _>(x, w, inputs, ahead, &mut sums),
-                (1, _) => dots::<1, 6, _, _>(x, w, inputs, ahead, &mut sums),
-                (_, 1) => dots::<2, 1, _, _>(x, w, inputs, ahead, &mut sums),
-                (_, 2) => dots::<2, 2, _, _>(x, w, inputs, ahead, &mut sums),
-                (_, 3) => dots::<2, 3, _, _>(x, w, inputs, ahead, &mut sums),
-                (_, 4) => dots::<2, 4, _, _>(x, w, inputs, ahead, &mut sums),
-                (_, 5) => dots::<2, 5, _, _>(x, w, inputs, ahead, &mut sums),
-                _ => dots::<2, 6, _, _>(x, w, inputs, ahead, &mut sums),
+        for (token, x) in (0..).step_by(TILE.1).zip(x[..tokens * inputs].chunks(TILE.1 * inputs.max(1))) {
+            let count = x.len() / inputs.max(1);
+            let (x, w) = (x.as_ptr(), w.as_ptr());
+            let mut sums = [[0.0; TILE.1]; TILE.0];
+            // SAFETY: the slices just cut; the caller knows of the instructions.
+            unsafe {
+                match (rows, count) {
+                    (1, 1) => dots::<1, 1, _, _>(x, w, inputs, ahead, &mut sums),
+                    (1, 2) => dots::<1, 2, _, _>(x, w, inputs, ahead, &mut sums),
+                    (1, 3) => dots::<1, 3, _, _>(x, w, inputs, ahead, &mut sums),
+                    (1, 4) => dots::<1, 4, _, _>(x, w, inputs, ahead, &mut sums),
+                    (1, 5) => dots::<1, 5, _, _>(x, w, inputs, ahead, &mut sums),
+                    (1, _) => dots::<1, 6, _, _>(x, w, inputs, ahead, &mut sums),
+                    (_, 1) => dots::<2, 1, _, _>(x, w, inputs, ahead, &mut sums),
+                    (_, 2) => dots::<2, 2, _, _>(x, w, inputs, ahead, &mut sums),
+                    (_, 3) => dots::<2, 3, _, _>(x, w, inputs, ahead, &mut sums),
+                    (_, 4) => dots::<2, 4, _, _>(x, w, inputs, ahead, &mut sums),
+                    (_, 5) => dots::<2, 5, _, _>(x, w, inputs, ahead, &mut sums),
+                    _ => dots::<2, 6, _, _>(x, w, inputs, ahead, &mut sums),
+                }
             }
+            put(first, token, count, &sums[..rows]);
         }
-        put(first, token, &sums.each_ref().map(|sums| &sums[..count])[..rows]);
     }
 }
 

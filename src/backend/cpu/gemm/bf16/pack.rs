@@ -7,16 +7,16 @@ use half::bf16;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// Rows `range` of `matrix` [.., k] as panels of `N` rows: pair p of row i is word p·N + i of its panel; rows and
-/// elements that are missing are 0.
+/// Rows `range` of `matrix` [.., k] as panels of `N` rows, `pairs` deep: pair p of row i is word p·N + i of its panel; rows
+/// and elements that are missing are 0.
 pub(super) fn pack<const N: usize>(
     matrix: Matrix<'_, bf16>,
     range: Range<usize>,
     k: usize,
+    pairs: usize,
     packed: &mut Vec<u32>,
     threads: Threads,
 ) {
-    let pairs = k.div_ceil(2);
     let len = range.len().div_ceil(N) * N * pairs;
     if packed.len() < len {
         packed.resize(len, 0);
@@ -31,9 +31,9 @@ pub(super) fn pack<const N: usize>(
         // SAFETY: the machine has the instructions, and `product` checked that the matrix has these rows.
         unsafe {
             if matrix.column_stride == 1 {
-                pack_rows(source, rows, k, panel)
+                pack_rows::<N>(source, rows, k, panel)
             } else {
-                pack_columns(source, rows, k, panel)
+                pack_columns::<N>(source, rows, k, panel)
             }
         }
     });
@@ -50,11 +50,10 @@ fn pair(matrix: Matrix<'_, bf16>, row: usize, pair: usize, k: usize) -> u32 {
 
 /// A panel from rows that are contiguous in k: blocks of 16 × 16 pairs are transposed in registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_rows(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut [u32]) {
-    let width = panel.len() / k.div_ceil(2);
+unsafe fn pack_rows<const N: usize>(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut [u32]) {
     let whole = k / 2 / 16 * 16;
-    for group in (0..width).step_by(16) {
-        let mask = lanes(width - group);
+    for group in (0..N).step_by(16) {
+        let mask = lanes(N - group);
         for first in (0..whole).step_by(16) {
             let mut block = [_mm512_setzero_si512(); 16];
             for (i, row) in block.iter_mut().take(rows.saturating_sub(group)).enumerate() {
@@ -63,15 +62,15 @@ unsafe fn pack_rows(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut
                 *row = unsafe { _mm512_loadu_epi32(from.as_ptr().cast()) };
             }
             for (j, column) in transpose(block).into_iter().enumerate() {
-                let to = &mut panel[(first + j) * width + group..];
-                assert!(to.len() >= 16.min(width - group));
+                let to = &mut panel[(first + j) * N + group..];
+                assert!(to.len() >= 16.min(N - group));
                 // SAFETY: the lanes of the mask are inside of the panel, as just asserted.
                 unsafe { _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), mask, column) };
             }
         }
     }
-    for p in whole..k.div_ceil(2) {
-        for (i, to) in panel[p * width..][..width].iter_mut().enumerate() {
+    for p in whole..panel.len() / N {
+        for (i, to) in panel[p * N..][..N].iter_mut().enumerate() {
             *to = if i < rows { pair(matrix, i, p, k) } else { 0 };
         }
     }
@@ -79,10 +78,9 @@ unsafe fn pack_rows(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut
 
 /// A panel from rows that lie beside one another, element for element: two columns of k are interleaved.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_columns(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut [u32]) {
-    let width = panel.len() / k.div_ceil(2);
-    for (p, to) in panel.chunks_exact_mut(width).enumerate() {
-        if matrix.row_stride != 1 || 2 * p + 1 == k {
+unsafe fn pack_columns<const N: usize>(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &mut [u32]) {
+    for (p, to) in panel.chunks_exact_mut(N).enumerate() {
+        if matrix.row_stride != 1 || 2 * p + 1 >= k {
             to.iter_mut().enumerate().for_each(|(i, to)| *to = if i < rows { pair(matrix, i, p, k) } else { 0 });
             continue;
         }
@@ -97,6 +95,27 @@ unsafe fn pack_columns(matrix: Matrix<'_, bf16>, rows: usize, k: usize, panel: &
                 let pairs =
                     _mm512_or_epi32(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)));
                 _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), lanes(to.len()), pairs);
+            }
+        }
+    }
+}
+
+/// Turns each 16 pairs of a panel of 32 rows into two tiles of 16 rows of 16 pairs.
+#[cfg(target_os = "linux")]
+#[target_feature(enable = "avx512f")]
+pub(super) fn turn(panel: &mut [u32]) {
+    for step in panel.chunks_exact_mut(512) {
+        let mut halves = [[_mm512_setzero_si512(); 16]; 2];
+        for (p, pairs) in step.chunks_exact(32).enumerate() {
+            for (half, vectors) in halves.iter_mut().enumerate() {
+                // SAFETY: 16 of the 32 words.
+                vectors[p] = unsafe { _mm512_loadu_epi32(pairs.as_ptr().add(16 * half).cast()) };
+            }
+        }
+        for (half, vectors) in halves.into_iter().enumerate() {
+            for (row, pairs) in transpose(vectors).into_iter().enumerate() {
+                // SAFETY: 16 of the 512 words.
+                unsafe { _mm512_storeu_epi32(step.as_mut_ptr().add(256 * half + 16 * row).cast(), pairs) };
             }
         }
     }
