@@ -12,8 +12,16 @@ const LAYOUTS: &str = "alpaca (`instruction`, `output`, optionally `input`), sha
 /// A training conversation: an optional system message, then user and assistant in turn, ending with the assistant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conversation {
-    /// Roles are `system`, `user`, `assistant`.
+    /// Roles are `system`, `user`, `assistant`, `tool`; each says by [`Message::training`] whether it is learnt.
     pub messages: Vec<Message>,
+    /// Declarations of tools, as JSON schemas, for the template; none if empty.
+    pub tools: Vec<Value>,
+}
+
+impl From<Vec<Message>> for Conversation {
+    fn from(messages: Vec<Message>) -> Self {
+        Self { messages, tools: Vec::new() }
+    }
 }
 
 impl Conversation {
@@ -61,7 +69,7 @@ impl Conversation {
                 return Err(line.error(found, format!("the keys of only one of {LAYOUTS}")));
             }
         };
-        Ok(Self { messages: checked(line, turns)? })
+        Ok(checked(line, turns)?.into())
     }
 }
 

@@ -1,11 +1,12 @@
 //! Chat templates: Jinja with the functions and settings of transformers.
 
+mod message;
 mod prepare;
 
 use crate::error::{Error, Result};
 use crate::io::input::{guarded, printable};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value, ValueKind};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior, context};
 use prepare::{CHECKED, prepare};
 use std::collections::BTreeMap;
@@ -27,21 +28,7 @@ const MAX_SOURCE_BYTES: usize = 1 << 20;
 const MAX_INDENT: usize = 64;
 const NAME: &str = "chat_template";
 
-/// One message of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Message {
-    /// `system`, `user`, `assistant`.
-    pub role: String,
-    /// Text of the message.
-    pub content: String,
-}
-
-impl Message {
-    /// A message of `role`.
-    pub fn new(role: &str, content: impl Into<String>) -> Self {
-        Self { role: role.to_owned(), content: content.into() }
-    }
-}
+pub use message::{Message, Training};
 
 /// A compiled chat template.
 ///
@@ -106,7 +93,7 @@ impl ChatTemplate {
 
     fn render_with(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
         let context = context! {
-            messages => Serde(messages),
+            messages => messages.iter().map(Message::to_template).collect::<Vec<Value>>(),
             add_generation_prompt => generation_prompt,
             tools => Value::from(()),
             documents => Value::from(()),

@@ -6,7 +6,7 @@ pub mod files;
 pub mod rope;
 pub mod tokenizer;
 
-pub use chat::{ChatTemplate, Message};
+pub use chat::{ChatTemplate, Message, Training};
 pub use config::{ModelConfig, Rope, RopeScaling};
 pub use files::ModelDir;
 pub use rope::rope_table;

@@ -73,8 +73,7 @@ fn tokenizer() -> HfTokenizer {
 }
 
 fn conversation(turns: &[(&str, &str)]) -> Conversation {
-    let message = |(role, content): &(&str, &str)| Message { role: role.to_string(), content: content.to_string() };
-    Conversation { messages: turns.iter().map(message).collect() }
+    turns.iter().map(|(role, content)| Message::new(role, *content)).collect::<Vec<_>>().into()
 }
 
 fn chatml(messages: &[Message], generation_prompt: bool) -> String {

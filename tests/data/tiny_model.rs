@@ -22,7 +22,7 @@ fn answers(files: &ModelDir, decoder: &Decoder<Cpu>, prompts: &[String]) -> Vec<
     let prompts: Vec<Vec<u32>> = prompts
         .iter()
         .map(|p| {
-            let text = template.render_prompt(&[Message { role: "user".into(), content: p.clone() }]).expect("renders");
+            let text = template.render_prompt(&[Message::new("user", p)]).expect("renders");
             tokenizer.encode(&text).expect("encodes")
         })
         .collect();

@@ -18,7 +18,7 @@ pub struct Item {
 
 impl From<Item> for Conversation {
     fn from(item: Item) -> Self {
-        Self { messages: vec![Message::new("user", item.prompt), Message::new("assistant", item.answer)] }
+        vec![Message::new("user", item.prompt), Message::new("assistant", item.answer)].into()
     }
 }
 
