@@ -8,11 +8,15 @@ use std::path::{Path, PathBuf};
 
 /// The path of the file `name` in `dir`; `None` where there is none.
 ///
-/// The name must not contain folders or `..`, the target must be a regular file, and a symbolic link must not leave the
-/// directory. The exception is the Hugging Face cache, whose `snapshots/REVISION/` links into `blobs/`.
+/// The name must not contain folders or `..`, and the target must be a regular file. A directory may come from an
+/// archive that somebody else made, and files beside the weights are copied into outputs as they are: a link in it must
+/// not bring a private file there. So a symbolic link may leave the directory only
+/// - to a file of the same name, as where a model is linked file by file;
+/// - into the `blobs` of the Hugging Face cache;
+/// - as a `.safetensors` file, of which nothing but tensors of the expected names and shapes is taken.
 ///
 /// # Errors
-/// [`Error::Input`] for another name or target; [`Error::Io`].
+/// [`Error::Input`] for another name or target, or a link that leads nowhere; [`Error::Io`].
 pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     let place = dir.join(name).display().to_string();
     if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
@@ -20,14 +24,21 @@ pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
         return Err(Error::input(dir.display().to_string(), found, "the name of a file inside the model directory"));
     }
     let path = dir.join(name);
-    let target = match fs::canonicalize(&path) {
-        Ok(target) => target,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io(&path, FileOp::Read)(e)),
+    let target = match (fs::canonicalize(&path), fs::read_link(&path)) {
+        (Ok(target), _) => target,
+        (Err(e), Ok(to)) if e.kind() == std::io::ErrorKind::NotFound => {
+            let found = format!("a link to {}, where there is no file", to.display());
+            return Err(Error::input(place, found, "the file, or a link to it: `cp -L` copies what links lead to"));
+        }
+        (Err(e), Err(_)) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        (Err(e), _) => return Err(Error::io(&path, FileOp::Read)(e)),
     };
     let root = fs::canonicalize(dir).map_err(Error::io(dir, FileOp::Read))?;
-    if !target.starts_with(&root) && !in_hub_cache(&root, &target) {
-        return Err(Error::input(place, "a link that leaves the model directory", "a file inside the model directory"));
+    let same_name = target.file_name().is_some_and(|file| file == name);
+    if !(target.starts_with(&root) || same_name || in_hub_cache(&root, &target) || name.ends_with(".safetensors")) {
+        let found = format!("a link to {}, outside the model directory and of another name", target.display());
+        let expected = format!("the file itself: cp --remove-destination '{}' '{place}'", target.display());
+        return Err(Error::input(place, found, expected));
     }
     if !fs::metadata(&target).map_err(Error::io(&path, FileOp::Read))?.is_file() {
         return Err(Error::input(place, "something that is not a regular file", "a file"));
@@ -35,10 +46,14 @@ pub(crate) fn file_in(dir: &Path, name: &str) -> Result<Option<PathBuf>> {
     Ok(Some(path))
 }
 
-/// Whether `root` is `…/snapshots/REVISION` and `target` lies in `…/blobs` of the same model.
+/// Whether `target` lies in the `blobs` of a repository in the cache, or `root` is one of the same repository's
+/// `snapshots`.
 fn in_hub_cache(root: &Path, target: &Path) -> bool {
-    let Some(snapshots) = root.parent().filter(|p| p.ends_with("snapshots")) else { return false };
-    snapshots.parent().is_some_and(|model| target.parent() == Some(&model.join("blobs")))
+    let Some(blobs) = target.parent().filter(|p| p.ends_with("blobs")) else { return false };
+    let repository = blobs.parent();
+    let kind = repository.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let own = root.parent().filter(|p| p.ends_with("snapshots")).and_then(Path::parent);
+    ["models--", "datasets--"].iter().any(|kinds| kind.starts_with(kinds)) || own.is_some() && own == repository
 }
 
 /// Reads a regular file of at most `max_bytes`.

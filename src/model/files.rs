@@ -1,5 +1,7 @@
 //! Reads and writes Hugging Face model directories.
 
+mod weights;
+
 use super::{ChatTemplate, ModelConfig, Tokenizer};
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
@@ -8,10 +10,11 @@ use crate::io::safetensors::{Dtype, Safetensors, TensorSpec, float_bytes, write_
 use crate::modules::ParamId;
 use rayon::prelude::*;
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use weights::{find_tensors, open_shards};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -29,11 +32,8 @@ const SIDE_FILES: [&str; 10] = [
     "chat_template.json",
 ];
 const MAX_CONFIG_BYTES: u64 = 1 << 22;
-const MAX_INDEX_BYTES: u64 = 1 << 26;
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
 const MAX_TOKENIZER_CONFIG_BYTES: u64 = 1 << 24;
-/// Maximum number of names in an error message.
-const MAX_NAMES: usize = 5;
 
 /// A validated Hugging Face model directory; tensors are read on demand.
 pub struct ModelDir {
@@ -51,8 +51,10 @@ pub struct ModelDir {
 }
 
 impl ModelDir {
-    /// Opens the directory and validates everything but the values: names, shapes, dtypes, offsets, and the tokenizer's
-    /// size.
+    /// Opens the directory and validates everything but the values: names, shapes, dtypes and offsets.
+    ///
+    /// A tensor may carry the prefixes that wrappers of training frameworks add to its name, or lack `model.`. The
+    /// tokenizer may have more tokens than the embedding has rows: they are refused where a text uses one.
     ///
     /// # Errors
     /// [`Error::Input`] with the file and field at fault; [`Error::Unsupported`] for features that the engine lacks;
@@ -63,12 +65,7 @@ impl ModelDir {
             return Err(Error::input(place, "something that is not a directory", "a Hugging Face model directory"));
         }
         let Some(config_path) = file_in(dir, "config.json")? else {
-            let found = if dir.join("adapter_config.json").exists() {
-                "a LoRA adapter without config.json"
-            } else {
-                "no config.json"
-            };
-            return Err(Error::input(place, found, "a Hugging Face model directory (config.json, model.safetensors)"));
+            return Err(no_config(dir));
         };
         let value: Value = json::read(&config_path, MAX_CONFIG_BYTES, "JSON")?;
         let mut config = ModelConfig::from_json(&value, &config_path.display().to_string())?;
@@ -78,27 +75,11 @@ impl ModelDir {
         }
 
         let shards = open_shards(dir)?;
-        let mut stored = BTreeMap::new();
-        for (shard, file) in shards.iter().enumerate() {
-            for (name, ..) in file.tensors() {
-                if let Some(other) = stored.insert(name.to_owned(), shard) {
-                    let found = format!("tensor `{name}`, which is also in {}", shards[other].path().display());
-                    return Err(Error::input(file.path().display().to_string(), found, "each tensor once"));
-                }
-            }
-        }
-        let sources = find_tensors(&mut config, &shards, stored, &place)?;
+        let sources = find_tensors(&mut config, &shards, &place)?;
         let tokenizer = match file_in(dir, "tokenizer.json")? {
-            Some(path) => Some(Tokenizer::open(&path)?),
+            Some(path) => Some(Tokenizer::open(&path)?.with_rows(config.vocab)),
             None => None,
         };
-        if let Some(tokenizer) = &tokenizer
-            && tokenizer.vocab() > config.vocab
-        {
-            let found = format!("token ids up to {}", tokenizer.vocab() - 1);
-            let expected = format!("ids below {}, the rows of the embedding", config.vocab);
-            return Err(Error::input(dir.join("tokenizer.json").display().to_string(), found, expected));
-        }
         Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, hash: OnceLock::new() })
     }
 
@@ -284,6 +265,25 @@ impl ModelDir {
     }
 }
 
+/// The error for a directory without `config.json`.
+fn no_config(dir: &Path) -> Error {
+    let place = dir.display().to_string();
+    if let Ok(snapshots) = fs::read_dir(dir.join("snapshots")) {
+        let mut names: Vec<String> = snapshots.flatten().map(|e| e.path().display().to_string()).collect();
+        names.sort();
+        let expected = match names.first() {
+            Some(first) => format!("the directory of a snapshot, such as {first}"),
+            None => "the directory of a snapshot".to_owned(),
+        };
+        return Error::input(place, "the cache of a whole repository", expected);
+    }
+    let found = match dir.join("adapter_config.json").exists() {
+        true => "a LoRA adapter without config.json",
+        false => "no config.json",
+    };
+    Error::input(place, found, "a Hugging Face model directory (config.json, model.safetensors)")
+}
+
 /// Copies contents but not permissions, so that a read-only input yields a writable output.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut source = fs::File::open(from).map_err(Error::io(from, FileOp::Open))?;
@@ -299,151 +299,4 @@ fn special_tokens(config: &Value) -> BTreeMap<String, String> {
         value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
     };
     names.into_iter().filter_map(|name| Some((name.to_owned(), token(name)?))).collect()
-}
-
-/// Opens `model.safetensors`, or the shards of the index.
-fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {
-    if let Some(path) = file_in(dir, SINGLE)? {
-        return Ok(vec![Safetensors::open(&path)?]);
-    }
-    let Some(index_path) = file_in(dir, INDEX)? else {
-        return Err(no_weights(dir));
-    };
-    let place = index_path.display().to_string();
-    let index: Value = json::read(&index_path, MAX_INDEX_BYTES, "JSON")?;
-    let Some(weight_map) = index["weight_map"].as_object() else {
-        return Err(Error::input(format!("{place}: weight_map"), "no object", "an object of tensor and file names"));
-    };
-    let mut names = BTreeSet::new();
-    for (tensor, file) in weight_map {
-        let Some(file) = file.as_str() else {
-            let place = format!("{place}: weight_map.{}", tensor.escape_debug());
-            return Err(Error::input(place, "a value that is not a string", "the name of a file"));
-        };
-        names.insert(file);
-    }
-    let mut shards: BTreeMap<&str, Safetensors> = BTreeMap::new();
-    for name in names {
-        let at_index = |e| match e {
-            Error::Input { found, expected, .. } => Error::input(index_path.display().to_string(), found, expected),
-            other => other,
-        };
-        let Some(path) = file_in(dir, name).map_err(at_index)? else {
-            let found = format!("the shard `{}`, which does not exist", name.escape_debug());
-            return Err(Error::input(place, found, "all shards of the model"));
-        };
-        shards.insert(name, Safetensors::open(&path)?);
-    }
-    for (tensor, file) in weight_map {
-        let shard = file.as_str().and_then(|file| shards.get(file));
-        if shard.is_none_or(|shard| shard.info(tensor).is_err()) {
-            let found = format!("tensor `{}` in {file}, which does not contain it", tensor.escape_debug());
-            return Err(Error::input(place, found, "an index that agrees with its shards"));
-        }
-    }
-    Ok(shards.into_values().collect())
-}
-
-/// The error for a directory without readable weights.
-fn no_weights(dir: &Path) -> Error {
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
-        .unwrap_or_default();
-    names.sort();
-    let place = dir.display().to_string();
-    let pickled = names.iter().find(|n| [".bin", ".pt", ".pth", ".ckpt"].iter().any(|end| n.ends_with(end)));
-    if let Some(pickled) = pickled.filter(|n| !n.starts_with("training_args")) {
-        let what = format!("the pickled checkpoint `{}`, which can run code when it is read,", pickled.escape_debug());
-        let help = "convert it: transformers' save_pretrained writes model.safetensors";
-        return Error::unsupported(place, what, help);
-    }
-    if let Some(gguf) = names.iter().find(|n| n.ends_with(".gguf")) {
-        let what = format!("the GGUF file `{}`", gguf.escape_debug());
-        return Error::unsupported(place, what, "use the model's safetensors");
-    }
-    if let Some(shard) = names.iter().find(|n| n.ends_with(".safetensors")) {
-        let found = format!("`{}` without {INDEX}", shard.escape_debug());
-        return Error::input(place, found, format!("{SINGLE}, or shards with {INDEX}"));
-    }
-    Error::input(place, "no weights", format!("{SINGLE}, or {INDEX} and its shards"))
-}
-
-/// Finds the stored tensor of each parameter; settles whether the head is tied.
-fn find_tensors(
-    config: &mut ModelConfig,
-    shards: &[Safetensors],
-    mut stored: BTreeMap<String, usize>,
-    place: &str,
-) -> Result<BTreeMap<ParamId, (usize, String)>> {
-    let embedding = ParamId::Embedding.to_string();
-    let head = ParamId::Head.to_string();
-    if config.tied {
-        match (stored.get(&embedding), stored.get(&head)) {
-            (Some(e), Some(h)) if equal(&shards[*e], &embedding, &shards[*h], &head)? => {
-                stored.remove(&head);
-            }
-            (Some(_), Some(_)) => config.tied = false,
-            _ => {}
-        }
-    }
-    let mut sources = BTreeMap::new();
-    let mut missing = Vec::new();
-    for (id, shape) in config.params() {
-        let mut name = id.to_string();
-        if id == ParamId::Embedding && config.tied && !stored.contains_key(&name) && stored.contains_key(&head) {
-            name.clone_from(&head);
-        }
-        let Some(shard) = stored.remove(&name) else {
-            missing.push(name);
-            continue;
-        };
-        let file = &shards[shard];
-        let (dtype, found) = file.info(&name)?;
-        if found != shape {
-            let place = format!("{}: tensor `{name}`", file.path().display());
-            return Err(Error::input(
-                place,
-                format!("shape {found:?}"),
-                format!("shape {shape:?}, as config.json says"),
-            ));
-        }
-        if float_bytes(dtype).is_none() {
-            return Err(file.not_float(&name, dtype));
-        }
-        sources.insert(id, (shard, name));
-    }
-    if !missing.is_empty() {
-        return Err(Error::input(place, format!("no {}", list(&missing)), "all tensors that config.json implies"));
-    }
-    let unexpected: Vec<String> = stored.into_keys().filter(|name| !harmless(name)).collect();
-    if !unexpected.is_empty() {
-        let expected = "only tensors that config.json implies; does config.json belong to this model?";
-        return Err(Error::input(place, format!("unexpected {}", list(&unexpected)), expected));
-    }
-    Ok(sources)
-}
-
-/// Whether this is a buffer that old versions of transformers stored.
-fn harmless(name: &str) -> bool {
-    ["rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias"].iter().any(|end| name.ends_with(end))
-}
-
-fn list(names: &[String]) -> String {
-    let mut text: Vec<String> = names.iter().take(MAX_NAMES).map(|n| format!("`{}`", n.escape_debug())).collect();
-    if names.len() > MAX_NAMES {
-        text.push(format!("and {} more", names.len() - MAX_NAMES));
-    }
-    format!("tensor{} {}", if names.len() == 1 { "" } else { "s" }, text.join(", "))
-}
-
-/// Whether two tensors hold the same values.
-fn equal(a: &Safetensors, a_name: &str, b: &Safetensors, b_name: &str) -> Result<bool> {
-    let ((a_dtype, a_shape), (b_dtype, b_shape)) = (a.info(a_name)?, b.info(b_name)?);
-    if a_shape != b_shape {
-        return Ok(false);
-    }
-    if a_dtype == b_dtype {
-        return Ok(a.bytes(a_name)? == b.bytes(b_name)?);
-    }
-    Ok(a.values(a_name)? == b.values(b_name)?)
 }

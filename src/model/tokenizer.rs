@@ -15,6 +15,8 @@ const MAX_PENDING: usize = 64;
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     vocab: usize,
+    /// Rows of the model's embedding.
+    rows: usize,
     place: String,
 }
 
@@ -36,13 +38,18 @@ impl Tokenizer {
         if vocab == 0 {
             return Err(Error::input(place, "no tokens", "a tokenizer with a vocabulary"));
         }
-        Ok(Self { inner: Arc::new(inner), vocab, place })
+        Ok(Self { inner: Arc::new(inner), vocab, rows: usize::MAX, place })
+    }
+
+    /// The tokenizer of a model whose embedding has `rows` rows: a text with a token beyond them is refused.
+    pub(crate) fn with_rows(self, rows: usize) -> Self {
+        Self { rows, ..self }
     }
 
     /// Encodes text without adding special tokens, as text that a chat template rendered needs it.
     ///
     /// # Errors
-    /// [`Error::Input`] where the tokenizer rejects the text.
+    /// [`Error::Input`] where the tokenizer rejects the text, or a token of it has no row in the model's embedding.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_fast(text, false)
     }
@@ -50,7 +57,7 @@ impl Tokenizer {
     /// Encodes text and adds the post-processor's special tokens, such as the beginning of text.
     ///
     /// # Errors
-    /// [`Error::Input`] where the tokenizer rejects the text.
+    /// [`Error::Input`] where the tokenizer rejects the text, or a token of it has no row in the model's embedding.
     pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_fast(text, true)
     }
@@ -58,7 +65,19 @@ impl Tokenizer {
     fn encode_fast(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = guarded(&self.place, "tokenizer", || self.inner.encode_fast(text, special))?;
         let encoding = encoding.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer for this text"))?;
-        Ok(encoding.get_ids().to_vec())
+        let tokens = encoding.get_ids();
+        match tokens.iter().find(|token| **token as usize >= self.rows) {
+            None => Ok(tokens.to_vec()),
+            Some(token) => {
+                let name = self.inner.id_to_token(*token).unwrap_or_default();
+                let found = format!("token {token}, `{}`, in a text", name.escape_debug());
+                let expected = format!(
+                    "tokens below {}, the rows of the model's embedding; leave it out of the text and the chat template",
+                    self.rows
+                );
+                Err(Error::input(&self.place, found, expected))
+            }
+        }
     }
 
     /// Decodes ids, skipping special tokens and ids that the tokenizer does not know.

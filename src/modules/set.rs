@@ -50,7 +50,8 @@ impl ModuleSet {
 
     /// Parses patterns, separated by commas or spaces, against the cells of a model:
     ///
-    /// - `embed_tokens`, `norm`, `lm_head`; `all`; `modules` (the seven projections of every layer); `none`;
+    /// - `embed_tokens`, `norm`, `lm_head`; `all`; `modules` or `all-linear` (the seven projections of every layer);
+    ///   a kind alone, such as `q_proj` (of every layer); `none`;
     /// - `layers.3` (everything in a layer), `layers.0-7`, `layers.*`, and with a kind, `layers.0-7.q_proj`,
     ///   `layers.*.{q,v}`, `layers.3.norms`, `layers.0-3.modules`.
     ///
@@ -148,11 +149,14 @@ fn parse_pattern(pattern: &str, all: &ModuleSet) -> Result<Vec<Cell>> {
     match pattern {
         "all" => return Ok(all.iter().collect()),
         "none" => return Ok(Vec::new()),
-        "modules" => return Ok(all.iter().filter(|c| matches!(c, Cell::Module(_))).collect()),
+        "modules" | "all-linear" => return Ok(all.iter().filter(|c| matches!(c, Cell::Module(_))).collect()),
         "embed_tokens" => return single(Cell::Embedding, "a model with an embedding"),
         "norm" => return single(Cell::FinalNorm, "a model with a final norm"),
         "lm_head" => return single(Cell::Head, "embed_tokens: this model's head is tied to it"),
         _ => {}
+    }
+    if let Some(kind) = kind_of(pattern) {
+        return Ok(all.iter().filter(|c| matches!(c, Cell::Module(m) if m.kind == kind)).collect());
     }
     let Some(rest) = pattern.strip_prefix("layers.") else {
         let word = pattern.split('.').next().unwrap_or(pattern);
@@ -199,6 +203,11 @@ fn parse_range(pattern: &str, range: &str, all: &ModuleSet) -> Result<(usize, us
     Ok((first, last))
 }
 
+/// The kind that a word names, in full or without `_proj`.
+fn kind_of(word: &str) -> Option<ModuleKind> {
+    ModuleKind::ALL.into_iter().find(|kind| kind.name() == word || kind.name().strip_suffix("_proj") == Some(word))
+}
+
 fn parse_kinds(pattern: &str, text: &str) -> Result<Vec<&'static str>> {
     let inner = text.strip_prefix('{').and_then(|t| t.strip_suffix('}'));
     let words: Vec<&str> = match inner {
@@ -210,12 +219,8 @@ fn parse_kinds(pattern: &str, text: &str) -> Result<Vec<&'static str>> {
     }
     let mut kinds = Vec::new();
     for word in words {
-        let kind = ModuleKind::ALL
-            .into_iter()
-            .map(ModuleKind::name)
-            .find(|name| *name == word || name.strip_suffix("_proj") == Some(word));
-        match (word, kind) {
-            (_, Some(kind)) => kinds.push(kind),
+        match (word, kind_of(word)) {
+            (_, Some(kind)) => kinds.push(kind.name()),
             ("norms", None) => kinds.push("norms"),
             ("modules", None) => kinds.extend(ModuleKind::ALL.map(ModuleKind::name)),
             (unknown, None) => {

@@ -109,6 +109,9 @@ fn ends_of_text() {
     assert_eq!(config.eos, [2, 3]);
     config.add_generation_config(&json!({"eos_token_id": [3, 7]}), "generation_config.json").unwrap();
     assert_eq!(config.eos, [2, 3, 7]);
+    // An id without a row in the vocabulary never ends an answer.
+    config.add_generation_config(&json!({"eos_token_id": [5, 100]}), "generation_config.json").unwrap();
+    assert_eq!(config.eos, [2, 3, 7, 5]);
     let error = config.add_generation_config(&json!({"eos_token_id": 100}), "generation_config.json").unwrap_err();
     assert!(
         error.to_string().starts_with("generation_config.json: eos_token_id: found 100; expected token ids from 0")

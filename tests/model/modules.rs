@@ -34,6 +34,8 @@ fn patterns() {
     assert_eq!(parse("layers.8-15.{q, v}"), parse("layers.8-15.q layers.8-15.v_proj"));
     assert_eq!(parse("layers.*.o_proj").len(), 32);
     assert_eq!(parse("layers.3").len(), 8);
+    assert_eq!(parse("q_proj,v"), parse("layers.*.{q,v}"));
+    assert_eq!(parse("all-linear"), parse("modules"));
     assert_eq!(parse("layers.0-3.norms,embed_tokens norm, lm_head").len(), 7);
     assert_eq!(parse("layers.0-3.modules").len(), 28);
     assert_eq!(all(32, false).difference(&parse("modules")).len(), 35);

@@ -94,17 +94,18 @@ impl<'a> Fields<'a> {
         self.number(key, valid, expected)?.ok_or_else(|| self.wrong(key, expected))
     }
 
-    /// A token id or a list of them, all below `vocab`.
+    /// A token id or a list of them. Ids of no row of the vocabulary cannot occur and are left out, unless none is left.
     pub fn tokens(&self, key: &str, vocab: usize) -> Result<Vec<u32>> {
         let list = match self.get(key) {
             None => return Ok(Vec::new()),
             Some(Value::Array(list)) => list.as_slice(),
             Some(one) => std::slice::from_ref(one),
         };
-        let token = |value: &Value| value.as_u64().filter(|t| *t < vocab as u64).and_then(|t| u32::try_from(t).ok());
-        list.iter()
-            .map(|value| token(value).ok_or_else(|| self.wrong(key, format!("token ids from 0 to {}", vocab - 1))))
-            .collect()
+        let wrong = || self.wrong(key, format!("token ids from 0 to {}", vocab - 1));
+        let ids: Vec<u64> = list.iter().map(|value| value.as_u64().ok_or_else(wrong)).collect::<Result<_>>()?;
+        let known: Vec<u32> =
+            ids.iter().filter(|id| **id < vocab as u64).filter_map(|id| u32::try_from(*id).ok()).collect();
+        if known.is_empty() && !ids.is_empty() { Err(wrong()) } else { Ok(known) }
     }
 }
 

@@ -244,19 +244,53 @@ fn shards() {
 
 #[cfg(unix)]
 #[test]
-fn links_stay_inside() {
+fn links_may_lead_to_weights_and_to_files_of_the_same_name() {
     use std::os::unix::fs::symlink;
     let outside = TempDir::new().unwrap();
-    let target = outside.path().join("b.safetensors");
+    let target = outside.path().join("tuned-yesterday.safetensors");
     let dir = sharded(|_| {});
     fs::rename(dir.path().join("b.safetensors"), &target).unwrap();
     symlink(&target, dir.path().join("b.safetensors")).unwrap();
-    assert!(error(&dir).contains("a link that leaves the model directory"));
+    ModelDir::open(dir.path()).unwrap();
 
-    // The layout of the Hugging Face cache.
+    // A directory made of links, one for each file of another; the other may be one of links itself.
+    let linked = TempDir::new().unwrap();
+    for entry in fs::read_dir(dir.path()).unwrap() {
+        let path = entry.unwrap().path();
+        symlink(&path, linked.path().join(path.file_name().unwrap())).unwrap();
+    }
+    ModelDir::open(linked.path()).unwrap();
+
+    // What an archive of somebody else may hold: copied into an output, it would give a private file away.
+    let secret = outside.path().join("id_ed25519");
+    fs::write(&secret, "{}").unwrap();
+    for name in ["special_tokens_map.json", "merges.txt", "chat_template.jinja", "tokenizer.json"] {
+        symlink(&secret, linked.path().join(name)).unwrap();
+        let out = TempDir::new().unwrap();
+        let written = ModelDir::open(linked.path()).and_then(|model| {
+            model.chat_template(None).ok();
+            model.write(out.path(), |id| model.tensor(id, &shape_of(&model, id)), u64::MAX)
+        });
+        let error = written.unwrap_err().to_string();
+        assert!(error.contains("of another name; expected the file itself: cp --remove-destination"), "{error}");
+        assert!(!out.path().join(name).exists());
+        fs::remove_file(linked.path().join(name)).unwrap();
+    }
+    // Other contents than tensors are no weights, wherever the link leads.
+    fs::remove_file(dir.path().join("b.safetensors")).unwrap();
+    symlink(&secret, dir.path().join("b.safetensors")).unwrap();
+    assert!(error(&dir).contains("found 2 bytes"), "{}", error(&dir));
+    fs::remove_file(&secret).unwrap();
+    assert!(error(&dir).contains("where there is no file; expected the file, or a link to it: `cp -L`"));
+}
+
+#[cfg(unix)]
+#[test]
+fn snapshots_of_the_hub_cache_open() {
+    use std::os::unix::fs::symlink;
     let cache = TempDir::new().unwrap();
-    let snapshot = cache.path().join("snapshots/0123");
-    let blobs = cache.path().join("blobs");
+    let repository = cache.path().join("models--org--name");
+    let (snapshot, blobs) = (repository.join("snapshots/0123"), repository.join("blobs"));
     fs::create_dir_all(&snapshot).unwrap();
     fs::create_dir_all(&blobs).unwrap();
     fs::write(blobs.join("c"), config().to_string()).unwrap();
@@ -264,6 +298,70 @@ fn links_stay_inside() {
     symlink("../../blobs/c", snapshot.join("config.json")).unwrap();
     symlink("../../blobs/w", snapshot.join("model.safetensors")).unwrap();
     ModelDir::open(&snapshot).unwrap();
+    // By a link to the snapshot, and by links to its files.
+    symlink(&snapshot, cache.path().join("current")).unwrap();
+    ModelDir::open(&cache.path().join("current")).unwrap();
+    let linked = TempDir::new().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        symlink(snapshot.join(name), linked.path().join(name)).unwrap();
+    }
+    ModelDir::open(linked.path()).unwrap();
+    // The folder above is no model; a copy without the blobs has nothing in it.
+    let above = ModelDir::open(&repository).err().unwrap().to_string();
+    assert!(above.contains("the directory of a snapshot, such as") && above.contains("0123"), "{above}");
+    fs::rename(&blobs, cache.path().join("elsewhere")).unwrap();
+    let broken = ModelDir::open(&snapshot).err().unwrap().to_string();
+    assert!(broken.contains("config.json: found a link to ../../blobs/c, where there is no file"), "{broken}");
+}
+
+/// What frameworks make of the names, and what the state dict of a bare decoder lacks.
+#[test]
+fn wrapped_names_are_known() {
+    let plain = model(&config(), &tensors());
+    let plain = ModelDir::open(plain.path()).unwrap();
+    let renamed = |rename: &dyn Fn(&str) -> String| {
+        let mut stored = tensors();
+        stored.iter_mut().for_each(|t| t.name = rename(&t.name));
+        model(&config(), &stored)
+    };
+    let renamings: [&dyn Fn(&str) -> String; 7] = [
+        &|name| format!("_orig_mod.{name}"),
+        &|name| format!("module._orig_mod.{name}"),
+        &|name| format!("base_model.model.{name}"),
+        &|name| name.replace("model.layers", "model._orig_mod.layers").replace("self_attn", "self_attn._orig_mod"),
+        &|name| name.replace("mlp", "_checkpoint_wrapped_module.mlp"),
+        &|name| name.strip_prefix("model.").unwrap_or(name).to_owned(),
+        &|name| format!("model.{name}"),
+    ];
+    for rename in renamings {
+        let dir = renamed(rename);
+        let found = ModelDir::open(dir.path()).unwrap();
+        for (id, shape) in plain.config.params() {
+            assert_eq!(found.tensor(id, &shape).unwrap(), plain.tensor(id, &shape).unwrap(), "{id}");
+        }
+        assert_eq!(found.hash().unwrap(), plain.hash().unwrap());
+        // Outputs have the names that everything else reads.
+        let out = TempDir::new().unwrap();
+        found.write(out.path(), |id| found.tensor(id, &shape_of(&found, id)), u64::MAX).unwrap();
+        let bytes = fs::read(out.path().join("model.safetensors")).unwrap();
+        let names = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert!(names.tensor("model.layers.1.mlp.up_proj.weight").is_ok(), "{:?}", names.names());
+    }
+
+    let unknown = renamed(&|name| name.replace("model.layers", "transformer.h"));
+    let error = error(&unknown);
+    assert!(error.contains("no tensors `model.layers.0.input_layernorm.weight`"), "{error}");
+    assert!(error.contains("there are tensors `transformer.h.0.input_layernorm.weight`"), "{error}");
+    let mut twice = tensors();
+    let mut again = twice[1].clone();
+    again.name = format!("module.{}", again.name);
+    twice.push(again);
+    let dir = model(&config(), &twice);
+    let message = ModelDir::open(dir.path()).err().unwrap().to_string();
+    assert!(message.contains("as `model.layers.0.input_layernorm.weight`; expected each tensor once"), "{message}");
+    let adapted = renamed(&|name| name.replace("q_proj.weight", "q_proj.lora_A.default.weight"));
+    let message = ModelDir::open(adapted.path()).err().unwrap().to_string();
+    assert!(message.contains("merge_and_unload"), "{message}");
 }
 
 #[test]
@@ -283,8 +381,9 @@ fn hash_sees_every_byte() {
     assert_ne!(original, hash(&other, &tensors()));
 }
 
+/// As in transformers, a token that no text uses needs no row: `[PAD]` is often added to the tokenizer alone.
 #[test]
-fn tokenizer_must_fit_the_embedding() {
+fn tokens_without_a_row_are_refused_where_a_text_has_one() {
     let tokenizer = |last: u32| {
         json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
             "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
@@ -293,10 +392,15 @@ fn tokenizer_must_fit_the_embedding() {
     let dir = model(&config(), &tensors());
     let path = dir.path().join("tokenizer.json");
     fs::write(&path, tokenizer(7).to_string()).unwrap();
-    let opened = ModelDir::open(dir.path()).unwrap();
-    assert_eq!(opened.tokenizer().unwrap().encode("b a").unwrap(), [7, 0]);
-    fs::write(&path, tokenizer(8).to_string()).unwrap();
-    assert!(error(&dir).contains("tokenizer.json: found token ids up to 8; expected ids below 8"));
+    let encode = |text: &str| ModelDir::open(dir.path()).unwrap().tokenizer().unwrap().encode(text);
+    assert_eq!(encode("b a").unwrap(), [7, 0]);
+    for beyond in [8, 400] {
+        fs::write(&path, tokenizer(beyond).to_string()).unwrap();
+        assert_eq!(encode("a a").unwrap(), [0, 0]);
+        let error = encode("a b").unwrap_err();
+        let expected = format!("tokenizer.json: found token {beyond}, `b`, in a text; expected tokens below 8");
+        assert!(error.to_string().contains(&expected) && error.exit_code() == 2, "{error}");
+    }
     fs::write(&path, "{}").unwrap();
     assert!(error(&dir).contains("malformed tokenizer"));
 }
