@@ -84,11 +84,12 @@ impl TuneJob {
     /// The phases on a model with these cells.
     ///
     /// # Errors
-    /// [`Error::Input`] where the set and the trained parameters are disjoint.
+    /// [`Error::Input`] where the set and the trained parameters are disjoint, or adapters are to be on other cells than
+    /// projections.
     pub fn phases(&self, cells: &ModuleSet) -> Result<Vec<Phase>> {
         let trainable = match &self.recipe.method {
             Method::Full => cells.clone(),
-            Method::Lora { modules, .. } => modules.clone(),
+            Method::Lora { modules, .. } => projections(modules, cells)?,
         };
         let everything = LearningRates::masked(&trainable, &trainable, 0.0);
         let all = Phase { name: ALL_PHASE.into(), rates: everything, options: self.recipe.all_phase.clone() };
@@ -104,6 +105,25 @@ impl TuneJob {
         let mods = Phase { name: MODS_PHASE.into(), rates, options: self.recipe.mods_phase.clone() };
         Ok(if self.recipe.reversed { vec![all, mods] } else { vec![mods, all] })
     }
+}
+
+/// The projections of a set that is to have adapters, in a model with the cells `all`. A whole layer, and the whole
+/// model, stand for the projections in them; any other cell would be left as it is, and is refused.
+fn projections(set: &ModuleSet, all: &ModuleSet) -> Result<ModuleSet> {
+    let whole_layer = |layer| ModuleKind::ALL.into_iter().all(|kind| set.contains(Cell::module(layer, kind)));
+    let whole = all.difference(set).is_empty();
+    let (modules, others): (Vec<Cell>, Vec<Cell>) = set.iter().partition(|cell| matches!(cell, Cell::Module(_)));
+    let others: ModuleSet = others
+        .into_iter()
+        .filter(|cell| !whole && !matches!(cell, Cell::Norms(layer) if whole_layer(*layer)))
+        .collect();
+    if others.is_empty() && !modules.is_empty() {
+        return Ok(modules.into_iter().collect());
+    }
+    let found = if modules.is_empty() { set.to_string() } else { others.to_string() };
+    let expected = "projections, such as layers.*.{q_proj,v_proj} or all-linear: embeddings, norms and the head have no \
+                    adapters; --method full trains them";
+    Err(Error::input("the modules of the adapters", found, expected))
 }
 
 /// Output of a tuning run.
