@@ -28,6 +28,15 @@ impl fmt::Display for FileOp {
     }
 }
 
+fn signal_name(signal: i32) -> String {
+    match signal {
+        1 => "SIGHUP".into(),
+        2 => "SIGINT".into(),
+        15 => "SIGTERM".into(),
+        other => format!("signal {other}"),
+    }
+}
+
 /// An error; [`Error::exit_code`] is the exit code of the process.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -95,6 +104,18 @@ pub enum Error {
         /// What to do.
         help: String,
     },
+    /// A signal ended the run; its work is saved. Exit code 128 + the signal's number.
+    #[error(
+        "stopped by {} after step {step}; the run is saved: `swat tune` continues it with --resume, `swat run` and `swat \
+         demo` when they are started again",
+        signal_name(*.signal)
+    )]
+    Interrupted {
+        /// Number of the signal.
+        signal: i32,
+        /// Steps that are saved.
+        step: u64,
+    },
     /// The computation failed. Exit code 1.
     #[error("{what}; {help}")]
     Failed {
@@ -132,6 +153,7 @@ impl Error {
         match self {
             Self::Input { .. } | Self::Unsupported { .. } | Self::Exists { .. } | Self::InUse { .. } => 2,
             Self::Io { doing: FileOp::Open | FileOp::Read, .. } => 2,
+            Self::Interrupted { signal, .. } => u8::try_from(128 + signal).unwrap_or(1),
             _ => 1,
         }
     }

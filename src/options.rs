@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use clap::{Args, Command};
+use std::str::FromStr;
 
 /// The options of an empty command line.
 ///
@@ -19,10 +20,66 @@ pub fn defaults<T: Args>() -> T {
 /// Parses a size in MiB to bytes, as a value parser of clap.
 ///
 /// # Errors
-/// A message for text that is no whole number, or too large.
+/// A message for text that is no whole number, 0, or too large.
 pub fn mib(text: &str) -> Result<u64, String> {
     let size: u64 = text.parse().map_err(|e: std::num::ParseIntError| e.to_string())?;
-    size.checked_mul(1 << 20).ok_or_else(|| "too large".into())
+    size.checked_mul(1 << 20)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| "expected 1 or more, and a size that fits".into())
+}
+
+/// A number above 0 and not infinite, as a value parser of clap.
+///
+/// # Errors
+/// A message for anything else, as of the parsers below.
+pub fn above_zero<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
+    number(text, |x| x > 0.0, "a number above 0")
+}
+
+/// A number from 0 that is not infinite.
+///
+/// # Errors
+/// A message for anything else.
+pub fn from_zero<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
+    number(text, |x| x >= 0.0, "a number from 0")
+}
+
+/// A share from 0 to 1.
+///
+/// # Errors
+/// A message for anything else.
+pub fn share<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
+    number(text, |x| x <= 1.0 && x >= 0.0, "a share from 0 to 1")
+}
+
+/// A share above 0, up to 1.
+///
+/// # Errors
+/// A message for anything else.
+pub fn positive_share<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
+    number(text, |x| x <= 1.0 && x > 0.0, "a share above 0, up to 1")
+}
+
+/// A number above 0 and below 1.
+///
+/// # Errors
+/// A message for anything else.
+pub fn inner_share<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
+    number(text, |x| x < 1.0 && x > 0.0, "a number above 0 and below 1")
+}
+
+fn number<T: FromStr + Into<f64> + Copy>(text: &str, valid: impl Fn(f64) -> bool, expected: &str) -> Result<T, String> {
+    let parsed = text.trim().parse::<T>().ok().filter(|x| (*x).into().is_finite() && valid((*x).into()));
+    parsed.ok_or_else(|| format!("expected {expected}"))
+}
+
+/// A count from 1 to 2³².
+///
+/// # Errors
+/// A message for anything else.
+pub fn count(text: &str) -> Result<usize, String> {
+    let parsed = text.trim().parse().ok().filter(|n| (1..=1 << 32).contains(n));
+    parsed.ok_or_else(|| "expected a whole number from 1 to 4294967296".into())
 }
 
 /// Checks that an option is in range; `field` names it in the error.

@@ -8,6 +8,7 @@ mod buffer;
 pub mod cost;
 pub mod cpu;
 pub mod cuda;
+mod free;
 pub mod ops;
 mod precision;
 mod roofline;
@@ -15,6 +16,7 @@ pub mod trace;
 
 pub use buffer::{Buffer, Element, FloatElement, View, ViewMut};
 pub use cost::Cost;
+pub use free::FreeMemory;
 pub use ops::*;
 pub use precision::{Bf16State, DtypeChoice, F32State, Precision};
 pub use roofline::Roofline;
@@ -115,6 +117,11 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// process.
     fn device_peak_bytes(&self) -> Option<u64> {
         None
+    }
+
+    /// Memory that buffers can still take; `None` where the system does not say.
+    fn free_memory(&self) -> Option<FreeMemory> {
+        FreeMemory::now()
     }
 
     /// Runs `work`, a part of a step that recurs and that queues operators, but neither reads from the device nor

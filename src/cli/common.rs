@@ -65,6 +65,11 @@ pub(super) fn print_json(value: &impl Serialize) -> Result<()> {
     print_line(&value.to_string())
 }
 
+/// Writes text to stderr. Where that cannot be written to, the text is lost and nothing else.
+pub(super) fn say(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
 /// Prints a line on stdout; a closed pipe ends the process with exit code 0.
 pub(super) fn print_line(text: &str) -> Result<()> {
     match writeln!(std::io::stdout().lock(), "{text}") {

@@ -5,12 +5,13 @@ use super::open::{OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::io::IfExists;
+use crate::io::{IfExists, check_not_in};
 use crate::progress::{Observer, Progress};
+use crate::secure::study::claim_folder;
 use crate::secure::{DEMO_SEED, Stage, demo_study, make_tiny_model, write_demo_model};
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The whole method on an embedded tiny aligned model, in minutes on two cores: base, plain tuning, SWAT, controls
 #[derive(Args)]
@@ -66,6 +67,10 @@ impl OnDevice for Demo {
             bars.finish();
             return print_line(&format!("made {}", dir.display()));
         }
+        let inputs: Vec<(&str, &Path)> = self.model.iter().map(|dir| ("--model", dir.as_path())).collect();
+        check_not_in(&[("--out", &self.out)], &inputs)?;
+        let written: &[&str] = if self.model.is_none() { &["model", "data"] } else { &["data"] };
+        claim_folder(&self.out, written)?;
         let model = match self.model {
             Some(dir) => dir,
             None => {

@@ -1,14 +1,14 @@
 //! `swat drift`: drift of a tuned model, by the frozen probe of the original.
 
 use super::common::{Common, print_json, print_line};
-use super::open::{ModelArgs, OnDevice};
+use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::Result;
 use crate::report::format::fixed;
 use crate::report::{Entry, Table};
-use crate::secure::{LoadedModel, Probe};
+use crate::secure::{ModelText, Probe};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -38,15 +38,19 @@ impl OnDevice for DriftCommand {
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         let probe = Probe::load(&self.probe)?;
+        let text = self.model.open_text()?;
+        probe.check_model(&text.files.config, text.files.hash()?)?;
+        check_security(&text, &self.security, &prompts)?;
+        let template = self.model.chat_template.as_deref();
+        let tuned = ModelText::open(&self.tuned, template)?;
+        probe.check_shape(&tuned.files.config)?;
+        check_security(&tuned, &self.security, &prompts)?;
         let mut bars = Bars::new(common);
         let base = {
-            let model = self.model.open(backend.clone())?;
-            probe.check_model(&model.files.config, model.files.hash()?)?;
+            let model = text.load(backend.clone())?;
             model.snapshot(&probe, &prompts, &mut bars.observer())?
         };
-        let template = self.model.chat_template.as_deref();
-        let tuned = LoadedModel::open(backend, &self.tuned, template)?;
-        probe.check_shape(&tuned.files.config)?;
+        let tuned = tuned.load(backend)?;
         let drift = tuned.drift(&probe, &prompts, &base, &mut bars.observer())?;
         bars.finish();
         if common.json {

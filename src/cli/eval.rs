@@ -65,16 +65,26 @@ impl OnDevice for EvalCommand {
         }
         let mut tasks = self.task.as_deref().map(Task::read).transpose()?.unwrap_or_default();
         tasks.truncate(limit);
-        let model = self.model.open(backend)?;
+        let refusals = self.refusals.list()?;
+        let text = self.model.open_text()?;
+        let context = text.files.config.max_positions;
         let heldout = match &self.heldout {
-            Some(path) => model.examples(path, model.files.config.max_positions.min(4096))?.examples,
+            Some(path) => text.examples(path, context.min(4096))?.examples,
             None => Vec::new(),
         };
+        // An answer needs a position of its own.
+        for path in &self.security {
+            text.check_prompts(path, prompts.iter().map(|p| p.prompt.as_str()), context - 1)?;
+        }
+        if let Some(path) = &self.task {
+            text.check_prompts(path, tasks.iter().map(|task| task.prompt.as_str()), context - 1)?;
+        }
         let judge = self.options.judge.clone().map(Judge::new).transpose()?;
         let probe = self.probe.as_deref().map(Probe::load).transpose()?;
         if let Some(probe) = &probe {
-            probe.check_shape(&model.files.config)?;
+            probe.check_shape(&text.files.config)?;
         }
+        let model = text.load(backend)?;
         let input = EvaluationInput {
             prompts: &prompts,
             strict: None,
@@ -84,7 +94,7 @@ impl OnDevice for EvalCommand {
             probe: probe.as_ref(),
         };
         let mut bars = Bars::new(common);
-        let found = model.evaluate(&input, &self.options, &self.refusals.list()?, &mut bars.observer())?;
+        let found = model.evaluate(&input, &self.options, &refusals, &mut bars.observer())?;
         bars.finish();
         if common.json {
             return print_json(&found);

@@ -3,12 +3,12 @@
 use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
-use crate::backend::{Backend, Sampling};
+use crate::backend::Backend;
 use crate::data::JsonLines;
 use crate::engine::GenerateOptions;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Message;
-use crate::options::require;
+use crate::secure::ModelText;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
@@ -47,39 +47,42 @@ impl OnDevice for Generate {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        let Sampling { temperature, top_p } = self.options.sampling;
-        require(temperature >= 0.0 && temperature.is_finite(), "--temperature", temperature, "0 (greedy) or more")?;
-        require(top_p > 0.0 && top_p <= 1.0, "--top-p", top_p, "more than 0, at most 1")?;
-        let conversations: Vec<Vec<Message>> = match (&self.prompt, &self.chat) {
-            (Some(text), _) => vec![vec![Message::new("user", text)]],
+        let conversations: Vec<(String, Vec<Message>)> = match (&self.prompt, &self.chat) {
+            (Some(text), _) => vec![("--prompt".into(), vec![Message::new("user", text)])],
             (None, Some(path)) => read_prompts(path)?,
             (None, None) => Vec::new(),
         };
-        let model = match self.raw {
-            true => self.model.open_without_template(backend)?,
-            false => self.model.open(backend)?,
+        let text = match self.raw {
+            true => ModelText::open_without_template(&self.model.model)?,
+            false => self.model.open_text()?,
         };
+        let most = text.files.config.max_positions - 1;
         let mut prompts = Vec::with_capacity(conversations.len());
-        for mut messages in conversations {
+        for (place, mut messages) in conversations {
             if let Some(system) = &self.system {
                 messages.insert(0, Message::new("system", system));
             }
-            prompts.push(if self.raw {
-                let text: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
-                model.tokenizer.encode_with_special_tokens(&text.join("\n"))?
+            let prompt = if self.raw {
+                let lines: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
+                text.tokenizer.encode_with_special_tokens(&lines.join("\n"))?
             } else {
-                model.render(&messages)?
-            });
+                text.render(&messages)?
+            };
+            if prompt.is_empty() || prompt.len() > most {
+                let expected = format!("1 to {most}, by the model's context");
+                return Err(Error::input(place, format!("a prompt of {} tokens", prompt.len()), expected));
+            }
+            prompts.push(prompt);
         }
+        let model = text.load(backend)?;
         let stop = model.decoder.config.eos.clone();
         let options = GenerateOptions { seed: common.seed, stop, ..self.options };
 
         let stream = prompts.len() == 1 && !common.json;
-        let mut text = model.tokenizer.stream();
+        let mut text = model.text.tokenizer.stream();
         let mut bars = Bars::new(common);
-        let bar = bars.show("generating", "answers", prompts.len() as u64);
         let mut left = vec![0usize; prompts.len()];
-        let (started, mut drawn) = (Instant::now(), 0u64);
+        let (started, mut drawn, mut begun, total) = (Instant::now(), 0u64, 0, prompts.len() as u64);
         let answers = model.decoder.generate(&prompts, &options, &mut |prompt, token| {
             drawn += 1;
             left[prompt] += 1;
@@ -88,7 +91,8 @@ impl OnDevice for Generate {
                 let piece = text.step(token).unwrap_or_default();
                 let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
             } else if left[prompt] == 1 && !stream {
-                bar.inc(1);
+                begun += 1;
+                bars.report("generating", "answers", (begun, total), String::new);
             }
         })?;
         bars.finish();
@@ -97,7 +101,7 @@ impl OnDevice for Generate {
             return print_line(&text.finish()?);
         }
         for (prompt, answer) in prompts.iter().zip(answers) {
-            let decoded = model.tokenizer.decode(&answer.tokens)?;
+            let decoded = model.text.tokenizer.decode(&answer.tokens)?;
             if common.json {
                 print_json(&json!({
                     "text": decoded, "tokens": answer.tokens, "finish": answer.finish, "tok_per_s": rate,
@@ -111,18 +115,18 @@ impl OnDevice for Generate {
     }
 }
 
-/// Conversations of a chat file, to be continued by the model.
-fn read_prompts(path: &Path) -> Result<Vec<Vec<Message>>> {
+/// Place and messages of each conversation of a chat file, to be continued by the model.
+fn read_prompts(path: &Path) -> Result<Vec<(String, Vec<Message>)>> {
     JsonLines::open(path)?.parse_all(|line| {
         if line.get("prompt").is_some() {
-            return Ok(vec![Message::new("user", line.text("prompt")?)]);
+            return Ok((line.place.clone(), vec![Message::new("user", line.text("prompt")?)]));
         }
         let expected = "\"messages\": a list of {\"role\", \"content\"} that ends with the user, or \"prompt\": text";
         let messages = line.get("messages").cloned().unwrap_or_default();
         let messages: Vec<Message> =
             serde_json::from_value(messages).map_err(|_| line.error("no valid `messages`", expected))?;
         match messages.last() {
-            Some(last) if last.role != "assistant" => Ok(messages),
+            Some(last) if last.role != "assistant" => Ok((line.place.clone(), messages)),
             _ => Err(line.error("no question to answer", expected)),
         }
     })

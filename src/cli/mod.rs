@@ -17,8 +17,8 @@ mod score;
 mod search;
 mod tune;
 
-use clap::{Parser, Subcommand};
-use common::Common;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use common::{Common, say};
 use open::OnDevice;
 use std::process::ExitCode;
 
@@ -57,7 +57,12 @@ enum Command {
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    // Given here, once, for every option of every command: `--lr -1` is a wrong value and no unknown option.
+    let command = Cli::command().mut_subcommands(|command| {
+        command.mut_args(|arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg })
+    });
+    let parsed = command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             let _ = e.print();
@@ -84,7 +89,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
+            say(&format!("error: {e}\n"));
             ExitCode::from(e.exit_code())
         }
     }

@@ -1,12 +1,13 @@
 //! Opening what most commands need: a device and a model.
 
-use super::common::{Common, Device};
+use super::common::{Common, Device, say};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::backend::{Backend, DtypeChoice, trace};
+use crate::data::SecurityPrompt;
 use crate::error::{Error, FileOp, Result};
 use crate::model::ModelDir;
-use crate::secure::{LoadedModel, RefusalList};
+use crate::secure::{ModelText, RefusalList};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
@@ -22,12 +23,15 @@ pub(super) struct ModelArgs {
 }
 
 impl ModelArgs {
-    pub(super) fn open<B: Backend>(&self, backend: B) -> Result<LoadedModel<B>> {
-        LoadedModel::open(backend, &self.model, self.chat_template.as_deref())
+    /// Opens the model for chat, without its weights.
+    pub(super) fn open_text(&self) -> Result<ModelText> {
+        ModelText::open(&self.model, self.chat_template.as_deref())
     }
 
-    pub(super) fn open_without_template<B: Backend>(&self, backend: B) -> Result<LoadedModel<B>> {
-        LoadedModel::open_without_template(backend, &self.model)
+    /// What is read, with its option.
+    pub(super) fn inputs(&self) -> Vec<(&str, &Path)> {
+        let template = self.chat_template.iter().map(|path| ("--chat-template", path.as_path()));
+        std::iter::once(("--model", self.model.as_path())).chain(template).collect()
     }
 }
 
@@ -110,7 +114,7 @@ impl Common {
                     (true, false) => (Float::F32, "in f32: this processor has no instructions for products of bf16"),
                 };
                 if !self.quiet {
-                    eprintln!("on the CPU {chosen}");
+                    say(&format!("on the CPU {chosen}\n"));
                 }
                 Ok(float)
             }
@@ -129,7 +133,7 @@ impl Common {
             Err(why) => Err(why),
         };
         if let (Err(why), false) = (&found, self.quiet) {
-            eprintln!("on the CPU: {why}");
+            say(&format!("on the CPU: {why}\n"));
         }
         found.is_ok().then_some(0)
     }
@@ -137,7 +141,7 @@ impl Common {
     fn open<P: Precision>(&self, ordinal: u32) -> Result<Cuda<P>> {
         let backend = Cuda::open(ordinal)?;
         if !self.quiet {
-            eprintln!("on cuda:{ordinal}, {}", backend.product()?);
+            say(&format!("on cuda:{ordinal}, {}\n", backend.product()?));
         }
         Ok(backend)
     }
@@ -152,9 +156,20 @@ pub(super) struct Refusals {
 }
 
 impl Refusals {
+    /// What is read, with its option.
+    pub(super) fn inputs(&self) -> Vec<(&str, &Path)> {
+        self.refusals.iter().map(|path| ("--refusals", path.as_path())).collect()
+    }
+
     pub(super) fn list(&self) -> Result<RefusalList> {
         let Some(path) = &self.refusals else { return Ok(RefusalList::default()) };
         let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
         RefusalList::parse(&text, &path.display().to_string())
     }
+}
+
+/// Checks, before the weights are read, that every prompt of a security file fits the model's context.
+pub(super) fn check_security(text: &ModelText, path: &Path, prompts: &[SecurityPrompt]) -> Result<()> {
+    // An answer needs a position of its own.
+    text.check_prompts(path, prompts.iter().map(|p| p.prompt.as_str()), text.files.config.max_positions - 1)
 }

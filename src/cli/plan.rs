@@ -8,6 +8,7 @@ use crate::engine::{Lora, Plan, Workload};
 use crate::error::Result;
 use crate::model::ModelDir;
 use crate::modules::{ModuleSet, ParamId};
+use crate::options::{count as count_of, share};
 use crate::report::format::{bytes, count, percent};
 use crate::report::memory_table;
 use crate::train::TuneOptions;
@@ -27,13 +28,13 @@ pub(super) struct PlanCommand {
     #[arg(long, default_value = "all")]
     mods: String,
     /// Documents per micro-batch
-    #[arg(long, default_value_t = TuneOptions::default().batch_size)]
+    #[arg(long, value_parser = count_of, default_value_t = TuneOptions::default().batch_size)]
     batch_size: usize,
     /// Tokens per document
-    #[arg(long, default_value_t = TuneOptions::default().max_length)]
+    #[arg(long, value_parser = count_of, default_value_t = TuneOptions::default().max_length)]
     max_length: usize,
     /// Share of the tokens with a loss (answers)
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, value_parser = share::<f64>, default_value_t = 1.0)]
     trained_share: f64,
     /// Activation checkpointing: keep one activation per layer and recompute the rest
     #[arg(long)]
@@ -42,7 +43,7 @@ pub(super) struct PlanCommand {
     #[arg(long, value_enum, default_value_t = MethodName::Full)]
     method: MethodName,
     /// Rank of the adapters
-    #[arg(long, default_value_t = Lora::default().rank)]
+    #[arg(long, value_parser = count_of, default_value_t = Lora::default().rank)]
     lora_rank: usize,
     /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
@@ -67,7 +68,7 @@ impl PlanCommand {
         let workload = |recompute| Workload {
             tokens: self.batch_size * self.max_length,
             document_tokens: self.max_length,
-            trained_share: self.trained_share.clamp(0.0, 1.0),
+            trained_share: self.trained_share,
             recompute,
             lora,
         };

@@ -1,13 +1,14 @@
 //! `swat probe`: the security-feature classifiers of a model.
 
 use super::common::{Common, print_json, print_line};
-use super::open::{ModelArgs, OnDevice, Refusals};
+use super::open::{ModelArgs, OnDevice, Refusals, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::io::{IfExists, check_apart, check_file};
 use crate::report::{Entry, Table};
-use crate::secure::{Head, ProbeOptions, REFUSAL_TOKENS};
+use crate::secure::{Head, Probe, ProbeOptions, REFUSAL_TOKENS};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -45,15 +46,18 @@ impl OnDevice for ProbeCommand {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        if self.out.exists() && !self.force {
-            return Err(Error::Exists { path: self.out });
-        }
+        let inputs = [self.model.inputs(), vec![("--security", self.security.as_path())], self.refusals.inputs()];
+        check_apart(&[("--out", &self.out)], &inputs.concat())?;
+        check_file(&self.out, IfExists::from_force(self.force), Probe::is_file)?;
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         SecurityPrompt::require_both_labels(&prompts, &self.security)?;
-        let model = self.model.open(backend)?;
+        let refusals = self.refusals.list()?;
+        let text = self.model.open_text()?;
+        self.options.check(text.files.config.layers)?;
+        check_security(&text, &self.security, &prompts)?;
+        let model = text.load(backend)?;
         let options = ProbeOptions { seed: common.seed, ..self.options };
         let mut bars = Bars::new(common);
-        let refusals = self.refusals.list()?;
         let probe = model.train_probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
         bars.finish();
         probe.save(&self.out)?;

@@ -4,10 +4,12 @@ use super::common::{Common, print_json, print_line};
 use super::open::{ModelArgs, OnDevice, State};
 use crate::backend::{Backend, Roofline};
 use crate::error::Result;
+use crate::io::{IfExists, check_apart, check_file};
 use crate::modules::ModuleSet;
 use crate::profile::{ProfileOptions, profile, summarize};
 use crate::report::format::{fixed, percent};
-use crate::report::{profile_tables, write_trace};
+use crate::report::{is_trace, profile_tables, write_trace};
+use crate::secure::ModelText;
 use crate::train::peak_bytes;
 use clap::Args;
 use serde_json::json;
@@ -53,11 +55,17 @@ impl OnDevice for ProfileCommand {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        if let Some(path) = &self.trace {
+            check_apart(&[("--trace", path)], &self.model.inputs())?;
+            check_file(path, IfExists::Replace, is_trace)?;
+        }
+        let text = ModelText::open_without_template(&self.model.model)?;
+        self.options.check(text.files.config.max_positions)?;
+        let set = ModuleSet::parse(&self.mods, &text.files.config.cells())?;
         // Before the model is loaded, so that its buffers do not raise the peak memory.
         let roofline = Roofline::measure(&backend)?;
-        let mut model = self.model.open_without_template(backend)?;
+        let mut model = text.load(backend)?;
         let device = model.decoder.backend.name();
-        let set = ModuleSet::parse(&self.mods, &model.files.config.cells())?;
         let options = ProfileOptions { set, seed: common.seed, ..self.options };
         let profile = profile(&mut model.decoder, &options, roofline)?;
         if let Some(path) = &self.trace {

@@ -1,6 +1,6 @@
-//! Progress on stderr, on a terminal only.
+//! Progress on stderr: bars on a terminal, elsewhere a line every ten seconds.
 
-use super::common::Common;
+use super::common::{Common, say};
 use crate::backend::Backend;
 use crate::engine::Plan;
 use crate::error::Result;
@@ -9,57 +9,120 @@ use crate::report::format::{bytes, percent};
 use crate::report::memory_table;
 use crate::secure::MODS_PHASE;
 use crate::train::{Callbacks, RunPosition, StepMetrics};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
-/// Progress bars on stderr, one at a time; hidden with `--quiet`, and where stderr is not a terminal.
-pub(super) struct Bars {
-    quiet: bool,
-    bar: Option<(String, ProgressBar)>,
+/// Time between lines where stderr is not a terminal.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// Progress on stderr, of one task at a time; none with `--quiet`.
+pub(super) enum Bars {
+    Quiet,
+    Terminal(Option<(String, ProgressBar)>),
+    Lines(Lines),
 }
 
 impl Bars {
     pub(super) fn new(common: &Common) -> Self {
-        Self { quiet: common.quiet, bar: None }
+        match (common.quiet, std::io::stderr().is_terminal()) {
+            (true, _) => Self::Quiet,
+            (false, true) => Self::Terminal(None),
+            (false, false) => Self::Lines(Lines::default()),
+        }
     }
 
-    /// The bar of a task, in `unit`s; a new one if the last was of another task.
-    pub(super) fn show(&mut self, task: &str, unit: &str, total: u64) -> &ProgressBar {
-        if self.bar.as_ref().is_none_or(|(shown, _)| shown != task) {
-            self.finish();
+    /// Shows that `done` of `total` units of a task are finished.
+    pub(super) fn report(
+        &mut self,
+        task: &str,
+        unit: &str,
+        (done, total): (u64, u64),
+        message: impl FnOnce() -> String,
+    ) {
+        match self {
+            Self::Quiet => {}
+            Self::Lines(lines) => {
+                if let Some(line) = lines.line(Instant::now(), task, unit, (done, total), message) {
+                    say(&line);
+                }
+            }
+            Self::Terminal(shown) => {
+                if let Some((_, bar)) = shown.take_if(|(name, _)| name != task) {
+                    bar.finish_and_clear();
+                }
+                let (_, bar) = shown.get_or_insert_with(|| (task.to_owned(), bar(task, unit, (done, total))));
+                bar.set_length(total);
+                bar.set_position(done);
+                bar.set_message(message());
+            }
         }
-        let quiet = self.quiet;
-        let (_, bar) = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::new(total).with_prefix(task.to_owned());
-            if quiet {
-                bar.set_draw_target(ProgressDrawTarget::hidden());
-            }
-            let template = format!(
-                "{{prefix}} {{wide_bar}} {{pos}}/{{len}} {unit}  {{per_sec}}  {{elapsed}} elapsed, {{eta}} left {{msg}}"
-            );
-            if let Ok(style) = ProgressStyle::with_template(&template) {
-                bar.set_style(style);
-            }
-            (task.to_owned(), bar)
-        });
-        bar.set_length(total);
-        bar
     }
 
     /// The observer of the library's progress reports.
     pub(super) fn observer(&mut self) -> impl FnMut(Progress<'_>) + '_ {
         |report| {
-            let bar = self.show(report.task, "", report.total as u64);
-            bar.set_position(report.done as u64);
-            if let Some(loss) = report.loss {
-                bar.set_message(format!("loss {loss:.3}"));
-            }
+            let loss = || report.loss.map(|loss| format!("loss {loss:.3}")).unwrap_or_default();
+            self.report(report.task, "", (report.done as u64, report.total as u64), loss);
         }
     }
 
     pub(super) fn finish(&mut self) {
-        if let Some((_, bar)) = self.bar.take() {
+        if let Self::Terminal(shown) = self
+            && let Some((_, bar)) = shown.take()
+        {
             bar.finish_and_clear();
         }
+    }
+}
+
+fn bar(task: &str, unit: &str, (done, total): (u64, u64)) -> ProgressBar {
+    let bar = ProgressBar::new(total).with_prefix(task.to_owned()).with_position(done);
+    let template = format!(
+        "{{prefix}} {{wide_bar}} {{pos}}/{{len}} {unit}  {{per_sec}}  {{elapsed}} elapsed, {{eta}} left {{msg}}"
+    );
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style);
+    }
+    bar.reset_eta();
+    bar
+}
+
+/// Progress as plain lines.
+#[derive(Default)]
+pub(super) struct Lines {
+    task: String,
+    /// When the task began, and how much of it was done by then.
+    began: Option<(Instant, u64)>,
+    /// The last line, of any task.
+    last: Option<Instant>,
+}
+
+impl Lines {
+    /// The line to print now, if one is due.
+    fn line(
+        &mut self,
+        now: Instant,
+        task: &str,
+        unit: &str,
+        (done, total): (u64, u64),
+        message: impl FnOnce() -> String,
+    ) -> Option<String> {
+        if self.task != task || self.began.is_none() {
+            (self.task, self.began) = (task.to_owned(), Some((now, done)));
+        }
+        let last = *self.last.get_or_insert(now);
+        if now.duration_since(last) < INTERVAL {
+            return None;
+        }
+        self.last = Some(now);
+        let (began, before) = self.began?;
+        let per_unit = now.duration_since(began).as_secs_f64() / done.checked_sub(before).filter(|n| *n > 0)? as f64;
+        let left = per_unit * total.saturating_sub(done) as f64;
+        let share = percent(done as f64 / total.max(1) as f64, 0);
+        let parts = [format!("{task}:"), format!("{done}/{total}"), unit.to_owned(), format!("({share})"), message()];
+        let parts: Vec<String> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        Some(format!("{}, {left:.0} s left\n", parts.join(" ")))
     }
 }
 
@@ -79,38 +142,58 @@ impl StepBar {
         self.bars.finish();
     }
 
-    fn bar(&mut self, at: &RunPosition) -> &ProgressBar {
+    fn report(&mut self, at: &RunPosition, message: impl FnOnce() -> String) {
         let task = if at.phase == MODS_PHASE { "tuning mods" } else { "tuning all" };
-        self.bars.show(task, "steps", at.phase_steps)
+        self.bars.report(task, "steps", (at.phase_step, at.phase_steps), message);
     }
 }
 
 impl<B: Backend> Callbacks<B> for StepBar {
     fn run_begins(&mut self, plans: &[(String, Plan)]) {
         self.plans = plans.to_vec();
-        if !self.bars.quiet {
-            eprint!("{}", memory_table(plans).text());
+        if !matches!(self.bars, Bars::Quiet) {
+            say(&memory_table(plans).text());
         }
     }
 
     fn note(&mut self, text: &str) {
-        eprintln!("note: {text}");
+        say(&format!("note: {text}\n"));
     }
 
     fn phase_begins(&mut self, at: &RunPosition) -> Result<()> {
-        let bar = self.bar(at);
-        bar.set_position(at.phase_step);
-        bar.reset_eta();
+        self.report(at, String::new);
         Ok(())
     }
 
     fn step(&mut self, metrics: &StepMetrics, at: &RunPosition) -> Result<()> {
-        let loss = metrics.loss.map_or("skipped".to_string(), |loss| format!("loss {loss:.4}"));
-        let light = metrics.speed_of_light.map(|share| format!("  {} of light", percent(share, 0))).unwrap_or_default();
-        let peak = bytes(metrics.peak_bytes);
-        let bar = self.bar(at);
-        bar.inc(1);
-        bar.set_message(format!("{loss}  {:.0} tok/s{light}  {peak}", metrics.tok_per_s));
+        self.report(at, || {
+            let loss = metrics.loss.map_or("skipped".to_string(), |loss| format!("loss {loss:.4}"));
+            let light = metrics.speed_of_light.map(|share| format!("  {} of light", percent(share, 0)));
+            let peak = bytes(metrics.peak_bytes);
+            format!("{loss}  {:.0} tok/s{}  {peak}", metrics.tok_per_s, light.unwrap_or_default())
+        });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_every_ten_seconds() {
+        let (mut lines, start) = (Lines::default(), Instant::now());
+        let mut at = |seconds, task: &str, done| {
+            let now = start + Duration::from_secs(seconds);
+            lines.line(now, task, "steps", (done, 100), || "loss 1.5".into())
+        };
+        assert_eq!(at(0, "tuning all", 20), None);
+        assert_eq!(at(9, "tuning all", 29), None);
+        // 20 steps in 10 seconds, from step 20 on, as after a resume; 60 are left.
+        assert_eq!(at(10, "tuning all", 40).unwrap(), "tuning all: 40/100 steps (40 %) loss 1.5, 30 s left\n");
+        assert_eq!(at(19, "tuning all", 60), None);
+        // A new task has a rate of its own.
+        assert_eq!(at(19, "judge", 0), None);
+        assert_eq!(at(24, "judge", 10).unwrap(), "judge: 10/100 steps (10 %) loss 1.5, 45 s left\n");
     }
 }

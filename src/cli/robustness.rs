@@ -1,15 +1,15 @@
 //! `swat robustness`: the robustness map, layer × module.
 
 use super::common::{Common, print_json, print_line};
-use super::open::{ModelArgs, OnDevice};
+use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::{Error, FileOp, Result};
-use crate::io::write_atomic;
+use crate::io::{IfExists, check_apart, check_file, write_atomic};
 use crate::modules::ModuleSet;
-use crate::report::{perturbation, robustness_map, robustness_table};
-use crate::secure::{MapInputs, Probe, RobustnessOptions, ScorerOptions, robustness};
+use crate::report::{is_drawing, perturbation, robustness_map, robustness_table};
+use crate::secure::{MapInputs, Noise, Probe, RobustnessMap, RobustnessOptions, ScorerOptions, robustness};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -48,12 +48,23 @@ impl OnDevice for RobustnessCommand {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        if self.out.exists() && !self.force {
-            return Err(Error::Exists { path: self.out });
+        let svg = self.out.with_extension("svg");
+        let mut inputs = self.model.inputs();
+        inputs.extend([("--probe", self.probe.as_path()), ("--security", &self.security)]);
+        if let Noise::Update(tuned) = &self.scorer.kind {
+            inputs.push(("--kind update", tuned));
         }
+        check_apart(&[("--out", &self.out), ("the heat map", &svg)], &inputs)?;
+        let if_exists = IfExists::from_force(self.force);
+        check_file(&self.out, if_exists, RobustnessMap::is_file)?;
+        check_file(&svg, if_exists, is_drawing)?;
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         let probe = Probe::load(&self.probe)?;
-        let model = self.model.open(backend)?;
+        let text = self.model.open_text()?;
+        probe.check_model(&text.files.config, text.files.hash()?)?;
+        self.options.check(&text.files.config.cells())?;
+        check_security(&text, &self.security, &prompts)?;
+        let model = text.load(backend)?;
         let options = ScorerOptions { seed: common.seed, ..self.scorer };
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, FileOp::Resolve));
         let mut scorer = model.scorer(&probe, &prompts, options)?;
@@ -67,7 +78,7 @@ impl OnDevice for RobustnessCommand {
         bars.finish();
         let (score, mods) = (self.options.score, ModuleSet::default());
         let heatmap = robustness_map(&map, score, &mods);
-        write_atomic(&self.out.with_extension("svg"), heatmap.svg().as_bytes())?;
+        write_atomic(&svg, heatmap.svg().as_bytes())?;
         if common.json {
             return print_json(&map);
         }

@@ -5,6 +5,7 @@ use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
 use crate::backend::{Backend, DtypeChoice};
 use crate::error::Result;
+use crate::interrupt;
 use crate::report::{results_text, write_report};
 use crate::secure::study::{RunConfig, run};
 use clap::Args;
@@ -63,6 +64,7 @@ impl RunCommand {
 /// Runs a study and writes its report.
 pub(super) fn study<B: Backend>(backend: B, common: &Common, refusals: &Refusals, config: &RunConfig) -> Result<()> {
     let refusals = refusals.list()?;
+    interrupt::watch();
     let mut bars = Bars::new(common);
     let outcome = run(config, &backend, &refusals, &mut bars.observer())?;
     bars.finish();

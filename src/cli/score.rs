@@ -5,7 +5,9 @@ use super::open::{ModelArgs, OnDevice};
 use crate::backend::{Backend, IGNORE};
 use crate::engine::Batch;
 use crate::error::{Error, FileOp, Result};
-use crate::io::write_atomic;
+use crate::io::safetensors::Safetensors;
+use crate::io::{IfExists, check_apart, check_file, write_atomic};
+use crate::secure::ModelText;
 use clap::Args;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
@@ -39,17 +41,35 @@ impl OnDevice for Score {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        let model = self.model.open_without_template(backend)?;
+        let outputs = [("--logits-out", "logits", &self.logits_out), ("--hidden-out", "hidden", &self.hidden_out)];
+        let outputs: Vec<(&str, &str, &Path)> =
+            outputs.into_iter().filter_map(|(option, name, path)| Some((option, name, path.as_deref()?))).collect();
+        let inputs = [self.model.inputs(), self.text_file.iter().map(|p| ("--text-file", p.as_path())).collect()];
+        let paths: Vec<(&str, &Path)> = outputs.iter().map(|(option, _, path)| (*option, *path)).collect();
+        check_apart(&paths, &inputs.concat())?;
+        for (_, name, path) in &outputs {
+            check_file(path, IfExists::Replace, |path| holds_only(path, name))?;
+        }
+        let text = ModelText::open_without_template(&self.model.model)?;
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
-                let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
-                (path.display().to_string(), model.tokenizer.encode_with_special_tokens(&text)?)
+                let read = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
+                (path.display().to_string(), text.tokenizer.encode_with_special_tokens(&read)?)
             }
             (None, ids) => ("--ids".to_string(), ids.unwrap_or_default()),
         };
         if tokens.is_empty() {
             return Err(Error::input(place, "no tokens", "at least one"));
         }
+        let (vocab, context) = (text.files.config.vocab, text.files.config.max_positions);
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::input(place, format!("token {id}"), format!("ids below {vocab}")));
+        }
+        if tokens.len() > context {
+            let expected = format!("at most {context}, the model's context");
+            return Err(Error::input(place, format!("{} tokens", tokens.len()), expected));
+        }
+        let model = text.load(backend)?;
         let decoder = &model.decoder;
         let mut batch = Batch::from_prompts([tokens.as_slice()]);
         batch.targets = tokens[1..].iter().copied().chain([IGNORE]).collect();
@@ -80,6 +100,11 @@ impl OnDevice for Score {
 /// JSON has no infinity.
 fn finite(x: f64) -> Option<f64> {
     x.is_finite().then_some(x)
+}
+
+/// Whether a file holds a tensor of this name and nothing else, as this command writes it.
+fn holds_only(path: &Path, name: &str) -> bool {
+    Safetensors::open(path).is_ok_and(|file| file.tensors().map(|(name, ..)| name).eq([name]))
 }
 
 fn write_tensor(path: &Path, name: &str, shape: Vec<usize>, values: &[f32]) -> Result<()> {

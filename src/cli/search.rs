@@ -1,17 +1,18 @@
 //! `swat search`: from the map to Mods_Rob.
 
 use super::common::{Common, print_json, print_line};
-use super::open::OnDevice;
+use super::open::{OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::{Error, Result};
+use crate::io::{IfExists, check_apart, check_file};
 use crate::modules::ModuleSet;
 use crate::options::mib;
 use crate::report::format::{fixed, percent};
-use crate::secure::{LoadedModel, Probe, RobustnessMap, SWEEP_MIB, ScorerOptions, SearchOptions, search};
+use crate::secure::{ModelText, ModsRob, Probe, RobustnessMap, SWEEP_MIB, ScorerOptions, SearchOptions, search};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Finds Mods_Rob: the modules that, perturbed together, move the security features least
 #[derive(Args)]
@@ -55,9 +56,8 @@ impl OnDevice for SearchCommand {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        if self.out.exists() && !self.force {
-            return Err(Error::Exists { path: self.out });
-        }
+        self.options.check()?;
+        check_file(&self.out, IfExists::from_force(self.force), ModsRob::is_file)?;
         let map = RobustnessMap::load(&self.map)?;
         let from = map.made_from.as_ref();
         let known = |own: Option<PathBuf>, there: Option<&PathBuf>, option: &str| {
@@ -65,11 +65,17 @@ impl OnDevice for SearchCommand {
             own.or_else(|| there.cloned()).ok_or_else(missing)
         };
         let model = known(self.model, from.map(|f| &f.model), "--model DIR")?;
-        let probe = Probe::load(&known(self.probe, from.map(|f| &f.probe), "--probe FILE")?)?;
+        let probe = known(self.probe, from.map(|f| &f.probe), "--probe FILE")?;
         let security = known(self.security, from.map(|f| &f.security), "--security FILE")?;
+        let inputs: [(&str, &Path); 4] =
+            [("--model", &model), ("--probe", &probe), ("--security", &security), ("--map", &self.map)];
+        check_apart(&[("--out", &self.out)], &inputs)?;
+        let probe = Probe::load(&probe)?;
         let prompts = SecurityPrompt::read(&security, common.seed)?;
-        let model = LoadedModel::open(backend, &model, self.chat_template.as_deref())?;
-        map.check_model(model.files.hash()?)?;
+        let text = ModelText::open(&model, self.chat_template.as_deref())?;
+        map.check_model(text.files.hash()?)?;
+        check_security(&text, &security, &prompts)?;
+        let model = text.load(backend)?;
         let options = ScorerOptions {
             kind: map.kind.clone(),
             split: map.split,

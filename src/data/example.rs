@@ -220,6 +220,21 @@ impl Examples {
         Self::collect(&path.display().to_string(), marked, max_length)
     }
 
+    /// Place and tokens of the first conversation of a file that has more than `limit` tokens; `None` where there is
+    /// none.
+    ///
+    /// # Errors
+    /// As [`Examples::read`].
+    pub fn first_longer(path: &Path, chat: &impl ChatText, limit: usize) -> Result<Option<(String, usize)>> {
+        let lines = JsonLines::open(path)?;
+        let placed = lines.parse_all(|line| Ok((line.place.clone(), Conversation::from_line(line)?)))?;
+        let longer = placed.par_iter().map(|(place, conversation)| {
+            let tokens = chat.encode(&chat.render(&conversation.messages).map_err(|e| at_line(place, e))?)?.len();
+            Ok((tokens > limit).then(|| (place.clone(), tokens)))
+        });
+        longer.find_first(|found| !matches!(found, Ok(None))).unwrap_or(Ok(None))
+    }
+
     /// Tokenizes conversations.
     ///
     /// # Errors

@@ -8,14 +8,14 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 use crate::modules::ParamId;
-use crate::options::{default_from_args, mib};
+use crate::options::{count, default_from_args, mib};
 use crate::rng::{uniform, words};
 
 /// Options of generation.
 #[derive(Clone, Debug, PartialEq, clap::Args)]
 pub struct GenerateOptions {
     /// Longest answer, in tokens
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = count, default_value_t = 256)]
     pub max_new_tokens: usize,
     /// Greedy, or a temperature and a nucleus.
     #[command(flatten)]

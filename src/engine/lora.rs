@@ -4,7 +4,9 @@ use super::Decoder;
 use super::decoder::{Parameter, upload};
 use crate::backend::{Backend, Epilogue, In, Linear, LinearBackwardInput, LinearShape, Operator, Out};
 use crate::error::{Error, Result};
+use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
+use crate::options::{above_zero, count};
 use crate::rng::Philox;
 
 /// Shape of the adapters of a decoder.
@@ -12,10 +14,10 @@ use crate::rng::Philox;
 #[serde(deny_unknown_fields)]
 pub struct Lora {
     /// Rank of the adapters
-    #[arg(long = "lora-rank", id = "lora_rank", value_name = "LORA_RANK", default_value_t = 8)]
+    #[arg(long = "lora-rank", id = "lora_rank", value_name = "LORA_RANK", value_parser = count, default_value_t = 8)]
     pub rank: usize,
     /// The adapters' output is scaled by alpha / rank
-    #[arg(long = "lora-alpha", id = "lora_alpha", value_name = "LORA_ALPHA", default_value_t = 16.0)]
+    #[arg(long = "lora-alpha", id = "lora_alpha", value_name = "LORA_ALPHA", value_parser = above_zero::<f32>, default_value_t = 16.0)]
     pub alpha: f32,
 }
 
@@ -25,6 +27,19 @@ impl Lora {
     /// alpha / rank.
     pub fn scale(&self) -> f32 {
         self.alpha / self.rank as f32
+    }
+
+    /// The adapters' tensors on the projections of `set`, with their shapes: A \[rank, inputs\] and B \[outputs,
+    /// rank\].
+    pub fn params(&self, config: &ModelConfig, set: &ModuleSet) -> Vec<(ParamId, Vec<usize>)> {
+        let adapters = |cell| match cell {
+            Cell::Module(id) => {
+                let (outputs, inputs) = config.module_shape(id.kind);
+                vec![(ParamId::LoraA(id), vec![self.rank, inputs]), (ParamId::LoraB(id), vec![outputs, self.rank])]
+            }
+            _ => Vec::new(),
+        };
+        set.iter().flat_map(adapters).collect()
     }
 }
 

@@ -1,5 +1,6 @@
 //! Atomic output directories and files.
 
+use super::owned::{self, Record};
 use crate::error::{Error, FileOp, Result};
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
@@ -21,16 +22,26 @@ impl IfExists {
     }
 }
 
-/// An output directory that is written under a temporary name and renamed when complete.
+/// Lock of a directory that is written in place.
+pub(super) const LOCK: &str = ".swat.lock";
+/// Temporary directory of a directory that is written in place.
+pub(super) const PARTIAL: &str = ".swat.partial";
+
+/// An output directory that is written under a temporary name and moved into place when complete. The record
+/// `.swat.json` in it lists what swat wrote: nothing else is ever replaced.
 ///
 /// `.NAME.lock` beside it excludes other processes. An interrupted run leaves the old output (or nothing) in place, and
 /// `.NAME.partial`, which the next run removes. A run killed between the two renames of a replacement leaves the old
 /// output as `.NAME.old`, which the next run restores.
+///
+/// A directory that cannot be renamed, as it is a mount point or its parent cannot be written to, is written in place:
+/// lock and temporary directory lie in it, and files are moved one by one, `config.json` last.
 #[derive(Debug)]
 pub struct OutputDir {
     path: PathBuf,
     partial: PathBuf,
-    old: PathBuf,
+    /// Where an old output is moved; none for a directory that is written in place.
+    old: Option<PathBuf>,
     if_exists: IfExists,
     committed: bool,
     // Dropped last: the lock must outlive the removal of the directory.
@@ -38,25 +49,31 @@ pub struct OutputDir {
 }
 
 impl OutputDir {
-    /// Locks `path` and creates the temporary directory.
+    /// Locks `path` and creates the temporary directory. An empty directory counts as no output.
     ///
     /// # Errors
     /// [`Error::InUse`] where another process writes to `path`; [`Error::Exists`] where it exists and must not be
-    /// replaced; [`Error::Io`].
+    /// replaced; [`Error::Input`] where it holds what swat did not write; [`Error::Io`].
     pub fn create(path: &Path, if_exists: IfExists) -> Result<Self> {
+        let path = &target(path)?;
         let (parent, name) = split(path)?;
         fs::create_dir_all(&parent).map_err(Error::io(&parent, FileOp::Create))?;
-        let lock = Lock::take(parent.join(format!(".{name}.lock")), path)?;
+        let in_place = is_in_place(path);
+        let lock = if in_place { path.join(LOCK) } else { parent.join(format!(".{name}.lock")) };
+        let lock = Lock::take(lock, path)?;
         let old = parent.join(format!(".{name}.old"));
-        if exists(&old) && !exists(path) {
+        if !in_place && exists(&old) && !exists(path) {
             fs::rename(&old, path).map_err(Error::io(path, FileOp::Rename))?;
         }
-        if exists(path) && if_exists == IfExists::Fail {
-            return Err(Error::Exists { path: path.to_owned() });
+        check_replaceable(path, if_exists)?;
+        if !in_place && exists(&old) {
+            owned::owned(&old)?;
         }
-        let partial = parent.join(format!(".{name}.partial"));
-        remove(&partial)?;
+        let partial = if in_place { path.join(PARTIAL) } else { parent.join(format!(".{name}.partial")) };
+        remove_partial(&partial)?;
         fs::create_dir(&partial).map_err(Error::io(&partial, FileOp::Create))?;
+        Record::default().write(&partial)?;
+        let old = (!in_place).then_some(old);
         Ok(Self { path: path.to_owned(), partial, old, if_exists, committed: false, _lock: lock })
     }
 
@@ -65,30 +82,58 @@ impl OutputDir {
         &self.partial
     }
 
-    /// Syncs the directory to disk and renames it into place. An old output to be replaced is moved aside first and
+    /// Syncs the directory to disk and moves it into place. An old output to be replaced is moved aside first and
     /// removed afterwards.
     ///
     /// # Errors
-    /// [`Error::Io`], with the old output still in place; [`Error::Exists`] where an output has appeared meanwhile.
+    /// [`Error::Io`], with the old output still in place; [`Error::Exists`] and [`Error::Input`] where an output, or
+    /// something that swat did not write, has appeared meanwhile.
     pub fn commit(mut self) -> Result<()> {
+        let record = Record::of(&self.partial)?;
+        record.write(&self.partial)?;
         sync_tree(&self.partial)?;
-        let replaces = exists(&self.path);
-        if replaces {
-            if self.if_exists == IfExists::Fail {
-                return Err(Error::Exists { path: self.path.clone() });
+        let replaced = check_replaceable(&self.path, self.if_exists)?;
+        let Some(old) = self.old.clone() else {
+            self.move_files(&record, &replaced.unwrap_or_default())?;
+            self.committed = true;
+            return Ok(());
+        };
+        if replaced.is_some() {
+            if exists(&old) {
+                remove_recorded(&old, &owned::owned(&old)?)?;
             }
-            remove(&self.old)?;
-            fs::rename(&self.path, &self.old).map_err(Error::io(&self.path, FileOp::Rename))?;
+            fs::rename(&self.path, &old).map_err(Error::io(&self.path, FileOp::Rename))?;
         }
         if let Err(source) = fs::rename(&self.partial, &self.path) {
-            if replaces {
-                fs::rename(&self.old, &self.path).map_err(Error::io(&self.path, FileOp::Rename))?;
+            if replaced.is_some() {
+                fs::rename(&old, &self.path).map_err(Error::io(&self.path, FileOp::Rename))?;
             }
             return Err(Error::io(&self.path, FileOp::Rename)(source));
         }
         self.committed = true;
         sync_parent(&self.path)?;
-        if replaces { remove(&self.old) } else { Ok(()) }
+        replaced.map_or(Ok(()), |record| remove_recorded(&old, &record))
+    }
+
+    /// Moves the files of a directory that is written in place. Until the last one is there, there is no `config.json`.
+    fn move_files(&self, record: &Record, replaced: &Record) -> Result<()> {
+        const LAST: &str = "config.json";
+        replaced.union(record).write(&self.path)?;
+        let _ = fs::remove_file(self.path.join(LAST));
+        for name in replaced.names().filter(|name| !record.contains(name)) {
+            remove(&self.path.join(name))?;
+        }
+        let last = record.contains(LAST).then_some(LAST);
+        for name in record.names().filter(|name| *name != LAST).chain(last) {
+            let to = self.path.join(name);
+            if let Some(parent) = to.parent() {
+                fs::create_dir_all(parent).map_err(Error::io(parent, FileOp::Create))?;
+            }
+            fs::rename(self.partial.join(name), &to).map_err(Error::io(&to, FileOp::Rename))?;
+        }
+        record.write(&self.path)?;
+        sync_dir(&self.path)?;
+        remove(&self.partial)
     }
 }
 
@@ -99,6 +144,64 @@ impl Drop for OutputDir {
             let _ = remove(&self.partial);
         }
     }
+}
+
+/// The directory that an output path names: a link to a directory is followed, and `.` has a name.
+fn target(path: &Path) -> Result<PathBuf> {
+    match fs::metadata(path) {
+        Ok(found) if !found.is_dir() => {
+            Err(Error::input(path.display().to_string(), "a file", "a new or empty directory"))
+        }
+        Ok(_) if path.file_name().is_none() || fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink()) => {
+            fs::canonicalize(path).map_err(Error::io(path, FileOp::Resolve))
+        }
+        Err(_) if exists(path) => {
+            Err(Error::input(path.display().to_string(), "a link that leads nowhere", "a new or empty directory"))
+        }
+        _ => Ok(path.to_owned()),
+    }
+}
+
+/// Whether a directory exists that cannot be renamed: a mount point, or one whose parent cannot be written to.
+///
+/// Its lock, its temporary directory and its unfinished run then lie inside it.
+pub fn is_in_place(path: &Path) -> bool {
+    let (Ok(real), Ok((parent, _))) = (fs::canonicalize(path), split(path)) else { return false };
+    real.is_dir() && (is_mount_point(&real) || tempfile::Builder::new().prefix(".swat.").tempfile_in(parent).is_err())
+}
+
+/// Whether the canonical `path` is listed in `/proc/self/mountinfo`, whose fifth field escapes blanks in octal.
+fn is_mount_point(path: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let escaped = path.to_string_lossy().replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011");
+    mounts.lines().any(|line| line.split(' ').nth(4) == Some(escaped.as_str()))
+}
+
+/// What swat wrote into an output that exists and may be replaced; `None` where there is none, or an empty directory.
+fn check_replaceable(path: &Path, if_exists: IfExists) -> Result<Option<Record>> {
+    if !exists(path) || owned::is_empty(path)? {
+        return Ok(None);
+    }
+    let record = owned::owned(path)?;
+    if if_exists == IfExists::Fail {
+        return Err(Error::Exists { path: path.to_owned() });
+    }
+    Ok(Some(record))
+}
+
+/// Removes an old output's files; the directory stays where something else has appeared in it.
+fn remove_recorded(dir: &Path, record: &Record) -> Result<()> {
+    owned::remove_owned(dir, record)?;
+    let _ = fs::remove_dir(dir);
+    Ok(())
+}
+
+/// Removes the temporary directory of an interrupted run, which begins with its record.
+fn remove_partial(partial: &Path) -> Result<()> {
+    if partial.is_dir() && !partial.join(owned::RECORD).is_file() {
+        owned::check_model_files(partial)?;
+    }
+    remove(partial)
 }
 
 /// Writes a file under a temporary name, syncs it to disk, and renames it, replacing an existing file: readers see the
@@ -166,7 +269,7 @@ fn same_file(_file: &File, path: &Path) -> bool {
 }
 
 /// Parent directory and file name.
-fn split(path: &Path) -> Result<(PathBuf, String)> {
+pub(super) fn split(path: &Path) -> Result<(PathBuf, String)> {
     let Some(name) = path.file_name() else {
         return Err(Error::input(path.display().to_string(), "no file name", "the path of a file or directory"));
     };
@@ -175,7 +278,7 @@ fn split(path: &Path) -> Result<(PathBuf, String)> {
 }
 
 /// Whether the path exists, even as a dangling link.
-fn exists(path: &Path) -> bool {
+pub(super) fn exists(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
 

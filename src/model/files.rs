@@ -91,6 +91,18 @@ impl ModelDir {
         Ok(open_shards(dir)?.iter().all(|shard| shard.tensors().all(|(_, dtype, _)| dtype == Dtype::BF16)))
     }
 
+    /// Bytes of all weights in their stored dtypes.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where a tensor is missing.
+    pub fn stored_bytes(&self) -> Result<u64> {
+        let size = |(id, shape): (ParamId, Vec<usize>)| {
+            let (file, name) = self.source(id)?;
+            Ok(shape.iter().product::<usize>() as u64 * float_bytes(file.info(name)?.0).unwrap_or(4) as u64)
+        };
+        self.config.params().into_iter().map(size).sum()
+    }
+
     /// Reads one tensor as f32.
     ///
     /// # Errors

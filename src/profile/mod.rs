@@ -11,6 +11,7 @@ use crate::engine::{
 };
 use crate::error::{Error, Result};
 use crate::modules::{Cell, LearningRates, ModuleSet, ParamId};
+use crate::options::count;
 use crate::train::{Optimizer, StepSettings};
 use clap::{Args, ValueEnum};
 use std::ops::RangeInclusive;
@@ -38,13 +39,13 @@ pub struct ProfileOptions {
     #[arg(skip)]
     pub set: ModuleSet,
     /// Documents, or prompts, per step
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, value_parser = count, default_value_t = 4)]
     pub batch_size: usize,
     /// Tokens per document; with --work generate, of the prompt and of the answer
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, value_parser = count, default_value_t = 256)]
     pub length: usize,
     /// Recorded steps
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, value_parser = count, default_value_t = 3)]
     pub steps: usize,
     /// Warm-up steps before the first recorded one
     #[arg(long, default_value_t = 1)]
@@ -58,6 +59,28 @@ pub struct ProfileOptions {
     /// Recorded steps, counted from 1, around which the CUDA profiler starts and stops, such as 3:5
     #[arg(long, value_name = "FIRST:LAST", value_parser = parse_range)]
     pub range: Option<RangeInclusive<usize>>,
+}
+
+impl ProfileOptions {
+    /// Checks the ranges, for a model with this context.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub fn check(&self, context: usize) -> Result<()> {
+        if self.batch_size == 0 || self.length == 0 || self.steps == 0 {
+            return Err(Error::input("--batch-size, --length, --steps", "0", "at least 1"));
+        }
+        if let Some(range) = self.range.as_ref().filter(|range| *range.end() > self.steps) {
+            let found = format!("step {}", range.end());
+            return Err(Error::input("--range", found, format!("at most --steps {}", self.steps)));
+        }
+        let tokens = self.length.saturating_mul(if self.work == Work::Generate { 2 } else { 1 });
+        if tokens > context {
+            let most = format!("at most the model's context of {context}");
+            return Err(Error::input("--length", format!("documents of {tokens} tokens"), most));
+        }
+        Ok(())
+    }
 }
 
 fn parse_range(text: &str) -> Result<RangeInclusive<usize>, String> {
@@ -87,18 +110,7 @@ pub struct Profile {
 /// [`Error::Input`] names an option that is out of range; [`Error::Failed`] where another recording is active; a
 /// failing device.
 pub fn profile<B: Backend>(decoder: &mut Decoder<B>, options: &ProfileOptions, roofline: Roofline) -> Result<Profile> {
-    if options.batch_size == 0 || options.length == 0 || options.steps == 0 {
-        return Err(Error::input("--batch-size, --length, --steps", "0", "at least 1"));
-    }
-    if let Some(range) = options.range.as_ref().filter(|range| *range.end() > options.steps) {
-        let found = format!("step {}", range.end());
-        return Err(Error::input("--range", found, format!("at most --steps {}", options.steps)));
-    }
-    let tokens = options.length * if options.work == Work::Generate { 2 } else { 1 };
-    if tokens > decoder.longest_context() {
-        let most = format!("at most the model's context of {}", decoder.longest_context());
-        return Err(Error::input("--length", format!("documents of {tokens} tokens"), most));
-    }
+    options.check(decoder.longest_context())?;
     let backend = decoder.backend.clone();
     let batch = batch(decoder, options);
     let minimum_cost = minimum_cost(decoder, options, &batch);

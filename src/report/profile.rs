@@ -6,6 +6,7 @@ use super::{Entry, Table};
 use crate::backend::trace::{Span, SpanKind};
 use crate::engine::Plan;
 use crate::error::Result;
+use crate::io::file::begins_with;
 use crate::io::write_atomic;
 use crate::profile::{Profile, Row, Summary};
 use serde_json::{Map, json};
@@ -102,6 +103,11 @@ pub fn write_trace(profile: &Profile, device: &str, path: &Path) -> Result<usize
     spans.for_each(|span| add_span(&mut trace, span));
     write_atomic(path, trace.json().as_bytes())?;
     Ok(trace.events())
+}
+
+/// Whether a file is one that [`write_trace`] wrote.
+pub fn is_trace(path: &Path) -> bool {
+    begins_with(path, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n")
 }
 
 fn add_span(trace: &mut Trace, span: &Span) {

@@ -1,7 +1,10 @@
 //! SVG documents: escaping, text metrics, and the few shapes that the charts use.
 
 use super::palette::{Rgb, Tone};
+use crate::io::file::begins_with;
+use crate::io::input::read_text;
 use std::fmt::Write as _;
+use std::path::Path;
 
 /// Width of a drawing that takes half of a page, in pixels.
 pub(crate) const HALF_WIDTH: f64 = 440.0;
@@ -83,6 +86,12 @@ pub(crate) fn wrap(text: &str, size: f64, width: f64, limit: usize) -> Vec<Strin
 
 fn lines_fit(line: &str, word: &str, size: f64, width: f64) -> bool {
     text_width(line, size) + text_width(" ", size) + text_width(word, size) <= width
+}
+
+/// Whether a file is a drawing that [`Drawing::finish`] made.
+pub fn is_drawing(path: &Path) -> bool {
+    let start = "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 ";
+    begins_with(path, start) && read_text(path, 1 << 26).is_ok_and(|text| text.contains("<rect class=\"f-paper\""))
 }
 
 /// Text anchor.

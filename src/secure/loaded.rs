@@ -12,11 +12,11 @@ use super::probe::features::{Snapshot, features, prompts_hash, snapshot};
 use super::probe::train::{ProbeInput, ProbeOptions, train_probe};
 use super::probe::{Head, Probe};
 use super::robustness::scorer::{PerturbationScorer, ScorerInput, ScorerOptions};
+use super::text::ModelText;
 use crate::backend::Backend;
-use crate::data::{Chat, Example, Examples, SecurityPrompt, Task};
+use crate::data::{Example, SecurityPrompt, Task};
 use crate::engine::{Decoder, GenerateOptions};
-use crate::error::{Error, Result};
-use crate::model::{ChatTemplate, Message, ModelDir, Tokenizer};
+use crate::error::Result;
 use crate::progress::{Observer, Progress};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,15 +26,12 @@ pub const REFUSAL_TOKENS: usize = 24;
 /// Tokens of a forward pass that reads hidden states.
 const FEATURE_TOKENS: usize = 8192;
 
-/// An opened model directory: files, tokenizer, chat template and weights.
+/// A model directory with its weights on a device.
 pub struct LoadedModel<B: Backend> {
-    /// The directory.
-    pub files: ModelDir,
-    /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    /// Files, tokenizer and chat template.
+    pub text: ModelText,
     /// The decoder with its weights on the device.
     pub decoder: Decoder<B>,
-    template: Option<ChatTemplate>,
 }
 
 /// Inputs of an evaluation; measures without input are left out.
@@ -64,61 +61,13 @@ impl<B: Backend> LoadedModel<B> {
     /// Opens a model directory for chat, with its own chat template or the one at `chat_template`.
     ///
     /// # Errors
-    /// As [`ModelDir::open`]; [`Error::Input`] where there is no chat template; [`Error::Memory`] where the weights do
-    /// not fit the device.
+    /// As [`ModelText::open`] and [`ModelText::load`].
     pub fn open(backend: B, dir: &Path, chat_template: Option<&Path>) -> Result<Self> {
-        let files = ModelDir::open(dir)?;
-        let template = files.chat_template(chat_template)?;
-        Self::load(backend, files, Some(template))
-    }
-
-    /// Opens a model directory for plain text: prompts cannot be rendered.
-    ///
-    /// # Errors
-    /// As [`LoadedModel::open`].
-    pub fn open_without_template(backend: B, dir: &Path) -> Result<Self> {
-        Self::load(backend, ModelDir::open(dir)?, None)
-    }
-
-    fn load(backend: B, files: ModelDir, template: Option<ChatTemplate>) -> Result<Self> {
-        let tokenizer = files.tokenizer()?;
-        let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
-        Ok(Self { files, tokenizer, decoder, template })
-    }
-
-    fn template(&self) -> Result<&ChatTemplate> {
-        let missing =
-            || Error::failed("the model was opened without its chat template", "this is a bug; please report it");
-        self.template.as_ref().ok_or_else(missing)
-    }
-
-    /// Reads and tokenizes training conversations.
-    ///
-    /// # Errors
-    /// As [`Examples::read`].
-    pub fn examples(&self, path: &Path, max_length: usize) -> Result<Examples> {
-        let chat = Chat::new(self.template()?, &self.tokenizer, &self.files.config.eos);
-        Examples::read(path, &chat, max_length)
-    }
-
-    /// Token ids of a conversation by the chat template, with the header of the assistant's turn.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where the template refuses the conversation.
-    pub fn render(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&self.template()?.render_prompt(messages)?)
-    }
-
-    /// Token ids of single-turn prompts: [`LoadedModel::render`].
-    ///
-    /// # Errors
-    /// As [`LoadedModel::render`].
-    pub fn render_prompts<'p>(&self, prompts: impl IntoIterator<Item = &'p str>) -> Result<Vec<Vec<u32>>> {
-        prompts.into_iter().map(|prompt| self.render(&[Message::new("user", prompt)])).collect()
+        ModelText::open(dir, chat_template)?.load(backend)
     }
 
     fn render_security(&self, prompts: &[SecurityPrompt]) -> Result<Vec<Vec<u32>>> {
-        self.render_prompts(prompts.iter().map(|p| p.prompt.as_str()))
+        self.text.render_prompts(prompts.iter().map(|p| p.prompt.as_str()))
     }
 
     /// Greedy answers to rendered prompts; progress counts tokens of `task`, up to the most there can be.
@@ -129,7 +78,7 @@ impl<B: Backend> LoadedModel<B> {
         task: &str,
         observer: Observer<'_>,
     ) -> Result<Vec<Answer>> {
-        let stop = self.files.config.eos.clone();
+        let stop = self.text.files.config.eos.clone();
         let options = GenerateOptions { max_new_tokens, cache_bytes, stop, ..GenerateOptions::default() };
         let most = prompts.len() * max_new_tokens;
         let mut done = 0;
@@ -137,7 +86,7 @@ impl<B: Backend> LoadedModel<B> {
             done += 1;
             observer(Progress::new(task, done.min(most), most));
         })?;
-        let answer = |tokens: Vec<u32>| Ok(Answer { text: self.tokenizer.decode(&tokens)?, tokens });
+        let answer = |tokens: Vec<u32>| Ok(Answer { text: self.text.tokenizer.decode(&tokens)?, tokens });
         generations.into_iter().map(|generation| answer(generation.tokens)).collect()
     }
 
@@ -168,7 +117,7 @@ impl<B: Backend> LoadedModel<B> {
             refused: Some(&refused),
             first_tokens: first.as_ref(),
             control: control.as_ref().zip(control_labels.as_deref()),
-            model_hash: self.files.hash()?,
+            model_hash: self.text.files.hash()?,
             prompts_hash: &prompts_hash(&tokens, prompts),
         };
         train_probe(input, options, observer)
@@ -187,12 +136,12 @@ impl<B: Backend> LoadedModel<B> {
         let control = probe.metadata.control.as_ref().map(|c| c.labels(prompts));
         let input = ScorerInput {
             decoder: &self.decoder,
-            model_hash: self.files.hash()?,
+            model_hash: self.text.files.hash()?,
             probe,
             prompts: &self.render_security(prompts)?,
             labels: prompts,
             control: control.as_deref(),
-            kind: options.kind.engine_kind(&self.files)?,
+            kind: options.kind.engine_kind(&self.text.files)?,
         };
         PerturbationScorer::new(input, options)
     }
@@ -265,7 +214,7 @@ impl<B: Backend> LoadedModel<B> {
             found.over_refusal_by_category = by_category(&benign, &texts, |texts| over_refusal(texts, refusals));
         }
         if !input.tasks.is_empty() {
-            let tokens = self.render_prompts(input.tasks.iter().map(|t| t.prompt.as_str()))?;
+            let tokens = self.text.render_prompts(input.tasks.iter().map(|t| t.prompt.as_str()))?;
             let answers = self.answers(&tokens, (options.task_tokens, options.cache_bytes), "tasks", observer)?;
             let scored = input.tasks.iter().zip(&answers).map(|(t, a)| (t.matches(&a.text), t.category.as_deref()));
             found.task = Some(task_score(scored));
@@ -285,7 +234,7 @@ impl<B: Backend> LoadedModel<B> {
         refusals: &RefusalList,
         observer: Observer<'_>,
     ) -> Result<Vec<Option<f64>>> {
-        probe.check_shape(&self.files.config)?;
+        probe.check_shape(&self.text.files.config)?;
         let longest = self.decoder.longest_context();
         let conversation = |(prompt, answer): (&Vec<u32>, &Answer)| -> Vec<u32> {
             prompt.iter().chain(&answer.tokens).copied().take(longest).collect()

@@ -7,9 +7,11 @@
 mod demo;
 mod eval;
 mod loaded;
+mod output;
 mod probe;
 mod robustness;
 pub mod study;
+mod text;
 mod tune;
 
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
@@ -22,6 +24,7 @@ pub use eval::{
     strict_compliance, task_score,
 };
 pub use loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
+pub use output::{OpenOutput, PreparedTune, TuneOutput};
 pub use probe::control::{ControlLabel, ControlRule};
 pub use probe::drift::{Drift, LayerDrift, SplitDrift, drift};
 pub use probe::features::{Features, Snapshot, features, prompts_hash, snapshot};
@@ -35,6 +38,5 @@ pub use robustness::scorer::{Observation, PerturbationScorer, SWEEP_MIB, ScorerI
 pub use robustness::search::{SearchOptions, search};
 pub use robustness::sets::{cell_parameters, random_set, share};
 pub use robustness::{RobustnessOptions, robustness};
-pub use tune::{
-    ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneOutput, TuneRecipe, attention_projections, tune, tune_directory,
-};
+pub use text::ModelText;
+pub use tune::{ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneRecipe, attention_projections};

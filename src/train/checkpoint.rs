@@ -20,6 +20,17 @@ const MAX_JSON_BYTES: u64 = 1 << 28;
 /// Expected content of the JSON files, in errors.
 const OURS: &str = "a checkpoint of this version of swat";
 
+/// Bytes of the files in a directory tree; 0 where there is none.
+pub fn disk_bytes(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let size = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(found) if found.is_dir() => disk_bytes(&entry.path()),
+        Ok(found) => found.len(),
+        Err(_) => 0,
+    };
+    entries.map(size).sum()
+}
+
 /// Checkpoints of a run.
 pub(super) struct Checkpoints {
     dir: PathBuf,

@@ -63,6 +63,9 @@ pub struct PhaseSummary {
     pub steps: u64,
     /// Steps skipped for a non-finite loss or gradient.
     pub skipped_non_finite: u64,
+    /// Why the last of those was skipped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_skipped: Option<String>,
     /// Steps skipped for lack of trained tokens.
     pub skipped_empty: u64,
     /// Tokens with a loss.

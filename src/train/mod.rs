@@ -20,6 +20,7 @@ mod tensors;
 mod tuner;
 mod updates;
 
+pub use checkpoint::disk_bytes;
 pub use metrics::{PhaseSummary, RunPosition, StepMetrics, TuneSummary, peak_bytes};
 pub use optimizer::{Optimizer, StepOutcome, StepSettings};
 pub use options::{Length, PhaseOptions, TuneOptions};

@@ -103,6 +103,15 @@ impl<B: Backend> Optimizer<B> {
         Ok(Self { slots, squares })
     }
 
+    /// Leaves norms and biases, the tensors of one dimension, without weight decay, as transformers and TRL do.
+    pub fn decay_matrices_only(&mut self, decoder: &Decoder<B>) {
+        let vectors: BTreeSet<ParamId> =
+            decoder.params().iter().filter(|param| param.shape.len() == 1).map(|param| param.id).collect();
+        for slot in self.slots.iter_mut().filter(|slot| vectors.contains(&slot.id)) {
+            slot.rate.weight_decay = 0.0;
+        }
+    }
+
     /// Trained tensors, in the decoder's order.
     pub fn trained(&self) -> impl Iterator<Item = ParamId> + '_ {
         self.slots.iter().map(|slot| slot.id)

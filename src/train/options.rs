@@ -1,9 +1,9 @@
 //! Options of a training run and of its phases.
 
 use super::Schedule;
-use crate::data::LoaderOptions;
+use crate::data::{Loader, LoaderOptions};
 use crate::error::{Error, Result};
-use crate::options::{default_from_args, require};
+use crate::options::{count, default_from_args, from_zero, inner_share, require};
 use clap::{ArgAction, Args};
 
 /// Options that all phases of a run share.
@@ -11,16 +11,16 @@ use clap::{ArgAction, Args};
 #[serde(default, deny_unknown_fields)]
 pub struct TuneOptions {
     /// Examples per micro-batch, or rows of `max_length` tokens with `packing`; activation memory grows in proportion
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, value_parser = count, default_value_t = 8)]
     pub batch_size: usize,
     /// Micro-batches per optimizer step: gradient accumulation at the memory of one micro-batch
     ///
     /// The loss is the mean over the trained tokens of all, so that 4 × 1 equals 1 × 4 up to rounding. A step never
     /// spans two epochs.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_parser = count, default_value_t = 1)]
     pub grad_accum: usize,
     /// Longest example, in tokens; longer ones are truncated
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, value_parser = count, default_value_t = 1024)]
     pub max_length: usize,
     /// Pack whole examples into rows of `max_length` tokens: steps of equal size
     #[arg(long, action = ArgAction::Set, default_value_t = false)]
@@ -44,7 +44,7 @@ pub struct TuneOptions {
     #[arg(long, default_value_t = 200)]
     pub save_every: u64,
     /// Checkpoints to keep, at least 1; 2 survive damage to the newest
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, value_parser = count, default_value_t = 2)]
     pub keep_last: usize,
     /// Activation checkpointing: keep one activation per layer instead of ten and recompute the rest, a third more time
     #[arg(long)]
@@ -55,7 +55,7 @@ pub struct TuneOptions {
     /// End with an exponential moving average of the weights, w̄ ← d·w̄ + (1−d)·w after each step (a baseline)
     ///
     /// Costs 4 bytes per trained parameter on the host, and a read of the trained weights each step.
-    #[arg(long)]
+    #[arg(long, value_parser = inner_share::<f32>)]
     pub ema_decay: Option<f32>,
 }
 
@@ -114,11 +114,14 @@ pub struct PhaseOptions {
     /// Share of the base rate at which the schedule ends.
     #[arg(skip)]
     pub min_lr_ratio: f64,
-    /// Decoupled weight decay of the trained tensors; a cell's factor multiplies it
-    #[arg(long, default_value_t = 0.0)]
+    /// Decoupled weight decay of the trained matrices; a cell's factor multiplies it
+    #[arg(long, value_parser = from_zero::<f64>, default_value_t = 0.0)]
     pub weight_decay: f64,
+    /// Decay norms and biases too, which transformers and TRL do not
+    #[arg(long)]
+    pub decay_all: bool,
     /// Clip the global norm of the gradients to this; 0 = no clipping
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, value_parser = from_zero::<f64>, default_value_t = 1.0)]
     pub max_grad_norm: f64,
     /// Epochs of the phase on everything; 0 = skip the phase. 1 if neither epochs nor steps are given
     #[arg(long, conflicts_with = "steps")]
@@ -141,6 +144,18 @@ impl PhaseOptions {
             (None, Some(steps)) => Ok(Length::Steps(steps)),
             (epochs, None) => Ok(Length::Epochs(epochs.unwrap_or(1))),
         }
+    }
+
+    /// Steps of the phase on the data of `loader`; a step does not span epochs.
+    ///
+    /// # Errors
+    /// As [`PhaseOptions::length`].
+    pub fn steps_of(&self, loader: &Loader, shared: &TuneOptions) -> Result<u64> {
+        let per_epoch = loader.batches_per_epoch().div_ceil(shared.grad_accum as u64);
+        Ok(match self.length()? {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => epochs.saturating_mul(per_epoch),
+        })
     }
 
     /// Checks that every value is in range.

@@ -2,7 +2,7 @@
 
 use super::checkpoint::Checkpoint;
 use super::state::{RunFiles, RunState};
-use super::{Length, Optimizer, Phase, RunDir, Tuner};
+use super::{Optimizer, Phase, RunDir, Tuner};
 use crate::backend::{Backend, Element};
 use crate::data::BatchSize;
 use crate::engine::{MinimumCost, Plan, Workload};
@@ -81,10 +81,7 @@ impl<B: Backend> Tuner<'_, B> {
 
     /// Steps of a phase.
     pub(super) fn steps(&self, phase: &Phase) -> Result<u64> {
-        Ok(match phase.options.length()? {
-            Length::Steps(steps) => steps,
-            Length::Epochs(epochs) => epochs.saturating_mul(self.steps_per_epoch()),
-        })
+        phase.options.steps_of(self.loader, &self.options)
     }
 
     /// Everything that determines the bytes of a run. Options that only trade time, memory or disk may change on
@@ -105,9 +102,13 @@ impl<B: Backend> Tuner<'_, B> {
                 count += 1;
                 tensors.update(format!("{id}\n").as_bytes());
             }
+            let mut options = serde_json::to_value(&phase.options).map_err(failed)?;
+            if let Some(options) = options.as_object_mut().filter(|_| phase.options.weight_decay == 0.0) {
+                options.shift_remove("decay_all");
+            }
             phases.push(serde_json::json!({
                 "name": phase.name,
-                "options": serde_json::to_value(&phase.options).map_err(failed)?,
+                "options": options,
                 "rates": serde_json::to_value(&phase.rates).map_err(failed)?,
                 "tensors": format!("{count} (blake3 {:.12})", tensors.finalize().to_hex()),
             }));

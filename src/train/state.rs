@@ -6,7 +6,7 @@ use super::optimizer::Slot;
 use super::step::{StepBatches, StepResult};
 use super::tensors::{read_buffer, read_values, spec, write_buffer};
 use super::updates::PhaseUpdates;
-use super::{Callbacks, Optimizer, PhaseSummary, RunDir, RunPosition, Updates, identity};
+use super::{Callbacks, Optimizer, Phase, PhaseSummary, RunDir, RunPosition, Updates, identity};
 use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
@@ -17,6 +17,12 @@ use crate::modules::{Cell, ParamId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+/// Steps with a non-finite loss or gradient in a row after which a run fails.
+const MAX_IN_A_ROW: u64 = 10;
+/// A run fails where more than one in this many steps of a phase is skipped for a non-finite loss or gradient,
+const SKIPPED_SHARE: u64 = 4;
+/// once it has taken so many steps, or at the end of the phase.
+const JUDGED_STEPS: u64 = 40;
 /// Most cells that the reason of a skipped step names.
 const NAMED_CELLS: usize = 4;
 
@@ -86,7 +92,8 @@ impl RunState {
                 summary.skipped_non_finite += 1;
                 self.non_finite_in_a_row += 1;
                 self.empty_in_a_row = 0;
-                Some(reason(*loss, cells))
+                summary.last_skipped = Some(reason(*loss, cells));
+                summary.last_skipped.clone()
             }
             StepResult::Empty => {
                 summary.skipped_empty += 1;
@@ -96,13 +103,23 @@ impl RunState {
         };
     }
 
-    /// Fails after too many skipped steps in a row.
-    pub(super) fn check_progress(&self, phase: &str, max_non_finite: u64, steps_per_epoch: u64) -> Result<()> {
-        if self.non_finite_in_a_row >= max_non_finite {
-            let reason = self.skipped.as_deref().unwrap_or_default();
+    /// Fails after too many skipped steps: in a row, or of the steps so far once there are enough of them, or at the
+    /// end of the phase.
+    pub(super) fn check_progress(&self, phase: &Phase, total: u64, steps_per_epoch: u64) -> Result<()> {
+        let Phase { name: phase, options, .. } = phase;
+        let skipped = self.summaries.get(self.phase).map_or(0, |summary| summary.skipped_non_finite);
+        let judged = self.phase_step >= JUDGED_STEPS || self.phase_step == total;
+        let too_many = judged && skipped * SKIPPED_SHARE > self.phase_step;
+        if self.non_finite_in_a_row >= MAX_IN_A_ROW || too_many {
+            let reason = self.summaries.get(self.phase).and_then(|s| s.last_skipped.as_deref()).unwrap_or_default();
+            let (lr, taken) = (options.lr, self.phase_step);
             return Err(Error::failed(
-                format!("phase {phase}: {max_non_finite} steps in a row were skipped, the last for a {reason}"),
-                "lower lr or max_grad_norm, raise lr_warmup_steps, and check the model with `swat score`",
+                format!("phase {phase}: {skipped} of {taken} steps were skipped, the last for a {reason}"),
+                format!(
+                    "lower lr ({lr:e}) or max_grad_norm ({}), raise lr_warmup_steps ({}), and check the model with \
+                     `swat score`",
+                    options.max_grad_norm, options.lr_warmup_steps
+                ),
             ));
         }
         if self.empty_in_a_row >= steps_per_epoch {

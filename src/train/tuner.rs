@@ -11,11 +11,9 @@ use super::{
 };
 use crate::backend::Backend;
 use crate::engine::{Gradients, MinimumCost, roofline_seconds};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::interrupt::{self, Section};
 use std::time::Instant;
-
-/// Consecutive steps with a non-finite loss or gradient after which the run fails.
-const MAX_NON_FINITE_STEPS: u64 = 20;
 
 impl<B: Backend> Tuner<'_, B> {
     /// Runs all phases, or the rest of them from a checkpoint.
@@ -57,9 +55,12 @@ impl<B: Backend> Tuner<'_, B> {
             files = Some((store, log));
         }
 
+        // Without files nothing can be saved, and a signal ends the process.
+        let section = files.is_some().then(Section::begin);
         while run.phase < self.phases.len() {
             self.phase(&mut run, &mut optimizer, start.take(), files.as_mut(), callbacks)?;
         }
+        drop(section);
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
         summary.updates = Updates { phases: run.updates };
@@ -87,6 +88,9 @@ impl<B: Backend> Tuner<'_, B> {
             Some(adam) => adam,
             None => Optimizer::new(self.decoder, &phase.rates, &self.trains)?,
         };
+        if !phase.options.decay_all {
+            adam.decay_matrices_only(self.decoder);
+        }
         let mut gradients = Gradients::new(self.decoder, |id| phase.rates.trains(id.cell()) && (self.trains)(id))?;
         let minimum = self.minimum_cost(&phase);
         if self.options.ema_decay.is_some() {
@@ -109,16 +113,20 @@ impl<B: Backend> Tuner<'_, B> {
             }
             let at = run.position_in(&phase.name, total);
             callbacks.step(&metrics, &at)?;
-            run.check_progress(&phase.name, MAX_NON_FINITE_STEPS, self.steps_per_epoch())?;
+            run.check_progress(&phase, total, self.steps_per_epoch())?;
             if run.position.batch == 0 {
                 callbacks.epoch_ends(self.decoder, &at)?;
             }
             let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
+            let stopped = interrupt::asked();
             // The last step of a phase is saved below, after the phase.
-            let due = due && run.phase_step < total;
+            let due = (due || stopped.is_some()) && run.phase_step < total;
             if let Some((store, log)) = files.as_deref_mut().filter(|_| due) {
                 log.sync()?;
                 store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
+                if let Some(signal) = stopped {
+                    return Err(Error::Interrupted { signal, step: run.step });
+                }
             }
         }
 
@@ -144,6 +152,9 @@ impl<B: Backend> Tuner<'_, B> {
             log.sync()?;
             store.write_updates(&run.updates)?;
             store.save(run, self.decoder, optimizer.as_ref(), &self.changed(run.phase - 1))?;
+            if let Some(signal) = interrupt::asked() {
+                return Err(Error::Interrupted { signal, step: run.step });
+            }
         }
         Ok(())
     }

@@ -5,5 +5,7 @@ mod common;
 mod contract;
 mod eval;
 mod gpu_machines;
+mod interrupted;
+mod outputs;
 mod precision;
 mod run;

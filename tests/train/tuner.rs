@@ -77,8 +77,11 @@ fn a_poisoned_model_is_named_and_left_as_it_is() {
     let phases = two_phases(40, 0);
     let (result, decoder, recorded) = Run { phases, model: poisoned, ..Run::new(Some(dir.path())) }.run();
     let text = result.unwrap_err().to_string();
-    assert!(text.contains("20 steps in a row") && text.contains("layers.0.v_proj"), "{text}");
-    assert_eq!(recorded.steps.len(), 20);
+    assert!(
+        text.contains("10 of 10 steps") && text.contains("lr_warmup_steps") && text.contains("layers.0.v_proj"),
+        "{text}"
+    );
+    assert_eq!(recorded.steps.len(), 10);
     assert!(recorded.steps.iter().all(|s| s.grad_norm.is_none() && s.skipped.is_some()));
     assert_eq!(lines(dir.path())[0]["loss"], Value::Null);
     assert_eq!(bits(&decoder), bits(&poisoned()));

@@ -188,6 +188,10 @@ impl<P: Precision> Backend for Cuda<P> {
         stopped.map_err(|error| self.device.context.failed("cannot stop the profiler", error))
     }
 
+    fn free_memory(&self) -> Option<super::FreeMemory> {
+        self.memory().ok().map(|(bytes, _)| super::FreeMemory { bytes, bound: "the GPU".into() })
+    }
+
     fn device_peak_bytes(&self) -> Option<u64> {
         Some(self.peak_bytes())
     }

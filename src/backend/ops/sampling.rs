@@ -3,15 +3,16 @@
 use super::Operator;
 use crate::backend::{Backend, Cost, In, View, ViewMut, cost};
 use crate::error::Result;
+use crate::options::{from_zero, positive_share};
 
 /// How a token is sampled from a row of logits; nucleus sampling as in Holtzman et al., arXiv 1904.09751.
 #[derive(Clone, Copy, Debug, PartialEq, clap::Args)]
 pub struct Sampling {
     /// Sampling temperature; 0 = greedy (the first of equals)
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, value_parser = from_zero::<f32>, default_value_t = 0.0)]
     pub temperature: f32,
     /// Nucleus sampling: draw from the smallest set of tokens whose probability reaches this; 1 = all
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, value_parser = positive_share::<f32>, default_value_t = 1.0)]
     pub top_p: f32,
 }
 

@@ -99,6 +99,8 @@ fn train<B: Backend>(
             lr_warmup_steps: stage.steps / 20,
             min_lr_ratio: 0.1,
             weight_decay: 0.01,
+            // As the embedded model was made.
+            decay_all: true,
             steps: Some(stage.steps),
             ..PhaseOptions::default()
         },

@@ -24,6 +24,11 @@ impl Probe {
         write_atomic(path, &self.to_bytes()?)
     }
 
+    /// Whether a file is one that [`Probe::save`] wrote, of any version.
+    pub fn is_file(path: &Path) -> bool {
+        Safetensors::open(path).is_ok_and(|file| file.metadata(KEY).is_some())
+    }
+
     /// blake3 of the file's bytes.
     ///
     /// # Errors

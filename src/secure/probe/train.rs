@@ -40,6 +40,19 @@ pub struct ProbeOptions {
 
 default_from_args!(ProbeOptions);
 
+impl ProbeOptions {
+    /// Checks the ranges, for a model of this many layers.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub fn check(&self, layers: usize) -> Result<()> {
+        let valid = !self.lambdas.is_empty() && self.lambdas.iter().all(|l| l.is_finite() && *l > 0.0);
+        require(valid, "probe.lambdas", format!("{:?}", self.lambdas), "at least one, all above 0")?;
+        let layer = self.metric_layer.unwrap_or(layers);
+        require(layer <= layers, "probe.metric_layer", layer, &format!("0 to {layers}"))
+    }
+}
+
 /// Training data of probes.
 #[derive(Clone, Copy)]
 pub struct ProbeInput<'a> {
@@ -145,10 +158,7 @@ fn check(input: &ProbeInput<'_>, options: &ProbeOptions) -> Result<usize> {
         return Err(Error::input("probe: features", "layers of unequal size", "[prompts, hidden] for every layer"));
     };
     check_labels(input.labels)?;
-    let valid = !options.lambdas.is_empty() && options.lambdas.iter().all(|l| l.is_finite() && *l > 0.0);
-    require(valid, "probe.lambdas", format!("{:?}", options.lambdas), "at least one, all above 0")?;
-    let layer = options.metric_layer.unwrap_or(layers);
-    require(layer <= layers, "probe.metric_layer", layer, &format!("0 to {layers}"))?;
+    options.check(layers)?;
     let bad = features.layers.iter().position(|l| l.iter().any(|x| !x.is_finite()));
     if let Some(layer) = bad {
         let what = format!("hidden states of layer {layer} are not finite");

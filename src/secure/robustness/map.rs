@@ -3,6 +3,7 @@
 use super::noise::Noise;
 use crate::data::Split;
 use crate::error::{Error, Result};
+use crate::io::file::has_format;
 use crate::io::json::{self, check_format};
 use crate::modules::Cell;
 use crate::secure::eval::metrics::{ScoreKind, Scores};
@@ -133,6 +134,11 @@ impl RobustnessMap {
     /// [`Error::Io`].
     pub fn save(&self, path: &Path) -> Result<()> {
         json::write(path, self)
+    }
+
+    /// Whether a file is one that [`RobustnessMap::save`] wrote, of any version.
+    pub fn is_file(path: &Path) -> bool {
+        has_format(path, "swat.robustness/", MAX_BYTES)
     }
 
     /// Reads and checks a map file.

@@ -22,7 +22,7 @@ use crate::backend::Backend;
 use crate::engine::Member;
 use crate::error::Result;
 use crate::modules::{Cell, ModuleSet};
-use crate::options::{default_from_args, require};
+use crate::options::{above_zero, default_from_args, require};
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::{ScoreKind, relative_drop};
 use clap::Args;
@@ -35,7 +35,7 @@ use std::time::Instant;
 #[serde(default, deny_unknown_fields)]
 pub struct RobustnessOptions {
     /// Relative norm of the perturbation; found by a sweep over random reference sets if not given
-    #[arg(long)]
+    #[arg(long, value_parser = above_zero::<f32>)]
     pub epsilon: Option<f32>,
     /// R of the reference sets at which the sweep of ε stops.
     #[arg(skip = 0.5)]
@@ -65,8 +65,7 @@ pub fn robustness<B: Backend>(
     out: Option<&Path>,
     observer: Observer<'_>,
 ) -> Result<RobustnessMap> {
-    let wanted = ModuleSet::parse(&options.cells, &scorer.decoder.config.cells())?;
-    check(options, &wanted)?;
+    let wanted = options.check(&scorer.decoder.config.cells())?;
     let partial = Partial::new(out);
     let run = run_hash(scorer, options)?;
     let (header, mut done) = match partial.read(&run) {
@@ -112,13 +111,21 @@ pub fn robustness<B: Backend>(
     Ok(map)
 }
 
-fn check(options: &RobustnessOptions, wanted: &ModuleSet) -> Result<()> {
-    let (epsilon, target) = (options.epsilon.unwrap_or(1.0), options.epsilon_target);
-    require(!wanted.is_empty(), "robustness.cells", "no cell", "at least one")?;
-    let usual = "a number above 0; 0.05 to 2 is usual";
-    require(epsilon.is_finite() && epsilon > 0.0, "robustness.epsilon", epsilon, usual)?;
-    let drop = "a relative drop above 0, up to 1";
-    require(target > 0.0 && target <= 1.0, "robustness.epsilon_target", target, drop)
+impl RobustnessOptions {
+    /// Checks the ranges; returns the cells to map, of a model with these cells.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] names the option.
+    pub fn check(&self, cells: &ModuleSet) -> Result<ModuleSet> {
+        let (epsilon, target) = (self.epsilon.unwrap_or(1.0), self.epsilon_target);
+        let wanted = ModuleSet::parse(&self.cells, cells)?;
+        require(!wanted.is_empty(), "robustness.cells", "no cell", "at least one")?;
+        let usual = "a number above 0; 0.05 to 2 is usual";
+        require(epsilon.is_finite() && epsilon > 0.0, "robustness.epsilon", epsilon, usual)?;
+        let drop = "a relative drop above 0, up to 1";
+        require(target > 0.0 && target <= 1.0, "robustness.epsilon_target", target, drop)?;
+        Ok(wanted)
+    }
 }
 
 /// Hash of everything that determines the results of a cell.

@@ -3,6 +3,7 @@
 use super::noise::Noise;
 use super::sets::{cell_parameters, projections, random_set, share};
 use crate::error::{Error, Result};
+use crate::io::file::has_format;
 use crate::io::json::{self, check_format};
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleSet};
@@ -95,6 +96,11 @@ impl ModsRob {
         json::write(path, self)
     }
 
+    /// Whether a file is one that [`ModsRob::save`] wrote, of any version.
+    pub fn is_file(path: &Path) -> bool {
+        has_format(path, "swat.mods_rob/", MAX_BYTES)
+    }
+
     /// Reads a file.
     ///
     /// # Errors
@@ -181,6 +187,14 @@ fn place(text: &str) -> String {
 }
 
 impl SetSpec {
+    /// The path of a Mods_Rob file, if that is what it names.
+    pub fn file(&self) -> Option<&Path> {
+        match self {
+            Self::Named(text) if text.ends_with(".json") || Path::new(text).is_file() => Some(Path::new(text)),
+            _ => None,
+        }
+    }
+
     /// The cells of the set in a model, given a `reference` set. A Mods_Rob file must be of the model with
     /// `model_hash`.
     ///
@@ -209,10 +223,7 @@ impl SetSpec {
             }
             Self::Layer0 => ModuleSet::parse("layers.0.modules", &all),
             Self::Named(text) => {
-                let path = Path::new(text);
-                if !text.ends_with(".json") && !path.is_file() {
-                    return ModuleSet::parse(text, &all);
-                }
+                let Some(path) = self.file() else { return ModuleSet::parse(text, &all) };
                 let mods = ModsRob::load(path)?;
                 if let Some(hash) = model_hash {
                     mods.check_model(hash)?;

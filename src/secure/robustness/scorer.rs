@@ -7,7 +7,7 @@ use crate::data::{SecurityPrompt, Split};
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
 use crate::modules::ModuleSet;
-use crate::options::{default_from_args, mib};
+use crate::options::{count, default_from_args, mib};
 use crate::secure::eval::metrics::{ScoreKind, Scores, relative_drop};
 use crate::secure::probe::features::{batches, output_shift, packed};
 use crate::secure::probe::train::retrained_auroc;
@@ -26,7 +26,7 @@ pub struct ScorerOptions {
     #[arg(long, default_value_t)]
     pub kind: Noise,
     /// Draws per cell, each with both signs; the standard error falls with the square root
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, value_parser = count, default_value_t = 4)]
     pub members: usize,
     /// Seed of the first draw; each further draw has the next seed.
     #[arg(skip)]

@@ -11,7 +11,7 @@ use super::mods::{FORMAT, ModsRob, SearchStep};
 use super::sets::share;
 use crate::error::{Error, Result};
 use crate::modules::{Cell, ModuleId, ModuleKind, ModuleSet};
-use crate::options::{default_from_args, require};
+use crate::options::{above_zero, count, default_from_args, positive_share, require, share as share_of};
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::metrics::ScoreKind;
 use clap::{ArgAction, Args};
@@ -26,16 +26,16 @@ pub struct SearchOptions {
     #[arg(long, value_enum, default_value_t = ScoreKind::Gap)]
     pub score: ScoreKind,
     /// Largest joint relative drop of the score
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, value_parser = above_zero::<f64>, default_value_t = 0.05)]
     pub tau: f64,
     /// Largest share of the projections' parameters
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, value_parser = positive_share::<f64>, default_value_t = 0.5)]
     pub cap: f64,
     /// Smallest share of the projections' parameters; below it the search fails
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, value_parser = share_of::<f64>, default_value_t = 0.1)]
     pub floor: f64,
     /// Adjacent layers per window; an eighth of the layers if not given. Wider windows need fewer joint runs
-    #[arg(long)]
+    #[arg(long, value_parser = count)]
     pub window: Option<usize>,
     /// Skip the swap pass: about half of the joint runs
     #[arg(long = "no-swap", action = ArgAction::SetFalse)]
@@ -86,7 +86,7 @@ pub fn search(
     joint: Joint<'_>,
     observer: Observer<'_>,
 ) -> Result<ModsRob> {
-    check(options)?;
+    options.check()?;
     let start = Instant::now();
     let singles = single_drops(map, options.score)?;
     let width = options.window.unwrap_or((map.layers / 8).max(1));
@@ -139,12 +139,18 @@ pub fn search(
     })
 }
 
-fn check(options: &SearchOptions) -> Result<()> {
-    let SearchOptions { tau, cap, floor, window, .. } = *options;
-    require(tau.is_finite() && tau > 0.0, "search.tau", tau, "a relative drop above 0")?;
-    require(cap > 0.0 && cap <= 1.0, "search.cap", cap, "a share above 0, up to 1")?;
-    require((0.0..=cap).contains(&floor), "search.floor", floor, "a share from 0 to the cap")?;
-    require(window != Some(0), "search.window", 0, "at least one layer")
+impl SearchOptions {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub fn check(&self) -> Result<()> {
+        let Self { tau, cap, floor, window, .. } = *self;
+        require(tau.is_finite() && tau > 0.0, "search.tau", tau, "a relative drop above 0")?;
+        require(cap > 0.0 && cap <= 1.0, "search.cap", cap, "a share above 0, up to 1")?;
+        require((0.0..=cap).contains(&floor), "search.floor", floor, "a share from 0 to the cap")?;
+        require(window != Some(0), "search.window", 0, "at least one layer")
+    }
 }
 
 /// R of every projection perturbed alone, by seed.

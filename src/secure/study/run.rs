@@ -1,5 +1,6 @@
 //! The stages of a study, in order.
 
+use super::folder::{claim_folder, lock};
 use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
 use super::{Mix, RunConfig, SettingSpec};
@@ -7,7 +8,7 @@ use crate::backend::{Backend, Element, Roofline};
 use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
-use crate::io::json;
+use crate::io::{check_not_in, json};
 use crate::model::ModelDir;
 use crate::modules::ModuleSet;
 use crate::progress::{Observer, Progress};
@@ -16,6 +17,7 @@ use crate::secure::eval::judge::Judge;
 use crate::secure::eval::metrics::Scores;
 use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
+use crate::secure::output::TuneOutput;
 use crate::secure::probe::drift::Drift;
 use crate::secure::probe::features::snapshot;
 use crate::secure::probe::{Head, Probe};
@@ -24,12 +26,12 @@ use crate::secure::robustness::mods::ModsRob;
 use crate::secure::robustness::robustness;
 use crate::secure::robustness::search::search;
 use crate::secure::robustness::sets::{cell_parameters, share};
-use crate::secure::tune::{TuneJob, TuneOutput, tune_directory};
+use crate::secure::text::ModelText;
+use crate::secure::tune::TuneJob;
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -47,17 +49,21 @@ pub fn run<B: Backend>(
     observer: Observer<'_>,
 ) -> Result<Outcome> {
     let start = Instant::now();
-    std::fs::create_dir_all(&config.out).map_err(Error::io(&config.out, FileOp::Create))?;
+    check_not_in(&[("out", &config.out)], &[("model", &config.model)])?;
+    claim_folder(&config.out, &[])?;
     let _lock = lock(&config.out)?;
     let prompts = SecurityPrompt::read(&config.data.security, config.seed)?;
     SecurityPrompt::require_both_labels(&prompts, &config.data.security)?;
-    let model_hash = ModelDir::open(&config.model)?.hash()?.to_owned();
+    let text = ModelText::open(&config.model, config.chat_template.as_deref())?;
+    let data = EvaluationData::read(config, &prompts)?;
+    check_model(config, &text, &prompts, &data)?;
+    let model_hash = text.files.hash()?.to_owned();
     let study = Study {
         config,
         backend,
         refusals,
         stages: Stages::new(&config.out.join("stages"), B::Float::NAME),
-        data: EvaluationData::read(config, &prompts)?,
+        data,
         prompts,
         model_hash,
         roofline: OnceCell::new(),
@@ -85,12 +91,26 @@ pub fn run<B: Backend>(
     Ok(Outcome { title, model_hash: study.model_hash, probe, map, search, mods, settings, seconds })
 }
 
-/// Locks the directory against other processes.
-fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join(".lock");
-    let file = File::create(&path).map_err(Error::io(&path, FileOp::Create))?;
-    file.try_lock().map_err(|_| Error::InUse { path: dir.to_owned() })?;
-    Ok(file)
+/// Checks what depends on the model, before any of its weights are read: options, and the lengths of all rows.
+fn check_model(config: &RunConfig, text: &ModelText, prompts: &[SecurityPrompt], data: &EvaluationData) -> Result<()> {
+    let model = &text.files.config;
+    config.probe.check(model.layers)?;
+    config.robustness.check(&model.cells())?;
+    config.search.check()?;
+    // An answer needs a position of its own.
+    let most = model.max_positions - 1;
+    text.check_prompts(&config.data.security, prompts.iter().map(|p| p.prompt.as_str()), most)?;
+    for path in &config.data.evaluation {
+        text.check_prompts(path, data.prompts.iter().map(|p| p.prompt.as_str()), most)?;
+    }
+    if let Some(path) = &config.data.task {
+        text.check_prompts(path, data.tasks.iter().map(|task| task.prompt.as_str()), most)?;
+    }
+    let conversations = config.data.train.iter().chain(&config.data.heldout);
+    for path in conversations.chain(&config.data.refusals).chain(&config.data.attack) {
+        text.examples(path, config.tune.recipe.shared.max_length)?;
+    }
+    Ok(())
 }
 
 /// Evaluation data of every setting.
@@ -312,16 +332,26 @@ impl<B: Backend> Study<'_, B> {
         let dir = folder.join(&file);
         let name = format!("tune/{}", run.stem);
         let tuned = self.stages.run(&name, &inputs, || {
-            // Before the model is loaded, so that its buffers do not raise the run's peak memory.
-            let roofline = *self.roofline.get_or_init(|| Roofline::measure(self.backend).ok());
-            let mut model = self.open(&config.model)?;
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
+            let output = TuneOutput {
+                path: dir.clone(),
+                force: true,
+                resume: true,
+                max_shard_bytes: 4 << 30,
+                roofline: None,
+                config: json!({ "study": config, "setting": run.spec }),
+            };
+            let mut inputs: Vec<(&str, &Path)> = vec![("model", &config.model)];
+            inputs.extend(config.data.train.iter().map(|path| ("data.train", path.as_path())));
+            let output = output.open(&inputs)?;
+            let text = ModelText::open(&config.model, config.chat_template.as_deref())?;
             let max_length = shared.max_length;
             let mut examples: Vec<Example> = Vec::new();
             for path in &config.data.train {
-                examples.extend(model.examples(path, max_length)?.examples);
+                examples.extend(text.examples(path, max_length)?.examples);
             }
             if let Some(path) = extra {
-                let more = model.examples(path, max_length)?.examples;
+                let more = text.examples(path, max_length)?.examples;
                 examples = mix(&examples, &more, config.evaluate.mix_share, shared.seed)?;
             }
             let step_examples = (shared.batch_size * shared.grad_accum) as u64;
@@ -329,25 +359,19 @@ impl<B: Backend> Study<'_, B> {
             let watched: Vec<&SecurityPrompt> = self.prompts.iter().filter(|p| p.split == Split::Test).collect();
             let mut callbacks = DriftRecorder {
                 probe,
-                tokens: model.render_prompts(watched.iter().map(|p| p.prompt.as_str()))?,
+                tokens: text.render_prompts(watched.iter().map(|p| p.prompt.as_str()))?,
                 harmful: watched.iter().map(|p| p.is_harmful()).collect(),
                 points: Vec::new(),
                 path: folder.join(format!("{file}.drift.json")),
                 observer: &mut *observer,
                 name: run.name.clone(),
             };
-            std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
+            let prepared = output.prepare(&text.files, examples, job.clone(), self.backend)?;
+            // Before the model is loaded, so that its buffers do not raise the run's peak memory.
+            let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure(self.backend).ok()));
+            let mut model = text.load(self.backend.clone())?;
             callbacks.begin(&model.decoder)?;
-            let output = TuneOutput {
-                path: dir.clone(),
-                force: true,
-                resume: true,
-                max_shard_bytes: 4 << 30,
-                roofline,
-                config: json!({ "study": config, "setting": run.spec }),
-            };
-            let LoadedModel { files, decoder, .. } = &mut model;
-            let summary = tune_directory(files, decoder, examples, job, &output, &mut callbacks)?;
+            let summary = prepared.run(&model.text.files, &mut model.decoder, &mut callbacks)?;
             let losses = losses(&dir.join("metrics.jsonl"))?;
             Ok(TunedOutcome {
                 dir: dir.clone(),
@@ -383,7 +407,7 @@ impl<B: Backend> Study<'_, B> {
         self.stages.run(&format!("evaluate/{}", run.stem), &inputs, || {
             let model = self.open(dir)?;
             let heldout = match &config.data.heldout {
-                Some(path) => model.examples(path, config.tune.recipe.shared.max_length)?.examples,
+                Some(path) => model.text.examples(path, config.tune.recipe.shared.max_length)?.examples,
                 None => Vec::new(),
             };
             let input = EvaluationInput {

@@ -1,0 +1,243 @@
+//! What swat wrote into a directory: the record by which a directory may be replaced without losing anything else.
+
+use super::json;
+use crate::error::{Error, FileOp, Result};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Name of the record in an output directory.
+pub(super) const RECORD: &str = ".swat.json";
+const FORMAT: &str = "swat.output/1";
+/// Names that swat keeps in a directory that it writes in place, and what a file system puts into its root.
+const SERVICE: [&str; 5] =
+    [RECORD, super::output::LOCK, super::output::PARTIAL, super::unfinished::INSIDE, "lost+found"];
+/// Files up to this size are recorded with their hash, larger ones with their size alone.
+const MAX_HASHED_BYTES: u64 = 1 << 20;
+const MAX_RECORD_BYTES: u64 = 1 << 24;
+/// Most names in an error.
+const NAMED: usize = 3;
+/// Deepest directory that is searched.
+const MAX_DEPTH: usize = 8;
+
+/// Files that versions without a record wrote into a tuned model, weights aside.
+const TUNED_FILES: [&str; 14] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "metrics.jsonl",
+    "updates.json",
+    "tune.json",
+];
+
+/// Size of a file, and its hash if it is small.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+struct Mark {
+    bytes: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    blake3: Option<String>,
+}
+
+/// The record: files by their path from the directory, with `/`. A file without a mark may have any content.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(super) struct Record {
+    format: String,
+    files: BTreeMap<String, Option<Mark>>,
+}
+
+impl Record {
+    /// Of what is in a directory now.
+    pub(super) fn of(dir: &Path) -> Result<Self> {
+        let mut files = BTreeMap::new();
+        for name in walk(dir)?.files {
+            let mark = Mark::of(&dir.join(&name))?;
+            files.insert(name, Some(mark));
+        }
+        Ok(Self { format: FORMAT.into(), files })
+    }
+
+    /// Both records' files, of any content: during a replacement in place.
+    pub(super) fn union(&self, other: &Self) -> Self {
+        let names = self.files.keys().chain(other.files.keys());
+        Self { format: FORMAT.into(), files: names.map(|name| (name.clone(), None)).collect() }
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(String::as_str)
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.files.contains_key(name)
+    }
+
+    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+        json::write(&dir.join(RECORD), self)
+    }
+}
+
+impl Mark {
+    fn of(path: &Path) -> Result<Self> {
+        let mut file = fs::File::open(path).map_err(Error::io(path, FileOp::Open))?;
+        let bytes = file.metadata().map_err(Error::io(path, FileOp::Read))?.len();
+        let mut content = Vec::new();
+        if bytes <= MAX_HASHED_BYTES {
+            file.read_to_end(&mut content).map_err(Error::io(path, FileOp::Read))?;
+        }
+        let hash = || blake3::hash(&content).to_hex()[..32].to_owned();
+        Ok(Self { bytes, blake3: (bytes <= MAX_HASHED_BYTES).then(hash) })
+    }
+}
+
+/// A directory that swat may replace: the files that it wrote.
+pub(super) fn owned(dir: &Path) -> Result<Record> {
+    let found = walk(dir)?;
+    let mut foreign: Vec<String> = found.other.iter().map(|name| not_ours(name)).collect();
+    let record = match read(dir) {
+        Some(record) => record,
+        None if is_tuned(dir) => {
+            let known = found.files.iter().filter(|name| TUNED_FILES.contains(&name.as_str()) || is_weights(name));
+            Record { format: FORMAT.into(), files: known.map(|name| (name.clone(), None)).collect() }
+        }
+        None => Record::default(),
+    };
+    for name in &found.files {
+        match record.files.get(name) {
+            None => foreign.push(not_ours(name)),
+            Some(Some(mark)) if *mark != Mark::of(&dir.join(name))? => {
+                foreign.push(format!("`{}`, which has changed since swat wrote it", name.escape_debug()));
+            }
+            Some(_) => {}
+        }
+    }
+    // A directory that a recorded file lies in is swat's own.
+    let folders: BTreeSet<&str> = record.files.keys().flat_map(|name| ancestors(name)).collect();
+    for name in found.folders.iter().filter(|name| !folders.contains(name.as_str())) {
+        foreign.push(format!("the directory `{}`, which swat did not write", name.escape_debug()));
+    }
+    refuse(dir, foreign).map(|()| record)
+}
+
+/// Checks the temporary directory of a version without a record, which holds files of a model and nothing else.
+pub(super) fn check_model_files(dir: &Path) -> Result<()> {
+    let found = walk(dir)?;
+    let files = found.files.iter().filter(|name| !TUNED_FILES.contains(&name.as_str()) && !is_weights(name));
+    refuse(dir, files.chain(&found.folders).chain(&found.other).map(|name| not_ours(name)).collect())
+}
+
+fn not_ours(name: &str) -> String {
+    format!("`{}`, which swat did not write", name.escape_debug())
+}
+
+fn refuse(dir: &Path, foreign: Vec<String>) -> Result<()> {
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    let more = foreign.len().saturating_sub(NAMED);
+    let mut names: Vec<String> = foreign.into_iter().take(NAMED).collect();
+    if more > 0 {
+        names.push(format!("{more} more"));
+    }
+    let expected = "a new or empty directory, or one that holds only what swat wrote; move the rest away";
+    Err(Error::input(dir.display().to_string(), names.join(", "), expected))
+}
+
+/// Removes the recorded files, and then the directories that are empty; whatever else has appeared meanwhile stays.
+pub(super) fn remove_owned(dir: &Path, record: &Record) -> Result<()> {
+    for name in record.names().chain([RECORD]) {
+        let path = dir.join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&path, FileOp::Remove)(e)),
+            _ => {}
+        }
+    }
+    let mut folders: Vec<&str> = record.names().flat_map(ancestors).collect();
+    folders.sort_by_key(|name| std::cmp::Reverse(name.len()));
+    for folder in folders {
+        let _ = fs::remove_dir(dir.join(folder));
+    }
+    Ok(())
+}
+
+/// Whether a directory is empty, service files aside.
+pub(super) fn is_empty(dir: &Path) -> Result<bool> {
+    let found = walk(dir)?;
+    Ok(found.files.is_empty() && found.other.is_empty() && found.folders.is_empty())
+}
+
+/// The directories above a path with `/`: `a` and `a/b` of `a/b/c`.
+fn ancestors(name: &str) -> impl Iterator<Item = &str> {
+    name.match_indices('/').map(move |(at, _)| &name[..at])
+}
+
+fn read(dir: &Path) -> Option<Record> {
+    let record: Record = json::read(&dir.join(RECORD), MAX_RECORD_BYTES, "a record of swat").ok()?;
+    (record.format == FORMAT).then_some(record)
+}
+
+/// Whether a directory without a record is a model that an earlier version tuned, by its `tune.json`.
+fn is_tuned(dir: &Path) -> bool {
+    let record: Option<Value> = json::read(&dir.join("tune.json"), MAX_RECORD_BYTES, "JSON").ok();
+    record.is_some_and(|record| ["config", "job", "summary"].iter().all(|key| record.get(key).is_some()))
+}
+
+/// `model.safetensors`, its shards and their index.
+fn is_weights(name: &str) -> bool {
+    let shard = || name.strip_prefix("model-")?.strip_suffix(".safetensors");
+    let numbers = |text: &str| text.split("-of-").all(|n| n.len() == 5 && n.bytes().all(|b| b.is_ascii_digit()));
+    ["model.safetensors", "model.safetensors.index.json"].contains(&name) || shard().is_some_and(numbers)
+}
+
+/// Contents of a directory by their path from it.
+#[derive(Default)]
+struct Found {
+    files: Vec<String>,
+    folders: Vec<String>,
+    /// Links, sockets, names that are not UTF-8, and what lies too deep.
+    other: Vec<String>,
+}
+
+fn walk(dir: &Path) -> Result<Found> {
+    let mut found = Found::default();
+    let mut left = vec![(PathBuf::new(), 0)];
+    while let Some((at, depth)) = left.pop() {
+        let here = dir.join(&at);
+        for entry in fs::read_dir(&here).map_err(Error::io(&here, FileOp::Read))? {
+            let entry = entry.map_err(Error::io(&here, FileOp::Read))?;
+            let kind = entry.file_type().map_err(Error::io(&here, FileOp::Read))?;
+            let name = match entry.file_name().into_string() {
+                Ok(name) => name,
+                Err(name) => {
+                    found.other.push(name.to_string_lossy().into_owned());
+                    continue;
+                }
+            };
+            if depth == 0 && SERVICE.contains(&name.as_str()) {
+                continue;
+            }
+            let path = at.join(&name);
+            let shown = path.to_string_lossy().replace('\\', "/");
+            if kind.is_file() {
+                found.files.push(shown);
+            } else if kind.is_dir() && depth < MAX_DEPTH {
+                found.folders.push(shown);
+                left.push((path, depth + 1));
+            } else {
+                found.other.push(shown);
+            }
+        }
+    }
+    found.files.sort();
+    found.folders.sort();
+    found.other.sort();
+    Ok(found)
+}

@@ -1,0 +1,244 @@
+//! The output of a tuning run: locked before anything is read, held against disk and memory before weights are.
+
+use super::tune::{Method, TuneJob, examples_hash};
+use crate::backend::{Backend, Roofline};
+use crate::data::{Example, Loader};
+use crate::engine::{Decoder, Plan, Workload};
+use crate::error::{Error, FileOp, Result};
+use crate::io::{IfExists, OutputDir, check_apart, json, unfinished};
+use crate::model::ModelDir;
+use crate::modules::ParamId;
+use crate::options::mib;
+use crate::train::{Callbacks, Phase, RunDir, TuneSummary, Tuner, disk_bytes};
+use clap::Args;
+use std::path::{Path, PathBuf};
+
+/// Output of a tuning run.
+#[derive(Clone, Debug, Args)]
+pub struct TuneOutput {
+    /// Where the tuned model directory appears when it is complete
+    #[arg(long = "out", value_name = "DIR")]
+    pub path: PathBuf,
+    /// Replace --out, and discard an unfinished run. A directory that holds anything but what swat wrote is refused
+    #[arg(long)]
+    pub force: bool,
+    /// Continue an unfinished run
+    #[arg(long)]
+    pub resume: bool,
+    /// Largest safetensors shard, in MiB
+    #[arg(long = "max-shard-mib", value_name = "MAX_SHARD_MIB", value_parser = mib, default_value = "4096")]
+    pub max_shard_bytes: u64,
+    /// Roofline of the speed of light ([`crate::train::StepMetrics::speed_of_light`]); none = not reported.
+    #[arg(skip)]
+    pub roofline: Option<Roofline>,
+    /// The resolved configuration, for `tune.json`.
+    #[arg(skip)]
+    pub config: serde_json::Value,
+}
+
+impl TuneOutput {
+    /// Directory of metrics and checkpoints until the run is finished: `OUT.unfinished`, or `OUT/.swat.unfinished`
+    /// where OUT is written in place ([`crate::io::is_in_place`]).
+    pub fn unfinished(&self) -> PathBuf {
+        unfinished::path(&self.path)
+    }
+
+    /// Locks the output, and checks that it may be written: it is new, empty, or what swat wrote and may be replaced,
+    /// it lies apart from all `inputs` (option and path), and an unfinished run is resumed or discarded.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], [`Error::InUse`]; [`Error::Input`] names what is in the way; [`Error::Io`].
+    pub fn open(self, inputs: &[(&str, &Path)]) -> Result<OpenOutput> {
+        let left = self.unfinished();
+        check_apart(&[("--out", &self.path)], inputs)?;
+        check_apart(&[("--out", &left)], inputs)?;
+        let dir = OutputDir::create(&self.path, IfExists::from_force(self.force))?;
+        if left.exists() && !self.resume {
+            if !self.force {
+                return Err(Error::input(
+                    left.display().to_string(),
+                    "an unfinished run",
+                    "--resume to continue it, or --force to start again",
+                ));
+            }
+            unfinished::check(&left)?;
+        }
+        Ok(OpenOutput { options: self, dir, unfinished: left })
+    }
+}
+
+/// A locked output, whose temporary directory exists.
+pub struct OpenOutput {
+    /// The options that it was opened with.
+    pub options: TuneOutput,
+    dir: OutputDir,
+    unfinished: PathBuf,
+}
+
+impl OpenOutput {
+    /// Checks a job on this model and these examples: options, phases, and that memory and disk have room for it. No
+    /// weights are read.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option; [`Error::Memory`] where memory or disk has no room.
+    pub fn prepare<B: Backend>(
+        self,
+        files: &ModelDir,
+        examples: Vec<Example>,
+        job: TuneJob,
+        backend: &B,
+    ) -> Result<PreparedTune> {
+        let config = &files.config;
+        let phases = job.phases(&config.cells())?;
+        let shared = &job.recipe.shared;
+        shared.check()?;
+        phases.iter().try_for_each(|phase| phase.options.check())?;
+        let data = examples_hash(&examples);
+        let loader = Loader::new(examples, shared.loader())?;
+        let prepared = PreparedTune { output: self, job, phases, loader, data };
+        prepared.check_memory(files, backend)?;
+        prepared.check_disk::<B>(files)?;
+        Ok(prepared)
+    }
+}
+
+/// A tuning run that is ready to begin.
+#[must_use]
+pub struct PreparedTune {
+    output: OpenOutput,
+    job: TuneJob,
+    phases: Vec<Phase>,
+    loader: Loader,
+    /// Hash of the examples.
+    data: String,
+}
+
+impl PreparedTune {
+    /// Reports [`crate::train::StepMetrics::speed_of_light`] against this roofline.
+    pub fn roofline(mut self, roofline: Option<Roofline>) -> Self {
+        self.output.options.roofline = roofline;
+        self
+    }
+
+    /// Tensors that a phase trains.
+    fn trained(&self, files: &ModelDir, phase: &Phase) -> Vec<(ParamId, usize)> {
+        let config = &files.config;
+        let sizes = |(id, shape): (ParamId, Vec<usize>)| (id, shape.iter().product());
+        let all: Vec<(ParamId, usize)> = match &self.job.recipe.method {
+            Method::Full => config.params().into_iter().map(sizes).collect(),
+            Method::Lora { lora, modules } => lora.params(config, modules).into_iter().map(sizes).collect(),
+        };
+        all.into_iter().filter(|(id, _)| phase.rates.trains(id.cell())).collect()
+    }
+
+    /// Holds the plan of the largest phase against the memory that is free.
+    fn check_memory<B: Backend>(&self, files: &ModelDir, backend: &B) -> Result<()> {
+        let Some(free) = backend.free_memory() else { return Ok(()) };
+        let shared = &self.job.recipe.shared;
+        let batch = self.loader.largest_batch();
+        let lora = match &self.job.recipe.method {
+            Method::Full => None,
+            Method::Lora { lora, .. } => Some(*lora),
+        };
+        let work = Workload {
+            tokens: batch.tokens,
+            document_tokens: batch.longest,
+            trained_share: batch.trained_tokens as f64 / batch.tokens.max(1) as f64,
+            recompute: shared.recompute,
+            lora,
+        };
+        for phase in &self.phases {
+            let trained = self.trained(files, phase);
+            let trains = |id: ParamId| trained.iter().any(|(other, _)| *other == id);
+            let planned_bytes = Plan::new::<B>(&files.config, &work, trains).total_bytes();
+            if planned_bytes > free.bytes {
+                return Err(Error::Memory {
+                    what: format!("phase {} on {}", phase.name, backend.name()),
+                    planned_bytes,
+                    free_bytes: free.bytes,
+                    help: format!(
+                        "{} is the bound; `swat plan` says what would make it fit: --recompute, a smaller --batch-size \
+                         with more --grad-accum, --state bf16, --method lora",
+                        free.bound
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Holds what will be written against the disk: the model, and the checkpoints that there are at once.
+    fn check_disk<B: Backend>(&self, files: &ModelDir) -> Result<()> {
+        let shared = &self.job.recipe.shared;
+        let (mut changed, mut checkpoint, mut count) = (std::collections::BTreeMap::new(), 0, 0);
+        for phase in &self.phases {
+            let trained = self.trained(files, phase);
+            let moments = trained.iter().map(|(_, n)| 2 * n * size_of::<B::Moment>()).sum::<usize>();
+            changed.extend(trained);
+            let averaged = if shared.ema_decay.is_some() { 4 } else { 0 };
+            let weights = changed.values().sum::<usize>() * (size_of::<B::Float>() + averaged);
+            checkpoint = checkpoint.max((weights + moments) as u64);
+            let steps = phase.options.steps_of(&self.loader, shared)?;
+            count += steps.checked_div(shared.save_every).unwrap_or(0) + u64::from(steps > 0);
+        }
+        // One is being written while the others are kept, among them that of the start of the phase.
+        let most = shared.keep_last as u64 + 1 + u64::from(self.phases.len() > 1);
+        let need = files.stored_bytes()? + checkpoint.saturating_mul(count.min(most));
+        let there = disk_bytes(&self.output.unfinished);
+        let dir = self.output.dir.dir();
+        let Ok(free) = fs4::available_space(dir) else { return Ok(()) };
+        if need.saturating_sub(there) <= free {
+            return Ok(());
+        }
+        Err(Error::Memory {
+            what: format!("{}: the tuned model and {} checkpoints on disk", dir.display(), count.min(most)),
+            planned_bytes: need.saturating_sub(there),
+            free_bytes: free,
+            help: "free some disk space, take another --out, or keep fewer checkpoints (--keep-last 1)".into(),
+        })
+    }
+
+    /// Tunes the model directory `files`, whose weights `decoder` holds, into the output, with `metrics.jsonl`,
+    /// `updates.json` and `tune.json` beside the weights. An interrupted run leaves [`TuneOutput::unfinished`], from
+    /// which `resume` continues bit for bit.
+    ///
+    /// # Errors
+    /// As [`Tuner::run`]; [`Error::Io`] where the output cannot be written.
+    pub fn run<B: Backend>(
+        self,
+        files: &ModelDir,
+        decoder: &mut Decoder<B>,
+        callbacks: &mut dyn Callbacks<B>,
+    ) -> Result<TuneSummary> {
+        let Self { output: OpenOutput { options, dir: out, unfinished: left }, job, phases, mut loader, data } = self;
+        if !options.resume {
+            unfinished::remove_run(&left)?;
+        }
+        std::fs::create_dir_all(&left).map_err(Error::io(&left, FileOp::Create))?;
+        let run_dir = RunDir { dir: left.clone(), model: files.hash()?.to_owned(), data, resume: options.resume };
+        if let Method::Lora { lora, modules } = &job.recipe.method {
+            decoder.add_lora(modules, *lora, job.recipe.shared.seed)?;
+        }
+        let mut tuner = Tuner::new(decoder, &mut loader, job.recipe.shared.clone(), phases)?
+            .measure_updates()
+            .initial_weights(|id, shape| files.tensor(id, shape))
+            .at(run_dir);
+        if let Some(roofline) = options.roofline {
+            tuner = tuner.roofline(roofline);
+        }
+        let summary = tuner.run(callbacks)?;
+        decoder.merge_lora()?;
+        files.write(out.dir(), |id| decoder.read(id), options.max_shard_bytes)?;
+        let metrics = left.join("metrics.jsonl");
+        let to = out.dir().join("metrics.jsonl");
+        std::fs::copy(&metrics, &to).map_err(Error::io(&to, FileOp::Write))?;
+        json::write(&out.dir().join("updates.json"), &summary.updates)?;
+        let record = serde_json::json!({ "config": options.config, "job": job, "summary": {
+            "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes,
+            "planned_bytes": summary.planned_bytes } });
+        json::write(&out.dir().join("tune.json"), &record)?;
+        out.commit()?;
+        unfinished::remove_run(&left)?;
+        Ok(summary)
+    }
+}

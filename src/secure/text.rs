@@ -1,0 +1,121 @@
+//! A model directory opened without its weights: what can be known before they are read.
+
+use super::loaded::LoadedModel;
+use crate::backend::Backend;
+use crate::data::{Chat, Examples, JsonLines};
+use crate::engine::Decoder;
+use crate::error::{Error, Result};
+use crate::model::{ChatTemplate, Message, ModelDir, Tokenizer};
+use std::path::Path;
+
+/// Files, tokenizer and chat template of a model directory.
+pub struct ModelText {
+    /// The directory; weights are checked, and not read.
+    pub files: ModelDir,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+}
+
+impl ModelText {
+    /// Opens a model directory for chat, with its own chat template or the one at `chat_template`.
+    ///
+    /// # Errors
+    /// As [`ModelDir::open`]; [`Error::Input`] where there is no tokenizer or no chat template.
+    pub fn open(dir: &Path, chat_template: Option<&Path>) -> Result<Self> {
+        let files = ModelDir::open(dir)?;
+        let template = files.chat_template(chat_template)?;
+        Ok(Self { tokenizer: files.tokenizer()?, files, template: Some(template) })
+    }
+
+    /// Opens a model directory for plain text: prompts cannot be rendered.
+    ///
+    /// # Errors
+    /// As [`ModelText::open`].
+    pub fn open_without_template(dir: &Path) -> Result<Self> {
+        let files = ModelDir::open(dir)?;
+        Ok(Self { tokenizer: files.tokenizer()?, files, template: None })
+    }
+
+    /// Reads the weights onto a device.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] where they do not fit the device; [`Error::Input`] for a value that is not finite.
+    pub fn load<B: Backend>(self, backend: B) -> Result<LoadedModel<B>> {
+        let files = &self.files;
+        let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
+        Ok(LoadedModel { text: self, decoder })
+    }
+
+    fn template(&self) -> Result<&ChatTemplate> {
+        let missing =
+            || Error::failed("the model was opened without its chat template", "this is a bug; please report it");
+        self.template.as_ref().ok_or_else(missing)
+    }
+
+    /// Reads and tokenizes training conversations.
+    ///
+    /// # Errors
+    /// As [`Examples::read`].
+    pub fn examples(&self, path: &Path, max_length: usize) -> Result<Examples> {
+        let chat = Chat::new(self.template()?, &self.tokenizer, &self.files.config.eos);
+        let context = self.files.config.max_positions;
+        if max_length > context
+            && let Some((place, tokens)) = Examples::first_longer(path, &chat, context)?
+        {
+            let expected =
+                format!("at most {context}, the model's context; --max-length {context} truncates longer rows");
+            return Err(Error::input(place, format!("{tokens} tokens"), expected));
+        }
+        Examples::read(path, &chat, max_length)
+    }
+
+    /// Checks that rendered prompts have at most `most` tokens, so that none is found out late; `path` is the file that
+    /// they are from.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names file and line of the first that is longer, or that the template refuses.
+    pub fn check_prompts<'p>(
+        &self,
+        path: &Path,
+        prompts: impl IntoIterator<Item = &'p str>,
+        most: usize,
+    ) -> Result<()> {
+        for (index, prompt) in prompts.into_iter().enumerate() {
+            let place = || line_of(path, prompt).unwrap_or_else(|| format!("{}: prompt {}", path.display(), index + 1));
+            let rendered = self.render(&[Message::new("user", prompt)]).map_err(|e| match e {
+                Error::Input { place: at, found, expected } => {
+                    Error::input(format!("{}: {at}", place()), found, expected)
+                }
+                other => other,
+            })?;
+            if rendered.len() > most {
+                let expected = format!("at most {most}, by the model's context");
+                return Err(Error::input(place(), format!("a prompt of {} tokens", rendered.len()), expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// Token ids of a conversation by the chat template, with the header of the assistant's turn.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the template refuses the conversation.
+    pub fn render(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.tokenizer.encode(&self.template()?.render_prompt(messages)?)
+    }
+
+    /// Token ids of single-turn prompts: [`ModelText::render`].
+    ///
+    /// # Errors
+    /// As [`ModelText::render`].
+    pub fn render_prompts<'p>(&self, prompts: impl IntoIterator<Item = &'p str>) -> Result<Vec<Vec<u32>>> {
+        prompts.into_iter().map(|prompt| self.render(&[Message::new("user", prompt)])).collect()
+    }
+}
+
+/// File and line of a prompt, where the file has lines with such a key.
+fn line_of(path: &Path, prompt: &str) -> Option<String> {
+    let mut lines = JsonLines::open(path).ok()?.map_while(Result::ok);
+    lines.find(|line| line.get("prompt").and_then(|v| v.as_str()) == Some(prompt)).map(|line| line.place)
+}
