@@ -120,7 +120,9 @@ impl<D: Device> Bench<'_, D> {
         let make = |_: &D| {
             let mut decoder = self.decoder().borrow_mut();
             if adapters {
-                decoder.add_lora(set, Lora { rank: 16, alpha: 32.0 }, 1).expect("memory for adapters");
+                decoder
+                    .add_lora(set, Lora { rank: 16, alpha: 32.0, ..Lora::default() }, 1)
+                    .expect("memory for adapters");
             }
             let documents = documents(self.model.vocab, count, tokens);
             let mut batch = Batch::from_prompts(documents.iter().map(Vec::as_slice));

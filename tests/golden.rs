@@ -323,7 +323,7 @@ fn lora_gradients_are_those_of_peft() {
     let (case, expected): (LoraCase, _) = (case("lora"), tensors("lora"));
     let all = golden.decoder.config.cells();
     let set = ModuleSet::parse("layers.*.{q,k,v,o}", &all).unwrap();
-    golden.decoder.add_lora(&set, Lora { rank: case.rank, alpha: case.alpha }, 0).unwrap();
+    golden.decoder.add_lora(&set, Lora { rank: case.rank, alpha: case.alpha, ..Lora::default() }, 0).unwrap();
     let adapters: Vec<ParamId> = golden.decoder.params().iter().map(|p| p.id).filter(|id| is_adapter(*id)).collect();
     assert_eq!(adapters.len(), expected.keys().filter(|key| key.starts_with("adapter.")).count());
     for id in adapters {

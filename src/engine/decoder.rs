@@ -5,8 +5,8 @@ use super::pool::{Floats, Pool, Scratch};
 use crate::backend::{Backend, Buffer, Documents, FloatElement, In, View};
 use crate::engine::Batch;
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, RopeScaling, rope_table};
-use crate::modules::ParamId;
+use crate::model::{ModelConfig, ModelDir, RopeScaling, rope_table};
+use crate::modules::{ModuleId, ParamId};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,7 +28,7 @@ pub struct Decoder<B: Backend> {
     pub config: ModelConfig,
     pub(super) params: Vec<Parameter<B>>,
     pub(super) index: BTreeMap<ParamId, usize>,
-    pub(super) lora: Option<Lora>,
+    pub(super) lora: BTreeMap<ModuleId, Lora>,
     pub(super) pool: Pool<B>,
     rope: Mutex<Option<RopeTable<B>>>,
 }
@@ -62,7 +62,28 @@ impl<B: Backend> Decoder<B> {
             params.push(Parameter { id, shape, values: upload(&backend, &values)? });
         }
         let index = params.iter().enumerate().map(|(i, p)| (p.id, i)).collect();
-        Ok(Self { backend, config, params, index, lora: None, pool: Pool::default(), rope: Mutex::new(None) })
+        Ok(Self {
+            backend,
+            config,
+            params,
+            index,
+            lora: BTreeMap::new(),
+            pool: Pool::default(),
+            rope: Mutex::new(None),
+        })
+    }
+
+    /// Uploads the model of a directory, with its adapter if it was opened with one.
+    ///
+    /// # Errors
+    /// As [`ModelDir::tensor`]; [`Error::Device`] or [`Error::Memory`] where the device fails.
+    pub fn from_files(backend: B, files: &ModelDir) -> Result<Self> {
+        let mut decoder = Self::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
+        for (id, shape, [(a, a_shape), (b, b_shape)]) in files.adapter_params() {
+            let lora = Lora { rank: shape.rank, alpha: shape.alpha, rslora: shape.rslora };
+            decoder.attach_lora(id, lora, &files.tensor(a, &a_shape)?, &files.tensor(b, &b_shape)?)?;
+        }
+        Ok(decoder)
     }
 
     /// All tensors, in the order of [`ModelConfig::params`], then LoRA's.

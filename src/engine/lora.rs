@@ -1,4 +1,4 @@
-//! Low-rank adapters (Hu et al., arXiv 2106.09685): y += alpha/rank · (x·Aᵀ)·Bᵀ beside a frozen projection.
+//! Low-rank adapters (Hu et al., arXiv 2106.09685): y += scale · (x·Aᵀ)·Bᵀ beside a frozen projection.
 
 use super::Decoder;
 use super::decoder::{Parameter, upload};
@@ -9,7 +9,7 @@ use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
 use crate::options::{above_zero, count};
 use crate::rng::Philox;
 
-/// Shape of the adapters of a decoder.
+/// Rank and scale of adapters.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize, clap::Args)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
@@ -19,14 +19,19 @@ pub struct Lora {
     /// The adapters' output is scaled by alpha / rank
     #[arg(long = "lora-alpha", id = "lora_alpha", value_name = "LORA_ALPHA", value_parser = above_zero::<f32>, default_value_t = 16.0)]
     pub alpha: f32,
+    /// Scale by alpha / √rank (rsLoRA, arXiv 2312.03732)
+    #[arg(long = "lora-rslora", id = "lora_rslora")]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rslora: bool,
 }
 
 crate::options::default_from_args!(Lora);
 
 impl Lora {
-    /// alpha / rank.
+    /// alpha / rank, or alpha / √rank.
     pub fn scale(&self) -> f32 {
-        self.alpha / self.rank as f32
+        let rank = self.rank as f32;
+        self.alpha / if self.rslora { rank.sqrt() } else { rank }
     }
 
     /// The adapters' tensors on the projections of `set`, with their shapes: A \[rank, inputs\] and B \[outputs,
@@ -64,21 +69,39 @@ impl<B: Backend> Decoder<B> {
             let mut philox = Philox::new(seed, stream as u64);
             let a: Vec<f32> =
                 (0..lora.rank * inputs).map(|_| ((philox.uniform() * 2.0 - 1.0) * bound) as f32).collect();
-            for (id, shape, values) in [
-                (ParamId::LoraA(id), vec![lora.rank, inputs], a),
-                (ParamId::LoraB(id), vec![outputs, lora.rank], vec![0.0; outputs * lora.rank]),
-            ] {
-                self.index.insert(id, self.params.len());
-                self.params.push(Parameter { id, shape, values: upload(&self.backend, &values)? });
-            }
+            self.attach_lora(id, lora, &a, &vec![0.0; outputs * lora.rank])?;
         }
-        self.lora = Some(lora);
         Ok(())
     }
 
-    /// The adapters' shape, if there are any.
+    /// Adds an adapter with the values of A [rank, inputs] and B [outputs, rank] to a projection that has none.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`] where the device fails.
+    ///
+    /// # Panics
+    /// Where A or B has another number of values.
+    pub fn attach_lora(&mut self, id: ModuleId, lora: Lora, a: &[f32], b: &[f32]) -> Result<()> {
+        let (outputs, inputs) = self.config.module_shape(id.kind);
+        for (id, shape, values) in
+            [(ParamId::LoraA(id), vec![lora.rank, inputs], a), (ParamId::LoraB(id), vec![outputs, lora.rank], b)]
+        {
+            assert_eq!(values.len(), shape.iter().product::<usize>(), "{id}");
+            self.index.insert(id, self.params.len());
+            self.params.push(Parameter { id, shape, values: upload(&self.backend, values)? });
+        }
+        self.lora.insert(id, lora);
+        Ok(())
+    }
+
+    /// The adapter of the largest rank, if there are any.
     pub fn lora(&self) -> Option<Lora> {
-        self.lora
+        self.lora.values().copied().max_by_key(|lora| lora.rank)
+    }
+
+    /// Rank and scale of a projection's adapter, if it has one.
+    pub fn lora_of(&self, id: ModuleId) -> Option<Lora> {
+        self.lora.get(&id).copied()
     }
 
     /// Adds scale · B·A to each adapted weight and removes the adapters.
@@ -86,12 +109,12 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// [`Error::Device`] or [`Error::Memory`] where the device fails.
     pub fn merge_lora(&mut self) -> Result<()> {
-        let Some(lora) = self.lora.take() else { return Ok(()) };
+        let shapes = std::mem::take(&mut self.lora);
         let base = self.params.iter().take_while(|p| !matches!(p.id, ParamId::LoraA(_))).count();
         let adapters = self.params.split_off(base);
         for pair in adapters.chunks_exact(2) {
             let ParamId::LoraA(id) = pair[0].id else { unreachable!("A and B are added in pairs") };
-            let (outputs, inputs) = self.config.module_shape(id.kind);
+            let (lora, (outputs, inputs)) = (shapes[&id], self.config.module_shape(id.kind));
             // W [outputs, inputs] += scale · B [outputs, rank] · A [rank, inputs] has the form of a backward pass.
             let shape = LinearShape { tokens: outputs, inputs, outputs: lora.rank };
             let weight = self.params[self.index[&ParamId::Weight(id)]].values.view_mut();
@@ -105,7 +128,7 @@ impl<B: Backend> Decoder<B> {
 
     /// y += scale · (x·Aᵀ)·Bᵀ where the module has an adapter.
     pub(super) fn lora_forward(&self, id: ModuleId, x: In<'_, B>, y: Out<'_, B>, shape: LinearShape) -> Result<()> {
-        let Some(lora) = self.lora else { return Ok(()) };
+        let Some(lora) = self.lora_of(id) else { return Ok(()) };
         let (Some(a), Some(b)) = (self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id))) else {
             return Ok(());
         };

@@ -3,6 +3,8 @@
 mod fields;
 mod json;
 
+pub(super) use fields::Fields;
+
 use crate::modules::{ModuleId, ModuleKind, ParamId};
 
 /// Configuration of a decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3).

@@ -2,12 +2,12 @@
 
 mod weights;
 
-use super::{ChatTemplate, ModelConfig, Tokenizer};
+use super::{Adapter, AdapterShape, ChatTemplate, ModelConfig, Tokenizer, adapter};
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
 use crate::io::json;
 use crate::io::safetensors::{Dtype, Safetensors, TensorSpec, float_bytes, write_weights};
-use crate::modules::ParamId;
+use crate::modules::{ModuleId, ParamId};
 use rayon::prelude::*;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -15,6 +15,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use weights::{find_tensors, open_shards};
+
+pub(super) use weights::{check_tensor, list, plain_name};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -44,9 +46,10 @@ pub struct ModelDir {
     pub config: ModelConfig,
     dir: PathBuf,
     shards: Vec<Safetensors>,
-    /// Shard, and name in the shard, of each tensor of [`ModelConfig::params`].
+    /// Shard, and name in the shard, of each tensor of [`ModelConfig::params`] and of the adapter.
     sources: BTreeMap<ParamId, (usize, String)>,
     tokenizer: Option<Tokenizer>,
+    adapter: Option<Adapter>,
     hash: OnceLock<String>,
 }
 
@@ -57,9 +60,66 @@ impl ModelDir {
     /// tokenizer may have more tokens than the embedding has rows: they are refused where a text uses one.
     ///
     /// # Errors
-    /// [`Error::Input`] with the file and field at fault; [`Error::Unsupported`] for features that the engine lacks;
-    /// [`Error::Io`].
+    /// [`Error::Input`] with the file and field at fault, and for an adapter beside the weights, as it is not clear
+    /// which of the two is meant; [`Error::Unsupported`] for features that the engine lacks; [`Error::Io`].
     pub fn open(dir: &Path) -> Result<Self> {
+        let files = Self::open_weights(dir)?;
+        if dir.join(adapter::CONFIG).exists() {
+            let found = format!("weights and a LoRA adapter ({})", adapter::CONFIG);
+            let expected = format!("one of them: --adapter '{0}' attaches it, else move it away", dir.display());
+            return Err(Error::input(dir.display().to_string(), found, expected));
+        }
+        Ok(files)
+    }
+
+    /// Opens the directory with a LoRA adapter of peft: tensors that it replaces take the place of the model's, and its
+    /// own are read as [`ParamId::LoraA`] and [`ParamId::LoraB`].
+    ///
+    /// A head that is tied to an embedding is untied where the adapter replaces either, as peft trains a copy, unless
+    /// `ensure_weight_tying` is set.
+    ///
+    /// # Errors
+    /// As [`ModelDir::open`]; [`Error::Input`] where the adapter is of another model; [`Error::Unsupported`] for
+    /// adapters that are not plain LoRA.
+    pub fn open_with_adapter(dir: &Path, adapter: &Path) -> Result<Self> {
+        let mut files = Self::open_weights(dir)?;
+        let (adapter, file, mut sources) = Adapter::open(adapter, &files.config)?;
+        let ends = [ParamId::Embedding, ParamId::Head];
+        if files.config.tied && ends.iter().any(|id| sources.contains_key(id)) {
+            if adapter.ties {
+                let head = sources.remove(&ParamId::Head);
+                if let (Some(head), false) = (head, sources.contains_key(&ParamId::Embedding)) {
+                    sources.insert(ParamId::Embedding, head);
+                }
+            } else {
+                files.config.tied = false;
+                let base = files.sources.get(&ParamId::Embedding).cloned();
+                files.sources.extend(base.map(|base| (ParamId::Head, base)));
+            }
+        }
+        let shard = files.shards.len();
+        files.shards.push(file);
+        files.sources.extend(sources.into_iter().map(|(id, name)| (id, (shard, name))));
+        files.adapter = Some(adapter);
+        Ok(files)
+    }
+
+    /// The adapter that it was opened with.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    /// A and B of each adapted projection, [rank, inputs] and [outputs, rank].
+    pub fn adapter_params(&self) -> impl Iterator<Item = (ModuleId, AdapterShape, [(ParamId, Vec<usize>); 2])> + '_ {
+        self.adapter.iter().flat_map(|adapter| &adapter.modules).map(|(&id, &shape)| {
+            let (outputs, inputs) = self.config.module_shape(id.kind);
+            let tensors =
+                [(ParamId::LoraA(id), vec![shape.rank, inputs]), (ParamId::LoraB(id), vec![outputs, shape.rank])];
+            (id, shape, tensors)
+        })
+    }
+
+    fn open_weights(dir: &Path) -> Result<Self> {
         let place = dir.display().to_string();
         if !fs::metadata(dir).map_err(Error::io(dir, FileOp::Open))?.is_dir() {
             return Err(Error::input(place, "something that is not a directory", "a Hugging Face model directory"));
@@ -80,7 +140,7 @@ impl ModelDir {
             Some(path) => Some(Tokenizer::open(&path)?.with_rows(config.vocab)),
             None => None,
         };
-        Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, hash: OnceLock::new() })
+        Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, adapter: None, hash: OnceLock::new() })
     }
 
     /// Whether all weights of a model directory are stored in bf16.
@@ -117,7 +177,7 @@ impl ModelDir {
         file.values(name)
     }
 
-    /// BLAKE3 hash of config and weights, as 64 hexadecimal digits; identifies the model of a probe, map or module set.
+    /// BLAKE3 hash of config, weights and adapter, as 64 hexadecimal digits; identifies the model of a probe, map or module set.
     /// Independent of sharding. Computed once, by reading all weights.
     ///
     /// # Errors
@@ -128,7 +188,12 @@ impl ModelDir {
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(&read_bytes(&self.dir.join("config.json"), MAX_CONFIG_BYTES)?);
-        for (id, shape) in self.config.params() {
+        let mut params = self.config.params();
+        for (id, shape, tensors) in self.adapter_params() {
+            hasher.update(format!("\nadapter of {id}: {shape:?}").as_bytes());
+            params.extend(tensors);
+        }
+        for (id, shape) in params {
             let (file, name) = self.source(id)?;
             let (dtype, _) = file.info(name)?;
             hasher.update(format!("\n{id} {dtype} {shape:?}").as_bytes());

@@ -63,7 +63,7 @@ impl<B: Backend> Tuner<'_, B> {
         let decoder: &Decoder<B> = self.decoder;
         let params: Vec<_> = decoder.params().iter().map(|param| (param.id, param.shape.clone())).collect();
         let shapes: BTreeMap<ParamId, &[usize]> = params.iter().map(|(id, shape)| (*id, shape.as_slice())).collect();
-        let scale = decoder.lora().map_or(0.0, |lora| f64::from(lora.scale()));
+        let scale = |id| decoder.lora_of(id).map_or(0.0, |lora| f64::from(lora.scale()));
         let widened = |values: &[B::Float]| values.iter().map(|x| x.to_f32()).collect::<Vec<f32>>();
         let before = |id: ParamId| {
             if !start.trained.contains(&id) {

@@ -1,7 +1,7 @@
 //! Update magnitudes of each cell: ‖ΔW‖_F and ‖W‖_F (figure 5 of the paper).
 
 use crate::error::Result;
-use crate::modules::{Cell, ParamId};
+use crate::modules::{Cell, ModuleId, ParamId};
 use std::collections::BTreeMap;
 
 /// Content of `updates.json`.
@@ -40,13 +40,13 @@ pub struct Update {
 }
 
 /// Updates of the cells of `params` (ids with shapes), from the values of each tensor `before` and `after`, adapters
-/// included. One tensor at a time is held, in f32; sums are in f64. `lora_scale` is alpha / rank.
+/// included. One tensor at a time is held, in f32; sums are in f64. `lora_scale` is the scale of a projection's adapter.
 ///
 /// # Errors
 /// What `before` and `after` return.
 pub fn cell_updates(
     params: &[(ParamId, Vec<usize>)],
-    lora_scale: f64,
+    lora_scale: impl Fn(ModuleId) -> f64,
     mut before: impl FnMut(ParamId) -> Result<Vec<f32>>,
     mut after: impl FnMut(ParamId) -> Result<Vec<f32>>,
 ) -> Result<BTreeMap<Cell, Update>> {
@@ -60,7 +60,7 @@ pub fn cell_updates(
                 let rank = shape.first().copied().unwrap_or(0);
                 let b = ParamId::LoraB(module);
                 let change = product_change(rank, &before(*id)?, &before(b)?, &after(*id)?, &after(b)?);
-                *delta += lora_scale * lora_scale * change;
+                *delta += lora_scale(module).powi(2) * change;
             }
             _ => {
                 for (old, new) in before(*id)?.into_iter().zip(after(*id)?) {
@@ -103,7 +103,7 @@ fn product_change(rank: usize, a0: &[f32], b0: &[f32], a1: &[f32], b1: &[f32]) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::modules::{ModuleId, ModuleKind};
+    use crate::modules::ModuleKind;
 
     fn values(seed: usize, len: usize) -> Vec<f32> {
         (0..len).map(|i| ((i * 37 + seed * 101) % 23) as f32 / 11.0 - 1.0).collect()
@@ -140,7 +140,7 @@ mod tests {
                 vec![if id == ParamId::FinalNorm { 4.0 } else { 6.0 }]
             })
         };
-        let cells = cell_updates(&params, 1.0, before, after).unwrap();
+        let cells = cell_updates(&params, |_| 1.0, before, after).unwrap();
         assert_eq!(cells[&Cell::Module(q)], Update { delta_norm: 3.0, weight_norm: 5.0 });
         assert_eq!(cells[&Cell::FinalNorm], Update { delta_norm: 0.0, weight_norm: 4.0 });
         let text = serde_json::to_string(&PhaseUpdates { phase: "all".into(), cells: cells.clone() }).unwrap();

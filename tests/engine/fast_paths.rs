@@ -330,7 +330,7 @@ fn adapters_change_nothing_until_trained_and_merge_exactly() {
     let batch = batch(&model.config, &[6, 7], 32);
     let before = model.logits(&batch, &batch.last_rows()).unwrap();
     let set: ModuleSet = ModuleKind::ALL.into_iter().map(|kind| Cell::module(1, kind)).collect();
-    model.add_lora(&set, Lora { rank: 3, alpha: 6.0 }, 1).unwrap();
+    model.add_lora(&set, Lora { rank: 3, alpha: 6.0, ..Lora::default() }, 1).unwrap();
     assert_eq!(model.logits(&batch, &batch.last_rows()).unwrap(), before);
     let is_adapter = |id| matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
     let mut next = numbers(33);

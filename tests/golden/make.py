@@ -4,6 +4,8 @@ usage: make.py [NAME...]      (the interpreter of scripts/setup_oracle.sh; write
 
 NAME/config.json, model.safetensors   a Hugging Face model directory
 NAME/case.json                        documents, targets (null = no loss), what the ten steps train, losses, greedy continuations
+adapters/NAME                         an adapter as peft saves it, case.json (base, losses of twenty steps), expected.safetensors (logits,
+                                      after.TENSOR under peft's names)
 NAME/expected.safetensors             hidden.I [tokens, hidden], logits [tokens, vocab], grad.TENSOR of the mean loss over all trained
                                       tokens, after.TENSOR: the trained tensors after ten steps of AdamW
 Documents run one by one, without padding. transformers computes RMSNorm and rope tables in f32 whatever the model's type.
@@ -285,12 +287,73 @@ def make_lora():
     print("lora", flush=True)
 
 
+# base: the model; settings of peft; what the settings make of the model is trained for the steps below
+ADAPTERS = {
+    "patterns": ("llama", dict(target_modules=["q_proj", "v_proj", "down_proj"], r=4, lora_alpha=8, use_rslora=True,
+                               rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.down_proj": 3}, alpha_pattern={"v_proj": 5, "0.mlp.down_proj": 12})),
+    "regex-bias": ("qwen2", dict(target_modules=r"model\.layers\.\d\.self_attn\.(?:q|o)_proj", exclude_modules=["0.self_attn.o_proj"],
+                                 r=3, lora_alpha=6, bias="all")),
+    "all-linear": ("qwen3", dict(target_modules="all-linear", r=2, lora_alpha=4)),
+    "saved-norms": ("mistral", dict(target_modules=["gate_proj"], r=2, lora_alpha=4, modules_to_save=["layernorm", "lm_head"])),
+    "untied-embedding": ("qwen3-tied", dict(target_modules=["k_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers",
+                                            r=2, lora_alpha=4, modules_to_save=["embed_tokens"])),
+    "untied-ends": ("llama-bias", dict(target_modules=["o_proj"], r=2, lora_alpha=4, bias="lora_only",
+                                       modules_to_save=["embed_tokens", "lm_head"])),
+}
+ADAPTER_STEPS = 20
+
+
+def make_adapters():
+    """Adapters as peft saves them, the logits with them, and twenty steps of AdamW on what they train."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file
+
+    for name, (base, settings) in ADAPTERS.items():
+        out = HERE / "adapters" / name
+        shutil.rmtree(out, ignore_errors=True)
+        case = json.loads((HERE / base / "case.json").read_text())
+        model = get_peft_model(opened(HERE / base, torch.float32), LoraConfig(task_type="CAUSAL_LM", **settings))
+        draw = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if p.requires_grad:
+                    noise = torch.randn(p.shape, generator=draw) * (0.25 if "lora_" in key else 0.05)
+                    p.copy_(noise if "lora_" in key else p + noise)
+        model.save_pretrained(out)
+        (out / "README.md").unlink()
+        saved = json.loads((out / "adapter_config.json").read_text())
+        (out / "adapter_config.json").write_text(json.dumps(dict(saved, base_model_name_or_path=base), indent=2) + "\n")
+
+        # As anybody reads it back, to go on with it.
+        model = PeftModel.from_pretrained(opened(HERE / base, torch.float64), out, is_trainable=True, autocast_adapter_dtype=False).double()
+        with torch.no_grad():
+            logits = torch.cat([model(torch.tensor([d])).logits[0] for d in case["documents"]])
+        moving = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(moving, lr=RATE, weight_decay=DECAY)
+        losses = []
+        for _ in range(ADAPTER_STEPS):
+            optimizer.zero_grad()
+            loss = loss_of(model, case["documents"], case["targets"])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(moving, CLIP)
+            optimizer.step()
+            losses.append(loss.item())
+        scratch = out / "scratch"
+        model.save_pretrained(scratch)
+        after = load_file(scratch / "adapter_model.safetensors")
+        shutil.rmtree(scratch)
+        tensors = {"logits": logits} | {f"after.{key}": p for key, p in after.items()}
+        save_file({k: v.detach().float().contiguous() for k, v in tensors.items()}, out / "expected.safetensors")
+        write_case(out, dict(base=base, losses=losses))
+        print(f"adapters/{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}", flush=True)
+
+
 def main():
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    wanted = sys.argv[1:] or [*MODELS, "variants", "lora"]
+    wanted = sys.argv[1:] or [*MODELS, "variants", "lora", "adapters"]
     for name in wanted:
-        {"variants": make_variants, "lora": make_lora}.get(name, lambda: make(name))()
+        {"variants": make_variants, "lora": make_lora, "adapters": make_adapters}.get(name, lambda: make(name))()
 
 
 main()

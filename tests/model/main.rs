@@ -1,5 +1,6 @@
 //! Model directories: configuration, weights, tokenizer, chat template, and names of modules.
 
+mod adapters;
 mod config;
 mod files;
 mod modules;

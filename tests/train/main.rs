@@ -1,6 +1,7 @@
 //! Training on a tiny random model: the masked optimizer, and runs of the tuner.
 
 mod adamw;
+mod adapters;
 mod bf16;
 #[path = "../common/mod.rs"]
 mod common;

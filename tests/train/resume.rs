@@ -12,7 +12,7 @@ use swat::train::{Phase, TuneOptions, Updates};
 fn adapted() -> Decoder<Cpu> {
     let mut decoder = model();
     let cells = decoder.config.cells();
-    decoder.add_lora(&cells, Lora { rank: 2, alpha: 4.0 }, 3).unwrap();
+    decoder.add_lora(&cells, Lora { rank: 2, alpha: 4.0, ..Lora::default() }, 3).unwrap();
     decoder
 }
 

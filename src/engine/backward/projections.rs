@@ -75,7 +75,7 @@ impl<B: Backend> Decoder<B> {
         if let Some(dbias) = gradients.get_mut(ParamId::Bias(id)) {
             LinearBackwardBias { dy: dy.clone(), dbias: dbias.view_mut(), accumulate }.run(backend)?;
         }
-        let adapter = (self.lora(), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
+        let adapter = (self.lora_of(id), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
         let (Some(lora), Some(a), Some(b)) = adapter else { return Ok(()) };
         let down = LinearShape { outputs: lora.rank, ..shape };
         let up = LinearShape { inputs: lora.rank, ..shape };
@@ -127,7 +127,7 @@ impl<B: Backend> Decoder<B> {
         let weight = self.values(&Overlay::new(), ParamId::Weight(id));
         let product = LinearBackwardInput::new(dy.clone(), weight, dx.reborrow(), shape);
         LinearBackwardInput { accumulate: term > 0, ..product }.run(&self.backend)?;
-        let adapter = (self.lora(), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
+        let adapter = (self.lora_of(id), self.param(ParamId::LoraA(id)), self.param(ParamId::LoraB(id)));
         let (Some(lora), Some(a), Some(b)) = adapter else { return Ok(()) };
         let down = LinearShape { outputs: lora.rank, ..shape };
         let up = LinearShape { inputs: lora.rank, ..shape };

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 /// A JSON object of an untrusted file; errors name file, field, what was found and what was expected. A `null` field
 /// counts as absent.
-pub(super) struct Fields<'a> {
+pub(in crate::model) struct Fields<'a> {
     map: &'a Map<String, Value>,
     place: String,
 }

@@ -140,7 +140,7 @@ pub(super) fn find_tensors(
 }
 
 /// Checks that a stored tensor has this shape and a dtype that weights may have.
-pub(super) fn check_tensor(file: &Safetensors, name: &str, shape: &[usize]) -> Result<()> {
+pub(in crate::model) fn check_tensor(file: &Safetensors, name: &str, shape: &[usize]) -> Result<()> {
     let (dtype, found) = file.info(name)?;
     if found != shape {
         let place = format!("{}: tensor `{name}`", file.path().display());
@@ -186,7 +186,7 @@ pub(in crate::model) fn list(names: &[String]) -> String {
 }
 
 /// Whether two tensors hold the same values.
-pub(in crate::model) fn equal(a: &Safetensors, a_name: &str, b: &Safetensors, b_name: &str) -> Result<bool> {
+fn equal(a: &Safetensors, a_name: &str, b: &Safetensors, b_name: &str) -> Result<bool> {
     let ((a_dtype, a_shape), (b_dtype, b_shape)) = (a.info(a_name)?, b.info(b_name)?);
     if a_shape != b_shape {
         return Ok(false);
