@@ -46,19 +46,6 @@ impl Lora {
         };
         set.iter().flat_map(adapters).collect()
     }
-
-    /// The adapters' tensors on the projections of `set`, with their shapes: A \[rank, inputs\] and B \[outputs,
-    /// rank\].
-    pub fn params(&self, config: &ModelConfig, set: &ModuleSet) -> Vec<(ParamId, Vec<usize>)> {
-        let adapters = |cell| match cell {
-            Cell::Module(id) => {
-                let (outputs, inputs) = config.module_shape(id.kind);
-                vec![(ParamId::LoraA(id), vec![self.rank, inputs]), (ParamId::LoraB(id), vec![outputs, self.rank])]
-            }
-            _ => Vec::new(),
-        };
-        set.iter().flat_map(adapters).collect()
-    }
 }
 
 impl<B: Backend> Decoder<B> {
