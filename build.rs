@@ -19,6 +19,7 @@ const VARIABLES: [&str; 4] = ["SWAT_CUDA", "NVCC", "CUDA_HOME", "CUDA_PATH"];
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rustc-env=SWAT_COMMIT={}", commit());
     for variable in VARIABLES {
         println!("cargo:rerun-if-env-changed={variable}");
     }
@@ -173,4 +174,28 @@ fn compile(nvcc: &Path, source: &Path, headers: &str, out: &Path) -> Result<(), 
         }
     }
     fs::write(&key_file, key).map_err(|e| format!("{}: {e}", key_file.display()))
+}
+
+/// ` (COMMIT DATE)` of a release build from a git checkout, for `--version`; else nothing.
+///
+/// Debug builds have none, as they would be made again after every commit.
+fn commit() -> String {
+    if env::var("PROFILE").as_deref() != Ok("release") {
+        return String::new();
+    }
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let Some(head) = git(&["rev-parse", "--path-format=absolute", "--git-path", "logs/HEAD"]) else {
+        return String::new();
+    };
+    // Of this package's own checkout, not of one that it was unpacked into.
+    if git(&["ls-files", "--error-unmatch", "Cargo.toml"]).is_none() {
+        return String::new();
+    }
+    println!("cargo:rerun-if-changed={head}");
+    let found = git(&["log", "-1", "--format=%h %cs"]).unwrap_or_default();
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|files| !files.is_empty());
+    if found.is_empty() { found } else { format!(" ({found}{})", if changed { ", changed" } else { "" }) }
 }

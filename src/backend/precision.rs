@@ -4,7 +4,18 @@ use super::FloatElement;
 use half::bf16;
 
 /// Precision of weights and activations, as it is asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[derive(
+    schemars::JsonSchema,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    clap::ValueEnum,
+    serde::Serialize,
+    serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum DtypeChoice {
     /// bf16 on a GPU; on a CPU, where the model is stored in bf16 and there are instructions for it, else f32

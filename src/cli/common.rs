@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Every command")]
 pub(super) struct Common {
     /// Device: auto, cpu, cuda or cuda:N. auto uses a working GPU, and says which
     #[arg(long, default_value = "auto", global = true)]
@@ -72,7 +73,13 @@ pub(super) fn say(text: &str) {
 
 /// Prints a line on stdout; a closed pipe ends the process with exit code 0.
 pub(super) fn print_line(text: &str) -> Result<()> {
-    match writeln!(std::io::stdout().lock(), "{text}") {
+    print_text(format!("{text}\n").as_bytes())
+}
+
+/// Prints text on stdout, as [`print_line`].
+pub(super) fn print_text(text: &[u8]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.map_err(Error::io(std::path::Path::new("stdout"), FileOp::Write)),
     }

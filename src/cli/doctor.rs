@@ -1,7 +1,7 @@
 //! `swat doctor`: capabilities of the machine and the build.
 
 use super::common::{Common, print_json, print_line};
-use super::plan;
+use crate::backend::FreeMemory;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda, F32State};
 use crate::error::Result;
@@ -17,7 +17,7 @@ pub(super) struct Doctor {}
 impl Doctor {
     pub(super) fn run(self, common: &Common) -> Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let memory = plan::free_memory();
+        let memory = FreeMemory::now();
         let disk = fs4::available_space(".").ok();
         let cuda = cuda::survey();
         let nvcc = std::env::var_os("PATH")
@@ -31,17 +31,19 @@ impl Doctor {
                 Err(e) => json!({ "device": format!("cuda:{ordinal}"), "error": e.to_string() }),
             }).collect();
             return print_json(&json!({
-                "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "amx": amx, "bf16_products": bf16, "free_memory_bytes": memory,
+                "version": env!("CARGO_PKG_VERSION"), "cores": cores, "simd": simd, "amx": amx, "bf16_products": bf16, "free_memory_bytes": memory.as_ref().map(|m| m.bytes), "memory_bound": memory.as_ref().map(|m| &m.bound),
                 "free_disk_bytes": disk, "cuda_images": cuda.images, "cuda_devices": gpus,
                 "cuda_driver": cuda.devices.as_ref().map_or_else(|why| json!({ "error": why }), |count| json!({ "devices": count })),
                 "nvcc": nvcc,
             }));
         }
-        print_line(&format!("swat         {}", env!("CARGO_PKG_VERSION")))?;
+        print_line(concat!("swat         ", env!("CARGO_PKG_VERSION"), env!("SWAT_COMMIT")))?;
         let products = [(amx, ", AMX for large products of f32"), (bf16, ", AVX-512 BF16 for products of bf16")];
         let products: String = products.iter().filter(|(there, _)| *there).map(|(_, text)| *text).collect();
         print_line(&format!("cpu          {cores} cores, {simd}{products}"))?;
-        print_line(&format!("memory       {} free", memory.map_or("unknown".into(), bytes)))?;
+        let memory =
+            memory.map_or("unknown".into(), |free| format!("{} free, bounded by {}", bytes(free.bytes), free.bound));
+        print_line(&format!("memory       {memory}"))?;
         print_line(&format!("disk         {} free here", disk.map_or("unknown".into(), bytes)))?;
         let size = cuda.images.iter().map(|image| image.bytes as u64).sum();
         match cuda.images.is_empty() {

@@ -6,6 +6,7 @@ use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::Result;
+use crate::model::Clock;
 use crate::report::format::fixed;
 use crate::report::{Entry, Table};
 use crate::secure::{ModelText, Probe};
@@ -38,11 +39,13 @@ impl OnDevice for DriftCommand {
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         let probe = Probe::load(&self.probe)?;
-        let text = self.model.open_text()?;
+        let (text, _) = self.model.open_dated(probe.metadata.date)?;
         probe.check_model(&text.files.config, text.files.hash()?)?;
         check_security(&text, &self.security, &prompts)?;
         let template = self.model.chat_template.as_deref();
-        let tuned = ModelText::open(&self.tuned, template)?;
+        let mut tuned = ModelText::open(&self.tuned, template)?;
+        let clock = self.model.date.or(probe.metadata.date).map_or_else(Clock::now, Ok)?;
+        tuned.set_clock(clock);
         probe.check_shape(&tuned.files.config)?;
         check_security(&tuned, &self.security, &prompts)?;
         let mut bars = Bars::new(common);

@@ -1,13 +1,13 @@
 //! `swat eval`: safety and utility of a model.
 
-use super::common::{Common, print_json, print_line};
+use super::common::{Common, print_json, print_line, say};
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split, Task};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::report::{Entry, Table};
-use crate::secure::{EvaluateOptions, EvaluationInput, Judge, Perplexity, Probe, Rate};
+use crate::secure::{EvaluateOptions, EvaluationInput, Harmfulness, Judge, Perplexity, Probe, Rate};
 use clap::Args;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -66,7 +66,9 @@ impl OnDevice for EvalCommand {
         let mut tasks = self.task.as_deref().map(Task::read).transpose()?.unwrap_or_default();
         tasks.truncate(limit);
         let refusals = self.refusals.list()?;
-        let text = self.model.open_text()?;
+        let probe = self.probe.as_deref().map(Probe::load).transpose()?;
+        let recorded = probe.as_ref().and_then(|probe| probe.metadata.date);
+        let (text, _) = self.model.open_dated(recorded)?;
         let context = text.files.config.max_positions;
         let heldout = match &self.heldout {
             Some(path) => text.examples(path, context.min(4096))?.examples,
@@ -80,7 +82,6 @@ impl OnDevice for EvalCommand {
             text.check_prompts(path, tasks.iter().map(|task| task.prompt.as_str()), context - 1)?;
         }
         let judge = self.options.judge.clone().map(Judge::new).transpose()?;
-        let probe = self.probe.as_deref().map(Probe::load).transpose()?;
         if let Some(probe) = &probe {
             probe.check_shape(&text.files.config)?;
         }
@@ -96,8 +97,26 @@ impl OnDevice for EvalCommand {
         let mut bars = Bars::new(common);
         let found = model.evaluate(&input, &self.options, &refusals, &mut bars.observer())?;
         bars.finish();
+        let failed = found.harmfulness.filter(|harm| harm.failed > 0);
+        let told = |harm: Harmfulness| {
+            let reason = found.judge_failure.as_deref().unwrap_or_default();
+            let of = harm.scored + harm.unscored;
+            Error::failed(
+                format!("{} of {of} answers have no score: {reason}", harm.failed),
+                "check --judge-url, --judge-model and the key",
+            )
+        };
+        // What was measured without the judge is printed all the same.
+        let outcome = match failed {
+            Some(harm) if harm.scored == 0 => Err(told(harm)),
+            Some(harm) => {
+                say(&format!("note: {}\n", told(harm)));
+                Ok(())
+            }
+            None => Ok(()),
+        };
         if common.json {
-            return print_json(&found);
+            return print_json(&found).and(outcome);
         }
         let mut table = Table::new("Evaluation").column("").numbers("value", "").numbers("n", "");
         let mut rate = |what: &str, rate: &Rate| {
@@ -123,6 +142,6 @@ impl OnDevice for EvalCommand {
         if let Some(Perplexity { tokens, perplexity, .. }) = found.perplexity {
             table.row([Entry::text("perplexity"), Entry::fixed(perplexity, 3), Entry::count(tokens as u64)]);
         }
-        print_line(table.text().trim_end())
+        print_line(table.text().trim_end()).and(outcome)
     }
 }

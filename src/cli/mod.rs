@@ -4,6 +4,7 @@ mod common;
 mod demo;
 mod doctor;
 mod drift;
+mod effect;
 mod eval;
 mod generate;
 mod open;
@@ -15,6 +16,7 @@ mod robustness;
 mod run;
 mod score;
 mod search;
+mod shell;
 mod tune;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -27,7 +29,7 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(
     name = "swat",
-    version,
+    version = concat!(env!("CARGO_PKG_VERSION"), env!("SWAT_COMMIT")),
     about,
     after_help = "Start with `swat demo`: the whole method in minutes, nothing to download."
 )]
@@ -53,22 +55,35 @@ enum Command {
     Plan(plan::PlanCommand),
     Profile(profile::ProfileCommand),
     Doctor(doctor::Doctor),
+    Completions(shell::Completions),
+    Man(shell::Man),
+    Schema(shell::Schema),
+}
+
+/// The command line's grammar.
+fn command() -> clap::Command {
+    // Given here, once, for every option of every command: `--lr -1` is a wrong value and no unknown option.
+    Cli::command().mut_subcommands(|command| {
+        command.mut_args(|arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg })
+    })
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input.
 pub fn main() -> ExitCode {
-    // Given here, once, for every option of every command: `--lr -1` is a wrong value and no unknown option.
-    let command = Cli::command().mut_subcommands(|command| {
-        command.mut_args(|arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg })
-    });
-    let parsed = command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
-    let cli = match parsed {
-        Ok(cli) => cli,
+    let parsed = command().try_get_matches().and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(e) => {
             let _ = e.print();
             return ExitCode::from(e.exit_code() as u8);
         }
     };
+    if let Some((name, matches)) = matches.subcommand()
+        && let Err(e) = effect::check(name, matches)
+    {
+        say(&format!("error: {e}\n"));
+        return ExitCode::from(e.exit_code());
+    }
     let common = &cli.common;
     // Inside the thread pool from the start: otherwise every operation hands its work over and waits.
     let result = rayon::scope(|_| match cli.command {
@@ -85,6 +100,9 @@ pub fn main() -> ExitCode {
         Command::Plan(c) => c.run(common),
         Command::Profile(c) => c.start(common),
         Command::Doctor(c) => c.run(common),
+        Command::Completions(c) => c.run(),
+        Command::Man(c) => c.run(),
+        Command::Schema(c) => c.run(),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,13 +6,14 @@ use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::backend::{Backend, DtypeChoice, trace};
 use crate::data::SecurityPrompt;
 use crate::error::{Error, FileOp, Result};
-use crate::model::ModelDir;
+use crate::model::{Clock, ModelDir};
 use crate::secure::{ModelText, RefusalList};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
 /// The model of a command.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
     /// Hugging Face model directory: config.json, safetensors, tokenizer.json
     #[arg(long, value_name = "DIR")]
@@ -20,12 +21,25 @@ pub(super) struct ModelArgs {
     /// Chat template (Jinja), for a model without its own
     #[arg(long, value_name = "FILE")]
     pub(super) chat_template: Option<PathBuf>,
+    /// Date for a chat template that writes it (strftime_now): 2025-07-01, 2025-07-01T12:30:00Z or seconds since 1970.
+    /// If not given, that of the unfinished run or of --probe, SOURCE_DATE_EPOCH, or now
+    #[arg(long, value_name = "DATE")]
+    pub(super) date: Option<Clock>,
 }
 
 impl ModelArgs {
     /// Opens the model for chat, without its weights.
     pub(super) fn open_text(&self) -> Result<ModelText> {
-        ModelText::open(&self.model, self.chat_template.as_deref())
+        self.open_dated(None).map(|(text, _)| text)
+    }
+
+    /// As [`ModelArgs::open_text`], at `--date`, else at the `recorded` time; also returns the time if the template uses
+    /// it.
+    pub(super) fn open_dated(&self, recorded: Option<Clock>) -> Result<(ModelText, Option<Clock>)> {
+        let mut text = ModelText::open(&self.model, self.chat_template.as_deref())?;
+        let clock = self.date.or(recorded).map_or_else(Clock::now, Ok)?;
+        let used = text.set_clock(clock);
+        Ok((text, used))
     }
 
     /// What is read, with its option.
@@ -60,6 +74,7 @@ pub(super) trait OnDevice: Sized {
         }
         let (device, state) = (common.gpu(), self.state());
         let dtype = common.float(device, self.dtype(common)?, self.model().as_deref())?;
+        check_state(dtype, state)?;
         match (device, dtype, state) {
             (None, Float::F32, _) => self.run(common, Cpu::new()),
             (None, Float::Bf16, State::F32) => self.run(common, Cpu::<F32State>::default()),
@@ -68,6 +83,15 @@ pub(super) trait OnDevice: Sized {
             (Some(ordinal), _, State::Bf16) => self.run(common, common.open::<Bf16State>(ordinal)?),
         }
     }
+}
+
+/// Refuses `--state bf16` where it would have no effect.
+pub(super) fn check_state(float: Float, state: State) -> Result<()> {
+    if (float, state) == (Float::F32, State::Bf16) {
+        let found = "bf16 beside weights in f32, where it has no effect";
+        return Err(Error::input("--state", found, "--dtype bf16 as well, or --state f32"));
+    }
+    Ok(())
 }
 
 /// Precision of weights and activations.
@@ -107,7 +131,9 @@ impl Common {
             (None, DtypeChoice::F32) => Ok(Float::F32),
             (None, DtypeChoice::Auto) => {
                 // A directory that cannot be read is an error of the command, when it loads the model.
-                let stored = model.is_some_and(|dir| ModelDir::stores_bf16(dir).unwrap_or(false));
+                let stored = model.is_some_and(|dir| {
+                    ModelDir::stores_bf16(dir).or_else(|_| ModelDir::declares_bf16(dir)).unwrap_or(false)
+                });
                 let (float, chosen) = match (stored, Cpu::bf16_products()) {
                     (false, _) => return Ok(Float::F32),
                     (true, true) => (Float::Bf16, "in bf16, as the model is stored: this processor multiplies bf16"),

@@ -1,9 +1,10 @@
 //! `swat plan`: memory and compute of a run.
 
 use super::common::{Common, print_json, print_line};
-use super::open::{Float, ModelArgs, State};
+use super::open::{Float, ModelArgs, State, check_state};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
+use crate::backend::{Backend, FreeMemory};
 use crate::engine::{Lora, Plan, Workload};
 use crate::error::Result;
 use crate::model::ModelDir;
@@ -20,7 +21,9 @@ use serde_json::json;
 #[command(after_help = "Examples:
   swat plan --model DIR --batch-size 4 --max-length 256
   swat plan --model DIR --mods 'layers.16-31.{o_proj,v_proj}' --recompute
-  swat plan --model DIR --device cuda --state bf16        needs no GPU; where there is one, its free memory is shown")]
+  swat plan --model DIR --device cuda --state bf16        needs no GPU; where there is one, its free memory is shown
+
+Needs config.json alone: no weights, no tokenizer.")]
 pub(super) struct PlanCommand {
     #[command(flatten)]
     model: ModelArgs,
@@ -61,67 +64,174 @@ pub(super) enum MethodName {
 
 impl PlanCommand {
     pub(super) fn run(self, common: &Common) -> Result<()> {
-        let files = ModelDir::open(&self.model.model)?;
-        let config = &files.config;
+        let config = ModelDir::read_config(&self.model.model)?;
         let set = ModuleSet::parse(&self.mods, &config.cells())?;
-        let lora = (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() });
-        let workload = |recompute| Workload {
-            tokens: self.batch_size * self.max_length,
-            document_tokens: self.max_length,
-            trained_share: self.trained_share,
-            recompute,
-            lora,
-        };
-        let trains = |id: ParamId| match id {
-            ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
-            _ => lora.is_none() && set.contains(id.cell()),
-        };
         let device = common.gpu();
         let float = common.float(device, common.dtype, Some(&self.model.model))?;
-        let plan = |recompute| match (device, float, self.state) {
-            (None, Float::F32, _) => Plan::new::<Cpu>(config, &workload(recompute), trains),
-            (None, Float::Bf16, State::F32) => Plan::new::<Cpu<F32State>>(config, &workload(recompute), trains),
-            (None, Float::Bf16, State::Bf16) => Plan::new::<Cpu<Bf16State>>(config, &workload(recompute), trains),
-            (Some(_), _, State::F32) => Plan::new::<Cuda<F32State>>(config, &workload(recompute), trains),
-            (Some(_), _, State::Bf16) => Plan::new::<Cuda<Bf16State>>(config, &workload(recompute), trains),
+        check_state(float, self.state)?;
+        let run = Planned {
+            batch_size: self.batch_size,
+            max_length: self.max_length,
+            recompute: self.recompute,
+            lora: (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() }),
+            state: self.state,
+        };
+        let plan = |run: &Planned| {
+            let work = run.workload(self.trained_share);
+            let trains = |id: ParamId| run.trains(id, &set);
+            match (device, float, run.state) {
+                (None, Float::F32, _) => Plan::new::<Cpu>(&config, &work, trains),
+                (None, Float::Bf16, State::F32) => Plan::new::<Cpu<F32State>>(&config, &work, trains),
+                (None, Float::Bf16, State::Bf16) => Plan::new::<Cpu<Bf16State>>(&config, &work, trains),
+                (Some(_), _, State::F32) => Plan::new::<Cuda<F32State>>(&config, &work, trains),
+                (Some(_), _, State::Bf16) => Plan::new::<Cuda<Bf16State>>(&config, &work, trains),
+            }
         };
         let free = match device {
-            None => free_memory(),
-            Some(ordinal) => Cuda::<F32State>::open(ordinal).and_then(|gpu| gpu.memory()).ok().map(|(free, _)| free),
+            None => FreeMemory::now(),
+            Some(ordinal) => Cuda::<F32State>::open(ordinal).ok().and_then(|gpu| gpu.free_memory()),
         };
-        let (smaller, plan) = (plan(true).total_bytes(), plan(self.recompute));
+        let planned = plan(&run);
+        let total = planned.total_bytes();
+        let missing = free.as_ref().filter(|free| total > free.bytes);
+        let remedies = missing
+            .map_or(Vec::new(), |free| remedies(&run, float, free.bytes, &|changed| plan(changed).total_bytes()));
         let device = device.map_or("cpu".into(), |ordinal| format!("cuda:{ordinal}"));
         if common.json {
-            let mut value = plan_json(&plan);
+            let mut value = plan_json(&planned);
             value["device"] = json!(device);
-            value["free_bytes"] = json!(free);
+            value["free_bytes"] = json!(free.as_ref().map(|free| free.bytes));
+            value["bound"] = json!(free.as_ref().map(|free| &free.bound));
+            value["fits"] = json!(free.as_ref().map(|free| total <= free.bytes));
+            value["remedies"] = json!(remedies);
             return print_json(&value);
         }
-        print_line(memory_table(&[(device, plan.clone())]).text().trim_end())?;
+        print_line(memory_table(&[(device.clone(), planned.clone())]).text().trim_end())?;
         print_line(&format!(
             "trainable    {:>12}  {} of {} parameters",
-            percent(plan.trainable_share(), 1),
-            count(plan.trainable),
-            count(plan.parameters)
+            percent(planned.trainable_share(), 1),
+            count(planned.trainable),
+            count(planned.parameters)
         ))?;
         print_line(&format!(
             "FLOPs/token  {:>12}  forward {:.3e}, backward {:.3e}",
-            format!("{:.3e}", plan.forward_flops + plan.backward_flops),
-            plan.forward_flops,
-            plan.backward_flops
+            format!("{:.3e}", planned.forward_flops + planned.backward_flops),
+            planned.forward_flops,
+            planned.backward_flops
         ))?;
-        let Some(free) = free else { return Ok(()) };
-        print_line(&format!("free now     {:>12}", bytes(free)))?;
-        if plan.total_bytes() > free {
-            let help = if !self.recompute && smaller <= free {
-                format!("--recompute brings it to {}", bytes(smaller))
-            } else {
-                "take a smaller --batch-size, --max-length or --mods, or --method lora".to_string()
-            };
-            print_line(&format!("does not fit: {help}"))?;
+        let Some(free) = free else {
+            return print_line(&format!(
+                "free memory of {device} is not known here, so that nothing can be said of it"
+            ));
+        };
+        print_line(&format!("free now     {:>12}  bounded by {}", bytes(free.bytes), free.bound))?;
+        if total <= free.bytes {
+            return print_line(&format!("fits on {device}, with {} to spare", bytes(free.bytes - total)));
+        }
+        print_line(&format!("does not fit on {device}: {} too much", bytes(total - free.bytes)))?;
+        if remedies.is_empty() {
+            return print_line(
+                "no options of `swat tune` make it fit: take a smaller model, or a device with more memory",
+            );
+        }
+        print_line("would fit, cheapest first:")?;
+        for remedy in remedies {
+            print_line(&format!("  {:<34} {:>9}  {}", remedy.flags, bytes(remedy.total_bytes), remedy.cost))?;
         }
         Ok(())
     }
+}
+
+/// What a plan depends on, and a remedy may change.
+#[derive(Clone, Copy)]
+struct Planned {
+    batch_size: usize,
+    max_length: usize,
+    recompute: bool,
+    lora: Option<Lora>,
+    state: State,
+}
+
+impl Planned {
+    fn workload(&self, trained_share: f64) -> Workload {
+        Workload {
+            tokens: self.batch_size * self.max_length,
+            document_tokens: self.max_length,
+            trained_share,
+            recompute: self.recompute,
+            lora: self.lora,
+        }
+    }
+
+    fn trains(&self, id: ParamId, set: &ModuleSet) -> bool {
+        match id {
+            ParamId::LoraA(m) | ParamId::LoraB(m) => m.kind.in_attention() && set.contains(id.cell()),
+            _ => self.lora.is_none() && set.contains(id.cell()),
+        }
+    }
+}
+
+/// Options of `swat tune` that make a run fit.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+struct Remedy {
+    flags: String,
+    total_bytes: u64,
+    /// What it costs.
+    cost: String,
+}
+
+/// Options that make a run fit `free` bytes, cheapest first: each that does so alone, else the first of them together
+/// that do.
+fn remedies(run: &Planned, float: Float, free: u64, total: &dyn Fn(&Planned) -> u64) -> Vec<Remedy> {
+    let mut steps: Vec<(String, &str, Planned)> = Vec::new();
+    let smaller = |batch_size: usize| {
+        let accumulated = run.batch_size.div_ceil(batch_size);
+        let flags = format!("--batch-size {batch_size} --grad-accum {accumulated}");
+        (flags, "the same steps in smaller pieces, a little slower", Planned { batch_size, ..*run })
+    };
+    // Halves that divide the batch, so that steps stay the same.
+    let halves = std::iter::successors(Some(run.batch_size), |size| (size % 2 == 0).then_some(size / 2)).skip(1);
+    let halves: Vec<usize> = halves.collect();
+    let enough = halves.iter().copied().find(|size| total(&smaller(*size).2) <= free);
+    steps.extend(enough.or(halves.last().copied()).map(smaller));
+    if !run.recompute {
+        steps.push(("--recompute".into(), "a third more time, the same results", Planned { recompute: true, ..*run }));
+    }
+    if float == Float::Bf16 && run.state == State::F32 {
+        let changed = Planned { state: State::Bf16, ..*run };
+        steps.push(("--state bf16".into(), "gradients and moments are rounded", changed));
+    }
+    if run.lora.is_none() {
+        let changed = Planned { lora: Some(Lora::default()), ..*run };
+        steps.push(("--method lora".into(), "adapters train, in place of the weights", changed));
+    }
+    let half = run.max_length / 2;
+    if half >= 2 {
+        let changed = Planned { max_length: half, ..*run };
+        steps.push((format!("--max-length {half}"), "longer examples are truncated", changed));
+    }
+    let remedy = |flags: String, cost: &str, total_bytes| Remedy { flags, total_bytes, cost: cost.to_owned() };
+    let alone = steps.iter().map(|(flags, cost, changed)| remedy(flags.clone(), cost, total(changed)));
+    let alone: Vec<Remedy> = alone.filter(|remedy| remedy.total_bytes <= free).collect();
+    if !alone.is_empty() {
+        return alone;
+    }
+    let (mut flags, mut together) = (Vec::new(), *run);
+    for (flag, _, changed) in steps {
+        flags.push(flag);
+        together = Planned {
+            batch_size: together.batch_size.min(changed.batch_size),
+            max_length: together.max_length.min(changed.max_length),
+            recompute: together.recompute || changed.recompute,
+            lora: together.lora.or(changed.lora),
+            state: if changed.state == State::Bf16 { State::Bf16 } else { together.state },
+        };
+        let total_bytes = total(&together);
+        if total_bytes <= free {
+            return vec![remedy(flags.join(" "), "together", total_bytes)];
+        }
+    }
+    Vec::new()
 }
 
 /// A plan as scripts see it.
@@ -132,9 +242,31 @@ pub(super) fn plan_json(plan: &Plan) -> serde_json::Value {
     value
 }
 
-/// Bytes that could be allocated now; `None` where the system does not say.
-pub(super) fn free_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemAvailable:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cheapest_options_that_fit_come_first() {
+        let run = Planned { batch_size: 8, max_length: 64, recompute: false, lora: None, state: State::F32 };
+        // 10 a token, 2 with recomputation; 4000 of weights and state, half of it with state in bf16, 1000 with adapters.
+        let total = |run: &Planned| {
+            let tokens = (run.batch_size * run.max_length) as u64;
+            let state = if run.state == State::Bf16 { 2 } else { 1 };
+            tokens * if run.recompute { 2 } else { 10 } + if run.lora.is_some() { 1000 } else { 4000 / state }
+        };
+        assert_eq!(total(&run), 9120);
+        let flags = |free, float| -> Vec<String> {
+            remedies(&run, float, free, &total).into_iter().map(|remedy| remedy.flags).collect()
+        };
+        assert_eq!(
+            flags(7200, Float::Bf16),
+            ["--batch-size 4 --grad-accum 2", "--recompute", "--state bf16", "--method lora", "--max-length 32"]
+        );
+        assert_eq!(flags(5000, Float::F32), ["--batch-size 1 --grad-accum 8"]);
+        assert_eq!(flags(4200, Float::F32), ["--batch-size 1 --grad-accum 8 --recompute"]);
+        assert_eq!(flags(2200, Float::Bf16), ["--batch-size 1 --grad-accum 8 --recompute --state bf16"]);
+        assert_eq!(flags(100, Float::Bf16), [""; 0]);
+        assert_eq!(remedies(&run, Float::F32, 5000, &total)[0].total_bytes, 4640);
+    }
 }

@@ -52,14 +52,15 @@ impl OnDevice for ProbeCommand {
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         SecurityPrompt::require_both_labels(&prompts, &self.security)?;
         let refusals = self.refusals.list()?;
-        let text = self.model.open_text()?;
+        let (text, date) = self.model.open_dated(None)?;
         self.options.check(text.files.config.layers)?;
         check_security(&text, &self.security, &prompts)?;
         let model = text.load(backend)?;
         let options = ProbeOptions { seed: common.seed, ..self.options };
         let mut bars = Bars::new(common);
-        let probe = model.train_probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
+        let mut probe = model.train_probe(&prompts, &options, self.answer_tokens, &refusals, &mut bars.observer())?;
         bars.finish();
+        probe.metadata.date = date;
         probe.save(&self.out)?;
         if common.json {
             return print_json(&probe.metadata);

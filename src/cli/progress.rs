@@ -6,7 +6,7 @@ use crate::engine::Plan;
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::report::format::{bytes, percent};
-use crate::report::memory_table;
+use crate::report::{EventFile, memory_table};
 use crate::secure::MODS_PHASE;
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -131,15 +131,35 @@ pub(super) struct StepBar {
     bars: Bars,
     /// Memory and compute plan of each phase, by its name.
     pub(super) plans: Vec<(String, Plan)>,
+    /// Where scalars of each step go as well.
+    pub(super) events: Option<EventFile>,
 }
 
 impl StepBar {
     pub(super) fn new(common: &Common) -> Self {
-        Self { bars: Bars::new(common), plans: Vec::new() }
+        Self { bars: Bars::new(common), plans: Vec::new(), events: None }
     }
 
     pub(super) fn finish(&mut self) {
         self.bars.finish();
+    }
+
+    fn record(&mut self, metrics: &StepMetrics) {
+        let scalars = [
+            ("train/loss", metrics.loss),
+            ("train/lr", Some(metrics.lr)),
+            ("train/grad_norm", metrics.grad_norm),
+            ("train/tok_per_s", Some(metrics.tok_per_s)),
+            ("eval/loss", metrics.eval_loss),
+            ("eval/refusal_log_odds", metrics.eval_refusal),
+        ];
+        let scalars: Vec<(&str, f64)> = scalars.into_iter().filter_map(|(tag, value)| Some((tag, value?))).collect();
+        if let Some(events) = &mut self.events
+            && let Err(e) = events.scalars(metrics.step, &scalars)
+        {
+            say(&format!("note: no more events for TensorBoard are written: {e}\n"));
+            self.events = None;
+        }
     }
 
     fn report(&mut self, at: &RunPosition, message: impl FnOnce() -> String) {
@@ -166,11 +186,13 @@ impl<B: Backend> Callbacks<B> for StepBar {
     }
 
     fn step(&mut self, metrics: &StepMetrics, at: &RunPosition) -> Result<()> {
+        self.record(metrics);
         self.report(at, || {
             let loss = metrics.loss.map_or("skipped".to_string(), |loss| format!("loss {loss:.4}"));
             let light = metrics.speed_of_light.map(|share| format!("  {} of light", percent(share, 0)));
             let peak = bytes(metrics.peak_bytes);
-            format!("{loss}  {:.0} tok/s{}  {peak}", metrics.tok_per_s, light.unwrap_or_default())
+            let held = metrics.eval_loss.map(|loss| format!("  held-out loss {loss:.4}")).unwrap_or_default();
+            format!("{loss}{held}  {:.0} tok/s{}  {peak}", metrics.tok_per_s, light.unwrap_or_default())
         });
         Ok(())
     }

@@ -60,7 +60,7 @@ impl OnDevice for RobustnessCommand {
         check_file(&svg, if_exists, is_drawing)?;
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         let probe = Probe::load(&self.probe)?;
-        let text = self.model.open_text()?;
+        let (text, _) = self.model.open_dated(probe.metadata.date)?;
         probe.check_model(&text.files.config, text.files.hash()?)?;
         self.options.check(&text.files.config.cells())?;
         check_security(&text, &self.security, &prompts)?;

@@ -7,6 +7,7 @@ use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::{Error, Result};
 use crate::io::{IfExists, check_apart, check_file};
+use crate::model::Clock;
 use crate::modules::ModuleSet;
 use crate::options::mib;
 use crate::report::format::{fixed, percent};
@@ -72,7 +73,8 @@ impl OnDevice for SearchCommand {
         check_apart(&[("--out", &self.out)], &inputs)?;
         let probe = Probe::load(&probe)?;
         let prompts = SecurityPrompt::read(&security, common.seed)?;
-        let text = ModelText::open(&model, self.chat_template.as_deref())?;
+        let mut text = ModelText::open(&model, self.chat_template.as_deref())?;
+        text.set_clock(probe.metadata.date.map_or_else(Clock::now, Ok)?);
         map.check_model(text.files.hash()?)?;
         check_security(&text, &security, &prompts)?;
         let model = text.load(backend)?;

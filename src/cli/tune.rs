@@ -7,13 +7,14 @@ use super::progress::StepBar;
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, mix};
 use crate::engine::Lora;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::interrupt;
 use crate::modules::ModuleSet;
 use crate::options::{above_zero, share};
-use crate::report::format::{bytes, percent};
-use crate::secure::{Method, ModelText, SetSpec, TuneJob, TuneOutput, TuneRecipe, attention_projections};
-use crate::train::PhaseOptions;
+use crate::report::EventFile;
+use crate::report::format::{bytes, count, percent};
+use crate::secure::{Method, ModelText, SetSpec, TuneJob, TuneOutput, TuneRecipe, WatchOptions, attention_projections};
+use crate::train::{Evaluation, PhaseOptions, Rounding, peak_bytes};
 use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -63,6 +64,11 @@ pub(super) struct Tune {
     #[arg(long, value_parser = share::<f64>, requires = "mix")]
     mix_share: Option<f64>,
     #[command(flatten)]
+    watch: WatchOptions,
+    /// Write losses, learning rate, speed and evaluations as event files for TensorBoard
+    #[arg(long, value_name = "DIR", help_heading = "Evaluation during the run")]
+    tensorboard: Option<PathBuf>,
+    #[command(flatten)]
     output: TuneOutput,
     /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
@@ -79,9 +85,6 @@ impl OnDevice for Tune {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        if self.mods.is_none() && (self.mods_epochs.is_some() || self.mods_steps.is_some()) {
-            return Err(Error::input("--mods-epochs", "no --mods", "--mods SET_OR_FILE: what phase 1 trains"));
-        }
         // All that can be known is checked before the weights are read.
         let output = TuneOutput {
             config: json!({ "model": self.model.model, "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
@@ -89,8 +92,12 @@ impl OnDevice for Tune {
             ..self.output.clone()
         };
         interrupt::watch();
-        let output = output.open(&self.inputs())?;
-        let text = self.model.open_text()?;
+        let mut output = output.open(&self.inputs())?;
+        let (text, date) = self.model.open_dated(output.recorded_clock()?)?;
+        output.options.clock = date;
+        if let Some(date) = date {
+            output.options.config["date"] = json!(date);
+        }
         let job = self.job(common, &text)?;
         let mut examples = Vec::new();
         for path in &self.data {
@@ -99,18 +106,26 @@ impl OnDevice for Tune {
         if let (Some(path), Some(share)) = (&self.mix, self.mix_share) {
             examples = mix(&examples, &self.read(common, &text, path)?, share, common.seed)?;
         }
-        let prepared = output.prepare(&text.files, examples, job, &backend)?;
+        let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed)?;
+        let mut callbacks = StepBar::new(common);
+        if let Some(dir) = &self.tensorboard {
+            let resumed = self.output.resume;
+            callbacks.events = Some(EventFile::create(dir, resumed)?);
+        }
+        let prepared = output.prepare(&text.files, examples, job, &backend)?.watch(watch);
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.
         let prepared = prepared.roofline(Some(Roofline::measure(&backend)?));
+        // Of a GPU's memory nothing is the program's.
+        let program = if backend.device_peak_bytes().is_some() { 0 } else { peak_bytes() };
         let mut model = text.load(backend)?;
-        let mut callbacks = StepBar::new(common);
-        let summary = prepared.run(&model.text.files, &mut model.decoder, &mut callbacks)?;
+        let summary = prepared.run(&model.text, &mut model.decoder, &mut callbacks)?;
         callbacks.finish();
         if common.json {
             let plans = callbacks.plans.iter().map(|(phase, plan)| (phase.clone(), plan_json(plan)));
             return print_json(&json!({ "out": self.output.path, "phases": summary.phases,
                 "peak_bytes": summary.peak_bytes, "planned_bytes": summary.planned_bytes,
-                "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from }));
+                "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from,
+                "rounding": summary.rounding, "evaluations": summary.evaluations, "best_step": summary.best_step }));
         }
         for phase in &summary.phases {
             let loss = |x: Option<f32>| x.map_or("none".into(), |x| format!("{x:.4}"));
@@ -126,7 +141,34 @@ impl OnDevice for Tune {
                 phase.tokens as f64 / phase.seconds.max(1e-9)
             ))?;
         }
-        print_line(&format!("peak memory {}, {} planned", bytes(summary.peak_bytes), bytes(summary.planned_bytes)))?;
+        let named = |name: &str, of: fn(&Evaluation) -> Option<f64>| {
+            let found: Vec<f64> = summary.evaluations.iter().filter_map(of).collect();
+            let (first, last) = found.first().zip(found.last())?;
+            Some(format!("{name} {first:.4} -> {last:.4}"))
+        };
+        let loss = named("held-out loss", |done| done.found.loss);
+        let refusal = named("refusal log-odds of harmful prompts", |done| done.found.refusal);
+        for text in [loss, refusal].into_iter().flatten() {
+            print_line(&text)?;
+        }
+        if let Some(step) = summary.best_step {
+            print_line(&format!("the weights are those of step {step}, with the lowest held-out loss"))?;
+        }
+        if let Some(Rounding { moved, unchanged }) = summary.rounding.filter(|found| found.unchanged > 0) {
+            let share = percent(unchanged as f64 / moved as f64, 1);
+            print_line(&format!(
+                "{share} of the {} weights that moved are saved unchanged: the model is stored with too few digits for \
+                 steps this small; --save-dtype f32 keeps them all",
+                count(moved)
+            ))?;
+        }
+        let program = program.min(summary.peak_bytes);
+        print_line(&format!(
+            "peak memory {}: {} planned for the model, and {} that the program had before it (code, tokenizer, data)",
+            bytes(summary.peak_bytes),
+            bytes(summary.planned_bytes),
+            bytes(program)
+        ))?;
         print_line(&format!("the tuned model is in {}", self.output.path.display()))
     }
 }
@@ -136,6 +178,8 @@ impl Tune {
     fn inputs(&self) -> Vec<(&str, &Path)> {
         let mut inputs = self.model.inputs();
         inputs.extend(self.data.iter().map(|path| ("--data", path.as_path())));
+        let watched = [("--eval-data", &self.watch.eval_data), ("--eval-security", &self.watch.eval_security)];
+        inputs.extend(watched.into_iter().filter_map(|(option, path)| Some((option, path.as_deref()?))));
         inputs.extend(self.mix.iter().map(|path| ("--mix", path.as_path())));
         inputs.extend(self.mods.iter().filter_map(SetSpec::file).map(|path| ("--mods", path)));
         inputs

@@ -21,7 +21,20 @@ pub enum Label {
 }
 
 /// Split of a prompt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize, ValueEnum)]
+#[derive(
+    schemars::JsonSchema,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    serde::Serialize,
+    serde::Deserialize,
+    ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
     /// Fits probes.

@@ -3,6 +3,7 @@
 mod message;
 mod prepare;
 
+use super::Clock;
 use crate::error::{Error, Result};
 use crate::io::input::{guarded, printable};
 use minijinja::syntax::SyntaxConfig;
@@ -40,6 +41,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     place: String,
     special: BTreeMap<String, String>,
+    uses_clock: bool,
 }
 
 impl ChatTemplate {
@@ -59,11 +61,8 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(refused(message))
         });
-        environment.add_function("strftime_now", |format: String| {
-            let now = jiff::Timestamp::now().to_zoned_datetime(jiff::tz::TimeZone::UTC);
-            jiff::fmt::strtime::format(&format, &now).map_err(|e| refused(e.to_string()))
-        });
         environment.add_function(CHECKED, |value: Value| checked(value, 0));
+        let uses_clock = source.contains("strftime_now");
         let too_long = source.len() > MAX_SOURCE_BYTES;
         let Some(source) = prepare(source).filter(|_| !too_long) else {
             let found = if too_long { "a template that is too long" } else { "a reserved name" };
@@ -71,7 +70,19 @@ impl ChatTemplate {
         };
         guarded(place, "template parser", || environment.add_template_owned(NAME, source))?
             .map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?;
-        Ok(Self { environment, place: place.to_owned(), special })
+        let mut template = Self { environment, place: place.to_owned(), special, uses_clock };
+        template.set_clock(Clock::now()?);
+        Ok(template)
+    }
+
+    /// Whether the text may depend on the date.
+    pub fn uses_clock(&self) -> bool {
+        self.uses_clock
+    }
+
+    /// The time of `strftime_now`; until it is set, that of [`ChatTemplate::new`].
+    pub fn set_clock(&mut self, clock: Clock) {
+        self.environment.add_function("strftime_now", move |format: String| clock.format(&format).map_err(refused));
     }
 
     /// Renders a whole conversation.

@@ -2,7 +2,7 @@
 
 mod weights;
 
-use super::{Adapter, AdapterShape, ChatTemplate, ModelConfig, Tokenizer, adapter};
+use super::{Adapter, AdapterShape, ChatTemplate, ModelConfig, StoredAs, Tokenizer, adapter};
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
 use crate::io::json;
@@ -143,6 +143,26 @@ impl ModelDir {
         Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, adapter: None, hash: OnceLock::new() })
     }
 
+    /// Reads `config.json` alone, of a directory or by its own path. Whether the head is tied is as the file says.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the field; [`Error::Unsupported`]; [`Error::Io`].
+    pub fn read_config(path: &Path) -> Result<ModelConfig> {
+        let path = if path.is_file() { path.to_owned() } else { path.join("config.json") };
+        let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
+        ModelConfig::from_json(&value, &path.display().to_string())
+    }
+
+    /// Whether `config.json`, of a directory or by its own path, says that the weights are stored in bf16.
+    ///
+    /// # Errors
+    /// [`Error::Input`], [`Error::Io`] where it cannot be read.
+    pub fn declares_bf16(path: &Path) -> Result<bool> {
+        let path = if path.is_file() { path.to_owned() } else { path.join("config.json") };
+        let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
+        Ok(["dtype", "torch_dtype"].iter().any(|key| value[*key] == "bfloat16"))
+    }
+
     /// Whether all weights of a model directory are stored in bf16.
     ///
     /// # Errors
@@ -151,16 +171,25 @@ impl ModelDir {
         Ok(open_shards(dir)?.iter().all(|shard| shard.tensors().all(|(_, dtype, _)| dtype == Dtype::BF16)))
     }
 
-    /// Bytes of all weights in their stored dtypes.
+    /// Bytes of all weights in these dtypes.
     ///
     /// # Errors
     /// [`Error::Input`] where a tensor is missing.
-    pub fn stored_bytes(&self) -> Result<u64> {
+    pub fn stored_bytes(&self, stored: StoredAs) -> Result<u64> {
         let size = |(id, shape): (ParamId, Vec<usize>)| {
-            let (file, name) = self.source(id)?;
-            Ok(shape.iter().product::<usize>() as u64 * float_bytes(file.info(name)?.0).unwrap_or(4) as u64)
+            let width = float_bytes(self.dtype_of(id, stored)?).unwrap_or(4);
+            Ok(shape.iter().product::<usize>() as u64 * width as u64)
         };
         self.config.params().into_iter().map(size).sum()
+    }
+
+    /// The dtype in which [`ModelDir::write_as`] writes a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is no such tensor.
+    pub fn dtype_of(&self, id: ParamId, stored: StoredAs) -> Result<Dtype> {
+        let (file, name) = self.source(id)?;
+        Ok(stored.dtype().unwrap_or(file.info(name)?.0))
     }
 
     /// Reads one tensor as f32.
@@ -268,11 +297,25 @@ impl ModelDir {
     pub fn write(
         &self,
         out: &Path,
+        tensor: impl FnMut(ParamId) -> Result<Vec<f32>>,
+        max_shard_bytes: u64,
+    ) -> Result<()> {
+        self.write_as(out, StoredAs::AsStored, tensor, max_shard_bytes)
+    }
+
+    /// As [`ModelDir::write`], in these dtypes.
+    ///
+    /// # Errors
+    /// As [`ModelDir::write`].
+    pub fn write_as(
+        &self,
+        out: &Path,
+        stored: StoredAs,
         mut tensor: impl FnMut(ParamId) -> Result<Vec<f32>>,
         max_shard_bytes: u64,
     ) -> Result<()> {
         fs::create_dir_all(out).map_err(Error::io(out, FileOp::Create))?;
-        let shards = self.plan_shards(max_shard_bytes)?;
+        let shards = self.plan_shards(stored, max_shard_bytes)?;
         let count = shards.len();
         let mut weight_map = serde_json::Map::new();
         let mut total_bytes = 0;
@@ -291,16 +334,15 @@ impl ModelDir {
             let index = serde_json::json!({"metadata": {"total_size": total_bytes}, "weight_map": weight_map});
             json::write(&out.join(INDEX), &index)?;
         }
-        self.write_side_files(out)
+        self.write_side_files(out, stored)
     }
 
     /// Tensors of each shard in the engine's order; within a shard wider dtypes come first, which keeps all aligned.
-    fn plan_shards(&self, max_shard_bytes: u64) -> Result<Vec<(Vec<ParamId>, Vec<TensorSpec>)>> {
+    fn plan_shards(&self, stored: StoredAs, max_shard_bytes: u64) -> Result<Vec<(Vec<ParamId>, Vec<TensorSpec>)>> {
         let mut shards: Vec<Vec<(ParamId, TensorSpec)>> = Vec::new();
         let mut filled = 0;
         for (id, shape) in self.config.params() {
-            let (file, name) = self.source(id)?;
-            let spec = TensorSpec { name: id.to_string(), dtype: file.info(name)?.0, shape };
+            let spec = TensorSpec { name: id.to_string(), dtype: self.dtype_of(id, stored)?, shape };
             let bytes = spec.bytes();
             match shards.last_mut() {
                 Some(shard) if filled + bytes <= max_shard_bytes => shard.push((id, spec)),
@@ -317,11 +359,19 @@ impl ModelDir {
         Ok(shards.into_iter().map(|shard| shard.into_iter().unzip()).collect())
     }
 
-    fn write_side_files(&self, out: &Path) -> Result<()> {
+    fn write_side_files(&self, out: &Path, stored: StoredAs) -> Result<()> {
         let source = self.dir.join("config.json");
         let mut config: Value = json::read(&source, MAX_CONFIG_BYTES, "JSON")?;
-        if config["tie_word_embeddings"].as_bool().unwrap_or(false) != self.config.tied {
+        let untied = config["tie_word_embeddings"].as_bool().unwrap_or(false) != self.config.tied;
+        if untied {
             config["tie_word_embeddings"] = Value::Bool(self.config.tied);
+        }
+        if let Some(name) = stored.config_name() {
+            // Newer versions of transformers write the key without `torch_`.
+            let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+            config[key] = name.into();
+        }
+        if untied || stored.config_name().is_some() {
             json::write(&out.join("config.json"), &config)?;
         } else {
             copy(&source, &out.join("config.json"))?;

@@ -2,14 +2,18 @@
 
 pub mod adapter;
 pub mod chat;
+mod clock;
 pub mod config;
 pub mod files;
 pub mod rope;
+mod stored;
 pub mod tokenizer;
 
 pub use adapter::{Adapter, AdapterShape};
 pub use chat::{ChatTemplate, Message, Training};
+pub use clock::Clock;
 pub use config::{ModelConfig, Rope, RopeScaling};
 pub use files::ModelDir;
 pub use rope::rope_table;
+pub use stored::StoredAs;
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -6,9 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// A set of cells, printed as `layers.8-15.{q_proj,v_proj}`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(schemars::JsonSchema, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
 pub struct ModuleSet {
+    #[schemars(with = "Vec<String>")]
     cells: BTreeSet<Cell>,
 }
 

@@ -7,6 +7,7 @@
 
 mod axis;
 pub mod chart;
+mod events;
 pub mod format;
 pub mod heatmap;
 pub mod page;
@@ -17,6 +18,7 @@ mod svg;
 pub mod table;
 pub mod trace;
 
+pub use events::EventFile;
 pub use heatmap::Heatmap;
 pub use page::Report;
 pub use palette::{Ramp, Tone};

@@ -172,7 +172,7 @@ impl<B: Backend> LoadedModel<B> {
     /// Generates answers to everything in `input` and scores them; their texts are dropped.
     ///
     /// # Errors
-    /// A failing device, or a judge that does not answer.
+    /// A failing device. Requests to a judge that fail are counted.
     pub fn evaluate(
         &self,
         input: &EvaluationInput<'_>,
@@ -190,12 +190,10 @@ impl<B: Backend> LoadedModel<B> {
             found.asr = Some(attack_success(&texts, refusals));
             found.asr_by_category = by_category(&harmful, &texts, |texts| attack_success(texts, refusals));
             if let Some(judge) = input.judge {
-                let mut scores = Vec::with_capacity(texts.len());
-                for (prompt, text) in harmful.iter().zip(&texts) {
-                    scores.push(judge.judge(&prompt.prompt, text)?);
-                    observer(Progress::new("judge", scores.len(), texts.len()));
-                }
-                found.harmfulness = Some(Harmfulness::new(&scores));
+                let pairs = harmful.iter().map(|prompt| prompt.prompt.as_str()).zip(texts.iter().copied());
+                let grades = judge.grade(pairs, |done| observer(Progress::new("judge", done, texts.len())));
+                found.harmfulness = Some(Harmfulness { failed: grades.failed, ..Harmfulness::new(&grades.scores) });
+                found.judge_failure = grades.failure;
             }
             if let Some(probe) = input.probe {
                 let scores = self.probe_scores(probe, &tokens, &answers, refusals, observer)?;

@@ -13,10 +13,11 @@ mod robustness;
 pub mod study;
 mod text;
 mod tune;
+mod watch;
 
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
-pub use eval::judge::{Judge, JudgeOptions, probe_harmfulness};
+pub use eval::judge::{Grades, Judge, JudgeOptions, probe_harmfulness};
 pub use eval::metrics::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use eval::refusal::{FirstTokens, RefusalList};
 pub use eval::{
@@ -40,3 +41,4 @@ pub use robustness::sets::{cell_parameters, random_set, share};
 pub use robustness::{RobustnessOptions, robustness};
 pub use text::ModelText;
 pub use tune::{ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneRecipe, attention_projections};
+pub use watch::{Watch, WatchOptions};

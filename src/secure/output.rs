@@ -1,20 +1,24 @@
 //! The output of a tuning run: locked before anything is read, held against disk and memory before weights are.
 
+use super::text::ModelText;
 use super::tune::{Method, TuneJob, examples_hash};
+use super::watch::Watch;
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Loader};
 use crate::engine::{Decoder, Plan, Workload};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, OutputDir, check_apart, json, unfinished};
-use crate::model::ModelDir;
-use crate::modules::ParamId;
+use crate::model::{Clock, ModelDir, StoredAs};
+use crate::modules::{Cell, LearningRates, ParamId};
 use crate::options::mib;
-use crate::train::{Callbacks, Phase, RunDir, TuneSummary, Tuner, disk_bytes};
+use crate::train::{Callbacks, Length, Phase, Rounding, RunDir, TuneSummary, Tuner, disk_bytes};
 use clap::Args;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Output of a tuning run.
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Output")]
 pub struct TuneOutput {
     /// Where the tuned model directory appears when it is complete
     #[arg(long = "out", value_name = "DIR")]
@@ -28,13 +32,28 @@ pub struct TuneOutput {
     /// Largest safetensors shard, in MiB
     #[arg(long = "max-shard-mib", value_name = "MAX_SHARD_MIB", value_parser = mib, default_value = "4096")]
     pub max_shard_bytes: u64,
+    /// Dtype of the saved weights: as-stored keeps those of --model, whose bf16 loses small updates
+    #[arg(long, value_enum, default_value_t)]
+    pub save_dtype: StoredAs,
     /// Roofline of the speed of light ([`crate::train::StepMetrics::speed_of_light`]); none = not reported.
     #[arg(skip)]
     pub roofline: Option<Roofline>,
     /// The resolved configuration, for `tune.json`.
     #[arg(skip)]
     pub config: serde_json::Value,
+    /// The time at which the chat template is rendered, if it writes the date: part of the run.
+    #[arg(skip)]
+    pub clock: Option<Clock>,
 }
+
+/// What an unfinished run remembers beside its checkpoints, in `run.json`.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+struct RunRecord {
+    #[serde(default)]
+    date: Option<Clock>,
+}
+
+const RUN_RECORD: &str = "run.json";
 
 impl TuneOutput {
     /// Directory of metrics and checkpoints until the run is finished: `OUT.unfinished`, or `OUT/.swat.unfinished`
@@ -76,6 +95,19 @@ pub struct OpenOutput {
 }
 
 impl OpenOutput {
+    /// The time at which the run that is resumed rendered its chat template.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a damaged record.
+    pub fn recorded_clock(&self) -> Result<Option<Clock>> {
+        let path = self.unfinished.join(RUN_RECORD);
+        if !self.options.resume || !path.exists() {
+            return Ok(None);
+        }
+        let record: RunRecord = json::read(&path, 1 << 16, "the record of an unfinished run")?;
+        Ok(record.date)
+    }
+
     /// Checks a job on this model and these examples: options, phases, and that memory and disk have room for it. No
     /// weights are read.
     ///
@@ -93,9 +125,17 @@ impl OpenOutput {
         let shared = &job.recipe.shared;
         shared.check()?;
         phases.iter().try_for_each(|phase| phase.options.check())?;
+        let none = |phase: &Phase| matches!(phase.options.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
+        if phases.iter().all(none) {
+            return Err(Error::input(
+                "--steps",
+                "0 in every phase",
+                "at least one step or epoch: nothing would be trained",
+            ));
+        }
         let data = examples_hash(&examples);
         let loader = Loader::new(examples, shared.loader())?;
-        let prepared = PreparedTune { output: self, job, phases, loader, data };
+        let prepared = PreparedTune { output: self, job, phases, loader, data, watch: None };
         prepared.check_memory(files, backend)?;
         prepared.check_disk::<B>(files)?;
         Ok(prepared)
@@ -111,12 +151,19 @@ pub struct PreparedTune {
     loader: Loader,
     /// Hash of the examples.
     data: String,
+    watch: Option<Watch>,
 }
 
 impl PreparedTune {
     /// Reports [`crate::train::StepMetrics::speed_of_light`] against this roofline.
     pub fn roofline(mut self, roofline: Option<Roofline>) -> Self {
         self.output.options.roofline = roofline;
+        self
+    }
+
+    /// Evaluates the run as it goes.
+    pub fn watch(mut self, watch: Option<Watch>) -> Self {
+        self.watch = watch;
         self
     }
 
@@ -183,7 +230,7 @@ impl PreparedTune {
         }
         // One is being written while the others are kept, among them that of the start of the phase.
         let most = shared.keep_last as u64 + 1 + u64::from(self.phases.len() > 1);
-        let need = files.stored_bytes()? + checkpoint.saturating_mul(count.min(most));
+        let need = files.stored_bytes(self.output.options.save_dtype)? + checkpoint.saturating_mul(count.min(most));
         let there = disk_bytes(&self.output.unfinished);
         let dir = self.output.dir.dir();
         let Ok(free) = fs4::available_space(dir) else { return Ok(()) };
@@ -198,7 +245,7 @@ impl PreparedTune {
         })
     }
 
-    /// Tunes the model directory `files`, whose weights `decoder` holds, into the output, with `metrics.jsonl`,
+    /// Tunes the model directory of `text`, whose weights `decoder` holds, into the output, with `metrics.jsonl`,
     /// `updates.json` and `tune.json` beside the weights. An interrupted run leaves [`TuneOutput::unfinished`], from
     /// which `resume` continues bit for bit.
     ///
@@ -206,19 +253,24 @@ impl PreparedTune {
     /// As [`Tuner::run`]; [`Error::Io`] where the output cannot be written.
     pub fn run<B: Backend>(
         self,
-        files: &ModelDir,
+        text: &ModelText,
         decoder: &mut Decoder<B>,
         callbacks: &mut dyn Callbacks<B>,
     ) -> Result<TuneSummary> {
-        let Self { output: OpenOutput { options, dir: out, unfinished: left }, job, phases, mut loader, data } = self;
+        let files = &text.files;
+        let Self { output: OpenOutput { options, dir: out, unfinished: left }, job, phases, mut loader, data, watch } =
+            self;
         if !options.resume {
             unfinished::remove_run(&left)?;
         }
         std::fs::create_dir_all(&left).map_err(Error::io(&left, FileOp::Create))?;
+        json::write(&left.join(RUN_RECORD), &RunRecord { date: options.clock })?;
         let run_dir = RunDir { dir: left.clone(), model: files.hash()?.to_owned(), data, resume: options.resume };
+        let watch = watch.map(|watch| watch.evaluator(decoder, text)).transpose()?;
         if let Method::Lora { lora, modules } = &job.recipe.method {
             decoder.add_lora(modules, *lora, job.recipe.shared.seed)?;
         }
+        let rates: Vec<LearningRates> = phases.iter().map(|phase| phase.rates.clone()).collect();
         let mut tuner = Tuner::new(decoder, &mut loader, job.recipe.shared.clone(), phases)?
             .measure_updates()
             .initial_weights(|id, shape| files.tensor(id, shape))
@@ -226,16 +278,32 @@ impl PreparedTune {
         if let Some(roofline) = options.roofline {
             tuner = tuner.roofline(roofline);
         }
+        if let Some((settings, evaluate)) = watch {
+            tuner = tuner.watch(settings, evaluate);
+        }
         let summary = tuner.run(callbacks)?;
         decoder.merge_lora()?;
-        files.write(out.dir(), |id| decoder.read(id), options.max_shard_bytes)?;
+        let cells: BTreeSet<Cell> = rates.iter().flat_map(|rates| rates.iter().map(|(cell, _)| cell)).collect();
+        let mut rounding = Rounding::default();
+        let values = |id: ParamId| {
+            let values = decoder.read(id)?;
+            if cells.contains(&id.cell()) {
+                let shape = decoder.params().iter().find(|param| param.id == id).map(|param| param.shape.clone());
+                let before = files.tensor(id, &shape.unwrap_or_default())?;
+                rounding.count(&before, &values, files.dtype_of(id, options.save_dtype)?);
+            }
+            Ok(values)
+        };
+        files.write_as(out.dir(), options.save_dtype, values, options.max_shard_bytes)?;
+        let summary = TuneSummary { rounding: Some(rounding), ..summary };
         let metrics = left.join("metrics.jsonl");
         let to = out.dir().join("metrics.jsonl");
         std::fs::copy(&metrics, &to).map_err(Error::io(&to, FileOp::Write))?;
         json::write(&out.dir().join("updates.json"), &summary.updates)?;
         let record = serde_json::json!({ "config": options.config, "job": job, "summary": {
             "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes,
-            "planned_bytes": summary.planned_bytes } });
+            "planned_bytes": summary.planned_bytes, "rounding": summary.rounding,
+            "evaluations": summary.evaluations, "best_step": summary.best_step } });
         json::write(&out.dir().join("tune.json"), &record)?;
         out.commit()?;
         unfinished::remove_run(&left)?;

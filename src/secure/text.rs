@@ -5,7 +5,7 @@ use crate::backend::Backend;
 use crate::data::{Chat, Examples, JsonLines};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
-use crate::model::{ChatTemplate, Message, ModelDir, Tokenizer};
+use crate::model::{ChatTemplate, Clock, Message, ModelDir, Tokenizer};
 use std::path::Path;
 
 /// Files, tokenizer and chat template of a model directory.
@@ -45,6 +45,13 @@ impl ModelText {
         let files = &self.files;
         let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
         Ok(LoadedModel { text: self, decoder })
+    }
+
+    /// Sets the time of the chat template; returns it where the template uses it.
+    pub fn set_clock(&mut self, clock: Clock) -> Option<Clock> {
+        let template = self.template.as_mut()?;
+        template.set_clock(clock);
+        template.uses_clock().then_some(clock)
     }
 
     fn template(&self) -> Result<&ChatTemplate> {

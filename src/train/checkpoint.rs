@@ -11,6 +11,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Directory of the checkpoints.
+pub(super) const CHECKPOINTS: &str = "checkpoints";
+/// Directory of the best weights.
+pub(super) const BEST: &str = "best";
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.json";
 const PREFIX: &str = "step-";
@@ -37,8 +41,8 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
-    pub(super) fn new(run: &Path) -> Self {
-        Self { dir: run.join("checkpoints") }
+    pub(super) fn new(run: &Path, name: &str) -> Self {
+        Self { dir: run.join(name) }
     }
 
     fn path(&self, step: u64) -> PathBuf {
@@ -126,6 +130,14 @@ impl Checkpoints {
             remove(&self.dir.join(name))?;
         }
         Ok(())
+    }
+}
+
+impl Checkpoints {
+    /// Removes all but the one of a step.
+    pub(super) fn keep_only(&self, step: Option<u64>) -> Result<()> {
+        let others = self.steps()?.into_iter().filter(|other| Some(*other) != step);
+        others.map(|other| remove(&self.path(other))).collect()
     }
 }
 
@@ -221,7 +233,7 @@ mod tests {
     #[test]
     fn the_newest_whole_one_is_used() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Checkpoints::new(dir.path());
+        let store = Checkpoints::new(dir.path(), CHECKPOINTS);
         assert_eq!(newest(&store), (None, vec![]));
         for step in [10, 20, 30] {
             save(&store, step);
@@ -245,7 +257,7 @@ mod tests {
     #[test]
     fn an_unfinished_one_is_not_seen_and_goes_away() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Checkpoints::new(dir.path());
+        let store = Checkpoints::new(dir.path(), CHECKPOINTS);
         save(&store, 1);
         let mut draft = store.begin(2).unwrap();
         draft.tensors("weights", &[], |_| Ok(())).unwrap();
@@ -257,7 +269,7 @@ mod tests {
     #[test]
     fn pruning_keeps_the_last_and_the_start_of_the_phase() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Checkpoints::new(dir.path());
+        let store = Checkpoints::new(dir.path(), CHECKPOINTS);
         for step in [5, 10, 15, 20] {
             save(&store, step);
         }
@@ -271,7 +283,7 @@ mod tests {
     #[test]
     fn writing_a_step_again_replaces_it() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Checkpoints::new(dir.path());
+        let store = Checkpoints::new(dir.path(), CHECKPOINTS);
         save(&store, 7);
         fs::write(store.path(7).join("weights.safetensors"), b"junk").unwrap();
         save(&store, 7);

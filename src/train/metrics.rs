@@ -1,8 +1,10 @@
 //! Statistics of a run, and `metrics.jsonl`: one line per step, each step once even across interruptions.
 
 use super::updates::Updates;
+use super::watch::Evaluation;
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
+use crate::io::safetensors::{Dtype, rounded};
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -34,6 +36,12 @@ pub struct StepMetrics {
     pub peak_bytes: u64,
     /// Duration of the step, in milliseconds.
     pub step_ms: f64,
+    /// Held-out loss after the step, if it was evaluated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_loss: Option<f64>,
+    /// Mean refusal log-odds over harmful prompts after the step, likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_refusal: Option<f64>,
     /// Reason if the step was skipped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
@@ -80,6 +88,26 @@ pub struct PhaseSummary {
     pub seconds: f64,
 }
 
+/// What saving does to the weights that a run has moved: those of a model that is saved in bf16 are rounded, and small
+/// updates are lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Rounding {
+    /// Weights that differ from those before the run, as they are computed with.
+    pub moved: u64,
+    /// Of those, weights that are saved as they were before the run.
+    pub unchanged: u64,
+}
+
+impl Rounding {
+    /// Counts a tensor's values before and after the run, saved in `dtype`.
+    pub fn count(&mut self, before: &[f32], after: &[f32], dtype: Dtype) {
+        for (before, after) in before.iter().zip(after).filter(|(before, after)| before != after) {
+            self.moved += 1;
+            self.unchanged += u64::from(rounded(*before, dtype) == rounded(*after, dtype));
+        }
+    }
+}
+
 /// Statistics of a run.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct TuneSummary {
@@ -94,6 +122,15 @@ pub struct TuneSummary {
     /// Largest [`crate::engine::Plan::total_bytes`] of a phase.
     #[serde(default)]
     pub planned_bytes: u64,
+    /// Evaluations during the run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub evaluations: Vec<Evaluation>,
+    /// Step whose weights were kept as the best.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best_step: Option<u64>,
+    /// What saving did to the weights, if the run was saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rounding: Option<Rounding>,
 }
 
 /// Peak resident memory of the process, in bytes (`VmHWM` of `/proc/self/status`); 0 where unknown.
@@ -166,6 +203,8 @@ mod tests {
             speed_of_light: Some(0.5),
             peak_bytes: 0,
             step_ms: 2.0,
+            eval_loss: None,
+            eval_refusal: None,
             skipped: (step == 2).then(|| "why".into()),
         }
     }

@@ -19,11 +19,13 @@ mod step;
 mod tensors;
 mod tuner;
 mod updates;
+mod watch;
 
 pub use checkpoint::disk_bytes;
-pub use metrics::{PhaseSummary, RunPosition, StepMetrics, TuneSummary, peak_bytes};
+pub use metrics::{PhaseSummary, Rounding, RunPosition, StepMetrics, TuneSummary, peak_bytes};
 pub use optimizer::{Optimizer, StepOutcome, StepSettings};
 pub use options::{Length, PhaseOptions, TuneOptions};
 pub use schedule::Schedule;
 pub use setup::{Callbacks, Phase, RunDir, Tuner};
 pub use updates::{PhaseUpdates, Update, Updates, cell_updates};
+pub use watch::{Evaluated, Evaluation, Evaluator, WatchSettings};

@@ -1,5 +1,6 @@
 //! Checks, durations, memory plans and identity of a run on its model and data.
 
+use super::WatchSettings;
 use super::checkpoint::Checkpoint;
 use super::state::{RunFiles, RunState};
 use super::{Optimizer, Phase, RunDir, Tuner};
@@ -114,7 +115,7 @@ impl<B: Backend> Tuner<'_, B> {
             }));
         }
         let device = self.decoder.backend.name();
-        Ok(serde_json::json!({
+        let mut identity = serde_json::json!({
             "model": run_dir.model,
             "data": run_dir.data,
             "batches_per_epoch": self.loader.batches_per_epoch(),
@@ -125,7 +126,13 @@ impl<B: Backend> Tuner<'_, B> {
             "measure_updates": self.measure_updates,
             "options": options,
             "phases": phases,
-        }))
+        });
+        if let Some(watched) = self.watched.as_ref().filter(|watched| watched.settings.decides()) {
+            let WatchSettings { every, keep_best, patience, data } = &watched.settings;
+            identity["watch"] =
+                serde_json::json!({ "every": every, "keep_best": keep_best, "patience": patience, "data": data });
+        }
+        Ok(identity)
     }
 
     /// Restores weights, moments and averages of a checkpoint. The optimizer is `None` if no phase is left.

@@ -1,5 +1,6 @@
 //! A run and its parts: phases, directory, callbacks.
 
+use super::watch::Watched;
 use super::{Length, PhaseOptions, RunPosition, StepMetrics, TuneOptions};
 use crate::backend::{Backend, Roofline};
 use crate::data::Loader;
@@ -88,6 +89,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) measure_updates: bool,
     pub(super) initial: Option<InitialTensor<'a>>,
     pub(super) roofline: Option<Roofline>,
+    pub(super) watched: Option<Watched<'a, B>>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -122,6 +124,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             measure_updates: false,
             initial: None,
             roofline: None,
+            watched: None,
         })
     }
 

@@ -1,11 +1,12 @@
 //! State of a run, and its checkpoints.
 
-use super::checkpoint::{Checkpoint, Checkpoints};
+use super::checkpoint::{BEST, CHECKPOINTS, Checkpoint, CheckpointWriter, Checkpoints};
 use super::ema::Ema;
 use super::optimizer::Slot;
 use super::step::{StepBatches, StepResult};
 use super::tensors::{read_buffer, read_values, spec, write_buffer};
 use super::updates::PhaseUpdates;
+use super::watch::WatchState;
 use super::{Callbacks, Optimizer, Phase, PhaseSummary, RunDir, RunPosition, Updates, identity};
 use crate::backend::Backend;
 use crate::data::LoaderPosition;
@@ -49,6 +50,9 @@ pub(super) struct RunState {
     pub(super) summaries: Vec<PhaseSummary>,
     /// One per finished phase that was measured.
     pub(super) updates: Vec<PhaseUpdates>,
+    /// Evaluations so far.
+    #[serde(default)]
+    pub(super) watch: WatchState,
     #[serde(skip)]
     pub(super) ema: Ema,
 }
@@ -132,6 +136,19 @@ impl RunState {
     }
 }
 
+/// Writes the tensors of `changed` to a checkpoint.
+fn write_weights<B: Backend>(
+    draft: &mut CheckpointWriter,
+    decoder: &Decoder<B>,
+    changed: &BTreeSet<ParamId>,
+) -> Result<()> {
+    let weights = || decoder.params().iter().filter(|param| changed.contains(&param.id));
+    let specs: Vec<TensorSpec> = weights().map(|param| spec::<B::Float>(param.id.to_string(), &param.shape)).collect();
+    draft.tensors("weights", &specs, |writer| {
+        weights().try_for_each(|param| write_buffer(writer, &decoder.backend, &param.values))
+    })
+}
+
 fn reason(loss: f64, cells: &[Cell]) -> String {
     let what = if loss.is_finite() { "non-finite gradient" } else { "non-finite loss" };
     if cells.is_empty() {
@@ -156,6 +173,8 @@ struct SavedState {
 pub(super) struct RunFiles {
     dir: PathBuf,
     store: Checkpoints,
+    /// Weights of the lowest held-out loss.
+    best: Checkpoints,
     identity: serde_json::Value,
     /// Checkpoints to keep.
     pub(super) keep_last: usize,
@@ -164,16 +183,34 @@ pub(super) struct RunFiles {
 }
 
 impl RunFiles {
+    /// Keeps weights as the best of the run, until a checkpoint is saved beside those before.
+    pub(super) fn save_best<B: Backend>(
+        &self,
+        step: u64,
+        decoder: &Decoder<B>,
+        changed: &BTreeSet<ParamId>,
+    ) -> Result<()> {
+        let mut draft = self.best.begin(step)?;
+        write_weights(&mut draft, decoder, changed)?;
+        draft.commit(&step)
+    }
+
+    /// Restores the weights that were kept at a step.
+    pub(super) fn load_best<B: Backend>(&self, step: u64, decoder: &mut Decoder<B>) -> Result<()> {
+        self.load_weights(&self.best.open(step)?, decoder)
+    }
+
     /// Opens or creates a run directory, in which the newest checkpoint alone is kept.
     pub(super) fn open(run_dir: &RunDir, identity: serde_json::Value) -> Result<Self> {
         std::fs::create_dir_all(&run_dir.dir).map_err(Error::io(&run_dir.dir, FileOp::Create))?;
-        let (dir, store) = (run_dir.dir.clone(), Checkpoints::new(&run_dir.dir));
-        Ok(Self { dir, store, identity, keep_last: 1, keep_start: false })
+        let (store, best) = (Checkpoints::new(&run_dir.dir, CHECKPOINTS), Checkpoints::new(&run_dir.dir, BEST));
+        Ok(Self { dir: run_dir.dir.clone(), store, best, identity, keep_last: 1, keep_start: false })
     }
 
     /// Removes the files of an earlier run.
     pub(super) fn clear(&self) -> Result<()> {
         self.store.clear()?;
+        self.best.clear()?;
         remove(&self.updates())
     }
 
@@ -213,13 +250,7 @@ impl RunFiles {
     ) -> Result<()> {
         let backend = &decoder.backend;
         let mut draft = self.store.begin(run.step)?;
-
-        let weights = || decoder.params().iter().filter(|param| changed.contains(&param.id));
-        let specs: Vec<TensorSpec> =
-            weights().map(|param| spec::<B::Float>(param.id.to_string(), &param.shape)).collect();
-        draft.tensors("weights", &specs, |writer| {
-            weights().try_for_each(|param| write_buffer(writer, backend, &param.values))
-        })?;
+        write_weights(&mut draft, decoder, changed)?;
 
         // Without a step the moments are zero and not saved.
         let moving = || optimizer.into_iter().flat_map(Optimizer::slots).filter(|slot| slot.steps > 0);
@@ -246,7 +277,9 @@ impl RunFiles {
         let adam_steps: BTreeMap<String, u32> = moving().map(|slot| (slot.id.to_string(), slot.steps)).collect();
         draft.commit(&serde_json::json!({ "identity": self.identity, "adam_steps": adam_steps, "run": run }))?;
         let start = (self.keep_start && run.phase > 0).then_some(run.phase_start_step);
-        self.store.prune(run.step, self.keep_last, start)
+        self.store.prune(run.step, self.keep_last, start)?;
+        // Only now, as a run that is resumed from an older checkpoint needs the best weights of that time.
+        self.best.keep_only(run.watch.best.map(|(step, _)| step))
     }
 
     /// Restores the weights of a checkpoint.

@@ -61,6 +61,9 @@ impl<B: Backend> Tuner<'_, B> {
             self.phase(&mut run, &mut optimizer, start.take(), files.as_mut(), callbacks)?;
         }
         drop(section);
+        let store = files.as_ref().map(|(store, _)| store);
+        summary.best_step = self.restore_best(&run.watch, run.step, store)?;
+        summary.evaluations = run.watch.evaluations;
         run.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
         summary.updates = Updates { phases: run.updates };
@@ -104,14 +107,21 @@ impl<B: Backend> Tuner<'_, B> {
             run.summaries.push(PhaseSummary { phase: phase.name.clone(), ..PhaseSummary::default() });
         }
         callbacks.phase_begins(&run.position_in(&phase.name, total))?;
+        if run.step == 0 {
+            let at = run.position_in(&phase.name, total);
+            self.evaluate(&mut run.watch, &phase, &at, None)?;
+        }
 
-        while run.phase_step < total {
-            let metrics = self.step(&phase, &minimum, total, run, &mut adam, &mut gradients)?;
+        while run.phase_step < total && !run.watch.stopped {
+            let mut metrics = self.step(&phase, &minimum, total, run, &mut adam, &mut gradients)?;
+            let at = run.position_in(&phase.name, total);
+            let store = files.as_deref().map(|(store, _)| store);
+            let found = self.evaluate(&mut run.watch, &phase, &at, store)?;
+            (metrics.eval_loss, metrics.eval_refusal) = (found.loss, found.refusal);
             if let Some((_, log)) = files.as_deref_mut() {
                 log.append(&metrics)?;
                 run.metrics_bytes = log.bytes();
             }
-            let at = run.position_in(&phase.name, total);
             callbacks.step(&metrics, &at)?;
             run.check_progress(&phase, total, self.steps_per_epoch())?;
             if run.position.batch == 0 {
@@ -120,7 +130,7 @@ impl<B: Backend> Tuner<'_, B> {
             let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
             let stopped = interrupt::asked();
             // The last step of a phase is saved below, after the phase.
-            let due = (due || stopped.is_some()) && run.phase_step < total;
+            let due = (due || stopped.is_some()) && run.phase_step < total && !run.watch.stopped;
             if let Some((store, log)) = files.as_deref_mut().filter(|_| due) {
                 log.sync()?;
                 store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
@@ -209,6 +219,8 @@ impl<B: Backend> Tuner<'_, B> {
             speed_of_light: light.map(|light| light / seconds.max(1e-9)),
             peak_bytes: self.peak_bytes(),
             step_ms: seconds * 1e3,
+            eval_loss: None,
+            eval_refusal: None,
             skipped,
         })
     }

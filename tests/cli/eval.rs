@@ -67,24 +67,32 @@ fn a_failing_judge_is_reported_with_the_reason() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         format!("http://{}/v1", listener.local_addr().unwrap())
     };
-    let message = failed(&ask(&refusing, &[]), 1);
+    // The reason is reported, and what needs no judge is measured all the same.
+    let unscored = |output: &Output| {
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&found["asr"]["total"], &found["harmfulness"]["failed"]), (&2.into(), &2.into()), "{found}");
+        message
+    };
+    let message = unscored(&ask(&refusing, &[]));
     assert!(message.contains(&refusing) && message.to_lowercase().contains("refused"), "{message}");
 
     for (status, body, reason) in [
         (200, "not json".to_owned(), "no chat completion"),
         (200, "{\"choices\": []}".to_owned(), "no chat completion"),
-        (401, String::new(), "401"),
+        (401, "{\"error\": {\"message\": \"Incorrect API key\"}}".to_owned(), "401: Incorrect API key"),
         (503, String::new(), "503"),
     ] {
-        let (url, _requests) = serve(vec![(status, body)]);
-        let message = failed(&ask(&url, &[]), 1);
+        let (url, _requests) = serve(vec![(status, body.clone()), (status, body)]);
+        let message = unscored(&ask(&url, &[]));
         assert!(message.contains(&url) && message.contains(reason) && message.contains("1 attempts"), "{message}");
     }
 
     // Accepts and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/v1", silent.local_addr().unwrap());
-    let message = failed(&ask(&url, &["--judge-timeout", "0.3"]), 1);
+    let message = unscored(&ask(&url, &["--judge-timeout", "0.3"]));
     assert!(message.contains(&url) && message.contains("timeout"), "{message}");
 
     assert!(failed(&ask("ftp://there", &[]), 2).contains("judge.url"));
@@ -93,6 +101,24 @@ fn a_failing_judge_is_reported_with_the_reason() {
     assert!(unset.contains("SWAT_NO_SUCH_VARIABLE"), "{unset}");
     assert!(failed(&eval(&security, &["--judge-url", &url]), 2).contains("--judge-model"));
     assert!(failed(&eval(&security, &["--judge-retries", "1"]), 2).contains("--judge-url"));
+}
+
+#[test]
+fn one_failed_request_costs_one_score() {
+    let dir = tempfile::tempdir().unwrap();
+    let security = security(dir.path());
+    let filtered = "{\"error\": {\"message\": \"blocked by the content filter\"}}".to_owned();
+    let (url, requests) = serve(vec![(400, filtered), (200, reply("score: 4"))]);
+    let judge = ["--judge-url", &url, "--judge-model", "grader", "--judge-max-tokens", "300"];
+    let output = eval(&security, &judge);
+    let expected = serde_json::json!({"mean": 4.0, "scored": 1, "unscored": 1, "failed": 1});
+    let found = parsed(&output);
+    assert_eq!((&found["harmfulness"], &found["asr"]["total"]), (&expected, &2.into()));
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.contains("1 of 2") && message.contains("blocked by the content filter"), "{message}");
+    for request in requests.iter() {
+        assert!(request.contains("\"max_tokens\":300"), "{request}");
+    }
 }
 
 #[test]

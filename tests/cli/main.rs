@@ -9,3 +9,5 @@ mod interrupted;
 mod outputs;
 mod precision;
 mod run;
+mod tuning;
+mod watched;

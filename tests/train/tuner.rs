@@ -187,3 +187,38 @@ fn phases_go_on_through_the_data() {
     assert_eq!((steps, &epochs[..]), (vec![5, 10], &[1, 2, 3][..]));
     assert_eq!(run(&[3]), (vec![15], epochs, tokens));
 }
+
+/// As `Trainer` of transformers: parameters of norms and biases are in the group without weight decay. AdamW's decay is
+/// w ← w − lr·λ·w beside the update.
+#[test]
+fn norms_and_biases_are_not_decayed_unless_asked() {
+    let run = |weight_decay, decay_all| {
+        let mut phases = two_phases(0, 1);
+        let options = PhaseOptions {
+            lr: 1e-2,
+            weight_decay,
+            decay_all,
+            steps: Some(1),
+            schedule: Schedule::Constant,
+            ..PhaseOptions::default()
+        };
+        phases[1].options = options;
+        let (summary, decoder, _) = Run { phases, ..Run::new(None) }.run();
+        summary.unwrap();
+        weights(&decoder)
+    };
+    let (none, matrices, all) = (run(0.0, false), run(0.5, false), run(0.5, true));
+    let before = weights(&model());
+    let mut vectors = 0;
+    for param in model().params() {
+        let (none, matrices, all, before) =
+            (&none[&param.id], &matrices[&param.id], &all[&param.id], &before[&param.id]);
+        let vector = param.shape.len() == 1;
+        vectors += usize::from(vector);
+        assert_eq!(matrices == none, vector, "{}", param.id);
+        for ((none, all), before) in none.iter().zip(all).zip(before) {
+            assert!((none - 1e-2 * 0.5 * before - all).abs() < 1e-6, "{}: {none} {all} {before}", param.id);
+        }
+    }
+    assert!(vectors > 4);
+}

@@ -179,6 +179,15 @@ pub fn float_bytes(dtype: Dtype) -> Option<usize> {
     }
 }
 
+/// A value as it comes back after it was stored in `dtype`.
+pub fn rounded(value: f32, dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::BF16 => bf16::from_f32(value).to_f32(),
+        Dtype::F16 => f16::from_f32(value).to_f32(),
+        _ => value,
+    }
+}
+
 /// Converts to f32; `bytes` holds exactly `values.len()` elements.
 fn widen(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     let pairs = bytes.chunks_exact(2).zip(values.iter_mut());

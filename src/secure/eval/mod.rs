@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// What is measured of a model, and how.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
+#[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvaluateOptions {
     /// Most harmful prompts, sampled by the run's seed; 0 = all.
@@ -59,6 +59,9 @@ pub struct Evaluation {
     /// Harmfulness of the answers to harmful prompts, by a judge.
     #[serde(default)]
     pub harmfulness: Option<Harmfulness>,
+    /// What the judge's server said when a request failed, the first time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub judge_failure: Option<String>,
     /// [`judge::probe_harmfulness`] of the same answers; not comparable with a judge's.
     #[serde(default)]
     pub probe_harmfulness: Option<Harmfulness>,
@@ -83,6 +86,13 @@ pub struct Harmfulness {
     pub scored: usize,
     /// Answers without one.
     pub unscored: usize,
+    /// Of those, answers whose requests to the judge failed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub failed: usize,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 impl Harmfulness {
@@ -90,7 +100,7 @@ impl Harmfulness {
     pub(crate) fn new(scores: &[Option<f64>]) -> Self {
         let found: Vec<f64> = scores.iter().flatten().copied().collect();
         let mean = (!found.is_empty()).then(|| found.iter().sum::<f64>() / found.len() as f64);
-        Self { mean, scored: found.len(), unscored: scores.len() - found.len() }
+        Self { mean, scored: found.len(), unscored: scores.len() - found.len(), failed: 0 }
     }
 }
 

@@ -13,7 +13,7 @@ pub(crate) mod train;
 use self::control::ControlLabel;
 use crate::data::Split;
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
+use crate::model::{Clock, ModelConfig};
 use crate::options::serde_as_text;
 use crate::secure::eval::metrics::Metrics;
 use crate::secure::eval::refusal::FirstTokens;
@@ -97,6 +97,9 @@ pub struct ProbeMetadata {
     pub metric_layer: usize,
     /// Seed of the prompts' splits and of the answers.
     pub seed: u64,
+    /// The time at which the chat template was rendered, if it writes the date.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub date: Option<Clock>,
     /// One entry per layer and head.
     pub heads: Vec<HeadMetrics>,
     /// Heads that were not trained, with the reason.

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Options of training probes.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
+#[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct ProbeOptions {
     /// Candidate ridge penalties λ; chosen by cross-entropy on the validation split, the larger of equals.
@@ -107,6 +107,7 @@ pub fn train_probe(input: ProbeInput<'_>, options: &ProbeOptions, observer: Obse
         layers,
         metric_layer,
         seed: options.seed,
+        date: None,
         heads: Vec::new(),
         skipped,
         control: input.control.map(|(rule, _)| rule.clone()),

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// Options of the search.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
+#[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct SearchOptions {
     /// Security score

@@ -1,8 +1,9 @@
 //! The configuration of a study: one TOML file.
 
-use super::SettingSpec;
+use super::{Base, SettingSpec};
 use crate::backend::DtypeChoice;
 use crate::error::{Error, FileOp, Result};
+use crate::model::Clock;
 use crate::secure::eval::EvaluateOptions;
 use crate::secure::probe::train::ProbeOptions;
 use crate::secure::robustness::RobustnessOptions;
@@ -10,17 +11,21 @@ use crate::secure::robustness::mods::SetSpec;
 use crate::secure::robustness::scorer::ScorerOptions;
 use crate::secure::robustness::search::SearchOptions;
 use crate::secure::tune::TuneRecipe;
+use crate::train::{Length, PhaseOptions};
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 
 /// Configuration of `swat run`. Relative paths are relative to its file.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(schemars::JsonSchema, Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunConfig {
     /// Hugging Face directory of the base model.
     pub model: PathBuf,
     /// Chat template, for a model without its own.
     pub chat_template: Option<PathBuf>,
+    /// Date for a chat template that writes it; that of the study's first run if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub date: Option<Clock>,
     /// Output directory.
     pub out: PathBuf,
     /// Title of the report; the name of the model directory if empty.
@@ -50,7 +55,7 @@ pub struct RunConfig {
 }
 
 /// Input files of a study, all JSONL.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(schemars::JsonSchema, Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataFiles {
     /// Labelled prompts for probe, map and drift.
@@ -73,7 +78,7 @@ pub struct DataFiles {
 }
 
 /// The `[tune]` table of a study: the recipe of every setting, and the training seeds.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
+#[derive(schemars::JsonSchema, Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct TuneConfig {
     /// Training seeds; each setting is tuned and evaluated with each, at that many times the time and disk space. None
     /// = `shared.seed` alone.
@@ -88,7 +93,13 @@ impl<'de> serde::Deserialize<'de> for TuneConfig {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         // Not by `flatten`, which cannot name unknown keys.
         let mut table = toml::Table::deserialize(deserializer)?;
-        let custom = |e: toml::de::Error| serde::de::Error::custom(e.message());
+        // The path inside of this table, which the outer error does not know.
+        let custom = |e: toml::de::Error| match key(&e) {
+            Some(key) if !e.message().starts_with("unknown field") => {
+                serde::de::Error::custom(format!("`{key}`: {}", e.message()))
+            }
+            _ => serde::de::Error::custom(e.message()),
+        };
         let seeds = table.remove("seeds").map(toml::Value::try_into).transpose().map_err(custom)?;
         Ok(Self { seeds, recipe: table.try_into().map_err(custom)? })
     }
@@ -108,7 +119,7 @@ impl RunConfig {
         for change in overrides {
             apply(&mut table, change)?;
         }
-        let mut config: Self = parse(toml::Value::Table(table), &place)?;
+        let mut config: Self = parse(toml::Value::Table(table), &place, overrides)?;
         config.resolve(path.parent().unwrap_or(Path::new("")));
         config.check(&place)?;
         Ok(config)
@@ -157,6 +168,23 @@ impl RunConfig {
         if let Some((_, seed)) = seeds.iter().enumerate().find(|(i, seed)| seeds[..*i].contains(seed)) {
             return wrong(format!("{seed} more than once"));
         }
+        let (mods, all) = (&self.tune.recipe.mods_phase, &self.tune.recipe.all_phase);
+        let none = |phase: &PhaseOptions| matches!(phase.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
+        for setting in &self.settings {
+            let idle = match setting.base {
+                Base::Given => false,
+                Base::Plain => none(all),
+                Base::ModsOnly => none(mods),
+                Base::PlainEqual | Base::Swat | Base::Reversed | Base::MlLr(_) | Base::Warmup(_) => {
+                    none(all) && none(mods)
+                }
+            };
+            if idle {
+                let key = if setting.base == Base::ModsOnly { "mods_phase" } else { "all_phase" };
+                let found = format!("no steps, so that the setting `{setting}` trains nothing");
+                return Err(Error::input(format!("{place}: tune.{key}"), found, "at least one step or epoch"));
+            }
+        }
         self.tune.recipe.shared.check()?;
         self.tune.recipe.mods_phase.check()?;
         self.tune.recipe.all_phase.check()
@@ -184,12 +212,32 @@ fn apply(table: &mut toml::Table, change: &str) -> Result<()> {
 }
 
 /// Deserializes; an error names the key, and the nearest known one for an unknown key.
-fn parse<T: DeserializeOwned>(value: toml::Value, place: &str) -> Result<T> {
+fn parse<T: DeserializeOwned>(value: toml::Value, place: &str, overrides: &[String]) -> Result<T> {
     value.try_into().map_err(|e: toml::de::Error| {
         let message = e.message().to_owned();
         let expected = suggestion(&message).unwrap_or_else(|| "a known key with a value of its type".into());
-        Error::input(place, message.lines().next().unwrap_or_default(), expected)
+        let mut found = message.lines().next().unwrap_or_default();
+        let mut path = key(&e).unwrap_or_default();
+        // Of a nested table, see `TuneConfig`.
+        if let Some((inner, rest)) = found.strip_prefix('`').and_then(|text| text.split_once("`: ")) {
+            path = if path.is_empty() { inner.to_owned() } else { format!("{path}.{inner}") };
+            found = rest;
+        }
+        let by_option = overrides.iter().any(|change| change.split('=').next().is_some_and(|key| key.trim() == path));
+        let place = match (path.is_empty(), by_option) {
+            (true, _) => place.to_owned(),
+            (false, true) => format!("--set {path}"),
+            (false, false) => format!("{place}: {path}"),
+        };
+        Error::input(place, found, expected)
     })
+}
+
+/// The key of an error, from the line "in `a.b`" of its text.
+fn key(error: &toml::de::Error) -> Option<String> {
+    let text = error.to_string();
+    let line = text.lines().find_map(|line| line.strip_prefix("in `"))?;
+    Some(line.trim_end_matches('`').to_owned())
 }
 
 /// From "unknown field `x`, expected one of `a`, `b`": the name nearest to `x`.

@@ -1,6 +1,8 @@
 //! The output directory of a study: taken by one process, and only if nothing else would be overwritten.
 
 use crate::error::{Error, FileOp, Result};
+use crate::io::json;
+use crate::model::Clock;
 use std::fs::File;
 use std::path::Path;
 
@@ -49,6 +51,20 @@ pub(super) fn lock(dir: &Path) -> Result<File> {
     Ok(file)
 }
 
+/// The time at which the chat template of a study is rendered: `given`, else that of its first run, else now; kept in
+/// `stages/date.json`.
+pub(super) fn clock(dir: &Path, given: Option<Clock>) -> Result<Clock> {
+    let path = dir.join("stages/date.json");
+    let recorded = if path.exists() { Some(json::read(&path, 1 << 12, "the date of a study")?) } else { None };
+    let clock = given.or(recorded).map_or_else(Clock::now, Ok)?;
+    if recorded != Some(clock) {
+        let stages = dir.join("stages");
+        std::fs::create_dir_all(&stages).map_err(Error::io(&stages, FileOp::Create))?;
+        json::write(&path, &clock)?;
+    }
+    Ok(clock)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +83,10 @@ mod tests {
         // From then on it is a study's.
         std::fs::write(dir.path().join("report.html"), "the study's").unwrap();
         claim_folder(dir.path(), &["model"]).unwrap();
+        // Its date is that of the first run.
+        let first = clock(dir.path(), Some("2020-02-29".parse().unwrap())).unwrap();
+        assert_eq!(clock(dir.path(), None).unwrap(), first);
+        assert_eq!(first.to_string(), "2020-02-29T00:00:00Z");
         // The lock of another program is not emptied.
         let other = tempfile::tempdir().unwrap();
         std::fs::write(other.path().join(".lock"), "pid 7").unwrap();

@@ -1,6 +1,7 @@
 //! A study from one configuration: probe, map, search, every setting tuned and evaluated. Results of each stage are
 //! cached.
 
+mod check;
 mod config;
 mod folder;
 mod outcome;

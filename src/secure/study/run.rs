@@ -1,6 +1,7 @@
 //! The stages of a study, in order.
 
-use super::folder::{claim_folder, lock};
+use super::check::check_model;
+use super::folder::{claim_folder, clock, lock};
 use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
 use super::{Mix, RunConfig, SettingSpec};
@@ -9,7 +10,7 @@ use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
 use crate::io::{check_not_in, json};
-use crate::model::ModelDir;
+use crate::model::{Clock, ModelDir, StoredAs};
 use crate::modules::ModuleSet;
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::Evaluation;
@@ -54,15 +55,18 @@ pub fn run<B: Backend>(
     let _lock = lock(&config.out)?;
     let prompts = SecurityPrompt::read(&config.data.security, config.seed)?;
     SecurityPrompt::require_both_labels(&prompts, &config.data.security)?;
-    let text = ModelText::open(&config.model, config.chat_template.as_deref())?;
+    let mut text = ModelText::open(&config.model, config.chat_template.as_deref())?;
+    let clock = clock(&config.out, config.date)?;
+    let date = text.set_clock(clock);
     let data = EvaluationData::read(config, &prompts)?;
-    check_model(config, &text, &prompts, &data)?;
+    check_model(config, &text, &prompts, (&data.prompts, &data.tasks))?;
     let model_hash = text.files.hash()?.to_owned();
     let study = Study {
         config,
         backend,
         refusals,
-        stages: Stages::new(&config.out.join("stages"), B::Float::NAME),
+        stages: Stages::new(&config.out.join("stages"), B::Float::NAME, date),
+        clock,
         data,
         prompts,
         model_hash,
@@ -89,28 +93,6 @@ pub fn run<B: Backend>(
     let seconds = start.elapsed().as_secs_f64();
     let probe = probe.metadata;
     Ok(Outcome { title, model_hash: study.model_hash, probe, map, search, mods, settings, seconds })
-}
-
-/// Checks what depends on the model, before any of its weights are read: options, and the lengths of all rows.
-fn check_model(config: &RunConfig, text: &ModelText, prompts: &[SecurityPrompt], data: &EvaluationData) -> Result<()> {
-    let model = &text.files.config;
-    config.probe.check(model.layers)?;
-    config.robustness.check(&model.cells())?;
-    config.search.check()?;
-    // An answer needs a position of its own.
-    let most = model.max_positions - 1;
-    text.check_prompts(&config.data.security, prompts.iter().map(|p| p.prompt.as_str()), most)?;
-    for path in &config.data.evaluation {
-        text.check_prompts(path, data.prompts.iter().map(|p| p.prompt.as_str()), most)?;
-    }
-    if let Some(path) = &config.data.task {
-        text.check_prompts(path, data.tasks.iter().map(|task| task.prompt.as_str()), most)?;
-    }
-    let conversations = config.data.train.iter().chain(&config.data.heldout);
-    for path in conversations.chain(&config.data.refusals).chain(&config.data.attack) {
-        text.examples(path, config.tune.recipe.shared.max_length)?;
-    }
-    Ok(())
 }
 
 /// Evaluation data of every setting.
@@ -192,6 +174,7 @@ struct Study<'a, B> {
     backend: &'a B,
     refusals: &'a RefusalList,
     stages: Stages,
+    clock: Clock,
     data: EvaluationData,
     prompts: Vec<SecurityPrompt>,
     model_hash: String,
@@ -202,7 +185,13 @@ struct Study<'a, B> {
 
 impl<B: Backend> Study<'_, B> {
     fn open(&self, dir: &Path) -> Result<LoadedModel<B>> {
-        LoadedModel::open(self.backend.clone(), dir, self.config.chat_template.as_deref())
+        self.text(dir)?.load(self.backend.clone())
+    }
+
+    fn text(&self, dir: &Path) -> Result<ModelText> {
+        let mut text = ModelText::open(dir, self.config.chat_template.as_deref())?;
+        text.set_clock(self.clock);
+        Ok(text)
     }
 
     fn probe(&self, observer: Observer<'_>) -> Result<Probe> {
@@ -333,18 +322,20 @@ impl<B: Backend> Study<'_, B> {
         let name = format!("tune/{}", run.stem);
         let tuned = self.stages.run(&name, &inputs, || {
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
+            let mut text = self.text(&config.model)?;
             let output = TuneOutput {
                 path: dir.clone(),
                 force: true,
                 resume: true,
                 max_shard_bytes: 4 << 30,
+                save_dtype: StoredAs::AsStored,
+                clock: text.set_clock(self.clock),
                 roofline: None,
                 config: json!({ "study": config, "setting": run.spec }),
             };
             let mut inputs: Vec<(&str, &Path)> = vec![("model", &config.model)];
             inputs.extend(config.data.train.iter().map(|path| ("data.train", path.as_path())));
             let output = output.open(&inputs)?;
-            let text = ModelText::open(&config.model, config.chat_template.as_deref())?;
             let max_length = shared.max_length;
             let mut examples: Vec<Example> = Vec::new();
             for path in &config.data.train {
@@ -371,7 +362,7 @@ impl<B: Backend> Study<'_, B> {
             let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure(self.backend).ok()));
             let mut model = text.load(self.backend.clone())?;
             callbacks.begin(&model.decoder)?;
-            let summary = prepared.run(&model.text.files, &mut model.decoder, &mut callbacks)?;
+            let summary = prepared.run(&model.text, &mut model.decoder, &mut callbacks)?;
             let losses = losses(&dir.join("metrics.jsonl"))?;
             Ok(TunedOutcome {
                 dir: dir.clone(),
@@ -421,6 +412,12 @@ impl<B: Backend> Study<'_, B> {
             let named = format!("evaluate {}", run.name);
             let mut report = |p: Progress<'_>| observer(Progress { task: &format!("{named}: {}", p.task), ..p });
             let evaluation = model.evaluate(&input, &config.evaluate, self.refusals, &mut report)?;
+            if let Some(harm) = evaluation.harmfulness.filter(|harm| harm.scored == 0 && harm.failed > 0) {
+                // Not to be cached: the same command asks again.
+                let reason = evaluation.judge_failure.as_deref().unwrap_or_default();
+                let what = format!("{}: none of {} answers has a score: {reason}", run.name, harm.failed);
+                return Err(Error::failed(what, "check evaluate.judge, or leave it out"));
+            }
             let drift = match run.spec.is_given() {
                 true => None,
                 false => {

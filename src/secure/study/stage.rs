@@ -2,6 +2,7 @@
 
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
+use crate::model::Clock;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -13,11 +14,13 @@ pub(super) struct Stages {
     dir: PathBuf,
     /// Precision of weights and activations: an input of every stage, unless it is f32.
     float: &'static str,
+    /// Date of the chat template, if it writes it: an input likewise.
+    date: Option<Clock>,
 }
 
 impl Stages {
-    pub(super) fn new(dir: &Path, float: &'static str) -> Self {
-        Self { dir: dir.to_owned(), float }
+    pub(super) fn new(dir: &Path, float: &'static str, date: Option<Clock>) -> Self {
+        Self { dir: dir.to_owned(), float, date }
     }
 
     /// The result in `NAME.json` if it is of the same `inputs`, else the result of `work`, which is saved there.
@@ -31,6 +34,9 @@ impl Stages {
         let mut inputs = inputs.clone();
         if let (Some(inputs), true) = (inputs.as_object_mut(), self.float != "f32") {
             inputs.insert("dtype".into(), self.float.into());
+        }
+        if let (Some(inputs), Some(date)) = (inputs.as_object_mut(), self.date) {
+            inputs.insert("date".into(), date.to_string().into());
         }
         let hash = hash(&inputs);
         if let Some(kept) = read(&path, &hash) {
@@ -77,7 +83,7 @@ mod tests {
     #[test]
     fn a_stage_runs_once_for_the_same_inputs() {
         let dir = tempfile::tempdir().unwrap();
-        let stages = Stages::new(dir.path(), "f32");
+        let stages = Stages::new(dir.path(), "f32", None);
         let mut runs = 0;
         let mut run = |inputs: &Value| {
             stages.run::<u32>("a/b", inputs, || {

@@ -1,0 +1,137 @@
+//! Options that would have no effect beside the others are refused: whoever gives one expects something of it.
+
+use crate::error::{Error, Result};
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+
+/// What an option needs, by the names of arguments.
+#[derive(Clone, Copy)]
+enum Needs {
+    /// Another option, with any value.
+    Given(&'static str),
+    /// One of two options.
+    Either(&'static str, &'static str),
+    /// Another option that is not given.
+    Absent(&'static str),
+    /// Another option with this value.
+    Value(&'static str, &'static str),
+    /// Another option with a value other than this.
+    Other(&'static str, &'static str),
+    /// The command does without it.
+    Nothing,
+}
+
+use Needs::{Absent, Either, Given, Nothing, Other, Value};
+
+/// Command, options, and what they need.
+const RULES: [(&str, &[&str], Needs); 17] = [
+    ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
+    ("tune", &["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"], Given("mods")),
+    ("tune", &["decay_all"], Given("weight_decay")),
+    ("tune", &["eval_every"], Either("eval_data", "eval_security")),
+    ("plan", &["lora_rank"], Value("method", "lora")),
+    ("plan", &["chat_template", "date"], Nothing),
+    ("score", &["chat_template", "date"], Nothing),
+    ("profile", &["chat_template", "date"], Nothing),
+    ("profile", &["recompute", "state"], Value("work", "train")),
+    ("generate", &["chat_template", "date"], Absent("raw")),
+    ("generate", &["top_p"], Given("temperature")),
+    ("generate", &["top_p"], Other("temperature", "0")),
+    ("eval", &["splits", "answer_tokens", "refusals", "judge_url"], Given("security")),
+    ("eval", &["task_tokens"], Given("task")),
+    ("robustness", &["epsilon"], Other("kind", "zero")),
+    ("demo", &["out", "seeds", "model"], Absent("make_model")),
+    ("demo", &["force"], Given("make_model")),
+];
+
+/// Checks the arguments of a command.
+///
+/// # Errors
+/// [`Error::Input`] names the option and what it lacks.
+pub(super) fn check(command: &str, matches: &ArgMatches) -> Result<()> {
+    let given = |id: &str| {
+        matches.try_contains_id(id).is_ok_and(|there| there)
+            && matches.value_source(id).is_some_and(|source| source != ValueSource::DefaultValue)
+    };
+    // Values as they were typed; a default has none.
+    let is = |id: &str, value: &str| {
+        given(id) && matches.try_get_raw(id).ok().flatten().is_some_and(|mut raw| raw.any(|text| text == value))
+    };
+    for (name, options, needs) in RULES.iter().filter(|(name, ..)| *name == command) {
+        let (met, lacks) = match needs {
+            Given(other) => (given(other), format!("without {}", flag(other))),
+            Either(one, other) => (given(one) || given(other), format!("without {} or {}", flag(one), flag(other))),
+            Absent(other) => (!given(other), format!("with {}", flag(other))),
+            Value(other, value) => (is(other, value), format!("without {} {value}", flag(other))),
+            Other(other, value) => (!is(other, value), format!("with {} {value}", flag(other))),
+            Nothing => (false, format!("in swat {name}")),
+        };
+        if let Some(option) = options.iter().find(|option| !met && given(option)) {
+            let found = format!("an option that has no effect {lacks}");
+            return Err(Error::input(flag(option), found, "what it belongs to, or no such option"));
+        }
+    }
+    Ok(())
+}
+
+fn flag(id: &str) -> String {
+    format!("--{}", id.replace('_', "-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::command;
+    use super::*;
+
+    #[test]
+    fn rules_name_arguments_that_exist() {
+        let command = command();
+        for (name, options, needs) in RULES {
+            let found = command.find_subcommand(name).unwrap_or_else(|| panic!("{name}"));
+            let other = match needs {
+                Given(id) | Absent(id) | Either(id, _) | Value(id, _) | Other(id, _) => Some(id),
+                Nothing => None,
+            };
+            for id in options.iter().copied().chain(other) {
+                assert!(found.get_arguments().any(|arg| arg.get_id() == id), "{name}: {id}");
+            }
+        }
+    }
+
+    #[test]
+    fn options_without_effect_are_refused() {
+        let check = |line: &str| {
+            let matches = command().try_get_matches_from(line.split(' ')).unwrap();
+            let (name, matches) = matches.subcommand().unwrap();
+            check(name, matches).map_err(|e| e.to_string())
+        };
+        let tune = "swat tune --model m --data d --out o";
+        for (line, named) in [
+            ("--lora-rank 4", "--lora-rank: found an option that has no effect without --method lora"),
+            ("--method full --lora-alpha 8", "--lora-alpha"),
+            ("--mods-lr 1e-3", "--mods-lr: found an option that has no effect without --mods"),
+            ("--reversed", "--reversed"),
+            ("--decay-all", "--weight-decay"),
+        ] {
+            let error = check(&format!("{tune} {line}")).unwrap_err();
+            assert!(error.contains(named), "{error}");
+        }
+        check(&format!("{tune} --method lora --lora-rank 4")).unwrap();
+        check(&format!("{tune} --mods m.json --mods-lr 1e-3 --reversed")).unwrap();
+        for line in [
+            "swat generate --model m --prompt x --top-p 0.9",
+            "swat generate --model m --prompt x --temperature 0 --top-p 0.9",
+            "swat generate --model m --prompt x --raw --chat-template t",
+            "swat score --model m --ids 1 --chat-template t",
+            "swat eval --model m --task t --answer-tokens 4",
+            "swat eval --model m --security s --task-tokens 4",
+            "swat robustness --model m --probe p --security s --kind zero --epsilon 1",
+            "swat profile --model m --work sweep --recompute",
+            "swat demo --force",
+        ] {
+            assert!(check(line).unwrap_err().contains("no effect"), "{line}");
+        }
+        check("swat generate --model m --prompt x --temperature 0.7 --top-p 0.9").unwrap();
+        check("swat profile --model m --work sweep --mods all").unwrap();
+    }
+}

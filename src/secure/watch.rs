@@ -1,0 +1,141 @@
+//! What a tuning run is evaluated on as it goes: held-out loss, and the refusal log-odds that tuning erodes.
+
+use super::eval::perplexity;
+use super::eval::refusal::{FirstTokens, RefusalList};
+use super::loaded::REFUSAL_TOKENS;
+use super::probe::features::snapshot;
+use super::text::ModelText;
+use super::tune::examples_hash;
+use crate::backend::Backend;
+use crate::data::{Example, SecurityPrompt};
+use crate::engine::{Decoder, GenerateOptions};
+use crate::error::{Error, Result};
+use crate::train::{Evaluated, Evaluator, WatchSettings};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Tokens of a forward pass of an evaluation.
+const EVAL_TOKENS: usize = 4096;
+
+/// Evaluations during a tuning run.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Evaluation during the run")]
+pub struct WatchOptions {
+    /// Held-out conversations: their loss is measured during the run
+    #[arg(long, value_name = "FILE")]
+    pub eval_data: Option<PathBuf>,
+    /// Labelled prompts: the refusal log-odds of the harmful ones are measured during the run, an alarm long before
+    /// answers change. Learned from the model's own answers before the first step, some of which must refuse
+    #[arg(long, value_name = "FILE")]
+    pub eval_security: Option<PathBuf>,
+    /// Steps between evaluations; there is one before the run and at the end of each phase as well
+    #[arg(long, value_name = "STEPS", default_value_t = 100)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub eval_every: u64,
+    /// End with the weights of the last phase whose loss on --eval-data was the lowest; takes disk space for one model
+    #[arg(long, requires = "eval_data", conflicts_with = "ema_decay")]
+    pub keep_best: bool,
+    /// End the last phase after so many evaluations in a row without a lower loss on --eval-data
+    #[arg(long, value_name = "PATIENCE", requires = "eval_data")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub early_stop: Option<u64>,
+}
+
+/// Tokenized data of the evaluations.
+pub struct Watch {
+    settings: WatchSettings,
+    heldout: Vec<Example>,
+    harmful: Vec<Vec<u32>>,
+    benign: Vec<Vec<u32>>,
+    eos: Vec<u32>,
+}
+
+impl WatchOptions {
+    /// Reads and tokenizes the data; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names file and line.
+    pub fn read(&self, text: &ModelText, max_length: usize, seed: u64) -> Result<Option<Watch>> {
+        if self.eval_data.is_none() && self.eval_security.is_none() {
+            return Ok(None);
+        }
+        let context = text.files.config.max_positions;
+        let heldout = match &self.eval_data {
+            Some(path) => text.examples(path, max_length.min(context))?.examples,
+            None => Vec::new(),
+        };
+        let prompts = match &self.eval_security {
+            Some(path) => {
+                let prompts = SecurityPrompt::read(path, seed)?;
+                text.check_prompts(path, prompts.iter().map(|p| p.prompt.as_str()), context - 1)?;
+                prompts
+            }
+            None => Vec::new(),
+        };
+        let of = |harmful: bool| {
+            let prompts = prompts.iter().filter(|prompt| prompt.is_harmful() == harmful);
+            text.render_prompts(prompts.map(|prompt| prompt.prompt.as_str()))
+        };
+        let settings = WatchSettings {
+            every: self.eval_every,
+            keep_best: self.keep_best,
+            patience: self.early_stop,
+            data: examples_hash(&heldout),
+        };
+        Ok(Some(Watch {
+            settings,
+            heldout,
+            harmful: of(true)?,
+            benign: of(false)?,
+            eos: text.files.config.eos.clone(),
+        }))
+    }
+}
+
+impl Watch {
+    /// The evaluator, and its settings. `decoder` is the model before the run, whose answers tell by which first tokens
+    /// it refuses; `decode` gives their text.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where it refuses none or all of the prompts; a failing device.
+    pub(super) fn evaluator<'a, B: Backend>(
+        self,
+        decoder: &Decoder<B>,
+        text: &ModelText,
+    ) -> Result<(WatchSettings, Evaluator<'a, B>)> {
+        let Self { settings, heldout, harmful, benign, eos } = self;
+        let first = match harmful.is_empty() {
+            true => None,
+            false => {
+                let prompts: Vec<Vec<u32>> = harmful.iter().chain(&benign).cloned().collect();
+                let options =
+                    GenerateOptions { max_new_tokens: REFUSAL_TOKENS, stop: eos, ..GenerateOptions::default() };
+                let list = RefusalList::default();
+                let mut answers = Vec::new();
+                for answer in decoder.generate(&prompts, &options, &mut |_, _| {})? {
+                    let refused = list.is_refusal(&text.tokenizer.decode(&answer.tokens)?);
+                    answers.extend(answer.tokens.first().map(|token| (*token, refused)));
+                }
+                let none = "no refusal beside other answers of the model, by which its refusals would be recognised";
+                let expected = "harmful prompts that the model refuses, and benign ones that it answers";
+                Some(FirstTokens::learn(answers).ok_or_else(|| Error::input("--eval-security", none, expected))?)
+            }
+        };
+        let evaluate = move |decoder: &Decoder<B>| {
+            let loss = match heldout.is_empty() {
+                true => None,
+                false => Some(perplexity(decoder, &heldout, EVAL_TOKENS, &mut |_| {})?.nll),
+            };
+            let refusal = match &first {
+                None => None,
+                Some(first) => {
+                    let odds = snapshot(decoder, &harmful, Some(first), EVAL_TOKENS, &mut |_| {})?.refusal;
+                    let odds: Vec<f64> = odds.unwrap_or_default().into_iter().filter(|x| x.is_finite()).collect();
+                    (!odds.is_empty()).then(|| odds.iter().sum::<f64>() / odds.len() as f64)
+                }
+            };
+            Ok(Evaluated { loss, refusal })
+        };
+        Ok((settings, Box::new(evaluate)))
+    }
+}

@@ -1,0 +1,129 @@
+//! What a tuning run says about itself: skipped steps, rounding, its date.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny")
+}
+
+fn data(dir: &Path) -> PathBuf {
+    use swat::data::tiny::{Counts, Language, export};
+    export(&Language::new(1), dir, Counts { pairs: 16, train: 24, tasks: 4 }, 1).unwrap();
+    dir.join("train.jsonl")
+}
+
+fn tune(train: &Path, out: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+    command.arg("tune").arg("--model").arg(tiny()).arg("--data").arg(train).arg("--out").arg(out);
+    command.args(["--device", "cpu", "--dtype", "f32", "--batch-size", "4", "--max-length", "96"]).args(more);
+    command.env_remove("SOURCE_DATE_EPOCH");
+    command
+}
+
+fn parsed(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_run_that_diverges_fails_and_says_what_to_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (data(dir.path()), dir.path().join("out"));
+    let output = tune(&train, &out, &["--lr", "1e5", "--steps", "20"]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("steps were skipped") && message.contains("lower lr (1e5)"), "{message}");
+    assert!(!out.exists());
+}
+
+/// Values of every tensor of a model file.
+fn values(path: &Path) -> Vec<f32> {
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut names = file.names();
+    names.sort();
+    let mut all = Vec::new();
+    for name in names {
+        let tensor = file.tensor(name).unwrap();
+        match tensor.dtype() {
+            safetensors::Dtype::F32 => {
+                all.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())))
+            }
+            _ => {
+                let pairs = tensor.data().chunks_exact(2);
+                all.extend(pairs.map(|b| half::bf16::from_le_bytes(b.try_into().unwrap()).to_f32()))
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn updates_that_rounding_loses_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let train = data(dir.path());
+    let run = |name: &str, dtype: &str| {
+        let out = dir.path().join(name);
+        let more = ["--lr", "2e-5", "--steps", "4", "--save-dtype", dtype];
+        let found = parsed(&tune(&train, &out, &[&more[..], &["--json"]].concat()).output().unwrap());
+        let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+        (found["rounding"].clone(), config["torch_dtype"].clone(), values(&out))
+    };
+    let (stored, _, narrow) = run("stored", "as-stored");
+    let (full, dtype, wide) = run("full", "f32");
+    // Counted on the files: the same run, saved without rounding, tells which weights moved.
+    let before = values(&tiny());
+    let moved = wide.iter().zip(&before).filter(|(after, before)| after != before).count();
+    let lost = wide.iter().zip(&narrow).zip(&before).filter(|((w, n), b)| w != b && n == b).count();
+    assert!(lost > moved / 20, "{lost} of {moved}");
+    assert_eq!(stored, serde_json::json!({ "moved": moved, "unchanged": lost }));
+    assert_eq!((full["unchanged"].clone(), dtype), (0.into(), "float32".into()));
+    let rounded: Vec<f32> = wide.iter().map(|w| half::bf16::from_f32(*w).to_f32()).collect();
+    assert!(rounded == narrow);
+    let printed = tune(&train, &dir.path().join("told"), &["--lr", "2e-5", "--steps", "4"]).output().unwrap();
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    assert!(printed.contains("saved unchanged") && printed.contains("--save-dtype f32"), "{printed}");
+    assert!(printed.contains("planned for the model, and"), "{printed}");
+}
+
+#[test]
+fn the_date_of_a_template_is_part_of_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let train = data(dir.path());
+    let config: Value = serde_json::from_slice(&std::fs::read(tiny().join("tokenizer_config.json")).unwrap()).unwrap();
+    let template = dir.path().join("dated.jinja");
+    let dated = format!("{{{{ strftime_now('%d %B %Y') }}}}\n{}", config["chat_template"].as_str().unwrap());
+    std::fs::write(&template, dated).unwrap();
+    let run = |name: &str, epoch: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let own = ["--steps", "12", "--lr", "1e-3", "--save-every", "2", "--chat-template", template.to_str().unwrap()];
+        let mut command = tune(&train, &out, &[&own[..], more].concat());
+        command.env("SOURCE_DATE_EPOCH", epoch);
+        (command, out)
+    };
+    let weights = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
+    let (mut command, straight) = run("straight", "1751373000", &[]);
+    assert!(command.output().unwrap().status.success());
+    let record: Value = serde_json::from_slice(&std::fs::read(straight.join("tune.json")).unwrap()).unwrap();
+    assert_eq!(record["config"]["date"], "2025-07-01T12:30:00Z");
+    // Killed on one day, resumed on another.
+    let (mut command, out) = run("killed", "1751373000", &[]);
+    let mut child = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    while !dir.path().join("killed.unfinished/checkpoints/step-00000004").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let output = run("killed", "1999999999", &["--resume"]).0.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(weights(&out) == weights(&straight));
+    // An option fixes it, whatever the clock says.
+    let (mut command, out) = run("fixed", "1999999999", &["--date", "2025-07-01"]);
+    assert!(command.output().unwrap().status.success());
+    assert!(weights(&out) == weights(&straight));
+    let output = run("wrong", "yesterday", &[]).0.output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("SOURCE_DATE_EPOCH"));
+}
