@@ -7,8 +7,9 @@ use super::progress::StepBar;
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, mix};
 use crate::engine::Lora;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::interrupt;
+use crate::io::{check_not_in, lies_in};
 use crate::modules::ModuleSet;
 use crate::options::{above_zero, share};
 use crate::report::EventFile;
@@ -110,6 +111,13 @@ impl OnDevice for Tune {
         let mut callbacks = StepBar::new(common);
         if let Some(dir) = &self.tensorboard {
             let resumed = self.output.resume;
+            check_not_in(&[("--tensorboard", dir)], &self.inputs())?;
+            for taken in [&self.output.path, &self.output.unfinished()] {
+                if lies_in(dir, taken)? {
+                    let found = format!("{}, in the output of the run", dir.display());
+                    return Err(Error::input("--tensorboard", found, "a directory beside --out"));
+                }
+            }
             callbacks.events = Some(EventFile::create(dir, resumed)?);
         }
         let prepared = output.prepare(&text.files, examples, job, &backend)?.watch(watch);
@@ -162,13 +170,16 @@ impl OnDevice for Tune {
                 count(moved)
             ))?;
         }
-        let program = program.min(summary.peak_bytes);
-        print_line(&format!(
-            "peak memory {}: {} planned for the model, and {} that the program had before it (code, tokenizer, data)",
-            bytes(summary.peak_bytes),
-            bytes(summary.planned_bytes),
-            bytes(program)
-        ))?;
+        let planned = bytes(summary.planned_bytes);
+        let peak = bytes(summary.peak_bytes);
+        print_line(&match program {
+            0 => format!("peak memory {peak}, {planned} planned"),
+            program => format!(
+                "peak memory {peak}; {} before the model was loaded (program, data, measuring the roofline), and {planned} \
+                 planned for the model",
+                bytes(program.min(summary.peak_bytes))
+            ),
+        })?;
         print_line(&format!("the tuned model is in {}", self.output.path.display()))
     }
 }

@@ -24,6 +24,14 @@ pub fn check_not_in(outputs: &[(&str, &Path)], inputs: &[(&str, &Path)]) -> Resu
     check(outputs, inputs, Inputs::Anywhere)
 }
 
+/// Whether an output, which may not exist yet, is or lies in a directory, which may not exist yet either.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn lies_in(path: &Path, dir: &Path) -> Result<bool> {
+    Ok(resolve(path)?.starts_with(resolve(dir)?))
+}
+
 /// Where inputs may lie.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Inputs {

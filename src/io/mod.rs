@@ -9,7 +9,7 @@ mod owned;
 pub mod safetensors;
 pub(crate) mod unfinished;
 
-pub use apart::{check_apart, check_not_in};
+pub use apart::{check_apart, check_not_in, lies_in};
 pub use file::check_file;
 pub use output::{IfExists, OutputDir, is_in_place, write_atomic};
 pub(crate) use output::{remove, sync_dir};

@@ -55,6 +55,15 @@ impl OutputDir {
     /// [`Error::InUse`] where another process writes to `path`; [`Error::Exists`] where it exists and must not be
     /// replaced; [`Error::Input`] where it holds what swat did not write; [`Error::Io`].
     pub fn create(path: &Path, if_exists: IfExists) -> Result<Self> {
+        Self::create_over(path, if_exists, |_| false)
+    }
+
+    /// As [`OutputDir::create`], for a kind of output that versions without a record wrote as well: a directory of a
+    /// model's files alone that is `recognised` may be replaced.
+    ///
+    /// # Errors
+    /// As [`OutputDir::create`].
+    pub fn create_over(path: &Path, if_exists: IfExists, recognised: impl Fn(&Path) -> bool) -> Result<Self> {
         let path = &target(path)?;
         let (parent, name) = split(path)?;
         fs::create_dir_all(&parent).map_err(Error::io(&parent, FileOp::Create))?;
@@ -64,6 +73,9 @@ impl OutputDir {
         let old = parent.join(format!(".{name}.old"));
         if !in_place && exists(&old) && !exists(path) {
             fs::rename(&old, path).map_err(Error::io(path, FileOp::Rename))?;
+        }
+        if path.is_dir() && if_exists == IfExists::Replace && recognised(path) {
+            owned::adopt(path)?;
         }
         check_replaceable(path, if_exists)?;
         if !in_place && exists(&old) {

@@ -134,6 +134,15 @@ pub(super) fn check_model_files(dir: &Path) -> Result<()> {
     refuse(dir, files.chain(&found.folders).chain(&found.other).map(|name| not_ours(name)).collect())
 }
 
+/// Writes the record of a directory of a model's files that an earlier version is known to have written.
+pub(super) fn adopt(dir: &Path) -> Result<()> {
+    if read(dir).is_some() {
+        return Ok(());
+    }
+    check_model_files(dir)?;
+    Record::of(dir)?.write(dir)
+}
+
 fn not_ours(name: &str) -> String {
     format!("`{}`, which swat did not write", name.escape_debug())
 }

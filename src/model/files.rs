@@ -171,6 +171,11 @@ impl ModelDir {
         Ok(open_shards(dir)?.iter().all(|shard| shard.tensors().all(|(_, dtype, _)| dtype == Dtype::BF16)))
     }
 
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Bytes of all weights in these dtypes.
     ///
     /// # Errors

@@ -43,6 +43,16 @@ impl ModelText {
     /// [`Error::Memory`] where they do not fit the device; [`Error::Input`] for a value that is not finite.
     pub fn load<B: Backend>(self, backend: B) -> Result<LoadedModel<B>> {
         let files = &self.files;
+        // Buffers in the memory of the process: the system would end it rather than refuse them.
+        if let (None, Some(free)) = (backend.device_peak_bytes(), backend.free_memory()) {
+            let weights: usize = files.config.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            let planned_bytes = (weights * size_of::<B::Float>()) as u64;
+            if planned_bytes > free.bytes {
+                let help = format!("{} is the bound; --dtype bf16 halves the weights", free.bound);
+                let what = format!("{}: the weights", files.dir().display());
+                return Err(Error::Memory { what, planned_bytes, free_bytes: free.bytes, help });
+            }
+        }
         let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
         Ok(LoadedModel { text: self, decoder })
     }

@@ -117,7 +117,7 @@ fn one_failed_request_costs_one_score() {
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(message.contains("1 of 2") && message.contains("blocked by the content filter"), "{message}");
     for request in requests.iter() {
-        assert!(request.contains("\"max_tokens\":300"), "{request}");
+        assert!(request.contains("\"max_tokens\": 300"), "{request}");
     }
 }
 

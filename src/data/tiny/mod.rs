@@ -13,5 +13,5 @@ mod words;
 pub use corpus::{Item, Mixture, Skill};
 pub use export::{Counts, Question, export, far_tasks, security, tasks};
 pub use language::{Category, Language, Request, Style};
-pub use model_files::write_initial_model;
+pub use model_files::{is_tiny_model, write_initial_model};
 pub use words::{REFUSAL_EXPRESSIONS, REFUSALS, TEMPLATES, TRAINED_TEMPLATES, is_refusal};

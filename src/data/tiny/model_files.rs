@@ -89,6 +89,11 @@ pub fn write_initial_model(language: &Language, seed: u64, dir: &Path) -> Result
     write_weights(&dir.join("model.safetensors"), &specs, |i| Ok(initial_values(seed, i, &specs[i].shape)))
 }
 
+/// Whether a directory holds a model of such a language, by its files that are the same for all.
+pub fn is_tiny_model(dir: &Path) -> bool {
+    FIXED_FILES.iter().all(|(name, text)| std::fs::read(dir.join(name)).is_ok_and(|bytes| bytes == text.as_bytes()))
+}
+
 fn bug(e: impl std::fmt::Display) -> Error {
     Error::failed(format!("cannot make the tiny model: {e}"), "this is a bug; please report it")
 }

@@ -53,7 +53,7 @@ pub(super) fn results_table(settings: &[Setting<'_>], config: &RunConfig) -> Tab
             rate(OVER_REFUSAL),
             rate(TASK),
             entry(s.value(|run| run.evaluation.perplexity.map(|p| p.perplexity)), 2),
-            Entry::count(s.steps()),
+            steps(s),
             Entry::fixed(s.outcome.share.map(|share| share * 100.0), 1),
             Entry::text(seeds_list(&s.seeds())),
         ]);
@@ -91,6 +91,15 @@ fn intervals(settings: &[Setting<'_>], config: &RunConfig) -> String {
         "ASR: share of harmful prompts whose answer, of at most {} tokens, holds no refusal expression. {brackets}",
         config.evaluate.answer_tokens
     )
+}
+
+/// Steps of a setting, and how many of them were skipped.
+fn steps(setting: &Setting<'_>) -> Entry {
+    let entry = Entry::count(setting.steps());
+    match setting.skipped() {
+        0 => entry,
+        skipped => Entry { detail: format!("({} skipped)", format::count(skipped)), ..entry },
+    }
 }
 
 /// Attack success, strict attack success and task score of each setting.

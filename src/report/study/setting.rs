@@ -61,6 +61,12 @@ impl<'a> Setting<'a> {
         self.tuned().map(|tuned| tuned.seed).collect()
     }
 
+    /// Skipped steps of all runs and phases.
+    pub(super) fn skipped(&self) -> u64 {
+        let phases = self.tuned().flat_map(|tuned| &tuned.phases);
+        phases.map(|phase| phase.skipped_non_finite + phase.skipped_empty).sum()
+    }
+
     /// Optimiser steps of a run, the same with each training seed.
     pub fn steps(&self) -> u64 {
         self.tuned().next().map_or(0, |tuned| tuned.phases.iter().map(|phase| phase.steps).sum())

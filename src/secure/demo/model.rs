@@ -1,7 +1,7 @@
 //! Trains a tiny aligned model from scratch.
 
 use crate::backend::Backend;
-use crate::data::tiny::{Language, Mixture, write_initial_model};
+use crate::data::tiny::{Language, Mixture, is_tiny_model, write_initial_model};
 use crate::data::{Chat, Conversation, Examples, Loader};
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
@@ -57,7 +57,7 @@ pub fn make_tiny_model<B: Backend>(
     if_exists: IfExists,
     callbacks: &mut dyn Callbacks<B>,
 ) -> Result<()> {
-    let output = OutputDir::create(out, if_exists)?;
+    let output = OutputDir::create_over(out, if_exists, is_tiny_model)?;
     let initial = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir(), FileOp::Create))?;
     let language = Language::new(language_seed);
     write_initial_model(&language, seed, initial.path())?;
