@@ -22,10 +22,16 @@ pub fn defaults<T: Args>() -> T {
 /// # Errors
 /// A message for text that is no whole number, 0, or too large.
 pub fn mib(text: &str) -> Result<u64, String> {
+    Some(mib_or_none(text)?).filter(|bytes| *bytes > 0).ok_or_else(|| "expected 1 or more".into())
+}
+
+/// [`mib`], or 0.
+///
+/// # Errors
+/// A message for text that is no whole number, or too large.
+pub fn mib_or_none(text: &str) -> Result<u64, String> {
     let size: u64 = text.parse().map_err(|e: std::num::ParseIntError| e.to_string())?;
-    size.checked_mul(1 << 20)
-        .filter(|bytes| *bytes > 0)
-        .ok_or_else(|| "expected 1 or more, and a size that fits".into())
+    size.checked_mul(1 << 20).ok_or_else(|| "too large".into())
 }
 
 /// A number above 0 and not infinite, as a value parser of clap.

@@ -8,7 +8,7 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 use crate::modules::ParamId;
-use crate::options::{count, default_from_args, mib};
+use crate::options::{count, default_from_args, mib_or_none};
 use crate::rng::{uniform, words};
 
 /// Options of generation.
@@ -26,8 +26,8 @@ pub struct GenerateOptions {
     /// Tokens that end an answer.
     #[arg(skip)]
     pub stop: Vec<u32>,
-    /// Memory of the key-value cache, in MiB; decides how many prompts run at once
-    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib, default_value = "1024")]
+    /// Memory of the key-value cache, in MiB; decides how many prompts run at once (0: one)
+    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
     pub cache_bytes: u64,
 }
 

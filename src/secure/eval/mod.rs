@@ -11,7 +11,7 @@ use crate::backend::Backend;
 use crate::data::Example;
 use crate::engine::{Batch, Decoder};
 use crate::error::{Error, Result};
-use crate::options::{default_from_args, mib};
+use crate::options::{default_from_args, mib_or_none};
 use crate::progress::{Observer, Progress};
 use clap::Args;
 use std::collections::BTreeMap;
@@ -40,7 +40,7 @@ pub struct EvaluateOptions {
     #[arg(skip = 0.1)]
     pub mix_share: f64,
     /// Memory of the key-value cache, in MiB
-    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib, default_value = "1024")]
+    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
     pub cache_bytes: u64,
     /// Harmfulness judge; none = off. Prompts and answers are sent to it.
     #[command(flatten)]

@@ -195,15 +195,32 @@ fn dots<S: pulp::Simd, const ROWS: usize, const TOKENS: usize>(
             }
         }
     }
-    for r in 0..ROWS {
-        let w_tail = simd.partial_load_f32s(ws[r].1);
+    // Loops whose bodies are small enough to be unrolled: with an index that is not a constant, the sums above would be
+    // kept in memory, and stored at every step.
+    if !last.is_empty() {
         for t in 0..TOKENS {
-            let [even, odd] = &mut partial[r][t];
-            if !last.is_empty() {
-                *even = simd.mul_add_f32s(ws[r].0[2 * pairs.len()], xs[t].0[2 * pairs.len()], *even);
+            for r in 0..ROWS {
+                let (w, x) = (ws[r].0[2 * pairs.len()], xs[t].0[2 * pairs.len()]);
+                partial[r][t][0] = simd.mul_add_f32s(w, x, partial[r][t][0]);
             }
-            *odd = simd.mul_add_f32s(w_tail, simd.partial_load_f32s(xs[t].1), *odd);
-            sums[r][t] = simd.reduce_sum_f32s(simd.add_f32s(*even, *odd));
+        }
+    }
+    let w_tails: [S::f32s; ROWS] = std::array::from_fn(|r| simd.partial_load_f32s(ws[r].1));
+    for t in 0..TOKENS {
+        let x = simd.partial_load_f32s(xs[t].1);
+        for r in 0..ROWS {
+            partial[r][t][1] = simd.mul_add_f32s(w_tails[r], x, partial[r][t][1]);
+        }
+    }
+    let mut totals = [[simd.splat_f32s(0.0); TOKENS]; ROWS];
+    for t in 0..TOKENS {
+        for r in 0..ROWS {
+            totals[r][t] = simd.add_f32s(partial[r][t][0], partial[r][t][1]);
+        }
+    }
+    for (sums, totals) in sums.iter_mut().zip(totals) {
+        for (sum, total) in sums.iter_mut().zip(totals) {
+            *sum = simd.reduce_sum_f32s(total);
         }
     }
 }

@@ -43,25 +43,39 @@ pub(in crate::backend::cpu::gemm) unsafe fn dots<
             }
         }
     }
+    // Loops whose bodies are small enough to be unrolled: with an index that is not a constant, the sums above would be
+    // kept in memory, and stored at every step.
     for half in 0..2 {
         let at = inputs / 64 * 64 + 32 * half;
         let mask = ((1u64 << inputs.saturating_sub(at).min(32)) - 1) as __mmask32;
-        for t in 0..TOKENS {
-            for r in 0..ROWS {
-                // SAFETY: the mask ends with the row.
-                unsafe {
-                    let x = _mm512_maskz_loadu_epi16(mask, x.wrapping_add(t * inputs + at).cast());
-                    let w = _mm512_maskz_loadu_epi16(mask, w.wrapping_add(r * inputs + at).cast());
-                    let (x, w) =
-                        (std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(w));
-                    partial[r][t][half] = _mm512_dpbf16_ps(partial[r][t][half], w, x);
+        if mask == 0 {
+            break;
+        }
+        // SAFETY: the mask ends with the row.
+        unsafe {
+            let mut columns = [_mm512_setzero_ps(); ROWS].map(|x| std::mem::transmute::<__m512, __m512bh>(x));
+            for (r, column) in columns.iter_mut().enumerate() {
+                let from = w.wrapping_add(r * inputs + at);
+                *column = std::mem::transmute::<__m512i, __m512bh>(_mm512_maskz_loadu_epi16(mask, from.cast()));
+            }
+            for t in 0..TOKENS {
+                let x = _mm512_maskz_loadu_epi16(mask, x.wrapping_add(t * inputs + at).cast());
+                let x = std::mem::transmute::<__m512i, __m512bh>(x);
+                for r in 0..ROWS {
+                    partial[r][t][half] = _mm512_dpbf16_ps(partial[r][t][half], columns[r], x);
                 }
             }
         }
     }
-    for (sums, partial) in sums.iter_mut().zip(&partial) {
-        for (sum, [even, odd]) in sums.iter_mut().zip(partial) {
-            *sum = _mm512_reduce_add_ps(_mm512_add_ps(*even, *odd));
+    let mut totals = [[_mm512_setzero_ps(); TOKENS]; ROWS];
+    for t in 0..TOKENS {
+        for r in 0..ROWS {
+            totals[r][t] = _mm512_add_ps(partial[r][t][0], partial[r][t][1]);
+        }
+    }
+    for (sums, totals) in sums.iter_mut().zip(totals) {
+        for (sum, total) in sums.iter_mut().zip(totals) {
+            *sum = _mm512_reduce_add_ps(total);
         }
     }
 }
