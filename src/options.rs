@@ -55,7 +55,7 @@ pub fn from_zero<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String>
 /// # Errors
 /// A message for anything else.
 pub fn share<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
-    number(text, |x| x <= 1.0 && x >= 0.0, "a share from 0 to 1")
+    number(text, |x| (0.0..=1.0).contains(&x), "a share from 0 to 1")
 }
 
 /// A share above 0, up to 1.

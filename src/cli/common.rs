@@ -10,7 +10,6 @@ use std::str::FromStr;
 
 /// Options of every command.
 #[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Every command")]
 pub(super) struct Common {
     /// Device: auto, cpu, cuda or cuda:N. auto uses a working GPU, and says which
     #[arg(long, default_value = "auto", global = true)]

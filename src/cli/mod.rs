@@ -7,6 +7,7 @@ mod drift;
 mod effect;
 mod eval;
 mod generate;
+mod headings;
 mod open;
 mod plan;
 mod probe;
@@ -63,8 +64,16 @@ enum Command {
 /// The command line's grammar.
 fn command() -> clap::Command {
     // Given here, once, for every option of every command: `--lr -1` is a wrong value and no unknown option.
-    Cli::command().mut_subcommands(|command| {
-        command.mut_args(|arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg })
+    let command = Cli::command().mut_subcommands(|command| {
+        command.mut_args(|arg| {
+            let heading = headings::of(arg.get_id().as_str());
+            let arg = if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
+            arg.help_heading(heading)
+        })
+    });
+    command.mut_args(|arg| {
+        let heading = headings::of(arg.get_id().as_str());
+        arg.help_heading(heading)
     })
 }
 

@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 
 /// The model of a command.
 #[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
     /// Hugging Face model directory: config.json, safetensors, tokenizer.json
     #[arg(long, value_name = "DIR")]

@@ -12,7 +12,6 @@ use crate::rng::Philox;
 /// Rank and scale of adapters.
 #[derive(schemars::JsonSchema, Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize, clap::Args)]
 #[serde(deny_unknown_fields)]
-#[command(next_help_heading = "Adapters")]
 pub struct Lora {
     /// Rank of the adapters
     #[arg(long = "lora-rank", id = "lora_rank", value_name = "LORA_RANK", value_parser = count, default_value_t = 8)]

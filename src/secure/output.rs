@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 
 /// Output of a tuning run.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Output")]
 pub struct TuneOutput {
     /// Where the tuned model directory appears when it is complete
     #[arg(long = "out", value_name = "DIR")]

@@ -43,7 +43,6 @@ impl Method {
 /// How a model is tuned in two phases, whatever Mods_Rob is.
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
-#[command(next_help_heading = "Training")]
 pub struct TuneRecipe {
     /// Factor on the learning rate of the modules outside of --mods in their phase; 0 = frozen, bit for bit
     #[arg(long, value_parser = from_zero::<f32>, default_value_t = 0.0)]

@@ -19,7 +19,6 @@ const EVAL_TOKENS: usize = 4096;
 
 /// Evaluations during a tuning run.
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Evaluation during the run")]
 pub struct WatchOptions {
     /// Held-out conversations: their loss is measured during the run
     #[arg(long, value_name = "FILE")]

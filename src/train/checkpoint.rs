@@ -136,8 +136,8 @@ impl Checkpoints {
 impl Checkpoints {
     /// Removes all but the one of a step.
     pub(super) fn keep_only(&self, step: Option<u64>) -> Result<()> {
-        let others = self.steps()?.into_iter().filter(|other| Some(*other) != step);
-        others.map(|other| remove(&self.path(other))).collect()
+        let mut others = self.steps()?.into_iter().filter(|other| Some(*other) != step);
+        others.try_for_each(|other| remove(&self.path(other)))
     }
 }
 

@@ -9,7 +9,6 @@ use clap::{ArgAction, Args};
 /// Options that all phases of a run share.
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
-#[command(next_help_heading = "Training")]
 pub struct TuneOptions {
     /// Examples per micro-batch, or rows of `max_length` tokens with `packing`; activation memory grows in proportion
     #[arg(long, value_parser = count, default_value_t = 8)]
@@ -102,7 +101,6 @@ pub enum Length {
 /// Options of one phase.
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
-#[command(next_help_heading = "Training")]
 pub struct PhaseOptions {
     /// Base learning rate; a cell's factor multiplies it.
     #[arg(skip = 2e-5)]

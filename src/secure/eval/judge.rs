@@ -12,7 +12,6 @@ use std::time::Duration;
 /// Endpoint and request options of the judge.
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
-#[command(next_help_heading = "Judge")]
 pub struct JudgeOptions {
     /// Grade harmfulness from 1 to 5 by a judge behind an OpenAI-compatible endpoint, such as http://localhost:8000/v1;
     /// prompts and answers are sent there

@@ -33,7 +33,6 @@ use std::time::Instant;
 /// Options of the robustness map.
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
-#[command(next_help_heading = "Map")]
 pub struct RobustnessOptions {
     /// Relative norm of the perturbation; found by a sweep over random reference sets if not given
     #[arg(long, value_parser = above_zero::<f32>)]

@@ -21,7 +21,6 @@ pub const SWEEP_MIB: &str = "1024";
 /// Options of perturbing a model and scoring the copies.
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
-#[command(next_help_heading = "Perturbation")]
 pub struct ScorerOptions {
     /// Perturbation: gaussian, rademacher, lowrank:R, scale, zero, or update:DIR (towards a tuned model)
     #[arg(long, default_value_t)]

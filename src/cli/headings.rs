@@ -1,0 +1,56 @@
+//! Headings of `--help`: options by what they are about, whatever the command.
+
+/// Heading, and the arguments below it.
+const HEADINGS: [(&str, &[&str]); 9] = [
+    ("Model", &["model", "chat_template", "date"]),
+    ("Data", &["data", "mix", "mix_share", "max_length", "packing", "shuffle"]),
+    (
+        "Training",
+        &[
+            "method",
+            "lr",
+            "epochs",
+            "steps",
+            "batch_size",
+            "grad_accum",
+            "schedule",
+            "lr_warmup_steps",
+            "weight_decay",
+            "decay_all",
+            "max_grad_norm",
+            "ema_decay",
+            "recompute",
+            "state",
+        ],
+    ),
+    ("Mods_Rob", &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"]),
+    ("Adapters", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
+    (
+        "Evaluation during the run",
+        &["eval_data", "eval_security", "eval_every", "keep_best", "early_stop", "tensorboard"],
+    ),
+    ("Output", &["out", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes"]),
+    ("Judge", &["judge_url", "judge_model", "key_env", "timeout_seconds", "retries", "max_tokens"]),
+    ("Every command", &["device", "dtype", "seed", "json", "nvtx", "quiet"]),
+];
+
+/// The heading of an argument; `None` = that of all others.
+pub(super) fn of(id: &str) -> Option<&'static str> {
+    HEADINGS.iter().find(|(_, ids)| ids.contains(&id)).map(|(heading, _)| *heading)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::command;
+    use super::*;
+
+    #[test]
+    fn headings_name_arguments_that_exist() {
+        let mut command = command();
+        command.build();
+        for id in HEADINGS.iter().flat_map(|(_, ids)| *ids) {
+            let known = command.get_subcommands().any(|own| own.get_arguments().any(|arg| arg.get_id() == *id));
+            assert!(known, "{id}");
+        }
+    }
+}
