@@ -180,58 +180,59 @@ struct Remedy {
     cost: String,
 }
 
-/// Options that make a run fit `free` bytes, cheapest first: each that does so alone, else the first of them together
-/// that do.
+/// A change of a run: its flags, what it costs, and the run with it.
+type Change<'a> = (String, &'static str, Box<dyn Fn(Planned) -> Planned + 'a>);
+
+/// Options that make a run fit `free` bytes, cheapest first: each that does so alone, else the first of them that do
+/// together, without those that are not needed.
 fn remedies(run: &Planned, float: Float, free: u64, total: &dyn Fn(&Planned) -> u64) -> Vec<Remedy> {
-    let mut steps: Vec<(String, &str, Planned)> = Vec::new();
-    let smaller = |batch_size: usize| {
-        let accumulated = run.batch_size.div_ceil(batch_size);
-        let flags = format!("--batch-size {batch_size} --grad-accum {accumulated}");
-        (flags, "the same steps in smaller pieces, a little slower", Planned { batch_size, ..*run })
+    let smaller = |batch_size: usize| -> Change<'_> {
+        let flags = format!("--batch-size {batch_size} --grad-accum {}", run.batch_size / batch_size);
+        let change = move |run: Planned| Planned { batch_size, ..run };
+        (flags, "the same steps in smaller pieces, a little slower", Box::new(change))
     };
     // Halves that divide the batch, so that steps stay the same.
     let halves = std::iter::successors(Some(run.batch_size), |size| (size % 2 == 0).then_some(size / 2)).skip(1);
     let halves: Vec<usize> = halves.collect();
-    let enough = halves.iter().copied().find(|size| total(&smaller(*size).2) <= free);
-    steps.extend(enough.or(halves.last().copied()).map(smaller));
+    let enough = halves.iter().copied().find(|size| total(&smaller(*size).2(*run)) <= free);
+    let mut changes: Vec<Change<'_>> = enough.or(halves.last().copied()).map(smaller).into_iter().collect();
     if !run.recompute {
-        steps.push(("--recompute".into(), "a third more time, the same results", Planned { recompute: true, ..*run }));
+        let change = |run: Planned| Planned { recompute: true, ..run };
+        changes.push(("--recompute".into(), "a third more time, the same results", Box::new(change)));
     }
     if float == Float::Bf16 && run.state == State::F32 {
-        let changed = Planned { state: State::Bf16, ..*run };
-        steps.push(("--state bf16".into(), "gradients and moments are rounded", changed));
+        let change = |run: Planned| Planned { state: State::Bf16, ..run };
+        changes.push(("--state bf16".into(), "gradients and moments are rounded", Box::new(change)));
     }
     if run.lora.is_none() {
-        let changed = Planned { lora: Some(Lora::default()), ..*run };
-        steps.push(("--method lora".into(), "adapters train, in place of the weights", changed));
+        let change = |run: Planned| Planned { lora: Some(Lora::default()), ..run };
+        changes.push(("--method lora".into(), "adapters train, in place of the weights", Box::new(change)));
     }
     let half = run.max_length / 2;
     if half >= 2 {
-        let changed = Planned { max_length: half, ..*run };
-        steps.push((format!("--max-length {half}"), "longer examples are truncated", changed));
+        let change = move |run: Planned| Planned { max_length: half, ..run };
+        changes.push((format!("--max-length {half}"), "longer examples are truncated", Box::new(change)));
     }
+    let with = |chosen: &[&Change<'_>]| total(&chosen.iter().fold(*run, |run, (_, _, change)| change(run)));
     let remedy = |flags: String, cost: &str, total_bytes| Remedy { flags, total_bytes, cost: cost.to_owned() };
-    let alone = steps.iter().map(|(flags, cost, changed)| remedy(flags.clone(), cost, total(changed)));
+    let alone = changes.iter().map(|change| remedy(change.0.clone(), change.1, with(&[change])));
     let alone: Vec<Remedy> = alone.filter(|remedy| remedy.total_bytes <= free).collect();
     if !alone.is_empty() {
         return alone;
     }
-    let (mut flags, mut together) = (Vec::new(), *run);
-    for (flag, _, changed) in steps {
-        flags.push(flag);
-        together = Planned {
-            batch_size: together.batch_size.min(changed.batch_size),
-            max_length: together.max_length.min(changed.max_length),
-            recompute: together.recompute || changed.recompute,
-            lora: together.lora.or(changed.lora),
-            state: if changed.state == State::Bf16 { State::Bf16 } else { together.state },
-        };
-        let total_bytes = total(&together);
-        if total_bytes <= free {
-            return vec![remedy(flags.join(" "), "together", total_bytes)];
+    let all: Vec<&Change<'_>> = changes.iter().collect();
+    let Some(count) = (2..=all.len()).find(|count| with(&all[..*count]) <= free) else { return Vec::new() };
+    // The last is needed; of the others the dearest goes first.
+    let mut chosen = all[..count].to_vec();
+    for i in (0..count - 1).rev() {
+        let mut fewer = chosen.clone();
+        fewer.remove(i);
+        if with(&fewer) <= free {
+            chosen = fewer;
         }
     }
-    Vec::new()
+    let flags: Vec<&str> = chosen.iter().map(|change| change.0.as_str()).collect();
+    vec![remedy(flags.join(" "), "together", with(&chosen))]
 }
 
 /// A plan as scripts see it.
@@ -266,6 +267,8 @@ mod tests {
         assert_eq!(flags(5000, Float::F32), ["--batch-size 1 --grad-accum 8"]);
         assert_eq!(flags(4200, Float::F32), ["--batch-size 1 --grad-accum 8 --recompute"]);
         assert_eq!(flags(2200, Float::Bf16), ["--batch-size 1 --grad-accum 8 --recompute --state bf16"]);
+        // Adapters and a smaller batch do without what is between them.
+        assert_eq!(flags(1700, Float::Bf16), ["--batch-size 1 --grad-accum 8 --method lora"]);
         assert_eq!(flags(100, Float::Bf16), [""; 0]);
         assert_eq!(remedies(&run, Float::F32, 5000, &total)[0].total_bytes, 4640);
     }
