@@ -118,7 +118,7 @@ impl OnDevice for Tune {
                     return Err(Error::input("--tensorboard", found, "a directory beside --out"));
                 }
             }
-            callbacks.events = Some(EventFile::create(dir, resumed)?);
+            callbacks.events = Some(if resumed { EventFile::resume(dir)? } else { EventFile::create(dir)? });
         }
         let prepared = output.prepare(&text.files, examples, job, &backend)?.watch(watch);
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.

@@ -54,7 +54,12 @@ fn frequencies(config: &ModelConfig, positions: usize) -> Vec<f32> {
             inverse_powers(config, theta).into_iter().map(stretch).collect()
         }
         RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, truncate, .. } => {
-            let ramp = yarn_ramp(config, beta_fast, beta_slow, original_max_positions, truncate);
+            let [mut low, mut high] =
+                [beta_fast, beta_slow].map(|turns| yarn_pair(config, turns, original_max_positions));
+            if truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            let ramp = yarn_ramp(config, low, high);
             let blend = |(power, ramp): (f32, f32)| {
                 let kept = 1.0 - ramp;
                 1.0 / (factor as f32 * power) * (1.0 - kept) + 1.0 / power * kept
@@ -87,17 +92,15 @@ fn dynamic_theta(config: &ModelConfig, factor: f64, positions: usize) -> f64 {
     config.rope.theta * stretch.powf(exponent)
 }
 
-/// YaRN's ramp, [head_dim / 2]: 0 keeps a frequency, 1 divides it.
-fn yarn_ramp(config: &ModelConfig, beta_fast: f64, beta_slow: f64, context: usize, truncate: bool) -> Vec<f32> {
+/// The (fractional) pair of a head whose rotation makes this many turns over the original context.
+fn yarn_pair(config: &ModelConfig, turns: f64, context: usize) -> f64 {
     let width = config.head_dim as f64;
-    // The (fractional) pair that makes this many turns over the original context.
-    let pair = |turns: f64| width * (context as f64 / (turns * 2.0 * PI)).ln() / (2.0 * config.rope.theta.ln());
-    let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
-    if truncate {
-        (low, high) = (low.floor(), high.ceil());
-    }
-    low = low.max(0.0);
-    high = high.min(width - 1.0);
+    width * (context as f64 / (turns * 2.0 * PI)).ln() / (2.0 * config.rope.theta.ln())
+}
+
+/// YaRN's ramp between two pairs, [head_dim / 2]: 0 keeps a frequency, 1 divides it.
+fn yarn_ramp(config: &ModelConfig, low: f64, high: f64) -> Vec<f32> {
+    let (low, mut high) = (low.max(0.0), high.min(config.head_dim as f64 - 1.0));
     if low == high {
         high += 0.001;
     }

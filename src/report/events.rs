@@ -28,11 +28,20 @@ pub struct EventFile {
 }
 
 impl EventFile {
+    /// [`EventFile::create`] for a run that goes on from a checkpoint: its first step hides those that the earlier process
+    /// wrote behind it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn resume(dir: &Path) -> Result<Self> {
+        Ok(Self { resumed: true, ..Self::create(dir)? })
+    }
+
     /// Creates a file of a new name in `dir`, which is created if missing.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(dir: &Path, resumed: bool) -> Result<Self> {
+    pub fn create(dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(Error::io(dir, FileOp::Create))?;
         let now = since_1970();
         let name = format!(
@@ -43,7 +52,7 @@ impl EventFile {
         );
         let path = dir.join(name);
         let file = File::create_new(&path).map_err(Error::io(&path, FileOp::Create))?;
-        let mut events = Self { file, resumed };
+        let mut events = Self { file, resumed: false };
         let mut version = Vec::new();
         bytes_field(FILE_VERSION, b"brain.Event:2", &mut version);
         events.write(0, &version).map_err(Error::io(&path, FileOp::Write))?;
@@ -134,7 +143,7 @@ mod tests {
     #[test]
     fn records_hold_events() {
         let dir = tempfile::tempdir().unwrap();
-        let mut events = EventFile::create(dir.path(), true).unwrap();
+        let mut events = EventFile::resume(dir.path()).unwrap();
         events.scalars(300, &[("train/loss", 1.5)]).unwrap();
         let path = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();

@@ -10,7 +10,7 @@
 //! and the machine has instructions for such products; else everything is widened first.
 
 use super::gemm::bf16_products;
-use super::matrix::{Matrix, Product};
+use super::matrix::{Matrix, Product, Store};
 use super::simd::{dot, exp, max, simd_kernel, sum};
 use super::storage::{Shared, slice, slice_mut};
 use super::wide::{as_type, convert, convert_all, widen};
@@ -232,7 +232,7 @@ fn attend<T: FloatElement>(
             let kv_width = kv_heads * head_dim;
             let from = block.first_key * kv_width + kv_head * head_dim;
             let (qs, k) = (Matrix::rows(qs, head_dim), Matrix::rows(&k[from..], kv_width).t());
-            Product::serial(scores, keys, qs, k, (stacked, keys, head_dim)).scaled(alpha, false).run();
+            Product::serial(scores, keys, qs, k, (stacked, keys, head_dim)).with(alpha, Store::Overwrite).run();
             softmax_rows(scores, shape, block, inverse, tops);
             if let Some(lse) = &lse {
                 for (i, (inverse, top)) in inverse.iter().zip(&*tops).enumerate() {
@@ -324,7 +324,7 @@ fn backward_head<T: FloatElement>(
             let from = block.first_key * kv_width + column;
             let (k, v) = (Matrix::rows(&k[from..], kv_width), Matrix::rows(&v[from..], kv_width));
             let (qm, dom) = (Matrix::rows(qs, head_dim), Matrix::rows(dos, head_dim));
-            Product::serial(p, keys, qm, k.t(), (stacked, keys, head_dim)).scaled(alpha, false).run();
+            Product::serial(p, keys, qm, k.t(), (stacked, keys, head_dim)).with(alpha, Store::Overwrite).run();
             Product::serial(ds, keys, dom, v.t(), (stacked, keys, head_dim)).run();
             for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
                 let query = block.rows.start + i % queries;
@@ -345,9 +345,9 @@ fn backward_head<T: FloatElement>(
             let within = (block.first_key - document.start) * head_dim;
             let (dks, dvs) = (&mut dks[within..], &mut dvs[within..]);
             let by_keys = (keys, head_dim, stacked);
-            Product::serial(dvs, head_dim, p.t(), dom, by_keys).scaled(1.0, true).run();
-            Product::serial(dks, head_dim, ds.t(), qm, by_keys).scaled(alpha, true).run();
-            Product::serial(dqs, head_dim, ds, k, (stacked, head_dim, keys)).scaled(scale, false).run();
+            Product::serial(dvs, head_dim, p.t(), dom, by_keys).with(1.0, Store::Add).run();
+            Product::serial(dks, head_dim, ds.t(), qm, by_keys).with(alpha, Store::Add).run();
+            Product::serial(dqs, head_dim, ds, k, (stacked, head_dim, keys)).with(scale, Store::Overwrite).run();
             for (i, row) in dqs.chunks_exact(head_dim).take(stacked).enumerate() {
                 let at = ((block.rows.start + i % queries) * heads + kv_head * group + i / queries) * head_dim;
                 // SAFETY: each task writes the queries of its own document and heads.

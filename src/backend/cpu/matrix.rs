@@ -55,6 +55,20 @@ pub(super) struct Product<'a, T = f32, C = T> {
     pub threads: Threads,
 }
 
+/// What happens to the values that are in the output.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Store {
+    Overwrite,
+    Add,
+}
+
+impl Store {
+    /// For the flag of an operator.
+    pub(super) fn of(accumulate: bool) -> Self {
+        if accumulate { Self::Add } else { Self::Overwrite }
+    }
+}
+
 /// The threads that compute a product.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Threads {
@@ -88,8 +102,8 @@ impl<'a, T: Element, C: Element> Product<'a, T, C> {
     }
 
     /// C = alpha·A·B, or that added to C.
-    pub(super) fn scaled(mut self, alpha: f32, accumulate: bool) -> Self {
-        (self.epilogue.alpha, self.epilogue.accumulate) = (alpha, accumulate);
+    pub(super) fn with(mut self, alpha: f32, store: Store) -> Self {
+        (self.epilogue.alpha, self.epilogue.accumulate) = (alpha, store == Store::Add);
         self
     }
 

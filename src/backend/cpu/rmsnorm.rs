@@ -1,5 +1,6 @@
 //! RMSNorm.
 
+use super::matrix::Store;
 use super::simd::{dot, simd_kernel};
 use super::storage::{slice, slice_mut};
 use super::wide::{widen, with_f32};
@@ -52,7 +53,7 @@ fn scale_row<T: FloatElement>(x: &[f32], weight: &[T], y: &mut [T], r: f32) {
 
 /// dweight is summed over fixed blocks of rows in their order.
 pub(super) fn rmsnorm_backward<E: Elements>(op: RmsNormBackward<'_, Cpu<E>>) {
-    let RmsNormBackward { accumulate_dx, accumulate_dweight, .. } = op;
+    let (store_dx, accumulate_dweight) = (Store::of(op.accumulate_dx), op.accumulate_dweight);
     let (dy, x, weight, rstd) = (slice(&op.dy), slice(&op.x), slice(&op.weight), slice(&op.rstd));
     let (dx, dweight) = (op.dx.map(slice_mut), op.dweight.map(slice_mut));
     let width = weight.len();
@@ -67,7 +68,7 @@ pub(super) fn rmsnorm_backward<E: Elements>(op: RmsNormBackward<'_, Cpu<E>>) {
             let (dy, x) = (widen(dy, &mut dy_space), widen(x, &mut x_space));
             if let Some(dx) = &mut dx {
                 let dx = &mut dx[i * width..][..width];
-                with_f32(dx, &mut dx_space, |dx| input_row(dy, x, weight, rstd[i], dx, accumulate_dx));
+                with_f32(dx, &mut dx_space, |dx| input_row(dy, x, weight, rstd[i], dx, store_dx));
             }
             if wanted {
                 weight_row(dy, x, rstd[i], &mut sums);
@@ -101,12 +102,11 @@ simd_kernel! {
 }
 
 simd_kernel! {
-    fn input_row(simd, dy: &'a [f32], x: &'a [f32], weight: &'a [f32], r: f32, dx: &'a mut [f32], accumulate: bool) {
+    fn input_row(simd, dy: &'a [f32], x: &'a [f32], weight: &'a [f32], r: f32, dx: &'a mut [f32], store: Store) {
         let projection = dot3(simd, dy, weight, x) * r * r / x.len() as f32;
-        if accumulate {
-            store_input_row::<true>(dy, x, weight, dx, r, projection);
-        } else {
-            store_input_row::<false>(dy, x, weight, dx, r, projection);
+        match store {
+            Store::Add => store_input_row::<true>(dy, x, weight, dx, r, projection),
+            Store::Overwrite => store_input_row::<false>(dy, x, weight, dx, r, projection),
         }
     }
 }

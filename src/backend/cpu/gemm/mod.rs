@@ -8,7 +8,7 @@ mod bf16;
 mod stream;
 mod widened;
 
-use super::matrix::{Matrix, Product, Threads};
+use super::matrix::{Matrix, Product, Store, Threads};
 use super::storage::{slice, slice_mut};
 use super::wide::{as_type_mut, convert_all};
 use super::{Cpu, Elements};
@@ -172,7 +172,7 @@ pub(super) fn linear_backward_input<E: Elements>(op: LinearBackwardInput<'_, Cpu
     let LinearShape { tokens, inputs, outputs } = op.shape;
     let (dy, w) = (Matrix::rows(slice(&op.dy), outputs), Matrix::rows(slice(&op.w), inputs));
     let product = Product::new(slice_mut(op.dx), inputs, dy, w, (tokens, inputs, outputs));
-    product.scaled(op.alpha, op.accumulate).run();
+    product.with(op.alpha, Store::of(op.accumulate)).run();
 }
 
 /// The terms are added in f32, and rounded once.
@@ -188,7 +188,7 @@ pub(super) fn linear_backward_input_each<E: Elements>(op: LinearBackwardInputEac
             let outputs = w.len() / inputs;
             let (dy, w) = (Matrix::rows(slice(dy), outputs), Matrix::rows(slice(w), inputs));
             let product = Product::new(&mut *dx, inputs, dy, w, (tokens, inputs, outputs));
-            product.scaled(1.0, accumulate || i > 0).run();
+            product.with(1.0, Store::of(accumulate || i > 0)).run();
         }
     };
     if let Some(dx) = as_type_mut(dx) {
@@ -209,7 +209,7 @@ pub(super) fn linear_backward_weight<E: Elements>(op: LinearBackwardWeight<'_, C
     let LinearShape { tokens, inputs, outputs } = op.shape;
     let (dy, x) = (Matrix::rows(slice(&op.dy), outputs).t(), Matrix::rows(slice(&op.x), inputs));
     let product = Product::new(slice_mut(op.dw), inputs, dy, x, (outputs, inputs, tokens));
-    product.scaled(op.alpha, op.accumulate).run();
+    product.with(op.alpha, Store::of(op.accumulate)).run();
 }
 
 /// Partial sums over fixed blocks of rows, added in their order.
@@ -264,7 +264,7 @@ mod tests {
             for a in [Matrix::rows(&x, k), Matrix::rows(&x, m).t()] {
                 for b in [Matrix::rows(&y, n), Matrix::rows(&y, k).t()] {
                     let (mut preferred, mut by_crate) = (before.clone(), before.clone());
-                    let accumulated = |c| Product::new(c, n, a, b, size).scaled(-0.5, true);
+                    let accumulated = |c| Product::new(c, n, a, b, size).with(-0.5, Store::Add);
                     accumulated(&mut preferred).run();
                     accumulated(&mut by_crate).run_by_crate();
                     let [preferred, by_crate] = [preferred, by_crate].map(|c| error(&c, &before, a, b, size));
