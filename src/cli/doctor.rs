@@ -38,7 +38,7 @@ impl Doctor {
             }));
         }
         print_line(concat!("swat         ", env!("CARGO_PKG_VERSION"), env!("SWAT_COMMIT")))?;
-        let products = [(amx, ", AMX for large products of f32"), (bf16, ", AVX-512 BF16 for products of bf16")];
+        let products = [(amx, ", AMX for large products"), (bf16, ", AVX-512 BF16 for products of bf16")];
         let products: String = products.iter().filter(|(there, _)| *there).map(|(_, text)| *text).collect();
         print_line(&format!("cpu          {cores} cores, {simd}{products}"))?;
         let memory =
