@@ -1,8 +1,9 @@
 //! Secure tuning of large language models: SWAT (Du et al., arXiv 2410.04524) on a transformer engine written from
 //! scratch, with CUDA kernels and a CPU backend.
 //!
-//! Rooms, each of which uses only those before it: [`error`], [`options`], [`progress`], [`interrupt`], [`rng`], [`io`], [`modules`],
-//! [`model`], [`data`], [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`], [`cli`].
+//! Rooms, each of which uses only those before it: [`error`], [`options`], [`progress`], [`interrupt`], [`rng`], [`io`],
+//! [`hub`], [`modules`], [`model`], [`data`], [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`],
+//! [`cli`].
 
 // A stream that cannot be written to must not end a run, and these macros panic.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -12,6 +13,7 @@ pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod error;
+pub mod hub;
 pub mod interrupt;
 pub mod io;
 pub mod model;
