@@ -28,6 +28,9 @@ pub(super) struct Common {
     /// package nvidia-nvtx)
     #[arg(long, global = true)]
     pub(super) nvtx: bool,
+    /// Ask no hub: models and data by name come from the cache alone. HF_HUB_OFFLINE=1 does the same
+    #[arg(long, global = true)]
+    pub(super) offline: bool,
     /// No progress on stderr
     #[arg(long, global = true)]
     pub(super) quiet: bool,

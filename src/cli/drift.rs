@@ -1,28 +1,29 @@
 //! `swat drift`: drift of a tuned model, by the frozen probe of the original.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::SecurityPrompt;
 use crate::error::Result;
-use crate::model::Clock;
 use crate::report::format::fixed;
 use crate::report::{Entry, Table};
-use crate::secure::{ModelText, Probe};
+use crate::secure::Probe;
 use clap::Args;
 use std::path::PathBuf;
 
 /// Drift of a tuned model's security features, by the frozen probe of the original model
 #[derive(Args)]
-#[command(after_help = "Example:
-  swat drift --model DIR --tuned TUNED --probe probe.safetensors --security security.jsonl")]
+#[command(after_help = "Examples:
+  swat drift --model DIR --tuned TUNED --probe probe.safetensors --security security.jsonl
+  swat drift --model DIR --adapter ADAPTER --probe probe.safetensors --security security.jsonl")]
 pub(super) struct DriftCommand {
     #[command(flatten)]
     model: ModelArgs,
-    /// The tuned model directory
-    #[arg(long, value_name = "DIR")]
-    tuned: PathBuf,
+    /// The tuned model directory; with --adapter, the tuned model is --model with that adapter
+    #[arg(long, value_name = "DIR", required_unless_present = "adapter", conflicts_with = "adapter")]
+    tuned: Option<PathBuf>,
     /// Probes of `swat probe` on --model
     #[arg(long, value_name = "FILE")]
     probe: PathBuf,
@@ -36,16 +37,20 @@ impl OnDevice for DriftCommand {
         Some(self.model.model.clone())
     }
 
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)?;
+        self.tuned.iter_mut().try_for_each(|tuned| names.model(tuned).map(drop))
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let prompts = SecurityPrompt::read(&self.security, common.seed)?;
         let probe = Probe::load(&self.probe)?;
-        let (text, _) = self.model.open_dated(probe.metadata.date)?;
+        let (text, _) = self.model.without_adapter().open_dated(probe.metadata.date)?;
         probe.check_model(&text.files.config, text.files.hash()?)?;
         check_security(&text, &self.security, &prompts)?;
-        let template = self.model.chat_template.as_deref();
-        let mut tuned = ModelText::open(&self.tuned, template)?;
-        let clock = self.model.date.or(probe.metadata.date).map_or_else(Clock::now, Ok)?;
-        tuned.set_clock(clock);
+        let tuned =
+            ModelArgs { model: self.tuned.clone().unwrap_or_else(|| self.model.model.clone()), ..self.model.clone() };
+        let (tuned, _) = tuned.open_dated(probe.metadata.date)?;
         probe.check_shape(&tuned.files.config)?;
         check_security(&tuned, &self.security, &prompts)?;
         let mut bars = Bars::new(common);

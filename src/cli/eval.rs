@@ -1,6 +1,7 @@
 //! `swat eval`: safety and utility of a model.
 
 use super::common::{Common, print_json, print_line, say};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::Backend;
@@ -48,6 +49,10 @@ pub(super) struct EvalCommand {
 impl OnDevice for EvalCommand {
     fn model(&self) -> Option<PathBuf> {
         Some(self.model.model.clone())
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {

@@ -1,6 +1,7 @@
 //! `swat generate`: answers of a model.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
 use crate::backend::Backend;
@@ -8,7 +9,6 @@ use crate::data::JsonLines;
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::model::Message;
-use crate::secure::ModelText;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
@@ -46,6 +46,10 @@ impl OnDevice for Generate {
         Some(self.model.model.clone())
     }
 
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let conversations: Vec<(String, Vec<Message>)> = match (&self.prompt, &self.chat) {
             (Some(text), _) => vec![("--prompt".into(), vec![Message::new("user", text)])],
@@ -53,7 +57,7 @@ impl OnDevice for Generate {
             (None, None) => Vec::new(),
         };
         let text = match self.raw {
-            true => ModelText::open_without_template(&self.model.model)?,
+            true => self.model.open_plain_text()?,
             false => self.model.open_text()?,
         };
         let most = text.files.config.max_positions - 1;

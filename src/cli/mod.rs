@@ -8,6 +8,7 @@ mod effect;
 mod eval;
 mod generate;
 mod headings;
+mod names;
 mod open;
 mod plan;
 mod probe;

@@ -1,11 +1,13 @@
 //! Opening what most commands need: a device and a model.
 
 use super::common::{Common, Device, say};
+use super::names::Names;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::backend::{Backend, DtypeChoice, trace};
 use crate::data::SecurityPrompt;
 use crate::error::{Error, FileOp, Result};
+use crate::hub::HubName;
 use crate::model::{Clock, ModelDir};
 use crate::secure::{ModelText, RefusalList};
 use clap::{Args, ValueEnum};
@@ -14,8 +16,9 @@ use std::path::{Path, PathBuf};
 /// The model of a command.
 #[derive(Args, Clone, Debug)]
 pub(super) struct ModelArgs {
-    /// Hugging Face model directory: config.json, safetensors, tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Hugging Face model directory (config.json, safetensors, tokenizer.json), or its name on the hub:
+    /// org/name[@revision]
+    #[arg(long, value_name = "DIR_OR_NAME")]
     pub(super) model: PathBuf,
     /// Chat template (Jinja), for a model without its own
     #[arg(long, value_name = "FILE")]
@@ -24,9 +27,27 @@ pub(super) struct ModelArgs {
     /// If not given, that of the unfinished run or of --probe, SOURCE_DATE_EPOCH, or now
     #[arg(long, value_name = "DATE")]
     pub(super) date: Option<Clock>,
+    /// LoRA adapter of the model, as peft saves it (adapter_config.json, adapter_model.safetensors), or its name on the
+    /// hub
+    #[arg(long, value_name = "DIR_OR_NAME")]
+    pub(super) adapter: Option<PathBuf>,
+    /// The model's name on the hub, if it was given by name.
+    #[arg(skip)]
+    pub(super) name: Option<HubName>,
 }
 
 impl ModelArgs {
+    /// Makes paths of names on the hub.
+    pub(super) fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.name = names.model(&mut self.model)?;
+        self.adapter.iter_mut().try_for_each(|adapter| names.model(adapter).map(drop))
+    }
+
+    /// The model as it was named.
+    pub(super) fn shown(&self) -> String {
+        self.name.as_ref().map_or_else(|| self.model.display().to_string(), HubName::text)
+    }
+
     /// Opens the model for chat, without its weights.
     pub(super) fn open_text(&self) -> Result<ModelText> {
         self.open_dated(None).map(|(text, _)| text)
@@ -35,16 +56,47 @@ impl ModelArgs {
     /// As [`ModelArgs::open_text`], at `--date`, else at the `recorded` time; also returns the time if the template uses
     /// it.
     pub(super) fn open_dated(&self, recorded: Option<Clock>) -> Result<(ModelText, Option<Clock>)> {
-        let mut text = ModelText::open(&self.model, self.chat_template.as_deref())?;
+        let mut text = ModelText::of(self.files()?, self.chat_template.as_deref())?;
         let clock = self.date.or(recorded).map_or_else(Clock::now, Ok)?;
         let used = text.set_clock(clock);
         Ok((text, used))
     }
 
+    /// Opens the model for plain text, without its weights.
+    pub(super) fn open_plain_text(&self) -> Result<ModelText> {
+        ModelText::without_template(self.files()?)
+    }
+
+    /// Opens the model's directory, with its adapter.
+    pub(super) fn files(&self) -> Result<ModelDir> {
+        match &self.adapter {
+            None => ModelDir::open(&self.model),
+            Some(adapter) => ModelDir::open_with_adapter(&self.model, adapter),
+        }
+    }
+
+    /// The same model without its adapter.
+    pub(super) fn without_adapter(&self) -> Self {
+        Self { adapter: None, ..self.clone() }
+    }
+
+    /// Refuses `--adapter` in a command that works on weights alone.
+    pub(super) fn refuse_adapter(&self) -> Result<()> {
+        match self.adapter {
+            None => Ok(()),
+            Some(_) => Err(Error::input(
+                "--adapter",
+                "an adapter, which this command does not take",
+                "--model with the adapter merged: swat tune --model DIR --adapter DIR --data FILE --steps 0 --out MERGED",
+            )),
+        }
+    }
+
     /// What is read, with its option.
     pub(super) fn inputs(&self) -> Vec<(&str, &Path)> {
         let template = self.chat_template.iter().map(|path| ("--chat-template", path.as_path()));
-        std::iter::once(("--model", self.model.as_path())).chain(template).collect()
+        let adapter = self.adapter.iter().map(|path| ("--adapter", path.as_path()));
+        std::iter::once(("--model", self.model.as_path())).chain(template).chain(adapter).collect()
     }
 }
 
@@ -63,11 +115,17 @@ pub(super) trait OnDevice: Sized {
         Ok(common.dtype)
     }
 
+    /// Makes paths of names on the hub.
+    fn resolve(&mut self, _names: &mut Names<'_>) -> Result<()> {
+        Ok(())
+    }
+
     /// The whole command.
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()>;
 
     /// The command on the device that `--device` names.
-    fn start(self, common: &Common) -> Result<()> {
+    fn start(mut self, common: &Common) -> Result<()> {
+        self.resolve(&mut Names::new(common))?;
         if common.nvtx {
             trace::annotate()?;
         }

@@ -1,6 +1,7 @@
 //! `swat plan`: memory and compute of a run.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{Float, ModelArgs, State, check_state};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
@@ -63,7 +64,9 @@ pub(super) enum MethodName {
 }
 
 impl PlanCommand {
-    pub(super) fn run(self, common: &Common) -> Result<()> {
+    pub(super) fn run(mut self, common: &Common) -> Result<()> {
+        self.model.refuse_adapter()?;
+        Names::new(common).configuration(&mut self.model.model)?;
         let config = ModelDir::read_config(&self.model.model)?;
         let set = ModuleSet::parse(&self.mods, &config.cells())?;
         let device = common.gpu();

@@ -1,6 +1,7 @@
 //! `swat probe`: the security-feature classifiers of a model.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
@@ -43,6 +44,10 @@ pub(super) struct ProbeCommand {
 impl OnDevice for ProbeCommand {
     fn model(&self) -> Option<PathBuf> {
         Some(self.model.model.clone())
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {

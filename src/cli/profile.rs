@@ -1,6 +1,7 @@
 //! `swat profile`: time of real steps, by kernel and by layer.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice, State};
 use crate::backend::{Backend, Roofline};
 use crate::error::Result;
@@ -9,7 +10,6 @@ use crate::modules::ModuleSet;
 use crate::profile::{ProfileOptions, profile, summarize};
 use crate::report::format::{fixed, percent};
 use crate::report::{is_trace, profile_tables, write_trace};
-use crate::secure::ModelText;
 use crate::train::peak_bytes;
 use clap::Args;
 use serde_json::json;
@@ -54,12 +54,16 @@ impl OnDevice for ProfileCommand {
         self.state
     }
 
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         if let Some(path) = &self.trace {
             check_apart(&[("--trace", path)], &self.model.inputs())?;
             check_file(path, IfExists::Replace, is_trace)?;
         }
-        let text = ModelText::open_without_template(&self.model.model)?;
+        let text = self.model.open_plain_text()?;
         self.options.check(text.files.config.max_positions)?;
         let set = ModuleSet::parse(&self.mods, &text.files.config.cells())?;
         // Before the model is loaded, so that its buffers do not raise the peak memory.

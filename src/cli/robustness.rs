@@ -1,6 +1,7 @@
 //! `swat robustness`: the robustness map, layer × module.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
@@ -47,7 +48,12 @@ impl OnDevice for RobustnessCommand {
         Some(self.model.model.clone())
     }
 
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        self.model.refuse_adapter()?;
         let svg = self.out.with_extension("svg");
         let mut inputs = self.model.inputs();
         inputs.extend([("--probe", self.probe.as_path()), ("--security", &self.security)]);

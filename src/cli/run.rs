@@ -1,6 +1,7 @@
 //! `swat run`: a study from one configuration file.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
 use crate::backend::{Backend, DtypeChoice};
@@ -32,6 +33,9 @@ pub(super) struct RunCommand {
     /// Override a key: tune.all_phase.lr=1e-5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
+    /// The configuration, with paths in the place of names on the hub.
+    #[arg(skip)]
+    resolved: Option<RunConfig>,
 }
 
 impl OnDevice for RunCommand {
@@ -50,6 +54,14 @@ impl OnDevice for RunCommand {
         }
     }
 
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        let mut config = self.config()?;
+        names.model(&mut config.model)?;
+        names.data(&mut config.data.train)?;
+        self.resolved = Some(config);
+        Ok(())
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         study(backend, common, &self.refusals, &self.config()?)
     }
@@ -57,7 +69,10 @@ impl OnDevice for RunCommand {
 
 impl RunCommand {
     fn config(&self) -> Result<RunConfig> {
-        RunConfig::read(&self.config, &self.overrides)
+        match &self.resolved {
+            Some(config) => Ok(config.clone()),
+            None => RunConfig::read(&self.config, &self.overrides),
+        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! `swat score`: log-probabilities of a given text.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice};
 use crate::backend::{Backend, IGNORE};
 use crate::engine::Batch;
 use crate::error::{Error, FileOp, Result};
 use crate::io::safetensors::Safetensors;
 use crate::io::{IfExists, check_apart, check_file, write_atomic};
-use crate::secure::ModelText;
 use clap::Args;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
@@ -40,6 +40,10 @@ impl OnDevice for Score {
         Some(self.model.model.clone())
     }
 
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let outputs = [("--logits-out", "logits", &self.logits_out), ("--hidden-out", "hidden", &self.hidden_out)];
         let outputs: Vec<(&str, &str, &Path)> =
@@ -50,7 +54,7 @@ impl OnDevice for Score {
         for (_, name, path) in &outputs {
             check_file(path, IfExists::Replace, |path| holds_only(path, name))?;
         }
-        let text = ModelText::open_without_template(&self.model.model)?;
+        let text = self.model.open_plain_text()?;
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
                 let read = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;

@@ -1,6 +1,7 @@
 //! `swat search`: from the map to Mods_Rob.
 
 use super::common::{Common, print_json, print_line};
+use super::names::Names;
 use super::open::{OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
@@ -54,6 +55,10 @@ pub(super) struct SearchCommand {
 impl OnDevice for SearchCommand {
     fn model(&self) -> Option<PathBuf> {
         self.model.clone().or_else(|| RobustnessMap::load(&self.map).ok()?.made_from.map(|from| from.model))
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.iter_mut().try_for_each(|model| names.model(model).map(drop))
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {

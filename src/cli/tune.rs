@@ -1,6 +1,7 @@
 //! `swat tune`: two-phase tuning, or any of its ablations.
 
 use super::common::{Common, print_json, print_line, say};
+use super::names::Names;
 use super::open::{ModelArgs, OnDevice, State};
 use super::plan::{MethodName, plan_json};
 use super::progress::StepBar;
@@ -26,12 +27,15 @@ use std::path::{Path, PathBuf};
   swat tune --model DIR --data train.jsonl --out tuned --epochs 3                        plain
   swat tune --model DIR --data train.jsonl --out tuned --mods mods.json --mods-epochs 4 --epochs 3
   swat tune --model DIR --data train.jsonl --out tuned --mods 'layers.8-15.{o_proj,v_proj}' --mods-steps 200 --steps 400
+  swat tune --model DIR --data train.jsonl --out adapter --method lora --lora-modules all-linear --save adapter
+  swat tune --model DIR --adapter adapter --data more.jsonl --out merged              trains that adapter further
   swat tune ... --resume                                                continues an interrupted run, bit for bit")]
 pub(super) struct Tune {
     #[command(flatten)]
     model: ModelArgs,
-    /// Training conversations: alpaca, sharegpt, messages or prompt-completion lines
-    #[arg(long, value_name = "FILE", required = true)]
+    /// Training conversations: alpaca, sharegpt, messages or prompt-completion lines; a file, or a name on the hub:
+    /// org/name[/config][:split]
+    #[arg(long, value_name = "FILE_OR_NAME", required = true)]
     data: Vec<PathBuf>,
     /// Modules of the first phase: a file of `swat search`, or a set such as layers.8-15.{q_proj,v_proj}
     #[arg(long, value_name = "SET_OR_FILE")]
@@ -45,13 +49,13 @@ pub(super) struct Tune {
     /// Learning rate of the phase on --mods; --lr if not given
     #[arg(long, value_parser = above_zero::<f64>)]
     mods_lr: Option<f64>,
-    /// full, or lora: adapters, merged at the end
+    /// full, or lora: adapters. With --adapter, that adapter is trained further
     #[arg(long, value_enum, default_value_t = MethodName::Full)]
     method: MethodName,
     #[command(flatten)]
     lora: Lora,
-    /// Projections with adapters; q, k, v, o of every layer if not given
-    #[arg(long, value_name = "SET")]
+    /// Projections with adapters, such as q_proj,v_proj or all-linear; q, k, v, o of every layer if not given
+    #[arg(long, value_name = "SET", conflicts_with = "adapter")]
     lora_modules: Option<String>,
     /// Learning rate; 2e-5 for full, 2e-4 for lora if not given
     #[arg(long, value_parser = above_zero::<f64>)]
@@ -85,11 +89,25 @@ impl OnDevice for Tune {
         self.state
     }
 
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)?;
+        names.data(&mut self.data)?;
+        let Some(mix) = &mut self.mix else { return Ok(()) };
+        let mut files = vec![std::mem::take(mix)];
+        names.data(&mut files)?;
+        match files.as_slice() {
+            [file] => mix.clone_from(file),
+            several => return Err(Error::input("--mix", format!("{} files", several.len()), "one file")),
+        }
+        Ok(())
+    }
+
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         // All that can be known is checked before the weights are read.
         let output = TuneOutput {
-            config: json!({ "model": self.model.model, "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
+            config: json!({ "model": self.model.shown(), "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
                 "seed": common.seed, "swat": env!("CARGO_PKG_VERSION") }),
+            base: self.model.name.as_ref().map(|name| (name.repo().into(), name.given_revision().map(String::from))),
             ..self.output.clone()
         };
         interrupt::watch();
@@ -218,7 +236,12 @@ impl Tune {
         let mods = self.mods.as_ref().map(resolve).transpose()?;
         let mut recipe = self.recipe.clone();
         recipe.shared.seed = common.seed;
-        if self.method == MethodName::Lora {
+        if let Some(adapter) = text.files.adapter() {
+            if adapter.dropout() > 0.0 && !common.quiet {
+                say(&format!("{}: lora_dropout is left out: swat trains without dropout\n", adapter.dir().display()));
+            }
+            recipe.method = Method::Adapter { cells: adapter.cells() };
+        } else if self.method == MethodName::Lora {
             let modules = match &self.lora_modules {
                 Some(text) => ModuleSet::parse(text, &config.cells())?,
                 None => attention_projections(config.layers),

@@ -80,8 +80,7 @@ impl<B: Backend> Decoder<B> {
     pub fn from_files(backend: B, files: &ModelDir) -> Result<Self> {
         let mut decoder = Self::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
         for (id, shape, [(a, a_shape), (b, b_shape)]) in files.adapter_params() {
-            let lora = Lora { rank: shape.rank, alpha: shape.alpha, rslora: shape.rslora };
-            decoder.attach_lora(id, lora, &files.tensor(a, &a_shape)?, &files.tensor(b, &b_shape)?)?;
+            decoder.attach_lora(id, shape.into(), &files.tensor(a, &a_shape)?, &files.tensor(b, &b_shape)?)?;
         }
         Ok(decoder)
     }

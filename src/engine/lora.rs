@@ -4,7 +4,7 @@ use super::Decoder;
 use super::decoder::{Parameter, upload};
 use crate::backend::{Backend, Epilogue, In, Linear, LinearBackwardInput, LinearShape, Operator, Out};
 use crate::error::{Error, Result};
-use crate::model::ModelConfig;
+use crate::model::{AdapterShape, ModelConfig, ModelDir};
 use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
 use crate::options::{above_zero, count};
 use crate::rng::Philox;
@@ -34,6 +34,11 @@ impl Lora {
         self.alpha / if self.rslora { rank.sqrt() } else { rank }
     }
 
+    /// The adapter of the largest rank that a model was opened with.
+    pub fn largest(files: &ModelDir) -> Option<Self> {
+        files.adapter_params().map(|(_, shape, _)| Self::from(shape)).max_by_key(|lora| lora.rank)
+    }
+
     /// The adapters' tensors on the projections of `set`, with their shapes: A \[rank, inputs\] and B \[outputs,
     /// rank\].
     pub fn params(&self, config: &ModelConfig, set: &ModuleSet) -> Vec<(ParamId, Vec<usize>)> {
@@ -45,6 +50,12 @@ impl Lora {
             _ => Vec::new(),
         };
         set.iter().flat_map(adapters).collect()
+    }
+}
+
+impl From<AdapterShape> for Lora {
+    fn from(shape: AdapterShape) -> Self {
+        Self { rank: shape.rank, alpha: shape.alpha, rslora: shape.rslora }
     }
 }
 

@@ -27,6 +27,14 @@ const SMALL: [&str; 11] = [
 ];
 const MAX_INDEX_BYTES: u64 = 1 << 26;
 
+/// `config.json` alone.
+pub(super) fn configuration(name: &HubName, files: &[String]) -> Result<Vec<String>> {
+    if files.iter().any(|file| file == CONFIG) {
+        return Ok(vec![CONFIG.to_owned()]);
+    }
+    Err(Error::input(name.text(), "no config.json", "the repository of a model"))
+}
+
 /// Chooses among the files of a model's or an adapter's repository; `fetch` gives the path of one.
 pub(super) fn of_model(
     name: &HubName,

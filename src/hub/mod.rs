@@ -94,6 +94,14 @@ impl Hub {
         Ok(self.files(name, &|files, read| files::of_model(name, files, read), observer)?.dir)
     }
 
+    /// The directory of a model's `config.json`, without its weights.
+    ///
+    /// # Errors
+    /// As [`Hub::model`].
+    pub fn configuration(&mut self, name: &HubName, observer: Observer<'_>) -> Result<PathBuf> {
+        Ok(self.files(name, &|files, _| files::configuration(name, files), observer)?.dir)
+    }
+
     /// The files of a set of data: those of a configuration and a split, by their names.
     ///
     /// # Errors
@@ -163,7 +171,10 @@ impl Hub {
             let path = dir.join(file);
             if path.exists() { Ok(path) } else { Err(missing(format!("the cached copy lacks `{file}`"))) }
         };
-        let chosen = select(&files, &read)?;
+        let chosen = select(&files, &read).map_err(|e| match e {
+            Error::Input { found, .. } => missing(format!("the cached copy has {found}")),
+            other => other,
+        })?;
         chosen.iter().try_for_each(|file| read(file).map(drop))?;
         Ok(HubFiles { dir, files: chosen })
     }

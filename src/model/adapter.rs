@@ -23,6 +23,9 @@ use std::path::{Path, PathBuf};
 /// The file that makes a directory an adapter.
 pub(super) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+const PICKLED: &str = "adapter_model.bin";
+/// Files of an adapter, one of which makes a directory of weights ambiguous.
+pub(super) const FILES: [&str; 3] = [CONFIG, WEIGHTS, PICKLED];
 const MAX_CONFIG_BYTES: u64 = 1 << 22;
 /// Parts of tensor names that peft adds inside of a module.
 const INSERTED: [&str; 3] = ["default", "base_layer", "modules_to_save"];
@@ -58,8 +61,8 @@ impl Adapter {
         let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
         let settings = Settings::read(&value, &path.display().to_string())?;
         let Some(weights) = file_in(dir, WEIGHTS)? else {
-            if dir.join("adapter_model.bin").exists() {
-                let what = "the pickled adapter `adapter_model.bin`, which can run code when it is read,";
+            if dir.join(PICKLED).exists() {
+                let what = format!("the pickled adapter `{PICKLED}`, which can run code when it is read,");
                 return Err(Error::unsupported(place, what, "save it again with peft's save_pretrained"));
             }
             return Err(Error::input(place, format!("no {WEIGHTS}"), "an adapter with its weights"));
@@ -103,6 +106,12 @@ impl Adapter {
     pub fn dropout(&self) -> f64 {
         self.settings["lora_dropout"].as_f64().unwrap_or(0.0)
     }
+}
+
+/// The model that an adapter's settings name, if they can be read.
+pub(super) fn base_name(dir: &Path) -> Option<String> {
+    let value: Value = json::read(&file_in(dir, CONFIG).ok()??, MAX_CONFIG_BYTES, "JSON").ok()?;
+    Some(value["base_model_name_or_path"].as_str()?.escape_debug().to_string()).filter(|name| !name.is_empty())
 }
 
 /// Which parameter, or which adapter of a projection, each tensor of the file is.

@@ -21,8 +21,9 @@ pub(super) use weights::{check_tensor, list, plain_name};
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Files that are copied along with the weights.
+const GENERATION: &str = "generation_config.json";
 const SIDE_FILES: [&str; 10] = [
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -64,8 +65,8 @@ impl ModelDir {
     /// which of the two is meant; [`Error::Unsupported`] for features that the engine lacks; [`Error::Io`].
     pub fn open(dir: &Path) -> Result<Self> {
         let files = Self::open_weights(dir)?;
-        if dir.join(adapter::CONFIG).exists() {
-            let found = format!("weights and a LoRA adapter ({})", adapter::CONFIG);
+        if let Some(file) = adapter::FILES.into_iter().find(|file| dir.join(file).exists()) {
+            let found = format!("weights and a LoRA adapter ({file})");
             let expected = format!("one of them: --adapter '{0}' attaches it, else move it away", dir.display());
             return Err(Error::input(dir.display().to_string(), found, expected));
         }
@@ -381,7 +382,19 @@ impl ModelDir {
         } else {
             copy(&source, &out.join("config.json"))?;
         }
-        for name in SIDE_FILES {
+        self.copy_side_files(out, SIDE_FILES)
+    }
+
+    /// Copies the files of the tokenizer and the chat template into `out`, for an adapter.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where a file cannot be copied; [`Error::Input`] for a link that may not be followed.
+    pub fn write_tokenizer_files(&self, out: &Path) -> Result<()> {
+        self.copy_side_files(out, SIDE_FILES.into_iter().filter(|name| *name != GENERATION))
+    }
+
+    fn copy_side_files(&self, out: &Path, names: impl IntoIterator<Item = &'static str>) -> Result<()> {
+        for name in names {
             if let Some(path) = file_in(&self.dir, name)? {
                 copy(&path, &out.join(name))?;
             }
@@ -409,11 +422,12 @@ fn no_config(dir: &Path) -> Error {
         };
         return Error::input(place, "the cache of a whole repository", expected);
     }
-    let found = match dir.join("adapter_config.json").exists() {
-        true => "a LoRA adapter without config.json",
-        false => "no config.json",
-    };
-    Error::input(place, found, "a Hugging Face model directory (config.json, model.safetensors)")
+    if dir.join(adapter::CONFIG).exists() {
+        let base = adapter::base_name(dir).unwrap_or_else(|| "BASE".to_owned());
+        let expected = format!("a model, and the adapter beside it: --model '{base}' --adapter '{place}'");
+        return Error::input(place, "a LoRA adapter without the model", expected);
+    }
+    Error::input(place, "no config.json", "a Hugging Face model directory (config.json, model.safetensors)")
 }
 
 /// Copies contents but not permissions, so that a read-only input yields a writable output.

@@ -10,6 +10,7 @@ mod loaded;
 mod output;
 mod probe;
 mod robustness;
+mod save;
 pub mod study;
 mod text;
 mod tune;
@@ -39,6 +40,7 @@ pub use robustness::scorer::{Observation, PerturbationScorer, SWEEP_MIB, ScorerI
 pub use robustness::search::{SearchOptions, search};
 pub use robustness::sets::{cell_parameters, random_set, share};
 pub use robustness::{RobustnessOptions, robustness};
+pub use save::SaveAs;
 pub use text::ModelText;
 pub use tune::{ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneRecipe, attention_projections};
 pub use watch::{Watch, WatchOptions};

@@ -1,11 +1,12 @@
 //! The output of a tuning run: locked before anything is read, held against disk and memory before weights are.
 
+use super::save::SaveAs;
 use super::text::ModelText;
 use super::tune::{Method, TuneJob, examples_hash};
 use super::watch::Watch;
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Loader};
-use crate::engine::{Decoder, Plan, Workload};
+use crate::engine::{Decoder, Lora, Plan, Workload};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, OutputDir, check_apart, json, unfinished};
 use crate::model::{Clock, ModelDir, StoredAs};
@@ -34,6 +35,12 @@ pub struct TuneOutput {
     /// Dtype of the saved weights: as-stored keeps those of --model, whose bf16 loses small updates
     #[arg(long, value_enum, default_value_t)]
     pub save_dtype: StoredAs,
+    /// What a run with adapters saves
+    #[arg(long, value_enum, default_value_t)]
+    pub save: SaveAs,
+    /// Name and revision of the model on the hub, for the adapter's file; none = the path of its directory.
+    #[arg(skip)]
+    pub base: Option<(String, Option<String>)>,
     /// Roofline of the speed of light ([`crate::train::StepMetrics::speed_of_light`]); none = not reported.
     #[arg(skip)]
     pub roofline: Option<Roofline>,
@@ -120,6 +127,7 @@ impl OpenOutput {
         backend: &B,
     ) -> Result<PreparedTune> {
         let config = &files.config;
+        self.options.save.check(&job.recipe.method)?;
         let phases = job.phases(&config.cells())?;
         let shared = &job.recipe.shared;
         shared.check()?;
@@ -173,6 +181,11 @@ impl PreparedTune {
         let all: Vec<(ParamId, usize)> = match &self.job.recipe.method {
             Method::Full => config.params().into_iter().map(sizes).collect(),
             Method::Lora { lora, modules } => lora.params(config, modules).into_iter().map(sizes).collect(),
+            Method::Adapter { .. } => {
+                let trained = |id: &ParamId| files.adapter().is_some_and(|adapter| adapter.trains(*id));
+                let whole = config.params().into_iter().filter(|(id, _)| trained(id));
+                files.adapter_params().flat_map(|(_, _, tensors)| tensors).chain(whole).map(sizes).collect()
+            }
         };
         all.into_iter().filter(|(id, _)| phase.rates.trains(id.cell())).collect()
     }
@@ -185,6 +198,7 @@ impl PreparedTune {
         let lora = match &self.job.recipe.method {
             Method::Full => None,
             Method::Lora { lora, .. } => Some(*lora),
+            Method::Adapter { .. } => Lora::largest(files),
         };
         let work = Workload {
             tokens: batch.tokens,
@@ -274,27 +288,36 @@ impl PreparedTune {
             .measure_updates()
             .initial_weights(|id, shape| files.tensor(id, shape))
             .at(run_dir);
+        if let Some(adapter) = files.adapter() {
+            tuner = tuner.trains(|id| adapter.trains(id));
+        }
         if let Some(roofline) = options.roofline {
             tuner = tuner.roofline(roofline);
         }
         if let Some((settings, evaluate)) = watch {
             tuner = tuner.watch(settings, evaluate);
         }
-        let summary = tuner.run(callbacks)?;
-        decoder.merge_lora()?;
-        let cells: BTreeSet<Cell> = rates.iter().flat_map(|rates| rates.iter().map(|(cell, _)| cell)).collect();
-        let mut rounding = Rounding::default();
-        let values = |id: ParamId| {
-            let values = decoder.read(id)?;
-            if cells.contains(&id.cell()) {
-                let shape = decoder.params().iter().find(|param| param.id == id).map(|param| param.shape.clone());
-                let before = files.tensor(id, &shape.unwrap_or_default())?;
-                rounding.count(&before, &values, files.dtype_of(id, options.save_dtype)?);
-            }
-            Ok(values)
-        };
-        files.write_as(out.dir(), options.save_dtype, values, options.max_shard_bytes)?;
-        let summary = TuneSummary { rounding: Some(rounding), ..summary };
+        let mut summary = tuner.run(callbacks)?;
+        let path = std::path::absolute(files.dir()).map_err(Error::io(files.dir(), FileOp::Resolve))?;
+        let path = path.display().to_string();
+        let base = options.base.as_ref().map_or((path.as_str(), None), |(name, revision)| (name, revision.as_deref()));
+        options.save.adapter(out.dir(), files, decoder, &job.recipe.method, base)?;
+        if options.save.merges() {
+            decoder.merge_lora()?;
+            let cells: BTreeSet<Cell> = rates.iter().flat_map(|rates| rates.iter().map(|(cell, _)| cell)).collect();
+            let mut rounding = Rounding::default();
+            let values = |id: ParamId| {
+                let values = decoder.read(id)?;
+                if cells.contains(&id.cell()) {
+                    let shape = decoder.params().iter().find(|param| param.id == id).map(|param| param.shape.clone());
+                    let before = files.tensor(id, &shape.unwrap_or_default())?;
+                    rounding.count(&before, &values, files.dtype_of(id, options.save_dtype)?);
+                }
+                Ok(values)
+            };
+            files.write_as(out.dir(), options.save_dtype, values, options.max_shard_bytes)?;
+            summary.rounding = Some(rounding);
+        }
         let metrics = left.join("metrics.jsonl");
         let to = out.dir().join("metrics.jsonl");
         std::fs::copy(&metrics, &to).map_err(Error::io(&to, FileOp::Write))?;

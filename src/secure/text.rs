@@ -23,17 +23,23 @@ impl ModelText {
     /// # Errors
     /// As [`ModelDir::open`]; [`Error::Input`] where there is no tokenizer or no chat template.
     pub fn open(dir: &Path, chat_template: Option<&Path>) -> Result<Self> {
-        let files = ModelDir::open(dir)?;
+        Self::of(ModelDir::open(dir)?, chat_template)
+    }
+
+    /// [`ModelText::open`] of a directory that is open.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where there is no tokenizer or no chat template.
+    pub fn of(files: ModelDir, chat_template: Option<&Path>) -> Result<Self> {
         let template = files.chat_template(chat_template)?;
         Ok(Self { tokenizer: files.tokenizer()?, files, template: Some(template) })
     }
 
-    /// Opens a model directory for plain text: prompts cannot be rendered.
+    /// A model directory for plain text: prompts cannot be rendered.
     ///
     /// # Errors
-    /// As [`ModelText::open`].
-    pub fn open_without_template(dir: &Path) -> Result<Self> {
-        let files = ModelDir::open(dir)?;
+    /// [`Error::Input`] where there is no tokenizer.
+    pub fn without_template(files: ModelDir) -> Result<Self> {
         Ok(Self { tokenizer: files.tokenizer()?, files, template: None })
     }
 
@@ -53,7 +59,7 @@ impl ModelText {
                 return Err(Error::Memory { what, planned_bytes, free_bytes: free.bytes, help });
             }
         }
-        let decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
+        let decoder = Decoder::from_files(backend, files)?;
         Ok(LoadedModel { text: self, decoder })
     }
 

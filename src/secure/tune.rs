@@ -28,6 +28,11 @@ pub enum Method {
         /// The projections that have adapters.
         modules: ModuleSet,
     },
+    /// The adapter that the model was opened with is trained further.
+    Adapter {
+        /// The cells that it trains ([`crate::model::Adapter::cells`]).
+        cells: ModuleSet,
+    },
 }
 
 impl Method {
@@ -35,7 +40,7 @@ impl Method {
     pub fn default_lr(&self) -> f64 {
         match self {
             Self::Full => PhaseOptions::default().lr,
-            Self::Lora { .. } => 2e-4,
+            Self::Lora { .. } | Self::Adapter { .. } => 2e-4,
         }
     }
 }
@@ -86,6 +91,7 @@ impl TuneJob {
         let trainable = match &self.recipe.method {
             Method::Full => cells.clone(),
             Method::Lora { modules, .. } => projections(modules, cells)?,
+            Method::Adapter { cells } => cells.clone(),
         };
         let everything = LearningRates::masked(&trainable, &trainable, 0.0);
         let all = Phase { name: ALL_PHASE.into(), rates: everything, options: self.recipe.all_phase.clone() };

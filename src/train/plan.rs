@@ -126,6 +126,7 @@ impl<B: Backend> Tuner<'_, B> {
             "measure_updates": self.measure_updates,
             "options": options,
             "phases": phases,
+            "lora": self.decoder.lora(),
         });
         if let Some(watched) = self.watched.as_ref().filter(|watched| watched.settings.decides()) {
             let WatchSettings { every, keep_best, patience, data } = &watched.settings;

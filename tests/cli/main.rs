@@ -1,10 +1,12 @@
 //! The binary as a user meets it.
 
+mod adapters;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
 mod eval;
 mod gpu_machines;
+mod hub;
 mod interrupted;
 mod outputs;
 mod precision;

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod attention;
+pub mod hub_server;
 pub mod judge_server;
 pub mod standin;
 pub mod trace;

@@ -187,5 +187,7 @@ fn weights_and_an_adapter_in_one_directory() {
     let attached = ModelDir::open_with_adapter(dir.path(), dir.path()).unwrap();
     assert_eq!(attached.adapter().unwrap().modules.len(), 14);
     fs::remove_file(dir.path().join("adapter_config.json")).unwrap();
+    assert!(ModelDir::open(dir.path()).err().unwrap().to_string().contains("LoRA adapter (adapter_model.safetensors)"));
+    fs::remove_file(dir.path().join("adapter_model.safetensors")).unwrap();
     assert!(ModelDir::open(dir.path()).unwrap().adapter().is_none());
 }

@@ -15,8 +15,9 @@ use std::path::Path;
 const MAX_INDEX_BYTES: u64 = 1 << 26;
 /// Maximum number of names in an error message.
 const MAX_NAMES: usize = 5;
-/// Parts of names that come from torch.compile, DataParallel, FSDP, activation checkpointing and peft.
-const WRAPPERS: [&str; 5] = ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model"];
+/// Parts of names that come from torch.compile, DataParallel, Lightning, FSDP, activation checkpointing and peft.
+const WRAPPERS: [&str; 6] =
+    ["_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model"];
 
 /// Opens `model.safetensors`, or the shards of the index.
 pub(super) fn open_shards(dir: &Path) -> Result<Vec<Safetensors>> {

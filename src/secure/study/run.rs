@@ -27,6 +27,7 @@ use crate::secure::robustness::mods::ModsRob;
 use crate::secure::robustness::robustness;
 use crate::secure::robustness::search::search;
 use crate::secure::robustness::sets::{cell_parameters, share};
+use crate::secure::save::SaveAs;
 use crate::secure::text::ModelText;
 use crate::secure::tune::TuneJob;
 use crate::train::{Callbacks, RunPosition, StepMetrics};
@@ -330,6 +331,8 @@ impl<B: Backend> Study<'_, B> {
                 max_shard_bytes: 4 << 30,
                 save_dtype: StoredAs::AsStored,
                 clock: text.set_clock(self.clock),
+                save: SaveAs::Merged,
+                base: None,
                 roofline: None,
                 config: json!({ "study": config, "setting": run.spec }),
             };

@@ -61,7 +61,10 @@ fn directories_that_are_no_models() {
     let dir = TempDir::new().unwrap();
     assert!(error(&dir).contains("no config.json"));
     fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
-    assert!(error(&dir).contains("LoRA adapter"));
+    assert!(error(&dir).contains("found a LoRA adapter without the model"));
+    fs::write(dir.path().join("adapter_config.json"), r#"{"base_model_name_or_path": "org/name"}"#).unwrap();
+    assert!(error(&dir).contains("--model 'org/name' --adapter '"), "{}", error(&dir));
+    fs::remove_file(dir.path().join("adapter_config.json")).unwrap();
     fs::write(dir.path().join("config.json"), config().to_string()).unwrap();
     assert!(error(&dir).contains("found no weights"));
     fs::write(dir.path().join("model-00001-of-00002.safetensors"), "").unwrap();
