@@ -103,21 +103,29 @@ impl Client {
 
     /// The commit and the files of a name's revision.
     pub(super) fn info(&self, name: &HubName) -> Result<Info, Fault> {
-        let url =
-            format!("{}/api/{}/{}/revision/{}", self.endpoint, name.plural(), name.repo(), encoded(name.revision()));
+        let api = format!("{}/api/{}/{}", self.endpoint, name.plural(), name.repo());
+        let found = self.json(&format!("{api}/revision/{}", encoded(name.revision())))?;
+        let malformed = || Fault::Malformed("something that is no description of a repository".into());
+        let commit = found["sha"].as_str().filter(|sha| is_part(sha)).ok_or_else(malformed)?.to_owned();
+        // Some mirrors list files at this address alone.
+        let tree = match &found["siblings"] {
+            serde_json::Value::Array(_) => serde_json::Value::Null,
+            _ => self.json(&format!("{api}/tree/{commit}?recursive=true"))?,
+        };
+        let files = found["siblings"].as_array().or_else(|| tree.as_array()).ok_or_else(malformed)?;
+        let names = files.iter().filter_map(|file| file["rfilename"].as_str().or_else(|| file["path"].as_str()));
+        // A path that leaves the snapshot is no file of it.
+        let safe = |path: &&str| path.len() < 1024 && path.split('/').all(is_safe);
+        Ok(Info { commit, files: names.filter(safe).map(str::to_owned).collect() })
+    }
+
+    /// The JSON at an address of the interface.
+    fn json(&self, url: &str) -> Result<serde_json::Value, Fault> {
         self.patiently(&mut |_| {
-            let (response, _) = self.follow(&url, None)?;
-            let mut response = checked(response, None)?;
+            let mut response = checked(self.follow(url, None)?.0, None)?;
             let read = response.body_mut().with_config().limit(MAX_INFO_BYTES).read_to_string();
             let text = read.map_err(|e| Fault::Unreachable(e.to_string()))?;
-            let malformed = || Fault::Malformed("something that is no description of a repository".into());
-            let value: serde_json::Value = serde_json::from_str(&text).map_err(|_| malformed())?;
-            let commit = value["sha"].as_str().filter(|sha| is_part(sha)).ok_or_else(malformed)?.to_owned();
-            let files = value["siblings"].as_array().ok_or_else(malformed)?;
-            let names = files.iter().filter_map(|file| file["rfilename"].as_str());
-            // A path that leaves the snapshot is no file of it.
-            let safe = |path: &&str| path.len() < 1024 && path.split('/').all(is_safe);
-            Ok(Info { commit, files: names.filter(safe).map(str::to_owned).collect() })
+            serde_json::from_str(&text).map_err(|_| Fault::Malformed("something that is no JSON".into()))
         })
     }
 
