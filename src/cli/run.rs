@@ -35,7 +35,7 @@ pub(super) struct RunCommand {
     overrides: Vec<String>,
     /// The configuration, with paths in the place of names on the hub.
     #[arg(skip)]
-    resolved: Option<RunConfig>,
+    resolved: Option<Box<RunConfig>>,
 }
 
 impl OnDevice for RunCommand {
@@ -58,7 +58,7 @@ impl OnDevice for RunCommand {
         let mut config = self.config()?;
         names.model(&mut config.model)?;
         names.data(&mut config.data.train)?;
-        self.resolved = Some(config);
+        self.resolved = Some(Box::new(config));
         Ok(())
     }
 
@@ -70,7 +70,7 @@ impl OnDevice for RunCommand {
 impl RunCommand {
     fn config(&self) -> Result<RunConfig> {
         match &self.resolved {
-            Some(config) => Ok(config.clone()),
+            Some(config) => Ok(config.as_ref().clone()),
             None => RunConfig::read(&self.config, &self.overrides),
         }
     }

@@ -59,7 +59,7 @@ impl HubServer {
         let hub = TcpListener::bind("127.0.0.1:0").unwrap();
         let storage_url = format!("http://{}", storage.local_addr().unwrap());
         let endpoint = format!("http://{}", hub.local_addr().unwrap());
-        listen(storage, state.clone(), move |request, state| from_storage(request, state));
+        listen(storage, state.clone(), from_storage);
         listen(hub, state.clone(), move |request, state| from_hub(request, state, &storage_url));
         Self { endpoint, state }
     }

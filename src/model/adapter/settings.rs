@@ -225,9 +225,9 @@ fn refuse_unsupported(fields: &Fields<'_>, value: &Value) -> Result<()> {
         }
     }
     // What a later version of peft adds as a variant of LoRA.
-    let flags = value.as_object().into_iter().flatten();
-    for (key, _) in flags.filter(|(key, value)| key.starts_with("use_") && *key != "use_rslora" && in_use(Some(value)))
-    {
+    let mut keys = value.as_object().into_iter().flatten();
+    let variant = keys.find(|(key, value)| key.starts_with("use_") && *key != "use_rslora" && in_use(Some(value)));
+    if let Some((key, _)) = variant {
         return Err(fields.unsupported(key, "this variant of LoRA", MERGE));
     }
     match fields.get("init_lora_weights") {
