@@ -78,8 +78,8 @@ impl OnDevice for Generate {
             }
             prompts.push(prompt);
         }
+        let stop = text.stop_tokens();
         let model = text.load(backend)?;
-        let stop = model.decoder.config.eos.clone();
         let options = GenerateOptions { seed: common.seed, stop, ..self.options };
 
         let stream = prompts.len() == 1 && !common.json;

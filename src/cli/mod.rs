@@ -11,6 +11,7 @@ mod headings;
 mod names;
 mod open;
 mod plan;
+mod preview;
 mod probe;
 mod profile;
 mod progress;

@@ -4,6 +4,7 @@ use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, State};
 use super::plan::{MethodName, plan_json};
+use super::preview::preview;
 use super::progress::StepBar;
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, mix};
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
   swat tune --model DIR --data train.jsonl --out tuned --mods 'layers.8-15.{o_proj,v_proj}' --mods-steps 200 --steps 400
   swat tune --model DIR --data train.jsonl --out adapter --method lora --lora-modules all-linear --save adapter
   swat tune --model DIR --adapter adapter --data more.jsonl --out merged              trains that adapter further
+  swat tune --model DIR --data train.jsonl --preview                    what would be trained, and nothing else
   swat tune ... --resume                                                continues an interrupted run, bit for bit")]
 pub(super) struct Tune {
     #[command(flatten)]
@@ -68,6 +70,9 @@ pub(super) struct Tune {
     /// Share of the examples that come from --mix
     #[arg(long, value_parser = share::<f64>, requires = "mix")]
     mix_share: Option<f64>,
+    /// Show the text of the first example and which of it is trained, and how much of all examples, then exit
+    #[arg(long)]
+    preview: bool,
     #[command(flatten)]
     watch: WatchOptions,
     /// Write losses, learning rate, speed and evaluations as event files for TensorBoard
@@ -103,6 +108,9 @@ impl OnDevice for Tune {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        if self.preview {
+            return preview(common, &self.model, &self.data, self.recipe.shared.max_length);
+        }
         // All that can be known is checked before the weights are read.
         let output = TuneOutput {
             config: json!({ "model": self.model.shown(), "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
@@ -138,7 +146,8 @@ impl OnDevice for Tune {
             }
             callbacks.events = Some(if resumed { EventFile::resume(dir)? } else { EventFile::create(dir)? });
         }
-        let prepared = output.prepare(&text.files, examples, job, &backend)?.watch(watch);
+        let prepared = output.prepare(&text.files, examples, job, &backend)?.watch(watch).chat(text.chat_files());
+        let data = prepared.data();
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.
         let prepared = prepared.roofline(Some(Roofline::measure(&backend)?));
         // Of a GPU's memory nothing is the program's.
@@ -148,11 +157,13 @@ impl OnDevice for Tune {
         callbacks.finish();
         if common.json {
             let plans = callbacks.plans.iter().map(|(phase, plan)| (phase.clone(), plan_json(plan)));
-            return print_json(&json!({ "out": self.output.path, "phases": summary.phases,
+            return print_json(&json!({ "out": self.output.path, "phases": summary.phases, "data": data,
                 "peak_bytes": summary.peak_bytes, "planned_bytes": summary.planned_bytes,
                 "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from,
                 "rounding": summary.rounding, "evaluations": summary.evaluations, "best_step": summary.best_step }));
         }
+        let trained = percent(data.trained_share, 1);
+        print_line(&format!("trained on {} of {} tokens ({trained})", data.trained_tokens, data.tokens))?;
         for phase in &summary.phases {
             let loss = |x: Option<f32>| x.map_or("none".into(), |x| format!("{x:.4}"));
             let skipped = [(phase.skipped_non_finite, "not finite"), (phase.skipped_empty, "without trained tokens")];
@@ -217,11 +228,15 @@ impl Tune {
     fn read(&self, common: &Common, text: &ModelText, path: &Path) -> Result<Vec<Example>> {
         let max_length = self.recipe.shared.max_length;
         let read = text.examples(path, max_length)?;
-        let total = read.examples.len() + read.dropped;
-        for (count, what) in [(read.cut, "were truncated to"), (read.dropped, "were dropped: their prompts fill")] {
+        let total = read.examples.len() + read.dropped + read.context;
+        for (count, what) in [
+            (read.cut, format!("were truncated to {max_length} tokens")),
+            (read.dropped, format!("were dropped: their prompts fill {max_length} tokens")),
+            (read.context, "were dropped: no answer has a weight".to_owned()),
+        ] {
             if count > 0 && !common.quiet {
                 let share = percent(count as f64 / total as f64, 1);
-                say(&format!("{}: {count} examples ({share}) {what} {max_length} tokens\n", path.display()));
+                say(&format!("{}: {count} examples ({share}) {what}\n", path.display()));
             }
         }
         Ok(read.examples)

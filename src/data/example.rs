@@ -1,76 +1,21 @@
 //! Tokenized training examples and their loss mask.
 //!
-//! The trained tokens of an answer are those that the template renders after the generation prompt, up to and including
-//! the end-of-turn token.
+//! The trained tokens of a conversation are those that the template marks by `{% generation %}`, as transformers'
+//! `return_assistant_tokens_mask`. Of a template without such marks they are, for each answer, those from where its
+//! generation begins up to and including the end-of-turn token.
 
 use super::Conversation;
+use super::chat::{Answer, Chat};
 use super::jsonl::JsonLines;
 use crate::error::{Error, Result};
-use crate::model::{ChatTemplate, Message, Tokenizer};
+use crate::model::{Message, Rendered, Tokenizer, Training};
 use rayon::prelude::*;
-use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 
 /// Upper bound on the average bytes of a token. Text beyond this many bytes for each token of the maximum length is not
 /// encoded, which bounds the work on a hostile line.
 const MAX_BYTES_PER_TOKEN: usize = 256;
-
-/// Renders and tokenizes conversations; [`Chat`] does so for a model directory.
-pub trait ChatText: Sync {
-    /// Renders a whole conversation.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where the template rejects the messages.
-    fn render(&self, messages: &[Message]) -> Result<String>;
-    /// Renders a conversation and the generation prompt, such as the assistant's header.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where the template rejects the messages.
-    fn render_prompt(&self, messages: &[Message]) -> Result<String>;
-    /// Token ids of rendered text, without added special tokens.
-    ///
-    /// # Errors
-    /// [`Error::Input`] where the tokenizer rejects the text.
-    fn encode(&self, text: &str) -> Result<Vec<u32>>;
-    /// Whether this token ends the assistant's turn.
-    fn ends_turn(&self, token: u32) -> bool;
-}
-
-/// A model's chat template and tokenizer.
-pub struct Chat<'a> {
-    template: &'a ChatTemplate,
-    tokenizer: &'a Tokenizer,
-    ends: HashSet<u32>,
-}
-
-impl<'a> Chat<'a> {
-    /// Every token of `eos` and every special token of the tokenizer ends a turn: a model whose `eos` is
-    /// `<|endoftext|>` may still have a template that ends turns with `<|im_end|>`.
-    pub fn new(template: &'a ChatTemplate, tokenizer: &'a Tokenizer, eos: &[u32]) -> Self {
-        // Only special tokens decode to nothing; doubling the id reveals a space that the decoder strips at the front.
-        let silent = |ids: &[u32]| tokenizer.decode(ids).is_ok_and(|text| text.is_empty());
-        let special = (0..tokenizer.vocab() as u32).filter(|&id| silent(&[id]) && silent(&[id, id]));
-        Self { template, tokenizer, ends: special.chain(eos.iter().copied()).collect() }
-    }
-}
-
-impl ChatText for Chat<'_> {
-    fn render(&self, messages: &[Message]) -> Result<String> {
-        self.template.render(messages)
-    }
-
-    fn render_prompt(&self, messages: &[Message]) -> Result<String> {
-        self.template.render_prompt(messages)
-    }
-
-    fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text)
-    }
-
-    fn ends_turn(&self, token: u32) -> bool {
-        self.ends.contains(&token)
-    }
-}
 
 /// A tokenized conversation and its loss mask.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,23 +28,17 @@ pub struct Example {
 
 impl Example {
     /// Tokenizes a conversation, masks everything but its answers, and truncates to `max_length` tokens. `None` where
-    /// no trained token remains. An assistant turn is trained where the text up to its generation prompt is a prefix of
-    /// the rendered conversation; turns whose history the template rewrites (Qwen3 drops the thinking of earlier turns)
-    /// are not.
+    /// no trained token remains.
     ///
-    /// The text is encoded as a whole where the result begins with the tokens of the generation prompt. Where a token
+    /// The text is encoded as a whole where the result begins with the tokens of each answer's prompt. Where a token
     /// would straddle that boundary, prompt and rest are encoded separately, since generation continues the prompt's
-    /// tokens too.
+    /// tokens too. A template's own marks split nothing, as in transformers.
     ///
     /// # Errors
-    /// [`Error::Input`] where the template fails, no answer begins where its generation prompt ends, or no answer ends
-    /// with an end-of-turn token.
-    pub fn from_conversation(
-        conversation: &Conversation,
-        chat: &impl ChatText,
-        max_length: usize,
-    ) -> Result<Option<Self>> {
-        Ok(Marked::new(&conversation.messages, chat, max_length)?.fit(max_length).0)
+    /// [`Error::Input`] where the template fails, does not show which text is an answer, or ends no answer with an
+    /// end-of-turn token.
+    pub fn from_conversation(conversation: &Conversation, chat: &Chat, max_length: usize) -> Result<Option<Self>> {
+        Ok(Marked::new(conversation, chat, max_length)?.fit(max_length).0)
     }
 
     /// Number of tokens that count in the loss.
@@ -108,91 +47,228 @@ impl Example {
     }
 }
 
+impl Example {
+    /// The text in parts that are trained and parts that are not, in turn.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tokenizer rejects the tokens.
+    pub fn parts(&self, tokenizer: &Tokenizer) -> Result<Vec<Part>> {
+        let mut parts = Vec::new();
+        let (mut start, mut given) = (0, 0);
+        for run in self.trained.chunk_by(|a, b| a == b) {
+            start += run.len();
+            // Of all tokens so far, since some decoders strip white space at the front of a text.
+            let text = tokenizer.decode_all(self.tokens.get(..start).unwrap_or_default())?;
+            let part = text.get(given..).unwrap_or_default().to_owned();
+            given = text.len();
+            parts.push(Part { text: part, trained: run.first() == Some(&true) });
+        }
+        Ok(parts)
+    }
+}
+
+/// A part of an example's text.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Part {
+    /// Decoded text, special tokens among it.
+    pub text: String,
+    /// Whether its tokens count in the loss.
+    pub trained: bool,
+}
+
+/// Size of a set of examples.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct DataSize {
+    /// Examples.
+    pub examples: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Tokens that count in the loss.
+    pub trained_tokens: usize,
+    /// trained_tokens / tokens; 0 without tokens.
+    pub trained_share: f64,
+}
+
+impl DataSize {
+    /// Counts examples.
+    pub fn of(examples: &[Example]) -> Self {
+        let tokens = examples.iter().map(|example| example.tokens.len()).sum();
+        let trained_tokens = examples.iter().map(Example::trained_tokens).sum();
+        let trained_share = trained_tokens as f64 / (tokens as f64).max(1.0);
+        Self { examples: examples.len(), tokens, trained_tokens, trained_share }
+    }
+}
+
 /// A conversation's tokens and mask before truncation.
 struct Marked {
     example: Example,
     /// Whether text beyond `max_length` was not tokenized.
     beyond: bool,
+    /// Whether the data say of every answer that it is not trained.
+    context: bool,
 }
 
 impl Marked {
-    fn new(messages: &[Message], chat: &impl ChatText, max_length: usize) -> Result<Self> {
-        let mut text = chat.render(messages)?;
+    fn new(conversation: &Conversation, chat: &Chat, max_length: usize) -> Result<Self> {
+        let Conversation { messages, tools } = conversation;
+        let Rendered { text, generated } = chat.render(messages, tools)?;
         let most = max_length.saturating_mul(MAX_BYTES_PER_TOKEN);
-        let mut beyond = text.len() > most;
-        let truncated = beyond;
-        if truncated {
-            text.truncate((0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0));
-        }
-        let mut tokens = Vec::new();
-        // `rest` encodes the text from this byte on; the text before it is in `tokens`.
-        let mut piece = 0;
-        let mut rest = chat.encode(&text)?;
-        let mut starts = Vec::new();
-        for (turn, _) in messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
-            let prompt = chat.render_prompt(messages.get(..turn).unwrap_or_default())?;
-            if truncated && prompt.len() >= text.len() {
-                break;
+        let end = if text.len() > most { floor_boundary(&text, most) } else { text.len() };
+        let mut pieces = Pieces::new(chat, &text, end)?;
+        let answers = messages.iter().filter(|message| message.role == "assistant");
+        let context = answers.clone().all(|message| message.training == Training::Context);
+        let mut beyond = end < text.len();
+        if context {
+            // Nothing to mark.
+        } else if chat.template().marks_answers() {
+            pieces.mark(&marks_of(chat, messages, generated)?);
+        } else {
+            let mut located = Vec::new();
+            for (turn, message) in messages.iter().enumerate() {
+                if message.role != "assistant" || message.training == Training::Context {
+                    continue;
+                }
+                let answer = chat.locate(&text, messages, tools, turn)?;
+                if answer.text.start >= end {
+                    break;
+                }
+                if pieces.begin(answer.text.start)? >= max_length {
+                    // This also bounds the number of answers located by `max_length`.
+                    beyond = true;
+                    break;
+                }
+                located.push(answer);
             }
-            let Some(head) = text.get(piece..prompt.len()).filter(|_| text.starts_with(&prompt)) else {
-                continue;
-            };
-            let head = chat.encode(head)?;
-            let start = tokens.len() + head.len();
-            if start >= max_length {
-                // This also bounds the number of prompts rendered by `max_length`.
-                beyond = true;
-                break;
+            let ended = located.iter().filter(|answer| pieces.train(answer)).count();
+            if !beyond && ended == 0 {
+                return Err(Error::input(
+                    chat.place(),
+                    "no special token or eos token at the end of an answer, so the model would never learn to stop",
+                    "a template that ends the assistant's turn with such a token",
+                ));
             }
-            if !rest.starts_with(&head) {
-                tokens.extend(head);
-                piece = prompt.len();
-                rest = chat.encode(text.get(piece..).unwrap_or_default())?;
-            }
-            starts.push(start);
         }
-        tokens.extend(rest);
-
-        let mut trained = vec![false; tokens.len()];
-        let ends: Vec<usize> = starts.iter().skip(1).copied().chain([tokens.len()]).collect();
-        for (&start, end) in starts.iter().zip(ends) {
-            let region = tokens.get(start..end).unwrap_or_default();
-            let length = match region.iter().position(|t| chat.ends_turn(*t)) {
-                Some(last) => last + 1,
-                None if truncated && end == tokens.len() => region.len(),
-                None => 0,
-            };
-            trained.iter_mut().skip(start).take(length).for_each(|t| *t = true);
-        }
-        if let Some(first) = trained.first_mut() {
+        let (mut example, tokens) = (Example { tokens: Vec::new(), trained: pieces.trained }, pieces.tokens);
+        example.tokens.extend(tokens.into_iter().map(|(token, _)| token));
+        if let Some(first) = example.trained.first_mut() {
             *first = false;
         }
-        if !beyond && starts.is_empty() {
-            return Err(Error::input(
-                "chat template",
-                "no answer that begins where the generation prompt ends",
-                "a template whose generation prompt is what it writes before an answer",
-            ));
-        }
-        if !beyond && !trained.contains(&true) {
-            return Err(Error::input(
-                "chat template",
-                "no special token or eos token at the end of an answer, so the model would never learn to stop",
-                "a template that ends the assistant's turn with such a token",
-            ));
-        }
-        Ok(Self { example: Example { tokens, trained }, beyond })
+        Ok(Self { example, beyond, context })
     }
 
     /// Truncates to `max_length`; also returns whether that dropped trained tokens.
     fn fit(self, max_length: usize) -> (Option<Example>, bool) {
-        let Self { mut example, beyond } = self;
+        let Self { mut example, beyond, .. } = self;
         let before = example.trained_tokens();
         example.tokens.truncate(max_length);
         example.trained.truncate(max_length);
         let after = example.trained_tokens();
         ((after > 0).then_some(example), beyond || after < before)
     }
+}
+
+/// The template's marks, without those of answers that are not trained.
+fn marks_of(chat: &Chat, messages: &[Message], mut marks: Vec<Range<usize>>) -> Result<Vec<Range<usize>>> {
+    marks.sort_by_key(|mark| mark.start);
+    marks.retain(|mark| !mark.is_empty());
+    let answers: Vec<&Message> = messages.iter().filter(|message| message.role == "assistant").collect();
+    let unclear = |expected| {
+        let found = format!("{} texts in `{{% generation %}}` for {} answers", marks.len(), answers.len());
+        Error::input(chat.place(), found, expected)
+    };
+    if marks.is_empty() {
+        return Err(unclear("`{% generation %}` around every answer"));
+    }
+    if answers.iter().all(|answer| answer.training == Training::Trained) {
+        return Ok(marks);
+    }
+    if marks.len() != answers.len() {
+        return Err(unclear("one for each answer, since the data leave out some answers"));
+    }
+    let trained = marks.into_iter().zip(answers).filter(|(_, answer)| answer.training == Training::Trained);
+    Ok(trained.map(|(mark, _)| mark).collect())
+}
+
+/// Text that is encoded in as few pieces as the beginnings of its answers allow.
+struct Pieces<'a> {
+    chat: &'a Chat,
+    text: &'a str,
+    /// Tokens and their bytes of the text.
+    tokens: Vec<(u32, Range<usize>)>,
+    trained: Vec<bool>,
+    /// First token of the last piece, and its first byte.
+    last: (usize, usize),
+}
+
+impl<'a> Pieces<'a> {
+    /// Encodes the first `end` bytes of a text.
+    fn new(chat: &'a Chat, text: &'a str, end: usize) -> Result<Self> {
+        let text = text.get(..end).unwrap_or_default();
+        let tokens = chat.tokenizer().encode_with_spans(text)?;
+        let trained = vec![false; tokens.len()];
+        Ok(Self { chat, text, tokens, trained, last: (0, 0) })
+    }
+
+    /// Index of the token that begins at byte `start`, which is behind every earlier one; splits the text there if no
+    /// token does.
+    fn begin(&mut self, start: usize) -> Result<usize> {
+        let (first, byte) = self.last;
+        let head = self.encode(byte..start)?;
+        let index = first + head.len();
+        let same = |(a, b): (&(u32, Range<usize>), &(u32, Range<usize>))| a.0 == b.0;
+        let rest = self.tokens.get(first..).unwrap_or_default();
+        if rest.len() >= head.len() && rest.iter().zip(&head).all(same) {
+            return Ok(index);
+        }
+        self.tokens.truncate(first);
+        self.tokens.extend(head);
+        self.tokens.extend(self.encode(start..self.text.len())?);
+        self.trained = vec![false; self.tokens.len()];
+        self.last = (index, start);
+        Ok(index)
+    }
+
+    fn encode(&self, bytes: Range<usize>) -> Result<Vec<(u32, Range<usize>)>> {
+        let at = bytes.start;
+        let tokens = self.chat.tokenizer().encode_with_spans(self.text.get(bytes).unwrap_or_default())?;
+        Ok(tokens.into_iter().map(|(token, span)| (token, span.start + at..span.end + at)).collect())
+    }
+
+    /// Marks an answer and the end of its turn as trained, once the text is in its pieces; returns whether there is such
+    /// an end.
+    fn train(&mut self, answer: &Answer) -> bool {
+        let start = self.tokens.partition_point(|(_, span)| span.end <= answer.text.start);
+        let behind = self.tokens.get(start..).unwrap_or_default();
+        // Spans may leave out white space, so that one in the answer can end where the answer ends.
+        let inside = |span: &Range<usize>| span.start < answer.text.end || span.end <= answer.text.end;
+        let written = behind.iter().position(|(_, span)| span.end > answer.text.end).unwrap_or(behind.len());
+        let tail = behind.get(written..).unwrap_or_default();
+        let tail_len = tail.iter().take_while(|(_, span)| span.start < answer.tail_end).count();
+        let end = self.chat.end_of_turn(tail.get(..tail_len).unwrap_or_default());
+        let length = match end {
+            Some(end) => written + end + 1,
+            None => behind.iter().take_while(|(_, span)| inside(span)).count(),
+        };
+        self.trained.iter_mut().skip(start).take(length).for_each(|trained| *trained = true);
+        end.is_some()
+    }
+
+    /// Marks the tokens that share a byte with one of the ranges as trained.
+    fn mark(&mut self, ranges: &[Range<usize>]) {
+        for range in ranges {
+            let shares = |(_, span): &(u32, Range<usize>)| span.start < range.end && span.end > range.start;
+            let first = self.tokens.iter().position(shares);
+            let last = self.tokens.iter().rposition(shares);
+            if let Some((first, last)) = first.zip(last) {
+                self.trained.iter_mut().take(last + 1).skip(first).for_each(|trained| *trained = true);
+            }
+        }
+    }
+}
+
+/// The last character boundary of `text` at or before `at`.
+fn floor_boundary(text: &str, at: usize) -> usize {
+    (0..=at).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0)
 }
 
 /// The tokenized examples of a training file, in file order.
@@ -204,6 +280,8 @@ pub struct Examples {
     pub cut: usize,
     /// Number of conversations dropped because their first prompt fills the maximum length.
     pub dropped: usize,
+    /// Number of conversations dropped because the data say of every answer that it is not trained.
+    pub context: usize,
 }
 
 impl Examples {
@@ -211,12 +289,12 @@ impl Examples {
     ///
     /// # Errors
     /// [`Error::Input`] for the first malformed line, or where no example remains; [`Error::Io`].
-    pub fn read(path: &Path, chat: &impl ChatText, max_length: usize) -> Result<Self> {
+    pub fn read(path: &Path, chat: &Chat, max_length: usize) -> Result<Self> {
         let lines = JsonLines::open(path)?;
         let placed = lines.parse_all(|line| Ok((line.place.clone(), Conversation::from_line(line)?)))?;
-        let marked = placed.par_iter().map(|(place, conversation)| {
-            Marked::new(&conversation.messages, chat, max_length).map_err(|e| at_line(place, e))
-        });
+        let marked = placed
+            .par_iter()
+            .map(|(place, conversation)| Marked::new(conversation, chat, max_length).map_err(|e| at_line(place, e)));
         Self::collect(&path.display().to_string(), marked, max_length)
     }
 
@@ -225,11 +303,12 @@ impl Examples {
     ///
     /// # Errors
     /// As [`Examples::read`].
-    pub fn first_longer(path: &Path, chat: &impl ChatText, limit: usize) -> Result<Option<(String, usize)>> {
+    pub fn first_longer(path: &Path, chat: &Chat, limit: usize) -> Result<Option<(String, usize)>> {
         let lines = JsonLines::open(path)?;
         let placed = lines.parse_all(|line| Ok((line.place.clone(), Conversation::from_line(line)?)))?;
         let longer = placed.par_iter().map(|(place, conversation)| {
-            let tokens = chat.encode(&chat.render(&conversation.messages).map_err(|e| at_line(place, e))?)?.len();
+            let text = chat.render(&conversation.messages, &conversation.tools).map_err(|e| at_line(place, e))?.text;
+            let tokens = chat.tokenizer().encode(&text)?.len();
             Ok((tokens > limit).then(|| (place.clone(), tokens)))
         });
         longer.find_first(|found| !matches!(found, Ok(None))).unwrap_or(Ok(None))
@@ -239,8 +318,8 @@ impl Examples {
     ///
     /// # Errors
     /// [`Error::Input`] as [`Examples::read`].
-    pub fn from_conversations(conversations: &[Conversation], chat: &impl ChatText, max_length: usize) -> Result<Self> {
-        let marked = conversations.par_iter().map(|c| Marked::new(&c.messages, chat, max_length));
+    pub fn from_conversations(conversations: &[Conversation], chat: &Chat, max_length: usize) -> Result<Self> {
+        let marked = conversations.par_iter().map(|c| Marked::new(c, chat, max_length));
         Self::collect("training data", marked, max_length)
     }
 
@@ -249,16 +328,21 @@ impl Examples {
         marked: impl IndexedParallelIterator<Item = Result<Marked>>,
         max_length: usize,
     ) -> Result<Self> {
-        let fitted: Vec<_> = marked.map(|m| m.map(|m| m.fit(max_length))).collect();
-        let mut all = Self { examples: Vec::new(), cut: 0, dropped: 0 };
+        let fitted: Vec<_> = marked.map(|m| m.map(|m| (m.context, m.fit(max_length)))).collect();
+        let mut all = Self { examples: Vec::new(), cut: 0, dropped: 0, context: 0 };
         for fitted in fitted {
             match fitted? {
-                (Some(example), cut) => {
+                (_, (Some(example), cut)) => {
                     all.examples.push(example);
                     all.cut += usize::from(cut);
                 }
-                (None, _) => all.dropped += 1,
+                (true, _) => all.context += 1,
+                (false, _) => all.dropped += 1,
             }
+        }
+        if all.examples.is_empty() && all.dropped == 0 {
+            let found = format!("{} conversations, none with an answer to train", all.context);
+            return Err(Error::input(place, found, "an answer whose weight is not 0"));
         }
         if all.examples.is_empty() {
             let found = format!("no conversation whose first prompt is shorter than {max_length} tokens");

@@ -1,18 +1,22 @@
 //! Chat templates: Jinja with the functions and settings of transformers.
 
 mod message;
+mod percent;
 mod prepare;
+mod python;
+mod python_json;
 
 use super::Clock;
 use crate::error::{Error, Result};
 use crate::io::input::{guarded, printable};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Serde, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior, context};
-use prepare::{CHECKED, prepare};
+use prepare::{CHECKED, MARKED, PERCENT, prepare};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
+use std::ops::Range;
 
 /// Budget of one rendering: 1 per instruction and per 64 bytes of data, which also bounds its memory by 320 MB. About
 /// 100 times what a long conversation needs; under a second.
@@ -25,9 +29,9 @@ const MAX_DEPTH: usize = 32;
 const STACK_BYTES: usize = 1 << 26;
 /// Maximum length of a template's source; published ones have up to 30 kB.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
-/// Maximum indentation of `tojson`, in columns.
-const MAX_INDENT: usize = 64;
 const NAME: &str = "chat_template";
+/// Noncharacters around the text of a `{% generation %}` block, until the rendered text is complete.
+const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 
 pub use message::{Message, Training};
 
@@ -39,9 +43,29 @@ pub use message::{Message, Training};
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
     place: String,
     special: BTreeMap<String, String>,
     uses_clock: bool,
+    marks_answers: bool,
+}
+
+/// What is behind the last message of a rendered conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Nothing.
+    Conversation,
+    /// The generation prompt, such as the assistant's header.
+    GenerationPrompt,
+}
+
+/// A rendered conversation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// What the template marks as the assistant's by `{% generation %}`, in bytes of the text, in order.
+    pub generated: Vec<Range<usize>>,
 }
 
 impl ChatTemplate {
@@ -56,21 +80,38 @@ impl ChatTemplate {
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
         environment.set_formatter(format_value);
-        environment.set_unknown_method_callback(method);
-        environment.add_filter("tojson", to_json);
+        environment.set_unknown_method_callback(python::method);
+        environment.add_filter("tojson", python_json::to_json);
+        environment
+            .add_filter(MARKED, |text: String| Value::from_safe_string(format!("{}{text}{}", MARKS[0], MARKS[1])));
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(refused(message))
         });
+        environment.add_filter("center", python::center);
+        environment.add_filter("default", python::default);
+        environment.add_filter("d", python::default);
+        environment.add_filter("int", python::int);
+        environment.add_filter("truncate", minijinja_contrib::filters::truncate);
+        environment.add_filter("striptags", minijinja_contrib::filters::striptags);
+        environment.add_function("cycler", minijinja_contrib::globals::cycler);
+        environment.add_function("joiner", minijinja_contrib::globals::joiner);
+        environment.add_test("iterable", python::is_iterable);
+        environment.add_test("sequence", python::is_sequence);
+        environment.add_function("dict", python::dict);
+        environment.add_function(PERCENT, python::percent);
         environment.add_function(CHECKED, |value: Value| checked(value, 0));
         let uses_clock = source.contains("strftime_now");
         let too_long = source.len() > MAX_SOURCE_BYTES;
-        let Some(source) = prepare(source).filter(|_| !too_long) else {
+        let Some(prepared) = (!too_long).then(|| prepare(source)).flatten() else {
             let found = if too_long { "a template that is too long" } else { "a reserved name" };
-            return Err(Error::input(place, found, format!("at most {MAX_SOURCE_BYTES} bytes, without `{CHECKED}`")));
+            let expected = format!("at most {MAX_SOURCE_BYTES} bytes, without `{CHECKED}`, `{MARKED}` and `{PERCENT}`");
+            return Err(Error::input(place, found, expected));
         };
-        guarded(place, "template parser", || environment.add_template_owned(NAME, source))?
+        let marks_answers = prepared.contains(MARKED);
+        guarded(place, "template parser", || environment.add_template_owned(NAME, prepared))?
             .map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?;
-        let mut template = Self { environment, place: place.to_owned(), special, uses_clock };
+        let (place, source) = (place.to_owned(), source.to_owned());
+        let mut template = Self { environment, source, place, special, uses_clock, marks_answers };
         template.set_clock(Clock::now()?);
         Ok(template)
     }
@@ -85,28 +126,70 @@ impl ChatTemplate {
         self.environment.add_function("strftime_now", move |format: String| clock.format(&format).map_err(refused));
     }
 
-    /// Renders a whole conversation.
+    /// The source, as it was given.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The file, and the key in it, that errors show.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Whether the template marks by `{% generation %}` what the assistant writes.
+    pub fn marks_answers(&self) -> bool {
+        self.marks_answers
+    }
+
+    /// The text of a whole conversation without tools.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_chat`].
+    pub fn render(&self, messages: &[Message]) -> Result<String> {
+        Ok(self.render_chat(messages, &[], Ending::Conversation)?.text)
+    }
+
+    /// The text of a conversation without tools, and the generation prompt.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_chat`].
+    pub fn render_prompt(&self, messages: &[Message]) -> Result<String> {
+        Ok(self.render_chat(messages, &[], Ending::GenerationPrompt)?.text)
+    }
+
+    /// Renders a conversation; `tools` are declarations as JSON schemas, of which an empty list is none.
     ///
     /// # Errors
     /// [`Error::Input`] with line and reason where the template fails, or exceeds its budget of time, memory, recursion
     /// or output.
-    pub fn render(&self, messages: &[Message]) -> Result<String> {
-        self.render_with(messages, false)
+    pub fn render_chat(&self, messages: &[Message], tools: &[serde_json::Value], ending: Ending) -> Result<Rendered> {
+        if self.marks_answers && messages.iter().any(|message| MARKS.iter().any(|mark| message.holds(*mark))) {
+            let found = "one of the noncharacters U+FDD0 and U+FDD1 in a message";
+            return Err(Error::input(&self.place, found, "text without them, for a template with `{% generation %}`"));
+        }
+        let text = self.render_text(messages, tools, ending)?;
+        if !self.marks_answers {
+            return Ok(Rendered { text, generated: Vec::new() });
+        }
+        let mut rendered = Rendered::default();
+        let mut open = Vec::new();
+        for c in text.chars() {
+            if c == MARKS[0] {
+                open.push(rendered.text.len());
+            } else if c == MARKS[1] {
+                rendered.generated.extend(open.pop().map(|start| start..rendered.text.len()));
+            } else {
+                rendered.text.push(c);
+            }
+        }
+        Ok(rendered)
     }
 
-    /// Renders a conversation and the generation prompt, such as the assistant's header.
-    ///
-    /// # Errors
-    /// [`Error::Input`] as [`ChatTemplate::render`].
-    pub fn render_prompt(&self, messages: &[Message]) -> Result<String> {
-        self.render_with(messages, true)
-    }
-
-    fn render_with(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
+    fn render_text(&self, messages: &[Message], tools: &[serde_json::Value], ending: Ending) -> Result<String> {
         let context = context! {
             messages => messages.iter().map(Message::to_template).collect::<Vec<Value>>(),
-            add_generation_prompt => generation_prompt,
-            tools => Value::from(()),
+            add_generation_prompt => ending == Ending::GenerationPrompt,
+            tools => if tools.is_empty() { Value::from(()) } else { Value::from(Serde(tools)) },
             documents => Value::from(()),
             ..Value::from_pairs(self.special.clone())
         };
@@ -192,146 +275,19 @@ fn is_namespace(value: &Value) -> bool {
     minijinja::functions::namespace(None).is_ok_and(|namespace| type_name(&namespace) == type_name(value))
 }
 
-/// Formats booleans and none as Python does: `True`, `False`, `None`.
+/// Formats booleans, none and floats as Python does: `True`, `False`, `None`, `1e+16`.
 fn format_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), minijinja::Error> {
     match value.kind() {
         ValueKind::Bool => Ok(out.write_str(if value.is_true() { "True" } else { "False" })?),
         ValueKind::None => Ok(out.write_str("None")?),
+        ValueKind::Number if !value.is_integer() => match f64::try_from(value.clone()) {
+            Ok(x) => Ok(out.write_str(&python::float_text(x))?),
+            Err(_) => minijinja::escape_formatter(out, state, value),
+        },
         _ => minijinja::escape_formatter(out, state, value),
     }
 }
 
-/// Methods of Python's strings, lists and dictionaries.
-fn method(
-    state: &mut State<'_, '_>,
-    value: &Value,
-    name: &str,
-    arguments: &[Value],
-) -> Result<Value, minijinja::Error> {
-    match (name, value.as_str()) {
-        // The engine does not bound the width that a format specification asks for.
-        ("format", Some(text)) if text.contains(':') => Err(refused("format() with a format specification")),
-        // The engine's own follows Jinja's filter, which splits words differently.
-        ("title", Some(text)) if arguments.is_empty() => Ok(Value::from(title(text))),
-        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments),
-    }
-}
-
-/// Python's `str.title`: upper-cases each letter that does not follow a letter, and lower-cases the others.
-fn title(text: &str) -> String {
-    let mut titled = String::with_capacity(text.len());
-    let mut in_word = false;
-    for c in text.chars() {
-        if in_word {
-            titled.extend(c.to_lowercase())
-        } else {
-            titled.extend(c.to_uppercase())
-        }
-        in_word = c.is_alphabetic();
-    }
-    titled
-}
-
 fn refused(why: impl Into<String>) -> minijinja::Error {
     minijinja::Error::new(ErrorKind::InvalidOperation, why.into())
-}
-
-/// `json.dumps(value, ensure_ascii=False, indent, separators, sort_keys)`; unlike Jinja's own filter it does not escape
-/// HTML.
-fn to_json(value: Value, keywords: Kwargs) -> Result<Value, minijinja::Error> {
-    let indent: Option<usize> = keywords.get("indent")?;
-    let ascii: Option<bool> = keywords.get("ensure_ascii")?;
-    let sort_keys: Option<bool> = keywords.get("sort_keys")?;
-    let separators: Option<Vec<String>> = keywords.get("separators")?;
-    keywords.assert_all_used()?;
-    if value.is_undefined() {
-        return Err(refused("tojson of an undefined value"));
-    }
-    if indent.is_some_and(|width| width > MAX_INDENT) {
-        return Err(refused(format!("tojson with an indent above {MAX_INDENT}")));
-    }
-    let value = serde_json::to_value(&value).map_err(|e| refused(e.to_string()))?;
-    let (item, key) = match separators.as_deref() {
-        Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => return Err(refused("tojson with other than two separators")),
-        None => ((if indent.is_some() { "," } else { ", " }).to_owned(), ": ".to_owned()),
-    };
-    let style = JsonStyle { indent, ascii: ascii.unwrap_or(false), sort_keys: sort_keys.unwrap_or(false), item, key };
-    let mut text = String::new();
-    style.write(&value, 0, &mut text);
-    Ok(Value::from_safe_string(text))
-}
-
-/// Options of Python's `json.dumps`.
-struct JsonStyle {
-    indent: Option<usize>,
-    ascii: bool,
-    sort_keys: bool,
-    item: String,
-    key: String,
-}
-
-impl JsonStyle {
-    fn write(&self, value: &serde_json::Value, depth: usize, out: &mut String) {
-        match value {
-            serde_json::Value::String(text) => self.write_text(text, out),
-            serde_json::Value::Array(list) if !list.is_empty() => {
-                out.push('[');
-                for (i, value) in list.iter().enumerate() {
-                    self.separate(i, depth + 1, out);
-                    self.write(value, depth + 1, out);
-                }
-                self.new_line(depth, out);
-                out.push(']');
-            }
-            serde_json::Value::Object(map) if !map.is_empty() => {
-                let mut entries: Vec<_> = map.iter().collect();
-                if self.sort_keys {
-                    entries.sort_by_key(|(name, _)| *name);
-                }
-                out.push('{');
-                for (i, (name, value)) in entries.into_iter().enumerate() {
-                    self.separate(i, depth + 1, out);
-                    self.write_text(name, out);
-                    out.push_str(&self.key);
-                    self.write(value, depth + 1, out);
-                }
-                self.new_line(depth, out);
-                out.push('}');
-            }
-            other => out.push_str(&other.to_string()),
-        }
-    }
-
-    fn separate(&self, i: usize, depth: usize, out: &mut String) {
-        if i > 0 {
-            out.push_str(&self.item);
-        }
-        self.new_line(depth, out);
-    }
-
-    fn new_line(&self, depth: usize, out: &mut String) {
-        if let Some(width) = self.indent {
-            out.push('\n');
-            out.push_str(&" ".repeat(width * depth));
-        }
-    }
-
-    fn write_text(&self, text: &str, out: &mut String) {
-        let quoted = serde_json::Value::from(text).to_string();
-        if !self.ascii {
-            // Like Python, serde_json does not escape DEL.
-            return out.push_str(&quoted);
-        }
-        let mut units = [0; 2];
-        for c in quoted.chars() {
-            if c.is_ascii() {
-                out.push(c);
-            } else {
-                for unit in c.encode_utf16(&mut units) {
-                    let _ = write!(out, "\\u{unit:04x}");
-                }
-            }
-        }
-    }
 }

@@ -42,7 +42,8 @@ pub struct ModelConfig {
     pub windows: Vec<Option<usize>>,
     /// Token id of the beginning of text.
     pub bos: Option<u32>,
-    /// Token ids that end an answer, from `config.json` and `generation_config.json`.
+    /// Token ids that end an answer: `eos_token_id` of `config.json` and `generation_config.json`, and the tokenizer's
+    /// `eos_token`.
     pub eos: Vec<u32>,
 }
 

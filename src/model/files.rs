@@ -2,6 +2,7 @@
 
 mod weights;
 
+use super::tokenizer::TokenizerConfig;
 use super::{Adapter, AdapterShape, ChatTemplate, ModelConfig, StoredAs, Tokenizer, adapter};
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
@@ -36,7 +37,6 @@ const SIDE_FILES: [&str; 10] = [
 ];
 const MAX_CONFIG_BYTES: u64 = 1 << 22;
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
-const MAX_TOKENIZER_CONFIG_BYTES: u64 = 1 << 24;
 
 /// A validated Hugging Face model directory; tensors are read on demand.
 pub struct ModelDir {
@@ -137,10 +137,18 @@ impl ModelDir {
 
         let shards = open_shards(dir)?;
         let sources = find_tensors(&mut config, &shards, &place)?;
+        let tokenizer_config = TokenizerConfig::read(dir)?;
         let tokenizer = match file_in(dir, "tokenizer.json")? {
-            Some(path) => Some(Tokenizer::open(&path)?.with_rows(config.vocab)),
+            Some(path) => Some(Tokenizer::open_with(&path, &tokenizer_config)?.with_rows(config.vocab)),
             None => None,
         };
+        let eos = |tokenizer: &Tokenizer| tokenizer.token(tokenizer_config.special.get("eos_token")?);
+        if let Some(eos) = tokenizer.as_ref().and_then(eos)
+            && (eos as usize) < config.vocab
+            && !config.eos.contains(&eos)
+        {
+            config.eos.push(eos);
+        }
         Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, adapter: None, hash: OnceLock::new() })
     }
 
@@ -263,13 +271,7 @@ impl ModelDir {
     /// # Errors
     /// [`Error::Input`] where there is none, or it does not compile; [`Error::Io`].
     pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
-        let read = |name: &str| match file_in(&self.dir, name)? {
-            Some(path) => json::read(&path, MAX_TOKENIZER_CONFIG_BYTES, "JSON"),
-            None => Ok(Value::Null),
-        };
-        let config = read("tokenizer_config.json")?;
-        let mut special = special_tokens(&read("special_tokens_map.json")?);
-        special.extend(special_tokens(&config));
+        let TokenizerConfig { json: config, special, .. } = TokenizerConfig::read(&self.dir)?;
         let jinja = match named {
             Some(named) => Some(named.to_owned()),
             None => file_in(&self.dir, "chat_template.jinja")?,
@@ -365,9 +367,14 @@ impl ModelDir {
         Ok(shards.into_iter().map(|shard| shard.into_iter().unzip()).collect())
     }
 
+    /// `config.json` as it is.
+    pub(super) fn config_json(&self) -> Result<Value> {
+        json::read(&self.dir.join("config.json"), MAX_CONFIG_BYTES, "JSON")
+    }
+
     fn write_side_files(&self, out: &Path, stored: StoredAs) -> Result<()> {
         let source = self.dir.join("config.json");
-        let mut config: Value = json::read(&source, MAX_CONFIG_BYTES, "JSON")?;
+        let mut config = self.config_json()?;
         let untied = config["tie_word_embeddings"].as_bool().unwrap_or(false) != self.config.tied;
         if untied {
             config["tie_word_embeddings"] = Value::Bool(self.config.tied);
@@ -435,14 +442,4 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut source = fs::File::open(from).map_err(Error::io(from, FileOp::Open))?;
     let mut target = fs::File::create(to).map_err(Error::io(to, FileOp::Create))?;
     std::io::copy(&mut source, &mut target).map(|_| ()).map_err(Error::io(to, FileOp::Write))
-}
-
-/// Special tokens by role, given as strings or as objects with `content`.
-fn special_tokens(config: &Value) -> BTreeMap<String, String> {
-    let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-    let token = |name: &str| {
-        let value = &config[name];
-        value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
-    };
-    names.into_iter().filter_map(|name| Some((name.to_owned(), token(name)?))).collect()
 }

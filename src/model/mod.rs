@@ -2,6 +2,7 @@
 
 pub mod adapter;
 pub mod chat;
+pub mod chat_files;
 mod clock;
 pub mod config;
 pub mod files;
@@ -10,10 +11,11 @@ mod stored;
 pub mod tokenizer;
 
 pub use adapter::{Adapter, AdapterShape};
-pub use chat::{ChatTemplate, Message, Training};
+pub use chat::{ChatTemplate, Ending, Message, Rendered, Training};
+pub use chat_files::ChatFiles;
 pub use clock::Clock;
 pub use config::{ModelConfig, Rope, RopeScaling};
 pub use files::ModelDir;
 pub use rope::rope_table;
 pub use stored::StoredAs;
-pub use tokenizer::{DecodeStream, Tokenizer};
+pub use tokenizer::{Added, DecodeStream, Tokenizer, TokenizerConfig};

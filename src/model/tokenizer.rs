@@ -1,7 +1,11 @@
 //! Tokenizer and streaming decoder.
 
+mod side_files;
+
 use crate::error::{Error, Result};
 use crate::io::input::{guarded, printable, read_bytes};
+pub use side_files::TokenizerConfig;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,6 +30,15 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Input`] where it is malformed or has no tokens; [`Error::Io`].
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, &TokenizerConfig::default())
+    }
+
+    /// Reads a `tokenizer.json` and adds the tokens of the files beside it that it lacks: under the id of its
+    /// vocabulary if they are in it, else under the next free one.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`].
+    pub fn open_with(path: &Path, config: &TokenizerConfig) -> Result<Self> {
         let place = path.display().to_string();
         let bytes = read_bytes(path, MAX_BYTES)?;
         let read = guarded(&place, "tokenizer", || tokenizers::Tokenizer::from_bytes(&bytes))?;
@@ -34,6 +47,11 @@ impl Tokenizer {
         })?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::input(&place, printable(&e), "a tokenizer.json"))?;
+        let missing = config.missing(inner.get_added_vocabulary());
+        if !missing.is_empty() {
+            let added = guarded(&place, "tokenizer", || inner.add_tokens(missing))?;
+            added.map_err(|e| Error::input(&place, printable(&e), "a tokenizer that takes the tokens beside it"))?;
+        }
         let vocab = inner.get_vocab(true).values().max().map_or(0, |most| *most as usize + 1);
         if vocab == 0 {
             return Err(Error::input(place, "no tokens", "a tokenizer with a vocabulary"));
@@ -54,6 +72,31 @@ impl Tokenizer {
         self.encode_fast(text, false)
     }
 
+    /// As [`Tokenizer::encode`], with the bytes of the text that each token stands for. Some tokenizers leave white
+    /// space around a token out of its bytes.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_spans(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = guarded(&self.place, "tokenizer", || self.inner.encode(text, false))?;
+        let encoding = encoding.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer for this text"))?;
+        self.check_rows(encoding.get_ids())?;
+        let spans = encoding.get_offsets().iter().map(|(start, end)| *start..*end);
+        Ok(encoding.get_ids().iter().copied().zip(spans).collect())
+    }
+
+    /// The id of a token by its text.
+    pub fn token(&self, text: &str) -> Option<u32> {
+        self.inner.token_to_id(text)
+    }
+
+    /// Whether this is a token that text is split at before anything else, and if so, whether it is special: left out
+    /// of decoded text.
+    pub fn added(&self, token: u32) -> Option<Added> {
+        let found = self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&token)?;
+        Some(if found.special { Added::Special } else { Added::Plain })
+    }
+
     /// Encodes text and adds the post-processor's special tokens, such as the beginning of text.
     ///
     /// # Errors
@@ -65,19 +108,19 @@ impl Tokenizer {
     fn encode_fast(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = guarded(&self.place, "tokenizer", || self.inner.encode_fast(text, special))?;
         let encoding = encoding.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer for this text"))?;
-        let tokens = encoding.get_ids();
-        match tokens.iter().find(|token| **token as usize >= self.rows) {
-            None => Ok(tokens.to_vec()),
-            Some(token) => {
-                let name = self.inner.id_to_token(*token).unwrap_or_default();
-                let found = format!("token {token}, `{}`, in a text", name.escape_debug());
-                let expected = format!(
-                    "tokens below {}, the rows of the model's embedding; leave it out of the text and the chat template",
-                    self.rows
-                );
-                Err(Error::input(&self.place, found, expected))
-            }
-        }
+        self.check_rows(encoding.get_ids())?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    fn check_rows(&self, tokens: &[u32]) -> Result<()> {
+        let Some(token) = tokens.iter().find(|token| **token as usize >= self.rows) else { return Ok(()) };
+        let name = self.inner.id_to_token(*token).unwrap_or_default();
+        let found = format!("token {token}, `{}`, in a text", name.escape_debug());
+        let expected = format!(
+            "tokens below {}, the rows of the model's embedding; leave it out of the text and the chat template",
+            self.rows
+        );
+        Err(Error::input(&self.place, found, expected))
     }
 
     /// Decodes ids, skipping special tokens and ids that the tokenizer does not know.
@@ -86,6 +129,15 @@ impl Tokenizer {
     /// [`Error::Input`] where the tokenizer rejects the ids.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         let text = guarded(&self.place, "tokenizer", || self.inner.decode(tokens, true))?;
+        text.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer that decodes its tokens"))
+    }
+
+    /// Decodes ids, special tokens too.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the tokenizer rejects the ids.
+    pub fn decode_all(&self, tokens: &[u32]) -> Result<String> {
+        let text = guarded(&self.place, "tokenizer", || self.inner.decode(tokens, false))?;
         text.map_err(|e| Error::input(&self.place, printable(&e), "a tokenizer that decodes its tokens"))
     }
 
@@ -98,6 +150,15 @@ impl Tokenizer {
     pub fn stream(&self) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, tokens: Vec::new(), boundary: 0, given: 0 }
     }
+}
+
+/// Kind of a token that was added to the vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    /// Left out of decoded text, such as the end of a turn.
+    Special,
+    /// Part of decoded text.
+    Plain,
 }
 
 /// Decodes token by token; emits complete characters only.

@@ -78,7 +78,7 @@ impl<B: Backend> LoadedModel<B> {
         task: &str,
         observer: Observer<'_>,
     ) -> Result<Vec<Answer>> {
-        let stop = self.text.files.config.eos.clone();
+        let stop = self.text.stop_tokens();
         let options = GenerateOptions { max_new_tokens, cache_bytes, stop, ..GenerateOptions::default() };
         let most = prompts.len() * max_new_tokens;
         let mut done = 0;

@@ -5,11 +5,11 @@ use super::text::ModelText;
 use super::tune::{Method, TuneJob, examples_hash};
 use super::watch::Watch;
 use crate::backend::{Backend, Roofline};
-use crate::data::{Example, Loader};
+use crate::data::{DataSize, Example, Loader};
 use crate::engine::{Decoder, Lora, Plan, Workload};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, OutputDir, check_apart, json, unfinished};
-use crate::model::{Clock, ModelDir, StoredAs};
+use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
 use crate::modules::{Cell, LearningRates, ParamId};
 use crate::options::mib;
 use crate::train::{Callbacks, Length, Phase, Rounding, RunDir, TuneSummary, Tuner, disk_bytes};
@@ -21,7 +21,14 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, Args)]
 pub struct TuneOutput {
     /// Where the tuned model directory appears when it is complete
-    #[arg(long = "out", value_name = "DIR")]
+    #[arg(
+        long = "out",
+        value_name = "DIR",
+        required = false,
+        required_unless_present = "preview",
+        default_value_if("preview", "true", ""),
+        hide_default_value = true
+    )]
     pub path: PathBuf,
     /// Replace --out, and discard an unfinished run. A directory that holds anything but what swat wrote is refused
     #[arg(long)]
@@ -44,6 +51,9 @@ pub struct TuneOutput {
     /// Roofline of the speed of light ([`crate::train::StepMetrics::speed_of_light`]); none = not reported.
     #[arg(skip)]
     pub roofline: Option<Roofline>,
+    /// Chat template and end of answers of the tuned model.
+    #[arg(skip)]
+    pub chat: ChatFiles,
     /// The resolved configuration, for `tune.json`.
     #[arg(skip)]
     pub config: serde_json::Value,
@@ -141,8 +151,9 @@ impl OpenOutput {
             ));
         }
         let data = examples_hash(&examples);
+        let size = DataSize::of(&examples);
         let loader = Loader::new(examples, shared.loader())?;
-        let prepared = PreparedTune { output: self, job, phases, loader, data, watch: None };
+        let prepared = PreparedTune { output: self, job, phases, loader, data, size, watch: None };
         prepared.check_memory(files, backend)?;
         prepared.check_disk::<B>(files)?;
         Ok(prepared)
@@ -159,9 +170,21 @@ pub struct PreparedTune {
     /// Hash of the examples.
     data: String,
     watch: Option<Watch>,
+    size: DataSize,
 }
 
 impl PreparedTune {
+    /// Writes these chat files into the tuned model.
+    pub fn chat(mut self, chat: ChatFiles) -> Self {
+        self.output.options.chat = chat;
+        self
+    }
+
+    /// Size of the training data.
+    pub fn data(&self) -> DataSize {
+        self.size
+    }
+
     /// Reports [`crate::train::StepMetrics::speed_of_light`] against this roofline.
     pub fn roofline(mut self, roofline: Option<Roofline>) -> Self {
         self.output.options.roofline = roofline;
@@ -271,8 +294,8 @@ impl PreparedTune {
         callbacks: &mut dyn Callbacks<B>,
     ) -> Result<TuneSummary> {
         let files = &text.files;
-        let Self { output: OpenOutput { options, dir: out, unfinished: left }, job, phases, mut loader, data, watch } =
-            self;
+        let Self { output, job, phases, mut loader, data, size, watch } = self;
+        let OpenOutput { options, dir: out, unfinished: left } = output;
         if !options.resume {
             unfinished::remove_run(&left)?;
         }
@@ -316,13 +339,14 @@ impl PreparedTune {
                 Ok(values)
             };
             files.write_as(out.dir(), options.save_dtype, values, options.max_shard_bytes)?;
+            options.chat.write(files, out.dir())?;
             summary.rounding = Some(rounding);
         }
         let metrics = left.join("metrics.jsonl");
         let to = out.dir().join("metrics.jsonl");
         std::fs::copy(&metrics, &to).map_err(Error::io(&to, FileOp::Write))?;
         json::write(&out.dir().join("updates.json"), &summary.updates)?;
-        let record = serde_json::json!({ "config": options.config, "job": job, "summary": {
+        let record = serde_json::json!({ "config": options.config, "job": job, "data": size, "summary": {
             "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes,
             "planned_bytes": summary.planned_bytes, "rounding": summary.rounding,
             "evaluations": summary.evaluations, "best_step": summary.best_step } });

@@ -5,7 +5,7 @@ use crate::backend::Backend;
 use crate::data::{Chat, Examples, JsonLines};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
-use crate::model::{ChatTemplate, Clock, Message, ModelDir, Tokenizer};
+use crate::model::{ChatFiles, Clock, Message, ModelDir, Tokenizer};
 use std::path::Path;
 
 /// Files, tokenizer and chat template of a model directory.
@@ -14,7 +14,9 @@ pub struct ModelText {
     pub files: ModelDir,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    chat: Option<Chat>,
+    /// Whether the chat template is not the directory's own.
+    named_template: bool,
 }
 
 impl ModelText {
@@ -31,8 +33,9 @@ impl ModelText {
     /// # Errors
     /// [`Error::Input`] where there is no tokenizer or no chat template.
     pub fn of(files: ModelDir, chat_template: Option<&Path>) -> Result<Self> {
-        let template = files.chat_template(chat_template)?;
-        Ok(Self { tokenizer: files.tokenizer()?, files, template: Some(template) })
+        let (template, tokenizer) = (files.chat_template(chat_template)?, files.tokenizer()?);
+        let chat = Chat::new(template, tokenizer.clone(), &files.config.eos);
+        Ok(Self { files, tokenizer, chat: Some(chat), named_template: chat_template.is_some() })
     }
 
     /// A model directory for plain text: prompts cannot be rendered.
@@ -40,7 +43,7 @@ impl ModelText {
     /// # Errors
     /// [`Error::Input`] where there is no tokenizer.
     pub fn without_template(files: ModelDir) -> Result<Self> {
-        Ok(Self { tokenizer: files.tokenizer()?, files, template: None })
+        Ok(Self { tokenizer: files.tokenizer()?, files, chat: None, named_template: false })
     }
 
     /// Reads the weights onto a device.
@@ -65,15 +68,28 @@ impl ModelText {
 
     /// Sets the time of the chat template; returns it where the template uses it.
     pub fn set_clock(&mut self, clock: Clock) -> Option<Clock> {
-        let template = self.template.as_mut()?;
-        template.set_clock(clock);
-        template.uses_clock().then_some(clock)
+        self.chat.as_mut()?.set_clock(clock)
     }
 
-    fn template(&self) -> Result<&ChatTemplate> {
+    /// The chat template and what it writes around an answer.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where the directory was opened for plain text.
+    pub fn chat(&self) -> Result<&Chat> {
         let missing =
             || Error::failed("the model was opened without its chat template", "this is a bug; please report it");
-        self.template.as_ref().ok_or_else(missing)
+        self.chat.as_ref().ok_or_else(missing)
+    }
+
+    /// The tokens at which an answer ends: [`Chat::stop_tokens`], or the eos tokens of a model opened for plain text.
+    pub fn stop_tokens(&self) -> Vec<u32> {
+        self.chat.as_ref().map_or_else(|| self.files.config.eos.clone(), Chat::stop_tokens)
+    }
+
+    /// Chat files of a model tuned from this one.
+    pub fn chat_files(&self) -> ChatFiles {
+        let named = self.chat.as_ref().filter(|_| self.named_template);
+        ChatFiles { template: named.map(|chat| chat.template().source().to_owned()), stop: self.stop_tokens() }
     }
 
     /// Reads and tokenizes training conversations.
@@ -81,16 +97,16 @@ impl ModelText {
     /// # Errors
     /// As [`Examples::read`].
     pub fn examples(&self, path: &Path, max_length: usize) -> Result<Examples> {
-        let chat = Chat::new(self.template()?, &self.tokenizer, &self.files.config.eos);
+        let chat = self.chat()?;
         let context = self.files.config.max_positions;
         if max_length > context
-            && let Some((place, tokens)) = Examples::first_longer(path, &chat, context)?
+            && let Some((place, tokens)) = Examples::first_longer(path, chat, context)?
         {
             let expected =
                 format!("at most {context}, the model's context; --max-length {context} truncates longer rows");
             return Err(Error::input(place, format!("{tokens} tokens"), expected));
         }
-        Examples::read(path, &chat, max_length)
+        Examples::read(path, chat, max_length)
     }
 
     /// Checks that rendered prompts have at most `most` tokens, so that none is found out late; `path` is the file that
@@ -125,7 +141,7 @@ impl ModelText {
     /// # Errors
     /// [`Error::Input`] where the template refuses the conversation.
     pub fn render(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        self.tokenizer.encode(&self.template()?.render_prompt(messages)?)
+        self.tokenizer.encode(&self.chat()?.prompt(messages, &[])?)
     }
 
     /// Token ids of single-turn prompts: [`ModelText::render`].

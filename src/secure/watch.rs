@@ -81,13 +81,7 @@ impl WatchOptions {
             patience: self.early_stop,
             data: examples_hash(&heldout),
         };
-        Ok(Some(Watch {
-            settings,
-            heldout,
-            harmful: of(true)?,
-            benign: of(false)?,
-            eos: text.files.config.eos.clone(),
-        }))
+        Ok(Some(Watch { settings, heldout, harmful: of(true)?, benign: of(false)?, eos: text.stop_tokens() }))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The binary as a user meets it.
 
 mod adapters;
+mod chat;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;

@@ -2,10 +2,11 @@
 
 use proptest::prelude::*;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::io::Write;
-use swat::data::{ChatText, Conversation, Example, Examples};
-use swat::error::{Error, Result};
-use swat::model::Message;
+use swat::data::{Chat, Conversation, Example, Examples};
+use swat::error::Result;
+use swat::model::{ChatTemplate, Message, Tokenizer, Training};
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
@@ -13,15 +14,22 @@ use tokenizers::{AddedToken, Tokenizer as HfTokenizer};
 /// A chat format over a byte-level BPE tokenizer.
 struct TestChat {
     tokenizer: HfTokenizer,
-    render: fn(&[Message], bool) -> String,
-    ends: Vec<u32>,
+    template: ChatTemplate,
+    chat: Chat,
 }
 
 impl TestChat {
-    fn new(render: fn(&[Message], bool) -> String) -> Self {
+    fn new(source: &str) -> Self {
         let tokenizer = tokenizer();
-        let ends = ["<|im_start|>", "<|im_end|>", "</s>"].map(|t| tokenizer.token_to_id(t).unwrap());
-        Self { tokenizer, render, ends: ends.to_vec() }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        tokenizer.save(file.path(), false).unwrap();
+        let template = || ChatTemplate::new(source, "t.jinja", BTreeMap::new()).unwrap();
+        let chat = Chat::new(template(), Tokenizer::open(file.path()).unwrap(), &[]);
+        Self { tokenizer, template: template(), chat }
+    }
+
+    fn encode(&self, text: &str) -> Vec<u32> {
+        self.tokenizer.encode(text, false).unwrap().get_ids().to_vec()
     }
 
     fn trained_text(&self, example: &Example) -> String {
@@ -31,28 +39,13 @@ impl TestChat {
     }
 
     fn example(&self, turns: &[(&str, &str)], max_length: usize) -> Result<Option<Example>> {
-        Example::from_conversation(&conversation(turns), self, max_length)
+        Example::from_conversation(&conversation(turns), &self.chat, max_length)
     }
 
     /// All text and the trained text, with no limit on the length.
     fn texts(&self, turns: &[(&str, &str)]) -> (String, String) {
         let example = self.example(turns, usize::MAX).unwrap().unwrap();
         (self.tokenizer.decode(&example.tokens, false).unwrap(), self.trained_text(&example))
-    }
-}
-
-impl ChatText for TestChat {
-    fn render(&self, messages: &[Message]) -> Result<String> {
-        Ok((self.render)(messages, false))
-    }
-    fn render_prompt(&self, messages: &[Message]) -> Result<String> {
-        Ok((self.render)(messages, true))
-    }
-    fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.tokenizer.encode(text, false).unwrap().get_ids().to_vec())
-    }
-    fn ends_turn(&self, token: u32) -> bool {
-        self.ends.contains(&token)
     }
 }
 
@@ -76,50 +69,24 @@ fn conversation(turns: &[(&str, &str)]) -> Conversation {
     turns.iter().map(|(role, content)| Message::new(role, *content)).collect::<Vec<_>>().into()
 }
 
-fn chatml(messages: &[Message], generation_prompt: bool) -> String {
-    let mut text: String =
-        messages.iter().map(|m| format!("<|im_start|>{}\n{}<|im_end|>\n", m.role, m.content)).collect();
-    if generation_prompt {
-        text += "<|im_start|>assistant\n";
-    }
-    text
-}
+const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}<|im_end|>{{ '\\n' }}{% endfor %}\
+                      {% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}";
 
 /// As Qwen3: the last answer carries its (empty) thinking, earlier ones lose it; the generation prompt is bare.
-fn thinking(messages: &[Message], generation_prompt: bool) -> String {
-    let mut text = String::new();
-    for (i, m) in messages.iter().enumerate() {
-        let think = if m.role == "assistant" && i + 1 == messages.len() { "<think>\n\n</think>\n\n" } else { "" };
-        text += &format!("<|im_start|>{}\n{think}{}<|im_end|>\n", m.role, m.content.trim());
-    }
-    if generation_prompt {
-        text += "<|im_start|>assistant\n";
-    }
-    text
-}
-
-/// As above, with a generation prompt that opens the thinking: prefixes of earlier turns do not match.
-fn open_thinking(messages: &[Message], generation_prompt: bool) -> String {
-    thinking(messages, generation_prompt) + if generation_prompt { "<think>\n" } else { "" }
-}
+const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' }}{% if loop.last and m.role == 'assistant' %}\
+     {{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ m.content | trim }}<|im_end|>{{ '\\n' }}{% endfor %}\
+     {% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}";
 
 /// As Llama 2: no header before the answer, a space, and the end of the sequence.
-fn instruct(messages: &[Message], _: bool) -> String {
-    let turn = |m: &Message| match m.role.as_str() {
-        "assistant" => format!(" {}</s>", m.content.trim()),
-        _ => format!("[INST] {} [/INST]", m.content),
-    };
-    messages.iter().map(turn).collect()
-}
+const INSTRUCT: &str = "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content | trim }}</s>{% else %}\
+                        [INST] {{ m.content }} [/INST]{% endif %}{% endfor %}";
 
-fn plain(messages: &[Message], generation_prompt: bool) -> String {
-    let text: String = messages.iter().map(|m| format!("{}: {}\n", m.role, m.content)).collect();
-    text + if generation_prompt { "assistant: " } else { "" }
-}
+const PLAIN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content + '\\n' }}{% endfor %}\
+                     {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
 
 #[test]
 fn the_answer_and_its_end_are_trained_and_nothing_behind() {
-    let (all, trained) = TestChat::new(chatml).texts(&[("user", "hi"), ("assistant", "ans")]);
+    let (all, trained) = TestChat::new(CHATML).texts(&[("user", "hi"), ("assistant", "ans")]);
     assert_eq!(all, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nans<|im_end|>\n");
     assert_eq!(trained, "ans<|im_end|>");
 }
@@ -127,47 +94,95 @@ fn the_answer_and_its_end_are_trained_and_nothing_behind() {
 #[test]
 fn every_answer_of_a_conversation_is_trained() {
     let turns = [("system", "s"), ("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two")];
-    assert_eq!(TestChat::new(chatml).texts(&turns).1, "one<|im_end|>two<|im_end|>");
-    assert_eq!(TestChat::new(instruct).texts(&turns[1..]).1, " one</s> two</s>");
+    assert_eq!(TestChat::new(CHATML).texts(&turns).1, "one<|im_end|>two<|im_end|>");
+    assert_eq!(TestChat::new(INSTRUCT).texts(&turns[1..]).1, " one</s> two</s>");
 }
 
 #[test]
 fn what_a_template_changes_in_an_answer_is_trained_as_rendered() {
     let turns = [("user", "a"), ("assistant", " one "), ("user", "b"), ("assistant", " two\n")];
-    let (_, trained) = TestChat::new(thinking).texts(&turns);
+    let (_, trained) = TestChat::new(THINKING).texts(&turns);
     assert_eq!(trained, "one<|im_end|><think>\n\n</think>\n\ntwo<|im_end|>");
 }
 
 #[test]
-fn turns_whose_prompt_is_rewritten_later_are_not_trained() {
+fn turns_whose_prompt_is_rewritten_later_are_trained_from_their_header() {
+    // The generation prompt opens the thinking, which earlier turns lose.
+    let opened = THINKING.replace("assistant{{ '\\n' }}{% endif %}", "assistant{{ '\\n<think>\\n' }}{% endif %}");
     let turns = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two")];
-    assert_eq!(TestChat::new(open_thinking).texts(&turns).1, "\n</think>\n\ntwo<|im_end|>");
+    assert_eq!(TestChat::new(&opened).texts(&turns).1, "one<|im_end|>\n</think>\n\ntwo<|im_end|>");
+    let unmatched = CHATML.replace("assistant{{ '\\n' }}{% endif %}", "assistant{{ '\\n<think>\\n' }}{% endif %}");
+    assert_eq!(TestChat::new(&unmatched).texts(&turns).1, "one<|im_end|>two<|im_end|>");
 }
 
 #[test]
 fn templates_that_cannot_be_trained_are_refused() {
     let turns = [("user", "a"), ("assistant", "one")];
-    let unmatched = TestChat::new(|m, g| chatml(m, g) + if g { "<think>\n" } else { "" });
-    assert!(unmatched.example(&turns, 99).unwrap_err().to_string().contains("where the generation prompt ends"));
-    let endless = TestChat::new(plain).example(&turns, 99).unwrap_err();
-    assert!(endless.to_string().contains("never learn to stop"));
+    let endless = TestChat::new(PLAIN).example(&turns, 99).unwrap_err().to_string();
+    assert!(endless.starts_with("t.jinja: ") && endless.contains("never learn to stop"), "{endless}");
+    let silent = TestChat::new("{{ messages[0].content }}</s>").example(&turns, 99).unwrap_err().to_string();
+    assert!(silent.contains("t.jinja: found message 2 not in the rendered conversation"), "{silent}");
+    assert!(silent.contains("{% generation %}"), "{silent}");
+}
+
+#[test]
+fn a_prompt_ends_where_training_begins() {
+    // This template ignores add_generation_prompt, so the header before each answer belongs to the prompt.
+    let ignores = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}", "");
+    for (source, prompt) in [
+        (ignores.as_str(), "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"),
+        (CHATML, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"),
+        (INSTRUCT, "[INST] a [/INST]"),
+    ] {
+        let chat = TestChat::new(source);
+        assert_eq!(chat.chat.prompt(&[Message::new("user", "a")], &[]).unwrap(), prompt);
+        let (all, trained) = chat.texts(&[("user", "a"), ("assistant", "one")]);
+        assert!(all.starts_with(&format!("{prompt}{trained}")), "{all}");
+        let end = if source == INSTRUCT { "</s>" } else { "<|im_end|>" };
+        assert_eq!(chat.chat.stop_tokens(), chat.encode(end));
+        assert!(trained.ends_with(end), "{trained}");
+    }
+}
+
+#[test]
+fn turns_that_the_data_leave_out_are_context() {
+    let turns = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two")];
+    let marks = CHATML.replace(
+        "{{ m.role + '\\n' + m.content }}<|im_end|>",
+        "{{ m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}\
+         {% else %}{{ m.content }}{% endif %}<|im_end|>",
+    );
+    for (source, second) in [(CHATML, "two<|im_end|>"), (marks.as_str(), "two")] {
+        let chat = TestChat::new(source);
+        let mut all = conversation(&turns);
+        all.messages[1].training = Training::Context;
+        let example = Example::from_conversation(&all, &chat.chat, 999).unwrap().unwrap();
+        assert_eq!(chat.trained_text(&example), second);
+        let trained = all.clone();
+        all.messages[3].training = Training::Context;
+        assert_eq!(Example::from_conversation(&all, &chat.chat, 999).unwrap(), None);
+        let found = Examples::from_conversations(&[all.clone(), trained], &chat.chat, 999).unwrap();
+        assert_eq!((found.examples.len(), found.dropped, found.context), (1, 0, 1));
+        let error = Examples::from_conversations(&[all], &chat.chat, 999).unwrap_err().to_string();
+        assert!(error.contains("1 conversations, none with an answer to train"), "{error}");
+    }
 }
 
 #[test]
 fn a_boundary_inside_a_token_splits_the_text() {
-    let chat = TestChat::new(chatml);
+    let chat = TestChat::new(CHATML);
     let turns = [("user", "a"), ("assistant", "\nans"), ("user", "b"), ("assistant", "\nthe\nend")];
     let example = chat.example(&turns, usize::MAX).unwrap().unwrap();
-    let whole = chat.encode(&chatml(&conversation(&turns).messages, false)).unwrap();
+    let whole = chat.encode(&chat.template.render(&conversation(&turns).messages).unwrap());
     assert_eq!(example.tokens.len(), whole.len() + 2, "each header's line break stays apart from the answer's");
     assert_eq!(chat.trained_text(&example), "\nans<|im_end|>\nthe\nend<|im_end|>");
-    let prompt = chat.encode(&chatml(&conversation(&turns[..1]).messages, true)).unwrap();
+    let prompt = chat.encode(&chat.template.render_prompt(&conversation(&turns[..1]).messages).unwrap());
     assert!(example.tokens.starts_with(&prompt));
 }
 
 #[test]
 fn answers_are_cut_at_the_maximal_length() {
-    let chat = TestChat::new(chatml);
+    let chat = TestChat::new(CHATML);
     let turns = [("user", "hi"), ("assistant", "123456")];
     let whole = chat.example(&turns, usize::MAX).unwrap().unwrap();
     let prompt = whole.trained.iter().position(|t| *t).unwrap();
@@ -179,80 +194,49 @@ fn answers_are_cut_at_the_maximal_length() {
 
 #[test]
 fn cut_and_dropped_conversations_are_counted() {
-    let chat = TestChat::new(chatml);
+    let chat = TestChat::new(CHATML);
     let long = "x".repeat(50);
     let conversations = [("hi", "short"), ("hi", long.as_str()), (long.as_str(), "a")]
         .map(|(q, a)| conversation(&[("user", q), ("assistant", a)]));
-    let all = Examples::from_conversations(&conversations, &chat, 50).unwrap();
+    let all = Examples::from_conversations(&conversations, &chat.chat, 50).unwrap();
     assert_eq!((all.examples.len(), all.cut, all.dropped), (2, 1, 1));
     // Losing the line break behind the end of the turn is no cut.
     let length = chat.example(&[("user", "hi"), ("assistant", "short")], 99).unwrap().unwrap().tokens.len();
-    assert_eq!(Examples::from_conversations(&conversations[..1], &chat, length - 1).unwrap().cut, 0);
-    let error = Examples::from_conversations(&conversations[2..], &chat, 50).unwrap_err().to_string();
+    assert_eq!(Examples::from_conversations(&conversations[..1], &chat.chat, length - 1).unwrap().cut, 0);
+    let error = Examples::from_conversations(&conversations[2..], &chat.chat, 50).unwrap_err().to_string();
     assert!(error.contains("shorter than 50 tokens"), "{error}");
 }
 
 #[test]
 fn the_work_is_bounded_by_the_maximal_length() {
-    struct Bounded(TestChat);
-    impl ChatText for Bounded {
-        fn render(&self, messages: &[Message]) -> Result<String> {
-            self.0.render(messages)
-        }
-        fn render_prompt(&self, messages: &[Message]) -> Result<String> {
-            self.0.render_prompt(messages)
-        }
-        fn encode(&self, text: &str) -> Result<Vec<u32>> {
-            assert!(text.len() <= 100 * 256);
-            self.0.encode(text)
-        }
-        fn ends_turn(&self, token: u32) -> bool {
-            self.0.ends_turn(token)
-        }
-    }
-    let chat = Bounded(TestChat::new(chatml));
+    let chat = TestChat::new(CHATML);
     let long = "é".repeat(1 << 20);
     let turns = [("user", "hi"), ("assistant", long.as_str()), ("user", &long), ("assistant", "x")];
-    let all = Examples::from_conversations(&[conversation(&turns)], &chat, 100).unwrap();
+    let all = Examples::from_conversations(&[conversation(&turns)], &chat.chat, 100).unwrap();
     assert_eq!((all.examples[0].tokens.len(), all.cut), (100, 1));
-    let prompt = chat.encode(&chatml(&conversation(&turns[..1]).messages, true)).unwrap().len();
+    let prompt = chat.encode(&chat.template.render_prompt(&conversation(&turns[..1]).messages).unwrap()).len();
     assert_eq!(all.examples[0].trained_tokens(), 100 - prompt);
-    assert_eq!(Example::from_conversation(&conversation(&turns[2..]), &chat, 100).unwrap(), None);
+    assert_eq!(Example::from_conversation(&conversation(&turns[2..]), &chat.chat, 100).unwrap(), None);
 }
 
 #[test]
 fn a_later_turn_beyond_the_maximal_length_is_a_cut() {
-    let chat = TestChat::new(chatml);
+    let chat = TestChat::new(CHATML);
     let turns = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two")];
     let first = chat.example(&turns[..2], 999).unwrap().unwrap().tokens.len();
-    let all = Examples::from_conversations(&[conversation(&turns)], &chat, first + 4).unwrap();
+    let all = Examples::from_conversations(&[conversation(&turns)], &chat.chat, first + 4).unwrap();
     assert_eq!((chat.trained_text(&all.examples[0]).as_str(), all.cut), ("one<|im_end|>", 1));
 }
 
 #[test]
 fn errors_of_the_template_name_the_line() {
-    struct Refuses;
-    impl ChatText for Refuses {
-        fn render_prompt(&self, messages: &[Message]) -> Result<String> {
-            self.render(messages)
-        }
-        fn render(&self, messages: &[Message]) -> Result<String> {
-            match messages[0].content.as_str() {
-                "bad" => Err(Error::input("chat_template.jinja", "a system message", "none")),
-                _ => Ok("x".repeat(messages.len())),
-            }
-        }
-        fn encode(&self, text: &str) -> Result<Vec<u32>> {
-            Ok(vec![0; text.len()])
-        }
-        fn ends_turn(&self, _: u32) -> bool {
-            true
-        }
-    }
+    let refuses =
+        CHATML.replace("{% for", "{% if messages[0].content == 'bad' %}{{ raise_exception('bad') }}{% endif %}{% for");
+    let chat = TestChat::new(&refuses);
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"{\"prompt\":\"a\",\"completion\":\"b\"}\n\n{\"prompt\":\"bad\",\"completion\":\"b\"}\n").unwrap();
-    let error = Examples::read(file.path(), &Refuses, 9).unwrap_err().to_string();
-    assert!(error.starts_with(&format!("{}:3: chat_template.jinja: found", file.path().display())), "{error}");
+    let error = Examples::read(file.path(), &chat.chat, 99).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("{}:3: t.jinja: found", file.path().display())), "{error}");
 }
 
 proptest! {
@@ -270,9 +254,9 @@ proptest! {
         }
         let answers: String =
             messages.iter().skip(1).step_by(2).map(|(_, answer)| format!("{answer}<|im_end|>")).collect();
-        let chat = TestChat::new(chatml);
+        let chat = TestChat::new(CHATML);
         let (all, trained) = chat.texts(&messages);
-        prop_assert_eq!(all, chatml(&conversation(&messages).messages, false));
+        prop_assert_eq!(all, chat.template.render(&conversation(&messages).messages).unwrap());
         prop_assert_eq!(trained, answers);
         let whole = chat.example(&messages, usize::MAX).unwrap().unwrap();
         let trained = whole.trained.iter().take(max_length).rposition(|t| *t).map_or(0, |last| last + 1);
@@ -289,15 +273,17 @@ proptest! {
     }
 
     #[test]
-    fn special_text_in_a_turn_ends_an_answer_early_and_harms_nothing_else(
+    fn special_text_in_an_answer_is_trained_to_the_end_of_the_turn(
         question in "(a|\n|<\\|im_end\\|>|</s>|<\\|im_start\\|>){0,5}",
         answer in "(a|\n|<\\|im_end\\|>|</s>|<\\|im_start\\|>){0,5}",
         max_length in 0usize..40,
     ) {
-        let chat = TestChat::new(chatml);
+        let chat = TestChat::new(CHATML);
         if let Some(example) = chat.example(&[("user", &question), ("assistant", &answer)], max_length).unwrap() {
             prop_assert!(example.tokens.len() <= max_length && example.tokens.len() == example.trained.len());
             let text = chat.trained_text(&example);
+            let whole = chat.example(&[("user", &question), ("assistant", &answer)], 999).unwrap().unwrap();
+            prop_assert_eq!(chat.trained_text(&whole), answer.clone() + "<|im_end|>");
             prop_assert!((answer + "<|im_end|>").starts_with(&text));
             prop_assert!(example.trained_tokens() > 0 && !example.trained[0]);
         }

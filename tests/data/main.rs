@@ -4,6 +4,7 @@ mod conversation;
 mod example;
 mod jsonl;
 mod loader;
+mod masks;
 mod readers;
 mod rng;
 mod security;

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-use swat::model::{ChatTemplate, Message, Tokenizer};
+use swat::model::{ChatTemplate, Message, Tokenizer, TokenizerConfig};
 use tempfile::TempDir;
 
 fn template(source: &str) -> Result<ChatTemplate, String> {
@@ -42,6 +42,22 @@ fn templates_render_as_in_transformers() {
             (expected, found) => panic!("{name}: {found:?} instead of {expected}"),
         }
     }
+}
+
+#[test]
+fn pieces_of_python_render_as_in_jinja() {
+    let cases: Vec<Value> = serde_json::from_str(include_str!("snippets.json")).unwrap();
+    assert!(cases.len() >= 300);
+    let messages = messages(&cases[0]["messages"]);
+    let mut wrong = Vec::new();
+    for case in &cases[1..] {
+        let source = case["source"].as_str().unwrap();
+        let found = template(source).and_then(|t| t.render_prompt(&messages).map_err(|e| e.to_string()));
+        if found.as_deref() != Ok(case["text"].as_str().unwrap()) {
+            wrong.push(format!("{source}\n  {found:?}\n  {}", case["text"]));
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 #[test]
@@ -216,6 +232,36 @@ fn open(bytes: &[u8]) -> Result<Tokenizer, String> {
 
 fn tokenizer(value: &Value) -> Tokenizer {
     open(value.to_string().as_bytes()).unwrap()
+}
+
+#[test]
+fn tokens_beside_the_tokenizer_are_those_of_transformers() {
+    let all: Value = serde_json::from_str(include_str!("../data/masks.json")).unwrap();
+    let cases = all["tokens"].as_array().unwrap();
+    assert!(cases.len() >= 7);
+    for case in cases {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny/tokenizer.json"), &path).unwrap();
+        for (name, file) in case["files"].as_object().unwrap() {
+            fs::write(dir.path().join(name), file.to_string()).unwrap();
+        }
+        let t = Tokenizer::open_with(&path, &TokenizerConfig::read(dir.path()).unwrap()).unwrap();
+        let ids = t.encode(case["text"].as_str().unwrap()).unwrap();
+        assert_eq!(
+            (json!(ids), json!(t.decode(&ids).unwrap())),
+            (case["ids"].clone(), case["plain"].clone()),
+            "{case}"
+        );
+    }
+    let bad = |name: &str, text: &str| {
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join(name), text).unwrap();
+        TokenizerConfig::read(dir.path()).unwrap_err().to_string()
+    };
+    let keyed = bad("tokenizer_config.json", r#"{"added_tokens_decoder": {"x": {"content": "a"}}}"#);
+    assert!(keyed.contains("tokenizer_config.json: added_tokens_decoder: found `x`"), "{keyed}");
+    assert!(bad("added_tokens.json", r#"{"<a>": -1}"#).contains("added_tokens.json: found `<a>`"));
 }
 
 #[test]

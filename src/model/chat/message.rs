@@ -1,7 +1,7 @@
 //! Messages of a conversation, as data files hold them and as templates see them.
 
 use minijinja::value::{Serde, Value};
-use serde_json::Map;
+use serde_json::{Map, Value as Json};
 
 /// Names under which data sets hold the thinking of an answer; templates read the first.
 const THINKING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
@@ -14,9 +14,9 @@ pub struct Message {
     pub role: String,
     /// Text of the message; empty where it has none.
     pub content: String,
-    /// What else templates read: `reasoning_content`, `tool_calls`, `tool_call_id`, `name`. A `content` here replaces
-    /// the text for the template: null beside tool calls, or a list of parts.
-    pub fields: Map<String, serde_json::Value>,
+    /// What else templates read: `reasoning_content`, `tool_calls`, `tool_call_id`, `name`. A `content` here is what the
+    /// template sees in place of the text: a list of parts, or nothing at all for null.
+    pub fields: Map<String, Json>,
     /// Whether training learns it; of no effect unless the role is `assistant`.
     pub training: Training,
 }
@@ -37,13 +37,13 @@ impl Message {
         Self { role: role.to_owned(), content: content.into(), fields: Map::new(), training: Training::Trained }
     }
 
-    /// The message as transformers gives it to a template: thinking is under `reasoning_content` whatever its name, and
-    /// also under `thinking`.
+    /// The message as transformers gives it to a template: without keys that are null, and with thinking under
+    /// `reasoning_content` and `thinking`, whatever its name.
     pub(super) fn to_template(&self) -> Value {
         let mut fields = Map::new();
-        let thinking = THINKING.iter().find_map(|name| self.fields.get(*name).filter(|value| !value.is_null()));
         fields.insert("role".into(), self.role.as_str().into());
         fields.insert("content".into(), self.content.as_str().into());
+        let thinking = THINKING.iter().find_map(|name| self.fields.get(*name).filter(|value| !value.is_null()));
         if let Some(thinking) = thinking {
             fields.insert("thinking".into(), thinking.clone());
         }
@@ -51,7 +51,60 @@ impl Message {
         if let Some(thinking) = thinking {
             fields.insert(THINKING[0].into(), thinking.clone());
         }
+        fields.retain(|_, value| !value.is_null());
         Value::from(Serde(fields))
+    }
+
+    /// The message with `blank` in place of its text, its thinking, and the names and texts of its tool calls.
+    pub fn blanked(&self, blank: &str) -> Self {
+        let mut message = self.clone();
+        // Beside other fields, such as tool calls, an empty text makes templates go another way than any other.
+        if !message.content.is_empty() || message.fields.is_empty() {
+            message.content = blank.to_owned();
+        }
+        for name in THINKING.into_iter().chain(["content"]) {
+            if let Some(value) = message.fields.get_mut(name) {
+                blank_texts(value, blank);
+            }
+        }
+        for call in message.fields.get_mut("tool_calls").and_then(Json::as_array_mut).into_iter().flatten() {
+            let call = match call.get_mut("function") {
+                Some(function) => function,
+                None => call,
+            };
+            for name in ["name", "arguments"] {
+                if let Some(value) = call.get_mut(name) {
+                    blank_texts(value, blank);
+                }
+            }
+        }
+        message
+    }
+
+    /// Whether any text of the message holds `c`.
+    pub fn holds(&self, c: char) -> bool {
+        self.content.contains(c) || self.fields.values().any(|value| text_holds(value, c))
+    }
+}
+
+/// Replaces every string in a value that is not empty and not the `type` of a part.
+fn blank_texts(value: &mut Json, blank: &str) {
+    match value {
+        Json::String(text) if !text.is_empty() => *text = blank.to_owned(),
+        Json::Array(items) => items.iter_mut().for_each(|item| blank_texts(item, blank)),
+        Json::Object(map) => {
+            map.iter_mut().filter(|(name, _)| *name != "type").for_each(|(_, v)| blank_texts(v, blank))
+        }
+        _ => {}
+    }
+}
+
+fn text_holds(value: &Json, c: char) -> bool {
+    match value {
+        Json::String(text) => text.contains(c),
+        Json::Array(items) => items.iter().any(|item| text_holds(item, c)),
+        Json::Object(map) => map.iter().any(|(name, value)| name.contains(c) || text_holds(value, c)),
+        _ => false,
     }
 }
 
@@ -60,7 +113,7 @@ impl Message {
 struct Stored {
     role: String,
     #[serde(flatten)]
-    fields: Map<String, serde_json::Value>,
+    fields: Map<String, Json>,
 }
 
 impl TryFrom<Stored> for Message {
@@ -69,16 +122,19 @@ impl TryFrom<Stored> for Message {
     fn try_from(stored: Stored) -> Result<Self, String> {
         let mut fields = stored.fields;
         let content = match fields.get("content") {
-            Some(serde_json::Value::String(text)) => {
+            Some(Json::String(text)) => {
                 let text = text.clone();
                 fields.remove("content");
                 text
             }
-            Some(serde_json::Value::Array(parts)) => {
-                let text = |part: &serde_json::Value| part.get("text").and_then(|t| t.as_str()).map(str::to_owned);
+            Some(Json::Array(parts)) => {
+                let text = |part: &Json| part.get("text").and_then(|t| t.as_str()).map(str::to_owned);
                 parts.iter().map(text).collect::<Option<String>>().ok_or("a content part without text")?
             }
-            None | Some(serde_json::Value::Null) if fields.contains_key("tool_calls") => String::new(),
+            None | Some(Json::Null) if fields.contains_key("tool_calls") => {
+                fields.insert("content".into(), Json::Null);
+                String::new()
+            }
             _ => return Err("`content` is no text".into()),
         };
         Ok(Self { content, fields, ..Self::new(&stored.role, "") })

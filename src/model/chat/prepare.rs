@@ -1,17 +1,28 @@
 //! Rewrites a template's source for the engine.
 //!
-//! - `{% generation %}`, which marks assistant text, becomes the scope `{% with %}`.
+//! - Line ends become `\n`, and one at the end of the source is dropped, as Jinja does before it reads a template.
+//! - `{% generation %}`, which marks assistant text, becomes a scope whose text goes through the filter [`MARKED`].
+//! - `a % b` becomes a call of [`PERCENT`], which formats strings too.
 //! - `{% set ns.x = e %}` becomes `{% set ns.x = __checked((e)) %}`: a namespace that contains itself could not be
 //!   printed.
+
+use super::percent;
 
 /// Name of the function that checks values assigned to a namespace.
 pub(super) const CHECKED: &str = "__checked";
 
-/// The rewritten source; `None` if it uses [`CHECKED`].
+/// Name of the function that computes `a % b`.
+pub(super) const PERCENT: &str = "__percent";
+/// Name of the filter that marks the text of a `{% generation %}` block.
+pub(super) const MARKED: &str = "__marked";
+
+/// The rewritten source; `None` if it uses [`CHECKED`], [`MARKED`] or [`PERCENT`].
 pub(super) fn prepare(source: &str) -> Option<String> {
-    if source.contains(CHECKED) {
+    if [CHECKED, MARKED, PERCENT].iter().any(|name| source.contains(name)) {
         return None;
     }
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
+    let source = source.strip_suffix('\n').unwrap_or(&source);
     let mut out = String::with_capacity(source.len() + source.len() / 8);
     let mut rest = source;
     while let Some(at) = rest.find('{') {
@@ -27,7 +38,9 @@ pub(super) fn prepare(source: &str) -> Option<String> {
             _ => "{",
         };
         match piece.strip_prefix("{%") {
-            Some(_) if piece.ends_with("%}") => out.push_str(&prepare_tag(piece)),
+            Some(_) if word(piece) == "raw" => out.push_str(piece),
+            Some(_) if piece.ends_with("%}") => out.push_str(&prepare_tag(&operators(piece))),
+            None if piece.starts_with("{{") && piece.ends_with("}}") => out.push_str(&operators(piece)),
             _ => out.push_str(piece),
         }
         rest = &from[piece.len()..];
@@ -89,13 +102,26 @@ fn outside_strings(text: &str) -> impl Iterator<Item = (usize, char, i32)> {
     })
 }
 
+/// Rewrites the `%` operators in a tag.
+fn operators(tag: &str) -> String {
+    let inside = tag.get(2..tag.len().max(4) - 2).unwrap_or_default();
+    let open = inside.len() - inside.strip_prefix(['-', '+']).unwrap_or(inside).len();
+    let (open, inside) = inside.split_at(open);
+    let close = inside.len() - inside.strip_suffix(['-', '+']).unwrap_or(inside).len();
+    let (inside, close) = inside.split_at(inside.len() - close);
+    match inside.contains('%') {
+        true => format!("{}{open}{}{close}{}", &tag[..2], percent::rewrite(inside), &tag[tag.len() - 2..]),
+        false => tag.to_owned(),
+    }
+}
+
 /// Rewrites one tag, `{%` and `%}` included.
 fn prepare_tag(tag: &str) -> String {
     let word = word(tag);
     let replaced = |with: &str| tag.replacen(word, with, 1);
     match word {
-        "generation" => replaced("with"),
-        "endgeneration" => replaced("endwith"),
+        "generation" => replaced(&format!("with %}}{{% filter {MARKED}")),
+        "endgeneration" => replaced("endfilter %}{% endwith"),
         // Depth 1 is the tag's own brace.
         "set" => match outside_strings(tag).find(|(_, c, depth)| *c == '=' && *depth == 1) {
             Some((equals, ..)) if tag[..equals].contains('.') => {
@@ -124,7 +150,11 @@ mod tests {
             ("{% set a, b = 1, 2 %}", "{% set a, b = 1, 2 %}"),
             ("{% set x %}y{% endset %}", "{% set x %}y{% endset %}"),
             ("{% set x | replace('a', b='=') %}y{% endset %}", "{% set x | replace('a', b='=') %}y{% endset %}"),
-            ("{% generation %}y{%- endgeneration -%}", "{% with %}y{%- endwith -%}"),
+            (
+                "{% generation %}y{%- endgeneration -%}",
+                "{% with %}{% filter __marked %}y{%- endfilter %}{% endwith -%}",
+            ),
+            ("a\r\n{{ 'b\rc' }}\r\r\n", "a\n{{ 'b\nc' }}\n"),
             ("{# {% set x = 1 %} #}{{ '{% set x = 1 %}' }}", "{# {% set x = 1 %} #}{{ '{% set x = 1 %}' }}"),
             (
                 "{% raw %}{% set x = 1 %}{% endraw %}{% set n.y='\\'' %}",

@@ -63,8 +63,7 @@ pub fn make_tiny_model<B: Backend>(
     write_initial_model(&language, seed, initial.path())?;
     let files = ModelDir::open(initial.path())?;
     let mut decoder = Decoder::new(backend, files.config.clone(), |id, shape| files.tensor(id, shape))?;
-    let (template, tokenizer) = (files.chat_template(None)?, files.tokenizer()?);
-    let chat = Chat::new(&template, &tokenizer, &files.config.eos);
+    let chat = Chat::new(files.chat_template(None)?, files.tokenizer()?, &files.config.eos);
     for (index, stage) in stages.iter().enumerate() {
         let count = stage.steps as usize * Stage::BATCH;
         let items = stage.mixture.items(&language, count.max(1), seed.wrapping_add(index as u64));

@@ -10,7 +10,7 @@ use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
 use crate::io::{check_not_in, json};
-use crate::model::{Clock, ModelDir, StoredAs};
+use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
 use crate::modules::ModuleSet;
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::Evaluation;
@@ -334,6 +334,7 @@ impl<B: Backend> Study<'_, B> {
                 save: SaveAs::Merged,
                 base: None,
                 roofline: None,
+                chat: ChatFiles::default(),
                 config: json!({ "study": config, "setting": run.spec }),
             };
             let mut inputs: Vec<(&str, &Path)> = vec![("model", &config.model)];
@@ -360,7 +361,7 @@ impl<B: Backend> Study<'_, B> {
                 observer: &mut *observer,
                 name: run.name.clone(),
             };
-            let prepared = output.prepare(&text.files, examples, job.clone(), self.backend)?;
+            let prepared = output.prepare(&text.files, examples, job.clone(), self.backend)?.chat(text.chat_files());
             // Before the model is loaded, so that its buffers do not raise the run's peak memory.
             let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure(self.backend).ok()));
             let mut model = text.load(self.backend.clone())?;

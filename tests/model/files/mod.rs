@@ -421,7 +421,13 @@ fn chat_templates_are_found() {
     assert_eq!(say(&opened, None).unwrap(), "<b>one");
     fs::write(dir.path().join("special_tokens_map.json"), r#"{"bos_token": "<x>", "eos_token": "<y>"}"#).unwrap();
     write(json!({"bos_token": "<b>", "eos_token": null, "chat_template": "{{ bos_token }}{{ eos_token }}"}));
-    assert_eq!(say(&opened, None).unwrap(), "<b><y>", "tokenizer_config.json first, then special_tokens_map.json");
+    assert_eq!(
+        say(&opened, None).unwrap(),
+        "<x><y>",
+        "special_tokens_map.json over tokenizer_config.json, as transformers"
+    );
+    write(json!({"bos_token": "<b>", "added_tokens_decoder": {}, "chat_template": "{{ bos_token }}{{ eos_token }}"}));
+    assert_eq!(say(&opened, None).unwrap(), "<b>", "which it ignores beside an added_tokens_decoder");
     write(json!({"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "two"}]}));
     assert_eq!(say(&opened, None).unwrap(), "two");
     write(json!({"chat_template": [{"name": "tools", "template": "t"}]}));
