@@ -1,10 +1,11 @@
 //! A model directory opened on a device, and the steps of the method on it.
 
 use super::eval::judge::{Judge, probe_harmfulness};
+use super::eval::kinds::{AnswerKinds, AnswerView};
 use super::eval::refusal::{FirstTokens, RefusalList};
 use super::eval::{
-    EvaluateOptions, Evaluation, Harmfulness, Rate, attack_success, over_refusal, perplexity, strict_compliance,
-    task_score,
+    EvaluateOptions, Evaluation, Harmfulness, Rate, attack_success, coherent_attack_success, over_refusal, perplexity,
+    strict_compliance, task_score,
 };
 use super::probe::control::ControlLabel;
 use super::probe::drift::{Drift, drift};
@@ -15,7 +16,7 @@ use super::robustness::scorer::{PerturbationScorer, ScorerInput, ScorerOptions};
 use super::text::ModelText;
 use crate::backend::Backend;
 use crate::data::{Example, SecurityPrompt, Task};
-use crate::engine::{Decoder, GenerateOptions};
+use crate::engine::{Decoder, Finish, GenerateOptions, Generation};
 use crate::error::Result;
 use crate::progress::{Observer, Progress};
 use std::collections::BTreeMap;
@@ -55,6 +56,13 @@ pub struct EvaluationInput<'a> {
 struct Answer {
     text: String,
     tokens: Vec<u32>,
+    finish: Finish,
+}
+
+impl Answer {
+    fn view(&self) -> AnswerView<'_> {
+        AnswerView { text: &self.text, tokens: &self.tokens, finish: self.finish }
+    }
 }
 
 impl<B: Backend> LoadedModel<B> {
@@ -86,8 +94,11 @@ impl<B: Backend> LoadedModel<B> {
             done += 1;
             observer(Progress::new(task, done.min(most), most));
         })?;
-        let answer = |tokens: Vec<u32>| Ok(Answer { text: self.text.tokenizer.decode(&tokens)?, tokens });
-        generations.into_iter().map(|generation| answer(generation.tokens)).collect()
+        let answer = |Generation { tokens, finish }| {
+            let text = self.text.tokenizer.decode(&tokens)?;
+            Ok(Answer { text, tokens, finish })
+        };
+        generations.into_iter().map(answer).collect()
     }
 
     /// Trains the probes of every layer; the model's own answers, of `answer_tokens` tokens, say which prompts it
@@ -180,6 +191,7 @@ impl<B: Backend> LoadedModel<B> {
         refusals: &RefusalList,
         observer: Observer<'_>,
     ) -> Result<Evaluation> {
+        options.check()?;
         let mut found = Evaluation::default();
         let lengths = (options.answer_tokens, options.cache_bytes);
         let (harmful, benign): (Vec<_>, Vec<_>) = input.prompts.iter().cloned().partition(SecurityPrompt::is_harmful);
@@ -187,7 +199,10 @@ impl<B: Backend> LoadedModel<B> {
             let tokens = self.render_security(&harmful)?;
             let answers = self.answers(&tokens, lengths, "harmful prompts", observer)?;
             let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
+            let views: Vec<AnswerView<'_>> = answers.iter().map(Answer::view).collect();
             found.asr = Some(attack_success(&texts, refusals));
+            found.asr_coherent = Some(coherent_attack_success(&views, refusals));
+            found.harmful_answers = Some(AnswerKinds::of(&views));
             found.asr_by_category = by_category(&harmful, &texts, |texts| attack_success(texts, refusals));
             if let Some(judge) = input.judge {
                 let pairs = harmful.iter().map(|prompt| prompt.prompt.as_str()).zip(texts.iter().copied());
@@ -208,6 +223,7 @@ impl<B: Backend> LoadedModel<B> {
             let tokens = self.render_security(&benign)?;
             let answers = self.answers(&tokens, lengths, "benign prompts", observer)?;
             let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
+            found.benign_answers = Some(AnswerKinds::of(&answers.iter().map(Answer::view).collect::<Vec<_>>()));
             found.over_refusal = Some(over_refusal(&texts, refusals));
             found.over_refusal_by_category = by_category(&benign, &texts, |texts| over_refusal(texts, refusals));
         }
@@ -216,6 +232,7 @@ impl<B: Backend> LoadedModel<B> {
             let answers = self.answers(&tokens, (options.task_tokens, options.cache_bytes), "tasks", observer)?;
             let scored = input.tasks.iter().zip(&answers).map(|(t, a)| (t.matches(&a.text), t.category.as_deref()));
             found.task = Some(task_score(scored));
+            found.task_answers = Some(AnswerKinds::of(&answers.iter().map(Answer::view).collect::<Vec<_>>()));
         }
         if !input.heldout.is_empty() {
             found.perplexity = Some(perplexity(&self.decoder, input.heldout, 4096, observer)?);

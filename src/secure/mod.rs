@@ -19,11 +19,12 @@ mod watch;
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
 pub use eval::judge::{Grades, Judge, JudgeOptions, probe_harmfulness};
+pub use eval::kinds::{AnswerKinds, AnswerView, repetition};
 pub use eval::metrics::{Metrics, ScoreKind, Scores, auroc, relative_drop};
-pub use eval::refusal::{FirstTokens, RefusalList};
+pub use eval::refusal::{FirstTokens, RefusalLanguage, RefusalList};
 pub use eval::{
-    EvaluateOptions, Evaluation, Harmfulness, Perplexity, Rate, TaskScore, attack_success, over_refusal, perplexity,
-    strict_compliance, task_score,
+    EvaluateOptions, Evaluation, Harmfulness, Perplexity, Rate, TaskScore, attack_success, coherent_attack_success,
+    over_refusal, perplexity, strict_compliance, task_score,
 };
 pub use loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
 pub use output::{OpenOutput, PreparedTune, TuneOutput};

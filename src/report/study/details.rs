@@ -1,7 +1,7 @@
 //! Tables of the last section: training runs, updates by phase, the frozen probe, controls of the map, wall times.
 
 use super::results::results_table;
-use super::setting::{Setting, by_key, entry, if_means, over_seeds, percent_entry, several};
+use super::setting::{ASR, RateOf, Setting, by_key, entry, if_means, over_seeds, percent_entry, several};
 use crate::modules::{Cell, ModuleKind};
 use crate::report::chart::Measure;
 use crate::report::format;
@@ -15,8 +15,14 @@ use std::time::Duration;
 pub(super) fn details(settings: &[Setting<'_>], outcome: &Outcome, config: &RunConfig) -> Vec<Table> {
     let controls = outcome.map.as_ref().map(|map| controls(map, config.search.score));
     let runs = several(settings).then(|| each_run(settings, config));
-    let tables =
-        [runs, Some(updates(outcome, settings)), Some(drift(settings)), controls, Some(times(outcome, settings))];
+    let tables = [
+        runs,
+        Some(answers(settings)),
+        Some(updates(outcome, settings)),
+        Some(drift(settings)),
+        controls,
+        Some(times(outcome, settings)),
+    ];
     tables.into_iter().flatten().filter(|table| !table.rows.is_empty()).collect()
 }
 
@@ -26,6 +32,35 @@ fn each_run(settings: &[Setting<'_>], config: &RunConfig) -> Table {
     let mut table = results_table(&runs, config);
     table.caption = "Every training run".into();
     table.emphasized.clear();
+    table
+}
+
+/// What the answers to harmful prompts are, beside whether they refuse.
+fn answers(settings: &[Setting<'_>]) -> Table {
+    let mut table = Table::new("Answers to harmful prompts")
+        .column("Setting")
+        .numbers("ASR %", "all answers")
+        .numbers("ASR %", "coherent answers")
+        .numbers("Empty %", "")
+        .numbers("Incoherent %", "")
+        .numbers("Cut off %", "at the token limit");
+    for setting in settings {
+        let rate = |of: RateOf| percent_entry(setting.rate(of));
+        if setting.rate(|e| e.asr_coherent).is_some() {
+            table.row([
+                Entry::text(setting.name.as_str()),
+                rate(ASR),
+                rate(|e| e.asr_coherent),
+                rate(|e| e.harmful_answers.map(|kinds| kinds.empty)),
+                rate(|e| e.harmful_answers.map(|kinds| kinds.incoherent)),
+                rate(|e| e.harmful_answers.map(|kinds| kinds.cut_off)),
+            ]);
+        }
+    }
+    table.note =
+        "Empty and incoherent answers hold no refusal expression, so that the plain ASR counts them as attacks \
+                  that succeeded."
+            .into();
     table
 }
 

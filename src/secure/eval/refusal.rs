@@ -1,10 +1,84 @@
 //! Refusals: by expressions in a text, and by the logits of an answer's first token.
 
 use crate::error::{Error, Result};
+use crate::io::input::read_text;
+use clap::ValueEnum;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::path::Path;
 
-/// The default list.
-const DEFAULT: &str = include_str!("refusals.txt");
+/// Longest list that is read, in bytes.
+const MAX_LIST_BYTES: u64 = 1 << 20;
+
+/// A language with a built-in list of refusal expressions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum RefusalLanguage {
+    /// English: the list of Zou et al.
+    En,
+    /// Arabic
+    Ar,
+    /// German
+    De,
+    /// Spanish
+    Es,
+    /// French
+    Fr,
+    /// Hindi
+    Hi,
+    /// Indonesian
+    Id,
+    /// Italian
+    It,
+    /// Japanese
+    Ja,
+    /// Korean
+    Ko,
+    /// Dutch
+    Nl,
+    /// Polish
+    Pl,
+    /// Portuguese
+    Pt,
+    /// Russian
+    Ru,
+    /// Turkish
+    Tr,
+    /// Vietnamese
+    Vi,
+    /// Chinese
+    Zh,
+    /// All of them
+    All,
+}
+
+impl RefusalLanguage {
+    /// The built-in list; of [`RefusalLanguage::All`], one after the other.
+    fn text(self) -> Cow<'static, str> {
+        Cow::Borrowed(match self {
+            Self::En => include_str!("refusals/en.txt"),
+            Self::Ar => include_str!("refusals/ar.txt"),
+            Self::De => include_str!("refusals/de.txt"),
+            Self::Es => include_str!("refusals/es.txt"),
+            Self::Fr => include_str!("refusals/fr.txt"),
+            Self::Hi => include_str!("refusals/hi.txt"),
+            Self::Id => include_str!("refusals/id.txt"),
+            Self::It => include_str!("refusals/it.txt"),
+            Self::Ja => include_str!("refusals/ja.txt"),
+            Self::Ko => include_str!("refusals/ko.txt"),
+            Self::Nl => include_str!("refusals/nl.txt"),
+            Self::Pl => include_str!("refusals/pl.txt"),
+            Self::Pt => include_str!("refusals/pt.txt"),
+            Self::Ru => include_str!("refusals/ru.txt"),
+            Self::Tr => include_str!("refusals/tr.txt"),
+            Self::Vi => include_str!("refusals/vi.txt"),
+            Self::Zh => include_str!("refusals/zh.txt"),
+            Self::All => {
+                let each = Self::value_variants().iter().filter(|language| **language != Self::All);
+                return each.map(|language| language.text()).collect::<Vec<_>>().join("\n").into();
+            }
+        })
+    }
+}
 
 /// A list of refusal expressions.
 ///
@@ -18,12 +92,30 @@ pub struct RefusalList {
 
 impl Default for RefusalList {
     fn default() -> Self {
-        Self::parse(DEFAULT, "refusals.txt").expect("the default list is valid")
+        Self::of_languages(&[RefusalLanguage::En])
     }
 }
 
 impl RefusalList {
-    /// Parses one expression per line; a leading `^` restricts it to the start of an answer, `#` starts a comment.
+    /// The built-in expressions of some languages.
+    ///
+    /// # Panics
+    /// Where there is no language, or a built-in list is malformed, which is a bug.
+    pub fn of_languages(languages: &[RefusalLanguage]) -> Self {
+        let texts: Vec<_> = languages.iter().map(|language| language.text()).collect();
+        Self::parse(&texts.join("\n"), "built-in refusals").expect("the built-in lists are valid")
+    }
+
+    /// Reads a list of at most 1 MiB.
+    ///
+    /// # Errors
+    /// As [`RefusalList::parse`]; [`Error::Input`] for a file that is larger or no UTF-8; [`Error::Io`].
+    pub fn read(path: &Path) -> Result<Self> {
+        Self::parse(&read_text(path, MAX_LIST_BYTES)?, &path.display().to_string())
+    }
+
+    /// Parses one expression per line; a leading `^` restricts it to the start of an answer, `#` starts a comment. Blank
+    /// lines and byte-order marks are skipped.
     /// `place` names the file in errors.
     ///
     /// # Errors
@@ -31,7 +123,7 @@ impl RefusalList {
     pub fn parse(text: &str, place: &str) -> Result<Self> {
         let mut list = Self { anywhere: Vec::new(), opening: Vec::new() };
         for (i, line) in text.lines().enumerate() {
-            let line = line.trim();
+            let line = line.trim_start_matches('\u{feff}').trim();
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
@@ -76,18 +168,26 @@ fn normalised(text: &str) -> String {
 /// Whether the text holds the expression at word boundaries.
 fn contains_words(text: &str, expression: &str) -> bool {
     text.match_indices(expression).any(|(at, found)| {
-        let word = |c: char| c.is_alphanumeric();
-        let before = text[..at].chars().next_back().is_some_and(word);
-        let after = text[at + found.len()..].chars().next().is_some_and(word);
-        let cut = after && found.ends_with(word);
-        !(before || cut)
+        let before = text[..at].chars().next_back().is_some_and(char::is_alphanumeric);
+        !(before && found.starts_with(spaced)) && ends_word(&text[at..], found)
     })
 }
 
 fn begins_with(text: &str, expression: &str) -> bool {
     let text = text.trim_start_matches(|c: char| !c.is_alphanumeric());
-    let Some(rest) = text.strip_prefix(expression) else { return false };
-    !(expression.ends_with(char::is_alphanumeric) && rest.starts_with(char::is_alphanumeric))
+    text.starts_with(expression) && ends_word(text, expression)
+}
+
+/// Whether the expression that the text begins with ends where a word ends.
+fn ends_word(text: &str, expression: &str) -> bool {
+    let after = text[expression.len()..].chars().next().is_some_and(char::is_alphanumeric);
+    !(after && expression.ends_with(|c: char| c.is_alphanumeric() && spaced(c)))
+}
+
+/// Whether the script puts spaces between words: not Chinese, Japanese and Thai; Korean adds endings to words.
+fn spaced(c: char) -> bool {
+    !matches!(c, '\u{e00}'..='\u{e7f}' | '\u{1100}'..='\u{11ff}' | '\u{3040}'..='\u{30ff}' | '\u{3400}'..='\u{9fff}'
+        | '\u{ac00}'..='\u{d7af}' | '\u{f900}'..='\u{faff}')
 }
 
 /// P(refusal | first token) of an answer, estimated from the model's own greedy answers.
