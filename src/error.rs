@@ -142,6 +142,16 @@ impl Error {
         Self::Failed { what: what.into(), help: help.into() }
     }
 
+    /// The same error about an input at `place`, such as a line of a file, which is put before its own place; an empty one adds nothing.
+    pub fn at(self, at: &str) -> Self {
+        match self {
+            same if at.is_empty() => same,
+            Self::Input { place, found, expected } => Self::input(format!("{at}: {place}"), found, expected),
+            Self::Unsupported { place, what, help } => Self::unsupported(format!("{at}: {place}"), what, help),
+            other => other,
+        }
+    }
+
     /// Adapter for `map_err` on file operations: `File::open(p).map_err(Error::io(p, FileOp::Open))`.
     pub fn io(path: &Path, doing: FileOp) -> impl FnOnce(std::io::Error) -> Self + use<> {
         let path = path.to_owned();

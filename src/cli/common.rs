@@ -1,6 +1,7 @@
 //! Options and output of every command.
 
 use crate::backend::DtypeChoice;
+use crate::data::{RowReader, SkippedRows};
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use clap::Args;
@@ -34,6 +35,18 @@ pub(super) struct Common {
     /// No progress on stderr
     #[arg(long, global = true)]
     pub(super) quiet: bool,
+}
+
+impl Common {
+    /// Checks, after all files are read, that the options of reading had an effect; skipped rows go to stderr.
+    pub(super) fn end_reading(&self, rows: &RowReader) -> Result<()> {
+        rows.check_used()?;
+        for SkippedRows { file, rows, first } in rows.skipped().iter().filter(|_| !self.quiet) {
+            let first: String = first.iter().map(|error| format!("  {error}\n")).collect();
+            say(&format!("{file}: {rows} bad rows left out:\n{first}"));
+        }
+        Ok(())
+    }
 }
 
 /// The value of `--device`.

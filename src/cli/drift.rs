@@ -5,7 +5,7 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::SecurityPrompt;
+use crate::data::{RowOptions, RowReader, SecurityPrompt};
 use crate::error::Result;
 use crate::report::format::fixed;
 use crate::report::{Entry, Table};
@@ -30,6 +30,8 @@ pub(super) struct DriftCommand {
     /// Labelled prompts
     #[arg(long, value_name = "FILE")]
     security: PathBuf,
+    #[command(flatten)]
+    rows: RowOptions,
 }
 
 impl OnDevice for DriftCommand {
@@ -43,16 +45,18 @@ impl OnDevice for DriftCommand {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        let prompts = SecurityPrompt::read(&self.security, common.seed)?;
+        let mut rows = RowReader::new(&self.rows);
+        let prompts = SecurityPrompt::read(&self.security, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
         let probe = Probe::load(&self.probe)?;
         let (text, _) = self.model.without_adapter().open_dated(probe.metadata.date)?;
         probe.check_model(&text.files.config, text.files.hash()?)?;
-        check_security(&text, &self.security, &prompts)?;
+        check_security(&text, &prompts)?;
         let tuned =
             ModelArgs { model: self.tuned.clone().unwrap_or_else(|| self.model.model.clone()), ..self.model.clone() };
         let (tuned, _) = tuned.open_dated(probe.metadata.date)?;
         probe.check_shape(&tuned.files.config)?;
-        check_security(&tuned, &self.security, &prompts)?;
+        check_security(&tuned, &prompts)?;
         let mut bars = Bars::new(common);
         let base = {
             let model = text.load(backend.clone())?;

@@ -5,11 +5,14 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::{SecurityPrompt, Split, Task};
+use crate::data::{RowOptions, RowReader, SecurityPrompt, SkippedRows, Split, Task};
 use crate::error::{Error, Result};
 use crate::report::{Entry, Table};
-use crate::secure::{EvaluateOptions, EvaluationInput, Harmfulness, Judge, Perplexity, Probe, Rate};
+use crate::secure::{
+    AnswerKinds, EvaluateOptions, Evaluation, EvaluationInput, Harmfulness, Judge, Perplexity, Probe, Rate,
+};
 use clap::Args;
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -35,6 +38,8 @@ pub(super) struct EvalCommand {
     /// Held-out conversations, for the perplexity
     #[arg(long, value_name = "FILE")]
     heldout: Option<PathBuf>,
+    #[command(flatten)]
+    rows: RowOptions,
     /// Use only the first prompts of each label, and the first tasks; 0 = all
     #[arg(long, default_value_t = 0)]
     limit: usize,
@@ -44,6 +49,14 @@ pub(super) struct EvalCommand {
     /// answers to harmful prompts, from 1 to 5. It measures what a conversation is about, not how useful an answer is
     #[arg(long, value_name = "FILE", requires = "security")]
     probe: Option<PathBuf>,
+}
+
+/// The JSON that is printed.
+#[derive(Serialize)]
+struct Output<'a> {
+    #[serde(flatten)]
+    evaluation: &'a Evaluation,
+    skipped_rows: &'a [SkippedRows],
 }
 
 impl OnDevice for EvalCommand {
@@ -56,11 +69,13 @@ impl OnDevice for EvalCommand {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        self.options.check()?;
         let limit = if self.limit == 0 { usize::MAX } else { self.limit };
+        let mut rows = RowReader::new(&self.rows);
         let mut counts = std::collections::HashMap::new();
         let mut prompts = Vec::new();
         for path in &self.security {
-            for prompt in SecurityPrompt::read(path, common.seed)? {
+            for prompt in SecurityPrompt::read(path, common.seed, &mut rows)? {
                 let count = counts.entry(prompt.label).or_insert(0);
                 if (self.splits.is_empty() || self.splits.contains(&prompt.split)) && *count < limit {
                     *count += 1;
@@ -68,24 +83,24 @@ impl OnDevice for EvalCommand {
                 }
             }
         }
-        let mut tasks = self.task.as_deref().map(Task::read).transpose()?.unwrap_or_default();
+        if prompts.is_empty() && !self.security.is_empty() {
+            let splits: Vec<&str> = self.splits.iter().map(|split| split.name()).collect();
+            let found = format!("no prompt of the splits {}", splits.join(", "));
+            return Err(Error::input("--splits", found, "splits that the files of --security have"));
+        }
+        let mut tasks = self.task.as_deref().map(|path| Task::read(path, &mut rows)).transpose()?.unwrap_or_default();
         tasks.truncate(limit);
         let refusals = self.refusals.list()?;
         let probe = self.probe.as_deref().map(Probe::load).transpose()?;
         let recorded = probe.as_ref().and_then(|probe| probe.metadata.date);
         let (text, _) = self.model.open_dated(recorded)?;
-        let context = text.files.config.max_positions;
         let heldout = match &self.heldout {
-            Some(path) => text.examples(path, context.min(4096))?.examples,
+            Some(path) => text.examples(path, text.files.config.max_positions.min(4096), &mut rows)?.examples,
             None => Vec::new(),
         };
-        // An answer needs a position of its own.
-        for path in &self.security {
-            text.check_prompts(path, prompts.iter().map(|p| p.prompt.as_str()), context - 1)?;
-        }
-        if let Some(path) = &self.task {
-            text.check_prompts(path, tasks.iter().map(|task| task.prompt.as_str()), context - 1)?;
-        }
+        common.end_reading(&rows)?;
+        text.check_prompts(prompts.iter().map(|p| (p.place.as_str(), p.prompt.as_str())))?;
+        text.check_prompts(tasks.iter().map(|task| (task.place.as_str(), task.prompt.as_str())))?;
         let judge = self.options.judge.clone().map(Judge::new).transpose()?;
         if let Some(probe) = &probe {
             probe.check_shape(&text.files.config)?;
@@ -121,7 +136,7 @@ impl OnDevice for EvalCommand {
             None => Ok(()),
         };
         if common.json {
-            return print_json(&found).and(outcome);
+            return print_json(&Output { evaluation: &found, skipped_rows: rows.skipped() }).and(outcome);
         }
         let mut table = Table::new("Evaluation").column("").numbers("value", "").numbers("n", "");
         let mut rate = |what: &str, rate: &Rate| {
@@ -138,6 +153,18 @@ impl OnDevice for EvalCommand {
         ] {
             overall.iter().for_each(|overall| rate(what, overall));
             categories.iter().for_each(|(category, share)| rate(&format!("{what}: {category}"), share));
+        }
+        found.asr_coherent.iter().for_each(|share| rate("attack success by coherent answers, %", share));
+        for (what, kinds) in [
+            ("harmful prompts", found.harmful_answers),
+            ("benign prompts", found.benign_answers),
+            ("tasks", found.task_answers),
+        ] {
+            if let Some(AnswerKinds { empty, cut_off, incoherent }) = kinds {
+                for (kind, share) in [("empty", empty), ("incoherent", incoherent), ("cut off", cut_off)] {
+                    rate(&format!("answers to {what}: {kind}, %"), &share);
+                }
+            }
         }
         let by = [("judge", found.harmfulness), ("probe", found.probe_harmfulness)];
         for (by, harm) in by.into_iter().filter_map(|(by, harm)| Some((by, harm?))) {

@@ -5,14 +5,14 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::JsonLines;
+use crate::data::{RowOptions, RowReader, chat_prompt};
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::model::Message;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// Answers of a model: chat template, greedy or sampled, many prompts at once
@@ -31,6 +31,8 @@ pub(super) struct Generate {
     /// Conversations to continue, one per line
     #[arg(long, value_name = "FILE")]
     chat: Option<PathBuf>,
+    #[command(flatten)]
+    rows: RowOptions,
     /// Continue the prompt's text itself, without a chat template
     #[arg(long)]
     raw: bool,
@@ -51,11 +53,13 @@ impl OnDevice for Generate {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        let mut rows = RowReader::new(&self.rows);
         let conversations: Vec<(String, Vec<Message>)> = match (&self.prompt, &self.chat) {
             (Some(text), _) => vec![("--prompt".into(), vec![Message::new("user", text)])],
-            (None, Some(path)) => read_prompts(path)?,
+            (None, Some(path)) => rows.read(path, |row| Ok((row.place.clone(), chat_prompt(row)?)))?,
             (None, None) => Vec::new(),
         };
+        common.end_reading(&rows)?;
         let text = match self.raw {
             true => self.model.open_plain_text()?,
             false => self.model.open_text()?,
@@ -70,7 +74,7 @@ impl OnDevice for Generate {
                 let lines: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
                 text.tokenizer.encode_with_special_tokens(&lines.join("\n"))?
             } else {
-                text.render(&messages)?
+                text.render(&messages).map_err(|e| e.at(&place))?
             };
             if prompt.is_empty() || prompt.len() > most {
                 let expected = format!("1 to {most}, by the model's context");
@@ -117,21 +121,4 @@ impl OnDevice for Generate {
         }
         Ok(())
     }
-}
-
-/// Place and messages of each conversation of a chat file, to be continued by the model.
-fn read_prompts(path: &Path) -> Result<Vec<(String, Vec<Message>)>> {
-    JsonLines::open(path)?.parse_all(|line| {
-        if line.get("prompt").is_some() {
-            return Ok((line.place.clone(), vec![Message::new("user", line.text("prompt")?)]));
-        }
-        let expected = "\"messages\": a list of {\"role\", \"content\"} that ends with the user, or \"prompt\": text";
-        let messages = line.get("messages").cloned().unwrap_or_default();
-        let messages: Vec<Message> =
-            serde_json::from_value(messages).map_err(|_| line.error("no valid `messages`", expected))?;
-        match messages.last() {
-            Some(last) if last.role != "assistant" => Ok((line.place.clone(), messages)),
-            _ => Err(line.error("no question to answer", expected)),
-        }
-    })
 }

@@ -6,10 +6,10 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Bf16State, Cuda, F32State, Precision};
 use crate::backend::{Backend, DtypeChoice, trace};
 use crate::data::SecurityPrompt;
-use crate::error::{Error, FileOp, Result};
+use crate::error::{Error, Result};
 use crate::hub::HubName;
 use crate::model::{Clock, ModelDir};
-use crate::secure::{ModelText, RefusalList};
+use crate::secure::{ModelText, RefusalLanguage, RefusalList};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
@@ -234,8 +234,12 @@ impl Common {
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Refusals {
     /// Refusal expressions, one per line, in place of the list of Zou et al.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "refusal_languages")]
     refusals: Option<PathBuf>,
+    /// Languages of the built-in refusal expressions, such as en,de,fr, or all; en is the list of Zou et al., by which
+    /// published rates were measured
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LANGUAGE", default_value = "en")]
+    refusal_languages: Vec<RefusalLanguage>,
 }
 
 impl Refusals {
@@ -245,14 +249,15 @@ impl Refusals {
     }
 
     pub(super) fn list(&self) -> Result<RefusalList> {
-        let Some(path) = &self.refusals else { return Ok(RefusalList::default()) };
-        let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
-        RefusalList::parse(&text, &path.display().to_string())
+        match (&self.refusals, self.refusal_languages.as_slice()) {
+            (Some(path), _) => RefusalList::read(path),
+            (None, []) => Ok(RefusalList::default()),
+            (None, languages) => Ok(RefusalList::of_languages(languages)),
+        }
     }
 }
 
 /// Checks, before the weights are read, that every prompt of a security file fits the model's context.
-pub(super) fn check_security(text: &ModelText, path: &Path, prompts: &[SecurityPrompt]) -> Result<()> {
-    // An answer needs a position of its own.
-    text.check_prompts(path, prompts.iter().map(|p| p.prompt.as_str()), text.files.config.max_positions - 1)
+pub(super) fn check_security(text: &ModelText, prompts: &[SecurityPrompt]) -> Result<()> {
+    text.check_prompts(prompts.iter().map(|p| (p.place.as_str(), p.prompt.as_str())))
 }

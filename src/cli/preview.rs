@@ -2,7 +2,7 @@
 
 use super::common::{Common, print_json, print_line};
 use super::open::ModelArgs;
-use crate::data::DataSize;
+use crate::data::{DataSize, RowOptions, RowReader};
 use crate::error::Result;
 use crate::report::format::percent;
 use serde_json::json;
@@ -12,13 +12,20 @@ use std::path::PathBuf;
 const TRAINED: [&str; 2] = ["\u{27e6}", "\u{27e7}"];
 
 /// Prints the first example of `data` with its loss mask, and how many tokens of all examples are trained.
-pub(super) fn preview(common: &Common, model: &ModelArgs, data: &[PathBuf], max_length: usize) -> Result<()> {
+pub(super) fn preview(
+    common: &Common,
+    model: &ModelArgs,
+    data: &[PathBuf],
+    rows: &RowOptions,
+    max_length: usize,
+) -> Result<()> {
     let text = model.open_text()?;
     let chat = text.chat()?;
-    let mut examples = Vec::new();
+    let (mut examples, mut rows) = (Vec::new(), RowReader::new(rows));
     for path in data {
-        examples.extend(text.examples(path, max_length)?.examples);
+        examples.extend(text.examples(path, max_length, &mut rows)?.examples);
     }
+    common.end_reading(&rows)?;
     let all = DataSize::of(&examples);
     let Some(first) = examples.first() else { return Ok(()) };
     let (parts, size) = (first.parts(chat.tokenizer())?, DataSize::of(&examples[..1]));

@@ -5,11 +5,11 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::{SecurityPrompt, Split};
+use crate::data::{RowOptions, RowReader, SecurityPrompt, Split};
 use crate::error::Result;
 use crate::io::{IfExists, check_apart, check_file};
 use crate::report::{Entry, Table};
-use crate::secure::{Head, Probe, ProbeOptions, REFUSAL_TOKENS};
+use crate::secure::{Head, Probe, ProbeOptions, REFUSAL_TOKENS, check_answer_tokens};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -28,6 +28,8 @@ pub(super) struct ProbeCommand {
     /// Labelled prompts
     #[arg(long, value_name = "FILE")]
     security: PathBuf,
+    #[command(flatten)]
+    rows: RowOptions,
     /// Output file of the probes
     #[arg(long, value_name = "FILE", default_value = "probe.safetensors")]
     out: PathBuf,
@@ -54,12 +56,15 @@ impl OnDevice for ProbeCommand {
         let inputs = [self.model.inputs(), vec![("--security", self.security.as_path())], self.refusals.inputs()];
         check_apart(&[("--out", &self.out)], &inputs.concat())?;
         check_file(&self.out, IfExists::from_force(self.force), Probe::is_file)?;
-        let prompts = SecurityPrompt::read(&self.security, common.seed)?;
+        check_answer_tokens("answer_tokens", self.answer_tokens)?;
+        let mut rows = RowReader::new(&self.rows);
+        let prompts = SecurityPrompt::read(&self.security, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
         SecurityPrompt::require_both_labels(&prompts, &self.security)?;
         let refusals = self.refusals.list()?;
         let (text, date) = self.model.open_dated(None)?;
         self.options.check(text.files.config.layers)?;
-        check_security(&text, &self.security, &prompts)?;
+        check_security(&text, &prompts)?;
         let model = text.load(backend)?;
         let options = ProbeOptions { seed: common.seed, ..self.options };
         let mut bars = Bars::new(common);

@@ -5,7 +5,7 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::SecurityPrompt;
+use crate::data::{RowOptions, RowReader, SecurityPrompt};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, check_apart, check_file, write_atomic};
 use crate::modules::ModuleSet;
@@ -31,6 +31,8 @@ pub(super) struct RobustnessCommand {
     /// Labelled prompts, the ones that the probe was trained on
     #[arg(long, value_name = "FILE")]
     security: PathBuf,
+    #[command(flatten)]
+    rows: RowOptions,
     /// Output file of the map
     #[arg(long, value_name = "FILE", default_value = "map.json")]
     out: PathBuf,
@@ -64,12 +66,14 @@ impl OnDevice for RobustnessCommand {
         let if_exists = IfExists::from_force(self.force);
         check_file(&self.out, if_exists, RobustnessMap::is_file)?;
         check_file(&svg, if_exists, is_drawing)?;
-        let prompts = SecurityPrompt::read(&self.security, common.seed)?;
+        let mut rows = RowReader::new(&self.rows);
+        let prompts = SecurityPrompt::read(&self.security, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
         let probe = Probe::load(&self.probe)?;
         let (text, _) = self.model.open_dated(probe.metadata.date)?;
         probe.check_model(&text.files.config, text.files.hash()?)?;
         self.options.check(&text.files.config.cells())?;
-        check_security(&text, &self.security, &prompts)?;
+        check_security(&text, &prompts)?;
         let model = text.load(backend)?;
         let options = ScorerOptions { seed: common.seed, ..self.scorer };
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, FileOp::Resolve));
@@ -78,6 +82,7 @@ impl OnDevice for RobustnessCommand {
             model: absolute(&self.model.model)?,
             probe: absolute(&self.probe)?,
             security: absolute(&self.security)?,
+            rows: self.rows,
         });
         let mut bars = Bars::new(common);
         let map = robustness(&scorer, &self.options, Some(&self.out), &mut bars.observer())?;

@@ -5,7 +5,7 @@ use super::names::Names;
 use super::open::{OnDevice, check_security};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::SecurityPrompt;
+use crate::data::{RowOptions, RowReader, SecurityPrompt};
 use crate::error::{Error, Result};
 use crate::io::{IfExists, check_apart, check_file};
 use crate::model::Clock;
@@ -39,6 +39,8 @@ pub(super) struct SearchCommand {
     /// The map's prompts, if they moved
     #[arg(long, value_name = "FILE")]
     security: Option<PathBuf>,
+    #[command(flatten)]
+    rows: RowOptions,
     /// Output file of the set
     #[arg(long, value_name = "FILE", default_value = "mods.json")]
     out: PathBuf,
@@ -77,11 +79,14 @@ impl OnDevice for SearchCommand {
             [("--model", &model), ("--probe", &probe), ("--security", &security), ("--map", &self.map)];
         check_apart(&[("--out", &self.out)], &inputs)?;
         let probe = Probe::load(&probe)?;
-        let prompts = SecurityPrompt::read(&security, common.seed)?;
+        let given = if self.rows.is_default() { from.map(|f| &f.rows) } else { None };
+        let mut rows = RowReader::new(given.unwrap_or(&self.rows));
+        let prompts = SecurityPrompt::read(&security, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
         let mut text = ModelText::open(&model, self.chat_template.as_deref())?;
         text.set_clock(probe.metadata.date.map_or_else(Clock::now, Ok)?);
         map.check_model(text.files.hash()?)?;
-        check_security(&text, &security, &prompts)?;
+        check_security(&text, &prompts)?;
         let model = text.load(backend)?;
         let options = ScorerOptions {
             kind: map.kind.clone(),

@@ -7,7 +7,7 @@ use super::plan::{MethodName, plan_json};
 use super::preview::preview;
 use super::progress::StepBar;
 use crate::backend::{Backend, Roofline};
-use crate::data::{Example, mix};
+use crate::data::{Example, RowOptions, RowReader, mix};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -35,10 +35,12 @@ use std::path::{Path, PathBuf};
 pub(super) struct Tune {
     #[command(flatten)]
     model: ModelArgs,
-    /// Training conversations: alpaca, sharegpt, messages or prompt-completion lines; a file, or a name on the hub:
-    /// org/name[/config][:split]
+    /// Training conversations: alpaca, sharegpt, messages, prompt-completion or question-answer rows of JSONL, JSON, CSV or
+    /// Parquet files, see docs/data.md; a file, or a name on the hub: org/name[/config][:split]
     #[arg(long, value_name = "FILE_OR_NAME", required = true)]
     data: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: RowOptions,
     /// Modules of the first phase: a file of `swat search`, or a set such as layers.8-15.{q_proj,v_proj}
     #[arg(long, value_name = "SET_OR_FILE")]
     mods: Option<SetSpec>,
@@ -109,12 +111,12 @@ impl OnDevice for Tune {
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         if self.preview {
-            return preview(common, &self.model, &self.data, self.recipe.shared.max_length);
+            return preview(common, &self.model, &self.data, &self.rows, self.recipe.shared.max_length);
         }
         // All that can be known is checked before the weights are read.
         let output = TuneOutput {
             config: json!({ "model": self.model.shown(), "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
-                "seed": common.seed, "swat": env!("CARGO_PKG_VERSION") }),
+                "rows": self.rows, "seed": common.seed, "swat": env!("CARGO_PKG_VERSION") }),
             base: self.model.name.as_ref().map(|name| (name.repo().into(), name.given_revision().map(String::from))),
             ..self.output.clone()
         };
@@ -126,14 +128,17 @@ impl OnDevice for Tune {
             output.options.config["date"] = json!(date);
         }
         let job = self.job(common, &text)?;
+        let mut rows = RowReader::new(&self.rows);
         let mut examples = Vec::new();
         for path in &self.data {
-            examples.extend(self.read(common, &text, path)?);
+            examples.extend(self.read(common, &text, path, &mut rows)?);
         }
         if let (Some(path), Some(share)) = (&self.mix, self.mix_share) {
-            examples = mix(&examples, &self.read(common, &text, path)?, share, common.seed)?;
+            examples = mix(&examples, &self.read(common, &text, path, &mut rows)?, share, common.seed)?;
         }
-        let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed)?;
+        let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
+        output.options.config["skipped_rows"] = json!(rows.skipped());
         let mut callbacks = StepBar::new(common);
         if let Some(dir) = &self.tensorboard {
             let resumed = self.output.resume;
@@ -160,7 +165,8 @@ impl OnDevice for Tune {
             return print_json(&json!({ "out": self.output.path, "phases": summary.phases, "data": data,
                 "peak_bytes": summary.peak_bytes, "planned_bytes": summary.planned_bytes,
                 "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from,
-                "rounding": summary.rounding, "evaluations": summary.evaluations, "best_step": summary.best_step }));
+                "rounding": summary.rounding, "evaluations": summary.evaluations, "best_step": summary.best_step,
+                "skipped_rows": rows.skipped() }));
         }
         let trained = percent(data.trained_share, 1);
         print_line(&format!("trained on {} of {} tokens ({trained})", data.trained_tokens, data.tokens))?;
@@ -199,6 +205,9 @@ impl OnDevice for Tune {
                 count(moved)
             ))?;
         }
+        if rows.skipped_rows() > 0 {
+            print_line(&format!("{} bad rows of the data were left out", rows.skipped_rows()))?;
+        }
         let planned = bytes(summary.planned_bytes);
         let peak = bytes(summary.peak_bytes);
         print_line(&match program {
@@ -225,9 +234,9 @@ impl Tune {
         inputs
     }
 
-    fn read(&self, common: &Common, text: &ModelText, path: &Path) -> Result<Vec<Example>> {
+    fn read(&self, common: &Common, text: &ModelText, path: &Path, rows: &mut RowReader) -> Result<Vec<Example>> {
         let max_length = self.recipe.shared.max_length;
-        let read = text.examples(path, max_length)?;
+        let read = text.examples(path, max_length, rows)?;
         let total = read.examples.len() + read.dropped + read.context;
         for (count, what) in [
             (read.cut, format!("were truncated to {max_length} tokens")),

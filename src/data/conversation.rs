@@ -1,15 +1,47 @@
-//! Training conversations in the layouts alpaca, sharegpt, messages and prompt-completion.
+//! Training conversations in the layouts of the usual trainers.
 
-use super::jsonl::{JsonLines, Line, kind, short};
+mod turns;
+
+use super::rows::{Row, RowReader, is_blank, kind, short};
 use crate::error::Result;
-use crate::model::Message;
-use serde_json::{Map, Value};
+use crate::model::{Message, Training};
+use serde_json::Value;
 use std::path::Path;
+use turns::{learnt, parsed, turns};
 
 const LAYOUTS: &str = "alpaca (`instruction`, `output`, optionally `input`), sharegpt (`conversations`), messages \
-                       (`messages`) or prompt-completion (`prompt`, `completion`)";
+                       (`messages`), prompt-completion (`prompt`, `completion`), or one of `prompt`, `question`, \
+                       `query`, `instruction` with one of `response`, `answer`, `output`, `completion`; --columns \
+                       KEY=COLUMN names other columns";
+
+/// Keys of a question and of its answer; a row has one of each.
+const QUESTIONS: [&str; 4] = ["prompt", "question", "query", "instruction"];
+const ANSWERS: [&str; 4] = ["completion", "response", "answer", "output"];
+/// Keys of a list of turns beside the older `conversations` and `messages`.
+const TURNS: [&str; 1] = ["conversation"];
+/// Keys of a row's system message.
+const SYSTEM: [&str; 2] = ["system", "system_prompt"];
+
+/// Rows of other kinds of training, by a key of theirs.
+const OTHER_KINDS: [(&str, &str); 6] = [
+    (
+        "chosen",
+        "pairs of preferred answers are not trained on; --columns completion=chosen (or messages=chosen) takes \
+                the preferred one",
+    ),
+    (
+        "text",
+        "`text` has no answer that could be told from its prompt, and swat trains answers alone: split it into \
+              `prompt` and `completion`",
+    ),
+    ("segments", "swat marks answers by the chat template: `messages` in place of `segments`"),
+    ("input_ids", "swat tokenizes text itself: `messages` in place of `input_ids`"),
+    ("completions", "one `completion` a row"),
+    ("prompt", "a prompt without an answer: `completion` or `response`"),
+];
 
 /// A training conversation: an optional system message, then user and assistant in turn, ending with the assistant.
+/// Results of tools may follow an assistant's message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conversation {
     /// Roles are `system`, `user`, `assistant`, `tool`; each says by [`Message::training`] whether it is learnt.
@@ -25,144 +57,257 @@ impl From<Vec<Message>> for Conversation {
 }
 
 impl Conversation {
-    /// Reads a JSONL file of conversations; its lines may be of different layouts.
+    /// Reads a file of conversations; its rows may be of different layouts.
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] for the first malformed line; [`crate::error::Error::Io`].
-    pub fn read(path: &Path) -> Result<Vec<Self>> {
-        JsonLines::open(path)?.parse_all(Self::from_line)
+    /// As [`RowReader::read`].
+    pub fn read(path: &Path, rows: &mut RowReader) -> Result<Vec<Self>> {
+        rows.read(path, Self::from_row)
     }
 
-    /// Parses one line; its keys tell the layout:
+    /// Parses one row; its keys tell the layout:
     ///
     /// - alpaca: `instruction`, `output`, and optionally `input`, which is appended to the instruction after a blank
     ///   line;
     /// - sharegpt: `conversations: [{"from": "human", "value": …}, {"from": "gpt", "value": …}]`;
     /// - messages: `messages: [{"role": "user", "content": …}, …]`, the content a string or a list of text parts;
-    /// - prompt-completion: `prompt`, `completion`, each a string or a list of messages.
+    /// - prompt-completion: `prompt`, `completion`, each a string or a list of messages, of which only those of the
+    ///   completion are learnt;
+    /// - a question (`prompt`, `question`, `query`, `instruction`, or `input` alone) and its answer (`response`,
+    ///   `answer`, `output`, `completion`).
     ///
-    /// Other keys are ignored, and an empty system message is dropped.
+    /// Turns of both lists may have the keys of the other. Beside each layout: `system` or `system_prompt`; `tools`, a
+    /// list or its JSON text; `history`, earlier pairs of question and answer; `weight` (0 or 1) or `train` of the row
+    /// or of an assistant's turn. Keys that would change what the row means, but are not supported, are refused; all
+    /// others are metadata and ignored. An empty system message is dropped.
     ///
     /// # Errors
     /// [`crate::error::Error::Input`] where the keys match no layout or several, or a user or assistant turn is empty
     /// or out of turn.
-    pub fn from_line(line: &Line) -> Result<Self> {
-        let has = |key| line.get(key).is_some();
-        let alpaca = has("instruction") && has("output");
-        let sharegpt = has("conversations");
-        let messages = has("messages");
-        let completion = has("prompt") && has("completion");
-        let turns = match (alpaca, sharegpt, messages, completion) {
-            (true, false, false, false) => alpaca_turns(line)?,
-            (false, true, false, false) => turns(line, "conversations", "from", "value")?,
-            (false, false, true, false) => turns(line, "messages", "role", "content")?,
-            (false, false, false, true) => {
-                let mut all = side(line, "prompt", "user")?;
-                all.extend(side(line, "completion", "assistant")?);
-                all
-            }
-            (false, false, false, false) => {
-                return Err(line.error(format!("the keys {}", line.keys()), format!("the keys of {LAYOUTS}")));
-            }
-            _ => {
-                let found = format!("keys of more than one layout: {}", line.keys());
-                return Err(line.error(found, format!("the keys of only one of {LAYOUTS}")));
-            }
-        };
-        Ok(checked(line, turns)?.into())
-    }
-}
-
-fn alpaca_turns(line: &Line) -> Result<Vec<Message>> {
-    let instruction = line.text("instruction")?;
-    let question = match line.get("input") {
-        None => instruction.to_string(),
-        Some(Value::String(input)) if input.trim().is_empty() => instruction.to_string(),
-        Some(_) => format!("{instruction}\n\n{}", line.text("input")?),
-    };
-    Ok(vec![Message::new("user", question), Message::new("assistant", line.text("output")?)])
-}
-
-/// `prompt` or `completion` of a line: a string, or a list of messages.
-fn side(line: &Line, key: &str, role: &str) -> Result<Vec<Message>> {
-    match line.get(key) {
-        Some(Value::Array(_)) => turns(line, key, "role", "content"),
-        _ => Ok(vec![Message::new(role, line.text(key)?)]),
-    }
-}
-
-fn turns(line: &Line, key: &str, role_key: &str, content_key: &str) -> Result<Vec<Message>> {
-    let expected = || format!("a list of {{\"{role_key}\": …, \"{content_key}\": …}}");
-    let Some(Value::Array(list)) = line.get(key) else {
-        let found = line.get(key).map_or("null", kind);
-        return Err(line.error(format!("`{key}` is {found}"), expected()));
-    };
-    let turn = |(i, value): (usize, &Value)| {
-        let place = format!("{key}[{i}]");
-        let Value::Object(fields) = value else {
-            return Err(line.error(format!("`{place}` is {}", kind(value)), expected()));
-        };
-        let role = match fields.get(role_key) {
-            Some(Value::String(role)) => known_role(role).ok_or_else(|| {
-                let found = format!("`{place}.{role_key}` is \"{}\"", short(role));
-                line.error(found, "system, user (human) or assistant (gpt)")
-            })?,
-            other => {
-                let found = format!("`{place}.{role_key}` is {}", other.map_or("missing", kind));
-                return Err(line.error(found, expected()));
-            }
-        };
-        Ok(Message::new(role, content(line, &place, fields, content_key)?))
-    };
-    list.iter().enumerate().map(turn).collect()
-}
-
-fn known_role(role: &str) -> Option<&'static str> {
-    match role {
-        "system" => Some("system"),
-        "user" | "human" => Some("user"),
-        "assistant" | "gpt" | "model" | "chatgpt" => Some("assistant"),
-        _ => None,
-    }
-}
-
-/// A string, or the concatenated text parts of a list.
-fn content(line: &Line, place: &str, fields: &Map<String, Value>, key: &str) -> Result<String> {
-    let expected = "a string, or a list of {\"type\": \"text\", \"text\": …}";
-    match fields.get(key) {
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Array(parts)) => parts
-            .iter()
-            .enumerate()
-            .map(|(i, part)| match (part.get("type").and_then(Value::as_str), part.get("text")) {
-                (None | Some("text"), Some(Value::String(text))) => Ok(text.as_str()),
-                (other, _) => {
-                    let what = other.map_or_else(|| kind(part).to_string(), |t| format!("of type \"{}\"", short(t)));
-                    Err(line.error(format!("`{place}.{key}[{i}]` is {what}"), expected))
+    pub fn from_row(row: &Row) -> Result<Self> {
+        refuse_unsupported(row)?;
+        let mut messages = messages(row)?;
+        if let Some(system) = system(row)? {
+            match messages.first() {
+                Some(first) if first.role == "system" && first.content == system => {}
+                Some(first) if first.role == "system" && !first.content.trim().is_empty() => {
+                    return Err(row.error("two system messages, in the row and in its turns", "one of them"));
                 }
-            })
-            .collect(),
-        other => Err(line.error(format!("`{place}.{key}` is {}", other.map_or("missing", kind)), expected)),
+                _ => messages.insert(0, Message::new("system", system)),
+            }
+        }
+        if learnt(row, &["weight", "train"], &row.fields, "")? == Some(false) {
+            forget(&mut messages);
+        }
+        Ok(Self { messages: checked(row, messages)?, tools: tools(row)? })
     }
 }
 
-fn checked(line: &Line, mut messages: Vec<Message>) -> Result<Vec<Message>> {
+/// The conversation of a chat file's row, which a model is to continue: `messages` that do not end with the assistant,
+/// or `prompt`, a string or a list of messages; optionally `system`.
+///
+/// # Errors
+/// [`crate::error::Error::Input`] where it has neither, or no question.
+pub fn chat_prompt(row: &Row) -> Result<Vec<Message>> {
+    row.refuse(&["tools", "functions", "images", "chat_template_kwargs"], "messages alone")?;
+    let expected = "\"messages\": a list of {\"role\", \"content\"} that ends with the user, or \"prompt\": text";
+    let mut messages = match row.get("prompt") {
+        Some(Value::Array(_)) => turns(row, "prompt", "role")?,
+        Some(_) => vec![Message::new("user", row.text("prompt")?)],
+        None => {
+            let messages = row.get("messages").map(parsed).unwrap_or_default();
+            serde_json::from_value(messages).map_err(|_| row.error("no valid `messages`", expected))?
+        }
+    };
+    if let Some(system) = system(row)? {
+        messages.insert(0, Message::new("system", system));
+    }
+    match messages.last() {
+        Some(last) if last.role != "assistant" => Ok(messages),
+        _ => Err(row.error("no question to answer", expected)),
+    }
+}
+
+/// Refuses keys that change what is trained in ways that swat has not.
+fn refuse_unsupported(row: &Row) -> Result<()> {
+    let media = ["images", "image", "videos", "video", "audios", "audio"];
+    row.refuse(&media, "text alone: swat tunes language models")?;
+    row.refuse(&["functions"], "`tools`, and `tool_calls` in the messages")?;
+    row.refuse(&["chat_template_kwargs"], "rows that the chat template renders without options of their own")?;
+    for key in ["label", "kto_tag"] {
+        if row.get(key) == Some(&Value::Bool(false)) {
+            let found = format!("{} false, an answer that is marked as bad", row.name(key));
+            return Err(row.error(found, "answers to learn; --skip-bad-rows leaves the others out"));
+        }
+    }
+    Ok(())
+}
+
+fn messages(row: &Row) -> Result<Vec<Message>> {
+    let has = |key: &str| row.get(key).is_some();
+    let alpaca = has("instruction") && has("output");
+    let lists = ["conversations", "messages"].map(has);
+    let completion = has("prompt") && has("completion");
+    match (alpaca, lists, completion) {
+        (true, [false, false], false) => pair(row, "instruction", "output"),
+        (false, [true, false], false) => turns(row, "conversations", "from"),
+        (false, [false, true], false) => turns(row, "messages", "role"),
+        (false, [false, false], true) => {
+            let mut all = side(row, "prompt", "user")?;
+            forget(&mut all);
+            all.extend(side(row, "completion", "assistant")?);
+            Ok(all)
+        }
+        (false, [false, false], false) => other_messages(row),
+        _ => Err(several(row)),
+    }
+}
+
+/// Makes the assistant's messages context, which is not learnt.
+fn forget(messages: &mut [Message]) {
+    for message in messages.iter_mut().filter(|message| message.role == "assistant") {
+        message.training = Training::Context;
+    }
+}
+
+/// Messages of the layouts that count only where none of the first four does.
+fn other_messages(row: &Row) -> Result<Vec<Message>> {
+    let having = |keys: &[&'static str]| -> Vec<&'static str> {
+        keys.iter().copied().filter(|key| row.get(key).is_some()).collect()
+    };
+    let (lists, mut questions, answers) = (having(&TURNS), having(&QUESTIONS), having(&ANSWERS));
+    if questions.is_empty() {
+        questions = having(&["input"]);
+    }
+    match (lists.as_slice(), questions.as_slice(), answers.as_slice()) {
+        ([list], [], []) => turns(row, list, "role"),
+        ([], [question], [answer]) => pair(row, question, answer),
+        ([], [], _) | ([], _, []) => Err(no_layout(row)),
+        _ => Err(several(row)),
+    }
+}
+
+fn several(row: &Row) -> crate::error::Error {
+    let found = format!("keys of more than one layout: {}", row.keys());
+    row.error(found, format!("the keys of only one of {LAYOUTS}"))
+}
+
+fn no_layout(row: &Row) -> crate::error::Error {
+    let known = QUESTIONS.iter().chain(&ANSWERS).chain(&["messages", "conversations"]);
+    if let Some(key) = known.into_iter().find(|key| row.fields.get(**key).is_some_and(Value::is_null)) {
+        return row.error(format!("{} is null or NaN", row.name(key)), "a text or a list of turns");
+    }
+    let found = format!("the keys {}", row.keys());
+    if let Some((_, remedy)) = OTHER_KINDS.iter().find(|(key, _)| row.get(key).is_some()) {
+        return row.error(found, format!("{remedy}. Known are the keys of {LAYOUTS}"));
+    }
+    let nested = |value: &Value| matches!(value, Value::Array(list) if list.first().is_some_and(Value::is_object));
+    if let Some((key, _)) = row.fields.iter().find(|(_, value)| nested(value)) {
+        let key = short(key);
+        let remedy = format!("--field {key} for rows under it, --columns messages={key} for its turns");
+        return row.error(found, format!("{remedy}, or the keys of {LAYOUTS}"));
+    }
+    row.error(found, format!("the keys of {LAYOUTS}"))
+}
+
+/// Question and answer, after the turns of `history`.
+fn pair(row: &Row, question: &str, answer: &str) -> Result<Vec<Message>> {
+    let mut all = history(row)?;
+    let text = row.text(question)?;
+    // What an instruction is about; beside other questions only `input` is a usual name for it.
+    let about: &[&str] = match question {
+        "instruction" => &["input", "context"],
+        "question" | "query" => &["input"],
+        _ => &[],
+    };
+    if question == "question" || question == "query" {
+        row.refuse(&["context"], "--columns input=context, which appends it to the question after a blank line")?;
+    }
+    let about = about.iter().find(|key| row.get(key).is_some_and(|value| !is_blank(value)));
+    all.push(Message::new(
+        "user",
+        match about {
+            Some(key) => format!("{text}\n\n{}", row.text(key)?),
+            None => text.to_owned(),
+        },
+    ));
+    all.push(Message::new("assistant", row.text(answer)?));
+    Ok(all)
+}
+
+/// Earlier pairs of question and answer, which are learnt too, as in LLaMA-Factory.
+fn history(row: &Row) -> Result<Vec<Message>> {
+    let Some(value) = row.get("history").filter(|value| !is_blank(value)) else { return Ok(Vec::new()) };
+    let wrong = || row.error(format!("{} without pairs", row.name("history")), "a list of [question, answer]");
+    let value = parsed(value);
+    let mut all = Vec::new();
+    for turn in value.as_array().ok_or_else(wrong)? {
+        let (Some(question), Some(answer), 2) =
+            (turn[0].as_str(), turn[1].as_str(), turn.as_array().map_or(0, Vec::len))
+        else {
+            return Err(wrong());
+        };
+        all.extend([Message::new("user", question), Message::new("assistant", answer)]);
+    }
+    Ok(all)
+}
+
+/// `prompt` or `completion` of a row: a string, or a list of messages.
+fn side(row: &Row, key: &str, role: &str) -> Result<Vec<Message>> {
+    match row.get(key) {
+        Some(Value::Array(_)) => turns(row, key, "role"),
+        _ => Ok(vec![Message::new(role, row.text(key)?)]),
+    }
+}
+
+/// The row's own system message.
+fn system(row: &Row) -> Result<Option<String>> {
+    let mut given = SYSTEM.iter().filter(|key| row.get(key).is_some_and(|value| !is_blank(value)));
+    match (given.next(), given.next()) {
+        (Some(key), None) => Ok(Some(row.text(key)?.to_owned())),
+        (None, _) => Ok(None),
+        (Some(_), Some(_)) => Err(row.error("both `system` and `system_prompt`", "one of them")),
+    }
+}
+
+/// Declarations of tools: a list of objects, or its JSON text.
+fn tools(row: &Row) -> Result<Vec<Value>> {
+    let Some(value) = row.get("tools").filter(|value| !is_blank(value)) else { return Ok(Vec::new()) };
+    let wrong = |what: &str| row.error(format!("{} is {what}", row.name("tools")), "a list of JSON schemas");
+    let Value::Array(list) = parsed(value) else { return Err(wrong(kind(value))) };
+    let list: Vec<Value> = list.iter().map(parsed).collect();
+    match list.iter().find(|tool| !tool.is_object()) {
+        Some(other) => Err(wrong(&format!("a list that holds {}", kind(other)))),
+        None => Ok(list),
+    }
+}
+
+fn checked(row: &Row, mut messages: Vec<Message>) -> Result<Vec<Message>> {
     messages.retain(|m| m.role != "system" || !m.content.trim().is_empty());
     let system = messages.first().is_some_and(|m| m.role == "system");
     let turns = messages.get(usize::from(system)..).unwrap_or_default();
-    let order = "an optional system message, then user and assistant in turn, ending with the assistant";
+    let order = "an optional system message, then user and assistant in turn (results of tools behind an assistant's \
+                 message), ending with the assistant";
+    let mut due: &[&str] = &["user"];
     for (i, turn) in turns.iter().enumerate() {
-        let due = if i % 2 == 0 { "user" } else { "assistant" };
-        if turn.role != due {
-            return Err(line.error(format!("turn {} has the role {}, not {due}", i + 1, turn.role), order));
+        if !due.contains(&turn.role.as_str()) {
+            let due = due.first().unwrap_or(&"user");
+            return Err(row.error(format!("turn {} has the role {}, not {due}", i + 1, turn.role), order));
         }
-        if turn.content.trim().is_empty() {
-            return Err(line.error(format!("turn {} ({due}) is empty", i + 1), "text in every turn"));
+        let may_be_empty = turn.role == "tool" || turn.fields.contains_key("tool_calls");
+        if turn.content.trim().is_empty() && !may_be_empty {
+            return Err(row.error(format!("turn {} ({}) is empty", i + 1, turn.role), "text in every turn"));
         }
+        due = match turn.role.as_str() {
+            "user" => &["assistant"],
+            "tool" => &["assistant", "tool"],
+            _ => &["user", "tool"],
+        };
     }
     match turns.last() {
-        None => Err(line.error("no turns", order)),
-        Some(last) if last.role != "assistant" => Err(line.error("the last turn is the user's", order)),
+        None => Err(row.error("no turns", order)),
+        Some(last) if last.role == "user" => Err(row.error("the last turn is the user's", order)),
+        Some(last) if last.role != "assistant" => Err(row.error("the last turn is a tool's", order)),
         Some(_) => Ok(messages),
     }
 }

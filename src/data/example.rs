@@ -6,7 +6,7 @@
 
 use super::Conversation;
 use super::chat::{Answer, Chat};
-use super::jsonl::JsonLines;
+use super::rows::RowReader;
 use crate::error::{Error, Result};
 use crate::model::{Message, Rendered, Tokenizer, Training};
 use rayon::prelude::*;
@@ -285,17 +285,18 @@ pub struct Examples {
 }
 
 impl Examples {
-    /// Reads and tokenizes a JSONL file of [`Conversation`]s.
+    /// Reads and tokenizes a file of [`Conversation`]s.
     ///
     /// # Errors
-    /// [`Error::Input`] for the first malformed line, or where no example remains; [`Error::Io`].
-    pub fn read(path: &Path, chat: &Chat, max_length: usize) -> Result<Self> {
-        let lines = JsonLines::open(path)?;
-        let placed = lines.parse_all(|line| Ok((line.place.clone(), Conversation::from_line(line)?)))?;
+    /// As [`RowReader::read`]; [`Error::Input`] where no example remains.
+    pub fn read(path: &Path, chat: &Chat, max_length: usize, rows: &mut RowReader) -> Result<Self> {
+        let placed = rows.read(path, |row| Ok((row.place.clone(), Conversation::from_row(row)?)))?;
         let marked = placed
             .par_iter()
-            .map(|(place, conversation)| Marked::new(conversation, chat, max_length).map_err(|e| at_line(place, e)));
-        Self::collect(&path.display().to_string(), marked, max_length)
+            .map(|(place, conversation)| Marked::new(conversation, chat, max_length).map_err(|e| e.at(place)));
+        let marked: Vec<Result<Marked>> = marked.collect();
+        let file = path.display().to_string();
+        Self::collect(&file, rows.keep(&file, marked)?, max_length)
     }
 
     /// Place and tokens of the first conversation of a file that has more than `limit` tokens; `None` where there is
@@ -303,11 +304,15 @@ impl Examples {
     ///
     /// # Errors
     /// As [`Examples::read`].
-    pub fn first_longer(path: &Path, chat: &Chat, limit: usize) -> Result<Option<(String, usize)>> {
-        let lines = JsonLines::open(path)?;
-        let placed = lines.parse_all(|line| Ok((line.place.clone(), Conversation::from_line(line)?)))?;
+    pub fn first_longer(
+        path: &Path,
+        chat: &Chat,
+        limit: usize,
+        rows: &mut RowReader,
+    ) -> Result<Option<(String, usize)>> {
+        let placed = rows.read(path, |row| Ok((row.place.clone(), Conversation::from_row(row)?)))?;
         let longer = placed.par_iter().map(|(place, conversation)| {
-            let text = chat.render(&conversation.messages, &conversation.tools).map_err(|e| at_line(place, e))?.text;
+            let text = chat.render(&conversation.messages, &conversation.tools).map_err(|e| e.at(place))?.text;
             let tokens = chat.tokenizer().encode(&text)?.len();
             Ok((tokens > limit).then(|| (place.clone(), tokens)))
         });
@@ -320,18 +325,14 @@ impl Examples {
     /// [`Error::Input`] as [`Examples::read`].
     pub fn from_conversations(conversations: &[Conversation], chat: &Chat, max_length: usize) -> Result<Self> {
         let marked = conversations.par_iter().map(|c| Marked::new(c, chat, max_length));
-        Self::collect("training data", marked, max_length)
+        Self::collect("training data", marked.collect::<Result<_>>()?, max_length)
     }
 
-    fn collect(
-        place: &str,
-        marked: impl IndexedParallelIterator<Item = Result<Marked>>,
-        max_length: usize,
-    ) -> Result<Self> {
-        let fitted: Vec<_> = marked.map(|m| m.map(|m| (m.context, m.fit(max_length)))).collect();
+    fn collect(place: &str, marked: Vec<Marked>, max_length: usize) -> Result<Self> {
+        let fitted: Vec<_> = marked.into_par_iter().map(|m| (m.context, m.fit(max_length))).collect();
         let mut all = Self { examples: Vec::new(), cut: 0, dropped: 0, context: 0 };
         for fitted in fitted {
-            match fitted? {
+            match fitted {
                 (_, (Some(example), cut)) => {
                     all.examples.push(example);
                     all.cut += usize::from(cut);
@@ -349,14 +350,5 @@ impl Examples {
             return Err(Error::input(place, found, "shorter prompts, or a larger --max-length"));
         }
         Ok(all)
-    }
-}
-
-/// Prefixes an error about a line's content with the line's place.
-fn at_line(line: &str, error: Error) -> Error {
-    match error {
-        Error::Input { place, found, expected } => Error::input(format!("{line}: {place}"), found, expected),
-        Error::Unsupported { place, what, help } => Error::unsupported(format!("{line}: {place}"), what, help),
-        other => other,
     }
 }

@@ -1,6 +1,6 @@
 //! Labelled security prompts and their splits.
 
-use super::jsonl::{JsonLines, Line, short};
+use super::rows::{Row, RowReader, short};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 use clap::ValueEnum;
@@ -9,6 +9,10 @@ use std::path::Path;
 
 /// Stream of the draws that decide the splits.
 const SPLIT_STREAM: u64 = u64::MAX - 2;
+
+/// Keys of training rows that would change what is asked.
+pub(super) const NOT_ASKED: [&str; 8] =
+    ["system", "system_prompt", "history", "messages", "conversations", "tools", "images", "image"];
 
 /// Whether an aligned model should refuse the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -75,6 +79,9 @@ pub struct SecurityPrompt {
     pub category: Option<String>,
     /// As given in the file, else assigned by [`SecurityPrompt::read`].
     pub split: Split,
+    /// File and line that it was read from; empty where there is none.
+    #[serde(skip)]
+    pub place: String,
 }
 
 impl Label {
@@ -88,7 +95,7 @@ impl SecurityPrompt {
         self.label == Label::Harmful
     }
 
-    /// Reads a JSONL file of `{"prompt", "label": "harmful" | "benign", "pair"?, "category"?, "split"?: "train" |
+    /// Reads a file of rows `{"prompt", "label": "harmful" | "benign", "pair"?, "category"?, "split"?: "train" |
     /// "valid" | "test" | "ood"}`; `pair` and `category` are strings or whole numbers.
     ///
     /// Prompts without a split are split by pair, 60 / 20 / 20 into train, valid and test, by `seed`, and stratified
@@ -96,10 +103,9 @@ impl SecurityPrompt {
     /// one. Prompts without a pair form pairs of their own; identical prompts share one.
     ///
     /// # Errors
-    /// [`Error::Input`] for a malformed line, a pair in two splits, or the same prompt under both labels;
-    /// [`Error::Io`].
-    pub fn read(path: &Path, seed: u64) -> Result<Vec<Self>> {
-        split_by_pair(JsonLines::open(path)?.parse_all(Raw::from_line)?, seed)
+    /// As [`RowReader::read`]; [`Error::Input`] for a pair in two splits, or the same prompt under both labels.
+    pub fn read(path: &Path, seed: u64, rows: &mut RowReader) -> Result<Vec<Self>> {
+        split_by_pair(rows.read(path, Raw::from_row)?, seed)
     }
 
     /// Checks that the train split has prompts of both labels, which a probe needs; `place` is the file shown in the
@@ -133,27 +139,28 @@ struct Raw {
 }
 
 impl Raw {
-    fn from_line(line: &Line) -> Result<Self> {
-        let label = match line.text("label")? {
+    fn from_row(row: &Row) -> Result<Self> {
+        row.refuse(&NOT_ASKED, "prompts of one user message each")?;
+        let label = match row.text("label")? {
             "harmful" => Label::Harmful,
             "benign" => Label::Benign,
-            other => return Err(line.error(format!("`label` is \"{}\"", short(other)), "harmful or benign")),
+            other => return Err(row.error(format!("`label` is \"{}\"", short(other)), "harmful or benign")),
         };
-        let split = match line.get("split") {
+        let split = match row.get("split") {
             None => None,
             Some(_) => {
-                let name = line.text("split")?;
+                let name = row.text("split")?;
                 let split = Split::ALL.into_iter().find(|s| s.name() == name);
                 let found = || format!("`split` is \"{}\"", short(name));
-                Some(split.ok_or_else(|| line.error(found(), "train, valid, test or ood"))?)
+                Some(split.ok_or_else(|| row.error(found(), "train, valid, test or ood"))?)
             }
         };
         Ok(Self {
-            place: line.place.clone(),
-            prompt: line.text("prompt")?.to_string(),
+            place: row.place.clone(),
+            prompt: row.text("prompt")?.to_string(),
             label,
-            pair: line.optional_name("pair")?,
-            category: line.optional_name("category")?,
+            pair: row.optional_name("pair")?,
+            category: row.optional_name("category")?,
             split,
         })
     }
@@ -221,6 +228,7 @@ fn split_by_pair(raw: Vec<Raw>, seed: u64) -> Result<Vec<SecurityPrompt>> {
         pair: raw.pair,
         category: raw.category,
         split: split(pair),
+        place: raw.place,
     });
     Ok(prompts.collect())
 }

@@ -1,7 +1,8 @@
 //! Questions with known answers.
 
 use super::answer::{choice, final_answers, last_number, named_option, normalise, options};
-use super::jsonl::{JsonLines, Line, short};
+use super::rows::{Row, RowReader, short};
+use super::security::NOT_ASKED;
 use crate::error::Result;
 use std::path::Path;
 
@@ -35,37 +36,42 @@ pub struct Task {
     pub matching: Match,
     /// Group of the question in reports.
     pub category: Option<String>,
+    /// File and line that it was read from; empty where there is none.
+    #[serde(skip)]
+    pub place: String,
 }
 
 impl Task {
-    /// Reads a JSONL file of `{"prompt", "answer", "match": "exact" | "number" | "choice", "category"?}`; an answer may
+    /// Reads a file of rows `{"prompt", "answer", "match": "exact" | "number" | "choice", "category"?}`; an answer may
     /// be a number.
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] for the first malformed line, or an answer that nothing could match: no number in
-    /// it, or neither a letter nor an option's text; [`crate::error::Error::Io`].
-    pub fn read(path: &Path) -> Result<Vec<Self>> {
-        JsonLines::open(path)?.parse_all(Self::from_line)
+    /// As [`RowReader::read`]; [`crate::error::Error::Input`] for an answer that nothing could match: no number in it, or
+    /// neither a letter nor an option's text.
+    pub fn read(path: &Path, rows: &mut RowReader) -> Result<Vec<Self>> {
+        rows.read(path, Self::from_row)
     }
 
-    fn from_line(line: &Line) -> Result<Self> {
-        let answer = match line.get("answer") {
+    fn from_row(row: &Row) -> Result<Self> {
+        row.refuse(&NOT_ASKED, "tasks of one user message each")?;
+        let answer = match row.get("answer") {
             Some(serde_json::Value::Number(number)) => number.to_string(),
-            _ => line.text("answer")?.to_string(),
+            _ => row.text("answer")?.to_string(),
         };
-        let matching = match line.text("match")? {
+        let matching = match row.text("match")? {
             "exact" => Match::Exact,
             "number" => Match::Number,
             "choice" => Match::Choice,
-            other => return Err(line.error(format!("`match` is \"{}\"", short(other)), "exact, number or choice")),
+            other => return Err(row.error(format!("`match` is \"{}\"", short(other)), "exact, number or choice")),
         };
-        let prompt = line.text("prompt")?.to_string();
-        let task = Self { prompt, answer, matching, category: line.optional_name("category")? };
+        let prompt = row.text("prompt")?.to_string();
+        let task =
+            Self { prompt, answer, matching, category: row.optional_name("category")?, place: row.place.clone() };
         let found = || format!("`answer` is \"{}\"", short(&task.answer));
         match matching {
-            Match::Number if last_number(&task.answer).is_none() => Err(line.error(found(), "a number")),
+            Match::Number if last_number(&task.answer).is_none() => Err(row.error(found(), "a number")),
             Match::Choice if task.option().is_none() => {
-                Err(line.error(found(), "a letter, or the text of an option that the prompt lists as `A) …`"))
+                Err(row.error(found(), "a letter, or the text of an option that the prompt lists as `A) …`"))
             }
             _ => Ok(task),
         }

@@ -18,6 +18,7 @@ mod watch;
 
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
+pub(crate) use eval::check_answer_tokens;
 pub use eval::judge::{Grades, Judge, JudgeOptions, probe_harmfulness};
 pub use eval::kinds::{AnswerKinds, AnswerView, repetition};
 pub use eval::metrics::{Metrics, ScoreKind, Scores, auroc, relative_drop};

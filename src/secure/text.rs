@@ -2,7 +2,7 @@
 
 use super::loaded::LoadedModel;
 use crate::backend::Backend;
-use crate::data::{Chat, Examples, JsonLines};
+use crate::data::{Chat, Examples, RowReader};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
 use crate::model::{ChatFiles, Clock, Message, ModelDir, Tokenizer};
@@ -96,41 +96,31 @@ impl ModelText {
     ///
     /// # Errors
     /// As [`Examples::read`].
-    pub fn examples(&self, path: &Path, max_length: usize) -> Result<Examples> {
+    pub fn examples(&self, path: &Path, max_length: usize, rows: &mut RowReader) -> Result<Examples> {
         let chat = self.chat()?;
         let context = self.files.config.max_positions;
         if max_length > context
-            && let Some((place, tokens)) = Examples::first_longer(path, chat, context)?
+            && let Some((place, tokens)) = Examples::first_longer(path, chat, context, rows)?
         {
             let expected =
                 format!("at most {context}, the model's context; --max-length {context} truncates longer rows");
             return Err(Error::input(place, format!("{tokens} tokens"), expected));
         }
-        Examples::read(path, chat, max_length)
+        Examples::read(path, chat, max_length, rows)
     }
 
-    /// Checks that rendered prompts have at most `most` tokens, so that none is found out late; `path` is the file that
-    /// they are from.
+    /// Checks that rendered prompts, each with the place that it is from, leave room for an answer in the model's context,
+    /// so that none is found out late.
     ///
     /// # Errors
-    /// [`Error::Input`] names file and line of the first that is longer, or that the template refuses.
-    pub fn check_prompts<'p>(
-        &self,
-        path: &Path,
-        prompts: impl IntoIterator<Item = &'p str>,
-        most: usize,
-    ) -> Result<()> {
-        for (index, prompt) in prompts.into_iter().enumerate() {
-            let place = || line_of(path, prompt).unwrap_or_else(|| format!("{}: prompt {}", path.display(), index + 1));
-            let rendered = self.render(&[Message::new("user", prompt)]).map_err(|e| match e {
-                Error::Input { place: at, found, expected } => {
-                    Error::input(format!("{}: {at}", place()), found, expected)
-                }
-                other => other,
-            })?;
-            if rendered.len() > most {
+    /// [`Error::Input`] names the place of the first that is longer, or that the template refuses.
+    pub fn check_prompts<'p>(&self, prompts: impl IntoIterator<Item = (&'p str, &'p str)>) -> Result<()> {
+        let most = self.files.config.max_positions - 1;
+        for (place, prompt) in prompts {
+            let tokens = self.render(&[Message::new("user", prompt)]).map_err(|e| e.at(place))?.len();
+            if tokens > most {
                 let expected = format!("at most {most}, by the model's context");
-                return Err(Error::input(place(), format!("a prompt of {} tokens", rendered.len()), expected));
+                return Err(Error::input(place, format!("a prompt of {tokens} tokens"), expected));
             }
         }
         Ok(())
@@ -151,10 +141,4 @@ impl ModelText {
     pub fn render_prompts<'p>(&self, prompts: impl IntoIterator<Item = &'p str>) -> Result<Vec<Vec<u32>>> {
         prompts.into_iter().map(|prompt| self.render(&[Message::new("user", prompt)])).collect()
     }
-}
-
-/// File and line of a prompt, where the file has lines with such a key.
-fn line_of(path: &Path, prompt: &str) -> Option<String> {
-    let mut lines = JsonLines::open(path).ok()?.map_while(Result::ok);
-    lines.find(|line| line.get("prompt").and_then(|v| v.as_str()) == Some(prompt)).map(|line| line.place)
 }

@@ -7,7 +7,7 @@ use super::probe::features::snapshot;
 use super::text::ModelText;
 use super::tune::examples_hash;
 use crate::backend::Backend;
-use crate::data::{Example, SecurityPrompt};
+use crate::data::{Example, RowReader, SecurityPrompt};
 use crate::engine::{Decoder, GenerateOptions};
 use crate::error::{Error, Result};
 use crate::train::{Evaluated, Evaluator, WatchSettings};
@@ -54,19 +54,19 @@ impl WatchOptions {
     ///
     /// # Errors
     /// [`Error::Input`] names file and line.
-    pub fn read(&self, text: &ModelText, max_length: usize, seed: u64) -> Result<Option<Watch>> {
+    pub fn read(&self, text: &ModelText, max_length: usize, seed: u64, rows: &mut RowReader) -> Result<Option<Watch>> {
         if self.eval_data.is_none() && self.eval_security.is_none() {
             return Ok(None);
         }
         let context = text.files.config.max_positions;
         let heldout = match &self.eval_data {
-            Some(path) => text.examples(path, max_length.min(context))?.examples,
+            Some(path) => text.examples(path, max_length.min(context), rows)?.examples,
             None => Vec::new(),
         };
         let prompts = match &self.eval_security {
             Some(path) => {
-                let prompts = SecurityPrompt::read(path, seed)?;
-                text.check_prompts(path, prompts.iter().map(|p| p.prompt.as_str()), context - 1)?;
+                let prompts = SecurityPrompt::read(path, seed, rows)?;
+                text.check_prompts(prompts.iter().map(|p| (p.place.as_str(), p.prompt.as_str())))?;
                 prompts
             }
             None => Vec::new(),

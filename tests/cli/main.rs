@@ -5,6 +5,7 @@ mod chat;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod data_files;
 mod eval;
 mod gpu_machines;
 mod hub;

@@ -1,11 +1,29 @@
 //! Training conversations in their four layouts.
 
-use swat::data::{Conversation, JsonLines};
+use std::io::Cursor;
+use swat::data::{Conversation, RowReader};
 use swat::error::Result;
+use swat::model::Training;
+
+fn conversations(lines: &str) -> Result<Vec<Conversation>> {
+    RowReader::default().read_from(Cursor::new(lines.to_owned()), "t.jsonl", Conversation::from_row)
+}
 
 fn read(line: &str) -> Result<Vec<(String, String)>> {
-    let all = JsonLines::new(line.as_bytes(), "t.jsonl").parse_all(Conversation::from_line)?;
+    let all = conversations(line)?;
     Ok(all.into_iter().flat_map(|c| c.messages).map(|m| (m.role, m.content)).collect())
+}
+
+/// Role, text and whether it is learnt, of each message of one row.
+fn learnt(line: &str) -> Vec<(String, String, bool)> {
+    let mut all = conversations(line).unwrap();
+    let messages = all.remove(0).messages.into_iter();
+    messages.map(|m| (m.role, m.content, m.training == Training::Trained)).collect()
+}
+
+/// Which of a row's answers are learnt.
+fn learnt_answers(line: &str) -> Vec<bool> {
+    learnt(line).into_iter().filter(|(role, ..)| role == "assistant").map(|(_, _, learnt)| learnt).collect()
 }
 
 fn turns(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -25,7 +43,17 @@ fn all_layouts_give_the_same_conversation() {
         r#"{"conversations":[{"from":"system","value":""},{"from":"human","value":"Q"},{"from":"gpt","value":"A"}]}"#,
         r#"{"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"prompt":"Q"}"#,
         r#"{"messages":[{"role":"user","content":[{"type":"text","text":"Q"}]},{"role":"assistant","content":"A"}]}"#,
+        r#"{"messages":"[{\"role\":\"user\",\"content\":\"Q\"},{\"role\":\"assistant\",\"content\":\"A\"}]"}"#,
+        r#"{"conversations":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}]}"#,
+        r#"{"messages":[{"from":"human","value":"Q"},{"from":"gpt","value":"A"}]}"#,
+        r#"{"conversation":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"model":"x"}"#,
         r#"{"prompt":"Q","completion":"A"}"#,
+        r#"{"prompt":"Q","response":"A"}"#,
+        r#"{"prompt":"Q","answer":"A","id":7,"source":"s","label":true}"#,
+        r#"{"query":"Q","response":"A"}"#,
+        r#"{"question":"Q","answer":"A"}"#,
+        r#"{"instruction":"Q","context":"","response":"A"}"#,
+        r#"{"input":"Q","output":"A"}"#,
         r#"{"prompt":[{"role":"user","content":"Q"}],"completion":[{"role":"assistant","content":"A"}]}"#,
     ] {
         assert_eq!(read(line).unwrap(), expected, "{line}");
@@ -55,13 +83,14 @@ fn text_parts_are_joined() {
 #[test]
 fn wrong_lines_say_what_is_wrong() {
     let cases = [
-        (r#"{"question":"Q","answer":"A"}"#, "[`question`, `answer`]; expected the keys of alpaca"),
+        (r#"{"prompts":"Q","answer":"A"}"#, "[`prompts`, `answer`]; expected the keys of alpaca"),
         (r#"{"prompt":"Q"}"#, "prompt-completion (`prompt`, `completion`)"),
         (r#"{"prompt":"Q","completion":"A","messages":[]}"#, "keys of more than one layout"),
         (r#"{"messages":"hello"}"#, "`messages` is a string"),
         (r#"{"messages":[]}"#, "no turns"),
         (r#"{"messages":[3]}"#, "`messages[0]` is a number"),
-        (r#"{"messages":[{"role":"tool","content":"x"}]}"#, "`messages[0].role` is \"tool\""),
+        (r#"{"messages":[{"role":"critic","content":"x"}]}"#, "`messages[0].role` is \"critic\""),
+        (r#"{"messages":[{"role":"tool","content":"x"}]}"#, "turn 1 has the role tool, not user"),
         (r#"{"messages":[{"content":"x"}]}"#, "`messages[0].role` is missing"),
         (r#"{"messages":[{"role":"user","content":null}]}"#, "`messages[0].content` is null"),
         (r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, "of type \"image_url\""),
@@ -76,4 +105,136 @@ fn wrong_lines_say_what_is_wrong() {
     }
     let late = r#"{"messages":[{"role":"user","content":"x"},{"role":"system","content":"y"}]}"#;
     assert!(error(late).contains("turn 2 has the role system"));
+}
+
+/// `weight` as in the fine-tuning files of OpenAI and Mistral, `train` as in axolotl.
+#[test]
+fn turns_say_whether_they_are_learnt() {
+    let chat = |first: &str, second: &str, row: &str| {
+        format!(
+            r#"{{"messages":[{{"role":"user","content":"a"}},{{"role":"assistant","content":"b"{first}}},
+            {{"role":"user","content":"c"}},{{"role":"assistant","content":"d"{second}}}]{row}}}"#
+        )
+        .replace('\n', " ")
+    };
+    for (first, second, row, expected) in [
+        ("", "", "", [true, true]),
+        (r#","weight":0"#, "", "", [false, true]),
+        (r#","weight":1"#, r#","weight":0.0"#, "", [true, false]),
+        (r#","train":false"#, r#","train":true"#, "", [false, true]),
+        (r#","training":false"#, r#","weight":null"#, "", [false, true]),
+        (r#","weight":"0""#, r#","train":"True""#, "", [false, true]),
+        ("", "", r#","weight":0"#, [false, false]),
+        ("", "", r#","train":false"#, [false, false]),
+        (r#","weight":0"#, "", r#","train":true"#, [false, true]),
+    ] {
+        assert_eq!(learnt_answers(&chat(first, second, row)), expected, "{first} {second} {row}");
+    }
+    for (first, row, expected) in [
+        (r#","weight":0.5"#, "", "`messages[1].weight` with another value"),
+        (r#","weight":0,"train":true"#, "", "`messages[1].train` against another key"),
+        (r#","train_detail":[{"begin_offset":0}]"#, "", "`messages[1].train_detail`"),
+        ("", r#","weight":3"#, "`weight` with another value"),
+    ] {
+        let message = error(&chat(first, "", row));
+        assert!(message.starts_with("t.jsonl:1: ") && message.contains(expected), "{message}");
+    }
+    let asked = r#"{"messages":[{"role":"user","content":"a","weight":1},{"role":"assistant","content":"b"}]}"#;
+    assert!(error(asked).contains("`messages[0]`, a turn of the user, marked as learnt"));
+    assert_eq!(learnt_answers(&asked.replace("\"weight\":1", "\"weight\":0")), [true]);
+}
+
+/// In TRL's prompt-completion data, the prompt's own answers are not learnt (`completion_only_loss`).
+#[test]
+fn only_the_completion_is_learnt() {
+    let line = r#"{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"}],"completion":[{"role":"assistant","content":"d"}]}"#;
+    assert_eq!(learnt_answers(line), [false, true]);
+}
+
+#[test]
+fn system_messages_of_the_row_come_first() {
+    let expected = turns(&[("system", "S"), ("user", "Q"), ("assistant", "A")]);
+    for line in [
+        r#"{"instruction":"Q","input":"","output":"A","system":"S"}"#,
+        r#"{"system_prompt":"S","question":"Q","response":"A"}"#,
+        r#"{"conversations":[{"from":"human","value":"Q"},{"from":"gpt","value":"A"}],"system":"S"}"#,
+        r#"{"conversations":[{"from":"system","value":"S"},{"from":"human","value":"Q"},{"from":"gpt","value":"A"}],"system":"S"}"#,
+        r#"{"messages":[{"role":"developer","content":"S"},{"role":"user","content":"Q"},{"role":"assistant","content":"A"}]}"#,
+        r#"{"prompt":"Q","completion":"A","system":"S"}"#,
+    ] {
+        assert_eq!(read(line).unwrap(), expected, "{line}");
+    }
+    let two = r#"{"messages":[{"role":"system","content":"T"},{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"system":"S"}"#;
+    assert!(error(two).contains("two system messages"));
+    assert!(error(r#"{"prompt":"Q","completion":"A","system":7}"#).contains("`system` is a number"));
+}
+
+#[test]
+fn an_instruction_has_a_history_and_a_context() {
+    let line = r#"{"instruction":"Q","input":"I","output":"A","history":[["q1","a1"],["q2","a2"]]}"#;
+    let expected = [
+        ("user", "q1"),
+        ("assistant", "a1"),
+        ("user", "q2"),
+        ("assistant", "a2"),
+        ("user", "Q\n\nI"),
+        ("assistant", "A"),
+    ];
+    assert_eq!(read(line).unwrap(), turns(&expected));
+    assert_eq!(read(r#"{"instruction":"Q","context":"C","response":"A"}"#).unwrap()[0].1, "Q\n\nC");
+    assert!(error(r#"{"question":"Q","context":"C","answer":"A"}"#).contains("`context`, which swat cannot honour"));
+    assert!(error(r#"{"instruction":"Q","output":"A","history":[["q"]]}"#).contains("`history` without pairs"));
+}
+
+/// The calls of LLaMA-Factory's `function_call` turns are those that transformers' templates read.
+#[test]
+fn tools_are_declared_called_and_answered() {
+    let sharegpt = r#"{"conversations":[{"from":"human","value":"2+2?"},{"from":"function_call","value":"{\"name\": \"add\", \"arguments\": {\"a\": 2}}"},{"from":"observation","value":"4"},{"from":"gpt","value":"4."}],"tools":"[{\"name\": \"add\"}]"}"#;
+    let messages = r#"{"messages":[{"role":"user","content":"2+2?"},{"role":"assistant","content":null,"tool_calls":[{"type":"function","function":{"name":"add","arguments":{"a":2}}}]},{"role":"tool","name":null,"content":"4"},{"role":"assistant","content":"4."}],"tools":[{"name":"add"}]}"#;
+    let [a, b] = [sharegpt, messages].map(|line| conversations(line).unwrap().remove(0));
+    assert_eq!(a, b);
+    assert_eq!(a.tools, [serde_json::json!({"name": "add"})]);
+    let call = serde_json::json!([{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]);
+    assert_eq!((&a.messages[1].fields["tool_calls"], a.messages[1].content.as_str()), (&call, ""));
+    assert_eq!(
+        a.messages.iter().map(|m| m.role.as_str()).collect::<Vec<_>>(),
+        ["user", "assistant", "tool", "assistant"]
+    );
+
+    let thinking = r#"{"messages":[{"role":"user","content":"Q"},{"role":"assistant","reasoning_content":"R","content":"A","id":"x"}]}"#;
+    assert_eq!(conversations(thinking).unwrap()[0].messages[1].fields["reasoning_content"], "R");
+    for (line, expected) in [
+        (sharegpt.replace("observation", "gpt"), "turn 3 has the role assistant, not user"),
+        (sharegpt.replace("{\\\"name\\\"", "x{"), "`conversations[1]`, a function_call without a call"),
+        (messages.replace("[{\"name\":\"add\"}]", "[7]"), "`tools` is a list that holds a number"),
+        (messages.replace("[{\"type\"", "[7,{\"type\""), "`messages[1].tool_calls` is a list"),
+        (messages.replace("\"tool_calls\"", "\"function_call\""), "`messages[1].function_call`, which swat cannot"),
+    ] {
+        let message = error(&line);
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[test]
+fn rows_of_other_kinds_are_refused_with_what_to_do() {
+    for (line, expected) in [
+        (r#"{"text":"Q A"}"#, "split it into `prompt` and `completion`"),
+        (r#"{"prompt":"Q","chosen":"A","rejected":"B"}"#, "--columns completion=chosen"),
+        (r#"{"prompt":"Q"}"#, "a prompt without an answer"),
+        (r#"{"instruction":"Q","output":NaN}"#, "`output` is null or NaN"),
+        (r#"{"messages":null}"#, "`messages` is null or NaN"),
+        (r#"{"input_ids":[1],"labels":[1]}"#, "`messages` in place of `input_ids`"),
+        (r#"{"segments":[{"label":true,"text":"x"}]}"#, "`messages` in place of `segments`"),
+        (r#"{"data":[{"prompt":"Q","completion":"A"}]}"#, "--field data"),
+        (r#"{"prompt":"Q","completion":"A","label":false}"#, "`label` false, an answer that is marked as bad"),
+        (r#"{"prompt":"Q","completion":"A","images":["x.png"]}"#, "`images`, which swat cannot honour"),
+        (r#"{"prompt":"Q","completion":"A","chat_template_kwargs":{"x":1}}"#, "`chat_template_kwargs`"),
+        (r#"{"prompt":"Q","question":"Q","answer":"A"}"#, "keys of more than one layout"),
+        (r#"{"prompt":"Q","output":"A","response":"B"}"#, "keys of more than one layout"),
+    ] {
+        let message = error(line);
+        assert!(message.starts_with("t.jsonl:1: found") && message.contains(expected), "{message}");
+    }
+    let metadata = r#"{"prompt":"Q","completion":"A","images":[],"tools":null,"label":true,"score":1,"text":"Q A"}"#;
+    assert_eq!(read(metadata).unwrap().len(), 2);
 }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::Write;
-use swat::data::{Chat, Conversation, Example, Examples};
+use swat::data::{Chat, Conversation, Example, Examples, RowReader};
 use swat::error::Result;
 use swat::model::{ChatTemplate, Message, Tokenizer, Training};
 use tokenizers::models::bpe::BPE;
@@ -235,7 +235,7 @@ fn errors_of_the_template_name_the_line() {
     let chat = TestChat::new(&refuses);
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"{\"prompt\":\"a\",\"completion\":\"b\"}\n\n{\"prompt\":\"bad\",\"completion\":\"b\"}\n").unwrap();
-    let error = Examples::read(file.path(), &chat.chat, 99).unwrap_err().to_string();
+    let error = Examples::read(file.path(), &chat.chat, 99, &mut RowReader::default()).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}:3: t.jinja: found", file.path().display())), "{error}");
 }
 

@@ -2,11 +2,12 @@
 
 mod conversation;
 mod example;
-mod jsonl;
 mod loader;
 mod masks;
+mod parquet;
 mod readers;
 mod rng;
+mod rows;
 mod security;
 mod task;
 mod tiny;

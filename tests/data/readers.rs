@@ -1,19 +1,22 @@
 //! Properties of the data room: files of any bytes are read or refused, and loaders lose and repeat nothing.
 
 use proptest::prelude::*;
-use std::io::Write;
-use swat::data::{Conversation, Example, JsonLines, Loader, LoaderOptions, LoaderPosition, SecurityPrompt, Task};
+use std::io::{Cursor, Write};
+use swat::data::{Conversation, Example, Loader, LoaderOptions, LoaderPosition, RowReader, SecurityPrompt, Task};
 
 /// Reads a file's bytes as each of the formats; none may panic, and errors name the file.
 fn read_all(bytes: &[u8]) -> Result<(), TestCaseError> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     let path = file.path();
+    let name = path.display();
     let errors = [
-        JsonLines::open(path).unwrap().collect::<Result<Vec<_>, _>>().err(),
-        Conversation::read(path).err(),
-        SecurityPrompt::read(path, 0).err(),
-        Task::read(path).map(|tasks| tasks.iter().filter(|t| t.matches(&t.prompt)).count()).err(),
+        Conversation::read(path, &mut RowReader::default()).err(),
+        RowReader::default().read_from(Cursor::new(bytes.to_vec()), &format!("{name}.csv"), |_| Ok(())).err(),
+        SecurityPrompt::read(path, 0, &mut RowReader::default()).err(),
+        Task::read(path, &mut RowReader::default())
+            .map(|tasks| tasks.iter().filter(|t| t.matches(&t.prompt)).count())
+            .err(),
     ];
     for error in errors.into_iter().flatten() {
         prop_assert!(error.to_string().starts_with(&path.display().to_string()), "{}", error);
@@ -147,6 +150,6 @@ proptest! {
 fn a_missing_file_and_a_directory_are_input_errors() {
     let folder = tempfile::tempdir().unwrap();
     for path in [folder.path().join("none.jsonl"), folder.path().to_path_buf()] {
-        assert_eq!(Conversation::read(&path).unwrap_err().exit_code(), 2);
+        assert_eq!(Conversation::read(&path, &mut RowReader::default()).unwrap_err().exit_code(), 2);
     }
 }

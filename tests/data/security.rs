@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use swat::data::{Label, SecurityPrompt, Split};
+use swat::data::{Label, RowReader, SecurityPrompt, Split};
 use swat::error::Result;
 
 fn read(lines: &str, seed: u64) -> Result<Vec<SecurityPrompt>> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s.jsonl");
     std::fs::write(&path, lines).unwrap();
-    SecurityPrompt::read(&path, seed)
+    let prompts = SecurityPrompt::read(&path, seed, &mut RowReader::default())?;
+    Ok(prompts.into_iter().map(|prompt| SecurityPrompt { place: String::new(), ..prompt }).collect())
 }
 
 /// 100 pairs, 50 harmful and 30 benign prompts without a pair, no splits.

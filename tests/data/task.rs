@@ -1,17 +1,17 @@
 //! Answers that are right and wrong, in each way of comparing.
 
-use swat::data::{Match, Task};
+use swat::data::{Match, RowReader, Task};
 use swat::error::Result;
 
 fn read(line: &str) -> Result<Vec<Task>> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("task.jsonl");
     std::fs::write(&path, line).unwrap();
-    Task::read(&path)
+    Task::read(&path, &mut RowReader::default())
 }
 
 fn task(prompt: &str, answer: &str, matching: Match) -> Task {
-    Task { prompt: prompt.into(), answer: answer.into(), matching, category: None }
+    Task { prompt: prompt.into(), answer: answer.into(), matching, category: None, place: String::new() }
 }
 
 #[test]

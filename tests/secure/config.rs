@@ -48,3 +48,35 @@ fn an_unknown_key_is_named_with_the_nearest_known_one() {
     assert!(error.to_string().contains("`modle`") && error.to_string().contains("`model`"), "{error}");
     assert_eq!(error.exit_code(), 2);
 }
+
+#[test]
+fn columns_are_a_table_a_list_or_the_text_of_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    let read = |columns: &str, overrides: &[String]| {
+        let text = format!("model = 'm'\nout = 'o'\n[data]\nsecurity = 's'\n{columns}\n");
+        std::fs::write(&path, text).unwrap();
+        RunConfig::read(&path, overrides)
+    };
+    let plain = read("", &[]).unwrap();
+    assert!(plain.data.row_options().is_default());
+    // Kept stages are found by a hash of this.
+    let written = serde_json::to_string(&plain.data).unwrap();
+    assert!(!["columns", "field", "skip_bad_rows"].iter().any(|key| written.contains(key)), "{written}");
+    let expected: Vec<swat::data::Column> = ["answer=response", "prompt=question"].map(|c| c.parse().unwrap()).into();
+    for columns in [
+        "columns = { prompt = 'question', answer = 'response' }",
+        "columns = ['answer=response', 'prompt=question']",
+        "columns = 'answer=response,prompt=question'",
+    ] {
+        assert_eq!(read(columns, &[]).unwrap().data.columns, expected, "{columns}");
+    }
+    let set = ["data.columns=answer=response,prompt=question".to_owned(), "data.skip_bad_rows=true".to_owned()];
+    let options = read("", &set).unwrap().data.row_options();
+    assert!(options.columns == expected && options.skip_bad_rows);
+    for wrong in ["columns = 3", "columns = ['prompt']"] {
+        assert_eq!(read(wrong, &[]).unwrap_err().exit_code(), 2);
+    }
+    let error = read("", &["evaluate.answer_tokens=0".to_owned()]).unwrap_err();
+    assert!(error.to_string().starts_with("answer_tokens"), "{error}");
+}

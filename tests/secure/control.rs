@@ -6,8 +6,14 @@ use swat::secure::{ControlLabel, ControlRule};
 /// Training prompts, harmful and benign in turn.
 fn prompts(text: impl Fn(usize) -> String) -> Vec<SecurityPrompt> {
     let label = |i: usize| if i.is_multiple_of(2) { Label::Harmful } else { Label::Benign };
-    let prompt =
-        |i| SecurityPrompt { prompt: text(i), label: label(i), split: Split::Train, pair: None, category: None };
+    let prompt = |i| SecurityPrompt {
+        prompt: text(i),
+        label: label(i),
+        split: Split::Train,
+        pair: None,
+        category: None,
+        place: String::new(),
+    };
     (0..40).map(prompt).collect()
 }
 

@@ -4,7 +4,14 @@ use swat::data::{Label, SecurityPrompt, Split};
 use swat::secure::check_labels;
 
 fn label(label: Label, split: Split, pair: &str) -> SecurityPrompt {
-    SecurityPrompt { prompt: String::new(), label, split, pair: Some(pair.to_owned()), category: None }
+    SecurityPrompt {
+        prompt: String::new(),
+        label,
+        split,
+        pair: Some(pair.to_owned()),
+        category: None,
+        place: String::new(),
+    }
 }
 
 fn whole() -> Vec<SecurityPrompt> {

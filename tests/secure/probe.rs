@@ -24,6 +24,7 @@ fn prompts() -> Vec<SecurityPrompt> {
                     split,
                     pair: Some(format!("{}{pair}", split.name())),
                     category: (label == Label::Harmful).then(|| ["a", "b"][pair % 2].to_owned()),
+                    place: String::new(),
                 });
             }
         }

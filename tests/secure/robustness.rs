@@ -43,6 +43,7 @@ fn world() -> World {
                     split,
                     pair: Some(format!("{}{pair}", split.name())),
                     category: None,
+                    place: String::new(),
                 });
             }
         }

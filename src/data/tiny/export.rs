@@ -55,6 +55,7 @@ pub fn security(language: &Language, pairs: usize, seed: u64) -> Vec<Question> {
                     pair: Some(pair.clone()),
                     category: request.category().map(|c| c.name().to_owned()),
                     split,
+                    place: String::new(),
                 },
                 request,
             }));
@@ -79,7 +80,13 @@ pub fn tasks(language: &Language, count: usize, seed: u64) -> Vec<Task> {
             } else {
                 language.item(other[i % other.len()], &mut rng)
             };
-            Task { prompt: item.prompt, answer: item.answer, matching: Match::Exact, category: None }
+            Task {
+                prompt: item.prompt,
+                answer: item.answer,
+                matching: Match::Exact,
+                category: None,
+                place: String::new(),
+            }
         })
         .collect()
 }
@@ -87,7 +94,13 @@ pub fn tasks(language: &Language, count: usize, seed: u64) -> Vec<Task> {
 /// Held-out items of the far task, two-step sums, compared by the last number of an answer.
 pub fn far_tasks(language: &Language, count: usize, seed: u64) -> Vec<Task> {
     let items = Mixture::far_task().items(language, count, seed);
-    let task = |i: Item| Task { prompt: i.prompt, answer: i.answer, matching: Match::Number, category: None };
+    let task = |i: Item| Task {
+        prompt: i.prompt,
+        answer: i.answer,
+        matching: Match::Number,
+        category: None,
+        place: String::new(),
+    };
     items.into_iter().map(task).collect()
 }
 

@@ -1,7 +1,7 @@
 //! Results of the robustness map, saved as JSON for the search and the heat map.
 
 use super::noise::Noise;
-use crate::data::Split;
+use crate::data::{RowOptions, Split};
 use crate::error::{Error, Result};
 use crate::io::file::has_format;
 use crate::io::json::{self, check_format};
@@ -125,6 +125,9 @@ pub struct MapInputs {
     pub probe: PathBuf,
     /// Labelled prompts.
     pub security: PathBuf,
+    /// How they were read.
+    #[serde(default, skip_serializing_if = "RowOptions::is_default")]
+    pub rows: RowOptions,
 }
 
 impl RobustnessMap {

@@ -1,33 +1,22 @@
 //! What a study checks on its model before any weights are read.
 
 use super::RunConfig;
-use crate::data::{SecurityPrompt, Task};
+use super::data::StudyData;
+use crate::data::RowReader;
 use crate::error::Result;
 use crate::secure::text::ModelText;
 
 /// Checks options that depend on the model, and the lengths of all rows; the evaluation's are samples.
-pub(super) fn check_model(
-    config: &RunConfig,
-    text: &ModelText,
-    prompts: &[SecurityPrompt],
-    evaluation: (&[SecurityPrompt], &[Task]),
-) -> Result<()> {
+pub(super) fn check_model(config: &RunConfig, text: &ModelText, data: &StudyData, rows: &mut RowReader) -> Result<()> {
     let model = &text.files.config;
     config.probe.check(model.layers)?;
     config.robustness.check(&model.cells())?;
     config.search.check()?;
-    // An answer needs a position of its own.
-    let most = model.max_positions - 1;
-    text.check_prompts(&config.data.security, prompts.iter().map(|p| p.prompt.as_str()), most)?;
-    for path in &config.data.evaluation {
-        text.check_prompts(path, evaluation.0.iter().map(|p| p.prompt.as_str()), most)?;
-    }
-    if let Some(path) = &config.data.task {
-        text.check_prompts(path, evaluation.1.iter().map(|task| task.prompt.as_str()), most)?;
-    }
+    text.check_prompts(data.security.iter().chain(&data.evaluation).map(|p| (p.place.as_str(), p.prompt.as_str())))?;
+    text.check_prompts(data.tasks.iter().map(|task| (task.place.as_str(), task.prompt.as_str())))?;
     let conversations = config.data.train.iter().chain(&config.data.heldout);
     for path in conversations.chain(&config.data.refusals).chain(&config.data.attack) {
-        text.examples(path, config.tune.recipe.shared.max_length)?;
+        text.examples(path, config.tune.recipe.shared.max_length, rows)?;
     }
-    Ok(())
+    rows.check_used()
 }

@@ -2,6 +2,7 @@
 
 use super::{Base, SettingSpec};
 use crate::backend::DtypeChoice;
+use crate::data::{Column, RowOptions, read_columns, write_columns};
 use crate::error::{Error, FileOp, Result};
 use crate::model::Clock;
 use crate::secure::eval::EvaluateOptions;
@@ -54,7 +55,7 @@ pub struct RunConfig {
     pub evaluate: EvaluateOptions,
 }
 
-/// Input files of a study, all JSONL.
+/// Input files of a study, and how they are read.
 #[derive(schemars::JsonSchema, Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataFiles {
@@ -75,6 +76,28 @@ pub struct DataFiles {
     pub attack: Option<PathBuf>,
     /// `{"prompt", "answers": […]}`: compliant answers, for the strict attack success rate.
     pub strict: Option<PathBuf>,
+    /// Columns that the files have under other names, for all files that have them: `{ prompt = "question" }`.
+    #[serde(
+        serialize_with = "write_columns",
+        deserialize_with = "read_columns",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    #[schemars(with = "std::collections::BTreeMap<String, String>")]
+    pub columns: Vec<Column>,
+    /// Key that holds the list of rows, in files that are one JSON object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
+    /// Whether rows that cannot be read are left out and counted, in place of an error.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub skip_bad_rows: bool,
+}
+
+impl DataFiles {
+    /// How the files are read.
+    pub fn row_options(&self) -> RowOptions {
+        let Self { columns, field, skip_bad_rows, .. } = self;
+        RowOptions { columns: columns.clone(), field: field.clone(), skip_bad_rows: *skip_bad_rows }
+    }
 }
 
 /// The `[tune]` table of a study: the recipe of every setting, and the training seeds.
@@ -185,6 +208,7 @@ impl RunConfig {
                 return Err(Error::input(format!("{place}: tune.{key}"), found, "at least one step or epoch"));
             }
         }
+        self.evaluate.check()?;
         self.tune.recipe.shared.check()?;
         self.tune.recipe.mods_phase.check()?;
         self.tune.recipe.all_phase.check()

@@ -3,6 +3,7 @@
 
 mod check;
 mod config;
+mod data;
 mod folder;
 mod outcome;
 mod run;

@@ -1,6 +1,7 @@
 //! Results of a study, without any prompt or answer.
 
 use super::SettingSpec;
+use crate::data::SkippedRows;
 use crate::modules::ModuleSet;
 use crate::secure::{Drift, Evaluation, ModsRob, ProbeMetadata, RobustnessMap, Scores};
 use crate::train::{PhaseSummary, Updates};
@@ -23,6 +24,9 @@ pub struct Outcome {
     pub mods: Option<ModuleSet>,
     /// One per setting, in the order of the configuration.
     pub settings: Vec<SettingOutcome>,
+    /// Rows of the data files that were left out as bad.
+    #[serde(default, skip_deserializing)]
+    pub skipped_rows: Vec<SkippedRows>,
     /// Wall time of the last invocation in seconds, without cached stages.
     pub seconds: f64,
 }

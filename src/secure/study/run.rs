@@ -1,12 +1,13 @@
 //! The stages of a study, in order.
 
 use super::check::check_model;
+use super::data::StudyData;
 use super::folder::{claim_folder, clock, lock};
 use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
 use super::{Mix, RunConfig, SettingSpec};
 use crate::backend::{Backend, Element, Roofline};
-use crate::data::{Example, JsonLines, Label, SecurityPrompt, Split, Task, mix};
+use crate::data::{Example, RowReader, SecurityPrompt, Split, mix};
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
 use crate::io::{check_not_in, json};
@@ -32,8 +33,7 @@ use crate::secure::text::ModelText;
 use crate::secure::tune::TuneJob;
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
-use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -54,13 +54,12 @@ pub fn run<B: Backend>(
     check_not_in(&[("out", &config.out)], &[("model", &config.model)])?;
     claim_folder(&config.out, &[])?;
     let _lock = lock(&config.out)?;
-    let prompts = SecurityPrompt::read(&config.data.security, config.seed)?;
-    SecurityPrompt::require_both_labels(&prompts, &config.data.security)?;
+    let mut rows = RowReader::new(&config.data.row_options());
+    let data = StudyData::read(config, &mut rows)?;
     let mut text = ModelText::open(&config.model, config.chat_template.as_deref())?;
     let clock = clock(&config.out, config.date)?;
     let date = text.set_clock(clock);
-    let data = EvaluationData::read(config, &prompts)?;
-    check_model(config, &text, &prompts, (&data.prompts, &data.tasks))?;
+    check_model(config, &text, &data, &mut rows)?;
     let model_hash = text.files.hash()?.to_owned();
     let study = Study {
         config,
@@ -69,7 +68,7 @@ pub fn run<B: Backend>(
         stages: Stages::new(&config.out.join("stages"), B::Float::NAME, date),
         clock,
         data,
-        prompts,
+        rows: RefCell::new(rows),
         model_hash,
         roofline: OnceCell::new(),
         judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
@@ -93,63 +92,8 @@ pub fn run<B: Backend>(
     };
     let seconds = start.elapsed().as_secs_f64();
     let probe = probe.metadata;
-    Ok(Outcome { title, model_hash: study.model_hash, probe, map, search, mods, settings, seconds })
-}
-
-/// Evaluation data of every setting.
-struct EvaluationData {
-    prompts: Vec<SecurityPrompt>,
-    strict: Option<BTreeMap<String, Vec<String>>>,
-    tasks: Vec<Task>,
-}
-
-impl EvaluationData {
-    fn read(config: &RunConfig, security: &[SecurityPrompt]) -> Result<Self> {
-        let options = &config.evaluate;
-        let mut prompts: Vec<SecurityPrompt> = if config.data.evaluation.is_empty() {
-            security.iter().filter(|p| matches!(p.split, Split::Test | Split::Ood)).cloned().collect()
-        } else {
-            let mut all = Vec::new();
-            for path in &config.data.evaluation {
-                all.extend(SecurityPrompt::read(path, config.seed)?);
-            }
-            all
-        };
-        prompts = [(Label::Harmful, options.harmful), (Label::Benign, options.benign)]
-            .into_iter()
-            .flat_map(|(label, most)| {
-                sample(prompts.iter().filter(|p| p.label == label).cloned().collect(), most, config.seed)
-            })
-            .collect();
-        let tasks = match &config.data.task {
-            Some(path) => sample(Task::read(path)?, options.tasks, config.seed),
-            None => Vec::new(),
-        };
-        let strict = config.data.strict.as_deref().map(read_strict).transpose()?;
-        Ok(Self { prompts, strict, tasks })
-    }
-}
-
-/// A random sample of at most `most` items (0 = all), in their original order.
-fn sample<T>(items: Vec<T>, most: usize, seed: u64) -> Vec<T> {
-    if most == 0 || items.len() <= most {
-        return items;
-    }
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    crate::rng::Philox::new(seed, 0x5a3).shuffle(&mut order);
-    let mut kept = order[..most].to_vec();
-    kept.sort_unstable();
-    let mut kept = kept.into_iter().peekable();
-    items.into_iter().enumerate().filter(|(i, _)| kept.next_if_eq(i).is_some()).map(|(_, item)| item).collect()
-}
-
-fn read_strict(path: &Path) -> Result<BTreeMap<String, Vec<String>>> {
-    let lines = JsonLines::open(path)?.parse_all(|line| {
-        let answers: Option<Vec<String>> = line.get("answers").and_then(|v| serde_json::from_value(v.clone()).ok());
-        let answers = answers.ok_or_else(|| line.error("no `answers`", "`answers`: a list of strings"))?;
-        Ok((line.text("prompt")?.to_owned(), answers))
-    })?;
-    Ok(lines.into_iter().collect())
+    let skipped_rows = study.rows.borrow().skipped().to_vec();
+    Ok(Outcome { title, model_hash: study.model_hash, probe, map, search, mods, settings, skipped_rows, seconds })
 }
 
 /// Robustness map, search and Mods_Rob.
@@ -176,8 +120,8 @@ struct Study<'a, B> {
     refusals: &'a RefusalList,
     stages: Stages,
     clock: Clock,
-    data: EvaluationData,
-    prompts: Vec<SecurityPrompt>,
+    data: StudyData,
+    rows: RefCell<RowReader>,
     model_hash: String,
     /// Measured by the first run that trains.
     roofline: OnceCell<Option<Roofline>>,
@@ -195,14 +139,24 @@ impl<B: Backend> Study<'_, B> {
         Ok(text)
     }
 
+    /// Adds how files are read to a stage's inputs, unless it is the default.
+    fn add_row_options(&self, inputs: &mut Value) {
+        let options = self.config.data.row_options();
+        if !options.is_default() {
+            inputs["rows"] = json!(options);
+        }
+    }
+
     fn probe(&self, observer: Observer<'_>) -> Result<Probe> {
         let config = self.config;
         let path = config.out.join("probe.safetensors");
-        let inputs = json!({ "model": self.model_hash, "security": file_hash(&config.data.security)?,
+        let mut inputs = json!({ "model": self.model_hash, "security": file_hash(&config.data.security)?,
             "seed": config.seed, "options": config.probe, "refusals": format!("{:?}", self.refusals) });
+        self.add_row_options(&mut inputs);
         let train = || -> Result<String> {
             let model = self.open(&config.model)?;
-            let probe = model.train_probe(&self.prompts, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
+            let probe =
+                model.train_probe(&self.data.security, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
             probe.save(&path)?;
             file_hash(&path)
         };
@@ -224,7 +178,7 @@ impl<B: Backend> Study<'_, B> {
         let path = config.out.join("map.json");
         let map: RobustnessMap = self.stages.run("robustness", &inputs, || {
             let model = self.open(&config.model)?;
-            let scorer = model.scorer(probe, &self.prompts, config.perturb.clone())?;
+            let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
             robustness(&scorer, &config.robustness, Some(&path), observer)
         })?;
         let model = ModelDir::open(&config.model)?;
@@ -236,7 +190,7 @@ impl<B: Backend> Study<'_, B> {
         inputs["map"] = json!(map.hash()?);
         let found: ModsRob = self.stages.run("search", &inputs, || {
             let model = self.open(&config.model)?;
-            let scorer = model.scorer(probe, &self.prompts, config.perturb.clone())?;
+            let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
             let score = config.search.score;
             let mut joint = |set: &ModuleSet, seeds: &[u64]| scorer.joint(set, score, map.epsilon, seeds);
             let found = search(&map, &config.search, &mut joint, observer)?;
@@ -299,7 +253,7 @@ impl<B: Backend> Study<'_, B> {
         let inputs = json!({ "map": map.hash()?, "set": set.to_string(), "score": config.search.score });
         self.stages.run(&format!("joint/{}", hash(&inputs)), &inputs, || {
             let model = self.open(&config.model)?;
-            let scorer = model.scorer(probe, &self.prompts, config.perturb.clone())?;
+            let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
             scorer.joint(set, config.search.score, map.epsilon, &map.seeds)
         })
     }
@@ -315,8 +269,9 @@ impl<B: Backend> Study<'_, B> {
         let missing = |field| Error::input(field, "nothing", format!("a file, for {}", run.spec));
         let extra = extra.map(|(field, path)| path.as_ref().ok_or_else(|| missing(field))).transpose()?;
         let extra_hash = extra.map(|path| file_hash(path)).transpose()?;
-        let inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
+        let mut inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
             "mix": extra_hash, "mix_share": config.evaluate.mix_share });
+        self.add_row_options(&mut inputs);
         let folder = config.out.join("tuned");
         let file = format!("{}-{}", run.stem, &hash(&inputs)[..8]);
         let dir = folder.join(&file);
@@ -342,16 +297,17 @@ impl<B: Backend> Study<'_, B> {
             let output = output.open(&inputs)?;
             let max_length = shared.max_length;
             let mut examples: Vec<Example> = Vec::new();
+            let rows = &mut self.rows.borrow_mut();
             for path in &config.data.train {
-                examples.extend(text.examples(path, max_length)?.examples);
+                examples.extend(text.examples(path, max_length, rows)?.examples);
             }
             if let Some(path) = extra {
-                let more = text.examples(path, max_length)?.examples;
+                let more = text.examples(path, max_length, rows)?.examples;
                 examples = mix(&examples, &more, config.evaluate.mix_share, shared.seed)?;
             }
             let step_examples = (shared.batch_size * shared.grad_accum) as u64;
             let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
-            let watched: Vec<&SecurityPrompt> = self.prompts.iter().filter(|p| p.split == Split::Test).collect();
+            let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();
             let mut callbacks = DriftRecorder {
                 probe,
                 tokens: text.render_prompts(watched.iter().map(|p| p.prompt.as_str()))?,
@@ -397,16 +353,20 @@ impl<B: Backend> Study<'_, B> {
             .chain(&config.data.evaluation)
             .map(|p| file_hash(p))
             .collect::<Result<_>>()?;
-        let inputs = json!({ "model": model_inputs, "probe": probe.hash()?, "options": config.evaluate, "asked": asked,
-            "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
+        let mut inputs = json!({ "model": model_inputs, "probe": probe.hash()?, "options": config.evaluate,
+            "asked": asked, "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
+        self.add_row_options(&mut inputs);
         self.stages.run(&format!("evaluate/{}", run.stem), &inputs, || {
             let model = self.open(dir)?;
             let heldout = match &config.data.heldout {
-                Some(path) => model.text.examples(path, config.tune.recipe.shared.max_length)?.examples,
+                Some(path) => {
+                    let (max_length, rows) = (config.tune.recipe.shared.max_length, &mut self.rows.borrow_mut());
+                    model.text.examples(path, max_length, rows)?.examples
+                }
                 None => Vec::new(),
             };
             let input = EvaluationInput {
-                prompts: &self.data.prompts,
+                prompts: &self.data.evaluation,
                 strict: self.data.strict.as_ref(),
                 tasks: &self.data.tasks,
                 heldout: &heldout,
@@ -425,8 +385,8 @@ impl<B: Backend> Study<'_, B> {
             let drift = match run.spec.is_given() {
                 true => None,
                 false => {
-                    let base = self.open(&config.model)?.snapshot(probe, &self.prompts, &mut report)?;
-                    Some(model.drift(probe, &self.prompts, &base, &mut report)?)
+                    let base = self.open(&config.model)?.snapshot(probe, &self.data.security, &mut report)?;
+                    Some(model.drift(probe, &self.data.security, &base, &mut report)?)
                 }
             };
             Ok((evaluation, drift))
@@ -485,12 +445,28 @@ impl<B: Backend> Callbacks<B> for DriftRecorder<'_, '_> {
     }
 }
 
-/// Loss curve of a finished run, subsampled.
+/// Loss curve of a finished run, subsampled; empty for a run without steps.
 fn losses(path: &Path) -> Result<Vec<(u64, f64)>> {
-    let all = JsonLines::open(path)?
-        .parse_all(|line| Ok(line.get("step").and_then(Value::as_u64).zip(line.get("loss").and_then(Value::as_f64))))?;
-    let all: Vec<(u64, f64)> = all.into_iter().flatten().collect();
+    let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
+    let line = |line: &str| -> Option<(u64, f64)> {
+        let value: Value = serde_json::from_str(line).ok()?;
+        value["step"].as_u64().zip(value["loss"].as_f64())
+    };
+    let all: Vec<(u64, f64)> = text.lines().filter_map(line).collect();
     // By step number, so that the runs of several seeds keep the same steps even where one skipped some.
     let every = all.last().map_or(1, |(step, _)| step.div_ceil(LOSS_POINTS).max(1));
     Ok(all.into_iter().filter(|(step, _)| step % every == 1 % every).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_without_steps_has_an_empty_loss_curve() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert_eq!(losses(file.path()).unwrap(), []);
+        std::fs::write(file.path(), "{\"step\": 1, \"loss\": 2.5}\n{\"step\": 2, \"loss\": null}\n").unwrap();
+        assert_eq!(losses(file.path()).unwrap(), [(1, 2.5)]);
+    }
 }

@@ -1,0 +1,121 @@
+//! Data files in other forms, and what the commands say of them.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny")
+}
+
+fn swat(command: &str, arguments: &[&str]) -> Output {
+    let mut swat = Command::new(env!("CARGO_BIN_EXE_swat"));
+    swat.arg(command).arg("--model").arg(model()).args(["--device", "cpu", "--dtype", "f32", "--json"]);
+    swat.args(arguments).output().unwrap()
+}
+
+fn parsed(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The message of a run that refuses its input.
+fn refused(output: &Output) -> String {
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(output.stdout.is_empty(), "{message}");
+    message
+}
+
+fn write(dir: &Path, name: &str, text: impl AsRef<[u8]>) -> String {
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+/// The same conversations in every form train the same model.
+#[test]
+fn the_form_of_a_file_does_not_change_what_is_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = "{\"prompt\":\"pick one of kelm , dorb .\",\"completion\":\"kelm .\"}\n\
+                 {\"prompt\":\"which is big ?\",\"completion\":\"dorb .\"}\n";
+    let packed = zstd::encode_all(lines.as_bytes(), 1).unwrap();
+    let list = format!("[{}]", lines.trim().replace('\n', ","));
+    let table = "question,response\r\n\"pick one of kelm , dorb .\",kelm .\r\nwhich is big ?,dorb .\r\n";
+    let renamed: &[&str] = &["--columns", "prompt=question,answer=response"];
+    let files: [(String, &[&str]); 5] = [
+        (write(dir.path(), "a.jsonl", lines), &[]),
+        (write(dir.path(), "b.json", &list), &[]),
+        (write(dir.path(), "c.jsonl.zst", packed), &[]),
+        (write(dir.path(), "d.csv", table), renamed),
+        (write(dir.path(), "e.json", format!("{{\"data\": {list}}}")), &["--field", "data"]),
+    ];
+    let mut weights = Vec::new();
+    for (i, (file, more)) in files.iter().enumerate() {
+        let out = dir.path().join(format!("out{i}"));
+        let tune = ["--data", file, "--steps", "1", "--lr", "1e-3", "--out", out.to_str().unwrap()];
+        assert_eq!(parsed(&swat("tune", &[&tune, *more].concat()))["skipped_rows"], serde_json::json!([]));
+        weights.push(std::fs::read(out.join("model.safetensors")).unwrap());
+    }
+    assert!(weights.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn bad_rows_are_refused_or_left_out_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = "{\"prompt\":\"which is big ?\",\"completion\":\"dorb .\"}\n";
+    let file = write(dir.path(), "t.jsonl", format!("{good}\n{{\"prompt\":\"x\"\n{good}{{\"prompt\":\"x\"}}\n"));
+    let out = dir.path().join("out");
+    let tune = ["--data", &file, "--steps", "1", "--out", out.to_str().unwrap()];
+    let message = refused(&swat("tune", &tune));
+    assert!(message.contains("t.jsonl:3: found invalid JSON") && message.contains("t.jsonl:5: "), "{message}");
+    assert!(message.contains("2 rows are bad (--skip-bad-rows"), "{message}");
+    assert!(!out.exists());
+    let output = swat("tune", &[&tune[..], &["--skip-bad-rows"]].concat());
+    assert_eq!(parsed(&output)["skipped_rows"][0]["rows"], 2);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("2 bad rows left out") && message.contains("t.jsonl:3"), "{message}");
+    let record: Value = serde_json::from_slice(&std::fs::read(out.join("tune.json")).unwrap()).unwrap();
+    assert_eq!(record["config"]["skipped_rows"][0]["rows"], 2);
+
+    let message =
+        refused(&swat("tune", &[&tune[..], &["--force", "--skip-bad-rows", "--columns", "prompt=x"]].concat()));
+    assert!(message.contains("no column `x` in any file"), "{message}");
+}
+
+/// Blank lines count: the place is the line of the file, not the number of the prompt.
+#[test]
+fn errors_of_later_stages_name_the_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = "kelm ".repeat(5000);
+    let security =
+        format!("{{\"prompt\":\"kelm\",\"label\":\"harmful\"}}\n\n\n{{\"prompt\":\"{long}\",\"label\":\"benign\"}}\n");
+    let security = write(dir.path(), "s.jsonl", security);
+    let message = refused(&swat("eval", &["--security", &security]));
+    assert!(message.contains("s.jsonl:4: found a prompt of "), "{message}");
+    let tasks = format!("\n{{\"prompt\":\"{long}\",\"answer\":\"1\",\"match\":\"number\"}}\n");
+    let message = refused(&swat("eval", &["--task", &write(dir.path(), "task.jsonl", tasks)]));
+    assert!(message.contains("task.jsonl:2: found a prompt of "), "{message}");
+    let chat = write(dir.path(), "c.jsonl", format!("{{\"prompt\":\"kelm\"}}\n\n{{\"prompt\":\"{long}\"}}\n"));
+    let message = refused(&swat("generate", &["--chat", &chat]));
+    assert!(message.contains("c.jsonl:3: found a prompt of "), "{message}");
+}
+
+#[test]
+fn measures_of_no_answer_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let security = write(dir.path(), "s.jsonl", "{\"prompt\":\"kelm\",\"label\":\"harmful\",\"split\":\"test\"}\n");
+    let eval = |more: &[&str]| swat("eval", &[&["--security", &security], more].concat());
+    let task = write(dir.path(), "task.jsonl", "{\"prompt\":\"kelm\",\"answer\":\"1\",\"match\":\"number\"}\n");
+    let range = |name: &str| format!("{name}: found 0; expected 1 to 1048576 tokens");
+    assert!(refused(&eval(&["--answer-tokens", "0"])).contains(&range("answer_tokens")));
+    assert!(refused(&swat("eval", &["--task", &task, "--task-tokens", "0"])).contains(&range("task_tokens")));
+    assert!(refused(&eval(&["--splits", "ood"])).contains("no prompt of the splits ood"));
+    assert!(refused(&swat("probe", &["--security", &security, "--answer-tokens", "0"])).contains("answer_tokens"));
+
+    let found = parsed(&eval(&["--answer-tokens", "1", "--refusal-languages", "en,de"]));
+    assert_eq!((&found["harmful_answers"]["cut_off"]["hits"], &found["asr"]["total"]), (&1.into(), &1.into()));
+    assert!(found["asr_coherent"]["total"] == 1 && found["harmful_answers"]["empty"]["hits"] == 0, "{found}");
+    let both = eval(&["--refusals", "x.txt", "--refusal-languages", "de"]);
+    assert!(refused(&both).contains("cannot be used with"));
+}
