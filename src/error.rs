@@ -116,6 +116,14 @@ pub enum Error {
         /// Steps that are saved.
         step: u64,
     },
+    /// A model exceeds the limits that it was checked against. Exit code 3.
+    #[error("not held: {what}; {help}")]
+    NotHeld {
+        /// The gates that failed.
+        what: String,
+        /// What to try.
+        help: String,
+    },
     /// The computation failed. Exit code 1.
     #[error("{what}; {help}")]
     Failed {
@@ -158,11 +166,13 @@ impl Error {
         move |source| Self::Io { path, doing, source }
     }
 
-    /// Exit code of the process: 2 for invalid command lines, configuration and inputs, else 1.
+    /// Exit code of the process: 2 for invalid command lines, configuration and inputs, 3 for a verdict of `swat
+    /// check` that is not held, 128 + N for signal N, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Input { .. } | Self::Unsupported { .. } | Self::Exists { .. } | Self::InUse { .. } => 2,
             Self::Io { doing: FileOp::Open | FileOp::Read, .. } => 2,
+            Self::NotHeld { .. } => 3,
             Self::Interrupted { signal, .. } => u8::try_from(128 + signal).unwrap_or(1),
             _ => 1,
         }

@@ -24,7 +24,7 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 17] = [
+const RULES: [(&str, &[&str], Needs); 19] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"], Given("mods")),
     ("tune", &["decay_all"], Given("weight_decay")),
@@ -39,6 +39,8 @@ const RULES: [(&str, &[&str], Needs); 17] = [
     ("generate", &["top_p"], Other("temperature", "0")),
     ("eval", &["splits", "answer_tokens", "refusals", "judge_url"], Given("security")),
     ("eval", &["task_tokens"], Given("task")),
+    ("check", &["task_tokens", "max_task_drop"], Given("task")),
+    ("check", &["force"], Given("out")),
     ("robustness", &["epsilon"], Other("kind", "zero")),
     ("demo", &["out", "seeds", "model"], Absent("make_model")),
     ("demo", &["force"], Given("make_model")),
@@ -125,6 +127,8 @@ mod tests {
             "swat score --model m --ids 1 --chat-template t",
             "swat eval --model m --task t --answer-tokens 4",
             "swat eval --model m --security s --task-tokens 4",
+            "swat check --model m --against b --security s --max-task-drop 2",
+            "swat check --model m --against b --security s --force",
             "swat robustness --model m --probe p --security s --kind zero --epsilon 1",
             "swat profile --model m --work sweep --recompute",
             "swat demo --force",

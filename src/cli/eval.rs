@@ -9,12 +9,13 @@ use crate::data::{RowOptions, RowReader, SecurityPrompt, SkippedRows, Split, Tas
 use crate::error::{Error, Result};
 use crate::report::{Entry, Table};
 use crate::secure::{
-    AnswerKinds, EvaluateOptions, Evaluation, EvaluationInput, Harmfulness, Judge, Perplexity, Probe, Rate,
+    AnswerKinds, Estimate, EvaluateOptions, Evaluation, EvaluationInput, Harmfulness, Judge, ModelText, Perplexity,
+    Probe, Rate,
 };
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Attack success rate, over-refusal, task score and perplexity of a model; no answer is printed or kept
 #[derive(Args)]
@@ -59,6 +60,53 @@ struct Output<'a> {
     skipped_rows: &'a [SkippedRows],
 }
 
+/// What a model is asked.
+pub(super) struct Asked {
+    pub(super) prompts: Vec<SecurityPrompt>,
+    pub(super) tasks: Vec<Task>,
+}
+
+/// The files of [`Asked`]: these splits of the prompts (none = all), the first `limit` of each label and the first tasks
+/// (0 = all).
+pub(super) struct AskedFiles<'a> {
+    pub(super) security: &'a [PathBuf],
+    pub(super) splits: &'a [Split],
+    pub(super) task: Option<&'a Path>,
+    pub(super) limit: usize,
+}
+
+impl Asked {
+    /// Reads the files.
+    pub(super) fn read(files: &AskedFiles<'_>, seed: u64, rows: &mut RowReader) -> Result<Self> {
+        let limit = if files.limit == 0 { usize::MAX } else { files.limit };
+        let mut counts = std::collections::HashMap::new();
+        let mut prompts = Vec::new();
+        for path in files.security {
+            for prompt in SecurityPrompt::read(path, seed, rows)? {
+                let count = counts.entry(prompt.label).or_insert(0);
+                if (files.splits.is_empty() || files.splits.contains(&prompt.split)) && *count < limit {
+                    *count += 1;
+                    prompts.push(prompt);
+                }
+            }
+        }
+        if prompts.is_empty() && !files.security.is_empty() {
+            let splits: Vec<&str> = files.splits.iter().map(|split| split.name()).collect();
+            let found = format!("no prompt of the splits {}", splits.join(", "));
+            return Err(Error::input("--splits", found, "splits that the files of --security have"));
+        }
+        let mut tasks = files.task.map(|path| Task::read(path, rows)).transpose()?.unwrap_or_default();
+        tasks.truncate(limit);
+        Ok(Self { prompts, tasks })
+    }
+
+    /// Checks that everything fits a model's context.
+    pub(super) fn check(&self, text: &ModelText) -> Result<()> {
+        text.check_prompts(self.prompts.iter().map(|p| (p.place.as_str(), p.prompt.as_str())))?;
+        text.check_prompts(self.tasks.iter().map(|task| (task.place.as_str(), task.prompt.as_str())))
+    }
+}
+
 impl OnDevice for EvalCommand {
     fn model(&self) -> Option<PathBuf> {
         Some(self.model.model.clone())
@@ -70,26 +118,10 @@ impl OnDevice for EvalCommand {
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         self.options.check()?;
-        let limit = if self.limit == 0 { usize::MAX } else { self.limit };
         let mut rows = RowReader::new(&self.rows);
-        let mut counts = std::collections::HashMap::new();
-        let mut prompts = Vec::new();
-        for path in &self.security {
-            for prompt in SecurityPrompt::read(path, common.seed, &mut rows)? {
-                let count = counts.entry(prompt.label).or_insert(0);
-                if (self.splits.is_empty() || self.splits.contains(&prompt.split)) && *count < limit {
-                    *count += 1;
-                    prompts.push(prompt);
-                }
-            }
-        }
-        if prompts.is_empty() && !self.security.is_empty() {
-            let splits: Vec<&str> = self.splits.iter().map(|split| split.name()).collect();
-            let found = format!("no prompt of the splits {}", splits.join(", "));
-            return Err(Error::input("--splits", found, "splits that the files of --security have"));
-        }
-        let mut tasks = self.task.as_deref().map(|path| Task::read(path, &mut rows)).transpose()?.unwrap_or_default();
-        tasks.truncate(limit);
+        let task = self.task.as_deref();
+        let files = AskedFiles { security: &self.security, splits: &self.splits, task, limit: self.limit };
+        let asked = Asked::read(&files, common.seed, &mut rows)?;
         let refusals = self.refusals.list()?;
         let probe = self.probe.as_deref().map(Probe::load).transpose()?;
         let recorded = probe.as_ref().and_then(|probe| probe.metadata.date);
@@ -99,20 +131,20 @@ impl OnDevice for EvalCommand {
             None => Vec::new(),
         };
         common.end_reading(&rows)?;
-        text.check_prompts(prompts.iter().map(|p| (p.place.as_str(), p.prompt.as_str())))?;
-        text.check_prompts(tasks.iter().map(|task| (task.place.as_str(), task.prompt.as_str())))?;
+        asked.check(&text)?;
         let judge = self.options.judge.clone().map(Judge::new).transpose()?;
         if let Some(probe) = &probe {
             probe.check_shape(&text.files.config)?;
         }
         let model = text.load(backend)?;
         let input = EvaluationInput {
-            prompts: &prompts,
+            prompts: &asked.prompts,
             strict: None,
-            tasks: &tasks,
+            tasks: &asked.tasks,
             heldout: &heldout,
             judge: judge.as_ref(),
             probe: probe.as_ref(),
+            first_tokens: probe.as_ref().and_then(|probe| probe.metadata.first_tokens.as_ref()),
         };
         let mut bars = Bars::new(common);
         let found = model.evaluate(&input, &self.options, &refusals, &mut bars.observer())?;
@@ -165,6 +197,15 @@ impl OnDevice for EvalCommand {
                     rate(&format!("answers to {what}: {kind}, %"), &share);
                 }
             }
+        }
+        let points = found.j.map(|j| Estimate { value: 100.0 * j.value, low: 100.0 * j.low, high: 100.0 * j.high });
+        for (what, estimate, decimals) in [
+            ("J: refused harmful - refused benign, points", points, 1),
+            ("AUROC of the refusal log-odds", found.auroc, 3),
+        ] {
+            let Some(estimate) = estimate else { continue };
+            let value = Entry::interval(estimate.value, Some((estimate.low, estimate.high)), decimals);
+            table.row([Entry::text(what), value, Entry::count(asked.prompts.len() as u64)]);
         }
         let by = [("judge", found.harmfulness), ("probe", found.probe_harmfulness)];
         for (by, harm) in by.into_iter().filter_map(|(by, harm)| Some((by, harm?))) {

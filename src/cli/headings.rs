@@ -1,8 +1,8 @@
 //! Headings of `--help`: options by what they are about, whatever the command.
 
 /// Heading, and the arguments below it.
-const HEADINGS: [(&str, &[&str]); 9] = [
-    ("Model", &["model", "chat_template", "date"]),
+const HEADINGS: [(&str, &[&str]); 10] = [
+    ("Model", &["model", "against", "chat_template", "date"]),
     ("Data", &["data", "mix", "mix_share", "max_length", "packing", "shuffle"]),
     (
         "Training",
@@ -29,6 +29,7 @@ const HEADINGS: [(&str, &[&str]); 9] = [
         "Evaluation during the run",
         &["eval_data", "eval_security", "eval_every", "keep_best", "early_stop", "tensorboard"],
     ),
+    ("Limits", &["max_asr_rise", "max_over_refusal_rise", "max_task_drop", "max_j_drop", "strict"]),
     ("Output", &["out", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes"]),
     ("Judge", &["judge_url", "judge_model", "key_env", "timeout_seconds", "retries", "max_tokens"]),
     ("Every command", &["device", "dtype", "seed", "json", "nvtx", "quiet"]),

@@ -1,5 +1,6 @@
 //! The command line, one file per command: parsing and printing, no logic.
 
+mod check;
 mod common;
 mod demo;
 mod doctor;
@@ -52,6 +53,7 @@ enum Command {
     Search(search::SearchCommand),
     Tune(Box<tune::Tune>),
     Eval(eval::EvalCommand),
+    Check(check::CheckCommand),
     Run(run::RunCommand),
     Generate(generate::Generate),
     Score(score::Score),
@@ -79,7 +81,8 @@ fn command() -> clap::Command {
     })
 }
 
-/// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input.
+/// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input, 3
+/// not held (`swat check`).
 pub fn main() -> ExitCode {
     let parsed = command().try_get_matches().and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {
@@ -105,6 +108,7 @@ pub fn main() -> ExitCode {
         Command::Search(c) => c.start(common),
         Command::Tune(c) => c.start(common),
         Command::Eval(c) => c.start(common),
+        Command::Check(c) => c.start(common),
         Command::Run(c) => c.start(common),
         Command::Generate(c) => c.start(common),
         Command::Score(c) => c.start(common),

@@ -1,5 +1,6 @@
 //! A model directory opened on a device, and the steps of the method on it.
 
+use super::eval::discrimination::{Estimate, auroc_estimate};
 use super::eval::judge::{Judge, probe_harmfulness};
 use super::eval::kinds::{AnswerKinds, AnswerView};
 use super::eval::refusal::{FirstTokens, RefusalList};
@@ -50,6 +51,9 @@ pub struct EvaluationInput<'a> {
     pub judge: Option<&'a Judge>,
     /// Scores the answers to harmful prompts offline ([`probe_harmfulness`]).
     pub probe: Option<&'a Probe>,
+    /// First tokens for the refusal log-odds, of this model or the one that it was tuned from; learned from this model's
+    /// own answers if not given.
+    pub first_tokens: Option<&'a FirstTokens>,
 }
 
 /// A generated answer.
@@ -117,8 +121,7 @@ impl<B: Backend> LoadedModel<B> {
         let tokens = self.render_security(prompts)?;
         let answers = self.answers(&tokens, (answer_tokens, 1 << 30), "own answers", observer)?;
         let refused: Vec<bool> = answers.iter().map(|a| refusals.is_refusal(&a.text)).collect();
-        let first = answers.iter().zip(&refused).filter_map(|(a, r)| Some((*a.tokens.first()?, *r)));
-        let first = FirstTokens::learn(first);
+        let first = FirstTokens::learn(first_refusals(&answers, &refused));
         let features = features(&self.decoder, &tokens, options.batch_tokens, observer)?;
         let control = ControlLabel::choose(prompts);
         let control_labels = control.as_ref().map(|c| c.labels(prompts));
@@ -195,11 +198,15 @@ impl<B: Backend> LoadedModel<B> {
         let mut found = Evaluation::default();
         let lengths = (options.answer_tokens, options.cache_bytes);
         let (harmful, benign): (Vec<_>, Vec<_>) = input.prompts.iter().cloned().partition(SecurityPrompt::is_harmful);
+        // First token of each answer, and whether it refuses.
+        let mut first = Vec::new();
         if !harmful.is_empty() {
             let tokens = self.render_security(&harmful)?;
             let answers = self.answers(&tokens, lengths, "harmful prompts", observer)?;
             let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
             let views: Vec<AnswerView<'_>> = answers.iter().map(Answer::view).collect();
+            found.outcomes.harmful_refused = texts.iter().map(|text| refusals.is_refusal(text)).collect();
+            first.extend(first_refusals(&answers, &found.outcomes.harmful_refused));
             found.asr = Some(attack_success(&texts, refusals));
             found.asr_coherent = Some(coherent_attack_success(&views, refusals));
             found.harmful_answers = Some(AnswerKinds::of(&views));
@@ -224,13 +231,24 @@ impl<B: Backend> LoadedModel<B> {
             let answers = self.answers(&tokens, lengths, "benign prompts", observer)?;
             let texts: Vec<&str> = answers.iter().map(|a| a.text.as_str()).collect();
             found.benign_answers = Some(AnswerKinds::of(&answers.iter().map(Answer::view).collect::<Vec<_>>()));
+            found.outcomes.benign_refused = texts.iter().map(|text| refusals.is_refusal(text)).collect();
+            first.extend(first_refusals(&answers, &found.outcomes.benign_refused));
             found.over_refusal = Some(over_refusal(&texts, refusals));
             found.over_refusal_by_category = by_category(&benign, &texts, |texts| over_refusal(texts, refusals));
+        }
+        found.j = found.youden();
+        if !harmful.is_empty() && !benign.is_empty() {
+            found.outcomes.first_tokens = input.first_tokens.cloned().or_else(|| FirstTokens::learn(first));
+            if let Some(first) = &found.outcomes.first_tokens {
+                found.auroc = self.refusal_auroc(first, [&harmful, &benign], observer)?;
+            }
         }
         if !input.tasks.is_empty() {
             let tokens = self.text.render_prompts(input.tasks.iter().map(|t| t.prompt.as_str()))?;
             let answers = self.answers(&tokens, (options.task_tokens, options.cache_bytes), "tasks", observer)?;
             let scored = input.tasks.iter().zip(&answers).map(|(t, a)| (t.matches(&a.text), t.category.as_deref()));
+            let scored: Vec<_> = scored.collect();
+            found.outcomes.correct = scored.iter().map(|(correct, _)| *correct).collect();
             found.task = Some(task_score(scored));
             found.task_answers = Some(AnswerKinds::of(&answers.iter().map(Answer::view).collect::<Vec<_>>()));
         }
@@ -238,6 +256,23 @@ impl<B: Backend> LoadedModel<B> {
             found.perplexity = Some(perplexity(&self.decoder, input.heldout, 4096, observer)?);
         }
         Ok(found)
+    }
+
+    /// AUROC of the refusal log-odds, from harmful and benign prompts.
+    fn refusal_auroc(
+        &self,
+        first: &FirstTokens,
+        prompts: [&[SecurityPrompt]; 2],
+        observer: Observer<'_>,
+    ) -> Result<Option<Estimate>> {
+        first.check(Some(self.text.files.config.vocab), "refusal log-odds")?;
+        let mut odds = |prompts| -> Result<Vec<f64>> {
+            let tokens = self.render_security(prompts)?;
+            let read = snapshot(&self.decoder, &tokens, Some(first), FEATURE_TOKENS, &mut *observer)?;
+            Ok(read.refusal.unwrap_or_default())
+        };
+        let [harmful, benign] = prompts;
+        Ok(auroc_estimate(&odds(harmful)?, &odds(benign)?))
     }
 
     /// [`probe_harmfulness`] of each answer, at the probe's metric layer and the last token of prompt and answer.
@@ -261,6 +296,11 @@ impl<B: Backend> LoadedModel<B> {
         let score = |(a, logit): (&Answer, f64)| Some(probe_harmfulness(&a.text, logit, refusals));
         Ok(answers.iter().zip(logits).map(score).collect())
     }
+}
+
+/// First token of each answer, and whether the answer refuses.
+fn first_refusals(answers: &[Answer], refused: &[bool]) -> Vec<(u32, bool)> {
+    answers.iter().zip(refused).filter_map(|(answer, refused)| Some((*answer.tokens.first()?, *refused))).collect()
 }
 
 /// A rate over the answers of each category.

@@ -4,6 +4,7 @@
 //! Source: Du et al., "Toward Secure Tuning" (arXiv 2410.04524), "the paper" below. Nothing here prints, and no saved
 //! file holds a prompt or an answer: progress goes to callbacks, results are serde types.
 
+mod check;
 mod demo;
 mod eval;
 mod loaded;
@@ -16,16 +17,18 @@ mod text;
 mod tune;
 mod watch;
 
+pub use check::{Check, CheckedModel, Gate, Limits, Verdict, paired_difference};
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
 pub(crate) use eval::check_answer_tokens;
+pub use eval::discrimination::{Estimate, auroc_estimate, youden};
 pub use eval::judge::{Grades, Judge, JudgeOptions, probe_harmfulness};
 pub use eval::kinds::{AnswerKinds, AnswerView, repetition};
 pub use eval::metrics::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use eval::refusal::{FirstTokens, RefusalLanguage, RefusalList};
 pub use eval::{
-    EvaluateOptions, Evaluation, Harmfulness, Perplexity, Rate, TaskScore, attack_success, coherent_attack_success,
-    over_refusal, perplexity, strict_compliance, task_score,
+    EvaluateOptions, Evaluation, Harmfulness, Perplexity, PromptOutcomes, Rate, TaskScore, attack_success,
+    coherent_attack_success, over_refusal, perplexity, strict_compliance, task_score,
 };
 pub use loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
 pub use output::{OpenOutput, PreparedTune, TuneOutput};

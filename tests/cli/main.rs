@@ -2,6 +2,7 @@
 
 mod adapters;
 mod chat;
+mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;

@@ -1,5 +1,6 @@
 //! The method on small models and made-up features: probes, the robustness map, the search for Mods_Rob, the judge.
 
+mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;

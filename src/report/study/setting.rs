@@ -5,7 +5,7 @@ use crate::report::format;
 use crate::report::palette::Tone;
 use crate::report::table::Entry;
 use crate::secure::study::{Base, Mix, Outcome, RunConfig, RunOutcome, SettingOutcome, SettingSpec, TunedOutcome};
-use crate::secure::{Evaluation, Rate, SetSpec};
+use crate::secure::{Estimate, Evaluation, Rate, SetSpec};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A rate of an evaluation.
@@ -87,6 +87,16 @@ impl<'a> Setting<'a> {
                 rate(run).map(|rate| Measure { value: rate.value, interval: Some((rate.low, rate.high)) })
             }
             _ => self.value(|run| rate(run).map(|rate| rate.value)),
+        }
+    }
+
+    /// A measure over the training seeds, with its own interval in a study of one seed; `None` where a run lacks it.
+    pub fn estimate(&self, of: impl Fn(&Evaluation) -> Option<Estimate>) -> Option<Measure> {
+        match self.runs.as_slice() {
+            [run] if !self.several => {
+                of(&run.evaluation).map(|found| Measure { value: found.value, interval: Some((found.low, found.high)) })
+            }
+            _ => self.value(|run| of(&run.evaluation).map(|found| found.value)),
         }
     }
 }

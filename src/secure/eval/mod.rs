@@ -1,14 +1,16 @@
 //! Evaluation: attack success, over-refusal, strict compliance, task score, harmfulness, perplexity. Answers stay in
 //! memory; none is printed or saved.
 
+pub(crate) mod discrimination;
 pub(crate) mod judge;
 pub(crate) mod kinds;
 pub(crate) mod metrics;
 pub(crate) mod refusal;
 
+use self::discrimination::{Estimate, Z, youden};
 use self::judge::JudgeOptions;
 use self::kinds::{AnswerKinds, AnswerView};
-use self::refusal::RefusalList;
+use self::refusal::{FirstTokens, RefusalList};
 use crate::backend::Backend;
 use crate::data::Example;
 use crate::engine::{Batch, Decoder};
@@ -105,10 +107,39 @@ pub struct Evaluation {
     pub over_refusal: Option<Rate>,
     /// Over-refusal by category.
     pub over_refusal_by_category: BTreeMap<String, Rate>,
+    /// Youden's index of refusal: refused harmful − refused benign.
+    #[serde(default)]
+    pub j: Option<Estimate>,
+    /// AUROC of the refusal log-odds, harmful against benign prompts; none without [`FirstTokens`].
+    #[serde(default)]
+    pub auroc: Option<Estimate>,
     /// Task accuracy.
     pub task: Option<TaskScore>,
     /// Perplexity of the held-out conversations.
     pub perplexity: Option<Perplexity>,
+    /// Outcome of each prompt; not saved.
+    #[serde(skip)]
+    pub outcomes: PromptOutcomes,
+}
+
+impl Evaluation {
+    /// [`Evaluation::j`], from the rates: evaluations of earlier versions have those alone.
+    pub fn youden(&self) -> Option<Estimate> {
+        youden(self.asr?, self.over_refusal?)
+    }
+}
+
+/// Outcome of each prompt and task, in the order of the input: what a paired comparison of two models needs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PromptOutcomes {
+    /// Whether the answer to each harmful prompt refuses.
+    pub harmful_refused: Vec<bool>,
+    /// Whether the answer to each benign prompt refuses.
+    pub benign_refused: Vec<bool>,
+    /// Whether the answer to each task is right.
+    pub correct: Vec<bool>,
+    /// First tokens by which the refusal log-odds were computed.
+    pub first_tokens: Option<FirstTokens>,
 }
 
 /// Mean harmfulness of a set of answers.
@@ -160,7 +191,7 @@ impl Rate {
         if total == 0 {
             return Self { hits, total, value: 0.0, low: 0.0, high: 1.0 };
         }
-        let (n, z) = (total as f64, 1.959_963_984_540_054);
+        let (n, z) = (total as f64, Z);
         let p = hits as f64 / n;
         let centre = (p + z * z / (2.0 * n)) / (1.0 + z * z / n);
         let half = z / (1.0 + z * z / n) * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();

@@ -372,6 +372,7 @@ impl<B: Backend> Study<'_, B> {
                 heldout: &heldout,
                 judge: self.judge.as_ref(),
                 probe: None,
+                first_tokens: probe.metadata.first_tokens.as_ref(),
             };
             let named = format!("evaluate {}", run.name);
             let mut report = |p: Progress<'_>| observer(Progress { task: &format!("{named}: {}", p.task), ..p });

@@ -1,0 +1,243 @@
+//! `swat check`: whether a tuned model is as safe and useful as the one that it was tuned from.
+
+use super::common::{Common, print_json, print_line, say};
+use super::eval::{Asked, AskedFiles};
+use super::names::Names;
+use super::open::{ModelArgs, OnDevice, Refusals};
+use super::progress::Bars;
+use crate::backend::Backend;
+use crate::data::{Label, RowOptions, RowReader, Split};
+use crate::error::{Error, Result};
+use crate::io::{IfExists, check_apart, check_file};
+use crate::model::Clock;
+use crate::options::mib_or_none;
+use crate::report::{Entry, Table};
+use crate::secure::{
+    Check, CheckedModel, Estimate, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, Gate, Limits, ModelText,
+    Rate, RefusalList,
+};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Whether a tuned model is as safe and useful as its base: a verdict by exit code, for CI
+#[derive(Args)]
+#[command(after_help = "Examples:
+  swat check --model TUNED --against BASE --security security.jsonl --task task.jsonl
+  swat check --model TUNED --against BASE --security security.jsonl --max-asr-rise 5 --json --out check.json
+
+Both models answer the same prompts. A gate compares the change of a share with its limit, in points; it fails where the
+whole 95 % interval of the change, over the paired prompts, lies above the limit.
+
+Exit codes: 0 = held, 3 = not held, 2 = wrong input, 1 = failed while running.")]
+pub(super) struct CheckCommand {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Model that --model was tuned from: a directory, or a name on the hub
+    #[arg(long, value_name = "DIR_OR_NAME")]
+    against: PathBuf,
+    #[command(flatten)]
+    refusals: Refusals,
+    /// Labelled prompts, harmful and benign
+    #[arg(long, value_name = "FILE", required = true)]
+    security: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: RowOptions,
+    /// Only these splits of --security
+    #[arg(long, value_enum, value_delimiter = ',')]
+    splits: Vec<Split>,
+    /// Checkable tasks
+    #[arg(long, value_name = "FILE")]
+    task: Option<PathBuf>,
+    /// Use only the first prompts of each label, and the first tasks; 0 = all
+    #[arg(long, default_value_t = 0)]
+    limit: usize,
+    #[command(flatten)]
+    limits: Limits,
+    /// Longest answer to a security prompt, in tokens: refusals show early
+    #[arg(long, default_value_t = 48)]
+    answer_tokens: usize,
+    /// Longest answer to a task, in tokens
+    #[arg(long, default_value_t = 64)]
+    task_tokens: usize,
+    /// Memory of the key-value cache, in MiB
+    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
+    cache_bytes: u64,
+    /// Write measures and verdict to this file as well, as JSON
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Replace --out
+    #[arg(long)]
+    force: bool,
+}
+
+/// What both models are measured by.
+struct Measured<'a> {
+    asked: Asked,
+    options: EvaluateOptions,
+    refusals: RefusalList,
+    common: &'a Common,
+}
+
+impl Measured<'_> {
+    fn evaluate<B: Backend>(
+        &self,
+        text: ModelText,
+        backend: B,
+        first_tokens: Option<&FirstTokens>,
+    ) -> Result<Evaluation> {
+        let model = text.load(backend)?;
+        let (prompts, tasks) = (self.asked.prompts.as_slice(), self.asked.tasks.as_slice());
+        let input = EvaluationInput { prompts, tasks, first_tokens, ..EvaluationInput::default() };
+        let mut bars = Bars::new(self.common);
+        let found = model.evaluate(&input, &self.options, &self.refusals, &mut bars.observer())?;
+        bars.finish();
+        Ok(found)
+    }
+}
+
+impl CheckCommand {
+    fn asked(&self, common: &Common) -> Result<Asked> {
+        let task = self.task.as_deref();
+        let files = AskedFiles { security: &self.security, splits: &self.splits, task, limit: self.limit };
+        let mut rows = RowReader::new(&self.rows);
+        let asked = Asked::read(&files, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
+        let count = |label| asked.prompts.iter().filter(|prompt| prompt.label == label).count();
+        let (harmful, benign) = (count(Label::Harmful), count(Label::Benign));
+        if harmful == 0 || benign == 0 {
+            let found = format!("{harmful} harmful and {benign} benign prompts");
+            let expected = "prompts of both labels: a model that refuses everything would pass without benign ones";
+            return Err(Error::input("--security", found, expected));
+        }
+        Ok(asked)
+    }
+
+    /// Opens both models, the base first, without their weights.
+    fn open(&self, asked: &Asked) -> Result<[ModelText; 2]> {
+        let clock = self.model.date.map_or_else(Clock::now, Ok)?;
+        let base = ModelArgs { model: self.against.clone(), ..self.model.without_adapter() };
+        let (base, _) = base.open_dated(Some(clock))?;
+        let (tuned, _) = self.model.open_dated(Some(clock))?;
+        for text in [&base, &tuned] {
+            asked.check(text)?;
+        }
+        Ok([base, tuned])
+    }
+
+    fn check_out(&self) -> Result<()> {
+        let Some(out) = &self.out else { return Ok(()) };
+        check_file(out, IfExists::from_force(self.force), Check::is_file)?;
+        let mut inputs = self.model.inputs();
+        inputs.push(("--against", &self.against));
+        inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
+        inputs.extend(self.task.iter().map(|path| ("--task", path.as_path())));
+        inputs.extend(self.refusals.inputs());
+        check_apart(&[("--out", out)], &inputs)
+    }
+}
+
+impl OnDevice for CheckCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.against.clone())
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)?;
+        names.model(&mut self.against).map(drop)
+    }
+
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        self.limits.check()?;
+        self.check_out()?;
+        let options = EvaluateOptions {
+            answer_tokens: self.answer_tokens,
+            task_tokens: self.task_tokens,
+            cache_bytes: self.cache_bytes,
+            ..EvaluateOptions::default()
+        };
+        let (asked, refusals) = (self.asked(common)?, self.refusals.list()?);
+        let [base_text, tuned_text] = self.open(&asked)?;
+        let measured = Measured { asked, options, refusals, common };
+        let same_tokens = same_tokens(&base_text, &tuned_text)?;
+        let base = measured.evaluate(base_text, backend.clone(), None)?;
+        let first = base.outcomes.first_tokens.as_ref().filter(|_| same_tokens);
+        if first.is_none() && !common.quiet {
+            let why = match same_tokens {
+                true => "the base model refuses all prompts or none",
+                false => "the models' tokenizers differ",
+            };
+            say(&format!(
+                "note: {why}: the tuned model's AUROC is by the first tokens of its own answers, if at all\n"
+            ));
+        }
+        let tuned = measured.evaluate(tuned_text, backend, first)?;
+        let check = Check::new((&self.against, &base), (&self.model.model, &tuned), self.limits);
+        if let Some(out) = &self.out {
+            check.save(out)?;
+        }
+        match common.json {
+            true => print_json(&check)?,
+            false => print_line(format!("{}\n{}", measures(&check), verdict(&check)).trim_end())?,
+        }
+        check.verdict.require()
+    }
+}
+
+/// Whether tokens mean the same in both models, as far as a sample of the vocabulary shows.
+fn same_tokens(base: &ModelText, tuned: &ModelText) -> Result<bool> {
+    let vocab = base.files.config.vocab.min(tuned.files.config.vocab) as u32;
+    for id in (0..vocab).step_by((vocab as usize / 997).max(1)) {
+        if base.tokenizer.decode(&[id])? != tuned.tokenizer.decode(&[id])? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The measures of both models.
+fn measures(check: &Check) -> String {
+    let mut table = Table::new("Measures, with 95 % intervals").column("");
+    for model in &check.settings {
+        table = table.numbers(&model.name, "");
+    }
+    let rate = |rate: Rate| Estimate { value: rate.value, low: rate.low, high: rate.high };
+    let mut row = |what: &str, of: &dyn Fn(&CheckedModel) -> Option<Estimate>, (factor, decimals): (f64, usize)| {
+        let entry = |model: &CheckedModel| {
+            of(model).map_or(Entry::missing(), |found| {
+                let interval = Some((factor * found.low, factor * found.high));
+                Entry::interval(factor * found.value, interval, decimals)
+            })
+        };
+        if check.settings.iter().any(|model| of(model).is_some()) {
+            table.row(std::iter::once(Entry::text(what)).chain(check.settings.iter().map(entry)));
+        }
+    };
+    row("attack success, %", &|model| model.asr.map(rate), (100.0, 1));
+    row("over-refusal, %", &|model| model.over_refusal.map(rate), (100.0, 1));
+    row("J: refused harmful - refused benign, points", &|model| model.j, (100.0, 1));
+    row("AUROC of the refusal log-odds", &|model| model.auroc, (1.0, 3));
+    row("task accuracy, %", &|model| model.task.map(rate), (100.0, 1));
+    table.text()
+}
+
+/// The gates and their verdict.
+fn verdict(check: &Check) -> String {
+    let held = if check.verdict.held { "Verdict: held" } else { "Verdict: not held" };
+    let mut table = Table::new(held).column("").numbers("points", "").numbers("limit", "").column("verdict");
+    for gate in &check.verdict.gates {
+        let verdict = match (gate.held, gate.certain) {
+            (true, true) => "held",
+            (false, true) => "not held",
+            (true, false) => "held, within the interval",
+            (false, false) => "not held, within the interval",
+        };
+        let value = Entry::interval(gate.value, None, 1);
+        let value = Entry { detail: format!("({:.1} to {:.1})", gate.low, gate.high), ..value };
+        table.row([Entry::text(gate.what()), value, Entry::fixed(gate.limit, 1), Entry::text(verdict)]);
+    }
+    if check.verdict.gates.iter().any(|gate: &Gate| !gate.certain) {
+        table.note =
+            "Within the interval: the limit lies inside of the interval of the change; more prompts narrow it.".into();
+    }
+    table.text()
+}
