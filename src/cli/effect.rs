@@ -24,7 +24,7 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 19] = [
+const RULES: [(&str, &[&str], Needs); 24] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"], Given("mods")),
     ("tune", &["decay_all"], Given("weight_decay")),
@@ -41,6 +41,11 @@ const RULES: [(&str, &[&str], Needs); 19] = [
     ("eval", &["task_tokens"], Given("task")),
     ("check", &["task_tokens", "max_task_drop"], Given("task")),
     ("check", &["force"], Given("out")),
+    ("merge", &["alpha"], Other("by", "safelora")),
+    ("merge", &["tau"], Other("by", "path")),
+    ("merge", &["tau"], Other("by", "resta")),
+    ("merge", &["aligned", "unaligned"], Other("by", "path")),
+    ("merge", &["safe"], Value("by", "safemerge")),
     ("robustness", &["epsilon"], Other("kind", "zero")),
     ("demo", &["out", "seeds", "model"], Absent("make_model")),
     ("demo", &["force"], Given("make_model")),

@@ -9,6 +9,7 @@ mod effect;
 mod eval;
 mod generate;
 mod headings;
+mod merge;
 mod names;
 mod open;
 mod plan;
@@ -16,6 +17,7 @@ mod preview;
 mod probe;
 mod profile;
 mod progress;
+mod replay;
 mod robustness;
 mod run;
 mod score;
@@ -52,6 +54,8 @@ enum Command {
     Robustness(robustness::RobustnessCommand),
     Search(search::SearchCommand),
     Tune(Box<tune::Tune>),
+    Replay(replay::ReplayCommand),
+    Merge(Box<merge::MergeCommand>),
     Eval(eval::EvalCommand),
     Check(check::CheckCommand),
     Run(run::RunCommand),
@@ -107,6 +111,8 @@ pub fn main() -> ExitCode {
         Command::Robustness(c) => c.start(common),
         Command::Search(c) => c.start(common),
         Command::Tune(c) => c.start(common),
+        Command::Replay(c) => c.start(common),
+        Command::Merge(c) => c.run(common),
         Command::Eval(c) => c.start(common),
         Command::Check(c) => c.start(common),
         Command::Run(c) => c.start(common),

@@ -8,8 +8,10 @@ mod check;
 mod demo;
 mod eval;
 mod loaded;
+mod merge;
 mod output;
 mod probe;
+mod replay;
 mod robustness;
 mod save;
 pub mod study;
@@ -31,6 +33,7 @@ pub use eval::{
     coherent_attack_success, over_refusal, perplexity, strict_compliance, task_score,
 };
 pub use loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
+pub use merge::{MergeMethod, MergeModels, MergeOptions, MergeSummary, MergedModule, merge};
 pub use output::{OpenOutput, PreparedTune, TuneOutput};
 pub use probe::control::{ControlLabel, ControlRule};
 pub use probe::drift::{Drift, LayerDrift, SplitDrift, drift};
@@ -38,6 +41,7 @@ pub use probe::features::{Features, Snapshot, features, prompts_hash, snapshot};
 pub use probe::labels::check_labels;
 pub use probe::train::{ProbeInput, ProbeOptions, train_probe};
 pub use probe::{Head, HeadMetrics, LinearHead, Probe, ProbeLayer, ProbeMetadata};
+pub use replay::{REPLAY_START, ReplayCounts, ReplayOptions, ReplaySummary};
 pub use robustness::map::{CellRobustness, EpsilonPoint, MapInputs, RobustnessMap, Stat};
 pub use robustness::mods::{ModsRob, SearchStep, SetSpec};
 pub use robustness::noise::{Noise, update_directions};

@@ -65,6 +65,8 @@ fn every_command_has_help() {
         "robustness",
         "search",
         "tune",
+        "replay",
+        "merge",
         "eval",
         "run",
         "generate",

@@ -1,0 +1,102 @@
+//! `swat replay`: the model's own answers as training data.
+
+use super::common::{Common, print_json, print_line, say};
+use super::names::Names;
+use super::open::{ModelArgs, OnDevice, Refusals, check_security};
+use super::progress::Bars;
+use crate::backend::Backend;
+use crate::data::{RowOptions, RowReader, SecurityPrompt, Split};
+use crate::error::{Error, Result};
+use crate::io::file::begins_with;
+use crate::io::{IfExists, check_apart, check_file, write_atomic};
+use crate::report::{Entry, Table};
+use crate::secure::{REPLAY_START, ReplayCounts, ReplayOptions, ReplaySummary};
+use clap::Args;
+use std::path::{Path, PathBuf};
+
+/// Writes a model's own refusals of harmful prompts and own answers to benign ones as training data
+#[derive(Args)]
+#[command(after_help = "Example:
+  swat replay --model DIR --security security.jsonl --out replay.jsonl
+  swat tune --model DIR --data my.jsonl --mix replay.jsonl --mix-share 0.1 --out tuned
+  swat eval --model tuned --security security.jsonl --splits test
+
+Only prompts of the train split are used; where the file has no splits, they are assigned by --seed, so give every
+command the same seed. Refusals are recognised by expressions: read the file before you rely on it.")]
+pub(super) struct ReplayCommand {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    refusals: Refusals,
+    /// Labelled prompts, as for `swat probe`
+    #[arg(long, value_name = "FILE")]
+    security: PathBuf,
+    #[command(flatten)]
+    rows: RowOptions,
+    /// Output file: training conversations in the layout messages, refusals first
+    #[arg(long, value_name = "FILE", default_value = "replay.jsonl")]
+    out: PathBuf,
+    #[command(flatten)]
+    options: ReplayOptions,
+    /// Replace --out
+    #[arg(long)]
+    force: bool,
+}
+
+impl OnDevice for ReplayCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.resolve(names)
+    }
+
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        let inputs = [self.model.inputs(), vec![("--security", self.security.as_path())], self.refusals.inputs()];
+        check_apart(&[("--out", &self.out)], &inputs.concat())?;
+        check_file(&self.out, IfExists::from_force(self.force), |path: &Path| begins_with(path, REPLAY_START))?;
+        let mut rows = RowReader::new(&self.rows);
+        let prompts = SecurityPrompt::read(&self.security, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
+        if !prompts.iter().any(|prompt| prompt.split == Split::Train && prompt.is_harmful()) {
+            let place = self.security.display().to_string();
+            return Err(Error::input(place, "no harmful prompt in the train split", "prompts to be refused"));
+        }
+        let refusals = self.refusals.list()?;
+        let (text, _) = self.model.open_dated(None)?;
+        check_security(&text, &prompts)?;
+        let model = text.load(backend)?;
+        let options = ReplayOptions { seed: common.seed, ..self.options };
+        let mut bars = Bars::new(common);
+        let (lines, summary) = model.replay(&prompts, &options, &refusals, &mut bars.observer())?;
+        bars.finish();
+        write_atomic(&self.out, lines.as_bytes())?;
+        if summary.benign.kept == 0 {
+            say("note: no benign answer was kept: mixed in, refusals alone make a model refuse more\n");
+        }
+        if common.json {
+            return print_json(&summary);
+        }
+        print_line(table(&summary).text().trim_end())?;
+        print_line(&format!("saved as {}", self.out.display()))
+    }
+}
+
+fn table(ReplaySummary { harmful, benign }: &ReplaySummary) -> Table {
+    let mut table = Table::new("Prompts of the train split").column("").numbers("harmful", "").numbers("benign", "");
+    let rows: [(&str, fn(&ReplayCounts) -> usize); 8] = [
+        ("prompts", |counts| counts.prompts),
+        ("kept: refusals of harmful, answers to benign", |counts| counts.kept),
+        ("dropped: answered harmful, refused benign", |counts| counts.other_behaviour),
+        ("dropped: cut off by --answer-tokens", |counts| counts.cut_off),
+        ("dropped: empty", |counts| counts.empty),
+        ("dropped: repeats another", |counts| counts.repeated),
+        ("dropped: also in another split", |counts| counts.held_out),
+        ("not needed", |counts| counts.not_needed),
+    ];
+    for (what, count) in rows {
+        table.row([Entry::text(what), Entry::count(count(harmful) as u64), Entry::count(count(benign) as u64)]);
+    }
+    table
+}
