@@ -1,6 +1,7 @@
 //! `swat merge`: defences after tuning.
 
 use super::common::{Common, print_json, print_line, say};
+use super::names::Names;
 use super::progress::Bars;
 use crate::error::Result;
 use crate::io::IfExists;
@@ -40,7 +41,9 @@ pub(super) struct MergeCommand {
 }
 
 impl MergeCommand {
-    pub(super) fn run(self, common: &Common) -> Result<()> {
+    pub(super) fn run(mut self, common: &Common) -> Result<()> {
+        let mut names = Names::new(common);
+        self.models.paths().try_for_each(|path| names.model(path).map(drop))?;
         let mut bars = Bars::new(common);
         let if_exists = IfExists::from_force(self.force);
         let summary = merge(&self.models, &self.options, &self.out, if_exists, &mut bars.observer())?;

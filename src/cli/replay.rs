@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::io::file::begins_with;
 use crate::io::{IfExists, check_apart, check_file, write_atomic};
 use crate::report::{Entry, Table};
-use crate::secure::{REPLAY_START, ReplayCounts, ReplayOptions, ReplaySummary};
+use crate::secure::{REPLAY_START, ReplayOptions, ReplaySummary};
 use clap::Args;
 use std::path::{Path, PathBuf};
 
@@ -85,18 +85,18 @@ impl OnDevice for ReplayCommand {
 
 fn table(ReplaySummary { harmful, benign }: &ReplaySummary) -> Table {
     let mut table = Table::new("Prompts of the train split").column("").numbers("harmful", "").numbers("benign", "");
-    let rows: [(&str, fn(&ReplayCounts) -> usize); 8] = [
-        ("prompts", |counts| counts.prompts),
-        ("kept: refusals of harmful, answers to benign", |counts| counts.kept),
-        ("dropped: answered harmful, refused benign", |counts| counts.other_behaviour),
-        ("dropped: cut off by --answer-tokens", |counts| counts.cut_off),
-        ("dropped: empty", |counts| counts.empty),
-        ("dropped: repeats another", |counts| counts.repeated),
-        ("dropped: also in another split", |counts| counts.held_out),
-        ("not needed", |counts| counts.not_needed),
-    ];
-    for (what, count) in rows {
-        table.row([Entry::text(what), Entry::count(count(harmful) as u64), Entry::count(count(benign) as u64)]);
+    for (what, harmful, benign) in [
+        ("prompts", harmful.prompts, benign.prompts),
+        ("kept: refusals of harmful, answers to benign", harmful.kept, benign.kept),
+        ("dropped: answered harmful, refused benign", harmful.other_behaviour, benign.other_behaviour),
+        ("dropped: cut off by --answer-tokens", harmful.cut_off, benign.cut_off),
+        ("dropped: empty", harmful.empty, benign.empty),
+        ("dropped: incoherent", harmful.incoherent, benign.incoherent),
+        ("dropped: repeats another", harmful.repeated, benign.repeated),
+        ("dropped: also in another split", harmful.held_out, benign.held_out),
+        ("not needed", harmful.not_needed, benign.not_needed),
+    ] {
+        table.row([Entry::text(what), Entry::count(harmful as u64), Entry::count(benign as u64)]);
     }
     table
 }

@@ -4,11 +4,12 @@
 //! benign twins (GR-SAP, arXiv 2603.10243; the choice by behaviour and diversity, arXiv 2510.21885). Only the train
 //! split is used. Harmful prompts that the model answers are dropped, and their answers with them.
 
+use super::eval::kinds::AnswerView;
 use super::eval::refusal::RefusalList;
 use super::loaded::{LoadedModel, REFUSAL_TOKENS};
 use crate::backend::Backend;
 use crate::data::{Label, SecurityPrompt, Split};
-use crate::engine::{Finish, GenerateOptions};
+use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::io::json;
 use crate::options::{count, default_from_args, mib_or_none};
@@ -55,8 +56,10 @@ pub struct ReplayCounts {
     pub other_behaviour: usize,
     /// Answers without an end.
     pub cut_off: usize,
-    /// Answers without a word.
+    /// Answers of which nothing is visible.
     pub empty: usize,
+    /// Answers that are no text, as `swat eval` counts them.
+    pub incoherent: usize,
     /// Prompts that another of the train split repeats, up to case, white space and punctuation.
     pub repeated: usize,
     /// Prompts that another split repeats, up to the same.
@@ -133,7 +136,7 @@ impl<B: Backend> LoadedModel<B> {
         let generate = GenerateOptions {
             max_new_tokens: options.answer_tokens,
             cache_bytes: options.cache_bytes,
-            stop: self.text.files.config.eos.clone(),
+            stop: self.text.stop_tokens(),
             ..GenerateOptions::default()
         };
         let mut next = 0;
@@ -159,12 +162,15 @@ impl<B: Backend> LoadedModel<B> {
                     Label::Harmful => refusals.is_refusal(&opening),
                     Label::Benign => !refusals.is_refusal(&text),
                 };
-                if text.trim().is_empty() {
+                let view = AnswerView { text: &text, tokens: &answer.tokens, finish: answer.finish };
+                if view.is_empty() {
                     counts.empty += 1;
                 } else if !behaves {
                     counts.other_behaviour += 1;
-                } else if answer.finish == Finish::Length {
+                } else if view.is_cut_off() {
                     counts.cut_off += 1;
+                } else if view.is_incoherent() {
+                    counts.incoherent += 1;
                 } else {
                     counts.kept += 1;
                     let messages = [("user", prompt.prompt.as_str()), ("assistant", text.trim())];

@@ -64,7 +64,7 @@ fn own_refusals_and_own_answers_become_training_data() {
     for (label, kept) in ["harmful", "benign"].into_iter().zip(kept) {
         let of = |what: &str| found[label][what].as_u64().unwrap();
         assert_eq!((of("prompts"), of("kept")), (12, kept), "{found}");
-        let dropped = ["other_behaviour", "cut_off", "empty", "repeated", "held_out", "not_needed"];
+        let dropped = ["other_behaviour", "cut_off", "empty", "incoherent", "repeated", "held_out", "not_needed"];
         assert_eq!(of("kept") + dropped.into_iter().map(of).sum::<u64>(), 12, "{found}");
     }
     // Only --force replaces it, with the same bytes; nothing but such a file is replaced.

@@ -82,25 +82,31 @@ impl MergeOptions {
 /// The models of a merge, as model directories or LoRA adapters on `base`.
 #[derive(Clone, Debug, Default, Args)]
 pub struct MergeModels {
-    /// Model directory that was tuned
-    #[arg(long, value_name = "DIR")]
+    /// Model that was tuned: a directory, or a name on the hub, org/name[@revision]
+    #[arg(long, value_name = "DIR_OR_NAME")]
     pub base: PathBuf,
     /// Tuned model: a directory, or a LoRA adapter on --base
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR_OR_NAME")]
     pub tuned: PathBuf,
     /// Aligned model; if not given, --base
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR_OR_NAME")]
     pub aligned: Option<PathBuf>,
     /// Model without alignment: the pretrained one (safemerge, safelora), or --aligned after its alignment was removed
     /// by tuning (resta)
-    #[arg(long, value_name = "DIR", required_if_eq_any = [("by", "safemerge"), ("by", "safelora"), ("by", "resta")])]
+    #[arg(long, value_name = "DIR_OR_NAME", required_if_eq_any = [("by", "safemerge"), ("by", "safelora"), ("by", "resta")])]
     pub unaligned: Option<PathBuf>,
     /// Model that was tuned from --base on refusals (safemerge); if not given, --base
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR_OR_NAME")]
     pub safe: Option<PathBuf>,
 }
 
 impl MergeModels {
+    /// The paths that are given.
+    pub fn paths(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let Self { base, tuned, aligned, unaligned, safe } = self;
+        [base, tuned].into_iter().chain(aligned.iter_mut().chain(unaligned).chain(safe))
+    }
+
     /// What is read, with its option.
     pub fn inputs(&self) -> Vec<(&'static str, &Path)> {
         let optional = [("--aligned", &self.aligned), ("--unaligned", &self.unaligned), ("--safe", &self.safe)];
