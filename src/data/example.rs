@@ -215,9 +215,8 @@ impl<'a> Pieces<'a> {
         let (first, byte) = self.last;
         let head = self.encode(byte..start)?;
         let index = first + head.len();
-        let same = |(a, b): (&(u32, Range<usize>), &(u32, Range<usize>))| a.0 == b.0;
         let rest = self.tokens.get(first..).unwrap_or_default();
-        if rest.len() >= head.len() && rest.iter().zip(&head).all(same) {
+        if rest.len() >= head.len() && rest.iter().zip(&head).all(|(a, b)| a.0 == b.0) {
             return Ok(index);
         }
         self.tokens.truncate(first);

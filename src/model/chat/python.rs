@@ -87,7 +87,7 @@ fn string_method(state: &State<'_, '_>, text: &str, name: &str, arguments: &[Val
         "startswith" | "endswith" if arguments.len() > 1 => {
             let (wanted, start, end): (&Value, Option<i64>, Option<i64>) = from_args(arguments)?;
             let Some(part) = part(text, start, end).1 else { return Ok(Some(Value::from(false))) };
-            return string_method(state, part, name, &[wanted.clone()]);
+            return string_method(state, part, name, std::slice::from_ref(wanted));
         }
         "startswith" | "endswith" => {
             let (wanted,): (&Value,) = from_args(arguments)?;
