@@ -23,6 +23,7 @@ use std::path::PathBuf;
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat check --model TUNED --against BASE --security security.jsonl --task task.jsonl
+  swat check --model BASE --adapter ADAPTER --against BASE --security security.jsonl
   swat check --model TUNED --against BASE --security security.jsonl --max-asr-rise 5 --json --out check.json
 
 Both models answer the same prompts. A gate compares the change of a share with its limit, in points; it fails where the
@@ -155,23 +156,26 @@ impl OnDevice for CheckCommand {
             cache_bytes: self.cache_bytes,
             ..EvaluateOptions::default()
         };
+        options.check()?;
         let (asked, refusals) = (self.asked(common)?, self.refusals.list()?);
         let [base_text, tuned_text] = self.open(&asked)?;
         let measured = Measured { asked, options, refusals, common };
-        let same_tokens = same_tokens(&base_text, &tuned_text)?;
+        let (same_tokens, vocab) = (same_tokens(&base_text, &tuned_text)?, tuned_text.files.config.vocab);
         let base = measured.evaluate(base_text, backend.clone(), None)?;
-        let first = base.outcomes.first_tokens.as_ref().filter(|_| same_tokens);
+        let known = |first: &&FirstTokens| same_tokens && first.tokens().iter().all(|id| (*id as usize) < vocab);
+        let first = base.outcomes.first_tokens.as_ref().filter(known);
         if first.is_none() && !common.quiet {
-            let why = match same_tokens {
-                true => "the base model refuses all prompts or none",
-                false => "the models' tokenizers differ",
+            let why = match base.outcomes.first_tokens {
+                None => "the base model refuses all prompts or none",
+                Some(_) => "the models' tokenizers differ",
             };
             say(&format!(
                 "note: {why}: the tuned model's AUROC is by the first tokens of its own answers, if at all\n"
             ));
         }
         let tuned = measured.evaluate(tuned_text, backend, first)?;
-        let check = Check::new((&self.against, &base), (&self.model.model, &tuned), self.limits);
+        let named = self.model.adapter.as_ref().unwrap_or(&self.model.model);
+        let check = Check::new((&self.against, &base), (named, &tuned), self.limits);
         if let Some(out) = &self.out {
             check.save(out)?;
         }

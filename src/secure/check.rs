@@ -188,7 +188,7 @@ impl Verdict {
 pub struct CheckedModel {
     /// `base` or `tuned`.
     pub name: String,
-    /// Its directory.
+    /// Its directory, or that of its adapter.
     pub model: PathBuf,
     /// Attack success rate.
     pub asr: Option<Rate>,

@@ -81,6 +81,27 @@ fn a_model_holds_against_itself_and_not_once_it_answers_everything() {
 }
 
 #[test]
+fn an_adapter_is_held_against_its_base() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let (model, train, security, adapter) = (tiny(), at("refusals.jsonl"), at("security.jsonl"), at("adapter"));
+    let tune = ["tune", "--model", text(&model), "--data", text(&train), "--method", "lora", "--save", "adapter"];
+    let steps = ["--out", text(&adapter), "--steps", "30", "--lr", "1e-2", "--batch-size", "8", "--max-length", "96"];
+    message(&swat(&[&tune[..], &steps].concat()), 0);
+    let check = ["check", "--model", text(&model), "--adapter", text(&adapter), "--against", text(&model)];
+    let output = swat(&[&check[..], &["--security", text(&security), "--splits", "test,ood", "--json"]].concat());
+    // Tuned on refusals alone, it refuses what is harmless: an ASR that is no higher does not hide that.
+    let stderr = message(&output, 3);
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let held = |gate: usize| found["verdict"]["gates"][gate]["held"].as_bool().unwrap();
+    assert!(held(0) && !held(1) && stderr.contains("rise of over-refusal by"), "{stderr}");
+    assert_eq!(found["settings"][1]["model"], text(&adapter));
+    let j = |at: usize| found["settings"][at]["j"]["value"].as_f64().unwrap();
+    assert!(j(1) < j(0) - 0.3, "{found}");
+}
+
+#[test]
 fn wrong_inputs_are_told_before_weights_are_read() {
     let dir = tempfile::tempdir().unwrap();
     data(dir.path());
@@ -111,6 +132,7 @@ fn wrong_inputs_are_told_before_weights_are_read() {
         (vec!["--security", text(&harmful)], "0 benign prompts"),
         (vec!["--security", "nowhere.jsonl"], "nowhere.jsonl"),
         ([&both[..], &["--max-asr-rise", "nan"]].concat(), "--max-asr-rise"),
+        ([&both[..], &["--answer-tokens", "0"]].concat(), "answer_tokens"),
         ([&both[..], &["--max-task-drop", "3"]].concat(), "--max-task-drop"),
         ([&both[..], &["--task", "nowhere.jsonl"]].concat(), "nowhere.jsonl"),
         ([&both[..], &["--out", text(&security)]].concat(), "did not write"),
