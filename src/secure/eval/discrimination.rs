@@ -32,7 +32,8 @@ impl Estimate {
 
     /// The estimate of the negated value.
     pub fn negated(self) -> Self {
-        Self { value: -self.value, low: -self.high, high: -self.low }
+        // Not `-`, which makes −0 of no change.
+        Self { value: 0.0 - self.value, low: 0.0 - self.high, high: 0.0 - self.low }
     }
 }
 
