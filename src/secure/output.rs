@@ -26,7 +26,7 @@ pub struct TuneOutput {
         value_name = "DIR",
         required = false,
         required_unless_present = "preview",
-        default_value_if("preview", "true", ""),
+        default_value_if("preview", "true", "unused"),
         hide_default_value = true
     )]
     pub path: PathBuf,
@@ -143,7 +143,8 @@ impl OpenOutput {
         shared.check()?;
         phases.iter().try_for_each(|phase| phase.options.check())?;
         let none = |phase: &Phase| matches!(phase.options.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
-        if phases.iter().all(none) {
+        // No step merges an adapter, or saves it by itself.
+        if phases.iter().all(none) && files.adapter().is_none() {
             return Err(Error::input(
                 "--steps",
                 "0 in every phase",

@@ -215,6 +215,8 @@ mod tests {
         #[test]
         fn any_text_without_the_operator_stays(source in "([a-z0-9 ()\\[\\]{}'.,|~+*/-]|'%s'| and |é){0,30}") {
             let source = source.replace('%', "");
+            // Behind an odd quote the sign below is the operator.
+            prop_assume!(source.matches('\'').count() % 2 == 0);
             prop_assert_eq!(rewrite(&format!("{source}'%'")).replace(' ', ""), format!("{source}'%'").replace(' ', ""));
         }
 
