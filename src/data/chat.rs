@@ -1,4 +1,4 @@
-//! Where a template lets an answer begin and end: what training learns and where generation stops.
+//! Where a template lets an answer begin and end: which tokens are trained and where generation stops.
 
 use crate::error::{Error, Result};
 use crate::model::{Added, ChatTemplate, Clock, Ending, Message, Rendered, Tokenizer};

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::{Message, Training};
 use serde_json::Value;
 use std::path::Path;
-use turns::{learnt, parsed, turns};
+use turns::{parsed, trained, turns};
 
 const LAYOUTS: &str = "alpaca (`instruction`, `output`, optionally `input`), sharegpt (`conversations`), messages \
                        (`messages`), prompt-completion (`prompt`, `completion`), or one of `prompt`, `question`, \
@@ -44,7 +44,7 @@ const OTHER_KINDS: [(&str, &str); 6] = [
 /// Results of tools may follow an assistant's message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conversation {
-    /// Roles are `system`, `user`, `assistant`, `tool`; each says by [`Message::training`] whether it is learnt.
+    /// Roles are `system`, `user`, `assistant`, `tool`; each says by [`Message::training`] whether it is trained.
     pub messages: Vec<Message>,
     /// Declarations of tools, as JSON schemas, for the template; none if empty.
     pub tools: Vec<Value>,
@@ -72,7 +72,7 @@ impl Conversation {
     /// - sharegpt: `conversations: [{"from": "human", "value": …}, {"from": "gpt", "value": …}]`;
     /// - messages: `messages: [{"role": "user", "content": …}, …]`, the content a string or a list of text parts;
     /// - prompt-completion: `prompt`, `completion`, each a string or a list of messages, of which only those of the
-    ///   completion are learnt;
+    ///   completion are trained;
     /// - a question (`prompt`, `question`, `query`, `instruction`, or `input` alone) and its answer (`response`,
     ///   `answer`, `output`, `completion`).
     ///
@@ -96,7 +96,7 @@ impl Conversation {
                 _ => messages.insert(0, Message::new("system", system)),
             }
         }
-        if learnt(row, &["weight", "train"], &row.fields, "")? == Some(false) {
+        if trained(row, &["weight", "train"], &row.fields, "")? == Some(false) {
             forget(&mut messages);
         }
         Ok(Self { messages: checked(row, messages)?, tools: tools(row)? })
@@ -163,7 +163,7 @@ fn messages(row: &Row) -> Result<Vec<Message>> {
     }
 }
 
-/// Makes the assistant's messages context, which is not learnt.
+/// Makes the assistant's messages context, which is not trained.
 fn forget(messages: &mut [Message]) {
     for message in messages.iter_mut().filter(|message| message.role == "assistant") {
         message.training = Training::Context;
@@ -235,7 +235,7 @@ fn pair(row: &Row, question: &str, answer: &str) -> Result<Vec<Message>> {
     Ok(all)
 }
 
-/// Earlier pairs of question and answer, which are learnt too, as in LLaMA-Factory.
+/// Earlier pairs of question and answer, which are trained too, as in LLaMA-Factory.
 fn history(row: &Row) -> Result<Vec<Message>> {
     let Some(value) = row.get("history").filter(|value| !is_blank(value)) else { return Ok(Vec::new()) };
     let wrong = || row.error(format!("{} without pairs", row.name("history")), "a list of [question, answer]");

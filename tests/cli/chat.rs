@@ -73,7 +73,7 @@ fn a_run_trains_shows_and_stops_at_the_end_of_the_turn() {
     assert_eq!(fs::read_to_string(out.join("chat_template.jinja")).unwrap(), IGNORES);
     assert_eq!(read(&out.join("tokenizer_config.json"))["chat_template"], json!(IGNORES));
 
-    // What was learnt is what is generated, by the template of the output.
+    // What was trained is what is generated, by the template of the output.
     let answer = parsed(&swat("generate", out, &["--prompt", "hi", "--max-new-tokens", "40", "--json"]));
     assert_eq!((&answer["text"], &answer["finish"]), (&json!("ok"), &json!("stop")));
 }

@@ -14,16 +14,16 @@ fn read(line: &str) -> Result<Vec<(String, String)>> {
     Ok(all.into_iter().flat_map(|c| c.messages).map(|m| (m.role, m.content)).collect())
 }
 
-/// Role, text and whether it is learnt, of each message of one row.
-fn learnt(line: &str) -> Vec<(String, String, bool)> {
+/// Role, text and whether it is trained, of each message of one row.
+fn trained(line: &str) -> Vec<(String, String, bool)> {
     let mut all = conversations(line).unwrap();
     let messages = all.remove(0).messages.into_iter();
     messages.map(|m| (m.role, m.content, m.training == Training::Trained)).collect()
 }
 
-/// Which of a row's answers are learnt.
-fn learnt_answers(line: &str) -> Vec<bool> {
-    learnt(line).into_iter().filter(|(role, ..)| role == "assistant").map(|(_, _, learnt)| learnt).collect()
+/// Which of a row's answers are trained.
+fn trained_answers(line: &str) -> Vec<bool> {
+    trained(line).into_iter().filter(|(role, ..)| role == "assistant").map(|(_, _, trained)| trained).collect()
 }
 
 fn turns(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -109,7 +109,7 @@ fn wrong_lines_say_what_is_wrong() {
 
 /// `weight` as in the fine-tuning files of OpenAI and Mistral, `train` as in axolotl.
 #[test]
-fn turns_say_whether_they_are_learnt() {
+fn turns_say_whether_they_are_trained() {
     let chat = |first: &str, second: &str, row: &str| {
         format!(
             r#"{{"messages":[{{"role":"user","content":"a"}},{{"role":"assistant","content":"b"{first}}},
@@ -128,7 +128,7 @@ fn turns_say_whether_they_are_learnt() {
         ("", "", r#","train":false"#, [false, false]),
         (r#","weight":0"#, "", r#","train":true"#, [false, true]),
     ] {
-        assert_eq!(learnt_answers(&chat(first, second, row)), expected, "{first} {second} {row}");
+        assert_eq!(trained_answers(&chat(first, second, row)), expected, "{first} {second} {row}");
     }
     for (first, row, expected) in [
         (r#","weight":0.5"#, "", "`messages[1].weight` with another value"),
@@ -140,15 +140,15 @@ fn turns_say_whether_they_are_learnt() {
         assert!(message.starts_with("t.jsonl:1: ") && message.contains(expected), "{message}");
     }
     let asked = r#"{"messages":[{"role":"user","content":"a","weight":1},{"role":"assistant","content":"b"}]}"#;
-    assert!(error(asked).contains("`messages[0]`, a turn of the user, marked as learnt"));
-    assert_eq!(learnt_answers(&asked.replace("\"weight\":1", "\"weight\":0")), [true]);
+    assert!(error(asked).contains("`messages[0]`, a turn of the user, marked as trained"));
+    assert_eq!(trained_answers(&asked.replace("\"weight\":1", "\"weight\":0")), [true]);
 }
 
-/// In TRL's prompt-completion data, the prompt's own answers are not learnt (`completion_only_loss`).
+/// In TRL's prompt-completion data, the prompt's own answers are not trained (`completion_only_loss`).
 #[test]
 fn only_the_completion_is_learnt() {
     let line = r#"{"prompt":[{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"}],"completion":[{"role":"assistant","content":"d"}]}"#;
-    assert_eq!(learnt_answers(line), [false, true]);
+    assert_eq!(trained_answers(line), [false, true]);
 }
 
 #[test]

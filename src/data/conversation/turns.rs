@@ -5,8 +5,8 @@ use crate::error::Result;
 use crate::model::{Message, Training};
 use serde_json::{Map, Value, json};
 
-/// Keys that say whether a turn is learnt: OpenAI and Mistral have `weight`, axolotl `train` or `training`.
-const LEARNT: [&str; 3] = ["weight", "train", "training"];
+/// Keys that say whether a turn is trained: OpenAI and Mistral have `weight`, axolotl `train` or `training`.
+const TRAINED: [&str; 3] = ["weight", "train", "training"];
 /// Keys of a turn that change what it means, and what to write in their place.
 const UNSUPPORTED: [(&str, &str); 5] = [
     ("train_detail", "`train` for the whole turn"),
@@ -60,7 +60,7 @@ fn turn(row: &Row, place: &str, fields: &Map<String, Value>, role_key: &str) -> 
     }
     let mut message = Message::new(role, "");
     for (key, value) in fields {
-        let known = key == role_key || key == content_key || LEARNT.contains(&key.as_str());
+        let known = key == role_key || key == content_key || TRAINED.contains(&key.as_str());
         if !known && !value.is_null() && !matches!(value, Value::Array(list) if list.is_empty()) {
             message.fields.insert(key.clone(), value.clone());
         }
@@ -80,12 +80,14 @@ fn turn(row: &Row, place: &str, fields: &Map<String, Value>, role_key: &str) -> 
             message.content = content(row, place, fields, content_key)?;
         }
     }
-    match (learnt(row, &LEARNT, fields, &format!("{place}."))?, role) {
+    match (trained(row, &TRAINED, fields, &format!("{place}."))?, role) {
         (Some(false), _) => message.training = Training::Context,
         (Some(true), "assistant") | (None, _) => {}
         (Some(true), _) => {
-            let found = format!("`{place}`, a turn of the {role}, marked as learnt");
-            return Err(row.error(found, "weights of 0 (or none) but in the assistant's turns, which alone are learnt"));
+            let found = format!("`{place}`, a turn of the {role}, marked as trained");
+            return Err(
+                row.error(found, "weights of 0 (or none) but in the assistant's turns, which alone are trained")
+            );
         }
     }
     Ok(message)
@@ -116,14 +118,14 @@ fn tool_calls(row: &Row, place: &str, value: Option<&Value>) -> Result<Value> {
     Ok(calls.into_iter().map(|call| json!({ "type": "function", "function": call })).collect())
 }
 
-/// What the first of `keys` that has a value says of whether the turn, or the row, is learnt; `place` is put before the
+/// What the first of `keys` that has a value says of whether the turn, or the row, is trained; `place` is put before the
 /// key in errors.
-pub(super) fn learnt(row: &Row, keys: &[&str], fields: &Map<String, Value>, place: &str) -> Result<Option<bool>> {
+pub(super) fn trained(row: &Row, keys: &[&str], fields: &Map<String, Value>, place: &str) -> Result<Option<bool>> {
     let mut all = None;
     for key in keys {
         let one = match fields.get(*key) {
             None | Some(Value::Null) => continue,
-            Some(Value::Bool(learnt)) => Some(*learnt),
+            Some(Value::Bool(trained)) => Some(*trained),
             Some(Value::Number(number)) => number.as_f64().and_then(zero_or_one),
             Some(Value::String(text)) => match text.trim().to_lowercase().as_str() {
                 "true" => Some(true),
@@ -143,7 +145,7 @@ pub(super) fn learnt(row: &Row, keys: &[&str], fields: &Map<String, Value>, plac
 }
 
 fn zero_or_one(number: f64) -> Option<bool> {
-    [(0.0, false), (1.0, true)].into_iter().find(|(value, _)| *value == number).map(|(_, learnt)| learnt)
+    [(0.0, false), (1.0, true)].into_iter().find(|(value, _)| *value == number).map(|(_, trained)| trained)
 }
 
 /// A string, or the concatenated text parts of a list.

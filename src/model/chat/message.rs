@@ -17,11 +17,11 @@ pub struct Message {
     /// What else templates read: `reasoning_content`, `tool_calls`, `tool_call_id`, `name`. A `content` here is what the
     /// template sees in place of the text: a list of parts, or nothing at all for null.
     pub fields: Map<String, Json>,
-    /// Whether training learns it; of no effect unless the role is `assistant`.
+    /// Whether it is trained on; of no effect unless the role is `assistant`.
     pub training: Training,
 }
 
-/// Whether training learns an assistant's message.
+/// Whether an assistant's message is trained on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Training {
     /// Its tokens count in the loss.
