@@ -10,7 +10,7 @@ use super::Clock;
 use crate::error::{Error, Result};
 use crate::io::input::{guarded, printable};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Serde, Value, ValueKind};
+use minijinja::value::{Rest, Serde, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, Output, State, UndefinedBehavior, context};
 use prepare::{CHECKED, MARKED, PERCENT, prepare};
 use std::collections::BTreeMap;
@@ -75,7 +75,8 @@ impl ChatTemplate {
     /// [`Error::Input`] with the line that does not compile.
     pub fn new(source: &str, place: &str, special: BTreeMap<String, String>) -> Result<Self> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        // `prepare` has dropped the last line end, as Jinja does.
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true).build();
         environment.set_syntax(syntax.map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
@@ -91,10 +92,11 @@ impl ChatTemplate {
         environment.add_filter("default", python::default);
         environment.add_filter("d", python::default);
         environment.add_filter("int", python::int);
-        environment.add_filter("truncate", minijinja_contrib::filters::truncate);
+        environment.add_filter("truncate", python::truncate);
         environment.add_filter("striptags", minijinja_contrib::filters::striptags);
-        environment.add_function("cycler", minijinja_contrib::globals::cycler);
+        environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
         environment.add_function("joiner", minijinja_contrib::globals::joiner);
+        environment.add_test("callable", python::is_callable);
         environment.add_test("iterable", python::is_iterable);
         environment.add_test("sequence", python::is_sequence);
         environment.add_function("dict", python::dict);

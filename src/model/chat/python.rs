@@ -309,6 +309,38 @@ pub(super) fn center(state: &mut State<'_, '_>, text: &str, width: Option<usize>
     Ok(centered.unwrap_or_default())
 }
 
+/// Jinja's filter `truncate(length=255, killwords=False, end='...', leeway=5)`: text that is longer than length and leeway
+/// is cut, with `end`, to `length` characters, at a blank unless `killwords`.
+pub(super) fn truncate(text: &str, arguments: Rest<Value>, keywords: Kwargs) -> Result<String> {
+    let names = ["length", "killwords", "end", "leeway"];
+    let mut values: [Option<Value>; 4] = Default::default();
+    for (i, (value, name)) in values.iter_mut().zip(names).enumerate() {
+        *value = arguments.get(i).cloned().or(keywords.get(name)?).filter(|value| !value.is_none());
+    }
+    keywords.assert_all_used()?;
+    let [length, killwords, end, leeway] = &values;
+    let number = |value: &Option<Value>, default: usize| value.clone().map_or(Ok(default), usize::try_from);
+    let (length, leeway) = (number(length, 255)?, number(leeway, 5)?);
+    let end = end
+        .as_ref()
+        .map_or(Some("..."), Value::as_str)
+        .ok_or_else(|| refused("truncate() with an end that is no text"))?;
+    let kept = length.checked_sub(end.chars().count());
+    let kept = kept.ok_or_else(|| refused(format!("truncate() to {length} characters, fewer than its end has")))?;
+    if text.chars().count() <= length.saturating_add(leeway) {
+        return Ok(text.to_owned());
+    }
+    let cut: String = text.chars().take(kept).collect();
+    let whole = killwords.as_ref().is_some_and(Value::is_true);
+    let cut = cut.rsplit_once(' ').filter(|_| !whole).map_or(cut.as_str(), |(words, _)| words);
+    Ok(format!("{cut}{end}"))
+}
+
+/// Jinja's test `callable`: functions, macros and other objects, not data.
+pub(super) fn is_callable(value: &Value) -> bool {
+    value.kind() == ValueKind::Plain
+}
+
 /// Jinja's filter `default`; with `boolean`, of every value that is false.
 pub(super) fn default(value: &Value, other: Option<Value>, boolean: Option<bool>, keywords: Kwargs) -> Result<Value> {
     let other = other.or(keywords.get("default_value")?).unwrap_or_else(|| Value::from(""));
