@@ -88,7 +88,7 @@ fn lines_fit(line: &str, word: &str, size: f64, width: f64) -> bool {
     text_width(line, size) + text_width(" ", size) + text_width(word, size) <= width
 }
 
-/// Whether a file is a drawing that [`Drawing::finish`] made.
+/// Whether a file is a drawing of this module.
 pub fn is_drawing(path: &Path) -> bool {
     let start = "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 ";
     begins_with(path, start) && read_text(path, 1 << 26).is_ok_and(|text| text.contains("<rect class=\"f-paper\""))

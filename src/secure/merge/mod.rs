@@ -82,7 +82,7 @@ impl MergeOptions {
 /// The models of a merge, as model directories or LoRA adapters on `base`.
 #[derive(Clone, Debug, Default, Args)]
 pub struct MergeModels {
-    /// Model that was tuned: a directory, or a name on the hub, org/name[@revision]
+    /// Model that was tuned: a directory, or a name on the hub, org/name or org/name@revision
     #[arg(long, value_name = "DIR_OR_NAME")]
     pub base: PathBuf,
     /// Tuned model: a directory, or a LoRA adapter on --base
