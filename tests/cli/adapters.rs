@@ -183,6 +183,10 @@ fn adapters_that_would_have_no_effect_are_refused() {
     assert!(tune(&["--adapter", text(&golden)]).contains("adapter_model.safetensors"));
     let both = ["--adapter", text(&golden), "--lora-modules", "q_proj"];
     assert!(tune(&both).contains("cannot be used with"));
+    for option in [&["--lora-rank", "4"][..], &["--lora-alpha", "4"], &["--lora-rslora"]] {
+        let message = tune(&[&["--adapter", text(&golden), "--method", "lora"][..], option].concat());
+        assert!(message.contains(option[0]) && message.contains("--adapter"), "{message}");
+    }
     for command in [&["plan"][..], &["robustness", "--probe", "p", "--security", "s"]] {
         let message = refused(&[command, &["--model", text(&tiny), "--adapter", text(&golden)]].concat());
         assert!(message.contains("--steps 0 --out MERGED"), "{message}");
