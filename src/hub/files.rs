@@ -3,28 +3,12 @@
 use super::HubName;
 use crate::error::{Error, Result};
 use crate::io::json;
+use crate::io::names::{CONFIG, INDEX, SIDE_FILES, SINGLE};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-const CONFIG: &str = "config.json";
 const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// Files beside the weights.
-const SMALL: [&str; 11] = [
-    CONFIG,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-];
 const MAX_INDEX_BYTES: u64 = 1 << 26;
 
 /// `config.json` alone.
@@ -43,7 +27,7 @@ pub(super) fn of_model(
 ) -> Result<Vec<String>> {
     let has = |file: &str| files.iter().any(|other| other == file);
     let mut chosen: Vec<String> =
-        SMALL.into_iter().chain(ADAPTER).filter(|file| has(file)).map(str::to_owned).collect();
+        [CONFIG].into_iter().chain(SIDE_FILES).chain(ADAPTER).filter(|file| has(file)).map(str::to_owned).collect();
     let adapter = ADAPTER.iter().all(|file| has(file));
     if !has(CONFIG) && !adapter {
         let expected = "a repository with config.json and safetensors, or with an adapter of peft";

@@ -4,6 +4,7 @@ mod apart;
 pub(crate) mod file;
 pub(crate) mod input;
 pub(crate) mod json;
+pub(crate) mod names;
 mod output;
 mod owned;
 pub mod safetensors;

@@ -1,6 +1,7 @@
 //! What swat wrote into a directory: the record by which a directory may be replaced without losing anything else.
 
 use super::json;
+use super::names::{CONFIG, SIDE_FILES};
 use crate::error::{Error, FileOp, Result};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,23 +23,10 @@ const NAMED: usize = 3;
 /// Deepest directory that is searched.
 const MAX_DEPTH: usize = 8;
 
-/// Files that versions without a record wrote into a tuned model, weights aside.
-const TUNED_FILES: [&str; 14] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "metrics.jsonl",
-    "updates.json",
-    "tune.json",
-];
+/// Whether versions without a record wrote a file of this name into a tuned model, weights aside.
+fn is_of_tuned_model(name: &str) -> bool {
+    [CONFIG, "metrics.jsonl", "updates.json", "tune.json"].contains(&name) || SIDE_FILES.contains(&name)
+}
 
 /// Size of a file, and its hash if it is small.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -105,7 +93,7 @@ pub(super) fn owned(dir: &Path) -> Result<Record> {
     let record = match read(dir) {
         Some(record) => record,
         None if is_tuned(dir) => {
-            let known = found.files.iter().filter(|name| TUNED_FILES.contains(&name.as_str()) || is_weights(name));
+            let known = found.files.iter().filter(|name| is_of_tuned_model(name) || is_weights(name));
             Record { format: FORMAT.into(), files: known.map(|name| (name.clone(), None)).collect() }
         }
         None => Record::default(),
@@ -130,7 +118,7 @@ pub(super) fn owned(dir: &Path) -> Result<Record> {
 /// Checks the temporary directory of a version without a record, which holds files of a model and nothing else.
 pub(super) fn check_model_files(dir: &Path) -> Result<()> {
     let found = walk(dir)?;
-    let files = found.files.iter().filter(|name| !TUNED_FILES.contains(&name.as_str()) && !is_weights(name));
+    let files = found.files.iter().filter(|name| !is_of_tuned_model(name) && !is_weights(name));
     refuse(dir, files.chain(&found.folders).chain(&found.other).map(|name| not_ours(name)).collect())
 }
 

@@ -7,6 +7,7 @@ use super::{Adapter, AdapterShape, ChatTemplate, ModelConfig, StoredAs, Tokenize
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
 use crate::io::json;
+use crate::io::names::{GENERATION, INDEX, SIDE_FILES, SINGLE};
 use crate::io::safetensors::{Dtype, Safetensors, TensorSpec, float_bytes, write_weights};
 use crate::modules::{ModuleId, ParamId};
 use rayon::prelude::*;
@@ -19,22 +20,6 @@ use weights::{find_tensors, open_shards};
 
 pub(super) use weights::{check_tensor, list, plain_name};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
-/// Files that are copied along with the weights.
-const GENERATION: &str = "generation_config.json";
-const SIDE_FILES: [&str; 10] = [
-    GENERATION,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-];
 const MAX_CONFIG_BYTES: u64 = 1 << 22;
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
 
