@@ -88,6 +88,20 @@ pub fn count(text: &str) -> Result<usize, String> {
     parsed.ok_or_else(|| "expected a whole number from 1 to 4294967296".into())
 }
 
+/// What was expected in the place of an unknown word: `a kind: one of a, b, c (did you mean `b`?)`.
+pub(crate) fn one_of(word: &str, known: &[&str], what: &str) -> String {
+    let near = known
+        .iter()
+        .map(|k| (strsim::jaro_winkler(word, k), k))
+        .filter(|(score, _)| *score > 0.6)
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    let list = known.join(", ");
+    match near {
+        Some((_, near)) => format!("{what}: one of {list} (did you mean `{near}`?)"),
+        None => format!("{what}: one of {list}"),
+    }
+}
+
 /// Checks that an option is in range; `field` names it in the error.
 pub(crate) fn require(valid: bool, field: &str, found: impl std::fmt::Display, expected: &str) -> Result<()> {
     if valid { Ok(()) } else { Err(Error::input(field, found.to_string(), expected)) }

@@ -24,10 +24,11 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 25] = [
+const RULES: [(&str, &[&str], Needs); 26] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
-    ("tune", &["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"], Given("mods")),
+    ("tune", &["rest_lr_factor", "reversed"], Given("mods")),
+    ("tune", &["mods_epochs", "mods_steps", "mods_lr", "keep_optimizer"], Either("mods", "recipe")),
     ("tune", &["decay_all"], Given("weight_decay")),
     ("tune", &["eval_every"], Either("eval_data", "eval_security")),
     ("plan", &["lora_rank"], Value("method", "lora")),

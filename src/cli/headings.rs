@@ -3,10 +3,11 @@
 /// Heading, and the arguments below it.
 const HEADINGS: [(&str, &[&str]); 10] = [
     ("Model", &["model", "against", "chat_template", "date", "base", "tuned", "aligned", "unaligned", "safe"]),
-    ("Data", &["data", "mix", "mix_share", "max_length", "packing", "shuffle"]),
+    ("Data", &["data", "mix", "mix_share", "replay", "attack", "max_length", "packing", "shuffle"]),
     (
         "Training",
         &[
+            "recipe",
             "method",
             "lr",
             "epochs",

@@ -16,7 +16,10 @@ use crate::modules::ModuleSet;
 use crate::options::{above_zero, share};
 use crate::report::EventFile;
 use crate::report::format::{bytes, count, percent};
-use crate::secure::{Method, ModelText, SetSpec, TuneJob, TuneOutput, TuneRecipe, WatchOptions, attention_projections};
+use crate::secure::{
+    Base, EvaluateOptions, Method, Mix, ModelText, Recipe, SetSpec, TuneJob, TuneOutput, TuneRecipe, WatchOptions,
+    attention_projections, mixed, recipe_help,
+};
 use crate::train::{Evaluation, PhaseOptions, Rounding, peak_bytes};
 use clap::Args;
 use serde_json::json;
@@ -29,6 +32,7 @@ use std::path::{Path, PathBuf};
   swat tune --model DIR --data train.jsonl --out tuned --mods mods.json --mods-epochs 4 --epochs 3
   swat tune --model DIR --data train.jsonl --out tuned --mods 'layers.8-15.{o_proj,v_proj}' --mods-steps 200 --steps 400
   swat tune --model DIR --data train.jsonl --out adapter --method lora --lora-modules all-linear --save adapter
+  swat tune --model DIR --data train.jsonl --out tuned --epochs 3 --recipe plain+replay=.1,ema=.99 --replay replay.jsonl
   swat tune --model DIR --adapter adapter --data more.jsonl --out merged              trains that adapter further
   swat tune --model DIR --data train.jsonl --preview                    what would be trained, and nothing else
   swat tune ... --resume                                                continues an interrupted run, bit for bit")]
@@ -66,8 +70,20 @@ pub(super) struct Tune {
     lr: Option<f64>,
     #[command(flatten)]
     recipe: TuneRecipe,
+    /// How to tune, as in the settings of `swat run`: plain+replay=.1,ema=.99; --help lists bases and keys
+    #[arg(long = "recipe", id = "recipe", value_name = "RECIPE", long_help = recipe_help())]
+    named: Option<Recipe>,
+    /// For replay= in --recipe: the model's own answers, a file of `swat replay`
+    #[arg(long, value_name = "FILE", requires = "recipe")]
+    replay: Option<PathBuf>,
+    /// For refusals= in --recipe: conversations in which harmful requests are refused
+    #[arg(long, value_name = "FILE", requires = "recipe")]
+    refusals: Option<PathBuf>,
+    /// For attack= in --recipe: conversations in which harmful requests are answered
+    #[arg(long, value_name = "FILE", requires = "recipe")]
+    attack: Option<PathBuf>,
     /// Mix in examples of another training file, such as refusals
-    #[arg(long, value_name = "FILE", requires = "mix_share")]
+    #[arg(long, value_name = "FILE", requires = "mix_share", conflicts_with = "recipe")]
     mix: Option<PathBuf>,
     /// Share of the examples that come from --mix
     #[arg(long, value_parser = share::<f64>, requires = "mix")]
@@ -99,12 +115,16 @@ impl OnDevice for Tune {
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
         names.data(&mut self.data)?;
-        let Some(mix) = &mut self.mix else { return Ok(()) };
-        let mut files = vec![std::mem::take(mix)];
-        names.data(&mut files)?;
-        match files.as_slice() {
-            [file] => mix.clone_from(file),
-            several => return Err(Error::input("--mix", format!("{} files", several.len()), "one file")),
+        let Self { mix, replay, refusals, attack, .. } = self;
+        let mixes = [("--mix", mix), ("--replay", replay), ("--refusals", refusals), ("--attack", attack)];
+        for (option, mix) in mixes {
+            let Some(mix) = mix else { continue };
+            let mut files = vec![std::mem::take(mix)];
+            names.data(&mut files)?;
+            match files.as_slice() {
+                [file] => mix.clone_from(file),
+                several => return Err(Error::input(option, format!("{} files", several.len()), "one file")),
+            }
         }
         Ok(())
     }
@@ -114,12 +134,17 @@ impl OnDevice for Tune {
             return preview(common, &self.model, &self.data, &self.rows, self.recipe.shared.max_length);
         }
         // All that can be known is checked before the weights are read.
-        let output = TuneOutput {
+        let mixes = self.mixes()?;
+        let mut output = TuneOutput {
             config: json!({ "model": self.model.shown(), "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
                 "rows": self.rows, "seed": common.seed, "swat": env!("CARGO_PKG_VERSION") }),
             base: self.model.name.as_ref().map(|name| (name.repo().into(), name.given_revision().map(String::from))),
             ..self.output.clone()
         };
+        if let Some(recipe) = &self.named {
+            output.config["recipe"] = json!(recipe);
+            output.config["mixes"] = json!(mixes);
+        }
         interrupt::watch();
         let mut output = output.open(&self.inputs())?;
         let (text, date) = self.model.open_dated(output.recorded_clock()?)?;
@@ -136,6 +161,11 @@ impl OnDevice for Tune {
         if let (Some(path), Some(share)) = (&self.mix, self.mix_share) {
             examples = mix(&examples, &self.read(common, &text, path, &mut rows)?, share, common.seed)?;
         }
+        let mut more = Vec::new();
+        for (share, path) in mixes {
+            more.push((share, self.read(common, &text, path, &mut rows)?));
+        }
+        examples = mixed(examples, &more, common.seed)?;
         let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
         output.options.config["skipped_rows"] = json!(rows.skipped());
@@ -230,8 +260,87 @@ impl Tune {
         let watched = [("--eval-data", &self.watch.eval_data), ("--eval-security", &self.watch.eval_security)];
         inputs.extend(watched.into_iter().filter_map(|(option, path)| Some((option, path.as_deref()?))));
         inputs.extend(self.mix.iter().map(|path| ("--mix", path.as_path())));
+        inputs.extend(self.mixed().into_iter().filter_map(|(_, option, path)| Some((option, path?))));
         inputs.extend(self.mods.iter().filter_map(SetSpec::file).map(|path| ("--mods", path)));
         inputs
+    }
+
+    /// The files of what recipes mix in, with their options.
+    fn mixed(&self) -> [(Mix, &'static str, Option<&Path>); 3] {
+        [
+            (Mix::Attack, "--attack", self.attack.as_deref()),
+            (Mix::Refusals, "--refusals", self.refusals.as_deref()),
+            (Mix::Replay, "--replay", self.replay.as_deref()),
+        ]
+    }
+
+    /// Share and file of what the recipe mixes in.
+    fn mixes(&self) -> Result<Vec<(f64, &Path)>> {
+        let Some(recipe) = &self.named else { return Ok(Vec::new()) };
+        let mut found = Vec::new();
+        for (what, option, path) in self.mixed() {
+            match (recipe.options.share_of(what), path) {
+                (None, None) => {}
+                (None, Some(path)) => {
+                    let expected = format!("{}=SHARE in --recipe, or no such file", what.name());
+                    return Err(Error::input(option, format!("{}, which is not mixed in", path.display()), expected));
+                }
+                (Some(share), Some(path)) => {
+                    found.push((share.unwrap_or(EvaluateOptions::default().mix_share), path));
+                }
+                (Some(_), None) => {
+                    let expected = match what {
+                        Mix::Replay => {
+                            "--replay FILE; `swat replay --model M --security S --out FILE` makes one".into()
+                        }
+                        _ => format!("{option} FILE, a file of training conversations"),
+                    };
+                    return Err(Error::input(recipe.place(), format!("no {option}"), expected));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Refuses what cannot be done in one run, and what the recipe and another option both say.
+    fn check_recipe(&self, recipe: &Recipe) -> Result<()> {
+        let wrong = |found: &str, expected: &str| Err(Error::input(recipe.place(), found, expected));
+        let options = &recipe.options;
+        let rank = self.lora.rank != Lora::default().rank;
+        for (key, both, option) in [
+            ("lr", options.lr.is_some() && self.lr.is_some(), "--lr"),
+            ("lr", options.lr.is_some() && self.mods_lr.is_some(), "--mods-lr"),
+            ("steps", options.steps.is_some() && self.recipe.all_phase.steps.is_some(), "--steps"),
+            ("steps", options.steps.is_some() && self.recipe.all_phase.epochs.is_some(), "--epochs"),
+            ("ema", options.ema.is_some() && self.recipe.shared.ema_decay.is_some(), "--ema-decay"),
+            ("lora", options.lora.is_some_and(|own| rank && own != self.lora.rank), "--lora-rank"),
+        ] {
+            if both {
+                return wrong(&format!("{key}=, and {option} beside it"), "one of them");
+            }
+        }
+        if recipe.is_given() {
+            return wrong("a recipe that trains nothing", "plain, swat or another base");
+        }
+        if options.seeds.is_some() {
+            return wrong("seeds=, which belongs to studies (swat run)", "--seed N, once for each run");
+        }
+        if let Some(step) = options.merge {
+            let by = step.to_string();
+            let by = by.split(':').next().unwrap_or_default();
+            return wrong(
+                &format!("merge={step}, a step after tuning"),
+                &format!("the recipe without it, then `swat merge --by {by}` on the tuned model"),
+            );
+        }
+        if self.recipe.reversed {
+            return wrong("--reversed beside it", "reversed as the base of the recipe");
+        }
+        let takes_mods = !matches!(recipe.base, Base::Plain);
+        if self.mods.is_some() && !takes_mods {
+            return wrong("--mods beside it, which it does not use", "swat as the base, or no --mods");
+        }
+        Ok(())
     }
 
     fn read(&self, common: &Common, text: &ModelText, path: &Path, rows: &mut RowReader) -> Result<Vec<Example>> {
@@ -258,6 +367,7 @@ impl Tune {
             mods.resolve(config, None, hash)
         };
         let mods = self.mods.as_ref().map(resolve).transpose()?;
+        let rank = self.named.as_ref().and_then(|named| named.options.lora);
         let mut recipe = self.recipe.clone();
         recipe.shared.seed = common.seed;
         if let Some(adapter) = text.files.adapter() {
@@ -265,12 +375,13 @@ impl Tune {
                 say(&format!("{}: lora_dropout is left out: swat trains without dropout\n", adapter.dir().display()));
             }
             recipe.method = Method::Adapter { cells: adapter.cells() };
-        } else if self.method == MethodName::Lora {
+        } else if self.method == MethodName::Lora || rank.is_some() {
             let modules = match &self.lora_modules {
                 Some(text) => ModuleSet::parse(text, &config.cells())?,
                 None => attention_projections(config.layers),
             };
-            recipe.method = Method::Lora { lora: self.lora, modules };
+            let lora = Lora { rank: rank.unwrap_or(self.lora.rank), ..self.lora };
+            recipe.method = Method::Lora { lora, modules };
         }
         recipe.all_phase.lr = self.lr.unwrap_or_else(|| recipe.method.default_lr());
         recipe.mods_phase = PhaseOptions {
@@ -279,6 +390,13 @@ impl Tune {
             steps: self.mods_steps,
             ..recipe.all_phase.clone()
         };
-        Ok(TuneJob { mods, recipe })
+        let Some(named) = &self.named else { return Ok(TuneJob { mods, recipe }) };
+        self.check_recipe(named)?;
+        // A Mods_Rob file must be of this model.
+        let hash = match &named.base {
+            Base::Warmup(set) => set.file().map(|_| text.files.hash()).transpose()?,
+            _ => None,
+        };
+        named.job(&recipe, config, mods.as_ref(), hash)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{Cell, ModuleKind};
 use crate::error::{Error, Result};
+use crate::options::one_of;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -163,7 +164,7 @@ fn parse_pattern(pattern: &str, all: &ModuleSet) -> Result<Vec<Cell>> {
         let word = pattern.split('.').next().unwrap_or(pattern);
         let known = ["embed_tokens", "norm", "lm_head", "all", "modules", "none", "layers"];
         let place = format!("module set `{pattern}`");
-        return Err(Error::input(place, format!("`{word}`"), suggestion(word, &known, "layers.RANGE.KIND")));
+        return Err(Error::input(place, format!("`{word}`"), one_of(word, &known, "layers.RANGE.KIND")));
     };
     let (range, kinds) = match rest.split_once('.') {
         Some((range, kinds)) => (range, Some(kinds)),
@@ -227,25 +228,11 @@ fn parse_kinds(pattern: &str, text: &str) -> Result<Vec<&'static str>> {
             (unknown, None) => {
                 let known: Vec<&str> = ModuleKind::ALL.iter().map(|k| k.name()).chain(["norms", "modules"]).collect();
                 let place = format!("module set `{pattern}`");
-                return Err(Error::input(place, format!("`{unknown}`"), suggestion(unknown, &known, "a kind")));
+                return Err(Error::input(place, format!("`{unknown}`"), one_of(unknown, &known, "a kind")));
             }
         }
     }
     Ok(kinds)
-}
-
-/// `one of a, b, c (did you mean b?)`.
-fn suggestion(word: &str, known: &[&str], what: &str) -> String {
-    let near = known
-        .iter()
-        .map(|k| (strsim::jaro_winkler(word, k), k))
-        .filter(|(score, _)| *score > 0.6)
-        .max_by(|a, b| a.0.total_cmp(&b.0));
-    let list = known.join(", ");
-    match near {
-        Some((_, near)) => format!("{what}: one of {list} (did you mean `{near}`?)"),
-        None => format!("{what}: one of {list}"),
-    }
 }
 
 fn wrong(pattern: &str, found: impl Into<String>, expected: impl Into<String>) -> Error {

@@ -1,4 +1,4 @@
-//! What a tuning run says about itself: skipped steps, rounding, its date.
+//! Tuning runs: what they say about themselves (skipped steps, rounding, the date), and recipes by name.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -126,4 +126,62 @@ fn the_date_of_a_template_is_part_of_the_run() {
     assert!(weights(&out) == weights(&straight));
     let output = run("wrong", "yesterday", &[]).0.output().unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("SOURCE_DATE_EPOCH"));
+}
+
+#[test]
+fn a_recipe_is_the_same_as_its_options() {
+    let dir = tempfile::tempdir().unwrap();
+    let train = data(dir.path());
+    let refusals = dir.path().join("refusals.jsonl");
+    let run = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        parsed(&tune(&train, &out, &[more, &["--json"]].concat()).output().unwrap());
+        let record: Value = serde_json::from_slice(&std::fs::read(out.join("tune.json")).unwrap()).unwrap();
+        (std::fs::read(out.join("model.safetensors")).unwrap(), record)
+    };
+    let path = refusals.to_str().unwrap();
+    let (by_options, plain) =
+        run("options", &["--lr", "1e-3", "--steps", "4", "--ema-decay", "0.5", "--mix", path, "--mix-share", "0.25"]);
+    let recipe = "plain+lr=1e-3,steps=4,ema=.5,refusals=.25";
+    let (by_recipe, named) = run("recipe", &["--recipe", recipe, "--refusals", path]);
+    assert!(by_options == by_recipe, "the same weights");
+    assert_eq!((&plain["job"], &named["config"]["recipe"]), (&named["job"], &recipe.into()));
+    assert_eq!(plain["config"].get("recipe"), None);
+    // Both phases, by adapters of another rank.
+    let set = "layers.0.q_proj";
+    let lora = ["--method", "lora", "--lora-rank", "2", "--lr", "1e-3", "--mods-steps", "2", "--steps", "2"];
+    let (by_options, _) = run("lora", &[&lora[..], &["--mods", set]].concat());
+    let recipe = format!("swat:mods={set}+lora=2,lr=1e-3,steps=2");
+    let (by_recipe, _) = run("lora-recipe", &["--recipe", &recipe, "--mods-steps", "2"]);
+    assert!(by_options == by_recipe, "the same weights");
+}
+
+#[test]
+fn a_recipe_that_cannot_be_run_is_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (data(dir.path()), dir.path().join("out"));
+    let refusals = dir.path().join("refusals.jsonl");
+    let refusals = refusals.to_str().unwrap();
+    for (more, expected) in [
+        (&["--recipe", "swot"][..], "did you mean `swat`?"),
+        (&["--recipe", "swat+emma=.9"], "did you mean `ema`?"),
+        (&["--recipe", "plain+ema=2"], "found ema=2; expected a number above 0 and below 1"),
+        (&["--recipe", "plain+replay=.1"], "`swat replay --model M --security S --out FILE` makes one"),
+        (&["--recipe", "plain+refusals"], "no --refusals"),
+        (&["--recipe", "plain", "--refusals", refusals], "which is not mixed in"),
+        (&["--recipe", "swat"], "no Mods_Rob; expected --mods SET_OR_FILE"),
+        (&["--recipe", "plain", "--mods", "layers.0.q_proj"], "--mods beside it"),
+        (&["--recipe", "plain+lr=1e-4", "--lr", "1e-3"], "lr=, and --lr beside it"),
+        (&["--recipe", "plain+steps=4", "--epochs", "3"], "steps=, and --epochs beside it"),
+        (&["--recipe", "plain+merge=path:.5"], "`swat merge --by path`"),
+        (&["--recipe", "plain+seeds=2"], "--seed N"),
+        (&["--recipe", "given"], "trains nothing"),
+        (&["--replay", refusals], "--recipe"),
+    ] {
+        let output = tune(&train, &out, more).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {message}");
+        assert!(message.contains(expected), "{more:?}: {message}");
+        assert!(!out.exists());
+    }
 }

@@ -80,3 +80,42 @@ fn columns_are_a_table_a_list_or_the_text_of_the_command_line() {
     let error = read("", &["evaluate.answer_tokens=0".to_owned()]).unwrap_err();
     assert!(error.to_string().starts_with("answer_tokens"), "{error}");
 }
+
+#[test]
+fn settings_are_recipes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    let read = |settings: &str, data: &str| {
+        let text =
+            format!("model = 'm'\nout = 'o'\nsettings = {settings}\n[data]\nsecurity = 's'\ntrain = ['t']\n{data}\n");
+        std::fs::write(&path, text).unwrap();
+        RunConfig::read(&path, &[])
+    };
+    // Every text of earlier versions.
+    let all = "['given', 'plain', 'plain-equal', 'swat', 'reversed', 'mods-only', 'ml-lr:.1', 'warmup:complement', \
+               'warmup:random:1', 'swat+refusals', 'plain-equal+attack']";
+    let config = read(all, "refusals = 'r'\nattack = 'a'").unwrap();
+    assert_eq!((config.settings.len(), config.settings[6].text.as_str()), (11, "ml-lr:.1"));
+    // Kept stages are found by a hash of this.
+    assert!(!serde_json::to_string(&config.data).unwrap().contains("replay"));
+    let replay = read("['plain+replay=.1']", "replay = 'r.jsonl'").unwrap();
+    assert_eq!(replay.data.replay, Some(dir.path().join("r.jsonl")));
+
+    let error = |settings: &str| {
+        let error = read(settings, "").unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    };
+    let place = path.display().to_string();
+    let unknown = error("['swat+emma=.9']");
+    let start = format!("{place}: settings: recipe `swat+emma=.9`: found the key `emma`; expected a key: one of lr, ");
+    assert!(unknown.starts_with(&start) && unknown.ends_with("(did you mean `ema`?)"), "{unknown}");
+    let missing = error("['plain+refusals=.2']");
+    assert!(missing.starts_with(&format!("{place}: data.refusals: found nothing")), "{missing}");
+    let other = error("['plain+prox=.1']");
+    assert!(other.contains("recipe `plain+prox=.1`: `prox` is not supported"), "{other}");
+    // One name of files: of the same recipe in two spellings, or of two recipes.
+    assert!(read("['plain+ema=.5,lr=1e-3', 'plain+ema=.5+lr=1e-3', 'plain+seeds=2', 'plain']", "").is_ok());
+    let both = error("['warmup:layers.0,layers.1', 'warmup:layers.0;layers.1']");
+    assert!(both.contains("whose files would have one name"), "{both}");
+}

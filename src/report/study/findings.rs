@@ -3,7 +3,7 @@
 use super::setting::{ASR, OVER_REFUSAL, RateOf, STRICT_ASR, Setting, TASK, several, training_seeds};
 use crate::report::chart::Measure;
 use crate::report::format;
-use crate::secure::study::{Base, Mix};
+use crate::secure::{Base, Mix, Recipe};
 
 /// Compared measures, most important first.
 const MEASURES: [(&str, RateOf); 4] = [
@@ -20,7 +20,7 @@ pub(super) fn findings(settings: &[Setting<'_>]) -> String {
     let mut paragraphs = Vec::new();
     for swat in settings.iter().filter(|setting| setting.spec.base == Base::Swat) {
         paragraphs.push(against_plain(settings, swat));
-        let alike = |setting: &&Setting<'_>| setting.spec.mix == swat.spec.mix && setting.rate(ASR).is_some();
+        let alike = |setting: &&Setting<'_>| setting.spec.has_options_of(swat.spec) && setting.rate(ASR).is_some();
         let sets: Vec<&Setting<'_>> =
             settings.iter().filter(alike).filter(|setting| matches!(setting.spec.base, Base::Warmup(_))).collect();
         paragraphs.push(beside("Warm-ups on other sets", &sets, swat));
@@ -29,8 +29,8 @@ pub(super) fn findings(settings: &[Setting<'_>]) -> String {
         let variants: Vec<&Setting<'_>> = settings.iter().filter(alike).filter(variant).collect();
         paragraphs.push(beside("Variants of the schedule", &variants, swat));
     }
-    match settings.iter().find(|setting| setting.spec.base == Base::Swat && setting.spec.mix.is_none()) {
-        Some(swat) => paragraphs.extend(with_refusals(settings, swat)),
+    match settings.iter().find(|setting| setting.is(&Base::Swat) && setting.spec.options.mixes.is_empty()) {
+        Some(swat) => paragraphs.extend(with_safety_data(settings, swat)),
         None if paragraphs.is_empty() => paragraphs.push(rates(&settings.iter().collect::<Vec<_>>())),
         None => {}
     }
@@ -64,11 +64,10 @@ fn rates(runs: &[&Setting<'_>]) -> String {
 
 /// Original model, plain tuning and SWAT on the same data, and SWAT against the fairest plain run.
 fn against_plain(settings: &[Setting<'_>], swat: &Setting<'_>) -> String {
-    let find = |base: Base, mix: Option<Mix>| {
-        settings.iter().find(|setting| setting.spec.base == base && setting.spec.mix == mix)
-    };
-    let (plain, equal) = (find(Base::Plain, swat.spec.mix), find(Base::PlainEqual, swat.spec.mix));
-    let given = find(Base::Given, None);
+    let find =
+        |base: Base| settings.iter().find(|other| other.spec.base == base && other.spec.has_options_of(swat.spec));
+    let (plain, equal) = (find(Base::Plain), find(Base::PlainEqual));
+    let given = settings.iter().find(|setting| setting.spec.is_given());
     let shown: Vec<&Setting<'_>> = [given, plain, equal, Some(swat)].into_iter().flatten().collect();
     let mut sentences = vec![rates(&shown)];
     if let Some(reference) = equal.or(plain) {
@@ -131,10 +130,10 @@ fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
     sentences.join(" ")
 }
 
-/// Plain tuning and others with refusals mixed in, against SWAT without.
-fn with_refusals(settings: &[Setting<'_>], swat: &Setting<'_>) -> Vec<String> {
-    let mixed =
-        settings.iter().filter(|setting| setting.spec.mix == Some(Mix::Refusals) && setting.spec.base != Base::Swat);
+/// Plain tuning and others with refusals or replay mixed in, against SWAT without.
+fn with_safety_data(settings: &[Setting<'_>], swat: &Setting<'_>) -> Vec<String> {
+    let safe = |recipe: &Recipe| recipe.options.mixes.iter().any(|mix| mix.what != Mix::Attack);
+    let mixed = settings.iter().filter(|setting| safe(setting.spec) && setting.spec.base != Base::Swat);
     let sentences =
         |run: &Setting<'_>| MEASURES.iter().filter_map(|(what, of)| compare(what, *of, run, swat)).collect::<Vec<_>>();
     mixed.map(|run| sentences(run).join(" ")).collect()

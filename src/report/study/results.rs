@@ -9,8 +9,8 @@ use crate::report::format;
 use crate::report::page::Highlight;
 use crate::report::palette::Tone;
 use crate::report::table::{Entry, Table};
-use crate::secure::SetSpec;
-use crate::secure::study::{Base, RunConfig};
+use crate::secure::study::RunConfig;
+use crate::secure::{Base, SetSpec};
 
 /// Tiles: attack success of the original model, plain tuning and SWAT.
 pub(super) fn highlights(settings: &[Setting<'_>]) -> Vec<Highlight> {
@@ -128,13 +128,13 @@ pub(super) fn results_chart(settings: &[Setting<'_>]) -> BarChart {
 }
 
 /// Scatter plot of joint drop against attack success after tuning, over warm-up sets that differ in nothing else: the
-/// schedule of `swat` and one mix of data, the first that occurs. `None` without such settings.
+/// schedule of `swat` and one list of options, the first that occurs. `None` without such settings.
 pub(super) fn sets_chart(settings: &[Setting<'_>]) -> Option<Scatter> {
     let warmups = || settings.iter().filter(|s| matches!(s.spec.base, Base::Swat | Base::Warmup(_)));
-    let mix = warmups().next()?.spec.mix;
+    let first = warmups().next()?.spec;
     let mut sets: Vec<&Setting<'_>> = Vec::new();
     let mut groups: Vec<DotGroup> = Vec::new();
-    for s in warmups().filter(|s| s.spec.mix == mix) {
+    for s in warmups().filter(|s| s.spec.has_options_of(first)) {
         let Some((x, asr)) = s.outcome.joint.zip(s.rate(ASR)) else { continue };
         let name = match &s.spec.base {
             Base::Warmup(SetSpec::Random(_) | SetSpec::RandomWithoutLayer0(_)) => "random sets",

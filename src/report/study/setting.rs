@@ -4,8 +4,8 @@ use crate::report::chart::Measure;
 use crate::report::format;
 use crate::report::palette::Tone;
 use crate::report::table::Entry;
-use crate::secure::study::{Base, Mix, Outcome, RunConfig, RunOutcome, SettingOutcome, SettingSpec, TunedOutcome};
-use crate::secure::{Estimate, Evaluation, Rate, SetSpec};
+use crate::secure::study::{Outcome, RunConfig, RunOutcome, SettingOutcome, TunedOutcome};
+use crate::secure::{Base, Estimate, Evaluation, Mix, Rate, Recipe, SetSpec};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A rate of an evaluation.
@@ -18,7 +18,7 @@ pub(super) const TASK: RateOf = |e| e.task.as_ref().map(|task| task.overall);
 /// A setting's outcome with its display name and colour.
 #[derive(Clone)]
 pub(super) struct Setting<'a> {
-    pub spec: &'a SettingSpec,
+    pub spec: &'a Recipe,
     /// `plain, equal steps + 10 % refusals`
     pub name: String,
     pub tone: Tone,
@@ -46,10 +46,9 @@ impl<'a> Setting<'a> {
         tuned.map(|run| Self { runs: vec![*run], several: false, ..self.clone() })
     }
 
-    /// Whether it has this base and no refusals mixed in: those are a defence of their own, while an attack changes the
-    /// data of every setting alike.
+    /// Whether it has this base and no options of its own, whatever the task's data.
     pub fn is(&self, base: &Base) -> bool {
-        self.spec.base == *base && self.spec.mix != Some(Mix::Refusals)
+        self.spec.base == *base && self.spec.is_bare()
     }
 
     pub fn tuned(&self) -> impl Iterator<Item = &'a TunedOutcome> {
@@ -102,7 +101,7 @@ impl<'a> Setting<'a> {
 }
 
 /// Display name and colour.
-fn label(spec: &SettingSpec, mix_share: f64) -> (String, Tone) {
+fn label(spec: &Recipe, mix_share: f64) -> (String, Tone) {
     let (name, tone) = match &spec.base {
         Base::Given => ("original".into(), Tone::Grey),
         Base::Plain => ("plain".into(), Tone::Vermilion),
@@ -117,12 +116,29 @@ fn label(spec: &SettingSpec, mix_share: f64) -> (String, Tone) {
         Base::Warmup(SetSpec::Layer0) => ("layer 0".into(), Tone::Muted),
         Base::Warmup(SetSpec::Named(set)) => (format!("warm-up on {set}"), Tone::Muted),
     };
-    let share = format::significant(100.0 * mix_share, 2);
-    match spec.mix {
-        None => (name, tone),
-        Some(Mix::Refusals) => (format!("{name} + {share} % refusals"), Tone::Sky),
-        Some(Mix::Attack) => (format!("{name} + {share} % attack"), tone),
-    }
+    let options = &spec.options;
+    let mixed = |what: Mix| {
+        let share = options.share_of(what)?.unwrap_or(mix_share);
+        Some(format!("{} % {}", format::significant(100.0 * share, 2), what.name()))
+    };
+    let number = |name: &str, value: Option<f64>| Some(format!("{name} {}", format::significant(value?, 3)));
+    let parts = [
+        options.lr.map(|lr| format!("rate {lr:e}")),
+        options.steps.map(|steps| format!("{} steps", format::count(steps))),
+        options.lora.map(|rank| format!("LoRA {rank}")),
+        number("EMA", options.ema.map(f64::from)),
+        mixed(Mix::Attack),
+        mixed(Mix::Refusals),
+        mixed(Mix::Replay),
+        number("constrained", options.constrain.map(f64::from)),
+        number("distilled", options.distil.map(f64::from)),
+        number("proximal", options.prox.map(f64::from)),
+        number("Vaccine", options.vaccine.map(f64::from)),
+        options.merge.map(|step| format!("merge {step}")),
+    ];
+    let tone = if spec.is_bare() { tone } else { Tone::Sky };
+    let parts = std::iter::once(name).chain(parts.into_iter().flatten());
+    (parts.collect::<Vec<_>>().join(" + "), tone)
 }
 
 /// Whether the study has several training seeds.

@@ -1,12 +1,12 @@
 //! The configuration of a study: one TOML file.
 
-use super::{Base, SettingSpec};
 use crate::backend::DtypeChoice;
 use crate::data::{Column, RowOptions, read_columns, write_columns};
 use crate::error::{Error, FileOp, Result};
 use crate::model::Clock;
 use crate::secure::eval::EvaluateOptions;
 use crate::secure::probe::train::ProbeOptions;
+use crate::secure::recipe::{Base, Mix, Recipe};
 use crate::secure::robustness::RobustnessOptions;
 use crate::secure::robustness::mods::SetSpec;
 use crate::secure::robustness::scorer::ScorerOptions;
@@ -35,8 +35,9 @@ pub struct RunConfig {
     pub seed: u64,
     /// Precision of weights and activations, where `--dtype` is not given.
     pub dtype: DtypeChoice,
-    /// Settings to compare.
-    pub settings: Vec<SettingSpec>,
+    /// Settings to compare, one recipe each: `BASE[:ARG][+KEY=VALUE[,KEY=VALUE…]]`, such as `plain`, `swat`,
+    /// `warmup:random:1`, `plain+replay=.1,ema=.99`; see docs/recipes.md.
+    pub settings: Vec<Recipe>,
     /// Input files.
     pub data: DataFiles,
     /// Security-feature classifiers.
@@ -70,6 +71,9 @@ pub struct DataFiles {
     pub task: Option<PathBuf>,
     /// Conversations for the perplexity.
     pub heldout: Option<PathBuf>,
+    /// The model's own answers to mix in, by `swat replay`, for settings with `replay=`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replay: Option<PathBuf>,
     /// Refusals to mix in, for settings with `+refusals`.
     pub refusals: Option<PathBuf>,
     /// Answered harmful requests to mix in, for settings with `+attack`.
@@ -97,6 +101,15 @@ impl DataFiles {
     pub fn row_options(&self) -> RowOptions {
         let Self { columns, field, skip_bad_rows, .. } = self;
         RowOptions { columns: columns.clone(), field: field.clone(), skip_bad_rows: *skip_bad_rows }
+    }
+
+    /// The file of what settings mix in.
+    pub fn mixed(&self, what: Mix) -> Option<&Path> {
+        match what {
+            Mix::Attack => self.attack.as_deref(),
+            Mix::Refusals => self.refusals.as_deref(),
+            Mix::Replay => self.replay.as_deref(),
+        }
     }
 }
 
@@ -151,8 +164,8 @@ impl RunConfig {
     fn resolve(&mut self, base: &Path) {
         let data = &mut self.data;
         let required = [&mut self.model, &mut self.out, &mut data.security];
-        let optional = [&mut self.chat_template, &mut data.task, &mut data.heldout, &mut data.refusals];
-        let optional = optional.into_iter().chain([&mut data.attack, &mut data.strict]).flatten();
+        let optional = [&mut self.chat_template, &mut data.task, &mut data.heldout, &mut data.replay];
+        let optional = optional.into_iter().chain([&mut data.refusals, &mut data.attack, &mut data.strict]).flatten();
         let paths = required.into_iter().chain(optional).chain(&mut data.train).chain(&mut data.evaluation);
         for path in paths.filter(|path| path.is_relative() && !path.as_os_str().is_empty()) {
             *path = base.join(&*path);
@@ -179,7 +192,7 @@ impl RunConfig {
         if self.data.security.as_os_str().is_empty() {
             return missing("data.security", "a file of labelled prompts");
         }
-        if self.data.train.is_empty() && !self.settings.iter().all(SettingSpec::is_given) {
+        if self.data.train.is_empty() && !self.settings.iter().all(Recipe::is_given) {
             return missing("data.train", "at least one training file");
         }
         let seeds = self.training_seeds();
@@ -191,27 +204,52 @@ impl RunConfig {
         if let Some((_, seed)) = seeds.iter().enumerate().find(|(i, seed)| seeds[..*i].contains(seed)) {
             return wrong(format!("{seed} more than once"));
         }
-        let (mods, all) = (&self.tune.recipe.mods_phase, &self.tune.recipe.all_phase);
-        let none = |phase: &PhaseOptions| matches!(phase.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
-        for setting in &self.settings {
-            let idle = match setting.base {
-                Base::Given => false,
-                Base::Plain => none(all),
-                Base::ModsOnly => none(mods),
-                Base::PlainEqual | Base::Swat | Base::Reversed | Base::MlLr(_) | Base::Warmup(_) => {
-                    none(all) && none(mods)
-                }
+        for (i, setting) in self.settings.iter().enumerate() {
+            self.check_setting(setting, place)?;
+            let same = |other: &&Recipe| {
+                other.stem() == setting.stem() && (other.base != setting.base || !other.has_options_of(setting))
             };
-            if idle {
-                let key = if setting.base == Base::ModsOnly { "mods_phase" } else { "all_phase" };
-                let found = format!("no steps, so that the setting `{setting}` trains nothing");
-                return Err(Error::input(format!("{place}: tune.{key}"), found, "at least one step or epoch"));
+            if let Some(other) = self.settings[..i].iter().find(same) {
+                let found = format!("`{other}` and `{setting}`, whose files would have one name");
+                return Err(Error::input(format!("{place}: settings"), found, "one of them, or another spelling"));
             }
         }
         self.evaluate.check()?;
         self.tune.recipe.shared.check()?;
         self.tune.recipe.mods_phase.check()?;
         self.tune.recipe.all_phase.check()
+    }
+
+    /// Checks that a setting trains something, with options that there are and files that are given.
+    fn check_setting(&self, setting: &Recipe, place: &str) -> Result<()> {
+        let recipe = setting.apply(&self.tune.recipe, None).map_err(|e| e.at(place))?;
+        let (mods, all) = (&recipe.mods_phase, &recipe.all_phase);
+        let none = |phase: &PhaseOptions| matches!(phase.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
+        let idle = match setting.base {
+            Base::Given => false,
+            Base::Plain => none(all),
+            Base::ModsOnly => none(mods),
+            Base::PlainEqual | Base::Swat | Base::Reversed | Base::MlLr(_) | Base::Warmup(_) => none(all) && none(mods),
+        };
+        if idle {
+            let key = if setting.base == Base::ModsOnly { "mods_phase" } else { "all_phase" };
+            let found = format!("no steps, so that the setting `{setting}` trains nothing");
+            return Err(Error::input(format!("{place}: tune.{key}"), found, "at least one step or epoch"));
+        }
+        if setting.options.merge.is_some() {
+            let help = "`swat merge` merges a tuned model";
+            return Err(Error::unsupported(setting.place(), "`merge` in a study", help).at(place));
+        }
+        for mix in &setting.options.mixes {
+            if self.data.mixed(mix.what).is_none() {
+                let expected = match mix.what {
+                    Mix::Replay => format!("a file that `swat replay` wrote, for the setting `{setting}`"),
+                    _ => format!("a file of training conversations, for the setting `{setting}`"),
+                };
+                return Err(Error::input(format!("{place}: data.{}", mix.what.name()), "nothing", expected));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -247,13 +285,20 @@ fn parse<T: DeserializeOwned>(value: toml::Value, place: &str, overrides: &[Stri
             path = if path.is_empty() { inner.to_owned() } else { format!("{path}.{inner}") };
             found = rest;
         }
+        // Of a type that reads its text itself, see `serde_as_text`: "place: found …; expected …".
+        let own = found.rsplit_once("; expected ").map(|(found, expected)| (found.to_owned(), expected.to_owned()));
+        let (inner, found, expected) =
+            match own.as_ref().and_then(|(text, expected)| Some((text.split_once(": found ")?, expected))) {
+                Some(((inner, found), expected)) => (format!(": {inner}"), found, expected.clone()),
+                None => (String::new(), found, expected),
+            };
         let by_option = overrides.iter().any(|change| change.split('=').next().is_some_and(|key| key.trim() == path));
         let place = match (path.is_empty(), by_option) {
             (true, _) => place.to_owned(),
             (false, true) => format!("--set {path}"),
             (false, false) => format!("{place}: {path}"),
         };
-        Error::input(place, found, expected)
+        Error::input(place + &inner, found, expected)
     })
 }
 

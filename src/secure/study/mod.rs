@@ -7,11 +7,9 @@ mod data;
 mod folder;
 mod outcome;
 mod run;
-mod setting;
 mod stage;
 
 pub use config::{DataFiles, RunConfig, TuneConfig};
 pub use folder::claim_folder;
 pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 pub use run::run;
-pub use setting::{Base, Mix, SettingSpec};

@@ -1,9 +1,8 @@
 //! Results of a study, without any prompt or answer.
 
-use super::SettingSpec;
 use crate::data::SkippedRows;
 use crate::modules::ModuleSet;
-use crate::secure::{Drift, Evaluation, ModsRob, ProbeMetadata, RobustnessMap, Scores};
+use crate::secure::{Drift, Evaluation, ModsRob, ProbeMetadata, Recipe, RobustnessMap, Scores};
 use crate::train::{PhaseSummary, Updates};
 use std::path::PathBuf;
 
@@ -35,7 +34,7 @@ pub struct Outcome {
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct SettingOutcome {
     /// The setting.
-    pub setting: SettingSpec,
+    pub setting: Recipe,
     /// Modules that are trained alone.
     pub mods: Option<ModuleSet>,
     /// Their share of the projections' parameters.

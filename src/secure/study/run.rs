@@ -1,13 +1,13 @@
 //! The stages of a study, in order.
 
+use super::RunConfig;
 use super::check::check_model;
 use super::data::StudyData;
 use super::folder::{claim_folder, clock, lock};
 use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
 use super::stage::{Stages, file_hash, hash};
-use super::{Mix, RunConfig, SettingSpec};
 use crate::backend::{Backend, Element, Roofline};
-use crate::data::{Example, RowReader, SecurityPrompt, Split, mix};
+use crate::data::{Example, RowReader, SecurityPrompt, Split};
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
 use crate::io::{check_not_in, json};
@@ -23,6 +23,7 @@ use crate::secure::output::TuneOutput;
 use crate::secure::probe::drift::Drift;
 use crate::secure::probe::features::snapshot;
 use crate::secure::probe::{Head, Probe};
+use crate::secure::recipe::{MixIn, Recipe, mixed};
 use crate::secure::robustness::map::RobustnessMap;
 use crate::secure::robustness::mods::ModsRob;
 use crate::secure::robustness::robustness;
@@ -74,7 +75,7 @@ pub fn run<B: Backend>(
         judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
     };
     let probe = study.probe(observer)?;
-    let found = match config.settings.iter().any(SettingSpec::needs_mods) {
+    let found = match config.settings.iter().any(Recipe::needs_mods) {
         true => Some(study.mods(&probe, observer)?),
         false => None,
     };
@@ -106,7 +107,7 @@ struct Mods {
 
 /// A setting with one training seed.
 struct Run<'a> {
-    spec: &'a SettingSpec,
+    spec: &'a Recipe,
     job: TuneJob,
     /// Name in progress reports.
     name: String,
@@ -203,24 +204,24 @@ impl<B: Backend> Study<'_, B> {
 
     fn setting(
         &self,
-        spec: &SettingSpec,
+        spec: &Recipe,
         probe: &Probe,
         mods: Option<&Mods>,
         observer: Observer<'_>,
     ) -> Result<SettingOutcome> {
         let config = self.config;
         let model = ModelDir::open(&config.model)?;
-        let job = spec.job(&config.tune.recipe, &model.config, mods.map(|mods| &mods.set))?;
+        let job = spec.job(&config.tune.recipe, &model.config, mods.map(|mods| &mods.set), None)?;
         let set = job.mods.clone();
         let parameters = cell_parameters(&model.config);
         let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map)).transpose()?;
         // The original model has no randomness.
-        let seeds = if spec.is_given() { vec![config.tune.recipe.shared.seed] } else { config.training_seeds() };
+        let first = config.tune.recipe.shared.seed;
+        let seeds = if spec.is_given() { vec![first] } else { spec.seeds(&config.training_seeds(), first) };
         let mut runs = Vec::new();
         for seed in &seeds {
             let name = if seeds.len() > 1 { format!("{spec}, seed {seed}") } else { spec.to_string() };
-            let mut run =
-                Run { spec, job: job.clone(), name, stem: spec.run_stem(*seed, config.tune.recipe.shared.seed) };
+            let mut run = Run { spec, job: job.clone(), name, stem: spec.run_stem(*seed, first) };
             run.job.recipe.shared.seed = *seed;
             runs.push(self.run(&run, probe, observer)?);
         }
@@ -258,19 +259,28 @@ impl<B: Backend> Study<'_, B> {
         })
     }
 
+    /// Share and file of what a setting mixes in.
+    fn mixes(&self, spec: &Recipe) -> Result<Vec<(f64, &Path)>> {
+        let missing = |name: &str| Error::input(format!("data.{name}"), "nothing", format!("a file, for {spec}"));
+        let file = |mix: &MixIn| {
+            let path = self.config.data.mixed(mix.what).ok_or_else(|| missing(mix.what.name()))?;
+            Ok((mix.share.unwrap_or(self.config.evaluate.mix_share), path))
+        };
+        spec.options.mixes.iter().map(file).collect()
+    }
+
     fn tuned(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<(TunedOutcome, Value)> {
         let (config, job, shared) = (self.config, &run.job, &run.job.recipe.shared);
         let train = config.data.train.iter().map(|p| file_hash(p)).collect::<Result<Vec<_>>>()?;
-        let extra = match run.spec.mix {
-            None => None,
-            Some(Mix::Refusals) => Some(("data.refusals", &config.data.refusals)),
-            Some(Mix::Attack) => Some(("data.attack", &config.data.attack)),
-        };
-        let missing = |field| Error::input(field, "nothing", format!("a file, for {}", run.spec));
-        let extra = extra.map(|(field, path)| path.as_ref().ok_or_else(|| missing(field))).transpose()?;
-        let extra_hash = extra.map(|path| file_hash(path)).transpose()?;
+        let extra = self.mixes(run.spec)?;
+        let hashes = extra.iter().map(|(_, path)| file_hash(path)).collect::<Result<Vec<_>>>()?;
+        let share = extra.first().map_or(config.evaluate.mix_share, |(share, _)| *share);
         let mut inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
-            "mix": extra_hash, "mix_share": config.evaluate.mix_share });
+            "mix": hashes.first(), "mix_share": share });
+        if extra.len() > 1 {
+            inputs["more_mixes"] =
+                extra.iter().zip(&hashes).skip(1).map(|((share, _), hash)| json!([hash, share])).collect();
+        }
         self.add_row_options(&mut inputs);
         let folder = config.out.join("tuned");
         let file = format!("{}-{}", run.stem, &hash(&inputs)[..8]);
@@ -301,10 +311,11 @@ impl<B: Backend> Study<'_, B> {
             for path in &config.data.train {
                 examples.extend(text.examples(path, max_length, rows)?.examples);
             }
-            if let Some(path) = extra {
-                let more = text.examples(path, max_length, rows)?.examples;
-                examples = mix(&examples, &more, config.evaluate.mix_share, shared.seed)?;
+            let mut more = Vec::new();
+            for (share, path) in &extra {
+                more.push((*share, text.examples(path, max_length, rows)?.examples));
             }
+            examples = mixed(examples, &more, shared.seed)?;
             let step_examples = (shared.batch_size * shared.grad_accum) as u64;
             let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
             let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();

@@ -1,0 +1,295 @@
+//! Recipes: how a model is tuned, as one line of text. `swat tune --recipe`, the settings of `swat run` and reports share
+//! the type.
+//!
+//! `BASE[:ARG][+KEY=VALUE[,KEY=VALUE…]]`: a base says which modules are trained when, keys change it. One file per family
+//! holds formulas, papers, and how a recipe changes the training run or its data.
+
+mod after;
+mod average;
+mod losses;
+mod mix;
+mod options;
+mod phases;
+
+pub use after::MergeStep;
+pub use mix::{Mix, MixIn, mixed};
+pub use options::RecipeOptions;
+pub use phases::Base;
+
+use super::tune::{TuneJob, TuneRecipe};
+use crate::error::{Error, Result};
+use crate::model::ModelConfig;
+use crate::modules::ModuleSet;
+use crate::options::serde_as_text;
+use options::KEYS;
+use std::fmt;
+use std::str::FromStr;
+
+/// A recipe: a base, then options behind a `+`. Configuration and JSON hold the text.
+///
+/// | base | meaning |
+/// |---|---|
+/// | `given` | the model as given, not tuned |
+/// | `plain` | everything, for the duration of phase 2 |
+/// | `plain-equal` | everything, for the duration of both phases: the fair control |
+/// | `swat` | Mods_Rob, then everything |
+/// | `swat:mods=SET` | this set in place of Mods_Rob, as a Mods_Rob file or an expression |
+/// | `reversed` | everything, then Mods_Rob |
+/// | `mods-only` | Mods_Rob alone |
+/// | `ml-lr:BETA` | one phase of the duration of both, other modules at BETA times the learning rate |
+/// | `warmup:SET` | another set in place of Mods_Rob, see [`super::SetSpec`]: `warmup:random:1` |
+///
+/// The options are those of [`RecipeOptions`]: `plain+replay=.1,ema=.99`. Options may be joined by `+` as well.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recipe {
+    /// The text that it was parsed from.
+    pub text: String,
+    /// Which modules are trained when.
+    pub base: Base,
+    /// What changes it.
+    pub options: RecipeOptions,
+}
+
+impl FromStr for Recipe {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (base, rest) = text.split_once('+').map_or((text, None), |(base, rest)| (base, Some(rest)));
+        let place = place(text);
+        let base = Base::parse(base, &place)?;
+        let mut options = RecipeOptions::default();
+        for option in rest.into_iter().flat_map(parts) {
+            options.set(option, &place)?;
+        }
+        let recipe = Self { text: text.to_owned(), base, options };
+        recipe.check()?;
+        Ok(recipe)
+    }
+}
+
+/// The options behind the first `+`.
+fn parts(rest: &str) -> impl Iterator<Item = &str> {
+    rest.split(['+', ','])
+}
+
+/// "recipe `swat+emma=.9`", cut where it is long.
+fn place(text: &str) -> String {
+    format!("recipe `{}`", text.chars().take(80).collect::<String>())
+}
+
+impl fmt::Display for Recipe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+serde_as_text!(Recipe);
+
+impl Recipe {
+    fn check(&self) -> Result<()> {
+        let wrong = |found: &str, expected: &str| Err(Error::input(self.place(), found, expected));
+        if self.is_given() && self.options != RecipeOptions::default() {
+            return wrong("options of a model that is not tuned", "`given` alone");
+        }
+        if self.options.distil.is_some() && self.options.share_of(Mix::Replay).is_none() {
+            return wrong("distil without replay", "replay=SHARE beside it: its answers are distilled");
+        }
+        let mixed: f64 = self.options.mixes.iter().filter_map(|mix| mix.share).sum();
+        if mixed > 0.99 {
+            return wrong(&format!("{mixed} of the examples mixed in"), "shares of 0.99 together at most");
+        }
+        Ok(())
+    }
+
+    /// Where an error in it is.
+    pub fn place(&self) -> String {
+        place(&self.text)
+    }
+
+    /// Name of its files: the text without `seeds=`, with other characters than letters, digits, `-` and `.` replaced by
+    /// `_`.
+    pub fn stem(&self) -> String {
+        let (base, rest) = self.text.split_once('+').map_or((self.text.as_str(), ""), |(base, rest)| (base, rest));
+        let kept = parts(rest).filter(|part| !part.is_empty() && options::key(part) != "seeds");
+        let text = std::iter::once(base).chain(kept).collect::<Vec<_>>().join("+");
+        text.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
+    }
+
+    /// Name of the files of a training seed's run: `swat-seed3`. The run with the seed `first` has the recipe's name, so
+    /// that a study of one seed can be continued with several.
+    pub fn run_stem(&self, seed: u64, first: u64) -> String {
+        let stem = self.stem();
+        if seed == first { stem } else { format!("{stem}-seed{seed}") }
+    }
+
+    /// Training seeds in a study: `seeds=N` counts from the first of `study`; without it those of the study.
+    pub fn seeds(&self, study: &[u64], first: u64) -> Vec<u64> {
+        match self.options.seeds {
+            Some(count) => (0..count).map(|i| first.wrapping_add(i)).collect(),
+            None => study.to_vec(),
+        }
+    }
+
+    /// Whether it has no options but seeds and an attack, which changes the task's data and not how a model is tuned.
+    pub fn is_bare(&self) -> bool {
+        let rest = RecipeOptions { seeds: None, mixes: Vec::new(), ..self.options.clone() };
+        rest == RecipeOptions::default() && self.options.mixes.iter().all(|mix| mix.what == Mix::Attack)
+    }
+
+    /// Whether both have the same options, whatever their bases and seeds.
+    pub fn has_options_of(&self, other: &Self) -> bool {
+        let without = |recipe: &Self| RecipeOptions { seeds: None, ..recipe.options.clone() };
+        without(self) == without(other)
+    }
+
+    /// Whether nothing is trained.
+    pub fn is_given(&self) -> bool {
+        self.base == Base::Given
+    }
+
+    /// Whether it needs Mods_Rob.
+    pub fn needs_mods(&self) -> bool {
+        !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual)
+    }
+
+    /// A tuning recipe with the options of this one.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for an option that the training loop lacks.
+    pub fn apply(&self, recipe: &TuneRecipe, model: Option<&ModelConfig>) -> Result<TuneRecipe> {
+        let mut recipe = recipe.clone();
+        phases::apply(self, &mut recipe, model)?;
+        average::apply(&self.options, &mut recipe.shared);
+        losses::apply(self)?;
+        Ok(recipe)
+    }
+
+    /// The tuning run: `recipe` with the options of this one, in the phases of its base. `mods` is Mods_Rob; a Mods_Rob
+    /// file that the recipe names must be of the model with `model_hash`, if that is given.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the durations of both phases are needed and one is in epochs, the other in steps; where
+    /// Mods_Rob is needed and not there; as [`super::SetSpec::resolve`]. [`Error::Unsupported`] as [`Recipe::apply`].
+    pub fn job(
+        &self,
+        recipe: &TuneRecipe,
+        model: &ModelConfig,
+        mods: Option<&ModuleSet>,
+        model_hash: Option<&str>,
+    ) -> Result<TuneJob> {
+        let recipe = self.apply(recipe, Some(model))?;
+        self.base.job(&self.place(), recipe, model, mods, model_hash)
+    }
+}
+
+/// The grammar, for `--help`.
+pub fn recipe_help() -> String {
+    let keys: Vec<String> =
+        KEYS.iter().map(|(name, value, what)| format!("  {:<22}{what}", format!("{name}{value}"))).collect();
+    let bases: Vec<String> = phases::BASES.iter().map(|(name, what)| format!("  {name:<22}{what}")).collect();
+    format!(
+        "Recipes: BASE[+KEY=VALUE[,KEY=VALUE…]], such as swat+replay=.1,ema=.99\n{}\nkeys\n{}",
+        bases.join("\n"),
+        keys.join("\n")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe(text: &str) -> Recipe {
+        text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))
+    }
+
+    fn refused(text: &str) -> String {
+        text.parse::<Recipe>().expect_err(text).to_string()
+    }
+
+    #[test]
+    fn recipes_are_parsed_or_refused() {
+        for text in [
+            "given",
+            "plain-equal+refusals",
+            "swat+attack",
+            "ml-lr:0.0001",
+            "ml-lr:.1",
+            "warmup:random:3",
+            "swat:mods=layers.0-1.{q_proj,v_proj}",
+            "swat+replay=.1,ema=.99",
+            "plain+lr=1e-4,steps=80,lora=8",
+            "plain+attack=.2+replay=.1",
+            "plain+merge=path:.7,seeds=3",
+            "plain+replay=.1,distil=2,constrain,prox=.1",
+        ] {
+            assert_eq!(recipe(text).to_string(), text);
+        }
+        for text in ["", "given+refusals", "given+seeds=2", "swat+", "ml-lr:2", "ml-lr", "warmup:", "swat:1", "plain:1"]
+        {
+            refused(text);
+        }
+        let both = recipe("plain+attack=.2,replay=.1,lr=3e-4").options;
+        assert_eq!((both.share_of(Mix::Attack), both.share_of(Mix::Replay)), (Some(Some(0.2)), Some(Some(0.1))));
+        assert_eq!((both.lr, both.share_of(Mix::Refusals)), (Some(3e-4), None));
+    }
+
+    #[test]
+    fn unknown_names_have_a_suggestion_and_the_list() {
+        let base = refused("swot");
+        assert!(base.contains("did you mean `swat`?") && base.contains("plain-equal, swat, swat:mods=SET"), "{base}");
+        let key = refused("swat+emma=.9");
+        assert!(
+            key.contains("the key `emma`") && key.contains("did you mean `ema`?") && key.contains("replay"),
+            "{key}"
+        );
+        let missing = refused("warm:random:1");
+        assert!(missing.contains("did you mean `warmup:SET`?"), "{missing}");
+        let by = refused("plain+merge=pth:.5");
+        assert!(by.contains("did you mean `path`?"), "{by}");
+    }
+
+    #[test]
+    fn values_are_checked_for_their_range() {
+        for (text, found) in [
+            ("plain+lr=0", "lr=0"),
+            ("plain+lr", "lr without a value"),
+            ("plain+lr=", "lr="),
+            ("plain+steps=0", "steps=0"),
+            ("plain+steps=-1", "steps=-1"),
+            ("plain+lora=1.5", "lora=1.5"),
+            ("plain+ema=1", "ema=1"),
+            ("plain+replay", "replay without a value"),
+            ("plain+replay=1", "replay=1"),
+            ("plain+replay=NaN", "replay=NaN"),
+            ("plain+refusals=2", "refusals=2"),
+            ("plain+attack=.5,replay=.5", "1 of the examples"),
+            ("plain+constrain=-1", "constrain=-1"),
+            ("plain+distil=1", "distil without replay"),
+            ("plain+prox=inf", "prox=inf"),
+            ("plain+seeds=0", "seeds=0"),
+            ("plain+seeds=101", "seeds=101"),
+            ("plain+merge=path:2", "merge=path:2"),
+            ("plain+merge=path", "merge=path"),
+            ("plain+lr=1e-4,lr=1e-4", "lr twice"),
+            ("swat+refusals,refusals=.1", "refusals twice"),
+        ] {
+            let error = refused(text);
+            assert!(error.starts_with(&format!("recipe `{text}`: found ")) && error.contains(found), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_of_files_are_those_of_earlier_versions() {
+        let stem = |text: &str| recipe(text).stem();
+        assert_eq!(
+            (stem("warmup:random:3"), stem("plain-equal+refusals")),
+            ("warmup_random_3".into(), "plain-equal_refusals".into())
+        );
+        assert_eq!(recipe("swat+attack").run_stem(3, 4), "swat_attack-seed3");
+        assert_eq!(recipe("swat+attack").run_stem(4, 4), "swat_attack");
+        // The number of seeds does not rename the runs.
+        assert_eq!((stem("plain+seeds=3"), stem("swat+seeds=3,ema=.9")), ("plain".into(), "swat_ema_.9".into()));
+        assert_eq!(recipe("swat+seeds=3").seeds(&[7, 1], 7), [7, 8, 9]);
+        assert_eq!(recipe("swat").seeds(&[7, 1], 7), [7, 1]);
+    }
+}

@@ -1,0 +1,113 @@
+//! The keys of a recipe and the ranges of their values.
+
+use super::after::MergeStep;
+use super::mix::{Mix, MixIn};
+use crate::error::{Error, Result};
+use crate::options::{above_zero, count, from_zero, inner_share, one_of};
+
+/// Keys, the form of their values, and what they do.
+pub(super) const KEYS: [(&str, &str, &str); 13] = [
+    ("lr", "=RATE", "learning rate of both phases"),
+    ("steps", "=N", "optimizer steps of the phase on everything"),
+    ("lora", "=RANK", "adapters of this rank"),
+    ("ema", "=DECAY", "ends with an exponential moving average of the weights"),
+    ("replay", "=SHARE", "share of the model's own answers in the data (swat replay)"),
+    ("refusals", "[=SHARE]", "share of refusals in the data"),
+    ("attack", "[=SHARE]", "share of answered harmful requests in the data"),
+    ("constrain", "[=BETA]", "token-wise constrained loss"),
+    ("distil", "=WEIGHT", "replayed answers keep the distribution of the model as given"),
+    ("prox", "=RHO", "proximal term towards the weights as given (Lisa)"),
+    ("vaccine", "=RHO", "hidden states moved against the gradient (Vaccine)"),
+    ("merge", "=METHOD:X", "after tuning: path:ALPHA, safelora:TAU, safemerge:LAMBDA, resta:GAMMA"),
+    ("seeds", "=N", "number of training seeds, in a study"),
+];
+
+/// Most training seeds of a recipe.
+const MAX_SEEDS: u64 = 100;
+
+/// Options of a recipe; `None` leaves what the study or the command line says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RecipeOptions {
+    /// `lr=`: learning rate of both phases, above 0.
+    pub lr: Option<f64>,
+    /// `steps=`: optimizer steps of the phase on everything, or of the only phase; at least 1.
+    pub steps: Option<u64>,
+    /// `lora=`: rank of adapters.
+    pub lora: Option<usize>,
+    /// `ema=`: decay of the average of the weights, above 0 and below 1.
+    pub ema: Option<f32>,
+    /// `attack=`, `refusals=`, `replay=`: what is mixed into the data, in this order.
+    pub mixes: Vec<MixIn>,
+    /// `constrain=`: scale of β in the token-wise constrained loss, above 0; 1 if not given.
+    pub constrain: Option<f32>,
+    /// `distil=`: weight of the divergence from the model as given on replayed answers, above 0.
+    pub distil: Option<f32>,
+    /// `prox=`: ρ of the proximal term, above 0.
+    pub prox: Option<f32>,
+    /// `vaccine=`: ρ of the perturbation of hidden states, above 0.
+    pub vaccine: Option<f32>,
+    /// `merge=`: a merge after tuning.
+    pub merge: Option<MergeStep>,
+    /// `seeds=`: number of training seeds, 1 to 100.
+    pub seeds: Option<u64>,
+}
+
+/// The key of an option.
+pub(super) fn key(option: &str) -> &str {
+    option.split_once('=').map_or(option, |(key, _)| key)
+}
+
+impl RecipeOptions {
+    /// Share of `what`: `None` where it is not mixed in, `Some(None)` where the share is that of the study.
+    pub fn share_of(&self, what: Mix) -> Option<Option<f64>> {
+        self.mixes.iter().find(|mix| mix.what == what).map(|mix| mix.share)
+    }
+
+    /// Adds `KEY` or `KEY=VALUE`.
+    pub(super) fn set(&mut self, option: &str, place: &str) -> Result<()> {
+        let (key, value) = option.split_once('=').map_or((option, None), |(key, value)| (key, Some(value)));
+        let names = KEYS.map(|(name, ..)| name);
+        let Some((name, form, _)) = KEYS.iter().find(|(name, ..)| *name == key) else {
+            return Err(Error::input(place, format!("the key `{key}`"), one_of(key, &names, "a key")));
+        };
+        if value.is_none() && !form.starts_with('[') {
+            return Err(Error::input(place, format!("{key} without a value"), format!("{name}{form}")));
+        }
+        let wrong = |expected: String| Error::input(place, option, expected.trim_start_matches("expected "));
+        let valued = value.unwrap_or_default();
+        let twice = match key {
+            "lr" => self.lr.replace(above_zero(valued).map_err(wrong)?).is_some(),
+            "steps" => self.steps.replace(count(valued).map_err(wrong)? as u64).is_some(),
+            "lora" => self.lora.replace(count(valued).map_err(wrong)?).is_some(),
+            "ema" => self.ema.replace(inner_share(valued).map_err(wrong)?).is_some(),
+            "replay" => self.mix(Mix::Replay, value).map_err(wrong)?,
+            "refusals" => self.mix(Mix::Refusals, value).map_err(wrong)?,
+            "attack" => self.mix(Mix::Attack, value).map_err(wrong)?,
+            "constrain" => self.constrain.replace(value.map_or(Ok(1.0), above_zero).map_err(wrong)?).is_some(),
+            "distil" => self.distil.replace(above_zero(valued).map_err(wrong)?).is_some(),
+            "prox" => self.prox.replace(above_zero(valued).map_err(wrong)?).is_some(),
+            "vaccine" => self.vaccine.replace(above_zero(valued).map_err(wrong)?).is_some(),
+            "merge" => self.merge.replace(valued.parse().map_err(wrong)?).is_some(),
+            _ => self.seeds.replace(seeds(valued).map_err(wrong)?).is_some(),
+        };
+        if twice { Err(Error::input(place, format!("{key} twice"), "each key once")) } else { Ok(()) }
+    }
+
+    /// Whether it was there.
+    fn mix(&mut self, what: Mix, share: Option<&str>) -> Result<bool, String> {
+        let share = share.map(mix_share).transpose()?;
+        let twice = self.share_of(what).is_some();
+        self.mixes.push(MixIn { what, share });
+        self.mixes.sort_by_key(|mix| mix.what);
+        Ok(twice)
+    }
+}
+
+fn mix_share(text: &str) -> Result<f64, String> {
+    from_zero(text).ok().filter(|share| *share <= 0.99).ok_or_else(|| "a share from 0 to 0.99".into())
+}
+
+fn seeds(text: &str) -> Result<u64, String> {
+    let number = count(text).ok().map(|n| n as u64).filter(|n| *n <= MAX_SEEDS);
+    number.ok_or_else(|| format!("a whole number from 1 to {MAX_SEEDS}"))
+}
