@@ -36,7 +36,7 @@ fn cross_entropy<D: Device>(session: &mut Session, device: &D, versions: &[&'sta
             });
             let ladder = ladder.versions(versions, move |d, (logits, _, targets, losses)| {
                 let (targets, losses) = (targets.view(), losses.view_mut());
-                CrossEntropy { logits: logits.view_mut(), targets, losses, vocab, scale }
+                CrossEntropy { logits: logits.view_mut(), targets, losses, vocab, scale, terms: None }
                     .run(d)
                     .expect("a working device");
             });

@@ -5,9 +5,16 @@
 // NaN. −∞ is allowed in a row with anything finite; NaN and +∞ make the row NaN. Large finite logits do not: the
 // largest is subtracted first.
 //
+// With terms (arXiv 2406.05946, and a teacher's distribution over a few tokens), a row's gradient is
+//   scale·(w·(exp(x − top) / Σ − [i = target]) + distil·(Σ p·exp(x − top) / Σ − p[i])),
+//   w = 2 / (1 + exp(beta·(reference − loss)));
+// a thread holds the logit of one of the teacher's tokens, and writes its gradient behind the others. Its own kernel,
+// so that the registers of the others stay. An id outside the vocabulary makes its row NaN.
+//
 //   kernel                        bytes an element   FLOPs   at 2048 × 151936 (Qwen2.5), 3.0 TB/s
 //   cross_entropy_loss_*          2                  4       207 µs
 //   cross_entropy_backward_*      4                  7       415 µs
+//   cross_entropy_terms_*         4                  7       415 µs, and 8 bytes a row and a teacher's token
 //
 // One pass finds the largest and the sum of exponentials together: each thread rescales its sum when its largest
 // grows. Order of the sum: a thread over its elements (vectors t, t + 512, … two at a time, then the ragged ends),
@@ -87,6 +94,33 @@ __device__ __forceinline__ float target_logit(const Row& row, uint32_t target) {
 __device__ __forceinline__ float loss_of(const Online& all, float chosen) {
   return logf(all.sum) + (all.top - chosen);
 }
+
+// Terms of the loss beside the cross-entropy: [rows] reference and beta, [rows, width] ids and probs.
+struct Terms {
+  const float* reference;
+  const float* beta;
+  const uint32_t* ids;
+  const float* probs;
+  uint32_t width;
+  float distil;
+};
+
+// One of the teacher's tokens of a row, and its logit; the sum of all probabilities. For each thread of the block.
+struct Taught {
+  uint32_t id = 0;
+  float p = 0.f, logit = 0.f, sum = 0.f;
+
+  __device__ __forceinline__ Taught() {}
+  __device__ __forceinline__ Taught(const Terms& terms, const Row& row) {
+    if (threadIdx.x < terms.width) {
+      const uint64_t at = (uint64_t)blockIdx.x * terms.width + threadIdx.x;
+      id = terms.ids[at];
+      p = terms.probs[at];
+      if (p != 0.f) logit = target_logit(row, id);
+    }
+    sum = block_sum<THREADS>(id < row.vocab || p == 0.f ? p : __uint_as_float(0x7fc00000u), 1);
+  }
+};
 
 // scale·softmax is factor·exp(x − top); NaN in all of it where the target is outside.
 __device__ __forceinline__ float factor_of(const Online& all, float scale, bool inside) {
@@ -171,11 +205,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 }
 EXPORT(cross_entropy_loss_vec8_bf16)
 
-// grid: rows, block: 512, dynamic shared memory: 16·cached bytes
 // cached: vectors of a row kept in shared memory, a multiple of SPAN
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    cross_entropy_backward_vec8_bf16(bf16* __restrict__ logits, const uint32_t* __restrict__ targets,
-                                     float* __restrict__ losses, uint32_t vocab, float scale, uint32_t cached) {
+template <bool WithTerms>
+__device__ __forceinline__ void backward_vec8(bf16* __restrict__ logits, const uint32_t* __restrict__ targets,
+    float* __restrict__ losses, uint32_t vocab, float scale, uint32_t cached, const Terms& terms) {
   const Row row(logits, blockIdx.x, vocab);
   uint4* body = row.body();
   const uint32_t target = targets[blockIdx.x];
@@ -210,10 +243,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
   add_rest(all, row, steps * SPAN);
   const float chosen = target_logit(row, target);
+  const Taught taught = WithTerms ? Taught(terms, row) : Taught();
   // Its barriers also keep the first overwritten logit behind the last read of `chosen`.
   all.merge<THREADS>();
-  if (threadIdx.x == 0) losses[blockIdx.x] = loss_of(all, chosen);
-  const float factor = factor_of(all, scale, target < vocab);
+  const float loss = loss_of(all, chosen);
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+  const float whole = scale;
+  float softmax_scale = scale;
+  if (WithTerms) {
+    const float beta = terms.beta[blockIdx.x], reference = terms.reference[blockIdx.x];
+    const float weight = 2.f / (1.f + exp2_approx(beta * (reference - loss) * LOG2E));
+    softmax_scale = scale * fmaf(terms.distil, taught.sum, weight);
+    scale *= weight;
+  }
+  const float factor = factor_of(all, softmax_scale, target < vocab);
   const auto replace = [&](uint32_t i, uint4 bits) {
     const uint32_t first = row.head + i * 8;
     float x[8];
@@ -238,7 +281,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const float x = __bfloat162float(*element);
     *element = __float2bfloat16(gradient(x, all, factor, scale, row.ragged_index(threadIdx.x) == target));
   }
+  if (WithTerms) {
+    __syncthreads();  // behind what other threads wrote to the same elements
+    if (taught.p != 0.f && taught.id < vocab) {
+      const float x = gradient(taught.logit, all, factor, scale, taught.id == target);
+      row.elements[taught.id] = __float2bfloat16(fmaf(-whole * terms.distil, taught.p, x));
+    }
+  }
+}
+
+// grid: rows, block: 512, dynamic shared memory: 16·cached bytes
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    cross_entropy_backward_vec8_bf16(bf16* __restrict__ logits, const uint32_t* __restrict__ targets,
+                                     float* __restrict__ losses, uint32_t vocab, float scale, uint32_t cached) {
+  backward_vec8<false>(logits, targets, losses, vocab, scale, cached, Terms{});
 }
 EXPORT(cross_entropy_backward_vec8_bf16)
+
+// grid: rows, block: 512, dynamic shared memory: 16·cached bytes
+// width: at most 256
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    cross_entropy_terms_vec8_bf16(bf16* __restrict__ logits, const uint32_t* __restrict__ targets,
+                                  float* __restrict__ losses, uint32_t vocab, float scale, uint32_t cached,
+                                  const float* reference, const float* beta, const uint32_t* ids, const float* probs,
+                                  uint32_t width, float distil) {
+  backward_vec8<true>(logits, targets, losses, vocab, scale, cached, Terms{reference, beta, ids, probs, width, distil});
+}
+EXPORT(cross_entropy_terms_vec8_bf16)
 // What is kept is a multiple of it.
 CONSTANT(cross_entropy_span_bytes, SPAN * sizeof(uint4))

@@ -7,7 +7,7 @@ mod common;
 use swat::backend::cpu::Cpu;
 use swat::backend::{Backend, Bf16State, F32State};
 use swat::data::{Example, Loader};
-use swat::engine::{Decoder, Lora, Plan, Workload};
+use swat::engine::{Beside, Decoder, Lora, Plan, Workload};
 use swat::model::ModelConfig;
 use swat::modules::{Cell, LearningRates, ModuleSet, ParamId};
 use swat::train::{Phase, PhaseOptions, RunDir, TuneOptions, Tuner, peak_bytes};
@@ -79,6 +79,7 @@ fn plan(case: Case) -> Plan {
         trained_share: 1.0,
         recompute: case.recompute,
         lora: case.lora.then(Lora::default),
+        beside: Beside::default(),
     };
     let trains = |id| {
         let adapter = matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
@@ -102,7 +103,7 @@ fn train<B: Backend>(backend: B, config: ModelConfig, case: Case) {
     let mut next = common::numbers(4);
     let example = |_| {
         let tokens = (0..DOCUMENT).map(|_| ((next() + 1.0) * 1000.0) as u32).collect();
-        Example { tokens, trained: vec![true; DOCUMENT] }
+        Example { tokens, trained: vec![true; DOCUMENT], replayed: false }
     };
     let examples = (0..DOCUMENTS * case.grad_accum).map(example).collect();
     let options = TuneOptions {

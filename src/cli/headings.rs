@@ -1,7 +1,7 @@
 //! Headings of `--help`: options by what they are about, whatever the command.
 
 /// Heading, and the arguments below it.
-const HEADINGS: [(&str, &[&str]); 10] = [
+const HEADINGS: [(&str, &[&str]); 11] = [
     ("Model", &["model", "against", "chat_template", "date", "base", "tuned", "aligned", "unaligned", "safe"]),
     ("Data", &["data", "mix", "mix_share", "replay", "attack", "max_length", "packing", "shuffle"]),
     (
@@ -25,6 +25,7 @@ const HEADINGS: [(&str, &[&str]); 10] = [
         ],
     ),
     ("Mods_Rob", &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"]),
+    ("Near the model as given", &["constrain", "distil"]),
     ("Adapters", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
     (
         "Evaluation during the run",

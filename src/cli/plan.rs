@@ -6,11 +6,11 @@ use super::open::{Float, ModelArgs, State, check_state};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::backend::{Backend, FreeMemory};
-use crate::engine::{Lora, Plan, Workload};
+use crate::engine::{Beside, Lora, Plan, Workload};
 use crate::error::Result;
 use crate::model::ModelDir;
 use crate::modules::{ModuleSet, ParamId};
-use crate::options::{count as count_of, share};
+use crate::options::{above_zero, count as count_of, share};
 use crate::report::format::{bytes, count, percent};
 use crate::report::memory_table;
 use crate::train::TuneOptions;
@@ -52,6 +52,12 @@ pub(super) struct PlanCommand {
     /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
     state: State,
+    /// As of `swat tune`
+    #[arg(long, value_name = "SCALE", num_args = 0..=1, default_missing_value = "1", value_parser = above_zero::<f32>)]
+    constrain: Option<f32>,
+    /// As of `swat tune`
+    #[arg(long, value_name = "WEIGHT", value_parser = above_zero::<f32>)]
+    distil: Option<f32>,
 }
 
 /// A [`crate::secure::Method`] by name.
@@ -64,6 +70,10 @@ pub(super) enum MethodName {
 }
 
 impl PlanCommand {
+    fn beside(&self) -> Beside {
+        TuneOptions { constrain: self.constrain, distil: self.distil, ..TuneOptions::default() }.beside()
+    }
+
     pub(super) fn run(mut self, common: &Common) -> Result<()> {
         self.model.refuse_adapter()?;
         Names::new(common).configuration(&mut self.model.model)?;
@@ -78,6 +88,7 @@ impl PlanCommand {
             recompute: self.recompute,
             lora: (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() }),
             state: self.state,
+            beside: self.beside(),
         };
         let plan = |run: &Planned| {
             let work = run.workload(self.trained_share);
@@ -153,6 +164,7 @@ struct Planned {
     recompute: bool,
     lora: Option<Lora>,
     state: State,
+    beside: Beside,
 }
 
 impl Planned {
@@ -163,6 +175,7 @@ impl Planned {
             trained_share,
             recompute: self.recompute,
             lora: self.lora,
+            beside: self.beside,
         }
     }
 
@@ -252,7 +265,7 @@ mod tests {
 
     #[test]
     fn the_cheapest_options_that_fit_come_first() {
-        let run = Planned { batch_size: 8, max_length: 64, recompute: false, lora: None, state: State::F32 };
+        let run = Planned { batch_size: 8, max_length: 64, recompute: false, lora: None, state: State::F32, beside: Beside::default() };
         // 10 a token, 2 with recomputation; 4000 of weights and state, half of it with state in bf16, 1000 with adapters.
         let total = |run: &Planned| {
             let tokens = (run.batch_size * run.max_length) as u64;

@@ -176,6 +176,10 @@ impl<B: Backend> Callbacks<B> for StepBar {
         }
     }
 
+    fn prepares(&mut self, progress: Progress<'_>) {
+        self.bars.observer()(progress);
+    }
+
     fn note(&mut self, text: &str) {
         say(&format!("note: {text}\n"));
     }

@@ -159,7 +159,9 @@ impl OnDevice for Tune {
             examples.extend(self.read(common, &text, path, &mut rows)?);
         }
         if let (Some(path), Some(share)) = (&self.mix, self.mix_share) {
-            examples = mix(&examples, &self.read(common, &text, path, &mut rows)?, share, common.seed)?;
+            let mut more = self.read(common, &text, path, &mut rows)?;
+            more.iter_mut().for_each(|example| example.replayed = true);
+            examples = mix(&examples, &more, share, common.seed)?;
         }
         let mut more = Vec::new();
         for (share, path) in mixes {

@@ -24,6 +24,8 @@ pub struct Example {
     pub tokens: Vec<u32>,
     /// Whether the prediction of this token counts in the loss, \[tokens\]; always false for the first.
     pub trained: Vec<bool>,
+    /// Whether its answers are the model's own from before tuning, mixed into the training data: what `--distil` distils.
+    pub replayed: bool,
 }
 
 impl Example {
@@ -148,7 +150,7 @@ impl Marked {
                 ));
             }
         }
-        let (mut example, tokens) = (Example { tokens: Vec::new(), trained: pieces.trained }, pieces.tokens);
+        let (mut example, tokens) = (Example { tokens: Vec::new(), trained: pieces.trained, replayed: false }, pieces.tokens);
         example.tokens.extend(tokens.into_iter().map(|(token, _)| token));
         if let Some(first) = example.trained.first_mut() {
             *first = false;

@@ -137,8 +137,19 @@ impl Loader {
         Ok(())
     }
 
+    /// All examples, in the order that they were given in.
+    pub fn examples(&self) -> &[Example] {
+        &self.examples
+    }
+
     /// The documents of the next micro-batch, one per example.
     pub fn next_documents(&mut self) -> Vec<&Example> {
+        let documents = self.next_indices();
+        documents.into_iter().filter_map(|e| self.examples.get(e)).collect()
+    }
+
+    /// [`Loader::next_documents`] as indices of [`Loader::examples`].
+    pub fn next_indices(&mut self) -> Vec<usize> {
         let size = self.options.batch_size;
         let rows = self.order.iter().skip((self.position.batch as usize).saturating_mul(size)).take(size);
         let documents: Vec<usize> = rows.filter_map(|row| self.rows.get(*row)).flatten().copied().collect();
@@ -147,7 +158,7 @@ impl Loader {
             self.position = LoaderPosition { epoch: self.position.epoch.wrapping_add(1), batch: 0 };
             self.set_order();
         }
-        documents.into_iter().filter_map(|e| self.examples.get(e)).collect()
+        documents
     }
 
     fn set_order(&mut self) {

@@ -8,13 +8,14 @@ use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
 use super::pool::{Floats, Scratch, Stats};
 use super::readout::trained_rows;
-use super::{Batch, Decoder, GradientOptions, Gradients};
+use super::{Batch, Decoder, GradientOptions, Gradients, TokenTerms};
 use crate::backend::{
     AttentionBackward, Backend, CrossEntropy, EmbeddingBackward, In, LinearBackwardInput, LinearBackwardWeight,
-    LinearShape, Operator, Out, RmsNormBackward, Rope, ScatterRows, SwiGlu, SwiGluBackward, View, ViewMut, trace,
+    LinearShape, LossTerms, Operator, Out, RmsNormBackward, Rope, ScatterRows, SwiGlu, SwiGluBackward, View, ViewMut, trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
+use std::ops::Range;
 
 /// Inputs of a micro-batch beside its [`Packed`] form.
 struct Inputs<'p, B: Backend> {
@@ -22,6 +23,32 @@ struct Inputs<'p, B: Backend> {
     /// Rows that have a target, and their targets.
     rows: Scratch<'p, B, u32>,
     targets: Scratch<'p, B, u32>,
+    terms: Option<Terms<'p, B>>,
+}
+
+/// [`TokenTerms`] on the backend.
+struct Terms<'p, B: Backend> {
+    reference: Stats<'p, B>,
+    beta: Stats<'p, B>,
+    ids: Scratch<'p, B, u32>,
+    probs: Stats<'p, B>,
+    /// Entries of a row of `ids`.
+    width: usize,
+    distil: f32,
+}
+
+impl<B: Backend> Terms<'_, B> {
+    /// Those of some rows.
+    fn part(&self, rows: Range<usize>) -> LossTerms<'_, B> {
+        let entries = rows.start * self.width..rows.end * self.width;
+        LossTerms {
+            reference: self.reference.range(rows.clone()),
+            beta: self.beta.range(rows),
+            ids: self.ids.range(entries.clone()),
+            probs: self.probs.range(entries),
+            distil: self.distil,
+        }
+    }
 }
 
 /// Activations kept of a layer until its backward pass.
@@ -97,10 +124,23 @@ impl<B: Backend> Decoder<B> {
             tokens: self.indices(&batch.tokens)?,
             rows: self.indices(&rows)?,
             targets: self.indices(&targets)?,
+            terms: batch.terms.as_ref().map(|terms| self.terms(terms)).transpose()?,
         };
         drop(span);
         gradients.accumulate = options.accumulate;
         self.backend.replay(|| self.forward_and_backward(&packed, &inputs, gradients, options, losses))
+    }
+
+    fn terms(&self, terms: &TokenTerms) -> Result<Terms<'_, B>> {
+        let TokenTerms { reference, beta, ids, probs, distil } = terms;
+        let put = |values: &[f32]| {
+            let mut stats = self.stats(values.len())?;
+            self.backend.write(values, stats.view_mut())?;
+            Ok(stats)
+        };
+        let width = ids.len() / beta.len().max(1);
+        let (reference, beta, probs) = (put(reference)?, put(beta)?, put(probs)?);
+        Ok(Terms { reference, beta, ids: self.indices(ids)?, probs, width, distil: *distil })
     }
 
     /// The device's work for a micro-batch, without copies from the host.
@@ -147,7 +187,8 @@ impl<B: Backend> Decoder<B> {
         let mut x_rows = self.floats(rows * hidden)?;
         self.gather(x.view(), chosen.clone(), x_rows.view_mut())?;
         drop(x);
-        let dx_rows = self.head_backward(x_rows, targets, losses.next(rows), gradients, options.scale)?;
+        let losses = losses.next(rows);
+        let dx_rows = self.head_backward(x_rows, targets, inputs.terms.as_ref(), losses, gradients, options.scale)?;
 
         drop(span);
         let _span = trace::phase("backward");
@@ -181,6 +222,7 @@ impl<B: Backend> Decoder<B> {
         &'a self,
         x: Floats<'a, B>,
         targets: View<'_, B, u32>,
+        terms: Option<&Terms<'_, B>>,
         mut losses: ViewMut<'_, B, f32>,
         gradients: &mut Gradients<B>,
         scale: f32,
@@ -201,9 +243,10 @@ impl<B: Backend> Decoder<B> {
             CrossEntropy {
                 logits: logits.view_mut(),
                 targets: targets.part(chunk.clone()),
-                losses: losses.part(chunk),
+                losses: losses.part(chunk.clone()),
                 vocab,
                 scale: Some(scale),
+                terms: terms.map(|terms| terms.part(chunk)),
             }
             .run(&self.backend)?;
             if let Some(gradient) = gradients.get_mut(self.head()) {

@@ -14,6 +14,23 @@ pub struct Batch {
     pub starts: Vec<u32>,
     /// The token each row must predict, or [`IGNORE`]; empty where there is no loss.
     pub targets: Vec<u32>,
+    /// Terms of the loss beside the cross-entropy.
+    pub terms: Option<TokenTerms>,
+}
+
+/// [`crate::backend::LossTerms`] of a batch's trained tokens, in their order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenTerms {
+    /// −log π₀ of each, in nats.
+    pub reference: Vec<f32>,
+    /// β of each; 0 = not constrained.
+    pub beta: Vec<f32>,
+    /// Token ids of the teacher, the same number for each.
+    pub ids: Vec<u32>,
+    /// Their probabilities.
+    pub probs: Vec<f32>,
+    /// Weight of the divergence from the teacher.
+    pub distil: f32,
 }
 
 impl Batch {
@@ -62,7 +79,11 @@ mod tests {
 
     #[test]
     fn targets_are_the_trained_tokens_behind_each_row() {
-        let example = |tokens: &[u32], trained: &[bool]| Example { tokens: tokens.into(), trained: trained.into() };
+        let example = |tokens: &[u32], trained: &[bool]| Example {
+            tokens: tokens.into(),
+            trained: trained.into(),
+            replayed: false,
+        };
         let examples = [
             example(&[5, 6, 7], &[true, false, true]),
             example(&[], &[]),

@@ -15,8 +15,8 @@ mod prefix;
 mod readout;
 mod sweep;
 
-pub use batch::Batch;
-pub use cost::{MinimumCost, Plan, Workload, roofline_seconds};
+pub use batch::{Batch, TokenTerms};
+pub use cost::{Beside, MinimumCost, Plan, Workload, roofline_seconds};
 pub use decoder::{Decoder, Parameter};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use gradients::{GradientOptions, Gradients};

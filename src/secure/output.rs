@@ -141,6 +141,7 @@ impl OpenOutput {
         let phases = job.phases(&config.cells())?;
         let shared = &job.recipe.shared;
         shared.check()?;
+        shared.check_examples(&examples)?;
         phases.iter().try_for_each(|phase| phase.options.check())?;
         let none = |phase: &Phase| matches!(phase.options.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
         // No step merges an adapter, or saves it by itself.
@@ -230,6 +231,7 @@ impl PreparedTune {
             trained_share: batch.trained_tokens as f64 / batch.tokens.max(1) as f64,
             recompute: shared.recompute,
             lora,
+            beside: shared.beside(),
         };
         for phase in &self.phases {
             let trained = self.trained(files, phase);
@@ -267,7 +269,9 @@ impl PreparedTune {
         }
         // One is being written while the others are kept, among them that of the start of the phase.
         let most = shared.keep_last as u64 + 1 + u64::from(self.phases.len() > 1);
-        let need = files.stored_bytes(self.output.options.save_dtype)? + checkpoint.saturating_mul(count.min(most));
+        let need = files.stored_bytes(self.output.options.save_dtype)?
+            + checkpoint.saturating_mul(count.min(most))
+            + shared.reference_bytes(self.loader.examples());
         let there = disk_bytes(&self.output.unfinished);
         let dir = self.output.dir.dir();
         let Ok(free) = fs4::available_space(dir) else { return Ok(()) };

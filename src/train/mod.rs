@@ -11,6 +11,7 @@ mod metrics;
 mod optimizer;
 mod options;
 mod plan;
+mod reference;
 mod schedule;
 mod setup;
 mod start;

@@ -1,9 +1,10 @@
 //! Options of a training run and of its phases.
 
-use super::Schedule;
-use crate::data::{Loader, LoaderOptions};
+use super::{Schedule, reference};
+use crate::data::{Example, Loader, LoaderOptions};
+use crate::engine::Beside;
 use crate::error::{Error, Result};
-use crate::options::{count, default_from_args, from_zero, inner_share, require};
+use crate::options::{above_zero, count, default_from_args, from_zero, inner_share, require};
 use clap::{ArgAction, Args};
 
 /// Options that all phases of a run share.
@@ -57,6 +58,19 @@ pub struct TuneOptions {
     /// Costs 4 bytes per trained parameter on the host, and a read of the trained weights each step.
     #[arg(long, value_parser = inner_share::<f32>)]
     pub ema_decay: Option<f32>,
+    /// Constrain the first tokens of answers: by the token-wise loss of arXiv 2406.05946, β times SCALE (1 = the paper's)
+    ///
+    /// Costs a forward pass over the data before the first step, and 4 bytes per trained token.
+    #[arg(long, value_name = "SCALE", num_args = 0..=1, default_missing_value = "1", value_parser = above_zero::<f32>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constrain: Option<f32>,
+    /// Distil the model as given on the mixed-in examples: adds WEIGHT · KL(π₀ ‖ π) over its 64 likeliest tokens to their
+    /// loss
+    ///
+    /// Costs a forward pass over those examples before the first step, and 512 bytes per trained token of them.
+    #[arg(long, value_name = "WEIGHT", value_parser = above_zero::<f32>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distil: Option<f32>,
 }
 
 impl TuneOptions {
@@ -85,7 +99,36 @@ impl TuneOptions {
         require(unit(self.beta2), "beta2", self.beta2, "from 0 to below 1")?;
         require(self.eps > 0.0 && self.eps.is_finite(), "eps", self.eps, "above 0")?;
         let decay = self.ema_decay.unwrap_or(0.5);
-        require(decay > 0.0 && decay < 1.0, "ema_decay", decay, "above 0 and below 1")
+        require(decay > 0.0 && decay < 1.0, "ema_decay", decay, "above 0 and below 1")?;
+        for (field, value) in [("constrain", self.constrain), ("distil", self.distil)] {
+            let value = value.unwrap_or(1.0);
+            require(value > 0.0 && value.is_finite(), field, value, "above 0")?;
+        }
+        Ok(())
+    }
+
+    /// Checks that the training data have what the options need.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub fn check_examples(&self, examples: &[Example]) -> Result<()> {
+        if self.distil.is_some() && !examples.iter().any(|example| example.replayed) {
+            let expected = "examples mixed in by --mix, such as those of `swat replay`: the ones that are distilled";
+            return Err(Error::input("distil", "no mixed-in example", expected));
+        }
+        Ok(())
+    }
+
+    /// Bytes of what a run keeps on disk of the model before it.
+    pub fn reference_bytes(&self, examples: &[Example]) -> u64 {
+        reference::reference_bytes(examples, self)
+    }
+
+    /// What the recipe keeps on the device beside weights, gradients and moments.
+    pub fn beside(&self) -> Beside {
+        let teacher = if self.distil.is_some() { 8 * reference::TEACHER } else { 0 };
+        let token_bytes = if self.constrain.is_some() || self.distil.is_some() { 8 + teacher } else { 0 };
+        Beside { token_bytes }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::WatchSettings;
 use super::checkpoint::Checkpoint;
+use super::reference::replayed_hash;
 use super::state::{RunFiles, RunState};
 use super::{Optimizer, Phase, RunDir, Tuner};
 use crate::backend::{Backend, Element};
@@ -15,6 +16,7 @@ impl<B: Backend> Tuner<'_, B> {
     /// Checks that options and phases can run on this model.
     pub(super) fn check(&self) -> Result<()> {
         self.options.check()?;
+        self.options.check_examples(self.loader.examples())?;
         let cells: BTreeSet<Cell> = self.decoder.params().iter().map(|param| param.id.cell()).collect();
         for phase in &self.phases {
             let place = |field: &str| format!("phase {}: {field}", phase.name);
@@ -56,6 +58,7 @@ impl<B: Backend> Tuner<'_, B> {
             trained_share: trained_tokens as f64 / tokens.max(1) as f64,
             recompute: self.options.recompute,
             lora: self.decoder.lora(),
+            beside: self.options.beside(),
         };
         let plan = |phase: &Phase| {
             let trained: BTreeSet<ParamId> = self.trained(phase).collect();
@@ -132,6 +135,9 @@ impl<B: Backend> Tuner<'_, B> {
             let WatchSettings { every, keep_best, patience, data } = &watched.settings;
             identity["watch"] =
                 serde_json::json!({ "every": every, "keep_best": keep_best, "patience": patience, "data": data });
+        }
+        if self.options.distil.is_some() {
+            identity["replayed"] = replayed_hash(self.loader.examples()).into();
         }
         Ok(identity)
     }

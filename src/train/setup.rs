@@ -1,5 +1,6 @@
 //! A run and its parts: phases, directory, callbacks.
 
+use super::reference::Reference;
 use super::watch::Watched;
 use super::{Length, PhaseOptions, RunPosition, StepMetrics, TuneOptions};
 use crate::backend::{Backend, Roofline};
@@ -7,6 +8,7 @@ use crate::data::Loader;
 use crate::engine::{Decoder, Plan};
 use crate::error::Result;
 use crate::modules::{LearningRates, ParamId};
+use crate::progress::Progress;
 use std::path::PathBuf;
 
 /// One phase of a run.
@@ -40,6 +42,8 @@ pub struct RunDir {
 pub trait Callbacks<B: Backend> {
     /// A warning, such as a damaged checkpoint.
     fn note(&mut self, _text: &str) {}
+    /// Work before the first step, such as the reference of the constrained loss.
+    fn prepares(&mut self, _progress: Progress<'_>) {}
     /// The run begins; memory and compute plans by phase.
     fn run_begins(&mut self, _plans: &[(String, Plan)]) {}
     /// A phase begins, or is resumed.
@@ -90,6 +94,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) initial: Option<InitialTensor<'a>>,
     pub(super) roofline: Option<Roofline>,
     pub(super) watched: Option<Watched<'a, B>>,
+    pub(super) reference: Option<Reference>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -125,6 +130,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             initial: None,
             roofline: None,
             watched: None,
+            reference: None,
         })
     }
 

@@ -2,6 +2,7 @@
 
 use super::optimizer::{Optimizer, StepOutcome, StepSettings};
 use super::options::TuneOptions;
+use super::reference::Reference;
 use crate::backend::Backend;
 use crate::data::Loader;
 use crate::engine::{Batch, Decoder, GradientOptions, Gradients};
@@ -19,10 +20,16 @@ pub(super) struct StepBatches {
 
 impl StepBatches {
     /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch.
-    pub(super) fn next(loader: &mut Loader, grad_accum: usize) -> Self {
+    pub(super) fn next(loader: &mut Loader, grad_accum: usize, reference: Option<&Reference>) -> Self {
         let left = loader.batches_per_epoch() - loader.position().batch;
         let count = (grad_accum as u64).min(left);
-        Self::new((0..count).map(|_| Batch::from_examples(loader.next_documents())).collect())
+        let batch = |_| {
+            let (documents, examples) = (loader.next_indices(), loader.examples());
+            let mut batch = Batch::from_examples(documents.iter().map(|i| &examples[*i]));
+            batch.terms = reference.and_then(|reference| reference.terms(examples, &documents));
+            batch
+        };
+        Self::new((0..count).map(batch).collect())
     }
 
     pub(super) fn new(batches: Vec<Batch>) -> Self {

@@ -25,6 +25,8 @@ impl<B: Backend> Tuner<'_, B> {
         self.check()?;
         let plans = self.plans();
         callbacks.run_begins(&plans);
+        // Before a checkpoint's weights take the place of those that the run began with.
+        self.reference = self.reference(callbacks)?;
         let mut run = RunState::at(self.loader.position());
         let mut optimizer = None;
         let mut start = None;
@@ -180,7 +182,7 @@ impl<B: Backend> Tuner<'_, B> {
         gradients: &mut Gradients<B>,
     ) -> Result<StepMetrics> {
         let began = Instant::now();
-        let group = StepBatches::next(self.loader, self.options.grad_accum);
+        let group = StepBatches::next(self.loader, self.options.grad_accum, self.reference.as_ref());
         let PhaseOptions { lr, schedule, lr_warmup_steps, min_lr_ratio, weight_decay, max_grad_norm, .. } =
             phase.options;
         let settings = StepSettings {

@@ -121,6 +121,8 @@ fn what_can_be_known_is_checked_before_the_weights_are_read() {
         (&["--weight-decay", "-0.1"], "--weight-decay"),
         (&["--batch-size", "0"], "--batch-size"),
         (&["--ema-decay", "1.5"], "--ema-decay"),
+        (&["--constrain", "-1"], "--constrain"),
+        (&["--distil", "1"], "--mix"),
         (&["--mods", "layers.99.q_proj"], "99"),
     ] {
         let message = tune(more);

@@ -107,6 +107,7 @@ fn cross_entropy<B: Backend>(b: &B) {
                     losses: loss.view_mut(),
                     vocab,
                     scale: Some(1.0),
+                    terms: None,
                 }
                 .run(b)
                 .unwrap();

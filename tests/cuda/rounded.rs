@@ -14,8 +14,8 @@ use swat::backend::cpu::Cpu;
 use swat::backend::{
     AdamWMasked, AdamWModule, Attention, AttentionBackward, AttentionDecode, AttentionShape, Backend, Buffer,
     CrossEntropy, DecodeSpans, Documents, Element, EmbeddingBackward, FloatElement, GatherRows, InputGradient, Linear,
-    LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, Operator, Perturb, RmsNorm,
-    RmsNormBackward, Rope, Sample, ScatterRows, SquaredNorm, SumSquares, SwiGlu, SwiGluBackward, View, ViewMut,
+    LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, LossTerms, Operator, Perturb,
+    RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows, SquaredNorm, SumSquares, SwiGlu, SwiGluBackward, View, ViewMut,
 };
 use swat::error::Result;
 use swat::rng::{Philox, words};
@@ -303,9 +303,16 @@ impl Backend for Rounded {
     }
 
     fn cross_entropy(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
-        let CrossEntropy { mut logits, targets, mut losses, vocab, scale } = op;
+        let CrossEntropy { mut logits, targets, mut losses, vocab, scale, terms } = op;
         let (targets, losses) = (of(&targets), to(&mut losses));
-        CrossEntropy { logits: to(&mut logits), targets, losses, vocab, scale }.run(&Cpu::new())?;
+        let terms = terms.as_ref().map(|terms| LossTerms {
+            reference: of(&terms.reference),
+            beta: of(&terms.beta),
+            ids: of(&terms.ids),
+            probs: of(&terms.probs),
+            distil: terms.distil,
+        });
+        CrossEntropy { logits: to(&mut logits), targets, losses, vocab, scale, terms }.run(&Cpu::new())?;
         if scale.is_some() { self.round(logits) } else { Ok(()) }
     }
 

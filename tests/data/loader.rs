@@ -4,7 +4,7 @@ use swat::data::{Example, Loader, LoaderOptions, LoaderPosition, mix};
 
 fn loader(examples: u32, options: LoaderOptions) -> Loader {
     let example =
-        |id| Example { tokens: vec![id; 1 + id as usize % 5], trained: vec![id % 3 > 0; 1 + id as usize % 5] };
+        |id| Example { tokens: vec![id; 1 + id as usize % 5], trained: vec![id % 3 > 0; 1 + id as usize % 5], replayed: false };
     Loader::new((0..examples).map(example).collect(), options).unwrap()
 }
 
@@ -66,7 +66,7 @@ fn packing_fills_rows() {
 
 #[test]
 fn wrong_input_is_refused() {
-    let example = |length| vec![Example { tokens: vec![0; length], trained: vec![true; length] }];
+    let example = |length| vec![Example { tokens: vec![0; length], trained: vec![true; length], replayed: false }];
     let error = |examples, options| Loader::new(examples, options).err().unwrap().to_string();
     assert!(error(Vec::new(), options()).contains("no examples"));
     assert!(error(example(9), options()).contains("9 tokens in example 0; expected 1 to 8"));

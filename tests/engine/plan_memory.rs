@@ -2,7 +2,7 @@
 
 use crate::common::{batch, decoder_on, standin, wide};
 use swat::backend::cuda::{Bf16State, F32State, Precision};
-use swat::engine::{GradientOptions, Gradients, Lora, Plan, Workload};
+use swat::engine::{Beside, GradientOptions, Gradients, Lora, Plan, Workload};
 use swat::model::ModelConfig;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
 use swat::train::{Optimizer, StepSettings};
@@ -33,6 +33,7 @@ fn planned_and_measured_of<P: Precision>(config: ModelConfig, mods: &str, lora: 
         trained_share: batch.trained_tokens() as f64 / batch.tokens.len() as f64,
         recompute,
         lora,
+        beside: Beside::default(),
     };
     let plan = Plan::new::<swat::backend::cuda::Cuda<P>>(&config, &work, trains);
 

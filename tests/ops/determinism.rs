@@ -139,6 +139,7 @@ fn reductions_over_rows<E: Elements>(b: &Cpu<E>) {
             losses: losses.view_mut(),
             vocab: width,
             scale: Some(0.1),
+            terms: None,
         }
         .run(b)
         .unwrap();

@@ -24,7 +24,7 @@ pub fn examples(count: usize) -> Vec<Example> {
         .map(|i| {
             let len = 5 + i % 7;
             let tokens = (0..len).map(|_| ((next() + 1.0) * 30.0) as u32).collect();
-            Example { tokens, trained: (0..len).map(|t| t >= len / 3).collect() }
+            Example { tokens, trained: (0..len).map(|t| t >= len / 3).collect(), replayed: false }
         })
         .collect()
 }

@@ -17,7 +17,7 @@ mod swiglu;
 
 pub use adamw::{AdamW, AdamWMasked, AdamWModule, Rounding, SumSquares};
 pub use attention::{Attention, AttentionBackward, AttentionDecode, AttentionShape, DecodeSpans, Documents};
-pub use cross_entropy::{CrossEntropy, IGNORE};
+pub use cross_entropy::{CrossEntropy, IGNORE, LossTerms, TEACHER_TOKENS};
 pub use embedding::{EmbeddingBackward, GatherRows, ScatterRows};
 pub use linear::{
     Epilogue, GatedLinear, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,

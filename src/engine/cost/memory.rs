@@ -19,6 +19,15 @@ pub struct Workload {
     pub recompute: bool,
     /// Adapters of a LoRA run.
     pub lora: Option<Lora>,
+    /// What a recipe keeps beside weights, gradients and moments.
+    pub beside: Beside,
+}
+
+/// Bytes on the device of what a training recipe adds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// For each token of a micro-batch with a loss: the terms of its loss.
+    pub token_bytes: usize,
 }
 
 /// Bytes by category at the peak of a step, and FLOPs.
@@ -91,7 +100,7 @@ impl Plan {
             gradients_bytes: trainable * size_of::<B::Grad>() as u64,
             moments_bytes: 2 * trainable * size_of::<B::Moment>() as u64,
             activations_bytes: activations,
-            workspace_bytes: (head + layer) * float + scratch,
+            workspace_bytes: (head + layer) * float + scratch + rows * work.beside.token_bytes as u64,
             parameters,
             trainable,
             forward_flops: a_token(minimum.forward(document, document_rows).flops),

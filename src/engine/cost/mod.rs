@@ -3,6 +3,6 @@
 mod memory;
 mod minimum;
 
-pub use memory::{Plan, Workload};
+pub use memory::{Beside, Plan, Workload};
 pub(super) use minimum::lowest_layer;
 pub use minimum::{MinimumCost, roofline_seconds};

@@ -176,5 +176,6 @@ pub(super) fn repeated(prompts: &Batch, count: usize) -> Batch {
         positions: prompts.positions.repeat(count),
         starts,
         targets: Vec::new(),
+        terms: None,
     }
 }
