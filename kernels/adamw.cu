@@ -15,6 +15,12 @@
 //   adamw_masked_*_f32_bf16         16                   14      40.5 ms
 //   adamw_masked_*_f32_f32          24                   14      60.8 ms
 //   sum_squares_*_bf16 / _f32       2 / 4                2       5.1 / 10.1 ms
+//   adamw_means_*                   10                   3       25.3 ms
+//   adamw_proximal_*_bf16 / _f32    8 / 12               3       20.3 / 30.4 ms
+//
+// Beside the step: means, an exponential moving average, mean ← decay·mean + (1 − decay)·w, each product and the sum
+// rounded, as on the host; proximal, g ← g + rho·(w − anchor), which has to come before the norm of the gradients. Kernels
+// of their own: as operands of the step they would save the 2 bytes of w, and cost every step registers.
 //
 // Rounding. What is stored as bf16 is rounded once, from f32; the step itself uses the unrounded moments. Stochastic:
 // up with the probability of what is cut off / the distance of the neighbours, so that the expectation is exact and
@@ -43,6 +49,23 @@ template <class Grad, class Moment> struct Module {
   const Grad* grad;
   Moment* m;
   Moment* v;
+  uint64_t len;
+  uint64_t first_chunk;
+};
+
+// A moving average and the weight that it follows.
+struct MeanRow {
+  float* mean;
+  const bf16* weight;
+  uint64_t len;
+  uint64_t first_chunk;
+};
+
+// A gradient, its weight, and what the weight is held near.
+template <class Grad> struct ProximalRow {
+  Grad* grad;
+  const bf16* weight;
+  const bf16* anchor;
   uint64_t len;
   uint64_t first_chunk;
 };
@@ -257,3 +280,69 @@ extern "C" __global__ void __launch_bounds__(256) sum_squares_tensors(const Part
   if (threadIdx.x == 0) squares[blockIdx.x] = (float)sum;
 }
 EXPORT(sum_squares_tensors)
+
+// grid: chunks of all rows, block: 256, no shared memory
+extern "C" __global__ void __launch_bounds__(256) adamw_means_vec8_bf16(const MeanRow* table, uint32_t rows,
+    uint32_t chunk, float decay) {
+  const MeanRow row = table[row_of_chunk(table, rows, blockIdx.x)];
+  const float rest = 1.f - decay;
+  const bool aligned = aligned16(row.mean) && aligned16(row.weight);
+  const auto [first, end] = Range(row, chunk);
+  constexpr int N = 4, GROUPS = 2;
+  for (uint64_t element = first + N * threadIdx.x; element < end; element += GROUPS * N * THREADS) {
+    float mean[GROUPS][N], w[GROUPS][N];
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+      const uint64_t from = element + i * N * THREADS;
+      const bool group = aligned && from + N <= end;
+      load<true>(row.mean, from, end, group, mean[i]);
+      load<true>(row.weight, from, end, group, w[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+      const uint64_t to = element + i * N * THREADS;
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        mean[i][j] = __fadd_rn(__fmul_rn(decay, mean[i][j]), __fmul_rn(rest, w[i][j]));
+      }
+      store<true>(row.mean, to, end, aligned && to + N <= end, mean[i]);
+    }
+  }
+}
+EXPORT(adamw_means_vec8_bf16)
+
+template <class Grad>
+__device__ __forceinline__ void proximal_vec8(const ProximalRow<Grad>* table, uint32_t rows, uint32_t chunk, float rho) {
+  const ProximalRow<Grad> row = table[row_of_chunk(table, rows, blockIdx.x)];
+  const bool aligned = aligned16(row.grad) && aligned16(row.weight) && aligned16(row.anchor);
+  const auto [first, end] = Range(row, chunk);
+  constexpr int N = sizeof(Grad) == 2 ? 8 : 4, GROUPS = 8 / N;
+  for (uint64_t element = first + N * threadIdx.x; element < end; element += GROUPS * N * THREADS) {
+    float g[GROUPS][N], w[GROUPS][N], anchor[GROUPS][N];
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+      const uint64_t from = element + i * N * THREADS;
+      const bool group = aligned && from + N <= end;
+      load<true>(row.grad, from, end, group, g[i]);
+      load<true>(row.weight, from, end, group, w[i]);
+      load<true>(row.anchor, from, end, group, anchor[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+      const uint64_t to = element + i * N * THREADS;
+#pragma unroll
+      for (int j = 0; j < N; j++) g[i][j] = fmaf(rho, w[i][j] - anchor[i][j], g[i][j]);
+      store<true>(row.grad, to, end, aligned && to + N <= end, g[i]);
+    }
+  }
+}
+
+// grid: chunks of all rows, block: 256, no shared memory
+#define ADAMW_PROXIMAL(name, Grad) \
+  extern "C" __global__ void __launch_bounds__(256) name(const ProximalRow<Grad>* table, uint32_t rows, \
+      uint32_t chunk, float rho) { \
+    proximal_vec8(table, rows, chunk, rho); \
+  } \
+  EXPORT(name)
+ADAMW_PROXIMAL(adamw_proximal_vec8_f32, float)
+ADAMW_PROXIMAL(adamw_proximal_vec8_bf16, bf16)

@@ -222,6 +222,16 @@ pub fn adamw(elements: usize, float: usize, grad: usize, moment: usize) -> Cost 
     Cost::each(elements, 2 * float + grad + 4 * moment, 14)
 }
 
+/// A step of moving averages, f32, of weights.
+pub fn update_means(elements: usize, float: usize) -> Cost {
+    Cost::each(elements, float + 2 * size_of::<f32>(), 3)
+}
+
+/// rho·(weight − anchor) added to gradients.
+pub fn proximal_gradients(elements: usize, float: usize, grad: usize) -> Cost {
+    Cost::each(elements, 2 * float + 2 * grad, 3)
+}
+
 /// `copies` perturbed copies of a tensor; the direction takes `bytes` and `flops` an element.
 pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usize, float: usize) -> Cost {
     Cost::each(elements, (1 + copies) * float + bytes, 2 * copies + flops)

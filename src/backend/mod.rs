@@ -296,6 +296,18 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// As [`Operator::run`].
     fn adamw_masked(&self, op: AdamWMasked<'_, '_, Self>) -> Result<()>;
 
+    /// See [`UpdateMeans`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
+    fn update_means(&self, op: UpdateMeans<'_, '_, Self>) -> Result<()>;
+
+    /// See [`ProximalGradients`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
+    fn proximal_gradients(&self, op: ProximalGradients<'_, '_, Self>) -> Result<()>;
+
     /// See [`SquaredNorm`].
     ///
     /// # Errors

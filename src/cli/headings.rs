@@ -25,7 +25,7 @@ const HEADINGS: [(&str, &[&str]); 11] = [
         ],
     ),
     ("Mods_Rob", &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"]),
-    ("Near the model as given", &["constrain", "distil"]),
+    ("Near the model as given", &["constrain", "distil", "prox"]),
     ("Adapters", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
     (
         "Evaluation during the run",

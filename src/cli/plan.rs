@@ -6,11 +6,11 @@ use super::open::{Float, ModelArgs, State, check_state};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::backend::{Backend, FreeMemory};
-use crate::engine::{Beside, Lora, Plan, Workload};
+use crate::engine::{Lora, Plan, Workload};
 use crate::error::Result;
-use crate::model::ModelDir;
+use crate::model::{ModelConfig, ModelDir};
 use crate::modules::{ModuleSet, ParamId};
-use crate::options::{above_zero, count as count_of, share};
+use crate::options::{above_zero, count as count_of, inner_share, share};
 use crate::report::format::{bytes, count, percent};
 use crate::report::memory_table;
 use crate::train::TuneOptions;
@@ -58,6 +58,12 @@ pub(super) struct PlanCommand {
     /// As of `swat tune`
     #[arg(long, value_name = "WEIGHT", value_parser = above_zero::<f32>)]
     distil: Option<f32>,
+    /// As of `swat tune`
+    #[arg(long, value_name = "RHO", value_parser = above_zero::<f32>)]
+    prox: Option<f32>,
+    /// As of `swat tune`
+    #[arg(long, value_parser = inner_share::<f32>)]
+    ema_decay: Option<f32>,
 }
 
 /// A [`crate::secure::Method`] by name.
@@ -70,8 +76,10 @@ pub(super) enum MethodName {
 }
 
 impl PlanCommand {
-    fn beside(&self) -> Beside {
-        TuneOptions { constrain: self.constrain, distil: self.distil, ..TuneOptions::default() }.beside()
+    /// What of a recipe costs memory.
+    fn recipe(&self) -> TuneOptions {
+        let Self { ema_decay, constrain, distil, prox, .. } = *self;
+        TuneOptions { ema_decay, constrain, distil, prox, ..TuneOptions::default() }
     }
 
     pub(super) fn run(mut self, common: &Common) -> Result<()> {
@@ -88,17 +96,16 @@ impl PlanCommand {
             recompute: self.recompute,
             lora: (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() }),
             state: self.state,
-            beside: self.beside(),
         };
+        let work = (self.trained_share, self.recipe());
         let plan = |run: &Planned| {
-            let work = run.workload(self.trained_share);
             let trains = |id: ParamId| run.trains(id, &set);
             match (device, float, run.state) {
-                (None, Float::F32, _) => Plan::new::<Cpu>(&config, &work, trains),
-                (None, Float::Bf16, State::F32) => Plan::new::<Cpu<F32State>>(&config, &work, trains),
-                (None, Float::Bf16, State::Bf16) => Plan::new::<Cpu<Bf16State>>(&config, &work, trains),
-                (Some(_), _, State::F32) => Plan::new::<Cuda<F32State>>(&config, &work, trains),
-                (Some(_), _, State::Bf16) => Plan::new::<Cuda<Bf16State>>(&config, &work, trains),
+                (None, Float::F32, _) => run.plan::<Cpu>(&config, &work, trains),
+                (None, Float::Bf16, State::F32) => run.plan::<Cpu<F32State>>(&config, &work, trains),
+                (None, Float::Bf16, State::Bf16) => run.plan::<Cpu<Bf16State>>(&config, &work, trains),
+                (Some(_), _, State::F32) => run.plan::<Cuda<F32State>>(&config, &work, trains),
+                (Some(_), _, State::Bf16) => run.plan::<Cuda<Bf16State>>(&config, &work, trains),
             }
         };
         let free = match device {
@@ -164,19 +171,25 @@ struct Planned {
     recompute: bool,
     lora: Option<Lora>,
     state: State,
-    beside: Beside,
 }
 
 impl Planned {
-    fn workload(&self, trained_share: f64) -> Workload {
-        Workload {
+    /// The plan on a backend, of data with this share of tokens that have a loss, and of a recipe.
+    fn plan<B: Backend>(
+        &self,
+        config: &ModelConfig,
+        (trained_share, recipe): &(f64, TuneOptions),
+        trains: impl Fn(ParamId) -> bool,
+    ) -> Plan {
+        let work = Workload {
             tokens: self.batch_size * self.max_length,
             document_tokens: self.max_length,
-            trained_share,
+            trained_share: *trained_share,
             recompute: self.recompute,
             lora: self.lora,
-            beside: self.beside,
-        }
+            beside: recipe.beside::<B>(),
+        };
+        Plan::new::<B>(config, &work, trains)
     }
 
     fn trains(&self, id: ParamId, set: &ModuleSet) -> bool {
@@ -265,7 +278,7 @@ mod tests {
 
     #[test]
     fn the_cheapest_options_that_fit_come_first() {
-        let run = Planned { batch_size: 8, max_length: 64, recompute: false, lora: None, state: State::F32, beside: Beside::default() };
+        let run = Planned { batch_size: 8, max_length: 64, recompute: false, lora: None, state: State::F32 };
         // 10 a token, 2 with recomputation; 4000 of weights and state, half of it with state in bf16, 1000 with adapters.
         let total = |run: &Planned| {
             let tokens = (run.batch_size * run.max_length) as u64;

@@ -70,6 +70,11 @@ impl<B: Backend> Gradients<B> {
         self.buffers.iter().map(|(id, b)| (*id, b))
     }
 
+    /// All buffers in the order of tensors, to write.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (ParamId, &mut Buffer<B, B::Grad>)> {
+        self.buffers.iter_mut().map(|(id, b)| (*id, b))
+    }
+
     /// Whether a tensor trains.
     pub fn trains(&self, id: ParamId) -> bool {
         self.buffers.contains_key(&id)

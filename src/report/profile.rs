@@ -23,7 +23,10 @@ pub fn memory_table(plans: &[(String, Plan)]) -> Table {
         table.row([Entry::text(name)].into_iter().chain(sizes));
     };
     for (i, (name, _)) in Plan::default().categories().iter().enumerate() {
-        row(name, &|plan| plan.categories()[i].1);
+        // Most runs keep no copies.
+        if *name != "copies" || plans.iter().any(|(_, plan)| plan.copies_bytes > 0) {
+            row(name, &|plan| plan.categories()[i].1);
+        }
     }
     row("total", &Plan::total_bytes);
     table

@@ -231,7 +231,7 @@ impl PreparedTune {
             trained_share: batch.trained_tokens as f64 / batch.tokens.max(1) as f64,
             recompute: shared.recompute,
             lora,
-            beside: shared.beside(),
+            beside: shared.beside::<B>(),
         };
         for phase in &self.phases {
             let trained = self.trained(files, phase);
@@ -261,8 +261,8 @@ impl PreparedTune {
             let trained = self.trained(files, phase);
             let moments = trained.iter().map(|(_, n)| 2 * n * size_of::<B::Moment>()).sum::<usize>();
             changed.extend(trained);
-            let averaged = if shared.ema_decay.is_some() { 4 } else { 0 };
-            let weights = changed.values().sum::<usize>() * (size_of::<B::Float>() + averaged);
+            let copies = shared.beside::<B>().parameter_bytes;
+            let weights = changed.values().sum::<usize>() * (size_of::<B::Float>() + copies);
             checkpoint = checkpoint.max((weights + moments) as u64);
             let steps = phase.options.steps_of(&self.loader, shared)?;
             count += steps.checked_div(shared.save_every).unwrap_or(0) + u64::from(steps > 0);

@@ -1,6 +1,9 @@
 //! Masked AdamW: moments and steps for the trained tensors alone.
 
-use crate::backend::{AdamW, AdamWMasked, AdamWModule, Backend, Buffer, Operator, Rounding, SumSquares, trace};
+use crate::backend::{
+    AdamW, AdamWMasked, AdamWModule, Backend, Buffer, Operator, ProximalGradients, ProximalRow, Rounding, SumSquares,
+    trace,
+};
 use crate::engine::{Decoder, Gradients};
 use crate::error::Result;
 use crate::modules::{Cell, LearningRates, ParamId, Rate};
@@ -13,6 +16,8 @@ pub(super) struct Slot<B: Backend> {
     pub(super) v: Buffer<B, B::Moment>,
     /// Steps of this tensor, for the bias correction.
     pub(super) steps: u32,
+    /// What the proximal term holds it near.
+    pub(super) anchor: Option<Buffer<B, B::Float>>,
     rate: Rate,
 }
 
@@ -95,7 +100,8 @@ impl<B: Backend> Optimizer<B> {
                 Some(slot) => Slot { rate, ..slot },
                 None => {
                     let (len, backend) = (param.values.len(), &decoder.backend);
-                    Slot { id: param.id, m: backend.zeros(len)?, v: backend.zeros(len)?, steps: 0, rate }
+                    let (m, v) = (backend.zeros(len)?, backend.zeros(len)?);
+                    Slot { id: param.id, m, v, steps: 0, anchor: None, rate }
                 }
             });
         }
@@ -110,6 +116,39 @@ impl<B: Backend> Optimizer<B> {
         for slot in self.slots.iter_mut().filter(|slot| vectors.contains(&slot.id)) {
             slot.rate.weight_decay = 0.0;
         }
+    }
+
+    /// Anchors the proximal term of each tensor at its current values, in place of earlier ones.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Memory`] where a copy of the trained tensors does not fit the device.
+    pub fn set_anchors(&mut self, decoder: &Decoder<B>) -> Result<()> {
+        for slot in &mut self.slots {
+            let Some(param) = decoder.param(slot.id) else { continue };
+            let anchor = match &mut slot.anchor {
+                Some(anchor) => anchor,
+                none => none.insert(decoder.backend.zeros(param.values.len())?),
+            };
+            decoder.backend.copy(param.values.view(), anchor.view_mut())?;
+        }
+        Ok(())
+    }
+
+    /// Adds rho·(w − anchor), the gradient of Lisa's proximal term (arXiv 2405.18641), to the gradients of the tensors
+    /// that have an anchor. It belongs before [`Optimizer::step`], which clips the gradients of the whole loss.
+    ///
+    /// # Errors
+    /// A failing device.
+    pub fn add_proximal(&self, decoder: &Decoder<B>, gradients: &mut Gradients<B>, rho: f32) -> Result<()> {
+        let mut anchors: BTreeMap<ParamId, &Buffer<B, B::Float>> =
+            self.slots.iter().filter_map(|slot| Some((slot.id, slot.anchor.as_ref()?))).collect();
+        let mut table = Vec::new();
+        for (id, grad) in gradients.iter_mut() {
+            if let Some((anchor, param)) = anchors.remove(&id).zip(decoder.param(id)) {
+                table.push(ProximalRow { grad: grad.view_mut(), weight: param.values.view(), anchor: anchor.view() });
+            }
+        }
+        ProximalGradients { table: &mut table, rho }.run(&decoder.backend)
     }
 
     /// Trained tensors, in the decoder's order.

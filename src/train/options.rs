@@ -1,6 +1,7 @@
 //! Options of a training run and of its phases.
 
 use super::{Schedule, reference};
+use crate::backend::Backend;
 use crate::data::{Example, Loader, LoaderOptions};
 use crate::engine::Beside;
 use crate::error::{Error, Result};
@@ -55,7 +56,7 @@ pub struct TuneOptions {
     pub keep_optimizer: bool,
     /// End with an exponential moving average of the weights, w̄ ← d·w̄ + (1−d)·w after each step (a baseline)
     ///
-    /// Costs 4 bytes per trained parameter on the host, and a read of the trained weights each step.
+    /// Costs 4 bytes per trained parameter on the device.
     #[arg(long, value_parser = inner_share::<f32>)]
     pub ema_decay: Option<f32>,
     /// Constrain the first tokens of answers: by the token-wise loss of arXiv 2406.05946, β times SCALE (1 = the paper's)
@@ -71,6 +72,13 @@ pub struct TuneOptions {
     #[arg(long, value_name = "WEIGHT", value_parser = above_zero::<f32>)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distil: Option<f32>,
+    /// Hold the trained weights near those at the start of the phase: adds RHO/2 · ‖θ − θ₀‖² to the loss (Lisa, arXiv
+    /// 2405.18641)
+    ///
+    /// Costs a copy of the trained weights on the device, and in each checkpoint.
+    #[arg(long, value_name = "RHO", value_parser = above_zero::<f32>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prox: Option<f32>,
 }
 
 impl TuneOptions {
@@ -100,7 +108,7 @@ impl TuneOptions {
         require(self.eps > 0.0 && self.eps.is_finite(), "eps", self.eps, "above 0")?;
         let decay = self.ema_decay.unwrap_or(0.5);
         require(decay > 0.0 && decay < 1.0, "ema_decay", decay, "above 0 and below 1")?;
-        for (field, value) in [("constrain", self.constrain), ("distil", self.distil)] {
+        for (field, value) in [("constrain", self.constrain), ("distil", self.distil), ("prox", self.prox)] {
             let value = value.unwrap_or(1.0);
             require(value > 0.0 && value.is_finite(), field, value, "above 0")?;
         }
@@ -125,10 +133,12 @@ impl TuneOptions {
     }
 
     /// What the recipe keeps on the device beside weights, gradients and moments.
-    pub fn beside(&self) -> Beside {
+    pub fn beside<B: Backend>(&self) -> Beside {
         let teacher = if self.distil.is_some() { 8 * reference::TEACHER } else { 0 };
         let token_bytes = if self.constrain.is_some() || self.distil.is_some() { 8 + teacher } else { 0 };
-        Beside { token_bytes }
+        let mean = if self.ema_decay.is_some() { size_of::<f32>() } else { 0 };
+        let anchor = if self.prox.is_some() { size_of::<B::Float>() } else { 0 };
+        Beside { parameter_bytes: mean + anchor, token_bytes }
     }
 }
 

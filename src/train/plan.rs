@@ -58,7 +58,7 @@ impl<B: Backend> Tuner<'_, B> {
             trained_share: trained_tokens as f64 / tokens.max(1) as f64,
             recompute: self.options.recompute,
             lora: self.decoder.lora(),
-            beside: self.options.beside(),
+            beside: self.options.beside::<B>(),
         };
         let plan = |phase: &Phase| {
             let trained: BTreeSet<ParamId> = self.trained(phase).collect();
@@ -147,13 +147,17 @@ impl<B: Backend> Tuner<'_, B> {
         &mut self,
         files: &RunFiles,
         saved: &Checkpoint,
-        run: &mut RunState,
+        run: &RunState,
     ) -> Result<Option<Optimizer<B>>> {
         files.load_weights(saved, self.decoder)?;
-        files.load_means(saved, self.decoder, &mut run.ema)?;
+        files.load_means(saved, self.decoder, &mut self.ema)?;
         let Some(phase) = self.phases.get(run.phase) else { return Ok(None) };
         let mut optimizer = Optimizer::new(self.decoder, &phase.rates, &self.trains)?;
         files.load_moments(saved, &self.decoder.backend, &mut optimizer)?;
+        if self.options.prox.is_some() && run.phase_step > 0 {
+            optimizer.set_anchors(self.decoder)?;
+            files.load_anchors(saved, &self.decoder.backend, &mut optimizer)?;
+        }
         Ok(Some(optimizer))
     }
 }

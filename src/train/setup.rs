@@ -1,5 +1,6 @@
 //! A run and its parts: phases, directory, callbacks.
 
+use super::ema::Ema;
 use super::reference::Reference;
 use super::watch::Watched;
 use super::{Length, PhaseOptions, RunPosition, StepMetrics, TuneOptions};
@@ -95,6 +96,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) roofline: Option<Roofline>,
     pub(super) watched: Option<Watched<'a, B>>,
     pub(super) reference: Option<Reference>,
+    pub(super) ema: Ema<B>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -131,6 +133,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             roofline: None,
             watched: None,
             reference: None,
+            ema: Ema::default(),
         })
     }
 

@@ -4,7 +4,7 @@ use super::checkpoint::{BEST, CHECKPOINTS, Checkpoint, CheckpointWriter, Checkpo
 use super::ema::Ema;
 use super::optimizer::Slot;
 use super::step::{StepBatches, StepResult};
-use super::tensors::{read_buffer, read_values, spec, write_buffer};
+use super::tensors::{read_buffer, spec, write_buffer};
 use super::updates::PhaseUpdates;
 use super::watch::WatchState;
 use super::{Callbacks, Optimizer, Phase, PhaseSummary, RunDir, RunPosition, Updates, identity};
@@ -53,8 +53,6 @@ pub(super) struct RunState {
     /// Evaluations so far.
     #[serde(default)]
     pub(super) watch: WatchState,
-    #[serde(skip)]
-    pub(super) ema: Ema,
 }
 
 impl RunState {
@@ -246,6 +244,7 @@ impl RunFiles {
         run: &RunState,
         decoder: &Decoder<B>,
         optimizer: Option<&Optimizer<B>>,
+        ema: &Ema<B>,
         changed: &BTreeSet<ParamId>,
     ) -> Result<()> {
         let backend = &decoder.backend;
@@ -265,12 +264,22 @@ impl RunFiles {
             })
         })?;
 
-        let means = &run.ema.means;
+        // At the start of a phase they are the weights.
+        let anchors = || moving().filter(|_| run.phase_step > 0).filter_map(|slot| Some((slot.id, slot.anchor.as_ref()?)));
+        if anchors().next().is_some() {
+            let specs: Vec<TensorSpec> =
+                anchors().map(|(id, anchor)| spec::<B::Float>(id.to_string(), &[anchor.len()])).collect();
+            draft.tensors("anchors", &specs, |writer| {
+                anchors().try_for_each(|(_, anchor)| write_buffer(writer, backend, anchor))
+            })?;
+        }
+
+        let means = &ema.means;
         if !means.is_empty() {
             let specs: Vec<TensorSpec> =
                 means.iter().map(|(id, mean)| spec::<f32>(id.to_string(), &[mean.len()])).collect();
             draft.tensors("means", &specs, |writer| {
-                means.values().try_for_each(|mean| writer.write(bytemuck::cast_slice(mean)))
+                means.values().try_for_each(|mean| write_buffer(writer, backend, mean))
             })?;
         }
 
@@ -314,13 +323,36 @@ impl RunFiles {
         Ok(())
     }
 
+    /// Restores the anchors of the proximal term.
+    pub(super) fn load_anchors<B: Backend>(
+        &self,
+        saved: &Checkpoint,
+        backend: &B,
+        optimizer: &mut Optimizer<B>,
+    ) -> Result<()> {
+        let Some(file) = saved.tensors("anchors")? else { return Ok(()) };
+        for slot in optimizer.slots_mut() {
+            if let Some(anchor) = slot.anchor.as_mut().filter(|_| file.contains(&slot.id.to_string())) {
+                read_buffer(&file, &slot.id.to_string(), backend, anchor)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Restores the moving averages.
-    pub(super) fn load_means<B: Backend>(&self, saved: &Checkpoint, decoder: &Decoder<B>, ema: &mut Ema) -> Result<()> {
+    pub(super) fn load_means<B: Backend>(
+        &self,
+        saved: &Checkpoint,
+        decoder: &Decoder<B>,
+        ema: &mut Ema<B>,
+    ) -> Result<()> {
         let Some(file) = saved.tensors("means")? else { return Ok(()) };
         for param in decoder.params() {
             let name = param.id.to_string();
             if file.contains(&name) {
-                ema.means.insert(param.id, read_values(&file, &name, param.values.len())?);
+                let mut mean = decoder.backend.zeros(param.values.len())?;
+                read_buffer(&file, &name, &decoder.backend, &mut mean)?;
+                ema.means.insert(param.id, mean);
             }
         }
         Ok(())

@@ -61,7 +61,7 @@ pub(super) fn take_step<B: Backend>(
     if group.trained_tokens == 0 {
         return Ok(StepResult::Empty);
     }
-    let recompute = options.recompute;
+    let (recompute, prox) = (options.recompute, options.prox);
     let scale = (1.0 / group.trained_tokens as f64) as f32;
     let mut losses = decoder.losses_of(group.trained_tokens as usize)?;
     let mut options = GradientOptions { scale, accumulate: false, recompute };
@@ -73,6 +73,9 @@ pub(super) fn take_step<B: Backend>(
     // With a non-finite loss even finite gradients are invalid.
     if !loss.is_finite() {
         return Ok(StepResult::NonFinite { loss, cells: optimizer.non_finite_cells(&decoder.backend, gradients)? });
+    }
+    if let Some(rho) = prox {
+        optimizer.add_proximal(decoder, gradients, rho)?;
     }
     Ok(match optimizer.step(decoder, gradients, settings)? {
         StepOutcome::Done { grad_norm } => StepResult::Trained { loss, grad_norm },

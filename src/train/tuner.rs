@@ -44,7 +44,7 @@ impl<B: Backend> Tuner<'_, B> {
                     if self.measure_updates && run.phase_step > 0 {
                         start = Some(self.phase_start(run.phase)?);
                     }
-                    optimizer = self.restore(&store, saved, &mut run)?;
+                    optimizer = self.restore(&store, saved, &run)?;
                     self.loader.seek(run.position)?;
                 }
                 None if run_dir.resume => callbacks.note("no checkpoint to resume; the run starts from the beginning"),
@@ -66,7 +66,7 @@ impl<B: Backend> Tuner<'_, B> {
         let store = files.as_ref().map(|(store, _)| store);
         summary.best_step = self.restore_best(&run.watch, run.step, store)?;
         summary.evaluations = run.watch.evaluations;
-        run.ema.apply(self.decoder)?;
+        self.ema.apply(self.decoder)?;
         summary.phases = run.summaries;
         summary.updates = Updates { phases: run.updates };
         summary.peak_bytes = self.peak_bytes();
@@ -99,7 +99,11 @@ impl<B: Backend> Tuner<'_, B> {
         let mut gradients = Gradients::new(self.decoder, |id| phase.rates.trains(id.cell()) && (self.trains)(id))?;
         let minimum = self.minimum_cost(&phase);
         if self.options.ema_decay.is_some() {
-            run.ema.begin(self.decoder, adam.trained())?;
+            self.ema.begin(self.decoder, adam.trained())?;
+        }
+        // Those of a resumed phase are in its checkpoint.
+        if self.options.prox.is_some() && run.phase_step == 0 {
+            adam.set_anchors(self.decoder)?;
         }
         let start = match start {
             None if self.measure_updates => Some(self.phase_start(run.phase)?),
@@ -135,7 +139,7 @@ impl<B: Backend> Tuner<'_, B> {
             let due = (due || stopped.is_some()) && run.phase_step < total && !run.watch.stopped;
             if let Some((store, log)) = files.as_deref_mut().filter(|_| due) {
                 log.sync()?;
-                store.save(run, self.decoder, Some(&adam), &self.changed(run.phase))?;
+                store.save(run, self.decoder, Some(&adam), &self.ema, &self.changed(run.phase))?;
                 if let Some(signal) = stopped {
                     return Err(Error::Interrupted { signal, step: run.step });
                 }
@@ -163,7 +167,7 @@ impl<B: Backend> Tuner<'_, B> {
         if let Some((store, log)) = files {
             log.sync()?;
             store.write_updates(&run.updates)?;
-            store.save(run, self.decoder, optimizer.as_ref(), &self.changed(run.phase - 1))?;
+            store.save(run, self.decoder, optimizer.as_ref(), &self.ema, &self.changed(run.phase - 1))?;
             if let Some(signal) = interrupt::asked() {
                 return Err(Error::Interrupted { signal, step: run.step });
             }
@@ -196,7 +200,7 @@ impl<B: Backend> Tuner<'_, B> {
         };
         let outcome = take_step(self.decoder, adam, gradients, &group, &settings, &self.options)?;
         if let (StepResult::Trained { .. }, Some(decay)) = (&outcome, self.options.ema_decay) {
-            run.ema.update(self.decoder, decay)?;
+            self.ema.update(self.decoder, decay)?;
         }
         run.advance(self.loader.position(), &group, &outcome);
 

@@ -14,8 +14,9 @@ use swat::backend::cpu::Cpu;
 use swat::backend::{
     AdamWMasked, AdamWModule, Attention, AttentionBackward, AttentionDecode, AttentionShape, Backend, Buffer,
     CrossEntropy, DecodeSpans, Documents, Element, EmbeddingBackward, FloatElement, GatherRows, InputGradient, Linear,
-    LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, LossTerms, Operator, Perturb,
-    RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows, SquaredNorm, SumSquares, SwiGlu, SwiGluBackward, View, ViewMut,
+    LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, LossTerms, MeanRow, Operator, Perturb,
+    ProximalGradients, ProximalRow, RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows, SquaredNorm, SumSquares, SwiGlu,
+    SwiGluBackward, UpdateMeans, View, ViewMut,
 };
 use swat::error::Result;
 use swat::rng::{Philox, words};
@@ -353,6 +354,21 @@ impl Backend for Rounded {
             }
         }
         Ok(())
+    }
+
+    fn update_means(&self, op: UpdateMeans<'_, '_, Self>) -> Result<()> {
+        let rows = op.table.iter_mut().map(|MeanRow { mean, weight }| MeanRow { mean: to(mean), weight: of(weight) });
+        UpdateMeans { table: &mut rows.collect::<Vec<_>>(), decay: op.decay }.run(&Cpu::new())
+    }
+
+    fn proximal_gradients(&self, op: ProximalGradients<'_, '_, Self>) -> Result<()> {
+        let rows = op.table.iter_mut().map(|ProximalRow { grad, weight, anchor }| ProximalRow {
+            grad: to(grad),
+            weight: of(weight),
+            anchor: of(anchor),
+        });
+        ProximalGradients { table: &mut rows.collect::<Vec<_>>(), rho: op.rho }.run(&Cpu::new())?;
+        op.table.iter_mut().try_for_each(|row| self.round_state(row.grad.reborrow()))
     }
 
     fn squared_norm(&self, op: SquaredNorm<'_, Self>) -> Result<Buffer<Self, f64>> {

@@ -262,6 +262,67 @@ fn second_moments_decay<B: Backend>(b: &B) {
     }
 }
 
+/// Averages to the bit of three roundings; gradients within one rounding of the pull.
+fn means_and_pulls<B: Backend>(b: &B) {
+    for lengths in [&[1, 100, 0, 16_385, 9, 4097, 1000, 4096][..], &[70_001], &[5; 300]] {
+        let mut modules = modules(b, lengths);
+        let part = |i: usize, stream, len| Part::<B, f32>::new(b, &normals(stream + i as u64, len), [0, 1, 4, 3][i % 4]);
+        let mut means: Vec<_> = lengths.iter().enumerate().map(|(i, len)| part(i, 4000, *len)).collect();
+        let anchor = |i: usize, len| Part::<B, B::Float>::new(b, &normals(5000 + i as u64, len), [0, 8, 2][i % 3]);
+        let anchors: Vec<_> = lengths.iter().enumerate().map(|(i, len)| anchor(i, *len)).collect();
+        for decay in [0.75f32, 0.999] {
+            let rows = means.iter_mut().zip(&modules);
+            let mut table: Vec<_> =
+                rows.map(|(mean, module)| MeanRow { mean: mean.view_mut(), weight: module.weight.view() }).collect();
+            let before: Vec<Vec<f64>> = table.iter().map(|row| host(b, &row.mean)).collect();
+            UpdateMeans { table: &mut table, decay }.run(b).unwrap();
+            for (i, before) in before.iter().enumerate() {
+                let plain = |(mean, weight): (&f64, &f64)| {
+                    f64::from(decay * *mean as f32 + (1.0 - decay) * *weight as f32)
+                };
+                let expected: Vec<f64> = before.iter().zip(modules[i].weight.host()).map(plain).collect();
+                assert_eq!(means[i].get(b), expected, "module {i} of {lengths:?}");
+            }
+        }
+        let rows = modules.iter_mut().zip(&anchors);
+        let mut table: Vec<_> = rows
+            .map(|(module, anchor)| ProximalRow {
+                grad: module.grad.view_mut(),
+                weight: module.weight.view(),
+                anchor: anchor.view(),
+            })
+            .collect();
+        let rho = 0.3f32;
+        ProximalGradients { table: &mut table, rho }.run(b).unwrap();
+        for (i, (module, anchor)) in modules.iter().zip(&anchors).enumerate() {
+            let tensors = module.grad.host().iter().zip(module.weight.host()).zip(anchor.host());
+            let exact: Vec<f64> = tensors.map(|((g, w), a)| g + f64::from(rho) * (w - a)).collect();
+            let stored: Vec<f64> = exact.iter().map(|x| B::Grad::from_f32(*x as f32).to_f32() as f64).collect();
+            assert_no_worse(&module.grad.get(b), &stored, &exact, 3e-7, &format!("module {i} of {lengths:?}"));
+        }
+    }
+}
+
+/// A weight of 2 with an average of 4 and an anchor of 1.
+fn means_and_pulls_by_hand<B: Backend>(b: &B) {
+    let (weight, anchor) = (put::<B, B::Float>(b, &[2.0]), put::<B, B::Float>(b, &[1.0]));
+    let (mut mean, mut grad) = (put::<B, f32>(b, &[4.0]), put::<B, B::Grad>(b, &[0.5]));
+    let row = MeanRow { mean: mean.device.view_mut(), weight: weight.device.view() };
+    UpdateMeans { table: &mut [row], decay: 0.75 }.run(b).unwrap();
+    assert_eq!(get(b, &mean.device), [3.5]);
+    let row =
+        ProximalRow { grad: grad.device.view_mut(), weight: weight.device.view(), anchor: anchor.device.view() };
+    ProximalGradients { table: &mut [row], rho: 0.25 }.run(b).unwrap();
+    assert_eq!(get(b, &grad.device), [0.75]);
+}
+
+/// A view's numbers in f64.
+fn host<B: Backend>(b: &B, view: &ViewMut<'_, B, f32>) -> Vec<f64> {
+    let mut values = vec![0f32; view.len()];
+    b.read(View { storage: &*view.storage, range: view.range.clone() }, &mut values).unwrap();
+    values.into_iter().map(f64::from).collect()
+}
+
 fn the_same_bytes_twice<B: Backend>(b: &B) {
     let run = || {
         let mut modules = modules::<B>(b, &[100, 20_001, 7]);
@@ -428,6 +489,8 @@ on_every_backend!(
     tables_of_any_size,
     rounding_is_unbiased,
     second_moments_decay,
+    means_and_pulls,
+    means_and_pulls_by_hand,
     the_same_bytes_twice,
     nothing_changes_where_a_gradient_is_not_finite,
     rate_zero_keeps_the_weight,

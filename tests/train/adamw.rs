@@ -2,6 +2,7 @@
 
 use crate::common;
 use std::collections::BTreeMap;
+use swat::backend::Backend;
 use swat::backend::cpu::Cpu;
 use swat::engine::{Decoder, GradientOptions, Gradients};
 use swat::modules::{Cell, LearningRates, ModuleKind, ParamId, Rate};
@@ -175,4 +176,28 @@ fn a_non_finite_gradient_changes_nothing_and_is_named() {
     for poison in [f32::NAN, f32::NEG_INFINITY, 3e30] {
         assert_eq!(run(Some(poison)), expected);
     }
+}
+
+#[test]
+fn the_proximal_term_pulls_towards_its_anchor() {
+    let mut decoder = model();
+    let rates = all(&decoder);
+    let mut optimizer = Optimizer::new(&decoder, &rates, |_| true).unwrap();
+    let mut gradients = Gradients::new(&decoder, |_| true).unwrap();
+    let pull = |optimizer: &Optimizer<Cpu>, decoder: &Decoder<Cpu>, gradients: &mut Gradients<Cpu>| {
+        optimizer.add_proximal(decoder, gradients, 0.25).unwrap();
+        let buffer = gradients.get(ParamId::FinalNorm).unwrap();
+        let mut values = vec![0f32; buffer.len()];
+        decoder.backend.read(buffer.view(), &mut values).unwrap();
+        values
+    };
+    let len = decoder.config.hidden;
+    assert_eq!(pull(&optimizer, &decoder, &mut gradients), vec![0.0; len], "no anchors yet");
+    decoder.write(ParamId::FinalNorm, &vec![1.0; len]).unwrap();
+    optimizer.set_anchors(&decoder).unwrap();
+    decoder.write(ParamId::FinalNorm, &vec![3.0; len]).unwrap();
+    assert_eq!(pull(&optimizer, &decoder, &mut gradients), vec![0.5; len], "0.25 · (3 − 1)");
+    assert_eq!(pull(&optimizer, &decoder, &mut gradients), vec![1.0; len], "it is added");
+    optimizer.set_anchors(&decoder).unwrap();
+    assert_eq!(pull(&optimizer, &decoder, &mut gradients), vec![1.0; len], "anchored anew");
 }

@@ -1,6 +1,6 @@
 //! Interrupted runs: resumed, they leave the same bytes; what does not belong to them is refused.
 
-use crate::run::{Run, bits, examples, lines, model, options, two_phases};
+use crate::run::{Run, bits, examples, lines, model, options, two_phases, weights};
 use serde_json::Value;
 use std::path::Path;
 use swat::backend::cpu::Cpu;
@@ -101,6 +101,32 @@ fn accumulation_and_moments_and_means_survive_interruptions() {
         let (resumed, decoder, _) = with(Some(dir.path()), None).run();
         resumed.unwrap();
         assert_eq!(bits(&decoder), bits(&expected), "stopped at {stop}");
+    }
+}
+
+#[test]
+fn what_the_proximal_term_holds_weights_near_survives_interruptions() {
+    fn with(dir: Option<&Path>, prox: Option<f32>, keep_optimizer: bool) -> Run<'_> {
+        Run { options: TuneOptions { prox, keep_optimizer, ..options() }, ..Run::new(dir) }
+    }
+    let (_, free, steps) = with(None, None, true).run();
+    for keep in [false, true] {
+        let (_, expected, held) = with(None, Some(5.0), keep).run();
+        // At the first step of the phase nothing has moved.
+        assert_eq!(held.steps[0].grad_norm, steps.steps[0].grad_norm);
+        assert_ne!(held.steps[1].grad_norm, steps.steps[1].grad_norm);
+        let moved = |decoder: &Decoder<Cpu>| -> f64 {
+            let pairs = weights(decoder).into_values().flatten().zip(weights(&model()).into_values().flatten());
+            pairs.map(|(after, before)| f64::from(after - before).powi(2)).sum()
+        };
+        assert!(moved(&expected) < 0.9 * moved(&free), "{} {}", moved(&expected), moved(&free));
+        for stop in [2, 5, 7, 8, 11, 14] {
+            let dir = tempfile::tempdir().unwrap();
+            assert!(Run { stop_at: Some(stop), ..with(Some(dir.path()), Some(5.0), keep) }.run().0.is_err());
+            let (resumed, decoder, _) = with(Some(dir.path()), Some(5.0), keep).run();
+            resumed.unwrap();
+            assert_eq!(bits(&decoder), bits(&expected), "stopped at {stop}, kept moments: {keep}");
+        }
     }
 }
 

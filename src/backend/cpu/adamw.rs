@@ -5,7 +5,10 @@ use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
 use super::wide::{as_type, as_type_mut, convert};
 use super::{Cpu, Elements};
-use crate::backend::{AdamW, AdamWMasked, AdamWModule, FloatElement, Rounding, SumSquares};
+use crate::backend::{
+    AdamW, AdamWMasked, AdamWModule, FloatElement, MeanRow, ProximalGradients, ProximalRow, Rounding, SumSquares,
+    UpdateMeans,
+};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -185,6 +188,39 @@ simd_kernel! {
             *v = f.beta2 * *v + rest2 * g * g;
             let denominator = v.sqrt() / f.root_correction2 + f.eps;
             *w = *w * f.keep - f.step_size * (*m / denominator);
+        }
+    }
+}
+
+pub(super) fn update_means<E: Elements>(UpdateMeans { table, decay }: UpdateMeans<'_, '_, Cpu<E>>) {
+    for MeanRow { mean, weight } in table {
+        let (mean, weight) = (slice_mut(mean.reborrow()), slice(weight));
+        mean.par_chunks_mut(BLOCK).zip(weight.par_chunks(BLOCK)).for_each(|(mean, weight)| mean_block(mean, weight, decay));
+    }
+}
+
+simd_kernel! {
+    fn mean_block<T: FloatElement>(_simd, mean: &'a mut [f32], weight: &'a [T], decay: f32) {
+        let rest = 1.0 - decay;
+        for (mean, weight) in mean.iter_mut().zip(weight) {
+            *mean = decay * *mean + rest * weight.to_f32();
+        }
+    }
+}
+
+pub(super) fn proximal_gradients<E: Elements>(op: ProximalGradients<'_, '_, Cpu<E>>) {
+    let ProximalGradients { table, rho } = op;
+    for ProximalRow { grad, weight, anchor } in table {
+        let (grad, weight, anchor) = (slice_mut(grad.reborrow()), slice(weight), slice(anchor));
+        let rows = grad.par_chunks_mut(BLOCK).zip(weight.par_chunks(BLOCK)).zip(anchor.par_chunks(BLOCK));
+        rows.for_each(|((grad, weight), anchor)| pull_block(grad, weight, anchor, rho));
+    }
+}
+
+simd_kernel! {
+    fn pull_block<G: FloatElement, T: FloatElement>(_simd, grad: &'a mut [G], weight: &'a [T], anchor: &'a [T], rho: f32) {
+        for ((grad, weight), anchor) in grad.iter_mut().zip(weight).zip(anchor) {
+            *grad = G::from_f32(grad.to_f32() + rho * (weight.to_f32() - anchor.to_f32()));
         }
     }
 }

@@ -184,6 +184,16 @@ impl<E: Elements> Backend for Cpu<E> {
         Ok(())
     }
 
+    fn update_means(&self, op: UpdateMeans<'_, '_, Self>) -> Result<()> {
+        adamw::update_means(op);
+        Ok(())
+    }
+
+    fn proximal_gradients(&self, op: ProximalGradients<'_, '_, Self>) -> Result<()> {
+        adamw::proximal_gradients(op);
+        Ok(())
+    }
+
     fn squared_norm(&self, op: SquaredNorm<'_, Self>) -> Result<Buffer<Self, f64>> {
         let mut squares = self.zeros(1)?;
         slice_mut(squares.view_mut())[0] = adamw::squared_norm(slice(&op.w));

@@ -5,7 +5,8 @@ use super::launch::{Arg, Launch, args, blocks};
 use super::memory::{self, Memory, Slice, slice, slice_mut};
 use super::{Cuda, FLOAT, Precision, measure};
 use crate::backend::{
-    AdamW, AdamWMasked, AdamWModule, Cost, Element, FloatElement, Operator, Rounding, SumSquares, cost,
+    AdamW, AdamWMasked, AdamWModule, Cost, Element, FloatElement, Operator, ProximalGradients, Rounding, SumSquares,
+    UpdateMeans, cost,
 };
 use crate::error::Result;
 use std::sync::{Arc, Mutex};
@@ -201,6 +202,43 @@ pub(super) fn adamw_masked<P: Precision>(
         // a row; a chunk has a block.
         unsafe { device.launch(launch, arguments) }
     })
+}
+
+pub(super) fn update_means<P: Precision>(
+    device: &Arc<Device>,
+    tables: &Tables,
+    op: UpdateMeans<'_, '_, Cuda<P>>,
+) -> Result<()> {
+    let (cost, UpdateMeans { table: rows, decay }) = (op.cost(), op);
+    let (chunk, count) =
+        (step_chunk(rows.iter().map(|row| row.mean.len()).sum(), device.multiprocessors), rows.len() as u32);
+    let pointers = rows.iter_mut().map(|row| {
+        let len = row.mean.len();
+        ([slice_mut(row.mean.reborrow()).pointer(), slice(&row.weight).pointer()], len)
+    });
+    let (words, chunks) = table(pointers, chunk);
+    let launch = launch("adamw_means_vec8_bf16", blocks(chunks, 1), cost);
+    // SAFETY: the table's rows are two live views of one length, the mean borrowed mutably; a chunk has a block.
+    tables.with(device, words, |table| unsafe { device.launch(launch, args![table, count, chunk as u32, decay]) })
+}
+
+pub(super) fn proximal_gradients<P: Precision>(
+    device: &Arc<Device>,
+    tables: &Tables,
+    op: ProximalGradients<'_, '_, Cuda<P>>,
+) -> Result<()> {
+    let (cost, ProximalGradients { table: rows, rho }) = (op.cost(), op);
+    let (chunk, count) =
+        (step_chunk(rows.iter().map(|row| row.grad.len()).sum(), device.multiprocessors), rows.len() as u32);
+    let pointers = rows.iter_mut().map(|row| {
+        let (len, weight, anchor) = (row.grad.len(), slice(&row.weight).pointer(), slice(&row.anchor).pointer());
+        ([slice_mut(row.grad.reborrow()).pointer(), weight, anchor], len)
+    });
+    let (words, chunks) = table(pointers, chunk);
+    let kernel = by_element::<P::Grad>(["adamw_proximal_vec8_f32", "adamw_proximal_vec8_bf16"]);
+    let launch = launch(kernel, blocks(chunks, 1), cost);
+    // SAFETY: the table's rows are three live views of one length, the gradient borrowed mutably; a chunk has a block.
+    tables.with(device, words, |table| unsafe { device.launch(launch, args![table, count, chunk as u32, rho]) })
 }
 
 #[cfg(test)]

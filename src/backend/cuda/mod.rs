@@ -232,6 +232,14 @@ impl<P: Precision> Backend for Cuda<P> {
         adamw::sum_squares(&self.device, &self.tables, op)
     }
 
+    fn update_means(&self, op: UpdateMeans<'_, '_, Self>) -> Result<()> {
+        adamw::update_means(&self.device, &self.tables, op)
+    }
+
+    fn proximal_gradients(&self, op: ProximalGradients<'_, '_, Self>) -> Result<()> {
+        adamw::proximal_gradients(&self.device, &self.tables, op)
+    }
+
     fn adamw_masked(&self, op: AdamWMasked<'_, '_, Self>) -> Result<()> {
         adamw::adamw_masked(&self.device, &self.tables, op)
     }

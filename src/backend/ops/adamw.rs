@@ -2,7 +2,7 @@
 //! it.
 
 use super::Operator;
-use crate::backend::{Backend, Cost, FloatElement, Out, View, ViewMut, cost};
+use crate::backend::{Backend, Cost, FloatElement, In, Out, View, ViewMut, cost};
 use crate::error::Result;
 
 /// How a step stores bf16 weights and moments. Backends that keep them in f32 ignore it.
@@ -80,6 +80,77 @@ impl<B: Backend> Operator<B> for AdamWMasked<'_, '_, B> {
 
     fn launch(self, backend: &B) -> Result<()> {
         backend.adamw_masked(self)
+    }
+}
+
+/// A row of [`UpdateMeans`].
+pub struct MeanRow<'a, B: Backend> {
+    /// The average, f32.
+    pub mean: ViewMut<'a, B, f32>,
+    /// The weight that it follows.
+    pub weight: In<'a, B>,
+}
+
+/// mean ← decay·mean + (1 − decay)·weight over a table, in f32: both products and the sum are rounded, so that every
+/// backend writes the same bits.
+pub struct UpdateMeans<'t, 'a, B: Backend> {
+    /// The averages of a run.
+    pub table: &'t mut [MeanRow<'a, B>],
+    /// From 0 to 1.
+    pub decay: f32,
+}
+
+impl<B: Backend> Operator<B> for UpdateMeans<'_, '_, B> {
+    const NAME: &'static str = "update_means";
+
+    fn check(&self) {
+        assert!(self.table.iter().all(|row| row.mean.len() == row.weight.len()));
+    }
+
+    fn cost(&self) -> Cost {
+        cost::update_means(self.table.iter().map(|row| row.mean.len()).sum(), size_of::<B::Float>())
+    }
+
+    fn launch(self, backend: &B) -> Result<()> {
+        backend.update_means(self)
+    }
+}
+
+/// A row of [`ProximalGradients`].
+pub struct ProximalRow<'a, B: Backend> {
+    /// Gradient of the loss.
+    pub grad: ViewMut<'a, B, B::Grad>,
+    /// The weight.
+    pub weight: In<'a, B>,
+    /// What it is held near.
+    pub anchor: In<'a, B>,
+}
+
+/// grad ← grad + rho·(weight − anchor) over a table: the gradient of rho/2 · ‖weight − anchor‖² (Lisa, arXiv
+/// 2405.18641).
+pub struct ProximalGradients<'t, 'a, B: Backend> {
+    /// The tensors that train.
+    pub table: &'t mut [ProximalRow<'a, B>],
+    /// Strength of the pull.
+    pub rho: f32,
+}
+
+impl<B: Backend> Operator<B> for ProximalGradients<'_, '_, B> {
+    const NAME: &'static str = "proximal_gradients";
+
+    fn check(&self) {
+        for ProximalRow { grad, weight, anchor } in &*self.table {
+            assert_eq!([weight.len(), anchor.len()], [grad.len(); 2]);
+        }
+    }
+
+    fn cost(&self) -> Cost {
+        let elements = self.table.iter().map(|row| row.grad.len()).sum();
+        cost::proximal_gradients(elements, size_of::<B::Float>(), size_of::<B::Grad>())
+    }
+
+    fn launch(self, backend: &B) -> Result<()> {
+        backend.proximal_gradients(self)
     }
 }
 

@@ -15,7 +15,9 @@ mod rope;
 mod sampling;
 mod swiglu;
 
-pub use adamw::{AdamW, AdamWMasked, AdamWModule, Rounding, SumSquares};
+pub use adamw::{
+    AdamW, AdamWMasked, AdamWModule, MeanRow, ProximalGradients, ProximalRow, Rounding, SumSquares, UpdateMeans,
+};
 pub use attention::{Attention, AttentionBackward, AttentionDecode, AttentionShape, DecodeSpans, Documents};
 pub use cross_entropy::{CrossEntropy, IGNORE, LossTerms, TEACHER_TOKENS};
 pub use embedding::{EmbeddingBackward, GatherRows, ScatterRows};

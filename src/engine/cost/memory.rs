@@ -26,6 +26,8 @@ pub struct Workload {
 /// Bytes on the device of what a training recipe adds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Beside {
+    /// For each trained parameter: its moving average, what it is held near.
+    pub parameter_bytes: usize,
     /// For each token of a micro-batch with a loss: the terms of its loss.
     pub token_bytes: usize,
 }
@@ -39,6 +41,8 @@ pub struct Plan {
     pub gradients_bytes: u64,
     /// Both AdamW moments of the trained tensors.
     pub moments_bytes: u64,
+    /// Copies of the trained tensors: moving averages, and what the proximal term holds them near.
+    pub copies_bytes: u64,
     /// Activations kept for the backward pass.
     pub activations_bytes: u64,
     /// Buffers of the layer that runs, of the head, and scratch of products.
@@ -99,6 +103,7 @@ impl Plan {
             weights_bytes: parameters * float,
             gradients_bytes: trainable * size_of::<B::Grad>() as u64,
             moments_bytes: 2 * trainable * size_of::<B::Moment>() as u64,
+            copies_bytes: trainable * work.beside.parameter_bytes as u64,
             activations_bytes: activations,
             workspace_bytes: (head + layer) * float + scratch + rows * work.beside.token_bytes as u64,
             parameters,
@@ -109,11 +114,12 @@ impl Plan {
     }
 
     /// Bytes by category, with its name.
-    pub fn categories(&self) -> [(&'static str, u64); 5] {
+    pub fn categories(&self) -> [(&'static str, u64); 6] {
         [
             ("weights", self.weights_bytes),
             ("gradients", self.gradients_bytes),
             ("moments", self.moments_bytes),
+            ("copies", self.copies_bytes),
             ("activations", self.activations_bytes),
             ("workspace", self.workspace_bytes),
         ]
