@@ -3,7 +3,7 @@
 mod rates;
 mod set;
 
-pub use rates::{LearningRates, Rate};
+pub use rates::{LearningRates, Rate, RateTable};
 pub use set::ModuleSet;
 
 use std::fmt;

@@ -81,7 +81,9 @@ fn cross_entropy_of_logits() {
                 let sum = (vocab as f32 - 1.0) + 12f32.exp();
                 for scale in [None, Some(2.0)] {
                     let (lv, ov) = (logits.view_mut(), losses.view_mut());
-                    CrossEntropy { logits: lv, targets: targets.view(), losses: ov, vocab, scale, terms: None }.run(b).unwrap();
+                    CrossEntropy { logits: lv, targets: targets.view(), losses: ov, vocab, scale, terms: None }
+                        .run(b)
+                        .unwrap();
                     let loss = last(b, &losses, 2);
                     assert_all(&loss[..1], (vocab as f32).ln(), &what);
                     assert_all(&loss[1..], sum.ln(), &what);

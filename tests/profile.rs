@@ -96,7 +96,14 @@ fn the_plan_counts_the_same_flops() {
     let config = small();
     let all = |_| true;
     let minimum = MinimumCost::new::<swat::backend::cpu::Cpu>(&config, None, all);
-    let work = Workload { tokens: 120, document_tokens: 40, trained_share: 0.5, recompute: false, lora: None, beside: Beside::default() };
+    let work = Workload {
+        tokens: 120,
+        document_tokens: 40,
+        trained_share: 0.5,
+        recompute: false,
+        lora: None,
+        beside: Beside::default(),
+    };
     let plan = Plan::new::<swat::backend::cpu::Cpu>(&config, &work, all);
     let forward = minimum.forward(&[0, 40, 80, 120], 60).flops as f64 / 120.0;
     assert!((plan.forward_flops - forward).abs() < 1e-6 * forward);

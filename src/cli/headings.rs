@@ -24,7 +24,10 @@ const HEADINGS: [(&str, &[&str]); 11] = [
             "state",
         ],
     ),
-    ("Mods_Rob", &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "reversed", "keep_optimizer"]),
+    (
+        "Mods_Rob",
+        &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "module_lr", "reversed", "keep_optimizer"],
+    ),
     ("Near the model as given", &["constrain", "distil", "prox"]),
     ("Adapters", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
     (

@@ -150,7 +150,8 @@ impl Marked {
                 ));
             }
         }
-        let (mut example, tokens) = (Example { tokens: Vec::new(), trained: pieces.trained, replayed: false }, pieces.tokens);
+        let (mut example, tokens) =
+            (Example { tokens: Vec::new(), trained: pieces.trained, replayed: false }, pieces.tokens);
         example.tokens.extend(tokens.into_iter().map(|(token, _)| token));
         if let Some(first) = example.trained.first_mut() {
             *first = false;

@@ -11,7 +11,8 @@ use super::readout::trained_rows;
 use super::{Batch, Decoder, GradientOptions, Gradients, TokenTerms};
 use crate::backend::{
     AttentionBackward, Backend, CrossEntropy, EmbeddingBackward, In, LinearBackwardInput, LinearBackwardWeight,
-    LinearShape, LossTerms, Operator, Out, RmsNormBackward, Rope, ScatterRows, SwiGlu, SwiGluBackward, View, ViewMut, trace,
+    LinearShape, LossTerms, Operator, Out, RmsNormBackward, Rope, ScatterRows, SwiGlu, SwiGluBackward, View, ViewMut,
+    trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};

@@ -115,7 +115,7 @@ fn names_text(names: &[&'static str]) -> String {
 }
 
 /// Splits at commas and white space outside braces.
-fn split_patterns(text: &str) -> Result<Vec<&str>> {
+pub(super) fn split_patterns(text: &str) -> Result<Vec<&str>> {
     let mut patterns = Vec::new();
     let (mut start, mut in_braces) = (0, false);
     for (at, c) in text.char_indices() {

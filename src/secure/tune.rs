@@ -3,7 +3,7 @@
 use crate::data::Example;
 use crate::engine::Lora;
 use crate::error::{Error, Result};
-use crate::modules::{Cell, LearningRates, ModuleId, ModuleKind, ModuleSet};
+use crate::modules::{Cell, LearningRates, ModuleId, ModuleKind, ModuleSet, RateTable};
 use crate::options::{default_from_args, from_zero};
 use crate::train::{Phase, PhaseOptions, TuneOptions};
 use clap::Args;
@@ -52,6 +52,12 @@ pub struct TuneRecipe {
     /// Factor on the learning rate of the modules outside of --mods in their phase; 0 = frozen, bit for bit
     #[arg(long, value_parser = from_zero::<f32>, default_value_t = 0.0)]
     pub rest_lr_factor: f32,
+    /// Factors on the learning rates of modules, such as layers.*.q_proj=0.1,layers.8-23.v_proj=0; 0 = frozen
+    ///
+    /// They hold in both phases, on top of --rest-lr-factor. Where sets overlap, the last one counts.
+    #[arg(long, value_name = "SET=FACTOR,...")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub module_lr: Option<RateTable>,
     /// Reverse the phases: everything first, --mods second (an ablation)
     #[arg(long)]
     pub reversed: bool,
@@ -85,15 +91,15 @@ impl TuneJob {
     /// The phases on a model with these cells.
     ///
     /// # Errors
-    /// [`Error::Input`] where the set and the trained parameters are disjoint, or adapters are to be on other cells than
-    /// projections.
+    /// [`Error::Input`] where the set and the trained parameters are disjoint, adapters are to be on other cells than
+    /// projections, or factors on the learning rates name no trained module or freeze a whole phase.
     pub fn phases(&self, cells: &ModuleSet) -> Result<Vec<Phase>> {
         let trainable = match &self.recipe.method {
             Method::Full => cells.clone(),
             Method::Lora { modules, .. } => projections(modules, cells)?,
             Method::Adapter { cells } => cells.clone(),
         };
-        let everything = LearningRates::masked(&trainable, &trainable, 0.0);
+        let everything = self.scaled(LearningRates::masked(&trainable, &trainable, 0.0), &trainable, cells)?;
         let all = Phase { name: ALL_PHASE.into(), rates: everything, options: self.recipe.all_phase.clone() };
         let Some(mods) = &self.mods else { return Ok(vec![all]) };
         let rates = LearningRates::masked(mods, &trainable, self.recipe.rest_lr_factor);
@@ -104,8 +110,26 @@ impl TuneJob {
                 "a set that shares modules with those that the method trains",
             ));
         }
+        let rates = self.scaled(rates, &trainable, cells)?;
         let mods = Phase { name: MODS_PHASE.into(), rates, options: self.recipe.mods_phase.clone() };
         Ok(if self.recipe.reversed { vec![all, mods] } else { vec![mods, all] })
+    }
+
+    /// The rates of a phase with the recipe's factors, in a model with the cells `all`.
+    fn scaled(&self, mut rates: LearningRates, trainable: &ModuleSet, all: &ModuleSet) -> Result<LearningRates> {
+        let Some(table) = &self.recipe.module_lr else { return Ok(rates) };
+        let wrong = |found: String, expected: &str| Err(Error::input("module-lr", found, expected));
+        if !table.factors(all)?.keys().any(|cell| trainable.contains(*cell)) {
+            return wrong(format!("`{table}`, none of which the method trains"), "modules that the method trains");
+        }
+        rates.scale(table, all)?;
+        if rates.iter().next().is_none() {
+            return wrong(
+                format!("`{table}`, which freezes a whole phase"),
+                "a factor above 0 for some of its modules",
+            );
+        }
+        Ok(rates)
     }
 }
 
@@ -144,4 +168,31 @@ pub(super) fn examples_hash(examples: &[Example]) -> String {
 pub fn attention_projections(layers: usize) -> ModuleSet {
     let kinds = ModuleKind::ALL.into_iter().filter(|kind| kind.in_attention());
     kinds.flat_map(|kind| (0..layers).map(move |layer| Cell::Module(ModuleId { layer, kind }))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors_on_the_rates_hold_in_every_phase() {
+        let cells: ModuleSet =
+            (0..2).flat_map(|layer| ModuleKind::ALL.map(|kind| Cell::Module(ModuleId { layer, kind }))).collect();
+        let job = |mods: &str, table: &str, method| {
+            let recipe =
+                TuneRecipe { module_lr: table.parse().ok(), rest_lr_factor: 0.5, method, ..TuneRecipe::default() };
+            TuneJob { mods: Some(ModuleSet::parse(mods, &cells).unwrap()), recipe }.phases(&cells)
+        };
+        let phases = job("layers.0.q", "layers.*.{q,v}=0.1,layers.1.q=0", Method::Full).unwrap();
+        let rate = |phase: usize, layer, kind| phases[phase].rates.get(Cell::module(layer, kind)).map(|rate| rate.lr);
+        assert_eq!([rate(0, 0, ModuleKind::Q), rate(1, 0, ModuleKind::Q)], [Some(0.1); 2]);
+        assert_eq!([rate(0, 0, ModuleKind::V), rate(1, 0, ModuleKind::V)], [Some(0.05), Some(0.1)]);
+        assert_eq!([rate(0, 1, ModuleKind::Q), rate(1, 1, ModuleKind::Q)], [None; 2]);
+        assert_eq!([rate(0, 1, ModuleKind::K), rate(1, 1, ModuleKind::K)], [Some(0.5), Some(1.0)]);
+        let message = |job: Result<Vec<Phase>>| job.unwrap_err().to_string();
+        let adapters = Method::Lora { lora: Lora::default(), modules: ModuleSet::parse("k", &cells).unwrap() };
+        assert!(message(job("k", "q=0.1", adapters)).contains("none of which the method trains"));
+        assert!(message(job("q", "modules=0", Method::Full)).contains("freezes a whole phase"));
+        assert!(message(job("q", "layers.7.q=1", Method::Full)).contains("layer 7"));
+    }
 }

@@ -265,7 +265,8 @@ impl RunFiles {
         })?;
 
         // At the start of a phase they are the weights.
-        let anchors = || moving().filter(|_| run.phase_step > 0).filter_map(|slot| Some((slot.id, slot.anchor.as_ref()?)));
+        let anchors =
+            || moving().filter(|_| run.phase_step > 0).filter_map(|slot| Some((slot.id, slot.anchor.as_ref()?)));
         if anchors().next().is_some() {
             let specs: Vec<TensorSpec> =
                 anchors().map(|(id, anchor)| spec::<B::Float>(id.to_string(), &[anchor.len()])).collect();

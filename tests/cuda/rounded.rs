@@ -14,9 +14,9 @@ use swat::backend::cpu::Cpu;
 use swat::backend::{
     AdamWMasked, AdamWModule, Attention, AttentionBackward, AttentionDecode, AttentionShape, Backend, Buffer,
     CrossEntropy, DecodeSpans, Documents, Element, EmbeddingBackward, FloatElement, GatherRows, InputGradient, Linear,
-    LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, LossTerms, MeanRow, Operator, Perturb,
-    ProximalGradients, ProximalRow, RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows, SquaredNorm, SumSquares, SwiGlu,
-    SwiGluBackward, UpdateMeans, View, ViewMut,
+    LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, LossTerms, MeanRow,
+    Operator, Perturb, ProximalGradients, ProximalRow, RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows,
+    SquaredNorm, SumSquares, SwiGlu, SwiGluBackward, UpdateMeans, View, ViewMut,
 };
 use swat::error::Result;
 use swat::rng::{Philox, words};

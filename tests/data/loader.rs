@@ -3,8 +3,11 @@
 use swat::data::{Example, Loader, LoaderOptions, LoaderPosition, mix};
 
 fn loader(examples: u32, options: LoaderOptions) -> Loader {
-    let example =
-        |id| Example { tokens: vec![id; 1 + id as usize % 5], trained: vec![id % 3 > 0; 1 + id as usize % 5], replayed: false };
+    let example = |id| Example {
+        tokens: vec![id; 1 + id as usize % 5],
+        trained: vec![id % 3 > 0; 1 + id as usize % 5],
+        replayed: false,
+    };
     Loader::new((0..examples).map(example).collect(), options).unwrap()
 }
 

@@ -82,8 +82,11 @@ fn json() -> impl Strategy<Value = String> {
 }
 
 fn examples(lengths: &[usize]) -> Vec<Example> {
-    let example =
-        |(id, &length): (usize, &usize)| Example { tokens: vec![id as u32; length], trained: vec![true; length], replayed: false };
+    let example = |(id, &length): (usize, &usize)| Example {
+        tokens: vec![id as u32; length],
+        trained: vec![true; length],
+        replayed: false,
+    };
     lengths.iter().enumerate().map(example).collect()
 }
 

@@ -1,7 +1,7 @@
 //! Module sets as text and back.
 
 use proptest::prelude::*;
-use swat::modules::{Cell, ModuleKind, ModuleSet};
+use swat::modules::{Cell, LearningRates, ModuleKind, ModuleSet, RateTable};
 
 fn all(layers: usize, tied: bool) -> ModuleSet {
     let mut set = ModuleSet::from_iter([Cell::Embedding, Cell::FinalNorm]);
@@ -72,6 +72,35 @@ fn errors_name_the_offender() {
     for text in ["layers.1.{q", "layers.1.q}", "layers.1.{{q}}", "layers.1.{q}x"] {
         error(text);
     }
+}
+
+#[test]
+fn rate_tables_scale_what_trains() {
+    let all = all(4, true);
+    let table: RateTable = "layers.*.{q,v}=0.5, layers.1-2.q_proj=0,norm=2".parse().unwrap();
+    assert_eq!(table.to_string(), "layers.*.{q,v}=0.5,layers.1-2.q_proj=0,norm=2");
+    assert_eq!(table.to_string().parse::<RateTable>().unwrap(), table);
+    let set = ModuleSet::parse("layers.*.{q,k},norm", &all).unwrap();
+    let mut rates = LearningRates::masked(&set, &all, 0.25);
+    rates.scale(&table, &all).unwrap();
+    let rate = |pattern: &str| {
+        let cell = ModuleSet::parse(pattern, &all).unwrap().iter().next().unwrap();
+        rates.get(cell).map(|rate| (rate.lr, rate.weight_decay))
+    };
+    // By hand: in the set, outside of it, frozen by the later entry, and without an entry.
+    assert_eq!(rate("layers.0.q"), Some((0.5, 1.0)));
+    assert_eq!(rate("layers.0.v"), Some((0.125, 1.0)));
+    assert_eq!((rate("layers.1.q"), rate("layers.3.q")), (None, Some((0.5, 1.0))));
+    assert_eq!(
+        (rate("norm"), rate("layers.2.k"), rate("layers.2.o")),
+        (Some((2.0, 1.0)), Some((1.0, 1.0)), Some((0.25, 1.0)))
+    );
+    for text in ["", "layers.0.q", "layers.0.q=", "layers.0.q=-1", "layers.0.q=nan", "=1", "q=1,k"] {
+        let message = text.parse::<RateTable>().unwrap_err().to_string();
+        assert!(message.contains("SET=FACTOR") || message.contains("no pattern"), "{text}: {message}");
+    }
+    let unknown = "layers.9.q=1".parse::<RateTable>().unwrap();
+    assert!(rates.scale(&unknown, &all).unwrap_err().to_string().contains("layer 9"));
 }
 
 proptest! {

@@ -266,7 +266,8 @@ fn second_moments_decay<B: Backend>(b: &B) {
 fn means_and_pulls<B: Backend>(b: &B) {
     for lengths in [&[1, 100, 0, 16_385, 9, 4097, 1000, 4096][..], &[70_001], &[5; 300]] {
         let mut modules = modules(b, lengths);
-        let part = |i: usize, stream, len| Part::<B, f32>::new(b, &normals(stream + i as u64, len), [0, 1, 4, 3][i % 4]);
+        let part =
+            |i: usize, stream, len| Part::<B, f32>::new(b, &normals(stream + i as u64, len), [0, 1, 4, 3][i % 4]);
         let mut means: Vec<_> = lengths.iter().enumerate().map(|(i, len)| part(i, 4000, *len)).collect();
         let anchor = |i: usize, len| Part::<B, B::Float>::new(b, &normals(5000 + i as u64, len), [0, 8, 2][i % 3]);
         let anchors: Vec<_> = lengths.iter().enumerate().map(|(i, len)| anchor(i, *len)).collect();
@@ -277,9 +278,8 @@ fn means_and_pulls<B: Backend>(b: &B) {
             let before: Vec<Vec<f64>> = table.iter().map(|row| host(b, &row.mean)).collect();
             UpdateMeans { table: &mut table, decay }.run(b).unwrap();
             for (i, before) in before.iter().enumerate() {
-                let plain = |(mean, weight): (&f64, &f64)| {
-                    f64::from(decay * *mean as f32 + (1.0 - decay) * *weight as f32)
-                };
+                let plain =
+                    |(mean, weight): (&f64, &f64)| f64::from(decay * *mean as f32 + (1.0 - decay) * *weight as f32);
                 let expected: Vec<f64> = before.iter().zip(modules[i].weight.host()).map(plain).collect();
                 assert_eq!(means[i].get(b), expected, "module {i} of {lengths:?}");
             }
@@ -310,8 +310,7 @@ fn means_and_pulls_by_hand<B: Backend>(b: &B) {
     let row = MeanRow { mean: mean.device.view_mut(), weight: weight.device.view() };
     UpdateMeans { table: &mut [row], decay: 0.75 }.run(b).unwrap();
     assert_eq!(get(b, &mean.device), [3.5]);
-    let row =
-        ProximalRow { grad: grad.device.view_mut(), weight: weight.device.view(), anchor: anchor.device.view() };
+    let row = ProximalRow { grad: grad.device.view_mut(), weight: weight.device.view(), anchor: anchor.device.view() };
     ProximalGradients { table: &mut [row], rho: 0.25 }.run(b).unwrap();
     assert_eq!(get(b, &grad.device), [0.75]);
 }

@@ -195,7 +195,9 @@ simd_kernel! {
 pub(super) fn update_means<E: Elements>(UpdateMeans { table, decay }: UpdateMeans<'_, '_, Cpu<E>>) {
     for MeanRow { mean, weight } in table {
         let (mean, weight) = (slice_mut(mean.reborrow()), slice(weight));
-        mean.par_chunks_mut(BLOCK).zip(weight.par_chunks(BLOCK)).for_each(|(mean, weight)| mean_block(mean, weight, decay));
+        mean.par_chunks_mut(BLOCK)
+            .zip(weight.par_chunks(BLOCK))
+            .for_each(|(mean, weight)| mean_block(mean, weight, decay));
     }
 }
 
