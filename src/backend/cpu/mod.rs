@@ -27,7 +27,8 @@ use super::{Backend, Buffer, Cost, Element, FloatElement, Precision, View, ViewM
 use crate::error::{Error, Result};
 use half::bf16;
 use std::marker::PhantomData;
-use storage::{slice, slice_mut};
+use std::sync::Arc;
+use storage::{Arena, slice, slice_mut};
 
 /// What tensors are kept in: f32 alone, or bf16 weights and activations with a [`Precision`] of gradients and moments.
 pub trait Elements: Send + Sync + 'static {
@@ -55,7 +56,10 @@ impl<P: Precision> Elements for P {
 }
 
 /// The host: all cores that rayon's global pool has (`RAYON_NUM_THREADS`).
-pub struct Cpu<E: Elements = F32>(PhantomData<E>);
+pub struct Cpu<E: Elements = F32> {
+    arena: Arc<Arena>,
+    elements: PhantomData<E>,
+}
 
 impl Cpu {
     /// The host, in f32.
@@ -76,17 +80,15 @@ impl Cpu {
 
 impl<E: Elements> Default for Cpu<E> {
     fn default() -> Self {
-        Self(PhantomData)
+        Self { arena: Arc::default(), elements: PhantomData }
     }
 }
 
 impl<E: Elements> Clone for Cpu<E> {
     fn clone(&self) -> Self {
-        *self
+        Self { arena: Arc::clone(&self.arena), elements: PhantomData }
     }
 }
-
-impl<E: Elements> Copy for Cpu<E> {}
 
 /// Operators that are a function of this backend: `method(Arguments) = function;`
 macro_rules! operators {
@@ -114,7 +116,7 @@ impl<E: Elements> Backend for Cpu<E> {
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<Self, T>> {
         let _span = trace::op("zeros", Cost::default);
-        let memory = Memory::zeroed(len).ok_or_else(|| {
+        let memory = Memory::zeroed(len, &self.arena).ok_or_else(|| {
             Error::failed(
                 format!("no memory for {len} elements of {}", T::NAME),
                 "use a smaller batch, or a machine with more memory",

@@ -34,13 +34,13 @@ macro_rules! simd_kernel {
 }
 pub(super) use simd_kernel;
 
-/// Asks for the cache line at `x`, which need not be valid.
+/// Asks for the cache line at `x`, which need not be valid, in the second-level cache.
 #[inline(always)]
 pub(super) fn prefetch(x: *const f32) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing and never faults.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(x.cast());
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(x.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = x;

@@ -32,7 +32,7 @@ pub(in crate::backend::cpu::gemm) unsafe fn dots<
                 for (r, column) in columns.iter_mut().enumerate() {
                     let from = w.add(r * inputs + at);
                     *column = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_epi16(from.cast()));
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(ahead).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(ahead).cast());
                 }
                 for t in 0..TOKENS {
                     let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_epi16(x.add(t * inputs + at).cast()));
