@@ -18,6 +18,7 @@
 //   perturb_scale_vec8_bf16         6                 5             0.14 ms
 //   perturb_given_vec8_bf16         8                 5             0.18 ms
 //   perturb_low_rank_vec8_bf16      6                 5 + rank      0.14 ms
+//   perturb_along_vec8_bf16         6 (one, in place) 3             0.14 ms
 //
 // Versions: baseline, an element a thread (gaussian only: the others differ in nothing but the draw); vec8, eight
 // elements of two Philox blocks a thread, 16 bytes an access: wins at every size, a Philox block then serves four
@@ -260,3 +261,20 @@ extern "C" __global__ void __launch_bounds__(256, 3) perturb_low_rank_vec8_bf16(
   }
 }
 EXPORT(perturb_low_rank_vec8_bf16)
+
+// x += rho/√squares·direction, and nothing where squares is 0; one rounding.
+// grid: ceil(len / 2048), block: 256, no shared memory
+extern "C" __global__ void __launch_bounds__(256) perturb_along_vec8_bf16(bf16* x, const bf16* direction, uint64_t len,
+    const float* squares, float rho) {
+  const uint64_t first = ((uint64_t)blockIdx.x * THREADS + threadIdx.x) * 8;
+  if (first >= len) return;
+  const float total = *squares, factor = total > 0.f ? rho / sqrtf(total) : 0.f;
+  const bool whole = aligned16(x) && aligned16(direction) && first + 8 <= len;
+  float y[8], n[8];
+  load<false>(x, first, len, whole, y);
+  load<false>(direction, first, len, whole, n);
+#pragma unroll
+  for (int j = 0; j < 8; j++) y[j] = fmaf(factor, n[j], y[j]);
+  store<false>(x, first, len, whole, y);
+}
+EXPORT(perturb_along_vec8_bf16)

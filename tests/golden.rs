@@ -157,7 +157,11 @@ impl Golden {
             .enumerate()
             .map(|(i, b)| {
                 self.decoder
-                    .loss_and_gradients(b, gradients, GradientOptions { scale, accumulate: i > 0, recompute })
+                    .loss_and_gradients(
+                        b,
+                        gradients,
+                        GradientOptions { accumulate: i > 0, recompute, ..GradientOptions::scaled(scale) },
+                    )
                     .unwrap()
             })
             .sum();

@@ -237,6 +237,11 @@ pub fn perturbed_copies(elements: usize, copies: usize, bytes: usize, flops: usi
     Cost::each(elements, (1 + copies) * float + bytes, 2 * copies + flops)
 }
 
+/// A step along a direction.
+pub fn move_along(elements: usize, float: usize) -> Cost {
+    Cost::each(elements, 3 * float, 2)
+}
+
 /// FLOPs of silu(gate) · up: a negation, an exponential, a sum, a quotient, a product.
 const SWIGLU_FLOPS: usize = 5;
 

@@ -319,4 +319,10 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// # Errors
     /// As [`Operator::run`].
     fn perturb(&self, op: Perturb<'_, Self>) -> Result<()>;
+
+    /// See [`MoveAlong`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
+    fn move_along(&self, op: MoveAlong<'_, Self>) -> Result<()>;
 }

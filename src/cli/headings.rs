@@ -28,7 +28,7 @@ const HEADINGS: [(&str, &[&str]); 11] = [
         "Mods_Rob",
         &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "module_lr", "reversed", "keep_optimizer"],
     ),
-    ("Near the model as given", &["constrain", "distil", "prox"]),
+    ("Near the model as given", &["constrain", "distil", "prox", "vaccine"]),
     ("Adapters", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
     (
         "Evaluation during the run",

@@ -62,6 +62,9 @@ pub(super) struct PlanCommand {
     #[arg(long, value_name = "RHO", value_parser = above_zero::<f32>)]
     prox: Option<f32>,
     /// As of `swat tune`
+    #[arg(long, value_name = "RHO", value_parser = above_zero::<f32>)]
+    vaccine: Option<f32>,
+    /// As of `swat tune`
     #[arg(long, value_parser = inner_share::<f32>)]
     ema_decay: Option<f32>,
 }
@@ -78,8 +81,8 @@ pub(super) enum MethodName {
 impl PlanCommand {
     /// What of a recipe costs memory.
     fn recipe(&self) -> TuneOptions {
-        let Self { ema_decay, constrain, distil, prox, .. } = *self;
-        TuneOptions { ema_decay, constrain, distil, prox, ..TuneOptions::default() }
+        let Self { ema_decay, constrain, distil, prox, vaccine, .. } = *self;
+        TuneOptions { ema_decay, constrain, distil, prox, vaccine, ..TuneOptions::default() }
     }
 
     pub(super) fn run(mut self, common: &Common) -> Result<()> {

@@ -2,7 +2,6 @@
 
 mod projections;
 
-use super::cost::lowest_layer;
 use super::decoder::Overlay;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
@@ -11,8 +10,8 @@ use super::readout::trained_rows;
 use super::{Batch, Decoder, GradientOptions, Gradients, TokenTerms};
 use crate::backend::{
     AttentionBackward, Backend, CrossEntropy, EmbeddingBackward, In, LinearBackwardInput, LinearBackwardWeight,
-    LinearShape, LossTerms, Operator, Out, RmsNormBackward, Rope, ScatterRows, SwiGlu, SwiGluBackward, View, ViewMut,
-    trace,
+    LinearShape, LossTerms, MoveAlong, Operator, Out, RmsNormBackward, Rope, ScatterRows, SumSquares, SwiGlu,
+    SwiGluBackward, View, ViewMut, trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
@@ -62,6 +61,19 @@ enum Saved<'p, B: Backend> {
     Activations(Box<LayerActivations<'p, B>>),
 }
 
+/// What happens to the outputs of layers in a pass; gradients of them are [layers, tokens, hidden].
+enum Outputs<'a, 'p, B: Backend> {
+    AsTheyAre,
+    /// Their gradients are written here.
+    Differentiated(&'a mut Floats<'p, B>),
+    /// They are moved by rho along gradients whose squares have this sum.
+    Moved {
+        along: &'a Floats<'p, B>,
+        squares: View<'a, B, f32>,
+        rho: f32,
+    },
+}
+
 /// Which gradients a layer has to produce; each flag includes the need of the flags before it.
 struct Needs {
     /// The gradient of the layer's input.
@@ -107,6 +119,10 @@ impl<B: Backend> Decoder<B> {
     /// [`Decoder::loss_and_gradients`] of one of a step's micro-batches, without waiting for the device: the losses are
     /// added to `losses`, and read when the whole step is queued.
     ///
+    /// With [`GradientOptions::vaccine`] = rho there are two passes (Vaccine, arXiv 2402.01109): the first to g, the
+    /// gradient of the micro-batch's loss with respect to the outputs of all layers; losses and gradients are those of
+    /// the second, in which each output is moved by rho·g/‖g‖, a constant, with the norm over all layers and tokens.
+    ///
     /// # Errors
     /// [`crate::error::Error::Input`] where the batch does not fit the model; [`crate::error::Error::Device`] or
     /// [`crate::error::Error::Memory`] where the device fails.
@@ -129,7 +145,22 @@ impl<B: Backend> Decoder<B> {
         };
         drop(span);
         gradients.accumulate = options.accumulate;
-        self.backend.replay(|| self.forward_and_backward(&packed, &inputs, gradients, options, losses))
+        let Some(rho) = options.vaccine.filter(|_| !rows.is_empty()) else {
+            let work = || self.forward_and_backward(&packed, &inputs, gradients, options, losses, Outputs::AsTheyAre);
+            return self.backend.replay(work);
+        };
+        // The losses of the first pass are those without the move: nobody's.
+        let mut unmoved = self.losses_of(rows.len())?;
+        let len = packed.tokens * self.config.hidden;
+        let (mut moves, mut squares) = (self.floats(self.config.layers * len)?, self.stats(1)?);
+        self.backend.replay(|| {
+            let (none, outputs) = (&mut Gradients::of_outputs(), Outputs::Differentiated(&mut moves));
+            let first = GradientOptions { accumulate: false, ..options };
+            self.forward_and_backward(&packed, &inputs, none, first, &mut unmoved, outputs)?;
+            SumSquares { parts: &[moves.view()], squares: squares.view_mut() }.run(&self.backend)?;
+            let outputs = Outputs::Moved { along: &moves, squares: squares.view(), rho };
+            self.forward_and_backward(&packed, &inputs, gradients, options, losses, outputs)
+        })
     }
 
     fn terms(&self, terms: &TokenTerms) -> Result<Terms<'_, B>> {
@@ -152,6 +183,7 @@ impl<B: Backend> Decoder<B> {
         gradients: &mut Gradients<B>,
         options: GradientOptions,
         losses: &mut Losses<'_, B>,
+        mut outputs: Outputs<'_, '_, B>,
     ) -> Result<()> {
         let span = trace::phase("forward");
         let none = Overlay::new();
@@ -170,11 +202,16 @@ impl<B: Backend> Decoder<B> {
         if rows == 0 {
             return Ok(());
         }
-        let lowest = lowest_layer(gradients.iter().map(|(id, _)| id), self.config.layers);
+        let lowest = gradients.lowest(self.config.layers);
         let mut saved = Vec::with_capacity(self.config.layers);
         let mut x = self.embed_rows(&none, tokens.clone())?;
         for layer in 0..self.config.layers {
-            let (activations, out) = self.layer_forward(&none, layer, x, packed)?;
+            let (activations, mut out) = self.layer_forward(&none, layer, x, packed)?;
+            if let Outputs::Moved { along, squares, rho } = &outputs {
+                let (len, squares) = (packed.tokens * hidden, squares.clone());
+                let direction = along.range(layer * len..(layer + 1) * len);
+                MoveAlong { x: out.view_mut(), direction, squares, rho: *rho }.run(&self.backend)?;
+            }
             saved.push(match (layer >= lowest, options.recompute) {
                 (false, _) => Saved::Nothing,
                 (true, true) => Saved::Input(activations.x),
@@ -199,6 +236,10 @@ impl<B: Backend> Decoder<B> {
             ScatterRows { from: dx_rows.view(), rows: chosen, to: dx.view_mut(), width: hidden }.run(&self.backend)?;
             drop(dx_rows);
             for layer in (lowest..self.config.layers).rev() {
+                if let Outputs::Differentiated(to) = &mut outputs {
+                    let len = packed.tokens * hidden;
+                    self.backend.copy(dx.view(), to.range_mut(layer * len..(layer + 1) * len))?;
+                }
                 let activations = match saved.pop() {
                     Some(Saved::Activations(activations)) => *activations,
                     Some(Saved::Input(x)) => {
@@ -228,7 +269,7 @@ impl<B: Backend> Decoder<B> {
         gradients: &mut Gradients<B>,
         scale: f32,
     ) -> Result<Option<Floats<'a, B>>> {
-        let below = lowest_layer(gradients.iter().map(|(id, _)| id), self.config.layers) < self.config.layers;
+        let below = gradients.lowest(self.config.layers) < self.config.layers;
         let accumulate = gradients.accumulate;
         let (hidden, vocab, rows) = (self.config.hidden, self.config.vocab, targets.len());
         let none = Overlay::new();
@@ -293,9 +334,7 @@ impl<B: Backend> Decoder<B> {
                 .any(|id| gradients.trains(id))
         };
         let trains = |id| gradients.trains(id);
-        let below =
-            trains(ParamId::Embedding) || gradients.iter().any(|(id, _)| id.layer().is_some_and(|other| other < layer));
-        let input = below;
+        let input = gradients.below(layer);
         let attention_normed = input || trains(ParamId::InputNorm(layer));
         let qkv = attention_normed
             || [ModuleKind::Q, ModuleKind::K, ModuleKind::V].into_iter().any(module)

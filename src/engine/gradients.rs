@@ -1,5 +1,6 @@
 //! Gradient buffers of the tensors that train.
 
+use super::cost::lowest_layer;
 use crate::backend::{Backend, Buffer};
 use crate::engine::Decoder;
 use crate::error::Result;
@@ -11,6 +12,8 @@ pub struct Gradients<B: Backend> {
     buffers: BTreeMap<ParamId, Buffer<B, B::Grad>>,
     /// Whether the running backward pass adds to what the buffers hold.
     pub(super) accumulate: bool,
+    /// Whether the gradients of all layers' outputs are needed, whatever trains.
+    outputs: bool,
 }
 
 /// How the gradients of a micro-batch are computed.
@@ -23,12 +26,15 @@ pub struct GradientOptions {
     /// Keeps one activation a layer instead of about ten and runs each layer's forward pass again: about a third more
     /// time.
     pub recompute: bool,
+    /// Moves the outputs of all layers by this much along the gradient of the loss with respect to them, before the pass
+    /// whose gradients count ([`crate::engine::Decoder::queue_gradients`]); `None`: one pass.
+    pub vaccine: Option<f32>,
 }
 
 impl GradientOptions {
     /// Gradients of scale · Σ loss that replace earlier ones, with all activations kept.
     pub fn scaled(scale: f32) -> Self {
-        Self { scale, accumulate: false, recompute: false }
+        Self { scale, accumulate: false, recompute: false, vaccine: None }
     }
 }
 
@@ -44,7 +50,23 @@ impl<B: Backend> Gradients<B> {
                 buffers.insert(p.id, decoder.backend.zeros(p.values.len())?);
             }
         }
-        Ok(Self { buffers, accumulate: false })
+        Ok(Self { buffers, accumulate: false, outputs: false })
+    }
+
+    /// For a pass to the gradients of all layers' outputs, without any of a tensor.
+    pub(super) fn of_outputs() -> Self {
+        Self { buffers: BTreeMap::new(), accumulate: false, outputs: true }
+    }
+
+    /// The lowest layer that the backward pass reaches; `layers` where it reaches none.
+    pub(super) fn lowest(&self, layers: usize) -> usize {
+        if self.outputs { 0 } else { lowest_layer(self.buffers.keys().copied(), layers) }
+    }
+
+    /// Whether the gradient of a layer's input is needed.
+    pub(super) fn below(&self, layer: usize) -> bool {
+        let lower = |id: &ParamId| *id == ParamId::Embedding || id.layer().is_some_and(|other| other < layer);
+        self.outputs && layer > 0 || self.buffers.keys().any(lower)
     }
 
     /// The buffer of a tensor; `None` = frozen.

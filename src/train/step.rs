@@ -61,10 +61,10 @@ pub(super) fn take_step<B: Backend>(
     if group.trained_tokens == 0 {
         return Ok(StepResult::Empty);
     }
-    let (recompute, prox) = (options.recompute, options.prox);
+    let TuneOptions { recompute, prox, vaccine, .. } = *options;
     let scale = (1.0 / group.trained_tokens as f64) as f32;
     let mut losses = decoder.losses_of(group.trained_tokens as usize)?;
-    let mut options = GradientOptions { scale, accumulate: false, recompute };
+    let mut options = GradientOptions { scale, accumulate: false, recompute, vaccine };
     for batch in group.batches.iter().filter(|b| b.trained_tokens() > 0) {
         decoder.queue_gradients(batch, gradients, options, &mut losses)?;
         options.accumulate = true;

@@ -15,7 +15,7 @@ use swat::backend::{
     AdamWMasked, AdamWModule, Attention, AttentionBackward, AttentionDecode, AttentionShape, Backend, Buffer,
     CrossEntropy, DecodeSpans, Documents, Element, EmbeddingBackward, FloatElement, GatherRows, InputGradient, Linear,
     LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, LossTerms, MeanRow,
-    Operator, Perturb, ProximalGradients, ProximalRow, RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows,
+    MoveAlong, Operator, Perturb, ProximalGradients, ProximalRow, RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows,
     SquaredNorm, SumSquares, SwiGlu, SwiGluBackward, UpdateMeans, View, ViewMut,
 };
 use swat::error::Result;
@@ -375,6 +375,13 @@ impl Backend for Rounded {
         let squares = SquaredNorm { w: of(&op.w) }.run(&Cpu::new())?;
         let len = squares.len();
         Ok(Buffer::new(squares, len))
+    }
+
+    fn move_along(&self, op: MoveAlong<'_, Self>) -> Result<()> {
+        let MoveAlong { mut x, direction, squares, rho } = op;
+        let (direction, squares) = (of(&direction), of(&squares));
+        MoveAlong { x: to(&mut x), direction, squares, rho }.run(&Cpu::new())?;
+        self.round(x)
     }
 
     fn perturb(&self, op: Perturb<'_, Self>) -> Result<()> {

@@ -335,7 +335,31 @@ fn baseline_writes_the_same() {
     }
 }
 
+/// A step of length 10 along a direction of which (3, 4) is a part; and none along a direction of 0.
+fn a_step_along_a_direction<B: Backend>(b: &B) {
+    let (direction, squares) = (put::<B, B::Float>(b, &[3.0, 4.0]), put::<B, f32>(b, &[100.0]));
+    let mut x = put::<B, B::Float>(b, &[1.0, -2.0]);
+    let (direction, squares) = (direction.device.view(), squares.device.view());
+    MoveAlong { x: x.device.view_mut(), direction: direction.clone(), squares, rho: 10.0 }.run(b).unwrap();
+    assert_eq!(get(b, &x.device), [4.0, 2.0]);
+    let none = put::<B, f32>(b, &[0.0]);
+    MoveAlong { x: x.device.view_mut(), direction, squares: none.device.view(), rho: 10.0 }.run(b).unwrap();
+    assert_eq!(get(b, &x.device), [4.0, 2.0]);
+    for (len, offset) in [(1, 1), (2047, 0), (2049, 8), (70_000, 3)] {
+        let mut x = Part::<B, B::Float>::new(b, &normals(1, len), offset);
+        let direction = Part::<B, B::Float>::new(b, &normals(2, len), offset);
+        let total: f64 = direction.host().iter().map(|n| n * n).sum();
+        let squares = put::<B, f32>(b, &[total]);
+        let (along, squares) = (direction.view(), squares.device.view());
+        MoveAlong { x: x.view_mut(), direction: along, squares, rho: 0.5 * (total as f32).sqrt() }.run(b).unwrap();
+        let exact: Vec<f64> = x.host().iter().zip(direction.host()).map(|(x, n)| x + 0.5 * n).collect();
+        let stored: Vec<f64> = exact.iter().map(|x| B::Float::from_f32(*x as f32).to_f32() as f64).collect();
+        assert_no_worse(&x.get(b), &stored, &exact, 4e-7, &format!("{len} elements {offset} in"));
+    }
+}
+
 on_every_backend!(
+    a_step_along_a_direction,
     copies_as_written,
     tall_matrix,
     gaussian_is_gaussian,

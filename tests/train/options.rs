@@ -17,6 +17,7 @@ fn wrong_values_are_named() {
     assert!(named(TuneOptions { grad_accum: 0, ..TuneOptions::default() }).contains("grad_accum"));
     assert!(named(TuneOptions { ema_decay: Some(f32::NAN), ..TuneOptions::default() }).contains("ema_decay"));
     assert!(named(TuneOptions { constrain: Some(0.0), ..TuneOptions::default() }).contains("constrain"));
+    assert!(named(TuneOptions { vaccine: Some(f32::NAN), ..TuneOptions::default() }).contains("vaccine"));
     assert!(named(TuneOptions { prox: Some(-1.0), ..TuneOptions::default() }).contains("prox"));
     assert!(named(TuneOptions { distil: Some(f32::INFINITY), ..TuneOptions::default() }).contains("distil"));
     assert!(TuneOptions::default().check().is_ok());

@@ -174,6 +174,7 @@ impl<E: Elements> Backend for Cpu<E> {
         cross_entropy(CrossEntropy) = cross_entropy::cross_entropy;
         sample(Sample) = sampling::sample;
         perturb(Perturb) = perturb::perturb;
+        move_along(MoveAlong) = perturb::move_along;
     }
 
     fn sum_squares<T: FloatElement>(&self, op: SumSquares<'_, Self, T>) -> Result<()> {

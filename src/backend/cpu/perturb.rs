@@ -8,7 +8,7 @@ use super::simd::simd_kernel;
 use super::storage::{slice, slice_mut};
 use super::wide::{as_type_mut, convert};
 use super::{Cpu, Elements};
-use crate::backend::{Direction, FloatElement, NoiseKey, Perturb};
+use crate::backend::{Direction, FloatElement, MoveAlong, NoiseKey, Perturb};
 use rayon::prelude::*;
 
 /// Elements of one task.
@@ -183,4 +183,19 @@ fn low_rank_squares(a: &[f32], b: &[f32], rank: usize) -> f64 {
         gram
     };
     gram(a).iter().zip(gram(b)).map(|(a, b)| a * b).sum()
+}
+
+pub(super) fn move_along<E: Elements>(MoveAlong { x, direction, squares, rho }: MoveAlong<'_, Cpu<E>>) {
+    let squares = f64::from(slice(&squares)[0]);
+    let factor = if squares > 0.0 { (f64::from(rho) / squares.sqrt()) as f32 } else { 0.0 };
+    let parts = slice_mut(x).par_chunks_mut(TASK).zip(slice(&direction).par_chunks(TASK));
+    parts.for_each(|(x, direction)| add_scaled(x, direction, factor));
+}
+
+simd_kernel! {
+    fn add_scaled<T: FloatElement>(_simd, x: &'a mut [T], direction: &'a [T], factor: f32) {
+        for (x, direction) in x.iter_mut().zip(direction) {
+            *x = T::from_f32(x.to_f32() + factor * direction.to_f32());
+        }
+    }
 }

@@ -222,6 +222,7 @@ impl<P: Precision> Backend for Cuda<P> {
         cross_entropy(CrossEntropy) = cross_entropy::cross_entropy;
         sample(Sample) = sampling::sample;
         perturb(Perturb) = perturb::perturb;
+        move_along(MoveAlong) = perturb::move_along;
     }
 
     fn gated_linear(&self, op: GatedLinear<'_, Self>) -> Result<bool> {

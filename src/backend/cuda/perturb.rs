@@ -5,7 +5,7 @@ use super::launch::{Launch, args, blocks};
 use super::memory::{Memory, Slice, SliceMut, slice, slice_mut};
 use super::{Cuda, FLOAT, Precision, measure};
 use crate::backend::cost::{NORMAL_FLOPS, perturbed_copies, sum_squares};
-use crate::backend::{Buffer, Cost, Direction, NoiseKey, Perturb, SquaredNorm};
+use crate::backend::{Buffer, Cost, Direction, MoveAlong, NoiseKey, Operator, Perturb, SquaredNorm};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -233,4 +233,13 @@ pub(super) fn perturb<P: Precision>(device: &Arc<Device>, op: Perturb<'_, Cuda<P
         Direction::Scale => copies.scale(device),
         Direction::Given(n) => copies.given(device, n),
     }
+}
+
+pub(super) fn move_along<P: Precision>(device: &Device, op: MoveAlong<'_, Cuda<P>>) -> Result<()> {
+    let cost = op.cost();
+    let (len, rho) = (op.x.len(), op.rho);
+    let (x, direction, squares) = (slice_mut(op.x), slice(&op.direction), slice(&op.squares));
+    let launch = launch("perturb_along_vec8_bf16", [blocks(len, ROUND), 1], cost);
+    // SAFETY: two views of `len` elements, x borrowed mutably, and one number; a block has `ROUND` elements.
+    unsafe { device.launch(launch, args![&x, direction, len as u64, squares, rho]) }
 }

@@ -25,7 +25,7 @@ pub use linear::{
     Epilogue, GatedLinear, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
     LinearBackwardWeight, LinearBackwardWeightEach, LinearEach, Projection, WeightGradient,
 };
-pub use perturb::{Direction, NoiseKey, Perturb, SquaredNorm};
+pub use perturb::{Direction, MoveAlong, NoiseKey, Perturb, SquaredNorm};
 pub use rmsnorm::{RmsNorm, RmsNormBackward};
 pub use rope::Rope;
 pub use sampling::{Sample, Sampling};

@@ -124,3 +124,32 @@ impl<B: Backend> Operator<B> for Perturb<'_, B> {
         backend.perturb(self)
     }
 }
+
+/// x ← x + rho·direction/√squares: a step of length rho along a direction, or along a part of one, of which the whole has
+/// this square of its norm. x stays where that is 0.
+pub struct MoveAlong<'a, B: Backend> {
+    /// Of any length.
+    pub x: Out<'a, B>,
+    /// Like `x`.
+    pub direction: In<'a, B>,
+    /// \[1\]: by [`super::SumSquares`].
+    pub squares: View<'a, B, f32>,
+    /// Length of the step.
+    pub rho: f32,
+}
+
+impl<B: Backend> Operator<B> for MoveAlong<'_, B> {
+    const NAME: &'static str = "move_along";
+
+    fn check(&self) {
+        assert_eq!((self.direction.len(), self.squares.len()), (self.x.len(), 1));
+    }
+
+    fn cost(&self) -> Cost {
+        cost::move_along(self.x.len(), size_of::<B::Float>())
+    }
+
+    fn launch(self, backend: &B) -> Result<()> {
+        backend.move_along(self)
+    }
+}

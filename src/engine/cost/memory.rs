@@ -30,6 +30,8 @@ pub struct Beside {
     pub parameter_bytes: usize,
     /// For each token of a micro-batch with a loss: the terms of its loss.
     pub token_bytes: usize,
+    /// Whether the outputs of all layers are moved along their gradients.
+    pub outputs: bool,
 }
 
 /// Bytes by category at the peak of a step, and FLOPs.
@@ -68,7 +70,7 @@ impl Plan {
         let parameters = count(&|_| true);
         let trainable = count(&|id| trains(id));
         let lowest = lowest_layer(params.iter().map(|(id, _)| *id).filter(|id| trains(*id)), config.layers);
-        let kept_layers = (config.layers - lowest) as u64;
+        let kept_layers = (config.layers - if work.beside.outputs { 0 } else { lowest }) as u64;
 
         let minimum = MinimumCost::new::<B>(config, work.lora, &trains);
         let document = &[0, work.document_tokens as u32];
@@ -87,6 +89,7 @@ impl Plan {
             (false, n) => n * layer_bytes,
             (true, n) => n * tokens * hidden * float + layer_bytes,
         };
+        let moves = if work.beside.outputs { config.layers as u64 * tokens * hidden * float } else { 0 };
         let rows = (work.trained_share * tokens as f64).ceil() as u64;
         let logit_rows = (B::logit_rows(c.vocab) as u64).clamp(1, rows.max(1));
         let head = 4 * rows * hidden + logit_rows * c.vocab as u64;
@@ -104,7 +107,7 @@ impl Plan {
             gradients_bytes: trainable * size_of::<B::Grad>() as u64,
             moments_bytes: 2 * trainable * size_of::<B::Moment>() as u64,
             copies_bytes: trainable * work.beside.parameter_bytes as u64,
-            activations_bytes: activations,
+            activations_bytes: activations + moves,
             workspace_bytes: (head + layer) * float + scratch + rows * work.beside.token_bytes as u64,
             parameters,
             trainable,
