@@ -1,10 +1,13 @@
 //! Masked AdamW over a module table of a few layers, and the sums of squares for gradient clipping, with moments and
 //! gradients in f32 and, on a GPU, in bf16.
 
-use super::common::{Model, Session, random};
+use super::common::{Device, Model, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
-use swat::backend::{AdamW, AdamWMasked, AdamWModule, Backend, Buffer, Cost, Operator, Rounding, SumSquares, cost};
+use swat::backend::{
+    AdamW, AdamWMasked, AdamWModule, Backend, Buffer, Cost, MeanRow, Operator, ProximalGradients, ProximalRow,
+    Rounding, SumSquares, UpdateMeans, cost,
+};
 
 pub(crate) fn cuda(session: &mut Session, cuda: &Cuda<F32State>) {
     on_a_gpu(session, cuda, "f32");
@@ -85,6 +88,52 @@ fn step<B: Backend>(b: &B, tensors: &mut Tensors<B>) {
     });
 }
 
+/// Tensors of a step with averages and anchors of their weights.
+struct Averages<B: Backend> {
+    tensors: Tensors<B>,
+    means: Vec<Buffer<B, f32>>,
+    anchors: Vec<Buffer<B, B::Float>>,
+}
+
+impl<B: Backend> Averages<B> {
+    fn new(b: &B, lengths: &[usize]) -> Self {
+        let means = lengths.iter().map(|len| random(b, *len)).collect();
+        let anchors = lengths.iter().map(|len| random(b, *len)).collect();
+        Self { tensors: Tensors::new(b, lengths), means, anchors }
+    }
+}
+
+fn means<B: Backend>(b: &B, Averages { tensors, means, .. }: &mut Averages<B>) {
+    let rows = means.iter_mut().zip(&tensors.modules);
+    let mut table: Vec<_> =
+        rows.map(|(mean, module)| MeanRow { mean: mean.view_mut(), weight: module.weight.view() }).collect();
+    UpdateMeans { table: &mut table, decay: 0.99 }.run(b).expect("a working device");
+}
+
+fn proximal<B: Backend>(b: &B, Averages { tensors, anchors, .. }: &mut Averages<B>) {
+    let mut table = Vec::new();
+    for (Module { weight, grad, .. }, anchor) in tensors.modules.iter_mut().zip(&*anchors) {
+        table.push(ProximalRow { grad: grad.view_mut(), weight: weight.view(), anchor: anchor.view() });
+    }
+    ProximalGradients { table: &mut table, rho: 1e-3 }.run(b).expect("a working device");
+}
+
+/// What recipes do beside the step.
+fn beside<D: Device>(session: &mut Session, device: &D, state: &str) {
+    let scale = session.scale;
+    for model in scale.models() {
+        let lengths = lengths(model, scale.stepped_elements);
+        let (elements, float, grad) = (lengths.iter().sum(), size_of::<D::Float>(), size_of::<D::Grad>());
+        let make = |d: &D| Averages::new(d, &lengths);
+        let (mean_cost, pull_cost) =
+            (cost::update_means(elements, float), cost::proximal_gradients(elements, float, grad));
+        let ladder = session.ladder(device, format!("means-{state}"), name(model, &lengths), mean_cost, make);
+        ladder.uncaptured().variant("swat", means).copy().run();
+        let ladder = session.ladder(device, format!("proximal-{state}"), name(model, &lengths), pull_cost, make);
+        ladder.uncaptured().variant("swat", proximal).copy().run();
+    }
+}
+
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     let scale = session.scale;
     for model in scale.models() {
@@ -95,6 +144,7 @@ pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
         let ladder = session.ladder(cpu, "squares-f32", name(model, &lengths), squares_cost, make);
         ladder.variant("swat", squares).copy().run();
     }
+    beside(session, cpu, "f32");
 }
 
 fn on_a_gpu<P: Precision>(session: &mut Session, cuda: &Cuda<P>, state: &str) {
@@ -109,4 +159,5 @@ fn on_a_gpu<P: Precision>(session: &mut Session, cuda: &Cuda<P>, state: &str) {
         let ladder = session.ladder(cuda, format!("squares-{state}"), name(model, &lengths), squares_cost, make);
         ladder.uncaptured().versions(&["baseline"], squares).copy().run();
     }
+    beside(session, cuda, state);
 }

@@ -3,7 +3,7 @@
 use super::common::{Device, Session, integers, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{CrossEntropy, Operator, cost};
+use swat::backend::{Cost, CrossEntropy, LossTerms, Operator, cost};
 
 pub(crate) fn cpu(session: &mut Session, cpu: &Cpu) {
     cross_entropy(session, cpu, &[]);
@@ -42,5 +42,29 @@ fn cross_entropy<D: Device>(session: &mut Session, device: &D, versions: &[&'sta
             });
             ladder.copy().run();
         }
+        terms(session, device, &shape, [rows, vocab]);
     }
+}
+
+/// The gradient with the terms of the constrained loss, and of a teacher of 64 tokens.
+fn terms<D: Device>(session: &mut Session, device: &D, shape: &str, [rows, vocab]: [usize; 2]) {
+    let (width, float) = (64.min(vocab), size_of::<D::Float>());
+    let make = move |d: &D| {
+        let targets = integers(d, (0..rows).map(|i| (i * 7919 % vocab) as u32));
+        let ids = integers(d, (0..rows * width).map(|i| (i % width * (vocab / width)) as u32));
+        let logits = [(); 2].map(|()| random::<D, D::Float>(d, rows * vocab));
+        (logits, targets, ids, [rows, rows, rows, rows * width].map(|len| random::<D, f32>(d, len)))
+    };
+    let cost = cost::cross_entropy_gradient(rows * vocab, float) + Cost::moved(8 * rows * (1 + width));
+    let ladder = session.ladder(device, "terms", shape, cost, make);
+    let ladder = ladder.refresh(|d, ([logits, before], ..)| {
+        d.copy(before.view(), logits.view_mut()).expect("a working device");
+    });
+    let ladder = ladder.variant("swat", move |d, ([logits, _], targets, ids, [losses, reference, beta, probs])| {
+        let (reference, beta, ids, probs) = (reference.view(), beta.view(), ids.view(), probs.view());
+        let terms = Some(LossTerms { reference, beta, ids, probs, distil: 1.0 });
+        let (logits, targets, losses) = (logits.view_mut(), targets.view(), losses.view_mut());
+        CrossEntropy { logits, targets, losses, vocab, scale: Some(1.0), terms }.run(d).expect("a working device");
+    });
+    ladder.copy().run();
 }

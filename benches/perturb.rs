@@ -3,7 +3,7 @@
 use super::common::{Device, Session, random};
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
-use swat::backend::{Backend, Buffer, Cost, Direction, In, NoiseKey, Operator, Perturb, cost};
+use swat::backend::{Backend, Buffer, Cost, Direction, In, MoveAlong, NoiseKey, Operator, Perturb, cost};
 
 const KEY: NoiseKey = NoiseKey { seed: 1, stream: 2 };
 const EPSILON: f32 = 0.1;
@@ -49,5 +49,14 @@ fn perturb<D: Device>(session: &mut Session, device: &D, of_gaussian: &[&'static
             });
             ladder.copy().run();
         }
+        let ladder =
+            session.ladder(device, "along", &shape, cost::move_along(len, size_of::<D::Float>()), move |d: &D| {
+                ([(); 2].map(|()| random::<D, D::Float>(d, len)), random::<D, f32>(d, 1))
+            });
+        let ladder = ladder.variant("swat", |d, ([x, n], squares)| {
+            let (x, direction, squares) = (x.view_mut(), n.view(), squares.view());
+            MoveAlong { x, direction, squares, rho: 0.1 }.run(d).expect("a working device");
+        });
+        ladder.copy().run();
     }
 }
