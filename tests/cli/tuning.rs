@@ -185,3 +185,46 @@ fn a_recipe_that_cannot_be_run_is_refused_before_anything_is_written() {
         assert!(!out.exists());
     }
 }
+
+#[test]
+fn losses_of_recipes_leave_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (data(dir.path()), dir.path().join("out"));
+    let recipe = ["--constrain", "--prox", "0.1", "--vaccine", "0.1", "--ema-decay", "0.9"];
+    let mixed = ["--distil", "0.5", "--mix", train.to_str().unwrap(), "--mix-share", "0.25"];
+    let more = ["--module-lr", "layers.*.{q,k}=0.5,embed_tokens=0", "--steps", "2", "--lr", "1e-3", "--json"];
+    let found = parsed(&tune(&train, &out, &[&recipe[..], &mixed, &more].concat()).output().unwrap());
+    assert!(found["plans"]["all"]["copies_bytes"].as_u64().unwrap() > 0, "{found}");
+    assert!(!dir.path().join("out.unfinished").exists());
+    let record: Value = serde_json::from_slice(&std::fs::read(out.join("tune.json")).unwrap()).unwrap();
+    let shared = &record["job"]["shared"];
+    let values = ["constrain", "distil", "prox", "vaccine"].map(|key| shared[key].as_f64().unwrap() as f32);
+    assert_eq!(values, [1.0, 0.5, 0.1, 0.1], "{shared}");
+    assert_eq!(record["job"]["module_lr"], "layers.*.{q,k}=0.5,embed_tokens=0");
+    let (before, after) = (embedding(&tiny()), embedding(&out));
+    assert!(before == after, "frozen, and no average of anything else");
+
+    let plan = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+        command.arg("plan").arg("--model").arg(tiny()).args(["--dtype", "f32", "--device", "cpu", "--json"]).args(more);
+        parsed(&command.output().unwrap())
+    };
+    let (plain, full) = (plan(&[]), plan(&[&recipe[..], &["--distil", "0.5"]].concat()));
+    let of = |plan: &Value, key: &str| plan[key].as_u64().unwrap();
+    // An average and an anchor, both f32.
+    assert_eq!(of(&full, "copies_bytes"), 8 * of(&full, "trainable"));
+    assert_eq!(of(&plain, "copies_bytes"), 0);
+    assert!(
+        of(&full, "activations_bytes") > of(&plain, "activations_bytes"),
+        "outputs of all layers and their gradients"
+    );
+    // 8 × 1024 tokens, each with a reference, β and 64 tokens of a teacher.
+    assert_eq!(of(&full, "workspace_bytes") - of(&plain, "workspace_bytes"), 8 * 1024 * (8 + 8 * 64));
+}
+
+/// The bytes of a model's embedding.
+fn embedding(path: &Path) -> Vec<u8> {
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    file.tensor("model.embed_tokens.weight").unwrap().data().to_vec()
+}

@@ -130,10 +130,10 @@ pub(super) fn terms_of_any_size<B: Backend>(b: &B) {
         let what = format!("{rows} × {vocab}, {width} of the teacher");
         assert_close::<B>(&get(b, &loss.device), &nll, 2e-6, &what);
         let got = get(b, &logits.device);
-        for row in 0..rows {
+        for (row, target) in targets.iter().enumerate() {
             let own = row * vocab..(row + 1) * vocab;
             let (got, x) = (&got[own.clone()], &logits.host[own]);
-            if targets[row] == IGNORE {
+            if *target == IGNORE {
                 assert!(got.iter().all(|g| *g == 0.0), "{what}, row {row}");
                 continue;
             }
@@ -141,7 +141,7 @@ pub(super) fn terms_of_any_size<B: Backend>(b: &B) {
             let teacher = row * width..(row + 1) * width;
             let full = |x: &[f64]| {
                 let of = |token: u32| losses(x, &[token], vocab)[0];
-                let own = of(targets[row]);
+                let own = of(*target);
                 let sigmoid = 1.0 / (1.0 + (-beta * (reference - own)).exp());
                 let constrained = if beta == 0.0 { own } else { -2.0 / beta * sigmoid.ln() };
                 let taught = ids[teacher.clone()].iter().zip(&probs.host[teacher.clone()]).filter(|(_, p)| **p > 0.0);
@@ -150,7 +150,7 @@ pub(super) fn terms_of_any_size<B: Backend>(b: &B) {
                 vec![constrained + f64::from(distil) * divergence]
             };
             // Where the teacher pulls, beside the elements that the check draws.
-            let near = ids[teacher.clone()].iter().take(3).chain([&targets[row]]);
+            let near = ids[teacher.clone()].iter().take(3).chain([target]);
             for i in near.map(|id| *id as usize) {
                 let exact = f64::from(scale) * difference(|x| full(x)[0], x, i);
                 assert_close::<B>(&[got[i]], &[exact], 2e-5, &format!("{what}, row {row}, token {i}"));

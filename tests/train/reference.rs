@@ -54,7 +54,7 @@ fn gradients_of_a_whole_model_are_those_of_the_loss() {
         reference: (0..tokens).map(|_| 4.0 + 2.0 * next()).collect(),
         beta: (0..tokens).map(|i| [0.5, 2.0, 0.1, 0.0][i % 4]).collect(),
         ids: teacher.0,
-        probs: teacher.1.iter().enumerate().map(|(i, p)| if i / 5 % 3 == 0 { 0.0 } else { *p }).collect(),
+        probs: teacher.1.iter().enumerate().map(|(i, p)| if (i / 5).is_multiple_of(3) { 0.0 } else { *p }).collect(),
         distil: 0.7,
     });
     let gradients = |decoder: &Decoder<Cpu>, batch: &Batch| {
