@@ -24,7 +24,7 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 26] = [
+const RULES: [(&str, &[&str], Needs); 27] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
     ("tune", &["rest_lr_factor", "reversed"], Given("mods")),
@@ -49,6 +49,28 @@ const RULES: [(&str, &[&str], Needs); 26] = [
     ("merge", &["aligned", "unaligned"], Other("by", "path")),
     ("merge", &["safe"], Value("by", "safemerge")),
     ("robustness", &["epsilon"], Other("kind", "zero")),
+    (
+        "robustness",
+        &[
+            "chat_template",
+            "date",
+            "adapter",
+            "columns",
+            "field",
+            "skip_bad_rows",
+            "kind",
+            "members",
+            "split",
+            "retrain",
+            "budget_bytes",
+            "epsilon",
+            "cells",
+            "shard",
+            "shard_index",
+            "shard_count",
+        ],
+        Absent("merge"),
+    ),
     ("demo", &["out", "seeds", "model"], Absent("make_model")),
     ("demo", &["force"], Given("make_model")),
 ];
@@ -67,15 +89,24 @@ pub(super) fn check(command: &str, matches: &ArgMatches) -> Result<()> {
         given(id) && matches.try_get_raw(id).ok().flatten().is_some_and(|mut raw| raw.any(|text| text == value))
     };
     for (name, options, needs) in RULES.iter().filter(|(name, ..)| *name == command) {
-        let (met, lacks) = match needs {
-            Given(other) => (given(other), format!("without {}", flag(other))),
-            Either(one, other) => (given(one) || given(other), format!("without {} or {}", flag(one), flag(other))),
-            Absent(other) => (!given(other), format!("with {}", flag(other))),
-            Value(other, value) => (is(other, value), format!("without {} {value}", flag(other))),
-            Other(other, value) => (!is(other, value), format!("with {} {value}", flag(other))),
-            Nothing => (false, format!("in swat {name}")),
+        let met = match needs {
+            Given(other) => given(other),
+            Either(one, other) => given(one) || given(other),
+            Absent(other) => !given(other),
+            Value(other, value) => is(other, value),
+            Other(other, value) => !is(other, value),
+            Nothing => false,
         };
         if let Some(option) = options.iter().find(|option| !met && given(option)) {
+            let flag = |id: &str| flag(command, id);
+            let lacks = match needs {
+                Given(other) => format!("without {}", flag(other)),
+                Either(one, other) => format!("without {} or {}", flag(one), flag(other)),
+                Absent(other) => format!("with {}", flag(other)),
+                Value(other, value) => format!("without {} {value}", flag(other)),
+                Other(other, value) => format!("with {} {value}", flag(other)),
+                Nothing => format!("in swat {name}"),
+            };
             let found = format!("an option that has no effect {lacks}");
             return Err(Error::input(flag(option), found, "what it belongs to, or no such option"));
         }
@@ -83,8 +114,12 @@ pub(super) fn check(command: &str, matches: &ArgMatches) -> Result<()> {
     Ok(())
 }
 
-fn flag(id: &str) -> String {
-    format!("--{}", id.replace('_', "-"))
+/// The option of a command that its argument `id` is typed as.
+fn flag(command: &str, id: &str) -> String {
+    let grammar = super::command();
+    let args = grammar.find_subcommand(command).into_iter().flat_map(clap::Command::get_arguments);
+    let long = args.filter(|arg| arg.get_id() == id).find_map(clap::Arg::get_long);
+    format!("--{}", long.unwrap_or(id))
 }
 
 #[cfg(test)]
@@ -138,6 +173,7 @@ mod tests {
             "swat check --model m --against b --security s --force",
             "swat robustness --model m --probe p --security s --kind zero --epsilon 1",
             "swat profile --model m --work sweep --recompute",
+            "swat robustness --merge a b --no-retrain",
             "swat demo --force",
         ] {
             assert!(check(line).unwrap_err().contains("no effect"), "{line}");

@@ -1,7 +1,7 @@
 //! Headings of `--help`: options by what they are about, whatever the command.
 
 /// Heading, and the arguments below it.
-const HEADINGS: [(&str, &[&str]); 11] = [
+const HEADINGS: [(&str, &[&str]); 12] = [
     ("Model", &["model", "against", "chat_template", "date", "base", "tuned", "aligned", "unaligned", "safe"]),
     ("Data", &["data", "mix", "mix_share", "replay", "attack", "max_length", "packing", "shuffle"]),
     (
@@ -36,6 +36,7 @@ const HEADINGS: [(&str, &[&str]); 11] = [
     ),
     ("Limits", &["max_asr_rise", "max_over_refusal_rise", "max_task_drop", "max_j_drop", "strict"]),
     ("Output", &["out", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes"]),
+    ("Job arrays", &["shard", "shard_index", "shard_count", "merge"]),
     ("Judge", &["judge_url", "judge_model", "key_env", "timeout_seconds", "retries", "max_tokens"]),
     ("Every command", &["device", "dtype", "seed", "json", "nvtx", "quiet"]),
 ];

@@ -22,6 +22,7 @@ mod robustness;
 mod run;
 mod score;
 mod search;
+mod shard;
 mod shell;
 mod tune;
 

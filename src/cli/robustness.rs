@@ -4,33 +4,44 @@ use super::common::{Common, print_json, print_line};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
+use super::shard::ShardArgs;
 use crate::backend::Backend;
 use crate::data::{RowOptions, RowReader, SecurityPrompt};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, check_apart, check_file, write_atomic};
 use crate::modules::ModuleSet;
 use crate::report::{is_drawing, perturbation, robustness_map, robustness_table};
-use crate::secure::{MapInputs, Noise, Probe, RobustnessMap, RobustnessOptions, ScorerOptions, robustness};
+use crate::secure::{
+    MapInputs, Noise, PerturbationScorer, Probe, RobustnessMap, RobustnessOptions, ScorerOptions, Shard, robustness,
+    robustness_part,
+};
 use clap::Args;
-use std::path::PathBuf;
+use serde_json::json;
+use std::path::{Path, PathBuf};
 
 /// Robustness map, layer × module: how much the security features lose when a module is perturbed, with controls
 #[derive(Args)]
-#[command(after_help = "Examples:
+#[command(
+    mut_arg("model", |arg| arg.required(false).required_unless_present("merge")),
+    after_help = "Examples:
   swat robustness --model DIR --probe probe.safetensors --security security.jsonl --out map.json
   swat robustness ... --kind lowrank:8 --epsilon 1.2 --members 8 --cells 'layers.*.{q,k,v,o}'
+  swat robustness ... --out map.json --shard 0/8          one eighth of it, for a job array: map.shard-0-of-8.jsonl
+  swat robustness ... --out map.json --shard auto         the share of this task, by the scheduler's variables
+  swat robustness --merge map.shard-*.jsonl --out map.json
 
 Writes the map as JSON, and a heat map beside it as .svg. Finished cells are saved beside --out meanwhile; the same
-command continues an interrupted run from them.")]
+command continues an interrupted run from them."
+)]
 pub(super) struct RobustnessCommand {
     #[command(flatten)]
-    model: ModelArgs,
+    model: Option<ModelArgs>,
     /// Probes of `swat probe` on this model
-    #[arg(long, value_name = "FILE")]
-    probe: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "merge")]
+    probe: Option<PathBuf>,
     /// Labelled prompts, the ones that the probe was trained on
-    #[arg(long, value_name = "FILE")]
-    security: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "merge")]
+    security: Option<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,
     /// Output file of the map
@@ -40,60 +51,144 @@ pub(super) struct RobustnessCommand {
     scorer: ScorerOptions,
     #[command(flatten)]
     options: RobustnessOptions,
+    #[command(flatten)]
+    shard: ShardArgs,
+    /// Make the map of all its parts, which tasks with --shard wrote; needs neither model nor device
+    #[arg(long, value_name = "PART", num_args = 1.., conflicts_with_all = ["model", "probe", "security"])]
+    merge: Vec<PathBuf>,
     /// Replace --out
     #[arg(long)]
     force: bool,
 }
 
-impl OnDevice for RobustnessCommand {
-    fn model(&self) -> Option<PathBuf> {
-        Some(self.model.model.clone())
-    }
+/// What a map is made of.
+struct MapFiles {
+    model: ModelArgs,
+    probe: PathBuf,
+    security: PathBuf,
+}
 
-    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
-        self.model.resolve(names)
-    }
-
-    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        self.model.refuse_adapter()?;
-        let svg = self.out.with_extension("svg");
-        let mut inputs = self.model.inputs();
-        inputs.extend([("--probe", self.probe.as_path()), ("--security", &self.security)]);
-        if let Noise::Update(tuned) = &self.scorer.kind {
-            inputs.push(("--kind update", tuned));
+impl RobustnessCommand {
+    pub(super) fn start(mut self, common: &Common) -> Result<()> {
+        match (self.model.take(), self.probe.take(), self.security.take()) {
+            (Some(model), Some(probe), Some(security)) => {
+                MapJob { inputs: MapFiles { model, probe, security }, command: self }.start(common)
+            }
+            _ => self.merge(common),
         }
-        check_apart(&[("--out", &self.out), ("the heat map", &svg)], &inputs)?;
+    }
+
+    fn merge(self, common: &Common) -> Result<()> {
+        let parts: Vec<(&str, &Path)> = self.merge.iter().map(|part| ("--merge", part.as_path())).collect();
+        let svg = self.check_outputs(&parts)?;
+        let map = RobustnessMap::merge(&self.merge)?;
+        map.save(&self.out)?;
+        self.show(common, &map, &svg)
+    }
+
+    /// Checks that the map and its drawing may be written; returns the path of the drawing.
+    fn check_outputs(&self, inputs: &[(&str, &Path)]) -> Result<PathBuf> {
+        let svg = self.out.with_extension("svg");
+        check_apart(&[("--out", &self.out), ("the heat map", &svg)], inputs)?;
         let if_exists = IfExists::from_force(self.force);
         check_file(&self.out, if_exists, RobustnessMap::is_file)?;
         check_file(&svg, if_exists, is_drawing)?;
-        let mut rows = RowReader::new(&self.rows);
-        let prompts = SecurityPrompt::read(&self.security, common.seed, &mut rows)?;
+        Ok(svg)
+    }
+
+    /// Draws a map that was saved, and prints it.
+    fn show(&self, common: &Common, map: &RobustnessMap, svg: &Path) -> Result<()> {
+        let (score, mods) = (self.options.score, ModuleSet::default());
+        let heatmap = robustness_map(map, score, &mods);
+        write_atomic(svg, heatmap.svg().as_bytes())?;
+        if common.json {
+            return print_json(map);
+        }
+        print_line(&robustness_table(map, score, &mods).text())?;
+        print_line(&format!("{}; saved as {}", perturbation(map), self.out.display()))
+    }
+}
+
+/// A map, or a part of one, that is computed.
+struct MapJob {
+    inputs: MapFiles,
+    command: RobustnessCommand,
+}
+
+impl OnDevice for MapJob {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.inputs.model.model.clone())
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.inputs.model.resolve(names)
+    }
+
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        let Self { inputs, command } = self;
+        inputs.model.refuse_adapter()?;
+        let shard = command.shard.shard()?;
+        let mut files = inputs.model.inputs();
+        files.extend([("--probe", inputs.probe.as_path()), ("--security", &inputs.security)]);
+        if let Noise::Update(tuned) = &command.scorer.kind {
+            files.push(("--kind update", tuned));
+        }
+        let part = shard.map(|shard| (shard, part_path(&command.out, shard)));
+        let svg = match &part {
+            None => command.check_outputs(&files)?,
+            Some((_, path)) => {
+                check_apart(&[("--out", path)], &files)?;
+                // Whether it is of this run is known only when the model is.
+                check_file(path, IfExists::Replace, RobustnessMap::is_part)?;
+                PathBuf::new()
+            }
+        };
+        let mut rows = RowReader::new(&command.rows);
+        let prompts = SecurityPrompt::read(&inputs.security, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
-        let probe = Probe::load(&self.probe)?;
-        let (text, _) = self.model.open_dated(probe.metadata.date)?;
+        let probe = Probe::load(&inputs.probe)?;
+        let (text, _) = inputs.model.open_dated(probe.metadata.date)?;
         probe.check_model(&text.files.config, text.files.hash()?)?;
-        self.options.check(&text.files.config.cells())?;
+        command.options.check(&text.files.config.cells())?;
         check_security(&text, &prompts)?;
         let model = text.load(backend)?;
-        let options = ScorerOptions { seed: common.seed, ..self.scorer };
+        let options = ScorerOptions { seed: common.seed, ..command.scorer.clone() };
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, FileOp::Resolve));
         let mut scorer = model.scorer(&probe, &prompts, options)?;
         scorer.made_from = Some(MapInputs {
-            model: absolute(&self.model.model)?,
-            probe: absolute(&self.probe)?,
-            security: absolute(&self.security)?,
-            rows: self.rows,
+            model: absolute(&inputs.model.model)?,
+            probe: absolute(&inputs.probe)?,
+            security: absolute(&inputs.security)?,
+            rows: command.rows.clone(),
         });
-        let mut bars = Bars::new(common);
-        let map = robustness(&scorer, &self.options, Some(&self.out), &mut bars.observer())?;
-        bars.finish();
-        let (score, mods) = (self.options.score, ModuleSet::default());
-        let heatmap = robustness_map(&map, score, &mods);
-        write_atomic(&svg, heatmap.svg().as_bytes())?;
-        if common.json {
-            return print_json(&map);
+        if let Some((shard, path)) = part {
+            return map_part(&command, common, &scorer, shard, &path);
         }
-        print_line(&robustness_table(&map, score, &mods).text())?;
-        print_line(&format!("{}; saved as {}", perturbation(&map), self.out.display()))
+        let mut bars = Bars::new(common);
+        let map = robustness(&scorer, &command.options, Some(&command.out), &mut bars.observer())?;
+        bars.finish();
+        command.show(common, &map, &svg)
     }
+}
+
+/// The file of a shard of the map `out`: `map.shard-0-of-8.jsonl`.
+fn part_path(out: &Path, shard: Shard) -> PathBuf {
+    out.with_extension(format!("shard-{}-of-{}.jsonl", shard.index(), shard.count()))
+}
+
+fn map_part<B: Backend>(
+    command: &RobustnessCommand,
+    common: &Common,
+    scorer: &PerturbationScorer<'_, B>,
+    shard: Shard,
+    path: &Path,
+) -> Result<()> {
+    let mut bars = Bars::new(common);
+    let out = (path, IfExists::from_force(command.force));
+    let cells = robustness_part(scorer, &command.options, shard, out, &mut bars.observer())?;
+    bars.finish();
+    if common.json {
+        return print_json(&json!({ "part": path, "shard": shard, "cells": cells }));
+    }
+    print_line(&format!("shard {shard}: {cells} cells, saved as {}", path.display()))
 }

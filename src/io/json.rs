@@ -4,6 +4,7 @@ use super::input::{printable, read_text};
 use super::write_atomic;
 use crate::error::{Error, Result};
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use std::path::Path;
 
 /// Reads a JSON file of at most `max_bytes`; `expected` describes it in errors.
@@ -36,6 +37,35 @@ pub(crate) fn write(path: &Path, value: &impl Serialize) -> Result<()> {
 /// A value as a line of JSON Lines, with its line feed.
 pub(crate) fn line(value: &impl Serialize) -> Result<String> {
     Ok(to_string(value)? + "\n")
+}
+
+/// What differs between two values, by the path of each difference; `names` say which value is which.
+pub(crate) fn differences(one: &Value, other: &Value, names: [&str; 2]) -> Vec<String> {
+    let mut found = Vec::new();
+    differences_below("", one, other, names, &mut found);
+    found
+}
+
+fn differences_below(path: &str, one: &Value, other: &Value, names: [&str; 2], found: &mut Vec<String>) {
+    let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+    match (one, other) {
+        (Value::Object(a), Value::Object(b)) => {
+            for key in a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))) {
+                let side = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
+                differences_below(&below(key), &side(a), &side(b), names, found);
+            }
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            for (i, (a, b)) in a.iter().zip(b).enumerate() {
+                differences_below(&below(&i.to_string()), a, b, names, found);
+            }
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            found.push(format!("{path} has {} entries in {} and {} in {}", a.len(), names[0], b.len(), names[1]));
+        }
+        _ if one == other => {}
+        _ => found.push(format!("{path} is {one} in {} and {other} in {}", names[0], names[1])),
+    }
 }
 
 /// A value as compact JSON.

@@ -1,6 +1,7 @@
 //! Comparison of a checkpoint's run with the run that resumes it.
 
 use crate::error::{Error, Result};
+use crate::io::json::differences;
 use serde_json::Value;
 use std::path::Path;
 
@@ -9,8 +10,7 @@ const NAMED: usize = 5;
 
 /// Checks that a checkpoint is of the same run; the error lists the differences.
 pub(super) fn check(there: &Value, here: &Value, checkpoint: &Path) -> Result<()> {
-    let mut found = Vec::new();
-    differences(there, &round_trip(here), "", &mut found);
+    let mut found = differences(there, &round_trip(here), ["the checkpoint", "this run"]);
     if found.is_empty() {
         return Ok(());
     }
@@ -30,28 +30,6 @@ pub(super) fn check(there: &Value, here: &Value, checkpoint: &Path) -> Result<()
 /// The value after a round trip through text, so that numbers that a parser rounds do not differ.
 fn round_trip(value: &Value) -> Value {
     serde_json::from_str(&value.to_string()).unwrap_or(Value::Null)
-}
-
-fn differences(there: &Value, here: &Value, path: &str, found: &mut Vec<String>) {
-    let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
-    match (there, here) {
-        (Value::Object(a), Value::Object(b)) => {
-            for key in a.keys().chain(b.keys().filter(|key| !a.contains_key(*key))) {
-                let side = |map: &serde_json::Map<String, Value>| map.get(key).cloned().unwrap_or(Value::Null);
-                differences(&side(a), &side(b), &below(key), found);
-            }
-        }
-        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            for (i, (a, b)) in a.iter().zip(b).enumerate() {
-                differences(a, b, &below(&i.to_string()), found);
-            }
-        }
-        (Value::Array(a), Value::Array(b)) => {
-            found.push(format!("{path} has {} entries in the checkpoint and {} in this run", a.len(), b.len()));
-        }
-        _ if there == here => {}
-        _ => found.push(format!("{path} is {there} in the checkpoint and {here} in this run")),
-    }
 }
 
 #[cfg(test)]

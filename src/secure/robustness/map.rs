@@ -151,18 +151,24 @@ impl RobustnessMap {
     pub fn load(path: &Path) -> Result<Self> {
         let map: Self = json::read(path, MAX_BYTES, "a map that `swat robustness` wrote")?;
         let place = path.display().to_string();
-        check_format(&place, &map.format, FORMAT)?;
-        for cell in &map.cells {
+        map.check(&place)?;
+        Ok(map)
+    }
+
+    /// Checks format, layers and numbers of values.
+    pub(super) fn check(&self, place: &str) -> Result<()> {
+        check_format(place, &self.format, FORMAT)?;
+        for cell in &self.cells {
             let place = || format!("{place}: cells: {}", cell.cell);
-            if cell.cell.layer().is_some_and(|l| l >= map.layers) {
-                return Err(Error::input(place(), "a layer outside the model", format!("0 to {}", map.layers)));
+            if cell.cell.layer().is_some_and(|l| l >= self.layers) {
+                return Err(Error::input(place(), "a layer outside the model", format!("0 to {}", self.layers)));
             }
-            if let Some((kind, values)) = cell.drop_by_seed.iter().find(|(_, v)| v.len() != map.seeds.len()) {
+            if let Some((kind, values)) = cell.drop_by_seed.iter().find(|(_, v)| v.len() != self.seeds.len()) {
                 let found = format!("{} values of `{kind}`", values.len());
-                return Err(Error::input(place(), found, format!("one for each of {} seeds", map.seeds.len())));
+                return Err(Error::input(place(), found, format!("one for each of {} seeds", self.seeds.len())));
             }
         }
-        Ok(map)
+        Ok(())
     }
 
     /// blake3 of the map's JSON with `seconds` set to 0.

@@ -8,19 +8,24 @@ pub(crate) mod epsilon;
 pub(crate) mod map;
 pub(crate) mod mods;
 pub(crate) mod noise;
+pub(crate) mod part;
 pub(crate) mod partial;
 pub(crate) mod scorer;
 pub(crate) mod search;
 pub(crate) mod sets;
+pub(crate) mod shard;
 
 use self::map::{CellRobustness, FORMAT, RobustnessMap, Stat};
 use self::noise::Noise;
+use self::part::Part;
 use self::partial::{Done, Header, Partial};
 use self::scorer::{Observation, PerturbationScorer};
 use self::sets::cell_parameters;
-use crate::backend::Backend;
+use self::shard::Shard;
+use crate::backend::{Backend, Element};
 use crate::engine::Member;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::io::IfExists;
 use crate::modules::{Cell, ModuleSet};
 use crate::options::{above_zero, default_from_args, require};
 use crate::progress::{Observer, Progress};
@@ -55,7 +60,7 @@ default_from_args!(RobustnessOptions);
 const CELLS_PER_SAVE: usize = 16;
 
 /// Computes the map. With `out` the map is saved there, and finished cells are kept beside it, from which an
-/// interrupted run continues. Progress counts cells.
+/// interrupted map continues. Progress counts cells.
 ///
 /// # Errors
 /// [`crate::error::Error::Input`] names the option that is wrong; [`crate::error::Error::Io`]; a failing device.
@@ -65,35 +70,116 @@ pub fn robustness<B: Backend>(
     out: Option<&Path>,
     observer: Observer<'_>,
 ) -> Result<RobustnessMap> {
-    let wanted = options.check(&scorer.decoder.config.cells())?;
+    let wanted = in_order(&options.check(&scorer.decoder.config.cells())?);
+    let groups: Vec<&[Cell]> = wanted.chunks(cells_per_group(scorer)).collect();
     let partial = Partial::new(out);
     let run = run_hash(scorer, options)?;
-    let (header, mut done) = match partial.read(&run) {
-        Some((header, done)) => (header, done),
+    let known = partial.read(&run).filter(|(header, _)| header.part.is_none());
+    let (header, done) = match known {
+        Some(known) => known,
+        None => (first_line(scorer, options, run)?, Vec::new()),
+    };
+    let mut done = map_cells(scorer, &groups, &partial, (&header, done), observer)?;
+    let seconds = done.iter().map(|done| done.seconds).sum();
+    done.sort_by_key(|done| place(done.cell.cell));
+    let cells = done.into_iter().map(|done| done.cell).collect();
+    let Header { epsilon, epsilon_sweep, .. } = header;
+    let map = RobustnessMap { epsilon, epsilon_sweep, cells, seconds, ..empty_map(scorer)? };
+    if let Some(out) = out {
+        map.save(out)?;
+    }
+    partial.remove()?;
+    Ok(map)
+}
+
+/// Computes the part of the map that belongs to a shard, into the file `out`, from which an interrupted part continues.
+/// Returns how many cells it has. Progress counts them.
+///
+/// # Errors
+/// [`Error::Exists`] where `out` is not of this shard and run, unless it may be replaced; as [`robustness`].
+pub fn robustness_part<B: Backend>(
+    scorer: &PerturbationScorer<'_, B>,
+    options: &RobustnessOptions,
+    shard: Shard,
+    (out, if_exists): (&Path, IfExists),
+    observer: Observer<'_>,
+) -> Result<usize> {
+    let device = scorer.decoder.backend.name();
+    let part = Part {
+        shard,
+        version: part::VERSION.to_owned(),
+        device: device.split(':').next().unwrap_or_default().to_owned(),
+        precision: B::Float::NAME.to_owned(),
+        group: cells_per_group(scorer),
+        cells: in_order(&options.check(&scorer.decoder.config.cells())?),
+        map: empty_map(scorer)?,
+    };
+    let partial = Partial::at(out);
+    let run = run_hash(scorer, options)?;
+    let known = partial.read(&run).filter(|(header, _)| header.part.as_deref() == Some(&part));
+    if known.is_none() && out.exists() && if_exists == IfExists::Fail {
+        return Err(Error::Exists { path: out.to_owned() });
+    }
+    let groups: Vec<&[Cell]> = part.groups().collect();
+    let (header, done) = match known {
+        Some(known) => known,
         None => {
-            let (epsilon, epsilon_sweep) = match options.epsilon {
-                Some(epsilon) => (epsilon, Vec::new()),
-                None if scorer.options.kind == Noise::Zero => (1.0, Vec::new()),
-                None => epsilon::choose(scorer, options.score, options.epsilon_target)?,
-            };
-            (Header { run, epsilon, epsilon_sweep }, Vec::new())
+            let header = first_line(scorer, options, run)?;
+            (Header { part: Some(Box::new(part.clone())), ..header }, Vec::new())
         }
     };
-    partial.begin(&header, &done)?;
-    let total = wanted.len();
-    let known: BTreeSet<Cell> = done.iter().map(|d| d.cell.cell).collect();
-    let left: Vec<Cell> = in_order(&wanted).into_iter().filter(|c| !known.contains(c)).collect();
+    Ok(map_cells(scorer, &groups, &partial, (&header, done), observer)?.len())
+}
+
+/// Cells that are computed together, and saved after.
+fn cells_per_group<B: Backend>(scorer: &PerturbationScorer<'_, B>) -> usize {
+    (scorer.members_per_group() / copies_per_cell(scorer)).clamp(1, CELLS_PER_SAVE)
+}
+
+fn copies_per_cell<B: Backend>(scorer: &PerturbationScorer<'_, B>) -> usize {
+    scorer.seeds().len() * scorer.members(&ModuleSet::default(), 0).len()
+}
+
+/// The first line of a new file, with ε given or chosen.
+fn first_line<B: Backend>(
+    scorer: &PerturbationScorer<'_, B>,
+    options: &RobustnessOptions,
+    run: String,
+) -> Result<Header> {
+    let (epsilon, epsilon_sweep) = match options.epsilon {
+        Some(epsilon) => (epsilon, Vec::new()),
+        None if scorer.options.kind == Noise::Zero => (1.0, Vec::new()),
+        None => epsilon::choose(scorer, options.score, options.epsilon_target)?,
+    };
+    Ok(Header { run, epsilon, epsilon_sweep, part: None })
+}
+
+/// Computes the groups of cells that are not `done`, always a whole group: so that a cell's last bits do not depend on
+/// interruptions.
+fn map_cells<B: Backend>(
+    scorer: &PerturbationScorer<'_, B>,
+    groups: &[&[Cell]],
+    partial: &Partial,
+    (header, mut done): (&Header, Vec<Done>),
+    observer: Observer<'_>,
+) -> Result<Vec<Done>> {
+    let known: BTreeSet<Cell> = done.iter().map(|done| done.cell.cell).collect();
+    let (finished, left): (Vec<&[Cell]>, Vec<&[Cell]>) =
+        groups.iter().partition(|group| group.iter().all(|cell| known.contains(cell)));
+    let mut kept: BTreeSet<Cell> = finished.into_iter().flatten().copied().collect();
+    done.retain(|done| kept.remove(&done.cell.cell));
+    partial.begin(header, &done)?;
+    let total = groups.iter().map(|group| group.len()).sum();
     observer(Progress::new("robustness map", done.len(), total));
     let parameters = cell_parameters(&scorer.decoder.config);
-    let copies_per_cell = scorer.seeds().len() * scorer.members(&ModuleSet::default(), 0).len();
-    for group in left.chunks((scorer.members_per_group() / copies_per_cell).clamp(1, CELLS_PER_SAVE)) {
+    for group in left {
         let start = Instant::now();
         let members: Vec<Member> = group.iter().flat_map(|cell| cell_members(scorer, *cell)).collect();
         let observations = scorer.observe(&members, header.epsilon)?;
         let seconds = start.elapsed().as_secs_f64() / group.len() as f64;
         let new: Vec<Done> = group
             .iter()
-            .zip(observations.chunks_exact(copies_per_cell))
+            .zip(observations.chunks_exact(copies_per_cell(scorer)))
             .map(|(cell, own)| {
                 let parameters = parameters.get(cell).copied().unwrap_or(0);
                 Done { cell: cell_result(scorer, *cell, parameters, own), seconds }
@@ -103,12 +189,7 @@ pub fn robustness<B: Backend>(
         done.extend(new);
         observer(Progress::new("robustness map", done.len(), total));
     }
-    let map = assemble(scorer, header, done)?;
-    if let Some(out) = out {
-        map.save(out)?;
-    }
-    partial.remove()?;
-    Ok(map)
+    Ok(done)
 }
 
 impl RobustnessOptions {
@@ -150,13 +231,18 @@ fn run_hash<B: Backend>(scorer: &PerturbationScorer<'_, B>, options: &Robustness
 /// Embedding, then layer by layer, then final norm and head.
 fn in_order(cells: &ModuleSet) -> Vec<Cell> {
     let mut ordered: Vec<Cell> = cells.iter().collect();
-    ordered.sort_by_key(|cell| match cell {
-        Cell::Embedding => (0, *cell),
-        Cell::FinalNorm | Cell::Head => (usize::MAX, *cell),
-        Cell::Norms(layer) => (layer + 1, *cell),
-        Cell::Module(module) => (module.layer + 1, *cell),
-    });
+    ordered.sort_by_key(|cell| place(*cell));
     ordered
+}
+
+/// By which cells are ordered.
+fn place(cell: Cell) -> (usize, Cell) {
+    match cell {
+        Cell::Embedding => (0, cell),
+        Cell::FinalNorm | Cell::Head => (usize::MAX, cell),
+        Cell::Norms(layer) => (layer + 1, cell),
+        Cell::Module(module) => (module.layer + 1, cell),
+    }
 }
 
 fn cell_members<B: Backend>(scorer: &PerturbationScorer<'_, B>, cell: Cell) -> Vec<Member> {
@@ -219,10 +305,8 @@ fn cell_result<B: Backend>(
     }
 }
 
-fn assemble<B: Backend>(scorer: &PerturbationScorer<'_, B>, header: Header, done: Vec<Done>) -> Result<RobustnessMap> {
-    let seconds = done.iter().map(|d| d.seconds).sum();
-    let order = in_order(&done.iter().map(|d| d.cell.cell).collect());
-    let mut cells: BTreeMap<Cell, CellRobustness> = done.into_iter().map(|d| (d.cell.cell, d.cell)).collect();
+/// The map without ε and cells.
+fn empty_map<B: Backend>(scorer: &PerturbationScorer<'_, B>) -> Result<RobustnessMap> {
     Ok(RobustnessMap {
         made_from: scorer.made_from.clone(),
         format: FORMAT.to_owned(),
@@ -234,14 +318,14 @@ fn assemble<B: Backend>(scorer: &PerturbationScorer<'_, B>, header: Header, done
         split: scorer.options.split,
         prompts: scorer.prompts(),
         kind: scorer.options.kind.clone(),
-        epsilon: header.epsilon,
-        epsilon_sweep: header.epsilon_sweep,
+        epsilon: 0.0,
+        epsilon_sweep: Vec::new(),
         seeds: scorer.seeds(),
         antithetic: scorer.options.kind.is_antithetic(),
         clean: scorer.clean.scores,
         clean_control_gap: scorer.clean.control_gap,
         clean_retrained_auroc: scorer.clean.retrained,
-        cells: order.iter().filter_map(|c| cells.remove(c)).collect(),
-        seconds,
+        cells: Vec::new(),
+        seconds: 0.0,
     })
 }

@@ -1,9 +1,11 @@
-//! Checkpoint of an unfinished map: finished cells in a JSONL file beside the output.
+//! Finished cells of a map in a JSONL file: the checkpoint of an unfinished map, beside its output, and the part of a map
+//! that one shard computes ([`super::part`]).
 //!
-//! The first line identifies the run; a file of another run, or a damaged one, is replaced. An incomplete last line is
-//! dropped.
+//! The first line identifies the run; a checkpoint of another run, or a damaged one, is replaced. An incomplete last line
+//! is dropped.
 
 use super::map::{CellRobustness, EpsilonPoint};
+use super::part::Part;
 use crate::error::{Error, FileOp, Result};
 use crate::io::{json, remove, write_atomic};
 use std::fs::{File, OpenOptions};
@@ -11,7 +13,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Upper bound on the size of the file.
-const MAX_BYTES: u64 = 1 << 28;
+pub(super) const MAX_BYTES: u64 = 1 << 28;
 
 /// The first line.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -21,6 +23,9 @@ pub(crate) struct Header {
     pub(crate) run: String,
     pub(crate) epsilon: f32,
     pub(crate) epsilon_sweep: Vec<EpsilonPoint>,
+    /// Only in the part of a shard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) part: Option<Box<Part>>,
 }
 
 /// Any other line.
@@ -45,6 +50,11 @@ impl Partial {
             name.into()
         });
         Self { path }
+    }
+
+    /// The part of a map that is saved at `path` itself.
+    pub(crate) fn at(path: &Path) -> Self {
+        Self { path: Some(path.to_owned()) }
     }
 
     /// Header and cells of an earlier run with the same hash.
