@@ -1,16 +1,18 @@
 //! `swat run`: a study from one configuration file.
 
-use super::common::{Common, print_json, print_line};
+use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
 use crate::backend::{Backend, DtypeChoice};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::report::{results_text, write_report};
-use crate::secure::study::{RunConfig, run};
+use crate::secure::study::{Outcome, RunConfig, Worker, run, run_names, work};
 use clap::Args;
+use serde_json::json;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A study from one file: probe, map, search, every setting tuned and evaluated, report
 #[derive(Args)]
@@ -18,6 +20,8 @@ use std::path::PathBuf;
   swat run study.toml
   swat run study.toml --set tune.all_phase.lr=1e-5 --set out=study-cool
   swat run study.toml --set 'tune.seeds=[0,1,2]'     each setting with three training seeds: means and ranges
+  swat run study.toml --worker                       shares the study with every other worker, of any machine
+  swat run study.toml --list-jobs | xargs -P 4 -d '\\n' -n 1 sh -c
 
 Results of each stage are cached in the output directory; a stage runs again only if its inputs change. Tuning resumes
 bit for bit.")]
@@ -33,6 +37,20 @@ pub(super) struct RunCommand {
     /// Override a key: tune.all_phase.lr=1e-5
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
+    /// Share the study with other workers, on any machines that see its output directory: each takes the stages that no
+    /// other has, and takes over those of one that died. Ends when the whole study is done
+    #[arg(long)]
+    worker: bool,
+    /// As a worker, end when this run is done, a setting with a training seed as --list-jobs names it
+    #[arg(long = "job", value_name = "RUN", requires = "worker")]
+    jobs: Vec<String>,
+    /// Seconds without a sign of life after which the stage of a worker is taken over by another
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "60", requires = "worker")]
+    takeover_after: Duration,
+    /// Print the commands that share the study, one a line, for a job array or xargs: one for each run, and a last one
+    /// that waits for all and writes the report
+    #[arg(long, conflicts_with = "worker")]
+    list_jobs: bool,
     /// The configuration, with paths in the place of names on the hub.
     #[arg(skip)]
     resolved: Option<Box<RunConfig>>,
@@ -63,11 +81,57 @@ impl OnDevice for RunCommand {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        study(backend, common, &self.refusals, &self.config()?)
+        let config = self.config()?;
+        if !self.worker {
+            return study(backend, common, &self.refusals, &config);
+        }
+        let refusals = self.refusals.list()?;
+        interrupt::watch();
+        let worker = Worker { timeout: self.takeover_after, lost };
+        let mut bars = Bars::new(common);
+        let outcome = work(&config, (&backend, &refusals), worker, &self.jobs, &mut bars.observer())?;
+        bars.finish();
+        match outcome {
+            Some(outcome) => report(&outcome, common, &config),
+            None if common.json => print_json(&json!({ "jobs": self.jobs })),
+            None => print_line(&format!("done: {}", self.jobs.join(", "))),
+        }
     }
 }
 
+/// Ends a worker whose stage another has taken over.
+fn lost(why: &str) {
+    say(&format!("error: {why}: this worker showed no sign of life for too long; start it again\n"));
+    std::process::exit(1);
+}
+
+/// Seconds from 1 to a day, as a value parser of clap.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let parsed = text.trim().parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
+    parsed.map(Duration::from_secs).ok_or_else(|| "expected whole seconds from 1 to 86400".into())
+}
+
 impl RunCommand {
+    pub(super) fn start(self, common: &Common) -> Result<()> {
+        if self.list_jobs { self.print_jobs(common) } else { OnDevice::start(self, common) }
+    }
+
+    /// The command line as it was typed, for each run and for the whole study.
+    fn print_jobs(&self, common: &Common) -> Result<()> {
+        let typed: Vec<String> =
+            std::env::args().filter(|arg| !["--list-jobs", "--json"].contains(&arg.as_str())).collect();
+        let command = |more: &[&str]| {
+            let words = typed.iter().map(String::as_str).chain(more.iter().copied());
+            shlex::try_join(words).map_err(|e| Error::failed(format!("the command line: {e}"), "leave out the byte 0"))
+        };
+        let mut lines = Vec::new();
+        for run in run_names(&self.config()?) {
+            lines.push(command(&["--worker", "--job", &run])?);
+        }
+        lines.push(command(&["--worker"])?);
+        if common.json { print_json(&lines) } else { lines.iter().try_for_each(|line| print_line(line)) }
+    }
+
     fn config(&self) -> Result<RunConfig> {
         match &self.resolved {
             Some(config) => Ok(config.as_ref().clone()),
@@ -83,11 +147,16 @@ pub(super) fn study<B: Backend>(backend: B, common: &Common, refusals: &Refusals
     let mut bars = Bars::new(common);
     let outcome = run(config, &backend, &refusals, &mut bars.observer())?;
     bars.finish();
+    report(&outcome, common, config)
+}
+
+/// Writes and prints the report of a study.
+fn report(outcome: &Outcome, common: &Common, config: &RunConfig) -> Result<()> {
     let command: Vec<String> = std::env::args().skip(1).collect();
-    write_report(&outcome, config, &format!("swat {}", command.join(" ")), &config.out)?;
+    write_report(outcome, config, &format!("swat {}", command.join(" ")), &config.out)?;
     if common.json {
-        return print_json(&outcome);
+        return print_json(outcome);
     }
-    print_line(results_text(&outcome, config).trim_end())?;
+    print_line(results_text(outcome, config).trim_end())?;
     print_line(&format!("report: {}", config.out.join("report.html").display()))
 }

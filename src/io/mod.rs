@@ -13,4 +13,4 @@ pub(crate) mod unfinished;
 pub use apart::{check_apart, check_not_in, lies_in};
 pub use file::check_file;
 pub use output::{IfExists, OutputDir, is_in_place, write_atomic};
-pub(crate) use output::{remove, sync_dir};
+pub(crate) use output::{remove, sync_dir, write_first};

@@ -222,6 +222,25 @@ fn remove_partial(partial: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::Io`], with the old file still in place.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let file = temporary(path, bytes)?;
+    file.persist(path).map_err(|e| Error::io(path, FileOp::Rename)(e.error))?;
+    sync_parent(path)
+}
+
+/// As [`write_atomic`], unless the file exists: of several processes one writes it, and all read the same.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn write_first(path: &Path, bytes: &[u8]) -> Result<()> {
+    let file = temporary(path, bytes)?;
+    match file.persist_noclobber(path) {
+        Err(e) if e.error.kind() != std::io::ErrorKind::AlreadyExists => Err(Error::io(path, FileOp::Rename)(e.error)),
+        _ => sync_parent(path),
+    }
+}
+
+/// A synced file beside `path`.
+fn temporary(path: &Path, bytes: &[u8]) -> Result<tempfile::NamedTempFile<File>> {
     let (parent, name) = split(path)?;
     let mut file = tempfile::Builder::new()
         .prefix(&format!(".{name}."))
@@ -230,8 +249,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         .map_err(Error::io(path, FileOp::Create))?;
     file.write_all(bytes).map_err(Error::io(path, FileOp::Write))?;
     file.as_file().sync_all().map_err(Error::io(path, FileOp::Write))?;
-    file.persist(path).map_err(|e| Error::io(path, FileOp::Rename)(e.error))?;
-    sync_parent(path)
+    Ok(file)
 }
 
 /// An exclusive lock file, removed when dropped.

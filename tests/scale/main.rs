@@ -1,6 +1,7 @@
 //! Work that is split among processes and machines.
 
 mod shards;
+mod workers;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

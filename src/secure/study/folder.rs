@@ -1,9 +1,9 @@
 //! The output directory of a study: taken by one process, and only if nothing else would be overwritten.
 
 use crate::error::{Error, FileOp, Result};
-use crate::io::json;
+use crate::io::{json, write_first};
 use crate::model::Clock;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::path::Path;
 
 /// What a study writes into its directory.
@@ -30,39 +30,67 @@ const LOCK: &str = ".lock";
 pub fn claim_folder(dir: &Path, more: &[&str]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir, FileOp::Create))?;
     let lock = dir.join(LOCK);
-    if lock.is_file() && lock.metadata().is_ok_and(|found| found.len() == 0) {
+    let claimed = || lock.is_file() && lock.metadata().is_ok_and(|found| found.len() == 0);
+    if claimed() {
         return Ok(());
     }
     for name in OURS.iter().chain(more).chain(&[LOCK]) {
-        if std::fs::symlink_metadata(dir.join(name)).is_ok() {
+        // Another process of the same study may have claimed it meanwhile.
+        if std::fs::symlink_metadata(dir.join(name)).is_ok() && !claimed() {
             let found = format!("`{name}`, which no study wrote");
             let expected = "a new directory, or one of an earlier study";
             return Err(Error::input(dir.display().to_string(), found, expected));
         }
     }
-    File::create_new(&lock).map(drop).map_err(Error::io(&lock, FileOp::Create))
+    match File::create_new(&lock) {
+        Err(e) if !claimed() => Err(Error::io(&lock, FileOp::Create)(e)),
+        _ => Ok(()),
+    }
 }
 
 /// Locks a claimed directory against other processes.
 pub(super) fn lock(dir: &Path) -> Result<File> {
-    let path = dir.join(LOCK);
-    let file = File::options().write(true).open(&path).map_err(Error::io(&path, FileOp::Open))?;
+    let file = open_lock(dir)?;
     file.try_lock().map_err(|_| Error::InUse { path: dir.to_owned() })?;
     Ok(file)
+}
+
+/// Locks a claimed directory against processes that would have it alone, where its file system has locks.
+pub(super) fn lock_shared(dir: &Path) -> Result<File> {
+    let file = open_lock(dir)?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => Err(Error::InUse { path: dir.to_owned() }),
+        _ => Ok(file),
+    }
+}
+
+fn open_lock(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK);
+    File::options().write(true).open(&path).map_err(Error::io(&path, FileOp::Open))
 }
 
 /// The time at which the chat template of a study is rendered: `given`, else that of its first run, else now; kept in
 /// `stages/date.json`.
 pub(super) fn clock(dir: &Path, given: Option<Clock>) -> Result<Clock> {
     let path = dir.join("stages/date.json");
-    let recorded = if path.exists() { Some(json::read(&path, 1 << 12, "the date of a study")?) } else { None };
-    let clock = given.or(recorded).map_or_else(Clock::now, Ok)?;
-    if recorded != Some(clock) {
-        let stages = dir.join("stages");
-        std::fs::create_dir_all(&stages).map_err(Error::io(&stages, FileOp::Create))?;
-        json::write(&path, &clock)?;
+    let recorded = || -> Result<Option<Clock>> {
+        if path.exists() { json::read(&path, 1 << 12, "the date of a study").map(Some) } else { Ok(None) }
+    };
+    match (given, recorded()?) {
+        (None, Some(clock)) => return Ok(clock),
+        (Some(clock), recorded) if recorded == Some(clock) => return Ok(clock),
+        _ => {}
     }
-    Ok(clock)
+    let clock = given.map_or_else(Clock::now, Ok)?;
+    let stages = dir.join("stages");
+    std::fs::create_dir_all(&stages).map_err(Error::io(&stages, FileOp::Create))?;
+    if given.is_some() {
+        json::write(&path, &clock)?;
+        return Ok(clock);
+    }
+    // Of processes that begin a study together, the first one's.
+    write_first(&path, json::line(&clock)?.as_bytes())?;
+    Ok(recorded()?.unwrap_or(clock))
 }
 
 #[cfg(test)]

@@ -5,11 +5,14 @@ mod check;
 mod config;
 mod data;
 mod folder;
+mod lease;
 mod outcome;
+mod record;
 mod run;
 mod stage;
 
 pub use config::{DataFiles, RunConfig, TuneConfig};
 pub use folder::claim_folder;
+pub use lease::Worker;
 pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
-pub use run::run;
+pub use run::{run, run_names, work};

@@ -3,26 +3,25 @@
 use super::RunConfig;
 use super::check::check_model;
 use super::data::StudyData;
-use super::folder::{claim_folder, clock, lock};
-use super::outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
+use super::folder::{claim_folder, clock, lock, lock_shared};
+use super::lease::{Leases, Worker};
+use super::outcome::{Outcome, RunOutcome, SettingOutcome, TunedOutcome};
+use super::record::{DriftRecorder, losses};
 use super::stage::{Stages, file_hash, hash};
 use crate::backend::{Backend, Element, Roofline};
 use crate::data::{Example, RowReader, SecurityPrompt, Split};
-use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
-use crate::io::{check_not_in, json};
+use crate::io::check_not_in;
 use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
 use crate::modules::ModuleSet;
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::Evaluation;
 use crate::secure::eval::judge::Judge;
-use crate::secure::eval::metrics::Scores;
 use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
 use crate::secure::output::TuneOutput;
+use crate::secure::probe::Probe;
 use crate::secure::probe::drift::Drift;
-use crate::secure::probe::features::snapshot;
-use crate::secure::probe::{Head, Probe};
 use crate::secure::recipe::{MixIn, Recipe, mixed};
 use crate::secure::robustness::map::RobustnessMap;
 use crate::secure::robustness::mods::ModsRob;
@@ -32,14 +31,10 @@ use crate::secure::robustness::sets::{cell_parameters, share};
 use crate::secure::save::SaveAs;
 use crate::secure::text::ModelText;
 use crate::secure::tune::TuneJob;
-use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
 use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// Most points of a recorded loss curve.
-const LOSS_POINTS: u64 = 400;
 
 /// Runs a study, without the stages that are cached.
 ///
@@ -52,49 +47,65 @@ pub fn run<B: Backend>(
     observer: Observer<'_>,
 ) -> Result<Outcome> {
     let start = Instant::now();
-    check_not_in(&[("out", &config.out)], &[("model", &config.model)])?;
-    claim_folder(&config.out, &[])?;
+    claim(config)?;
     let _lock = lock(&config.out)?;
-    let mut rows = RowReader::new(&config.data.row_options());
-    let data = StudyData::read(config, &mut rows)?;
-    let mut text = ModelText::open(&config.model, config.chat_template.as_deref())?;
-    let clock = clock(&config.out, config.date)?;
-    let date = text.set_clock(clock);
-    check_model(config, &text, &data, &mut rows)?;
-    let model_hash = text.files.hash()?.to_owned();
-    let study = Study {
-        config,
-        backend,
-        refusals,
-        stages: Stages::new(&config.out.join("stages"), B::Float::NAME, date),
-        clock,
-        data,
-        rows: RefCell::new(rows),
-        model_hash,
-        roofline: OnceCell::new(),
-        judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
-    };
-    let probe = study.probe(observer)?;
-    let found = match config.settings.iter().any(Recipe::needs_mods) {
-        true => Some(study.mods(&probe, observer)?),
-        false => None,
-    };
-    let mut settings = Vec::new();
-    for spec in &config.settings {
-        settings.push(study.setting(spec, &probe, found.as_ref(), observer)?);
+    let study = Study::open(config, backend, refusals, None)?;
+    let seconds = || start.elapsed().as_secs_f64();
+    let in_use = || Error::InUse { path: config.out.clone() };
+    study.outcome(&[], seconds, observer)?.ok_or_else(in_use)
+}
+
+/// Runs a study together with other processes, on one directory that all see: each takes the stages that no other has.
+/// It ends when the whole study is done, or the `runs` of [`run_names`] if there are any, with `None`.
+///
+/// # Errors
+/// [`Error::InUse`] where a process runs the study alone; [`Error::Input`] for an unknown run; errors of the stages that
+/// this process takes.
+pub fn work<B: Backend>(
+    config: &RunConfig,
+    (backend, refusals): (&B, &RefusalList),
+    worker: Worker,
+    runs: &[String],
+    observer: Observer<'_>,
+) -> Result<Option<Outcome>> {
+    let start = Instant::now();
+    let known = run_names(config);
+    if let Some(unknown) = runs.iter().find(|run| !known.contains(run)) {
+        return Err(Error::input("--job", format!("`{unknown}`"), format!("one of {}", known.join(", "))));
     }
-    let (map, search, mods) = match found {
-        Some(Mods { map, search, set }) => (Some(map), search, Some(set)),
-        None => (None, None, None),
+    claim(config)?;
+    let _lock = lock_shared(&config.out)?;
+    let leases = Leases::new(worker);
+    let pause = leases.pause();
+    let study = Study::open(config, backend, refusals, Some(leases))?;
+    loop {
+        match study.outcome(runs, || start.elapsed().as_secs_f64(), observer) {
+            // Of another worker; its result comes, or its lease runs out.
+            Err(Error::InUse { .. }) => std::thread::sleep(pause),
+            done => return done,
+        }
+    }
+}
+
+/// Names of the runs of a study, each a setting with a training seed, in their order.
+pub fn run_names(config: &RunConfig) -> Vec<String> {
+    let first = config.tune.recipe.shared.seed;
+    let names = |spec: &Recipe| -> Vec<String> {
+        seeds(config, spec).into_iter().map(|seed| spec.run_stem(seed, first)).collect()
     };
-    let title = match config.title.is_empty() {
-        false => config.title.clone(),
-        true => config.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-    };
-    let seconds = start.elapsed().as_secs_f64();
-    let probe = probe.metadata;
-    let skipped_rows = study.rows.borrow().skipped().to_vec();
-    Ok(Outcome { title, model_hash: study.model_hash, probe, map, search, mods, settings, skipped_rows, seconds })
+    config.settings.iter().flat_map(names).collect()
+}
+
+/// Training seeds of a setting; the original model has no randomness.
+fn seeds(config: &RunConfig, spec: &Recipe) -> Vec<u64> {
+    let first = config.tune.recipe.shared.seed;
+    if spec.is_given() { vec![first] } else { spec.seeds(&config.training_seeds(), first) }
+}
+
+/// Creates and marks the study's directory.
+fn claim(config: &RunConfig) -> Result<()> {
+    check_not_in(&[("out", &config.out)], &[("model", &config.model)])?;
+    claim_folder(&config.out, &[])
 }
 
 /// Robustness map, search and Mods_Rob.
@@ -129,8 +140,85 @@ struct Study<'a, B> {
     judge: Option<Judge>,
 }
 
-impl<B: Backend> Study<'_, B> {
-    fn open(&self, dir: &Path) -> Result<LoadedModel<B>> {
+impl<'a, B: Backend> Study<'a, B> {
+    /// Checks a study in its claimed directory.
+    fn open(config: &'a RunConfig, backend: &'a B, refusals: &'a RefusalList, leases: Option<Leases>) -> Result<Self> {
+        let mut rows = RowReader::new(&config.data.row_options());
+        let data = StudyData::read(config, &mut rows)?;
+        let mut text = ModelText::open(&config.model, config.chat_template.as_deref())?;
+        let clock = clock(&config.out, config.date)?;
+        let date = text.set_clock(clock);
+        check_model(config, &text, &data, &mut rows)?;
+        let model_hash = text.files.hash()?.to_owned();
+        let mut stages = Stages::new(&config.out.join("stages"), B::Float::NAME, date);
+        if let Some(leases) = leases {
+            stages = stages.leased(leases);
+        }
+        Ok(Self {
+            config,
+            backend,
+            refusals,
+            stages,
+            clock,
+            data,
+            rows: RefCell::new(rows),
+            model_hash,
+            roofline: OnceCell::new(),
+            judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
+        })
+    }
+
+    /// All stages; with `runs` those that they need, and no outcome. Where other processes work on some, the rest is done
+    /// before [`Error::InUse`].
+    fn outcome(&self, runs: &[String], seconds: impl Fn() -> f64, observer: Observer<'_>) -> Result<Option<Outcome>> {
+        let config = self.config;
+        let first = config.tune.recipe.shared.seed;
+        let wanted = |spec: &Recipe| {
+            runs.is_empty() || seeds(config, spec).into_iter().any(|seed| runs.contains(&spec.run_stem(seed, first)))
+        };
+        let mut busy = None;
+        let probe = self.probe(observer)?;
+        let mut found = None;
+        if config.settings.iter().any(|spec| spec.needs_mods() && wanted(spec)) {
+            found = self.unless_busy(self.mods(&probe, observer), &mut busy)?;
+        }
+        let mut settings = Vec::new();
+        let waits = |spec: &Recipe| spec.needs_mods() && found.is_none();
+        for spec in config.settings.iter().filter(|spec| wanted(spec) && !waits(spec)) {
+            let setting = self.setting(spec, &probe, found.as_ref(), (runs, &mut busy), observer)?;
+            settings.extend(setting);
+        }
+        if let Some(path) = busy {
+            return Err(Error::InUse { path });
+        }
+        if !runs.is_empty() {
+            return Ok(None);
+        }
+        let (map, search, mods) = match found {
+            Some(Mods { map, search, set }) => (Some(map), search, Some(set)),
+            None => (None, None, None),
+        };
+        let title = match config.title.is_empty() {
+            false => config.title.clone(),
+            true => config.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        };
+        let (probe, model_hash) = (probe.metadata, self.model_hash.clone());
+        let (skipped_rows, seconds) = (self.rows.borrow().skipped().to_vec(), seconds());
+        Ok(Some(Outcome { title, model_hash, probe, map, search, mods, settings, skipped_rows, seconds }))
+    }
+
+    /// `None` where another worker has what was asked for, which `busy` then names.
+    fn unless_busy<T>(&self, result: Result<T>, busy: &mut Option<PathBuf>) -> Result<Option<T>> {
+        match result {
+            Err(Error::InUse { path }) if self.stages.leases().is_some() => {
+                busy.get_or_insert(path);
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
+    }
+
+    fn model(&self, dir: &Path) -> Result<LoadedModel<B>> {
         self.text(dir)?.load(self.backend.clone())
     }
 
@@ -155,7 +243,7 @@ impl<B: Backend> Study<'_, B> {
             "seed": config.seed, "options": config.probe, "refusals": format!("{:?}", self.refusals) });
         self.add_row_options(&mut inputs);
         let train = || -> Result<String> {
-            let model = self.open(&config.model)?;
+            let model = self.model(&config.model)?;
             let probe =
                 model.train_probe(&self.data.security, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
             probe.save(&path)?;
@@ -178,7 +266,7 @@ impl<B: Backend> Study<'_, B> {
         let mut inputs = json!({ "probe": probe.hash()?, "perturb": config.perturb, "robustness": config.robustness });
         let path = config.out.join("map.json");
         let map: RobustnessMap = self.stages.run("robustness", &inputs, || {
-            let model = self.open(&config.model)?;
+            let model = self.model(&config.model)?;
             let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
             robustness(&scorer, &config.robustness, Some(&path), observer)
         })?;
@@ -190,7 +278,7 @@ impl<B: Backend> Study<'_, B> {
         inputs["search"] = json!(config.search);
         inputs["map"] = json!(map.hash()?);
         let found: ModsRob = self.stages.run("search", &inputs, || {
-            let model = self.open(&config.model)?;
+            let model = self.model(&config.model)?;
             let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
             let score = config.search.score;
             let mut joint = |set: &ModuleSet, seeds: &[u64]| scorer.joint(set, score, map.epsilon, seeds);
@@ -202,39 +290,43 @@ impl<B: Backend> Study<'_, B> {
         Ok(Mods { map, search: Some(found), set })
     }
 
+    /// A setting, or with `runs` those of its runs; `None` while other workers have some of it, which `busy` then names.
     fn setting(
         &self,
         spec: &Recipe,
         probe: &Probe,
         mods: Option<&Mods>,
+        (only, busy): (&[String], &mut Option<PathBuf>),
         observer: Observer<'_>,
-    ) -> Result<SettingOutcome> {
+    ) -> Result<Option<SettingOutcome>> {
         let config = self.config;
         let model = ModelDir::open(&config.model)?;
         let job = spec.job(&config.tune.recipe, &model.config, mods.map(|mods| &mods.set), None)?;
         let set = job.mods.clone();
         let parameters = cell_parameters(&model.config);
-        let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map)).transpose()?;
-        // The original model has no randomness.
-        let first = config.tune.recipe.shared.seed;
-        let seeds = if spec.is_given() { vec![first] } else { spec.seeds(&config.training_seeds(), first) };
+        let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map)).transpose();
+        let joint = self.unless_busy(joint, busy)?;
+        let (seeds, first) = (seeds(config, spec), config.tune.recipe.shared.seed);
         let mut runs = Vec::new();
         for seed in &seeds {
             let name = if seeds.len() > 1 { format!("{spec}, seed {seed}") } else { spec.to_string() };
             let mut run = Run { spec, job: job.clone(), name, stem: spec.run_stem(*seed, first) };
             run.job.recipe.shared.seed = *seed;
-            runs.push(self.run(&run, probe, observer)?);
+            if only.is_empty() || only.contains(&run.stem) {
+                runs.extend(self.unless_busy(self.run(&run, probe, observer), busy)?);
+            }
         }
+        let (Some(joint), true) = (joint, runs.len() == seeds.len()) else { return Ok(None) };
         let mut runs = runs.into_iter();
         let first = runs.next().ok_or_else(|| Error::input("tune.seeds", "an empty list", "training seeds"))?;
-        Ok(SettingOutcome {
+        Ok(Some(SettingOutcome {
             setting: spec.clone(),
             share: set.as_ref().map(|set| share(set, &parameters)),
             mods: set,
             joint,
             first,
             more_seeds: runs.collect(),
-        })
+        }))
     }
 
     fn run(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<RunOutcome> {
@@ -253,7 +345,7 @@ impl<B: Backend> Study<'_, B> {
         let config = self.config;
         let inputs = json!({ "map": map.hash()?, "set": set.to_string(), "score": config.search.score });
         self.stages.run(&format!("joint/{}", hash(&inputs)), &inputs, || {
-            let model = self.open(&config.model)?;
+            let model = self.model(&config.model)?;
             let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
             scorer.joint(set, config.search.score, map.epsilon, &map.seeds)
         })
@@ -368,7 +460,7 @@ impl<B: Backend> Study<'_, B> {
             "asked": asked, "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
         self.add_row_options(&mut inputs);
         self.stages.run(&format!("evaluate/{}", run.stem), &inputs, || {
-            let model = self.open(dir)?;
+            let model = self.model(dir)?;
             let heldout = match &config.data.heldout {
                 Some(path) => {
                     let (max_length, rows) = (config.tune.recipe.shared.max_length, &mut self.rows.borrow_mut());
@@ -397,88 +489,11 @@ impl<B: Backend> Study<'_, B> {
             let drift = match run.spec.is_given() {
                 true => None,
                 false => {
-                    let base = self.open(&config.model)?.snapshot(probe, &self.data.security, &mut report)?;
+                    let base = self.model(&config.model)?.snapshot(probe, &self.data.security, &mut report)?;
                     Some(model.drift(probe, &self.data.security, &base, &mut report)?)
                 }
             };
             Ok((evaluation, drift))
         })
-    }
-}
-
-/// Records the drift of a tuning run after each epoch and phase, and reports progress.
-struct DriftRecorder<'a, 'w> {
-    probe: &'a Probe,
-    tokens: Vec<Vec<u32>>,
-    harmful: Vec<bool>,
-    points: Vec<DriftPoint>,
-    path: PathBuf,
-    observer: Observer<'w>,
-    name: String,
-}
-
-impl DriftRecorder<'_, '_> {
-    /// Loads the points of an interrupted run, or measures the first.
-    fn begin<B: Backend>(&mut self, decoder: &Decoder<B>) -> Result<()> {
-        if let Ok(text) = std::fs::read_to_string(&self.path) {
-            self.points = serde_json::from_str(&text).unwrap_or_default();
-        }
-        if self.points.is_empty() { self.measure(decoder, 0) } else { Ok(()) }
-    }
-
-    fn measure<B: Backend>(&mut self, decoder: &Decoder<B>, step: u64) -> Result<()> {
-        // A resumed run may measure the same step again.
-        self.points.retain(|p| p.step < step);
-        let first = self.probe.metadata.first_tokens.as_ref();
-        let read = snapshot(decoder, &self.tokens, first, 8192, &mut |_| {})?;
-        let layer = self.probe.metadata.metric_layer;
-        let features = read.features.layers.get(layer).map(Vec::as_slice).unwrap_or_default();
-        let logits = self.probe.logits(layer, &Head::Harmful, features)?;
-        let scores = Scores::new(&logits, read.refusal.as_deref(), &self.harmful);
-        self.points.push(DriftPoint { step, scores });
-        json::write(&self.path, &self.points)
-    }
-}
-
-impl<B: Backend> Callbacks<B> for DriftRecorder<'_, '_> {
-    fn step(&mut self, metrics: &StepMetrics, at: &RunPosition) -> Result<()> {
-        let task = format!("tune {}: {}", self.name, at.phase);
-        let (done, total) = (at.phase_step as usize, at.phase_steps as usize);
-        (self.observer)(Progress { task: &task, done, total, loss: metrics.loss });
-        Ok(())
-    }
-
-    fn epoch_ends(&mut self, decoder: &Decoder<B>, at: &RunPosition) -> Result<()> {
-        self.measure(decoder, at.step)
-    }
-
-    fn phase_ends(&mut self, decoder: &Decoder<B>, at: &RunPosition) -> Result<()> {
-        self.measure(decoder, at.step)
-    }
-}
-
-/// Loss curve of a finished run, subsampled; empty for a run without steps.
-fn losses(path: &Path) -> Result<Vec<(u64, f64)>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
-    let line = |line: &str| -> Option<(u64, f64)> {
-        let value: Value = serde_json::from_str(line).ok()?;
-        value["step"].as_u64().zip(value["loss"].as_f64())
-    };
-    let all: Vec<(u64, f64)> = text.lines().filter_map(line).collect();
-    // By step number, so that the runs of several seeds keep the same steps even where one skipped some.
-    let every = all.last().map_or(1, |(step, _)| step.div_ceil(LOSS_POINTS).max(1));
-    Ok(all.into_iter().filter(|(step, _)| step % every == 1 % every).collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_run_without_steps_has_an_empty_loss_curve() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        assert_eq!(losses(file.path()).unwrap(), []);
-        std::fs::write(file.path(), "{\"step\": 1, \"loss\": 2.5}\n{\"step\": 2, \"loss\": null}\n").unwrap();
-        assert_eq!(losses(file.path()).unwrap(), [(1, 2.5)]);
     }
 }

@@ -1,5 +1,6 @@
-//! Stage cache: a stage runs again only if its inputs change.
+//! Stage cache: a stage runs again only if its inputs change. Of the processes that share a study one alone runs it.
 
+use super::lease::Leases;
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use crate::model::Clock;
@@ -16,14 +17,26 @@ pub(super) struct Stages {
     float: &'static str,
     /// Date of the chat template, if it writes it: an input likewise.
     date: Option<Clock>,
+    /// In a study that processes share.
+    leases: Option<Leases>,
 }
 
 impl Stages {
     pub(super) fn new(dir: &Path, float: &'static str, date: Option<Clock>) -> Self {
-        Self { dir: dir.to_owned(), float, date }
+        Self { dir: dir.to_owned(), float, date, leases: None }
     }
 
-    /// The result in `NAME.json` if it is of the same `inputs`, else the result of `work`, which is saved there.
+    /// Takes a stage only with its lease.
+    pub(super) fn leased(self, leases: Leases) -> Self {
+        Self { leases: Some(leases), ..self }
+    }
+
+    pub(super) fn leases(&self) -> Option<&Leases> {
+        self.leases.as_ref()
+    }
+
+    /// The result in `NAME.json` if it is of the same `inputs`, else the result of `work`, which is saved there;
+    /// [`Error::InUse`] while another process works on it.
     pub(super) fn run<T: Serialize + DeserializeOwned>(
         &self,
         name: &str,
@@ -41,6 +54,15 @@ impl Stages {
         let hash = hash(&inputs);
         if let Some(kept) = read(&path, &hash) {
             return Ok(kept);
+        }
+        let mut _lease = None;
+        if let Some(leases) = &self.leases {
+            let lease = self.dir.join(format!("{name}.lease"));
+            _lease = Some(leases.take(&lease)?.ok_or(Error::InUse { path: lease })?);
+            // Finished since it was looked at.
+            if let Some(kept) = read(&path, &hash) {
+                return Ok(kept);
+            }
         }
         let start = Instant::now();
         let result = work()?;
