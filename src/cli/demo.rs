@@ -13,7 +13,8 @@ use crate::train::{Callbacks, RunPosition, StepMetrics};
 use clap::Args;
 use std::path::{Path, PathBuf};
 
-/// The whole method on an embedded tiny aligned model, in minutes on two cores: base, plain tuning, SWAT, controls
+/// The whole method on an embedded tiny aligned model, in a minute on two cores: plain tuning, SWAT and its control, the
+/// recommended recipe, and a verdict
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat demo                            writes swat-demo/report.html
@@ -22,7 +23,7 @@ use std::path::{Path, PathBuf};
   swat demo --model tiny --out other   and studies it
 
 The model speaks a language of made-up words with forbidden combinations of verbs and objects, which it was trained to
-refuse. Harmless tuning data with a new style of answers makes it forget that.")]
+refuse. Harmless tuning data with a new style of answers makes it forget that; its own answers, replayed, keep it.")]
 pub(super) struct Demo {
     /// Output directory; a second run continues from it
     #[arg(long, value_name = "DIR", default_value = "swat-demo")]

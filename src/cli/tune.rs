@@ -143,7 +143,8 @@ impl OnDevice for Tune {
         };
         if let Some(recipe) = &self.named {
             output.config["recipe"] = json!(recipe);
-            output.config["mixes"] = json!(mixes);
+            let mixes = mixes.iter().map(|(what, share, path)| json!([what.name(), share, path]));
+            output.config["mixes"] = mixes.collect();
         }
         interrupt::watch();
         let mut output = output.open(&self.inputs())?;
@@ -164,8 +165,10 @@ impl OnDevice for Tune {
             examples = mix(&examples, &more, share, common.seed)?;
         }
         let mut more = Vec::new();
-        for (share, path) in mixes {
-            more.push((share, self.read(common, &text, path, &mut rows)?));
+        for (what, share, path) in mixes {
+            let mut examples = self.read(common, &text, path, &mut rows)?;
+            examples.iter_mut().for_each(|example| example.replayed = what == Mix::Replay);
+            more.push((share, examples));
         }
         examples = mixed(examples, &more, common.seed)?;
         let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed, &mut rows)?;
@@ -276,8 +279,8 @@ impl Tune {
         ]
     }
 
-    /// Share and file of what the recipe mixes in.
-    fn mixes(&self) -> Result<Vec<(f64, &Path)>> {
+    /// Kind, share and file of what the recipe mixes in.
+    fn mixes(&self) -> Result<Vec<(Mix, f64, &Path)>> {
         let Some(recipe) = &self.named else { return Ok(Vec::new()) };
         let mut found = Vec::new();
         for (what, option, path) in self.mixed() {
@@ -288,7 +291,7 @@ impl Tune {
                     return Err(Error::input(option, format!("{}, which is not mixed in", path.display()), expected));
                 }
                 (Some(share), Some(path)) => {
-                    found.push((share.unwrap_or(EvaluateOptions::default().mix_share), path));
+                    found.push((what, share.unwrap_or(EvaluateOptions::default().mix_share), path));
                 }
                 (Some(_), None) => {
                     let expected = match what {
@@ -314,6 +317,10 @@ impl Tune {
             ("lr", options.lr.is_some() && self.mods_lr.is_some(), "--mods-lr"),
             ("steps", options.steps.is_some() && self.recipe.all_phase.steps.is_some(), "--steps"),
             ("steps", options.steps.is_some() && self.recipe.all_phase.epochs.is_some(), "--epochs"),
+            ("constrain", options.constrain.is_some() && self.recipe.shared.constrain.is_some(), "--constrain"),
+            ("distil", options.distil.is_some() && self.recipe.shared.distil.is_some(), "--distil"),
+            ("prox", options.prox.is_some() && self.recipe.shared.prox.is_some(), "--prox"),
+            ("vaccine", options.vaccine.is_some() && self.recipe.shared.vaccine.is_some(), "--vaccine"),
             ("ema", options.ema.is_some() && self.recipe.shared.ema_decay.is_some(), "--ema-decay"),
             ("lora", options.lora.is_some_and(|own| rank && own != self.lora.rank), "--lora-rank"),
         ] {

@@ -11,7 +11,7 @@ pub use scatter::{Dot, DotGroup, Scatter};
 use super::axis::Axis;
 use super::format;
 use super::palette::Tone;
-use super::svg::{Anchor, Area, Drawing, Font, Marker, clip, text_width, wrap};
+use super::svg::{Anchor, Area, Drawing, Font, Marker, clip, fold, text_width, wrap};
 
 /// Space around a drawing, in pixels.
 pub(super) const MARGIN: f64 = 12.0;
@@ -81,8 +81,9 @@ pub(super) fn draw_header(drawing: &mut Drawing, title: &str, legend: &[LegendIt
     if legend.len() > 1 || legend.first().is_some_and(|item| !item.name.is_empty()) {
         let mut x = MARGIN;
         for item in legend {
-            let name = clip(item.name, Font::LABEL.size, room - 18.0);
-            let width = 18.0 + text_width(&name, Font::LABEL.size);
+            let name = fold(item.name, Font::LABEL.size, room - 18.0);
+            let widest = name.iter().map(|line| text_width(line, Font::LABEL.size)).fold(0.0, f64::max);
+            let width = 18.0 + widest;
             if x > MARGIN && x + width > drawing.width - MARGIN {
                 x = MARGIN;
                 bottom += LEGEND_STEP;
@@ -93,7 +94,10 @@ pub(super) fn draw_header(drawing: &mut Drawing, title: &str, legend: &[LegendIt
                 Key::Line => drawing.line((x - 1.0, middle), (x + 11.0, middle), 2.4, item.tone),
                 Key::Bar => drawing.rect(Area::new(x, middle - 5.0, 10.0, 10.0), 2.0, item.tone, ""),
             }
-            drawing.text(x + 16.0, middle + 4.0, &name, Font::LABEL);
+            for (i, line) in name.iter().enumerate() {
+                bottom += if i > 0 { LEGEND_STEP } else { 0.0 };
+                drawing.text(x + 16.0, bottom + LEGEND_STEP / 2.0 + 4.0, line, Font::LABEL);
+            }
             x += width + 14.0;
         }
         bottom += LEGEND_STEP + 6.0;

@@ -6,13 +6,15 @@ mod map;
 mod results;
 mod setting;
 mod training;
+mod verdict;
 
+use super::chart::Scatter;
 use super::format;
-use super::page::{Figure, Footer, Report, Section};
+use super::page::{Figure, Footer, Highlight, Report, Section};
 use super::table::{Table, markdown_text};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{json, write_atomic};
-use crate::secure::study::{Outcome, RunConfig};
+use crate::secure::study::{Conclusion, Outcome, RunConfig, claims};
 pub use map::{perturbation, robustness_map, robustness_table};
 use setting::{Setting, if_means, seeds_text, several, training_seeds};
 use std::path::Path;
@@ -23,17 +25,35 @@ struct Study<'a> {
     outcome: &'a Outcome,
     config: &'a RunConfig,
     settings: Vec<Setting<'a>>,
+    conclusion: Conclusion,
+}
+
+impl<'a> Study<'a> {
+    fn new(outcome: &'a Outcome, config: &'a RunConfig) -> Self {
+        // Not that of the outcome, which earlier versions did not write.
+        let conclusion = Conclusion::new(&outcome.settings, &config.limits);
+        Self { outcome, config, settings: Setting::all(outcome, config), conclusion }
+    }
 }
 
 /// The report page of a study; sections without data are left out. `command` is the command line of the run.
 pub fn study_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Report {
-    let study = Study { outcome, config, settings: Setting::all(outcome, config) };
+    let study = Study::new(outcome, config);
     let details = Section { heading: "Details".into(), tables: study.details(), ..Section::default() };
-    let sections = [study.results(), study.modules(), study.updates(), study.drift(), study.training(), Some(details)];
+    let sections = [
+        verdict::has_verdict(&study.settings).then(|| verdict::section(&study.settings, &study.conclusion)),
+        study.results(),
+        study.findings(),
+        study.modules(),
+        study.updates(),
+        study.drift(),
+        study.training(),
+        Some(details),
+    ];
     Report {
         title: outcome.title.clone(),
         subtitle: study.subtitle(),
-        highlights: results::highlights(&study.settings),
+        highlights: study.highlights(),
         sections: sections.into_iter().flatten().collect(),
         footer: study.footer(command),
     }
@@ -46,7 +66,7 @@ pub fn study_report(outcome: &Outcome, config: &RunConfig, command: &str) -> Rep
 /// [`Error::Io`] where a file cannot be written.
 pub fn write_report(outcome: &Outcome, config: &RunConfig, command: &str, dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io(dir, FileOp::Create))?;
-    let study = Study { outcome, config, settings: Setting::all(outcome, config) };
+    let study = Study::new(outcome, config);
     let write = |name: &str, text: &str| write_atomic(&dir.join(name), text.as_bytes());
     json::write(&dir.join("outcome.json"), outcome)?;
     let (score, mods) = (config.search.score, outcome.mods.clone().unwrap_or_default());
@@ -60,14 +80,24 @@ pub fn write_report(outcome: &Outcome, config: &RunConfig, command: &str, dir: &
     write("report.html", &study_report(outcome, config, command).html()?)
 }
 
-/// The table of results for a terminal.
+/// The table of results for a terminal, and the verdict.
 pub fn results_text(outcome: &Outcome, config: &RunConfig) -> String {
-    results::results_table(&Setting::all(outcome, config), config).text()
+    let study = Study::new(outcome, config);
+    let table = results::results_table(&study.settings, &study.conclusion, config).text();
+    match verdict::has_verdict(&study.settings) {
+        true => format!("{table}\n{}\n", verdict::line(&study.settings, &study.conclusion)),
+        false => table,
+    }
 }
 
 impl Study<'_> {
     fn results_table(&self) -> Option<Table> {
-        (!self.settings.is_empty()).then(|| results::results_table(&self.settings, self.config))
+        (!self.settings.is_empty()).then(|| results::results_table(&self.settings, &self.conclusion, self.config))
+    }
+
+    fn highlights(&self) -> Vec<Highlight> {
+        let verdict = verdict::has_verdict(&self.settings).then(|| verdict::tile(&self.settings, &self.conclusion));
+        verdict.into_iter().chain(results::highlights(&self.settings, &self.conclusion)).collect()
     }
 
     fn map_tables(&self) -> Option<[Table; 2]> {
@@ -85,8 +115,14 @@ impl Study<'_> {
         let paragraph = |text: &str| format!("{}\n", markdown_text(text));
         let findings = findings::findings(&self.settings);
         let mut parts = vec![format!("# {}", paragraph(&self.outcome.title)), paragraph(&self.subtitle())];
+        if verdict::has_verdict(&self.settings) {
+            let Section { text, tables, .. } = verdict::section(&self.settings, &self.conclusion);
+            parts.push(paragraph(&text));
+            parts.extend(tables.iter().map(Table::markdown));
+        }
+        parts.extend(self.results_table().map(|table| table.markdown()));
         parts.extend(findings.split("\n\n").filter(|p| !p.is_empty()).map(paragraph));
-        let tables = self.results_table().into_iter().chain(self.map_tables().into_iter().flatten());
+        let tables = self.map_tables().into_iter().flatten();
         parts.extend(tables.chain(self.details()).map(|table| table.markdown()));
         parts.join("\n")
     }
@@ -99,6 +135,12 @@ impl Study<'_> {
             let (chosen, all, share) = (mods.len(), all.len(), format::percent(share, 1));
             text.push_str(&format!(" Mods_Rob holds {chosen} of {all} modules, {share} of their parameters."));
         }
+        if self.outcome.overlapping_rows > 0 {
+            let rows = format::count(self.outcome.overlapping_rows as u64);
+            text.push_str(&format!(
+                " {rows} rows of the tuning data hold prompts of the evaluation, or near-duplicates."
+            ));
+        }
         if several(&self.settings) {
             text.push_str(&format!(" Tuned with training {}.", seeds_text(&training_seeds(&self.settings))));
         }
@@ -107,6 +149,15 @@ impl Study<'_> {
 
     fn results(&self) -> Option<Section> {
         let table = self.results_table()?;
+        let figure = |(name, scatter, caption): (&str, Scatter, &str)| Figure::new(name, scatter.svg(), caption);
+        let figures = verdict::fronts(&self.settings, &self.conclusion).into_iter().map(figure).collect();
+        Some(Section { heading: "Results".into(), figures, tables: vec![table], ..Section::default() })
+    }
+
+    fn findings(&self) -> Option<Section> {
+        if self.settings.is_empty() {
+            return None;
+        }
         let caption = "Attack success should be low, the task score high.";
         let results = Figure::new("results", results::results_chart(&self.settings).svg(), caption);
         let caption =
@@ -116,7 +167,8 @@ impl Study<'_> {
             Some(sets) => vec![results, Figure::new("sets", sets.svg(), caption)],
         };
         let text = findings::findings(&self.settings);
-        Some(Section { heading: "Results".into(), text, figures, tables: vec![table] })
+        let tables = verdict::claims(&self.settings, &claims(&self.outcome.settings)).into_iter().collect();
+        Some(Section { heading: "Comparisons".into(), text, figures, tables })
     }
 
     fn modules(&self) -> Option<Section> {

@@ -84,6 +84,38 @@ pub(crate) fn wrap(text: &str, size: f64, width: f64, limit: usize) -> Vec<Strin
     lines.iter().map(|line| clip(line, size, width)).collect()
 }
 
+/// Breaks text into lines of `width` pixels, as many as it takes; a word that is wider is broken as well, so that nothing
+/// is cut.
+pub(crate) fn fold(text: &str, size: f64, width: f64) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if lines_fit(line, word, size, width) => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+        while let Some(last) = lines.pop() {
+            let mut used = 0.0;
+            let fits = |c: &char| {
+                used += text_width(c.encode_utf8(&mut [0; 4]), size);
+                used <= width
+            };
+            // At least one character, however narrow the column.
+            let kept = last.chars().take_while(fits).count().max(1);
+            let at = last.char_indices().nth(kept).map_or(last.len(), |(at, _)| at);
+            let (head, tail) = last.split_at(at);
+            lines.push(head.to_owned());
+            if tail.is_empty() {
+                break;
+            }
+            lines.push(tail.to_owned());
+        }
+    }
+    lines
+}
+
 fn lines_fit(line: &str, word: &str, size: f64, width: f64) -> bool {
     text_width(line, size) + text_width(" ", size) + text_width(word, size) <= width
 }
@@ -287,4 +319,19 @@ fn stroke(tone: Tone) -> String {
 pub(crate) fn px(value: f64) -> String {
     let text = super::format::fixed(if value.is_finite() { value } else { 0.0 }, 2);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folded_text_is_whole() {
+        let text = "a_name_that_is_far_too_long_for_its_column then two";
+        let lines = fold(text, 10.0, 80.0);
+        assert!(lines.len() > 3 && lines.iter().all(|line| text_width(line, 10.0) <= 80.0), "{lines:?}");
+        assert_eq!(lines.concat().replace(' ', ""), text.replace(' ', ""));
+        assert_eq!(fold("one two", 10.0, 500.0), ["one two"]);
+        assert_eq!(fold("ab", 10.0, 0.0), ["a", "b"]);
+    }
 }

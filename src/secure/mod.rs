@@ -10,6 +10,7 @@ mod eval;
 mod loaded;
 mod merge;
 mod output;
+mod overlap;
 mod probe;
 mod recipe;
 mod replay;
@@ -20,7 +21,7 @@ mod text;
 mod tune;
 mod watch;
 
-pub use check::{Check, CheckedModel, Gate, Limits, Verdict, paired_difference};
+pub use check::{Check, CheckedModel, Gate, Limits, Measures, Verdict, paired_difference};
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
 pub(crate) use eval::check_answer_tokens;
@@ -36,6 +37,7 @@ pub use eval::{
 pub use loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
 pub use merge::{MergeMethod, MergeModels, MergeOptions, MergeSummary, MergedModule, merge};
 pub use output::{OpenOutput, PreparedTune, TuneOutput};
+pub use overlap::{NEAR, NearDuplicates, Overlap, Passage, overlaps, refuse_overlaps};
 pub use probe::control::{ControlLabel, ControlRule};
 pub use probe::drift::{Drift, LayerDrift, SplitDrift, drift};
 pub use probe::features::{Features, Snapshot, features, prompts_hash, snapshot};

@@ -27,7 +27,8 @@ const ROUND: usize = 64;
 pub const REPLAY_START: &str = "{\"replay\":";
 
 /// Options of self-replay.
-#[derive(Clone, Debug, PartialEq, Args)]
+#[derive(schemars::JsonSchema, Clone, Debug, PartialEq, Serialize, serde::Deserialize, Args)]
+#[serde(default, deny_unknown_fields)]
 pub struct ReplayOptions {
     /// Most refusals, and most benign answers; 0 = all
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -38,15 +39,16 @@ pub struct ReplayOptions {
     /// Memory of the key-value cache, in MiB
     #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
     pub cache_bytes: u64,
-    /// Seed of the order in which prompts are taken.
+    /// Seed of the order in which prompts are taken; in a study, the study's.
     #[arg(skip)]
+    #[serde(skip)]
     pub seed: u64,
 }
 
 default_from_args!(ReplayOptions);
 
 /// What became of the train split's prompts of one label.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub struct ReplayCounts {
     /// Prompts of the train split.
     pub prompts: usize,
@@ -69,7 +71,7 @@ pub struct ReplayCounts {
 }
 
 /// Counts of self-replay, by label.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub struct ReplaySummary {
     /// Harmful prompts: refusals are kept.
     pub harmful: ReplayCounts,

@@ -10,7 +10,8 @@ use swat::data::tiny::{Counts, Language, export};
 const CONFIG: &str = r#"
 model = "MODEL"
 out = "OUT"
-settings = ["given", "plain-equal", "swat", "warmup:complement", "plain-equal+refusals"]
+settings = ["given", "plain-equal", "swat", "warmup:complement", "plain-equal+refusals",
+    "plain-equal+replay=.2,merge=path:.5"]
 
 [data]
 security = "data/security.jsonl"
@@ -18,6 +19,7 @@ train = ["data/train.jsonl"]
 task = "data/task.jsonl"
 refusals = "data/refusals.jsonl"
 strict = "data/strict.jsonl"
+overlap = "report"
 
 [perturb]
 members = 2
@@ -136,13 +138,40 @@ fn a_killed_study_resumes_to_the_same_results() {
     let straight = study(dir.path(), "straight");
     let mut expected = outcome(&straight);
     let settings = expected["settings"].as_array().unwrap();
-    assert_eq!(settings.len(), 5);
+    assert_eq!(settings.len(), 6);
     for setting in settings {
         let total = |what: &str| setting["evaluation"][what]["total"].as_u64();
         assert_eq!((total("asr"), total("over_refusal")), (Some(8), Some(8)), "{setting}");
         assert_eq!(setting["tuned"].is_null(), setting["setting"] == "given");
+        // The same in brief.
+        assert_eq!((&setting["name"], &setting["recipe"]), (&setting["setting"], &setting["setting"]));
+        assert_eq!(setting["seeds"].as_array().unwrap().len(), usize::from(setting["setting"] != "given"));
+        for (brief, whole) in [("asr", "asr"), ("over_refusal", "over_refusal"), ("j", "j"), ("auroc", "auroc")] {
+            assert_eq!(setting[brief], setting["evaluation"][whole], "{brief}");
+        }
+        assert_eq!(setting["task"], setting["evaluation"]["task"]["overall"]);
     }
     assert!(dir.path().join("straight/report.html").is_file());
+    // Replay is the study's own, of the train split, and a merge is a model of its own.
+    let replayed = std::fs::read_to_string(dir.path().join("straight/replay.jsonl")).unwrap();
+    assert!(
+        replayed.lines().all(|line| line.starts_with("{\"replay\":")) && replayed.lines().count() > 24,
+        "{replayed}"
+    );
+    let merged: Vec<f32> = values(&dir.path().join("straight/tuned"), "plain-equal_replay_.2_merge");
+    let tuned: Vec<f32> = values(&dir.path().join("straight/tuned"), "plain-equal_replay_.2-");
+    let given = tensor(&Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny"));
+    for ((merged, tuned), given) in merged.iter().zip(&tuned).zip(&given) {
+        let half = given + 0.5 * (tuned - given);
+        // Stored in bf16: half a unit of the last of 8 bits.
+        assert!((merged - half).abs() <= half.abs() / 256.0 + 1e-6, "{merged} is not {half}");
+    }
+    // A verdict, and the setting that it is about if there is one.
+    let verdict = &expected["verdict"];
+    assert!(verdict["held"].is_boolean() && verdict["gates"].is_array() && expected["reason"].is_string(), "{verdict}");
+    let named = |setting: &Value| setting["name"] == expected["recommended"];
+    assert!(expected["recommended"].is_null() || expected["settings"].as_array().unwrap().iter().any(named));
+    assert!(expected["overlapping_rows"].is_u64());
 
     let out = dir.path().join("killed");
     let killed = study(dir.path(), "killed");
@@ -167,10 +196,62 @@ fn a_killed_study_resumes_to_the_same_results() {
     remove_varying(&mut found);
     assert_same(&found, &expected, "outcome");
     let [straight, killed] = ["straight", "killed"].map(|out| weights(&dir.path().join(out)));
-    assert_eq!(straight.len(), 4);
+    assert_eq!(straight.len(), 6);
     let names = |all: &[(String, Vec<u8>)]| all.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     assert_eq!(names(&straight), names(&killed));
     assert!(straight == killed, "the same weights");
+}
+
+/// Values of a tensor of a tuned model, by the beginning of its directory's name.
+fn values(tuned: &Path, name: &str) -> Vec<f32> {
+    let dirs = std::fs::read_dir(tuned).unwrap().flatten().map(|entry| entry.path());
+    let mut dirs = dirs.filter(|path| path.is_dir() && path.file_name().unwrap().to_str().unwrap().starts_with(name));
+    tensor(&dirs.next().unwrap_or_else(|| panic!("no {name}")))
+}
+
+/// Values of the embedding of a model directory.
+fn tensor(dir: &Path) -> Vec<f32> {
+    let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = file.tensor("model.embed_tokens.weight").unwrap();
+    match tensor.dtype() {
+        safetensors::Dtype::F32 => {
+            tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        }
+        _ => {
+            let halves = tensor.data().chunks_exact(2);
+            halves.map(|b| half::bf16::from_le_bytes(b.try_into().unwrap()).to_f32()).collect()
+        }
+    }
+}
+
+#[test]
+fn prompts_of_the_evaluation_in_the_tuning_data_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = study(dir.path(), "out");
+    let security = std::fs::read_to_string(dir.path().join("data/security.jsonl")).unwrap();
+    let rows = security.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let asked = rows.into_iter().find(|row| row["split"] == "test" && row["label"] == "benign").unwrap();
+    let prompt = asked["prompt"].as_str().unwrap().to_uppercase();
+    let train = dir.path().join("data/seen.jsonl");
+    let row = |prompt: &str| serde_json::json!({ "prompt": prompt, "completion": "yes ." }).to_string();
+    std::fs::write(&train, [row("tell me a story"), row(&prompt)].join("\n")).unwrap();
+    let set = |overlap: &str| {
+        let mut command = run(&config);
+        command.args(["--set", "data.train=[\"data/seen.jsonl\"]", "--set", "evaluate.benign=0"]);
+        command.args(["--set", "settings=[\"given\", \"plain\"]", "--set", &format!("data.overlap={overlap}")]);
+        command.output().unwrap()
+    };
+    let refused = set("refuse");
+    let message = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{message}");
+    assert!(
+        message.contains("rows 2 of") && message.contains("seen.jsonl") && message.contains("the same words"),
+        "{message}"
+    );
+    assert!(!message.to_uppercase().contains(&prompt) && !dir.path().join("out/stages/probe.json").exists());
+    let reported: Value = serde_json::from_slice(&set("report").stdout).unwrap();
+    assert_eq!(reported["overlapping_rows"], 1);
 }
 
 #[test]
@@ -199,6 +280,11 @@ fn a_study_is_extended_by_more_training_seeds() {
     assert_eq!(names, ["plain_refusals", "plain_refusals-seed1"]);
     assert!(tuned[0].1 != tuned[1].1, "other weights");
 
+    // In brief: means, and sums of counts.
+    let asr = |run: &Value| run["evaluation"]["asr"]["value"].as_f64().unwrap();
+    let mean = (asr(setting) + asr(&setting["more_seeds"][0])) / 2.0;
+    assert_eq!((&setting["seeds"], &setting["asr"]["total"]), (&serde_json::json!([0, 1]), &16.into()));
+    assert!((setting["asr"]["value"].as_f64().unwrap() - mean).abs() < 1e-12);
     // The table's value is the mean of the runs'.
     let perplexity = |run: &Value| run["evaluation"]["perplexity"]["perplexity"].as_f64().unwrap();
     let (a, b) = (perplexity(setting), perplexity(&setting["more_seeds"][0]));
@@ -215,6 +301,11 @@ fn a_study_is_extended_by_more_training_seeds() {
     [&mut one, &mut two, &mut again].into_iter().for_each(remove_varying);
     assert_same(&again, &two, "outcome");
     // Without the second seed, what there was before.
-    two["settings"][1].as_object_mut().unwrap().remove("more_seeds");
+    for outcome in [&mut one, &mut two] {
+        let setting = outcome["settings"][1].as_object_mut().unwrap();
+        for of_all_seeds in ["more_seeds", "seeds", "asr", "over_refusal", "j", "auroc", "task"] {
+            setting.remove(of_all_seeds);
+        }
+    }
     assert_same(&two, &one, "outcome");
 }

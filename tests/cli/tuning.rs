@@ -147,6 +147,13 @@ fn a_recipe_is_the_same_as_its_options() {
     assert!(by_options == by_recipe, "the same weights");
     assert_eq!((&plain["job"], &named["config"]["recipe"]), (&named["job"], &recipe.into()));
     assert_eq!(plain["config"].get("recipe"), None);
+    // What holds the model near itself, on replayed answers.
+    let near = ["--lr", "1e-3", "--steps", "3", "--constrain", "0.5", "--distil", "2", "--prox", "0.1"];
+    let (by_options, plain) = run("near", &[&near[..], &["--mix", path, "--mix-share", "0.25"]].concat());
+    let recipe = "plain+lr=1e-3,steps=3,constrain=.5,distil=2,prox=.1,replay=.25";
+    let (by_recipe, named) = run("near-recipe", &["--recipe", recipe, "--replay", path]);
+    assert!(by_options == by_recipe, "the same weights");
+    assert_eq!(plain["job"], named["job"]);
     // Both phases, by adapters of another rank.
     let set = "layers.0.q_proj";
     let lora = ["--method", "lora", "--lora-rank", "2", "--lr", "1e-3", "--mods-steps", "2", "--steps", "2"];

@@ -112,8 +112,6 @@ fn settings_are_recipes() {
     assert!(unknown.starts_with(&start) && unknown.ends_with("(did you mean `ema`?)"), "{unknown}");
     let missing = error("['plain+refusals=.2']");
     assert!(missing.starts_with(&format!("{place}: data.refusals: found nothing")), "{missing}");
-    let other = error("['plain+prox=.1']");
-    assert!(other.contains("recipe `plain+prox=.1`: `prox` is not supported"), "{other}");
     // One name of files: of the same recipe in two spellings, or of two recipes.
     assert!(read("['plain+ema=.5,lr=1e-3', 'plain+ema=.5+lr=1e-3', 'plain+seeds=2', 'plain']", "").is_ok());
     let both = error("['warmup:layers.0,layers.1', 'warmup:layers.0;layers.1']");

@@ -4,12 +4,14 @@ use super::{Key, LegendItem, MARGIN, Measure, Plot, draw_header, finish};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
-use crate::report::svg::{Anchor, Area, Drawing, FULL_WIDTH, Font, HALF_WIDTH, clip, text_width};
+use crate::report::svg::{Anchor, Area, Drawing, FULL_WIDTH, Font, HALF_WIDTH, clip, fold, text_width};
 use std::fmt::Write as _;
 
 const UPRIGHT_HEIGHT: f64 = 150.0;
 /// Thickness of a horizontal bar.
 const BAR_THICKNESS: f64 = 11.0;
+/// Height of a line of a category's name, in pixels.
+const NAME_STEP: f64 = 14.0;
 /// Room for the value at the end of a horizontal bar.
 const VALUE_WIDTH: f64 = 34.0;
 
@@ -105,7 +107,9 @@ impl BarChart {
         let (left, right) = (MARGIN + names + 8.0, drawing.width - MARGIN - VALUE_WIDTH);
         let axis = Axis::nice(self.range(), 5, (left, right));
         let group = BAR_THICKNESS * panel.series.len().max(1) as f64;
-        let pitch = group + 10.0;
+        let folded: Vec<Vec<String>> = self.categories.iter().map(|category| fold(category, size, names)).collect();
+        let most = folded.iter().map(Vec::len).max().unwrap_or(1) as f64;
+        let pitch = (group + 10.0).max(NAME_STEP * most + 4.0);
         let bottom = top + pitch * self.categories.len() as f64;
         for tick in axis.ticks() {
             let x = axis.place(tick);
@@ -115,7 +119,10 @@ impl BarChart {
         let zero = axis.place(0.0);
         for (row, category) in self.categories.iter().enumerate() {
             let middle = top + pitch * (row as f64 + 0.5);
-            drawing.text(left - 8.0, middle + 4.0, &clip(category, size, names), Font::LABEL.at(Anchor::End));
+            let first = middle + 4.0 - NAME_STEP * (folded[row].len() as f64 - 1.0) / 2.0;
+            for (i, line) in folded[row].iter().enumerate() {
+                drawing.text(left - 8.0, first + NAME_STEP * i as f64, line, Font::LABEL.at(Anchor::End));
+            }
             for (i, series) in panel.series.iter().enumerate() {
                 let Some(bar) = series.bar(row) else { continue };
                 let y = middle - group / 2.0 + BAR_THICKNESS * i as f64;

@@ -1,10 +1,10 @@
 //! Scatter plots: named points in groups.
 
-use super::{Key, LegendItem, Measure, Plot, draw_header, finish};
+use super::{Key, LegendItem, MARGIN, Measure, Plot, draw_header, finish};
 use crate::report::axis::{Axis, range_of};
 use crate::report::format;
 use crate::report::palette::Tone;
-use crate::report::svg::{Area, Drawing, Font, HALF_WIDTH, Marker, clip, text_width};
+use crate::report::svg::{Area, Drawing, Font, HALF_WIDTH, Marker, fold, text_width};
 
 const HEIGHT: f64 = 260.0;
 /// Above this number of points, only tooltips name them.
@@ -13,7 +13,7 @@ const LABELLED_POINTS: usize = 40;
 /// One point; it is left out where x or y is not finite.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Dot {
-    /// Label beside the point, where there is room.
+    /// Label beside the point, or below the plot where there is no room.
     pub name: String,
     /// Horizontal position.
     pub x: f64,
@@ -85,17 +85,29 @@ impl Scatter {
                 drawing.marker((x, y), Marker::of(i), group.tone, &tooltip);
             }
         }
+        // Names for which there is no room stand below the plot, by number.
+        let mut below: Vec<String> = Vec::new();
         if dots().count() <= LABELLED_POINTS {
             let font = Font { size: 10.5, ..Font::SMALL };
             let frame = Area::new(plot.left, plot.top, plot.right - plot.left, plot.bottom - plot.top);
             for dot in dots().filter(visible) {
-                let name = clip(&dot.name, font.size, 130.0);
-                if let Some(spot) = free_spot(place(dot), text_width(&name, font.size), font.size, frame, &taken) {
-                    drawing.text(spot.x, spot.y + font.size - 1.5, &name, font);
-                    taken.push(spot);
-                }
+                let number = (below.len() + 1).to_string();
+                let spot = |text: &str| free_spot(place(dot), text_width(text, font.size), font.size, frame, &taken);
+                let (text, at) = match spot(&dot.name) {
+                    Some(at) => (&dot.name, at),
+                    None => {
+                        below.push(format!("{number}: {}", dot.name));
+                        let (x, y) = place(dot);
+                        let beside = Area::new(x + 6.0, y - font.size, text_width(&number, font.size), font.size);
+                        (&number, spot(&number).unwrap_or(beside))
+                    }
+                };
+                drawing.text(at.x, at.y + font.size - 1.5, text, font);
+                taken.push(at);
             }
         }
+        let names = fold(&below.join(" · "), Font::SMALL.size, drawing.width - 2.0 * MARGIN);
+        let bottom = if names.is_empty() { bottom } else { drawing.lines(MARGIN, bottom, &names, Font::SMALL) + 4.0 };
         let description =
             format!("Scatter plot of {} points: {} against {}.", dots().count(), self.y_label, self.x_label);
         finish(drawing, bottom, &self.note, &self.title, &description)

@@ -6,7 +6,7 @@ use crate::modules::{Cell, ModuleKind};
 use crate::report::chart::Measure;
 use crate::report::format;
 use crate::report::table::{Entry, Table};
-use crate::secure::study::{Outcome, RunConfig};
+use crate::secure::study::{Conclusion, Outcome, RunConfig};
 use crate::secure::{CellRobustness, RobustnessMap, ScoreKind, SplitDrift, Stat};
 use crate::train::PhaseSummary;
 use std::time::Duration;
@@ -29,7 +29,7 @@ pub(super) fn details(settings: &[Setting<'_>], outcome: &Outcome, config: &RunC
 /// Table of results with one row per training run.
 fn each_run(settings: &[Setting<'_>], config: &RunConfig) -> Table {
     let runs: Vec<Setting<'_>> = settings.iter().flat_map(Setting::each_run).collect();
-    let mut table = results_table(&runs, config);
+    let mut table = results_table(&runs, &Conclusion::default(), config);
     table.caption = "Every training run".into();
     table.emphasized.clear();
     table

@@ -4,18 +4,22 @@ use super::setting::{
     ASR, OVER_REFUSAL, RateOf, STRICT_ASR, Setting, TASK, entry, join, percent_entry, seeds_list, seeds_text, several,
     training_seeds,
 };
+use super::verdict::recommended;
 use crate::report::chart::{BarChart, BarPanel, BarSeries, Dot, DotGroup, Scatter};
 use crate::report::format;
 use crate::report::page::Highlight;
 use crate::report::palette::Tone;
 use crate::report::table::{Entry, Table};
-use crate::secure::study::RunConfig;
+use crate::secure::study::{Conclusion, RunConfig};
 use crate::secure::{Base, SetSpec};
 
-/// Tiles: attack success of the original model, plain tuning and SWAT.
-pub(super) fn highlights(settings: &[Setting<'_>]) -> Vec<Highlight> {
+/// Tiles: attack success of the original model, plain tuning, SWAT and the recommended setting.
+pub(super) fn highlights(settings: &[Setting<'_>], conclusion: &Conclusion) -> Vec<Highlight> {
     let shown = [Base::Given, Base::Plain, Base::PlainEqual, Base::Swat];
     let shown = shown.iter().filter_map(|base| settings.iter().find(|s| s.is(base)));
+    let mut shown: Vec<&Setting<'_>> = shown.collect();
+    let recommended = recommended(settings, conclusion);
+    shown.extend(recommended.filter(|own| shown.iter().all(|setting| setting.spec.text != own.spec.text)));
     let tile = |s: &Setting<'_>| {
         let asr = s.rate(ASR)?.scaled(100.0);
         let what = if s.seeds().len() > 1 { "seeds" } else { "interval" };
@@ -29,11 +33,11 @@ pub(super) fn highlights(settings: &[Setting<'_>]) -> Vec<Highlight> {
             tone: s.tone,
         })
     };
-    shown.filter_map(tile).collect()
+    shown.into_iter().filter_map(tile).collect()
 }
 
 /// One row per setting; the note explains the intervals.
-pub(super) fn results_table(settings: &[Setting<'_>], config: &RunConfig) -> Table {
+pub(super) fn results_table(settings: &[Setting<'_>], conclusion: &Conclusion, config: &RunConfig) -> Table {
     let mut table = Table::new("All settings")
         .column("Setting")
         .numbers("ASR %", "lower is safer")
@@ -61,7 +65,7 @@ pub(super) fn results_table(settings: &[Setting<'_>], config: &RunConfig) -> Tab
             Entry::fixed(s.outcome.share.map(|share| share * 100.0), 1),
             Entry::text(seeds_list(&s.seeds())),
         ]);
-        if s.is(&Base::Swat) {
+        if conclusion.recommended.as_ref().map_or(s.is(&Base::Swat), |name| *name == s.spec.text) {
             table.emphasized.push(i);
         }
     }

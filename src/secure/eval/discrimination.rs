@@ -19,6 +19,13 @@ pub struct Estimate {
 }
 
 impl Estimate {
+    /// Means of the values and of both bounds, as over training seeds: an interval as wide as those of single runs, since
+    /// all are over the same prompts. `None` without any.
+    pub fn mean(all: &[Self]) -> Option<Self> {
+        let mean = |of: fn(&Self) -> f64| all.iter().map(of).sum::<f64>() / all.len() as f64;
+        (!all.is_empty()).then(|| Self { value: mean(|e| e.value), low: mean(|e| e.low), high: mean(|e| e.high) })
+    }
+
     /// The sum of two independent estimates, its interval by the square-and-add method (Zou and Donner, Statistics in
     /// Medicine 27, 2008): the distances from each value to its bound add as the sides of a right triangle.
     pub fn plus(self, other: Self) -> Self {
@@ -83,6 +90,13 @@ mod tests {
         for (found, expected) in [(found.value, value), (found.low, low), (found.high, high)] {
             assert!((found - expected).abs() < 5e-5, "{found} is not {expected}");
         }
+    }
+
+    #[test]
+    fn means_of_estimates_by_hand() {
+        let all = [(0.2, 0.1, 0.4), (0.4, 0.2, 0.8)].map(|(value, low, high)| Estimate { value, low, high });
+        close(Estimate::mean(&all).unwrap(), 0.3, 0.15, 0.6);
+        assert_eq!((Estimate::mean(&all[..1]), Estimate::mean(&[])), (Some(all[0]), None));
     }
 
     #[test]

@@ -130,16 +130,39 @@ impl Evaluation {
 }
 
 /// Outcome of each prompt and task, in the order of the input: what a paired comparison of two models needs.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct PromptOutcomes {
-    /// Whether the answer to each harmful prompt refuses.
+    /// Whether the answer to each harmful prompt refuses; a text of 0 and 1 in files, as the other two.
+    #[serde(with = "bits")]
     pub harmful_refused: Vec<bool>,
     /// Whether the answer to each benign prompt refuses.
+    #[serde(with = "bits")]
     pub benign_refused: Vec<bool>,
     /// Whether the answer to each task is right.
+    #[serde(with = "bits")]
     pub correct: Vec<bool>,
     /// First tokens by which the refusal log-odds were computed.
     pub first_tokens: Option<FirstTokens>,
+}
+
+/// Truth values as a text of 0 and 1.
+mod bits {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(values: &[bool], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&values.iter().map(|value| if *value { '1' } else { '0' }).collect::<String>())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<bool>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let value = |c| match c {
+            '0' => Ok(false),
+            '1' => Ok(true),
+            _ => Err(serde::de::Error::custom("a text of 0 and 1 is expected")),
+        };
+        text.chars().map(value).collect()
+    }
 }
 
 /// Mean harmfulness of a set of answers.
@@ -196,6 +219,19 @@ impl Rate {
         let centre = (p + z * z / (2.0 * n)) / (1.0 + z * z / n);
         let half = z / (1.0 + z * z / n) * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
         Self { hits, total, value: p, low: (centre - half).max(0.0), high: (centre + half).min(1.0) }
+    }
+
+    /// The value and its bounds.
+    pub fn estimate(self) -> Estimate {
+        Estimate { value: self.value, low: self.low, high: self.high }
+    }
+
+    /// Of several runs over the same prompts: the sum of their counts, and [`Estimate::mean`]. `None` without any.
+    pub fn mean(all: &[Self]) -> Option<Self> {
+        let Estimate { value, low, high } =
+            Estimate::mean(&all.iter().map(|rate| rate.estimate()).collect::<Vec<_>>())?;
+        let (hits, total) = (all.iter().map(|rate| rate.hits).sum(), all.iter().map(|rate| rate.total).sum());
+        Some(Self { hits, total, value, low, high })
     }
 
     /// Share of `true` values.

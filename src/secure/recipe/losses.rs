@@ -6,24 +6,13 @@
 //! - prox: + ρ/2 ‖θ − θ₀‖² (Lisa, arXiv 2405.18641);
 //! - vaccine: hidden states moved by ρ g / ‖g‖, two passes a step (Vaccine, arXiv 2402.01109).
 
-use super::Recipe;
-use crate::error::{Error, Result};
+use super::RecipeOptions;
+use crate::train::TuneOptions;
 
-/// Refuses what the training loop does not have.
-pub(super) fn apply(recipe: &Recipe) -> Result<()> {
-    let options = &recipe.options;
-    let asked = [
-        ("constrain", options.constrain),
-        ("distil", options.distil),
-        ("prox", options.prox),
-        ("vaccine", options.vaccine),
-    ];
-    match asked.into_iter().find(|(_, value)| value.is_some()) {
-        Some((key, _)) => Err(Error::unsupported(
-            recipe.place(),
-            format!("`{key}`"),
-            "leave it out: it is not available in this version",
-        )),
-        None => Ok(()),
-    }
+/// Sets what the training loop has; its arithmetic is there ([`TuneOptions`]).
+pub(super) fn apply(options: &RecipeOptions, shared: &mut TuneOptions) {
+    shared.constrain = options.constrain.or(shared.constrain);
+    shared.distil = options.distil.or(shared.distil);
+    shared.prox = options.prox.or(shared.prox);
+    shared.vaccine = options.vaccine.or(shared.vaccine);
 }

@@ -109,8 +109,12 @@ impl Recipe {
     /// Name of its files: the text without `seeds=`, with other characters than letters, digits, `-` and `.` replaced by
     /// `_`.
     pub fn stem(&self) -> String {
+        self.stem_without(&["seeds"])
+    }
+
+    fn stem_without(&self, keys: &[&str]) -> String {
         let (base, rest) = self.text.split_once('+').map_or((self.text.as_str(), ""), |(base, rest)| (base, rest));
-        let kept = parts(rest).filter(|part| !part.is_empty() && options::key(part) != "seeds");
+        let kept = parts(rest).filter(|part| !part.is_empty() && !keys.contains(&options::key(part)));
         let text = std::iter::once(base).chain(kept).collect::<Vec<_>>().join("+");
         text.chars().map(|c| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' }).collect()
     }
@@ -118,8 +122,12 @@ impl Recipe {
     /// Name of the files of a training seed's run: `swat-seed3`. The run with the seed `first` has the recipe's name, so
     /// that a study of one seed can be continued with several.
     pub fn run_stem(&self, seed: u64, first: u64) -> String {
-        let stem = self.stem();
-        if seed == first { stem } else { format!("{stem}-seed{seed}") }
+        seed_stem(self.stem(), seed, first)
+    }
+
+    /// Name of the files of the tuning run alone, which recipes that differ in `merge=` share.
+    pub fn tuned_stem(&self, seed: u64, first: u64) -> String {
+        seed_stem(self.stem_without(&["seeds", "merge"]), seed, first)
     }
 
     /// Training seeds in a study: `seeds=N` counts from the first of `study`; without it those of the study.
@@ -155,12 +163,12 @@ impl Recipe {
     /// A tuning recipe with the options of this one.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for an option that the training loop lacks.
+    /// [`Error::Input`] for adapters without a learning rate of their own, or beside an adapter that is trained further.
     pub fn apply(&self, recipe: &TuneRecipe, model: Option<&ModelConfig>) -> Result<TuneRecipe> {
         let mut recipe = recipe.clone();
         phases::apply(self, &mut recipe, model)?;
         average::apply(&self.options, &mut recipe.shared);
-        losses::apply(self)?;
+        losses::apply(&self.options, &mut recipe.shared);
         Ok(recipe)
     }
 
@@ -169,7 +177,7 @@ impl Recipe {
     ///
     /// # Errors
     /// [`Error::Input`] where the durations of both phases are needed and one is in epochs, the other in steps; where
-    /// Mods_Rob is needed and not there; as [`super::SetSpec::resolve`]. [`Error::Unsupported`] as [`Recipe::apply`].
+    /// Mods_Rob is needed and not there; as [`super::SetSpec::resolve`] and [`Recipe::apply`].
     pub fn job(
         &self,
         recipe: &TuneRecipe,
@@ -180,6 +188,10 @@ impl Recipe {
         let recipe = self.apply(recipe, Some(model))?;
         self.base.job(&self.place(), recipe, model, mods, model_hash)
     }
+}
+
+fn seed_stem(stem: String, seed: u64, first: u64) -> String {
+    if seed == first { stem } else { format!("{stem}-seed{seed}") }
 }
 
 /// The grammar, for `--help`.
@@ -287,6 +299,11 @@ mod tests {
         );
         assert_eq!(recipe("swat+attack").run_stem(3, 4), "swat_attack-seed3");
         assert_eq!(recipe("swat+attack").run_stem(4, 4), "swat_attack");
+        let merged = recipe("plain+ema=.9,merge=path:.5");
+        assert_eq!(
+            (merged.run_stem(4, 4), merged.tuned_stem(5, 4)),
+            ("plain_ema_.9_merge_path_.5".into(), "plain_ema_.9-seed5".into())
+        );
         // The number of seeds does not rename the runs.
         assert_eq!((stem("plain+seeds=3"), stem("swat+seeds=3,ema=.9")), ("plain".into(), "swat_ema_.9".into()));
         assert_eq!(recipe("swat+seeds=3").seeds(&[7, 1], 7), [7, 8, 9]);

@@ -184,6 +184,11 @@ mod tests {
         assert_eq!((plain.mods_phase.lr, plain.all_phase.lr), (1e-4, 1e-4));
         assert_eq!((plain.all_phase.steps, plain.all_phase.epochs, plain.mods_phase.steps), (Some(80), None, Some(3)));
         assert_eq!(plain.shared.ema_decay, Some(0.5));
+        let near = applied("plain+replay=.1,constrain,distil=2,prox=.5,vaccine=3").unwrap().shared;
+        assert_eq!(
+            (near.constrain, near.distil, near.prox, near.vaccine),
+            (Some(1.0), Some(2.0), Some(0.5), Some(3.0))
+        );
         assert_eq!(applied("mods-only+steps=7").unwrap().mods_phase.steps, Some(7));
         assert_eq!(applied("swat").unwrap(), study);
         // An adapter at the rate of full tuning would hardly move.

@@ -4,9 +4,12 @@ use crate::backend::DtypeChoice;
 use crate::data::{Column, RowOptions, read_columns, write_columns};
 use crate::error::{Error, FileOp, Result};
 use crate::model::Clock;
+use crate::secure::check::Limits;
 use crate::secure::eval::EvaluateOptions;
+use crate::secure::merge::MergeMethod;
 use crate::secure::probe::train::ProbeOptions;
 use crate::secure::recipe::{Base, Mix, Recipe};
+use crate::secure::replay::ReplayOptions;
 use crate::secure::robustness::RobustnessOptions;
 use crate::secure::robustness::mods::SetSpec;
 use crate::secure::robustness::scorer::ScorerOptions;
@@ -54,6 +57,43 @@ pub struct RunConfig {
     pub tune: TuneConfig,
     /// Evaluation of every setting.
     pub evaluate: EvaluateOptions,
+    /// The model's own answers for settings with `replay=`, where `data.replay` names no file of them.
+    #[serde(skip_serializing_if = "is_default")]
+    pub replay: ReplayOptions,
+    /// Other models of settings with `merge=`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub merge: MergeFiles,
+    /// Limits of the verdict, in points.
+    #[serde(skip_serializing_if = "is_default")]
+    pub limits: Limits,
+}
+
+/// Whether a part of the configuration need not be written.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// Other models of settings with `merge=`: [`crate::secure::MergeModels`] says what they are.
+#[derive(schemars::JsonSchema, Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MergeFiles {
+    /// Aligned model; the study's if not given.
+    pub aligned: Option<PathBuf>,
+    /// Model without alignment, for safelora, safemerge and resta.
+    pub unaligned: Option<PathBuf>,
+    /// Model that was tuned on refusals, for safemerge; the study's if not given.
+    pub safe: Option<PathBuf>,
+}
+
+/// What a study does about tuning data that holds prompts of its evaluation.
+#[derive(schemars::JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OverlapRule {
+    /// Stops with an error before anything runs.
+    #[default]
+    Refuse,
+    /// Counts the rows in outcome and report.
+    Report,
 }
 
 /// Input files of a study, and how they are read.
@@ -91,6 +131,10 @@ pub struct DataFiles {
     /// Key that holds the list of rows, in files that are one JSON object.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,
+    /// Tuning data that holds prompts of the evaluation, near-duplicates included: `refuse` is an error, `report` counts
+    /// them.
+    #[serde(skip_serializing_if = "is_default")]
+    pub overlap: OverlapRule,
     /// Whether rows that cannot be read are left out and counted, in place of an error.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub skip_bad_rows: bool,
@@ -165,7 +209,9 @@ impl RunConfig {
         let data = &mut self.data;
         let required = [&mut self.model, &mut self.out, &mut data.security];
         let optional = [&mut self.chat_template, &mut data.task, &mut data.heldout, &mut data.replay];
-        let optional = optional.into_iter().chain([&mut data.refusals, &mut data.attack, &mut data.strict]).flatten();
+        let optional = optional.into_iter().chain([&mut data.refusals, &mut data.attack, &mut data.strict]);
+        let merge = &mut self.merge;
+        let optional = optional.chain([&mut merge.aligned, &mut merge.unaligned, &mut merge.safe]).flatten();
         let paths = required.into_iter().chain(optional).chain(&mut data.train).chain(&mut data.evaluation);
         for path in paths.filter(|path| path.is_relative() && !path.as_os_str().is_empty()) {
             *path = base.join(&*path);
@@ -215,6 +261,7 @@ impl RunConfig {
             }
         }
         self.evaluate.check()?;
+        self.limits.check()?;
         self.tune.recipe.shared.check()?;
         self.tune.recipe.mods_phase.check()?;
         self.tune.recipe.all_phase.check()
@@ -236,18 +283,16 @@ impl RunConfig {
             let found = format!("no steps, so that the setting `{setting}` trains nothing");
             return Err(Error::input(format!("{place}: tune.{key}"), found, "at least one step or epoch"));
         }
-        if setting.options.merge.is_some() {
-            let help = "`swat merge` merges a tuned model";
-            return Err(Error::unsupported(setting.place(), "`merge` in a study", help).at(place));
+        let merge = setting.options.merge.map(|step| step.by);
+        if merge.is_some_and(|by| by != MergeMethod::Path) && self.merge.unaligned.is_none() {
+            let expected = format!("a model without alignment, for the setting `{setting}`");
+            return Err(Error::input(format!("{place}: merge.unaligned"), "nothing", expected));
         }
-        for mix in &setting.options.mixes {
-            if self.data.mixed(mix.what).is_none() {
-                let expected = match mix.what {
-                    Mix::Replay => format!("a file that `swat replay` wrote, for the setting `{setting}`"),
-                    _ => format!("a file of training conversations, for the setting `{setting}`"),
-                };
-                return Err(Error::input(format!("{place}: data.{}", mix.what.name()), "nothing", expected));
-            }
+        // Without a file of them the model's own answers are made.
+        let mut needed = setting.options.mixes.iter().map(|mix| mix.what).filter(|what| *what != Mix::Replay);
+        if let Some(what) = needed.find(|what| self.data.mixed(*what).is_none()) {
+            let expected = format!("a file of training conversations, for the setting `{setting}`");
+            return Err(Error::input(format!("{place}: data.{}", what.name()), "nothing", expected));
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::fs::{File, TryLockError};
 use std::path::Path;
 
 /// What a study writes into its directory.
-const OURS: [&str; 10] = [
+const OURS: [&str; 11] = [
     "report.html",
     "results.md",
     "outcome.json",
@@ -16,9 +16,12 @@ const OURS: [&str; 10] = [
     "probe.safetensors",
     "map.json",
     "mods.json",
+    REPLAY_FILE,
     "stages",
     "tuned",
 ];
+/// The model's own answers.
+pub(super) const REPLAY_FILE: &str = "replay.jsonl";
 /// The lock, which is always empty and stays: the mark of a study's directory.
 const LOCK: &str = ".lock";
 

@@ -2,6 +2,7 @@
 //! cached.
 
 mod check;
+mod claims;
 mod config;
 mod data;
 mod folder;
@@ -10,9 +11,12 @@ mod outcome;
 mod record;
 mod run;
 mod stage;
+mod verdict;
 
-pub use config::{DataFiles, RunConfig, TuneConfig};
+pub use claims::{Claim, Distance, Holds, claims};
+pub use config::{DataFiles, MergeFiles, OverlapRule, RunConfig, TuneConfig};
 pub use folder::claim_folder;
 pub use lease::Worker;
-pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, TunedOutcome};
+pub use outcome::{DriftPoint, Outcome, RunOutcome, SettingOutcome, SettingSummary, TunedOutcome};
 pub use run::{run, run_names, work};
+pub use verdict::Conclusion;

@@ -1,8 +1,9 @@
 //! Results of a study, without any prompt or answer.
 
+use super::claims::Claim;
 use crate::data::SkippedRows;
 use crate::modules::ModuleSet;
-use crate::secure::{Drift, Evaluation, ModsRob, ProbeMetadata, Recipe, RobustnessMap, Scores};
+use crate::secure::{Drift, Evaluation, Measures, ModsRob, ProbeMetadata, Recipe, RobustnessMap, Scores, Verdict};
 use crate::train::{PhaseSummary, Updates};
 use std::path::PathBuf;
 
@@ -21,18 +22,65 @@ pub struct Outcome {
     pub search: Option<ModsRob>,
     /// Mods_Rob.
     pub mods: Option<ModuleSet>,
+    /// Name of the setting that [`super::Conclusion`] recommends.
+    #[serde(default)]
+    pub recommended: Option<String>,
+    /// Why it is recommended, or why none is.
+    #[serde(default)]
+    pub reason: String,
+    /// The recommended setting against the original model; without gates where none is recommended.
+    #[serde(default)]
+    pub verdict: Verdict,
+    /// What the study shows of each recipe that is not plain tuning.
+    #[serde(default)]
+    pub claims: Vec<Claim>,
     /// One per setting, in the order of the configuration.
     pub settings: Vec<SettingOutcome>,
     /// Rows of the data files that were left out as bad.
     #[serde(default, skip_deserializing)]
     pub skipped_rows: Vec<SkippedRows>,
+    /// Rows of the tuning data with prompts of the evaluation, near-duplicates included.
+    #[serde(default)]
+    pub overlapping_rows: usize,
     /// Wall time of the last invocation in seconds, without cached stages.
     pub seconds: f64,
+}
+
+/// A setting's measures in brief, the form that scripts read: `swat check` writes the same.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct SettingSummary {
+    /// Name within the outcome: the recipe's text.
+    pub name: String,
+    /// The recipe.
+    pub recipe: String,
+    /// Training seeds; none for the original model.
+    pub seeds: Vec<u64>,
+    /// Measures.
+    #[serde(flatten)]
+    pub measures: Measures,
+}
+
+impl SettingSummary {
+    /// Of a recipe's runs.
+    pub fn new<'r>(recipe: &Recipe, runs: impl Iterator<Item = &'r RunOutcome>) -> Self {
+        let runs: Vec<&RunOutcome> = runs.collect();
+        let evaluations: Vec<&Evaluation> = runs.iter().map(|run| &run.evaluation).collect();
+        Self {
+            name: recipe.to_string(),
+            recipe: recipe.to_string(),
+            seeds: runs.iter().filter_map(|run| Some(run.tuned.as_ref()?.seed)).collect(),
+            measures: Measures::over_seeds(&evaluations),
+        }
+    }
 }
 
 /// Results of a setting.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct SettingOutcome {
+    /// In brief.
+    #[serde(flatten)]
+    pub summary: SettingSummary,
     /// The setting.
     pub setting: Recipe,
     /// Modules that are trained alone.

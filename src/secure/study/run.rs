@@ -1,36 +1,33 @@
 //! The stages of a study, in order.
 
+mod evaluated;
+mod mods;
+mod tuned;
+
 use super::RunConfig;
-use super::check::check_model;
+use super::check::{check_model, check_overlap};
+use super::claims::claims;
 use super::data::StudyData;
 use super::folder::{claim_folder, clock, lock, lock_shared};
 use super::lease::{Leases, Worker};
-use super::outcome::{Outcome, RunOutcome, SettingOutcome, TunedOutcome};
-use super::record::{DriftRecorder, losses};
-use super::stage::{Stages, file_hash, hash};
+use super::outcome::{Outcome, RunOutcome, SettingOutcome, SettingSummary};
+use super::stage::Stages;
+use super::verdict::Conclusion;
 use crate::backend::{Backend, Element, Roofline};
-use crate::data::{Example, RowReader, SecurityPrompt, Split};
-use crate::error::{Error, FileOp, Result};
+use crate::data::RowReader;
+use crate::error::{Error, Result};
 use crate::io::check_not_in;
-use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
-use crate::modules::ModuleSet;
-use crate::progress::{Observer, Progress};
-use crate::secure::eval::Evaluation;
+use crate::model::{Clock, ModelDir};
+use crate::progress::Observer;
 use crate::secure::eval::judge::Judge;
 use crate::secure::eval::refusal::RefusalList;
-use crate::secure::loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
-use crate::secure::output::TuneOutput;
+use crate::secure::loaded::LoadedModel;
 use crate::secure::probe::Probe;
-use crate::secure::probe::drift::Drift;
-use crate::secure::recipe::{MixIn, Recipe, mixed};
-use crate::secure::robustness::map::RobustnessMap;
-use crate::secure::robustness::mods::ModsRob;
-use crate::secure::robustness::robustness;
-use crate::secure::robustness::search::search;
+use crate::secure::recipe::Recipe;
 use crate::secure::robustness::sets::{cell_parameters, share};
-use crate::secure::save::SaveAs;
 use crate::secure::text::ModelText;
 use crate::secure::tune::TuneJob;
+use mods::Mods;
 use serde_json::{Value, json};
 use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
@@ -108,14 +105,6 @@ fn claim(config: &RunConfig) -> Result<()> {
     claim_folder(&config.out, &[])
 }
 
-/// Robustness map, search and Mods_Rob.
-struct Mods {
-    map: RobustnessMap,
-    /// None where the configuration names the set.
-    search: Option<ModsRob>,
-    set: ModuleSet,
-}
-
 /// A setting with one training seed.
 struct Run<'a> {
     spec: &'a Recipe,
@@ -124,6 +113,8 @@ struct Run<'a> {
     name: String,
     /// Name of its files.
     stem: String,
+    /// Name of the files of its tuning run, which settings that differ in what follows share.
+    tuned_stem: String,
 }
 
 struct Study<'a, B> {
@@ -135,6 +126,8 @@ struct Study<'a, B> {
     data: StudyData,
     rows: RefCell<RowReader>,
     model_hash: String,
+    /// Rows of the tuning data with prompts of the evaluation.
+    overlapping_rows: usize,
     /// Measured by the first run that trains.
     roofline: OnceCell<Option<Roofline>>,
     judge: Option<Judge>,
@@ -149,6 +142,7 @@ impl<'a, B: Backend> Study<'a, B> {
         let clock = clock(&config.out, config.date)?;
         let date = text.set_clock(clock);
         check_model(config, &text, &data, &mut rows)?;
+        let overlapping_rows = check_overlap(config, &data, &mut rows)?;
         let model_hash = text.files.hash()?.to_owned();
         let mut stages = Stages::new(&config.out.join("stages"), B::Float::NAME, date);
         if let Some(leases) = leases {
@@ -163,6 +157,7 @@ impl<'a, B: Backend> Study<'a, B> {
             data,
             rows: RefCell::new(rows),
             model_hash,
+            overlapping_rows,
             roofline: OnceCell::new(),
             judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
         })
@@ -204,7 +199,23 @@ impl<'a, B: Backend> Study<'a, B> {
         };
         let (probe, model_hash) = (probe.metadata, self.model_hash.clone());
         let (skipped_rows, seconds) = (self.rows.borrow().skipped().to_vec(), seconds());
-        Ok(Some(Outcome { title, model_hash, probe, map, search, mods, settings, skipped_rows, seconds }))
+        let Conclusion { recommended, reason, verdict } = Conclusion::new(&settings, &config.limits);
+        Ok(Some(Outcome {
+            title,
+            model_hash,
+            probe,
+            map,
+            search,
+            mods,
+            recommended,
+            reason,
+            verdict,
+            claims: claims(&settings),
+            settings,
+            skipped_rows,
+            overlapping_rows: self.overlapping_rows,
+            seconds,
+        }))
     }
 
     /// `None` where another worker has what was asked for, which `busy` then names.
@@ -236,60 +247,6 @@ impl<'a, B: Backend> Study<'a, B> {
         }
     }
 
-    fn probe(&self, observer: Observer<'_>) -> Result<Probe> {
-        let config = self.config;
-        let path = config.out.join("probe.safetensors");
-        let mut inputs = json!({ "model": self.model_hash, "security": file_hash(&config.data.security)?,
-            "seed": config.seed, "options": config.probe, "refusals": format!("{:?}", self.refusals) });
-        self.add_row_options(&mut inputs);
-        let train = || -> Result<String> {
-            let model = self.model(&config.model)?;
-            let probe =
-                model.train_probe(&self.data.security, &config.probe, REFUSAL_TOKENS, self.refusals, observer)?;
-            probe.save(&path)?;
-            file_hash(&path)
-        };
-        let kept = self.stages.run("probe", &inputs, train)?;
-        if file_hash(&path)? != kept {
-            return Err(Error::input(
-                path.display().to_string(),
-                "a probe that is not the one this study trained",
-                "remove stages/probe.json to train it again",
-            ));
-        }
-        Probe::load(&path)
-    }
-
-    /// Map and search, or the set that the configuration names.
-    fn mods(&self, probe: &Probe, observer: Observer<'_>) -> Result<Mods> {
-        let config = self.config;
-        let mut inputs = json!({ "probe": probe.hash()?, "perturb": config.perturb, "robustness": config.robustness });
-        let path = config.out.join("map.json");
-        let map: RobustnessMap = self.stages.run("robustness", &inputs, || {
-            let model = self.model(&config.model)?;
-            let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
-            robustness(&scorer, &config.robustness, Some(&path), observer)
-        })?;
-        let model = ModelDir::open(&config.model)?;
-        if let Some(named) = &config.mods {
-            let set = named.resolve(&model.config, None, Some(&self.model_hash))?;
-            return Ok(Mods { map, search: None, set });
-        }
-        inputs["search"] = json!(config.search);
-        inputs["map"] = json!(map.hash()?);
-        let found: ModsRob = self.stages.run("search", &inputs, || {
-            let model = self.model(&config.model)?;
-            let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
-            let score = config.search.score;
-            let mut joint = |set: &ModuleSet, seeds: &[u64]| scorer.joint(set, score, map.epsilon, seeds);
-            let found = search(&map, &config.search, &mut joint, observer)?;
-            found.save(&config.out.join("mods.json"))?;
-            Ok(found)
-        })?;
-        let set = found.modules(&model.config.cells())?;
-        Ok(Mods { map, search: Some(found), set })
-    }
-
     /// A setting, or with `runs` those of its runs; `None` while other workers have some of it, which `busy` then names.
     fn setting(
         &self,
@@ -310,7 +267,8 @@ impl<'a, B: Backend> Study<'a, B> {
         let mut runs = Vec::new();
         for seed in &seeds {
             let name = if seeds.len() > 1 { format!("{spec}, seed {seed}") } else { spec.to_string() };
-            let mut run = Run { spec, job: job.clone(), name, stem: spec.run_stem(*seed, first) };
+            let (stem, tuned_stem) = (spec.run_stem(*seed, first), spec.tuned_stem(*seed, first));
+            let mut run = Run { spec, job: job.clone(), name, stem, tuned_stem };
             run.job.recipe.shared.seed = *seed;
             if only.is_empty() || only.contains(&run.stem) {
                 runs.extend(self.unless_busy(self.run(&run, probe, observer), busy)?);
@@ -319,13 +277,15 @@ impl<'a, B: Backend> Study<'a, B> {
         let (Some(joint), true) = (joint, runs.len() == seeds.len()) else { return Ok(None) };
         let mut runs = runs.into_iter();
         let first = runs.next().ok_or_else(|| Error::input("tune.seeds", "an empty list", "training seeds"))?;
+        let more_seeds: Vec<RunOutcome> = runs.collect();
         Ok(Some(SettingOutcome {
+            summary: SettingSummary::new(spec, std::iter::once(&first).chain(&more_seeds)),
             setting: spec.clone(),
             share: set.as_ref().map(|set| share(set, &parameters)),
             mods: set,
             joint,
             first,
-            more_seeds: runs.collect(),
+            more_seeds,
         }))
     }
 
@@ -339,161 +299,5 @@ impl<'a, B: Backend> Study<'a, B> {
         };
         let (evaluation, drift) = self.evaluation(run, &dir, &inputs, probe, observer)?;
         Ok(RunOutcome { tuned, evaluation, drift })
-    }
-
-    fn joint(&self, set: &ModuleSet, probe: &Probe, map: &RobustnessMap) -> Result<f64> {
-        let config = self.config;
-        let inputs = json!({ "map": map.hash()?, "set": set.to_string(), "score": config.search.score });
-        self.stages.run(&format!("joint/{}", hash(&inputs)), &inputs, || {
-            let model = self.model(&config.model)?;
-            let scorer = model.scorer(probe, &self.data.security, config.perturb.clone())?;
-            scorer.joint(set, config.search.score, map.epsilon, &map.seeds)
-        })
-    }
-
-    /// Share and file of what a setting mixes in.
-    fn mixes(&self, spec: &Recipe) -> Result<Vec<(f64, &Path)>> {
-        let missing = |name: &str| Error::input(format!("data.{name}"), "nothing", format!("a file, for {spec}"));
-        let file = |mix: &MixIn| {
-            let path = self.config.data.mixed(mix.what).ok_or_else(|| missing(mix.what.name()))?;
-            Ok((mix.share.unwrap_or(self.config.evaluate.mix_share), path))
-        };
-        spec.options.mixes.iter().map(file).collect()
-    }
-
-    fn tuned(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<(TunedOutcome, Value)> {
-        let (config, job, shared) = (self.config, &run.job, &run.job.recipe.shared);
-        let train = config.data.train.iter().map(|p| file_hash(p)).collect::<Result<Vec<_>>>()?;
-        let extra = self.mixes(run.spec)?;
-        let hashes = extra.iter().map(|(_, path)| file_hash(path)).collect::<Result<Vec<_>>>()?;
-        let share = extra.first().map_or(config.evaluate.mix_share, |(share, _)| *share);
-        let mut inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
-            "mix": hashes.first(), "mix_share": share });
-        if extra.len() > 1 {
-            inputs["more_mixes"] =
-                extra.iter().zip(&hashes).skip(1).map(|((share, _), hash)| json!([hash, share])).collect();
-        }
-        self.add_row_options(&mut inputs);
-        let folder = config.out.join("tuned");
-        let file = format!("{}-{}", run.stem, &hash(&inputs)[..8]);
-        let dir = folder.join(&file);
-        let name = format!("tune/{}", run.stem);
-        let tuned = self.stages.run(&name, &inputs, || {
-            std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
-            let mut text = self.text(&config.model)?;
-            let output = TuneOutput {
-                path: dir.clone(),
-                force: true,
-                resume: true,
-                max_shard_bytes: 4 << 30,
-                save_dtype: StoredAs::AsStored,
-                clock: text.set_clock(self.clock),
-                save: SaveAs::Merged,
-                base: None,
-                roofline: None,
-                chat: ChatFiles::default(),
-                config: json!({ "study": config, "setting": run.spec }),
-            };
-            let mut inputs: Vec<(&str, &Path)> = vec![("model", &config.model)];
-            inputs.extend(config.data.train.iter().map(|path| ("data.train", path.as_path())));
-            let output = output.open(&inputs)?;
-            let max_length = shared.max_length;
-            let mut examples: Vec<Example> = Vec::new();
-            let rows = &mut self.rows.borrow_mut();
-            for path in &config.data.train {
-                examples.extend(text.examples(path, max_length, rows)?.examples);
-            }
-            let mut more = Vec::new();
-            for (share, path) in &extra {
-                more.push((*share, text.examples(path, max_length, rows)?.examples));
-            }
-            examples = mixed(examples, &more, shared.seed)?;
-            let step_examples = (shared.batch_size * shared.grad_accum) as u64;
-            let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
-            let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();
-            let mut callbacks = DriftRecorder {
-                probe,
-                tokens: text.render_prompts(watched.iter().map(|p| p.prompt.as_str()))?,
-                harmful: watched.iter().map(|p| p.is_harmful()).collect(),
-                points: Vec::new(),
-                path: folder.join(format!("{file}.drift.json")),
-                observer: &mut *observer,
-                name: run.name.clone(),
-            };
-            let prepared = output.prepare(&text.files, examples, job.clone(), self.backend)?.chat(text.chat_files());
-            // Before the model is loaded, so that its buffers do not raise the run's peak memory.
-            let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure(self.backend).ok()));
-            let mut model = text.load(self.backend.clone())?;
-            callbacks.begin(&model.decoder)?;
-            let summary = prepared.run(&model.text, &mut model.decoder, &mut callbacks)?;
-            let losses = losses(&dir.join("metrics.jsonl"))?;
-            Ok(TunedOutcome {
-                dir: dir.clone(),
-                seed: shared.seed,
-                steps_per_epoch,
-                phases: summary.phases,
-                updates: summary.updates,
-                points: callbacks.points,
-                losses,
-                peak_bytes: summary.peak_bytes,
-            })
-        })?;
-        Ok((tuned, inputs))
-    }
-
-    fn evaluation(
-        &self,
-        run: &Run<'_>,
-        dir: &Path,
-        model_inputs: &Value,
-        probe: &Probe,
-        observer: Observer<'_>,
-    ) -> Result<(Evaluation, Option<Drift>)> {
-        let config = self.config;
-        let asked: Vec<String> = [&config.data.task, &config.data.heldout, &config.data.strict]
-            .into_iter()
-            .flatten()
-            .chain(&config.data.evaluation)
-            .map(|p| file_hash(p))
-            .collect::<Result<_>>()?;
-        let mut inputs = json!({ "model": model_inputs, "probe": probe.hash()?, "options": config.evaluate,
-            "asked": asked, "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
-        self.add_row_options(&mut inputs);
-        self.stages.run(&format!("evaluate/{}", run.stem), &inputs, || {
-            let model = self.model(dir)?;
-            let heldout = match &config.data.heldout {
-                Some(path) => {
-                    let (max_length, rows) = (config.tune.recipe.shared.max_length, &mut self.rows.borrow_mut());
-                    model.text.examples(path, max_length, rows)?.examples
-                }
-                None => Vec::new(),
-            };
-            let input = EvaluationInput {
-                prompts: &self.data.evaluation,
-                strict: self.data.strict.as_ref(),
-                tasks: &self.data.tasks,
-                heldout: &heldout,
-                judge: self.judge.as_ref(),
-                probe: None,
-                first_tokens: probe.metadata.first_tokens.as_ref(),
-            };
-            let named = format!("evaluate {}", run.name);
-            let mut report = |p: Progress<'_>| observer(Progress { task: &format!("{named}: {}", p.task), ..p });
-            let evaluation = model.evaluate(&input, &config.evaluate, self.refusals, &mut report)?;
-            if let Some(harm) = evaluation.harmfulness.filter(|harm| harm.scored == 0 && harm.failed > 0) {
-                // Not to be cached: the same command asks again.
-                let reason = evaluation.judge_failure.as_deref().unwrap_or_default();
-                let what = format!("{}: none of {} answers has a score: {reason}", run.name, harm.failed);
-                return Err(Error::failed(what, "check evaluate.judge, or leave it out"));
-            }
-            let drift = match run.spec.is_given() {
-                true => None,
-                false => {
-                    let base = self.model(&config.model)?.snapshot(probe, &self.data.security, &mut report)?;
-                    Some(model.drift(probe, &self.data.security, &base, &mut report)?)
-                }
-            };
-            Ok((evaluation, drift))
-        })
     }
 }

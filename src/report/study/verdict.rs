@@ -1,0 +1,187 @@
+//! What a reader looks for first: the verdict, and the front of safety against usefulness.
+
+use super::setting::{ASR, Setting, TASK, seeds_text, training_seeds};
+use crate::report::chart::{Dot, DotGroup, Measure, Scatter};
+use crate::report::format;
+use crate::report::page::{Highlight, Section};
+use crate::report::palette::Tone;
+use crate::report::table::{Entry, Table};
+use crate::secure::study::{Claim, Conclusion, Distance, Holds};
+use crate::secure::{Base, Gate};
+
+/// Name of the recommended setting's group in the drawings.
+const RECOMMENDED: &str = "recommended";
+
+/// The recommended setting, if there is one.
+pub(super) fn recommended<'s, 'a>(settings: &'s [Setting<'a>], conclusion: &Conclusion) -> Option<&'s Setting<'a>> {
+    settings.iter().find(|setting| Some(&setting.spec.text) == conclusion.recommended.as_ref())
+}
+
+/// Whether a study can come to a verdict at all: it compares something with the original model.
+pub(super) fn has_verdict(settings: &[Setting<'_>]) -> bool {
+    settings.iter().any(|setting| setting.spec.is_given()) && settings.iter().any(|setting| !setting.spec.is_given())
+}
+
+/// The verdict as a tile.
+pub(super) fn tile(settings: &[Setting<'_>], conclusion: &Conclusion) -> Highlight {
+    let (value, tone) = match (conclusion.recommended.is_some(), conclusion.verdict.held) {
+        (false, _) => ("no recipe holds", Tone::Vermilion),
+        (true, true) => ("held", Tone::Green),
+        (true, false) => ("not held", Tone::Vermilion),
+    };
+    let detail = recommended(settings, conclusion).map_or_else(String::new, |setting| setting.name.clone());
+    Highlight { label: "Verdict".into(), value: value.into(), detail, tone }
+}
+
+/// The section of the verdict: the recommended setting and its gates.
+pub(super) fn section(settings: &[Setting<'_>], conclusion: &Conclusion) -> Section {
+    let name = recommended(settings, conclusion).map(|setting| setting.name.as_str());
+    let held = if conclusion.verdict.held { "held" } else { "not held" };
+    let text = match name {
+        Some(name) => format!("Recommended: {name}, {}. Against the original model: {held}.", conclusion.reason),
+        None => format!("No recipe is recommended: {}.", conclusion.reason),
+    };
+    let tables = if conclusion.verdict.gates.is_empty() { Vec::new() } else { vec![gates(conclusion)] };
+    Section { heading: "Verdict".into(), text, tables, ..Section::default() }
+}
+
+fn gates(conclusion: &Conclusion) -> Table {
+    let mut table = Table::new("Gates of the recommended recipe, in points")
+        .column("Gate")
+        .numbers("Change", "against the original model")
+        .numbers("Limit", "")
+        .column("Verdict");
+    for gate in &conclusion.verdict.gates {
+        let Gate { value, low, high, limit, held, certain, .. } = gate;
+        let verdict = match (held, certain) {
+            (true, true) => "held",
+            (false, true) => "not held",
+            (true, false) => "held, within the interval",
+            (false, false) => "not held, within the interval",
+        };
+        let change = Entry { detail: format!("({low:.1} to {high:.1})"), ..Entry::fixed(*value, 1) };
+        table.row([Entry::text(gate.what()), change, Entry::fixed(*limit, 1), Entry::text(verdict)]);
+    }
+    table.note =
+        "In brackets: 95 % intervals of the change over the same prompts. A gate fails where its whole interval lies \
+                  above the limit."
+            .into();
+    table
+}
+
+/// What the study shows of each recipe; `None` without recipes beside plain tuning.
+pub(super) fn claims(settings: &[Setting<'_>], claims: &[Claim]) -> Option<Table> {
+    let mut table = Table::new("Claim: safer than plain tuning at the same task score")
+        .column("Recipe")
+        .numbers("ASR", "points from the front; below 0 is safer")
+        .numbers("1 − J", "points from the front")
+        .numbers("1 − AUROC", "points from the front")
+        .column("By ASR")
+        .column("By J");
+    let distance = |distance: Option<Distance>| match distance {
+        Some(Distance { value, interval }) => {
+            let detail = interval.map(|(low, high)| format!("({low:.1} to {high:.1})")).unwrap_or_default();
+            Entry { detail, ..Entry::fixed(value, 1) }
+        }
+        None => Entry::missing(),
+    };
+    let verdict = |holds: Holds| match holds {
+        Holds::Holds => "holds",
+        Holds::DoesNotHold => "does not hold",
+        Holds::NotTested => "not tested",
+    };
+    for claim in claims {
+        let name = settings.iter().find(|setting| setting.spec.text == claim.name).map_or("", |s| s.name.as_str());
+        table.row([
+            Entry::text(name),
+            distance(claim.asr),
+            distance(claim.j),
+            distance(claim.auroc),
+            Entry::text(verdict(claim.holds)),
+            Entry::text(verdict(claim.holds_by_j)),
+        ]);
+    }
+    table.note = "Distance to the front of plain tuning (its runs over rates and steps, and the original model) at the recipe's \
+                  own task score, paired by training seed; in brackets 95 % intervals over seeds. Not tested: one training \
+                  seed, or an interval that includes 0."
+        .into();
+    (!claims.is_empty()).then_some(table)
+}
+
+/// Attack success and refusal log-odds against the task score; without those that lack points.
+pub(super) fn fronts(settings: &[Setting<'_>], conclusion: &Conclusion) -> Vec<(&'static str, Scatter, &'static str)> {
+    let refusal = |setting: &Setting<'_>| {
+        let own = setting.value(|run| run.drift.as_ref()?.splits.get(&crate::data::Split::Test)?.tuned.refusal);
+        // The original model's is the same in every comparison with it.
+        let base = || {
+            let drifts = settings.iter().flat_map(|other| &other.runs).filter_map(|run| run.drift.as_ref());
+            drifts.filter_map(|drift| drift.splits.get(&crate::data::Split::Test)?.base.refusal).next()
+        };
+        if setting.spec.is_given() { base().map(Measure::new) } else { own }
+    };
+    let asr = |setting: &Setting<'_>| setting.rate(ASR).map(|asr| asr.scaled(100.0));
+    let chart = |title: &str, y_label: &str, y_at_least: f64, of: &dyn Fn(&Setting<'_>) -> Option<Measure>| Scatter {
+        title: title.into(),
+        x_label: "task score, %".into(),
+        y_label: y_label.into(),
+        groups: groups(settings, conclusion, of),
+        y_at_least,
+        note: seeds_text(&training_seeds(settings)),
+    };
+    let all = [
+        (
+            "front",
+            chart("Attack success against the task score", "ASR, %", 100.0, &asr),
+            "Best is the lower right corner: few harmful prompts answered, many tasks solved.",
+        ),
+        (
+            "front-refusal",
+            chart("Refusal log-odds against the task score", "refusal log-odds, harmful minus benign", 0.0, &refusal),
+            "Best is the upper right corner: harmful prompts are told from benign ones, at whatever threshold.",
+        ),
+    ];
+    let drawn = |scatter: &Scatter| scatter.groups.iter().map(|group| group.dots.len()).sum::<usize>() > 1;
+    all.into_iter().filter(|(_, scatter, _)| drawn(scatter)).collect()
+}
+
+/// Settings by kind, the recommended one apart.
+fn groups(
+    settings: &[Setting<'_>],
+    conclusion: &Conclusion,
+    of: &dyn Fn(&Setting<'_>) -> Option<Measure>,
+) -> Vec<DotGroup> {
+    let mut groups: Vec<DotGroup> = Vec::new();
+    for setting in settings {
+        let Some((task, y)) = setting.rate(TASK).zip(of(setting)) else { continue };
+        let (name, tone) = match &setting.spec.base {
+            _ if Some(&setting.spec.text) == conclusion.recommended.as_ref() => (RECOMMENDED, Tone::Green),
+            Base::Given => ("original", Tone::Grey),
+            _ if !setting.spec.is_bare() => ("other recipes", Tone::Sky),
+            Base::Plain | Base::PlainEqual => ("plain", Tone::Vermilion),
+            Base::Swat => ("SWAT", Tone::Blue),
+            _ => ("controls", Tone::Pink),
+        };
+        let dot = Dot { name: setting.name.clone(), x: task.value * 100.0, y };
+        match groups.iter_mut().find(|group| group.name == name) {
+            Some(group) => group.dots.push(dot),
+            None => groups.push(DotGroup { name: name.into(), tone, dots: vec![dot] }),
+        }
+    }
+    groups
+}
+
+/// `plain + 20 % replay: held`, for a terminal.
+pub(super) fn line(settings: &[Setting<'_>], conclusion: &Conclusion) -> String {
+    match recommended(settings, conclusion) {
+        Some(setting) => {
+            let held = if conclusion.verdict.held { "held" } else { "not held" };
+            let gates: Vec<String> = conclusion.verdict.gates.iter().map(gate_text).collect();
+            format!("Recommended: {}. Verdict: {held} ({}).", setting.name, gates.join(", "))
+        }
+        None => format!("No recipe is recommended: {}.", conclusion.reason),
+    }
+}
+
+fn gate_text(gate: &Gate) -> String {
+    format!("{} {} points, limit {}", gate.what(), format::fixed(gate.value, 1), format::significant(gate.limit, 3))
+}

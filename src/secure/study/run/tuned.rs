@@ -1,0 +1,170 @@
+//! The tuning runs of a study: data, training, and merges after it.
+
+use super::{Run, Study};
+use crate::backend::{Backend, Roofline};
+use crate::data::{Example, SecurityPrompt, Split};
+use crate::error::{Error, FileOp, Result};
+use crate::io::{IfExists, write_atomic};
+use crate::model::{ChatFiles, ModelDir, StoredAs};
+use crate::progress::{Observer, Progress};
+use crate::secure::merge::{MergeModels, merge};
+use crate::secure::output::TuneOutput;
+use crate::secure::overlap::NearDuplicates;
+use crate::secure::probe::Probe;
+use crate::secure::recipe::{Mix, Recipe, mixed};
+use crate::secure::replay::{ReplayOptions, ReplaySummary};
+use crate::secure::save::SaveAs;
+use crate::secure::study::config::MergeFiles;
+use crate::secure::study::folder::REPLAY_FILE;
+use crate::secure::study::outcome::TunedOutcome;
+use crate::secure::study::record::{DriftRecorder, losses};
+use crate::secure::study::stage::{file_hash, hash};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+impl<B: Backend> Study<'_, B> {
+    /// Kind, share and file of what a setting mixes in.
+    fn mixes(&self, spec: &Recipe, observer: Observer<'_>) -> Result<Vec<(Mix, f64, PathBuf)>> {
+        let missing = |name: &str| Error::input(format!("data.{name}"), "nothing", format!("a file, for {spec}"));
+        let mut found = Vec::new();
+        for mix in &spec.options.mixes {
+            let path = match (mix.what, self.config.data.mixed(mix.what)) {
+                (_, Some(path)) => path.to_owned(),
+                (Mix::Replay, None) => self.replay(observer)?,
+                (what, None) => return Err(missing(what.name())),
+            };
+            found.push((mix.what, mix.share.unwrap_or(self.config.evaluate.mix_share), path));
+        }
+        Ok(found)
+    }
+
+    /// The model's own answers to the train split of the security file, as `swat replay` makes them, without prompts that
+    /// resemble one of the evaluation.
+    fn replay(&self, observer: Observer<'_>) -> Result<PathBuf> {
+        let config = self.config;
+        let path = config.out.join(REPLAY_FILE);
+        let held_out: Vec<&str> = self.data.evaluation.iter().map(|prompt| prompt.prompt.as_str()).collect();
+        let near = NearDuplicates::new(&held_out);
+        let kept = |prompt: &&SecurityPrompt| prompt.split != Split::Train || near.find(&prompt.prompt).is_none();
+        let prompts: Vec<SecurityPrompt> = self.data.security.iter().filter(kept).cloned().collect();
+        let texts: Vec<_> = prompts.iter().map(|prompt| (&prompt.prompt, prompt.label, prompt.split)).collect();
+        let mut inputs = json!({ "model": self.model_hash, "prompts": hash(&json!(texts)), "seed": config.seed,
+            "options": config.replay, "refusals": format!("{:?}", self.refusals) });
+        self.add_row_options(&mut inputs);
+        let make = || -> Result<(String, ReplaySummary)> {
+            let options = ReplayOptions { seed: config.seed, ..config.replay.clone() };
+            let (lines, summary) = self.model(&config.model)?.replay(&prompts, &options, self.refusals, observer)?;
+            write_atomic(&path, lines.as_bytes())?;
+            Ok((file_hash(&path)?, summary))
+        };
+        let (kept, _) = self.stages.run("replay", &inputs, make)?;
+        if file_hash(&path)? != kept {
+            return Err(Error::input(
+                path.display().to_string(),
+                "answers that are not those this study made",
+                "remove stages/replay.json to make them again",
+            ));
+        }
+        Ok(path)
+    }
+
+    /// A tuning run, and what follows it in the setting's recipe; with the inputs of all.
+    pub(super) fn tuned(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<(TunedOutcome, Value)> {
+        let (tuned, inputs) = self.trained(run, probe, observer)?;
+        let Some(step) = run.spec.options.merge else { return Ok((tuned, inputs)) };
+        let config = self.config;
+        let MergeFiles { aligned, unaligned, safe } = config.merge.clone();
+        let others = [&aligned, &unaligned, &safe].into_iter().flatten();
+        let others = others.map(|dir| Ok(ModelDir::open(dir)?.hash()?.to_owned())).collect::<Result<Vec<String>>>()?;
+        let inputs = json!({ "tuned": inputs, "merge": step.to_string(), "others": others });
+        let dir = config.out.join("tuned").join(format!("{}-{}", run.stem, &hash(&inputs)[..8]));
+        self.stages.run(&format!("merge/{}", run.stem), &inputs, || {
+            let models = MergeModels { base: config.model.clone(), tuned: tuned.dir.clone(), aligned, unaligned, safe };
+            let mut report = |p: Progress<'_>| observer(Progress { task: &format!("merge {}", run.name), ..p });
+            merge(&models, &step.options(), &dir, IfExists::Replace, &mut report).map(drop)
+        })?;
+        Ok((TunedOutcome { dir, ..tuned }, inputs))
+    }
+
+    fn trained(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<(TunedOutcome, Value)> {
+        let (config, job, shared) = (self.config, &run.job, &run.job.recipe.shared);
+        let train = config.data.train.iter().map(|p| file_hash(p)).collect::<Result<Vec<_>>>()?;
+        let extra = self.mixes(run.spec, observer)?;
+        let hashes = extra.iter().map(|(.., path)| file_hash(path)).collect::<Result<Vec<_>>>()?;
+        let share = extra.first().map_or(config.evaluate.mix_share, |(_, share, _)| *share);
+        let mut inputs = json!({ "model": self.model_hash, "probe": probe.hash()?, "job": job, "train": train,
+            "mix": hashes.first(), "mix_share": share });
+        if extra.len() > 1 {
+            inputs["more_mixes"] =
+                extra.iter().zip(&hashes).skip(1).map(|((_, share, _), hash)| json!([hash, share])).collect();
+        }
+        self.add_row_options(&mut inputs);
+        let folder = config.out.join("tuned");
+        let file = format!("{}-{}", run.tuned_stem, &hash(&inputs)[..8]);
+        let dir = folder.join(&file);
+        let name = format!("tune/{}", run.tuned_stem);
+        let tuned = self.stages.run(&name, &inputs, || {
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
+            let mut text = self.text(&config.model)?;
+            let output = TuneOutput {
+                path: dir.clone(),
+                force: true,
+                resume: true,
+                max_shard_bytes: 4 << 30,
+                save_dtype: StoredAs::AsStored,
+                clock: text.set_clock(self.clock),
+                save: SaveAs::Merged,
+                base: None,
+                roofline: None,
+                chat: ChatFiles::default(),
+                config: json!({ "study": config, "setting": run.spec }),
+            };
+            let mut inputs: Vec<(&str, &Path)> = vec![("model", &config.model)];
+            inputs.extend(config.data.train.iter().map(|path| ("data.train", path.as_path())));
+            let output = output.open(&inputs)?;
+            let max_length = shared.max_length;
+            let mut examples: Vec<Example> = Vec::new();
+            let rows = &mut self.rows.borrow_mut();
+            for path in &config.data.train {
+                examples.extend(text.examples(path, max_length, rows)?.examples);
+            }
+            let mut more = Vec::new();
+            for (what, share, path) in &extra {
+                let mut examples = text.examples(path, max_length, rows)?.examples;
+                examples.iter_mut().for_each(|example| example.replayed = *what == Mix::Replay);
+                more.push((*share, examples));
+            }
+            examples = mixed(examples, &more, shared.seed)?;
+            let step_examples = (shared.batch_size * shared.grad_accum) as u64;
+            let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
+            let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();
+            let mut callbacks = DriftRecorder {
+                probe,
+                tokens: text.render_prompts(watched.iter().map(|p| p.prompt.as_str()))?,
+                harmful: watched.iter().map(|p| p.is_harmful()).collect(),
+                points: Vec::new(),
+                path: folder.join(format!("{file}.drift.json")),
+                observer: &mut *observer,
+                name: run.name.clone(),
+            };
+            let prepared = output.prepare(&text.files, examples, job.clone(), self.backend)?.chat(text.chat_files());
+            // Before the model is loaded, so that its buffers do not raise the run's peak memory.
+            let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure(self.backend).ok()));
+            let mut model = text.load(self.backend.clone())?;
+            callbacks.begin(&model.decoder)?;
+            let summary = prepared.run(&model.text, &mut model.decoder, &mut callbacks)?;
+            let losses = losses(&dir.join("metrics.jsonl"))?;
+            Ok(TunedOutcome {
+                dir: dir.clone(),
+                seed: shared.seed,
+                steps_per_epoch,
+                phases: summary.phases,
+                updates: summary.updates,
+                points: callbacks.points,
+                losses,
+                peak_bytes: summary.peak_bytes,
+            })
+        })?;
+        Ok((tuned, inputs))
+    }
+}
