@@ -137,7 +137,7 @@ pub(super) fn fronts(settings: &[Setting<'_>], conclusion: &Conclusion) -> Vec<(
         (
             "front-refusal",
             chart("Refusal log-odds against the task score", "refusal log-odds, harmful minus benign", 0.0, &refusal),
-            "Best is the upper right corner: harmful prompts are told from benign ones, at whatever threshold.",
+            "Difference of the mean log-odds of a refusal as first token. Models differ in its scale: read it beside the AUROC.",
         ),
     ];
     let drawn = |scatter: &Scatter| scatter.groups.iter().map(|group| group.dots.len()).sum::<usize>() > 1;
