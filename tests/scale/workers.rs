@@ -17,6 +17,7 @@ settings = SETTINGS
 security = "data/security.jsonl"
 train = ["data/train.jsonl"]
 task = "data/task.jsonl"
+overlap = "report"
 
 [perturb]
 members = 1
