@@ -2,8 +2,8 @@
 //! scratch, with CUDA kernels and a CPU backend.
 //!
 //! Rooms, each of which uses only those before it: [`error`], [`options`], [`progress`], [`interrupt`], [`rng`], [`io`],
-//! [`hub`], [`modules`], [`model`], [`data`], [`backend`], [`engine`], [`train`], [`profile`], [`secure`], [`report`],
-//! [`cli`].
+//! [`hub`], [`modules`], [`model`], [`data`], [`backend`], [`group`], [`engine`], [`train`], [`profile`], [`secure`],
+//! [`report`], [`cli`].
 
 // A stream that cannot be written to must not end a run, and these macros panic.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -13,6 +13,7 @@ pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod error;
+pub mod group;
 pub mod hub;
 pub mod interrupt;
 pub mod io;

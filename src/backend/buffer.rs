@@ -173,6 +173,11 @@ impl<B: Backend, T: Element> ViewMut<'_, B, T> {
         self.range.is_empty()
     }
 
+    /// The same elements, to read.
+    pub fn view(&self) -> View<'_, B, T> {
+        View { storage: self.storage, range: self.range.clone() }
+    }
+
     /// The same view for a shorter lifetime, so that it can be passed twice.
     pub fn reborrow(&mut self) -> ViewMut<'_, B, T> {
         ViewMut { storage: self.storage, range: self.range.clone() }

@@ -6,10 +6,11 @@ use crate::backend::{
 };
 use crate::engine::{Decoder, Gradients};
 use crate::error::Result;
+use crate::group::{Alone, Group, Share};
 use crate::modules::{Cell, LearningRates, ParamId, Rate};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// State of one trained tensor: two moments per parameter, in the backend's dtype.
+/// State of this rank's part of one trained tensor: two moments per parameter, in the backend's dtype.
 pub(super) struct Slot<B: Backend> {
     pub(super) id: ParamId,
     pub(super) m: Buffer<B, B::Moment>,
@@ -55,10 +56,11 @@ pub enum StepOutcome {
     },
 }
 
-/// AdamW with the moments of the trained tensors.
+/// AdamW with the moments of the trained tensors, of this rank's part of them in a run of several.
 pub struct Optimizer<B: Backend> {
     slots: Vec<Slot<B>>,
     squares: Buffer<B, f32>,
+    share: Share,
 }
 
 impl<B: Backend> Optimizer<B> {
@@ -67,7 +69,20 @@ impl<B: Backend> Optimizer<B> {
     /// # Errors
     /// [`crate::error::Error::Memory`] where the moments do not fit the device.
     pub fn new(decoder: &Decoder<B>, rates: &LearningRates, trains: impl Fn(ParamId) -> bool) -> Result<Self> {
-        Self::continued(Vec::new(), decoder, rates, trains)
+        Self::sharded(decoder, rates, trains, Share::WHOLE)
+    }
+
+    /// As [`Optimizer::new`], for a rank's part of the tensors.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`].
+    pub fn sharded(
+        decoder: &Decoder<B>,
+        rates: &LearningRates,
+        trains: impl Fn(ParamId) -> bool,
+        share: Share,
+    ) -> Result<Self> {
+        Self::continued(Vec::new(), decoder, rates, trains, share)
     }
 
     /// The optimizer of the next phase: tensors that trained before keep their moments and step counts.
@@ -80,7 +95,7 @@ impl<B: Backend> Optimizer<B> {
         rates: &LearningRates,
         trains: impl Fn(ParamId) -> bool,
     ) -> Result<Self> {
-        Self::continued(self.slots, decoder, rates, trains)
+        Self::continued(self.slots, decoder, rates, trains, self.share)
     }
 
     fn continued(
@@ -88,6 +103,7 @@ impl<B: Backend> Optimizer<B> {
         decoder: &Decoder<B>,
         rates: &LearningRates,
         trains: impl Fn(ParamId) -> bool,
+        share: Share,
     ) -> Result<Self> {
         let mut old: BTreeMap<ParamId, Slot<B>> = old.into_iter().map(|slot| (slot.id, slot)).collect();
         let mut slots = Vec::new();
@@ -99,14 +115,14 @@ impl<B: Backend> Optimizer<B> {
             slots.push(match old.remove(&param.id) {
                 Some(slot) => Slot { rate, ..slot },
                 None => {
-                    let (len, backend) = (param.values.len(), &decoder.backend);
+                    let (len, backend) = (share.of(param.values.len()).len(), &decoder.backend);
                     let (m, v) = (backend.zeros(len)?, backend.zeros(len)?);
                     Slot { id: param.id, m, v, steps: 0, anchor: None, rate }
                 }
             });
         }
         let squares = decoder.backend.zeros(slots.len())?;
-        Ok(Self { slots, squares })
+        Ok(Self { slots, squares, share })
     }
 
     /// Leaves norms and biases, the tensors of one dimension, without weight decay, as transformers and TRL do.
@@ -164,15 +180,20 @@ impl<B: Backend> Optimizer<B> {
         &mut self.slots
     }
 
-    /// Cells whose gradients are not finite.
+    /// Cells whose gradients are not finite, on any rank: before they are added up.
     ///
     /// # Errors
-    /// A failing device.
+    /// A failing device or rank.
     ///
     /// # Panics
     /// Where `gradients` lacks a tensor of [`Optimizer::trained`].
-    pub fn non_finite_cells(&mut self, backend: &B, gradients: &Gradients<B>) -> Result<Vec<Cell>> {
-        let squares = self.squares(backend, gradients)?;
+    pub fn non_finite_cells(
+        &mut self,
+        backend: &B,
+        gradients: &Gradients<B>,
+        group: &dyn Group<B>,
+    ) -> Result<Vec<Cell>> {
+        let squares = self.squares(backend, gradients, (Share::WHOLE, group))?;
         Ok(self.cells_where(&squares, |s| !s.is_finite()))
     }
 
@@ -189,8 +210,26 @@ impl<B: Backend> Optimizer<B> {
         gradients: &Gradients<B>,
         settings: &StepSettings,
     ) -> Result<StepOutcome> {
+        self.step_in(decoder, gradients, settings, &Alone)
+    }
+
+    /// [`Optimizer::step`] of a group: each rank updates its part, by the gradients of its part, and gets the parts of the
+    /// others.
+    ///
+    /// # Errors
+    /// A failing device or rank.
+    ///
+    /// # Panics
+    /// Where `gradients` lacks a tensor of [`Optimizer::trained`].
+    pub fn step_in(
+        &mut self,
+        decoder: &mut Decoder<B>,
+        gradients: &Gradients<B>,
+        settings: &StepSettings,
+        group: &dyn Group<B>,
+    ) -> Result<StepOutcome> {
         let _span = trace::phase("optimizer");
-        let squares = self.squares(&decoder.backend, gradients)?;
+        let squares = self.squares(&decoder.backend, gradients, (self.share, group))?;
         let total: f64 = squares.iter().map(|s| f64::from(*s)).sum();
         // A sum beyond f32 is an infinity to a backend that adds up in f32.
         if !total.is_finite() || total > f64::from(f32::MAX) {
@@ -211,9 +250,10 @@ impl<B: Backend> Optimizer<B> {
         for param in params {
             let Some((slot, square)) = slots.next_if(|(slot, _)| slot.id == param.id) else { continue };
             let (table, table_squares) = tables.entry(slot.steps).or_default();
+            let part = self.share.of(param.values.len());
             table.push(AdamWModule {
-                weight: param.values.view_mut(),
-                grad: buffer(gradients, slot.id).view(),
+                weight: param.values.range_mut(part.clone()),
+                grad: buffer(gradients, slot.id).range(part),
                 m: slot.m.view_mut(),
                 v: slot.v.view_mut(),
                 lr: (settings.lr * f64::from(slot.rate.lr)) as f32,
@@ -221,11 +261,12 @@ impl<B: Backend> Optimizer<B> {
             });
             table_squares.push(*square);
         }
-        let several = tables.len() > 1;
+        let several = tables.len() > 1 || self.share.size > 1;
         for (steps, (table, table_squares)) in &mut tables {
             let mut max_grad_norm = settings.max_grad_norm;
             if several {
-                // The backend clips by the norm of one table; this bound yields the factor of all tables together.
+                // The backend clips by the norm of one table; this bound yields the factor of all tables together. The
+                // squares are those of all ranks.
                 backend.write(table_squares, self.squares.range_mut(0..table_squares.len()))?;
                 let own: f64 = table_squares.iter().map(|s| f64::from(*s)).sum();
                 max_grad_norm = max_grad_norm.and_then(|max| {
@@ -250,16 +291,31 @@ impl<B: Backend> Optimizer<B> {
         for slot in &mut self.slots {
             slot.steps = slot.steps.saturating_add(1);
         }
+        let trained: BTreeSet<ParamId> = self.trained().collect();
+        let (backend, params) = decoder.split_mut();
+        let params = params.iter_mut().filter(|param| trained.contains(&param.id));
+        group.all_gather(backend, &mut params.map(|param| param.values.view_mut()).collect::<Vec<_>>())?;
         Ok(StepOutcome::Done { grad_norm })
     }
 
-    /// Σ g² of each slot, on the device and here.
-    fn squares(&mut self, backend: &B, gradients: &Gradients<B>) -> Result<Vec<f32>> {
-        let parts: Vec<_> = self.slots.iter().map(|slot| buffer(gradients, slot.id).view()).collect();
+    /// Σ g² of each slot over the parts of all ranks; those of this rank are on the device.
+    fn squares(
+        &mut self,
+        backend: &B,
+        gradients: &Gradients<B>,
+        (share, group): (Share, &dyn Group<B>),
+    ) -> Result<Vec<f32>> {
+        let part = |slot: &Slot<B>| {
+            let gradient = buffer(gradients, slot.id);
+            gradient.range(share.of(gradient.len()))
+        };
+        let parts: Vec<_> = self.slots.iter().map(part).collect();
         SumSquares { parts: &parts, squares: self.squares.view_mut() }.run(backend)?;
         let mut squares = vec![0f32; self.squares.len()];
         backend.read(self.squares.view(), &mut squares)?;
-        Ok(squares)
+        let mut sums: Vec<f64> = squares.iter().map(|square| f64::from(*square)).collect();
+        group.all_reduce(&mut sums)?;
+        Ok(sums.into_iter().map(|sum| sum as f32).collect())
     }
 
     /// Distinct cells of the slots whose sum of squares `matches`.

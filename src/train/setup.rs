@@ -8,6 +8,7 @@ use crate::backend::{Backend, Roofline};
 use crate::data::Loader;
 use crate::engine::{Decoder, Plan};
 use crate::error::Result;
+use crate::group::{Alone, Group};
 use crate::modules::{LearningRates, ParamId};
 use crate::progress::Progress;
 use std::path::PathBuf;
@@ -97,6 +98,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) watched: Option<Watched<'a, B>>,
     pub(super) reference: Option<Reference>,
     pub(super) ema: Ema<B>,
+    pub(super) group: &'a dyn Group<B>,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -134,7 +136,16 @@ impl<'a, B: Backend> Tuner<'a, B> {
             watched: None,
             reference: None,
             ema: Ema::default(),
+            group: &Alone,
         })
+    }
+
+    /// Trains together with the other ranks of a group, each of which runs the same phases over the same data from the
+    /// same weights: a rank computes its part of each batch, and updates its part of the weights. Losses, norms and
+    /// weights are the same on all ranks, and those of one rank up to rounding. No files are written.
+    pub fn group(mut self, group: &'a dyn Group<B>) -> Self {
+        self.group = group;
+        self
     }
 
     /// Restricts training to the tensors that `trains` admits, among the cells with a learning rate.

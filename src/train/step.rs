@@ -4,38 +4,39 @@ use super::optimizer::{Optimizer, StepOutcome, StepSettings};
 use super::options::TuneOptions;
 use super::reference::Reference;
 use crate::backend::Backend;
-use crate::data::Loader;
+use crate::data::{Example, Loader};
 use crate::engine::{Batch, Decoder, GradientOptions, Gradients};
 use crate::error::Result;
+use crate::group::{Group, Share};
 use crate::modules::Cell;
 
-/// The micro-batches of one step.
+/// The micro-batches of one step: a rank's part of each.
 pub(super) struct StepBatches {
     pub(super) batches: Vec<Batch>,
-    /// Tokens with a loss, over all micro-batches.
+    /// Tokens with a loss, over all micro-batches and ranks.
     pub(super) trained_tokens: u64,
-    /// All tokens.
+    /// All tokens, over all ranks.
     pub(super) tokens: u64,
 }
 
 impl StepBatches {
-    /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch.
-    pub(super) fn next(loader: &mut Loader, grad_accum: usize, reference: Option<&Reference>) -> Self {
+    /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch. Of their documents, a rank has every one
+    /// whose number is its own modulo the number of ranks.
+    pub(super) fn next(loader: &mut Loader, grad_accum: usize, reference: Option<&Reference>, share: Share) -> Self {
         let left = loader.batches_per_epoch() - loader.position().batch;
         let count = (grad_accum as u64).min(left);
-        let batch = |_| {
+        let mut step = Self { batches: Vec::new(), trained_tokens: 0, tokens: 0 };
+        for _ in 0..count {
             let (documents, examples) = (loader.next_indices(), loader.examples());
-            let mut batch = Batch::from_examples(documents.iter().map(|i| &examples[*i]));
-            batch.terms = reference.and_then(|reference| reference.terms(examples, &documents));
-            batch
-        };
-        Self::new((0..count).map(batch).collect())
-    }
-
-    pub(super) fn new(batches: Vec<Batch>) -> Self {
-        let trained_tokens = batches.iter().map(|b| b.trained_tokens() as u64).sum();
-        let tokens = batches.iter().map(|b| b.tokens.len() as u64).sum();
-        Self { batches, trained_tokens, tokens }
+            let losses = |example: &Example| example.trained.iter().skip(1).filter(|trained| **trained).count() as u64;
+            step.tokens += documents.iter().map(|i| examples[*i].tokens.len() as u64).sum::<u64>();
+            step.trained_tokens += documents.iter().map(|i| losses(&examples[*i])).sum::<u64>();
+            let own: Vec<usize> = documents.into_iter().skip(share.rank).step_by(share.size).collect();
+            let mut batch = Batch::from_examples(own.iter().map(|i| &examples[*i]));
+            batch.terms = reference.and_then(|reference| reference.terms(examples, &own));
+            step.batches.push(batch);
+        }
+        step
     }
 }
 
@@ -49,35 +50,46 @@ pub(super) enum StepResult {
     Empty,
 }
 
-/// Gradients of the mean loss over the group's trained tokens, and one optimizer step.
+/// Gradients of the mean loss over the trained tokens of all ranks, and one optimizer step.
 pub(super) fn take_step<B: Backend>(
     decoder: &mut Decoder<B>,
     optimizer: &mut Optimizer<B>,
     gradients: &mut Gradients<B>,
-    group: &StepBatches,
+    step: &StepBatches,
     settings: &StepSettings,
     options: &TuneOptions,
+    group: &dyn Group<B>,
 ) -> Result<StepResult> {
-    if group.trained_tokens == 0 {
+    if step.trained_tokens == 0 {
         return Ok(StepResult::Empty);
     }
     let TuneOptions { recompute, prox, vaccine, .. } = *options;
-    let scale = (1.0 / group.trained_tokens as f64) as f32;
-    let mut losses = decoder.losses_of(group.trained_tokens as usize)?;
+    let scale = (1.0 / step.trained_tokens as f64) as f32;
+    let mut losses = decoder.losses_of(step.batches.iter().map(Batch::trained_tokens).sum())?;
     let mut options = GradientOptions { scale, accumulate: false, recompute, vaccine };
-    for batch in group.batches.iter().filter(|b| b.trained_tokens() > 0) {
+    for batch in step.batches.iter().filter(|b| b.trained_tokens() > 0) {
         decoder.queue_gradients(batch, gradients, options, &mut losses)?;
         options.accumulate = true;
     }
-    let loss = losses.sum()? / group.trained_tokens as f64;
+    if !options.accumulate {
+        // No document of this rank has a loss.
+        gradients.iter_mut().try_for_each(|(_, gradient)| decoder.backend.clear(gradient.view_mut()))?;
+    }
+    let mut sum = [losses.sum()?];
+    group.all_reduce(&mut sum)?;
+    let loss = sum[0] / step.trained_tokens as f64;
     // With a non-finite loss even finite gradients are invalid.
     if !loss.is_finite() {
-        return Ok(StepResult::NonFinite { loss, cells: optimizer.non_finite_cells(&decoder.backend, gradients)? });
+        let cells = optimizer.non_finite_cells(&decoder.backend, gradients, group)?;
+        return Ok(StepResult::NonFinite { loss, cells });
     }
+    let mut tensors: Vec<_> = gradients.iter_mut().map(|(_, gradient)| gradient.view_mut()).collect();
+    group.reduce_scatter(&decoder.backend, &mut tensors)?;
+    // Once, and not by each rank.
     if let Some(rho) = prox {
         optimizer.add_proximal(decoder, gradients, rho)?;
     }
-    Ok(match optimizer.step(decoder, gradients, settings)? {
+    Ok(match optimizer.step_in(decoder, gradients, settings, group)? {
         StepOutcome::Done { grad_norm } => StepResult::Trained { loss, grad_norm },
         StepOutcome::NonFinite { cells } => StepResult::NonFinite { loss, cells },
     })

@@ -32,6 +32,13 @@ impl<B: Backend> Tuner<'_, B> {
         let mut start = None;
         let mut summary = TuneSummary::default();
         let mut files = None;
+        if self.group.share().size > 1 {
+            // Vaccine's shift has a norm over a whole micro-batch, of which a rank has a part.
+            let what = [("a checkpoint", self.run_dir.is_some()), ("vaccine", self.options.vaccine.is_some())];
+            if let Some((what, _)) = what.into_iter().find(|(_, asked)| *asked) {
+                return Err(Error::unsupported("training with several ranks", what, "leave it out, or train with one"));
+            }
+        }
         if let Some(run_dir) = self.run_dir.clone() {
             let identity = self.identity(&run_dir)?;
             let mut store = RunFiles::open(&run_dir, identity)?;
@@ -91,7 +98,7 @@ impl<B: Backend> Tuner<'_, B> {
         let total = self.steps(&phase)?;
         let mut adam = match optimizer.take() {
             Some(adam) => adam,
-            None => Optimizer::new(self.decoder, &phase.rates, &self.trains)?,
+            None => Optimizer::sharded(self.decoder, &phase.rates, &self.trains, self.group.share())?,
         };
         if !phase.options.decay_all {
             adam.decay_matrices_only(self.decoder);
@@ -186,7 +193,8 @@ impl<B: Backend> Tuner<'_, B> {
         gradients: &mut Gradients<B>,
     ) -> Result<StepMetrics> {
         let began = Instant::now();
-        let group = StepBatches::next(self.loader, self.options.grad_accum, self.reference.as_ref());
+        let share = self.group.share();
+        let group = StepBatches::next(self.loader, self.options.grad_accum, self.reference.as_ref(), share);
         let PhaseOptions { lr, schedule, lr_warmup_steps, min_lr_ratio, weight_decay, max_grad_norm, .. } =
             phase.options;
         let settings = StepSettings {
@@ -198,7 +206,7 @@ impl<B: Backend> Tuner<'_, B> {
             max_grad_norm: (max_grad_norm > 0.0).then_some(max_grad_norm as f32),
             seed: self.options.seed ^ run.step.wrapping_mul(0x9e37_79b9_7f4a_7c15),
         };
-        let outcome = take_step(self.decoder, adam, gradients, &group, &settings, &self.options)?;
+        let outcome = take_step(self.decoder, adam, gradients, &group, &settings, &self.options, self.group)?;
         if let (StepResult::Trained { .. }, Some(decay)) = (&outcome, self.options.ema_decay) {
             self.ema.update(self.decoder, decay)?;
         }

@@ -6,6 +6,7 @@ mod bf16;
 #[path = "../common/mod.rs"]
 mod common;
 mod options;
+mod parallel;
 mod recipes;
 mod reference;
 mod resume;

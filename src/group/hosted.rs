@@ -1,0 +1,162 @@
+//! A group over messages between hosts' memories.
+
+use super::{Group, Share, Traffic};
+use crate::backend::{Backend, Element, FloatElement, ViewMut};
+use crate::error::{Error, Result};
+use std::sync::{Mutex, PoisonError};
+
+/// Bytes of tensors that are exchanged at once: bounds the memory beside the tensors.
+const BUCKET_BYTES: usize = 32 << 20;
+
+/// Carries messages between ranks.
+pub trait Transport: Send + Sync {
+    /// This rank.
+    fn share(&self) -> Share;
+
+    /// Sends a message to each rank, itself included, and returns what each has sent to this one.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] names a rank that has ended.
+    fn exchange(&self, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>>;
+}
+
+/// The group of the ranks that a transport connects, on any backend: tensors go through the host.
+pub struct Hosted<T> {
+    transport: T,
+    traffic: Mutex<Traffic>,
+}
+
+impl<T: Transport> Hosted<T> {
+    /// The group over a transport.
+    pub fn new(transport: T) -> Self {
+        Self { transport, traffic: Mutex::default() }
+    }
+
+    /// [`Transport::exchange`] of messages whose lengths all ranks know.
+    fn exchange(&self, messages: Vec<Vec<u8>>, expected: impl Fn(usize) -> usize) -> Result<Vec<Vec<u8>>> {
+        let received = self.transport.exchange(messages)?;
+        for (rank, message) in received.iter().enumerate() {
+            if message.len() != expected(rank) {
+                let what = format!("rank {rank} sent {} bytes in place of {}", message.len(), expected(rank));
+                return Err(Error::failed(what, "start all ranks with the same command, data and version of swat"));
+            }
+        }
+        Ok(received)
+    }
+
+    fn sent(&self, messages: &[Vec<u8>]) -> u64 {
+        let own = self.transport.share().rank;
+        messages.iter().enumerate().filter(|(rank, _)| *rank != own).map(|(_, message)| message.len() as u64).sum()
+    }
+
+    fn count(&self, add: impl FnOnce(&mut Traffic)) {
+        add(&mut self.traffic.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
+    fn share(&self) -> Share {
+        self.transport.share()
+    }
+
+    fn all_reduce(&self, values: &mut [f64]) -> Result<()> {
+        let own: Vec<u8> = bytemuck::cast_slice(values).to_vec();
+        let size = own.len();
+        let received = self.exchange(vec![own; self.transport.share().size], |_| size)?;
+        values.fill(0.0);
+        for message in received {
+            // In any alignment.
+            let theirs = message.chunks_exact(size_of::<f64>()).map(bytemuck::pod_read_unaligned::<f64>);
+            values.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value);
+        }
+        Ok(())
+    }
+
+    fn reduce_scatter(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Grad>]) -> Result<()> {
+        let share = self.transport.share();
+        for bucket in buckets(tensors) {
+            let messages = share.all().map(|to| read_parts(backend, bucket, to)).collect::<Result<Vec<_>>>()?;
+            let sent = self.sent(&messages);
+            let size = messages[share.rank].len();
+            let received = self.exchange(messages, |_| size)?;
+            self.count(|traffic| traffic.reduce_scatter_bytes += sent);
+            let mut sums = vec![0f32; size / size_of::<B::Grad>()];
+            for message in &received {
+                let theirs = message.chunks_exact(size_of::<B::Grad>()).map(bytemuck::pod_read_unaligned::<B::Grad>);
+                sums.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value.to_f32());
+            }
+            let sums: Vec<B::Grad> = sums.into_iter().map(B::Grad::from_f32).collect();
+            write_parts(backend, bucket, share, &sums)?;
+        }
+        Ok(())
+    }
+
+    fn all_gather(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()> {
+        let share = self.transport.share();
+        for bucket in buckets(tensors) {
+            let messages = vec![read_parts(backend, bucket, share)?; share.size];
+            let sent = self.sent(&messages);
+            let sizes: Vec<usize> = share
+                .all()
+                .map(|from| bucket.iter().map(|tensor| from.of(tensor.len()).len()).sum::<usize>())
+                .collect();
+            let received = self.exchange(messages, |rank| sizes[rank] * size_of::<B::Float>())?;
+            self.count(|traffic| traffic.all_gather_bytes += sent);
+            for (from, message) in share.all().zip(received).filter(|(from, _)| from.rank != share.rank) {
+                let values: Vec<B::Float> =
+                    message.chunks_exact(size_of::<B::Float>()).map(bytemuck::pod_read_unaligned).collect();
+                write_parts(backend, bucket, from, &values)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn traffic(&self) -> Traffic {
+        *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tensors in their order, of about [`BUCKET_BYTES`] together; a larger one is alone.
+fn buckets<'s, 'a, B: Backend, T: Element>(
+    tensors: &'s mut [ViewMut<'a, B, T>],
+) -> impl Iterator<Item = &'s mut [ViewMut<'a, B, T>]> {
+    let mut left = tensors;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let mut fits = |tensor: &ViewMut<'_, B, T>| {
+            bytes += tensor.len() * size_of::<T>();
+            bytes <= BUCKET_BYTES
+        };
+        let count = left.iter().take_while(|tensor| fits(tensor)).count().max(1).min(left.len());
+        let (bucket, rest) = std::mem::take(&mut left).split_at_mut(count);
+        left = rest;
+        (!bucket.is_empty()).then_some(bucket)
+    })
+}
+
+/// A rank's part of each tensor, one after another.
+fn read_parts<B: Backend, T: Element>(backend: &B, tensors: &[ViewMut<'_, B, T>], share: Share) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for tensor in tensors {
+        let part = share.of(tensor.len());
+        let mut values = vec![T::zeroed(); part.len()];
+        backend.read(tensor.view().part(part), &mut values)?;
+        bytes.extend_from_slice(bytemuck::cast_slice(&values));
+    }
+    Ok(bytes)
+}
+
+fn write_parts<B: Backend, T: Element>(
+    backend: &B,
+    tensors: &mut [ViewMut<'_, B, T>],
+    share: Share,
+    mut values: &[T],
+) -> Result<()> {
+    for tensor in tensors {
+        let part = share.of(tensor.len());
+        let (own, rest) = values.split_at(part.len());
+        values = rest;
+        backend.write(own, tensor.part(part))?;
+    }
+    Ok(())
+}

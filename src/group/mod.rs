@@ -1,0 +1,162 @@
+//! The processes of a data-parallel run, its ranks, and what they tell each other.
+//!
+//! Each rank holds all weights and computes the gradients of its part of each batch. [`Group::reduce_scatter`] leaves
+//! the sum over all ranks in each rank's part of every tensor; its optimizer, which has moments of that part alone
+//! (ZeRO-1, Rajbhandari et al., arXiv 1910.02054), updates the part, and [`Group::all_gather`] brings the parts of all
+//! ranks together. Only tensors that train are communicated.
+
+mod hosted;
+mod threads;
+
+pub use hosted::{Hosted, Transport};
+pub use threads::Threads;
+
+use crate::backend::{Backend, ViewMut};
+use crate::error::Result;
+use std::ops::Range;
+
+/// The part of each tensor that a rank updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// The rank, from 0.
+    pub rank: usize,
+    /// Number of ranks, at least 1.
+    pub size: usize,
+}
+
+/// Elements to which parts are rounded, so that they begin at the vectors of kernels and the blocks of their random
+/// numbers.
+const ALIGNMENT: usize = 8;
+
+impl Share {
+    /// All of it, of a run without other ranks.
+    pub const WHOLE: Self = Self { rank: 0, size: 1 };
+
+    /// Elements of a tensor of `len` that are in the part; the last parts of a short tensor may be empty.
+    pub fn of(self, len: usize) -> Range<usize> {
+        if self.size == 1 {
+            return 0..len;
+        }
+        let part = len.div_ceil(self.size).next_multiple_of(ALIGNMENT);
+        let start = (self.rank * part).min(len);
+        start..(start + part).min(len)
+    }
+
+    /// The parts of all ranks.
+    pub fn all(self) -> impl Iterator<Item = Self> {
+        (0..self.size).map(move |rank| Self { rank, ..self })
+    }
+}
+
+/// Bytes that a rank sends in a step, by operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Traffic {
+    /// Gradients, to the ranks that update them.
+    pub reduce_scatter_bytes: u64,
+    /// Updated weights, to all other ranks.
+    pub all_gather_bytes: u64,
+}
+
+impl Traffic {
+    /// Of one step over trained tensors of these lengths, without the few bytes of loss and norm.
+    pub fn of_step<B: Backend>(lengths: impl Iterator<Item = usize>, share: Share) -> Self {
+        let mut traffic = Self::default();
+        for len in lengths {
+            let own = share.of(len).len();
+            traffic.reduce_scatter_bytes += ((len - own) * size_of::<B::Grad>()) as u64;
+            traffic.all_gather_bytes += (own * (share.size - 1) * size_of::<B::Float>()) as u64;
+        }
+        traffic
+    }
+
+    /// Both operations together.
+    pub fn total_bytes(&self) -> u64 {
+        self.reduce_scatter_bytes + self.all_gather_bytes
+    }
+}
+
+/// The ranks of a run as one of them sees it. All ranks call the same operations in the same order; results do not depend
+/// on which is faster.
+pub trait Group<B: Backend>: Send + Sync {
+    /// This rank's part.
+    fn share(&self) -> Share;
+
+    /// Adds up `values` over all ranks, in their order: the same bits on each.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Failed`] names a rank that has ended.
+    fn all_reduce(&self, values: &mut [f64]) -> Result<()>;
+
+    /// Adds up each tensor over all ranks, in their order and in f32: in this rank's part. The rest is left undefined.
+    ///
+    /// # Errors
+    /// As [`Group::all_reduce`]; a failing device.
+    fn reduce_scatter(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Grad>]) -> Result<()>;
+
+    /// Replaces the parts of the other ranks in each tensor by theirs.
+    ///
+    /// # Errors
+    /// As [`Group::reduce_scatter`].
+    fn all_gather(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()>;
+
+    /// Bytes that this rank has sent.
+    fn traffic(&self) -> Traffic;
+}
+
+/// A run of one process.
+#[derive(Clone, Copy, Debug)]
+pub struct Alone;
+
+impl<B: Backend> Group<B> for Alone {
+    fn share(&self) -> Share {
+        Share::WHOLE
+    }
+
+    fn all_reduce(&self, _values: &mut [f64]) -> Result<()> {
+        Ok(())
+    }
+
+    fn reduce_scatter(&self, _backend: &B, _tensors: &mut [ViewMut<'_, B, B::Grad>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn all_gather(&self, _backend: &B, _tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_a_tensor_once() {
+        for size in 1..=9 {
+            for len in [1, 7, 8, 9, 63, 64, 65, 1000, 4096] {
+                let mut end = 0;
+                for share in (Share { rank: 0, size }).all() {
+                    let part = share.of(len);
+                    assert!(part.start == end || part.is_empty(), "{len} by {size}");
+                    assert!(part.start % ALIGNMENT == 0 || part.is_empty());
+                    end = end.max(part.end);
+                }
+                assert_eq!(end, len);
+            }
+        }
+        assert_eq!(Share { rank: 1, size: 3 }.of(50), 24..48);
+        assert_eq!(Share { rank: 2, size: 3 }.of(50), 48..50);
+    }
+
+    #[test]
+    fn traffic_of_a_step() {
+        use crate::backend::cpu::Cpu;
+        // 50 f32: parts of 24, 24 and 2; rank 1 sends 26 gradients, and its 24 weights twice.
+        let traffic = Traffic::of_step::<Cpu>([50].into_iter(), Share { rank: 1, size: 3 });
+        assert_eq!(traffic, Traffic { reduce_scatter_bytes: 104, all_gather_bytes: 192 });
+        assert_eq!(Traffic::of_step::<Cpu>([50, 7].into_iter(), Share::WHOLE).total_bytes(), 0);
+    }
+}
