@@ -146,7 +146,7 @@ mod tests {
     }
 
     /// A Slurm array with its task, first, last, step and number of tasks, as sbatch sets them.
-    fn slurm<'a>([id, min, max, step, count]: [&'a str; 5]) -> Vec<(&'a str, &'a str)> {
+    fn slurm([id, min, max, step, count]: [&str; 5]) -> Vec<(&str, &str)> {
         let names = ["ID", "MIN", "MAX", "STEP", "COUNT"].map(|name| match name {
             "ID" => SLURM,
             "MIN" => "SLURM_ARRAY_TASK_MIN",
