@@ -6,8 +6,8 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::{Label, RowOptions, RowReader, Split};
-use crate::error::{Error, Result};
+use crate::data::{RowOptions, RowReader, Split};
+use crate::error::Result;
 use crate::io::{IfExists, check_apart, check_file};
 use crate::model::Clock;
 use crate::options::mib_or_none;
@@ -38,8 +38,8 @@ pub(super) struct CheckCommand {
     against: PathBuf,
     #[command(flatten)]
     refusals: Refusals,
-    /// Labelled prompts, harmful and benign
-    #[arg(long, value_name = "FILE", required = true)]
+    /// Labelled prompts, harmful and benign: files, or a set on the hub such as JailbreakBench/JBB-Behaviors
+    #[arg(long, value_name = "FILE_OR_NAME", required = true)]
     security: Vec<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,
@@ -103,13 +103,7 @@ impl CheckCommand {
         let mut rows = RowReader::new(&self.rows);
         let asked = Asked::read(&files, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
-        let count = |label| asked.prompts.iter().filter(|prompt| prompt.label == label).count();
-        let (harmful, benign) = (count(Label::Harmful), count(Label::Benign));
-        if harmful == 0 || benign == 0 {
-            let found = format!("{harmful} harmful and {benign} benign prompts");
-            let expected = "prompts of both labels: a model that refuses everything would pass without benign ones";
-            return Err(Error::input("--security", found, expected));
-        }
+        asked.require_both_labels()?;
         Ok(asked)
     }
 
@@ -144,6 +138,7 @@ impl OnDevice for CheckCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
+        names.security(&mut self.security)?;
         names.model(&mut self.against).map(drop)
     }
 

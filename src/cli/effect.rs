@@ -24,7 +24,7 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 27] = [
+const RULES: [(&str, &[&str], Needs); 29] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
     ("tune", &["rest_lr_factor", "reversed"], Given("mods")),
@@ -48,6 +48,28 @@ const RULES: [(&str, &[&str], Needs); 27] = [
     ("merge", &["tau"], Other("by", "resta")),
     ("merge", &["aligned", "unaligned"], Other("by", "path")),
     ("merge", &["safe"], Value("by", "safemerge")),
+    (
+        "merge",
+        &[
+            "security",
+            "task",
+            "splits",
+            "answer_tokens",
+            "task_tokens",
+            "cache_bytes",
+            "refusals",
+            "refusal_languages",
+            "max_asr_rise",
+            "max_over_refusal_rise",
+            "max_task_drop",
+            "max_j_drop",
+            "columns",
+            "field",
+            "skip_bad_rows",
+        ],
+        Value("alpha", "auto"),
+    ),
+    ("merge", &["strict"], Nothing),
     ("robustness", &["epsilon"], Other("kind", "zero")),
     (
         "robustness",

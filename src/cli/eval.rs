@@ -5,7 +5,7 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::Backend;
-use crate::data::{RowOptions, RowReader, SecurityPrompt, SkippedRows, Split, Task};
+use crate::data::{Label, RowOptions, RowReader, SecurityPrompt, SkippedRows, Split, Task};
 use crate::error::{Error, Result};
 use crate::report::{Entry, Table};
 use crate::secure::{
@@ -98,6 +98,18 @@ impl Asked {
         let mut tasks = files.task.map(|path| Task::read(path, rows)).transpose()?.unwrap_or_default();
         tasks.truncate(limit);
         Ok(Self { prompts, tasks })
+    }
+
+    /// Checks that there are harmful and benign prompts.
+    pub(super) fn require_both_labels(&self) -> Result<()> {
+        let count = |label| self.prompts.iter().filter(|prompt| prompt.label == label).count();
+        let (harmful, benign) = (count(Label::Harmful), count(Label::Benign));
+        if harmful > 0 && benign > 0 {
+            return Ok(());
+        }
+        let found = format!("{harmful} harmful and {benign} benign prompts");
+        let expected = "prompts of both labels: a model that refuses everything would pass without benign ones";
+        Err(Error::input("--security", found, expected))
     }
 
     /// Checks that everything fits a model's context.

@@ -1,13 +1,23 @@
 //! `swat merge`: defences after tuning.
 
 use super::common::{Common, print_json, print_line, say};
+use super::eval::{Asked, AskedFiles};
 use super::names::Names;
+use super::open::{OnDevice, Refusals};
 use super::progress::Bars;
+use crate::backend::Backend;
+use crate::data::{RowOptions, RowReader, Split};
 use crate::error::Result;
-use crate::io::IfExists;
+use crate::io::{IfExists, OutputDir, check_apart};
+use crate::model::Clock;
 use crate::modules::ModuleKind;
+use crate::options::mib_or_none;
+use crate::progress::Progress;
 use crate::report::{Entry, Table};
-use crate::secure::{MergeModels, MergeOptions, MergeSummary, MergedModule, merge};
+use crate::secure::{
+    Alpha, Estimate, EvaluateOptions, Evaluation, EvaluationInput, Limits, MergeMethod, MergeModels, MergeOptions,
+    MergeSummary, MergedModule, PATH_POINTS, PathPoint, PathWalk, Rate, merge,
+};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -15,6 +25,7 @@ use std::path::PathBuf;
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat merge --base DIR --tuned DIR --out merged --by path --alpha 0.7
+  swat merge --base DIR --tuned DIR --out merged --by path --alpha auto --security security.jsonl --task task.jsonl
   swat merge --base CHAT --tuned DIR --unaligned PRETRAINED --out merged --by safelora --tau 0.5
   swat merge --base CHAT --tuned DIR --unaligned PRETRAINED --safe DIR --out merged --by safemerge --alpha 0.8 --tau 0.7
   swat merge --base CHAT --tuned DIR --unaligned DIR --out merged --by resta --alpha 1
@@ -26,12 +37,17 @@ With V = aligned - unaligned, C = V V^T / |V| and dW = tuned - base, of each pro
   resta      tuned + alpha (aligned - unaligned)
 
 path and resta merge all tensors. safemerge and safelora leave norms, biases, embedding and head as they are tuned, and
-say how many of them tuning has changed. It is computed on the CPU, tensor by tensor. docs/recipes.md has the papers.")]
+say how many of them tuning has changed. It is computed on the CPU, tensor by tensor. docs/recipes.md has the papers.
+
+--alpha auto measures the points 0, 0.25, 0.5, 0.75, 0.9 and 1 of the path on the valid split of --security, and takes, of
+those within the limits, the one with the highest task score, without --task the largest. Exit code 3 = none is within them.")]
 pub(super) struct MergeCommand {
     #[command(flatten)]
     models: MergeModels,
     #[command(flatten)]
     options: MergeOptions,
+    #[command(flatten)]
+    auto: AutoAlpha,
     /// Where the merged model directory appears when it is complete
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -40,10 +56,116 @@ pub(super) struct MergeCommand {
     force: bool,
 }
 
-impl MergeCommand {
-    pub(super) fn run(mut self, common: &Common) -> Result<()> {
-        let mut names = Names::new(common);
+/// What `--alpha auto` measures.
+#[derive(Args)]
+struct AutoAlpha {
+    /// Labelled prompts, harmful and benign: files, or a set on the hub such as JailbreakBench/JBB-Behaviors
+    #[arg(long, value_name = "FILE_OR_NAME", required_if_eq("alpha", "auto"))]
+    security: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: RowOptions,
+    #[command(flatten)]
+    refusals: Refusals,
+    /// Only these splits of --security: not those by which the result is to be judged
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "valid")]
+    splits: Vec<Split>,
+    /// Checkable tasks: others than those by which the result is to be judged
+    #[arg(long, value_name = "FILE")]
+    task: Option<PathBuf>,
+    #[command(flatten)]
+    limits: Limits,
+    /// Longest answer to a security prompt, in tokens
+    #[arg(long, default_value_t = 48)]
+    answer_tokens: usize,
+    /// Longest answer to a task, in tokens
+    #[arg(long, default_value_t = 64)]
+    task_tokens: usize,
+    /// Memory of the key-value cache, in MiB
+    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
+    cache_bytes: u64,
+}
+
+impl OnDevice for MergeCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.models.base.clone())
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.models.paths().try_for_each(|path| names.model(path).map(drop))?;
+        names.security(&mut self.auto.security)
+    }
+
+    /// `--alpha auto`.
+    fn run<B: Backend>(mut self, common: &Common, backend: B) -> Result<()> {
+        if self.options.by != MergeMethod::Path {
+            self.options.weight()?;
+        }
+        let auto = &self.auto;
+        auto.limits.check()?;
+        let options = EvaluateOptions {
+            answer_tokens: auto.answer_tokens,
+            task_tokens: auto.task_tokens,
+            cache_bytes: auto.cache_bytes,
+            ..EvaluateOptions::default()
+        };
+        options.check()?;
+        let mut inputs = self.models.inputs();
+        inputs.extend(auto.security.iter().map(|path| ("--security", path.as_path())));
+        inputs.extend(auto.task.iter().map(|path| ("--task", path.as_path())));
+        check_apart(&[("--out", &self.out)], &inputs)?;
+        // Before anything is measured; it leaves nothing behind.
+        drop(OutputDir::create(&self.out, IfExists::from_force(self.force))?);
+        let mut rows = RowReader::new(&auto.rows);
+        let task = auto.task.as_deref();
+        let files = AskedFiles { security: &auto.security, splits: &auto.splits, task, limit: 0 };
+        let asked = Asked::read(&files, common.seed, &mut rows)?;
+        common.end_reading(&rows)?;
+        asked.require_both_labels()?;
+        let refusals = auto.refusals.list()?;
+        let mut text = self.models.tuned_text()?;
+        text.set_clock(Clock::now()?);
+        asked.check(&text)?;
+        let mut path = PathWalk::open(&self.models, text, backend)?;
+        let mut found: Vec<Evaluation> = Vec::new();
+        let mut bars = Bars::new(common);
+        for alpha in PATH_POINTS {
+            let model = path.at(alpha)?;
+            let first_tokens = found.first().and_then(|base| base.outcomes.first_tokens.as_ref());
+            let input = EvaluationInput {
+                prompts: &asked.prompts,
+                tasks: &asked.tasks,
+                first_tokens,
+                ..EvaluationInput::default()
+            };
+            let mut observer = bars.observer();
+            let mut report = |p: Progress<'_>| observer(Progress { task: &format!("alpha {alpha}: {}", p.task), ..p });
+            found.push(model.evaluate(&input, &options, &refusals, &mut report)?);
+        }
+        bars.finish();
+        drop(path);
+        let (points, chosen) = PathPoint::choose(&PATH_POINTS, &found, &auto.limits);
+        let table = points_table(&points, chosen.as_ref().ok().copied());
+        if common.json && chosen.is_err() {
+            print_json(&serde_json::json!({ "points": points, "alpha": null }))?;
+        } else if !common.json {
+            print_line(&table.text())?;
+        }
+        self.options.alpha = Alpha::At(chosen?);
+        self.options.points = points;
+        self.merge(common)
+    }
+}
+
+impl MergeCommand {
+    pub(super) fn execute(mut self, common: &Common) -> Result<()> {
+        if self.options.alpha == Alpha::Auto {
+            return self.start(common);
+        }
+        self.resolve(&mut Names::new(common))?;
+        self.merge(common)
+    }
+
+    fn merge(self, common: &Common) -> Result<()> {
         let mut bars = Bars::new(common);
         let if_exists = IfExists::from_force(self.force);
         let summary = merge(&self.models, &self.options, &self.out, if_exists, &mut bars.observer())?;
@@ -66,6 +188,32 @@ impl MergeCommand {
         let MergeSummary { changed, tensors, .. } = summary;
         print_line(&format!("{changed} of {tensors} tensors changed; saved as {}", self.out.display()))
     }
+}
+
+/// The measured points of the path.
+fn points_table(points: &[PathPoint], chosen: Option<f64>) -> Table {
+    let mut table = Table::new("Points of the path, with 95 % intervals").numbers("alpha", "");
+    for what in ["attack success, %", "over-refusal, %", "J, points", "task, %"] {
+        table = table.numbers(what, "");
+    }
+    table = table.column("");
+    let rate = |rate: Option<Rate>| rate.map(|rate| Estimate { value: rate.value, low: rate.low, high: rate.high });
+    let entry = |found: Option<Estimate>| {
+        found.map_or(Entry::missing(), |found| {
+            Entry::interval(100.0 * found.value, Some((100.0 * found.low, 100.0 * found.high)), 1)
+        })
+    };
+    for point in points {
+        let verdict = match (point.alpha, point.excess) {
+            (0.0, _) => "the base model".into(),
+            (alpha, _) if Some(alpha) == chosen => "chosen".into(),
+            (_, 0.0) => "within the limits".into(),
+            (_, excess) => format!("{excess:.1} points beyond the limits"),
+        };
+        let found = [rate(point.asr), rate(point.over_refusal), point.j, rate(point.task)].map(entry);
+        table.row([Entry::fixed(point.alpha, 2)].into_iter().chain(found).chain([Entry::text(verdict)]));
+    }
+    table
 }
 
 /// The tests by kind of projection.

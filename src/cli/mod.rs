@@ -21,6 +21,7 @@ mod replay;
 mod robustness;
 mod run;
 mod score;
+mod screen;
 mod search;
 mod shard;
 mod shell;
@@ -56,6 +57,7 @@ enum Command {
     Search(search::SearchCommand),
     Tune(Box<tune::Tune>),
     Replay(replay::ReplayCommand),
+    Screen(screen::ScreenCommand),
     Merge(Box<merge::MergeCommand>),
     Eval(eval::EvalCommand),
     Check(check::CheckCommand),
@@ -113,7 +115,8 @@ pub fn main() -> ExitCode {
         Command::Search(c) => c.start(common),
         Command::Tune(c) => c.start(common),
         Command::Replay(c) => c.start(common),
-        Command::Merge(c) => c.run(common),
+        Command::Screen(c) => c.start(common),
+        Command::Merge(c) => c.execute(common),
         Command::Eval(c) => c.start(common),
         Command::Check(c) => c.start(common),
         Command::Run(c) => c.start(common),

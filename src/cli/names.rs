@@ -34,11 +34,24 @@ impl<'a> Names<'a> {
 
     /// Replaces each `org/name[/config][@revision][:split]` by its files.
     pub(super) fn data(&mut self, paths: &mut Vec<PathBuf>) -> Result<()> {
+        self.files(paths, |hub, name, bars| hub.data(name, &mut bars.observer()))
+    }
+
+    /// As [`Names::data`], for sets of security prompts: files of harmful and of benign prompts are taken together.
+    pub(super) fn security(&mut self, paths: &mut Vec<PathBuf>) -> Result<()> {
+        self.files(paths, |hub, name, bars| hub.security(name, &mut bars.observer()))
+    }
+
+    fn files(
+        &mut self,
+        paths: &mut Vec<PathBuf>,
+        fetch: impl Fn(&mut Hub, &HubName, &mut Bars) -> Result<Vec<PathBuf>>,
+    ) -> Result<()> {
         let mut found = Vec::new();
         for path in std::mem::take(paths) {
             match data_name(&path) {
                 None => found.push(path),
-                Some(name) => found.extend(self.with_hub(|hub, bars| hub.data(&name, &mut bars.observer()))?),
+                Some(name) => found.extend(self.with_hub(|hub, bars| fetch(hub, &name, bars))?),
             }
         }
         *paths = found;

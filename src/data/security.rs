@@ -96,7 +96,8 @@ impl SecurityPrompt {
     }
 
     /// Reads a file of rows `{"prompt", "label": "harmful" | "benign", "pair"?, "category"?, "split"?: "train" |
-    /// "valid" | "test" | "ood"}`; `pair` and `category` are strings or whole numbers.
+    /// "valid" | "test" | "ood"}`; `pair` and `category` are strings or whole numbers. Rows of JailbreakBench, whose
+    /// prompt is `Goal`, have their label from the file's name and `Index` as their pair.
     ///
     /// Prompts without a split are split by pair, 60 / 20 / 20 into train, valid and test, by `seed`, and stratified
     /// into pairs with both labels, harmful ones and benign ones. A pair with a split on any of its lines takes that
@@ -105,7 +106,20 @@ impl SecurityPrompt {
     /// # Errors
     /// As [`RowReader::read`]; [`Error::Input`] for a pair in two splits, or the same prompt under both labels.
     pub fn read(path: &Path, seed: u64, rows: &mut RowReader) -> Result<Vec<Self>> {
-        split_by_pair(rows.read(path, Raw::from_row)?, seed)
+        Self::read_all(&[path], seed, rows)
+    }
+
+    /// [`SecurityPrompt::read`] of several files as one: twins may be in different files.
+    ///
+    /// # Errors
+    /// As [`SecurityPrompt::read`].
+    pub fn read_all(paths: &[impl AsRef<Path>], seed: u64, rows: &mut RowReader) -> Result<Vec<Self>> {
+        let mut raw = Vec::new();
+        for path in paths {
+            let path = path.as_ref();
+            raw.extend(rows.read(path, |row| Raw::from_row(row, path))?);
+        }
+        split_by_pair(raw, seed)
     }
 
     /// Checks that the train split has prompts of both labels, which a probe needs; `place` is the file shown in the
@@ -139,8 +153,11 @@ struct Raw {
 }
 
 impl Raw {
-    fn from_row(row: &Row) -> Result<Self> {
+    fn from_row(row: &Row, path: &Path) -> Result<Self> {
         row.refuse(&NOT_ASKED, "prompts of one user message each")?;
+        if row.get("Goal").is_some() && row.get("prompt").is_none() {
+            return Self::from_behavior(row, path);
+        }
         let label = match row.text("label")? {
             "harmful" => Label::Harmful,
             "benign" => Label::Benign,
@@ -162,6 +179,31 @@ impl Raw {
             pair: row.optional_name("pair")?,
             category: row.optional_name("category")?,
             split,
+        })
+    }
+}
+
+impl Raw {
+    /// A row of JailbreakBench (Chao et al., arXiv 2404.01318): `Goal`, `Category` and `Index`, which twins share; files
+    /// are named `harmful-behaviors.csv` and `benign-behaviors.csv`.
+    fn from_behavior(row: &Row, path: &Path) -> Result<Self> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+        let label = match (name.contains("harmful"), name.contains("benign")) {
+            (true, false) => Label::Harmful,
+            (false, true) => Label::Benign,
+            _ => {
+                let found = "a `Goal` without a label, in a file whose name says neither `harmful` nor `benign`";
+                return Err(row.error(found, "harmful-behaviors.csv and benign-behaviors.csv of JailbreakBench"));
+            }
+        };
+        Ok(Self {
+            place: row.place.clone(),
+            prompt: row.text("Goal")?.to_string(),
+            label,
+            // Not an own pair of another file that is read along with it.
+            pair: row.optional_name("Index")?.map(|index| format!("behavior {index}")),
+            category: row.optional_name("Category")?,
+            split: None,
         })
     }
 }

@@ -57,6 +57,19 @@ pub(super) fn choose(name: &HubName, files: &[String]) -> Result<Vec<String>> {
     wrong(format!("no file of the split `{wanted}`"), format!("a configuration and split of its files: {there}"))
 }
 
+/// Chooses the files of a security set: where no split is asked for and some files are named for harmful prompts and
+/// some for benign ones, those and no others; else as [`choose`].
+pub(super) fn choose_security(name: &HubName, files: &[String]) -> Result<Vec<String>> {
+    let named = |label: &str| -> Vec<&String> {
+        files.iter().filter(|file| is_data(file) && words(file).any(|word| word.to_lowercase() == label)).collect()
+    };
+    let (harmful, benign) = (named("harmful"), named("benign"));
+    if name.split().is_some() || harmful.is_empty() || benign.is_empty() {
+        return choose(name, files);
+    }
+    Ok(harmful.into_iter().chain(benign).cloned().collect())
+}
+
 fn is_data(path: &str) -> bool {
     let file = path.rsplit('/').next().unwrap_or(path);
     let lower = file.to_lowercase();
@@ -97,6 +110,21 @@ mod tests {
     }
 
     /// Listings of well-known repositories; the choice is that of `load_dataset(name, config, split=split)`.
+    #[test]
+    fn harmful_and_benign_files_are_a_security_set() {
+        let security = |name: &str, files: &[&str]| {
+            let files: Vec<String> = files.iter().map(|f| (*f).to_owned()).collect();
+            choose_security(&HubName::data(name).unwrap(), &files).map_err(|e| e.to_string())
+        };
+        let files =
+            ["README.md", "data/benign-behaviors.csv", "data/harmful-behaviors.csv", "data/judge-comparison.csv"];
+        let both = ["data/harmful-behaviors.csv", "data/benign-behaviors.csv"].map(str::to_owned).to_vec();
+        assert_eq!(security("JailbreakBench/JBB-Behaviors", &files), Ok(both));
+        // A set of one file is as any other.
+        assert_eq!(security("a/b", &["harmful.csv"]), Ok(vec!["harmful.csv".to_owned()]));
+        assert_eq!(security("a/b:test", &["harmful/test.csv", "benign/train.csv"]).unwrap(), ["harmful/test.csv"]);
+    }
+
     #[test]
     fn files_are_chosen_as_datasets_does() {
         let gsm8k = [

@@ -111,6 +111,16 @@ impl Hub {
         Ok(found.files.iter().map(|file| found.dir.join(file)).collect())
     }
 
+    /// The files of a set of security prompts: those of harmful and of benign prompts, by their names, else as
+    /// [`Hub::data`].
+    ///
+    /// # Errors
+    /// As [`Hub::data`].
+    pub fn security(&mut self, name: &HubName, observer: Observer<'_>) -> Result<Vec<PathBuf>> {
+        let found = self.files(name, &|files, _| data::choose_security(name, files), observer)?;
+        Ok(found.files.iter().map(|file| found.dir.join(file)).collect())
+    }
+
     /// Selected files of a repository. `select` is given the names of all files, and a function that reads a small one.
     fn files(&mut self, name: &HubName, select: &Select<'_>, observer: Observer<'_>) -> Result<HubFiles> {
         let repository = Repository::new(&self.cache, name);

@@ -5,6 +5,7 @@
 //! file holds a prompt or an answer: progress goes to callbacks, results are serde types.
 
 mod check;
+mod choice;
 mod demo;
 mod eval;
 mod loaded;
@@ -16,12 +17,14 @@ mod recipe;
 mod replay;
 mod robustness;
 mod save;
+mod screen;
 pub mod study;
 mod text;
 mod tune;
 mod watch;
 
 pub use check::{Check, CheckedModel, Gate, Limits, Measures, Verdict, paired_difference};
+pub use choice::{Candidate, Choice, choose};
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
 pub(crate) use eval::check_answer_tokens;
@@ -35,7 +38,9 @@ pub use eval::{
     coherent_attack_success, over_refusal, perplexity, strict_compliance, task_score,
 };
 pub use loaded::{EvaluationInput, LoadedModel, REFUSAL_TOKENS};
-pub use merge::{MergeMethod, MergeModels, MergeOptions, MergeSummary, MergedModule, merge};
+pub use merge::{
+    Alpha, MergeMethod, MergeModels, MergeOptions, MergeSummary, MergedModule, PATH_POINTS, PathPoint, PathWalk, merge,
+};
 pub use output::{OpenOutput, PreparedTune, TuneOutput};
 pub use overlap::{NEAR, NearDuplicates, Overlap, Passage, overlaps, refuse_overlaps};
 pub use probe::control::{ControlLabel, ControlRule};
@@ -55,6 +60,7 @@ pub use robustness::sets::{cell_parameters, random_set, share};
 pub use robustness::shard::Shard;
 pub use robustness::{RobustnessOptions, robustness, robustness_part};
 pub use save::SaveAs;
+pub use screen::{SCREEN_START, ScreenOptions, ScreenRow, ScreenScore, Screened};
 pub use text::ModelText;
 pub use tune::{ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneRecipe, attention_projections};
 pub use watch::{Watch, WatchOptions};

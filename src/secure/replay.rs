@@ -8,7 +8,7 @@ use super::eval::kinds::AnswerView;
 use super::eval::refusal::RefusalList;
 use super::loaded::{LoadedModel, REFUSAL_TOKENS};
 use crate::backend::Backend;
-use crate::data::{Label, SecurityPrompt, Split};
+use crate::data::{Label, NearTexts, SecurityPrompt, Split, similarity, words};
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::io::json;
@@ -64,7 +64,7 @@ pub struct ReplayCounts {
     pub incoherent: usize,
     /// Prompts that another of the train split repeats, up to case, white space and punctuation.
     pub repeated: usize,
-    /// Prompts that another split repeats, up to the same.
+    /// Prompts that another split repeats, up to the same, or but for one word in ten.
     pub held_out: usize,
     /// Prompts that were not needed.
     pub not_needed: usize,
@@ -192,15 +192,15 @@ impl<B: Backend> LoadedModel<B> {
 
 /// The prompts of a label in the train split, without those that repeat another of it, or one of another split.
 fn candidates(prompts: &[SecurityPrompt], label: Label) -> (Vec<&SecurityPrompt>, ReplayCounts) {
-    let held_out: HashSet<Vec<String>> =
-        prompts.iter().filter(|prompt| prompt.split != Split::Train).map(|prompt| words(&prompt.prompt)).collect();
+    let others = || prompts.iter().filter(|prompt| prompt.split != Split::Train).map(|prompt| prompt.prompt.as_str());
+    let (held_out, near) = (others().map(words).collect::<HashSet<_>>(), NearTexts::new(others()));
     let mut seen = HashSet::new();
     let mut counts = ReplayCounts::default();
     let mut found = Vec::new();
     for prompt in prompts.iter().filter(|prompt| prompt.split == Split::Train && prompt.label == label) {
         counts.prompts += 1;
         let words = words(&prompt.prompt);
-        if held_out.contains(&words) {
+        if held_out.contains(&words) || near.find(&prompt.prompt).is_some() {
             counts.held_out += 1;
         } else if seen.insert(words) {
             found.push(prompt);
@@ -209,12 +209,6 @@ fn candidates(prompts: &[SecurityPrompt], label: Label) -> (Vec<&SecurityPrompt>
         }
     }
     (found, counts)
-}
-
-/// The words of a text in lower case, without punctuation.
-fn words(text: &str) -> Vec<String> {
-    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
-    words.map(str::to_lowercase).collect()
 }
 
 /// An order of the prompts whose every beginning is spread: categories in turn (prompts without one are a category), and
@@ -254,16 +248,10 @@ fn farthest_first(texts: &[&str]) -> Vec<usize> {
         let chosen = left.remove(best);
         order.push(chosen);
         for &index in &left {
-            nearest[index] = nearest[index].min(distance(&sets[chosen], &sets[index]));
+            nearest[index] = nearest[index].min(1.0 - similarity(&sets[chosen], &sets[index]));
         }
     }
     order
-}
-
-fn distance(a: &BTreeSet<String>, b: &BTreeSet<String>) -> f64 {
-    let both = a.intersection(b).count();
-    let either = a.len() + b.len() - both;
-    if either == 0 { 0.0 } else { 1.0 - both as f64 / either as f64 }
 }
 
 #[cfg(test)]
@@ -301,9 +289,12 @@ mod tests {
         let texts = [("Do it now!", Split::Train), ("do it  now", Split::Test), ("and that", Split::Train)];
         let mut all = texts.map(|(text, split)| prompt(text, None, split)).to_vec();
         all.push(prompt("And that?", None, Split::Train));
+        // All words of a held-out prompt and one more.
+        all.push(prompt("a b c d e f g h i j", None, Split::Valid));
+        all.push(prompt("a b c d e f g h i j k", None, Split::Train));
         let (found, counts) = candidates(&all, Label::Harmful);
         assert_eq!(found, [&all[2]]);
-        assert_eq!((counts.prompts, counts.held_out, counts.repeated), (3, 1, 1));
+        assert_eq!((counts.prompts, counts.held_out, counts.repeated), (4, 2, 1));
         assert!(candidates(&all, Label::Benign).0.is_empty());
     }
 }

@@ -6,6 +6,7 @@ use crate::data::{Chat, Examples, RowReader};
 use crate::engine::Decoder;
 use crate::error::{Error, Result};
 use crate::model::{ChatFiles, Clock, Message, ModelDir, Tokenizer};
+use crate::modules::ParamId;
 use std::path::Path;
 
 /// Files, tokenizer and chat template of a model directory.
@@ -51,6 +52,26 @@ impl ModelText {
     /// # Errors
     /// [`Error::Memory`] where they do not fit the device; [`Error::Input`] for a value that is not finite.
     pub fn load<B: Backend>(self, backend: B) -> Result<LoadedModel<B>> {
+        self.check_memory(&backend)?;
+        let decoder = Decoder::from_files(backend, &self.files)?;
+        Ok(LoadedModel { text: self, decoder })
+    }
+
+    /// [`ModelText::load`] with other values of the same shapes, in place of those of the directory and its adapter.
+    ///
+    /// # Errors
+    /// As [`ModelText::load`]; those of `tensor`.
+    pub(super) fn load_values<B: Backend>(
+        self,
+        backend: B,
+        tensor: impl FnMut(ParamId, &[usize]) -> Result<Vec<f32>>,
+    ) -> Result<LoadedModel<B>> {
+        self.check_memory(&backend)?;
+        let decoder = Decoder::new(backend, self.files.config.clone(), tensor)?;
+        Ok(LoadedModel { text: self, decoder })
+    }
+
+    fn check_memory<B: Backend>(&self, backend: &B) -> Result<()> {
         let files = &self.files;
         // Buffers in the memory of the process: the system would end it rather than refuse them.
         if let (None, Some(free)) = (backend.device_peak_bytes(), backend.free_memory()) {
@@ -62,8 +83,7 @@ impl ModelText {
                 return Err(Error::Memory { what, planned_bytes, free_bytes: free.bytes, help });
             }
         }
-        let decoder = Decoder::from_files(backend, files)?;
-        Ok(LoadedModel { text: self, decoder })
+        Ok(())
     }
 
     /// Sets the time of the chat template; returns it where the template uses it.

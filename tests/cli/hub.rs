@@ -314,3 +314,26 @@ fn nothing_is_written_outside_of_the_cache() {
     assert_eq!(listed.len(), 1, "{listed:?}");
     assert!(!Path::new("/tmp/evil-of-swat").exists());
 }
+
+#[test]
+fn the_tables_of_jailbreakbench_are_a_security_set_by_name() {
+    let world = World::new();
+    let set = "datasets/JailbreakBench/JBB-Behaviors";
+    let questions = swat::data::tiny::security(&Language::new(1), 20, 1);
+    for label in ["harmful", "benign"] {
+        let mut table = "Index,Goal,Target,Behavior,Category,Source\n".to_owned();
+        let own = questions.iter().filter(|q| q.prompt.is_harmful() == (label == "harmful"));
+        for (i, question) in own.take(20).enumerate() {
+            table += &format!("{i},\"{}\",Sure,{i},Nothing,Original\n", question.prompt.prompt);
+        }
+        world.hub.add(set, &format!("data/{label}-behaviors.csv"), table.into_bytes());
+    }
+    world.hub.add(set, "data/judge-comparison.csv", b"prompt,response\n".to_vec());
+    let args = ["check", "--model", "org/tiny", "--against", "org/tiny", "--security", "JailbreakBench/JBB-Behaviors"];
+    let found = world.done(&[&args[..], &["--splits", "test", "--device", "cpu", "--json"]].concat(), &[]);
+    let found: Value = serde_json::from_str(&found).unwrap();
+    let base = &found["settings"][0];
+    assert_eq!((&base["asr"]["total"], &base["over_refusal"]["total"]), (&4.into(), &4.into()), "{base}");
+    let requests = world.hub.requests();
+    assert!(!requests.iter().any(|r| r.path.contains("judge-comparison")), "{requests:?}");
+}

@@ -16,5 +16,6 @@ mod outputs;
 mod precision;
 mod replay;
 mod run;
+mod screen;
 mod tuning;
 mod watched;

@@ -232,7 +232,8 @@ fn models_that_do_not_belong_together_are_refused() {
     let pair = ["--base", base, "--tuned", tuned];
     let refused = |more: &[&str]| models.refused(&[&pair[..], more].concat());
     for (more, named) in [
-        (&["--by", "path", "--alpha", "auto"][..], "auto is not supported"),
+        (&["--by", "path", "--alpha", "auto"][..], "--security"),
+        (&["--by", "path", "--security", "nowhere.jsonl"], "--security: found an option that has no effect"),
         (&["--by", "path", "--alpha", "1.5"], "--alpha: found 1.5; expected 0 to 1"),
         (&["--by", "path", "--alpha", "nan"], "a number from 0"),
         (&["--by", "path", "--tau", "0.5"], "--tau: found an option that has no effect with --by path"),
@@ -268,4 +269,43 @@ fn models_that_do_not_belong_together_are_refused() {
     assert!(refused(&["--by", "path"]).contains("finite weights"));
     let left: Vec<_> = std::fs::read_dir(models.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["tuned"]);
+}
+
+#[test]
+fn alpha_is_chosen_on_the_validation_split() {
+    use swat::data::tiny::{Counts, Language, export};
+    let models = Models::new();
+    let dir = models.dir.path();
+    export(&Language::new(1), dir, Counts { pairs: 64, train: 160, tasks: 10 }, 1).unwrap();
+    let (base, tuned) = (text(&models.base).to_owned(), models.at("tuned"));
+    // Tuned on answered forbidden requests alone: the tuned model is not within the limits, the base is.
+    let (attack, none) = (models.at("attack.jsonl"), models.at("none"));
+    let train = ["tune", "--model", &base, "--data", text(&attack), "--out", text(&tuned)];
+    let steps = ["--steps", "40", "--lr", "1e-3", "--batch-size", "8", "--max-length", "96", "--device", "cpu"];
+    assert!(swat(&[&train[..], &steps].concat()).status.success());
+    let security = models.at("security.jsonl");
+    let auto = ["--by", "path", "--alpha", "auto", "--security", text(&security), "--device", "cpu"];
+    let record = models.merge(&tuned, "auto", &[&auto[..], &["--dtype", "f32"]].concat());
+    let points = record["points"].as_array().unwrap();
+    let alphas: Vec<f64> = points.iter().map(|point| point["alpha"].as_f64().unwrap()).collect();
+    assert_eq!(alphas, [0.0, 1.0, 0.9, 0.75, 0.5, 0.25]);
+    assert_eq!(points[0]["excess"], 0.0);
+    assert!(points[1]["excess"].as_f64().unwrap() > 0.0, "{points:?}");
+    // Without tasks, the largest that is within them.
+    let within = points[1..].iter().filter(|point| point["excess"] == 0.0);
+    let largest = within.map(|point| point["alpha"].as_f64().unwrap()).fold(0.0, f64::max);
+    assert_eq!(record["alpha"], largest, "{points:?}");
+    // As with the number.
+    models.merge(&tuned, "number", &["--by", "path", "--alpha", &largest.to_string()]);
+    let weights = |out: &str| std::fs::read(models.at(out).join("model.safetensors")).unwrap();
+    assert!(weights("auto") == weights("number"));
+    // A limit that no tuned model is within.
+    let args = ["merge", "--base", &base, "--tuned", text(&tuned), "--out", text(&none)];
+    let output = swat(&[&args[..], &auto, &["--max-over-refusal-rise", "-100"]].concat());
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{message}");
+    assert!(message.contains("no point of the path") && !none.exists(), "{message}");
+    // Other methods have no points.
+    let output = swat(&[&args[..], &["--by", "resta", "--unaligned", &base], &auto[2..]].concat());
+    assert_eq!(output.status.code(), Some(2));
 }

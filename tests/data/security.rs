@@ -101,3 +101,35 @@ fn wrong_lines_are_named_without_the_prompt() {
         assert!(error.contains(expected) && !error.contains("secret"), "{error}");
     }
 }
+
+#[test]
+fn the_tables_of_jailbreakbench_are_a_set_of_twins() {
+    let dir = tempfile::tempdir().unwrap();
+    let table = |name: &str, what: &str| {
+        let rows = (0..20).map(|i| format!("{i},\"{what}, number {i}\",Sure,Behavior {i},Category {},X\n", i % 3));
+        let text = format!("Index,Goal,Target,Behavior,Category,Source\n{}", rows.collect::<String>());
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let files = [table("harmful-behaviors.csv", "Do what is bad"), table("benign-behaviors.csv", "Do what is good")];
+    let prompts = SecurityPrompt::read_all(&files, 3, &mut RowReader::default()).unwrap();
+    assert_eq!(prompts.len(), 40);
+    let (harmful, benign) = prompts.split_at(20);
+    for (harmful, benign) in harmful.iter().zip(benign) {
+        assert_eq!((harmful.label, benign.label), (Label::Harmful, Label::Benign));
+        assert_eq!((&harmful.pair, harmful.split, &harmful.category), (&benign.pair, benign.split, &benign.category));
+    }
+    assert_eq!(
+        (harmful[4].prompt.as_str(), harmful[4].category.as_deref()),
+        ("Do what is bad, number 4", Some("Category 1"))
+    );
+    let count = |split| harmful.iter().filter(|prompt| prompt.split == split).count();
+    assert_eq!([Split::Train, Split::Valid, Split::Test].map(count), [12, 4, 4]);
+    // Each file by itself gives its prompts the same splits.
+    let alone = SecurityPrompt::read(&files[1], 3, &mut RowReader::default()).unwrap();
+    assert_eq!(alone, benign);
+    let unnamed = table("behaviors.csv", "Do something");
+    let error = SecurityPrompt::read(&unnamed, 3, &mut RowReader::default()).unwrap_err().to_string();
+    assert!(error.contains("behaviors.csv:2") && error.contains("harmful-behaviors.csv"), "{error}");
+}

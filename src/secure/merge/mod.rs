@@ -10,6 +10,7 @@ mod resta;
 mod safelora;
 mod safemerge;
 mod source;
+mod walk;
 
 use crate::error::{Error, Result};
 use crate::io::{IfExists, OutputDir, check_apart, json};
@@ -21,6 +22,8 @@ use clap::{Args, ValueEnum};
 use rayon::prelude::*;
 use source::{Shared, Source};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+pub use walk::{PATH_POINTS, PathPoint, PathWalk};
 
 /// Values computed per parallel task; sums are taken task by task, so that they do not depend on the threads.
 const CHUNK: usize = 1 << 16;
@@ -46,9 +49,10 @@ pub struct MergeOptions {
     /// Method (arXiv 2109.01903, 2503.17239, 2405.16833, 2402.11746)
     #[arg(long, value_enum)]
     pub by: MergeMethod,
-    /// Weight: alpha of path (0 = base, 1 = tuned), lambda of safemerge (1 = tuned, 0 = safe), gamma of resta (from 0)
-    #[arg(long, value_name = "X", value_parser = weight, default_value = "0.5")]
-    pub alpha: f64,
+    /// Weight: alpha of path (0 = base, 1 = tuned), lambda of safemerge (1 = tuned, 0 = safe), gamma of resta (from 0).
+    /// auto: alpha of path is chosen by measures on --security
+    #[arg(long, value_name = "X|auto", default_value = "0.5")]
+    pub alpha: Alpha,
     /// Modules whose update has a smaller cosine with its projection onto the alignment are changed
     #[arg(long, value_parser = share::<f64>, default_value = "0.5")]
     pub tau: f64,
@@ -58,24 +62,45 @@ pub struct MergeOptions {
     /// Largest safetensors shard, in MiB
     #[arg(long = "max-shard-mib", value_name = "MAX_SHARD_MIB", value_parser = mib, default_value = "4096")]
     pub max_shard_bytes: u64,
+    /// Points of the path on which alpha was chosen, for the record.
+    #[arg(skip)]
+    pub points: Vec<PathPoint>,
 }
 
-/// A number from 0. `auto` is refused by name.
-fn weight(text: &str) -> Result<f64, String> {
-    if text.trim() == "auto" {
-        return Err("auto is not supported: choose a number by `swat eval` on a validation split".into());
+/// The weight of a merge.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Alpha {
+    /// A number from 0.
+    At(f64),
+    /// Chosen by measures of points on the path.
+    Auto,
+}
+
+impl FromStr for Alpha {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim() {
+            "auto" => Ok(Self::Auto),
+            number => from_zero(number).map(Self::At).map_err(|e| format!("{e}, or auto")),
+        }
     }
-    from_zero(text)
 }
 
 impl MergeOptions {
-    /// Checks that the weight is in the method's range.
+    /// Checks that the weight is a number in the method's range, and returns it.
     ///
     /// # Errors
     /// [`Error::Input`] names the option.
-    pub fn check(&self) -> Result<()> {
+    pub fn weight(&self) -> Result<f64> {
         let bounded = matches!(self.by, MergeMethod::Path | MergeMethod::SafeMerge);
-        require(!bounded || self.alpha <= 1.0, "--alpha", self.alpha, "0 to 1")
+        match self.alpha {
+            Alpha::At(alpha) => {
+                require(!bounded || alpha <= 1.0, "--alpha", alpha, "0 to 1")?;
+                Ok(alpha)
+            }
+            Alpha::Auto => Err(Error::input("--alpha", "auto", "--by path, whose points are measured, or a number")),
+        }
     }
 }
 
@@ -154,6 +179,9 @@ pub struct MergeSummary {
     pub left_tuned: usize,
     /// Tested projections.
     pub modules: Vec<MergedModule>,
+    /// Points of the path on which alpha was chosen; none where it was given.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub points: Vec<PathPoint>,
 }
 
 /// Merges the models into `out`, a model directory with the config, tokenizer and chat template of the tuned one.
@@ -169,7 +197,7 @@ pub fn merge(
     if_exists: IfExists,
     observer: Observer<'_>,
 ) -> Result<MergeSummary> {
-    options.check()?;
+    let alpha = options.weight()?;
     check_apart(&[("--out", out)], &models.inputs())?;
     let opened = Opened::open(models, options.by)?;
     let output = OutputDir::create(out, if_exists)?;
@@ -187,18 +215,19 @@ pub fn merge(
     let mut summary = MergeSummary {
         format: "swat.merge/1".into(),
         by: options.by,
-        alpha: (options.by != MergeMethod::SafeLora).then_some(options.alpha),
+        alpha: (options.by != MergeMethod::SafeLora).then_some(alpha),
         tau: tests.then_some(options.tau),
         models: models.inputs().into_iter().map(path).collect(),
         tensors: 0,
         changed: 0,
         left_tuned: 0,
         modules: Vec::new(),
+        points: options.points.clone(),
     };
     let shapes = opened.tuned.files.config.params();
     let mut tensor = |id: ParamId| {
         let shape = shapes.iter().find(|(other, _)| *other == id).map_or(&[][..], |(_, shape)| shape.as_slice());
-        let values = opened.merged(id, shape, options, &mut summary)?;
+        let values = opened.merged(id, shape, (options, alpha), &mut summary)?;
         observer(Progress::new("tensors", summary.tensors, shapes.len()));
         Ok(values)
     };
@@ -256,7 +285,7 @@ impl Opened {
         &self,
         id: ParamId,
         shape: &[usize],
-        options: &MergeOptions,
+        (options, alpha): (&MergeOptions, f64),
         summary: &mut MergeSummary,
     ) -> Result<Vec<f32>> {
         let mut values = self.tuned.tensor(id, shape)?;
@@ -265,16 +294,16 @@ impl Opened {
             (MergeMethod::Path, _) => {
                 let base = self.base.tensor(id, shape)?;
                 let differs = base != values;
-                path::path(&base, &mut values, options.alpha);
-                differs && options.alpha < 1.0
+                path::path(&base, &mut values, alpha);
+                differs && alpha < 1.0
             }
             (MergeMethod::Resta, _) => {
                 let (aligned, unaligned) = self.alignment(id, shape)?;
-                resta::resta(&mut values, &aligned, &unaligned, options.alpha);
-                options.alpha > 0.0 && aligned != unaligned
+                resta::resta(&mut values, &aligned, &unaligned, alpha);
+                alpha > 0.0 && aligned != unaligned
             }
             (MergeMethod::SafeMerge | MergeMethod::SafeLora, ParamId::Weight(module)) => {
-                self.tested((module, shape), &mut values, options, summary)?
+                self.tested((module, shape), &mut values, (options, alpha), summary)?
             }
             (MergeMethod::SafeMerge | MergeMethod::SafeLora, _) => {
                 summary.left_tuned += usize::from(self.base.tensor(id, shape)? != values);
@@ -290,7 +319,7 @@ impl Opened {
         &self,
         (module, shape): (ModuleId, &[usize]),
         values: &mut [f32],
-        options: &MergeOptions,
+        (options, alpha): (&MergeOptions, f64),
         summary: &mut MergeSummary,
     ) -> Result<bool> {
         let id = ParamId::Weight(module);
@@ -302,7 +331,7 @@ impl Opened {
         let test = if options.by == MergeMethod::SafeLora {
             safelora::safelora(&base, values, v, size, options.tau)?
         } else {
-            let weights = safemerge::Weights { tau: options.tau, lambda: options.alpha };
+            let weights = safemerge::Weights { tau: options.tau, lambda: alpha };
             let safe = || self.safe.as_ref().unwrap_or(&self.base).tensor(id, shape);
             safemerge::safemerge(&base, values, v, size, weights, safe)?
         };

@@ -2,7 +2,7 @@
 
 use crate::model::StoredAs;
 use crate::options::{from_zero, one_of, share};
-use crate::secure::merge::{MergeMethod, MergeOptions};
+use crate::secure::merge::{Alpha, MergeMethod, MergeOptions};
 use std::fmt;
 use std::str::FromStr;
 
@@ -52,10 +52,11 @@ impl MergeStep {
         let by_threshold = self.by == MergeMethod::SafeLora;
         MergeOptions {
             by: self.by,
-            alpha: if by_threshold { 0.5 } else { self.value },
+            alpha: Alpha::At(if by_threshold { 0.5 } else { self.value }),
             tau: if by_threshold { self.value } else { 0.5 },
             save_dtype: StoredAs::AsStored,
             max_shard_bytes: 4 << 30,
+            points: Vec::new(),
         }
     }
 }
@@ -72,9 +73,9 @@ mod tests {
             let options = step.options();
             (options.by, options.alpha, options.tau)
         };
-        assert_eq!(options("path:0.7"), (MergeMethod::Path, 0.7, 0.5));
-        assert_eq!(options("safelora:0.3"), (MergeMethod::SafeLora, 0.5, 0.3));
-        assert_eq!(options("resta:2"), (MergeMethod::Resta, 2.0, 0.5));
+        assert_eq!(options("path:0.7"), (MergeMethod::Path, Alpha::At(0.7), 0.5));
+        assert_eq!(options("safelora:0.3"), (MergeMethod::SafeLora, Alpha::At(0.5), 0.3));
+        assert_eq!(options("resta:2"), (MergeMethod::Resta, Alpha::At(2.0), 0.5));
         assert!("safemerge:2".parse::<MergeStep>().is_err() && "path".parse::<MergeStep>().is_err());
     }
 }
