@@ -106,8 +106,8 @@ pub enum Error {
     },
     /// A signal ended the run; its work is saved. Exit code 128 + the signal's number.
     #[error(
-        "stopped by {} after step {step}; the run is saved: `swat tune` continues it with --resume, `swat run` and `swat \
-         demo` when they are started again",
+        "stopped by {} after step {step}; the run is saved: `swat tune` continues it with --resume, `swat run`, `swat \
+         secure` and `swat demo` when they are started again",
         signal_name(*.signal)
     )]
     Interrupted {

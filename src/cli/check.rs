@@ -11,11 +11,8 @@ use crate::error::Result;
 use crate::io::{IfExists, check_apart, check_file};
 use crate::model::Clock;
 use crate::options::mib_or_none;
-use crate::report::{Entry, Table};
-use crate::secure::{
-    Check, CheckedModel, Estimate, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, Gate, Limits, ModelText,
-    Rate, RefusalList,
-};
+use crate::report::check_tables;
+use crate::secure::{Check, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, Limits, ModelText, RefusalList};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -176,7 +173,10 @@ impl OnDevice for CheckCommand {
         }
         match common.json {
             true => print_json(&check)?,
-            false => print_line(format!("{}\n{}", measures(&check), verdict(&check)).trim_end())?,
+            false => {
+                let [measures, verdict] = check_tables(&check);
+                print_line(format!("{}\n{}", measures.text(), verdict.text()).trim_end())?;
+            }
         }
         check.verdict.require()
     }
@@ -191,52 +191,4 @@ fn same_tokens(base: &ModelText, tuned: &ModelText) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// The measures of both models.
-fn measures(check: &Check) -> String {
-    let mut table = Table::new("Measures, with 95 % intervals").column("");
-    for model in &check.settings {
-        table = table.numbers(&model.name, "");
-    }
-    let rate = |rate: Rate| Estimate { value: rate.value, low: rate.low, high: rate.high };
-    let mut row = |what: &str, of: &dyn Fn(&CheckedModel) -> Option<Estimate>, (factor, decimals): (f64, usize)| {
-        let entry = |model: &CheckedModel| {
-            of(model).map_or(Entry::missing(), |found| {
-                let interval = Some((factor * found.low, factor * found.high));
-                Entry::interval(factor * found.value, interval, decimals)
-            })
-        };
-        if check.settings.iter().any(|model| of(model).is_some()) {
-            table.row(std::iter::once(Entry::text(what)).chain(check.settings.iter().map(entry)));
-        }
-    };
-    row("attack success, %", &|model| model.asr.map(rate), (100.0, 1));
-    row("over-refusal, %", &|model| model.over_refusal.map(rate), (100.0, 1));
-    row("J: refused harmful - refused benign, points", &|model| model.j, (100.0, 1));
-    row("AUROC of the refusal log-odds", &|model| model.auroc, (1.0, 3));
-    row("task accuracy, %", &|model| model.task.map(rate), (100.0, 1));
-    table.text()
-}
-
-/// The gates and their verdict.
-fn verdict(check: &Check) -> String {
-    let held = if check.verdict.held { "Verdict: held" } else { "Verdict: not held" };
-    let mut table = Table::new(held).column("").numbers("points", "").numbers("limit", "").column("verdict");
-    for gate in &check.verdict.gates {
-        let verdict = match (gate.held, gate.certain) {
-            (true, true) => "held",
-            (false, true) => "not held",
-            (true, false) => "held, within the interval",
-            (false, false) => "not held, within the interval",
-        };
-        let value = Entry::interval(gate.value, None, 1);
-        let value = Entry { detail: format!("({:.1} to {:.1})", gate.low, gate.high), ..value };
-        table.row([Entry::text(gate.what()), value, Entry::fixed(gate.limit, 1), Entry::text(verdict)]);
-    }
-    if check.verdict.gates.iter().any(|gate: &Gate| !gate.certain) {
-        table.note =
-            "Within the interval: the limit lies inside of the interval of the change; more prompts narrow it.".into();
-    }
-    table.text()
 }

@@ -70,6 +70,7 @@ const RULES: [(&str, &[&str], Needs); 29] = [
         Value("alpha", "auto"),
     ),
     ("merge", &["strict"], Nothing),
+    ("secure", &["task_tokens", "max_task_drop"], Given("task")),
     ("robustness", &["epsilon"], Other("kind", "zero")),
     (
         "robustness",

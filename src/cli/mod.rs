@@ -23,6 +23,7 @@ mod run;
 mod score;
 mod screen;
 mod search;
+mod secure;
 mod shard;
 mod shell;
 mod tune;
@@ -55,6 +56,7 @@ enum Command {
     Drift(drift::DriftCommand),
     Robustness(robustness::RobustnessCommand),
     Search(search::SearchCommand),
+    Secure(Box<secure::SecureCommand>),
     Tune(Box<tune::Tune>),
     Replay(replay::ReplayCommand),
     Screen(screen::ScreenCommand),
@@ -113,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Drift(c) => c.start(common),
         Command::Robustness(c) => c.start(common),
         Command::Search(c) => c.start(common),
+        Command::Secure(c) => c.start(common),
         Command::Tune(c) => c.start(common),
         Command::Replay(c) => c.start(common),
         Command::Screen(c) => c.start(common),

@@ -6,23 +6,29 @@
 //! which the page recolours it in dark mode.
 
 mod axis;
+mod card;
 pub mod chart;
+mod check;
 mod events;
 pub mod format;
 pub mod heatmap;
 pub mod page;
 pub mod palette;
 mod profile;
+mod secure;
 mod study;
 mod svg;
 pub mod table;
 pub mod trace;
 
+pub use card::model_card;
+pub use check::check_tables;
 pub use events::EventFile;
 pub use heatmap::Heatmap;
 pub use page::Report;
 pub use palette::{Ramp, Tone};
 pub use profile::{is_trace, memory_table, profile_tables, write_trace};
+pub use secure::{secure_report, tried_table};
 pub use study::{perturbation, results_text, robustness_map, robustness_table, study_report, write_report};
 pub use svg::is_drawing;
 pub use table::{Entry, Table};

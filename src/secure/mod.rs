@@ -12,6 +12,7 @@ mod loaded;
 mod merge;
 mod output;
 mod overlap;
+pub mod pipeline;
 mod probe;
 mod recipe;
 mod replay;

@@ -3,6 +3,7 @@
 
 pub(crate) mod discrimination;
 pub(crate) mod judge;
+pub(crate) mod kept;
 pub(crate) mod kinds;
 pub(crate) mod metrics;
 pub(crate) mod refusal;

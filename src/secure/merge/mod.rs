@@ -209,36 +209,62 @@ pub fn merge(
         let help = "free some disk space, or take another --out".into();
         return Err(Error::Memory { what, planned_bytes, free_bytes, help });
     }
-    let tests = matches!(options.by, MergeMethod::SafeMerge | MergeMethod::SafeLora);
-    let path =
-        |(option, path): (&str, &Path)| (option.trim_start_matches('-').into(), path.display().to_string().into());
-    let mut summary = MergeSummary {
-        format: "swat.merge/1".into(),
-        by: options.by,
-        alpha: (options.by != MergeMethod::SafeLora).then_some(alpha),
-        tau: tests.then_some(options.tau),
-        models: models.inputs().into_iter().map(path).collect(),
-        tensors: 0,
-        changed: 0,
-        left_tuned: 0,
-        modules: Vec::new(),
-        points: options.points.clone(),
-    };
-    let shapes = opened.tuned.files.config.params();
-    let mut tensor = |id: ParamId| {
-        let shape = shapes.iter().find(|(other, _)| *other == id).map_or(&[][..], |(_, shape)| shape.as_slice());
-        let values = opened.merged(id, shape, (options, alpha), &mut summary)?;
-        observer(Progress::new("tensors", summary.tensors, shapes.len()));
-        Ok(values)
-    };
-    opened.tuned.files.write_as(output.dir(), options.save_dtype, &mut tensor, options.max_shard_bytes)?;
-    if tests && summary.modules.iter().all(|module| module.cosine.is_none()) {
-        let found = "no projection in which both the update and the alignment differ from zero";
-        return Err(Error::input("--aligned, --unaligned, --tuned", found, "models with different weights"));
-    }
-    json::write(&output.dir().join("merge.json"), &summary)?;
+    let summary = opened.write(models, (options, alpha), output.dir(), observer)?;
     output.commit()?;
     Ok(summary)
+}
+
+/// [`merge`] into a directory that exists, beside whatever else lies in it.
+///
+/// # Errors
+/// As [`merge`].
+pub(super) fn merge_into(
+    models: &MergeModels,
+    options: &MergeOptions,
+    dir: &Path,
+    observer: Observer<'_>,
+) -> Result<MergeSummary> {
+    Opened::open(models, options.by)?.write(models, (options, options.weight()?), dir, observer)
+}
+
+impl Opened {
+    fn write(
+        &self,
+        models: &MergeModels,
+        (options, alpha): (&MergeOptions, f64),
+        dir: &Path,
+        observer: Observer<'_>,
+    ) -> Result<MergeSummary> {
+        let tests = matches!(options.by, MergeMethod::SafeMerge | MergeMethod::SafeLora);
+        let path =
+            |(option, path): (&str, &Path)| (option.trim_start_matches('-').into(), path.display().to_string().into());
+        let mut summary = MergeSummary {
+            format: "swat.merge/1".into(),
+            by: options.by,
+            alpha: (options.by != MergeMethod::SafeLora).then_some(alpha),
+            tau: tests.then_some(options.tau),
+            models: models.inputs().into_iter().map(path).collect(),
+            tensors: 0,
+            changed: 0,
+            left_tuned: 0,
+            modules: Vec::new(),
+            points: options.points.clone(),
+        };
+        let shapes = self.tuned.files.config.params();
+        let mut tensor = |id: ParamId| {
+            let shape = shapes.iter().find(|(other, _)| *other == id).map_or(&[][..], |(_, shape)| shape.as_slice());
+            let values = self.merged(id, shape, (options, alpha), &mut summary)?;
+            observer(Progress::new("tensors", summary.tensors, shapes.len()));
+            Ok(values)
+        };
+        self.tuned.files.write_as(dir, options.save_dtype, &mut tensor, options.max_shard_bytes)?;
+        if tests && summary.modules.iter().all(|module| module.cosine.is_none()) {
+            let found = "no projection in which both the update and the alignment differ from zero";
+            return Err(Error::input("--aligned, --unaligned, --tuned", found, "models with different weights"));
+        }
+        json::write(&dir.join("merge.json"), &summary)?;
+        Ok(summary)
+    }
 }
 
 /// The models of a merge, opened and checked against each other.

@@ -104,4 +104,9 @@ impl<B: Backend> PathWalk<B> {
         }
         Ok(&self.model)
     }
+
+    /// The model at the last point.
+    pub(in crate::secure) fn into_model(self) -> LoadedModel<B> {
+        self.model
+    }
 }

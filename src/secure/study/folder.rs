@@ -52,7 +52,7 @@ pub fn claim_folder(dir: &Path, more: &[&str]) -> Result<()> {
 }
 
 /// Locks a claimed directory against other processes.
-pub(super) fn lock(dir: &Path) -> Result<File> {
+pub(in crate::secure) fn lock(dir: &Path) -> Result<File> {
     let file = open_lock(dir)?;
     file.try_lock().map_err(|_| Error::InUse { path: dir.to_owned() })?;
     Ok(file)
@@ -74,7 +74,7 @@ fn open_lock(dir: &Path) -> Result<File> {
 
 /// The time at which the chat template of a study is rendered: `given`, else that of its first run, else now; kept in
 /// `stages/date.json`.
-pub(super) fn clock(dir: &Path, given: Option<Clock>) -> Result<Clock> {
+pub(in crate::secure) fn clock(dir: &Path, given: Option<Clock>) -> Result<Clock> {
     let path = dir.join("stages/date.json");
     let recorded = || -> Result<Option<Clock>> {
         if path.exists() { json::read(&path, 1 << 12, "the date of a study").map(Some) } else { Ok(None) }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Directory of cached stages.
-pub(super) struct Stages {
+pub(in crate::secure) struct Stages {
     dir: PathBuf,
     /// Precision of weights and activations: an input of every stage, unless it is f32.
     float: &'static str,
@@ -22,7 +22,7 @@ pub(super) struct Stages {
 }
 
 impl Stages {
-    pub(super) fn new(dir: &Path, float: &'static str, date: Option<Clock>) -> Self {
+    pub(in crate::secure) fn new(dir: &Path, float: &'static str, date: Option<Clock>) -> Self {
         Self { dir: dir.to_owned(), float, date, leases: None }
     }
 
@@ -37,10 +37,21 @@ impl Stages {
 
     /// The result in `NAME.json` if it is of the same `inputs`, else the result of `work`, which is saved there;
     /// [`Error::InUse`] while another process works on it.
-    pub(super) fn run<T: Serialize + DeserializeOwned>(
+    pub(in crate::secure) fn run<T: Serialize + DeserializeOwned>(
         &self,
         name: &str,
         inputs: &Value,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        self.run_unless(name, inputs, |_| true, work)
+    }
+
+    /// [`Stages::run`], where a kept result counts only if it is `valid`: the files that it speaks of may be gone.
+    pub(in crate::secure) fn run_unless<T: Serialize + DeserializeOwned>(
+        &self,
+        name: &str,
+        inputs: &Value,
+        valid: impl Fn(&T) -> bool,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
         let path = self.dir.join(format!("{name}.json"));
@@ -52,7 +63,7 @@ impl Stages {
             inputs.insert("date".into(), date.to_string().into());
         }
         let hash = hash(&inputs);
-        if let Some(kept) = read(&path, &hash) {
+        if let Some(kept) = read(&path, &hash).filter(&valid) {
             return Ok(kept);
         }
         let mut _lease = None;
@@ -60,7 +71,7 @@ impl Stages {
             let lease = self.dir.join(format!("{name}.lease"));
             _lease = Some(leases.take(&lease)?.ok_or(Error::InUse { path: lease })?);
             // Finished since it was looked at.
-            if let Some(kept) = read(&path, &hash) {
+            if let Some(kept) = read(&path, &hash).filter(&valid) {
                 return Ok(kept);
             }
         }
@@ -78,12 +89,12 @@ impl Stages {
 }
 
 /// Hash of a stage's inputs.
-pub(super) fn hash(inputs: &Value) -> String {
+pub(in crate::secure) fn hash(inputs: &Value) -> String {
     blake3::hash(inputs.to_string().as_bytes()).to_hex()[..16].to_owned()
 }
 
 /// Hash of a file's bytes, for the inputs of a stage.
-pub(super) fn file_hash(path: &Path) -> Result<String> {
+pub(in crate::secure) fn file_hash(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(Error::io(path, FileOp::Read))?;
     Ok(blake3::hash(&bytes).to_hex()[..16].to_owned())
 }

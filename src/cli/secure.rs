@@ -1,0 +1,231 @@
+//! `swat secure`: tuning that keeps a model safe, and shows it.
+
+use super::common::{Common, print_json, print_line, say};
+use super::names::Names;
+use super::open::{ModelArgs, OnDevice, Refusals, State};
+use super::progress::Bars;
+use crate::backend::Backend;
+use crate::data::{RowOptions, RowReader};
+use crate::error::{Error, Result};
+use crate::interrupt;
+use crate::io::write_atomic;
+use crate::model::StoredAs;
+use crate::options::{above_zero, mib, mib_or_none};
+use crate::report::format::bytes;
+use crate::report::{Entry, Table, check_tables, model_card, secure_report, tried_table};
+use crate::secure::pipeline::{DEFAULT_RECIPES, SecureJob, SecurePlan, SecureReport, SecureRun, Secured};
+use crate::secure::{EvaluateOptions, Limits, Recipe, TuneRecipe, recipe_help};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Tunes a model, keeps it as safe as it was, and shows it: model, report, model card, and a verdict by exit code
+#[derive(Args)]
+#[command(after_help = "Examples:
+  swat secure --model DIR --data my.jsonl --security security.jsonl --task task.jsonl --out tuned
+  swat secure --model org/name --data my.jsonl --security JailbreakBench/JBB-Behaviors --out tuned --epochs 3
+  swat secure --model DIR --data my.jsonl --security security.jsonl --out tuned --recipe plain+replay=.1,lora=8,lr=2e-4
+  swat secure ... --plan                                      stages, time, memory and disk, and nothing else
+
+The model as given is measured; its own refusals, and its own answers to benign prompts, are mixed into the data (recipe
+replay=); recipes are tried in order until one is within the limits on the valid split of --security, and where none is,
+points between the tuned model and the model as given. What is chosen is measured on the splits test and ood.
+
+Stages are kept in the working folder: the same command continues a run that ended early, to the same bytes.
+
+Exit codes: 0 = held, 3 = not held (the model is written all the same), 2 = wrong input, 1 = failed while running.")]
+pub(super) struct SecureCommand {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Training conversations: a file, or a name on the hub: org/name[/config][:split]
+    #[arg(long, value_name = "FILE_OR_NAME", required = true)]
+    data: Vec<PathBuf>,
+    #[command(flatten)]
+    rows: RowOptions,
+    /// Labelled prompts, harmful and benign, with the splits train (replayed), valid (choice), test and ood (verdict); assigned
+    /// by --seed where the file has none. Files, or a set on the hub: JailbreakBench/JBB-Behaviors
+    #[arg(long, value_name = "FILE_OR_NAME")]
+    security: Vec<PathBuf>,
+    /// Checkable tasks: half of them for the choice, half for the verdict. Without it a tenth of --data is set aside, and
+    /// its loss is measured; no gate is about it
+    #[arg(long, value_name = "FILE")]
+    task: Option<PathBuf>,
+    /// How to tune; several are tried in order: plain+replay=.1, then plain+replay=.2 if none is given
+    #[arg(long = "recipe", value_name = "RECIPE", long_help = recipe_help())]
+    recipes: Vec<Recipe>,
+    #[command(flatten)]
+    refusals: Refusals,
+    #[command(flatten)]
+    limits: Limits,
+    /// Learning rate, where a recipe has none
+    #[arg(long, value_parser = above_zero::<f64>, default_value = "2e-5")]
+    lr: f64,
+    #[command(flatten)]
+    recipe: TuneRecipe,
+    /// Longest answer to a security prompt, in tokens: refusals show early
+    #[arg(long, default_value_t = 48)]
+    answer_tokens: usize,
+    /// Longest answer to a task, in tokens
+    #[arg(long, default_value_t = 64)]
+    task_tokens: usize,
+    /// Memory of the key-value cache, in MiB
+    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
+    cache_bytes: u64,
+    /// Where the tuned model directory appears when everything is done
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Working folder, with stages and candidates; OUT.work if not given. It stays: remove it when it is no longer needed
+    #[arg(long, value_name = "DIR")]
+    work: Option<PathBuf>,
+    /// Print stages, time, memory and disk, and stop
+    #[arg(long)]
+    plan: bool,
+    /// Replace --out. A directory that holds anything but what swat wrote is refused
+    #[arg(long)]
+    force: bool,
+    /// Dtype of the saved weights: as-stored keeps those of --model, whose bf16 loses small updates
+    #[arg(long, value_enum, default_value_t)]
+    save_dtype: StoredAs,
+    /// Largest safetensors shard, in MiB
+    #[arg(long = "max-shard-mib", value_name = "MAX_SHARD_MIB", value_parser = mib, default_value = "4096")]
+    max_shard_bytes: u64,
+    /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
+    #[arg(long, value_enum, default_value_t = State::F32)]
+    state: State,
+}
+
+impl OnDevice for SecureCommand {
+    fn model(&self) -> Option<PathBuf> {
+        Some(self.model.model.clone())
+    }
+
+    fn state(&self) -> State {
+        self.state
+    }
+
+    fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        if self.security.is_empty() {
+            let expected = "labelled prompts to measure safety on: a file (docs/data.md), or a public set on the hub, \
+                            --security JailbreakBench/JBB-Behaviors (100 harmful prompts and their benign twins)";
+            return Err(Error::input("--security", "none", expected));
+        }
+        self.model.resolve(names)?;
+        names.data(&mut self.data)?;
+        names.security(&mut self.security)
+    }
+
+    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+        self.model.refuse_adapter()?;
+        let refusals = self.refusals.list()?;
+        let mut rows = RowReader::new(&self.rows);
+        let only_plan = self.plan;
+        let run = SecureRun::open(self.job(common)?, backend, &refusals, &mut rows)?;
+        common.end_reading(&rows)?;
+        let plan = run.plan()?;
+        if only_plan {
+            return print_plan(common, &plan);
+        }
+        run.check_room(&plan)?;
+        interrupt::watch();
+        let mut bars = Bars::new(common);
+        let quiet = common.quiet;
+        let mut stage = |line: &str| {
+            if !quiet {
+                say(&format!("{line}\n"));
+            }
+        };
+        let mut observer = bars.observer();
+        let mut report = SecureReport { observer: &mut observer, stage: &mut stage };
+        let Secured { outcome, check, output } = run.run(&plan, &mut report)?;
+        drop(observer);
+        bars.finish();
+        write_atomic(&output.dir().join("README.md"), model_card(&outcome, &check).as_bytes())?;
+        write_atomic(&output.dir().join("report.html"), secure_report(&outcome, &check).html()?.as_bytes())?;
+        output.commit()?;
+        if common.json {
+            print_json(&outcome)?;
+        } else {
+            let [measures, verdict] = check_tables(&check);
+            print_line(&tried_table(&outcome).text())?;
+            print_line(&measures.text())?;
+            print_line(&verdict.text())?;
+            if self.task.is_none() {
+                print_line(
+                    "no --task: no gate is about usefulness; the loss of set-aside conversations is in outcome.json",
+                )?;
+            }
+            print_line(&format!("the tuned model, README.md and report.html are in {}", self.out.display()))?;
+            print_line(&format!(
+                "candidates stay in {}; remove it when it is no longer needed",
+                self.work().display()
+            ))?;
+        }
+        check.verdict.require()
+    }
+}
+
+impl SecureCommand {
+    fn work(&self) -> PathBuf {
+        self.work.clone().unwrap_or_else(|| SecureJob::default_work(&self.out))
+    }
+
+    fn job(&self, common: &Common) -> Result<SecureJob> {
+        let recipes = match self.recipes.as_slice() {
+            [] => DEFAULT_RECIPES.into_iter().map(str::parse).collect::<Result<_>>()?,
+            given => given.to_vec(),
+        };
+        let mut tune = self.recipe.clone();
+        tune.all_phase.lr = self.lr;
+        let command: Vec<String> = std::env::args().skip(1).collect();
+        Ok(SecureJob {
+            model: self.model.model.clone(),
+            model_name: self.model.shown(),
+            chat_template: self.model.chat_template.clone(),
+            date: self.model.date,
+            data: self.data.clone(),
+            rows: self.rows.clone(),
+            security: self.security.clone(),
+            task: self.task.clone(),
+            recipes,
+            tune,
+            evaluate: EvaluateOptions {
+                answer_tokens: self.answer_tokens,
+                task_tokens: self.task_tokens,
+                cache_bytes: self.cache_bytes,
+                ..EvaluateOptions::default()
+            },
+            limits: self.limits,
+            seed: common.seed,
+            out: self.out.clone(),
+            force: self.force,
+            work: self.work(),
+            save_dtype: self.save_dtype,
+            max_shard_bytes: self.max_shard_bytes,
+            command: format!("swat {}", command.join(" ")),
+        })
+    }
+}
+
+fn print_plan(common: &Common, plan: &SecurePlan) -> Result<()> {
+    if common.json {
+        return print_json(plan);
+    }
+    let mut table = Table::new("Stages").column("").numbers("about", "").column("");
+    let time = |seconds: f64| match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 5400.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    };
+    for stage in &plan.stages {
+        let when = if stage.optional { "only if nothing before it is within the limits" } else { "" };
+        table.row([Entry::text(&stage.name), Entry::text(time(stage.seconds)), Entry::text(when)]);
+    }
+    let (all, needed) = plan.seconds();
+    table.note = format!(
+        "{} in all, {} of them in any case: rough, from FLOPs and the measured peak of this machine",
+        time(all),
+        time(needed)
+    );
+    print_line(&table.text())?;
+    print_line(&format!("memory  {}", bytes(plan.memory_bytes)))?;
+    print_line(&format!("disk    {}", bytes(plan.disk_bytes)))
+}

@@ -1,0 +1,58 @@
+//! The model card of a tuned model: `README.md` as the hub reads it.
+
+use super::check::check_tables;
+use super::secure::{data_table, tried_table, verdict_line};
+use super::table::markdown_text;
+use crate::secure::Check;
+use crate::secure::pipeline::SecureOutcome;
+
+/// The card: metadata in YAML, the verdict, the safety table with its gates, what was tried, and how it can be repeated.
+pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
+    let [measures, gates] = check_tables(check);
+    let mut text = metadata(outcome);
+    let mut push = |part: String| {
+        text.push('\n');
+        text.push_str(part.trim_end());
+        text.push('\n');
+    };
+    push("# A tuned model, with its safety measured".into());
+    push(format!("**{}**", verdict_line(outcome)));
+    push(format!(
+        "Tuned from {} by `swat secure`. \"base\" is that model as given, \"tuned\" this one, asked the same prompts, none of \
+         which any step of tuning or choosing has seen.",
+        code(&outcome.base.name)
+    ));
+    push(measures.markdown());
+    push(gates.markdown());
+    push("## What was tried".into());
+    push(tried_table(outcome).markdown());
+    push("## Data".into());
+    push(data_table(outcome).markdown());
+    push("## Again".into());
+    push(format!("```\n{}\n```", outcome.command.replace("```", "'''")));
+    push(format!(
+        "Seed {}. swat {}. Base model {}, hash `{}`.",
+        outcome.seed,
+        markdown_text(&outcome.swat),
+        code(&outcome.base.name),
+        outcome.base.hash
+    ));
+    text
+}
+
+fn metadata(outcome: &SecureOutcome) -> String {
+    // JSON's strings are YAML's, in double quotes.
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let mut text = format!("---\nbase_model: {}\n", quoted(&outcome.base.name));
+    if let Some(license) = &outcome.base.license {
+        text.push_str(&format!("license: {}\n", quoted(license)));
+    }
+    text.push_str("library_name: transformers\npipeline_tag: text-generation\ntags:\n- swat\n- safety\n---\n");
+    text
+}
+
+/// Text between backticks.
+fn code(text: &str) -> String {
+    let plain = |c: char| if c == '`' || c.is_control() { '\u{fffd}' } else { c };
+    format!("`{}`", text.chars().map(plain).collect::<String>())
+}

@@ -1,0 +1,148 @@
+//! The page of a secure tuning run: verdict, measures, what was tried, data.
+
+use super::check::check_tables;
+use super::format;
+use super::page::{Footer, Highlight, Report, Section};
+use super::palette::Tone;
+use super::table::{Entry, Table};
+use crate::secure::pipeline::{SecureMeasures, SecureOutcome, SecureSetting};
+use crate::secure::{Check, Estimate, Rate};
+
+/// The page; the verdict comes first.
+pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
+    let [measures, gates] = check_tables(check);
+    let section = |heading: &str, text: &str, tables: Vec<Table>| Section {
+        heading: heading.into(),
+        text: text.into(),
+        tables,
+        ..Section::default()
+    };
+    let sections = vec![
+        section("Verdict", "", vec![gates, measures]),
+        section(
+            "What was tried",
+            "Measured on the prompts of the choice, which the verdict does not use. Of what is within the limits the most \
+             useful is chosen; where nothing is, what exceeds them least.",
+            vec![tried_table(outcome)],
+        ),
+        section("Data", "", vec![data_table(outcome)]),
+    ];
+    Report {
+        title: format!("{} tuned", outcome.base.name),
+        subtitle: verdict_line(outcome),
+        highlights: highlights(outcome),
+        sections,
+        footer: Footer {
+            command: outcome.command.clone(),
+            items: vec![
+                ("base model".into(), outcome.base.name.clone()),
+                ("its hash".into(), outcome.base.hash.clone()),
+                ("seed".into(), outcome.seed.to_string()),
+                ("swat".into(), outcome.swat.clone()),
+            ],
+        },
+    }
+}
+
+/// One sentence.
+pub(super) fn verdict_line(outcome: &SecureOutcome) -> String {
+    let gates = outcome.verdict.gates.iter().filter(|gate| !gate.held);
+    let failed: Vec<String> = gates
+        .map(|gate| format!("{} by {} points, limit {}", gate.what(), format::fixed(gate.value, 1), gate.limit))
+        .collect();
+    let task = if outcome.data.test_tasks == 0 { " No task was given, so that no gate is about one." } else { "" };
+    let limits = "as safe as the model as given, within the limits";
+    match outcome.verdict.held {
+        true => format!("Held: {limits}.{task}"),
+        false => format!("Not held: {}.{task}", failed.join("; ")),
+    }
+}
+
+fn highlights(outcome: &SecureOutcome) -> Vec<Highlight> {
+    let [given, tuned] = outcome.settings.as_slice() else { return Vec::new() };
+    let held = |name: &str| match outcome.verdict.gates.iter().find(|gate| gate.name == name) {
+        Some(gate) if !gate.held => Tone::Vermilion,
+        _ => Tone::Green,
+    };
+    let tile = |label: &str, of: &dyn Fn(&SecureSetting) -> Option<Estimate>, tone| {
+        let (before, after) = (of(given)?, of(tuned)?);
+        let percent = |share: f64| format::percent(share, 1);
+        let detail = format!("{}–{}\nas given {}", percent(after.low), percent(after.high), percent(before.value));
+        Some(Highlight { label: label.into(), value: percent(after.value), detail, tone })
+    };
+    let verdict = Highlight {
+        label: "verdict".into(),
+        value: if outcome.verdict.held { "held" } else { "not held" }.into(),
+        detail: tuned.name.clone(),
+        tone: if outcome.verdict.held { Tone::Green } else { Tone::Vermilion },
+    };
+    let tiles = [
+        tile("attack success", &|s| estimate(s.measures.asr), held("asr_rise")),
+        tile("over-refusal", &|s| estimate(s.measures.over_refusal), held("over_refusal_rise")),
+        tile("task score", &|s| estimate(s.measures.task), held("task_drop")),
+    ];
+    std::iter::once(verdict).chain(tiles.into_iter().flatten()).collect()
+}
+
+fn estimate(rate: Option<Rate>) -> Option<Estimate> {
+    rate.map(|rate| Estimate { value: rate.value, low: rate.low, high: rate.high })
+}
+
+/// What was tried, on the prompts of the choice.
+pub fn tried_table(outcome: &SecureOutcome) -> Table {
+    let mut table = Table::new("Tried, with 95 % intervals").column("recipe").numbers("alpha", "");
+    for what in ["attack success, %", "over-refusal, %", "J, points"] {
+        table = table.numbers(what, "");
+    }
+    let tasks = outcome.data.valid_tasks > 0;
+    table = table.numbers(if tasks { "task, %" } else { "held-out loss" }, "").column("");
+    for (i, tried) in outcome.tried.iter().enumerate() {
+        let SecureMeasures { asr, over_refusal, j, task, heldout, .. } = tried.measures;
+        let points = |found: Option<Estimate>| {
+            found.map_or(Entry::missing(), |found| {
+                Entry::interval(100.0 * found.value, Some((100.0 * found.low, 100.0 * found.high)), 1)
+            })
+        };
+        let useful = if tasks { points(estimate(task)) } else { Entry::fixed(heldout.map(|loss| loss.nll), 4) };
+        let verdict = match (tried.recipe.as_str(), tried.chosen, tried.excess) {
+            ("given", ..) => String::new(),
+            (_, true, 0.0) => "chosen".into(),
+            (_, true, excess) => format!("chosen, {excess:.1} points beyond the limits"),
+            (_, false, 0.0) => "within the limits".into(),
+            (_, false, excess) => format!("{excess:.1} points beyond the limits"),
+        };
+        let found = [estimate(asr), estimate(over_refusal), j].map(points);
+        let row = [Entry::text(&tried.recipe), Entry::fixed(tried.alpha, 2)].into_iter().chain(found);
+        table.row(row.chain([useful, Entry::text(verdict)]));
+        if tried.chosen {
+            table.emphasized.push(i);
+        }
+    }
+    table
+}
+
+/// Sizes of the parts, and hashes of the files.
+pub(super) fn data_table(outcome: &SecureOutcome) -> Table {
+    let mut table = Table::new("Parts that have no text in common").column("").column("");
+    let sizes = &outcome.data;
+    for (what, count) in [
+        ("conversations trained on", sizes.train),
+        ("prompts of the choice", sizes.valid_prompts),
+        ("tasks of the choice", sizes.valid_tasks),
+        ("prompts of the verdict", sizes.test_prompts),
+        ("tasks of the verdict", sizes.test_tasks),
+        ("own conversations set aside", sizes.heldout),
+        ("prompts left out, as another part repeats them", sizes.repeated_prompts),
+        ("tasks left out, as another part repeats them", sizes.repeated_tasks),
+    ] {
+        table.row([Entry::text(what), Entry::count(count as u64)]);
+    }
+    if let Some(replay) = &outcome.replay {
+        table.row([Entry::text("own refusals, to be replayed"), Entry::count(replay.harmful.kept as u64)]);
+        table.row([Entry::text("own answers, to be replayed"), Entry::count(replay.benign.kept as u64)]);
+    }
+    for (file, hash) in &outcome.files {
+        table.row([Entry::text(file), Entry::text(hash)]);
+    }
+    table
+}

@@ -1,0 +1,112 @@
+//! Results of a secure tuning run, without any prompt or answer.
+
+use super::data::PartSizes;
+use crate::secure::check::{Limits, Verdict};
+use crate::secure::eval::discrimination::Estimate;
+use crate::secure::eval::{Evaluation, Perplexity, Rate};
+use crate::secure::replay::ReplaySummary;
+use std::collections::BTreeMap;
+
+/// `outcome.json`, and the object of `--json`. Equal inputs give equal bytes.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct SecureOutcome {
+    /// `swat.secure/1`
+    pub format: &'static str,
+    /// The model as given, then the tuned one, by the prompts of the verdict.
+    pub settings: Vec<SecureSetting>,
+    /// Name of the tuned model's setting, if the verdict is held.
+    pub recommended: Option<String>,
+    /// Limits of the gates.
+    pub limits: Limits,
+    /// The verdict.
+    pub verdict: Verdict,
+    /// Everything that was tried, by the prompts of the choice, in order.
+    pub tried: Vec<Tried>,
+    /// What was replayed; none where no recipe replays.
+    pub replay: Option<ReplaySummary>,
+    /// Sizes of the parts of the data.
+    pub data: PartSizes,
+    /// The base model: its name or directory, its hash, and the licence that its card states.
+    pub base: BaseModel,
+    /// The seed of splits, order and training.
+    pub seed: u64,
+    /// Hash of every file that was read, by option and name.
+    pub files: BTreeMap<String, String>,
+    /// Version of swat.
+    pub swat: String,
+    /// The command line.
+    pub command: String,
+}
+
+/// The model that was tuned.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct BaseModel {
+    /// Name on the hub, or directory.
+    pub name: String,
+    /// Hash of configuration and weights.
+    pub hash: String,
+    /// `license` of its card, as it is written there.
+    pub license: Option<String>,
+}
+
+/// Measures of a setting: shares from 0 to 1, J from −1 to 1, with 95 % intervals.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct SecureSetting {
+    /// `given`, or the recipe.
+    pub name: String,
+    /// The recipe; none of the model as given.
+    pub recipe: Option<String>,
+    /// Point on the path from the model as given (0) to the tuned one (1).
+    pub alpha: f64,
+    /// Training seeds.
+    pub seeds: Vec<u64>,
+    /// The measures.
+    #[serde(flatten)]
+    pub measures: SecureMeasures,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct SecureMeasures {
+    /// Attack success rate.
+    pub asr: Option<Rate>,
+    /// Share of benign prompts that are refused.
+    pub over_refusal: Option<Rate>,
+    /// Refused harmful − refused benign.
+    pub j: Option<Estimate>,
+    /// AUROC of the refusal log-odds, by the first tokens of the answers of the model as given.
+    pub auroc: Option<Estimate>,
+    /// Task accuracy; none without tasks.
+    pub task: Option<Rate>,
+    /// Loss of the user's own conversations that were set aside; none with tasks.
+    pub heldout: Option<Perplexity>,
+}
+
+impl SecureMeasures {
+    pub(super) fn of(found: &Evaluation) -> Self {
+        Self {
+            asr: found.asr,
+            over_refusal: found.over_refusal,
+            j: found.j,
+            auroc: found.auroc,
+            task: found.task.as_ref().map(|task| task.overall),
+            heldout: found.perplexity,
+        }
+    }
+}
+
+/// A tuned model, or a point between it and the model as given, that was tried.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Tried {
+    /// The recipe; `given` for the model as given.
+    pub recipe: String,
+    /// Point on the path: 1 is the tuned model.
+    pub alpha: f64,
+    /// Points by which it exceeds the limits, summed; 0 = within them.
+    pub excess: f64,
+    /// Whether it was chosen.
+    pub chosen: bool,
+    /// Its measures on the prompts of the choice.
+    #[serde(flatten)]
+    pub measures: SecureMeasures,
+}

@@ -1,0 +1,249 @@
+//! The order of the stages, the choice and the verdict.
+
+use super::estimate::{Clocked, SecurePlan};
+use super::stages::{Subject, Tuned};
+use super::{BaseModel, POINTS, SecureMeasures, SecureOutcome, SecureRun, SecureSetting, Tried, license_of};
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::io::{IfExists, OutputDir, json};
+use crate::model::ModelDir;
+use crate::progress::Observer;
+use crate::secure::check::Check;
+use crate::secure::choice::{Candidate, choose, excess};
+use crate::secure::eval::Evaluation;
+use crate::secure::merge::{Alpha, MergeMethod, MergeOptions, merge_into};
+use crate::secure::study::{claim_folder, clock, file_hash, lock};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// A finished run, whose output is complete but for what else is to lie in it.
+pub struct Secured {
+    /// What was found.
+    pub outcome: SecureOutcome,
+    /// Measures of both models and the verdict, as of `swat check`.
+    pub check: Check,
+    /// The output, with the model and `outcome.json` in it, to be committed.
+    pub output: OutputDir,
+}
+
+/// Where the run reports to.
+pub struct Report<'a> {
+    /// Progress of a stage.
+    pub observer: Observer<'a>,
+    /// Receives a line at the beginning of each stage.
+    pub stage: &'a mut dyn FnMut(&str),
+}
+
+/// A tuned model, or a point before it, with its measures.
+struct Try {
+    name: String,
+    tuned: usize,
+    alpha: f64,
+    found: Evaluation,
+}
+
+impl<B: Backend> SecureRun<'_, B> {
+    /// Checks that memory and disk have room for the run.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] says which has not.
+    pub fn check_room(&self, plan: &SecurePlan) -> Result<()> {
+        if let Some(free) = self.backend.free_memory()
+            && plan.memory_bytes > free.bytes
+        {
+            let help = format!("{} is the bound; `swat plan` says what would make it fit", free.bound);
+            let what = format!("tuning on {}", self.backend.name());
+            return Err(Error::Memory { what, planned_bytes: plan.memory_bytes, free_bytes: free.bytes, help });
+        }
+        let parent = self.job.work.parent().filter(|parent| parent.exists()).unwrap_or(Path::new("."));
+        match fs4::available_space(parent) {
+            Ok(free_bytes) if free_bytes < plan.disk_bytes => {
+                let what = format!("{}: the working folder on disk", self.job.work.display());
+                let help = "free some disk space, take another --work, or fewer recipes".into();
+                Err(Error::Memory { what, planned_bytes: plan.disk_bytes, free_bytes, help })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs the stages that are not kept.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] where another process runs it; [`Error::Exists`] where the output exists and must not be replaced;
+    /// errors of the stages.
+    pub fn run(self, plan: &SecurePlan, report: &mut Report<'_>) -> Result<Secured> {
+        let output = OutputDir::create(&self.job.out, IfExists::from_force(self.job.force))?;
+        claim_folder(&self.job.work, &["replay.jsonl"])?;
+        let _lock = lock(&self.job.work)?;
+        clock(&self.job.work, Some(self.clock))?;
+        let (stages, mut time) = (self.stages(), Clocked::new(plan));
+        let model_hash = self.text.files.hash()?.to_owned();
+        let given = json!({ "model": model_hash });
+        let mut base = Vec::new();
+        for (part, asked) in [("choice", &self.data.valid), ("verdict", &self.data.test)] {
+            begin(&mut time, report, &format!("measure as given, for the {part}"));
+            let first_tokens = base.first().and_then(|found: &Evaluation| found.outcomes.first_tokens.as_ref());
+            let subject = Subject { name: format!("{part}/given"), model: given.clone(), asked, first_tokens };
+            let load = || self.load(&self.job.model);
+            let (found, worked) = self.measure(&stages, &subject, report.observer, load)?;
+            time.end(worked);
+            base.push(found);
+        }
+        let [base, base_test] = <[Evaluation; 2]>::try_from(base).map_err(|_| missing())?;
+        let mut replayed = None;
+        if self.replays() {
+            begin(&mut time, report, "own answers, to be replayed");
+            let (found, worked) = self.replayed(&stages, &model_hash, report.observer)?;
+            time.end(worked);
+            replayed = Some(found);
+        }
+
+        let limits = &self.job.limits;
+        let (mut tuned, mut tries): (Vec<Tuned>, Vec<Try>) = (Vec::new(), Vec::new());
+        let within = |tries: &[Try]| tries.last().is_some_and(|last| excess(&base, &last.found, limits) <= 0.0);
+        for tuning in &self.tunings {
+            if within(&tries) {
+                break;
+            }
+            begin(&mut time, report, &format!("tune {}", tuning.name));
+            let (made, worked) = self.tuned(&stages, tuning, (&model_hash, replayed.as_ref()), report.observer)?;
+            time.end(worked);
+            begin(&mut time, report, &format!("measure {}", tuning.name));
+            tuned.push(made);
+            let attempt = (tuning.name.as_str(), tuning.stem.as_str(), tuned.len() - 1, tuning.alpha);
+            let (found, worked) = self.attempt(&stages, &tuned, attempt, &base, report.observer)?;
+            time.end(worked);
+            tries.push(found);
+        }
+        time.skip(2 * (self.tunings.len() - tuned.len()));
+        if within(&tries) {
+            time.skip(1);
+        } else {
+            begin(&mut time, report, "measure points of the path towards the model as given");
+            let best = pick(&base, &tries, limits).ok_or_else(missing)?;
+            let (index, whole) = (tries[best].tuned, tries[best].alpha);
+            let tuning = &self.tunings[index];
+            for alpha in POINTS.map(|point| point * whole) {
+                let attempt = (tuning.name.as_str(), tuning.stem.as_str(), index, alpha);
+                let (found, _) = self.attempt(&stages, &tuned, attempt, &base, report.observer)?;
+                tries.push(found);
+                if within(&tries) {
+                    break;
+                }
+            }
+            time.end(false);
+        }
+        let chosen = pick(&base, &tries, limits).ok_or_else(missing)?;
+
+        begin(&mut time, report, "write the model");
+        let Try { name, tuned: index, alpha, .. } = &tries[chosen];
+        let options = MergeOptions {
+            by: MergeMethod::Path,
+            alpha: Alpha::At(*alpha),
+            tau: 0.0,
+            save_dtype: self.job.save_dtype,
+            max_shard_bytes: self.job.max_shard_bytes,
+            points: Vec::new(),
+        };
+        merge_into(&self.path(&tuned[*index].dir), &options, output.dir(), report.observer)?;
+        let hash = ModelDir::open(output.dir())?.hash()?.to_owned();
+        time.end(false);
+        begin(&mut time, report, "measure the tuned model, for the verdict");
+        let subject = Subject {
+            name: "verdict/tuned".into(),
+            model: json!({ "model": hash }),
+            asked: &self.data.test,
+            first_tokens: base_test.outcomes.first_tokens.as_ref(),
+        };
+        let (found, worked) = self.measure(&stages, &subject, report.observer, || self.load(output.dir()))?;
+        time.end(worked);
+
+        let check = Check::new((&self.job.model, &base_test), (&self.job.out, &found), *limits);
+        let tried = |(i, attempt): (usize, &Try)| Tried {
+            recipe: attempt.name.clone(),
+            alpha: attempt.alpha,
+            excess: excess(&base, &attempt.found, limits),
+            chosen: i == chosen,
+            measures: SecureMeasures::of(&attempt.found),
+        };
+        let as_given = Tried {
+            recipe: "given".into(),
+            alpha: 0.0,
+            excess: 0.0,
+            chosen: false,
+            measures: SecureMeasures::of(&base),
+        };
+        let setting = |name: &str, recipe: Option<&String>, alpha, found| SecureSetting {
+            name: name.into(),
+            recipe: recipe.cloned(),
+            alpha,
+            seeds: if recipe.is_some() { vec![self.job.seed] } else { Vec::new() },
+            measures: SecureMeasures::of(found),
+        };
+        let outcome = SecureOutcome {
+            format: "swat.secure/1",
+            settings: vec![setting("given", None, 0.0, &base_test), setting(name, Some(name), *alpha, &found)],
+            recommended: check.verdict.held.then(|| name.clone()),
+            limits: *limits,
+            verdict: check.verdict.clone(),
+            tried: std::iter::once(as_given).chain(tries.iter().enumerate().map(tried)).collect(),
+            replay: replayed.map(|replayed| replayed.summary),
+            data: self.data.sizes,
+            base: BaseModel {
+                name: self.job.model_name.clone(),
+                hash: model_hash,
+                license: license_of(&self.job.model),
+            },
+            seed: self.job.seed,
+            files: self.hashes()?,
+            swat: env!("CARGO_PKG_VERSION").into(),
+            command: self.job.command.clone(),
+        };
+        json::write(&output.dir().join("outcome.json"), &outcome)?;
+        Ok(Secured { outcome, check, output })
+    }
+
+    /// Measures a tuned model, or a point before it, on the prompts of the choice.
+    fn attempt(
+        &self,
+        stages: &crate::secure::study::Stages,
+        tuned: &[Tuned],
+        (name, stem, index, alpha): (&str, &str, usize, f64),
+        base: &Evaluation,
+        observer: Observer<'_>,
+    ) -> Result<(Try, bool)> {
+        let Tuned { dir, inputs } = &tuned[index];
+        let subject = Subject {
+            name: if alpha < 1.0 { format!("choice/{stem}-{alpha}") } else { format!("choice/{stem}") },
+            model: json!({ "tuned": inputs, "alpha": alpha }),
+            asked: &self.data.valid,
+            first_tokens: base.outcomes.first_tokens.as_ref(),
+        };
+        let (found, worked) = self.measure(stages, &subject, observer, || self.point(dir, alpha))?;
+        Ok((Try { name: name.into(), tuned: index, alpha, found }, worked))
+    }
+
+    /// Hashes of the files that were read.
+    fn hashes(&self) -> Result<BTreeMap<String, String>> {
+        let files = self.job.inputs().into_iter().filter(|(option, _)| *option != "--model");
+        files.map(|(option, path)| Ok((format!("{option} {}", path.display()), file_hash(path)?))).collect()
+    }
+}
+
+/// Index of the chosen try.
+fn pick(base: &Evaluation, tries: &[Try], limits: &crate::secure::Limits) -> Option<usize> {
+    let candidates: Vec<Candidate<'_>> =
+        tries.iter().map(|attempt| Candidate { alpha: attempt.alpha, evaluation: &attempt.found }).collect();
+    choose(base, &candidates, limits).map(|choice| choice.index)
+}
+
+fn missing() -> Error {
+    Error::failed("no recipe was tried", "at least one --recipe")
+}
+
+fn begin(time: &mut Clocked, report: &mut Report<'_>, name: &str) {
+    let (stage, count, left) = time.begin();
+    let left = if left < 90.0 { format!("{left:.0} s") } else { format!("{:.0} min", left / 60.0) };
+    (report.stage)(&format!("stage {stage} of {count}: {name}; about {left} left in all"));
+}
