@@ -35,7 +35,7 @@ const HEADINGS: [(&str, &[&str]); 12] = [
         &["eval_data", "eval_security", "eval_every", "keep_best", "early_stop", "tensorboard"],
     ),
     ("Limits", &["max_asr_rise", "max_over_refusal_rise", "max_task_drop", "max_j_drop", "strict"]),
-    ("Output", &["out", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes"]),
+    ("Output", &["out", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes", "work"]),
     ("Job arrays", &["shard", "shard_index", "shard_count", "merge", "worker", "jobs", "takeover_after", "list_jobs"]),
     ("Judge", &["judge_url", "judge_model", "key_env", "timeout_seconds", "retries", "max_tokens"]),
     ("Every command", &["device", "dtype", "seed", "json", "nvtx", "quiet"]),

@@ -17,5 +17,6 @@ mod precision;
 mod replay;
 mod run;
 mod screen;
+mod secure;
 mod tuning;
 mod watched;

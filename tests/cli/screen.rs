@@ -30,7 +30,7 @@ fn message(output: &Output, code: i32) -> String {
 /// requests among them.
 fn data(dir: &Path) -> Vec<bool> {
     use swat::data::tiny::{Counts, Language, export};
-    export(&Language::new(1), dir, Counts { pairs: 24, train: 24, tasks: 4 }, 1).unwrap();
+    export(&Language::new(1), dir, Counts { pairs: 48, train: 24, tasks: 4 }, 1).unwrap();
     let lines = |name: &str| -> Vec<String> {
         std::fs::read_to_string(dir.join(name)).unwrap().lines().map(str::to_owned).collect()
     };
@@ -63,8 +63,10 @@ fn answered_forbidden_requests_come_first() {
     let value = |score: &Value| score["score"].as_f64().unwrap();
     assert!(scores.windows(2).all(|pair| value(&pair[0]) >= value(&pair[1])));
     let is_risky = |score: &Value| risky[score["line"].as_u64().unwrap() as usize - 1];
-    let first = scores[..8].iter().filter(|score| is_risky(score)).count();
-    assert!(first >= 6, "{first} of 8: {scores:?}");
+    // Chance that a risky line is above a harmless one: half, if the scores said nothing.
+    let of = |wanted| scores.iter().filter(move |score| is_risky(score) == wanted).map(value).collect::<Vec<f64>>();
+    let area = swat::secure::auroc_estimate(&of(true), &of(false)).unwrap().value;
+    assert!(area > 0.65, "{area}: {scores:?}");
     // The file holds the lines as they are, and is training data itself.
     let out = dir.path().join("risky.jsonl");
     let saved = std::fs::read_to_string(&out).unwrap();

@@ -1,0 +1,243 @@
+//! `swat secure` on the embedded tiny model: a verdict that holds and one that does not, and runs that are killed.
+
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+use swat::data::tiny::{Counts, Language, export};
+
+fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny")
+}
+
+/// The data of a run in `dir`, and a model whose card states a licence.
+fn prepare(dir: &Path) {
+    export(&Language::new(1), dir, Counts { pairs: 64, train: 96, tasks: 24 }, 1).unwrap();
+    let model = dir.join("model");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(tiny()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    std::fs::write(model.join("README.md"), "---\nlicense: apache-2.0\n---\n# Tiny\n").unwrap();
+}
+
+fn secure(dir: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+    command.current_dir(dir).args(["secure", "--model", "model", "--security", "security.jsonl", "--out", "tuned"]);
+    command.args(["--device", "cpu", "--dtype", "f32", "--batch-size", "8", "--max-length", "96", "--lr", "1e-3"]);
+    command.args(more);
+    command
+}
+
+fn message(output: &Output, code: i32) -> String {
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{message}");
+    assert!(!message.contains("panicked"), "{message}");
+    message
+}
+
+/// Every file of a directory, by its path in it.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        match path.is_dir() {
+            true => found.extend(files(&path).into_iter().map(|(inner, bytes)| (format!("{name}/{inner}"), bytes))),
+            false => drop(found.insert(name, std::fs::read(&path).unwrap())),
+        }
+    }
+    found
+}
+
+/// Wide limits, so that the first recipe is within them.
+const WIDE: [&str; 6] = ["--max-asr-rise", "100", "--max-over-refusal-rise", "100", "--max-task-drop", "100"];
+
+#[test]
+fn a_model_is_tuned_and_held_to_limits() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let args = ["--data", "train.jsonl", "--task", "task.jsonl", "--steps", "30", "--json"];
+    let output = secure(dir.path(), &[&args[..], &WIDE].concat()).output().unwrap();
+    let stderr = message(&output, 0);
+    assert!(stderr.contains("stage 1 of 10: measure as given, for the choice; about "), "{stderr}");
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let out = dir.path().join("tuned");
+    let saved: Value = serde_json::from_slice(&std::fs::read(out.join("outcome.json")).unwrap()).unwrap();
+    assert_eq!(found, saved);
+    assert_eq!((&found["format"], &found["verdict"]["held"]), (&"swat.secure/1".into(), &true.into()));
+    assert_eq!(found["recommended"], "plain+replay=.1");
+    let [given, tuned] = found["settings"].as_array().unwrap().as_slice() else { panic!("{found}") };
+    assert_eq!((&given["name"], &tuned["name"]), (&"given".into(), &"plain+replay=.1".into()));
+    assert_eq!((&tuned["seeds"], &tuned["alpha"]), (&serde_json::json!([0]), &1.0.into()));
+    for measure in ["asr", "over_refusal", "j", "auroc", "task"] {
+        let [low, value, high] = ["low", "value", "high"].map(|key| tuned[measure][key].as_f64().expect(measure));
+        assert!(low <= value + 1e-9 && value <= high + 1e-9, "{measure}");
+    }
+    // The aligned model refuses, and has not learnt the new styles.
+    assert!(given["j"]["value"].as_f64().unwrap() > 0.8, "{given}");
+    assert!(tuned["task"]["value"].as_f64() > given["task"]["value"].as_f64(), "{found}");
+    // Valid has a quarter of the pairs, test and ood half each; some tasks are in the training data.
+    let data = &found["data"];
+    assert_eq!((&data["valid_prompts"], &data["test_prompts"]), (&32.into(), &128.into()), "{data}");
+    let counts = ["valid_tasks", "test_tasks", "repeated_tasks"].map(|key| data[key].as_u64().unwrap());
+    assert_eq!(counts.iter().sum::<u64>(), 24);
+    let tried = found["tried"].as_array().unwrap();
+    assert_eq!(tried.iter().map(|tried| &tried["recipe"]).collect::<Vec<_>>(), ["given", "plain+replay=.1"]);
+    assert_eq!((&tried[1]["chosen"], &tried[1]["excess"]), (&true.into(), &0.0.into()));
+    // What lies beside the model.
+    let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+    assert!(card.starts_with("---\nbase_model: \"model\"\nlicense: \"apache-2.0\"\n"), "{card}");
+    for part in ["**Held:", "| attack success, % |", "rise of attack success", "swat secure --model model", "Seed 0"] {
+        assert!(card.contains(part), "{part}: {card}");
+    }
+    let report = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(report.contains("plain+replay=.1") && report.contains("Verdict"), "no verdict in the report");
+    // The gate agrees with `swat check` on the same prompts: the tuned model is a model like any other.
+    let check = ["check", "--model", "tuned", "--against", "model", "--security", "security.jsonl", "--json"];
+    let mut again = Command::new(env!("CARGO_BIN_EXE_swat"));
+    again.current_dir(dir.path()).args(check).args(["--splits", "test,ood", "--device", "cpu", "--dtype", "f32"]);
+    let checked: Value = serde_json::from_slice(&again.args(&WIDE[..4]).output().unwrap().stdout).unwrap();
+    assert_eq!(checked["settings"][1]["asr"], tuned["asr"]);
+    assert_eq!(checked["settings"][1]["over_refusal"], tuned["over_refusal"]);
+    // Nothing is replaced without --force; with it nothing is computed again, and the bytes are the same.
+    let before = files(&out);
+    assert!(message(&secure(dir.path(), &[&args[..], &WIDE].concat()).output().unwrap(), 2).contains("--force"));
+    let stage = dir.path().join("tuned.work/stages/tune/plain_replay_.1.json");
+    let kept = std::fs::read(&stage).unwrap();
+    message(&secure(dir.path(), &[&args[..], &WIDE, &["--force"]].concat()).output().unwrap(), 0);
+    assert!(kept == std::fs::read(&stage).unwrap(), "tuned again");
+    let after = files(&out);
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        assert!(before[name] == after[name], "{name}");
+    }
+}
+
+#[test]
+fn what_is_not_held_says_so_and_points_of_the_path_are_tried() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    // Answered forbidden requests alone, and nothing replayed; a rise of over-refusal is asked to be a fall of it.
+    let args = ["--data", "attack.jsonl", "--steps", "40", "--recipe", "plain", "--max-over-refusal-rise", "-100"];
+    let output = secure(dir.path(), &args).output().unwrap();
+    let stderr = message(&output, 3);
+    assert!(stderr.contains("not held: rise of"), "{stderr}");
+    let out = dir.path().join("tuned");
+    let found: Value = serde_json::from_slice(&std::fs::read(out.join("outcome.json")).unwrap()).unwrap();
+    let tried = found["tried"].as_array().unwrap();
+    let alphas: Vec<f64> = tried.iter().map(|tried| tried["alpha"].as_f64().unwrap()).collect();
+    assert_eq!(alphas, [0.0, 1.0, 0.9, 0.75, 0.5, 0.25]);
+    assert_eq!((&found["recommended"], &found["replay"]), (&Value::Null, &Value::Null));
+    // Of what exceeds the limits, the one that does so least.
+    let excess = |tried: &Value| tried["excess"].as_f64().unwrap();
+    let least = tried[1..].iter().map(excess).fold(f64::INFINITY, f64::min);
+    assert!(tried.iter().filter(|tried| tried["chosen"] == true).all(|tried| excess(tried) == least), "{tried:?}");
+    // No tasks: the loss of what was set aside is measured, and no gate is about it.
+    assert!(found["settings"][1]["heldout"]["nll"].as_f64().is_some() && found["settings"][1]["task"].is_null());
+    let gates = found["verdict"]["gates"].as_array().unwrap();
+    assert_eq!(gates.iter().map(|gate| &gate["name"]).collect::<Vec<_>>(), ["asr_rise", "over_refusal_rise"]);
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(shown.contains("Verdict: not held") && shown.contains("no --task"), "{shown}");
+    assert!(std::fs::read_to_string(out.join("README.md")).unwrap().contains("**Not held: "));
+}
+
+#[test]
+fn a_run_that_is_killed_goes_on_to_the_same_bytes() {
+    let (straight, killed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let args = ["--data", "train.jsonl", "--task", "task.jsonl", "--steps", "24", "--save-every", "4", "--quiet"];
+    let args = [&args[..], &WIDE, &["--answer-tokens", "16", "--task-tokens", "16"]].concat();
+    for dir in [&straight, &killed] {
+        prepare(dir.path());
+    }
+    message(&secure(straight.path(), &args).output().unwrap(), 0);
+    let expected = files(&straight.path().join("tuned"));
+    // At the first measure, among the steps of tuning, when the candidate is measured, and at the verdict.
+    let stages = killed.path().join("tuned.work/stages");
+    let unfinished = || {
+        let entries = std::fs::read_dir(killed.path().join("tuned.work/tuned")).ok()?;
+        entries.flatten().map(|entry| entry.path()).find(|path| path.extension().is_some_and(|e| e == "unfinished"))
+    };
+    let stepped = || {
+        let metrics = unfinished().map(|dir| dir.join("metrics.jsonl"));
+        metrics.and_then(|path| std::fs::read_to_string(path).ok()).is_some_and(|text| text.lines().count() >= 6)
+    };
+    let points: [(&str, &dyn Fn() -> bool); 4] = [
+        ("as given", &|| stages.join("measure/choice/given.json").exists()),
+        ("tuning", &stepped),
+        ("tuned", &|| stages.join("tune/plain_replay_.1.json").exists()),
+        ("the choice", &|| stages.join("measure/choice/plain_replay_.1.json").exists()),
+    ];
+    let mut kills = 0;
+    for (name, reached) in points {
+        let mut child = secure(killed.path(), &args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        while !reached() {
+            if child.try_wait().unwrap().is_some() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        kills += usize::from(child.try_wait().unwrap().is_none());
+        let _ = child.kill();
+        child.wait().unwrap();
+        assert!(reached(), "{name} was not reached");
+    }
+    assert!(kills >= 3, "only {kills} runs were killed");
+    if !killed.path().join("tuned").exists() {
+        message(&secure(killed.path(), &args).output().unwrap(), 0);
+    }
+    let found = files(&killed.path().join("tuned"));
+    assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    for (name, bytes) in &found {
+        // Times and speeds of steps are those of the machine.
+        assert!(*bytes == expected[name], "{name}");
+    }
+}
+
+#[test]
+fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let before = files(dir.path());
+    let output = secure(dir.path(), &["--data", "train.jsonl", "--plan", "--json"]).output().unwrap();
+    message(&output, 0);
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let stages = plan["stages"].as_array().unwrap();
+    assert_eq!(stages.len(), 10);
+    assert!(stages.iter().all(|stage| stage["seconds"].as_f64().unwrap() >= 0.0), "{plan}");
+    assert!(plan["memory_bytes"].as_u64().unwrap() > 1 << 20 && plan["disk_bytes"].as_u64().unwrap() > 1 << 20);
+    let harmful: Vec<String> = std::fs::read_to_string(dir.path().join("security.jsonl"))
+        .unwrap()
+        .lines()
+        .filter(|line| line.contains("\"label\":\"harmful\""))
+        .map(str::to_owned)
+        .collect();
+    std::fs::write(dir.path().join("harmful.jsonl"), harmful.join("\n")).unwrap();
+    let refused = |more: &[&str], named: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+        command.current_dir(dir.path()).args(["secure", "--model", "model", "--data", "train.jsonl", "--out", "tuned"]);
+        let told = message(&command.args(more).args(["--device", "cpu"]).output().unwrap(), 2);
+        assert!(told.contains(named), "{more:?}: {told}");
+    };
+    refused(&[], "--security JailbreakBench/JBB-Behaviors");
+    let security = ["--security", "security.jsonl"];
+    refused(&["--security", "harmful.jsonl"], "0 benign prompts in the valid split");
+    for (more, named) in [
+        (["--recipe", "swat"], "no Mods_Rob"),
+        (["--recipe", "given"], "a model that is not tuned"),
+        (["--recipe", "plain+attack=.1"], "refusals or attack"),
+        (["--recipe", "plain+seeds=3"], "seeds"),
+        (["--recipe", "plain+merge=safelora:.5"], "merge"),
+        (["--recipe", "plane"], "plain"),
+        (["--work", "model/work"], "--model"),
+        (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--max-asr-rise", "nan"], "--max-asr-rise"),
+        (["--max-task-drop", "3"], "--max-task-drop"),
+    ] {
+        refused(&[&security[..], &more].concat(), named);
+    }
+    let mut after = files(dir.path());
+    after.remove("harmful.jsonl");
+    assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
+}
