@@ -5,16 +5,20 @@ use super::eval::{Asked, AskedFiles};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
-use crate::backend::Backend;
+use crate::backend::{Backend, Element};
 use crate::data::{RowOptions, RowReader, Split};
-use crate::error::Result;
+use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, check_apart, check_file};
 use crate::model::Clock;
 use crate::options::mib_or_none;
 use crate::report::check_tables;
-use crate::secure::{Check, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, Limits, ModelText, RefusalList};
+use crate::secure::{
+    Attack, AttackOptions, Check, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, KeptEvaluation, Limits,
+    ModelText, RefusalList,
+};
 use clap::Args;
-use std::path::PathBuf;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 
 /// Whether a tuned model is as safe and useful as its base: a verdict by exit code, for CI
 #[derive(Args)]
@@ -22,6 +26,7 @@ use std::path::PathBuf;
   swat check --model TUNED --against BASE --security security.jsonl --task task.jsonl
   swat check --model BASE --adapter ADAPTER --against BASE --security security.jsonl
   swat check --model TUNED --against BASE --security security.jsonl --max-asr-rise 5 --json --out check.json
+  swat check --model TUNED --against BASE --security security.jsonl --attack attack.jsonl --cache .swat-cache
 
 Both models answer the same prompts. A gate compares the change of a share with its limit, in points; it fails where the
 whole 95 % interval of the change, over the paired prompts, lies above the limit.
@@ -60,6 +65,12 @@ pub(super) struct CheckCommand {
     /// Memory of the key-value cache, in MiB
     #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
     cache_bytes: u64,
+    #[command(flatten)]
+    attack: AttackOptions,
+    /// Keep the base model's measures in this directory, and use those that are there for the same model, prompts, options
+    /// and version
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
     /// Write measures and verdict to this file as well, as JSON
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -77,19 +88,40 @@ struct Measured<'a> {
 }
 
 impl Measured<'_> {
+    /// The measures of a model, and those after the attack, if there is one.
     fn evaluate<B: Backend>(
         &self,
         text: ModelText,
         backend: B,
+        attack: Option<&Attack>,
         first_tokens: Option<&FirstTokens>,
-    ) -> Result<Evaluation> {
-        let model = text.load(backend)?;
+    ) -> Result<Vec<Evaluation>> {
+        let mut model = text.load(backend)?;
         let (prompts, tasks) = (self.asked.prompts.as_slice(), self.asked.tasks.as_slice());
-        let input = EvaluationInput { prompts, tasks, first_tokens, ..EvaluationInput::default() };
         let mut bars = Bars::new(self.common);
-        let found = model.evaluate(&input, &self.options, &self.refusals, &mut bars.observer())?;
+        let input = EvaluationInput { prompts, tasks, first_tokens, ..EvaluationInput::default() };
+        let mut found = vec![model.evaluate(&input, &self.options, &self.refusals, &mut bars.observer())?];
+        if let Some(attack) = attack {
+            model.attacked(attack, &mut bars.observer())?;
+            let own = found.first().and_then(|found| found.outcomes.first_tokens.clone());
+            let input = EvaluationInput { first_tokens: first_tokens.or(own.as_ref()), ..input };
+            found.push(model.evaluate(&input, &self.options, &self.refusals, &mut bars.observer())?);
+        }
         bars.finish();
         Ok(found)
+    }
+
+    /// What the measures of a model depend on.
+    fn inputs(&self, text: &ModelText, attack: Option<(&AttackOptions, &Path)>) -> Result<Value> {
+        let EvaluateOptions { answer_tokens, task_tokens, .. } = self.options;
+        let attack = attack.map(|(options, path)| -> Result<Value> {
+            let bytes = std::fs::read(path).map_err(Error::io(path, FileOp::Read))?;
+            Ok(json!([options, blake3::hash(&bytes).to_hex().as_str()]))
+        });
+        Ok(json!({ "model": text.files.hash()?, "chat_template": text.chat()?.template().source(),
+            "prompts": self.asked.prompts, "tasks": self.asked.tasks, "answer_tokens": answer_tokens,
+            "task_tokens": task_tokens, "refusals": format!("{:?}", self.refusals), "seed": self.common.seed,
+            "attack": attack.transpose()?, "swat": env!("CARGO_PKG_VERSION") }))
     }
 }
 
@@ -105,8 +137,7 @@ impl CheckCommand {
     }
 
     /// Opens both models, the base first, without their weights.
-    fn open(&self, asked: &Asked) -> Result<[ModelText; 2]> {
-        let clock = self.model.date.map_or_else(Clock::now, Ok)?;
+    fn open(&self, asked: &Asked, clock: Clock) -> Result<[ModelText; 2]> {
         let base = ModelArgs { model: self.against.clone(), ..self.model.without_adapter() };
         let (base, _) = base.open_dated(Some(clock))?;
         let (tuned, _) = self.model.open_dated(Some(clock))?;
@@ -124,6 +155,7 @@ impl CheckCommand {
         inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
         inputs.extend(self.task.iter().map(|path| ("--task", path.as_path())));
         inputs.extend(self.refusals.inputs());
+        inputs.extend(self.attack.file.iter().map(|path| ("--attack", path.as_path())));
         check_apart(&[("--out", out)], &inputs)
     }
 }
@@ -150,10 +182,32 @@ impl OnDevice for CheckCommand {
         };
         options.check()?;
         let (asked, refusals) = (self.asked(common)?, self.refusals.list()?);
-        let [base_text, tuned_text] = self.open(&asked)?;
+        let clock = self.model.date.map_or_else(Clock::now, Ok)?;
+        let [base_text, tuned_text] = self.open(&asked, clock)?;
         let measured = Measured { asked, options, refusals, common };
         let (same_tokens, vocab) = (same_tokens(&base_text, &tuned_text)?, tuned_text.files.config.vocab);
-        let base = measured.evaluate(base_text, backend.clone(), None)?;
+        let attack = self.attack.file.as_deref().map(|path| (&self.attack, path));
+        let mut rows = RowReader::new(&self.rows);
+        let [base_attack, tuned_attack] =
+            [&base_text, &tuned_text].map(|text| self.attack.read(text, common.seed, &mut rows, &backend));
+        let (base_attack, tuned_attack) = (base_attack?, tuned_attack?);
+        let base = match &self.cache {
+            None => measured.evaluate(base_text, backend.clone(), base_attack.as_ref(), None)?,
+            Some(dir) => {
+                let mut inputs = measured.inputs(&base_text, attack)?;
+                // As it is hashed in full, and not to be written: no saved file holds a prompt.
+                let asked = json!([inputs["prompts"].take(), inputs["tasks"].take(), inputs["chat_template"].take()]);
+                inputs["asked"] = blake3::hash(asked.to_string().as_bytes()).to_hex().as_str().into();
+                let date = base_text.chat()?.template().uses_clock().then_some(clock);
+                let measure = || -> Result<Vec<KeptEvaluation>> {
+                    let found = measured.evaluate(base_text, backend.clone(), base_attack.as_ref(), None)?;
+                    Ok(found.into_iter().map(KeptEvaluation::from).collect())
+                };
+                let kept = KeptEvaluation::cached(dir, &inputs, (B::Float::NAME, date), measure)?;
+                kept.into_iter().map(Evaluation::from).collect()
+            }
+        };
+        let Some((base, base_attacked)) = base.split_first() else { return Ok(()) };
         let known = |first: &&FirstTokens| same_tokens && first.tokens().iter().all(|id| (*id as usize) < vocab);
         let first = base.outcomes.first_tokens.as_ref().filter(known);
         if first.is_none() && !common.quiet {
@@ -165,9 +219,12 @@ impl OnDevice for CheckCommand {
                 "note: {why}: the tuned model's AUROC is by the first tokens of its own answers, if at all\n"
             ));
         }
-        let tuned = measured.evaluate(tuned_text, backend, first)?;
+        let tuned = measured.evaluate(tuned_text, backend, tuned_attack.as_ref(), first)?;
+        let Some((tuned, tuned_attacked)) = tuned.split_first() else { return Ok(()) };
         let named = self.model.adapter.as_ref().unwrap_or(&self.model.model);
-        let check = Check::new((&self.against, &base), (named, &tuned), self.limits);
+        let mut check = Check::new((&self.against, base), (named, tuned), self.limits);
+        base_attacked.iter().for_each(|found| check.add_attacked("base", &self.against, found));
+        tuned_attacked.iter().for_each(|found| check.add_attacked("tuned", named, found));
         if let Some(out) = &self.out {
             check.save(out)?;
         }

@@ -24,7 +24,7 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 30] = [
+const RULES: [(&str, &[&str], Needs); 31] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
     ("tune", &["rest_lr_factor", "reversed"], Given("mods")),
@@ -43,6 +43,7 @@ const RULES: [(&str, &[&str], Needs); 30] = [
     ("eval", &["task_tokens"], Given("task")),
     ("check", &["task_tokens", "max_task_drop"], Given("task")),
     ("check", &["force"], Given("out")),
+    ("check", &["attack_examples", "attack_steps", "attack_lr"], Given("attack")),
     ("merge", &["alpha"], Other("by", "safelora")),
     ("merge", &["tau"], Other("by", "path")),
     ("merge", &["tau"], Other("by", "resta")),

@@ -261,7 +261,7 @@ impl Measures {
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckedModel {
-    /// `base` or `tuned`.
+    /// `base` or `tuned`; after a short attack `base_attacked` and `tuned_attacked`.
     pub name: String,
     /// Its directory, or that of its adapter.
     pub model: PathBuf,
@@ -323,6 +323,11 @@ impl Check {
             limits,
             verdict: Verdict::new(base.1, tuned.1, &limits),
         }
+    }
+
+    /// Adds the measures of a model after a short attack; no gate is about them.
+    pub fn add_attacked(&mut self, name: &str, model: &Path, found: &Evaluation) {
+        self.settings.push(CheckedModel::new(&format!("{name}_attacked"), model, found));
     }
 
     /// Writes it as JSON.

@@ -4,6 +4,7 @@
 //! Source: Du et al., "Toward Secure Tuning" (arXiv 2410.04524), "the paper" below. Nothing here prints, and no saved
 //! file holds a prompt or an answer: progress goes to callbacks, results are serde types.
 
+mod attack;
 mod check;
 mod choice;
 mod demo;
@@ -24,6 +25,7 @@ mod text;
 mod tune;
 mod watch;
 
+pub use attack::{Attack, AttackOptions};
 pub use check::{Check, CheckedModel, Gate, Limits, Measures, Verdict, paired_difference};
 pub use choice::{Candidate, Choice, choose};
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
@@ -31,6 +33,7 @@ pub use demo::{demo_study, write_demo_model};
 pub(crate) use eval::check_answer_tokens;
 pub use eval::discrimination::{Estimate, auroc_estimate, youden};
 pub use eval::judge::{Grades, Judge, JudgeOptions, probe_harmfulness};
+pub use eval::kept::KeptEvaluation;
 pub use eval::kinds::{AnswerKinds, AnswerView, repetition};
 pub use eval::metrics::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use eval::refusal::{FirstTokens, RefusalLanguage, RefusalList};

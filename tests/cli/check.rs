@@ -142,3 +142,48 @@ fn wrong_inputs_are_told_before_weights_are_read() {
     let nowhere = swat(&["check", "--model", text(&model), "--against", "nowhere", "--security", text(&security)]);
     assert!(message(&nowhere, 2).contains("nowhere"));
 }
+
+#[test]
+fn base_measures_are_kept_and_a_short_attack_shows_how_deep_safety_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let (model, security, attack, cache) = (tiny(), at("security.jsonl"), at("attack.jsonl"), at("cache"));
+    let args = ["check", "--model", text(&model), "--against", text(&model), "--security", text(&security)];
+    let attacked =
+        ["--attack", text(&attack), "--attack-lr", "1e-3", "--attack-steps", "20", "--splits", "test", "--json"];
+    let run = |more: &[&str]| -> Value {
+        let output = swat(&[&args[..], &attacked, more].concat());
+        message(&output, 0);
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let plain = run(&[]);
+    let settings = plain["settings"].as_array().unwrap();
+    let names: Vec<&Value> = settings.iter().map(|setting| &setting["name"]).collect();
+    assert_eq!(names, ["base", "tuned", "base_attacked", "tuned_attacked"]);
+    // Answered forbidden requests, learnt: attacks succeed more often. The gates are about the models before it.
+    let asr = |at: usize| settings[at]["asr"]["value"].as_f64().unwrap();
+    assert!(asr(2) > asr(0) + 0.3, "{plain}");
+    assert_eq!((asr(0), asr(2)), (asr(1), asr(3)));
+    assert_eq!(plain["verdict"]["gates"][0]["value"], 0.0);
+    // With a cache the same, and the second time from it.
+    let kept = ["--cache", text(&cache)];
+    assert_eq!(run(&kept), plain);
+    let file = std::fs::read_dir(&cache).unwrap().next().unwrap().unwrap().path();
+    let saved = std::fs::read_to_string(&file).unwrap();
+    let prompts = std::fs::read_to_string(&security).unwrap();
+    let first: Value = serde_json::from_str(prompts.lines().next().unwrap()).unwrap();
+    assert!(!saved.contains(first["prompt"].as_str().unwrap()), "a prompt in the cache");
+    // Its numbers are those that are used: one that is changed shows.
+    let mut value: Value = serde_json::from_str(&saved).unwrap();
+    value["result"][0]["evaluation"]["auroc"]["value"] = 0.25.into();
+    std::fs::write(&file, value.to_string()).unwrap();
+    let changed = run(&kept);
+    assert_eq!(changed["settings"][0]["auroc"]["value"], 0.25);
+    assert_eq!(changed["settings"][1], plain["settings"][1]);
+    // Other options are measured again.
+    run(&[&kept[..], &["--answer-tokens", "8"]].concat());
+    assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 2);
+    let alone = swat(&[&args[..], &["--attack-steps", "3"]].concat());
+    assert!(message(&alone, 2).contains("--attack-steps: found an option that has no effect without --attack"));
+}

@@ -1,6 +1,11 @@
 //! Evaluations as they are kept between runs.
 
 use super::{Evaluation, PromptOutcomes};
+use crate::error::Result;
+use crate::model::Clock;
+use crate::secure::study::{Stages, hash};
+use serde_json::Value;
+use std::path::Path;
 
 /// An evaluation with the outcome of each prompt, which [`Evaluation`] alone does not save: what a paired comparison with
 /// a later evaluation over the same prompts needs. No text of an answer is in it.
@@ -8,6 +13,21 @@ use super::{Evaluation, PromptOutcomes};
 pub struct KeptEvaluation {
     evaluation: Evaluation,
     outcomes: PromptOutcomes,
+}
+
+impl KeptEvaluation {
+    /// The evaluations in `dir` of the same `inputs`, precision `float` and date, else those of `work`, which are kept there.
+    ///
+    /// # Errors
+    /// Those of `work`; [`crate::error::Error::Io`].
+    pub fn cached(
+        dir: &Path,
+        inputs: &Value,
+        (float, date): (&'static str, Option<Clock>),
+        work: impl FnOnce() -> Result<Vec<Self>>,
+    ) -> Result<Vec<Self>> {
+        Stages::new(dir, float, date).run(&format!("measures-{}", hash(inputs)), inputs, work)
+    }
 }
 
 impl From<Evaluation> for KeptEvaluation {
