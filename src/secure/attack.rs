@@ -91,6 +91,7 @@ impl Attack {
             trained_share: DataSize::of(&self.examples).trained_share,
             recompute: options.recompute,
             lora: None,
+            beside: options.beside::<B>(),
         };
         let planned_bytes = Plan::new::<B>(&text.files.config, &work, |_| true).total_bytes();
         if planned_bytes <= free.bytes {

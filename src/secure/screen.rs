@@ -210,7 +210,7 @@ impl<B: Backend> LoadedModel<B> {
         let Some(example) = Example::from_conversation(&whole, chat, length).map_err(at)? else { return Ok(None) };
         // The end of a turn is no word of the answer, and the model's own answer has none.
         let stop = self.text.stop_tokens();
-        let Example { mut tokens, trained } = example;
+        let Example { mut tokens, trained, .. } = example;
         let is_word = |at: &usize| trained[*at] && !stop.contains(&tokens[*at]);
         let compared: Vec<usize> = (prompt.len()..tokens.len()).filter(is_word).take(options.answer_tokens).collect();
         tokens.truncate(compared.last().map_or(0, |last| last + 1));

@@ -141,6 +141,7 @@ fn plan<B: Backend>(text: &ModelText, job: &TuneJob, train: &[Example]) -> Plan 
         trained_share: crate::data::DataSize::of(train).trained_share,
         recompute: shared.recompute,
         lora,
+        beside: shared.beside::<B>(),
     };
     let adapter = |id: crate::modules::ParamId| {
         use crate::modules::ParamId::{LoraA, LoraB};

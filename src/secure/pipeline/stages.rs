@@ -143,7 +143,9 @@ impl<B: Backend> SecureRun<'_, B> {
             let shared = &tuning.job.recipe.shared;
             if let Some(share) = tuning.replay {
                 let path = self.job.work.join(REPLAY);
-                let answers = text.examples(&path, shared.max_length, &mut crate::data::RowReader::default())?.examples;
+                let mut rows = crate::data::RowReader::default();
+                let mut answers = text.examples(&path, shared.max_length, &mut rows)?.examples;
+                answers.iter_mut().for_each(|example| example.replayed = true);
                 examples = mixed(examples, &[(share, answers)], shared.seed)?;
             }
             let output = TuneOutput {
