@@ -192,7 +192,8 @@ mod tests {
 
     #[test]
     fn repeated_examples_are_set_aside_together() {
-        let example = |token: u32| Example { tokens: vec![token, token + 1], trained: vec![false, true], replayed: false };
+        let example =
+            |token: u32| Example { tokens: vec![token, token + 1], trained: vec![false, true], replayed: false };
         let mut train: Vec<Example> = (0..40).flat_map(|i| [example(i), example(i)]).collect();
         let (valid, test) = set_aside(&mut train, 3).unwrap();
         assert_eq!((valid.len(), test.len(), train.len()), (2, 2, 72));

@@ -1,6 +1,7 @@
 //! What a secure tuning run is going to do, and about how long it takes.
 
 use super::data::Asked;
+use super::stages::Origin;
 use super::{SecureJob, SecureRun};
 use crate::backend::{Backend, Roofline};
 use crate::data::Example;
@@ -26,6 +27,16 @@ pub struct PlannedStage {
     pub seconds: f64,
     /// Whether it may turn out not to be needed.
     pub optional: bool,
+}
+
+impl PlannedStage {
+    fn new(name: &str, seconds: f64) -> Self {
+        Self { name: name.into(), seconds, optional: false }
+    }
+
+    fn optional(self) -> Self {
+        Self { optional: true, ..self }
+    }
 }
 
 /// A run before it begins.
@@ -65,8 +76,6 @@ impl<B: Backend> SecureRun<'_, B> {
         let plans: Vec<Plan> =
             self.tunings.iter().map(|tuning| plan::<B>(&self.text, &tuning.job, &self.data.train)).collect();
         let mut stages = Vec::new();
-        let mut add =
-            |name: String, seconds: f64, optional: bool| stages.push(PlannedStage { name, seconds, optional });
         let rates: Vec<Rates> = plans
             .iter()
             .map(|plan| Rates {
@@ -78,22 +87,25 @@ impl<B: Backend> SecureRun<'_, B> {
         let Some(first) = rates.first() else { return Ok(SecurePlan { stages, memory_bytes: 0, disk_bytes: 0 }) };
         let valid = self.measure_seconds(first, &self.data.valid);
         let test = self.measure_seconds(first, &self.data.test);
-        add("measure as given, for the choice".into(), valid, false);
-        add("measure as given, for the verdict".into(), test, false);
+        stages.push(PlannedStage::new("measure as given, for the choice", valid));
+        stages.push(PlannedStage::new("measure as given, for the verdict", test));
         if self.replays() {
             let prompts = self.data.security.iter().filter(|prompt| prompt.split == crate::data::Split::Train).count();
             let tokens = (prompts * self.replay_options().answer_tokens) as f64;
-            add("own answers, to be replayed".into(), tokens * first.generate, false);
+            stages.push(PlannedStage::new("own answers, to be replayed", tokens * first.generate));
         }
         for (i, (tuning, rates)) in self.tunings.iter().zip(&rates).enumerate() {
             let tokens = self.trained_tokens(&tuning.job) / (1.0 - tuning.mixed());
-            add(format!("tune {}", tuning.name), tokens * rates.train, i > 0);
-            add(format!("measure {}", tuning.name), valid, i > 0);
+            let pair = [("tune", tokens * rates.train), ("measure", valid)];
+            let pair = pair.map(|(what, seconds)| PlannedStage::new(&format!("{what} {}", tuning.name), seconds));
+            stages.extend(pair.map(|stage| if i > 0 { stage.optional() } else { stage }));
         }
         let points = super::POINTS.len() as f64;
-        add("measure points of the path towards the model as given".into(), points * valid, true);
-        add("write the model".into(), 0.0, false);
-        add("measure the tuned model, for the verdict".into(), test, false);
+        stages.push(
+            PlannedStage::new("measure points of the path towards the model as given", points * valid).optional(),
+        );
+        stages.push(PlannedStage::new("write the model", 0.0));
+        stages.push(PlannedStage::new("measure the tuned model, for the verdict", test));
         let memory_bytes = plans.iter().map(Plan::total_bytes).max().unwrap_or(0);
         let stored = self.text.files.stored_bytes(self.job.save_dtype)?;
         // A tuned model each, a checkpoint of the one that runs (weights and moments), and the output.
@@ -175,8 +187,8 @@ impl Clocked {
     }
 
     /// Ends a stage; one from the cache says nothing about the machine.
-    pub(super) fn end(&mut self, worked: bool) {
-        if worked {
+    pub(super) fn end(&mut self, origin: Origin) {
+        if origin == Origin::Made {
             let planned = self.planned.get(self.stage.wrapping_sub(1)).copied().unwrap_or_default();
             self.spent = (self.spent.0 + planned, self.spent.1 + self.began.elapsed().as_secs_f64());
         }

@@ -1,7 +1,7 @@
 //! The order of the stages, the choice and the verdict.
 
 use super::estimate::{Clocked, SecurePlan};
-use super::stages::{Subject, Tuned};
+use super::stages::{Origin, Subject, Tuned};
 use super::{BaseModel, POINTS, SecureMeasures, SecureOutcome, SecureRun, SecureSetting, Tried, license_of};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -86,16 +86,16 @@ impl<B: Backend> SecureRun<'_, B> {
             let first_tokens = base.first().and_then(|found: &Evaluation| found.outcomes.first_tokens.as_ref());
             let subject = Subject { name: format!("{part}/given"), model: given.clone(), asked, first_tokens };
             let load = || self.load(&self.job.model);
-            let (found, worked) = self.measure(&stages, &subject, report.observer, load)?;
-            time.end(worked);
+            let (found, origin) = self.measure(&stages, &subject, report.observer, load)?;
+            time.end(origin);
             base.push(found);
         }
         let [base, base_test] = <[Evaluation; 2]>::try_from(base).map_err(|_| missing())?;
         let mut replayed = None;
         if self.replays() {
             begin(&mut time, report, "own answers, to be replayed");
-            let (found, worked) = self.replayed(&stages, &model_hash, report.observer)?;
-            time.end(worked);
+            let (found, origin) = self.replayed(&stages, &model_hash, report.observer)?;
+            time.end(origin);
             replayed = Some(found);
         }
 
@@ -107,13 +107,13 @@ impl<B: Backend> SecureRun<'_, B> {
                 break;
             }
             begin(&mut time, report, &format!("tune {}", tuning.name));
-            let (made, worked) = self.tuned(&stages, tuning, (&model_hash, replayed.as_ref()), report.observer)?;
-            time.end(worked);
+            let (made, origin) = self.tuned(&stages, tuning, (&model_hash, replayed.as_ref()), report.observer)?;
+            time.end(origin);
             begin(&mut time, report, &format!("measure {}", tuning.name));
             tuned.push(made);
             let attempt = (tuning.name.as_str(), tuning.stem.as_str(), tuned.len() - 1, tuning.alpha);
-            let (found, worked) = self.attempt(&stages, &tuned, attempt, &base, report.observer)?;
-            time.end(worked);
+            let (found, origin) = self.attempt(&stages, &tuned, attempt, &base, report.observer)?;
+            time.end(origin);
             tries.push(found);
         }
         time.skip(2 * (self.tunings.len() - tuned.len()));
@@ -132,7 +132,7 @@ impl<B: Backend> SecureRun<'_, B> {
                     break;
                 }
             }
-            time.end(false);
+            time.end(Origin::Kept);
         }
         let chosen = pick(&base, &tries, limits).ok_or_else(missing)?;
 
@@ -148,7 +148,7 @@ impl<B: Backend> SecureRun<'_, B> {
         };
         merge_into(&self.path(&tuned[*index].dir), &options, output.dir(), report.observer)?;
         let hash = ModelDir::open(output.dir())?.hash()?.to_owned();
-        time.end(false);
+        time.end(Origin::Kept);
         begin(&mut time, report, "measure the tuned model, for the verdict");
         let subject = Subject {
             name: "verdict/tuned".into(),
@@ -156,8 +156,8 @@ impl<B: Backend> SecureRun<'_, B> {
             asked: &self.data.test,
             first_tokens: base_test.outcomes.first_tokens.as_ref(),
         };
-        let (found, worked) = self.measure(&stages, &subject, report.observer, || self.load(output.dir()))?;
-        time.end(worked);
+        let (found, origin) = self.measure(&stages, &subject, report.observer, || self.load(output.dir()))?;
+        time.end(origin);
 
         let check = Check::new((&self.job.model, &base_test), (&self.job.out, &found), *limits);
         let tried = |(i, attempt): (usize, &Try)| Tried {
@@ -212,7 +212,7 @@ impl<B: Backend> SecureRun<'_, B> {
         (name, stem, index, alpha): (&str, &str, usize, f64),
         base: &Evaluation,
         observer: Observer<'_>,
-    ) -> Result<(Try, bool)> {
+    ) -> Result<(Try, Origin)> {
         let Tuned { dir, inputs } = &tuned[index];
         let subject = Subject {
             name: if alpha < 1.0 { format!("choice/{stem}-{alpha}") } else { format!("choice/{stem}") },
@@ -220,8 +220,8 @@ impl<B: Backend> SecureRun<'_, B> {
             asked: &self.data.valid,
             first_tokens: base.outcomes.first_tokens.as_ref(),
         };
-        let (found, worked) = self.measure(stages, &subject, observer, || self.point(dir, alpha))?;
-        Ok((Try { name: name.into(), tuned: index, alpha, found }, worked))
+        let (found, origin) = self.measure(stages, &subject, observer, || self.point(dir, alpha))?;
+        Ok((Try { name: name.into(), tuned: index, alpha, found }, origin))
     }
 
     /// Hashes of the files that were read.

@@ -36,6 +36,15 @@ pub(super) struct Subject<'s> {
     pub(super) first_tokens: Option<&'s FirstTokens>,
 }
 
+/// Where the result of a stage is from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// An earlier run.
+    Kept,
+    /// This one.
+    Made,
+}
+
 /// A tuned model in the working folder.
 pub(super) struct Tuned {
     pub(super) dir: PathBuf,
@@ -67,21 +76,21 @@ impl<B: Backend> SecureRun<'_, B> {
         self.text_of(dir)?.load(self.backend.clone())
     }
 
-    /// The measures of a subject, which `load` loads unless they are kept; and whether it was measured now.
+    /// The measures of a subject, which `load` loads unless they are kept; and where they are from.
     pub(super) fn measure(
         &self,
         stages: &Stages,
         subject: &Subject<'_>,
         observer: Observer<'_>,
         load: impl FnOnce() -> Result<LoadedModel<B>>,
-    ) -> Result<(Evaluation, bool)> {
+    ) -> Result<(Evaluation, Origin)> {
         let Subject { name, model, asked, first_tokens } = subject;
         let options = &self.job.evaluate;
         let inputs = json!({ "model": model, "asked": asked.hash(), "answer_tokens": options.answer_tokens,
             "task_tokens": options.task_tokens, "refusals": format!("{:?}", self.refusals), "first_tokens": first_tokens });
-        let mut worked = false;
+        let mut origin = Origin::Kept;
         let kept: KeptEvaluation = stages.run(&format!("measure/{name}"), &inputs, || {
-            worked = true;
+            origin = Origin::Made;
             let input = EvaluationInput {
                 prompts: &asked.prompts,
                 tasks: &asked.tasks,
@@ -92,7 +101,7 @@ impl<B: Backend> SecureRun<'_, B> {
             let mut report = |p: Progress<'_>| observer(Progress { task: &format!("measure: {}", p.task), ..p });
             Ok(load()?.evaluate(&input, options, self.refusals, &mut report)?.into())
         })?;
-        Ok((kept.into(), worked))
+        Ok((kept.into(), origin))
     }
 
     /// The model's own answers, in the working folder.
@@ -101,22 +110,22 @@ impl<B: Backend> SecureRun<'_, B> {
         stages: &Stages,
         model_hash: &str,
         observer: Observer<'_>,
-    ) -> Result<(Replayed, bool)> {
+    ) -> Result<(Replayed, Origin)> {
         let options = self.replay_options();
         let prompts = blake3::hash(json!(self.data.security).to_string().as_bytes()).to_hex()[..16].to_owned();
         let inputs = json!({ "model": model_hash, "prompts": prompts, "answer_tokens": options.answer_tokens,
             "per": options.per, "seed": options.seed, "refusals": format!("{:?}", self.refusals) });
         let path = self.job.work.join(REPLAY);
-        let mut worked = false;
+        let mut origin = Origin::Kept;
         let unchanged = |kept: &Replayed| file_hash(&path).is_ok_and(|hash| hash == kept.hash);
         let kept = stages.run_unless("replay", &inputs, unchanged, || {
-            worked = true;
+            origin = Origin::Made;
             let model = self.load(&self.job.model)?;
             let (lines, summary) = model.replay(&self.data.security, &options, self.refusals, observer)?;
             write_atomic(&path, lines.as_bytes())?;
             Ok(Replayed { hash: file_hash(&path)?, summary })
         })?;
-        Ok((kept, worked))
+        Ok((kept, origin))
     }
 
     /// The model that a recipe makes.
@@ -126,17 +135,17 @@ impl<B: Backend> SecureRun<'_, B> {
         tuning: &Tuning,
         (model_hash, replayed): (&str, Option<&Replayed>),
         observer: Observer<'_>,
-    ) -> Result<(Tuned, bool)> {
+    ) -> Result<(Tuned, Origin)> {
         let train = crate::secure::tune::examples_hash(&self.data.train);
         let replay = tuning.replay.zip(replayed).map(|(share, replayed)| json!([share, replayed.hash]));
         let inputs = json!({ "model": model_hash, "job": tuning.job, "train": train, "replay": replay,
             "save_dtype": self.job.save_dtype });
         let folder = self.job.work.join("tuned");
         let dir = folder.join(format!("{}-{}", tuning.stem, &hash(&inputs)[..8]));
-        let mut worked = false;
+        let mut origin = Origin::Kept;
         let there = |(): &()| dir.join("config.json").is_file();
         stages.run_unless(&format!("tune/{}", tuning.stem), &inputs, there, || {
-            worked = true;
+            origin = Origin::Made;
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
             let text = self.text_of(&self.job.model)?;
             let mut examples: Vec<Example> = self.data.train.clone();
@@ -167,7 +176,7 @@ impl<B: Backend> SecureRun<'_, B> {
             let mut model = text.load(self.backend.clone())?;
             prepared.run(&model.text, &mut model.decoder, &mut Steps(observer)).map(drop)
         })?;
-        Ok((Tuned { dir, inputs }, worked))
+        Ok((Tuned { dir, inputs }, origin))
     }
 
     /// A point between the model as given and a tuned one.
