@@ -59,7 +59,7 @@ const WIDE: [&str; 6] = ["--max-asr-rise", "100", "--max-over-refusal-rise", "10
 fn a_model_is_tuned_and_held_to_limits() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let args = ["--data", "train.jsonl", "--task", "task.jsonl", "--steps", "30", "--json"];
+    let args = ["--data", "train.jsonl", "--task", "task.jsonl", "--steps", "60", "--json"];
     let output = secure(dir.path(), &[&args[..], &WIDE].concat()).output().unwrap();
     let stderr = message(&output, 0);
     assert!(stderr.contains("stage 1 of 10: measure as given, for the choice; about "), "{stderr}");
