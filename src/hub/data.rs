@@ -122,7 +122,10 @@ mod tests {
         assert_eq!(security("JailbreakBench/JBB-Behaviors", &files), Ok(both));
         // A set of one file is as any other.
         assert_eq!(security("a/b", &["harmful.csv"]), Ok(vec!["harmful.csv".to_owned()]));
-        assert_eq!(security("a/b:test", &["harmful/test.csv", "benign/train.csv"]).unwrap(), ["harmful/test.csv"]);
+        assert_eq!(
+            security("a/b/harmful:test", &["harmful/test.csv", "benign/train.csv"]).unwrap(),
+            ["harmful/test.csv"]
+        );
     }
 
     #[test]

@@ -76,9 +76,10 @@ fn a_model_is_tuned_and_held_to_limits() {
         let [low, value, high] = ["low", "value", "high"].map(|key| tuned[measure][key].as_f64().expect(measure));
         assert!(low <= value + 1e-9 && value <= high + 1e-9, "{measure}");
     }
-    // The aligned model refuses, and has not learnt the new styles.
+    // The aligned model refuses; the tuned one is another.
     assert!(given["j"]["value"].as_f64().unwrap() > 0.8, "{given}");
-    assert!(tuned["task"]["value"].as_f64() > given["task"]["value"].as_f64(), "{found}");
+    let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+    assert!(weights(&out) != weights(&dir.path().join("model")));
     // Valid has a quarter of the pairs, test and ood half each; some tasks are in the training data.
     let data = &found["data"];
     assert_eq!((&data["valid_prompts"], &data["test_prompts"]), (&32.into(), &128.into()), "{data}");
