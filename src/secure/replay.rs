@@ -7,8 +7,9 @@
 use super::eval::kinds::AnswerView;
 use super::eval::refusal::RefusalList;
 use super::loaded::{LoadedModel, REFUSAL_TOKENS};
+use super::overlap::NearDuplicates;
 use crate::backend::Backend;
-use crate::data::{Label, NearTexts, SecurityPrompt, Split, similarity, words};
+use crate::data::{Label, SecurityPrompt, Split};
 use crate::engine::GenerateOptions;
 use crate::error::{Error, Result};
 use crate::io::json;
@@ -64,7 +65,7 @@ pub struct ReplayCounts {
     pub incoherent: usize,
     /// Prompts that another of the train split repeats, up to case, white space and punctuation.
     pub repeated: usize,
-    /// Prompts that another split repeats, up to the same, or but for one word in ten.
+    /// Prompts that another split repeats, up to the same or nearly ([`crate::secure::NEAR`]).
     pub held_out: usize,
     /// Prompts that were not needed.
     pub not_needed: usize,
@@ -193,7 +194,8 @@ impl<B: Backend> LoadedModel<B> {
 /// The prompts of a label in the train split, without those that repeat another of it, or one of another split.
 fn candidates(prompts: &[SecurityPrompt], label: Label) -> (Vec<&SecurityPrompt>, ReplayCounts) {
     let others = || prompts.iter().filter(|prompt| prompt.split != Split::Train).map(|prompt| prompt.prompt.as_str());
-    let (held_out, near) = (others().map(words).collect::<HashSet<_>>(), NearTexts::new(others()));
+    let (held_out, near) =
+        (others().map(words).collect::<HashSet<_>>(), NearDuplicates::new(&others().collect::<Vec<_>>()));
     let mut seen = HashSet::new();
     let mut counts = ReplayCounts::default();
     let mut found = Vec::new();
@@ -209,6 +211,12 @@ fn candidates(prompts: &[SecurityPrompt], label: Label) -> (Vec<&SecurityPrompt>
         }
     }
     (found, counts)
+}
+
+/// The words of a text in lower case, without punctuation.
+fn words(text: &str) -> Vec<String> {
+    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(str::to_lowercase).collect()
 }
 
 /// An order of the prompts whose every beginning is spread: categories in turn (prompts without one are a category), and
@@ -248,10 +256,16 @@ fn farthest_first(texts: &[&str]) -> Vec<usize> {
         let chosen = left.remove(best);
         order.push(chosen);
         for &index in &left {
-            nearest[index] = nearest[index].min(1.0 - similarity(&sets[chosen], &sets[index]));
+            nearest[index] = nearest[index].min(distance(&sets[chosen], &sets[index]));
         }
     }
     order
+}
+
+fn distance(a: &BTreeSet<String>, b: &BTreeSet<String>) -> f64 {
+    let both = a.intersection(b).count();
+    let either = a.len() + b.len() - both;
+    if either == 0 { 0.0 } else { 1.0 - both as f64 / either as f64 }
 }
 
 #[cfg(test)]

@@ -2,9 +2,10 @@
 //! what the verdict is about.
 
 use super::SecureJob;
-use crate::data::{Conversation, Example, Label, NearTexts, RowReader, SecurityPrompt, Split, Task};
+use crate::data::{Conversation, Example, Label, RowReader, SecurityPrompt, Split, Task};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
+use crate::secure::overlap::NearDuplicates;
 use crate::secure::text::ModelText;
 use crate::secure::tune::examples_hash;
 use serde_json::json;
@@ -82,7 +83,7 @@ impl SecureData {
             };
             asked.extend(Conversation::read(path, rows)?.into_iter().flat_map(users));
         }
-        let trained = NearTexts::new(asked.iter().map(String::as_str));
+        let trained = NearDuplicates::new(&asked);
         let security = SecurityPrompt::read_all(&job.security, job.seed, rows)?;
         let tasks = job.task.as_deref().map(|path| Task::read(path, rows)).transpose()?.unwrap_or_default();
         rows.check_used()?;
@@ -133,10 +134,10 @@ impl SecureData {
 }
 
 /// The parts without what training data repeat; of the first without what the second repeats.
-fn apart<T>([valid, test]: [Vec<T>; 2], trained: &NearTexts, prompt: fn(&T) -> &String) -> [Vec<T>; 2] {
+fn apart<T>([valid, test]: [Vec<T>; 2], trained: &NearDuplicates, prompt: fn(&T) -> &String) -> [Vec<T>; 2] {
     let fresh = |item: &T| trained.find(prompt(item)).is_none();
     let test: Vec<T> = test.into_iter().filter(fresh).collect();
-    let known = NearTexts::new(test.iter().map(|item| prompt(item).as_str()));
+    let known = NearDuplicates::new(&test.iter().map(prompt).collect::<Vec<_>>());
     let valid = valid.into_iter().filter(|item| fresh(item) && known.find(prompt(item)).is_none()).collect();
     [valid, test]
 }
@@ -206,10 +207,10 @@ mod tests {
     #[test]
     fn parts_share_no_text() {
         let texts = |all: &[&str]| all.iter().map(|text| (*text).to_owned()).collect::<Vec<String>>();
-        let trained = NearTexts::new(["what is it"]);
-        let parts = [texts(&["a b c", "what is it?", "x y"]), texts(&["C B A", "What is it", "z"])];
+        let trained = NearDuplicates::new(&["what is it"]);
+        let parts = [texts(&["a b c", "what is it?", "x y"]), texts(&["A, b; C", "What is it", "z"])];
         let [valid, test] = apart(parts, &trained, |text| text);
-        assert_eq!((valid, test), (texts(&["x y"]), texts(&["C B A", "z"])));
+        assert_eq!((valid, test), (texts(&["x y"]), texts(&["A, b; C", "z"])));
         let [first, second] = halves((0..7).collect(), 1);
         assert_eq!((first.len(), second.len()), (3, 4));
         assert!(first.is_sorted() && second.is_sorted());
