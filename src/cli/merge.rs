@@ -197,7 +197,6 @@ fn points_table(points: &[PathPoint], chosen: Option<f64>) -> Table {
         table = table.numbers(what, "");
     }
     table = table.column("");
-    let rate = |rate: Option<Rate>| rate.map(|rate| Estimate { value: rate.value, low: rate.low, high: rate.high });
     let entry = |found: Option<Estimate>| {
         found.map_or(Entry::missing(), |found| {
             Entry::interval(100.0 * found.value, Some((100.0 * found.low, 100.0 * found.high)), 1)
@@ -210,7 +209,13 @@ fn points_table(points: &[PathPoint], chosen: Option<f64>) -> Table {
             (_, 0.0) => "within the limits".into(),
             (_, excess) => format!("{excess:.1} points beyond the limits"),
         };
-        let found = [rate(point.asr), rate(point.over_refusal), point.j, rate(point.task)].map(entry);
+        let found = [
+            point.asr.map(Rate::estimate),
+            point.over_refusal.map(Rate::estimate),
+            point.j,
+            point.task.map(Rate::estimate),
+        ]
+        .map(entry);
         table.row([Entry::fixed(point.alpha, 2)].into_iter().chain(found).chain([Entry::text(verdict)]));
     }
     table

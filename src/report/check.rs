@@ -13,7 +13,6 @@ fn measures(check: &Check) -> Table {
     for model in &check.settings {
         table = table.numbers(&model.name, "");
     }
-    let rate = |rate: Rate| Estimate { value: rate.value, low: rate.low, high: rate.high };
     let mut row = |what: &str, of: &dyn Fn(&CheckedModel) -> Option<Estimate>, (factor, decimals): (f64, usize)| {
         let entry = |model: &CheckedModel| {
             of(model).map_or(Entry::missing(), |found| {
@@ -25,11 +24,11 @@ fn measures(check: &Check) -> Table {
             table.row(std::iter::once(Entry::text(what)).chain(check.settings.iter().map(entry)));
         }
     };
-    row("attack success, %", &|model| model.asr.map(rate), (100.0, 1));
-    row("over-refusal, %", &|model| model.over_refusal.map(rate), (100.0, 1));
+    row("attack success, %", &|model| model.asr.map(Rate::estimate), (100.0, 1));
+    row("over-refusal, %", &|model| model.over_refusal.map(Rate::estimate), (100.0, 1));
     row("J: refused harmful - refused benign, points", &|model| model.j, (100.0, 1));
     row("AUROC of the refusal log-odds", &|model| model.auroc, (1.0, 3));
-    row("task accuracy, %", &|model| model.task.map(rate), (100.0, 1));
+    row("task accuracy, %", &|model| model.task.map(Rate::estimate), (100.0, 1));
     table
 }
 

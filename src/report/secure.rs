@@ -5,8 +5,8 @@ use super::format;
 use super::page::{Footer, Highlight, Report, Section};
 use super::palette::Tone;
 use super::table::{Entry, Table};
-use crate::secure::pipeline::{SecureMeasures, SecureOutcome, SecureSetting};
-use crate::secure::{Check, Estimate, Rate};
+use crate::secure::pipeline::{SecureOutcome, SecureSetting};
+use crate::secure::{Check, Estimate, Measures, Rate};
 
 /// The page; the verdict comes first.
 pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
@@ -77,15 +77,11 @@ fn highlights(outcome: &SecureOutcome) -> Vec<Highlight> {
         tone: if outcome.verdict.held { Tone::Green } else { Tone::Vermilion },
     };
     let tiles = [
-        tile("attack success", &|s| estimate(s.measures.asr), held("asr_rise")),
-        tile("over-refusal", &|s| estimate(s.measures.over_refusal), held("over_refusal_rise")),
-        tile("task score", &|s| estimate(s.measures.task), held("task_drop")),
+        tile("attack success", &|s| s.measures.shares.asr.map(Rate::estimate), held("asr_rise")),
+        tile("over-refusal", &|s| s.measures.shares.over_refusal.map(Rate::estimate), held("over_refusal_rise")),
+        tile("task score", &|s| s.measures.shares.task.map(Rate::estimate), held("task_drop")),
     ];
     std::iter::once(verdict).chain(tiles.into_iter().flatten()).collect()
-}
-
-fn estimate(rate: Option<Rate>) -> Option<Estimate> {
-    rate.map(|rate| Estimate { value: rate.value, low: rate.low, high: rate.high })
 }
 
 /// What was tried, on the prompts of the choice.
@@ -97,13 +93,15 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
     let tasks = outcome.data.valid_tasks > 0;
     table = table.numbers(if tasks { "task, %" } else { "held-out loss" }, "").column("");
     for (i, tried) in outcome.tried.iter().enumerate() {
-        let SecureMeasures { asr, over_refusal, j, task, heldout, .. } = tried.measures;
+        let Measures { asr, over_refusal, j, task, .. } = tried.measures.shares;
+        let heldout = tried.measures.heldout;
         let points = |found: Option<Estimate>| {
             found.map_or(Entry::missing(), |found| {
                 Entry::interval(100.0 * found.value, Some((100.0 * found.low, 100.0 * found.high)), 1)
             })
         };
-        let useful = if tasks { points(estimate(task)) } else { Entry::fixed(heldout.map(|loss| loss.nll), 4) };
+        let useful =
+            if tasks { points(task.map(Rate::estimate)) } else { Entry::fixed(heldout.map(|loss| loss.nll), 4) };
         let verdict = match (tried.recipe.as_str(), tried.chosen, tried.excess) {
             ("given", ..) => String::new(),
             (_, true, 0.0) => "chosen".into(),
@@ -111,7 +109,7 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
             (_, false, 0.0) => "within the limits".into(),
             (_, false, excess) => format!("{excess:.1} points beyond the limits"),
         };
-        let found = [estimate(asr), estimate(over_refusal), j].map(points);
+        let found = [asr.map(Rate::estimate), over_refusal.map(Rate::estimate), j].map(points);
         let row = [Entry::text(&tried.recipe), Entry::fixed(tried.alpha, 2)].into_iter().chain(found);
         table.row(row.chain([useful, Entry::text(verdict)]));
         if tried.chosen {

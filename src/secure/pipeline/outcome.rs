@@ -1,9 +1,8 @@
 //! Results of a secure tuning run, without any prompt or answer.
 
 use super::data::PartSizes;
-use crate::secure::check::{Limits, Verdict};
-use crate::secure::eval::discrimination::Estimate;
-use crate::secure::eval::{Evaluation, Perplexity, Rate};
+use crate::secure::check::{Limits, Measures, Verdict};
+use crate::secure::eval::{Evaluation, Perplexity};
 use crate::secure::replay::ReplaySummary;
 use std::collections::BTreeMap;
 
@@ -66,32 +65,18 @@ pub struct SecureSetting {
 }
 
 /// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct SecureMeasures {
-    /// Attack success rate.
-    pub asr: Option<Rate>,
-    /// Share of benign prompts that are refused.
-    pub over_refusal: Option<Rate>,
-    /// Refused harmful − refused benign.
-    pub j: Option<Estimate>,
-    /// AUROC of the refusal log-odds, by the first tokens of the answers of the model as given.
-    pub auroc: Option<Estimate>,
-    /// Task accuracy; none without tasks.
-    pub task: Option<Rate>,
+    /// Safety, and the task score with tasks.
+    #[serde(flatten)]
+    pub shares: Measures,
     /// Loss of the user's own conversations that were set aside; none with tasks.
     pub heldout: Option<Perplexity>,
 }
 
 impl SecureMeasures {
     pub(super) fn of(found: &Evaluation) -> Self {
-        Self {
-            asr: found.asr,
-            over_refusal: found.over_refusal,
-            j: found.j,
-            auroc: found.auroc,
-            task: found.task.as_ref().map(|task| task.overall),
-            heldout: found.perplexity,
-        }
+        Self { shares: Measures::over_seeds(&[found]), heldout: found.perplexity }
     }
 }
 
