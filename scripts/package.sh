@@ -2,8 +2,10 @@
 # A release tarball: the binary with its kernels, shell completions, manual pages, licence. usage: scripts/package.sh [OUT_DIR]
 #
 # Writes OUT_DIR/swat-VERSION-TARGET.tar.gz (default: target/package) and its SHA-256. The same commit gives the same bytes on the same
-# toolchain. The binary needs the C library of the building machine or a newer one: build on the oldest system that is to be served.
-# Kernels are compiled where nvcc is found (scripts/install_nvcc.sh fetches it); SWAT_CUDA=off leaves them out.
+# toolchain. Kernels are compiled where nvcc is found (scripts/install_nvcc.sh fetches it); SWAT_CUDA=off leaves them out.
+#
+# The binary needs a C library as new as the newest of its functions that it uses; the version is printed. One that needs more than
+# SWAT_GLIBC (default: 2.36, Debian 12) is refused: build on that system or an older one, such as in the container rust:1-bookworm.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/package}
@@ -11,6 +13,11 @@ export SWAT_CUDA=${SWAT_CUDA:-require}
 
 cargo build --release --locked --bin swat
 binary=${CARGO_TARGET_DIR:-target}/release/swat
+glibc=$(objdump -T "$binary" | grep -o 'GLIBC_[0-9.]*' | sed 's/GLIBC_//' | sort -Vu | tail -n 1)
+if [ "$(printf '%s\n' "$glibc" "${SWAT_GLIBC:=2.36}" | sort -V | tail -n 1)" != "$SWAT_GLIBC" ]; then
+  echo "scripts/package.sh: the binary needs glibc $glibc, more than $SWAT_GLIBC: build on an older system, such as the container rust:1-bookworm, or set SWAT_GLIBC" >&2
+  exit 1
+fi
 version=$("$binary" --version | awk '{print $2}')
 target=$(rustc -vV | sed -n 's/^host: //p')
 name=swat-$version-$target
@@ -33,3 +40,4 @@ tar --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$(git log -1 --for
   -C "$stage" -cf - "$name" | gzip -9n >"$out/$name.tar.gz"
 (cd "$out" && sha256sum "$name.tar.gz" >"$name.tar.gz.sha256")
 ls -l "$out/$name.tar.gz"
+echo "needs glibc $glibc"
