@@ -135,7 +135,8 @@ fn refuse_unsupported(row: &Row) -> Result<()> {
     row.refuse(&["functions"], "`tools`, and `tool_calls` in the messages")?;
     row.refuse(&["chat_template_kwargs"], "rows that the chat template renders without options of their own")?;
     for key in ["label", "kto_tag"] {
-        if row.get(key) == Some(&Value::Bool(false)) {
+        let false_text = |value: &Value| value.as_str().is_some_and(|text| text.trim().eq_ignore_ascii_case("false"));
+        if row.get(key).is_some_and(|value| *value == Value::Bool(false) || false_text(value)) {
             let found = format!("{} false, an answer that is marked as bad", row.name(key));
             return Err(row.error(found, "answers to learn; --skip-bad-rows leaves the others out"));
         }

@@ -182,6 +182,9 @@ impl RowReader {
     /// [`Error::Input`] for the first bad row, which counts the others; for a file without rows; [`Error::Io`].
     pub fn read<T>(&mut self, path: &Path, parse: impl FnMut(&Row) -> Result<T>) -> Result<Vec<T>> {
         let mut file = File::open(path).map_err(Error::io(path, FileOp::Open))?;
+        if path.is_dir() {
+            return Err(directory(path));
+        }
         let name = path.display().to_string();
         if parquet::Parquet::is(&mut file, path)? {
             let rows = parquet::Parquet::new(file, &name)?;
@@ -309,6 +312,24 @@ impl RowReader {
     pub fn skipped_rows(&self) -> usize {
         self.skipped.iter().map(|skipped| skipped.rows).sum()
     }
+}
+
+/// The error for a directory in the place of a data file.
+fn directory(path: &Path) -> Error {
+    let place = path.display().to_string();
+    if ["state.json", "dataset_dict.json"].iter().any(|file| path.join(file).exists()) {
+        let expected = "Parquet or JSON lines: `to_parquet` or `to_json` of the library `datasets` converts it";
+        return Error::input(place, "a directory of Arrow files, as `save_to_disk` writes it", expected);
+    }
+    let known = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst"];
+    let is_data = |name: &String| known.iter().any(|end| name.to_lowercase().ends_with(end));
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.retain(is_data);
+    names.sort();
+    let there: String = names.iter().take(3).map(|name| format!(" {}", path.join(name).display())).collect();
+    let such = if there.is_empty() { String::new() } else { format!(", such as{there}") };
+    Error::input(place, "a directory", format!("its files, each by itself{such}"))
 }
 
 /// The bad rows of a file.

@@ -56,6 +56,11 @@ fn in_hub_cache(root: &Path, target: &Path) -> bool {
     ["models--", "datasets--"].iter().any(|kinds| kind.starts_with(kinds)) || own.is_some() && own == repository
 }
 
+/// How a Git LFS pointer begins, which a clone without `git lfs` leaves in the place of a file.
+pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs";
+/// What to do about one.
+pub(crate) const LFS_REMEDY: &str = "the file itself: run `git lfs pull`";
+
 /// Reads a regular file of at most `max_bytes`.
 pub(crate) fn read_bytes(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let metadata = fs::metadata(path).map_err(Error::io(path, FileOp::Read))?;
@@ -68,6 +73,9 @@ pub(crate) fn read_bytes(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     if bytes.len() as u64 > max_bytes {
         let found = format!("more than {max_bytes} bytes");
         return Err(Error::input(path.display().to_string(), found, format!("at most {max_bytes} bytes")));
+    }
+    if bytes.starts_with(LFS_POINTER) {
+        return Err(Error::input(path.display().to_string(), "a Git LFS pointer", LFS_REMEDY));
     }
     Ok(bytes)
 }

@@ -9,7 +9,9 @@ use std::path::Path;
 
 /// Reads a JSON file of at most `max_bytes`; `expected` describes it in errors.
 pub(crate) fn read<T: DeserializeOwned>(path: &Path, max_bytes: u64, expected: &str) -> Result<T> {
-    serde_json::from_str(&read_text(path, max_bytes)?).map_err(|e| {
+    let text = read_text(path, max_bytes)?;
+    // Editors on Windows write a byte-order mark.
+    serde_json::from_str(text.strip_prefix('\u{feff}').unwrap_or(&text)).map_err(|e| {
         let what = printable(&e);
         let found = if e.is_data() { what } else { format!("malformed JSON ({what})") };
         Error::input(path.display().to_string(), found, expected)

@@ -123,6 +123,7 @@ fn turns_say_whether_they_are_trained() {
         (r#","weight":1"#, r#","weight":0.0"#, "", [true, false]),
         (r#","train":false"#, r#","train":true"#, "", [false, true]),
         (r#","training":false"#, r#","weight":null"#, "", [false, true]),
+        (r#","loss":false"#, r#","loss":true"#, "", [false, true]),
         (r#","weight":"0""#, r#","train":"True""#, "", [false, true]),
         ("", "", r#","weight":0"#, [false, false]),
         ("", "", r#","train":false"#, [false, false]),
@@ -193,6 +194,12 @@ fn tools_are_declared_called_and_answered() {
     let messages = r#"{"messages":[{"role":"user","content":"2+2?"},{"role":"assistant","content":null,"tool_calls":[{"type":"function","function":{"name":"add","arguments":{"a":2}}}]},{"role":"tool","name":null,"content":"4"},{"role":"assistant","content":"4."}],"tools":[{"name":"add"}]}"#;
     let [a, b] = [sharegpt, messages].map(|line| conversations(line).unwrap().remove(0));
     assert_eq!(a, b);
+    // ms-swift's names of the same turns, OpenAI's older ones and Llama 3's.
+    for (call, result) in [("tool_call", "tool_response"), ("function_call", "function"), ("tool_call", "ipython")] {
+        let renamed = sharegpt.replace("\"function_call\"", &format!("\"{call}\""));
+        let renamed = renamed.replace("\"observation\"", &format!("\"{result}\""));
+        assert_eq!(conversations(&renamed).unwrap()[0], a, "{call}, {result}");
+    }
     assert_eq!(a.tools, [serde_json::json!({"name": "add"})]);
     let call = serde_json::json!([{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]);
     assert_eq!((&a.messages[1].fields["tool_calls"], a.messages[1].content.as_str()), (&call, ""));
@@ -227,6 +234,7 @@ fn rows_of_other_kinds_are_refused_with_what_to_do() {
         (r#"{"segments":[{"label":true,"text":"x"}]}"#, "`messages` in place of `segments`"),
         (r#"{"data":[{"prompt":"Q","completion":"A"}]}"#, "--field data"),
         (r#"{"prompt":"Q","completion":"A","label":false}"#, "`label` false, an answer that is marked as bad"),
+        (r#"{"prompt":"Q","completion":"A","label":"False"}"#, "`label` false, an answer that is marked as bad"),
         (r#"{"prompt":"Q","completion":"A","images":["x.png"]}"#, "`images`, which swat cannot honour"),
         (r#"{"prompt":"Q","completion":"A","chat_template_kwargs":{"x":1}}"#, "`chat_template_kwargs`"),
         (r#"{"prompt":"Q","question":"Q","answer":"A"}"#, "keys of more than one layout"),

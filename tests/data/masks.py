@@ -191,6 +191,7 @@ with tempfile.TemporaryDirectory() as folder:
         {"tokenizer_config.json": {"added_tokens_decoder": two}, "special_tokens_map.json": {"eos_token": "<|stop|>"}},
         {"tokenizer_config.json": {"additional_special_tokens": ["<|turn|>", "<|stop|>"]}},
         {"tokenizer_config.json": {"extra_special_tokens": ["<|turn|>"], "pad_token": "<|stop|>"}},
+        {"tokenizer_config.json": {"extra_special_tokens": {"turn_token": "<|turn|>", "stop_token": "<|stop|>"}}},
         {"special_tokens_map.json": {"additional_special_tokens": ["<|turn|>"], "pad_token": "<|stop|>"},
          "tokenizer_config.json": {}},
         {"tokenizer_config.json": {"added_tokens_decoder": {str(first): {"content": "<|stop|>", **flags, "lstrip": True,

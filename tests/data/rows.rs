@@ -172,6 +172,8 @@ fn packed_files_are_told_by_their_bytes() {
     for (bytes, what) in [
         (b"PK\x03\x04....".as_slice(), "a zip archive"),
         (b"BZh91AY&SY", "bzip2"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "run `git lfs pull`"),
+        (b"<!DOCTYPE html>\n<html>", "a web page"),
         (b"\xfd7zXZ\0\0", "xz"),
         (b"\xff\xfea\0", "UTF-16"),
     ] {

@@ -5,8 +5,11 @@ use crate::error::Result;
 use crate::model::{Message, Training};
 use serde_json::{Map, Value, json};
 
-/// Keys that say whether a turn is trained: OpenAI and Mistral have `weight`, axolotl `train` or `training`.
-const TRAINED: [&str; 3] = ["weight", "train", "training"];
+/// Keys that say whether a turn is trained: OpenAI and Mistral have `weight`, axolotl `train` or `training`, ms-swift
+/// and XTuner `loss`.
+const TRAINED: [&str; 4] = ["weight", "train", "training", "loss"];
+/// Roles of an assistant's turn that is the JSON text of tool calls: of LLaMA-Factory and ms-swift.
+const CALLS: [&str; 2] = ["function_call", "tool_call"];
 /// Keys of a turn that change what it means, and what to write in their place.
 const UNSUPPORTED: [(&str, &str); 5] = [
     ("train_detail", "`train` for the whole turn"),
@@ -71,8 +74,8 @@ fn turn(row: &Row, place: &str, fields: &Map<String, Value>, role_key: &str) -> 
             return Err(row.error(format!("`{place}.tool_calls` is {}", kind(calls)), "a list of objects"));
         }
     }
-    if name == "function_call" {
-        let calls = tool_calls(row, place, fields.get(content_key))?;
+    if CALLS.contains(&name) {
+        let calls = tool_calls(row, (place, name), fields.get(content_key))?;
         message.fields.insert("tool_calls".into(), calls);
     } else {
         let silent = fields.get(content_key).is_none_or(Value::is_null) && message.fields.contains_key("tool_calls");
@@ -97,14 +100,15 @@ fn known_role(role: &str) -> Option<&'static str> {
     match role {
         "system" | "developer" => Some("system"),
         "user" | "human" => Some("user"),
-        "assistant" | "gpt" | "model" | "chatgpt" | "function_call" => Some("assistant"),
-        "tool" | "observation" => Some("tool"),
+        "assistant" | "gpt" | "model" | "chatgpt" | "bot" | "ai" => Some("assistant"),
+        name if CALLS.contains(&name) => Some("assistant"),
+        "tool" | "observation" | "tool_response" | "function_response" | "function" | "ipython" => Some("tool"),
         _ => None,
     }
 }
 
-/// Calls of a `function_call` turn: the JSON text of one `{"name", "arguments"}`, or of a list of them.
-fn tool_calls(row: &Row, place: &str, value: Option<&Value>) -> Result<Value> {
+/// Calls of a turn of the role `name`, one of [`CALLS`]: the JSON text of one `{"name", "arguments"}`, or of a list of them.
+fn tool_calls(row: &Row, (place, name): (&str, &str), value: Option<&Value>) -> Result<Value> {
     let calls = match value.map(parsed) {
         Some(Value::Array(list)) => list,
         Some(call) => vec![call],
@@ -113,7 +117,7 @@ fn tool_calls(row: &Row, place: &str, value: Option<&Value>) -> Result<Value> {
     let named = |call: &Value| call.get("name").is_some_and(Value::is_string) && call.get("arguments").is_some();
     if calls.is_empty() || !calls.iter().all(named) {
         let expected = "JSON text of {\"name\": …, \"arguments\": …}, or of a list of them";
-        return Err(row.error(format!("`{place}`, a function_call without a call"), expected));
+        return Err(row.error(format!("`{place}`, a {} without a call", short(name)), expected));
     }
     Ok(calls.into_iter().map(|call| json!({ "type": "function", "function": call })).collect())
 }

@@ -2,6 +2,7 @@
 
 use super::short;
 use crate::error::{Error, FileOp, Result};
+use crate::io::input::{LFS_POINTER, LFS_REMEDY};
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::Path;
@@ -12,14 +13,17 @@ pub(super) const UNPACKED_FLOOR: u64 = 64 << 20;
 /// Largest ratio of text to compressed bytes above [`UNPACKED_FLOOR`]; text in natural language has up to 20.
 pub(super) const MAX_RATIO: u64 = 256;
 /// Bytes by which a file is told.
-const HEAD: usize = 8;
+const HEAD: usize = 24;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Files that are no text, by their first bytes, and what to do with them.
-const OTHERS: [(&[u8], &str, &str); 9] = [
+const OTHERS: [(&[u8], &str, &str); 12] = [
     (b"PAR1", "a packed Parquet file, or one in a pipe", "the Parquet file itself"),
     (b"\xff\xfe", "text in UTF-16", "a file saved as UTF-8"),
     (b"\xfe\xff", "text in UTF-16", "a file saved as UTF-8"),
+    (LFS_POINTER, "a Git LFS pointer", LFS_REMEDY),
+    (b"<!DOCTYPE", "a web page", "the file itself: was its page downloaded?"),
+    (b"<html", "a web page", "the file itself: was its page downloaded?"),
     (b"PK\x03\x04", "a zip archive", "its file, unpacked or packed by gzip or zstd"),
     (b"BZh", "a file packed by bzip2", "a file unpacked, or packed by gzip or zstd"),
     (b"\xfd7zXZ", "a file packed by xz", "a file unpacked, or packed by gzip or zstd"),

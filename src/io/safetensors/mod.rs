@@ -8,7 +8,7 @@ mod writer;
 pub use safetensors::Dtype;
 pub use writer::{SafetensorsWriter, TensorSpec, write_weights};
 
-use super::input::printable;
+use super::input::{LFS_POINTER, LFS_REMEDY, printable};
 use crate::error::{Error, FileOp, Result};
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -220,8 +220,8 @@ fn coordinates(mut at: usize, shape: &[usize]) -> Vec<usize> {
 /// Validates the header; returns the offset of the data, and the tensors.
 fn parse(file: &[u8], place: &str) -> Result<(usize, BTreeMap<String, TensorInfo>)> {
     let wrong = |found: String, expected: &str| Error::input(place, found, expected);
-    if file.starts_with(b"version https://git-lfs") {
-        return Err(wrong("a Git LFS pointer".to_owned(), "the weights themselves: run `git lfs pull`"));
+    if file.starts_with(LFS_POINTER) {
+        return Err(wrong("a Git LFS pointer".to_owned(), LFS_REMEDY));
     }
     let length = file.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let after = file.get(8..).unwrap_or_default();

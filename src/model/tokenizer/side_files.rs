@@ -14,7 +14,7 @@ const MAX_BYTES: u64 = 1 << 24;
 const MAX_ADDED: usize = 1 << 20;
 /// Roles of special tokens, in the order in which transformers adds them.
 const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-/// Lists of further special tokens; the first is the older name.
+/// Lists of further special tokens, or objects of them by name; the first is the older name.
 const LISTS: [&str; 2] = ["additional_special_tokens", "extra_special_tokens"];
 
 /// Special and added tokens by the files beside `tokenizer.json`, read as transformers reads them: the
@@ -135,7 +135,12 @@ fn token_of(value: &Value, special: Option<bool>) -> Option<AddedToken> {
 /// The special tokens by role and by list, each once.
 fn named(settings: &serde_json::Map<String, Value>) -> Vec<AddedToken> {
     let roles = ROLES.iter().filter_map(|role| settings.get(*role));
-    let lists = LISTS.iter().filter_map(|list| settings.get(*list)?.as_array()).flatten();
+    // Newer versions of transformers give the tokens of a list names of their own.
+    let lists = LISTS.iter().filter_map(|list| settings.get(*list)).flat_map(|list| match list {
+        Value::Array(list) => list.iter().collect(),
+        Value::Object(named) => named.values().collect(),
+        _ => Vec::new(),
+    });
     let mut met = HashSet::new();
     let tokens = roles.chain(lists).filter_map(|value| token_of(value, Some(true)));
     tokens.filter(|token| !token.content.is_empty() && met.insert(token.content.clone())).collect()

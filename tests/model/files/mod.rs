@@ -90,10 +90,14 @@ fn configs_that_cannot_be_read() {
         (b"", "malformed JSON"),
         (b"\xff\xff", "not UTF-8 at offset 0"),
         (b"[]", "a JSON object"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ] {
         fs::write(&path, bytes).unwrap();
         assert!(error(&dir).contains(message), "{}", error(&dir));
     }
+    // A byte-order mark, as editors on Windows write it, is none of the text.
+    fs::write(&path, format!("\u{feff}{}", config())).unwrap();
+    ModelDir::open(dir.path()).unwrap();
     fs::write(&path, "[".repeat(100_000)).unwrap();
     assert!(error(&dir).contains("recursion limit"));
     fs::write(&path, " ".repeat((1 << 22) + 1)).unwrap();
