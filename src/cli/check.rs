@@ -167,8 +167,9 @@ impl OnDevice for CheckCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
+        names.model(&mut self.against)?;
         names.security(&mut self.security)?;
-        names.model(&mut self.against).map(drop)
+        names.file_if_any("--task", &mut self.task)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
@@ -198,12 +199,13 @@ impl OnDevice for CheckCommand {
                 // As it is hashed in full, and not to be written: no saved file holds a prompt.
                 let asked = json!([inputs["prompts"].take(), inputs["tasks"].take(), inputs["chat_template"].take()]);
                 inputs["asked"] = blake3::hash(asked.to_string().as_bytes()).to_hex().as_str().into();
-                let date = base_text.chat()?.template().uses_clock().then_some(clock);
+                let template = base_text.chat()?.template();
+                let date = template.uses_clock().then_some(clock);
                 let measure = || -> Result<Vec<KeptEvaluation>> {
                     let found = measured.evaluate(base_text, backend.clone(), base_attack.as_ref(), None)?;
                     Ok(found.into_iter().map(KeptEvaluation::from).collect())
                 };
-                let kept = KeptEvaluation::cached(dir, &inputs, (B::Float::NAME, date), measure)?;
+                let kept = KeptEvaluation::cached(dir, &inputs, (B::Float::NAME, date, template.source()), measure)?;
                 kept.into_iter().map(Evaluation::from).collect()
             }
         };

@@ -41,7 +41,8 @@ impl OnDevice for DriftCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
-        self.tuned.iter_mut().try_for_each(|tuned| names.model(tuned).map(drop))
+        self.tuned.iter_mut().try_for_each(|tuned| names.model(tuned).map(drop))?;
+        names.file("--security", &mut self.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {

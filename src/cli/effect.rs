@@ -24,14 +24,17 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 31] = [
+const RULES: [(&str, &[&str], Needs); 32] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
+    ("tune", &["adapter"], Other("method", "full")),
+    ("tune", &["save_dtype", "max_shard_bytes"], Other("save", "adapter")),
     ("tune", &["rest_lr_factor", "reversed"], Given("mods")),
     ("tune", &["mods_epochs", "mods_steps", "mods_lr", "keep_optimizer"], Either("mods", "recipe")),
     ("tune", &["decay_all"], Given("weight_decay")),
     ("tune", &["eval_every"], Either("eval_data", "eval_security")),
     ("plan", &["lora_rank"], Value("method", "lora")),
+    ("plan", &["mods", "method"], Absent("adapter")),
     ("plan", &["chat_template", "date"], Nothing),
     ("score", &["chat_template", "date"], Nothing),
     ("profile", &["chat_template", "date"], Nothing),
@@ -199,6 +202,9 @@ mod tests {
             "swat profile --model m --work sweep --recompute",
             "swat robustness --merge a b --no-retrain",
             "swat demo --force",
+            "swat tune --model m --data d --out o --adapter a --method full",
+            "swat plan --model m --adapter a --mods all",
+            "swat tune --model m --data d --out o --method lora --save adapter --save-dtype f32",
         ] {
             assert!(check(line).unwrap_err().contains("no effect"), "{line}");
         }

@@ -125,7 +125,10 @@ impl OnDevice for EvalCommand {
     }
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
-        self.model.resolve(names)
+        self.model.resolve(names)?;
+        names.data(&mut self.security)?;
+        names.file_if_any("--task", &mut self.task)?;
+        names.file_if_any("--heldout", &mut self.heldout)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {

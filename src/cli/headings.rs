@@ -29,7 +29,7 @@ const HEADINGS: [(&str, &[&str]); 12] = [
         &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "module_lr", "reversed", "keep_optimizer"],
     ),
     ("Near the model as given", &["constrain", "distil", "prox", "vaccine"]),
-    ("Adapters", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
+    ("Adapters", &["adapter", "save", "lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
     (
         "Evaluation during the run",
         &["eval_data", "eval_security", "eval_every", "keep_best", "early_stop", "tensorboard"],
@@ -38,12 +38,16 @@ const HEADINGS: [(&str, &[&str]); 12] = [
     ("Output", &["out", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes", "work"]),
     ("Job arrays", &["shard", "shard_index", "shard_count", "merge", "worker", "jobs", "takeover_after", "list_jobs"]),
     ("Judge", &["judge_url", "judge_model", "key_env", "timeout_seconds", "retries", "max_tokens"]),
-    ("Every command", &["device", "dtype", "seed", "json", "nvtx", "quiet"]),
+    ("Every command", &["device", "dtype", "seed", "json", "nvtx", "offline", "quiet"]),
 ];
 
-/// The heading of an argument; `None` = that of all others.
-pub(super) fn of(id: &str) -> Option<&'static str> {
-    HEADINGS.iter().find(|(_, ids)| ids.contains(&id)).map(|(heading, _)| *heading)
+/// The argument below its heading; one that is not listed keeps its own.
+pub(super) fn put(arg: clap::Arg) -> clap::Arg {
+    let listed = HEADINGS.iter().find(|(_, ids)| ids.contains(&arg.get_id().as_str()));
+    match listed {
+        Some((heading, _)) => arg.help_heading(*heading),
+        None => arg,
+    }
 }
 
 #[cfg(test)]

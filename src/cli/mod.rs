@@ -79,15 +79,11 @@ fn command() -> clap::Command {
     // Given here, once, for every option of every command: `--lr -1` is a wrong value and no unknown option.
     let command = Cli::command().mut_subcommands(|command| {
         command.mut_args(|arg| {
-            let heading = headings::of(arg.get_id().as_str());
             let arg = if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
-            arg.help_heading(heading)
+            headings::put(arg)
         })
     });
-    command.mut_args(|arg| {
-        let heading = headings::of(arg.get_id().as_str());
-        arg.help_heading(heading)
-    })
+    command.mut_args(headings::put)
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input, 3

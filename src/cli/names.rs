@@ -2,9 +2,9 @@
 
 use super::common::{Common, say};
 use super::progress::Bars;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hub::{Hub, HubName, data_name, model_name};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Makes paths of names, downloading what is not in the cache.
 pub(super) struct Names<'a> {
@@ -20,6 +20,7 @@ impl<'a> Names<'a> {
     /// Replaces `org/name[@revision]` by the directory of its files; returns the name, if it was one. What exists as a
     /// path is left as it is.
     pub(super) fn model(&mut self, path: &mut PathBuf) -> Result<Option<HubName>> {
+        check_path(path)?;
         let Some(name) = model_name(path) else { return Ok(None) };
         *path = self.with_hub(|hub, bars| hub.model(&name, &mut bars.observer()))?;
         Ok(Some(name))
@@ -27,6 +28,7 @@ impl<'a> Names<'a> {
 
     /// As [`Names::model`], for a command that reads `config.json` alone.
     pub(super) fn configuration(&mut self, path: &mut PathBuf) -> Result<()> {
+        check_path(path)?;
         let Some(name) = model_name(path) else { return Ok(()) };
         *path = self.with_hub(|hub, bars| hub.configuration(&name, &mut bars.observer()))?;
         Ok(())
@@ -49,6 +51,7 @@ impl<'a> Names<'a> {
     ) -> Result<()> {
         let mut found = Vec::new();
         for path in std::mem::take(paths) {
+            check_path(&path)?;
             match data_name(&path) {
                 None => found.push(path),
                 Some(name) => found.extend(self.with_hub(|hub, bars| fetch(hub, &name, bars))?),
@@ -56,6 +59,26 @@ impl<'a> Names<'a> {
         }
         *paths = found;
         Ok(())
+    }
+
+    /// As [`Names::data`], for an option that takes one file.
+    pub(super) fn file(&mut self, option: &str, path: &mut PathBuf) -> Result<()> {
+        let name = path.display().to_string();
+        let mut files = vec![path.clone()];
+        self.data(&mut files)?;
+        match <[PathBuf; 1]>::try_from(files) {
+            Ok([file]) => *path = file,
+            Err(several) => {
+                let found = format!("{} files of {name}", several.len());
+                return Err(Error::input(option, found, "one: name a split of one file, such as org/name:test"));
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`Names::file`], for an option that may be absent.
+    pub(super) fn file_if_any(&mut self, option: &str, path: &mut Option<PathBuf>) -> Result<()> {
+        path.iter_mut().try_for_each(|path| self.file(option, path))
     }
 
     fn with_hub<T>(&mut self, get: impl FnOnce(&mut Hub, &mut Bars) -> Result<T>) -> Result<T> {
@@ -71,4 +94,24 @@ impl<'a> Names<'a> {
         }
         found
     }
+}
+
+/// Refuses what is neither a path nor a name, though it often is meant as one.
+fn check_path(path: &Path) -> Result<()> {
+    let text = path.display().to_string();
+    if let Some((_, address)) = text.split_once("://").filter(|(scheme, _)| ["https", "http", "hf"].contains(scheme)) {
+        let page = address.strip_prefix("huggingface.co/").or_else(|| address.strip_prefix("hf.co/"));
+        let page = page.map(|page| page.strip_prefix("datasets/").unwrap_or(page));
+        let parts: Vec<&str> = page.unwrap_or_default().split('/').filter(|part| !part.is_empty()).collect();
+        let expected = match parts.as_slice() {
+            [org, name, ..] => format!("the name on the hub: {org}/{name}"),
+            _ => "a path, or a name on the hub: org/name".to_owned(),
+        };
+        return Err(Error::input(text, "an address", expected));
+    }
+    if text.starts_with("~/") && !path.exists() {
+        let expected = "$HOME in its place: a shell expands ~ at the beginning of a word alone, not behind `=`";
+        return Err(Error::input(text, "a path that begins with ~", expected));
+    }
+    Ok(())
 }

@@ -80,18 +80,6 @@ impl ModelArgs {
         Self { adapter: None, ..self.clone() }
     }
 
-    /// Refuses `--adapter` in a command that works on weights alone.
-    pub(super) fn refuse_adapter(&self) -> Result<()> {
-        match self.adapter {
-            None => Ok(()),
-            Some(_) => Err(Error::input(
-                "--adapter",
-                "an adapter, which this command does not take",
-                "--model with the adapter merged: swat tune --model DIR --adapter DIR --data FILE --steps 0 --out MERGED",
-            )),
-        }
-    }
-
     /// What is read, with its option.
     pub(super) fn inputs(&self) -> Vec<(&str, &Path)> {
         let template = self.chat_template.iter().map(|path| ("--chat-template", path.as_path()));

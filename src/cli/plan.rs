@@ -8,7 +8,7 @@ use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::backend::{Backend, FreeMemory};
 use crate::engine::{Lora, Plan, Workload};
 use crate::error::Result;
-use crate::model::{ModelConfig, ModelDir};
+use crate::model::{Adapter, ModelConfig, ModelDir};
 use crate::modules::{ModuleSet, ParamId};
 use crate::options::{above_zero, count as count_of, inner_share, share};
 use crate::report::format::{bytes, count, percent};
@@ -22,6 +22,7 @@ use serde_json::json;
 #[command(after_help = "Examples:
   swat plan --model DIR --batch-size 4 --max-length 256
   swat plan --model DIR --mods 'layers.16-31.{o_proj,v_proj}' --recompute
+  swat plan --model DIR --adapter ADAPTER                 to train that adapter further
   swat plan --model DIR --device cuda --state bf16        needs no GPU; where there is one, its free memory is shown
 
 Needs config.json alone: no weights, no tokenizer.")]
@@ -86,9 +87,13 @@ impl PlanCommand {
     }
 
     pub(super) fn run(mut self, common: &Common) -> Result<()> {
-        self.model.refuse_adapter()?;
-        Names::new(common).configuration(&mut self.model.model)?;
-        let config = ModelDir::read_config(&self.model.model)?;
+        let mut names = Names::new(common);
+        names.configuration(&mut self.model.model)?;
+        self.model.adapter.iter_mut().try_for_each(|adapter| names.model(adapter).map(drop))?;
+        let mut config = ModelDir::read_config(&self.model.model)?;
+        let adapter = self.model.adapter.as_ref().map(|dir| Adapter::open_settings(dir, &mut config)).transpose()?;
+        let largest = adapter.iter().flat_map(|adapter| adapter.modules.values()).max_by_key(|shape| shape.rank);
+        let lora = (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() });
         let set = ModuleSet::parse(&self.mods, &config.cells())?;
         let device = common.gpu();
         let float = common.float(device, common.dtype, Some(&self.model.model))?;
@@ -97,12 +102,12 @@ impl PlanCommand {
             batch_size: self.batch_size,
             max_length: self.max_length,
             recompute: self.recompute,
-            lora: (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() }),
+            lora: largest.copied().map(Lora::from).or(lora),
             state: self.state,
         };
         let work = (self.trained_share, self.recipe());
         let plan = |run: &Planned| {
-            let trains = |id: ParamId| run.trains(id, &set);
+            let trains = |id: ParamId| adapter.as_ref().map_or_else(|| run.trains(id, &set), |own| own.trains(id));
             match (device, float, run.state) {
                 (None, Float::F32, _) => run.plan::<Cpu>(&config, &work, trains),
                 (None, Float::Bf16, State::F32) => run.plan::<Cpu<F32State>>(&config, &work, trains),

@@ -49,7 +49,8 @@ impl OnDevice for ReplayCommand {
     }
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
-        self.model.resolve(names)
+        self.model.resolve(names)?;
+        names.file("--security", &mut self.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {

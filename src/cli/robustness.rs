@@ -31,7 +31,7 @@ use std::path::{Path, PathBuf};
   swat robustness --merge map.shard-*.jsonl --out map.json
 
 Writes the map as JSON, and a heat map beside it as .svg. Finished cells are saved beside --out meanwhile; the same
-command continues an interrupted run from them."
+command continues an interrupted run from them. An --adapter is merged into the weights, which are then perturbed."
 )]
 pub(super) struct RobustnessCommand {
     #[command(flatten)]
@@ -121,12 +121,16 @@ impl OnDevice for MapJob {
     }
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
-        self.inputs.model.resolve(names)
+        self.inputs.model.resolve(names)?;
+        names.file("--security", &mut self.inputs.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let Self { inputs, command } = self;
-        inputs.model.refuse_adapter()?;
+        if let (Noise::Update(_), Some(_)) = (&command.scorer.kind, &inputs.model.adapter) {
+            let expected = "--model with the adapter merged (swat tune --adapter DIR --steps 0), or another --kind";
+            return Err(Error::input("--kind", "update:DIR beside --adapter", expected));
+        }
         let shard = command.shard.shard()?;
         let mut files = inputs.model.inputs();
         files.extend([("--probe", inputs.probe.as_path()), ("--security", &inputs.security)]);
@@ -151,12 +155,14 @@ impl OnDevice for MapJob {
         probe.check_model(&text.files.config, text.files.hash()?)?;
         command.options.check(&text.files.config.cells())?;
         check_security(&text, &prompts)?;
-        let model = text.load(backend)?;
+        let mut model = text.load(backend)?;
+        model.decoder.merge_lora()?;
         let options = ScorerOptions { seed: common.seed, ..command.scorer.clone() };
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, FileOp::Resolve));
         let mut scorer = model.scorer(&probe, &prompts, options)?;
         scorer.made_from = Some(MapInputs {
             model: absolute(&inputs.model.model)?,
+            adapter: inputs.model.adapter.as_ref().map(absolute).transpose()?,
             probe: absolute(&inputs.probe)?,
             security: absolute(&inputs.security)?,
             rows: command.rows.clone(),

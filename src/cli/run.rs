@@ -75,7 +75,20 @@ impl OnDevice for RunCommand {
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         let mut config = self.config()?;
         names.model(&mut config.model)?;
-        names.data(&mut config.data.train)?;
+        let data = &mut config.data;
+        names.data(&mut data.train)?;
+        names.data(&mut data.evaluation)?;
+        names.file("data.security", &mut data.security)?;
+        for (key, file) in [
+            ("data.task", &mut data.task),
+            ("data.heldout", &mut data.heldout),
+            ("data.replay", &mut data.replay),
+            ("data.refusals", &mut data.refusals),
+            ("data.attack", &mut data.attack),
+            ("data.strict", &mut data.strict),
+        ] {
+            names.file_if_any(key, file)?;
+        }
         self.resolved = Some(Box::new(config));
         Ok(())
     }

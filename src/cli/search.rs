@@ -8,7 +8,7 @@ use crate::backend::Backend;
 use crate::data::{RowOptions, RowReader, SecurityPrompt};
 use crate::error::{Error, Result};
 use crate::io::{IfExists, check_apart, check_file};
-use crate::model::Clock;
+use crate::model::{Clock, ModelDir};
 use crate::modules::ModuleSet;
 use crate::options::mib;
 use crate::report::format::{fixed, percent};
@@ -25,8 +25,11 @@ Sets are scored jointly, with the model, probe and prompts of the map, whose pat
 be edited by hand.")]
 pub(super) struct SearchCommand {
     /// The map's model, if it moved
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR_OR_NAME")]
     model: Option<PathBuf>,
+    /// The map's adapter, if it moved
+    #[arg(long, value_name = "DIR_OR_NAME")]
+    adapter: Option<PathBuf>,
     /// Chat template (Jinja), for a model without its own
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
@@ -60,7 +63,8 @@ impl OnDevice for SearchCommand {
     }
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
-        self.model.iter_mut().try_for_each(|model| names.model(model).map(drop))
+        self.model.iter_mut().chain(&mut self.adapter).try_for_each(|model| names.model(model).map(drop))?;
+        names.file_if_any("--security", &mut self.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
@@ -75,19 +79,26 @@ impl OnDevice for SearchCommand {
         let model = known(self.model, from.map(|f| &f.model), "--model DIR")?;
         let probe = known(self.probe, from.map(|f| &f.probe), "--probe FILE")?;
         let security = known(self.security, from.map(|f| &f.security), "--security FILE")?;
-        let inputs: [(&str, &Path); 4] =
-            [("--model", &model), ("--probe", &probe), ("--security", &security), ("--map", &self.map)];
+        let adapter = self.adapter.as_ref().or(from.and_then(|f| f.adapter.as_ref()));
+        let mut inputs: Vec<(&str, &Path)> =
+            vec![("--model", &model), ("--probe", &probe), ("--security", &security), ("--map", &self.map)];
+        inputs.extend(adapter.map(|adapter| ("--adapter", adapter.as_path())));
         check_apart(&[("--out", &self.out)], &inputs)?;
         let probe = Probe::load(&probe)?;
         let given = if self.rows.is_default() { from.map(|f| &f.rows) } else { None };
         let mut rows = RowReader::new(given.unwrap_or(&self.rows));
         let prompts = SecurityPrompt::read(&security, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
-        let mut text = ModelText::open(&model, self.chat_template.as_deref())?;
+        let files = match adapter {
+            None => ModelDir::open(&model)?,
+            Some(adapter) => ModelDir::open_with_adapter(&model, adapter)?,
+        };
+        let mut text = ModelText::of(files, self.chat_template.as_deref())?;
         text.set_clock(probe.metadata.date.map_or_else(Clock::now, Ok)?);
         map.check_model(text.files.hash()?)?;
         check_security(&text, &prompts)?;
-        let model = text.load(backend)?;
+        let mut model = text.load(backend)?;
+        model.decoder.merge_lora()?;
         let options = ScorerOptions {
             kind: map.kind.clone(),
             split: map.split,

@@ -115,16 +115,17 @@ impl OnDevice for Tune {
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
         names.data(&mut self.data)?;
-        let Self { mix, replay, refusals, attack, .. } = self;
-        let mixes = [("--mix", mix), ("--replay", replay), ("--refusals", refusals), ("--attack", attack)];
-        for (option, mix) in mixes {
-            let Some(mix) = mix else { continue };
-            let mut files = vec![std::mem::take(mix)];
-            names.data(&mut files)?;
-            match files.as_slice() {
-                [file] => mix.clone_from(file),
-                several => return Err(Error::input(option, format!("{} files", several.len()), "one file")),
-            }
+        let Self { mix, replay, refusals, attack, watch, .. } = self;
+        let (held_out, security) = (&mut watch.eval_data, &mut watch.eval_security);
+        for (option, file) in [
+            ("--mix", mix),
+            ("--replay", replay),
+            ("--refusals", refusals),
+            ("--attack", attack),
+            ("--eval-data", held_out),
+            ("--eval-security", security),
+        ] {
+            names.file_if_any(option, file)?;
         }
         Ok(())
     }
@@ -186,7 +187,7 @@ impl OnDevice for Tune {
             }
             callbacks.events = Some(if resumed { EventFile::resume(dir)? } else { EventFile::create(dir)? });
         }
-        let prepared = output.prepare(&text.files, examples, job, &backend)?.watch(watch).chat(text.chat_files());
+        let prepared = output.prepare(&text.files, examples, job, watch, &backend)?.chat(text.chat_files());
         let data = prepared.data();
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.
         let prepared = prepared.roofline(Some(Roofline::measure(&backend)?));

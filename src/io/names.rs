@@ -2,6 +2,7 @@
 
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const GENERATION: &str = "generation_config.json";
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
 /// Weights in one file.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// Index of weights in several files.
@@ -9,7 +10,7 @@ pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// Files beside configuration and weights, which are copied along with them.
 pub(crate) const SIDE_FILES: [&str; 10] = [
     GENERATION,
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -54,12 +54,7 @@ impl Adapter {
     /// [`Error::Io`].
     pub(super) fn open(dir: &Path, config: &ModelConfig) -> Result<(Self, Safetensors, BTreeMap<ParamId, String>)> {
         let place = dir.display().to_string();
-        let Some(path) = file_in(dir, CONFIG)? else {
-            fs::metadata(dir).map_err(Error::io(dir, FileOp::Open))?;
-            return Err(Error::input(place, format!("no {CONFIG}"), "a LoRA adapter as peft saves it"));
-        };
-        let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
-        let settings = Settings::read(&value, &path.display().to_string())?;
+        let (value, settings) = read_settings(dir)?;
         let Some(weights) = file_in(dir, WEIGHTS)? else {
             if dir.join(PICKLED).exists() {
                 let what = format!("the pickled adapter `{PICKLED}`, which can run code when it is read,");
@@ -86,6 +81,34 @@ impl Adapter {
         Ok((adapter, file, sources))
     }
 
+    /// Opens an adapter as far as its settings tell, without its weights, for a plan; unties the head of `config` where
+    /// training does.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the field at fault; [`Error::Unsupported`] for what is not plain LoRA; [`Error::Io`].
+    pub fn open_settings(dir: &Path, config: &mut ModelConfig) -> Result<Self> {
+        let (value, settings) = read_settings(dir)?;
+        let mut modules = BTreeMap::new();
+        for cell in config.cells().iter() {
+            if let Cell::Module(id) = cell {
+                modules.extend(settings.shape(id)?.map(|shape| (id, shape)));
+            }
+        }
+        if modules.is_empty() {
+            return Err(no_adapter(dir.join(CONFIG).display().to_string()));
+        }
+        let trained = |config: &ModelConfig| -> BTreeSet<ParamId> {
+            let all = config.params().into_iter().map(|(id, _)| id).chain([ParamId::Head]);
+            all.filter(|id| settings.trains_whole(*id, &modules)).collect()
+        };
+        let ends = [ParamId::Embedding, ParamId::Head];
+        if config.tied && !settings.ties && ends.iter().any(|id| trained(config).contains(id)) {
+            config.tied = false;
+        }
+        let (trained, ties) = (trained(config), settings.ties);
+        Ok(Self { settings: value, modules, replaced: trained.clone(), trained, ties, dir: dir.to_owned() })
+    }
+
     /// The directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -93,7 +116,10 @@ impl Adapter {
 
     /// Whether a tensor trains when the adapter is trained.
     pub fn trains(&self, id: ParamId) -> bool {
-        matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_)) || self.trained.contains(&id)
+        match id {
+            ParamId::LoraA(module) | ParamId::LoraB(module) => self.modules.contains_key(&module),
+            _ => self.trained.contains(&id),
+        }
     }
 
     /// Cells that train when the adapter is trained.
@@ -106,6 +132,27 @@ impl Adapter {
     pub fn dropout(&self) -> f64 {
         self.settings["lora_dropout"].as_f64().unwrap_or(0.0)
     }
+}
+
+/// `adapter_config.json`, as JSON and as settings.
+fn read_settings(dir: &Path) -> Result<(Value, Settings)> {
+    let Some(path) = file_in(dir, CONFIG)? else {
+        fs::metadata(dir).map_err(Error::io(dir, FileOp::Open))?;
+        let place = dir.display().to_string();
+        let expected = match super::files::inner_folder(dir, CONFIG) {
+            Some(inner) => format!("a LoRA adapter as peft saves it, such as {}", inner.display()),
+            None => "a LoRA adapter as peft saves it".to_owned(),
+        };
+        return Err(Error::input(place, format!("no {CONFIG}"), expected));
+    };
+    let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
+    let settings = Settings::read(&value, &path.display().to_string())?;
+    Ok((value, settings))
+}
+
+fn no_adapter(place: String) -> Error {
+    let expected = format!("adapters of this model's projections, as target_modules of {CONFIG} names them");
+    Error::input(place, "no adapter", expected)
 }
 
 /// The model that an adapter's settings name, if they can be read.
@@ -198,8 +245,7 @@ fn adapted(
         modules.insert(id, shape);
     }
     if modules.is_empty() {
-        let expected = format!("adapters of this model's projections, as target_modules of {CONFIG} names them");
-        return Err(Error::input(place, "no adapter", expected));
+        return Err(no_adapter(place));
     }
     for (id, shape) in config.params() {
         if let Some(name) = sources.get(&id) {

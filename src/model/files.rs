@@ -7,7 +7,7 @@ use super::{Adapter, AdapterShape, ChatTemplate, ModelConfig, StoredAs, Tokenize
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::{file_in, read_bytes, read_text};
 use crate::io::json;
-use crate::io::names::{GENERATION, INDEX, SIDE_FILES, SINGLE};
+use crate::io::names::{GENERATION, INDEX, SIDE_FILES, SINGLE, TOKENIZER};
 use crate::io::safetensors::{Dtype, Safetensors, TensorSpec, float_bytes, write_weights};
 use crate::modules::{ModuleId, ParamId};
 use rayon::prelude::*;
@@ -31,6 +31,8 @@ pub struct ModelDir {
     /// stores only the head uses it as its embedding.
     pub config: ModelConfig,
     dir: PathBuf,
+    /// Where tokenizer and chat template are: the directory, or that of the adapter.
+    text_dir: PathBuf,
     shards: Vec<Safetensors>,
     /// Shard, and name in the shard, of each tensor of [`ModelConfig::params`] and of the adapter.
     sources: BTreeMap<ParamId, (usize, String)>,
@@ -62,7 +64,8 @@ impl ModelDir {
     /// own are read as [`ParamId::LoraA`] and [`ParamId::LoraB`].
     ///
     /// A head that is tied to an embedding is untied where the adapter replaces either, as peft trains a copy, unless
-    /// `ensure_weight_tying` is set.
+    /// `ensure_weight_tying` is set. Tokenizer and chat template are the adapter's where it has a `tokenizer.json`, as
+    /// trainers save those that they used beside it.
     ///
     /// # Errors
     /// As [`ModelDir::open`]; [`Error::Input`] where the adapter is of another model; [`Error::Unsupported`] for
@@ -86,6 +89,9 @@ impl ModelDir {
         let shard = files.shards.len();
         files.shards.push(file);
         files.sources.extend(sources.into_iter().map(|(id, name)| (id, (shard, name))));
+        if file_in(adapter.dir(), TOKENIZER)?.is_some() {
+            files.read_text(adapter.dir())?;
+        }
         files.adapter = Some(adapter);
         Ok(files)
     }
@@ -115,26 +121,37 @@ impl ModelDir {
         };
         let value: Value = json::read(&config_path, MAX_CONFIG_BYTES, "JSON")?;
         let mut config = ModelConfig::from_json(&value, &config_path.display().to_string())?;
-        if let Some(path) = file_in(dir, "generation_config.json")? {
+        let shards = open_shards(dir)?;
+        let sources = find_tensors(&mut config, &shards, &place)?;
+        let (dir, text_dir) = (dir.to_owned(), dir.to_owned());
+        let (tokenizer, adapter, hash) = (None, None, OnceLock::new());
+        let mut files = Self { config, dir, text_dir, shards, sources, tokenizer, adapter, hash };
+        let dir = files.dir.clone();
+        files.read_text(&dir)?;
+        Ok(files)
+    }
+
+    /// Takes tokenizer and chat template from `dir`, and adds the end-of-turn tokens that it names.
+    fn read_text(&mut self, dir: &Path) -> Result<()> {
+        let config = &mut self.config;
+        if let Some(path) = file_in(dir, GENERATION)? {
             let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
             config.add_generation_config(&value, &path.display().to_string())?;
         }
-
-        let shards = open_shards(dir)?;
-        let sources = find_tensors(&mut config, &shards, &place)?;
         let tokenizer_config = TokenizerConfig::read(dir)?;
-        let tokenizer = match file_in(dir, "tokenizer.json")? {
+        self.tokenizer = match file_in(dir, TOKENIZER)? {
             Some(path) => Some(Tokenizer::open_with(&path, &tokenizer_config)?.with_rows(config.vocab)),
             None => None,
         };
         let eos = |tokenizer: &Tokenizer| tokenizer.token(tokenizer_config.special.get("eos_token")?);
-        if let Some(eos) = tokenizer.as_ref().and_then(eos)
+        if let Some(eos) = self.tokenizer.as_ref().and_then(eos)
             && (eos as usize) < config.vocab
             && !config.eos.contains(&eos)
         {
             config.eos.push(eos);
         }
-        Ok(Self { config, dir: dir.to_owned(), shards, sources, tokenizer, adapter: None, hash: OnceLock::new() })
+        dir.clone_into(&mut self.text_dir);
+        Ok(())
     }
 
     /// Reads `config.json` alone, of a directory or by its own path. Whether the head is tied is as the file says.
@@ -256,19 +273,20 @@ impl ModelDir {
     /// # Errors
     /// [`Error::Input`] where there is none, or it does not compile; [`Error::Io`].
     pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
-        let TokenizerConfig { json: config, special, .. } = TokenizerConfig::read(&self.dir)?;
+        let dir = &self.text_dir;
+        let TokenizerConfig { json: config, special, .. } = TokenizerConfig::read(dir)?;
         let jinja = match named {
             Some(named) => Some(named.to_owned()),
-            None => file_in(&self.dir, "chat_template.jinja")?,
+            None => file_in(dir, "chat_template.jinja")?,
         };
         if let Some(path) = jinja {
             let source = read_text(&path, MAX_TEMPLATE_BYTES)?;
             return ChatTemplate::new(&source, &path.display().to_string(), special);
         }
-        let place = format!("{}: chat_template", self.dir.join("tokenizer_config.json").display());
+        let place = format!("{}: chat_template", dir.join("tokenizer_config.json").display());
         let help = "a chat template; name one with --chat-template FILE";
         let source = match &config["chat_template"] {
-            Value::Null => return Err(Error::input(self.dir.display().to_string(), "no chat template", help)),
+            Value::Null => return Err(Error::input(dir.display().to_string(), "no chat template", help)),
             Value::String(source) => source,
             Value::Array(list) => {
                 let default = list.iter().find(|entry| entry["name"] == "default");
@@ -374,20 +392,18 @@ impl ModelDir {
         } else {
             copy(&source, &out.join("config.json"))?;
         }
-        self.copy_side_files(out, SIDE_FILES)
+        self.write_chat_files(out)
     }
 
-    /// Copies the files of the tokenizer and the chat template into `out`, for an adapter.
+    /// Copies the files of tokenizer, chat template and generation into `out`.
     ///
     /// # Errors
     /// [`Error::Io`] where a file cannot be copied; [`Error::Input`] for a link that may not be followed.
-    pub fn write_tokenizer_files(&self, out: &Path) -> Result<()> {
-        self.copy_side_files(out, SIDE_FILES.into_iter().filter(|name| *name != GENERATION))
-    }
-
-    fn copy_side_files(&self, out: &Path, names: impl IntoIterator<Item = &'static str>) -> Result<()> {
-        for name in names {
-            if let Some(path) = file_in(&self.dir, name)? {
+    pub fn write_chat_files(&self, out: &Path) -> Result<()> {
+        for name in SIDE_FILES {
+            // Beside an adapter, trainers save the tokenizer alone.
+            let base = if name == GENERATION { file_in(&self.dir, name)? } else { None };
+            if let Some(path) = file_in(&self.text_dir, name)?.or(base) {
                 copy(&path, &out.join(name))?;
             }
         }
@@ -419,7 +435,23 @@ fn no_config(dir: &Path) -> Error {
         let expected = format!("a model, and the adapter beside it: --model '{base}' --adapter '{place}'");
         return Error::input(place, "a LoRA adapter without the model", expected);
     }
-    Error::input(place, "no config.json", "a Hugging Face model directory (config.json, model.safetensors)")
+    let expected = match inner_folder(dir, "config.json") {
+        Some(inner) => format!("a Hugging Face model directory, such as {}", inner.display()),
+        None => "a Hugging Face model directory (config.json, model.safetensors)".to_owned(),
+    };
+    Error::input(place, "no config.json", expected)
+}
+
+/// The last folder in `dir` that has this file, as the outputs of trainers have their checkpoints: the one with the
+/// largest number at the end of its name, else the last by name.
+pub(super) fn inner_folder(dir: &Path, file: &str) -> Option<PathBuf> {
+    let folders = fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path()).filter(|path| path.join(file).is_file());
+    let number = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+        (name[name.len() - digits..].parse::<u64>().ok(), name)
+    };
+    folders.max_by_key(number)
 }
 
 /// Copies contents but not permissions, so that a read-only input yields a writable output.

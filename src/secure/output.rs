@@ -125,7 +125,7 @@ impl OpenOutput {
     }
 
     /// Checks a job on this model and these examples: options, phases, and that memory and disk have room for it. No
-    /// weights are read.
+    /// weights are read. `watch` evaluates the run as it goes.
     ///
     /// # Errors
     /// [`Error::Input`] names the option; [`Error::Memory`] where memory or disk has no room.
@@ -134,6 +134,7 @@ impl OpenOutput {
         files: &ModelDir,
         examples: Vec<Example>,
         job: TuneJob,
+        watch: Option<Watch>,
         backend: &B,
     ) -> Result<PreparedTune> {
         let config = &files.config;
@@ -155,7 +156,7 @@ impl OpenOutput {
         let data = examples_hash(&examples);
         let size = DataSize::of(&examples);
         let loader = Loader::new(examples, shared.loader())?;
-        let prepared = PreparedTune { output: self, job, phases, loader, data, size, watch: None };
+        let prepared = PreparedTune { output: self, job, phases, loader, data, size, watch };
         prepared.check_memory(files, backend)?;
         prepared.check_disk::<B>(files)?;
         Ok(prepared)
@@ -190,12 +191,6 @@ impl PreparedTune {
     /// Reports [`crate::train::StepMetrics::speed_of_light`] against this roofline.
     pub fn roofline(mut self, roofline: Option<Roofline>) -> Self {
         self.output.options.roofline = roofline;
-        self
-    }
-
-    /// Evaluates the run as it goes.
-    pub fn watch(mut self, watch: Option<Watch>) -> Self {
-        self.watch = watch;
         self
     }
 
@@ -253,25 +248,30 @@ impl PreparedTune {
         Ok(())
     }
 
-    /// Holds what will be written against the disk: the model, and the checkpoints that there are at once.
+    /// Holds what will be written against the disk: the model, the checkpoints that there are at once, and the best
+    /// weights.
     fn check_disk<B: Backend>(&self, files: &ModelDir) -> Result<()> {
         let shared = &self.job.recipe.shared;
-        let (mut changed, mut checkpoint, mut count) = (std::collections::BTreeMap::new(), 0, 0);
+        let (mut changed, mut best, mut checkpoint, mut count) = (std::collections::BTreeMap::new(), 0, 0, 0);
+        let watch = self.watch.as_ref();
         for phase in &self.phases {
             let trained = self.trained(files, phase);
             let moments = trained.iter().map(|(_, n)| 2 * n * size_of::<B::Moment>()).sum::<usize>();
             changed.extend(trained);
-            let copies = shared.beside::<B>().parameter_bytes;
-            let weights = changed.values().sum::<usize>() * (size_of::<B::Float>() + copies);
-            checkpoint = checkpoint.max((weights + moments) as u64);
+            let beside = shared.beside::<B>().parameter_bytes;
+            let parameters = changed.values().sum::<usize>();
+            checkpoint = checkpoint.max((parameters * (size_of::<B::Float>() + beside) + moments) as u64);
             let steps = phase.options.steps_of(&self.loader, shared)?;
+            let copies = watch.map_or(0, |watch| watch.best_copies(steps, shared.save_every));
+            best = copies.saturating_mul((parameters * size_of::<B::Float>()) as u64);
             count += steps.checked_div(shared.save_every).unwrap_or(0) + u64::from(steps > 0);
         }
         // One is being written while the others are kept, among them that of the start of the phase.
         let most = shared.keep_last as u64 + 1 + u64::from(self.phases.len() > 1);
-        let need = files.stored_bytes(self.output.options.save_dtype)?
-            + checkpoint.saturating_mul(count.min(most))
-            + shared.reference_bytes(self.loader.examples());
+        let options = &self.output.options;
+        let model = if options.save.merges() { files.stored_bytes(options.save_dtype)? } else { 0 };
+        let need = model.saturating_add(best).saturating_add(checkpoint.saturating_mul(count.min(most)));
+        let need = need.saturating_add(shared.reference_bytes(self.loader.examples()));
         let there = disk_bytes(&self.output.unfinished);
         let dir = self.output.dir.dir();
         let Ok(free) = fs4::available_space(dir) else { return Ok(()) };
@@ -279,10 +279,16 @@ impl PreparedTune {
             return Ok(());
         }
         Err(Error::Memory {
-            what: format!("{}: the tuned model and {} checkpoints on disk", dir.display(), count.min(most)),
+            what: format!(
+                "{}: the tuned model, {} checkpoints{} on disk",
+                dir.display(),
+                count.min(most),
+                if best > 0 { " and the best weights" } else { "" }
+            ),
             planned_bytes: need.saturating_sub(there),
             free_bytes: free,
-            help: "free some disk space, take another --out, or keep fewer checkpoints (--keep-last 1)".into(),
+            help: "free some disk space, take another --out, or keep fewer checkpoints (--keep-last 1, no --keep-best)"
+                .into(),
         })
     }
 
@@ -329,7 +335,7 @@ impl PreparedTune {
         let path = std::path::absolute(files.dir()).map_err(Error::io(files.dir(), FileOp::Resolve))?;
         let path = path.display().to_string();
         let base = options.base.as_ref().map_or((path.as_str(), None), |(name, revision)| (name, revision.as_deref()));
-        options.save.adapter(out.dir(), files, decoder, &job.recipe.method, base)?;
+        options.save.adapter(out.dir(), (files, &options.chat), decoder, &job.recipe.method, base)?;
         if options.save.merges() {
             decoder.merge_lora()?;
             let cells: BTreeSet<Cell> = rates.iter().flat_map(|rates| rates.iter().map(|(cell, _)| cell)).collect();

@@ -5,7 +5,7 @@ use crate::backend::Backend;
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
 use crate::model::adapter::{adapter_settings, write_adapter};
-use crate::model::{AdapterShape, ModelDir};
+use crate::model::{AdapterShape, ChatFiles, ModelDir};
 use crate::modules::{Cell, ParamId};
 use clap::ValueEnum;
 use std::path::Path;
@@ -42,12 +42,12 @@ impl SaveAs {
         self != Self::Adapter
     }
 
-    /// Saves the adapters of a decoder, before they are merged, into the output `out`; `base` is the name or path of
-    /// the model, and its revision.
+    /// Saves the adapters of a decoder, before they are merged, into the output `out`, with the files of tokenizer and
+    /// chat beside them, by which the tuned model is used; `base` is the name or path of the model, and its revision.
     pub(super) fn adapter<B: Backend>(
         self,
         out: &Path,
-        files: &ModelDir,
+        (files, chat): (&ModelDir, &ChatFiles),
         decoder: &Decoder<B>,
         method: &Method,
         base: (&str, Option<&str>),
@@ -75,6 +75,7 @@ impl SaveAs {
         let params = decoder.params().iter().filter(|param| saved(param.id));
         let params: Vec<_> = params.map(|param| (param.id, param.shape.clone())).collect();
         write_adapter(&dir, &settings, base, &params, |id| decoder.read(id))?;
-        files.write_tokenizer_files(&dir)
+        files.write_chat_files(&dir)?;
+        chat.write(files, &dir)
     }
 }

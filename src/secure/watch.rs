@@ -31,7 +31,8 @@ pub struct WatchOptions {
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     pub eval_every: u64,
-    /// End with the weights of the last phase whose loss on --eval-data was the lowest; takes disk space for one model
+    /// End with the weights of the last phase whose loss on --eval-data was the lowest. They take disk space, once for
+    /// each better evaluation since the last checkpoint
     #[arg(long, requires = "eval_data", conflicts_with = "ema_decay")]
     pub keep_best: bool,
     /// End the last phase after so many evaluations in a row without a lower loss on --eval-data
@@ -86,6 +87,14 @@ impl WatchOptions {
 }
 
 impl Watch {
+    /// Most copies of the best weights that are on disk at once, in a last phase of `steps` steps: the one that the last
+    /// checkpoint refers to, and each better one since then.
+    pub(super) fn best_copies(&self, steps: u64, save_every: u64) -> u64 {
+        let WatchSettings { every, keep_best, .. } = self.settings;
+        let apart = if save_every == 0 { steps } else { save_every };
+        if keep_best { (1 + apart.div_ceil(every)).min(steps.div_ceil(every)) } else { 0 }
+    }
+
     /// The evaluator, and its settings. `decoder` is the model before the run, whose answers tell by which first tokens
     /// it refuses; `decode` gives their text.
     ///
@@ -130,5 +139,25 @@ impl Watch {
             Ok(Evaluated { loss, refusal })
         };
         Ok((settings, Box::new(evaluate)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_of_the_best_weights_are_counted() {
+        let copies = |every, steps, save_every| {
+            let settings = WatchSettings { every, keep_best: true, ..WatchSettings::default() };
+            let (heldout, harmful, benign, eos) = Default::default();
+            Watch { settings, heldout, harmful, benign, eos }.best_copies(steps, save_every)
+        };
+        // Evaluations at 10, 20, …, 100; a checkpoint at every 50th step refers to one of those before it.
+        assert_eq!(copies(10, 100, 50), 6);
+        // No checkpoint before the end, and no more copies than evaluations.
+        assert_eq!((copies(10, 100, 0), copies(10, 35, 0)), (10, 4));
+        assert_eq!(copies(100, 1000, 100), 2);
+        assert_eq!(copies(100, 5, 100), 1);
     }
 }

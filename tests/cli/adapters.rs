@@ -187,10 +187,10 @@ fn adapters_that_would_have_no_effect_are_refused() {
         let message = tune(&[&["--adapter", text(&golden), "--method", "lora"][..], option].concat());
         assert!(message.contains(option[0]) && message.contains("--adapter"), "{message}");
     }
-    for command in [&["plan"][..], &["robustness", "--probe", "p", "--security", "s"]] {
-        let message = refused(&[command, &["--model", text(&tiny), "--adapter", text(&golden)]].concat());
-        assert!(message.contains("--steps 0 --out MERGED"), "{message}");
-    }
+    assert!(tune(&["--adapter", text(&golden), "--method", "full"]).contains("no effect with --method full"));
+    let args = ["robustness", "--probe", "p", "--security", "s", "--kind", "update:d", "--model", text(&tiny)];
+    let message = refused(&[&args[..], &["--adapter", text(&golden)]].concat());
+    assert!(message.contains("--kind: found update:DIR beside --adapter"), "{message}");
     // Whole layers and the whole model stand for their projections.
     let args = [
         "tune",
@@ -213,4 +213,89 @@ fn adapters_that_would_have_no_effect_are_refused() {
     let cells = updates["phases"][0]["cells"].as_object().unwrap();
     let moved = |name: &str| cells[name]["delta_norm"].as_f64().unwrap() > 0.0;
     assert!(moved("layers.1.q_proj") && !moved("layers.0.q_proj") && !moved("layers.1.norms"));
+}
+
+/// The tokens of the first training example.
+fn preview(more: &[&str]) -> Value {
+    let found: Value = serde_json::from_str(&done(&[&["tune", "--preview", "--json"][..], more].concat())).unwrap();
+    found["first"]["tokens"].clone()
+}
+
+#[test]
+fn an_adapter_carries_the_chat_that_it_was_trained_by() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, tiny) = (data(dir.path()), tiny());
+    let (train, template) = (data.join("train.jsonl"), dir.path().join("t.jinja"));
+    let source = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}";
+    std::fs::write(&template, source).unwrap();
+    let adapter = dir.path().join("adapter");
+    let model = ["--model", text(&tiny), "--data", text(&train), "--dtype", "f32"];
+    let lora = ["--method", "lora", "--steps", "1", "--quiet", "--save", "adapter", "--out", text(&adapter)];
+    let named = ["--chat-template", text(&template)];
+    done(&[&["tune"][..], &model, &lora, &named].concat());
+    // What transformers and vLLM read beside an adapter.
+    assert_eq!(std::fs::read_to_string(adapter.join("chat_template.jinja")).unwrap(), source);
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        assert!(adapter.join(name).exists(), "{name}");
+    }
+    // swat reads it there, too.
+    let attached = ["--adapter", text(&adapter)];
+    let by_template = preview(&[&model[..], &named].concat());
+    assert_eq!(preview(&[&model[..], &attached].concat()), by_template);
+    assert_ne!(preview(&model), by_template);
+    // And the model that is made of both has it.
+    let merged = dir.path().join("merged");
+    done(&[&["tune"][..], &model, &attached, &["--steps", "0", "--quiet", "--out", text(&merged)]].concat());
+    assert_eq!(preview(&["--model", text(&merged), "--data", text(&train)]), by_template);
+    // An adapter without a tokenizer is rendered by its model's template.
+    std::fs::remove_file(adapter.join("tokenizer.json")).unwrap();
+    assert_eq!(preview(&[&model[..], &attached].concat()), preview(&model));
+}
+
+#[test]
+fn maps_searches_and_plans_take_adapters() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, tiny) = (data(dir.path()), tiny());
+    let (train, security) = (data.join("train.jsonl"), data.join("security.jsonl"));
+    let out = dir.path().join("out");
+    let tune = ["--steps", "6", "--lr", "5e-3", "--batch-size", "4", "--save", "both", "--save-dtype", "f32"];
+    let lora = ["--method", "lora", "--lora-modules", "q_proj,down_proj", "--lora-rank", "4", "--out", text(&out)];
+    let common = ["--model", text(&tiny), "--quiet", "--dtype", "f32"];
+    done(&[&["tune", "--data", text(&train)][..], &common, &tune, &lora].concat());
+    let adapter = out.join("adapter");
+    let file = |name: &str| dir.path().join(name);
+
+    // The map of a model with its adapter is that of the merged model.
+    let map = |name: &str, model: &[&str]| -> Value {
+        let (probe, map) = (file(&format!("{name}.safetensors")), file(&format!("{name}.json")));
+        let given = [&model[..], &["--security", text(&security), "--quiet", "--dtype", "f32"]].concat();
+        done(&[&["probe", "--out", text(&probe)][..], &given].concat());
+        let options = ["--probe", text(&probe), "--members", "2", "--epsilon", "0.5", "--no-retrain"];
+        serde_json::from_str(&done(&[&["robustness", "--json", "--out", text(&map)][..], &options, &given].concat()))
+            .unwrap()
+    };
+    let attached = map("attached", &["--model", text(&tiny), "--adapter", text(&adapter)]);
+    let merged = map("merged", &["--model", text(&out)]);
+    assert_eq!(attached["made_from"]["adapter"], text(&adapter));
+    let drops = |map: &Value| -> Vec<f64> {
+        map["cells"].as_array().unwrap().iter().map(|cell| cell["drop"]["gap"]["mean"].as_f64().unwrap()).collect()
+    };
+    for (a, b) in drops(&attached).iter().zip(drops(&merged)) {
+        assert!((a - b).abs() < 1e-3, "{a} and {b}");
+    }
+    // The search finds the adapter by the map, and a run on the same model takes its set.
+    let (map, mods) = (file("attached.json"), file("mods.json"));
+    let search = ["--map", text(&map), "--out", text(&mods), "--tau", "1e9", "--quiet", "--dtype", "f32"];
+    done(&[&["search"][..], &search].concat());
+    let phases = ["--mods", text(&mods), "--mods-steps", "1", "--steps", "0", "--adapter", text(&adapter)];
+    done(&[&["tune", "--data", text(&train), "--out", text(&file("tuned"))][..], &common, &phases].concat());
+
+    // q_proj: 96 to 96, down_proj: 256 to 96, each of six layers; rank 4.
+    let plan = |more: &[&str]| -> Value {
+        serde_json::from_str(&done(&[&["plan", "--json"][..], &common, more].concat())).unwrap()
+    };
+    let found = plan(&["--adapter", text(&adapter)]);
+    assert_eq!(found["trainable"], 6 * (4 * (96 + 96) + 4 * (256 + 96)));
+    std::fs::remove_file(adapter.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(plan(&["--adapter", text(&adapter)]), found, "a plan needs no weights");
 }

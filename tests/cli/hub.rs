@@ -258,6 +258,45 @@ fn a_run_by_names_alone() {
 }
 
 #[test]
+fn evaluations_and_studies_take_data_by_name() {
+    let world = World::new();
+    let served = world.home.path().join("served");
+    for (repository, path, file) in [
+        ("datasets/org/prompts", "security.jsonl", "security.jsonl"),
+        ("datasets/org/tasks", "data/test.jsonl", "task.jsonl"),
+        ("datasets/org/two", "a.jsonl", "task.jsonl"),
+        ("datasets/org/two", "b.jsonl", "task.jsonl"),
+    ] {
+        world.hub.add(repository, path, std::fs::read(served.join(file)).unwrap());
+    }
+    let eval = |security: &str, task: &str, heldout: &str| {
+        let data = ["--security", security, "--task", task, "--heldout", heldout];
+        let small =
+            ["--limit", "2", "--answer-tokens", "4", "--task-tokens", "4", "--json", "--quiet", "--dtype", "f32"];
+        [&["eval", "--model", "org/tiny"][..], &data, &small]
+            .concat()
+            .iter()
+            .map(|&arg| arg.to_owned())
+            .collect::<Vec<_>>()
+    };
+    let done = |args: &[String]| world.done(&args.iter().map(String::as_str).collect::<Vec<_>>(), &[]);
+    let by_name = done(&eval("org/prompts", "org/tasks:test", "org/set/plain:test"));
+    assert_eq!(by_name, done(&eval("served/security.jsonl", "served/task.jsonl", "served/train.jsonl")));
+    let two = eval("org/prompts", "org/two", "org/set/plain:test");
+    let message = world.fails(2, &two.iter().map(String::as_str).collect::<Vec<_>>(), &[]);
+    assert!(message.contains("--task: found 2 files of org/two; expected one"), "{message}");
+
+    // Beside a configuration that lies elsewhere, a name is a name and a path is beside it.
+    std::fs::create_dir(world.home.path().join("studies")).unwrap();
+    std::fs::copy(served.join("task.jsonl"), world.home.path().join("studies/task.jsonl")).unwrap();
+    let config = "model = 'org/tiny'\nout = 'org/out'\nsettings = ['given']\n[data]\nsecurity = 'org/prompts'\n\
+                  task = 'task.jsonl'\n[evaluate]\nharmful = 2\nbenign = 2\ntasks = 2\nanswer_tokens = 4\ntask_tokens = 4\n";
+    std::fs::write(world.home.path().join("studies/study.toml"), config).unwrap();
+    world.done(&["run", "studies/study.toml", "--quiet", "--dtype", "f32"], &[]);
+    assert!(world.home.path().join("studies/org/out/report.html").exists());
+}
+
+#[test]
 fn what_cannot_be_had_is_said() {
     let world = World::new();
     world.hub.add("models/org/gated", "config.json", b"{}".to_vec());

@@ -16,17 +16,17 @@ pub struct KeptEvaluation {
 }
 
 impl KeptEvaluation {
-    /// The evaluations in `dir` of the same `inputs`, precision `float` and date, else those of `work`, which are kept there.
+    /// The evaluations in `dir` of the same `inputs`, precision `float`, date and chat template, else those of `work`, which are kept there.
     ///
     /// # Errors
     /// Those of `work`; [`crate::error::Error::Io`].
     pub fn cached(
         dir: &Path,
         inputs: &Value,
-        (float, date): (&'static str, Option<Clock>),
+        (float, date, template): (&'static str, Option<Clock>, &str),
         work: impl FnOnce() -> Result<Vec<Self>>,
     ) -> Result<Vec<Self>> {
-        Stages::new(dir, float, date).run(&format!("measures-{}", hash(inputs)), inputs, work)
+        Stages::new(dir, float, date, template).run(&format!("measures-{}", hash(inputs)), inputs, work)
     }
 }
 

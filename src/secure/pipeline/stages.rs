@@ -61,8 +61,10 @@ pub(super) struct Replayed {
 
 impl<B: Backend> SecureRun<'_, B> {
     pub(super) fn stages(&self) -> Stages {
-        let date = self.text.chat().ok().filter(|chat| chat.template().uses_clock()).map(|_| self.clock);
-        Stages::new(&self.job.work.join("stages"), B::Float::NAME, date)
+        let template = self.text.chat().ok().map(|chat| chat.template());
+        let date = template.filter(|template| template.uses_clock()).map(|_| self.clock);
+        let source = template.map_or("", |template| template.source());
+        Stages::new(&self.job.work.join("stages"), B::Float::NAME, date, source)
     }
 
     /// Opens a model of the run, with its chat template at the time of the run.
@@ -171,7 +173,7 @@ impl<B: Backend> SecureRun<'_, B> {
                 clock: text.chat()?.template().uses_clock().then_some(self.clock),
             };
             let output = output.open(&[("--model", &self.job.model)])?;
-            let prepared = output.prepare(&text.files, examples, tuning.job.clone(), &self.backend)?;
+            let prepared = output.prepare(&text.files, examples, tuning.job.clone(), None, &self.backend)?;
             let prepared = prepared.chat(text.chat_files());
             let mut model = text.load(self.backend.clone())?;
             prepared.run(&model.text, &mut model.decoder, &mut Steps(observer)).map(drop)

@@ -121,6 +121,9 @@ pub struct RobustnessMap {
 pub struct MapInputs {
     /// Model directory.
     pub model: PathBuf,
+    /// Directory of the adapter that was merged into it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
     /// Probe file.
     pub probe: PathBuf,
     /// Labelled prompts.

@@ -3,6 +3,7 @@
 use crate::backend::DtypeChoice;
 use crate::data::{Column, RowOptions, read_columns, write_columns};
 use crate::error::{Error, FileOp, Result};
+use crate::hub::data_name;
 use crate::model::Clock;
 use crate::secure::check::Limits;
 use crate::secure::eval::EvaluateOptions;
@@ -207,14 +208,21 @@ impl RunConfig {
 
     fn resolve(&mut self, base: &Path) {
         let data = &mut self.data;
-        let required = [&mut self.model, &mut self.out, &mut data.security];
+        let required = [&mut self.model, &mut data.security];
         let optional = [&mut self.chat_template, &mut data.task, &mut data.heldout, &mut data.replay];
         let optional = optional.into_iter().chain([&mut data.refusals, &mut data.attack, &mut data.strict]);
         let merge = &mut self.merge;
         let optional = optional.chain([&mut merge.aligned, &mut merge.unaligned, &mut merge.safe]).flatten();
         let paths = required.into_iter().chain(optional).chain(&mut data.train).chain(&mut data.evaluation);
         for path in paths.filter(|path| path.is_relative() && !path.as_os_str().is_empty()) {
-            *path = base.join(&*path);
+            let beside = base.join(&*path);
+            // What is no path beside the file may be a name on the hub. That of the output is none: it need not exist.
+            if beside.exists() || data_name(path).is_none() {
+                *path = beside;
+            }
+        }
+        if !self.out.as_os_str().is_empty() {
+            self.out = base.join(&self.out);
         }
     }
 

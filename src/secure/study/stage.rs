@@ -17,13 +17,16 @@ pub(in crate::secure) struct Stages {
     float: &'static str,
     /// Date of the chat template, if it writes it: an input likewise.
     date: Option<Clock>,
+    /// Hash of the chat template, by which every prompt is rendered.
+    template: String,
     /// In a study that processes share.
     leases: Option<Leases>,
 }
 
 impl Stages {
-    pub(in crate::secure) fn new(dir: &Path, float: &'static str, date: Option<Clock>) -> Self {
-        Self { dir: dir.to_owned(), float, date, leases: None }
+    pub(in crate::secure) fn new(dir: &Path, float: &'static str, date: Option<Clock>, template: &str) -> Self {
+        let template = hash_of(template.as_bytes());
+        Self { dir: dir.to_owned(), float, date, template, leases: None }
     }
 
     /// Takes a stage only with its lease.
@@ -59,8 +62,9 @@ impl Stages {
         if let (Some(inputs), true) = (inputs.as_object_mut(), self.float != "f32") {
             inputs.insert("dtype".into(), self.float.into());
         }
-        if let (Some(inputs), Some(date)) = (inputs.as_object_mut(), self.date) {
-            inputs.insert("date".into(), date.to_string().into());
+        if let Some(inputs) = inputs.as_object_mut() {
+            inputs.insert("template".into(), self.template.as_str().into());
+            inputs.extend(self.date.map(|date| ("date".to_owned(), date.to_string().into())));
         }
         let hash = hash(&inputs);
         if let Some(kept) = read(&path, &hash).filter(&valid) {
@@ -90,13 +94,17 @@ impl Stages {
 
 /// Hash of a stage's inputs.
 pub(in crate::secure) fn hash(inputs: &Value) -> String {
-    blake3::hash(inputs.to_string().as_bytes()).to_hex()[..16].to_owned()
+    hash_of(inputs.to_string().as_bytes())
+}
+
+fn hash_of(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex()[..16].to_owned()
 }
 
 /// Hash of a file's bytes, for the inputs of a stage.
 pub(in crate::secure) fn file_hash(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(Error::io(path, FileOp::Read))?;
-    Ok(blake3::hash(&bytes).to_hex()[..16].to_owned())
+    Ok(hash_of(&bytes))
 }
 
 /// A cached result; `None` if it is damaged or of other inputs.
@@ -116,18 +124,21 @@ mod tests {
     #[test]
     fn a_stage_runs_once_for_the_same_inputs() {
         let dir = tempfile::tempdir().unwrap();
-        let stages = Stages::new(dir.path(), "f32", None);
         let mut runs = 0;
-        let mut run = |inputs: &Value| {
-            stages.run::<u32>("a/b", inputs, || {
+        let mut run = |template: &str, inputs: &Value| {
+            let stages = Stages::new(dir.path(), "f32", None, template);
+            let work = || {
                 runs += 1;
                 Ok(runs)
-            })
+            };
+            stages.run::<u32>("a/b", inputs, work).unwrap()
         };
-        assert_eq!(run(&json!({"x": 1})).unwrap(), 1);
-        assert_eq!(run(&json!({"x": 1})).unwrap(), 1);
-        assert_eq!(run(&json!({"x": 2})).unwrap(), 2);
+        assert_eq!(run("", &json!({"x": 1})), 1);
+        assert_eq!(run("", &json!({"x": 1})), 1);
+        assert_eq!(run("", &json!({"x": 2})), 2);
         std::fs::write(dir.path().join("a/b.json"), "{").unwrap();
-        assert_eq!(run(&json!({"x": 2})).unwrap(), 3);
+        assert_eq!(run("", &json!({"x": 2})), 3);
+        // The same file of a template, with other bytes.
+        assert_eq!(run("{{ messages }}", &json!({"x": 2})), 4);
     }
 }

@@ -147,7 +147,8 @@ impl<B: Backend> Study<'_, B> {
                 observer: &mut *observer,
                 name: run.name.clone(),
             };
-            let prepared = output.prepare(&text.files, examples, job.clone(), self.backend)?.chat(text.chat_files());
+            let prepared =
+                output.prepare(&text.files, examples, job.clone(), None, self.backend)?.chat(text.chat_files());
             // Before the model is loaded, so that its buffers do not raise the run's peak memory.
             let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure(self.backend).ok()));
             let mut model = text.load(self.backend.clone())?;
