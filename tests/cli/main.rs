@@ -18,5 +18,6 @@ mod replay;
 mod run;
 mod screen;
 mod secure;
+mod snapshots;
 mod tuning;
 mod watched;
