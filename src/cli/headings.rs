@@ -1,8 +1,9 @@
 //! Headings of `--help`: options by what they are about, whatever the command.
 
 /// Heading, and the arguments below it.
-const HEADINGS: [(&str, &[&str]); 12] = [
+const HEADINGS: [(&str, &[&str]); 13] = [
     ("Model", &["model", "against", "chat_template", "date", "base", "tuned", "aligned", "unaligned", "safe"]),
+    ("Data files", &["columns", "field", "skip_bad_rows"]),
     ("Data", &["data", "mix", "mix_share", "replay", "attack", "max_length", "packing", "shuffle"]),
     (
         "Training",
@@ -35,19 +36,16 @@ const HEADINGS: [(&str, &[&str]); 12] = [
         &["eval_data", "eval_security", "eval_every", "keep_best", "early_stop", "tensorboard"],
     ),
     ("Limits", &["max_asr_rise", "max_over_refusal_rise", "max_task_drop", "max_j_drop", "strict"]),
-    ("Output", &["out", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes", "work"]),
+    ("Output", &["out", "path", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes", "work"]),
     ("Job arrays", &["shard", "shard_index", "shard_count", "merge", "worker", "jobs", "takeover_after", "list_jobs"]),
     ("Judge", &["judge_url", "judge_model", "key_env", "timeout_seconds", "retries", "max_tokens"]),
     ("Every command", &["device", "dtype", "seed", "json", "nvtx", "offline", "quiet"]),
 ];
 
-/// The argument below its heading; one that is not listed keeps its own.
+/// The argument below its heading; one that is not listed has none, whatever those before it have.
 pub(super) fn put(arg: clap::Arg) -> clap::Arg {
     let listed = HEADINGS.iter().find(|(_, ids)| ids.contains(&arg.get_id().as_str()));
-    match listed {
-        Some((heading, _)) => arg.help_heading(*heading),
-        None => arg,
-    }
+    arg.help_heading(listed.map(|(heading, _)| *heading))
 }
 
 #[cfg(test)]

@@ -94,7 +94,7 @@ pub(super) struct Tune {
     #[command(flatten)]
     watch: WatchOptions,
     /// Write losses, learning rate, speed and evaluations as event files for TensorBoard
-    #[arg(long, value_name = "DIR", help_heading = "Evaluation during the run")]
+    #[arg(long, value_name = "DIR")]
     tensorboard: Option<PathBuf>,
     #[command(flatten)]
     output: TuneOutput,

@@ -174,7 +174,7 @@ impl Hub {
             }
         };
         let Some(dir) = repository.cached(name.revision())? else {
-            return Err(missing("it is not in the cache".into()));
+            return Err(missing("a name that is not in the cache".into()));
         };
         let files = cache::list(&dir)?;
         let read = |file: &str| {

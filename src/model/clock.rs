@@ -21,9 +21,11 @@ impl Clock {
     /// # Errors
     /// [`Error::Input`] where the variable holds no number of seconds.
     pub fn now() -> Result<Self> {
-        match std::env::var(VARIABLE) {
-            Ok(text) => text.parse().map_err(|expected: String| Error::input(VARIABLE, format!("`{text}`"), expected)),
-            Err(_) => Timestamp::from_second(Timestamp::now().as_second())
+        match std::env::var(VARIABLE).ok().filter(|text| !text.is_empty()) {
+            Some(text) => {
+                text.parse().map_err(|expected: String| Error::input(VARIABLE, format!("`{text}`"), expected))
+            }
+            None => Timestamp::from_second(Timestamp::now().as_second())
                 .map(Self)
                 .map_err(|e| Error::failed(format!("the clock: {e}"), "set the time of this machine")),
         }
@@ -46,7 +48,7 @@ impl FromStr for Clock {
         let found = found.or_else(|| text.parse::<Date>().ok().and_then(|date| utc(date.at(0, 0, 0, 0))));
         let found = found.and_then(|time| Timestamp::from_second(time.as_second()).ok());
         found.map(Self).ok_or_else(|| {
-            "expected a date such as 2025-07-01, a time such as 2025-07-01T12:30:00Z, or seconds since 1970".into()
+            "a date such as 2025-07-01, a time such as 2025-07-01T12:30:00Z, or seconds since 1970".into()
         })
     }
 }

@@ -8,7 +8,6 @@ use std::str::FromStr;
 
 /// How the rows of data files are read.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[command(next_help_heading = "Data files")]
 #[serde(default, deny_unknown_fields)]
 pub struct RowOptions {
     /// Columns that the files have under other names: prompt=question,answer=response

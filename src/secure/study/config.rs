@@ -176,10 +176,8 @@ impl<'de> serde::Deserialize<'de> for TuneConfig {
         let mut table = toml::Table::deserialize(deserializer)?;
         // The path inside of this table, which the outer error does not know.
         let custom = |e: toml::de::Error| match key(&e) {
-            Some(key) if !e.message().starts_with("unknown field") => {
-                serde::de::Error::custom(format!("`{key}`: {}", e.message()))
-            }
-            _ => serde::de::Error::custom(e.message()),
+            Some(key) => serde::de::Error::custom(format!("`{key}`: {}", e.message())),
+            None => serde::de::Error::custom(e.message()),
         };
         let seeds = table.remove("seeds").map(toml::Value::try_into).transpose().map_err(custom)?;
         Ok(Self { seeds, recipe: table.try_into().map_err(custom)? })
@@ -326,11 +324,20 @@ fn apply(table: &mut toml::Table, change: &str) -> Result<()> {
     Ok(())
 }
 
+/// Names of types in serde's messages, and what they are to a user.
+const TYPES: [(&str, &str); 6] = [
+    ("usize", "a whole number"),
+    ("u64", "a whole number"),
+    ("u32", "a whole number"),
+    ("f64", "a number"),
+    ("f32", "a number"),
+    ("a sequence", "a list"),
+];
+
 /// Deserializes; an error names the key, and the nearest known one for an unknown key.
 fn parse<T: DeserializeOwned>(value: toml::Value, place: &str, overrides: &[String]) -> Result<T> {
     value.try_into().map_err(|e: toml::de::Error| {
         let message = e.message().to_owned();
-        let expected = suggestion(&message).unwrap_or_else(|| "a known key with a value of its type".into());
         let mut found = message.lines().next().unwrap_or_default();
         let mut path = key(&e).unwrap_or_default();
         // Of a nested table, see `TuneConfig`.
@@ -338,6 +345,7 @@ fn parse<T: DeserializeOwned>(value: toml::Value, place: &str, overrides: &[Stri
             path = if path.is_empty() { inner.to_owned() } else { format!("{path}.{inner}") };
             found = rest;
         }
+        let expected = suggestion(found).unwrap_or_else(|| "a known key with a value of its type".into());
         // Of a type that reads its text itself, see `serde_as_text`: "place: found …; expected …".
         let own = found.rsplit_once("; expected ").map(|(found, expected)| (found.to_owned(), expected.to_owned()));
         let (inner, found, expected) =
@@ -351,6 +359,9 @@ fn parse<T: DeserializeOwned>(value: toml::Value, place: &str, overrides: &[Stri
             (false, true) => format!("--set {path}"),
             (false, false) => format!("{place}: {path}"),
         };
+        let found = TYPES.iter().fold(found.to_owned(), |text, (name, plain)| {
+            text.replace(&format!("expected {name}"), &format!("expected {plain}"))
+        });
         Error::input(place + &inner, found, expected)
     })
 }

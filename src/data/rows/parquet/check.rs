@@ -6,7 +6,8 @@ use super::thrift::{Compact, I32, LIST, STRUCT, malformed};
 use super::{EXPECTED, MAGIC, fault};
 use crate::error::{Error, FileOp, Result};
 use crate::io::input::guarded;
-use ::parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use ::parquet::basic::Type;
+use ::parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData, ParquetMetaDataReader};
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
@@ -144,6 +145,9 @@ fn sizes(file: &mut File, metadata: &ParquetMetaData, length: u64) -> io::Result
                 let page = page(&mut reader)?;
                 let compressed = u64::try_from(page.compressed).map_err(|_| malformed("a page of negative size"))?;
                 let unpacked = u64::try_from(page.unpacked).map_err(|_| malformed("a page of negative size"))?;
+                if !(0..=page.unpacked / smallest_value(column)).contains(&page.dictionary) {
+                    return Err(malformed("a dictionary of more values than its page has room for"));
+                }
                 reader.seek_relative(compressed as i64)?;
                 at += page.header_bytes + compressed;
                 all.unpacked += unpacked;
@@ -165,6 +169,19 @@ struct Page {
     unpacked: i64,
     compressed: i64,
     values: i64,
+    /// Values of a dictionary.
+    dictionary: i64,
+}
+
+/// Bytes of the smallest value of a column in a dictionary, which holds them plain.
+fn smallest_value(column: &ColumnChunkMetaData) -> i64 {
+    match column.column_type() {
+        Type::INT64 | Type::DOUBLE => 8,
+        Type::INT96 => 12,
+        Type::FIXED_LEN_BYTE_ARRAY => i64::from(column.column_descr().type_length()).max(1),
+        // A text has its length in front.
+        Type::BOOLEAN | Type::INT32 | Type::FLOAT | Type::BYTE_ARRAY => 4,
+    }
 }
 
 /// Reads a page's header: `PageHeader` of parquet.thrift.
@@ -176,12 +193,13 @@ fn page(reader: &mut impl Read) -> io::Result<Page> {
         match (id, kind) {
             (2, I32) => page.unpacked = compact.integer()?,
             (3, I32) => page.compressed = compact.integer()?,
-            // The headers of data pages, old and new, begin with the number of values.
-            (5 | 8, STRUCT) => {
+            // The headers of data pages, old and new, and of dictionaries begin with the number of values.
+            (5 | 7 | 8, STRUCT) => {
+                let values = if id == 7 { &mut page.dictionary } else { &mut page.values };
                 let mut inner = 0;
                 while let Some((id, kind)) = compact.field(inner)? {
                     match (id, kind) {
-                        (1, I32) => page.values = compact.integer()?,
+                        (1, I32) => *values = compact.integer()?,
                         _ => compact.skip(kind)?,
                     }
                     inner = id;
