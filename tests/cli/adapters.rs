@@ -268,7 +268,7 @@ fn maps_searches_and_plans_take_adapters() {
     // The map of a model with its adapter is that of the merged model.
     let map = |name: &str, model: &[&str]| -> Value {
         let (probe, map) = (file(&format!("{name}.safetensors")), file(&format!("{name}.json")));
-        let given = [&model[..], &["--security", text(&security), "--quiet", "--dtype", "f32"]].concat();
+        let given = [model, &["--security", text(&security), "--quiet", "--dtype", "f32"]].concat();
         done(&[&["probe", "--out", text(&probe)][..], &given].concat());
         let options = ["--probe", text(&probe), "--members", "2", "--epsilon", "0.5", "--no-retrain"];
         serde_json::from_str(&done(&[&["robustness", "--json", "--out", text(&map)][..], &options, &given].concat()))
