@@ -201,11 +201,12 @@ impl OnDevice for CheckCommand {
                 inputs["asked"] = blake3::hash(asked.to_string().as_bytes()).to_hex().as_str().into();
                 let template = base_text.chat()?.template();
                 let date = template.uses_clock().then_some(clock);
+                let source = template.source().to_owned();
                 let measure = || -> Result<Vec<KeptEvaluation>> {
                     let found = measured.evaluate(base_text, backend.clone(), base_attack.as_ref(), None)?;
                     Ok(found.into_iter().map(KeptEvaluation::from).collect())
                 };
-                let kept = KeptEvaluation::cached(dir, &inputs, (B::Float::NAME, date, template.source()), measure)?;
+                let kept = KeptEvaluation::cached(dir, &inputs, (B::Float::NAME, date, &source), measure)?;
                 kept.into_iter().map(Evaluation::from).collect()
             }
         };

@@ -24,7 +24,7 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 32] = [
+const RULES: [(&str, &[&str], Needs); 34] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
     ("tune", &["adapter"], Other("method", "full")),

@@ -108,13 +108,16 @@ impl OnDevice for SecureCommand {
                             --security JailbreakBench/JBB-Behaviors (100 harmful prompts and their benign twins)";
             return Err(Error::input("--security", "none", expected));
         }
+        if self.model.adapter.is_some() {
+            let expected = "--model with the adapter merged: swat tune --model DIR --adapter DIR --data FILE --steps 0 --out MERGED";
+            return Err(Error::input("--adapter", "an adapter, which swat secure does not take", expected));
+        }
         self.model.resolve(names)?;
         names.data(&mut self.data)?;
         names.security(&mut self.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        self.model.refuse_adapter()?;
         let refusals = self.refusals.list()?;
         let mut rows = RowReader::new(&self.rows);
         let only_plan = self.plan;

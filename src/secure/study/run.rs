@@ -144,7 +144,8 @@ impl<'a, B: Backend> Study<'a, B> {
         check_model(config, &text, &data, &mut rows)?;
         let overlapping_rows = check_overlap(config, &data, &mut rows)?;
         let model_hash = text.files.hash()?.to_owned();
-        let mut stages = Stages::new(&config.out.join("stages"), B::Float::NAME, date, text.chat()?.template().source());
+        let mut stages =
+            Stages::new(&config.out.join("stages"), B::Float::NAME, date, text.chat()?.template().source());
         if let Some(leases) = leases {
             stages = stages.leased(leases);
         }
