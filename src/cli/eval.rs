@@ -126,7 +126,7 @@ impl OnDevice for EvalCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
-        names.data(&mut self.security)?;
+        names.security(&mut self.security)?;
         names.file_if_any("--task", &mut self.task)?;
         names.file_if_any("--heldout", &mut self.heldout)
     }
