@@ -19,8 +19,8 @@
 //   adamw_proximal_*_bf16 / _f32    8 / 12               3       20.3 / 30.4 ms
 //
 // Beside the step: means, an exponential moving average, mean ← decay·mean + (1 − decay)·w, each product and the sum
-// rounded, as on the host; proximal, g ← g + rho·(w − anchor), which has to come before the norm of the gradients. Kernels
-// of their own: as operands of the step they would save the 2 bytes of w, and cost every step registers.
+// rounded, as on the host; proximal, g ← g + rho·(w − anchor), which has to come before the norm of the gradients.
+// Kernels of their own: as operands of the step they would save the 2 bytes of w, and cost every step registers.
 //
 // Rounding. What is stored as bf16 is rounded once, from f32; the step itself uses the unrounded moments. Stochastic:
 // up with the probability of what is cut off / the distance of the neighbours, so that the expectation is exact and
@@ -312,7 +312,8 @@ extern "C" __global__ void __launch_bounds__(256) adamw_means_vec8_bf16(const Me
 EXPORT(adamw_means_vec8_bf16)
 
 template <class Grad>
-__device__ __forceinline__ void proximal_vec8(const ProximalRow<Grad>* table, uint32_t rows, uint32_t chunk, float rho) {
+__device__ __forceinline__ void proximal_vec8(const ProximalRow<Grad>* table, uint32_t rows, uint32_t chunk,
+                                              float rho) {
   const ProximalRow<Grad> row = table[row_of_chunk(table, rows, blockIdx.x)];
   const bool aligned = aligned16(row.grad) && aligned16(row.weight) && aligned16(row.anchor);
   const auto [first, end] = Range(row, chunk);

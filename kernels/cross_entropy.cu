@@ -105,20 +105,30 @@ struct Terms {
   float distil;
 };
 
-// One of the teacher's tokens of a row, and its logit; the sum of all probabilities. For each thread of the block.
-struct Taught {
+// One of the teacher's tokens of a row, read where it is needed: registers are scarce.
+struct TeacherToken {
   uint32_t id = 0;
-  float p = 0.f, logit = 0.f, sum = 0.f;
+  float p = 0.f;
 
-  __device__ __forceinline__ Taught() {}
-  __device__ __forceinline__ Taught(const Terms& terms, const Row& row) {
+  __device__ __forceinline__ explicit TeacherToken(const Terms& terms) {
     if (threadIdx.x < terms.width) {
       const uint64_t at = (uint64_t)blockIdx.x * terms.width + threadIdx.x;
       id = terms.ids[at];
       p = terms.probs[at];
-      if (p != 0.f) logit = target_logit(row, id);
     }
-    sum = block_sum<THREADS>(id < row.vocab || p == 0.f ? p : __uint_as_float(0x7fc00000u), 1);
+  }
+};
+
+// The logit of a thread's token of the teacher, and the sum of the row's probabilities.
+struct TeacherRow {
+  float logit = 0.f, sum = 0.f;
+
+  __device__ __forceinline__ TeacherRow() {}
+  __device__ __forceinline__ TeacherRow(const Terms& terms, const Row& row) {
+    const TeacherToken token(terms);
+    if (token.p != 0.f) logit = target_logit(row, token.id);
+    const bool known = token.id < row.vocab || token.p == 0.f;
+    sum = block_sum<THREADS>(known ? token.p : __uint_as_float(0x7fc00000u), 1);
   }
 };
 
@@ -243,7 +253,7 @@ __device__ __forceinline__ void backward_vec8(bf16* __restrict__ logits, const u
   }
   add_rest(all, row, steps * SPAN);
   const float chosen = target_logit(row, target);
-  const Taught taught = WithTerms ? Taught(terms, row) : Taught();
+  const TeacherRow teacher = WithTerms ? TeacherRow(terms, row) : TeacherRow();
   // Its barriers also keep the first overwritten logit behind the last read of `chosen`.
   all.merge<THREADS>();
   const float loss = loss_of(all, chosen);
@@ -253,7 +263,7 @@ __device__ __forceinline__ void backward_vec8(bf16* __restrict__ logits, const u
   if (WithTerms) {
     const float beta = terms.beta[blockIdx.x], reference = terms.reference[blockIdx.x];
     const float weight = 2.f / (1.f + exp2_approx(beta * (reference - loss) * LOG2E));
-    softmax_scale = scale * fmaf(terms.distil, taught.sum, weight);
+    softmax_scale = scale * fmaf(terms.distil, teacher.sum, weight);
     scale *= weight;
   }
   const float factor = factor_of(all, softmax_scale, target < vocab);
@@ -283,9 +293,10 @@ __device__ __forceinline__ void backward_vec8(bf16* __restrict__ logits, const u
   }
   if (WithTerms) {
     __syncthreads();  // behind what other threads wrote to the same elements
-    if (taught.p != 0.f && taught.id < vocab) {
-      const float x = gradient(taught.logit, all, factor, scale, taught.id == target);
-      row.elements[taught.id] = __float2bfloat16(fmaf(-whole * terms.distil, taught.p, x));
+    const TeacherToken token(terms);
+    if (token.p != 0.f && token.id < vocab) {
+      const float x = gradient(teacher.logit, all, factor, scale, token.id == target);
+      row.elements[token.id] = __float2bfloat16(fmaf(-whole * terms.distil, token.p, x));
     }
   }
 }
