@@ -14,8 +14,9 @@ export SWAT_CUDA=${SWAT_CUDA:-require}
 cargo build --release --locked --bin swat
 binary=${CARGO_TARGET_DIR:-target}/release/swat
 glibc=$(objdump -T "$binary" | grep -o 'GLIBC_[0-9.]*' | sed 's/GLIBC_//' | sort -Vu | tail -n 1)
-if [ "$(printf '%s\n' "$glibc" "${SWAT_GLIBC:=2.36}" | sort -V | tail -n 1)" != "$SWAT_GLIBC" ]; then
-  echo "scripts/package.sh: the binary needs glibc $glibc, more than $SWAT_GLIBC: build on an older system, such as the container rust:1-bookworm, or set SWAT_GLIBC" >&2
+newest=${SWAT_GLIBC:-2.36}
+if [ "$(printf '%s\n' "$glibc" "$newest" | sort -V | tail -n 1)" != "$newest" ]; then
+  echo "scripts/package.sh: the binary needs glibc $glibc, more than $newest: build on an older system, such as the container rust:1-bookworm, or set SWAT_GLIBC" >&2
   exit 1
 fi
 version=$("$binary" --version | awk '{print $2}')
