@@ -122,7 +122,7 @@ pub struct ProximalRow<'a, B: Backend> {
     pub grad: ViewMut<'a, B, B::Grad>,
     /// The weight.
     pub weight: In<'a, B>,
-    /// What it is held near.
+    /// Weights that the proximal term pulls towards.
     pub anchor: In<'a, B>,
 }
 

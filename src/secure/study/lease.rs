@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Signs of life in the time after which a lease is taken over.
+/// Heartbeats in the time after which a lease is taken over.
 const BEATS: u32 = 6;
 /// Shortest and longest such time that is believed, in milliseconds.
 const TIMES: std::ops::RangeInclusive<u64> = 100..=86_400_000;
@@ -37,7 +37,7 @@ struct Record {
     /// Host, process and a random number.
     worker: String,
     timeout_ms: u64,
-    /// Signs of life so far.
+    /// Heartbeats written so far.
     beat: u64,
 }
 
@@ -217,7 +217,7 @@ mod tests {
         let path = dir.path().join("tune/a.lease");
         let (one, other) = (leases(200), leases(200));
         let held = one.take(&path).unwrap().expect("nobody has it");
-        // Longer than the time after which it would be taken over without signs of life.
+        // Longer than the time after which it would be taken over without a heartbeat.
         let began = Instant::now();
         while began.elapsed() < Duration::from_millis(1000) {
             assert!(other.take(&path).unwrap().is_none());
