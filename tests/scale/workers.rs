@@ -156,9 +156,9 @@ fn workers_that_are_killed_change_nothing() {
     shared_study("['given', 'plain', 'swat', 'reversed']", "[0, 1]", 3, &[700, 1900, 2600]);
 }
 
-/// The same at the size of a real sweep; minutes.
+/// The same at the size of a real sweep.
 #[test]
-#[ignore = "minutes"]
+#[ignore = "half a minute of kills at random moments"]
 fn a_study_of_24_runs_survives_20_kills() {
     let mut random = 88_172_645_463_325_252u64;
     let pauses: Vec<u64> = (0..20)
