@@ -3,7 +3,7 @@ for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[0];
   if (!body || body.rows.length < 3) continue;
   [...table.tHead.rows[0].cells].forEach((head, column) => {
-    // A column without a name has nothing to press.
+    /* A column without a name has nothing to press. */
     if (!head.firstChild) return;
     const button = document.createElement("button");
     button.type = "button";
