@@ -6,4 +6,5 @@ mod drawings;
 mod format;
 mod memory;
 mod study;
+mod verdict;
 mod xml;

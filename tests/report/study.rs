@@ -5,10 +5,10 @@ use serde_json::{Value, json};
 use swat::modules::{Cell, ModuleKind, ModuleSet};
 use swat::report::page::Section;
 use swat::report::{Report, results_text, robustness_map, study_report, write_report};
-use swat::secure::study::{Conclusion, Outcome, RunConfig};
+use swat::secure::study::{Outcome, RunConfig};
 use swat::secure::{Rate, RobustnessMap, ScoreKind};
 
-fn rate(hits: usize, total: usize) -> Value {
+pub(crate) fn rate(hits: usize, total: usize) -> Value {
     json!(Rate::new(hits, total))
 }
 
@@ -71,7 +71,7 @@ fn another_seed(value: &mut Value, seed: u64, asr: usize, task: usize, gap: f64,
 }
 
 /// Outcomes with two training seeds for each setting.
-fn two_seeds() -> Value {
+pub(crate) fn two_seeds() -> Value {
     let mut value =
         outcome(&[("given", 2, 40), ("plain-equal", 80, 180), ("swat", 40, 188), ("warmup:random:1", 50, 188)]);
     another_seed(&mut value["settings"][1], 8, 60, 190, 2.0, 2.0);
@@ -87,7 +87,7 @@ fn map_cell(cell: String) -> Value {
         "retrained_auroc": null })
 }
 
-fn outcome(settings: &[(&str, usize, usize)]) -> Value {
+pub(crate) fn outcome(settings: &[(&str, usize, usize)]) -> Value {
     let cells = (0..2).flat_map(|layer| ModuleKind::ALL.map(|kind| map_cell(cell(layer, kind))));
     let cells: Vec<Value> = cells.collect();
     let map = json!({ "format": "swat.robustness/1", "model_hash": "abc", "probe_hash": "", "prompts_hash": "",
@@ -107,11 +107,11 @@ fn outcome(settings: &[(&str, usize, usize)]) -> Value {
         "settings": settings.iter().map(|(text, asr, task)| setting(text, *asr, *task)).collect::<Vec<_>>() })
 }
 
-fn parse(value: Value) -> Outcome {
+pub(crate) fn parse(value: Value) -> Outcome {
     serde_json::from_value(value).unwrap()
 }
 
-const ALL: [(&str, usize, usize); 8] = [
+pub(crate) const ALL: [(&str, usize, usize); 8] = [
     ("given", 2, 40),
     ("plain", 60, 180),
     ("plain-equal", 90, 190),
@@ -154,7 +154,7 @@ fn every_file_is_written_and_holds_its_numbers() {
     assert_eq!((kept.settings.len(), kept.mods, kept.title), (ALL.len(), outcome.mods, outcome.title));
 }
 
-fn report(outcome: Value) -> Report {
+pub(crate) fn report(outcome: Value) -> Report {
     study_report(&parse(outcome), &RunConfig::default(), "")
 }
 
@@ -168,7 +168,7 @@ fn findings(report: &Report) -> &str {
     compared.map_or("", |section| &section.text)
 }
 
-fn figure<'a>(report: &'a Report, name: &str) -> &'a str {
+pub(crate) fn figure<'a>(report: &'a Report, name: &str) -> &'a str {
     let found = report.sections.iter().flat_map(|s| &s.figures).find(|figure| figure.name == name);
     &found.unwrap_or_else(|| panic!("no figure {name}")).svg
 }
@@ -445,88 +445,4 @@ fn an_outcome_of_an_unknown_setting_is_refused() {
     value["settings"][3]["setting"] = json!("swot");
     let error = serde_json::from_value::<Outcome>(value).unwrap_err().to_string();
     assert!(error.contains("`swot`") && error.contains("plain-equal"), "{error}");
-}
-
-#[test]
-fn the_recommended_setting_follows_the_rule() {
-    let conclude = |value: Value| Conclusion::new(&parse(value).settings, &RunConfig::default().limits);
-    let all = conclude(outcome(&ALL));
-    assert_eq!(all.recommended.as_deref(), Some("plain-equal+refusals"), "{}", all.reason);
-    assert!(all.verdict.held);
-    let changes: Vec<(String, f64)> =
-        all.verdict.gates.iter().map(|gate| (gate.name.clone(), (10.0 * gate.value).round() / 10.0)).collect();
-    // From 2 to 1 of 100, from 3 to 3 of 50, from 40 to 189 of 200.
-    let expected = [("asr_rise", -1.0), ("over_refusal_rise", 0.0), ("task_drop", -74.5)];
-    assert_eq!(changes, expected.map(|(name, value)| (name.to_owned(), value)));
-
-    // 150 of 200 tasks are below the interval of plain tuning's 180, 85.1 to 93.4 %.
-    let four = [("given", 2, 40), ("plain", 60, 180), ("swat", 40, 188), ("warmup:random:1", 30, 150)];
-    let found = conclude(outcome(&four));
-    assert_eq!(found.recommended.as_deref(), Some("swat"), "{}", found.reason);
-    assert!(found.reason.contains("2 of 3 settings") && found.reason.contains("85.1 %"), "{}", found.reason);
-    assert!(!found.verdict.held && !found.verdict.gates[0].held && found.verdict.gates[1].held);
-
-    // 20 of 50 benign prompts refused, where it were 3.
-    let mut refusing = outcome(&four);
-    refusing["settings"][2]["evaluation"]["over_refusal"] = rate(20, 50);
-    assert_eq!(conclude(refusing).recommended.as_deref(), Some("plain"));
-    // Of equal attack success the higher J.
-    let mut equal = outcome(&[("given", 2, 40), ("plain", 40, 188), ("swat", 40, 188), ("reversed", 40, 188)]);
-    equal["settings"][2]["evaluation"]["over_refusal"] = rate(2, 50);
-    assert_eq!(conclude(equal).recommended.as_deref(), Some("swat"));
-    // Attacked data are compared with attacked data alone.
-    let attacked = [("given", 2, 40), ("plain", 60, 180), ("swat+attack", 1, 190)];
-    assert_eq!(conclude(outcome(&attacked)).recommended.as_deref(), Some("plain"));
-    for (settings, reason) in [
-        (&[("plain", 60, 180), ("swat", 40, 188)][..], "no setting `given`"),
-        (&[("given", 2, 40), ("swat", 40, 188)], "no setting `plain`"),
-    ] {
-        let none = conclude(outcome(settings));
-        assert!(none.recommended.is_none() && none.reason.contains(reason) && !none.verdict.held, "{none:?}");
-    }
-    let mut none = outcome(&[("given", 2, 40), ("plain", 60, 180)]);
-    none["settings"][1]["evaluation"]["over_refusal"] = rate(40, 50);
-    assert!(conclude(none).reason.starts_with("none of 1 settings"));
-}
-
-#[test]
-fn the_verdict_comes_first_and_names_are_whole() {
-    let report = report(outcome(&ALL));
-    assert_eq!(report.sections[0].heading, "Verdict");
-    let gates = report.sections[0].tables[0].markdown();
-    assert!(gates.contains("| rise of attack success | -1.0 (") && gates.contains("| held"), "{gates}");
-    // The recommended setting has a colour of its own in both fronts.
-    for front in ["front", "front-refusal"] {
-        assert!(figure(&report, front).contains(">recommended</text>"), "{front}");
-    }
-    let long = "warmup:layers.0-1.{q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj}";
-    let report = self::report(outcome(&[("given", 2, 40), ("plain", 60, 180), (long, 85, 190), ("swat", 60, 180)]));
-    for front in ["front", "results"] {
-        let text: String = figure(&report, front)
-            .split("<text")
-            .skip(1)
-            .map(|part| {
-                let (_, part) = part.split_once('>').unwrap_or_default();
-                part.split("</text>").next().unwrap_or_default().to_owned()
-            })
-            .collect();
-        assert!(
-            text.replace(' ', "").contains("{q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj}"),
-            "{front}: {text}"
-        );
-    }
-    assert!(
-        !report.sections.iter().flat_map(|s| &s.figures).any(|f| f.name.starts_with("front") && f.svg.contains('…'))
-    );
-}
-
-#[test]
-fn claims_are_distances_to_the_front_of_plain_tuning() {
-    let report = report(two_seeds());
-    let compared = report.sections.iter().find(|section| section.heading == "Comparisons").unwrap();
-    let table = compared.tables[0].markdown();
-    // Above the task score of the plain runs their attack success counts: 40 − 80 and 50 − 60. Mean −25, standard
-    // deviation 21.21, and 12.706 · 21.21 / √2 = 190.6.
-    assert!(table.contains("| SWAT | -25.0 (-215.6 to 165.6) |"), "{table}");
-    assert!(table.contains("not tested") && !table.contains("| plain"), "{table}");
 }

@@ -1,0 +1,89 @@
+//! The verdict, the recommended recipe and the claims of a study.
+
+use crate::study::{ALL, figure, outcome, parse, rate, report, two_seeds};
+use serde_json::Value;
+use swat::secure::study::{Conclusion, RunConfig};
+
+#[test]
+fn the_recommended_setting_follows_the_rule() {
+    let conclude = |value: Value| Conclusion::new(&parse(value).settings, &RunConfig::default().limits);
+    let all = conclude(outcome(&ALL));
+    assert_eq!(all.recommended.as_deref(), Some("plain-equal+refusals"), "{}", all.reason);
+    assert!(all.verdict.held);
+    let changes: Vec<(String, f64)> =
+        all.verdict.gates.iter().map(|gate| (gate.name.clone(), (10.0 * gate.value).round() / 10.0)).collect();
+    // From 2 to 1 of 100, from 3 to 3 of 50, from 40 to 189 of 200.
+    let expected = [("asr_rise", -1.0), ("over_refusal_rise", 0.0), ("task_drop", -74.5)];
+    assert_eq!(changes, expected.map(|(name, value)| (name.to_owned(), value)));
+
+    // 150 of 200 tasks are below the interval of plain tuning's 180, 85.1 to 93.4 %.
+    let four = [("given", 2, 40), ("plain", 60, 180), ("swat", 40, 188), ("warmup:random:1", 30, 150)];
+    let found = conclude(outcome(&four));
+    assert_eq!(found.recommended.as_deref(), Some("swat"), "{}", found.reason);
+    assert!(found.reason.contains("2 of 3 settings") && found.reason.contains("85.1 %"), "{}", found.reason);
+    assert!(!found.verdict.held && !found.verdict.gates[0].held && found.verdict.gates[1].held);
+
+    // 20 of 50 benign prompts refused, where it were 3.
+    let mut refusing = outcome(&four);
+    refusing["settings"][2]["evaluation"]["over_refusal"] = rate(20, 50);
+    assert_eq!(conclude(refusing).recommended.as_deref(), Some("plain"));
+    // Of equal attack success the higher J.
+    let mut equal = outcome(&[("given", 2, 40), ("plain", 40, 188), ("swat", 40, 188), ("reversed", 40, 188)]);
+    equal["settings"][2]["evaluation"]["over_refusal"] = rate(2, 50);
+    assert_eq!(conclude(equal).recommended.as_deref(), Some("swat"));
+    // Attacked data are compared with attacked data alone.
+    let attacked = [("given", 2, 40), ("plain", 60, 180), ("swat+attack", 1, 190)];
+    assert_eq!(conclude(outcome(&attacked)).recommended.as_deref(), Some("plain"));
+    for (settings, reason) in [
+        (&[("plain", 60, 180), ("swat", 40, 188)][..], "no setting `given`"),
+        (&[("given", 2, 40), ("swat", 40, 188)], "no setting `plain`"),
+    ] {
+        let none = conclude(outcome(settings));
+        assert!(none.recommended.is_none() && none.reason.contains(reason) && !none.verdict.held, "{none:?}");
+    }
+    let mut none = outcome(&[("given", 2, 40), ("plain", 60, 180)]);
+    none["settings"][1]["evaluation"]["over_refusal"] = rate(40, 50);
+    assert!(conclude(none).reason.starts_with("none of 1 settings"));
+}
+
+#[test]
+fn the_verdict_comes_first_and_names_are_whole() {
+    let report = report(outcome(&ALL));
+    assert_eq!(report.sections[0].heading, "Verdict");
+    let gates = report.sections[0].tables[0].markdown();
+    assert!(gates.contains("| rise of attack success | -1.0 (") && gates.contains("| held"), "{gates}");
+    // The recommended setting has a colour of its own in both fronts.
+    for front in ["front", "front-refusal"] {
+        assert!(figure(&report, front).contains(">recommended</text>"), "{front}");
+    }
+    let long = "warmup:layers.0-1.{q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj}";
+    let report = self::report(outcome(&[("given", 2, 40), ("plain", 60, 180), (long, 85, 190), ("swat", 60, 180)]));
+    for front in ["front", "results"] {
+        let text: String = figure(&report, front)
+            .split("<text")
+            .skip(1)
+            .map(|part| {
+                let (_, part) = part.split_once('>').unwrap_or_default();
+                part.split("</text>").next().unwrap_or_default().to_owned()
+            })
+            .collect();
+        assert!(
+            text.replace(' ', "").contains("{q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj}"),
+            "{front}: {text}"
+        );
+    }
+    assert!(
+        !report.sections.iter().flat_map(|s| &s.figures).any(|f| f.name.starts_with("front") && f.svg.contains('…'))
+    );
+}
+
+#[test]
+fn claims_are_distances_to_the_front_of_plain_tuning() {
+    let report = report(two_seeds());
+    let compared = report.sections.iter().find(|section| section.heading == "Comparisons").unwrap();
+    let table = compared.tables[0].markdown();
+    // Above the task score of the plain runs their attack success counts: 40 − 80 and 50 − 60. Mean −25, standard
+    // deviation 21.21, and 12.706 · 21.21 / √2 = 190.6.
+    assert!(table.contains("| SWAT | -25.0 (-215.6 to 165.6) |"), "{table}");
+    assert!(table.contains("not tested") && !table.contains("| plain"), "{table}");
+}
