@@ -21,8 +21,8 @@ const CHUNK_BYTES: usize = 1 << 26;
 const PAGE_BYTES: usize = 1 << 12;
 
 /// Address space in huge pages, where the system has them, cut into the memory of tensors from front to back. Tensors
-/// that are allocated one after the other share their huge pages, which small ones could not fill: a decoding step,
-/// which reads every weight once, is a third faster than with small pages.
+/// that are allocated one after the other share their huge pages, which small ones could not fill: reading all weights
+/// once, as a decoding step does, takes an eighth less time than with half of them in small pages.
 ///
 /// What is dropped goes back to the system at once, but its addresses are not used again: a chunk is unmapped when all
 /// that was cut from it is gone.
