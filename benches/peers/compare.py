@@ -7,7 +7,8 @@ Run it with the interpreter of scripts/setup_oracle.sh. Both sides get the same 
 alternately, A B A B; each round's result is the median of its steps after the warm-up, each side's result the median of its rounds. Their
 results are compared as well: losses of the first steps, greedy tokens. PyTorch trains through torch.compile if that is faster. Writes
 peers-<cpu>.json and peers-<cpu>.md (peers-bf16-… in bf16), unless other work kept more than a tenth of a core busy.
-Large files (a tuned copy of the model) go to --work. On an idle machine of two cores three rounds take about half an hour.
+Large files (a tuned copy of the model) go to --work, and each measurement once it is made: a run that was ended, or disturbed, goes on
+with what is missing, as long as binary, model and rounds are the same. On an idle machine of two cores three rounds take half an hour.
 """
 import argparse
 import json
@@ -151,7 +152,7 @@ class Sides:
     def ceilings(self):
         """FLOPs a second of large products: swat's own, and PyTorch's."""
         ours = json.loads(self.run_swat("profile", "--json", "--work", "forward", "--steps", 1, "--warmup", 0))
-        return {"swat": ours["roofline"]["flops_per_s"], "peer": self.run_peer("ceiling.py")["flops_per_s"]}
+        return {"swat": ours["ceilings"]["flops_per_s"], "peer": self.run_peer("ceiling.py")["flops_per_s"]}
 
 
 def measurements(sides):
@@ -177,11 +178,13 @@ def measurements(sides):
 def agreement(name, ours, theirs, dtype):
     """Compares the results of both sides; stops if they did different work."""
     if name.startswith("train"):
-        worst = max(abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-        # In bf16 each side rounds by itself, and swat stochastically; adapters begin at random.
-        if worst > (1e-3 if dtype == "f32" and name != "train-lora" else 5e-2):
-            sys.exit(f"{name}: losses differ by {worst:.1e}: {ours['losses']} and {theirs['losses']}")
-        return f"losses of {len(theirs['losses'])} steps within {worst:.0e}"
+        apart = [abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+        # Adapters begin at random, and their first step is the model as given. PyTorch rounds bf16 weights to the nearest, which loses most
+        # updates at this learning rate; swat rounds stochastically, which keeps their mean. Only the first loss is of the same weights.
+        compared, limit = (apart, 1e-3) if dtype == "f32" and name != "train-lora" else (apart[:1], 1e-2)
+        if max(compared) > limit:
+            sys.exit(f"{name}: losses differ by {max(compared):.1e}: {ours['losses']} and {theirs['losses']}")
+        return f"losses of {len(apart)} steps within {max(compared):.0e}" if len(compared) > 1 else f"first loss within {compared[0]:.0e}"
     if name.startswith("generate"):
         equal = sum(a == b for a, b in zip(ours["answers"], theirs["answers"], strict=True))
         return f"{equal} of {len(theirs['answers'])} answers equal, token by token"
@@ -221,6 +224,23 @@ def measure(name, what, ours, theirs, key, more_is_better, rounds, dtype):
             "peer": sides["peer"][0]["peer"], "busy_cores_before": busy_before}
 
 
+def busiest_before(measurement):
+    return max((b for b in measurement["busy_cores_before"] if b is not None), default=0)
+
+
+def kept(path, about, make):
+    """The measurement of an earlier run of the same programs on an idle machine, or a new one."""
+    try:
+        known = json.loads(path.read_text())
+        if known["about"] == about and busiest_before(known["measured"]) <= MOST_BUSY:
+            return known["measured"]
+    except (OSError, ValueError, KeyError):
+        pass
+    measured = make()
+    path.write_text(json.dumps({"about": about, "measured": measured}))
+    return measured
+
+
 def machine():
     try:
         cpu = re.search(r"model name\s*:\s*(.+)", pathlib.Path("/proc/cpuinfo").read_text())[1].strip()
@@ -258,12 +278,13 @@ def main():
     chosen = measurements(sides)
     if unknown := set(args.only or []) - set(chosen):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
+    about = {"machine": machine(), "threads": args.threads, "model": args.model.resolve().name, "dtype": args.dtype, "rounds": args.rounds,
+             "swat": sides.run([args.swat, "--version"]).strip()}
     ceilings = sides.ceilings()
-    results = [measure(name, *what, args.rounds, args.dtype) for name, what in chosen.items() if not args.only or name in args.only]
-    report = {"machine": machine(), "threads": args.threads, "model": args.model.resolve().name, "dtype": args.dtype,
-              "rounds": args.rounds, "ceilings": ceilings,
-              "swat": sides.run([args.swat, "--version"]).strip(), "measurements": results}
-    busiest = max((b for m in results for b in m["busy_cores_before"] if b is not None), default=0)
+    results = [kept(args.work / f"measured-{args.dtype}-{name}.json", about, lambda: measure(name, *what, args.rounds, args.dtype))
+               for name, what in chosen.items() if not args.only or name in args.only]
+    report = {**about, "ceilings": ceilings, "measurements": results}
+    busiest = max((busiest_before(m) for m in results), default=0)
     if busiest > MOST_BUSY:
         print(json.dumps(report, indent=1, ensure_ascii=False))
         sys.exit(f"no table is written: other work kept {busiest:.2f} cores busy, at most {MOST_BUSY} may be")
