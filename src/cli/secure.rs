@@ -27,8 +27,8 @@ use std::path::PathBuf;
   swat secure ... --plan                                      stages, time, memory and disk, and nothing else
 
 The model as given is measured; its own refusals, and its own answers to benign prompts, are mixed into the data (recipe
-replay=); recipes are tried in order until one is within the limits on the valid split of --security, and where none is,
-points between the tuned model and the model as given. What is chosen is measured on the splits test and ood.
+replay=); recipes are tried in order until one is within the limits on the split valid and half of ood of --security, and
+where none is, points between the tuned model and the model as given. What is chosen is measured on test and the rest of ood.
 
 Stages are kept in the working folder: the same command continues a run that ended early, to the same bytes.
 
@@ -41,8 +41,8 @@ pub(super) struct SecureCommand {
     data: Vec<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,
-    /// Labelled prompts, harmful and benign, with the splits train (replayed), valid (choice), test and ood (verdict); assigned
-    /// by --seed where the file has none. Files, or a set on the hub: JailbreakBench/JBB-Behaviors
+    /// Labelled prompts, harmful and benign, with the splits train (replayed), valid (choice), test (verdict) and ood (half and
+    /// half); assigned by --seed where the file has none. Files, or a set on the hub: JailbreakBench/JBB-Behaviors
     #[arg(long, value_name = "FILE_OR_NAME")]
     security: Vec<PathBuf>,
     /// Checkable tasks: half of them for the choice, half for the verdict. Without it a tenth of --data is set aside, and

@@ -9,6 +9,7 @@ use crate::secure::overlap::NearDuplicates;
 use crate::secure::text::ModelText;
 use crate::secure::tune::examples_hash;
 use serde_json::json;
+use std::collections::HashSet;
 
 /// Stream of the draws that halve the tasks and set examples aside.
 const HALVES_STREAM: u64 = 0x5ec;
@@ -93,11 +94,15 @@ impl SecureData {
         let of = |splits: &[Split]| -> Vec<SecurityPrompt> {
             security.iter().filter(|prompt| splits.contains(&prompt.split)).cloned().collect()
         };
-        let (valid, test) = (of(&[Split::Valid]), of(&[Split::Test, Split::Ood]));
+        let group = |prompt: &SecurityPrompt| prompt.pair.clone().unwrap_or_else(|| prompt.prompt.clone());
+        let (mut valid, mut test) = (of(&[Split::Valid]), of(&[Split::Test]));
+        let [choice_ood, verdict_ood] = halves(of(&[Split::Ood]), job.seed, group);
+        valid.extend(choice_ood);
+        test.extend(verdict_ood);
         let prompts = valid.len() + test.len();
         let [valid_prompts, test_prompts] = apart([valid, test], &trained, |prompt| &prompt.prompt);
         let task_count = tasks.len();
-        let [valid_tasks, test_tasks] = apart(halves(tasks, job.seed), &trained, |task| &task.prompt);
+        let [valid_tasks, test_tasks] = apart(halves(tasks, job.seed, |task| task.prompt.clone()), &trained, |task| &task.prompt);
         let (valid_heldout, test_heldout) =
             if job.task.is_none() { set_aside(&mut train, job.seed)? } else { Default::default() };
         let valid = Asked { prompts: valid_prompts, tasks: valid_tasks, heldout: valid_heldout };
@@ -142,17 +147,14 @@ fn apart<T>([valid, test]: [Vec<T>; 2], trained: &NearDuplicates, prompt: fn(&T)
     [valid, test]
 }
 
-/// Two random halves, each in the order of the whole.
-fn halves<T>(items: Vec<T>, seed: u64) -> [Vec<T>; 2] {
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    Philox::new(seed, HALVES_STREAM).shuffle(&mut order);
-    let mut first = vec![false; items.len()];
-    order[..items.len() / 2].iter().for_each(|index| first[*index] = true);
-    let mut found = [Vec::new(), Vec::new()];
-    for (item, first) in items.into_iter().zip(first) {
-        found[usize::from(!first)].push(item);
-    }
-    found
+/// Two random halves, each in the order of the whole; items of one group stay together.
+fn halves<T>(items: Vec<T>, seed: u64, group: impl Fn(&T) -> String) -> [Vec<T>; 2] {
+    let mut seen = HashSet::new();
+    let mut groups: Vec<String> = items.iter().map(&group).filter(|name| seen.insert(name.clone())).collect();
+    Philox::new(seed, HALVES_STREAM).shuffle(&mut groups);
+    let first: HashSet<&String> = groups[..groups.len() / 2].iter().collect();
+    let (first, second) = items.into_iter().partition(|item| first.contains(&group(item)));
+    [first, second]
 }
 
 /// Takes a tenth of the distinct examples out of `train`, with all that repeat them: half for the choice, half for the
@@ -171,7 +173,7 @@ fn set_aside(train: &mut Vec<Example>, seed: u64) -> Result<(Vec<Example>, Vec<E
     Philox::new(seed, HALVES_STREAM).shuffle(&mut keys);
     let (valid, test) = keys[..count].split_at(count / 2);
     let (mut for_choice, mut for_verdict) = (Vec::new(), Vec::new());
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     train.retain(|example| {
         let key = key(example);
         let part = match (valid.contains(&key), test.contains(&key)) {
@@ -211,8 +213,12 @@ mod tests {
         let parts = [texts(&["a b c", "what is it?", "x y"]), texts(&["A, b; C", "What is it", "z"])];
         let [valid, test] = apart(parts, &trained, |text| text);
         assert_eq!((valid, test), (texts(&["x y"]), texts(&["A, b; C", "z"])));
-        let [first, second] = halves((0..7).collect(), 1);
+        let [first, second] = halves((0..7).collect(), 1, u32::to_string);
         assert_eq!((first.len(), second.len()), (3, 4));
         assert!(first.is_sorted() && second.is_sorted());
+        // Twins stay together.
+        let [first, second] = halves((0..14).collect(), 1, |item: &u32| (item / 2).to_string());
+        assert_eq!((first.len(), second.len()), (6, 8));
+        assert!(first.iter().all(|item| first.contains(&(item ^ 1))));
     }
 }
