@@ -38,9 +38,9 @@ pub fn write_demo_model(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The recipe that the demonstration recommends: a tenth of the model's own answers, and 222 steps in the place of 200, so that
-/// it sees as many examples of the task as plain tuning. docs/recipes.md says how it was chosen.
-const RECOMMENDED: &str = "plain+replay=.1,steps=222";
+/// The recipe that the demonstration recommends: a tenth of the model's own answers, and so many steps that it sees as many
+/// examples of the task as the 300 steps of the others. docs/recipes.md says how it was chosen.
+const RECOMMENDED: &str = "plain+replay=.1,steps=333";
 
 /// Removes the tasks and held-out conversations whose prompts are in the tuning data of a setting.
 fn keep_unseen(data: &Path) -> Result<()> {
@@ -82,7 +82,7 @@ pub fn demo_study(model: &Path, language_seed: u64, seed: u64, seeds: u64, out: 
         steps: Some(steps),
         ..PhaseOptions::default()
     };
-    let settings = ["given", "plain", "swat", "warmup:random:1", RECOMMENDED];
+    let settings = ["given", "plain-equal", "swat", "warmup:random:1", RECOMMENDED];
     Ok(RunConfig {
         model: model.to_owned(),
         out: out.to_owned(),
