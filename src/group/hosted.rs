@@ -32,6 +32,11 @@ impl<T: Transport> Hosted<T> {
         Self { transport, traffic: Mutex::default() }
     }
 
+    /// What carries its messages.
+    pub fn transport(&self) -> &T {
+        &self.transport
+    }
+
     /// [`Transport::exchange`] of messages whose lengths all ranks know.
     fn exchange(&self, messages: Vec<Vec<u8>>, expected: impl Fn(usize) -> usize) -> Result<Vec<Vec<u8>>> {
         let received = self.transport.exchange(messages)?;

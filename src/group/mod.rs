@@ -6,9 +6,13 @@
 //! ranks together. Only tensors that train are communicated.
 
 mod hosted;
+mod place;
+mod tcp;
 mod threads;
 
 pub use hosted::{Hosted, Transport};
+pub use place::Place;
+pub use tcp::Tcp;
 pub use threads::Threads;
 
 use crate::backend::{Backend, ViewMut};
