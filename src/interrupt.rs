@@ -71,6 +71,17 @@ pub fn asked() -> Option<i32> {
     None
 }
 
+/// Sends a signal to this process.
+pub(crate) fn raise(signal: i32) {
+    #[cfg(unix)]
+    let raised = signal_hook::low_level::raise(signal).is_ok();
+    #[cfg(not(unix))]
+    let raised = false;
+    if !raised {
+        std::process::exit(128 + signal);
+    }
+}
+
 /// Work that polls [`asked`]; until it is dropped, the first signal only asks.
 #[derive(Debug)]
 #[must_use]

@@ -24,7 +24,7 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 34] = [
+const RULES: [(&str, &[&str], Needs); 35] = [
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
     ("tune", &["adapter"], Other("method", "full")),
@@ -36,6 +36,7 @@ const RULES: [(&str, &[&str], Needs); 34] = [
     ("plan", &["lora_rank"], Value("method", "lora")),
     ("plan", &["mods", "method"], Absent("adapter")),
     ("plan", &["chat_template", "date"], Nothing),
+    ("plan", &["link_gb_s", "tflops"], Given("gpus")),
     ("score", &["chat_template", "date"], Nothing),
     ("profile", &["chat_template", "date"], Nothing),
     ("profile", &["recompute", "state"], Value("work", "train")),

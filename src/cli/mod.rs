@@ -17,6 +17,7 @@ mod preview;
 mod probe;
 mod profile;
 mod progress;
+mod ranks;
 mod replay;
 mod robustness;
 mod run;
@@ -104,6 +105,10 @@ pub fn main() -> ExitCode {
         return ExitCode::from(e.exit_code());
     }
     let common = &cli.common;
+    if let Some(threads) = matches!(cli.command, Command::Tune(_)).then(ranks::threads).flatten() {
+        // It is built nowhere before.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
     // Inside the thread pool from the start: otherwise every operation hands its work over and waits.
     let result = rayon::scope(|_| match cli.command {
         Command::Demo(c) => c.start(common),
@@ -111,7 +116,7 @@ pub fn main() -> ExitCode {
         Command::Drift(c) => c.start(common),
         Command::Robustness(c) => c.start(common),
         Command::Search(c) => c.start(common),
-        Command::Secure(c) => c.start(common),
+        Command::Secure(c) => ranks::refuse_ranks("secure", "`swat tune`").and_then(|()| c.start(common)),
         Command::Tune(c) => c.start(common),
         Command::Replay(c) => c.start(common),
         Command::Screen(c) => c.start(common),

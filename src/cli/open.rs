@@ -114,6 +114,11 @@ pub(super) trait OnDevice: Sized {
     /// The command on the device that `--device` names.
     fn start(mut self, common: &Common) -> Result<()> {
         self.resolve(&mut Names::new(common))?;
+        self.start_resolved(common)
+    }
+
+    /// [`OnDevice::start`] where no name of the hub is left.
+    fn start_resolved(self, common: &Common) -> Result<()> {
         if common.nvtx {
             trace::annotate()?;
         }

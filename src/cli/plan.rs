@@ -6,7 +6,7 @@ use super::open::{Float, ModelArgs, State, check_state};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::backend::{Backend, FreeMemory};
-use crate::engine::{Lora, Plan, Workload};
+use crate::engine::{Lora, Plan, RankStep, Speeds, Workload};
 use crate::error::Result;
 use crate::model::{Adapter, ModelConfig, ModelDir};
 use crate::modules::{ModuleSet, ParamId};
@@ -24,6 +24,7 @@ use serde_json::json;
   swat plan --model DIR --mods 'layers.16-31.{o_proj,v_proj}' --recompute
   swat plan --model DIR --adapter ADAPTER                 to train that adapter further
   swat plan --model DIR --device cuda --state bf16        needs no GPU; where there is one, its free memory is shown
+  swat plan --model DIR --device cuda --gpus 8 --link-gb-s 450      of one of eight, and what they send each other
 
 Needs config.json alone: no weights, no tokenizer.")]
 pub(super) struct PlanCommand {
@@ -68,6 +69,15 @@ pub(super) struct PlanCommand {
     /// As of `swat tune`
     #[arg(long, value_parser = inner_share::<f32>)]
     ema_decay: Option<f32>,
+    /// Plan one of N processes that train together, each with its part of every micro-batch
+    #[arg(long, value_name = "N", value_parser = count_of)]
+    gpus: Option<usize>,
+    /// GB/s that one GPU sends to the others: 50 by a network card of 400 Gb/s, 450 by the NVLink of an H100
+    #[arg(long, value_name = "GB_S", value_parser = above_zero::<f64>, default_value_t = 50.0)]
+    link_gb_s: f64,
+    /// TFLOP/s that one GPU reaches in training, an assumption
+    #[arg(long, value_name = "TFLOP_S", value_parser = above_zero::<f64>, default_value_t = 400.0)]
+    tflops: f64,
 }
 
 /// A [`crate::secure::Method`] by name.
@@ -104,27 +114,31 @@ impl PlanCommand {
             recompute: self.recompute,
             lora: largest.copied().map(Lora::from).or(lora),
             state: self.state,
+            ranks: self.gpus.unwrap_or(1),
         };
+        let speeds = Speeds { link_bytes_per_s: self.link_gb_s * 1e9, flops_per_s: self.tflops * 1e12 };
         let work = (self.trained_share, self.recipe());
         let plan = |run: &Planned| {
             let trains = |id: ParamId| adapter.as_ref().map_or_else(|| run.trains(id, &set), |own| own.trains(id));
             match (device, float, run.state) {
-                (None, Float::F32, _) => run.plan::<Cpu>(&config, &work, trains),
-                (None, Float::Bf16, State::F32) => run.plan::<Cpu<F32State>>(&config, &work, trains),
-                (None, Float::Bf16, State::Bf16) => run.plan::<Cpu<Bf16State>>(&config, &work, trains),
-                (Some(_), _, State::F32) => run.plan::<Cuda<F32State>>(&config, &work, trains),
-                (Some(_), _, State::Bf16) => run.plan::<Cuda<Bf16State>>(&config, &work, trains),
+                (None, Float::F32, _) => run.plan::<Cpu>(&config, &work, trains, speeds),
+                (None, Float::Bf16, State::F32) => run.plan::<Cpu<F32State>>(&config, &work, trains, speeds),
+                (None, Float::Bf16, State::Bf16) => run.plan::<Cpu<Bf16State>>(&config, &work, trains, speeds),
+                (Some(_), _, State::F32) => run.plan::<Cuda<F32State>>(&config, &work, trains, speeds),
+                (Some(_), _, State::Bf16) => run.plan::<Cuda<Bf16State>>(&config, &work, trains, speeds),
             }
         };
         let free = match device {
             None => FreeMemory::now(),
             Some(ordinal) => Cuda::<F32State>::open(ordinal).ok().and_then(|gpu| gpu.free_memory()),
         };
-        let planned = plan(&run);
+        let (planned, step) = plan(&run);
         let total = planned.total_bytes();
         let missing = free.as_ref().filter(|free| total > free.bytes);
         let remedies = missing
-            .map_or(Vec::new(), |free| remedies(&run, float, free.bytes, &|changed| plan(changed).total_bytes()));
+            .map_or(Vec::new(), |free| remedies(&run, float, free.bytes, &|changed| plan(changed).0.total_bytes()));
+        // No option makes them fit, however many GPUs there are.
+        let weights = free.as_ref().is_some_and(|free| planned.weights_bytes > free.bytes);
         let device = device.map_or("cpu".into(), |ordinal| format!("cuda:{ordinal}"));
         if common.json {
             let mut value = plan_json(&planned);
@@ -133,6 +147,8 @@ impl PlanCommand {
             value["bound"] = json!(free.as_ref().map(|free| &free.bound));
             value["fits"] = json!(free.as_ref().map(|free| total <= free.bytes));
             value["remedies"] = json!(remedies);
+            value["step_of_a_rank"] = json!(self.gpus.map(|_| step));
+            value["needs_sharded_weights"] = json!(weights);
             return print_json(&value);
         }
         print_line(memory_table(&[(device.clone(), planned.clone())]).text().trim_end())?;
@@ -148,6 +164,9 @@ impl PlanCommand {
             planned.forward_flops,
             planned.backward_flops
         ))?;
+        if self.gpus.is_some() {
+            self.print_step(&step)?;
+        }
         let Some(free) = free else {
             return print_line(&format!(
                 "free memory of {device} is not known here, so that nothing can be said of it"
@@ -158,6 +177,13 @@ impl PlanCommand {
             return print_line(&format!("fits on {device}, with {} to spare", bytes(free.bytes - total)));
         }
         print_line(&format!("does not fit on {device}: {} too much", bytes(total - free.bytes)))?;
+        if weights {
+            return print_line(&format!(
+                "the weights alone take {}: swat keeps all of them on each GPU, and has no weights in parts (ZeRO-3, tensor \
+                 parallelism), which a model of this size needs",
+                bytes(planned.weights_bytes)
+            ));
+        }
         if remedies.is_empty() {
             return print_line(
                 "no options of `swat tune` make it fit: take a smaller model, or a device with more memory",
@@ -169,6 +195,28 @@ impl PlanCommand {
         }
         Ok(())
     }
+
+    fn print_step(&self, step: &RankStep) -> Result<()> {
+        let RankStep { ranks, traffic, .. } = step;
+        print_line(&format!(
+            "GPUs         {ranks:>12}  each with all weights, and its part of moments and micro-batch"
+        ))?;
+        print_line(&format!(
+            "sent a step  {:>12}  by each: gradients {}, weights {}; {} of what training everything sends",
+            bytes(traffic.total_bytes()),
+            bytes(traffic.reduce_scatter_bytes),
+            bytes(traffic.all_gather_bytes),
+            percent(step.share_of_full, 1)
+        ))?;
+        print_line(&format!(
+            "communicates {:>12}  of a step: {:.3} s at {} GB/s, beside {:.3} s of computing at {} TFLOP/s",
+            percent(step.communication_share, 1),
+            step.communication_seconds,
+            self.link_gb_s,
+            step.compute_seconds,
+            self.tflops
+        ))
+    }
 }
 
 /// What a plan depends on, and a remedy may change.
@@ -179,25 +227,29 @@ struct Planned {
     recompute: bool,
     lora: Option<Lora>,
     state: State,
+    ranks: usize,
 }
 
 impl Planned {
-    /// The plan on a backend, of data with this share of tokens that have a loss, and of a recipe.
+    /// The plan of a rank on a backend, of data with this share of tokens that have a loss, and of a recipe.
     fn plan<B: Backend>(
         &self,
         config: &ModelConfig,
         (trained_share, recipe): &(f64, TuneOptions),
         trains: impl Fn(ParamId) -> bool,
-    ) -> Plan {
+        speeds: Speeds,
+    ) -> (Plan, RankStep) {
         let work = Workload {
-            tokens: self.batch_size * self.max_length,
+            tokens: self.batch_size.div_ceil(self.ranks) * self.max_length,
             document_tokens: self.max_length,
             trained_share: *trained_share,
             recompute: self.recompute,
             lora: self.lora,
             beside: recipe.beside::<B>(),
         };
-        Plan::new::<B>(config, &work, trains)
+        let plan = Plan::new::<B>(config, &work, &trains).sharded(self.ranks);
+        let step = RankStep::new::<B>(config, (&work, &plan), trains, self.ranks, speeds);
+        (plan, step)
     }
 
     fn trains(&self, id: ParamId, set: &ModuleSet) -> bool {
@@ -286,7 +338,7 @@ mod tests {
 
     #[test]
     fn the_cheapest_options_that_fit_come_first() {
-        let run = Planned { batch_size: 8, max_length: 64, recompute: false, lora: None, state: State::F32 };
+        let run = Planned { batch_size: 8, max_length: 64, recompute: false, lora: None, state: State::F32, ranks: 1 };
         // 10 a token, 2 with recomputation; 4000 of weights and state, half of it with state in bf16, 1000 with adapters.
         let total = |run: &Planned| {
             let tokens = (run.batch_size * run.max_length) as u64;

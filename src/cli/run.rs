@@ -4,6 +4,7 @@ use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
+use super::ranks::refuse_ranks;
 use crate::backend::{Backend, DtypeChoice};
 use crate::error::{Error, Result};
 use crate::interrupt;
@@ -119,14 +120,20 @@ fn lost(why: &str) {
 }
 
 /// Seconds from 1 to a day, as a value parser of clap.
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let parsed = text.trim().parse().ok().filter(|seconds| (1..=86_400).contains(seconds));
     parsed.map(Duration::from_secs).ok_or_else(|| "expected whole seconds from 1 to 86400".into())
 }
 
 impl RunCommand {
     pub(super) fn start(self, common: &Common) -> Result<()> {
-        if self.list_jobs { self.print_jobs(common) } else { OnDevice::start(self, common) }
+        if self.list_jobs {
+            return self.print_jobs(common);
+        }
+        if !self.worker {
+            refuse_ranks("run", "--worker, with which any number of processes share a study")?;
+        }
+        OnDevice::start(self, common)
     }
 
     /// The command line as it was typed, for each run and for the whole study.

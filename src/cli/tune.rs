@@ -6,10 +6,12 @@ use super::open::{ModelArgs, OnDevice, State};
 use super::plan::{MethodName, plan_json};
 use super::preview::preview;
 use super::progress::StepBar;
+use super::ranks::{Rank, RankArgs, Role, start_ranks};
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, RowOptions, RowReader, mix};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
+use crate::group::{Alone, Group, from_first, over_hosts};
 use crate::interrupt;
 use crate::io::{check_not_in, lies_in};
 use crate::modules::ModuleSet;
@@ -35,6 +37,7 @@ use std::path::{Path, PathBuf};
   swat tune --model DIR --data train.jsonl --out tuned --epochs 3 --recipe plain+replay=.1,ema=.99 --replay replay.jsonl
   swat tune --model DIR --adapter adapter --data more.jsonl --out merged              trains that adapter further
   swat tune --model DIR --data train.jsonl --preview                    what would be trained, and nothing else
+  swat tune ... --gpus 8                                                on all GPUs of this machine; more: docs/scale.md
   swat tune ... --resume                                                continues an interrupted run, bit for bit")]
 pub(super) struct Tune {
     #[command(flatten)]
@@ -101,6 +104,11 @@ pub(super) struct Tune {
     /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]
     state: State,
+    #[command(flatten)]
+    ranks: RankArgs,
+    /// This process among those that train together.
+    #[arg(skip)]
+    rank: Option<Rank>,
 }
 
 impl OnDevice for Tune {
@@ -110,6 +118,22 @@ impl OnDevice for Tune {
 
     fn state(&self) -> State {
         self.state
+    }
+
+    fn start(mut self, common: &Common) -> Result<()> {
+        let role = if self.preview { Role::Alone } else { self.ranks.role()? };
+        match role {
+            Role::Launcher(size) => return start_ranks(size, common),
+            Role::Alone => self.resolve(&mut Names::new(common))?,
+            Role::Rank(place) => {
+                let rank = self.ranks.join(place, common)?;
+                let hosts = rank.hosts.transport().clone();
+                let result = self.start_as(rank, common);
+                hosts.end(result.as_ref().err());
+                return result;
+            }
+        }
+        self.start_resolved(common)
     }
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
@@ -130,10 +154,17 @@ impl OnDevice for Tune {
         Ok(())
     }
 
-    fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
+    fn run<B: Backend>(mut self, common: &Common, backend: B) -> Result<()> {
         if self.preview {
             return preview(common, &self.model, &self.data, &self.rows, self.recipe.shared.max_length);
         }
+        let rank = self.rank.take();
+        let place = rank.as_ref().map(|rank| rank.place.clone());
+        let first = place.as_ref().is_none_or(|place| place.share.rank == 0);
+        let group: Box<dyn Group<B>> = match rank {
+            Some(rank) => over_hosts(rank.hosts, &backend)?,
+            None => Box::new(Alone),
+        };
         // All that can be known is checked before the weights are read.
         let mixes = self.mixes()?;
         let mut output = TuneOutput {
@@ -148,8 +179,11 @@ impl OnDevice for Tune {
             output.config["mixes"] = mixes.collect();
         }
         interrupt::watch();
-        let mut output = output.open(&self.inputs())?;
-        let (text, date) = self.model.open_dated(output.recorded_clock()?)?;
+        let mut output = output.open_as(&self.inputs(), place.as_ref())?;
+        let opened = first.then(|| self.model.open_dated(output.recorded_clock()?)).transpose()?;
+        // All ranks render at the time of rank 0.
+        let date = from_first(&*group, || Ok(opened.as_ref().and_then(|(_, date)| *date)))?;
+        let (text, date) = opened.map_or_else(|| self.model.open_dated(date), Ok)?;
         output.options.clock = date;
         if let Some(date) = date {
             output.options.config["date"] = json!(date);
@@ -176,7 +210,7 @@ impl OnDevice for Tune {
         common.end_reading(&rows)?;
         output.options.config["skipped_rows"] = json!(rows.skipped());
         let mut callbacks = StepBar::new(common);
-        if let Some(dir) = &self.tensorboard {
+        if let Some(dir) = self.tensorboard.as_ref().filter(|_| first) {
             let resumed = self.output.resume;
             check_not_in(&[("--tensorboard", dir)], &self.inputs())?;
             for taken in [&self.output.path, &self.output.unfinished()] {
@@ -190,12 +224,17 @@ impl OnDevice for Tune {
         let prepared = output.prepare(&text.files, examples, job, watch, &backend)?.chat(text.chat_files());
         let data = prepared.data();
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.
-        let prepared = prepared.roofline(Some(Roofline::measure(&backend)?));
+        let prepared = prepared.roofline(first.then(|| Roofline::measure(&backend)).transpose()?);
         // Of a GPU's memory nothing is the program's.
         let program = if backend.device_peak_bytes().is_some() { 0 } else { peak_bytes() };
         let mut model = text.load(backend)?;
-        let summary = prepared.run(&model.text, &mut model.decoder, &mut callbacks)?;
+        let summary = prepared.run_in(&model.text, &mut model.decoder, &mut callbacks, &*group)?;
         callbacks.finish();
+        // No rank has done its work before the output is complete.
+        from_first(&*group, || Ok(()))?;
+        if !first {
+            return Ok(());
+        }
         if common.json {
             let plans = callbacks.plans.iter().map(|(phase, plan)| (phase.clone(), plan_json(plan)));
             return print_json(&json!({ "out": self.output.path, "phases": summary.phases, "data": data,
@@ -259,6 +298,26 @@ impl OnDevice for Tune {
 }
 
 impl Tune {
+    /// The run as one of several ranks. What is fetched from the hub is fetched once for each machine.
+    fn start_as(mut self, rank: Rank, common: &Common) -> Result<()> {
+        let common = rank.options(common)?;
+        let (size, batch_size) = (rank.place.share.size, self.recipe.shared.batch_size);
+        if batch_size < size && !common.quiet {
+            say(&format!(
+                "note: --batch-size {batch_size} is divided among {size} ranks, some of which have nothing to do\n"
+            ));
+        }
+        let fetches = rank.place.local_rank == 0;
+        for turn in [true, false] {
+            if turn == fetches {
+                self.resolve(&mut Names::new(&common))?;
+            }
+            rank.wait_for_all()?;
+        }
+        self.rank = Some(rank);
+        self.start_resolved(&common)
+    }
+
     /// Every file and directory that is read, with its option.
     fn inputs(&self) -> Vec<(&str, &Path)> {
         let mut inputs = self.model.inputs();

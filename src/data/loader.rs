@@ -98,11 +98,16 @@ impl Loader {
 
     /// Upper bound on every micro-batch: for each quantity, the rows that have most of it.
     pub fn largest_batch(&self) -> BatchSize {
+        self.largest_part(1)
+    }
+
+    /// [`Loader::largest_batch`] of each of `parts` to which the rows of a micro-batch are dealt out.
+    pub fn largest_part(&self, parts: usize) -> BatchSize {
         let most = |of: &dyn Fn(&Example) -> usize| -> usize {
             let sum = |row: &Vec<usize>| -> usize { row.iter().map(|e| of(&self.examples[*e])).sum() };
             let mut sums: Vec<usize> = self.rows.iter().map(sum).collect();
             sums.sort_unstable_by_key(|sum| std::cmp::Reverse(*sum));
-            sums.iter().take(self.options.batch_size).sum()
+            sums.iter().take(self.options.batch_size.div_ceil(parts)).sum()
         };
         BatchSize {
             tokens: most(&|example| example.tokens.len()),
@@ -150,15 +155,20 @@ impl Loader {
 
     /// [`Loader::next_documents`] as indices of [`Loader::examples`].
     pub fn next_indices(&mut self) -> Vec<usize> {
+        self.next_rows().concat()
+    }
+
+    /// [`Loader::next_indices`] by rows.
+    pub fn next_rows(&mut self) -> Vec<Vec<usize>> {
         let size = self.options.batch_size;
         let rows = self.order.iter().skip((self.position.batch as usize).saturating_mul(size)).take(size);
-        let documents: Vec<usize> = rows.filter_map(|row| self.rows.get(*row)).flatten().copied().collect();
+        let rows: Vec<Vec<usize>> = rows.filter_map(|row| self.rows.get(*row)).cloned().collect();
         self.position.batch += 1;
         if self.position.batch == self.batches_per_epoch() {
             self.position = LoaderPosition { epoch: self.position.epoch.wrapping_add(1), batch: 0 };
             self.set_order();
         }
-        documents
+        rows
     }
 
     fn set_order(&mut self) {

@@ -16,7 +16,7 @@ mod readout;
 mod sweep;
 
 pub use batch::{Batch, TokenTerms};
-pub use cost::{Beside, MinimumCost, Plan, Workload, roofline_seconds};
+pub use cost::{Beside, MinimumCost, Plan, RankStep, Speeds, Workload, roofline_seconds};
 pub use decoder::{Decoder, Parameter};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use gradients::{GradientOptions, Gradients};

@@ -1,6 +1,6 @@
 //! A group over messages between hosts' memories.
 
-use super::{Group, Share, Traffic};
+use super::{Group, SAME, Share, Traffic};
 use crate::backend::{Backend, Element, FloatElement, ViewMut};
 use crate::error::{Error, Result};
 use std::sync::{Mutex, PoisonError};
@@ -38,12 +38,12 @@ impl<T: Transport> Hosted<T> {
     }
 
     /// [`Transport::exchange`] of messages whose lengths all ranks know.
-    fn exchange(&self, messages: Vec<Vec<u8>>, expected: impl Fn(usize) -> usize) -> Result<Vec<Vec<u8>>> {
+    fn exchange_known(&self, messages: Vec<Vec<u8>>, expected: impl Fn(usize) -> usize) -> Result<Vec<Vec<u8>>> {
         let received = self.transport.exchange(messages)?;
         for (rank, message) in received.iter().enumerate() {
             if message.len() != expected(rank) {
                 let what = format!("rank {rank} sent {} bytes in place of {}", message.len(), expected(rank));
-                return Err(Error::failed(what, "start all ranks with the same command, data and version of swat"));
+                return Err(Error::failed(what, SAME));
             }
         }
         Ok(received)
@@ -67,7 +67,7 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
     fn all_reduce(&self, values: &mut [f64]) -> Result<()> {
         let own: Vec<u8> = bytemuck::cast_slice(values).to_vec();
         let size = own.len();
-        let received = self.exchange(vec![own; self.transport.share().size], |_| size)?;
+        let received = self.exchange_known(vec![own; self.transport.share().size], |_| size)?;
         values.fill(0.0);
         for message in received {
             // In any alignment.
@@ -83,7 +83,7 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
             let messages = share.all().map(|to| read_parts(backend, bucket, to)).collect::<Result<Vec<_>>>()?;
             let sent = self.sent(&messages);
             let size = messages[share.rank].len();
-            let received = self.exchange(messages, |_| size)?;
+            let received = self.exchange_known(messages, |_| size)?;
             self.count(|traffic| traffic.reduce_scatter_bytes += sent);
             let mut sums = vec![0f32; size / size_of::<B::Grad>()];
             for message in &received {
@@ -105,7 +105,7 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
                 .all()
                 .map(|from| bucket.iter().map(|tensor| from.of(tensor.len()).len()).sum::<usize>())
                 .collect();
-            let received = self.exchange(messages, |rank| sizes[rank] * size_of::<B::Float>())?;
+            let received = self.exchange_known(messages, |rank| sizes[rank] * size_of::<B::Float>())?;
             self.count(|traffic| traffic.all_gather_bytes += sent);
             for (from, message) in share.all().zip(received).filter(|(from, _)| from.rank != share.rank) {
                 let values: Vec<B::Float> =
@@ -114,6 +114,10 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
             }
         }
         Ok(())
+    }
+
+    fn exchange(&self, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+        self.transport.exchange(messages)
     }
 
     fn traffic(&self) -> Traffic {

@@ -6,17 +6,24 @@
 //! ranks together. Only tensors that train are communicated.
 
 mod hosted;
+mod launch;
+mod liveness;
+mod meet;
 mod place;
 mod tcp;
 mod threads;
 
 pub use hosted::{Hosted, Transport};
+pub use launch::{Ended, launch, obey_launcher};
 pub use place::Place;
 pub use tcp::Tcp;
 pub use threads::Threads;
 
 use crate::backend::{Backend, ViewMut};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::io::json;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::ops::Range;
 
 /// The part of each tensor that a rank updates.
@@ -103,9 +110,50 @@ pub trait Group<B: Backend>: Send + Sync {
     /// As [`Group::reduce_scatter`].
     fn all_gather(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()>;
 
-    /// Bytes that this rank has sent.
+    /// Sends a message to each rank, itself included, and returns what each has sent to this one: between hosts, for what
+    /// is small or rare. It is not counted as traffic.
+    ///
+    /// # Errors
+    /// As [`Group::all_reduce`].
+    fn exchange(&self, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>>;
+
+    /// Bytes of tensors that this rank has sent.
     fn traffic(&self) -> Traffic;
 }
+
+/// The group of ranks whose hosts are connected, for a backend of theirs.
+///
+/// # Errors
+/// A failing device.
+pub fn over_hosts<B: Backend>(hosts: Hosted<Tcp>, _backend: &B) -> Result<Box<dyn Group<B>>> {
+    Ok(Box::new(hosts))
+}
+
+/// What rank 0 computes, on all ranks; the others do not compute it.
+///
+/// # Errors
+/// What `compute` returns, on rank 0; the others learn that rank 0 has ended.
+pub fn from_first<B: Backend, T: Serialize + DeserializeOwned>(
+    group: &dyn Group<B>,
+    compute: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let Share { rank, size } = group.share();
+    if size == 1 {
+        return compute();
+    }
+    if rank == 0 {
+        let value = compute()?;
+        let text = serde_json::to_vec(&value).map_err(json::unserializable)?;
+        group.exchange(vec![text; size])?;
+        return Ok(value);
+    }
+    let received = group.exchange(vec![Vec::new(); size])?;
+    let text = received.first().map(Vec::as_slice).unwrap_or_default();
+    serde_json::from_slice(text).map_err(|e| Error::failed(format!("a message of rank 0: {e}"), SAME))
+}
+
+/// What to do about ranks that do not belong together.
+const SAME: &str = "start all ranks with the same command, data and version of swat";
 
 /// A run of one process.
 #[derive(Clone, Copy, Debug)]
@@ -126,6 +174,10 @@ impl<B: Backend> Group<B> for Alone {
 
     fn all_gather(&self, _backend: &B, _tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()> {
         Ok(())
+    }
+
+    fn exchange(&self, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+        Ok(messages)
     }
 
     fn traffic(&self) -> Traffic {

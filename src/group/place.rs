@@ -13,6 +13,8 @@ pub struct Place {
     pub share: Share,
     /// Rank among the processes of this machine: the number of its GPU.
     pub local_rank: usize,
+    /// Number of processes that share the cores of this machine; 1 where the launcher divides them itself, or may.
+    pub local_size: usize,
     /// Host name or address of the machine of rank 0.
     pub host: String,
     /// Port on which rank 0 waits for the others.
@@ -81,8 +83,22 @@ impl Place {
         let port = u16::try_from(port)
             .map_err(|_| Error::input("MASTER_PORT", (port - 1).to_string(), "a port from 0 to 65534"))?;
         let local_rank = number(launcher.local_rank)?.unwrap_or(0);
+        let local_size = number("LOCAL_WORLD_SIZE")?.filter(|_| launcher.rank == "RANK").unwrap_or(1).max(1);
         let job = set(launcher.job).unwrap_or_default();
-        Ok(Some(Self { share: Share { rank, size }, local_rank, host, port, job }))
+        Ok(Some(Self { share: Share { rank, size }, local_rank, local_size, host, port, job }))
+    }
+
+    /// The variables by which [`Place::from_launcher`] finds this place.
+    pub(super) fn variables(&self) -> [(&'static str, String); 7] {
+        [
+            ("RANK", self.share.rank.to_string()),
+            ("WORLD_SIZE", self.share.size.to_string()),
+            ("LOCAL_RANK", self.local_rank.to_string()),
+            ("LOCAL_WORLD_SIZE", self.local_size.to_string()),
+            ("MASTER_ADDR", self.host.clone()),
+            ("MASTER_PORT", self.port.saturating_sub(1).to_string()),
+            ("TORCHELASTIC_RUN_ID", self.job.clone()),
+        ]
     }
 }
 
@@ -106,7 +122,20 @@ mod tests {
     }
 
     fn at(rank: usize, size: usize, local_rank: usize, host: &str, port: u16, job: &str) -> Place {
-        Place { share: Share { rank, size }, local_rank, host: host.into(), port, job: job.into() }
+        Place { share: Share { rank, size }, local_rank, local_size: 1, host: host.into(), port, job: job.into() }
+    }
+
+    #[test]
+    fn a_place_is_found_by_its_own_variables() {
+        let own = Place { local_size: 4, ..at(2, 4, 2, "127.0.0.1", 40_000, "7-1") };
+        let variables = own.variables();
+        assert_eq!(
+            Place::from_launcher(|name| {
+                variables.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone())
+            })
+            .unwrap(),
+            Some(own)
+        );
     }
 
     #[test]

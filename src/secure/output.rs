@@ -8,6 +8,7 @@ use crate::backend::{Backend, Roofline};
 use crate::data::{DataSize, Example, Loader};
 use crate::engine::{Decoder, Lora, Plan, Workload};
 use crate::error::{Error, FileOp, Result};
+use crate::group::{Alone, Group, Place};
 use crate::io::{IfExists, OutputDir, check_apart, json, unfinished};
 use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
 use crate::modules::{Cell, LearningRates, ParamId};
@@ -84,9 +85,21 @@ impl TuneOutput {
     /// # Errors
     /// [`Error::Exists`], [`Error::InUse`]; [`Error::Input`] names what is in the way; [`Error::Io`].
     pub fn open(self, inputs: &[(&str, &Path)]) -> Result<OpenOutput> {
+        self.open_as(inputs, None)
+    }
+
+    /// [`TuneOutput::open`] as one of several ranks, of which the first alone locks and writes the output.
+    ///
+    /// # Errors
+    /// As [`TuneOutput::open`].
+    pub fn open_as(self, inputs: &[(&str, &Path)], place: Option<&Place>) -> Result<OpenOutput> {
         let left = self.unfinished();
         check_apart(&[("--out", &self.path)], inputs)?;
         check_apart(&[("--out", &left)], inputs)?;
+        let (ranks, local_ranks) = place.map_or((1, 1), |place| (place.share.size, place.local_size));
+        if place.is_some_and(|place| place.share.rank > 0) {
+            return Ok(OpenOutput { options: self, dir: None, unfinished: left, ranks, local_ranks });
+        }
         let dir = OutputDir::create(&self.path, IfExists::from_force(self.force))?;
         if left.exists() && !self.resume {
             if !self.force {
@@ -98,7 +111,7 @@ impl TuneOutput {
             }
             unfinished::check(&left)?;
         }
-        Ok(OpenOutput { options: self, dir, unfinished: left })
+        Ok(OpenOutput { options: self, dir: Some(dir), unfinished: left, ranks, local_ranks })
     }
 }
 
@@ -106,8 +119,12 @@ impl TuneOutput {
 pub struct OpenOutput {
     /// The options that it was opened with.
     pub options: TuneOutput,
-    dir: OutputDir,
+    /// None of a rank that writes nothing.
+    dir: Option<OutputDir>,
     unfinished: PathBuf,
+    ranks: usize,
+    /// Ranks that share the memory of this machine.
+    local_ranks: usize,
 }
 
 impl OpenOutput {
@@ -117,7 +134,7 @@ impl OpenOutput {
     /// [`Error::Input`] for a damaged record.
     pub fn recorded_clock(&self) -> Result<Option<Clock>> {
         let path = self.unfinished.join(RUN_RECORD);
-        if !self.options.resume || !path.exists() {
+        if self.dir.is_none() || !self.options.resume || !path.exists() {
             return Ok(None);
         }
         let record: RunRecord = json::read(&path, 1 << 16, "the record of an unfinished run")?;
@@ -142,6 +159,7 @@ impl OpenOutput {
         let phases = job.phases(&config.cells())?;
         let shared = &job.recipe.shared;
         shared.check()?;
+        shared.check_ranks(self.ranks)?;
         shared.check_examples(&examples)?;
         phases.iter().try_for_each(|phase| phase.options.check())?;
         let none = |phase: &Phase| matches!(phase.options.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
@@ -214,7 +232,11 @@ impl PreparedTune {
     fn check_memory<B: Backend>(&self, files: &ModelDir, backend: &B) -> Result<()> {
         let Some(free) = backend.free_memory() else { return Ok(()) };
         let shared = &self.job.recipe.shared;
-        let batch = self.loader.largest_batch();
+        let (ranks, mut free_bytes) = (self.output.ranks, free.bytes);
+        if backend.device_peak_bytes().is_none() {
+            free_bytes /= self.output.local_ranks as u64;
+        }
+        let batch = self.loader.largest_part(ranks);
         let lora = match &self.job.recipe.method {
             Method::Full => None,
             Method::Lora { lora, .. } => Some(*lora),
@@ -231,12 +253,12 @@ impl PreparedTune {
         for phase in &self.phases {
             let trained = self.trained(files, phase);
             let trains = |id: ParamId| trained.iter().any(|(other, _)| *other == id);
-            let planned_bytes = Plan::new::<B>(&files.config, &work, trains).total_bytes();
-            if planned_bytes > free.bytes {
+            let planned_bytes = Plan::new::<B>(&files.config, &work, trains).sharded(ranks).total_bytes();
+            if planned_bytes > free_bytes {
                 return Err(Error::Memory {
                     what: format!("phase {} on {}", phase.name, backend.name()),
                     planned_bytes,
-                    free_bytes: free.bytes,
+                    free_bytes,
                     help: format!(
                         "{} is the bound; `swat plan` says what would make it fit: --recompute, a smaller --batch-size \
                          with more --grad-accum, --state bf16, --method lora",
@@ -251,6 +273,7 @@ impl PreparedTune {
     /// Holds what will be written against the disk: the model, the checkpoints that there are at once, and the best
     /// weights.
     fn check_disk<B: Backend>(&self, files: &ModelDir) -> Result<()> {
+        let Some(dir) = self.output.dir.as_ref().map(OutputDir::dir) else { return Ok(()) };
         let shared = &self.job.recipe.shared;
         let (mut changed, mut best, mut checkpoint, mut count) = (std::collections::BTreeMap::new(), 0, 0, 0);
         let watch = self.watch.as_ref();
@@ -273,7 +296,6 @@ impl PreparedTune {
         let need = model.saturating_add(best).saturating_add(checkpoint.saturating_mul(count.min(most)));
         let need = need.saturating_add(shared.reference_bytes(self.loader.examples()));
         let there = disk_bytes(&self.output.unfinished);
-        let dir = self.output.dir.dir();
         let Ok(free) = fs4::available_space(dir) else { return Ok(()) };
         if need.saturating_sub(there) <= free {
             return Ok(());
@@ -304,16 +326,37 @@ impl PreparedTune {
         decoder: &mut Decoder<B>,
         callbacks: &mut dyn Callbacks<B>,
     ) -> Result<TuneSummary> {
+        self.run_in(text, decoder, callbacks, &Alone)
+    }
+
+    /// [`PreparedTune::run`] as a rank of a group, of which rank 0 alone writes and evaluates. The other ranks may be done
+    /// before the output is complete.
+    ///
+    /// # Errors
+    /// As [`PreparedTune::run`]; [`Error::Failed`] names a rank that has ended.
+    pub fn run_in<B: Backend>(
+        self,
+        text: &ModelText,
+        decoder: &mut Decoder<B>,
+        callbacks: &mut dyn Callbacks<B>,
+        group: &dyn Group<B>,
+    ) -> Result<TuneSummary> {
         let files = &text.files;
         let Self { output, job, phases, mut loader, data, size, watch } = self;
-        let OpenOutput { options, dir: out, unfinished: left } = output;
-        if !options.resume {
-            unfinished::remove_run(&left)?;
+        let OpenOutput { options, dir: out, unfinished: left, .. } = output;
+        if out.is_some() {
+            if !options.resume {
+                unfinished::remove_run(&left)?;
+            }
+            std::fs::create_dir_all(&left).map_err(Error::io(&left, FileOp::Create))?;
+            json::write(&left.join(RUN_RECORD), &RunRecord { date: options.clock })?;
         }
-        std::fs::create_dir_all(&left).map_err(Error::io(&left, FileOp::Create))?;
-        json::write(&left.join(RUN_RECORD), &RunRecord { date: options.clock })?;
         let run_dir = RunDir { dir: left.clone(), model: files.hash()?.to_owned(), data, resume: options.resume };
-        let watch = watch.map(|watch| watch.evaluator(decoder, text)).transpose()?;
+        let watch = match (watch, &out) {
+            (Some(watch), Some(_)) => Some(watch.evaluator(decoder, text)?),
+            (Some(watch), None) => Some(watch.without_evaluator()),
+            (None, _) => None,
+        };
         if let Method::Lora { lora, modules } = &job.recipe.method {
             decoder.add_lora(modules, *lora, job.recipe.shared.seed)?;
         }
@@ -321,7 +364,8 @@ impl PreparedTune {
         let mut tuner = Tuner::new(decoder, &mut loader, job.recipe.shared.clone(), phases)?
             .measure_updates()
             .initial_weights(|id, shape| files.tensor(id, shape))
-            .at(run_dir);
+            .at(run_dir)
+            .group(group);
         if let Some(adapter) = files.adapter() {
             tuner = tuner.trains(|id| adapter.trains(id));
         }
@@ -332,6 +376,7 @@ impl PreparedTune {
             tuner = tuner.watch(settings, evaluate);
         }
         let mut summary = tuner.run(callbacks)?;
+        let Some(out) = out else { return Ok(summary) };
         let path = std::path::absolute(files.dir()).map_err(Error::io(files.dir(), FileOp::Resolve))?;
         let path = path.display().to_string();
         let base = options.base.as_ref().map_or((path.as_str(), None), |(name, revision)| (name, revision.as_deref()));

@@ -95,6 +95,11 @@ impl Watch {
         if keep_best { (1 + apart.div_ceil(every)).min(steps.div_ceil(every)) } else { 0 }
     }
 
+    /// The settings, for a rank on which nothing is evaluated.
+    pub(super) fn without_evaluator<'a, B: Backend>(self) -> (WatchSettings, Evaluator<'a, B>) {
+        (self.settings, Box::new(|_| Ok(Evaluated::default())))
+    }
+
     /// The evaluator, and its settings. `decoder` is the model before the run, whose answers tell by which first tokens
     /// it refuses; `decode` gives their text.
     ///

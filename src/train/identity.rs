@@ -1,6 +1,8 @@
 //! Comparison of a checkpoint's run with the run that resumes it.
 
+use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::group::Group;
 use crate::io::json::differences;
 use serde_json::Value;
 use std::path::Path;
@@ -10,21 +12,43 @@ const NAMED: usize = 5;
 
 /// Checks that a checkpoint is of the same run; the error lists the differences.
 pub(super) fn check(there: &Value, here: &Value, checkpoint: &Path) -> Result<()> {
-    let mut found = differences(there, &round_trip(here), ["the checkpoint", "this run"]);
-    if found.is_empty() {
+    let Some(text) = named(differences(there, &round_trip(here), ["the checkpoint", "this run"])) else {
         return Ok(());
-    }
-    let more = found.len().saturating_sub(NAMED);
-    found.truncate(NAMED);
-    let mut text = found.join("; ");
-    if more > 0 {
-        text += &format!("; and {more} more");
-    }
+    };
     Err(Error::input(
         checkpoint.display().to_string(),
         format!("a run that differs from this one: {text}"),
         "the same model, data and options; or start again without --resume",
     ))
+}
+
+/// Checks that all ranks have the same run; each names the first rank that differs from rank 0.
+pub(super) fn agree<B: Backend>(own: &Value, group: &dyn Group<B>) -> Result<()> {
+    let size = group.share().size;
+    if size == 1 {
+        return Ok(());
+    }
+    let received = group.exchange(vec![own.to_string().into_bytes(); size])?;
+    let runs: Vec<Value> = received.iter().map(|text| serde_json::from_slice(text).unwrap_or_default()).collect();
+    for (rank, run) in runs.iter().enumerate() {
+        if let Some(text) = named(differences(&runs[0], run, ["rank 0", &format!("rank {rank}")])) {
+            let expected = "the same model, data and options on all ranks";
+            return Err(Error::input(
+                format!("rank {rank}"),
+                format!("another run than that of rank 0: {text}"),
+                expected,
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The first differences; none where there are none.
+fn named(mut found: Vec<String>) -> Option<String> {
+    let more = found.len().saturating_sub(NAMED);
+    found.truncate(NAMED);
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    (!found.is_empty()).then(|| found.join("; ") + &more)
 }
 
 /// The value after a round trip through text, so that numbers that a parser rounds do not differ.

@@ -12,6 +12,7 @@ mod optimizer;
 mod options;
 mod plan;
 mod reference;
+mod restore;
 mod schedule;
 mod setup;
 mod start;

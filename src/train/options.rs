@@ -124,6 +124,19 @@ impl TuneOptions {
         Ok(())
     }
 
+    /// Checks that so many ranks can train with the options.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] names the option.
+    pub fn check_ranks(&self, ranks: usize) -> Result<()> {
+        if ranks > 1 && self.vaccine.is_some() {
+            let help = "leave it out, or train with one: its shift has a norm over a whole micro-batch, of which a rank \
+                        has a part";
+            return Err(Error::unsupported("training with several ranks", "vaccine", help));
+        }
+        Ok(())
+    }
+
     /// Checks that the training data have what the options need.
     ///
     /// # Errors

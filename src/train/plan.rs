@@ -1,10 +1,8 @@
 //! Checks, durations, memory plans and identity of a run on its model and data.
 
 use super::WatchSettings;
-use super::checkpoint::Checkpoint;
 use super::reference::replayed_hash;
-use super::state::{RunFiles, RunState};
-use super::{Optimizer, Phase, RunDir, Tuner};
+use super::{Phase, RunDir, Tuner};
 use crate::backend::{Backend, Element};
 use crate::data::BatchSize;
 use crate::engine::{MinimumCost, Plan, Workload};
@@ -16,6 +14,7 @@ impl<B: Backend> Tuner<'_, B> {
     /// Checks that options and phases can run on this model.
     pub(super) fn check(&self) -> Result<()> {
         self.options.check()?;
+        self.options.check_ranks(self.group.share().size)?;
         self.options.check_examples(self.loader.examples())?;
         let cells: BTreeSet<Cell> = self.decoder.params().iter().map(|param| param.id.cell()).collect();
         for phase in &self.phases {
@@ -51,7 +50,8 @@ impl<B: Backend> Tuner<'_, B> {
 
     /// Memory and compute of each phase, for the largest batch of the data.
     pub(super) fn plans(&self) -> Vec<(String, Plan)> {
-        let BatchSize { tokens, trained_tokens, longest } = self.loader.largest_batch();
+        let ranks = self.group.share().size;
+        let BatchSize { tokens, trained_tokens, longest } = self.loader.largest_part(ranks);
         let work = Workload {
             tokens,
             document_tokens: longest,
@@ -62,7 +62,8 @@ impl<B: Backend> Tuner<'_, B> {
         };
         let plan = |phase: &Phase| {
             let trained: BTreeSet<ParamId> = self.trained(phase).collect();
-            (phase.name.clone(), Plan::new::<B>(&self.decoder.config, &work, |id| trained.contains(&id)))
+            let plan = Plan::new::<B>(&self.decoder.config, &work, |id| trained.contains(&id));
+            (phase.name.clone(), plan.sharded(ranks))
         };
         self.phases.iter().map(plan).collect()
     }
@@ -86,6 +87,14 @@ impl<B: Backend> Tuner<'_, B> {
     /// Steps of a phase.
     pub(super) fn steps(&self, phase: &Phase) -> Result<u64> {
         phase.options.steps_of(self.loader, &self.options)
+    }
+
+    /// What all ranks must have in common: what determines the bytes of the run, and when they communicate.
+    pub(super) fn in_common(&self, identity: &serde_json::Value) -> serde_json::Value {
+        let mut common = identity.clone();
+        common["save_every"] = self.options.save_every.into();
+        common["eval_every"] = self.watched.as_ref().map(|watched| watched.settings.every).into();
+        common
     }
 
     /// Everything that determines the bytes of a run. Options that only trade time, memory or disk may change on
@@ -140,24 +149,5 @@ impl<B: Backend> Tuner<'_, B> {
             identity["replayed"] = replayed_hash(self.loader.examples()).into();
         }
         Ok(identity)
-    }
-
-    /// Restores weights, moments and averages of a checkpoint. The optimizer is `None` if no phase is left.
-    pub(super) fn restore(
-        &mut self,
-        files: &RunFiles,
-        saved: &Checkpoint,
-        run: &RunState,
-    ) -> Result<Option<Optimizer<B>>> {
-        files.load_weights(saved, self.decoder)?;
-        files.load_means(saved, self.decoder, &mut self.ema)?;
-        let Some(phase) = self.phases.get(run.phase) else { return Ok(None) };
-        let mut optimizer = Optimizer::new(self.decoder, &phase.rates, &self.trains)?;
-        files.load_moments(saved, &self.decoder.backend, &mut optimizer)?;
-        if self.options.prox.is_some() && run.phase_step > 0 {
-            optimizer.set_anchors(self.decoder)?;
-            files.load_anchors(saved, &self.decoder.backend, &mut optimizer)?;
-        }
-        Ok(Some(optimizer))
     }
 }

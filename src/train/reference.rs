@@ -217,7 +217,9 @@ impl<B: Backend> Tuner<'_, B> {
         }
         let examples = self.loader.examples();
         let shape = || Reference::shape(examples, constrain, distil, self.decoder.config.vocab);
-        let file = self.run_dir.as_ref().map(|run| (run, run.dir.join(FILE)));
+        // Of several ranks, the first has files.
+        let run_dir = self.run_dir.as_ref().filter(|_| self.group.share().rank == 0);
+        let file = run_dir.map(|run| (run, run.dir.join(FILE)));
         let kept = file.as_ref().filter(|(run, path)| run.resume && path.exists());
         if let Some((run, path)) = kept {
             let mut reference = shape();

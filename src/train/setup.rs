@@ -142,7 +142,8 @@ impl<'a, B: Backend> Tuner<'a, B> {
 
     /// Trains together with the other ranks of a group, each of which runs the same phases over the same data from the
     /// same weights: a rank computes its part of each batch, and updates its part of the weights. Losses, norms and
-    /// weights are the same on all ranks, and those of one rank up to rounding. No files are written.
+    /// weights are the same on all ranks, and those of one rank up to rounding. Rank 0 alone writes and reads files,
+    /// evaluates, and measures updates; a [`RunDir`] and evaluations are given to all ranks.
     pub fn group(mut self, group: &'a dyn Group<B>) -> Self {
         self.group = group;
         self

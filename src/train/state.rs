@@ -4,7 +4,7 @@ use super::checkpoint::{BEST, CHECKPOINTS, Checkpoint, CheckpointWriter, Checkpo
 use super::ema::Ema;
 use super::optimizer::Slot;
 use super::step::{StepBatches, StepResult};
-use super::tensors::{read_buffer, spec, write_buffer};
+use super::tensors::{spec, write_buffer, write_parts};
 use super::updates::PhaseUpdates;
 use super::watch::WatchState;
 use super::{Callbacks, Optimizer, Phase, PhaseSummary, RunDir, RunPosition, Updates, identity};
@@ -12,7 +12,8 @@ use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
-use crate::io::safetensors::{Safetensors, TensorSpec};
+use crate::group::Group;
+use crate::io::safetensors::{Safetensors, SafetensorsWriter, TensorSpec};
 use crate::io::{json, remove};
 use crate::modules::{Cell, ParamId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -160,11 +161,32 @@ fn reason(loss: f64, cells: &[Cell]) -> String {
 
 /// `state.json` of a checkpoint.
 #[derive(serde::Serialize, serde::Deserialize)]
-struct SavedState {
+pub(super) struct SavedState {
     identity: serde_json::Value,
     /// Optimizer steps of each tensor with moments.
-    adam_steps: BTreeMap<String, u32>,
+    pub(super) adam_steps: BTreeMap<String, u32>,
     run: RunState,
+}
+
+/// The tensors that have moments; without a step these are zero and not saved.
+fn moving<B: Backend>(optimizer: Option<&Optimizer<B>>) -> impl Iterator<Item = &Slot<B>> {
+    optimizer.into_iter().flat_map(Optimizer::slots).filter(|slot| slot.steps > 0)
+}
+
+/// Writes the moments of all ranks; those without the file send theirs.
+pub(super) fn write_moments<B: Backend>(
+    mut writer: Option<&mut SafetensorsWriter>,
+    decoder: &Decoder<B>,
+    optimizer: Option<&Optimizer<B>>,
+    group: &dyn Group<B>,
+) -> Result<()> {
+    for slot in moving(optimizer) {
+        let len = decoder.param(slot.id).map_or(0, |param| param.values.len());
+        for moment in [&slot.m, &slot.v] {
+            write_parts(writer.as_deref_mut(), &decoder.backend, moment, len, group)?;
+        }
+    }
+    Ok(())
 }
 
 /// Files of a run: checkpoints and `updates.json`.
@@ -193,9 +215,9 @@ impl RunFiles {
         draft.commit(&step)
     }
 
-    /// Restores the weights that were kept at a step.
-    pub(super) fn load_best<B: Backend>(&self, step: u64, decoder: &mut Decoder<B>) -> Result<()> {
-        self.load_weights(&self.best.open(step)?, decoder)
+    /// The weights that were kept at a step.
+    pub(super) fn best(&self, step: u64) -> Result<Checkpoint> {
+        self.best.open(step)
     }
 
     /// Opens or creates a run directory, in which the newest checkpoint alone is kept.
@@ -238,12 +260,12 @@ impl RunFiles {
         saved.tensors("weights")?.ok_or_else(none)
     }
 
-    /// Writes a checkpoint with the weights of `changed`, and prunes old ones.
+    /// Writes a checkpoint with the weights of `changed` and the moments of all ranks, and prunes old ones.
     pub(super) fn save<B: Backend>(
         &self,
         run: &RunState,
         decoder: &Decoder<B>,
-        optimizer: Option<&Optimizer<B>>,
+        (optimizer, group): (Option<&Optimizer<B>>, &dyn Group<B>),
         ema: &Ema<B>,
         changed: &BTreeSet<ParamId>,
     ) -> Result<()> {
@@ -251,18 +273,13 @@ impl RunFiles {
         let mut draft = self.store.begin(run.step)?;
         write_weights(&mut draft, decoder, changed)?;
 
-        // Without a step the moments are zero and not saved.
-        let moving = || optimizer.into_iter().flat_map(Optimizer::slots).filter(|slot| slot.steps > 0);
+        let moving = || moving(optimizer);
         let moments = |slot: &Slot<B>| {
-            ["m", "v"].map(|moment| spec::<B::Moment>(format!("{moment}.{}", slot.id), &[slot.m.len()]))
+            let len = decoder.param(slot.id).map_or(0, |param| param.values.len());
+            ["m", "v"].map(|moment| spec::<B::Moment>(format!("{moment}.{}", slot.id), &[len]))
         };
         let specs: Vec<TensorSpec> = moving().flat_map(moments).collect();
-        draft.tensors("moments", &specs, |writer| {
-            moving().try_for_each(|slot| {
-                write_buffer(writer, backend, &slot.m)?;
-                write_buffer(writer, backend, &slot.v)
-            })
-        })?;
+        draft.tensors("moments", &specs, |writer| write_moments(Some(writer), decoder, optimizer, group))?;
 
         // At the start of a phase they are the weights.
         let anchors =
@@ -290,73 +307,6 @@ impl RunFiles {
         self.store.prune(run.step, self.keep_last, start)?;
         // Only now, as a run that is resumed from an older checkpoint needs the best weights of that time.
         self.best.keep_only(run.watch.best.map(|(step, _)| step))
-    }
-
-    /// Restores the weights of a checkpoint.
-    pub(super) fn load_weights<B: Backend>(&self, saved: &Checkpoint, decoder: &mut Decoder<B>) -> Result<()> {
-        let Some(file) = saved.tensors("weights")? else { return Ok(()) };
-        let (backend, params) = decoder.split_mut();
-        for param in params {
-            let name = param.id.to_string();
-            if file.contains(&name) {
-                read_buffer(&file, &name, backend, &mut param.values)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Restores moments and step counts; tensors that are not in the checkpoint stay at zero.
-    pub(super) fn load_moments<B: Backend>(
-        &self,
-        saved: &Checkpoint,
-        backend: &B,
-        optimizer: &mut Optimizer<B>,
-    ) -> Result<()> {
-        let Some(file) = saved.tensors("moments")? else { return Ok(()) };
-        let state: SavedState = saved.state()?;
-        for slot in optimizer.slots_mut() {
-            if let Some(steps) = state.adam_steps.get(&slot.id.to_string()) {
-                slot.steps = *steps;
-                read_buffer(&file, &format!("m.{}", slot.id), backend, &mut slot.m)?;
-                read_buffer(&file, &format!("v.{}", slot.id), backend, &mut slot.v)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Restores the anchors of the proximal term.
-    pub(super) fn load_anchors<B: Backend>(
-        &self,
-        saved: &Checkpoint,
-        backend: &B,
-        optimizer: &mut Optimizer<B>,
-    ) -> Result<()> {
-        let Some(file) = saved.tensors("anchors")? else { return Ok(()) };
-        for slot in optimizer.slots_mut() {
-            if let Some(anchor) = slot.anchor.as_mut().filter(|_| file.contains(&slot.id.to_string())) {
-                read_buffer(&file, &slot.id.to_string(), backend, anchor)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Restores the moving averages.
-    pub(super) fn load_means<B: Backend>(
-        &self,
-        saved: &Checkpoint,
-        decoder: &Decoder<B>,
-        ema: &mut Ema<B>,
-    ) -> Result<()> {
-        let Some(file) = saved.tensors("means")? else { return Ok(()) };
-        for param in decoder.params() {
-            let name = param.id.to_string();
-            if file.contains(&name) {
-                let mut mean = decoder.backend.zeros(param.values.len())?;
-                read_buffer(&file, &name, &decoder.backend, &mut mean)?;
-                ema.means.insert(param.id, mean);
-            }
-        }
-        Ok(())
     }
 
     /// Writes `updates.json`.

@@ -20,18 +20,18 @@ pub(super) struct StepBatches {
 }
 
 impl StepBatches {
-    /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch. Of their documents, a rank has every one
-    /// whose number is its own modulo the number of ranks.
+    /// Takes up to `grad_accum` micro-batches, not beyond the end of the epoch. Of their rows, a rank has every one whose
+    /// number is its own modulo the number of ranks.
     pub(super) fn next(loader: &mut Loader, grad_accum: usize, reference: Option<&Reference>, share: Share) -> Self {
         let left = loader.batches_per_epoch() - loader.position().batch;
         let count = (grad_accum as u64).min(left);
         let mut step = Self { batches: Vec::new(), trained_tokens: 0, tokens: 0 };
         for _ in 0..count {
-            let (documents, examples) = (loader.next_indices(), loader.examples());
+            let (rows, examples) = (loader.next_rows(), loader.examples());
             let losses = |example: &Example| example.trained.iter().skip(1).filter(|trained| **trained).count() as u64;
-            step.tokens += documents.iter().map(|i| examples[*i].tokens.len() as u64).sum::<u64>();
-            step.trained_tokens += documents.iter().map(|i| losses(&examples[*i])).sum::<u64>();
-            let own: Vec<usize> = documents.into_iter().skip(share.rank).step_by(share.size).collect();
+            step.tokens += rows.iter().flatten().map(|i| examples[*i].tokens.len() as u64).sum::<u64>();
+            step.trained_tokens += rows.iter().flatten().map(|i| losses(&examples[*i])).sum::<u64>();
+            let own: Vec<usize> = rows.into_iter().skip(share.rank).step_by(share.size).flatten().collect();
             let mut batch = Batch::from_examples(own.iter().map(|i| &examples[*i]));
             batch.terms = reference.and_then(|reference| reference.terms(examples, &own));
             step.batches.push(batch);

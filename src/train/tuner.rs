@@ -1,13 +1,14 @@
 //! The training loop: phases, steps, checkpoints, resume.
 
 use super::metrics::MetricsLog;
+use super::restore::Begun;
 use super::start::PhaseStart;
-use super::state::{RunFiles, RunState};
+use super::state::{RunFiles, RunState, write_moments};
 use super::step::{StepBatches, StepResult, take_step};
 use super::updates::PhaseUpdates;
 use super::{
     Callbacks, Optimizer, Phase, PhaseOptions, PhaseSummary, StepMetrics, StepSettings, TuneSummary, Tuner, Updates,
-    peak_bytes,
+    identity, peak_bytes,
 };
 use crate::backend::Backend;
 use crate::engine::{Gradients, MinimumCost, roofline_seconds};
@@ -24,48 +25,19 @@ impl<B: Backend> Tuner<'_, B> {
     pub fn run(mut self, callbacks: &mut dyn Callbacks<B>) -> Result<TuneSummary> {
         self.check()?;
         let plans = self.plans();
+        let identity = self.run_dir.as_ref().map(|run_dir| self.identity(run_dir)).transpose()?;
+        if let Some(identity) = &identity {
+            identity::agree(&self.in_common(identity), self.group)?;
+        }
         callbacks.run_begins(&plans);
         // Before a checkpoint's weights take the place of those that the run began with.
         self.reference = self.reference(callbacks)?;
-        let mut run = RunState::at(self.loader.position());
-        let mut optimizer = None;
-        let mut start = None;
-        let mut summary = TuneSummary::default();
-        let mut files = None;
-        if self.group.share().size > 1 {
-            // Vaccine's shift has a norm over a whole micro-batch, of which a rank has a part.
-            let what = [("a checkpoint", self.run_dir.is_some()), ("vaccine", self.options.vaccine.is_some())];
-            if let Some((what, _)) = what.into_iter().find(|(_, asked)| *asked) {
-                return Err(Error::unsupported("training with several ranks", what, "leave it out, or train with one"));
-            }
-        }
-        if let Some(run_dir) = self.run_dir.clone() {
-            let identity = self.identity(&run_dir)?;
-            let mut store = RunFiles::open(&run_dir, identity)?;
-            (store.keep_last, store.keep_start) = (self.options.keep_last, self.measure_updates);
-            let saved = if run_dir.resume { store.newest(callbacks)? } else { None };
-            match &saved {
-                Some(saved) => {
-                    run = store.state(saved, self.phases.len(), self.loader.batches_per_epoch())?;
-                    summary.resumed_from = Some(run.step);
-                    if self.measure_updates && run.phase_step > 0 {
-                        start = Some(self.phase_start(run.phase)?);
-                    }
-                    optimizer = self.restore(&store, saved, &run)?;
-                    self.loader.seek(run.position)?;
-                }
-                None if run_dir.resume => callbacks.note("no checkpoint to resume; the run starts from the beginning"),
-                None => {}
-            }
-            if saved.is_none() {
-                store.clear()?;
-            }
-            let log = MetricsLog::open(&run_dir.dir.join("metrics.jsonl"), run.metrics_bytes)?;
-            files = Some((store, log));
-        }
+        let Begun { mut run, resumed, mut optimizer, mut start, mut files } = self.begin(identity, callbacks)?;
+        let resumed_from = resumed.then_some(run.step);
+        let mut summary = TuneSummary { resumed_from, ..TuneSummary::default() };
 
         // Without files nothing can be saved, and a signal ends the process.
-        let section = files.is_some().then(Section::begin);
+        let section = self.run_dir.is_some().then(Section::begin);
         while run.phase < self.phases.len() {
             self.phase(&mut run, &mut optimizer, start.take(), files.as_mut(), callbacks)?;
         }
@@ -83,6 +55,36 @@ impl<B: Backend> Tuner<'_, B> {
 
     fn peak_bytes(&self) -> u64 {
         self.decoder.backend.device_peak_bytes().unwrap_or_else(peak_bytes)
+    }
+
+    /// The signal that has asked a rank to end, the same on all ranks.
+    fn stopped(&self) -> Result<Option<i32>> {
+        let (own, size) = (interrupt::asked(), self.group.share().size);
+        if size == 1 || self.run_dir.is_none() {
+            return Ok(own);
+        }
+        let signal = own.and_then(|signal| u8::try_from(signal).ok()).unwrap_or(0);
+        let received = self.group.exchange(vec![vec![signal]; size])?;
+        let largest = received.iter().flatten().copied().max().unwrap_or(0);
+        Ok((largest > 0).then_some(i32::from(largest)))
+    }
+
+    /// Saves a checkpoint, on rank 0, with the moments that the other ranks send it.
+    fn save(
+        &self,
+        run: &RunState,
+        optimizer: Option<&Optimizer<B>>,
+        last_phase: usize,
+        files: Option<&mut (RunFiles, MetricsLog)>,
+    ) -> Result<()> {
+        match files {
+            Some((store, log)) => {
+                log.sync()?;
+                store.save(run, self.decoder, (optimizer, self.group), &self.ema, &self.changed(last_phase))
+            }
+            None if self.run_dir.is_some() => write_moments(None, self.decoder, optimizer, self.group),
+            None => Ok(()),
+        }
     }
 
     /// Runs the current phase from its position to its end, and advances to the next.
@@ -113,7 +115,7 @@ impl<B: Backend> Tuner<'_, B> {
             adam.set_anchors(self.decoder)?;
         }
         let start = match start {
-            None if self.measure_updates => Some(self.phase_start(run.phase)?),
+            None if self.measure_updates && self.group.share().rank == 0 => Some(self.phase_start(run.phase)?),
             start => start,
         };
         if run.summaries.len() == run.phase {
@@ -141,13 +143,11 @@ impl<B: Backend> Tuner<'_, B> {
                 callbacks.epoch_ends(self.decoder, &at)?;
             }
             let due = self.options.save_every > 0 && run.step.is_multiple_of(self.options.save_every);
-            let stopped = interrupt::asked();
+            let stopped = self.stopped()?;
             // The last step of a phase is saved below, after the phase.
-            let due = (due || stopped.is_some()) && run.phase_step < total && !run.watch.stopped;
-            if let Some((store, log)) = files.as_deref_mut().filter(|_| due) {
-                log.sync()?;
-                store.save(run, self.decoder, Some(&adam), &self.ema, &self.changed(run.phase))?;
-                if let Some(signal) = stopped {
+            if (due || stopped.is_some()) && run.phase_step < total && !run.watch.stopped {
+                self.save(run, Some(&adam), run.phase, files.as_deref_mut())?;
+                if let Some(signal) = stopped.filter(|_| self.run_dir.is_some()) {
                     return Err(Error::Interrupted { signal, step: run.step });
                 }
             }
@@ -171,15 +171,14 @@ impl<B: Backend> Tuner<'_, B> {
             Some(next) => *optimizer = Some(adam.next_phase(self.decoder, &next.rates, &self.trains)?),
             None => drop(adam),
         }
-        if let Some((store, log)) = files {
-            log.sync()?;
+        if let Some((store, _)) = files.as_deref_mut() {
             store.write_updates(&run.updates)?;
-            store.save(run, self.decoder, optimizer.as_ref(), &self.ema, &self.changed(run.phase - 1))?;
-            if let Some(signal) = interrupt::asked() {
-                return Err(Error::Interrupted { signal, step: run.step });
-            }
         }
-        Ok(())
+        self.save(run, optimizer.as_ref(), run.phase - 1, files)?;
+        match self.stopped()?.filter(|_| self.run_dir.is_some()) {
+            Some(signal) => Err(Error::Interrupted { signal, step: run.step }),
+            None => Ok(()),
+        }
     }
 
     /// One step: batches, gradients, optimizer, metrics.

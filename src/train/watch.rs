@@ -1,10 +1,12 @@
 //! Evaluations during a run, the best weights by them, and the early end of its last phase.
 
+use super::restore::load_weights;
 use super::state::RunFiles;
 use super::{Phase, RunPosition, Tuner};
 use crate::backend::Backend;
 use crate::engine::Decoder;
 use crate::error::Result;
+use crate::group::from_first;
 
 /// When a run is evaluated, and what follows from it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,7 +71,7 @@ pub(super) struct Watched<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
-    /// Evaluates the run as it goes. `evaluate` must not depend on anything but the decoder's weights.
+    /// Evaluates the run as it goes, on rank 0 for all. `evaluate` must not depend on anything but the decoder's weights.
     pub fn watch(mut self, settings: WatchSettings, evaluate: Evaluator<'a, B>) -> Self {
         self.watched = Some(Watched { settings, evaluate });
         self
@@ -90,7 +92,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         if !due || last == Some(at.step) {
             return Ok(Evaluated::default());
         }
-        let found = (watched.evaluate)(self.decoder)?;
+        let found = from_first(self.group, || (watched.evaluate)(self.decoder))?;
         state.evaluations.push(Evaluation { step: at.step, found });
         let is_last = self.phases.last().is_some_and(|last| last.name == phase.name);
         let Some(loss) = found.loss.filter(|loss| loss.is_finite() && is_last && at.phase_step > 0) else {
@@ -116,9 +118,10 @@ impl<'a, B: Backend> Tuner<'a, B> {
         files: Option<&RunFiles>,
     ) -> Result<Option<u64>> {
         let wanted = self.watched.as_ref().is_some_and(|watched| watched.settings.keep_best);
-        let (Some(files), Some((best, _))) = (files.filter(|_| wanted), state.best) else { return Ok(None) };
+        let Some((best, _)) = state.best.filter(|_| wanted && self.run_dir.is_some()) else { return Ok(None) };
         if best != step {
-            files.load_best(best, self.decoder)?;
+            let saved = files.map(|files| files.best(best)).transpose()?;
+            load_weights(saved.as_ref(), self.decoder, self.group)?;
         }
         Ok(Some(best))
     }

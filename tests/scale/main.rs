@@ -1,5 +1,7 @@
 //! Work that is split among processes and machines.
 
+mod lost_ranks;
+mod ranks;
 mod shards;
 mod workers;
 
@@ -24,13 +26,14 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-/// The binary, with no variable of a scheduler that the tests themselves may run under.
+/// The binary, with no variable of a scheduler or launcher that the tests themselves may run under.
 fn swat(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
     command.args(args);
     for (name, _) in std::env::vars() {
-        let of_scheduler = ["SLURM_", "SGE_", "LSB_", "PBS_", "JOB_COMPLETION_", "OMPI_", "PMI_"];
-        if of_scheduler.iter().any(|prefix| name.starts_with(prefix)) {
+        let of_scheduler = ["SLURM_", "SGE_", "LSB_", "PBS_", "JOB_COMPLETION_", "OMPI_", "PMI_", "MASTER_", "LOCAL_"];
+        let of_launcher = ["RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"].contains(&name.as_str());
+        if of_launcher || of_scheduler.iter().any(|prefix| name.starts_with(prefix)) {
             command.env_remove(name);
         }
     }

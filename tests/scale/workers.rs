@@ -104,23 +104,23 @@ fn weights(dir: &Path, out: &str) -> Vec<(String, Vec<u8>)> {
     all
 }
 
-/// Leases that are left.
-fn leases(dir: &Path) -> Vec<PathBuf> {
+/// Files below a directory whose names contain `part`; none where there is no such directory.
+fn files(dir: &Path, part: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir).unwrap() {
+    for entry in fs::read_dir(dir).into_iter().flatten() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            found.extend(leases(&path));
-        } else if path.to_str().unwrap().contains(".lease") {
+            found.extend(files(&path, part));
+        } else if path.to_str().unwrap().contains(part) {
             found.push(path);
         }
     }
     found
 }
 
-/// A study by one process and by `workers`, of which one is killed after each of the `pauses` (in milliseconds) and
-/// replaced: the same results.
-fn shared_study(settings: &str, seeds: &str, workers: usize, pauses: &[u64]) {
+/// A study by one process and by `workers`, of which one is killed and replaced at each of the `kills`, so many finished
+/// stages and so many milliseconds later: the same results.
+fn shared_study(settings: &str, seeds: &str, workers: usize, kills: &[(usize, u64)]) {
     let dir = tempfile::tempdir().unwrap();
     data(dir.path(), Counts { pairs: 16, train: 24, tasks: 8 });
     let alone = study(dir.path(), "alone", settings, seeds);
@@ -129,7 +129,14 @@ fn shared_study(settings: &str, seeds: &str, workers: usize, pauses: &[u64]) {
     let config = study(dir.path(), "shared", settings, seeds);
     let mut children: Vec<Child> = (0..workers).map(|_| worker(&config)).collect();
     let mut killed = 0;
-    for (i, pause) in pauses.iter().enumerate() {
+    let stages = dir.path().join("shared/stages");
+    for (i, (finished, pause)) in kills.iter().enumerate() {
+        // By the study's own progress, so that a fast machine is no different.
+        while files(&stages, ".json").len() < *finished
+            && children.iter_mut().any(|child| child.try_wait().unwrap().is_none())
+        {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         std::thread::sleep(Duration::from_millis(*pause));
         let victim = &mut children[i % 2];
         if victim.try_wait().unwrap().is_none() {
@@ -139,7 +146,7 @@ fn shared_study(settings: &str, seeds: &str, workers: usize, pauses: &[u64]) {
             children[i % 2] = worker(&config);
         }
     }
-    assert!(killed >= pauses.len().div_ceil(2), "{killed} of {} kills hit a worker", pauses.len());
+    assert!(killed >= kills.len().div_ceil(2), "{killed} of {} kills hit a worker", kills.len());
     for child in &mut children {
         let status = child.wait().unwrap();
         assert!(status.success(), "{status}");
@@ -147,22 +154,21 @@ fn shared_study(settings: &str, seeds: &str, workers: usize, pauses: &[u64]) {
     assert!(outcome(dir.path(), "alone") == outcome(dir.path(), "shared"), "the outcomes differ");
     assert!(weights(dir.path(), "alone") == weights(dir.path(), "shared"), "the weights differ");
     assert!(dir.path().join("shared/report.html").is_file());
-    assert_eq!(leases(&dir.path().join("shared")), [""; 0].map(PathBuf::from), "no lease is left");
+    assert_eq!(files(&dir.path().join("shared"), ".lease"), [""; 0].map(PathBuf::from), "no lease is left");
     assert!(!dir.path().join("shared/map.json.partial.jsonl").exists());
 }
 
 #[test]
 fn workers_that_are_killed_change_nothing() {
-    shared_study("['given', 'plain', 'swat', 'reversed']", "[0, 1]", 3, &[700, 1900, 2600]);
+    shared_study("['given', 'plain', 'swat', 'reversed']", "[0, 1]", 3, &[(0, 300), (4, 150), (8, 60)]);
 }
 
-/// The same at the size of a real sweep.
+/// The same at the size of a real sweep, of about 50 stages.
 #[test]
-#[ignore = "half a minute, and its kills have to come before the study ends"]
 fn a_study_of_24_runs_survives_20_kills() {
-    let pauses: Vec<u64> = (0..20).map(|i| 100 + i * 137 % 500).collect();
+    let kills: Vec<(usize, u64)> = (0..20).map(|i| (2 * i, i as u64 * 137 % 150)).collect();
     let settings = "['plain', 'plain-equal', 'swat', 'reversed', 'mods-only', 'warmup:complement']";
-    shared_study(settings, "[0, 1, 2, 3]", 4, &pauses);
+    shared_study(settings, "[0, 1, 2, 3]", 4, &kills);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod bf16;
 mod common;
 mod options;
 mod parallel;
+mod parallel_saved;
 mod recipes;
 mod reference;
 mod resume;

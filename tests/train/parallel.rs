@@ -1,7 +1,7 @@
 //! Data-parallel runs: several ranks, as threads, against one.
 
 use crate::common;
-use crate::run::{Recorder, bits, examples, model, options, run_dir, two_phases};
+use crate::run::{Recorder, bits, examples, model, options, two_phases};
 use std::collections::BTreeMap;
 use swat::backend::cpu::Cpu;
 use swat::data::{Example, Loader};
@@ -150,23 +150,27 @@ fn terms_beside_the_loss_count_once() {
 }
 
 #[test]
-fn what_needs_a_whole_batch_or_files_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
+fn what_needs_a_whole_batch_is_refused() {
     let mut case = Case::new(false);
-    for (run_dir, vaccine, what) in
-        [(Some(run_dir(dir.path(), false)), None, "a checkpoint"), (None, Some(1.0), "vaccine")]
-    {
-        case.options.vaccine = vaccine;
-        let groups = Threads::groups(2);
-        let (mut decoder, examples) = (case.decoder(), case.examples.clone());
-        let mut loader = Loader::new(examples, case.options.loader()).unwrap();
-        let tuner = Tuner::new(&mut decoder, &mut loader, case.options.clone(), case.phases.clone()).unwrap();
-        let mut tuner = tuner.group(&groups[0]);
-        if let Some(run_dir) = run_dir {
-            tuner = tuner.at(run_dir);
+    case.options.vaccine = Some(1.0);
+    let groups = Threads::groups(2);
+    let mut decoder = case.decoder();
+    let mut loader = Loader::new(case.examples.clone(), case.options.loader()).unwrap();
+    let tuner = Tuner::new(&mut decoder, &mut loader, case.options.clone(), case.phases.clone()).unwrap();
+    let error = tuner.group(&groups[0]).run(&mut ()).unwrap_err().to_string();
+    assert!(error.contains("vaccine") && error.contains("several ranks"), "{error}");
+}
+
+#[test]
+fn packed_rows_are_dealt_out_whole() {
+    let mut case = Case::new(false);
+    case.options = TuneOptions { packing: true, batch_size: 3, grad_accum: 1, ..options() };
+    let one = case.rank(&Alone);
+    for done in case.ranks(2) {
+        for (found, expected) in done.steps.iter().zip(&one.steps) {
+            assert_eq!((found.tokens, found.trained_tokens), (expected.tokens, expected.trained_tokens));
+            assert!((found.loss.unwrap() - expected.loss.unwrap()).abs() < 1e-6 * expected.loss.unwrap());
         }
-        let error = tuner.run(&mut ()).unwrap_err().to_string();
-        assert!(error.contains(what) && error.contains("several ranks"), "{error}");
     }
 }
 

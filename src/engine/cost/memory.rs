@@ -116,6 +116,12 @@ impl Plan {
         }
     }
 
+    /// The plan of one of `ranks` that train together: each has the moments of its part of every tensor (ZeRO-1). Its
+    /// tokens are those of the plan.
+    pub fn sharded(self, ranks: usize) -> Self {
+        Self { moments_bytes: self.moments_bytes.div_ceil(ranks.max(1) as u64), ..self }
+    }
+
     /// Bytes by category, with its name.
     pub fn categories(&self) -> [(&'static str, u64); 6] {
         [

@@ -2,7 +2,9 @@
 
 mod memory;
 mod minimum;
+mod ranks;
 
 pub use memory::{Beside, Plan, Workload};
 pub(super) use minimum::lowest_layer;
 pub use minimum::{MinimumCost, roofline_seconds};
+pub use ranks::{RankStep, Speeds};
