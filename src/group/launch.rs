@@ -18,6 +18,8 @@ const GRACE: Duration = Duration::from_secs(20);
 const KEPT_BYTES: usize = 1 << 12;
 /// Tells a rank that its standard input carries signals.
 const OBEYS: &str = "SWAT_SIGNALS_ON_STDIN";
+/// Exit code of a program of Rust's that panics.
+const PANICKED: i32 = 101;
 /// As which the end of the first process counts.
 const TERMINATE: i32 = 15;
 
@@ -35,6 +37,8 @@ struct Rank {
     /// What it says on stderr; rank 0 says it itself.
     said: Option<JoinHandle<Vec<u8>>>,
     status: Option<ExitStatus>,
+    /// Whether it did not end by itself after another had failed.
+    killed: bool,
 }
 
 /// Starts this program again with its own arguments, as each of `size` ranks, and waits until all have ended. Rank 0 has
@@ -65,7 +69,7 @@ pub fn launch(size: usize) -> Result<Ended> {
         match command.spawn() {
             Ok(mut child) => {
                 let said = child.stderr.take().map(|stderr| std::thread::spawn(|| last_bytes(stderr)));
-                ranks.push(Rank { child, said, status: None });
+                ranks.push(Rank { child, said, status: None, killed: false });
             }
             Err(source) => {
                 ranks.iter_mut().for_each(|rank: &mut Rank| drop(rank.child.kill()));
@@ -109,29 +113,41 @@ fn wait(mut ranks: Vec<Rank>) -> Ended {
         // After a signal a rank has ended as it should, though rank 0 may still be saving.
         if !failed.is_empty() && !told {
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + GRACE);
-            if Instant::now() > deadline {
-                ranks.iter_mut().for_each(|rank| drop(rank.child.kill()));
+            for rank in ranks.iter_mut().filter(|rank| rank.status.is_none() && Instant::now() > deadline) {
+                rank.killed = rank.child.kill().is_ok();
             }
         }
         std::thread::sleep(PAUSE);
     }
-    let Some(first) = failed.first().and_then(|rank| ranks[*rank].status) else {
-        return Ended { code: 0, message: None };
+    ended(&mut ranks, &failed, told)
+}
+
+/// How ranks have ended, of which some `failed`; `told` says that they were told of a signal.
+fn ended(ranks: &mut [Rank], failed: &[usize], told: bool) -> Ended {
+    let code = |rank: usize| ranks[rank].status.and_then(|status| status.code());
+    let died = |rank: usize| match code(rank) {
+        None => !ranks[rank].killed && !told,
+        Some(code) => code == PANICKED,
     };
+    let find = |of: &dyn Fn(usize) -> bool| failed.iter().copied().find(|rank| of(*rank));
+    // The failures that others fail of, exit codes of their own, then those that may be a consequence.
+    let first = find(&died).or_else(|| find(&|rank| code(rank).is_some_and(|code| code != 1)));
+    let Some(first) = first.or_else(|| failed.first().copied()) else { return Ended { code: 0, message: None } };
     // A rank that is killed or panics tells nobody why; rank 0 tells of any other, unless it is killed itself.
-    let died = |rank: &usize| matches!(ranks[*rank].status.and_then(|status| status.code()), None | Some(101));
-    let untold = failed.iter().copied().find(|rank| *rank > 0 && (died(rank) || died(&0)));
-    let message = untold.or_else(|| failed.first().copied().filter(|rank| *rank == 0 && died(rank))).map(|rank| {
-        let status = ranks[rank].status.map(|status| status.to_string()).unwrap_or_default();
-        let said = ranks[rank].said.take().and_then(|said| said.join().ok()).unwrap_or_default();
+    let silent = died(first) || died(0) || ranks[0].killed;
+    let code = ranks[first].status.map_or(1, exit_code);
+    let message = silent.then(|| {
+        let rank = &mut ranks[first];
+        let status = rank.status.map(|status| status.to_string()).unwrap_or_default();
+        let said = rank.said.take().and_then(|said| said.join().ok()).unwrap_or_default();
         let said = String::from_utf8_lossy(&said).trim().to_owned();
         if said.is_empty() {
-            format!("rank {rank}: {status}")
+            format!("rank {first}: {status}")
         } else {
-            format!("rank {rank}: {status}; it said:\n{said}")
+            format!("rank {first}: {status}; it said:\n{said}")
         }
     });
-    Ended { code: exit_code(first), message }
+    Ended { code, message }
 }
 
 /// As a shell gives it.

@@ -43,8 +43,10 @@ impl Tcp {
         Ok(Hosted::new(Self { connections: Arc::new(Connections { share: place.share, peers, liveness }) }))
     }
 
-    /// Tells the other ranks that this one has done its work, or that an error ends it.
+    /// Tells the other ranks that this one has done its work, or that an error ends it. An interruption is none: all ranks
+    /// end by it at the same step.
     pub fn end(&self, error: Option<&Error>) {
+        let error = error.filter(|error| !matches!(error, Error::Interrupted { .. }));
         let rank = self.connections.share.rank;
         self.connections.liveness.end(error.map(|error| format!("rank {rank} has ended: {error}")));
     }
