@@ -146,7 +146,7 @@ fn come(place: &Place, own: Hello, within: Duration, deadline: Instant) -> Resul
     let late = || failed(format!("rank {rank}: rank 0 did not come to {name} within {seconds} s"));
     let mut first = connect(|| resolve(place), deadline)?.ok_or_else(late)?;
     let here = first.local_addr().map_err(|e| failed(format!("rank {rank}: {e}")))?;
-    let listener = TcpListener::bind(SocketAddr::new(here.ip(), 0));
+    let listener = TcpListener::bind(SocketAddr::new(reachable(here.ip(), place), 0));
     let listener = listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
     let listener = listener.map_err(|e| failed(format!("rank {rank}: {e}")))?;
     let port = listener.local_addr().map_err(|e| failed(format!("rank {rank}: {e}")))?.port();
@@ -155,8 +155,14 @@ fn come(place: &Place, own: Hello, within: Duration, deadline: Instant) -> Resul
     let answer = send(&mut first, &own)
         .and_then(|()| first.set_read_timeout(Some(left)))
         .and_then(|()| receive_slowly::<Answer>(&mut first));
-    let ranks = match answer {
-        Ok(Answer::Ranks(ranks)) if ranks.len() + 1 == size => ranks,
+    let of_first = first.peer_addr().map_err(|e| failed(format!("rank {rank}: {e}")))?.ip();
+    // Rank 0 sees those of its own machine at addresses that lead there from that machine alone.
+    let elsewhere = |at: SocketAddr| {
+        let ip = if at.ip().is_loopback() && !of_first.is_loopback() { of_first } else { at.ip() };
+        SocketAddr::new(ip, at.port())
+    };
+    let ranks: Vec<SocketAddr> = match answer {
+        Ok(Answer::Ranks(ranks)) if ranks.len() + 1 == size => ranks.into_iter().map(elsewhere).collect(),
         Ok(Answer::Ranks(_)) => return Err(failed(format!("rank {rank}: rank 0 counts other ranks"))),
         Ok(Answer::Refused(why)) => return Err(failed(why)),
         Err(e) => return Err(failed(format!("rank {rank}: rank 0 at {name} has ended: {e}"))),
@@ -190,15 +196,25 @@ fn resolve(place: &Place) -> Result<Vec<SocketAddr>> {
     found.map_err(|e| Error::input("MASTER_ADDR", format!("`{}`: {e}", place.host), "a host name or address"))
 }
 
-/// Waits where the launcher says, or on all addresses where that one is not this machine's own.
+/// The address at which to wait where this machine has `ip`: all of its addresses where its name leads to one that other
+/// machines do not reach, though the ranks may be on several.
+fn reachable(ip: IpAddr, place: &Place) -> IpAddr {
+    let one_machine = place.host == "localhost" || place.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    if ip.is_loopback() && !one_machine { any(ip) } else { ip }
+}
+
+fn any(ip: IpAddr) -> IpAddr {
+    if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+/// Waits where the launcher says, or on all addresses where that one is not this machine's own, or not known yet.
 fn listen(place: &Place) -> Result<TcpListener> {
     let mut result = Err(std::io::Error::from(ErrorKind::NotFound));
-    for address in resolve(place)? {
-        result = TcpListener::bind(address);
+    let unknown = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), place.port);
+    for address in resolve(place).unwrap_or_else(|_| vec![unknown]) {
+        result = TcpListener::bind(SocketAddr::new(reachable(address.ip(), place), place.port));
         if result.as_ref().is_err_and(|e| e.kind() == ErrorKind::AddrNotAvailable) {
-            let any =
-                if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv6Addr::UNSPECIFIED) };
-            result = TcpListener::bind(SocketAddr::new(any, place.port));
+            result = TcpListener::bind(SocketAddr::new(any(address.ip()), place.port));
         }
         if result.is_ok() {
             break;
@@ -233,16 +249,17 @@ fn accept(listener: &TcpListener, deadline: Instant) -> Result<Option<TcpStream>
     }
 }
 
-/// Connects as soon as there is somebody; `None` after the deadline.
+/// Connects as soon as there is somebody, whose name may not be known before; `None` after the deadline.
 fn connect(to: impl Fn() -> Result<Vec<SocketAddr>>, deadline: Instant) -> Result<Option<TcpStream>> {
     loop {
-        for address in to()? {
-            if let Ok(stream) = TcpStream::connect_timeout(&address, HELLO) {
+        let addresses = to();
+        for address in addresses.iter().flatten() {
+            if let Ok(stream) = TcpStream::connect_timeout(address, HELLO) {
                 return Ok(Some(stream));
             }
         }
         if Instant::now() >= deadline {
-            return Ok(None);
+            return addresses.map(|_| None);
         }
         std::thread::sleep(PAUSE);
     }

@@ -265,6 +265,8 @@ mod tests {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let found = join(&place(0, 2, taken.local_addr().unwrap().port()), "1");
         assert!(error(&found).contains("set MASTER_PORT"), "{}", error(&found));
+        let nowhere = Place { host: "no host".into(), ..place(1, 2, port()) };
+        assert!(error(&join(&nowhere, "1")).starts_with("MASTER_ADDR: found `no host`"));
         let found = join(&place(1, 2, port()), "1");
         assert!(error(&found).contains("rank 1: rank 0 did not come"), "{}", error(&found));
     }
