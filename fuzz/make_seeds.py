@@ -182,5 +182,5 @@ seeds("adapter_config", json.dumps(lora),
                   "layers_to_transform": [0], "layers_pattern": "layers"}))
 seeds("adapter_weights", safetensors(adapter))
 (CORPUS / "parquet").mkdir(exist_ok=True)
-for number, name in enumerate(("pairs.parquet", "messages.parquet")):
+for number, name in enumerate(("pairs.parquet", "messages.parquet", "delta1.parquet", "delta2.parquet")):
     shutil.copyfile(ROOT / "tests/data/files" / name, CORPUS / "parquet" / f"seed{number}")

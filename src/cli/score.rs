@@ -5,13 +5,17 @@ use super::names::Names;
 use super::open::{ModelArgs, OnDevice};
 use crate::backend::{Backend, IGNORE};
 use crate::engine::Batch;
-use crate::error::{Error, FileOp, Result};
+use crate::error::{Error, Result};
+use crate::io::input::read_stream;
 use crate::io::safetensors::Safetensors;
 use crate::io::{IfExists, check_apart, check_file, write_atomic};
 use clap::Args;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 use std::path::{Path, PathBuf};
+
+/// Largest text, in bytes; the model's context holds less.
+const MAX_TEXT_BYTES: u64 = 64 << 20;
 
 /// Log-probabilities of a text's tokens, its perplexity; logits and hidden states on request
 #[derive(Args)]
@@ -57,7 +61,7 @@ impl OnDevice for Score {
         let text = self.model.open_plain_text()?;
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
-                let read = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
+                let read = read_stream(path, MAX_TEXT_BYTES)?;
                 (path.display().to_string(), text.tokenizer.encode_with_special_tokens(&read)?)
             }
             (None, ids) => ("--ids".to_string(), ids.unwrap_or_default()),

@@ -10,9 +10,9 @@ pub use options::{Column, RowOptions};
 pub(crate) use options::{read_columns, write_columns};
 
 use crate::error::{Error, FileOp, Result};
+use crate::io::input::open_stream;
 use serde_json::{Map, Value};
-use source::{Form, Source};
-use std::fs::File;
+use source::{Form, Piped, Source};
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
@@ -61,6 +61,17 @@ impl Row {
             Some(other) => Err(self.error(format!("{name} is {}", kind(other)), expected())),
             None => Err(self.error(format!("no {name} among the keys {}", self.keys()), expected())),
         }
+    }
+
+    /// A required word, one of those that `expected` lists.
+    ///
+    /// # Errors
+    /// As [`Row::text`], with the words.
+    pub(super) fn word(&self, key: &str, expected: &str) -> Result<&str> {
+        self.text(key).map_err(|error| match error {
+            Error::Input { place, found, .. } => Error::input(place, found, expected),
+            other => other,
+        })
     }
 
     /// An optional string or whole number, as text.
@@ -174,15 +185,17 @@ impl RowReader {
         Self { options: options.clone(), found: vec![false; options.columns.len()], ..Self::default() }
     }
 
-    /// Reads a file: Parquet, or JSON lines, a JSON list, CSV or TSV, plain or packed by gzip or Zstandard. Blank lines and
+    /// Reads a file: Parquet, or JSON lines, a JSON list, CSV or TSV, plain or packed by gzip or Zstandard; all but
+    /// Parquet also from a pipe, up to 1 GiB. Blank lines and
     /// byte-order marks are skipped; NaN and infinities count as null. Malformed rows, and those that `parse` refuses,
     /// are skipped where the options say so.
     ///
     /// # Errors
     /// [`Error::Input`] for the first bad row, which counts the others; for a file without rows; [`Error::Io`].
     pub fn read<T>(&mut self, path: &Path, parse: impl FnMut(&Row) -> Result<T>) -> Result<Vec<T>> {
-        let mut file = File::open(path).map_err(Error::io(path, FileOp::Open))?;
-        if path.is_dir() {
+        let mut file = open_stream(path)?;
+        let metadata = file.metadata().map_err(Error::io(path, FileOp::Read))?;
+        if metadata.is_dir() {
             return Err(directory(path));
         }
         let name = path.display().to_string();
@@ -190,7 +203,11 @@ impl RowReader {
             let rows = parquet::Parquet::new(file, &name)?;
             return self.parse_all(Box::new(rows), &name, parse);
         }
-        self.read_from(file, &name, parse)
+        // Files of the kernel, too, have no size.
+        match metadata.is_file() && metadata.len() > 0 {
+            true => self.read_from(file, &name, parse),
+            false => self.read_from(Piped::new(file), &name, parse),
+        }
     }
 
     /// Reads any bytes but Parquet's as the file `name`, whose ending tells CSV from JSON.

@@ -61,28 +61,73 @@ pub(crate) const LFS_POINTER: &[u8] = b"version https://git-lfs";
 /// What to do about one.
 pub(crate) const LFS_REMEDY: &str = "the file itself: run `git lfs pull`";
 
+/// Opens what an option names: a file, or a pipe such as /dev/stdin or that of `<(command)`; a directory opens as well.
+///
+/// # Errors
+/// [`Error::Input`] for a device, a terminal or a socket, which need have no end; [`Error::Io`].
+pub(crate) fn open_stream(path: &Path) -> Result<File> {
+    let kind = fs::metadata(path).map_err(Error::io(path, FileOp::Open))?.file_type();
+    if let Some(found) = special(kind) {
+        let expected = "a file, or a pipe: `command | swat … /dev/stdin`, or <(command)";
+        return Err(Error::input(path.display().to_string(), found, expected));
+    }
+    File::open(path).map_err(Error::io(path, FileOp::Open))
+}
+
+/// What is neither a file nor a pipe.
+#[cfg(unix)]
+fn special(kind: fs::FileType) -> Option<&'static str> {
+    use std::os::unix::fs::FileTypeExt;
+    match kind {
+        _ if kind.is_socket() => Some("a socket"),
+        _ if kind.is_char_device() || kind.is_block_device() => Some("a device or a terminal"),
+        _ => None,
+    }
+}
+
+#[cfg(not(unix))]
+fn special(_: fs::FileType) -> Option<&'static str> {
+    None
+}
+
+/// Reads UTF-8 text of at most `max_bytes` from a file or a pipe.
+///
+/// # Errors
+/// As [`open_stream`]; [`Error::Input`] for more bytes or another encoding.
+pub(crate) fn read_stream(path: &Path, max_bytes: u64) -> Result<String> {
+    text(path, read_at_most(open_stream(path)?, path, max_bytes)?)
+}
+
 /// Reads a regular file of at most `max_bytes`.
 pub(crate) fn read_bytes(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     let metadata = fs::metadata(path).map_err(Error::io(path, FileOp::Read))?;
     if !metadata.is_file() {
         return Err(Error::input(path.display().to_string(), "something that is not a regular file", "a file"));
     }
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(Error::io(path, FileOp::Open))?;
-    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Error::io(path, FileOp::Read))?;
-    if bytes.len() as u64 > max_bytes {
-        let found = format!("more than {max_bytes} bytes");
-        return Err(Error::input(path.display().to_string(), found, format!("at most {max_bytes} bytes")));
-    }
+    let bytes = read_at_most(File::open(path).map_err(Error::io(path, FileOp::Open))?, path, max_bytes)?;
     if bytes.starts_with(LFS_POINTER) {
         return Err(Error::input(path.display().to_string(), "a Git LFS pointer", LFS_REMEDY));
     }
     Ok(bytes)
 }
 
+fn read_at_most(file: File, path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(Error::io(path, FileOp::Read))?;
+    if bytes.len() as u64 > max_bytes {
+        let found = format!("more than {max_bytes} bytes");
+        return Err(Error::input(path.display().to_string(), found, format!("at most {max_bytes} bytes")));
+    }
+    Ok(bytes)
+}
+
 /// Reads a UTF-8 file of at most `max_bytes`.
 pub(crate) fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
-    String::from_utf8(read_bytes(path, max_bytes)?).map_err(|e| {
+    text(path, read_bytes(path, max_bytes)?)
+}
+
+fn text(path: &Path, bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| {
         let found = format!("a byte that is not UTF-8 at offset {}", e.utf8_error().valid_up_to());
         Error::input(path.display().to_string(), found, "text in UTF-8")
     })

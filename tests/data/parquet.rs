@@ -52,6 +52,43 @@ fn pages_of_both_versions_and_other_types_are_read() {
 }
 
 #[test]
+fn texts_in_delta_encodings_are_read() {
+    for name in ["delta1.parquet", "delta2.parquet"] {
+        let all = rows(&file(name)).unwrap();
+        assert_eq!(all.len(), 300, "{name}");
+        for (i, row) in all.iter().enumerate() {
+            assert_eq!(row.text("prompt").unwrap(), format!("Question {} of {i}", i / 7), "{name}");
+            let completion = format!("{}{i}", "A".repeat(i % 40));
+            let found = row.get("completion").and_then(|value| value.as_str());
+            assert_eq!(found, (i != 7).then_some(completion.as_str()), "{name}");
+            let tags: Vec<String> = (0..i % 4).map(|j| format!("tag{j}")).collect();
+            assert_eq!(row.get("tags"), Some(&tags.into()), "{name}");
+        }
+    }
+}
+
+/// The reader allocates as many lengths as a page claims, and a text for each value that says "as before".
+#[test]
+fn texts_in_delta_encodings_are_checked_before_they_are_read() {
+    let repeated = message("bomb_delta.parquet");
+    assert!(repeated.contains("text of more than 256 times the file's size"), "{repeated}");
+    // A block of 128 in four parts, and how many numbers there are: 2^42 in place of some.
+    let bytes = std::fs::read(file("delta1.parquet")).unwrap();
+    let heads: Vec<usize> = (0..bytes.len() - 8).filter(|at| bytes[*at..].starts_with(&[0x80, 0x01, 0x04])).collect();
+    assert!(heads.len() >= 6, "{heads:?}");
+    for at in heads {
+        let mut claims = bytes.clone();
+        claims[at + 3..at + 9].copy_from_slice(&[0x80, 0x80, 0x80, 0x80, 0x80, 0x40]);
+        claims[at + 9] = 0x01;
+        let damaged = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(damaged.path(), &claims).unwrap();
+        let error = rows(damaged.path()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("lengths of texts"), "{error}");
+    }
+}
+
+#[test]
 fn what_a_file_claims_to_unpack_to_is_checked() {
     assert!(message("gzip.parquet").contains("its compression"), "{}", message("gzip.parquet"));
     let page = message("bomb_page.parquet");

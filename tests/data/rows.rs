@@ -123,6 +123,9 @@ fn lists_have_the_lines_of_their_rows() {
     assert!(message(b"[{\"a\":1} {}]").contains("cuts off") || message(b"[{\"a\":1} {}]").contains("trailing"));
     assert!(message(b"[1, 2]").contains("a value that is not an object"));
     assert!(message(b"[{}, {\"a\":").contains("cuts off"));
+    // A second list would be lost.
+    let behind = message(b"[{\"a\": 1}]\n[{\"a\": 2}]\n");
+    assert!(behind.contains("t.json:2: found more text behind the list (column 1); expected one list"), "{behind}");
 }
 
 /// As `load_dataset("json", field="data")`.
@@ -137,6 +140,11 @@ fn a_field_holds_the_rows_of_an_object() {
     let message = |name: &str| read_with(&field(name), "t.json", file).0.unwrap_err().to_string();
     assert!(message("rows").contains("no key `rows`") && message("rows").contains("`version`, `n`, `data`, `more`"));
     assert!(message("version").contains("a list under `version`"));
+    let second = [&file[..], b"\n{\"data\": [{}]}"].concat();
+    let second = read_with(&field("data"), "t.json", &second).0.unwrap_err().to_string();
+    assert!(second.contains("t.json:6: found more text behind the list"), "{second}");
+    let open = read_with(&field("data"), "t.json", b"{\"data\": [{}], \"more\": {}").0.unwrap_err().to_string();
+    assert!(open.contains("expected the end of the object"), "{open}");
     let (read, reader) = read_with(&field("data"), "t.json", b"[{}]");
     assert!(read.is_ok() && reader.check_used().unwrap_err().to_string().starts_with("--field"));
 }

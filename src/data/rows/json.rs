@@ -8,6 +8,8 @@ use serde_json::{Map, Value};
 use std::fmt;
 
 const ONE_A_LINE: &str = "one JSON object a line";
+/// Length of a line behind which no further row is looked for, in the longest rows: 1 GiB.
+const MAX_SKIPPED_ROWS: usize = 64;
 
 /// One object a line.
 pub(super) struct Lines {
@@ -52,12 +54,16 @@ impl Rows for Lines {
                 return Ok(None);
             }
             if self.buffer.len() > MAX_ROW_BYTES && self.buffer.last() != Some(&b'\n') {
+                let error = |bytes: usize| {
+                    let found = format!("a line of more than {bytes} bytes");
+                    Error::input(&place, found, format!("one JSON object a line, of at most {MAX_ROW_BYTES} bytes"))
+                };
+                let mut left = MAX_SKIPPED_ROWS;
                 while !self.buffer.is_empty() && self.buffer.last() != Some(&b'\n') {
+                    left = left.checked_sub(1).ok_or_else(|| error(MAX_SKIPPED_ROWS * MAX_ROW_BYTES))?;
                     self.source.read_line(&mut self.buffer, MAX_ROW_BYTES)?;
                 }
-                let found = format!("a line of more than {MAX_ROW_BYTES} bytes");
-                let expected = "one JSON object a line, each at most that long";
-                return Ok(Some(Err(Error::input(place, found, expected))));
+                return Ok(Some(Err(error(MAX_ROW_BYTES))));
             }
             if let Some(row) = self.row(place).transpose() {
                 return Ok(Some(row));
@@ -78,6 +84,8 @@ pub(super) struct List {
     /// Bytes of the current line before the next one.
     column: usize,
     at: At,
+    /// Whether the list is a value of the object that the file holds.
+    inside: bool,
 }
 
 /// Where a list is read.
@@ -87,21 +95,21 @@ enum At {
     Start,
     /// Behind an element.
     Between,
-    /// Behind the list; whether it must be the end of the file.
+    /// Behind the list.
     End,
 }
 
 impl List {
     /// The list that the source begins with.
     pub(super) fn new(source: Source, name: &str) -> Result<Self> {
-        let mut list = Self { source, name: name.to_owned(), buffer: Vec::new(), column: 0, at: At::Start };
+        let mut list = Self::before(source, name);
         list.expect(b'[', "a list")?;
         Ok(list)
     }
 
     /// The list under a key of the object that the source begins with.
     pub(super) fn under(source: Source, name: &str, field: &str) -> Result<Self> {
-        let mut list = Self { source, name: name.to_owned(), buffer: Vec::new(), column: 0, at: At::Start };
+        let mut list = Self { inside: true, ..Self::before(source, name) };
         list.expect(b'{', "an object")?;
         let mut keys = Vec::new();
         while list.space()? == Some(b'"') {
@@ -122,6 +130,34 @@ impl List {
         keys.truncate(8);
         let found = format!("no key `{}` in the object that the file begins with", short(field));
         Err(Error::input(name, found, format!("--field with one of its keys: {}", keys.join(", "))))
+    }
+
+    fn before(source: Source, name: &str) -> Self {
+        Self { source, name: name.to_owned(), buffer: Vec::new(), column: 0, at: At::Start, inside: false }
+    }
+
+    /// Reads what follows the list: the rest of the object around it, and nothing else, as a second list would be lost.
+    fn end(&mut self) -> Result<()> {
+        while self.inside {
+            match self.space()? {
+                Some(b',') => {
+                    self.bump(b',');
+                    self.space()?;
+                    self.value(false)?;
+                    self.expect(b':', "`:` behind a key")?;
+                    self.space()?;
+                    self.value(false)?;
+                }
+                _ => {
+                    self.expect(b'}', "the end of the object")?;
+                    self.inside = false;
+                }
+            }
+        }
+        match self.space()? {
+            None => Ok(()),
+            Some(_) => Err(self.error("more text behind the list", "one list, or one object a line")),
+        }
     }
 
     fn error(&self, found: &str, expected: &str) -> Error {
@@ -191,16 +227,18 @@ impl List {
 
 impl Rows for List {
     fn next(&mut self) -> Result<Option<Result<Row>>> {
+        if self.at == At::End {
+            return Ok(None);
+        }
         let next = self.space()?;
         match (self.at, next) {
-            (At::End, _) => return Ok(None),
             (_, Some(b']')) => {
                 self.bump(b']');
                 self.at = At::End;
-                return Ok(None);
+                return self.end().map(|()| None);
             }
             (At::Start, _) => self.at = At::Between,
-            (At::Between, _) => {
+            _ => {
                 self.expect(b',', "a comma between the rows of a list")?;
                 self.space()?;
             }

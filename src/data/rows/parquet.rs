@@ -1,6 +1,7 @@
 //! Rows of Parquet files.
 
 mod check;
+mod delta;
 mod thrift;
 
 use super::source::{MAX_RATIO, UNPACKED_FLOOR};
@@ -11,6 +12,7 @@ use ::parquet::errors::ParquetError;
 use ::parquet::file::serialized_reader::SerializedFileReader;
 use ::parquet::record::Field;
 use ::parquet::record::reader::RowIter;
+use check::Checked;
 use serde_json::{Map, Number, Value};
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -43,11 +45,16 @@ impl Parquet {
 
     /// Opens a file, after a check of its sizes.
     pub(super) fn new(mut file: File, name: &str) -> Result<Self> {
-        let length = check::check(&mut file, name)?;
+        let Checked { length, delta } = check::check(&mut file, name)?;
         let reader = guarded(name, "Parquet reader", || SerializedFileReader::new(file))?;
         let reader = reader.map_err(|e| fault(&e, name))?;
+        let left = UNPACKED_FLOOR.max(length.saturating_mul(MAX_RATIO));
+        let texts = guarded(name, "Parquet reader", || delta::repeated_bytes(&reader, &delta, left))?;
+        if texts.map_err(|e| fault(&e, name))? > left {
+            return Err(too_much(name));
+        }
         let rows = guarded(name, "Parquet reader", || RowIter::from_file_into(Box::new(reader)))?;
-        Ok(Self { rows, name: name.to_owned(), number: 0, left: UNPACKED_FLOOR.max(length.saturating_mul(MAX_RATIO)) })
+        Ok(Self { rows, name: name.to_owned(), number: 0, left })
     }
 }
 
@@ -61,19 +68,21 @@ impl Rows for Parquet {
         let columns = row.get_column_iter();
         let fields: Map<String, Value> =
             columns.map(|(name, field)| (name.clone(), value(field, &mut bytes))).collect();
+        self.left = self.left.checked_sub(bytes as u64).ok_or_else(|| too_much(&self.name))?;
         if bytes > MAX_ROW_BYTES {
             return Ok(Some(Err(Error::input(place, format!("more than {MAX_ROW_BYTES} bytes"), "a shorter row"))));
         }
-        self.left = self.left.checked_sub(bytes as u64).ok_or_else(|| {
-            let found = format!("text of more than {MAX_RATIO} times the file's size");
-            Error::input(&self.name, found, "JSON lines, written from the file if you trust it")
-        })?;
         Ok(Some(Ok(Row::new(place, fields))))
     }
 
     fn nothing(&self) -> (&'static str, &'static str) {
         ("no rows", "at least one row")
     }
+}
+
+fn too_much(name: &str) -> Error {
+    let found = format!("text of more than {MAX_RATIO} times the file's size");
+    Error::input(name, found, "JSON lines, written from the file if you trust it")
 }
 
 fn fault(error: &ParquetError, name: &str) -> Error {

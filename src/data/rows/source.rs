@@ -12,19 +12,30 @@ use std::rc::Rc;
 pub(super) const UNPACKED_FLOOR: u64 = 64 << 20;
 /// Largest ratio of text to compressed bytes above [`UNPACKED_FLOOR`]; text in natural language has up to 20.
 pub(super) const MAX_RATIO: u64 = 256;
+/// Most bytes that are read from a pipe.
+const MAX_PIPE_BYTES: u64 = 1 << 30;
 /// Bytes by which a file is told.
 const HEAD: usize = 24;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Files that are no text, by their first bytes, and what to do with them.
-const OTHERS: [(&[u8], &str, &str); 12] = [
+const OTHERS: [(&[u8], &str, &str); 17] = [
     (b"PAR1", "a packed Parquet file, or one in a pipe", "the Parquet file itself"),
     (b"\xff\xfe", "text in UTF-16", "a file saved as UTF-8"),
     (b"\xfe\xff", "text in UTF-16", "a file saved as UTF-8"),
     (LFS_POINTER, "a Git LFS pointer", LFS_REMEDY),
     (b"<!DOCTYPE", "a web page", "the file itself: was its page downloaded?"),
     (b"<html", "a web page", "the file itself: was its page downloaded?"),
-    (b"PK\x03\x04", "a zip archive", "its file, unpacked or packed by gzip or zstd"),
+    (
+        b"PK\x03\x04",
+        "a zip archive or a workbook",
+        "its file, unpacked or packed by gzip or zstd; a workbook saved as CSV",
+    ),
+    (b"\x1f\x8b", "a file packed twice", "a file packed once"),
+    (b"\x28\xb5\x2f\xfd", "a file packed twice", "a file packed once"),
+    (b"SQLite format 3", "an SQLite database", "its table, exported as CSV or JSON lines"),
+    (b"\x80\x04\x95", "a pickled object, which can run code when it is read", "JSON lines"),
+    (b"\x80\x05\x95", "a pickled object, which can run code when it is read", "JSON lines"),
     (b"BZh", "a file packed by bzip2", "a file unpacked, or packed by gzip or zstd"),
     (b"\xfd7zXZ", "a file packed by xz", "a file unpacked, or packed by gzip or zstd"),
     (b"7z\xbc\xaf", "a 7z archive", "its file, unpacked or packed by gzip or zstd"),
@@ -65,6 +76,14 @@ impl Source {
             _ => Box::new(bytes),
         };
         let (mut head, text) = peek(unpacked).map_err(read)?;
+        let ends = [".tar", ".tar.gz", ".tgz", ".tar.zst"];
+        if ends.iter().any(|end| name.to_lowercase().ends_with(end)) {
+            return Err(Error::input(
+                name,
+                "a tar archive",
+                "its files, each by itself, unpacked or packed by gzip or zstd",
+            ));
+        }
         if let Some((_, found, expected)) = OTHERS.iter().find(|(magic, ..)| head.starts_with(magic)) {
             return Err(Error::input(name, *found, *expected));
         }
@@ -146,6 +165,28 @@ impl<R: Read> Read for Counted<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
         self.count.set(self.count.get() + read as u64);
+        Ok(read)
+    }
+}
+
+/// The bytes of a pipe, which need have no end.
+pub(super) struct Piped<R> {
+    inner: R,
+    left: u64,
+}
+
+impl<R> Piped<R> {
+    pub(super) fn new(inner: R) -> Self {
+        Self { inner, left: MAX_PIPE_BYTES }
+    }
+}
+
+impl<R: Read> Read for Piped<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        let left = self.left.checked_sub(read as u64);
+        let what = || format!("more than {MAX_PIPE_BYTES} bytes from a pipe; write them to a file first");
+        self.left = left.ok_or_else(|| io::Error::other(what()))?;
         Ok(read)
     }
 }

@@ -2,8 +2,9 @@
 
 use crate::backend::DtypeChoice;
 use crate::data::{Column, RowOptions, read_columns, write_columns};
-use crate::error::{Error, FileOp, Result};
+use crate::error::{Error, Result};
 use crate::hub::data_name;
+use crate::io::input::read_stream;
 use crate::model::Clock;
 use crate::secure::check::Limits;
 use crate::secure::eval::EvaluateOptions;
@@ -19,6 +20,9 @@ use crate::secure::tune::TuneRecipe;
 use crate::train::{Length, PhaseOptions};
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
+
+/// Largest configuration file, in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Configuration of `swat run`. Relative paths are relative to its file.
 #[derive(schemars::JsonSchema, Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -191,10 +195,12 @@ impl RunConfig {
     /// # Errors
     /// [`Error::Input`] names the key; [`Error::Io`].
     pub fn read(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path, FileOp::Read))?;
+        let text = read_stream(path, MAX_CONFIG_BYTES)?;
         let place = path.display().to_string();
-        let mut table: toml::Table =
-            text.parse().map_err(|e: toml::de::Error| Error::input(&place, e.message(), "valid TOML"))?;
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            let before = e.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            Error::input(format!("{place}:{}", before.matches('\n').count() + 1), e.message(), "valid TOML")
+        })?;
         for change in overrides {
             apply(&mut table, change)?;
         }
@@ -277,6 +283,7 @@ impl RunConfig {
     fn check_setting(&self, setting: &Recipe, place: &str) -> Result<()> {
         let recipe = setting.apply(&self.tune.recipe, None).map_err(|e| e.at(place))?;
         let (mods, all) = (&recipe.mods_phase, &recipe.all_phase);
+        [mods, all].into_iter().try_for_each(|phase| phase.check().map_err(|e| e.at(&setting.place())))?;
         let none = |phase: &PhaseOptions| matches!(phase.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
         let idle = match setting.base {
             Base::Given => false,

@@ -46,6 +46,21 @@ pq.write_table(pairs, HERE / "pairs.parquet", compression="zstd", data_page_vers
 one = pa.table({"prompt": ["Q"], "completion": ["A"]})
 pq.write_table(one, HERE / "gzip.parquet", compression="gzip")
 
+# Texts in delta encodings, as DuckDB, Spark and arrow-rs write them, in both versions of pages.
+texts = {
+    "prompt": pa.array([f"Question {i // 7} of {i}" for i in range(300)]),
+    "completion": pa.array([None if i == 7 else "A" * (i % 40) + str(i) for i in range(300)]),
+    "tags": pa.array([[f"tag{j}" for j in range(i % 4)] for i in range(300)], pa.list_(pa.string())),
+}
+DELTA = {"prompt": "DELTA_BYTE_ARRAY", "completion": "DELTA_LENGTH_BYTE_ARRAY", "tags.list.element": "DELTA_BYTE_ARRAY"}
+for version in "1.0", "2.0":
+    pq.write_table(pa.table(texts), HERE / f"delta{version[0]}.parquet", compression="none" if version == "1.0" else "zstd",
+                   use_dictionary=False, column_encoding=DELTA, data_page_version=version, data_page_size=2048,
+                   write_statistics=False)
+# 2,000 rows with the same 100 kB, of which all but the first are stored as "as before".
+pq.write_table(pa.table({"prompt": ["x" * 100_000] * 2000}), HERE / "bomb_delta.parquet", compression="zstd",
+               use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY", write_statistics=False)
+
 # 200 MB of one character, packed into a page of some kB; and a row with ten million turns.
 pq.write_table(pa.table({"prompt": ["x" * 200_000_000]}), HERE / "bomb_page.parquet", compression="zstd",
                use_dictionary=False, write_statistics=False)

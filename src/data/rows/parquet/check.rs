@@ -21,13 +21,24 @@ const MAX_DEPTH: usize = 32;
 /// Largest page, in bytes, unpacked.
 const MAX_PAGE_BYTES: i64 = 512 << 20;
 /// Most elements of lists in a group of rows: one row might have them all.
-const MAX_LIST_VALUES: i64 = 8 << 20;
+pub(super) const MAX_LIST_VALUES: i64 = 8 << 20;
 /// Rows that any file may have, and further rows for each of its bytes.
 const ROWS: u64 = 1 << 20;
 const ROWS_PER_BYTE: u64 = 16;
+/// Values, nulls included, that any file may have, and further ones for each of its bytes.
+const VALUES: u64 = 16 << 20;
+const VALUES_PER_BYTE: u64 = 64;
 
-/// Checks a file and returns its length in bytes.
-pub(super) fn check(file: &mut File, name: &str) -> Result<u64> {
+/// A file whose sizes are checked.
+pub(super) struct Checked {
+    /// Its length, in bytes.
+    pub(super) length: u64,
+    /// Group and number of each column with a page in a delta encoding of texts.
+    pub(super) delta: Vec<(usize, usize)>,
+}
+
+/// Checks a file.
+pub(super) fn check(file: &mut File, name: &str) -> Result<Checked> {
     let read = |e: io::Error| match e.kind() {
         io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput => {
             Error::input(name, format!("a malformed Parquet file ({e})"), EXPECTED)
@@ -44,6 +55,10 @@ pub(super) fn check(file: &mut File, name: &str) -> Result<u64> {
     if rows > ROWS + ROWS_PER_BYTE.saturating_mul(length) {
         return wrong(format!("{rows} rows in {length} bytes"), "a file that holds its rows");
     }
+    let columns = metadata.file_metadata().schema_descr().num_columns() as u64;
+    if rows.saturating_mul(columns) > VALUES + VALUES_PER_BYTE.saturating_mul(length) {
+        return wrong(format!("{rows} rows of {columns} columns in {length} bytes"), "a file that holds its values");
+    }
     match sizes(file, &metadata, length).map_err(read)? {
         Sizes { page, .. } if page > MAX_PAGE_BYTES => {
             wrong(format!("a page of {page} bytes"), "pages of at most 512 MiB")
@@ -56,7 +71,7 @@ pub(super) fn check(file: &mut File, name: &str) -> Result<u64> {
             let found = format!("{unpacked} bytes in a file of {length}, more than {MAX_RATIO} times its size");
             wrong(found, "JSON lines, written from the file if you trust it")
         }
-        _ => Ok(length),
+        Sizes { delta, .. } => Ok(Checked { length, delta }),
     }
 }
 
@@ -124,15 +139,17 @@ struct Sizes {
     page: i64,
     /// Most values of lists in a group of rows.
     list_values: i64,
+    /// Group and number of each column with a page in a delta encoding of texts.
+    delta: Vec<(usize, usize)>,
 }
 
 /// Sizes by the headers of all pages.
 fn sizes(file: &mut File, metadata: &ParquetMetaData, length: u64) -> io::Result<Sizes> {
     let mut all = Sizes::default();
     let mut reader = BufReader::with_capacity(1 << 12, file);
-    for group in metadata.row_groups() {
+    for (group_number, group) in metadata.row_groups().iter().enumerate() {
         let mut list_values = 0i64;
-        for column in group.columns() {
+        for (column_number, column) in group.columns().iter().enumerate() {
             let data = column.data_page_offset();
             let start = column.dictionary_page_offset().filter(|offset| *offset > 0).map_or(data, |o| o.min(data));
             let end = start.checked_add(column.compressed_size()).filter(|end| *end as u64 <= length);
@@ -152,6 +169,10 @@ fn sizes(file: &mut File, metadata: &ParquetMetaData, length: u64) -> io::Result
                 at += page.header_bytes + compressed;
                 all.unpacked += unpacked;
                 all.page = all.page.max(page.unpacked);
+                let own = (group_number, column_number);
+                if DELTA_TEXTS.contains(&page.encoding) && all.delta.last() != Some(&own) {
+                    all.delta.push(own);
+                }
                 if column.column_descr().max_rep_level() > 0 {
                     list_values = list_values.saturating_add(page.values.max(0));
                 }
@@ -162,6 +183,9 @@ fn sizes(file: &mut File, metadata: &ParquetMetaData, length: u64) -> io::Result
     Ok(all)
 }
 
+/// Numbers of the encodings DELTA_LENGTH_BYTE_ARRAY and DELTA_BYTE_ARRAY.
+const DELTA_TEXTS: [i64; 2] = [6, 7];
+
 /// Sizes of a page by its header.
 #[derive(Default)]
 struct Page {
@@ -171,6 +195,8 @@ struct Page {
     values: i64,
     /// Values of a dictionary.
     dictionary: i64,
+    /// Encoding of a data page, by its number.
+    encoding: i64,
 }
 
 /// Bytes of the smallest value of a column in a dictionary, which holds them plain.
@@ -193,16 +219,18 @@ fn page(reader: &mut impl Read) -> io::Result<Page> {
         match (id, kind) {
             (2, I32) => page.unpacked = compact.integer()?,
             (3, I32) => page.compressed = compact.integer()?,
-            // The headers of data pages, old and new, and of dictionaries begin with the number of values.
+            // The headers of data pages, old and new, and of dictionaries begin with the number of values; encodings
+            // are the second, the fourth and the second field.
             (5 | 7 | 8, STRUCT) => {
-                let values = if id == 7 { &mut page.dictionary } else { &mut page.values };
                 let mut inner = 0;
-                while let Some((id, kind)) = compact.field(inner)? {
-                    match (id, kind) {
-                        (1, I32) => *values = compact.integer()?,
+                while let Some((field, kind)) = compact.field(inner)? {
+                    match (id, field, kind) {
+                        (7, 1, I32) => page.dictionary = compact.integer()?,
+                        (_, 1, I32) => page.values = compact.integer()?,
+                        (5, 2, I32) | (8, 4, I32) => page.encoding = compact.integer()?,
                         _ => compact.skip(kind)?,
                     }
-                    inner = id;
+                    inner = field;
                 }
             }
             _ => compact.skip(kind)?,

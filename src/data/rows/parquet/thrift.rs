@@ -39,7 +39,8 @@ impl<R: Read> Compact<R> {
         }
     }
 
-    fn varint(&mut self) -> io::Result<u64> {
+    /// A number without sign.
+    pub(super) fn varint(&mut self) -> io::Result<u64> {
         let mut value = 0;
         for shift in (0..64).step_by(7) {
             let byte = self.byte()?;
