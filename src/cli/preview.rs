@@ -11,6 +11,10 @@ use std::path::PathBuf;
 /// Brackets around trained text.
 const TRAINED: [&str; 2] = ["\u{27e6}", "\u{27e7}"];
 
+/// What is said of conversations of whose answers the template leaves out a part.
+pub(super) const LEFT_OUT: &str =
+    "lose a part of an answer, such as thinking: the chat template leaves it out, and it is not trained";
+
 /// Prints the first example of `data` with its loss mask, and how many tokens of all examples are trained.
 pub(super) fn preview(
     common: &Common,
@@ -21,9 +25,11 @@ pub(super) fn preview(
 ) -> Result<()> {
     let text = model.open_text()?;
     let chat = text.chat()?;
-    let (mut examples, mut rows) = (Vec::new(), RowReader::new(rows));
+    let (mut examples, mut rows, mut left_out) = (Vec::new(), RowReader::new(rows), 0);
     for path in data {
-        examples.extend(text.examples(path, max_length, &mut rows)?.examples);
+        let read = text.examples(path, max_length, &mut rows)?;
+        examples.extend(read.examples);
+        left_out += read.left_out;
     }
     common.end_reading(&rows)?;
     let all = DataSize::of(&examples);
@@ -33,7 +39,8 @@ pub(super) fn preview(
     let ends = stop.iter().map(|token| chat.tokenizer().decode_all(&[*token])).collect::<Result<Vec<_>>>()?;
     if common.json {
         return print_json(&json!({ "first": { "parts": parts, "tokens": first.tokens, "trained": first.trained,
-            "trained_share": size.trained_share }, "data": all, "stop_tokens": stop, "stop": ends }));
+            "trained_share": size.trained_share }, "data": all, "left_out": left_out, "stop_tokens": stop,
+            "stop": ends }));
     }
     let shown = |part: &str| -> String {
         let plain = |c: char| c == '\n' || c == '\t' || !c.is_control();
@@ -50,5 +57,8 @@ pub(super) fn preview(
         format!("{} of {} tokens ({})", size.trained_tokens, size.tokens, percent(size.trained_share, 1))
     };
     print_line(&format!("\ntrained: {} of this example, {} of all", share(&size), share(&all)))?;
+    if left_out > 0 {
+        print_line(&format!("{left_out} of {} examples {LEFT_OUT}", all.examples))?;
+    }
     print_line(&format!("answers end at {}", ends.join(" or ").escape_debug()))
 }

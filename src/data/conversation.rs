@@ -74,7 +74,7 @@ impl Conversation {
     /// - prompt-completion: `prompt`, `completion`, each a string or a list of messages, of which only those of the
     ///   completion are trained;
     /// - a question (`prompt`, `question`, `query`, `instruction`, or `input` alone) and its answer (`response`,
-    ///   `answer`, `output`, `completion`).
+    ///   `answer`, `output`, `completion`); a question may be a list of messages as well.
     ///
     /// Turns of both lists may have the keys of the other. Beside each layout: `system` or `system_prompt`; `tools`, a
     /// list or its JSON text; `history`, earlier pairs of question and answer; `weight` (0 or 1) or `train` of the row
@@ -116,7 +116,11 @@ pub fn chat_prompt(row: &Row) -> Result<Vec<Message>> {
         Some(_) => vec![Message::new("user", row.text("prompt")?)],
         None => {
             let messages = row.get("messages").map(parsed).unwrap_or_default();
-            serde_json::from_value(messages).map_err(|_| row.error("no valid `messages`", expected))?
+            let read: Result<Vec<Message>, _> = serde_json::from_value(messages);
+            let mut messages = read.map_err(|_| row.error("no valid `messages`", expected))?;
+            // Templates know roles in lower case alone.
+            messages.iter_mut().for_each(|message| message.role.make_ascii_lowercase());
+            messages
         }
     };
     if let Some(system) = system(row)? {
@@ -133,7 +137,11 @@ fn refuse_unsupported(row: &Row) -> Result<()> {
     let media = ["images", "image", "videos", "video", "audios", "audio"];
     row.refuse(&media, "text alone: swat tunes language models")?;
     row.refuse(&["functions"], "`tools`, and `tool_calls` in the messages")?;
-    row.refuse(&["chat_template_kwargs"], "rows that the chat template renders without options of their own")?;
+    let options = ["chat_template_kwargs", "enable_thinking", "documents"];
+    let unused = "(--columns unused=KEY leaves it out)";
+    row.refuse(&options, &format!("rows that the chat template renders without options of their own {unused}"))?;
+    let masks = ["loss_mask", "train_mask", "weights"];
+    row.refuse(&masks, &format!("`weight` or `train` in each turn {unused}"))?;
     for key in ["label", "kto_tag"] {
         let false_text = |value: &Value| value.as_str().is_some_and(|text| text.trim().eq_ignore_ascii_case("false"));
         if row.get(key).is_some_and(|value| *value == Value::Bool(false) || false_text(value)) {
@@ -154,6 +162,7 @@ fn messages(row: &Row) -> Result<Vec<Message>> {
         (false, [true, false], false) => turns(row, "conversations", "from"),
         (false, [false, true], false) => turns(row, "messages", "role"),
         (false, [false, false], true) => {
+            refuse_beside_prompt(row)?;
             let mut all = side(row, "prompt", "user")?;
             forget(&mut all);
             all.extend(side(row, "completion", "assistant")?);
@@ -162,6 +171,17 @@ fn messages(row: &Row) -> Result<Vec<Message>> {
         (false, [false, false], false) => other_messages(row),
         _ => Err(several(row)),
     }
+}
+
+/// Refuses text beside a prompt that may be a part of the question.
+fn refuse_beside_prompt(row: &Row) -> Result<()> {
+    let beside = ["input", "context"].into_iter().find(|key| row.get(key).is_some_and(|value| !is_blank(value)));
+    let Some(key) = beside else { return Ok(()) };
+    let expected = format!(
+        "--columns instruction=prompt, which appends it to the prompt, or --columns unused={key} if it is no part of the \
+         question"
+    );
+    Err(row.error(format!("{} beside `prompt`", row.name(key)), expected))
 }
 
 /// Makes the assistant's messages context, which is not trained.
@@ -182,6 +202,12 @@ fn other_messages(row: &Row) -> Result<Vec<Message>> {
     }
     match (lists.as_slice(), questions.as_slice(), answers.as_slice()) {
         ([list], [], []) => turns(row, list, "role"),
+        ([], [question], [answer]) if row.get(question).is_some_and(Value::is_array) => {
+            let mut all = side(row, question, "user")?;
+            forget(&mut all);
+            all.extend(side(row, answer, "assistant")?);
+            Ok(all)
+        }
         ([], [question], [answer]) => pair(row, question, answer),
         ([], [], _) | ([], _, []) => Err(no_layout(row)),
         _ => Err(several(row)),
@@ -215,6 +241,9 @@ fn no_layout(row: &Row) -> crate::error::Error {
 fn pair(row: &Row, question: &str, answer: &str) -> Result<Vec<Message>> {
     let mut all = history(row)?;
     let text = row.text(question)?;
+    if question == "prompt" {
+        refuse_beside_prompt(row)?;
+    }
     // What an instruction is about; beside other questions only `input` is a usual name for it.
     let about: &[&str] = match question {
         "instruction" => &["input", "context"],

@@ -108,11 +108,18 @@ struct Marked {
     beyond: bool,
     /// Whether the data say of every answer that it is not trained.
     context: bool,
+    /// Whether the template leaves out a part of an answer that is trained.
+    left_out: bool,
 }
 
 impl Marked {
     fn new(conversation: &Conversation, chat: &Chat, max_length: usize) -> Result<Self> {
         let Conversation { messages, tools } = conversation;
+        if !tools.is_empty() && !chat.template().source().contains("tools") {
+            let expected =
+                "a template that tells the model of its tools, or rows without them (--columns unused=tools)";
+            return Err(Error::input(chat.place(), "no `tools`, which the row has", expected));
+        }
         let Rendered { text, generated } = chat.render(messages, tools)?;
         let most = max_length.saturating_mul(MAX_BYTES_PER_TOKEN);
         let end = if text.len() > most { floor_boundary(&text, most) } else { text.len() };
@@ -156,7 +163,7 @@ impl Marked {
         if let Some(first) = example.trained.first_mut() {
             *first = false;
         }
-        Ok(Self { example, beyond, context })
+        Ok(Self { example, beyond, context, left_out: leaves_out(&text, messages) })
     }
 
     /// Truncates to `max_length`; also returns whether that dropped trained tokens.
@@ -168,6 +175,23 @@ impl Marked {
         let after = example.trained_tokens();
         ((after > 0).then_some(example), beyond || after < before)
     }
+}
+
+/// Whether the rendered text lacks a part of a trained answer, white space aside.
+fn leaves_out(text: &str, messages: &[Message]) -> bool {
+    let dense = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
+    let text = dense(text);
+    let mut rest = text.as_str();
+    for message in messages.iter().filter(|m| m.role == "assistant" && m.training == Training::Trained) {
+        let mut behind = rest;
+        for part in message.texts().map(dense) {
+            let Some(at) = rest.find(&part) else { return true };
+            let end = rest.get(at + part.len()..).unwrap_or_default();
+            behind = if end.len() < behind.len() { end } else { behind };
+        }
+        rest = behind;
+    }
+    false
 }
 
 /// The template's marks, without those of answers that are not trained.
@@ -284,6 +308,9 @@ pub struct Examples {
     pub dropped: usize,
     /// Number of conversations dropped because the data say of every answer that it is not trained.
     pub context: usize,
+    /// Number of conversations of whose trained answers the template leaves out a part, such as the thinking of earlier
+    /// turns: it is not trained.
+    pub left_out: usize,
 }
 
 impl Examples {
@@ -331,8 +358,9 @@ impl Examples {
     }
 
     fn collect(place: &str, marked: Vec<Marked>, max_length: usize) -> Result<Self> {
+        let left_out = marked.iter().filter(|marked| marked.left_out).count();
         let fitted: Vec<_> = marked.into_par_iter().map(|m| (m.context, m.fit(max_length))).collect();
-        let mut all = Self { examples: Vec::new(), cut: 0, dropped: 0, context: 0 };
+        let mut all = Self { examples: Vec::new(), cut: 0, dropped: 0, context: 0, left_out };
         for fitted in fitted {
             match fitted {
                 (_, (Some(example), cut)) => {

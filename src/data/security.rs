@@ -96,8 +96,9 @@ impl SecurityPrompt {
     }
 
     /// Reads a file of rows `{"prompt", "label": "harmful" | "benign", "pair"?, "category"?, "split"?: "train" |
-    /// "valid" | "test" | "ood"}`; `pair` and `category` are strings or whole numbers. Rows of JailbreakBench, whose
-    /// prompt is `Goal`, have their label from the file's name and `Index` as their pair.
+    /// "valid" | "test" | "ood"}`; `pair` and `category` are strings or whole numbers, and `unsafe`, `safe` and
+    /// `validation` are other names. Rows of JailbreakBench, whose prompt is `Goal`, and of AdvBench, `goal`, have their
+    /// label from the file's name and `Index` as their pair.
     ///
     /// Prompts without a split are split by pair, 60 / 20 / 20 into train, valid and test, by `seed`, and stratified
     /// into pairs with both labels, harmful ones and benign ones. A pair with a split on any of its lines takes that
@@ -155,19 +156,21 @@ struct Raw {
 impl Raw {
     fn from_row(row: &Row, path: &Path) -> Result<Self> {
         row.refuse(&NOT_ASKED, "prompts of one user message each")?;
-        if row.get("Goal").is_some() && row.get("prompt").is_none() {
-            return Self::from_behavior(row, path);
+        let goal = ["Goal", "goal"].into_iter().find(|key| row.get(key).is_some());
+        if let (Some(key), None) = (goal, row.get("prompt")) {
+            return Self::from_behavior(row, key, path);
         }
-        let label = match row.text("label")? {
-            "harmful" => Label::Harmful,
-            "benign" => Label::Benign,
+        let label = match row.word("label", "harmful or benign")? {
+            "harmful" | "unsafe" => Label::Harmful,
+            "benign" | "safe" => Label::Benign,
             other => return Err(row.error(format!("`label` is \"{}\"", short(other)), "harmful or benign")),
         };
         let split = match row.get("split") {
             None => None,
             Some(_) => {
                 let name = row.text("split")?;
-                let split = Split::ALL.into_iter().find(|s| s.name() == name);
+                let own = if name == "validation" { "valid" } else { name };
+                let split = Split::ALL.into_iter().find(|s| s.name() == own);
                 let found = || format!("`split` is \"{}\"", short(name));
                 Some(split.ok_or_else(|| row.error(found(), "train, valid, test or ood"))?)
             }
@@ -185,20 +188,22 @@ impl Raw {
 
 impl Raw {
     /// A row of JailbreakBench (Chao et al., arXiv 2404.01318): `Goal`, `Category` and `Index`, which twins share; files
-    /// are named `harmful-behaviors.csv` and `benign-behaviors.csv`.
-    fn from_behavior(row: &Row, path: &Path) -> Result<Self> {
+    /// are named `harmful-behaviors.csv` and `benign-behaviors.csv`. AdvBench (Zou et al., arXiv 2307.15043) has `goal` in
+    /// `harmful_behaviors.csv`.
+    fn from_behavior(row: &Row, key: &str, path: &Path) -> Result<Self> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
         let label = match (name.contains("harmful"), name.contains("benign")) {
             (true, false) => Label::Harmful,
             (false, true) => Label::Benign,
             _ => {
-                let found = "a `Goal` without a label, in a file whose name says neither `harmful` nor `benign`";
+                let found =
+                    format!("a `{key}` without a label, in a file whose name says neither `harmful` nor `benign`");
                 return Err(row.error(found, "harmful-behaviors.csv and benign-behaviors.csv of JailbreakBench"));
             }
         };
         Ok(Self {
             place: row.place.clone(),
-            prompt: row.text("Goal")?.to_string(),
+            prompt: row.text(key)?.to_string(),
             label,
             // Not an own pair of another file that is read along with it.
             pair: row.optional_name("Index")?.map(|index| format!("behavior {index}")),

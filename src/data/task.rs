@@ -58,7 +58,7 @@ impl Task {
             Some(serde_json::Value::Number(number)) => number.to_string(),
             _ => row.text("answer")?.to_string(),
         };
-        let matching = match row.text("match")? {
+        let matching = match row.word("match", "how answers are compared: exact, number or choice")? {
             "exact" => Match::Exact,
             "number" => Match::Number,
             "choice" => Match::Choice,

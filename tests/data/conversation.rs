@@ -1,7 +1,7 @@
 //! Training conversations in their four layouts.
 
 use std::io::Cursor;
-use swat::data::{Conversation, RowReader};
+use swat::data::{Conversation, RowOptions, RowReader};
 use swat::error::Result;
 use swat::model::Training;
 
@@ -54,7 +54,11 @@ fn all_layouts_give_the_same_conversation() {
         r#"{"question":"Q","answer":"A"}"#,
         r#"{"instruction":"Q","context":"","response":"A"}"#,
         r#"{"input":"Q","output":"A"}"#,
+        r#"{"mask":"User","system":"","conversations":[{"from":"User","value":"Q"},{"from":"Assistant","value":"A"}]}"#,
+        r#"{"prompt":"Q","completion":"A","input":"","context":null}"#,
         r#"{"prompt":[{"role":"user","content":"Q"}],"completion":[{"role":"assistant","content":"A"}]}"#,
+        r#"{"prompt":[{"role":"user","content":"Q"}],"answer":"A","data_source":"x"}"#,
+        r#"{"messages":[{"role":"user","content":"Q","masked":false},{"role":"assistant","content":"A","prefix":false}]}"#,
     ] {
         assert_eq!(read(line).unwrap(), expected, "{line}");
     }
@@ -64,6 +68,22 @@ fn all_layouts_give_the_same_conversation() {
 fn an_alpaca_input_goes_below_the_instruction() {
     let read = read(r#"{"instruction":"Translate.","input":"chat","output":"cat"}"#).unwrap();
     assert_eq!(read, turns(&[("user", "Translate.\n\nchat"), ("assistant", "cat")]));
+}
+
+/// What the error says to do.
+#[test]
+fn text_beside_a_prompt_is_part_of_the_question_or_not() {
+    let line = r#"{"prompt":"Translate.","context":"chat","completion":"cat"}"#;
+    let with = |columns: &[&str]| {
+        let columns = columns.iter().map(|column| column.parse().unwrap()).collect();
+        let mut rows = RowReader::new(&RowOptions { columns, ..RowOptions::default() });
+        rows.read_from(Cursor::new(line), "t.jsonl", Conversation::from_row)
+            .map(|all| all[0].messages.iter().map(|m| (m.role.clone(), m.content.clone())).collect::<Vec<_>>())
+    };
+    assert!(with(&[]).is_err());
+    let appended = with(&["instruction=prompt"]).unwrap();
+    assert_eq!(appended, turns(&[("user", "Translate.\n\nchat"), ("assistant", "cat")]));
+    assert_eq!(with(&["unused=context"]).unwrap(), turns(&[("user", "Translate."), ("assistant", "cat")]));
 }
 
 #[test]
@@ -98,6 +118,29 @@ fn wrong_lines_say_what_is_wrong() {
         (r#"{"messages":[{"role":"assistant","content":"x"}]}"#, "turn 1 has the role assistant, not user"),
         (r#"{"instruction":"Q","output":" "}"#, "an empty `output`"),
         (r#"{"instruction":"Q","output":7}"#, "`output` is a number"),
+        (
+            r#"{"prompt":"Q","input":"text","completion":"A"}"#,
+            "`input` beside `prompt`; expected --columns instruction=prompt,",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A","mask":true}]}"#,
+            "`messages[1].mask`, which swat cannot honour",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"Q","masked":true},{"role":"assistant","content":"A"}]}"#,
+            "`messages[0].masked`",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"Q"},{"role":"assistant","content":"A","prefix":true}]}"#,
+            "whole answers",
+        ),
+        (
+            r#"{"prompt":"Q","answer":"A","loss_mask":[0,1]}"#,
+            "`loss_mask`, which swat cannot honour here; expected `weight` or `train`",
+        ),
+        (r#"{"prompt":"Q","answer":"A","enable_thinking":false}"#, "`enable_thinking`"),
+        (r#"{"prompt":"Q","answer":"A","documents":[{"text":"x"}]}"#, "--columns unused=KEY leaves it out"),
+        (r#"{"prompt":"Q","context":["text"],"response":"A"}"#, "--columns unused=context if it is no part"),
     ];
     for (line, expected) in cases {
         let message = error(line);

@@ -192,6 +192,40 @@ fn answers_are_cut_at_the_maximal_length() {
     assert_eq!(chat.example(&turns, 0).unwrap(), None);
 }
 
+/// As DeepSeek-R1 and Qwen3: a template that drops thinking, and one that keeps that of the last answer.
+#[test]
+fn what_a_template_leaves_out_of_answers_is_counted() {
+    let drops = CHATML.replace("m.content", "m.content.split('</think>')[-1]");
+    let last = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])");
+    let thinks = "<think>\nbe brief\n</think>\n\nyes";
+    let one = conversation(&[("user", "hi"), ("assistant", thinks)]);
+    let two = conversation(&[("user", "hi"), ("assistant", thinks), ("user", "hi"), ("assistant", thinks)]);
+    let plain = conversation(&[("user", "hi"), ("assistant", " yes\n"), ("user", "hi"), ("assistant", "yes")]);
+    let mut apart = conversation(&[("user", "hi"), ("assistant", "yes")]);
+    apart.messages[1].fields.insert("reasoning_content".into(), "be brief".into());
+    let mut context = two.clone();
+    context.messages[1].training = Training::Context;
+    let all = [one, two, plain, apart, context];
+    let counts = |source: &str| {
+        let chat = TestChat::new(source);
+        all.clone().map(|c| Examples::from_conversations(&[c], &chat.chat, 999).unwrap().left_out)
+    };
+    assert_eq!(counts(CHATML), [0, 0, 0, 1, 0]);
+    assert_eq!(counts(&drops), [1, 1, 0, 1, 1]);
+    assert_eq!(counts(&last), [0, 1, 0, 1, 0]);
+    assert_eq!(counts(&CHATML.replace("m.content", "m.content | trim")), [0, 0, 0, 1, 0]);
+}
+
+#[test]
+fn tools_that_a_template_does_not_declare_are_refused() {
+    let mut all = conversation(&[("user", "hi"), ("assistant", "yes")]);
+    all.tools = vec![json!({"name": "add"})];
+    let error = Example::from_conversation(&all, &TestChat::new(CHATML).chat, 99).unwrap_err().to_string();
+    assert!(error.contains("found no `tools`, which the row has"), "{error}");
+    let declares = format!("{{% for t in tools or [] %}}{{{{ t.name }}}}{{% endfor %}}{CHATML}");
+    assert!(Example::from_conversation(&all, &TestChat::new(&declares).chat, 99).unwrap().is_some());
+}
+
 #[test]
 fn cut_and_dropped_conversations_are_counted() {
     let chat = TestChat::new(CHATML);

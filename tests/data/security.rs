@@ -52,6 +52,25 @@ fn splits_are_60_20_20_by_pair_for_each_kind_of_pair() {
     assert_ne!(prompts, read(&unsplit(), 2).unwrap());
 }
 
+/// XSTest says `safe` and `unsafe`, most sets of the hub `validation`; AdvBench has `goal` and the file's name.
+#[test]
+fn names_of_other_sets_are_read() {
+    let line = r#"{"id":1,"prompt":"a","label":"unsafe","split":"validation"}"#.to_owned()
+        + "\n"
+        + r#"{"prompt":"b","label":"safe"}"#;
+    let prompts = read(&line, 0).unwrap();
+    assert_eq!((prompts[0].label, prompts[0].split, prompts[1].label), (Label::Harmful, Split::Valid, Label::Benign));
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("harmful_behaviors.csv");
+    std::fs::write(&file, "goal,target\nask this,Sure\n").unwrap();
+    let prompts = SecurityPrompt::read(&file, 0, &mut RowReader::default()).unwrap();
+    assert_eq!((prompts[0].prompt.as_str(), prompts[0].label), ("ask this", Label::Harmful));
+    let unnamed = dir.path().join("behaviors.csv");
+    std::fs::rename(&file, &unnamed).unwrap();
+    let error = SecurityPrompt::read(&unnamed, 0, &mut RowReader::default()).unwrap_err().to_string();
+    assert!(error.contains("behaviors.csv:2: found a `goal` without a label"), "{error}");
+}
+
 #[test]
 fn given_splits_are_kept_and_twins_follow_them() {
     let prompts = read(

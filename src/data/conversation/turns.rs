@@ -11,8 +11,12 @@ const TRAINED: [&str; 4] = ["weight", "train", "training", "loss"];
 /// Roles of an assistant's turn that is the JSON text of tool calls: of LLaMA-Factory and ms-swift.
 const CALLS: [&str; 2] = ["function_call", "tool_call"];
 /// Keys of a turn that change what it means, and what to write in their place.
-const UNSUPPORTED: [(&str, &str); 5] = [
+const UNSUPPORTED: [(&str, &str); 9] = [
     ("train_detail", "`train` for the whole turn"),
+    ("mask", "`weight` 0 or 1, or `train` false or true"),
+    ("masked", "`weight` 0 or 1, or `train` false or true"),
+    ("loss_mask", "`weight` 0 or 1, or `train` false or true"),
+    ("prefix", "whole answers, without the beginning of one"),
     ("function_call", "`tool_calls`"),
     ("refusal", "the refusal's text as `content`"),
     ("images", "text alone: swat tunes language models"),
@@ -58,7 +62,11 @@ fn turn(row: &Row, place: &str, fields: &Map<String, Value>, role_key: &str) -> 
         let found = format!("`{place}.{role_key}` is \"{}\"", short(name));
         row.error(found, "system, user (human), assistant (gpt) or tool (observation)")
     })?;
-    if let Some((key, remedy)) = UNSUPPORTED.iter().find(|(key, _)| fields.get(*key).is_some_and(|v| !is_blank(v))) {
+    // Of `masked` and `prefix`, false says what holds without them.
+    let said = |key: &str, value: &Value| {
+        !is_blank(value) && !(["masked", "prefix"].contains(&key) && *value == Value::Bool(false))
+    };
+    if let Some((key, remedy)) = UNSUPPORTED.iter().find(|(key, _)| fields.get(*key).is_some_and(|v| said(key, v))) {
         return Err(row.error(format!("`{place}.{key}`, which swat cannot honour"), *remedy));
     }
     let mut message = Message::new(role, "");
@@ -97,7 +105,7 @@ fn turn(row: &Row, place: &str, fields: &Map<String, Value>, role_key: &str) -> 
 }
 
 fn known_role(role: &str) -> Option<&'static str> {
-    match role {
+    match role.to_ascii_lowercase().as_str() {
         "system" | "developer" => Some("system"),
         "user" | "human" => Some("user"),
         "assistant" | "gpt" | "model" | "chatgpt" | "bot" | "ai" => Some("assistant"),

@@ -55,6 +55,12 @@ impl Message {
         Value::from(Serde(fields))
     }
 
+    /// What an answer says: its thinking, and its text.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let thinking = THINKING.iter().find_map(|name| self.fields.get(*name)?.as_str());
+        thinking.into_iter().chain([self.content.as_str()])
+    }
+
     /// The message with `blank` in place of its text, its thinking, and the names and texts of its tool calls.
     pub fn blanked(&self, blank: &str) -> Self {
         let mut message = self.clone();
