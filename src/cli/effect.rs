@@ -24,13 +24,13 @@ enum Needs {
 use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
-const RULES: [(&str, &[&str], Needs); 35] = [
+const RULES: &[(&str, &[&str], Needs)] = &[
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
     ("tune", &["adapter"], Other("method", "full")),
     ("tune", &["save_dtype", "max_shard_bytes"], Other("save", "adapter")),
-    ("tune", &["rest_lr_factor", "reversed"], Given("mods")),
-    ("tune", &["mods_epochs", "mods_steps", "mods_lr", "keep_optimizer"], Either("mods", "recipe")),
+    ("tune", &["reversed"], Given("mods")),
+    ("tune", &["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "keep_optimizer"], Either("mods", "recipe")),
     ("tune", &["decay_all"], Given("weight_decay")),
     ("tune", &["eval_every"], Either("eval_data", "eval_security")),
     ("plan", &["lora_rank"], Value("method", "lora")),
@@ -41,9 +41,12 @@ const RULES: [(&str, &[&str], Needs); 35] = [
     ("profile", &["chat_template", "date"], Nothing),
     ("profile", &["recompute", "state"], Value("work", "train")),
     ("generate", &["chat_template", "date"], Absent("raw")),
+    ("profile", &["mods"], Other("work", "forward")),
+    ("profile", &["mods"], Other("work", "generate")),
+    ("generate", &["columns", "field", "skip_bad_rows"], Given("chat")),
     ("generate", &["top_p"], Given("temperature")),
     ("generate", &["top_p"], Other("temperature", "0")),
-    ("eval", &["splits", "answer_tokens", "refusals", "judge_url"], Given("security")),
+    ("eval", &["splits", "answer_tokens", "refusals", "refusal_languages", "judge_url"], Given("security")),
     ("eval", &["task_tokens"], Given("task")),
     ("check", &["task_tokens", "max_task_drop"], Given("task")),
     ("check", &["force"], Given("out")),
@@ -76,7 +79,10 @@ const RULES: [(&str, &[&str], Needs); 35] = [
     ),
     ("merge", &["strict"], Nothing),
     ("secure", &["task_tokens", "max_task_drop"], Given("task")),
-    ("robustness", &["epsilon"], Other("kind", "zero")),
+    ("secure", &["decay_all"], Given("weight_decay")),
+    ("screen", &["refusals", "refusal_languages"], Absent("probe")),
+    ("robustness", &["epsilon", "members"], Other("kind", "zero")),
+    ("robustness", &["members"], Other("kind", "scale")),
     (
         "robustness",
         &[
@@ -206,10 +212,21 @@ mod tests {
             "swat tune --model m --data d --out o --adapter a --method full",
             "swat plan --model m --adapter a --mods all",
             "swat tune --model m --data d --out o --method lora --save adapter --save-dtype f32",
+            "swat tune --model m --data d --out o --rest-lr-factor 0.1",
+            "swat generate --model m --prompt x --skip-bad-rows",
+            "swat eval --model m --task t --refusal-languages de",
+            "swat profile --model m --work forward --mods all",
+            "swat profile --model m --work generate --mods all",
+            "swat screen --model m --data d --probe p --refusal-languages all",
+            "swat robustness --model m --probe p --security s --kind zero --members 4",
+            "swat robustness --model m --probe p --security s --kind scale --members 4",
+            "swat secure --model m --data d --security s --out o --decay-all",
         ] {
             assert!(check(line).unwrap_err().contains("no effect"), "{line}");
         }
         check("swat generate --model m --prompt x --temperature 0.7 --top-p 0.9").unwrap();
         check("swat profile --model m --work sweep --mods all").unwrap();
+        check(&format!("{tune} --recipe swat:mods=all --rest-lr-factor 0.1")).unwrap();
+        check("swat robustness --model m --probe p --security s --kind lowrank:2 --members 4").unwrap();
     }
 }

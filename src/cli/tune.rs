@@ -4,7 +4,7 @@ use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, State};
 use super::plan::{MethodName, plan_json};
-use super::preview::preview;
+use super::preview::{LEFT_OUT, preview};
 use super::progress::StepBar;
 use super::ranks::{Rank, RankArgs, Role, start_ranks};
 use crate::backend::{Backend, Roofline};
@@ -405,6 +405,18 @@ impl Tune {
         if self.recipe.reversed {
             return wrong("--reversed beside it", "reversed as the base of the recipe");
         }
+        let phase = &self.recipe.all_phase;
+        let given = [
+            ("mods_epochs", self.mods_epochs.is_some()),
+            ("mods_steps", self.mods_steps.is_some()),
+            ("mods_lr", self.mods_lr.is_some()),
+            ("rest_lr_factor", self.recipe.rest_lr_factor != TuneRecipe::default().rest_lr_factor),
+            ("keep_optimizer", self.recipe.shared.keep_optimizer),
+            ("epochs", phase.epochs.is_some()),
+            ("steps", phase.steps.is_some()),
+        ];
+        let given: Vec<&str> = given.into_iter().filter_map(|(key, given)| given.then_some(key)).collect();
+        recipe.check_phases(&given)?;
         let takes_mods = !matches!(recipe.base, Base::Plain);
         if self.mods.is_some() && !takes_mods {
             return wrong("--mods beside it, which it does not use", "swat as the base, or no --mods");
@@ -420,6 +432,7 @@ impl Tune {
             (read.cut, format!("were truncated to {max_length} tokens")),
             (read.dropped, format!("were dropped: their prompts fill {max_length} tokens")),
             (read.context, "were dropped: no answer has a weight".to_owned()),
+            (read.left_out, LEFT_OUT.to_owned()),
         ] {
             if count > 0 && !common.quiet {
                 let share = percent(count as f64 / total as f64, 1);

@@ -174,6 +174,16 @@ impl OpenOutput {
         let data = examples_hash(&examples);
         let size = DataSize::of(&examples);
         let loader = Loader::new(examples, shared.loader())?;
+        let mut before = 0u64;
+        for (i, phase) in phases.iter().enumerate() {
+            let steps = phase.options.steps_of(&loader, shared)?;
+            phase.options.check_warmup(steps)?;
+            if i + 1 < phases.len() {
+                before = steps.saturating_add(before);
+            } else if let Some(watch) = &watch {
+                watch.check(before, steps)?;
+            }
+        }
         let prepared = PreparedTune { output: self, job, phases, loader, data, size, watch };
         prepared.check_memory(files, backend)?;
         prepared.check_disk::<B>(files)?;

@@ -87,6 +87,30 @@ impl WatchOptions {
 }
 
 impl Watch {
+    /// Checks that what follows from the evaluations of the last phase can follow. `before` are the steps of the phases
+    /// before it, `steps` its own.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub(super) fn check(&self, before: u64, steps: u64) -> Result<()> {
+        let WatchSettings { every, keep_best, patience, .. } = self.settings;
+        let end = before.saturating_add(steps);
+        let count = (end / every - before / every) + u64::from(steps > 0 && !end.is_multiple_of(every));
+        let found = |what: &str| format!("{what}, with {count} evaluations in the last phase, of {steps} steps");
+        if keep_best && count < 2 {
+            return Err(Error::input("--keep-best", found("the best"), "a smaller --eval-every, or no --keep-best"));
+        }
+        match patience {
+            // The first one is the lowest so far, and the last one is at the end.
+            Some(patience) if patience.saturating_add(2) > count => {
+                let expected =
+                    "a smaller --eval-every or patience, so that the phase can end early, or no --early-stop";
+                Err(Error::input("--early-stop", found(&format!("a patience of {patience}")), expected))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Most copies of the best weights that are on disk at once, in a last phase of `steps` steps: the one that the last
     /// checkpoint refers to, and each better one since then.
     pub(super) fn best_copies(&self, steps: u64, save_every: u64) -> u64 {
@@ -164,5 +188,26 @@ mod tests {
         assert_eq!((copies(10, 100, 0), copies(10, 35, 0)), (10, 4));
         assert_eq!(copies(100, 1000, 100), 2);
         assert_eq!(copies(100, 5, 100), 1);
+    }
+
+    /// Evaluations of the last phase by hand: of 100 steps after 25, every 50: at 50, 100 and its end, 125.
+    #[test]
+    fn what_cannot_follow_from_the_evaluations_is_refused() {
+        let check = |every, keep_best, patience, (before, steps)| {
+            let settings = WatchSettings { every, keep_best, patience, data: String::new() };
+            let (heldout, harmful, benign, eos) = Default::default();
+            let watch = Watch { settings, heldout, harmful, benign, eos };
+            watch.check(before, steps).map_err(|e| e.to_string())
+        };
+        check(50, true, Some(1), (25, 100)).unwrap();
+        let error = check(50, false, Some(2), (25, 100)).unwrap_err();
+        assert!(error.contains("--early-stop: found a patience of 2, with 3 evaluations"), "{error}");
+        // At the end alone, and at the end twice over: at step 100.
+        assert!(
+            check(100, true, None, (0, 60)).unwrap_err().contains("--keep-best: found the best, with 1 evaluation")
+        );
+        assert!(check(100, true, None, (0, 100)).is_err());
+        check(100, true, None, (60, 100)).unwrap();
+        check(100, false, None, (0, 5)).unwrap();
     }
 }

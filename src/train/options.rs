@@ -233,7 +233,20 @@ impl PhaseOptions {
         })
     }
 
-    /// Checks that every value is in range.
+    /// Checks that the warm-up ends within a phase of `steps` steps.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub fn check_warmup(&self, steps: u64) -> Result<()> {
+        let warmup = self.lr_warmup_steps;
+        if steps == 0 || warmup < steps {
+            return Ok(());
+        }
+        let found = format!("{warmup} steps of warm-up in a phase of {steps}");
+        Err(Error::input("lr_warmup_steps", found, "fewer steps of warm-up than each phase has"))
+    }
+
+    /// Checks that every value is in range, and that a floor of the learning rate has a schedule that falls to it.
     ///
     /// # Errors
     /// [`Error::Input`] names the field.
@@ -241,9 +254,15 @@ impl PhaseOptions {
         let (lr, floor) = (self.lr, self.min_lr_ratio);
         require(lr > 0.0 && lr.is_finite(), "lr", lr, "above 0")?;
         require((0.0..=1.0).contains(&floor), "min_lr_ratio", floor, "from 0 to 1")?;
+        let falls = self.schedule != Schedule::Constant || floor == 0.0;
+        require(falls, "min_lr_ratio", format!("{floor} beside schedule = \"constant\""), "0, or another schedule")?;
         let not_negative = |x: f64| x >= 0.0 && x.is_finite();
         require(not_negative(self.weight_decay), "weight_decay", self.weight_decay, "0 or above")?;
         require(not_negative(self.max_grad_norm), "max_grad_norm", self.max_grad_norm, "0 (no clipping) or above")?;
-        self.length().map(drop)
+        // A length in epochs is known with the data.
+        match self.length()? {
+            Length::Steps(steps) => self.check_warmup(steps),
+            Length::Epochs(_) => Ok(()),
+        }
     }
 }

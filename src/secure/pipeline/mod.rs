@@ -170,6 +170,12 @@ fn recorded(work: &Path) -> Result<Option<Clock>> {
     if path.exists() { json::read(&path, 1 << 12, "the date of a run").map(Some) } else { Ok(None) }
 }
 
+/// Options of two phases that the command line has.
+fn given_phases(tune: &TuneRecipe) -> Vec<&'static str> {
+    let given = [("rest_lr_factor", tune.rest_lr_factor != 0.0), ("keep_optimizer", tune.shared.keep_optimizer)];
+    given.into_iter().filter_map(|(key, given)| given.then_some(key)).collect()
+}
+
 /// The run of a recipe.
 fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> {
     let wrong = |found: &str, expected: &str| Err(Error::input(recipe.place(), found, expected));
@@ -178,6 +184,9 @@ fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> 
     }
     if recipe.options.seeds.is_some() {
         return wrong("seeds", "one model is tuned, by --seed; `swat run` tunes with several");
+    }
+    if job.tune.reversed {
+        return wrong("--reversed beside it", "reversed as the base of the recipe");
     }
     let replay = recipe.options.share_of(Mix::Replay);
     if recipe.options.mixes.iter().any(|mix| mix.what != Mix::Replay) {
@@ -197,7 +206,9 @@ fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> 
         _ => None,
     };
     let tuned = recipe.job(&tune, &text.files.config, None, hash)?;
-    // Sets that the method does not train are told before anything is measured.
-    tuned.phases(&text.files.config.cells())?;
+    recipe.check_phases(&given_phases(&job.tune))?;
+    // Sets that the method does not train, and lengths that contradict the warm-up, are told before anything is measured.
+    let phases = tuned.phases(&text.files.config.cells())?;
+    phases.iter().try_for_each(|phase| phase.options.check().map_err(|e| e.at(&recipe.place())))?;
     Ok(Tuning { name: recipe.text.clone(), stem: recipe.stem(), job: tuned, replay: replay.flatten(), alpha })
 }

@@ -160,6 +160,17 @@ impl Recipe {
         !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual)
     }
 
+    /// Refuses options of phases that have no effect in this recipe. `given` are those that a command line has, by their
+    /// keys in a configuration.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub fn check_phases(&self, given: &[&str]) -> Result<()> {
+        let Some(key) = self.base.ignored().iter().find(|key| given.contains(key)) else { return Ok(()) };
+        let found = format!("--{} beside it, which has no effect in this recipe", key.replace('_', "-"));
+        Err(Error::input(self.place(), found, "a recipe with such a phase, such as swat, or no such option"))
+    }
+
     /// A tuning recipe with the options of this one.
     ///
     /// # Errors
@@ -288,6 +299,28 @@ mod tests {
             let error = refused(text);
             assert!(error.starts_with(&format!("recipe `{text}`: found ")) && error.contains(found), "{error}");
         }
+    }
+
+    #[test]
+    fn options_of_phases_that_a_recipe_does_not_have_are_refused() {
+        let check = |text: &str, given: &[&str]| recipe(text).check_phases(given).map_err(|e| e.to_string());
+        for (text, key) in [
+            ("plain", "mods_steps"),
+            ("plain+ema=.9", "keep_optimizer"),
+            ("plain-equal", "mods_lr"),
+            ("ml-lr:.1", "rest_lr_factor"),
+            ("mods-only", "steps"),
+        ] {
+            let error = check(text, &["lr", key]).expect_err(text);
+            assert!(error.contains(&format!("--{} beside it", key.replace('_', "-"))), "{error}");
+        }
+        let all = ["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "keep_optimizer", "epochs", "steps"];
+        for text in ["swat", "reversed", "warmup:random:1", "swat:mods=all"] {
+            check(text, &all).unwrap();
+        }
+        // Their lengths are those of both phases.
+        check("plain-equal", &["mods_steps", "steps"]).unwrap();
+        check("mods-only", &["mods_steps", "mods_lr", "rest_lr_factor"]).unwrap();
     }
 
     #[test]

@@ -78,6 +78,16 @@ impl Base {
         })
     }
 
+    /// Options of phases without effect in it, by their keys in a configuration.
+    pub(super) fn ignored(&self) -> &'static [&'static str] {
+        match self {
+            Self::Given | Self::Plain => &["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "keep_optimizer"],
+            Self::PlainEqual | Self::MlLr(_) => &["mods_lr", "rest_lr_factor", "keep_optimizer"],
+            Self::ModsOnly => &["epochs", "steps", "keep_optimizer"],
+            Self::Swat | Self::Reversed | Self::Warmup(_) => &[],
+        }
+    }
+
     /// The run of `recipe`, whose options are applied already.
     pub(super) fn job(
         &self,
