@@ -1,5 +1,6 @@
 //! `swat check`: whether a tuned model is as safe and useful as the one that it was tuned from.
 
+use super::answers::AnswerLengths;
 use super::common::{Common, print_json, print_line, say};
 use super::eval::{Asked, AskedFiles};
 use super::names::Names;
@@ -10,7 +11,6 @@ use crate::data::{RowOptions, RowReader, Split};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, check_apart, check_file};
 use crate::model::Clock;
-use crate::options::mib_or_none;
 use crate::report::check_tables;
 use crate::secure::{
     Attack, AttackOptions, Check, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, KeptEvaluation, Limits,
@@ -56,15 +56,8 @@ pub(super) struct CheckCommand {
     limit: usize,
     #[command(flatten)]
     limits: Limits,
-    /// Longest answer to a security prompt, in tokens: refusals show early
-    #[arg(long, default_value_t = 48)]
-    answer_tokens: usize,
-    /// Longest answer to a task, in tokens
-    #[arg(long, default_value_t = 64)]
-    task_tokens: usize,
-    /// Memory of the key-value cache, in MiB
-    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
-    cache_bytes: u64,
+    #[command(flatten)]
+    answers: AnswerLengths,
     #[command(flatten)]
     attack: AttackOptions,
     /// Keep the base model's measures in this directory, and use those that are there for the same model, prompts, options
@@ -175,12 +168,7 @@ impl OnDevice for CheckCommand {
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         self.limits.check()?;
         self.check_out()?;
-        let options = EvaluateOptions {
-            answer_tokens: self.answer_tokens,
-            task_tokens: self.task_tokens,
-            cache_bytes: self.cache_bytes,
-            ..EvaluateOptions::default()
-        };
+        let options = self.answers.options();
         options.check()?;
         let (asked, refusals) = (self.asked(common)?, self.refusals.list()?);
         let clock = self.model.date.map_or_else(Clock::now, Ok)?;

@@ -1,5 +1,6 @@
 //! `swat merge`: defences after tuning.
 
+use super::answers::AnswerLengths;
 use super::common::{Common, print_json, print_line, say};
 use super::eval::{Asked, AskedFiles};
 use super::names::Names;
@@ -11,12 +12,11 @@ use crate::error::Result;
 use crate::io::{IfExists, OutputDir, check_apart};
 use crate::model::Clock;
 use crate::modules::ModuleKind;
-use crate::options::mib_or_none;
 use crate::progress::Progress;
 use crate::report::{Entry, Table};
 use crate::secure::{
-    Alpha, Estimate, EvaluateOptions, Evaluation, EvaluationInput, Limits, MergeMethod, MergeModels, MergeOptions,
-    MergeSummary, MergedModule, PATH_POINTS, PathPoint, PathWalk, Rate, merge,
+    Alpha, Estimate, Evaluation, EvaluationInput, Limits, MergeMethod, MergeModels, MergeOptions, MergeSummary,
+    MergedModule, PATH_POINTS, PathPoint, PathWalk, Rate, merge,
 };
 use clap::Args;
 use std::path::PathBuf;
@@ -74,15 +74,8 @@ struct AutoAlpha {
     task: Option<PathBuf>,
     #[command(flatten)]
     limits: Limits,
-    /// Longest answer to a security prompt, in tokens
-    #[arg(long, default_value_t = 48)]
-    answer_tokens: usize,
-    /// Longest answer to a task, in tokens
-    #[arg(long, default_value_t = 64)]
-    task_tokens: usize,
-    /// Memory of the key-value cache, in MiB
-    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
-    cache_bytes: u64,
+    #[command(flatten)]
+    answers: AnswerLengths,
 }
 
 impl OnDevice for MergeCommand {
@@ -102,12 +95,7 @@ impl OnDevice for MergeCommand {
         }
         let auto = &self.auto;
         auto.limits.check()?;
-        let options = EvaluateOptions {
-            answer_tokens: auto.answer_tokens,
-            task_tokens: auto.task_tokens,
-            cache_bytes: auto.cache_bytes,
-            ..EvaluateOptions::default()
-        };
+        let options = auto.answers.options();
         options.check()?;
         let mut inputs = self.models.inputs();
         inputs.extend(auto.security.iter().map(|path| ("--security", path.as_path())));

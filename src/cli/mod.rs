@@ -1,5 +1,6 @@
 //! The command line, one file per command: parsing and printing, no logic.
 
+mod answers;
 mod check;
 mod common;
 mod demo;
@@ -78,13 +79,11 @@ enum Command {
 /// The command line's grammar.
 fn command() -> clap::Command {
     // Given here, once, for every option of every command: `--lr -1` is a wrong value and no unknown option.
-    let command = Cli::command().mut_subcommands(|command| {
-        command.mut_args(|arg| {
-            let arg = if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
-            headings::put(arg)
-        })
-    });
-    command.mut_args(headings::put)
+    let ready = |arg: clap::Arg| {
+        let arg = if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
+        headings::put(arg)
+    };
+    Cli::command().mut_subcommands(|command| command.mut_args(ready)).mut_args(ready)
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input, 3

@@ -1,5 +1,6 @@
 //! `swat secure`: tuning that keeps a model safe, and shows it.
 
+use super::answers::AnswerLengths;
 use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, Refusals, State};
@@ -10,11 +11,11 @@ use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::io::write_atomic;
 use crate::model::StoredAs;
-use crate::options::{above_zero, mib, mib_or_none};
+use crate::options::{above_zero, mib};
 use crate::report::format::bytes;
 use crate::report::{Entry, Table, check_tables, model_card, secure_report, tried_table};
 use crate::secure::pipeline::{DEFAULT_RECIPES, SecureJob, SecurePlan, SecureReport, SecureRun, Secured};
-use crate::secure::{EvaluateOptions, Limits, Recipe, TuneRecipe, recipe_help};
+use crate::secure::{Limits, Recipe, TuneRecipe, recipe_help};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -61,15 +62,8 @@ pub(super) struct SecureCommand {
     lr: f64,
     #[command(flatten)]
     recipe: TuneRecipe,
-    /// Longest answer to a security prompt, in tokens: refusals show early
-    #[arg(long, default_value_t = 48)]
-    answer_tokens: usize,
-    /// Longest answer to a task, in tokens
-    #[arg(long, default_value_t = 64)]
-    task_tokens: usize,
-    /// Memory of the key-value cache, in MiB
-    #[arg(long = "cache-mib", value_name = "CACHE_MIB", value_parser = mib_or_none, default_value = "1024")]
-    cache_bytes: u64,
+    #[command(flatten)]
+    answers: AnswerLengths,
     /// Where the tuned model directory appears when everything is done
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -190,12 +184,7 @@ impl SecureCommand {
             task: self.task.clone(),
             recipes,
             tune,
-            evaluate: EvaluateOptions {
-                answer_tokens: self.answer_tokens,
-                task_tokens: self.task_tokens,
-                cache_bytes: self.cache_bytes,
-                ..EvaluateOptions::default()
-            },
+            evaluate: self.answers.options(),
             limits: self.limits,
             seed: common.seed,
             out: self.out.clone(),
