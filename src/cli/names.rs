@@ -99,15 +99,20 @@ impl<'a> Names<'a> {
 /// Refuses what is neither a path nor a name, though it often is meant as one.
 fn check_path(path: &Path) -> Result<()> {
     let text = path.display().to_string();
-    if let Some((_, address)) = text.split_once("://").filter(|(scheme, _)| ["https", "http", "hf"].contains(scheme)) {
+    if let Some((scheme, address)) = text.split_once("://").filter(|_| !path.exists()) {
         let page = address.strip_prefix("huggingface.co/").or_else(|| address.strip_prefix("hf.co/"));
+        let page = page.or(Some(address).filter(|_| scheme == "hf"));
         let page = page.map(|page| page.strip_prefix("datasets/").unwrap_or(page));
         let parts: Vec<&str> = page.unwrap_or_default().split('/').filter(|part| !part.is_empty()).collect();
         let expected = match parts.as_slice() {
             [org, name, ..] => format!("the name on the hub: {org}/{name}"),
-            _ => "a path, or a name on the hub: org/name".to_owned(),
+            _ => "a path of this machine, or a name on the hub: org/name".to_owned(),
         };
         return Err(Error::input(text, "an address", expected));
+    }
+    if text.contains('*') && !path.exists() {
+        let expected = "names of files: a shell puts them in the place of * outside of quotes, and an option takes one";
+        return Err(Error::input(text, "a pattern", expected));
     }
     if text.starts_with("~/") && !path.exists() {
         let expected = "$HOME in its place: a shell expands ~ at the beginning of a word alone, not behind `=`";

@@ -19,9 +19,9 @@ pub struct HubName {
 }
 
 impl HubName {
-    /// Parses `org/name[@revision]`; `None` for what is no such name.
+    /// Parses `org/name[@revision]`, also with the slash that completion adds; `None` for what is no such name.
     pub fn model(text: &str) -> Option<Self> {
-        let (path, revision) = revised(text)?;
+        let (path, revision) = revised(text.strip_suffix('/').unwrap_or(text))?;
         let repo = repository(path).filter(|repo| repo.len() == path.len())?.to_owned();
         Some(Self { kind: HubKind::Model, repo, revision, config: None, split: None })
     }
@@ -136,6 +136,7 @@ mod tests {
         let name = HubName::model("Qwen/Qwen3-0.6B@refs/pr/1").unwrap();
         assert_eq!((name.repo(), name.revision()), ("Qwen/Qwen3-0.6B", "refs/pr/1"));
         assert_eq!(HubName::model("org/name").unwrap().revision(), "main");
+        assert_eq!(HubName::model("org/name/"), HubName::model("org/name"));
         let data = HubName::data("openai/gsm8k/main@v2:test").unwrap();
         assert_eq!(
             (data.repo(), data.config(), data.revision(), data.split()),
@@ -149,6 +150,7 @@ mod tests {
             "name",
             "org/name/more",
             "org/",
+            "org//",
             "/name",
             "org//name",
             "~/name",

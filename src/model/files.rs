@@ -113,6 +113,7 @@ impl ModelDir {
 
     fn open_weights(dir: &Path) -> Result<Self> {
         let place = dir.display().to_string();
+        check_exists(dir)?;
         if !fs::metadata(dir).map_err(Error::io(dir, FileOp::Open))?.is_dir() {
             return Err(Error::input(place, "something that is not a directory", "a Hugging Face model directory"));
         }
@@ -159,7 +160,11 @@ impl ModelDir {
     /// # Errors
     /// [`Error::Input`] names the field; [`Error::Unsupported`]; [`Error::Io`].
     pub fn read_config(path: &Path) -> Result<ModelConfig> {
-        let path = if path.is_file() { path.to_owned() } else { path.join("config.json") };
+        check_exists(path)?;
+        let path = match path.is_dir() {
+            false => path.to_owned(),
+            true => file_in(path, "config.json")?.ok_or_else(|| no_config(path))?,
+        };
         let value: Value = json::read(&path, MAX_CONFIG_BYTES, "JSON")?;
         ModelConfig::from_json(&value, &path.display().to_string())
     }
@@ -276,16 +281,27 @@ impl ModelDir {
         let dir = &self.text_dir;
         let TokenizerConfig { json: config, special, .. } = TokenizerConfig::read(dir)?;
         let jinja = match named {
+            Some(named) if !named.exists() => {
+                let place = format!("--chat-template {}", named.display());
+                return Err(Error::input(place, "no such file", "a file with the template's Jinja source"));
+            }
             Some(named) => Some(named.to_owned()),
             None => file_in(dir, "chat_template.jinja")?,
         };
         if let Some(path) = jinja {
             let source = read_text(&path, MAX_TEMPLATE_BYTES)?;
+            if source.starts_with('\u{feff}') {
+                let found = "a byte-order mark, which would begin every prompt";
+                return Err(Error::input(path.display().to_string(), found, "a file saved as UTF-8 without one"));
+            }
             return ChatTemplate::new(&source, &path.display().to_string(), special);
         }
         let place = format!("{}: chat_template", dir.join("tokenizer_config.json").display());
         let help = "a chat template; name one with --chat-template FILE";
         let source = match &config["chat_template"] {
+            Value::String(source) if source.trim().is_empty() => {
+                return Err(Error::input(place, "an empty chat template", help));
+            }
             Value::Null => return Err(Error::input(dir.display().to_string(), "no chat template", help)),
             Value::String(source) => source,
             Value::Array(list) => {
@@ -415,6 +431,17 @@ impl ModelDir {
         source.ok_or_else(|| {
             Error::input(self.dir.display().to_string(), format!("no tensor `{id}`"), "a tensor of this model")
         })
+    }
+}
+
+/// Tells a name that is neither a path nor one of the hub from a directory that cannot be read.
+fn check_exists(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let expected = "a model directory, or a name on the hub: org/name, or org/name@revision";
+            Err(Error::input(path.display().to_string(), "no such path", expected))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -327,7 +327,7 @@ fn what_cannot_be_had_is_said() {
     assert!(message.contains("HF_ENDPOINT: found `huggingface.co`; expected a URL"), "{message}");
     // Neither a path nor a name.
     let message = world.fails(2, &score("./org/tiny"), &[]);
-    assert!(message.contains("./org/tiny: cannot open"), "{message}");
+    assert!(message.contains("./org/tiny: found no such path"), "{message}");
     let message = world.fails(2, &["tune", "--model", "org/tiny", "--data", "data/train.jsonl", "--out", "o"], &[]);
     assert!(message.contains("data/train.jsonl: cannot open"), "{message}");
 }

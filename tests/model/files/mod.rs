@@ -76,7 +76,7 @@ fn directories_that_are_no_models() {
     assert!(error(&dir).contains("pickled checkpoint `pytorch_model.bin`") && error(&dir).contains("save_pretrained"));
 
     let missing = ModelDir::open(&dir.path().join("nothing")).err().unwrap();
-    assert!(missing.to_string().contains("nothing: cannot open") && missing.exit_code() == 2);
+    assert!(missing.to_string().contains("nothing: found no such path") && missing.exit_code() == 2);
     let not_dir = ModelDir::open(&dir.path().join("config.json")).err().unwrap().to_string();
     assert!(not_dir.contains("not a directory"), "{not_dir}");
 }
