@@ -32,7 +32,10 @@ fn signal_name(signal: i32) -> String {
     match signal {
         1 => "SIGHUP".into(),
         2 => "SIGINT".into(),
+        10 => "SIGUSR1".into(),
+        12 => "SIGUSR2".into(),
         15 => "SIGTERM".into(),
+        24 => "SIGXCPU".into(),
         other => format!("signal {other}"),
     }
 }

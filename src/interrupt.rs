@@ -1,12 +1,13 @@
-//! SIGINT, SIGTERM and SIGHUP during work that can be saved: the first asks for a checkpoint, a second one ends the
-//! process at once.
+//! SIGINT, SIGTERM, SIGHUP, and those by which schedulers and limits announce the end (SIGUSR1, SIGUSR2, SIGXCPU), during
+//! work that can be saved: the first asks for a checkpoint, a second one ends the process at once. Where a file would
+//! exceed a limit of its size, writing fails in place of SIGXFSZ.
 //!
 //! Signals belong to a process: the binary calls [`watch`] once; in a program that does not, [`asked`] is always none.
 //! A signal that the process was started to ignore, as by `nohup`, stays ignored.
 
 #[cfg(unix)]
 mod unix {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGXFSZ};
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::sync::{Arc, OnceLock};
 
@@ -24,7 +25,7 @@ mod unix {
         WATCH.get_or_init(|| {
             let watch = Watch { signal: Arc::default(), at_once: Arc::new(AtomicBool::new(true)) };
             let ignored = ignored();
-            for signal in [SIGINT, SIGTERM, SIGHUP] {
+            for signal in [SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU] {
                 if ignored & 1 << (signal - 1) != 0 {
                     continue;
                 }
@@ -34,6 +35,8 @@ mod unix {
                     .and_then(|_| signal_hook::flag::register_usize(signal, watch.signal.clone(), signal as usize))
                     .and_then(|_| signal_hook::flag::register(signal, watch.at_once.clone()));
             }
+            // Caught, it leaves an error of the file.
+            let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
             watch
         });
     }

@@ -41,7 +41,9 @@ fn a_stopped_run_is_saved_and_resumes_to_the_same_bytes() {
     assert!(tune(&train, &straight, &[]).status().unwrap().success());
     let bytes = |out: &Path| std::fs::read(out.join("model.safetensors")).unwrap();
     let out = dir.path().join("stopped");
-    for (signal, code, name) in [("-TERM", 143, "SIGTERM"), ("-INT", 130, "SIGINT"), ("-HUP", 129, "SIGHUP")] {
+    for (signal, code, name) in
+        [("-TERM", 143, "SIGTERM"), ("-INT", 130, "SIGINT"), ("-HUP", 129, "SIGHUP"), ("-USR1", 138, "SIGUSR1")]
+    {
         let mut child = tune(&train, &out, &["--save-every", "0", "--force"]).stderr(Stdio::piped()).spawn().unwrap();
         running(&mut child, &out);
         send(&child, signal);
@@ -59,6 +61,22 @@ fn a_stopped_run_is_saved_and_resumes_to_the_same_bytes() {
         assert!(tune(&train, &out, &["--save-every", "0", "--force", "--resume"]).status().unwrap().success());
         assert!(bytes(&straight) == bytes(&out), "{signal}");
     }
+}
+
+/// `ulimit -f`, as clusters set it: an error that names the file, and no signal's death.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_limit_of_file_sizes_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (data(dir.path()), dir.path().join("limited"));
+    let command = tune(&train, &out, &["--save-every", "0"]);
+    let mut shell = Command::new("bash");
+    shell.args(["-c", "ulimit -f 100; exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args());
+    let ended = shell.output().unwrap();
+    let message = String::from_utf8(ended.stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{message}");
+    assert!(message.contains("File too large"), "{message}");
+    assert!(!out.exists());
 }
 
 #[test]
