@@ -287,6 +287,25 @@ fn wrong_data_and_options_are_refused_naming_line_and_option() {
     let config = dir.path().join("run.toml");
     std::fs::write(&config, "modle = 'x'\n").unwrap();
     assert!(refused(&["run", text(&config)]).contains("`model`"));
+    std::fs::write(&config, "out = 'x'\nmodel: 'x'\n").unwrap();
+    assert!(refused(&["run", text(&config)]).contains("run.toml:2: found"));
+    // Of every command, not an unknown option.
+    assert!(refused(&["plan", "--model", text(&model), "--seed", "-1"]).contains("invalid value '-1' for '--seed"));
+}
+
+/// Templates know roles in lower case alone.
+#[test]
+fn chats_have_roles_in_any_case() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokens = |role: &str| {
+        let file = dir.path().join("chat.jsonl");
+        let line = serde_json::json!({ "messages": [{ "role": role, "content": "which is big ?" }] });
+        std::fs::write(&file, line.to_string()).unwrap();
+        let model = tiny();
+        let generate = ["generate", "--model", text(&model), "--chat", text(&file), "--max-new-tokens", "1"];
+        json(&[&generate[..], &["--device", "cpu", "--json"]].concat())["prompt_tokens"].clone()
+    };
+    assert_eq!(tokens("User"), tokens("user"));
 }
 
 #[test]

@@ -83,6 +83,115 @@ fn bad_rows_are_refused_or_left_out_and_counted() {
     assert!(message.contains("no column `x` in any file"), "{message}");
 }
 
+/// What has no end, or is no file, is refused at once and by name; a pipe is read.
+#[cfg(unix)]
+#[test]
+fn devices_sockets_and_endless_streams_are_refused() {
+    use std::io::Write;
+    use std::process::Stdio;
+    let dir = tempfile::tempdir().unwrap();
+    let preview = |file: &str| swat("tune", &["--preview", "--data", file]);
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for (file, found) in [
+        ("/dev/zero", "a device or a terminal"),
+        ("/dev/urandom", "a device or a terminal"),
+        ("/dev/null", "a device or a terminal"),
+        (socket.to_str().unwrap(), "a socket"),
+        (dir.path().to_str().unwrap(), "a directory"),
+    ] {
+        let message = refused(&preview(file));
+        assert!(message.contains(&format!("{file}: found {found}")), "{message}");
+    }
+    for (command, option) in
+        [("tune", "--chat-template"), ("eval", "--security"), ("eval", "--task"), ("eval", "--refusals")]
+    {
+        let own: &[&str] =
+            if command == "tune" { &["--preview", "--data", "x.jsonl"] } else { &["--security", "/dev/zero"] };
+        refused(&swat(command, &[own, &[option, "/dev/zero"]].concat()));
+    }
+    refused(&swat("score", &["--text-file", "/dev/zero"]));
+    let run = Command::new(env!("CARGO_BIN_EXE_swat")).args(["run", "/dev/zero"]).output().unwrap();
+    assert!(refused(&run).contains("/dev/zero: found a device"));
+
+    let piped = |give: &mut dyn FnMut(&mut dyn Write) -> std::io::Result<()>| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
+        command.args(["tune", "--preview", "--data", "/dev/stdin", "--model"]).arg(model());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut input = child.stdin.take().unwrap();
+        // A reader that has seen enough closes the pipe.
+        while give(&mut input).is_ok() {}
+        drop(input);
+        child.wait_with_output().unwrap()
+    };
+    let mut rows = 1;
+    let row = b"{\"prompt\":\"which is big ?\",\"completion\":\"dorb .\"}\n";
+    let mut once = |input: &mut dyn Write| match std::mem::take(&mut rows) {
+        0 => Err(std::io::ErrorKind::Other.into()),
+        _ => input.write_all(row),
+    };
+    assert!(String::from_utf8(piped(&mut once).stdout).unwrap().contains("dorb"), "a pipe is read");
+    // A line without an end, and blank lines without an end: each is told after a gigabyte.
+    let block = vec![b'x'; 1 << 20];
+    let message = refused(&piped(&mut |input| input.write_all(&block)));
+    assert!(message.contains("/dev/stdin:1: found a line of more than 1073741824 bytes"), "{message}");
+    let block = [&row[..], &vec![b'\n'; 1 << 20]].concat();
+    let message = refused(&piped(&mut |input| input.write_all(&block)));
+    assert!(message.contains("more than 1073741824 bytes from a pipe; write them to a file"), "{message}");
+}
+
+/// Names that are neither paths nor names on the hub, and files of other kinds, are told as what they are.
+#[test]
+fn what_is_no_model_and_no_file_of_rows_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let plan = |model: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_swat")).args(["plan", "--offline", "--model", model]).output();
+        refused(&output.unwrap())
+    };
+    let cache = write(dir.path(), "cache", "");
+    for (model, told) in [
+        ("gpt2", "gpt2: found no such path; expected a model directory, or a name on the hub"),
+        ("qwen3:0.6b", "found no such path"),
+        ("org/name:main", "or org/name@revision"),
+        ("s3://bucket/model", "found an address; expected a path of this machine"),
+        ("hf://org/name", "expected the name on the hub: org/name"),
+        ("https://huggingface.co/org/name/tree/main", "expected the name on the hub: org/name"),
+        (dir.path().to_str().unwrap(), "found no config.json"),
+        (&cache, "malformed JSON"),
+    ] {
+        assert!(plan(model).contains(told), "{model}: {}", plan(model));
+    }
+    // With the slash that completion adds, as without.
+    assert!(
+        plan("org/name/").starts_with("error: org/name: found a name that is not in the cache"),
+        "{}",
+        plan("org/name/")
+    );
+
+    let preview = |file: &str, more: &[&str]| refused(&swat("tune", &[&["--preview", "--data", file], more].concat()));
+    assert!(preview("data/*.jsonl", &[]).contains("found a pattern"));
+    let rows = "{\"prompt\":\"kelm\",\"completion\":\"dorb\"}\n";
+    let packed = zstd::encode_all(&zstd::encode_all(rows.as_bytes(), 1).unwrap()[..], 1).unwrap();
+    for (name, bytes, told) in [
+        ("a.tar.gz", rows.as_bytes(), "found a tar archive"),
+        ("b.xlsx", b"PK\x03\x04", "a workbook saved as CSV"),
+        ("c.zst", packed.as_slice(), "found a file packed twice"),
+        ("d.db", b"SQLite format 3\0", "found an SQLite database"),
+        ("e.pkl", b"\x80\x04\x95rest", "found a pickled object"),
+    ] {
+        let message = preview(&write(dir.path(), name, bytes), &[]);
+        assert!(message.contains(told), "{name}: {message}");
+    }
+    let good = write(dir.path(), "good.jsonl", rows);
+    let template = |name: &str| preview(&good, &["--chat-template", name]);
+    assert!(template("chatml").contains("--chat-template chatml: found no such file"), "{}", template("chatml"));
+    let marked = write(dir.path(), "bom.jinja", "\u{feff}{{ messages }}");
+    assert!(template(&marked).contains("found a byte-order mark"));
+    let task = write(dir.path(), "task.jsonl", "{\"prompt\":\"kelm\",\"answer\":\"1\"}\n");
+    assert!(refused(&swat("eval", &["--task", &task])).contains("expected how answers are compared: exact, number"));
+}
+
 /// Blank lines count: the place is the line of the file, not the number of the prompt.
 #[test]
 fn errors_of_later_stages_name_the_line() {

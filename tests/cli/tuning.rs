@@ -38,6 +38,47 @@ fn a_run_that_diverges_fails_and_says_what_to_change() {
     assert!(!out.exists());
 }
 
+/// Options that contradict each other, or that cannot have an effect, are told before anything is done.
+#[test]
+fn options_that_cannot_have_an_effect_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (data(dir.path()), dir.path().join("out"));
+    let heldout = dir.path().join("heldout.jsonl");
+    let heldout = heldout.to_str().unwrap();
+    let refused = |more: &[&str], named: &str| {
+        let output = tune(&train, &out, more).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {message}");
+        assert!(message.contains(named), "{more:?}: {message}");
+        assert!(!out.exists() && !out.with_extension("unfinished").exists());
+    };
+    // 24 rows in batches of 4 are 6 steps an epoch.
+    refused(
+        &["--epochs", "2", "--lr-warmup-steps", "12"],
+        "lr_warmup_steps: found 12 steps of warm-up in a phase of 12",
+    );
+    refused(&["--steps", "20", "--lr-warmup-steps", "30"], "30 steps of warm-up in a phase of 20");
+    let mods = ["--mods", "layers.0.v_proj", "--mods-steps", "5", "--steps", "20", "--lr-warmup-steps", "5"];
+    refused(&mods, "5 steps of warm-up in a phase of 5");
+    refused(
+        &["--steps", "20", "--eval-data", heldout, "--keep-best"],
+        "--keep-best: found the best, with 1 evaluation",
+    );
+    let patience = ["--steps", "20", "--eval-data", heldout, "--eval-every", "5", "--early-stop", "3"];
+    refused(&patience, "--early-stop: found a patience of 3, with 4 evaluations");
+    for (recipe, option) in [
+        ("plain", ["--mods-steps", "5"]),
+        ("plain", ["--rest-lr-factor", "0.5"]),
+        ("ml-lr:.1", ["--mods-lr", "1e-3"]),
+        ("mods-only", ["--steps", "5"]),
+    ] {
+        refused(&["--recipe", recipe, option[0], option[1]], &format!("{} beside it, which has no effect", option[0]));
+    }
+    refused(&["--recipe", "plain", "--keep-optimizer"], "--keep-optimizer beside it");
+    let output = tune(&train, &out, &["--epochs", "2", "--lr-warmup-steps", "11", "--quiet"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// Values of every tensor of a model file.
 fn values(path: &Path) -> Vec<f32> {
     let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
