@@ -2,7 +2,6 @@
 // A call that CUDA refuses is refused with the same error.
 #include <dlfcn.h>
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -29,6 +28,7 @@ const std::map<int, std::pair<const char*, const char*>> ERRORS = {
     {ILLEGAL_ADDRESS, {"CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"}},
     {LAUNCH_OUT_OF_RESOURCES, {"CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"}},
     {NOT_SUPPORTED, {"CUDA_ERROR_NOT_SUPPORTED", "operation not supported"}},
+    {NOT_READY, {"CUDA_ERROR_NOT_READY", "device not ready"}},
     {CAPTURE_UNSUPPORTED, {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"}},
     {CAPTURE_INVALIDATED, {"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"}},
     {CAPTURE_UNMATCHED, {"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "the capture was not initiated in this stream"}},
@@ -47,18 +47,7 @@ Device devices[] = {
 };
 constexpr int DEVICES = sizeof devices / sizeof devices[0];
 
-struct Event {
-  bool timed;
-  double milliseconds = -1;  // −1: not recorded
-};
-
 std::atomic<bool> initialised{false};
-
-double now(const Device* device) {
-  if (device->each_ns) return (double)device->clock_ns / 1e6;
-  using namespace std::chrono;
-  return duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
-}
 
 }  // namespace
 
@@ -90,15 +79,6 @@ void load_kernels(const char* list) {
 // ---- shared
 namespace standin {
 thread_local Device* current = nullptr;
-
-int enqueue(Stream* s, Operation operation) {
-  if (!device_of(s)) return INVALID_CONTEXT;
-  if (const int error = broken(device_of(s))) return error;
-  if (!capturing(s)) operation();
-  else if (s->capture->invalid) return CAPTURE_INVALIDATED;
-  else s->capture->append(std::move(operation));
-  return SUCCESS;
-}
 
 // Invalidates the capture: the call may not be captured.
 int refuse_capture(Stream* s) {
@@ -201,49 +181,8 @@ API cuCtxGetDevice(int* device) {
   if (!current) return INVALID_CONTEXT;
   return *device = (int)(current - devices), SUCCESS;
 }
-API cuCtxSynchronize() { return called(current, __func__), current ? broken(current) : INVALID_CONTEXT; }
 API cuCtxSetFlags(unsigned) { return SUCCESS; }
 API cuCtxGetStreamPriorityRange(int* least, int* greatest) { return *least = 0, *greatest = -5, SUCCESS; }
-
-// ---- streams and events
-API cuStreamCreate(Stream** stream, unsigned) {
-  if (!current) return INVALID_CONTEXT;
-  if (const int error = broken(current)) return error;
-  return *stream = new Stream{current, nullptr}, SUCCESS;
-}
-API cuStreamCreateWithPriority(Stream** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
-API cuStreamDestroy_v2(Stream* s) {
-  if (is_default(s)) return INVALID_HANDLE;
-  if (const int error = broken(s->device)) return error;
-  return delete s, SUCCESS;
-}
-API cuStreamSynchronize(Stream* s) { return called(device_of(s), __func__), device_of(s) ? refuse_capture(s) : INVALID_CONTEXT; }
-API cuStreamQuery(Stream* s) { return refuse_capture(s); }
-API cuStreamWaitEvent(Stream*, Event*, unsigned) { return SUCCESS; }
-API cuLaunchHostFunc(Stream* s, void (*function)(void*), void* data) {
-  return enqueue(s, [=] { function(data); });
-}
-API cuEventCreate(Event** event, unsigned flags) {
-  if (!current) return INVALID_CONTEXT;
-  if (const int error = broken(current)) return error;
-  return *event = new Event{!(flags & 2)}, SUCCESS;
-}
-API cuEventDestroy_v2(Event* event) {
-  if (const int error = broken(current)) return error;
-  return delete event, SUCCESS;
-}
-API cuEventRecord(Event* event, Stream* s) {
-  Device* const device = device_of(s);
-  return enqueue(s, [=] { event->milliseconds = now(device); });
-}
-API cuEventSynchronize(Event*) { return called(current, __func__), broken(current); }
-API cuEventQuery(Event*) { return broken(current); }
-API cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
-  if (const int error = broken(current)) return error;
-  if (!start->timed || !end->timed || start->milliseconds < 0 || end->milliseconds < 0) return INVALID_HANDLE;
-  return *milliseconds = (float)(end->milliseconds - start->milliseconds), SUCCESS;
-}
-API cuEventElapsedTime(float* milliseconds, Event* start, Event* end) { return cuEventElapsedTime_v2(milliseconds, start, end); }
 
 API cuDeviceGetDefaultMemPool(Device** pool, int device) { return *pool = &devices[device], SUCCESS; }
 API cuDeviceGetMemPool(Device** pool, int device) { return *pool = &devices[device], SUCCESS; }

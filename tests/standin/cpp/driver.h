@@ -1,6 +1,7 @@
 // Shared declarations of the emulated libcuda.
 #pragma once
 #include <atomic>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -16,8 +17,8 @@ namespace standin {
 
 enum Error {
   SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
-  INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_OUT_OF_RESOURCES = 701,
-  NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903,
+  INVALID_CONTEXT = 201, NO_BINARY_FOR_GPU = 209, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700,
+  LAUNCH_OUT_OF_RESOURCES = 701, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903,
 };
 
 struct Device {
@@ -74,9 +75,13 @@ struct Graph {
   // Appends a node that depends on all others, as capture does.
   void append(Operation operation);
 };
+using Attempt = std::function<bool()>;  // tries to do an operation: whether it is done
 struct Stream {
-  Device* device;
+  Device* device = nullptr;
   std::unique_ptr<Graph> capture;
+  std::mutex lock;              // of what follows
+  std::deque<Attempt> waiting;  // oldest first
+  bool has_waited = false;      // whether anything ever waited
 };
 struct Module;
 struct Function {
@@ -97,9 +102,13 @@ inline bool is_default(Stream* s) { return reinterpret_cast<uintptr_t>(s) <= 2; 
 inline Device* device_of(Stream* s) { return is_default(s) ? current : s->device; }
 inline bool capturing(Stream* s) { return !is_default(s) && s->capture; }
 
-// Executes the operation, or captures it.
+// Executes the operation, behind what waits in its stream, or captures it.
 int enqueue(Stream* s, Operation operation);
 int refuse_capture(Stream* s);
+// Whether an operation would wait now.
+bool defers(Stream* s);
+void drain(Stream* s);
+void drain(const Device* device);
 // Whether these bytes are inside one allocation of the device.
 bool owns(Device* device, uint64_t pointer, size_t bytes);
 // Advances the device's own clock by the fixed time of an operation.

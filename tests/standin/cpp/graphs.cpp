@@ -129,7 +129,8 @@ API cuGraphInstantiateWithFlags(Executable** executable, Graph* graph, unsigned 
 API cuGraphUpload(Executable*, Stream*) { return SUCCESS; }
 API cuGraphLaunch(Executable* executable, Stream* s) {
   called(device_of(s), __func__);
-  return enqueue(s, [=] { for (const Operation& operation : executable->operations) operation(); });
+  // As they are now: a later update of a kernel is for later launches.
+  return enqueue(s, [operations = executable->operations] { for (const Operation& operation : operations) operation(); });
 }
 API cuGraphExecKernelNodeSetParams_v2(Executable* executable, Node* node, const KernelParams* params) {
   called(current, __func__);

@@ -69,15 +69,23 @@ int release_memory(uint64_t pointer) {
 int copy(void* to, const void* from, size_t bytes, Stream* s) {
   return enqueue(s, [=] { memmove(to, from, bytes); });
 }
-// A copy from or to host memory, which must be pinned to be captured.
+// A copy from or to host memory, which must be pinned to be captured. Of pageable memory, what is copied to the device is read before the
+// call returns, and what comes from it is there when it returns.
 int copy_host(void* to, const void* from, const void* host, size_t bytes, Stream* s) {
+  std::unique_lock<std::mutex> guard(lock);
+  const bool known = pinned.count(const_cast<void*>(host));
+  guard.unlock();
   if (capturing(s)) {
-    std::unique_lock<std::mutex> guard(lock);
-    const bool known = pinned.count(const_cast<void*>(host));
-    guard.unlock();
     if (const int error = known ? SUCCESS : refuse_capture(s)) return error;
   }
-  return copy(to, from, bytes, s);
+  if (known || !defers(s)) return copy(to, from, bytes, s);
+  if (host == to) {
+    if (const int error = copy(to, from, bytes, s)) return error;
+    return drain(s), SUCCESS;
+  }
+  const auto* first = static_cast<const unsigned char*>(from);
+  const auto staged = std::make_shared<std::vector<unsigned char>>(first, first + bytes);
+  return enqueue(s, [=] { memcpy(to, staged->data(), bytes); });
 }
 
 // Zeroes whole pages of sparse memory by unmapping them.
@@ -120,11 +128,13 @@ API cuMemAllocAsync(uint64_t* pointer, size_t bytes, Stream* s) {
 API cuMemAllocFromPoolAsync(uint64_t* pointer, size_t bytes, void*, Stream* s) { return cuMemAllocAsync(pointer, bytes, s); }
 API cuMemFree_v2(uint64_t pointer) {
   called(current, __func__);
-  return captures_strictly() ? CAPTURE_UNSUPPORTED : release_memory(pointer);
+  if (captures_strictly()) return CAPTURE_UNSUPPORTED;
+  // Waits for the device.
+  return drain(current), release_memory(pointer);
 }
 API cuMemFreeAsync(uint64_t pointer, Stream* s) {
   if (const int error = refuse_capture(s)) return error;
-  return release_memory(pointer);
+  return drain(s), release_memory(pointer);
 }
 API cuMemGetInfo_v2(size_t* available, size_t* total) {
   if (!current) return INVALID_CONTEXT;

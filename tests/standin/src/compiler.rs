@@ -13,8 +13,10 @@ const FLAGS: &str = "-std=c++17 -O3 -fPIC -shared -fvisibility=hidden -fno-stric
     -ffp-contract=fast -fsanitize=alignment,bounds -fsanitize-undefined-trap-on-error -Wno-psabi";
 /// Of translated PTX: every instruction rounds by itself; the code is long, and little of it is hot.
 const PTX_FLAGS: &str = "-O1 -fwrapv -ffp-contract=off -fno-sanitize=all";
-/// Of the driver: bounds checks would keep the loops of products from being vectorized.
-const DRIVER_FLAGS: &str = "-fno-sanitize=all -Wl,-soname,libcuda.so";
+/// Of the driver and of NCCL: bounds checks would keep the loops of products from being vectorized.
+const LIBRARY_FLAGS: &str = "-fno-sanitize=all -pthread";
+/// Under which name swat asks for the library of a source.
+const SONAMES: [(&str, &str); 2] = [("driver", "libcuda.so"), ("nccl", "libnccl.so.2")];
 
 /// This repository.
 fn root() -> &'static Path {
@@ -81,6 +83,14 @@ impl Compiler {
         self.libraries(&[Path::new(env!("CARGO_MANIFEST_DIR")).join("cpp/driver.cpp")]).remove(0)
     }
 
+    /// The library of the emulated NCCL, for a process with the driver's.
+    ///
+    /// # Panics
+    /// If it does not compile.
+    pub fn nccl(&self) -> PathBuf {
+        self.libraries(&[Path::new(env!("CARGO_MANIFEST_DIR")).join("nccl/nccl.cpp")]).remove(0)
+    }
+
     /// A library of each kernel file, or of each file of [`Compiler::translate`].
     ///
     /// # Panics
@@ -97,7 +107,15 @@ impl Compiler {
         }
         let (folder, _lock) = self.locked(self.folder.clone());
         each(sources, |source| {
-            let key = common.clone().update(&read(source)).finalize();
+            let mut key = common.clone();
+            key.update(&read(source));
+            if !is_kernel(source) {
+                let folder = source.parent().expect("a folder");
+                for part in files(folder, "h").iter().chain(&files(folder, "cpp")) {
+                    key.update(&read(part));
+                }
+            }
+            let key = key.finalize();
             let translated = source.starts_with(&folder);
             let place = if translated { source.parent().expect("a folder") } else { &folder };
             let library = place.join(format!("{}-{}.so", stem(source), &key.to_hex()[..16]));
@@ -118,10 +136,12 @@ impl Compiler {
         let partial = library.with_extension("partial");
         let mut command = Command::new(&self.cxx);
         command.args(arguments).arg("-o").arg(&partial);
-        if source.extension().is_some_and(|e| e == "cu") {
+        if is_kernel(source) {
             command.args(["-x", "c++"]).arg(source);
         } else {
-            command.args(words(DRIVER_FLAGS)).args(files(source.parent().expect("a folder"), "cpp"));
+            let soname = SONAMES.iter().find(|(of, _)| *of == stem(source)).map_or(stem(source), |(_, name)| *name);
+            command.args(words(LIBRARY_FLAGS)).arg(format!("-Wl,-soname,{soname}"));
+            command.args(files(source.parent().expect("a folder"), "cpp"));
         }
         let output = command.output().unwrap_or_else(|e| panic!("{}: {e}", self.cxx));
         let text = String::from_utf8_lossy(&output.stderr);
@@ -236,6 +256,11 @@ pub(crate) fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
 
 pub(crate) fn stem(path: &Path) -> &str {
     path.file_stem().and_then(|stem| stem.to_str()).expect("a UTF-8 file name")
+}
+
+/// Whether it is a kernel file, or made of one.
+fn is_kernel(source: &Path) -> bool {
+    source.extension().is_some_and(|extension| extension == "cu")
 }
 
 fn is_hopper(source: &Path) -> bool {

@@ -19,6 +19,19 @@ pub(crate) fn open(library: &Path) {
     });
 }
 
+/// Loads the emulated NCCL once, so that whoever opens `libnccl.so.2` has it. The driver is loaded.
+///
+/// # Panics
+/// If the library cannot be opened.
+pub(crate) fn open_nccl(library: &Path) {
+    static NCCL: OnceLock<Library> = OnceLock::new();
+    NCCL.get_or_init(|| {
+        // SAFETY: loading it runs the initializers of its own statics, nothing else.
+        let nccl = unsafe { Library::open(Some(library), RTLD_NOW | RTLD_LOCAL) };
+        nccl.unwrap_or_else(|e| panic!("{}: {e}", library.display()))
+    });
+}
+
 /// Loads the library of a kernel file. `cuModuleLoadData` of `image` gives a module with its kernels; `resources` is
 /// the file of [`crate::Compiler::resources`].
 ///
@@ -108,6 +121,16 @@ pub fn faults(ordinal: i32, n: u64, scope: FaultScope) {
     let binding = scope == FaultScope::WorkAndBinding;
     // SAFETY: exported with this type.
     unsafe { hook::<unsafe extern "C" fn(i32, u64, bool)>("standin_faults")(ordinal, n, binding) }
+}
+
+/// From now on operations wait in their streams, and run in an order and with pauses by this seed; 0: at once, where
+/// nothing before them waits.
+///
+/// # Panics
+/// If the stand-in is not loaded.
+pub fn streams(seed: u64) {
+    // SAFETY: exported with this type.
+    unsafe { hook::<unsafe extern "C" fn(u64)>("standin_streams")(seed) }
 }
 
 /// Sparse mode for huge tensors: from now on device `ordinal` has 64 TiB of memory, mapped when touched and zero

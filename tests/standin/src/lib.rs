@@ -22,7 +22,7 @@ mod ptx;
 pub use compiler::{Compiler, nvcc};
 pub use driver::{
     Access, FaultScope, Kernel, accesses, allocations, bytes, calls, each_takes, faults, hook, kernels, launches, load,
-    profiled, sparse,
+    profiled, sparse, streams,
 };
 
 use std::fs;
@@ -150,6 +150,34 @@ impl Build {
         }
         compiler::replace(&kernels, lines.as_bytes());
         Some(ChildDriver { folder, kernels })
+    }
+
+    /// Loads the emulated NCCL: whoever opens `libnccl.so.2` in this process has it. Whether there are devices for
+    /// it; there are none where tests use a real GPU.
+    ///
+    /// # Panics
+    /// If it does not compile or load.
+    pub fn with_nccl(self) -> bool {
+        if real() || !self.available() {
+            return false;
+        }
+        driver::open_nccl(&start(Path::new(self.scratch)).expect("loaded above").nccl());
+        true
+    }
+
+    /// A folder for `LD_LIBRARY_PATH` that holds `libnccl.so.2`, for a child process with the stand-in as its driver.
+    ///
+    /// # Panics
+    /// As [`Build::for_children`].
+    pub fn nccl_for_children(self) -> Option<PathBuf> {
+        if real() || !self.available() {
+            return None;
+        }
+        let nccl = start(Path::new(self.scratch)).expect("loaded above").nccl();
+        let folder = nccl.parent().expect("a folder").join("nccl");
+        fs::create_dir_all(&folder).expect("a folder");
+        compiler::replace(&folder.join("libnccl.so.2"), &fs::read(&nccl).expect("the library"));
+        Some(folder)
     }
 
     /// Runs tests of this executable, chosen by `arguments`, in a child process on the compiled kernels

@@ -8,6 +8,7 @@ mod driver_calls;
 mod known;
 mod limits;
 mod planted;
+mod streams;
 
 use cudarc::driver::{result, sys};
 use std::ffi::{CString, c_void};
