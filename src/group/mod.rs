@@ -9,17 +9,19 @@ mod hosted;
 mod launch;
 mod liveness;
 mod meet;
+mod nccl;
 mod place;
 mod tcp;
 mod threads;
 
 pub use hosted::{Hosted, Transport};
 pub use launch::{Ended, launch, obey_launcher};
+pub use nccl::Nccl;
 pub use place::Place;
 pub use tcp::Tcp;
 pub use threads::Threads;
 
-use crate::backend::{Backend, ViewMut};
+use crate::backend::{Backend, Bf16State, F32State, ViewMut};
 use crate::error::{Error, Result};
 use crate::io::json;
 use serde::Serialize;
@@ -98,7 +100,8 @@ pub trait Group<B: Backend>: Send + Sync {
     /// [`crate::error::Error::Failed`] names a rank that has ended.
     fn all_reduce(&self, values: &mut [f64]) -> Result<()>;
 
-    /// Adds up each tensor over all ranks, in their order and in f32: in this rank's part. The rest is left undefined.
+    /// Adds up each tensor over all ranks, in one order each time: in this rank's part. The rest is left undefined. Over hosts
+    /// the order is that of the ranks, and sums are in f32; NCCL has an order of its own, and rounds bf16 after each addition.
     ///
     /// # Errors
     /// As [`Group::all_reduce`]; a failing device.
@@ -121,12 +124,19 @@ pub trait Group<B: Backend>: Send + Sync {
     fn traffic(&self) -> Traffic;
 }
 
-/// The group of ranks whose hosts are connected, for a backend of theirs.
+/// The group of ranks whose hosts are connected, for a backend of theirs: GPUs are connected by NCCL.
 ///
 /// # Errors
-/// A failing device.
-pub fn over_hosts<B: Backend>(hosts: Hosted<Tcp>, _backend: &B) -> Result<Box<dyn Group<B>>> {
-    Ok(Box::new(hosts))
+/// As [`Nccl::join`].
+pub fn over_hosts<B: Backend>(hosts: Hosted<Tcp>, backend: &B) -> Result<Box<dyn Group<B>>> {
+    let hosts = match nccl::of_gpus::<B, F32State>(hosts, backend)? {
+        Ok(group) => return Ok(group),
+        Err(hosts) => hosts,
+    };
+    Ok(match nccl::of_gpus::<B, Bf16State>(hosts, backend)? {
+        Ok(group) => group,
+        Err(hosts) => Box::new(hosts),
+    })
 }
 
 /// What rank 0 computes, on all ranks; the others do not compute it.
