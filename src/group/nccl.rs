@@ -126,11 +126,7 @@ impl<P: Precision> Group<Cuda<P>> for Nccl {
         Ok(())
     }
 
-    fn all_gather(
-        &self,
-        _: &Cuda<P>,
-        tensors: &mut [ViewMut<'_, Cuda<P>, <Cuda<P> as Backend>::Float>],
-    ) -> Result<()> {
+    fn all_gather(&self, _: &Cuda<P>, tensors: &mut [ViewMut<'_, Cuda<P>, <Cuda<P> as Backend>::Float>]) -> Result<()> {
         let share = self.hosts.transport().share();
         let part = |rank, len| Share { rank, ..share }.of(len);
         self.communicator.all_gather(tensors, &part, &|| alive(&self.hosts))?;

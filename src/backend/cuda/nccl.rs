@@ -136,8 +136,7 @@ impl Communicator {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed)?;
         let event = || result::event::create(CU_EVENT_DISABLE_TIMING).map_err(failed);
         let (queued, done) = (event()?, event()?);
-        let opened =
-            Self { device: device.clone(), nccl, rank, size, handle: Mutex::new(None), stream, queued, done };
+        let opened = Self { device: device.clone(), nccl, rank, size, handle: Mutex::new(None), stream, queued, done };
         let id = ncclUniqueId { internal: id.map(|byte| byte as _) };
         let mut config = config();
         let mut handle = std::ptr::null_mut();
