@@ -83,6 +83,9 @@ const RULES: &[(&str, &[&str], Needs)] = &[
     ("screen", &["refusals", "refusal_languages"], Absent("probe")),
     ("robustness", &["epsilon", "members"], Other("kind", "zero")),
     ("robustness", &["members"], Other("kind", "scale")),
+    ("robustness", &["step_lr", "step_steps", "step_batch_size", "step_batches", "step_max_length"], Given("data")),
+    ("robustness", &["members", "retrain", "budget_bytes", "score"], Other("by", "conflict")),
+    ("robustness", &["members"], Other("by", "update")),
     (
         "robustness",
         &[
@@ -99,6 +102,8 @@ const RULES: &[(&str, &[&str], Needs)] = &[
             "budget_bytes",
             "epsilon",
             "cells",
+            "by",
+            "data",
             "shard",
             "shard_index",
             "shard_count",

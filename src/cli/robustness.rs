@@ -6,14 +6,14 @@ use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
 use super::shard::ShardArgs;
 use crate::backend::Backend;
-use crate::data::{RowOptions, RowReader, SecurityPrompt};
+use crate::data::{Example, RowOptions, RowReader, SecurityPrompt};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, check_apart, check_file, write_atomic};
 use crate::modules::ModuleSet;
 use crate::report::{is_drawing, perturbation, robustness_map, robustness_table};
 use crate::secure::{
-    MapInputs, Noise, PerturbationScorer, Probe, RobustnessMap, RobustnessOptions, ScorerOptions, Shard, robustness,
-    robustness_part,
+    By, MapInputs, ModelText, Noise, PerturbationScorer, PlannedStep, Probe, RobustnessMap, RobustnessOptions,
+    ScorerOptions, Shard, StepOptions, robustness, robustness_part,
 };
 use clap::Args;
 use serde_json::json;
@@ -26,6 +26,8 @@ use std::path::{Path, PathBuf};
     after_help = "Examples:
   swat robustness --model DIR --probe probe.safetensors --security security.jsonl --out map.json
   swat robustness ... --kind lowrank:8 --epsilon 1.2 --members 8 --cells 'layers.*.{q,k,v,o}'
+  swat robustness ... --by conflict --data train.jsonl    by gradients of the training data: two backward passes
+  swat robustness ... --by update --data train.jsonl --lr 1e-5 --steps 300
   swat robustness ... --out map.json --shard 0/8          one eighth of it, for a job array: map.shard-0-of-8.jsonl
   swat robustness ... --out map.json --shard auto         the share of this task, by the scheduler's variables
   swat robustness --merge map.shard-*.jsonl --out map.json
@@ -51,6 +53,11 @@ pub(super) struct RobustnessCommand {
     scorer: ScorerOptions,
     #[command(flatten)]
     options: RobustnessOptions,
+    /// Training conversations of the planned step, for --by conflict and --by update: a file, or a name on the hub
+    #[arg(long, value_name = "FILE_OR_NAME")]
+    data: Vec<PathBuf>,
+    #[command(flatten)]
+    step: StepOptions,
     #[command(flatten)]
     shard: ShardArgs,
     /// Make the map of all its parts, which tasks with --shard wrote; needs neither model nor device
@@ -86,6 +93,30 @@ impl RobustnessCommand {
         self.show(common, &map, &svg)
     }
 
+    /// Checks that what is given goes with --by.
+    fn check_by(&self) -> Result<()> {
+        let by = format!("--by {}", self.options.by.name());
+        let wrong = |option: &str, found: &str, expected: &str| Err(Error::input(option, found, expected));
+        match self.options.by {
+            By::Noise if !self.data.is_empty() => wrong(
+                "--data",
+                "training data, which --by noise does not use",
+                "--by conflict or --by update beside it",
+            ),
+            By::Noise => Ok(()),
+            _ if self.data.is_empty() => {
+                wrong(&by, "no --data", "--data FILE, the conversations that are to be trained")
+            }
+            _ if self.scorer.kind != Noise::default() => {
+                wrong("--kind", &format!("{} beside {by}", self.scorer.kind), "one of them")
+            }
+            By::Conflict if self.shard.shard()?.is_some() => {
+                wrong("--shard", "a share of a conflict map, which takes two backward passes", "no --shard")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Checks that the map and its drawing may be written; returns the path of the drawing.
     fn check_outputs(&self, inputs: &[(&str, &Path)]) -> Result<PathBuf> {
         let svg = self.out.with_extension("svg");
@@ -98,7 +129,7 @@ impl RobustnessCommand {
 
     /// Draws a map that was saved, and prints it.
     fn show(&self, common: &Common, map: &RobustnessMap, svg: &Path) -> Result<()> {
-        let (score, mods) = (self.options.score, ModuleSet::default());
+        let (score, mods) = (map.score(self.options.score), ModuleSet::default());
         let heatmap = robustness_map(map, score, &mods);
         write_atomic(svg, heatmap.svg().as_bytes())?;
         if common.json {
@@ -122,11 +153,13 @@ impl OnDevice for MapJob {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.inputs.model.resolve(names)?;
+        names.data(&mut self.command.data)?;
         names.file("--security", &mut self.inputs.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         let Self { inputs, command } = self;
+        command.check_by()?;
         if let (Noise::Update(_), Some(_)) = (&command.scorer.kind, &inputs.model.adapter) {
             let expected = "--model with the adapter merged (swat tune --adapter DIR --steps 0), or another --kind";
             return Err(Error::input("--kind", "update:DIR beside --adapter", expected));
@@ -134,6 +167,7 @@ impl OnDevice for MapJob {
         let shard = command.shard.shard()?;
         let mut files = inputs.model.inputs();
         files.extend([("--probe", inputs.probe.as_path()), ("--security", &inputs.security)]);
+        files.extend(command.data.iter().map(|path| ("--data", path.as_path())));
         if let Noise::Update(tuned) = &command.scorer.kind {
             files.push(("--kind update", tuned));
         }
@@ -149,32 +183,69 @@ impl OnDevice for MapJob {
         };
         let mut rows = RowReader::new(&command.rows);
         let prompts = SecurityPrompt::read(&inputs.security, common.seed, &mut rows)?;
-        common.end_reading(&rows)?;
         let probe = Probe::load(&inputs.probe)?;
         let (text, _) = inputs.model.open_dated(probe.metadata.date)?;
         probe.check_model(&text.files.config, text.files.hash()?)?;
         command.options.check(&text.files.config.cells())?;
         check_security(&text, &prompts)?;
+        let step = StepOptions { seed: common.seed, ..command.step.clone() };
+        let examples = step_examples(&text, &command.data, &step, &mut rows, &backend)?;
+        common.end_reading(&rows)?;
         let mut model = text.load(backend)?;
         model.decoder.merge_lora()?;
         let options = ScorerOptions { seed: common.seed, ..command.scorer.clone() };
         let absolute = |path: &PathBuf| std::path::absolute(path).map_err(Error::io(path, FileOp::Resolve));
-        let mut scorer = model.scorer(&probe, &prompts, options)?;
-        scorer.made_from = Some(MapInputs {
+        let made_from = MapInputs {
             model: absolute(&inputs.model.model)?,
             adapter: inputs.model.adapter.as_ref().map(absolute).transpose()?,
             probe: absolute(&inputs.probe)?,
             security: absolute(&inputs.security)?,
             rows: command.rows.clone(),
-        });
+            data: command.data.iter().map(absolute).collect::<Result<_>>()?,
+        };
+        let mut bars = Bars::new(common);
+        let mut scorer = match command.options.by {
+            By::Noise => model.scorer(&probe, &prompts, options)?,
+            By::Update => {
+                let step = model.planned_step(examples, &step, &mut bars.observer())?;
+                model.step_scorer(&probe, &prompts, options, step)?
+            }
+            By::Conflict => {
+                let step = model.planned_step(examples, &step, &mut bars.observer())?;
+                let (by, made_from) = ((options, &command.options), (&step, Some(made_from)));
+                let map =
+                    model.conflict_map((&probe, &prompts), by, made_from, Some(&command.out), &mut bars.observer());
+                bars.finish();
+                return command.show(common, &map?, &svg);
+            }
+        };
+        scorer.made_from = Some(made_from);
         if let Some((shard, path)) = part {
+            bars.finish();
             return map_part(&command, common, &scorer, shard, &path);
         }
-        let mut bars = Bars::new(common);
         let map = robustness(&scorer, &command.options, Some(&command.out), &mut bars.observer())?;
         bars.finish();
         command.show(common, &map, &svg)
     }
+}
+
+/// The examples of the planned step, none without data; checks that its gradients fit the memory.
+pub(super) fn step_examples<B: Backend>(
+    text: &ModelText,
+    data: &[PathBuf],
+    options: &StepOptions,
+    rows: &mut RowReader,
+    backend: &B,
+) -> Result<Vec<Example>> {
+    let mut examples = Vec::new();
+    for path in data {
+        examples.extend(text.examples(path, options.max_length.min(text.files.config.max_positions), rows)?.examples);
+    }
+    if !data.is_empty() {
+        PlannedStep::check_memory(&text.files.config, options, backend)?;
+    }
+    Ok(examples)
 }
 
 /// The file of a shard of the map `out`: `map.shard-0-of-8.jsonl`.

@@ -394,6 +394,10 @@ impl Tune {
         if options.seeds.is_some() {
             return wrong("seeds=, which belongs to studies (swat run)", "--seed N, once for each run");
         }
+        if let Some(by) = options.by {
+            let expected = format!("`swat robustness --by {}`, `swat search`, and its file by --mods", by.name());
+            return wrong("by=, which belongs to studies (swat run)", &expected);
+        }
         if let Some(step) = options.merge {
             let by = step.to_string();
             let by = by.split(':').next().unwrap_or_default();

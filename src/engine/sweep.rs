@@ -49,6 +49,8 @@ pub enum NoiseKind {
     Zero,
     /// Given directions; tensors without one stay as they are.
     Update(BTreeMap<ParamId, Vec<f32>>),
+    /// The same with a norm of its own for each tensor: ‖δ‖ = factor·epsilon·‖W‖.
+    Step(BTreeMap<ParamId, (f32, Vec<f32>)>),
 }
 
 /// Options of a sweep: the noise, and the outputs to read.

@@ -15,6 +15,7 @@ use super::table::{Table, markdown_text};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{json, write_atomic};
 use crate::secure::study::{Conclusion, Outcome, RunConfig, claims};
+use crate::secure::{By, ScoreKind};
 pub use map::{perturbation, robustness_map, robustness_table};
 use setting::{Setting, if_means, seeds_text, several, training_seeds};
 use std::path::Path;
@@ -69,7 +70,7 @@ pub fn write_report(outcome: &Outcome, config: &RunConfig, command: &str, dir: &
     let study = Study::new(outcome, config);
     let write = |name: &str, text: &str| write_atomic(&dir.join(name), text.as_bytes());
     json::write(&dir.join("outcome.json"), outcome)?;
-    let (score, mods) = (config.search.score, outcome.mods.clone().unwrap_or_default());
+    let (score, mods) = (study.score(), outcome.mods.clone().unwrap_or_default());
     if let Some(map) = map::drawn(outcome, score) {
         write("robustness.svg", &robustness_map(map, score, &mods).svg())?;
     }
@@ -91,6 +92,12 @@ pub fn results_text(outcome: &Outcome, config: &RunConfig) -> String {
 }
 
 impl Study<'_> {
+    /// The score of the map, its own where it has but one.
+    fn score(&self) -> ScoreKind {
+        let asked = self.config.search.score;
+        self.outcome.map.as_ref().map_or(asked, |map| map.score(asked))
+    }
+
     fn results_table(&self) -> Option<Table> {
         (!self.settings.is_empty()).then(|| results::results_table(&self.settings, &self.conclusion, self.config))
     }
@@ -101,7 +108,7 @@ impl Study<'_> {
     }
 
     fn map_tables(&self) -> Option<[Table; 2]> {
-        let score = self.config.search.score;
+        let score = self.score();
         let mods = self.outcome.mods.clone().unwrap_or_default();
         let map = map::drawn(self.outcome, score)?;
         Some([robustness_table(map, score, &mods), map::layers_table(map, score, &mods)])
@@ -172,21 +179,27 @@ impl Study<'_> {
     }
 
     fn modules(&self) -> Option<Section> {
-        let score = self.config.search.score;
+        let score = self.score();
         let mods = self.outcome.mods.clone().unwrap_or_default();
         let caption = "Bright modules are sensitive, dark ones robust. Hover over a cell for its value.";
         let robustness = map::drawn(self.outcome, score)
             .map(|map| Figure::new("robustness", robustness_map(map, score, &mods).svg(), caption));
         let caption = "Mods_Rob, the set that the warm-up trains alone.";
         let chosen = self.outcome.mods.as_ref().map(|mods| map::mods_map(self.outcome, mods).svg());
-        let figures: Vec<Figure> =
-            robustness.into_iter().chain(chosen.map(|svg| Figure::new("mods", svg, caption))).collect();
+        let more = self.outcome.more_maps.iter().map(|more| {
+            let drawing = robustness_map(&more.map, more.map.score(self.config.search.score), &more.mods);
+            let name = format!("robustness-{}", more.map.by.name());
+            Figure::new(&name, drawing.svg(), map::how(more.map.by))
+        });
+        let chosen = chosen.map(|svg| Figure::new("mods", svg, caption));
+        let figures: Vec<Figure> = robustness.into_iter().chain(chosen).chain(more).collect();
         (!figures.is_empty()).then(|| Section {
             heading: "Module robustness".into(),
-            text: "Each cell is one module of one layer. Its weights are perturbed by noise of equal relative norm, and the \
-                   security score is measured again: a large drop means that the model's separation of harmful from \
-                   benign prompts depends on this module."
-                .into(),
+            text: format!(
+                "Each cell is one module of one layer. {} A large drop means that the model's separation of harmful from \
+                 benign prompts depends on this module.",
+                map::how(self.outcome.map.as_ref().map_or(By::Noise, |map| map.by))
+            ),
             figures,
             tables: self.map_tables().into_iter().flatten().collect(),
         })

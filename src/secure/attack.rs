@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::modules::LearningRates;
 use crate::options::{above_zero, count, default_from_args};
 use crate::progress::{Observer, Progress};
-use crate::secure::text::ModelText;
+use crate::secure::text::{ModelText, check_free};
 use crate::train::{Callbacks, Phase, PhaseOptions, RunPosition, StepMetrics, TuneOptions, Tuner};
 use clap::Args;
 use std::path::PathBuf;
@@ -83,7 +83,6 @@ impl Attack {
     }
 
     fn check_memory<B: Backend>(&self, text: &ModelText, backend: &B) -> Result<()> {
-        let Some(free) = backend.free_memory() else { return Ok(()) };
         let options = self.tune_options();
         let work = Workload {
             tokens: options.batch_size * options.max_length,
@@ -94,11 +93,7 @@ impl Attack {
             beside: options.beside::<B>(),
         };
         let planned_bytes = Plan::new::<B>(&text.files.config, &work, |_| true).total_bytes();
-        if planned_bytes <= free.bytes {
-            return Ok(());
-        }
-        let help = format!("{} is the bound; check without --attack, or on a machine with more", free.bound);
-        Err(Error::Memory { what: "the attack".into(), planned_bytes, free_bytes: free.bytes, help })
+        check_free(backend, "the attack", planned_bytes, "a check without --attack")
     }
 }
 

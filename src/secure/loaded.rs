@@ -13,11 +13,16 @@ use super::probe::drift::{Drift, drift};
 use super::probe::features::{Snapshot, features, prompts_hash, snapshot};
 use super::probe::train::{ProbeInput, ProbeOptions, train_probe};
 use super::probe::{Head, Probe};
+use super::robustness::RobustnessOptions;
+use super::robustness::conflict::conflict_map;
+use super::robustness::map::{MapInputs, RobustnessMap};
+use super::robustness::noise::Noise;
 use super::robustness::scorer::{PerturbationScorer, ScorerInput, ScorerOptions};
+use super::robustness::step::{PlannedStep, StepOptions};
 use super::text::ModelText;
 use crate::backend::Backend;
 use crate::data::{Example, SecurityPrompt, Task};
-use crate::engine::{Decoder, Finish, GenerateOptions, Generation};
+use crate::engine::{Decoder, Finish, GenerateOptions, Generation, NoiseKind};
 use crate::error::Result;
 use crate::progress::{Observer, Progress};
 use std::collections::BTreeMap;
@@ -147,17 +152,73 @@ impl<B: Backend> LoadedModel<B> {
         prompts: &'a [SecurityPrompt],
         options: ScorerOptions,
     ) -> Result<PerturbationScorer<'a, B>> {
+        let kind = options.kind.engine_kind(&self.text.files)?;
+        self.with_scorer_input((probe, prompts, kind), |input| PerturbationScorer::new(input, options))
+    }
+
+    /// The scorer of a map by the planned step, in the place of the options' perturbation.
+    ///
+    /// # Errors
+    /// As [`PerturbationScorer::new`].
+    pub fn step_scorer<'a>(
+        &'a self,
+        probe: &'a Probe,
+        prompts: &'a [SecurityPrompt],
+        options: ScorerOptions,
+        step: PlannedStep,
+    ) -> Result<PerturbationScorer<'a, B>> {
+        let asked = (probe, prompts, NoiseKind::Zero);
+        self.with_scorer_input(asked, |input| PerturbationScorer::of_step(input, options, step))
+    }
+
+    /// The conflict map of the planned step.
+    ///
+    /// # Errors
+    /// As [`PerturbationScorer::new`] and [`conflict_map`].
+    pub fn conflict_map(
+        &self,
+        (probe, prompts): (&Probe, &[SecurityPrompt]),
+        (options, map): (ScorerOptions, &RobustnessOptions),
+        (step, made_from): (&PlannedStep, Option<MapInputs>),
+        out: Option<&Path>,
+        observer: Observer<'_>,
+    ) -> Result<RobustnessMap> {
+        // No copy is perturbed.
+        let options = ScorerOptions { kind: Noise::Step, retrain: false, ..options };
+        let asked = (probe, prompts, NoiseKind::Zero);
+        let mut scorer = self.with_scorer_input(asked, |input| PerturbationScorer::new(input, options))?;
+        scorer.made_from = made_from;
+        conflict_map(&scorer, step, map, out, observer)
+    }
+
+    /// The planned step on these examples.
+    ///
+    /// # Errors
+    /// As [`PlannedStep::new`].
+    pub fn planned_step(
+        &self,
+        examples: Vec<Example>,
+        options: &StepOptions,
+        observer: Observer<'_>,
+    ) -> Result<PlannedStep> {
+        PlannedStep::new(&self.decoder, examples, options, observer)
+    }
+
+    fn with_scorer_input<'a, T>(
+        &'a self,
+        (probe, prompts, kind): (&'a Probe, &'a [SecurityPrompt], NoiseKind),
+        make: impl FnOnce(ScorerInput<'a, '_, B>) -> Result<T>,
+    ) -> Result<T> {
         let control = probe.metadata.control.as_ref().map(|c| c.labels(prompts));
-        let input = ScorerInput {
+        make(ScorerInput {
             decoder: &self.decoder,
             model_hash: self.text.files.hash()?,
             probe,
             prompts: &self.render_security(prompts)?,
             labels: prompts,
             control: control.as_deref(),
-            kind: options.kind.engine_kind(&self.text.files)?,
-        };
-        PerturbationScorer::new(input, options)
+            kind,
+        })
     }
 
     /// Hidden states and refusal log-odds of prompts.

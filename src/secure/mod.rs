@@ -55,6 +55,7 @@ pub use probe::train::{ProbeInput, ProbeOptions, train_probe};
 pub use probe::{Head, HeadMetrics, LinearHead, Probe, ProbeLayer, ProbeMetadata};
 pub use recipe::{Base, MergeStep, Mix, MixIn, Recipe, RecipeOptions, mixed, recipe_help};
 pub use replay::{REPLAY_START, ReplayCounts, ReplayOptions, ReplaySummary};
+pub use robustness::conflict::conflict_map;
 pub use robustness::map::{CellRobustness, EpsilonPoint, MapInputs, RobustnessMap, Stat};
 pub use robustness::mods::{ModsRob, SearchStep, SetSpec};
 pub use robustness::noise::{Noise, update_directions};
@@ -62,7 +63,8 @@ pub use robustness::scorer::{Observation, PerturbationScorer, SWEEP_MIB, ScorerI
 pub use robustness::search::{SearchOptions, search};
 pub use robustness::sets::{cell_parameters, random_set, share};
 pub use robustness::shard::Shard;
-pub use robustness::{RobustnessOptions, robustness, robustness_part};
+pub use robustness::step::{PlannedStep, StepOptions, StepRecord};
+pub use robustness::{By, RobustnessOptions, robustness, robustness_part};
 pub use save::SaveAs;
 pub use screen::{SCREEN_START, ScreenOptions, ScreenRow, ScreenScore, Screened};
 pub use text::ModelText;

@@ -162,3 +162,10 @@ impl ModelText {
         prompts.into_iter().map(|prompt| self.render(&[Message::new("user", prompt)])).collect()
     }
 }
+
+/// Checks that what is planned fits the free memory of the device, or of the process; `otherwise` says what needs less.
+pub(super) fn check_free<B: Backend>(backend: &B, what: &str, planned_bytes: u64, otherwise: &str) -> Result<()> {
+    let Some(free) = backend.free_memory().filter(|free| planned_bytes > free.bytes) else { return Ok(()) };
+    let help = format!("{} is the bound; {otherwise}, or a machine with more", free.bound);
+    Err(Error::Memory { what: what.into(), planned_bytes, free_bytes: free.bytes, help })
+}

@@ -160,6 +160,32 @@ fn the_whole_method_runs_command_by_command() {
     let found = json(&search);
     assert!(found["share"].as_f64().unwrap() > 0.1);
     let (train, out) = (data.join("train.jsonl"), at("tuned"));
+    // The same by the planned training step: from gradients, and by moved copies.
+    for by in ["conflict", "update"] {
+        let (map, mods) = (at(&format!("map-{by}.json")), at(&format!("mods-{by}.json")));
+        let made = ["robustness", "--probe", text(&probe), "--out", text(&map), "--by", by, "--data", text(&train)];
+        let more = ["--cells", "modules", "--batches", "2", "--lr", "1e-3", "--steps", "10", "--json"];
+        let found = json(&[&made[..], &more[..], &inputs[..]].concat());
+        assert_eq!((&found["by"], &found["kind"]), (&by.into(), &"step".into()));
+        let cells = found["cells"].as_array().unwrap();
+        assert_eq!(cells.len(), 42);
+        assert!(cells.iter().all(|cell| cell["task_gain"].as_f64().unwrap() > 0.0), "{by}: a step that gains nothing");
+        assert!(cells.iter().all(|cell| cell["drop"]["refusal"]["mean"].is_number()));
+        let found = json(&["search", "--map", text(&map), "--out", text(&mods), "--tau", "9", "--no-swap", "--json"]);
+        assert_eq!(found["by"], by);
+        assert!(found["share"].as_f64().unwrap() > 0.1);
+    }
+    let third = at("m3.json");
+    let made = [&["robustness", "--probe", text(&probe), "--out", text(&third)], &inputs[..]].concat();
+    let unmade = |more: &[&str]| refused(&[&made[..], more].concat());
+    assert!(unmade(&["--by", "conflict"]).contains("--by conflict: found no --data"));
+    assert!(unmade(&["--data", text(&train)]).contains("--by noise does not use"));
+    let conflict = ["--by", "conflict", "--data", text(&train)];
+    assert!(
+        unmade(&[&conflict[..], &["--kind", "scale"]].concat()).contains("--kind: found scale beside --by conflict")
+    );
+    assert!(unmade(&[&conflict[..], &["--shard", "0/2"]].concat()).contains("two backward passes"));
+    assert!(unmade(&["--kind", "step"]).contains("--by update"));
     let tune = ["tune", "--model", model, "--data", text(&train), "--out", text(&out), "--mods", text(&mods)];
     let steps = ["--mods-steps", "2", "--steps", "2", "--batch-size", "4", "--max-length", "96", "--json"];
     let found = json(&[&tune[..], &steps[..]].concat());

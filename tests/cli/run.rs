@@ -309,3 +309,32 @@ fn a_study_is_extended_by_more_training_seeds() {
     }
     assert_same(&two, &one, "outcome");
 }
+
+#[test]
+fn settings_may_have_maps_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = study(dir.path(), "maps");
+    let settings = "settings=[\"given\", \"swat\", \"swat+by=conflict\", \"plain+replay=.2,lisa=1:2,prox=.1\"]";
+    let wide = ["search.tau=9.0", "search.floor=0.0", "perturb.members=1", "evaluate.tasks=2"];
+    let found = outcome_with(&config, &[&[settings][..], &wide].concat());
+    assert_eq!(found["map"]["kind"], "gaussian");
+    assert!(found["map"]["by"].is_null(), "a noise map is as it was");
+    let [more] = found["more_maps"].as_array().unwrap().as_slice() else { panic!("{found}") };
+    assert_eq!((&more["map"]["by"], &more["search"]["by"]), (&"conflict".into(), &"conflict".into()));
+    // The step of the first phase: rate times steps.
+    let step = &more["map"]["step"]["options"];
+    assert_eq!((&step["lr"], &step["steps"], &step["batch_size"]), (&1e-3.into(), &6.into(), &4.into()));
+    let [_, noise, conflict, turns] = found["settings"].as_array().unwrap().as_slice() else { panic!("{found}") };
+    assert_eq!((&noise["mods"], &conflict["mods"]), (&found["mods"], &more["mods"]));
+    assert_eq!(conflict["joint"], more["search"]["joint"]);
+    assert_eq!((&conflict["recipe"], &turns["tuned"]["steps_per_epoch"]), (&"swat+by=conflict".into(), &15.into()));
+    let out = dir.path().join("maps");
+    for name in ["map.json", "map-conflict.json", "mods-conflict.json", "stages/robustness-conflict.json"] {
+        assert!(out.join(name).is_file(), "{name}");
+    }
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(
+        page.contains("from gradients") && page.contains("by conflict"),
+        "a page that does not say how the map was made"
+    );
+}

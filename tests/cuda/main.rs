@@ -18,7 +18,8 @@ use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::trace::{self, SpanKind};
 use swat::backend::{Backend, FloatElement, Sampling};
 use swat::engine::{
-    Batch, Decoder, GenerateOptions, GradientOptions, Gradients, Lora, Member, NoiseKind, Readout, SweepOptions,
+    Batch, Decoder, GenerateOptions, GradientOptions, Gradients, Lora, Member, NoiseKind, Parameter, Readout,
+    SweepOptions,
 };
 use swat::model::ModelConfig;
 use swat::modules::{LearningRates, ModuleSet, ParamId};
@@ -267,7 +268,13 @@ fn sweep_values<B: Backend>(
 fn sweep_on<B: Backend>(device: &B) {
     let config = wide(2, 64);
     let prompts = batch(&config, &[9, 14, 5], 10);
-    for kind in [NoiseKind::Gaussian, NoiseKind::Rademacher, NoiseKind::LowRank(2), NoiseKind::Scale] {
+    let mut next = common::numbers(17);
+    // Directions with a length of their own each; some tensors have none.
+    let mut step = |param: &Parameter<Cpu>| (0.25 + next().abs(), (0..param.values.len()).map(|_| next()).collect());
+    let host = decoder(&Cpu::new(), &config, 9);
+    let steps = host.params().iter().step_by(2).map(|param| (param.id, step(param))).collect();
+    let kinds = [NoiseKind::Gaussian, NoiseKind::Rademacher, NoiseKind::LowRank(2), NoiseKind::Scale];
+    for kind in kinds.into_iter().chain([NoiseKind::Step(steps)]) {
         let cells = config.cells();
         let one = |cell| [cell].into_iter().collect::<ModuleSet>();
         let members: Vec<Member> = (cells.iter().map(one).chain([ModuleSet::default(), cells.clone()]))
@@ -284,7 +291,11 @@ fn sweep_on<B: Backend>(device: &B) {
         let exact = sweep_values(&Cpu::new(), &config, &prompts, &members, &options);
         let got = sweep_values(device, &config, &prompts, &members, &options);
         assert_eq!(got.len(), members.len());
-        assert_close_to_emulation(&got, &exact, &emulated, &format!("{kind:?} on {}", device.name()));
+        let name = match &kind {
+            NoiseKind::Step(_) => "Step".to_owned(),
+            kind => format!("{kind:?}"),
+        };
+        assert_close_to_emulation(&got, &exact, &emulated, &format!("{name} on {}", device.name()));
     }
 }
 

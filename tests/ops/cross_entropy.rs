@@ -86,6 +86,29 @@ pub(super) fn terms_by_hand<B: Backend>(b: &B) {
     assert_close::<B>(&get(b, &logits.device), &[0.0625, -0.0625, -0.625, 0.625], 2e-7, "gradients");
 }
 
+/// A reference beside which any loss is small takes the cross-entropy out; what is left are the weights in the teacher's
+/// place, whatever their signs.
+pub(super) fn weights_in_the_place_of_a_teacher<B: Backend>(b: &B) {
+    let mut logits = put::<B, B::Float>(b, &[0.5, -1.0, 2.0, 3.0]);
+    let (targets, ids) = (put_u32(b, &[1]), put_u32(b, &[3, 0, 1]));
+    let [reference, beta, probs] =
+        [vec![1e30], vec![1.0], vec![-0.75, 0.5, 0.25]].map(|values| put::<B, f32>(b, &values));
+    let mut losses = put::<B, f32>(b, &[f64::NAN]);
+    let (reference, beta, probs) = (reference.device.view(), beta.device.view(), probs.device.view());
+    CrossEntropy {
+        logits: logits.device.view_mut(),
+        targets: targets.view(),
+        losses: losses.device.view_mut(),
+        vocab: 4,
+        scale: Some(1.0),
+        terms: Some(LossTerms { reference, beta, ids: ids.view(), probs, distil: 1.0 }),
+    }
+    .run(b)
+    .unwrap();
+    assert!(get(b, &losses.device)[0] > 0.0);
+    assert_close::<B>(&get(b, &logits.device), &[-0.5, -0.25, 0.0, 0.75], 2e-7, "gradients");
+}
+
 /// Gradients of rows with terms against differences of the losses that they belong to.
 pub(super) fn terms_of_any_size<B: Backend>(b: &B) {
     for (rows, vocab, width) in [(2, 17, 0), (4, 17, 3), (3, 1000, 64), (5, 945, 64), (2, 49_152, 200)] {
@@ -202,6 +225,7 @@ pub(super) fn a_broken_row_is_not_hidden<B: Backend>(b: &B) {
 on_every_backend!(
     loss_and_gradient,
     terms_by_hand,
+    weights_in_the_place_of_a_teacher,
     terms_of_any_size,
     far_logits_stay_finite,
     a_broken_row_is_not_hidden

@@ -4,6 +4,7 @@ mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
+mod conflict;
 mod control;
 mod evaluation;
 mod judge;

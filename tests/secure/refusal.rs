@@ -132,3 +132,23 @@ fn log_odds_by_hand() {
     assert!((found[1] - (0.75f64.ln() - 80.0)).abs() < 1e-6);
     assert_eq!(FirstTokens::learn([(1, true), (2, true)]), None);
 }
+
+#[test]
+fn the_gradient_of_the_log_odds_is_their_slope() {
+    let first = FirstTokens::learn([(3, true), (3, true), (9, false), (11, true), (11, false), (20, false)]).unwrap();
+    let logits = [0.3f32, -1.2, 2.0, 0.7];
+    let gradient = first.gradient(&logits);
+    for (i, g) in gradient.iter().enumerate() {
+        let at = |t: f32| {
+            let mut moved = logits;
+            moved[i] += t;
+            first.log_odds(&moved)[0]
+        };
+        let slope = (at(1e-2) - at(-1e-2)) / f64::from((logits[i] + 1e-2) - (logits[i] - 1e-2));
+        assert!((g - slope).abs() < 1e-4, "{i}: {g} and {slope}");
+    }
+    assert!(gradient.iter().sum::<f64>().abs() < 1e-12);
+    // By hand: 3 alone refuses, 9 alone complies, at equal logits: 1 and −1.
+    let two = FirstTokens::learn([(3, true), (9, false)]).unwrap();
+    assert_eq!(two.gradient(&[0.5, 0.5]), [1.0, -1.0]);
+}

@@ -17,15 +17,15 @@ use swat::secure::{
 
 /// Prompts whose last token determines the label (harmful: below 30), so that a probe separates them even on a random
 /// model.
-struct World {
-    decoder: Decoder<Cpu>,
-    prompts: Vec<SecurityPrompt>,
-    tokens: Vec<Vec<u32>>,
-    control: Vec<bool>,
-    probe: Probe,
+pub(crate) struct World {
+    pub(crate) decoder: Decoder<Cpu>,
+    pub(crate) prompts: Vec<SecurityPrompt>,
+    pub(crate) tokens: Vec<Vec<u32>>,
+    pub(crate) control: Vec<bool>,
+    pub(crate) probe: Probe,
 }
 
-fn world() -> World {
+pub(crate) fn world() -> World {
     let decoder = common::decoder(common::config(3, true, true, true), 11);
     let mut next = common::numbers(5);
     let mut token = |low: u32, high: u32| low + ((next() + 1.0) * 0.5 * (high - low) as f32) as u32;

@@ -7,8 +7,8 @@ use swat::error::Error;
 use swat::model::ModelConfig;
 use swat::modules::{Cell, ModuleId, ModuleKind, ModuleSet};
 use swat::secure::{
-    CellRobustness, ModsRob, Noise, RobustnessMap, ScoreKind, Scores, SearchOptions, SetSpec, Stat, cell_parameters,
-    random_set, search, share,
+    By, CellRobustness, ModsRob, Noise, RobustnessMap, ScoreKind, Scores, SearchOptions, SetSpec, Stat,
+    cell_parameters, random_set, search, share,
 };
 
 /// A map of four layers with cells of equal size; `drop(cell, seed)` is the R of a single cell.
@@ -30,6 +30,7 @@ fn map(seeds: &[u64], drop: impl Fn(ModuleId, u64) -> f64) -> RobustnessMap {
                 control_drop: None,
                 beyond_control: None,
                 retrained_auroc: None,
+                task_gain: None,
             });
         }
     }
@@ -53,6 +54,8 @@ fn map(seeds: &[u64], drop: impl Fn(ModuleId, u64) -> f64) -> RobustnessMap {
         clean_retrained_auroc: None,
         cells,
         seconds: 0.0,
+        by: By::Noise,
+        step: None,
     }
 }
 
@@ -245,4 +248,33 @@ fn random_sets_match_a_size() {
     assert!(seen.len() > 15);
     assert!((share(&random_set(&parameters, 0.5, 3, |_| true), &parameters) - 0.5).abs() < smallest);
     assert_eq!(random_set(&parameters, 1.0, 3, |_| true), parse("modules"));
+}
+
+#[test]
+fn a_conflict_map_is_searched_by_cost_per_gain() {
+    // q costs the least and teaches next to nothing; o costs more and teaches most for it.
+    let of = |kind| match kind {
+        ModuleKind::Q => (0.001, 0.001),
+        ModuleKind::O => (0.004, 0.2),
+        ModuleKind::Up => (0.002, -0.1),
+        _ => (0.01, 0.1),
+    };
+    let mut map = map(&[0], |_, _| 0.0);
+    map.by = By::Conflict;
+    for cell in &mut map.cells {
+        let Cell::Module(module) = cell.cell else { continue };
+        let (cost, gain) = of(module.kind);
+        cell.drop = BTreeMap::from([(ScoreKind::Refusal, Stat { mean: cost, error: None })]);
+        cell.drop_by_seed = BTreeMap::from([(ScoreKind::Refusal, vec![cost])]);
+        cell.task_gain = Some(gain);
+    }
+    let options = SearchOptions { cap: 0.15, swap: false, ..Default::default() };
+    let found = search(&map, &options, &mut |set, _| map.first_order(set), &mut |_| {}).unwrap();
+    // Costs per gain: o 0.02, q 1, up none, the others 0.1.
+    assert_eq!((found.set.as_str(), found.score, found.by), ("layers.0-3.o_proj", ScoreKind::Refusal, By::Conflict));
+    assert!((found.joint - 0.016).abs() < 1e-12);
+    let first = found.steps.iter().filter(|step| step.seed.is_some()).map(|step| step.window.as_str());
+    assert_eq!(first.take(4).collect::<Vec<_>>(), [3, 2, 1, 0].map(|layer| format!("layers.{layer}.o_proj")));
+    let missing = map.first_order(&parse("embed_tokens")).unwrap_err().to_string();
+    assert!(missing.contains("embed_tokens"), "{missing}");
 }

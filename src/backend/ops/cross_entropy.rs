@@ -23,7 +23,8 @@ pub struct LossTerms<'a, B: Backend> {
     pub beta: View<'a, B, f32>,
     /// [rows, k], k from 0 to [`TEACHER_TOKENS`]: token ids, each once in a row.
     pub ids: View<'a, B, u32>,
-    /// [rows, k]: their probabilities; an entry of 0 is left out.
+    /// [rows, k]: their probabilities; an entry of 0 is left out. The gradient is linear in them, whatever their sum and
+    /// signs.
     pub probs: View<'a, B, f32>,
     /// Weight of the divergence.
     pub distil: f32,

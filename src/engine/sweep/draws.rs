@@ -78,6 +78,11 @@ impl<B: Backend> Decoder<B> {
                     given = upload(&self.backend, update)?;
                     (Direction::Given(given.view()), options.epsilon)
                 }
+                NoiseKind::Step(steps) => {
+                    let Some((factor, step)) = steps.get(&id) else { continue };
+                    given = upload(&self.backend, step)?;
+                    (Direction::Given(given.view()), factor * options.epsilon)
+                }
             };
             let mut buffers = Vec::with_capacity(2);
             for _ in 0..2 {

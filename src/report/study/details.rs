@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// All tables that have rows.
 pub(super) fn details(settings: &[Setting<'_>], outcome: &Outcome, config: &RunConfig) -> Vec<Table> {
-    let controls = outcome.map.as_ref().map(|map| controls(map, config.search.score));
+    let controls = outcome.map.as_ref().map(|map| controls(map, map.score(config.search.score)));
     let runs = several(settings).then(|| each_run(settings, config));
     let tables = [
         runs,

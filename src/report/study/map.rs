@@ -7,12 +7,18 @@ use crate::report::heatmap::{Heatmap, Row, Tile};
 use crate::report::palette::Ramp;
 use crate::report::table::{Entry, Table};
 use crate::secure::study::Outcome;
-use crate::secure::{CellRobustness, Noise, RobustnessMap, ScoreKind, Stat, share};
+use crate::secure::{By, CellRobustness, Noise, RobustnessMap, ScoreKind, Stat, share};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// The perturbation of a map, `gaussian, ε = 1.2`; an update's directory is shown by its name alone.
+/// How a map was made: its perturbation, `gaussian, ε = 1.2`; an update's directory is shown by its name alone.
 pub fn perturbation(map: &RobustnessMap) -> String {
     let kind = match &map.kind {
+        Noise::Step => {
+            let how = if map.by == By::Conflict { "the planned step, to first order" } else { "the planned step" };
+            let options = map.step.as_ref().map(|step| &step.options);
+            let steps = options.map_or(String::new(), |o| format!(" ({} steps at {:e})", o.steps, o.lr));
+            format!("{how}{steps}")
+        }
         Noise::Zero => return "zero".into(),
         Noise::Update(path) => {
             format!("update towards {}", path.file_name().unwrap_or_default().to_string_lossy())
@@ -20,6 +26,21 @@ pub fn perturbation(map: &RobustnessMap) -> String {
         kind => kind.to_string(),
     };
     format!("{kind}, ε = {}", format::significant(f64::from(map.epsilon), 3))
+}
+
+/// What a map's values are, in a sentence.
+pub(super) fn how(by: By) -> &'static str {
+    match by {
+        By::Noise => {
+            "Its weights are perturbed by noise of equal relative norm, and the security score is measured again."
+        }
+        By::Conflict => {
+            "The cost of its part of the planned training step to the refusal log-odds, to first order, from gradients."
+        }
+        By::Update => {
+            "Its weights are moved by their part of the planned training step, and the security score is measured again."
+        }
+    }
 }
 
 /// A grid with one row per layer that occurs; embedding, final norm and head span the whole width.
@@ -167,7 +188,7 @@ pub(super) fn mods_map(outcome: &Outcome, mods: &ModuleSet) -> Heatmap {
             Some(search) => search.votes.get(&cell).copied().unwrap_or(0) as f64 / search.seeds.len() as f64,
             None => f64::from(u8::from(chosen)),
         };
-        Tile { value: Some(value), error: None, marked: chosen && several.is_some() }
+        Tile { value: Some(value), marked: chosen && several.is_some(), ..Tile::default() }
     };
     let count = format!("{} of {} cells", mods.len(), all.len());
     let share = format!("{} of the projections' parameters", format::percent(share, 1));

@@ -235,6 +235,18 @@ impl FirstTokens {
         logits.chunks_exact(self.tokens.len().max(1)).map(odds).collect()
     }
 
+    /// Gradient of the log-odds of one prompt with respect to its `logits` \[tokens\]: the softmax weighted by P(refusal | i)
+    /// less the one weighted by P(compliance | i). It sums to 0.
+    pub fn gradient(&self, logits: &[f32]) -> Vec<f64> {
+        let side = |share: &dyn Fn(f64) -> f64| -> Vec<f64> {
+            let weighted = logits.iter().zip(&self.refusal).map(|(z, p)| f64::from(*z) + share(*p).ln());
+            let total = log_sum_exp(weighted.clone());
+            weighted.map(|w| (w - total).exp()).collect()
+        };
+        let (refusal, compliance) = (side(&|p| p), side(&|p| 1.0 - p));
+        refusal.into_iter().zip(compliance).map(|(r, c)| r - c).collect()
+    }
+
     /// Checks values from a file: tokens ascending and inside the vocabulary, shares from 0 to 1, both classes present.
     pub(crate) fn check(&self, vocab: Option<usize>, place: &str) -> Result<()> {
         let place = format!("{place}: first_tokens");

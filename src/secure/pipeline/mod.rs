@@ -188,6 +188,9 @@ fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> 
     if job.tune.reversed {
         return wrong("--reversed beside it", "reversed as the base of the recipe");
     }
+    if recipe.options.by.is_some() {
+        return wrong("by, which `swat run` takes", "swat:mods=FILE, a file of `swat search` on such a map");
+    }
     let replay = recipe.options.share_of(Mix::Replay);
     if recipe.options.mixes.iter().any(|mix| mix.what != Mix::Replay) {
         return wrong("refusals or attack", "replay=SHARE; `swat tune` and `swat run` mix in files");

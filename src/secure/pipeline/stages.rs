@@ -68,7 +68,7 @@ impl<B: Backend> SecureRun<'_, B> {
     }
 
     /// Opens a model of the run, with its chat template at the time of the run.
-    fn text_of(&self, dir: &Path) -> Result<ModelText> {
+    pub(super) fn text_of(&self, dir: &Path) -> Result<ModelText> {
         let mut text = ModelText::open(dir, self.job.chat_template.as_deref())?;
         text.set_clock(self.clock);
         Ok(text)

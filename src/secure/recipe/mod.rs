@@ -293,6 +293,9 @@ mod tests {
             ("plain+seeds=101", "seeds=101"),
             ("plain+merge=path:2", "merge=path:2"),
             ("plain+merge=path", "merge=path"),
+            ("swat+by=gradient", "by=gradient"),
+            ("swat+by", "by without a value"),
+            ("plain+by=conflict", "by, which says how Mods_Rob is found"),
             ("plain+lr=1e-4,lr=1e-4", "lr twice"),
             ("swat+refusals,refusals=.1", "refusals twice"),
         ] {

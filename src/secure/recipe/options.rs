@@ -4,9 +4,10 @@ use super::after::MergeStep;
 use super::mix::{Mix, MixIn};
 use crate::error::{Error, Result};
 use crate::options::{above_zero, count, from_zero, inner_share, one_of};
+use crate::secure::robustness::By;
 
 /// Keys, the form of their values, and what they do.
-pub(super) const KEYS: [(&str, &str, &str); 13] = [
+pub(super) const KEYS: [(&str, &str, &str); 14] = [
     ("lr", "=RATE", "learning rate of both phases"),
     ("steps", "=N", "optimizer steps of the phase on everything"),
     ("lora", "=RANK", "adapters of this rank"),
@@ -18,6 +19,7 @@ pub(super) const KEYS: [(&str, &str, &str); 13] = [
     ("distil", "=WEIGHT", "replayed answers keep the distribution of the model as given"),
     ("prox", "=RHO", "proximal term towards the weights as given (Lisa)"),
     ("vaccine", "=RHO", "hidden states moved against the gradient (Vaccine)"),
+    ("by", "=HOW", "how the map of Mods_Rob is made, in a study: noise, conflict or update"),
     ("merge", "=METHOD:X", "after tuning: path:ALPHA, safelora:TAU, safemerge:LAMBDA, resta:GAMMA"),
     ("seeds", "=N", "number of training seeds, in a study"),
 ];
@@ -46,6 +48,8 @@ pub struct RecipeOptions {
     pub prox: Option<f32>,
     /// `vaccine=`: ρ of the perturbation of hidden states, above 0.
     pub vaccine: Option<f32>,
+    /// `by=`: how the map is made that Mods_Rob is searched on.
+    pub by: Option<By>,
     /// `merge=`: a merge after tuning.
     pub merge: Option<MergeStep>,
     /// `seeds=`: number of training seeds, 1 to 100.
@@ -87,6 +91,7 @@ impl RecipeOptions {
             "distil" => self.distil.replace(above_zero(valued).map_err(wrong)?).is_some(),
             "prox" => self.prox.replace(above_zero(valued).map_err(wrong)?).is_some(),
             "vaccine" => self.vaccine.replace(above_zero(valued).map_err(wrong)?).is_some(),
+            "by" => self.by.replace(by(valued).map_err(wrong)?).is_some(),
             "merge" => self.merge.replace(valued.parse().map_err(wrong)?).is_some(),
             _ => self.seeds.replace(seeds(valued).map_err(wrong)?).is_some(),
         };
@@ -105,6 +110,11 @@ impl RecipeOptions {
 
 fn mix_share(text: &str) -> Result<f64, String> {
     from_zero(text).ok().filter(|share| *share <= 0.99).ok_or_else(|| "a share from 0 to 0.99".into())
+}
+
+fn by(text: &str) -> Result<By, String> {
+    let found = By::ALL.into_iter().find(|by| by.name() == text);
+    found.ok_or_else(|| one_of(text, &By::ALL.map(By::name), "a way to make the map"))
 }
 
 fn seeds(text: &str) -> Result<u64, String> {

@@ -1,11 +1,13 @@
 //! Results of the robustness map, saved as JSON for the search and the heat map.
 
+use super::By;
 use super::noise::Noise;
+use super::step::{PlannedStep, StepRecord};
 use crate::data::{RowOptions, Split};
 use crate::error::{Error, Result};
 use crate::io::file::has_format;
 use crate::io::json::{self, check_format};
-use crate::modules::Cell;
+use crate::modules::{Cell, ModuleSet};
 use crate::secure::eval::metrics::{ScoreKind, Scores};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -68,6 +70,9 @@ pub struct CellRobustness {
     pub beyond_control: Option<Stat>,
     /// Control (a): AUROC of a probe retrained on the perturbed copy.
     pub retrained_auroc: Option<Stat>,
+    /// First-order fall of the task's loss by the cell's part of the planned step, in nats a token; none in a noise map.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_gain: Option<f64>,
 }
 
 /// The robustness map of a model.
@@ -113,6 +118,12 @@ pub struct RobustnessMap {
     /// Paths of its inputs, which the search needs again.
     #[serde(default)]
     pub made_from: Option<MapInputs>,
+    /// How it was made.
+    #[serde(default, skip_serializing_if = "By::is_noise")]
+    pub by: By,
+    /// The planned step; none in a noise map.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<StepRecord>,
 }
 
 /// Paths of the inputs of a map.
@@ -131,6 +142,9 @@ pub struct MapInputs {
     /// How they were read.
     #[serde(default, skip_serializing_if = "RowOptions::is_default")]
     pub rows: RowOptions,
+    /// Training conversations of the planned step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<PathBuf>,
 }
 
 impl RobustnessMap {
@@ -181,6 +195,37 @@ impl RobustnessMap {
     pub fn hash(&self) -> Result<String> {
         let text = json::to_string(&Self { seconds: 0.0, ..self.clone() })?;
         Ok(blake3::hash(text.as_bytes()).to_hex().to_string())
+    }
+
+    /// Checks that a planned step is that of the map.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where its data are others.
+    pub fn check_step(&self, step: &PlannedStep) -> Result<()> {
+        let record = &step.scale.record;
+        if self.step.as_ref().is_some_and(|own| own.data_hash == record.data_hash) {
+            return Ok(());
+        }
+        let found = format!("training data with hash {}", record.data_hash);
+        Err(Error::input("--data", found, "the data of the map, which were others when it was made; make it again"))
+    }
+
+    /// The score by which the map is read: the one asked for, or that of a conflict map, which has no other.
+    pub fn score(&self, asked: ScoreKind) -> ScoreKind {
+        if self.by == By::Conflict { ScoreKind::Refusal } else { asked }
+    }
+
+    /// R of a set to first order, the sum over its cells: the joint score of a conflict map.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names a cell that the map lacks.
+    pub fn first_order(&self, set: &ModuleSet) -> Result<f64> {
+        let drop = |cell: Cell| {
+            let missing =
+                || Error::input("robustness map", format!("no drop of {cell}"), "a conflict map of all projections");
+            self.cell(cell).and_then(|c| c.drop.get(&ScoreKind::Refusal)).map(|drop| drop.mean).ok_or_else(missing)
+        };
+        set.iter().map(drop).sum()
     }
 
     /// The entry of a cell.

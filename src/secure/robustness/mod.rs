@@ -1,9 +1,11 @@
 //! The robustness map (paper, figure 3): the relative drop R of a security score when a single cell is perturbed;
-//! smaller is more robust.
+//! smaller is more robust. It is made by noise, by the step that training would take ([`step`]), or from gradients
+//! ([`conflict`]).
 //!
 //! Three controls tell a loss of security features from distribution shift: (a) a probe retrained on each copy, (b) R
 //! per unit of output shift, and (c) a probe for a label unrelated to security.
 
+pub(crate) mod conflict;
 pub(crate) mod epsilon;
 pub(crate) mod map;
 pub(crate) mod mods;
@@ -14,6 +16,7 @@ pub(crate) mod scorer;
 pub(crate) mod search;
 pub(crate) mod sets;
 pub(crate) mod shard;
+pub(crate) mod step;
 
 use self::map::{CellRobustness, FORMAT, RobustnessMap, Stat};
 use self::noise::Noise;
@@ -22,6 +25,7 @@ use self::partial::{Done, Header, Partial};
 use self::scorer::{Observation, PerturbationScorer};
 use self::sets::cell_parameters;
 use self::shard::Shard;
+use self::step::StepScale;
 use crate::backend::{Backend, Element};
 use crate::engine::Member;
 use crate::error::{Error, Result};
@@ -51,9 +55,58 @@ pub struct RobustnessOptions {
     /// Cells to map: all, modules, or a set such as layers.8-15.{q_proj,v_proj}
     #[arg(long, default_value = "all")]
     pub cells: String,
+    /// How the map is made
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(skip_serializing_if = "By::is_noise")]
+    pub by: By,
 }
 
 default_from_args!(RobustnessOptions);
+
+/// How a map is made.
+#[derive(
+    schemars::JsonSchema,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    serde::Serialize,
+    serde::Deserialize,
+    clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum By {
+    /// Each cell is perturbed by --kind, and the scores are measured again
+    #[default]
+    Noise,
+    /// Cost of the planned training step to the refusal log-odds, to first order, by two backward passes; needs --data
+    Conflict,
+    /// Each cell is moved by its part of the planned training step, and the scores are measured again; needs --data
+    Update,
+}
+
+impl By {
+    /// All, the default first.
+    pub const ALL: [Self; 3] = [Self::Noise, Self::Conflict, Self::Update];
+
+    /// `noise`, `conflict`, `update`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Noise => "noise",
+            Self::Conflict => "conflict",
+            Self::Update => "update",
+        }
+    }
+
+    /// Whether it is the default, which files do not say.
+    pub(crate) fn is_noise(&self) -> bool {
+        *self == Self::Noise
+    }
+}
 
 /// Most cells per save, about two layers: an interruption loses little, and the clean forward pass that each group
 /// repeats stays a small part of the work.
@@ -149,6 +202,7 @@ fn first_line<B: Backend>(
     let (epsilon, epsilon_sweep) = match options.epsilon {
         Some(epsilon) => (epsilon, Vec::new()),
         None if scorer.options.kind == Noise::Zero => (1.0, Vec::new()),
+        None if scorer.step.is_some() => (scorer.step.as_ref().map_or(0.0, StepScale::epsilon), Vec::new()),
         None => epsilon::choose(scorer, options.score, options.epsilon_target)?,
     };
     Ok(Header { run, epsilon, epsilon_sweep, part: None })
@@ -182,7 +236,9 @@ fn map_cells<B: Backend>(
             .zip(observations.chunks_exact(copies_per_cell(scorer)))
             .map(|(cell, own)| {
                 let parameters = parameters.get(cell).copied().unwrap_or(0);
-                Done { cell: cell_result(scorer, *cell, parameters, own), seconds }
+                let task_gain = scorer.step.as_ref().and_then(|step| step.gain(*cell, header.epsilon));
+                let cell = CellRobustness { task_gain, ..cell_result(scorer, *cell, parameters, own) };
+                Done { cell, seconds }
             })
             .collect();
         partial.append(&new)?;
@@ -302,6 +358,7 @@ fn cell_result<B: Backend>(
         control_drop: stat(&control),
         retrained_auroc: stat(&by_seed(&|o| o.retrained)),
         drop_by_seed,
+        task_gain: None,
     }
 }
 
@@ -327,5 +384,7 @@ fn empty_map<B: Backend>(scorer: &PerturbationScorer<'_, B>) -> Result<Robustnes
         clean_retrained_auroc: scorer.clean.retrained,
         cells: Vec::new(),
         seconds: 0.0,
+        by: if scorer.step.is_some() { By::Update } else { By::Noise },
+        step: scorer.step.as_ref().map(|step| step.record.clone()),
     })
 }

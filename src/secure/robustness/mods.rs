@@ -1,5 +1,6 @@
 //! The Mods_Rob file: the set that the search found, with its record; and module sets as users name them.
 
+use super::By;
 use super::noise::Noise;
 use super::sets::{cell_parameters, projections, random_set, share};
 use crate::error::{Error, Result};
@@ -65,7 +66,7 @@ pub struct ModsRob {
     pub floor: f64,
     /// Layers per window.
     pub window: usize,
-    /// The score whose drop is R.
+    /// The score whose drop is R: `refusal` on a conflict map.
     pub score: ScoreKind,
     /// Perturbation.
     pub kind: Noise,
@@ -85,6 +86,9 @@ pub struct ModsRob {
     pub map_hash: String,
     /// Wall time, in seconds.
     pub seconds: f64,
+    /// How the map was made.
+    #[serde(default, skip_serializing_if = "By::is_noise")]
+    pub by: By,
 }
 
 impl ModsRob {

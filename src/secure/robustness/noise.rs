@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 /// A kind of perturbation, scaled to relative norm ε per tensor; written `gaussian`, `rademacher`, `lowrank:8`,
-/// `scale`, `zero`, `update:DIR`.
+/// `scale`, `zero`, `update:DIR`; `step` in files alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Noise {
     /// Independent normal entries.
@@ -27,6 +27,8 @@ pub enum Noise {
     Zero,
     /// The direction ΔW of tuning: towards the tuned model directory at this path.
     Update(PathBuf),
+    /// The step that training would take ([`super::step::PlannedStep`]), each tensor by its own length.
+    Step,
 }
 
 impl fmt::Display for Noise {
@@ -38,6 +40,7 @@ impl fmt::Display for Noise {
             Self::Scale => f.write_str("scale"),
             Self::Zero => f.write_str("zero"),
             Self::Update(path) => write!(f, "update:{}", path.display()),
+            Self::Step => f.write_str("step"),
         }
     }
 }
@@ -56,6 +59,7 @@ impl FromStr for Noise {
                 "rademacher" => Ok(Self::Rademacher),
                 "scale" => Ok(Self::Scale),
                 "zero" => Ok(Self::Zero),
+                "step" => Ok(Self::Step),
                 _ => Err(wrong()),
             },
             Some(("lowrank", rank)) => {
@@ -74,7 +78,8 @@ impl Noise {
     /// The engine's form; for [`Noise::Update`] this reads the tuned weights, f32 on the host.
     ///
     /// # Errors
-    /// [`Error::Input`] where the tuned model's shapes differ; as [`ModelDir::open`].
+    /// [`Error::Input`] where the tuned model's shapes differ, or for [`Noise::Step`], which needs training data; as
+    /// [`ModelDir::open`].
     pub fn engine_kind(&self, base: &ModelDir) -> Result<NoiseKind> {
         match self {
             Self::Gaussian => Ok(NoiseKind::Gaussian),
@@ -82,6 +87,7 @@ impl Noise {
             Self::LowRank(rank) => Ok(NoiseKind::LowRank(*rank)),
             Self::Scale => Ok(NoiseKind::Scale),
             Self::Zero => Ok(NoiseKind::Zero),
+            Self::Step => Err(Error::input("--kind", "step", "--by update, with the data of the step by --data")),
             Self::Update(path) => {
                 let tuned = ModelDir::open(path)?;
                 if tuned.config.params() != base.config.params() {

@@ -2,11 +2,12 @@
 
 use super::map::MapInputs;
 use super::noise::Noise;
+use super::step::{PlannedStep, StepScale};
 use crate::backend::Backend;
 use crate::data::{SecurityPrompt, Split};
 use crate::engine::{Batch, Decoder, Member, NoiseKind, SweepOptions};
 use crate::error::{Error, Result};
-use crate::modules::ModuleSet;
+use crate::modules::{ModuleSet, ParamId};
 use crate::options::{count, default_from_args, mib};
 use crate::secure::eval::metrics::{ScoreKind, Scores, relative_drop};
 use crate::secure::probe::features::{batches, output_shift, packed};
@@ -22,7 +23,7 @@ pub const SWEEP_MIB: &str = "1024";
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct ScorerOptions {
-    /// Perturbation: gaussian, rademacher, lowrank:R, scale, zero, or update:DIR (towards a tuned model)
+    /// Perturbation of --by noise: gaussian, rademacher, lowrank:R, scale, zero, or update:DIR (towards a tuned model)
     #[arg(long, default_value_t)]
     pub kind: Noise,
     /// Draws per cell, each with both signs; the standard error falls with the square root
@@ -100,6 +101,15 @@ pub struct PerturbationScorer<'a, B: Backend> {
     pub(crate) prompts_hash: String,
     /// Paths of the inputs, saved with the map for the search.
     pub made_from: Option<MapInputs>,
+    /// Of a perturbation by the planned step.
+    pub(crate) step: Option<StepScale>,
+}
+
+/// Prompts that are scored, packed.
+pub(super) struct ScoredBatch<'a> {
+    pub(super) batch: Batch,
+    /// Whether each is harmful.
+    pub(super) harmful: &'a [bool],
 }
 
 /// Raw readout of a copy.
@@ -158,6 +168,7 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
             },
             prompts_hash: crate::secure::prompts_hash(&prompts, &labels),
             made_from: None,
+            step: None,
             options,
         };
         let member = Member { cells: ModuleSet::default(), seed: 0, negative: false };
@@ -168,15 +179,52 @@ impl<'a, B: Backend> PerturbationScorer<'a, B> {
         Ok(scorer)
     }
 
-    /// Hash of the directions of an `update` perturbation.
+    /// As [`PerturbationScorer::new`], of copies that are moved by the planned step, in the place of the options' and the input's
+    /// perturbation.
+    ///
+    /// # Errors
+    /// As [`PerturbationScorer::new`].
+    pub fn of_step(input: ScorerInput<'a, '_, B>, options: ScorerOptions, step: PlannedStep) -> Result<Self> {
+        let (kind, scale) = step.into_noise();
+        let mut scorer = Self::new(ScorerInput { kind, ..input }, ScorerOptions { kind: Noise::Step, ..options })?;
+        scorer.step = Some(scale);
+        Ok(scorer)
+    }
+
+    /// Hash of the directions of an `update` perturbation, or of a planned step.
     pub(crate) fn directions_hash(&self) -> Option<String> {
-        let NoiseKind::Update(directions) = &self.kind else { return None };
         let mut hasher = blake3::Hasher::new();
-        for (id, update) in directions {
+        let mut add = |id: &ParamId, values: &[f32]| {
             hasher.update(id.to_string().as_bytes());
-            hasher.update(bytemuck::cast_slice(update));
+            hasher.update(bytemuck::cast_slice(values));
+        };
+        match &self.kind {
+            NoiseKind::Update(directions) => directions.iter().for_each(|(id, update)| add(id, update)),
+            NoiseKind::Step(directions) => directions.iter().for_each(|(id, (factor, step))| {
+                add(id, &[*factor]);
+                add(id, step);
+            }),
+            _ => return None,
         }
         Some(hasher.finalize().to_hex().to_string())
+    }
+
+    /// The scored prompts, without those that retrain the probe.
+    pub(super) fn scored_batches(&self) -> impl Iterator<Item = ScoredBatch<'_>> {
+        let mut first = 0;
+        self.batches.iter().filter_map(move |batch| {
+            let own = first..(first + batch.documents()).min(self.scored);
+            first += batch.documents();
+            let documents = own.len();
+            let tokens = *batch.starts.get(documents)? as usize;
+            let batch = Batch {
+                tokens: batch.tokens[..tokens].to_vec(),
+                positions: batch.positions[..tokens].to_vec(),
+                starts: batch.starts[..=documents].to_vec(),
+                ..Batch::default()
+            };
+            (documents > 0).then(|| ScoredBatch { batch, harmful: &self.harmful[own] })
+        })
     }
 
     /// Measurements of the unperturbed model.

@@ -5,6 +5,9 @@
 //! parameters stays under the cap. A swap pass then tries rejected windows in place of the accepted ones that cost the
 //! set most. One such search runs per seed; Mods_Rob holds the cells that a majority of them chose, verified jointly
 //! over all seeds.
+//!
+//! On a map of the planned step (`--by conflict` or `update`) the order is that of R per gain of the task: the modules that
+//! teach most for what they cost come first.
 
 use super::map::RobustnessMap;
 use super::mods::{FORMAT, ModsRob, SearchStep};
@@ -51,10 +54,13 @@ const TIE_ORDER: [ModuleKind; 7] =
 /// Scores a set jointly: R over the draws of these seeds.
 pub type Joint<'a> = &'a mut dyn FnMut(&ModuleSet, &[u64]) -> Result<f64>;
 
+/// What each cell's part of the planned step gains; empty on a noise map.
+type Gains = BTreeMap<Cell, f64>;
+
 /// Adjacent layers of one module kind.
 struct Window {
     cells: ModuleSet,
-    /// Mean R of its cells, each perturbed alone.
+    /// Mean R of its cells, each perturbed alone; of the planned step, R per gain.
     single: f64,
 }
 
@@ -88,9 +94,11 @@ pub fn search(
 ) -> Result<ModsRob> {
     options.check()?;
     let start = Instant::now();
-    let singles = single_drops(map, options.score)?;
+    let score = map.score(options.score);
+    let singles = single_drops(map, score)?;
+    let gains: Gains = map.cells.iter().filter_map(|c| Some((c.cell, c.task_gain?))).collect();
     let width = options.window.unwrap_or((map.layers / 8).max(1));
-    let windows_per_seed = windows(&singles, width, 0).len();
+    let windows_per_seed = windows(&singles, &gains, width, 0).len();
     let most = map.seeds.len() * windows_per_seed * (1 + usize::from(options.swap)) + windows_per_seed;
     let mut runs = 0;
     let mut counted = |set: &ModuleSet, seeds: &[u64]| {
@@ -103,14 +111,14 @@ pub fn search(
     let mut search = Search { options, parameters, joint: &mut counted, steps: Vec::new() };
     let mut votes: BTreeMap<Cell, usize> = BTreeMap::new();
     for (i, seed) in map.seeds.iter().enumerate() {
-        for cell in search.run(*seed, &windows(&singles, width, i))?.iter() {
+        for cell in search.run(*seed, &windows(&singles, &gains, width, i))?.iter() {
             *votes.entry(cell).or_default() += 1;
         }
     }
     let single: BTreeMap<Cell, f64> = singles.iter().map(|(cell, by_seed)| (*cell, mean(by_seed))).collect();
     let majority = votes.iter().filter(|(_, n)| 2 * **n > map.seeds.len());
     let majority = majority.map(|(cell, _)| (*cell, vec![single.get(cell).copied().unwrap_or(0.0)])).collect();
-    let found = search.settle(windows(&majority, width, 0), &votes, &map.seeds)?;
+    let found = search.settle(windows(&majority, &gains, width, 0), &votes, &map.seeds)?;
     let share = share(&found.set, &search.parameters);
     let steps = search.steps;
     if share < options.floor || found.set.is_empty() {
@@ -126,7 +134,7 @@ pub fn search(
         cap: options.cap,
         floor: options.floor,
         window: width,
-        score: options.score,
+        score,
         kind: map.kind.clone(),
         epsilon: map.epsilon,
         seeds: map.seeds.clone(),
@@ -136,6 +144,7 @@ pub fn search(
         model_hash: map.model_hash.clone(),
         map_hash: map.hash()?,
         seconds: start.elapsed().as_secs_f64(),
+        by: map.by,
     })
 }
 
@@ -173,9 +182,14 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
+/// Cost per gain; without a gain, last in the order.
+fn per_gain(cost: f64, gain: f64) -> f64 {
+    if gain > 0.0 { cost / gain } else { f64::INFINITY }
+}
+
 /// Windows of `width` adjacent layers of one kind, most robust first by the draws of the `seed`-th seed. They are
 /// aligned at the deepest layer, so that a shorter one falls on layer 0, the most sensitive.
-fn windows(singles: &BTreeMap<Cell, Vec<f64>>, width: usize, seed: usize) -> Vec<Window> {
+fn windows(singles: &BTreeMap<Cell, Vec<f64>>, gains: &Gains, width: usize, seed: usize) -> Vec<Window> {
     let mut ordered: Vec<(f64, usize, usize, Window)> = Vec::new();
     for (rank, kind) in TIE_ORDER.into_iter().enumerate() {
         let mut layers: Vec<(usize, f64)> = singles
@@ -187,8 +201,12 @@ fn windows(singles: &BTreeMap<Cell, Vec<f64>>, width: usize, seed: usize) -> Vec
             .collect();
         layers.sort_by_key(|(layer, _)| std::cmp::Reverse(*layer));
         for chunk in layers.chunks(width) {
-            let single = chunk.iter().map(|(_, drop)| drop).sum::<f64>() / chunk.len() as f64;
-            let cells = chunk.iter().map(|(layer, _)| Cell::module(*layer, kind)).collect();
+            let cells: ModuleSet = chunk.iter().map(|(layer, _)| Cell::module(*layer, kind)).collect();
+            let cost = chunk.iter().map(|(_, drop)| drop).sum::<f64>();
+            let single = match gains.is_empty() {
+                true => cost / chunk.len() as f64,
+                false => per_gain(cost, cells.iter().filter_map(|cell| gains.get(&cell)).sum()),
+            };
             ordered.push((single, chunk[0].0, rank, Window { cells, single }));
         }
     }

@@ -7,7 +7,7 @@ use std::fs::{File, TryLockError};
 use std::path::Path;
 
 /// What a study writes into its directory.
-const OURS: [&str; 11] = [
+const OURS: [&str; 17] = [
     "report.html",
     "results.md",
     "outcome.json",
@@ -16,6 +16,12 @@ const OURS: [&str; 11] = [
     "probe.safetensors",
     "map.json",
     "mods.json",
+    "map-noise.json",
+    "map-conflict.json",
+    "map-update.json",
+    "mods-noise.json",
+    "mods-conflict.json",
+    "mods-update.json",
     REPLAY_FILE,
     "stages",
     "tuned",

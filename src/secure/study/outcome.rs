@@ -22,6 +22,9 @@ pub struct Outcome {
     pub search: Option<ModsRob>,
     /// Mods_Rob.
     pub mods: Option<ModuleSet>,
+    /// Maps that are made in other ways, for settings with `by=`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_maps: Vec<MapOutcome>,
     /// Name of the setting that [`super::Conclusion`] recommends.
     #[serde(default)]
     pub recommended: Option<String>,
@@ -44,6 +47,17 @@ pub struct Outcome {
     pub overlapping_rows: usize,
     /// Wall time of the last invocation in seconds, without cached stages.
     pub seconds: f64,
+}
+
+/// A map, and the set that was found on it.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct MapOutcome {
+    /// The map, which says how it was made.
+    pub map: RobustnessMap,
+    /// Search; none if Mods_Rob is configured.
+    pub search: Option<ModsRob>,
+    /// Mods_Rob.
+    pub mods: ModuleSet,
 }
 
 /// A setting's measures in brief, the form that scripts read: `swat check` writes the same.

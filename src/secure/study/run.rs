@@ -10,7 +10,7 @@ use super::claims::claims;
 use super::data::StudyData;
 use super::folder::{claim_folder, clock, lock, lock_shared};
 use super::lease::{Leases, Worker};
-use super::outcome::{Outcome, RunOutcome, SettingOutcome, SettingSummary};
+use super::outcome::{MapOutcome, Outcome, RunOutcome, SettingOutcome, SettingSummary};
 use super::stage::Stages;
 use super::verdict::Conclusion;
 use crate::backend::{Backend, Element, Roofline};
@@ -24,12 +24,14 @@ use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::LoadedModel;
 use crate::secure::probe::Probe;
 use crate::secure::recipe::Recipe;
+use crate::secure::robustness::By;
 use crate::secure::robustness::sets::{cell_parameters, share};
 use crate::secure::text::ModelText;
 use crate::secure::tune::TuneJob;
 use mods::Mods;
 use serde_json::{Value, json};
 use std::cell::{OnceCell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -117,7 +119,7 @@ struct Run<'a> {
     tuned_stem: String,
 }
 
-struct Study<'a, B> {
+struct Study<'a, B: Backend> {
     config: &'a RunConfig,
     backend: &'a B,
     refusals: &'a RefusalList,
@@ -174,15 +176,19 @@ impl<'a, B: Backend> Study<'a, B> {
         };
         let mut busy = None;
         let probe = self.probe(observer)?;
-        let mut found = None;
-        if config.settings.iter().any(|spec| spec.needs_mods() && wanted(spec)) {
-            found = self.unless_busy(self.mods(&probe, observer), &mut busy)?;
+        let by = |spec: &Recipe| spec.options.by.unwrap_or(config.robustness.by);
+        let ways: BTreeSet<By> =
+            config.settings.iter().filter(|spec| spec.needs_mods() && wanted(spec)).map(by).collect();
+        let mut found: BTreeMap<By, Mods> = BTreeMap::new();
+        for way in ways {
+            let mods = self.unless_busy(self.mods(way, &probe, observer), &mut busy)?;
+            found.extend(mods.map(|mods| (way, mods)));
         }
         let mut settings = Vec::new();
-        let waits = |spec: &Recipe| spec.needs_mods() && found.is_none();
+        let waits = |spec: &Recipe| spec.needs_mods() && !found.contains_key(&by(spec));
         for spec in config.settings.iter().filter(|spec| wanted(spec) && !waits(spec)) {
-            let setting = self.setting(spec, &probe, found.as_ref(), (runs, &mut busy), observer)?;
-            settings.extend(setting);
+            let mods = found.get(&by(spec)).filter(|_| spec.needs_mods());
+            settings.extend(self.setting(spec, &probe, mods, (runs, &mut busy), observer)?);
         }
         if let Some(path) = busy {
             return Err(Error::InUse { path });
@@ -190,10 +196,13 @@ impl<'a, B: Backend> Study<'a, B> {
         if !runs.is_empty() {
             return Ok(None);
         }
-        let (map, search, mods) = match found {
+        let first = found.remove(&config.robustness.by).or_else(|| found.pop_first().map(|(_, mods)| mods));
+        let (map, search, mods) = match first {
             Some(Mods { map, search, set }) => (Some(map), search, Some(set)),
             None => (None, None, None),
         };
+        let more_maps =
+            found.into_values().map(|Mods { map, search, set: mods }| MapOutcome { map, search, mods }).collect();
         let title = match config.title.is_empty() {
             false => config.title.clone(),
             true => config.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -208,6 +217,7 @@ impl<'a, B: Backend> Study<'a, B> {
             map,
             search,
             mods,
+            more_maps,
             recommended,
             reason,
             verdict,
@@ -262,7 +272,7 @@ impl<'a, B: Backend> Study<'a, B> {
         let job = spec.job(&config.tune.recipe, &model.config, mods.map(|mods| &mods.set), None)?;
         let set = job.mods.clone();
         let parameters = cell_parameters(&model.config);
-        let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map)).transpose();
+        let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map, observer)).transpose();
         let joint = self.unless_busy(joint, busy)?;
         let (seeds, first) = (seeds(config, spec), config.tune.recipe.shared.seed);
         let mut runs = Vec::new();
