@@ -28,6 +28,8 @@ pub struct Heatmap {
     pub ramp: Ramp,
     /// Quantity of the values, for the legend.
     pub unit: String,
+    /// What the tiles are that are coloured apart, for the legend.
+    pub apart_label: String,
     /// Meaning of the outline, for the legend.
     pub mark_label: String,
     /// Below the map; may be empty.
@@ -52,6 +54,8 @@ pub struct Tile {
     pub error: Option<f64>,
     /// Whether it is outlined.
     pub marked: bool,
+    /// Whether it is coloured on the second scale.
+    pub apart: bool,
 }
 
 impl Row {
@@ -94,11 +98,11 @@ impl Scale {
 impl Heatmap {
     /// The map as a self-contained SVG document.
     pub fn svg(&self) -> String {
-        let scale = Scale::fit(self.ramp, self.values().collect());
+        let scales = [false, true].map(|apart| Scale::fit(self.ramp, self.values(apart).collect()));
         let width = if self.columns.len() > HALF_WIDTH_COLUMNS { FULL_WIDTH } else { HALF_WIDTH };
         let mut drawing = Drawing::new(width);
         let mut top = draw_header(&mut drawing, &self.title, &[]);
-        top = self.legend(&mut drawing, scale, top);
+        top = self.legend(&mut drawing, scales, top);
 
         let size = Font::SMALL.size;
         let names = self.rows.iter().map(|r| &r.name).chain([&self.row_label]);
@@ -135,7 +139,9 @@ impl Heatmap {
                 let whole = Area::new(left + cell_width * column as f64, y, cell_width * span as f64, height);
                 let apart = Area::new(whole.x + 0.4, y + 0.4, whole.width - 0.8, height - 0.8);
                 let tooltip = self.tooltip(row, column);
-                let color = row.tile(column).value.map(|value| self.ramp.color(scale.share(value)));
+                let own = row.tile(column);
+                let scale = scales[usize::from(own.apart)];
+                let color = own.value.map(|value| self.ramp.color(scale.share(value)));
                 match (color, self.ramp) {
                     // Cells of a set stand apart, those of a scale make up one surface.
                     (Some(color), Ramp::Share) => drawing.swatch(apart, color, &tooltip),
@@ -171,14 +177,17 @@ impl Heatmap {
         self.rows.iter().flat_map(|row| self.spans(row).into_iter().map(move |(column, _)| (row, column)))
     }
 
-    /// A tile that spans all columns counts once per column, as it fills that much of the map.
-    fn values(&self) -> impl Iterator<Item = f64> {
-        self.rows.iter().flat_map(|row| (0..self.columns.len()).filter_map(|column| row.tile(column).value))
+    /// Values on the first scale, or on the second. A tile that spans all columns counts once per column, as it fills that
+    /// much of the map.
+    fn values(&self, apart: bool) -> impl Iterator<Item = f64> {
+        let tiles = self.rows.iter().flat_map(|row| (0..self.columns.len()).map(|column| row.tile(column)));
+        tiles.filter(move |tile| tile.apart == apart).filter_map(|tile| tile.value)
     }
 
     /// Whether the values are a set (only 0 and 1), whose legend has two names instead of a scale.
     fn is_set(&self) -> bool {
-        self.ramp == Ramp::Share && self.values().all(|v| v == 0.0 || v == 1.0)
+        self.ramp == Ramp::Share
+            && [false, true].into_iter().flat_map(|apart| self.values(apart)).all(|v| v == 0.0 || v == 1.0)
     }
 
     /// Borders between marked and unmarked cells as grid points (column, row) → (column, row).
@@ -216,19 +225,23 @@ impl Heatmap {
         }
     }
 
-    /// Note on values outside of the colour scale; empty if there are none.
-    fn beyond(&self, scale: Scale) -> String {
+    /// Note on values outside of the colour scales; empty if there are none.
+    fn beyond(&self, scales: [Scale; 2]) -> String {
         let number = |v| format::significant(v, 3);
-        match range_of(self.values()) {
+        let note = |(apart, scale): (bool, Scale)| match range_of(self.values(apart)) {
             Some((_, largest)) if largest > scale.high => {
-                format!("The colour scale ends at {}; the largest value is {}.", number(scale.high), number(largest))
+                let scale_of = if apart { format!("scale of {}", self.apart_label) } else { "colour scale".to_owned() };
+                let (end, largest) = (number(scale.high), number(largest));
+                Some(format!("The {scale_of} ends at {end}; the largest value is {largest}."))
             }
-            _ => String::new(),
-        }
+            _ => None,
+        };
+        let notes: Vec<String> = [false, true].into_iter().zip(scales).filter_map(note).collect();
+        notes.join(" ")
     }
 
     /// Returns the bottom.
-    fn legend(&self, drawing: &mut Drawing, scale: Scale, top: f64) -> f64 {
+    fn legend(&self, drawing: &mut Drawing, scales: [Scale; 2], top: f64) -> f64 {
         let room = drawing.width - 2.0 * MARGIN;
         let mut y = top;
         let mut x = MARGIN;
@@ -242,7 +255,22 @@ impl Heatmap {
             return self.legend_symbols(drawing, x, y).max(y + 17.0) + 8.0;
         }
         y = drawing.lines(x, y, &wrap(&self.unit, Font::SMALL.size, room, 2), Font::SMALL) + 3.0;
-        let steps = 60;
+        self.scale_bar(drawing, scales[0], y);
+        x += LEGEND_WIDTH + 24.0;
+        y = self.legend_symbols(drawing, x, y - 2.0).max(y + 32.0);
+        if self.values(true).next().is_some() {
+            let name = wrap(&format!("{}, on a scale of their own", self.apart_label), Font::SMALL.size, room, 2);
+            y = drawing.lines(MARGIN, y + 2.0, &name, Font::SMALL) + 3.0;
+            self.scale_bar(drawing, scales[1], y);
+            y += 32.0;
+        }
+        let beyond = wrap(&self.beyond(scales), Font::SMALL.size, room, 3);
+        drawing.lines(MARGIN, y, &beyond, Font::SMALL) + 6.0
+    }
+
+    /// The colours of a scale, with its values below them.
+    fn scale_bar(&self, drawing: &mut Drawing, scale: Scale, y: f64) {
+        let (x, steps) = (MARGIN, 60);
         let step = LEGEND_WIDTH / f64::from(steps);
         for i in 0..steps {
             let color = self.ramp.color((f64::from(i) + 0.5) / f64::from(steps));
@@ -257,10 +285,6 @@ impl Heatmap {
             let (at, anchor) = if at < x + 0.04 * LEGEND_WIDTH { (x, Anchor::Start) } else { (at, Anchor::Middle) };
             drawing.text(at, y + 26.0, &axis.label(tick), Font::SMALL.at(anchor));
         }
-        x += LEGEND_WIDTH + 24.0;
-        y = self.legend_symbols(drawing, x, y - 2.0).max(y + 32.0);
-        let beyond = wrap(&self.beyond(scale), Font::SMALL.size, room, 2);
-        drawing.lines(MARGIN, y, &beyond, Font::SMALL) + 6.0
     }
 
     /// Legend of outlines and empty cells; returns the bottom.

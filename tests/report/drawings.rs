@@ -173,6 +173,7 @@ fn map_of(rows: usize, columns: usize, values: &[Option<f64>], ramp: Ramp) -> He
         rows: (0..rows).map(row).collect(),
         ramp,
         unit: "a unit".into(),
+        apart_label: "the others".into(),
         mark_label: "marked".into(),
         note: String::new(),
     }
@@ -192,6 +193,13 @@ fn outliers_do_not_flatten_a_scale() {
     let mut map = map_of(10, 10, &values, Ramp::Sequential);
     map.rows[9].tiles = vec![Tile { value: Some(50.0), ..Tile::default() }];
     assert!(!map.svg().contains("colour scale ends"));
+    // On a scale of its own it leaves the others their colours.
+    map.rows[9].tiles[0].apart = true;
+    let svg = map.svg();
+    assert!(svg.contains("the others, on a scale of their own") && !svg.contains("scale ends"), "{svg}");
+    assert!(svg.contains("#fde725\" shape-rendering=\"crispEdges\"><title>layer 8, c9: 0.0890</title>"), "{svg}");
+    let alone = map_of(10, 10, &values, Ramp::Sequential).svg();
+    assert!(!alone.contains("scale of their own"), "{alone}");
 }
 
 #[test]

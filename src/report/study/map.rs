@@ -72,10 +72,13 @@ pub fn robustness_map(map: &RobustnessMap, score: ScoreKind, mods: &ModuleSet) -
     let cells: HashMap<Cell, &CellRobustness> = map.cells.iter().map(|c| (c.cell, c)).collect();
     let tile = |cell: Cell| {
         let drop = cells.get(&cell).and_then(|c| c.drop.get(&score));
-        Tile { value: drop.map(|d| d.mean), error: drop.and_then(|d| d.error), marked: mods.contains(cell) }
+        // Embedding and norms may carry many times the drop of a projection, which would flatten the map.
+        let apart = !matches!(cell, Cell::Module(_));
+        Tile { value: drop.map(|d| d.mean), error: drop.and_then(|d| d.error), marked: mods.contains(cell), apart }
     };
     Heatmap {
         title: "Module robustness".into(),
+        apart_label: "embedding, norms and head".into(),
         mark_label: "in Mods_Rob".into(),
         unit: format!("relative drop of {score} (higher = more sensitive)"),
         note: join(&[&perturbation(map), &seeds_text(&map.seeds)]),
