@@ -30,7 +30,7 @@ const HEADINGS: [(&str, &[&str]); 14] = [
         &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "module_lr", "reversed", "keep_optimizer"],
     ),
     ("Planned step", &["step_lr", "step_steps", "step_batch_size", "step_batches", "step_max_length"]),
-    ("Near the model as given", &["constrain", "distil", "prox", "vaccine"]),
+    ("Near the model as given", &["constrain", "distil", "prox", "lisa", "vaccine"]),
     ("Adapters", &["adapter", "save", "lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
     (
         "Evaluation during the run",

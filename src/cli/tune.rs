@@ -380,6 +380,7 @@ impl Tune {
             ("constrain", options.constrain.is_some() && self.recipe.shared.constrain.is_some(), "--constrain"),
             ("distil", options.distil.is_some() && self.recipe.shared.distil.is_some(), "--distil"),
             ("prox", options.prox.is_some() && self.recipe.shared.prox.is_some(), "--prox"),
+            ("lisa", options.lisa.is_some() && self.recipe.shared.lisa.is_some(), "--lisa"),
             ("vaccine", options.vaccine.is_some() && self.recipe.shared.vaccine.is_some(), "--vaccine"),
             ("ema", options.ema.is_some() && self.recipe.shared.ema_decay.is_some(), "--ema-decay"),
             ("lora", options.lora.is_some_and(|own| rank && own != self.lora.rank), "--lora-rank"),

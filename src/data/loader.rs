@@ -27,6 +27,15 @@ pub struct LoaderOptions {
     pub seed: u64,
 }
 
+/// Micro-batches of alignment data (examples that are mixed in) and of the task's, in turns, alignment first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alternation {
+    /// Micro-batches of alignment data, at least 1.
+    pub alignment: usize,
+    /// Micro-batches of the task's, at least 1.
+    pub task: usize,
+}
+
 /// Position of a [`Loader`]; saved in checkpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct LoaderPosition {
@@ -56,6 +65,9 @@ pub struct Loader {
     rows: Vec<Vec<usize>>,
     /// Row indices in the order of the current epoch.
     order: Vec<usize>,
+    alternation: Option<Alternation>,
+    /// Where the micro-batches of an alternating epoch end in `order`.
+    ends: Vec<usize>,
     position: LoaderPosition,
 }
 
@@ -66,6 +78,24 @@ impl Loader {
     /// [`Error::Input`] without examples, for a `batch_size` of 0, and for an example that is empty or longer than
     /// `max_length`.
     pub fn new(examples: Vec<Example>, options: LoaderOptions) -> Result<Self> {
+        Self::build(examples, options, None)
+    }
+
+    /// A loader whose micro-batches alternate. An epoch holds every example of the task once; alignment data come over and
+    /// over again, as they are needed. No row is packed from both.
+    ///
+    /// # Errors
+    /// As [`Loader::new`]; [`Error::Input`] where there are no examples of one kind.
+    pub fn alternating(examples: Vec<Example>, options: LoaderOptions, alternation: Alternation) -> Result<Self> {
+        let alignment = examples.iter().filter(|example| example.replayed).count();
+        if alignment == 0 || alignment == examples.len() {
+            let found = format!("{alignment} examples of alignment data among {}", examples.len());
+            return Err(Error::input("training data", found, "some of both, to alternate between"));
+        }
+        Self::build(examples, options, Some(alternation))
+    }
+
+    fn build(examples: Vec<Example>, options: LoaderOptions, alternation: Option<Alternation>) -> Result<Self> {
         if examples.is_empty() {
             return Err(Error::input("training data", "no examples", "at least one"));
         }
@@ -82,18 +112,36 @@ impl Loader {
             if options.shuffle {
                 Philox::new(options.seed, PACKING_STREAM).shuffle(&mut all);
             }
-            pack(&lengths, &all, options.max_length)
+            match alternation {
+                None => pack(&lengths, &all, options.max_length),
+                Some(_) => {
+                    let (alignment, task): (Vec<usize>, Vec<usize>) = all.iter().partition(|e| examples[**e].replayed);
+                    [task, alignment].iter().flat_map(|all| pack(&lengths, all, options.max_length)).collect()
+                }
+            }
         } else {
             all.into_iter().map(|e| vec![e]).collect()
         };
-        let mut loader = Self { examples, options, rows, order: Vec::new(), position: LoaderPosition::default() };
+        let (order, ends, position) = (Vec::new(), Vec::new(), LoaderPosition::default());
+        let mut loader = Self { examples, options, rows, order, alternation, ends, position };
         loader.set_order();
         Ok(loader)
     }
 
     /// Micro-batches per epoch; the last may be smaller than the others.
     pub fn batches_per_epoch(&self) -> u64 {
-        self.rows.len().div_ceil(self.options.batch_size) as u64
+        match self.alternation {
+            None => self.rows.len().div_ceil(self.options.batch_size) as u64,
+            Some(_) => self.ends.len() as u64,
+        }
+    }
+
+    /// Whether the next micro-batch is the first of its kind after one of the other, or of an epoch.
+    pub fn switches(&self) -> bool {
+        self.alternation.is_some_and(|Alternation { alignment, task }| {
+            let place = self.position.batch as usize % (alignment + task);
+            place == 0 || place == alignment
+        })
     }
 
     /// Upper bound on every micro-batch: for each quantity, the rows that have most of it.
@@ -160,8 +208,15 @@ impl Loader {
 
     /// [`Loader::next_indices`] by rows.
     pub fn next_rows(&mut self) -> Vec<Vec<usize>> {
-        let size = self.options.batch_size;
-        let rows = self.order.iter().skip((self.position.batch as usize).saturating_mul(size)).take(size);
+        let (size, batch) = (self.options.batch_size, self.position.batch as usize);
+        let (start, count) = match self.alternation {
+            None => (batch.saturating_mul(size), size),
+            Some(_) => {
+                let start = batch.checked_sub(1).and_then(|before| self.ends.get(before)).copied().unwrap_or(0);
+                (start, self.ends.get(batch).map_or(0, |end| end - start))
+            }
+        };
+        let rows = self.order.iter().skip(start).take(count);
         let rows: Vec<Vec<usize>> = rows.filter_map(|row| self.rows.get(*row)).cloned().collect();
         self.position.batch += 1;
         if self.position.batch == self.batches_per_epoch() {
@@ -176,7 +231,31 @@ impl Loader {
         if self.options.shuffle {
             Philox::new(self.options.seed, EPOCH_STREAMS.wrapping_add(self.position.epoch)).shuffle(&mut self.order);
         }
+        if let Some(alternation) = self.alternation {
+            let is_alignment = |row: &usize| self.rows[*row].first().is_some_and(|e| self.examples[*e].replayed);
+            let (alignment, task) = self.order.iter().partition(|row| is_alignment(row));
+            (self.order, self.ends) = alternated([alignment, task], self.options.batch_size, alternation);
+        }
     }
+}
+
+/// Rows of alignment and task in turns, `size` a micro-batch, and where the micro-batches end. The task's come once, those of
+/// the alignment again from the first where they are spent.
+fn alternated([alignment, task]: [Vec<usize>; 2], size: usize, alternation: Alternation) -> (Vec<usize>, Vec<usize>) {
+    let (mut order, mut ends) = (Vec::new(), Vec::new());
+    let mut aligned = alignment.iter().copied().cycle();
+    let batches: Vec<&[usize]> = task.chunks(size).collect();
+    for turn in batches.chunks(alternation.task) {
+        for _ in 0..alternation.alignment {
+            order.extend(aligned.by_ref().take(size.min(alignment.len())));
+            ends.push(order.len());
+        }
+        for batch in turn {
+            order.extend_from_slice(batch);
+            ends.push(order.len());
+        }
+    }
+    (order, ends)
 }
 
 /// Mixes examples of `extra` into `base` so that they make up `share` (0 to 0.99) of the result, rounded to whole
@@ -205,4 +284,20 @@ pub fn mix<T: Clone>(base: &[T], extra: &[T], share: f64, seed: u64) -> Result<V
     rng.shuffle(&mut is_extra);
     let (mut base, mut drawn) = (base.iter(), drawn.into_iter());
     Ok(is_extra.into_iter().filter_map(|extra| if extra { drawn.next() } else { base.next() }).cloned().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_alternate_by_hand() {
+        // Five rows of the task in batches of two, one batch of alignment before each two of them.
+        let turns = Alternation { alignment: 1, task: 2 };
+        let (order, ends) = alternated([vec![7, 8, 9], vec![0, 1, 2, 3, 4]], 2, turns);
+        assert_eq!((order, ends), (vec![7, 8, 0, 1, 2, 3, 9, 7, 4], vec![2, 4, 6, 8, 9]));
+        // A single row of alignment is a batch by itself.
+        let (order, ends) = alternated([vec![9], vec![0, 1]], 2, Alternation { alignment: 2, task: 1 });
+        assert_eq!((order, ends), (vec![9, 9, 0, 1], vec![1, 2, 4]));
+    }
 }

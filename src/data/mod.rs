@@ -14,7 +14,7 @@ pub mod tiny;
 pub use chat::Chat;
 pub use conversation::{Conversation, chat_prompt};
 pub use example::{DataSize, Example, Examples, Part};
-pub use loader::{BatchSize, Loader, LoaderOptions, LoaderPosition, mix};
+pub use loader::{Alternation, BatchSize, Loader, LoaderOptions, LoaderPosition, mix};
 pub use rows::{Column, MAX_ROW_BYTES, Row, RowOptions, RowReader, SkippedRows};
 pub(crate) use rows::{read_columns, write_columns};
 pub use security::{Label, SecurityPrompt, Split};

@@ -173,7 +173,7 @@ impl OpenOutput {
         }
         let data = examples_hash(&examples);
         let size = DataSize::of(&examples);
-        let loader = Loader::new(examples, shared.loader())?;
+        let loader = shared.load(examples)?;
         let mut before = 0u64;
         for (i, phase) in phases.iter().enumerate() {
             let steps = phase.options.steps_of(&loader, shared)?;

@@ -7,6 +7,7 @@
 mod checkpoint;
 mod ema;
 mod identity;
+mod lisa;
 mod metrics;
 mod optimizer;
 mod options;
@@ -24,6 +25,7 @@ mod updates;
 mod watch;
 
 pub use checkpoint::disk_bytes;
+pub use lisa::Lisa;
 pub use metrics::{PhaseSummary, Rounding, RunPosition, StepMetrics, TuneSummary, peak_bytes};
 pub use optimizer::{Optimizer, StepOutcome, StepSettings};
 pub use options::{Length, PhaseOptions, TuneOptions};

@@ -1,6 +1,6 @@
 //! Options of a training run and of its phases.
 
-use super::{Schedule, reference};
+use super::{Lisa, Schedule, reference};
 use crate::backend::Backend;
 use crate::data::{Example, Loader, LoaderOptions};
 use crate::engine::Beside;
@@ -79,6 +79,13 @@ pub struct TuneOptions {
     #[arg(long, value_name = "RHO", value_parser = above_zero::<f32>)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prox: Option<f32>,
+    /// Take turns: K1 steps on the mixed-in examples, then K2 on the others, with the proximal term towards the weights at
+    /// the last turn (Lisa, arXiv 2405.18641)
+    ///
+    /// An epoch is one pass over the others, so that it has more steps.
+    #[arg(long, value_name = "K1:K2")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lisa: Option<Lisa>,
     /// Train against a shift of the hidden states, by RHO along the gradient of the loss (Vaccine, arXiv 2402.01109): for
     /// aligning a model
     ///
@@ -97,6 +104,17 @@ impl TuneOptions {
             packing: self.packing,
             shuffle: self.shuffle,
             seed: self.seed,
+        }
+    }
+
+    /// The loader of a run's examples.
+    ///
+    /// # Errors
+    /// As [`Loader::new`] and [`Loader::alternating`].
+    pub fn load(&self, examples: Vec<Example>) -> Result<Loader> {
+        match self.lisa {
+            None => Loader::new(examples, self.loader()),
+            Some(lisa) => Loader::alternating(examples, self.loader(), lisa.alternation(self.grad_accum)),
         }
     }
 
@@ -145,6 +163,12 @@ impl TuneOptions {
         if self.distil.is_some() && !examples.iter().any(|example| example.replayed) {
             let expected = "examples mixed in by --mix, such as those of `swat replay`: the ones that are distilled";
             return Err(Error::input("distil", "no mixed-in example", expected));
+        }
+        let replayed = examples.iter().filter(|example| example.replayed).count();
+        if self.lisa.is_some() && (replayed == 0 || replayed == examples.len()) {
+            let expected =
+                "examples mixed in by --mix, such as those of `swat replay`, beside others: steps on both take turns";
+            return Err(Error::input("lisa", format!("{replayed} mixed-in examples of {}", examples.len()), expected));
         }
         Ok(())
     }

@@ -192,6 +192,9 @@ impl<B: Backend> Tuner<'_, B> {
         gradients: &mut Gradients<B>,
     ) -> Result<StepMetrics> {
         let began = Instant::now();
+        if self.options.prox.is_some() && self.loader.switches() {
+            adam.set_anchors(self.decoder)?;
+        }
         let share = self.group.share();
         let group = StepBatches::next(self.loader, self.options.grad_accum, self.reference.as_ref(), share);
         let PhaseOptions { lr, schedule, lr_warmup_steps, min_lr_ratio, weight_decay, max_grad_norm, .. } =

@@ -5,6 +5,7 @@ mod adapters;
 mod bf16;
 #[path = "../common/mod.rs"]
 mod common;
+mod lisa;
 mod options;
 mod parallel;
 mod parallel_saved;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use swat::backend::Roofline;
 use swat::backend::cpu::Cpu;
-use swat::data::{Example, Loader};
+use swat::data::Example;
 use swat::engine::{Decoder, Plan};
 use swat::error::{Error, Result};
 use swat::modules::{Cell, LearningRates, ModuleKind, ModuleSet, ParamId};
@@ -140,7 +140,7 @@ impl<'a> Run<'a> {
 
     pub fn run(self) -> (Result<TuneSummary>, Decoder<Cpu>, Recorder) {
         let mut decoder = (self.model)();
-        let mut loader = Loader::new(self.examples, self.options.loader()).unwrap();
+        let mut loader = self.options.load(self.examples).unwrap();
         let mut recorded = Recorder { stop_at: self.stop_at, ..Recorder::default() };
         let tuner = Tuner::new(&mut decoder, &mut loader, self.options, self.phases).unwrap().measure_updates();
         // The measured roofline differs from process to process and must not change any result.

@@ -133,6 +133,8 @@ fn label(spec: &Recipe, mix_share: f64) -> (String, Tone) {
         number("constrained", options.constrain.map(f64::from)),
         number("distilled", options.distil.map(f64::from)),
         number("proximal", options.prox.map(f64::from)),
+        options.lisa.map(|lisa| format!("turns {lisa}")),
+        options.by.map(|by| format!("by {}", by.name())),
         number("Vaccine", options.vaccine.map(f64::from)),
         options.merge.map(|step| format!("merge {step}")),
     ];

@@ -94,6 +94,15 @@ impl Recipe {
         if self.options.distil.is_some() && self.options.share_of(Mix::Replay).is_none() {
             return wrong("distil without replay", "replay=SHARE beside it: its answers are distilled");
         }
+        if self.options.lisa.is_some() && self.options.share_of(Mix::Replay).is_none() {
+            return wrong(
+                "lisa without replay",
+                "replay=SHARE beside it: steps on its answers and on the task take turns",
+            );
+        }
+        if self.options.by.is_some() && !self.needs_mods() {
+            return wrong("by, which says how Mods_Rob is found", "swat or another base with Mods_Rob");
+        }
         let mixed: f64 = self.options.mixes.iter().filter_map(|mix| mix.share).sum();
         if mixed > 0.99 {
             return wrong(&format!("{mixed} of the examples mixed in"), "shares of 0.99 together at most");
@@ -244,6 +253,8 @@ mod tests {
             "plain+attack=.2+replay=.1",
             "plain+merge=path:.7,seeds=3",
             "plain+replay=.1,distil=2,constrain,prox=.1",
+            "swat+by=conflict,replay=.1",
+            "plain+replay=.1,lisa=10:90,prox=.1",
         ] {
             assert_eq!(recipe(text).to_string(), text);
         }
@@ -289,6 +300,9 @@ mod tests {
             ("plain+constrain=-1", "constrain=-1"),
             ("plain+distil=1", "distil without replay"),
             ("plain+prox=inf", "prox=inf"),
+            ("plain+lisa=1:2", "lisa without replay"),
+            ("plain+replay=.1,lisa=10", "lisa=10"),
+            ("plain+replay=.1,lisa=0:1", "lisa=0:1"),
             ("plain+seeds=0", "seeds=0"),
             ("plain+seeds=101", "seeds=101"),
             ("plain+merge=path:2", "merge=path:2"),

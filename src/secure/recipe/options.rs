@@ -5,9 +5,10 @@ use super::mix::{Mix, MixIn};
 use crate::error::{Error, Result};
 use crate::options::{above_zero, count, from_zero, inner_share, one_of};
 use crate::secure::robustness::By;
+use crate::train::Lisa;
 
 /// Keys, the form of their values, and what they do.
-pub(super) const KEYS: [(&str, &str, &str); 14] = [
+pub(super) const KEYS: [(&str, &str, &str); 15] = [
     ("lr", "=RATE", "learning rate of both phases"),
     ("steps", "=N", "optimizer steps of the phase on everything"),
     ("lora", "=RANK", "adapters of this rank"),
@@ -18,6 +19,7 @@ pub(super) const KEYS: [(&str, &str, &str); 14] = [
     ("constrain", "[=BETA]", "token-wise constrained loss"),
     ("distil", "=WEIGHT", "replayed answers keep the distribution of the model as given"),
     ("prox", "=RHO", "proximal term towards the weights as given (Lisa)"),
+    ("lisa", "=K1:K2", "K1 steps on replayed answers and K2 on the task in turns (Lisa)"),
     ("vaccine", "=RHO", "hidden states moved against the gradient (Vaccine)"),
     ("by", "=HOW", "how the map of Mods_Rob is made, in a study: noise, conflict or update"),
     ("merge", "=METHOD:X", "after tuning: path:ALPHA, safelora:TAU, safemerge:LAMBDA, resta:GAMMA"),
@@ -46,6 +48,8 @@ pub struct RecipeOptions {
     pub distil: Option<f32>,
     /// `prox=`: ρ of the proximal term, above 0.
     pub prox: Option<f32>,
+    /// `lisa=`: steps on replayed answers and on the task, in turns.
+    pub lisa: Option<Lisa>,
     /// `vaccine=`: ρ of the perturbation of hidden states, above 0.
     pub vaccine: Option<f32>,
     /// `by=`: how the map is made that Mods_Rob is searched on.
@@ -90,6 +94,7 @@ impl RecipeOptions {
             "constrain" => self.constrain.replace(value.map_or(Ok(1.0), above_zero).map_err(wrong)?).is_some(),
             "distil" => self.distil.replace(above_zero(valued).map_err(wrong)?).is_some(),
             "prox" => self.prox.replace(above_zero(valued).map_err(wrong)?).is_some(),
+            "lisa" => self.lisa.replace(valued.parse().map_err(wrong)?).is_some(),
             "vaccine" => self.vaccine.replace(above_zero(valued).map_err(wrong)?).is_some(),
             "by" => self.by.replace(by(valued).map_err(wrong)?).is_some(),
             "merge" => self.merge.replace(valued.parse().map_err(wrong)?).is_some(),

@@ -136,7 +136,11 @@ impl<B: Backend> Study<'_, B> {
             }
             examples = mixed(examples, &more, shared.seed)?;
             let step_examples = (shared.batch_size * shared.grad_accum) as u64;
-            let steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
+            let mut steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
+            if shared.lisa.is_some() {
+                let batches = shared.load(examples.clone())?.batches_per_epoch();
+                steps_per_epoch = batches.div_ceil(shared.grad_accum as u64);
+            }
             let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();
             let mut callbacks = DriftRecorder {
                 probe,
