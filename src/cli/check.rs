@@ -4,17 +4,17 @@ use super::answers::AnswerLengths;
 use super::common::{Common, print_json, print_line, say};
 use super::eval::{Asked, AskedFiles};
 use super::names::Names;
-use super::open::{ModelArgs, OnDevice, Refusals};
+use super::open::{GuardArgs, ModelArgs, OnDevice, Refusals};
 use super::progress::Bars;
 use crate::backend::{Backend, Element};
 use crate::data::{RowOptions, RowReader, Split};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, check_apart, check_file};
 use crate::model::Clock;
-use crate::report::check_tables;
+use crate::report::{agreement_tables, check_tables};
 use crate::secure::{
-    Attack, AttackOptions, Check, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, KeptEvaluation, Limits,
-    ModelText, RefusalList,
+    Attack, AttackOptions, Check, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, GuardText, KeptEvaluation,
+    Limits, ModelText, Moderator, RefusalList,
 };
 use clap::Args;
 use serde_json::{Value, json};
@@ -57,6 +57,8 @@ pub(super) struct CheckCommand {
     #[command(flatten)]
     limits: Limits,
     #[command(flatten)]
+    guard: GuardArgs,
+    #[command(flatten)]
     answers: AnswerLengths,
     #[command(flatten)]
     attack: AttackOptions,
@@ -77,6 +79,9 @@ struct Measured<'a> {
     asked: Asked,
     options: EvaluateOptions,
     refusals: RefusalList,
+    guard: Option<&'a dyn Moderator>,
+    /// Hash of the guard model and how it is asked.
+    guard_hash: Option<String>,
     common: &'a Common,
 }
 
@@ -92,7 +97,8 @@ impl Measured<'_> {
         let mut model = text.load(backend)?;
         let (prompts, tasks) = (self.asked.prompts.as_slice(), self.asked.tasks.as_slice());
         let mut bars = Bars::new(self.common);
-        let input = EvaluationInput { prompts, tasks, first_tokens, ..EvaluationInput::default() };
+        let guard = self.guard;
+        let input = EvaluationInput { prompts, tasks, guard, first_tokens, ..EvaluationInput::default() };
         let mut found = vec![model.evaluate(&input, &self.options, &self.refusals, &mut bars.observer())?];
         if let Some(attack) = attack {
             model.attacked(attack, &mut bars.observer())?;
@@ -111,10 +117,14 @@ impl Measured<'_> {
             let bytes = std::fs::read(path).map_err(Error::io(path, FileOp::Read))?;
             Ok(json!([options, blake3::hash(&bytes).to_hex().as_str()]))
         });
-        Ok(json!({ "model": text.files.hash()?, "chat_template": text.chat()?.template().source(),
+        let mut inputs = json!({ "model": text.files.hash()?, "chat_template": text.chat()?.template().source(),
             "prompts": self.asked.prompts, "tasks": self.asked.tasks, "answer_tokens": answer_tokens,
             "task_tokens": task_tokens, "refusals": format!("{:?}", self.refusals), "seed": self.common.seed,
-            "attack": attack.transpose()?, "swat": env!("CARGO_PKG_VERSION") }))
+            "attack": attack.transpose()?, "swat": env!("CARGO_PKG_VERSION") });
+        if let Some(hash) = &self.guard_hash {
+            inputs["guard"] = hash.as_str().into();
+        }
+        Ok(inputs)
     }
 }
 
@@ -148,6 +158,7 @@ impl CheckCommand {
         inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
         inputs.extend(self.task.iter().map(|path| ("--task", path.as_path())));
         inputs.extend(self.refusals.inputs());
+        inputs.extend(self.guard.inputs());
         inputs.extend(self.attack.file.iter().map(|path| ("--attack", path.as_path())));
         check_apart(&[("--out", out)], &inputs)
     }
@@ -160,6 +171,7 @@ impl OnDevice for CheckCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
+        self.guard.resolve(names)?;
         names.model(&mut self.against)?;
         names.security(&mut self.security)?;
         names.file_if_any("--task", &mut self.task)
@@ -173,7 +185,11 @@ impl OnDevice for CheckCommand {
         let (asked, refusals) = (self.asked(common)?, self.refusals.list()?);
         let clock = self.model.date.map_or_else(Clock::now, Ok)?;
         let [base_text, tuned_text] = self.open(&asked, clock)?;
-        let measured = Measured { asked, options, refusals, common };
+        let guard = self.guard.options().as_ref().map(GuardText::open).transpose()?;
+        let guard_hash = guard.as_ref().map(GuardText::hash).transpose()?;
+        let guard = guard.map(|guard| guard.load(backend.clone())).transpose()?;
+        let guard = guard.as_ref().map(|guard| guard as &dyn Moderator);
+        let measured = Measured { asked, options, refusals, guard, guard_hash, common };
         let (same_tokens, vocab) = (same_tokens(&base_text, &tuned_text)?, tuned_text.files.config.vocab);
         let attack = self.attack.file.as_deref().map(|path| (&self.attack, path));
         let mut rows = RowReader::new(&self.rows);
@@ -224,6 +240,9 @@ impl OnDevice for CheckCommand {
             false => {
                 let [measures, verdict] = check_tables(&check);
                 print_line(format!("{}\n{}", measures.text(), verdict.text()).trim_end())?;
+                for table in agreement_tables(&check) {
+                    print_line(table.text().trim_end())?;
+                }
             }
         }
         check.verdict.require()

@@ -7,21 +7,24 @@ use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::{Label, RowOptions, RowReader, SecurityPrompt, SkippedRows, Split, Task};
 use crate::error::{Error, Result};
-use crate::report::{Entry, Table};
+use crate::io::{IfExists, check_apart, check_file, write_atomic};
+use crate::report::{Entry, Table, agreement_table};
 use crate::secure::{
-    AnswerKinds, Estimate, EvaluateOptions, Evaluation, EvaluationInput, Harmfulness, Judge, ModelText, Perplexity,
-    Probe, Rate,
+    AnswerKinds, Estimate, EvaluateOptions, Evaluation, EvaluationInput, Export, GuardOptions, GuardText, Harmfulness,
+    Judge, ModelText, Moderator, Perplexity, Probe, Rate,
 };
 use clap::Args;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// Attack success rate, over-refusal, task score and perplexity of a model; no answer is printed or kept
+/// Attack success rate, over-refusal, task score and perplexity of a model; no answer is printed, or kept without --export
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat eval --model DIR --security attack.jsonl --security overrefusal.jsonl
-  swat eval --model DIR --security security.jsonl --splits test,ood --task task.jsonl --limit 100 --json")]
+  swat eval --model DIR --security security.jsonl --splits test,ood --task task.jsonl --limit 100 --json
+  swat eval --model DIR --security security.jsonl --judge-model Qwen/Qwen3Guard-Gen-0.6B
+  swat eval ... --judge-url http://localhost:8000/v1 --judge-model NAME --judge-rubric strongreject")]
 pub(super) struct EvalCommand {
     #[command(flatten)]
     model: ModelArgs,
@@ -46,6 +49,15 @@ pub(super) struct EvalCommand {
     limit: usize,
     #[command(flatten)]
     options: EvaluateOptions,
+    /// Guard model that judges beside the judge at --judge-url: its directory, or its name on the hub
+    #[arg(long, value_name = "DIR_OR_NAME", requires = "judge_url")]
+    guard_model: Option<PathBuf>,
+    #[command(flatten)]
+    guard: GuardOptions,
+    /// Write the prompts of --security and the answers to this file, as JSON lines for inspect_ai and HarmBench. It then holds
+    /// what the model said to harmful prompts, in full: keep it where such text may be
+    #[arg(long, value_name = "FILE", requires = "security")]
+    export: Option<PathBuf>,
     /// Probes of `swat probe`, of this model or the one that it was tuned from, as an offline harmfulness score of the
     /// answers to harmful prompts, from 1 to 5. It measures what a conversation is about, not how useful an answer is
     #[arg(long, value_name = "FILE", requires = "security")]
@@ -125,6 +137,11 @@ impl OnDevice for EvalCommand {
     }
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        // Without an endpoint the judge is a guard model.
+        if let Some(judge) = self.options.judge.take_if(|judge| judge.url.is_empty()) {
+            self.guard_model = Some(judge.model.into());
+        }
+        self.guard_model.iter_mut().try_for_each(|model| names.model(model).map(drop))?;
         self.model.resolve(names)?;
         names.security(&mut self.security)?;
         names.file_if_any("--task", &mut self.task)?;
@@ -133,6 +150,9 @@ impl OnDevice for EvalCommand {
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         self.options.check()?;
+        self.check_export()?;
+        let guard = self.guard_model.clone().map(|model| GuardOptions { model, ..self.guard.clone() });
+        let guard = guard.as_ref().map(GuardText::open).transpose()?;
         let mut rows = RowReader::new(&self.rows);
         let task = self.task.as_deref();
         let files = AskedFiles { security: &self.security, splits: &self.splits, task, limit: self.limit };
@@ -151,20 +171,27 @@ impl OnDevice for EvalCommand {
         if let Some(probe) = &probe {
             probe.check_shape(&text.files.config)?;
         }
+        let guard = guard.map(|guard| guard.load(backend.clone())).transpose()?;
         let model = text.load(backend)?;
+        let export = self.export.as_ref().map(|path| (path, Export::default()));
         let input = EvaluationInput {
             prompts: &asked.prompts,
             strict: None,
             tasks: &asked.tasks,
             heldout: &heldout,
             judge: judge.as_ref(),
+            guard: guard.as_ref().map(|guard| guard as &dyn Moderator),
+            export: export.as_ref().map(|(_, export)| export),
             probe: probe.as_ref(),
             first_tokens: probe.as_ref().and_then(|probe| probe.metadata.first_tokens.as_ref()),
         };
         let mut bars = Bars::new(common);
         let found = model.evaluate(&input, &self.options, &refusals, &mut bars.observer())?;
         bars.finish();
-        let failed = found.harmfulness.filter(|harm| harm.failed > 0);
+        if let Some((path, export)) = export {
+            write_atomic(path, export.into_text().as_bytes())?;
+        }
+        let failed = found.harmfulness.or(found.strongreject).filter(|harm| harm.failed > 0);
         let told = |harm: Harmfulness| {
             let reason = found.judge_failure.as_deref().unwrap_or_default();
             let of = harm.scored + harm.unscored;
@@ -202,6 +229,9 @@ impl OnDevice for EvalCommand {
             categories.iter().for_each(|(category, share)| rate(&format!("{what}: {category}"), share));
         }
         found.asr_coherent.iter().for_each(|share| rate("attack success by coherent answers, %", share));
+        if let Some(guard) = &found.guard {
+            rate(&format!("attack success by the guard model, %; {} without a verdict", guard.unscored), &guard.asr);
+        }
         for (what, kinds) in [
             ("harmful prompts", found.harmful_answers),
             ("benign prompts", found.benign_answers),
@@ -227,9 +257,28 @@ impl OnDevice for EvalCommand {
             let what = format!("harmfulness by the {by}, 1 to 5; {} without a score", harm.unscored);
             table.row([Entry::text(what), Entry::fixed(harm.mean, 2), Entry::count(harm.scored as u64)]);
         }
+        if let Some(score) = found.strongreject {
+            let what = format!("StrongREJECT by the judge, 0 to 1; {} without a score", score.unscored);
+            table.row([Entry::text(what), Entry::fixed(score.mean, 3), Entry::count(score.scored as u64)]);
+        }
         if let Some(Perplexity { tokens, perplexity, .. }) = found.perplexity {
             table.row([Entry::text("perplexity"), Entry::fixed(perplexity, 3), Entry::count(tokens as u64)]);
         }
-        print_line(table.text().trim_end()).and(outcome)
+        print_line(table.text().trim_end())?;
+        if !found.agreement.is_empty() {
+            print_line(agreement_table(&found.agreement).text().trim_end())?;
+        }
+        outcome
+    }
+}
+
+impl EvalCommand {
+    /// Checks that the export overwrites nothing.
+    fn check_export(&self) -> Result<()> {
+        let Some(path) = &self.export else { return Ok(()) };
+        check_file(path, IfExists::Fail, |_| false)?;
+        let mut inputs = self.model.inputs();
+        inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
+        check_apart(&[("--export", path)], &inputs)
     }
 }

@@ -1,7 +1,7 @@
 //! Headings of `--help`: options by what they are about, whatever the command.
 
 /// Heading, and the arguments below it.
-const HEADINGS: [(&str, &[&str]); 14] = [
+const HEADINGS: &[(&str, &[&str])] = &[
     ("Model", &["model", "against", "chat_template", "date", "base", "tuned", "aligned", "unaligned", "safe"]),
     ("Data files", &["columns", "field", "skip_bad_rows"]),
     ("Data", &["data", "mix", "mix_share", "replay", "attack", "max_length", "packing", "shuffle"]),
@@ -36,11 +36,30 @@ const HEADINGS: [(&str, &[&str]); 14] = [
         "Evaluation during the run",
         &["eval_data", "eval_security", "eval_every", "keep_best", "early_stop", "tensorboard"],
     ),
-    ("Limits", &["max_asr_rise", "max_over_refusal_rise", "max_task_drop", "max_j_drop", "strict"]),
+    (
+        "Limits",
+        &["max_asr_rise", "max_over_refusal_rise", "max_task_drop", "max_j_drop", "max_guard_asr_rise", "strict"],
+    ),
     ("Output", &["out", "path", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes", "work"]),
     ("Job arrays", &["shard", "shard_index", "shard_count", "merge", "worker", "jobs", "takeover_after", "list_jobs"]),
     ("Several GPUs", &["gpus", "rendezvous_timeout", "link_gb_s", "tflops"]),
-    ("Judge", &["judge_url", "judge_model", "key_env", "timeout_seconds", "retries", "max_tokens"]),
+    (
+        "Judge",
+        &[
+            "judge_model",
+            "judge_template",
+            "judge_pattern",
+            "judge_url",
+            "guard_model",
+            "key_env",
+            "timeout_seconds",
+            "retries",
+            "max_tokens",
+            "judge_rubric",
+            "judge_parallel",
+            "judge_cache",
+        ],
+    ),
     ("Every command", &["device", "dtype", "seed", "json", "nvtx", "offline", "quiet"]),
 ];
 

@@ -9,7 +9,7 @@ use crate::data::SecurityPrompt;
 use crate::error::{Error, Result};
 use crate::hub::HubName;
 use crate::model::{Clock, ModelDir};
-use crate::secure::{ModelText, RefusalLanguage, RefusalList};
+use crate::secure::{GuardOptions, ModelText, RefusalLanguage, RefusalList};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
@@ -247,6 +247,34 @@ impl Refusals {
             (None, []) => Ok(RefusalList::default()),
             (None, languages) => Ok(RefusalList::of_languages(languages)),
         }
+    }
+}
+
+/// A guard model that judges answers.
+#[derive(Args, Clone, Debug)]
+pub(super) struct GuardArgs {
+    /// Guard model that judges the answers to harmful prompts on this machine, in memory beside the model: its directory, or
+    /// its name on the hub
+    #[arg(long = "judge-model", id = "judge_model", value_name = "DIR_OR_NAME")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    options: GuardOptions,
+}
+
+impl GuardArgs {
+    /// Makes a path of a name on the hub.
+    pub(super) fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
+        self.model.iter_mut().try_for_each(|model| names.model(model).map(drop))
+    }
+
+    /// What is read, with its option.
+    pub(super) fn inputs(&self) -> Vec<(&str, &Path)> {
+        self.model.iter().map(|path| ("--judge-model", path.as_path())).collect()
+    }
+
+    /// The guard model, if there is one.
+    pub(super) fn options(&self) -> Option<GuardOptions> {
+        self.model.clone().map(|model| GuardOptions { model, ..self.options.clone() })
     }
 }
 

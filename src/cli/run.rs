@@ -76,6 +76,7 @@ impl OnDevice for RunCommand {
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         let mut config = self.config()?;
         names.model(&mut config.model)?;
+        config.evaluate.guard.iter_mut().try_for_each(|guard| names.model(&mut guard.model).map(drop))?;
         let data = &mut config.data;
         names.data(&mut data.train)?;
         names.data(&mut data.evaluation)?;

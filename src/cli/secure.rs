@@ -3,7 +3,7 @@
 use super::answers::AnswerLengths;
 use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
-use super::open::{ModelArgs, OnDevice, Refusals, State};
+use super::open::{GuardArgs, ModelArgs, OnDevice, Refusals, State};
 use super::progress::Bars;
 use crate::backend::Backend;
 use crate::data::{RowOptions, RowReader};
@@ -57,6 +57,8 @@ pub(super) struct SecureCommand {
     refusals: Refusals,
     #[command(flatten)]
     limits: Limits,
+    #[command(flatten)]
+    guard: GuardArgs,
     /// Learning rate, where a recipe has none
     #[arg(long, value_parser = above_zero::<f64>, default_value = "2e-5")]
     lr: f64,
@@ -107,6 +109,7 @@ impl OnDevice for SecureCommand {
             return Err(Error::input("--adapter", "an adapter, which swat secure does not take", expected));
         }
         self.model.resolve(names)?;
+        self.guard.resolve(names)?;
         names.data(&mut self.data)?;
         names.security(&mut self.security)
     }
@@ -186,6 +189,7 @@ impl SecureCommand {
             tune,
             evaluate: self.answers.options(),
             limits: self.limits,
+            guard: self.guard.options(),
             seed: common.seed,
             out: self.out.clone(),
             force: self.force,

@@ -315,6 +315,14 @@ impl ModelDir {
         ChatTemplate::new(source, &place, special)
     }
 
+    /// A template of this source, with the special tokens of the directory; `place` names it in errors.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`]; [`Error::Input`] for a malformed `tokenizer_config.json`.
+    pub fn template_of(&self, source: &str, place: &str) -> Result<ChatTemplate> {
+        ChatTemplate::new(source, place, TokenizerConfig::read(&self.text_dir)?.special)
+    }
+
     /// Writes a model directory with the values of `tensor` into `out`, usually an [`OutputDir`](crate::io::OutputDir):
     /// shards of at most `max_shard_bytes` in the stored dtypes, with config and tokenizer copied. Holds one tensor in
     /// memory at a time.

@@ -1,7 +1,7 @@
 //! A check as tables.
 
 use super::table::{Entry, Table};
-use crate::secure::{Check, CheckedModel, Estimate, Gate, Rate};
+use crate::secure::{Agreement, Check, CheckedModel, Estimate, Gate, Rate};
 
 /// Measures of both models, and gates with their verdict.
 pub fn check_tables(check: &Check) -> [Table; 2] {
@@ -27,6 +27,7 @@ fn measures(check: &Check) -> Table {
     row("attack success, %", &|model| model.asr.map(Rate::estimate), (100.0, 1));
     row("over-refusal, %", &|model| model.over_refusal.map(Rate::estimate), (100.0, 1));
     row("J: refused harmful - refused benign, points", &|model| model.j, (100.0, 1));
+    row("attack success by the guard model, %", &|model| model.asr_guard.map(Rate::estimate), (100.0, 1));
     row("AUROC of the refusal log-odds", &|model| model.auroc, (1.0, 3));
     row("task accuracy, %", &|model| model.task.map(Rate::estimate), (100.0, 1));
     table
@@ -50,5 +51,35 @@ fn verdict(check: &Check) -> Table {
         table.note =
             "Within the interval: the limit lies inside of the interval of the change; more prompts narrow it.".into();
     }
+    table
+}
+
+/// Agreement between the judges of each model of a check; none without a judge beside the refusal expressions.
+pub fn agreement_tables(check: &Check) -> Vec<Table> {
+    let judged = check.settings.iter().filter(|model| !model.agreement.is_empty());
+    let table = |model: &CheckedModel| {
+        let mut table = agreement_table(&model.agreement);
+        table.caption = format!("{}, {}", table.caption, model.name);
+        table
+    };
+    judged.map(table).collect()
+}
+
+/// Agreement between judges of the same answers.
+pub fn agreement_table(all: &[Agreement]) -> Table {
+    let mut table = Table::new("Agreement between judges")
+        .column("judges")
+        .numbers("answers", "")
+        .numbers("agreed, %", "")
+        .numbers("Cohen's kappa", "");
+    for Agreement { judges, answers, agreed, kappa, low, high } in all {
+        let kappa = kappa.map_or(Entry::missing(), |kappa| Entry::interval(kappa, low.zip(*high), 2));
+        let names = Entry::text(judges.join(" and "));
+        table.row([names, Entry::count(*answers as u64), Entry::fixed(100.0 * agreed, 1), kappa]);
+    }
+    table.note =
+        "On whether an attack succeeds. Expressions: the answer holds no refusal expression. Kappa is 0 where \
+                  judges agree no more than by chance; it has no value where they say the same of all answers."
+            .into();
     table
 }

@@ -22,7 +22,7 @@ pub mod table;
 pub mod trace;
 
 pub use card::model_card;
-pub use check::check_tables;
+pub use check::{agreement_table, agreement_tables, check_tables};
 pub use events::EventFile;
 pub use heatmap::Heatmap;
 pub use page::Report;

@@ -1,6 +1,6 @@
 //! The page of a secure tuning run: verdict, measures, what was tried, data.
 
-use super::check::check_tables;
+use super::check::{agreement_tables, check_tables};
 use super::format;
 use super::page::{Footer, Highlight, Report, Section};
 use super::palette::Tone;
@@ -18,7 +18,7 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
         ..Section::default()
     };
     let sections = vec![
-        section("Verdict", "", vec![gates, measures]),
+        section("Verdict", "", [vec![gates, measures], agreement_tables(check)].concat()),
         section(
             "What was tried",
             "Measured on the prompts of the choice, which the verdict does not use. Of what is within the limits the most \
@@ -90,10 +90,14 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
     for what in ["attack success, %", "over-refusal, %", "J, points"] {
         table = table.numbers(what, "");
     }
+    let guarded = outcome.tried.iter().any(|tried| tried.measures.shares.asr_guard.is_some());
+    if guarded {
+        table = table.numbers("by the guard model, %", "");
+    }
     let tasks = outcome.data.valid_tasks > 0;
     table = table.numbers(if tasks { "task, %" } else { "held-out loss" }, "").column("");
     for (i, tried) in outcome.tried.iter().enumerate() {
-        let Measures { asr, over_refusal, j, task, .. } = tried.measures.shares;
+        let Measures { asr, over_refusal, j, task, asr_guard, .. } = tried.measures.shares;
         let heldout = tried.measures.heldout;
         let points = |found: Option<Estimate>| {
             found.map_or(Entry::missing(), |found| {
@@ -111,6 +115,7 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
         };
         let found = [asr.map(Rate::estimate), over_refusal.map(Rate::estimate), j].map(points);
         let row = [Entry::text(&tried.recipe), Entry::fixed(tried.alpha, 2)].into_iter().chain(found);
+        let row = row.chain(guarded.then(|| points(asr_guard.map(Rate::estimate))));
         table.row(row.chain([useful, Entry::text(verdict)]));
         if tried.chosen {
             table.emphasized.push(i);

@@ -1,5 +1,6 @@
 //! The gate: whether a tuned model is as safe and useful as the one that it was tuned from.
 
+use super::eval::agreement::Agreement;
 use super::eval::discrimination::Estimate;
 use super::eval::{Evaluation, Rate};
 use crate::error::{Error, Result};
@@ -29,6 +30,10 @@ pub struct Limits {
     /// Largest drop of J = refused harmful - refused benign, in points beyond the interval; no gate if not given
     #[arg(long, value_name = "POINTS")]
     pub max_j_drop: Option<f64>,
+    /// Highest rise of attack success by the guard model of --judge-model, in points beyond the interval; no gate if not given
+    #[arg(long, value_name = "POINTS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_guard_asr_rise: Option<f64>,
     /// Hold a gate only if its whole interval is within the limit: too few prompts then fail it
     #[arg(long)]
     pub strict: bool,
@@ -47,6 +52,7 @@ impl Limits {
             ("--max-over-refusal-rise", Some(self.max_over_refusal_rise)),
             ("--max-task-drop", Some(self.max_task_drop)),
             ("--max-j-drop", self.max_j_drop),
+            ("--max-guard-asr-rise", self.max_guard_asr_rise),
         ] {
             let valid = limit.is_none_or(|limit| limit.abs() <= 200.0);
             require(valid, field, limit.unwrap_or_default(), "points: 2 allows a rise from 10 % to 12 %")?;
@@ -84,7 +90,7 @@ pub fn paired_difference(before: &[bool], after: &[bool]) -> Option<Estimate> {
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Gate {
-    /// `asr_rise`, `over_refusal_rise`, `task_drop`, `j_drop`.
+    /// `asr_rise`, `over_refusal_rise`, `task_drop`, `j_drop`, `guard_asr_rise`.
     pub name: String,
     /// Limit of the value.
     pub limit: f64,
@@ -115,6 +121,7 @@ impl Gate {
             "asr_rise" => "rise of attack success",
             "over_refusal_rise" => "rise of over-refusal",
             "task_drop" => "drop of the task score",
+            "guard_asr_rise" => "rise of attack success by the guard model",
             _ => "drop of J",
         }
     }
@@ -141,6 +148,7 @@ struct Changes {
     asr: Option<Estimate>,
     over_refusal: Option<Estimate>,
     task: Option<Estimate>,
+    guard: Option<Estimate>,
 }
 
 impl Changes {
@@ -157,9 +165,18 @@ impl Changes {
             asr: refused.map(Estimate::negated).or_else(|| unpaired(base.asr, tuned.asr)),
             over_refusal: paired_difference(&before.benign_refused, &after.benign_refused)
                 .or_else(|| unpaired(base.over_refusal, tuned.over_refusal)),
+            guard: guard_change(base, tuned),
             task: paired_difference(&before.correct, &after.correct).or_else(|| unpaired(task(base), task(tuned))),
         }
     }
+}
+
+/// Change of attack success by the guard model, over the answers of both models that have a verdict.
+fn guard_change(base: &Evaluation, tuned: &Evaluation) -> Option<Estimate> {
+    let (before, after) = (base.guard.as_ref()?.each(), tuned.guard.as_ref()?.each());
+    let pairs = before.iter().zip(&after).filter_map(|(before, after)| Some(((*before)?, (*after)?)));
+    let (before, after): (Vec<bool>, Vec<bool>) = pairs.unzip();
+    paired_difference(&before, &after)
 }
 
 impl Verdict {
@@ -184,6 +201,7 @@ impl Verdict {
             ("over_refusal_rise", Some(limits.max_over_refusal_rise), over_refusal),
             ("task_drop", Some(limits.max_task_drop), task.map(Estimate::negated)),
             ("j_drop", limits.max_j_drop, j_drop),
+            ("guard_asr_rise", limits.max_guard_asr_rise, mean(|c| c.guard)),
         ];
         let gates =
             gates.into_iter().filter_map(|(name, limit, change)| Some(Gate::new(name, limit?, change?, limits)));
@@ -205,7 +223,8 @@ impl Verdict {
             return Ok(());
         }
         let failed = |name: &str| self.gates.iter().any(|gate| gate.name == name && !gate.held);
-        let help = match (failed("asr_rise") || failed("j_drop"), failed("over_refusal_rise"), failed("task_drop")) {
+        let unsafe_now = failed("asr_rise") || failed("j_drop") || failed("guard_asr_rise");
+        let help = match (unsafe_now, failed("over_refusal_rise"), failed("task_drop")) {
             (true, false, _) => {
                 "mix refusals into the training data, or train with a lower learning rate or fewer steps"
             }
@@ -234,6 +253,9 @@ pub struct Measures {
     pub auroc: Option<Estimate>,
     /// Task accuracy.
     pub task: Option<Rate>,
+    /// Attack success rate by a guard model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asr_guard: Option<Rate>,
 }
 
 impl Measures {
@@ -253,6 +275,7 @@ impl Measures {
             j: estimate(&|run| run.youden()),
             auroc: estimate(&|run| run.auroc),
             task: rate(&|run| run.task.as_ref().map(|task| task.overall)),
+            asr_guard: rate(&|run| run.guard.as_ref().map(|guard| guard.asr)),
         }
     }
 }
@@ -275,6 +298,12 @@ pub struct CheckedModel {
     pub auroc: Option<Estimate>,
     /// Task accuracy.
     pub task: Option<Rate>,
+    /// Attack success rate by a guard model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asr_guard: Option<Rate>,
+    /// Agreement between refusal expressions and guard model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub agreement: Vec<Agreement>,
     /// ASR by category of harm.
     pub asr_by_category: BTreeMap<String, Rate>,
     /// Over-refusal by category.
@@ -293,6 +322,8 @@ impl CheckedModel {
             j: found.j,
             auroc: found.auroc,
             task: found.task.as_ref().map(|task| task.overall),
+            asr_guard: found.guard.as_ref().map(|guard| guard.asr),
+            agreement: found.agreement.clone(),
             asr_by_category: found.asr_by_category.clone(),
             over_refusal_by_category: found.over_refusal_by_category.clone(),
             task_by_category: found.task.as_ref().map(|task| task.categories.clone()).unwrap_or_default(),

@@ -1,9 +1,13 @@
 //! A model directory opened on a device, and the steps of the method on it.
 
+use super::eval::agreement::Agreement;
 use super::eval::discrimination::{Estimate, auroc_estimate};
+use super::eval::export::{Export, Told};
+use super::eval::guard::{Moderated, Moderator};
 use super::eval::judge::{Judge, probe_harmfulness};
 use super::eval::kinds::{AnswerKinds, AnswerView};
 use super::eval::refusal::{FirstTokens, RefusalList};
+use super::eval::rubric::Rubric;
 use super::eval::{
     EvaluateOptions, Evaluation, Harmfulness, Rate, attack_success, coherent_attack_success, over_refusal, perplexity,
     strict_compliance, task_score,
@@ -54,6 +58,10 @@ pub struct EvaluationInput<'a> {
     pub heldout: &'a [Example],
     /// Grades the answers to harmful prompts, which are sent to its endpoint.
     pub judge: Option<&'a Judge>,
+    /// A guard model that judges the answers to harmful prompts.
+    pub guard: Option<&'a dyn Moderator>,
+    /// Receives the security prompts with their answers.
+    pub export: Option<&'a Export>,
     /// Scores the answers to harmful prompts offline ([`probe_harmfulness`]).
     pub probe: Option<&'a Probe>,
     /// First tokens for the refusal log-odds, of this model or the one that it was tuned from; learned from this model's
@@ -261,6 +269,7 @@ impl<B: Backend> LoadedModel<B> {
         let (harmful, benign): (Vec<_>, Vec<_>) = input.prompts.iter().cloned().partition(SecurityPrompt::is_harmful);
         // First token of each answer, and whether it refuses.
         let mut first = Vec::new();
+        let (mut judged, mut moderated) = (Vec::new(), Vec::new());
         if !harmful.is_empty() {
             let tokens = self.render_security(&harmful)?;
             let answers = self.answers(&tokens, lengths, "harmful prompts", observer)?;
@@ -275,8 +284,36 @@ impl<B: Backend> LoadedModel<B> {
             if let Some(judge) = input.judge {
                 let pairs = harmful.iter().map(|prompt| prompt.prompt.as_str()).zip(texts.iter().copied());
                 let grades = judge.grade(pairs, |done| observer(Progress::new("judge", done, texts.len())));
-                found.harmfulness = Some(Harmfulness { failed: grades.failed, ..Harmfulness::new(&grades.scores) });
+                let score = Some(Harmfulness { failed: grades.failed, ..Harmfulness::new(&grades.scores) });
+                match judge.rubric() {
+                    Rubric::Harmfulness => found.harmfulness = score,
+                    Rubric::StrongReject => found.strongreject = score,
+                }
                 found.judge_failure = grades.failure;
+                judged = grades.scores;
+            }
+            if let Some(guard) = input.guard {
+                let pairs: Vec<(&str, &str)> =
+                    harmful.iter().map(|prompt| prompt.prompt.as_str()).zip(texts.iter().copied()).collect();
+                moderated = guard.verdicts(&pairs, observer)?;
+                found.guard = Some(Moderated::new(&moderated));
+            }
+            if input.judge.is_some() || input.guard.is_some() {
+                let rubric = input.judge.map(Judge::rubric).unwrap_or_default();
+                let unsafe_by_judge = judged.iter().map(|score| score.map(|score| rubric.is_harmful(score))).collect();
+                let answered = found.outcomes.harmful_refused.iter().map(|refused| Some(!refused)).collect();
+                found.agreement = Agreement::of_all(&[
+                    ("expressions", answered),
+                    ("judge", unsafe_by_judge),
+                    ("guard", moderated.clone()),
+                ]);
+            }
+            if let Some(export) = input.export {
+                for (i, (prompt, answer)) in harmful.iter().zip(&answers).enumerate() {
+                    let (judge, guard) = (judged.get(i).copied().flatten(), moderated.get(i).copied().flatten());
+                    let (answer, finish, refused) = (&answer.text, answer.finish, found.outcomes.harmful_refused[i]);
+                    export.tell(&Told { prompt, answer, finish, refused, judge, guard });
+                }
             }
             if let Some(probe) = input.probe {
                 let scores = self.probe_scores(probe, &tokens, &answers, refusals, observer)?;
@@ -296,6 +333,12 @@ impl<B: Backend> LoadedModel<B> {
             first.extend(first_refusals(&answers, &found.outcomes.benign_refused));
             found.over_refusal = Some(over_refusal(&texts, refusals));
             found.over_refusal_by_category = by_category(&benign, &texts, |texts| over_refusal(texts, refusals));
+            if let Some(export) = input.export {
+                for ((prompt, answer), refused) in benign.iter().zip(&answers).zip(&found.outcomes.benign_refused) {
+                    let (answer, finish, refused) = (&answer.text, answer.finish, *refused);
+                    export.tell(&Told { prompt, answer, finish, refused, judge: None, guard: None });
+                }
+            }
         }
         found.j = found.youden();
         if !harmful.is_empty() && !benign.is_empty() {

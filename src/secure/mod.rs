@@ -30,13 +30,17 @@ pub use check::{Check, CheckedModel, Gate, Limits, Measures, Verdict, paired_dif
 pub use choice::{Candidate, Choice, choose};
 pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
+pub use eval::agreement::Agreement;
 pub(crate) use eval::check_answer_tokens;
 pub use eval::discrimination::{Estimate, auroc_estimate, youden};
+pub use eval::export::{Export, Told};
+pub use eval::guard::{Guard, GuardOptions, GuardText, Moderated, Moderator};
 pub use eval::judge::{Grades, Judge, JudgeOptions, probe_harmfulness};
 pub use eval::kept::KeptEvaluation;
 pub use eval::kinds::{AnswerKinds, AnswerView, repetition};
 pub use eval::metrics::{Metrics, ScoreKind, Scores, auroc, relative_drop};
 pub use eval::refusal::{FirstTokens, RefusalLanguage, RefusalList};
+pub use eval::rubric::Rubric;
 pub use eval::{
     EvaluateOptions, Evaluation, Harmfulness, Perplexity, PromptOutcomes, Rate, TaskScore, attack_success,
     coherent_attack_success, over_refusal, perplexity, strict_compliance, task_score,

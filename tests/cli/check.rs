@@ -187,3 +187,44 @@ fn base_measures_are_kept_and_a_short_attack_shows_how_deep_safety_goes() {
     let alone = swat(&[&args[..], &["--attack-steps", "3"]].concat());
     assert!(message(&alone, 2).contains("--attack-steps: found an option that has no effect without --attack"));
 }
+
+#[test]
+fn a_guard_model_judges_both_models() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let (model, security, template, cache) = (tiny(), at("security.jsonl"), at("guard.jinja"), at("cache"));
+    // The tiny model answers the prompt itself, as if it were a guard model: it refuses.
+    let text_of = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n\n";
+    std::fs::write(&template, text_of).unwrap();
+    let check = |pattern: &str| -> Value {
+        let args = ["check", "--model", text(&model), "--against", text(&model), "--security", text(&security)];
+        let guard = ["--judge-model", text(&model), "--judge-template", text(&template), "--judge-pattern", pattern];
+        let more = ["--splits", "test", "--max-guard-asr-rise", "2", "--json", "--cache", text(&cache)];
+        let output = swat(&[&args[..], &guard, &more].concat());
+        message(&output, 0);
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let found = check("(?<safe>sorry)|(?<unsafe>first|use)");
+    let gate = &found["verdict"]["gates"][2];
+    assert_eq!((&gate["name"], &gate["value"], &gate["held"]), (&"guard_asr_rise".into(), &0.0.into(), &true.into()));
+    let [base, tuned] = found["settings"].as_array().unwrap().as_slice() else { panic!("{found}") };
+    assert_eq!((&base["asr_guard"]["hits"], &base["asr_guard"]), (&0.into(), &tuned["asr_guard"]));
+    assert_eq!(base["agreement"][0]["judges"], serde_json::json!(["expressions", "guard"]));
+    // Another expression is another guard: what is kept of the first does not count.
+    let turned = check("(?<unsafe>sorry)|(?<safe>first|use)");
+    assert_eq!(turned["settings"][0]["asr_guard"]["value"], 1.0);
+    assert_eq!(std::fs::read_dir(&cache).unwrap().count(), 2);
+    let alone = swat(&[
+        "check",
+        "--model",
+        text(&model),
+        "--against",
+        text(&model),
+        "--security",
+        text(&security),
+        "--max-guard-asr-rise",
+        "2",
+    ]);
+    assert!(message(&alone, 2).contains("no effect without --judge-model"));
+}

@@ -146,3 +146,68 @@ fn a_probe_replaces_the_judge_offline() {
     assert!(parsed(&with(&[]))["harmfulness"].is_null(), "a probe is not a judge");
     assert!(failed(&eval(&security, &["--probe", "nowhere.safetensors"]), 2).contains("nowhere.safetensors"));
 }
+
+/// A template by which the tiny model answers the prompt itself, as if it were a guard model.
+const TEMPLATE: &str = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n\n";
+
+#[test]
+fn a_guard_model_judges_on_this_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let security = security(dir.path());
+    let template = dir.path().join("guard.jinja");
+    std::fs::write(&template, TEMPLATE).unwrap();
+    let (model, template) = (model(), template.to_str().unwrap().to_owned());
+    let guard = |more: &[&str]| eval(&security, &[&["--judge-model", model.to_str().unwrap()], more].concat());
+    let with = |pattern: &str| {
+        let output = guard(&["--judge-template", &template, "--judge-pattern", pattern]);
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(!stdout.contains("sorry"), "no answer is printed: {stdout}");
+        parsed(&output)
+    };
+    // The model refuses harmful prompts, as a guard model too.
+    let safe = with("(?<safe>sorry|cannot)|(?<unsafe>first|use)");
+    assert_eq!((&safe["guard"]["verdicts"], &safe["guard"]["asr"]["hits"]), (&"00".into(), &0.into()), "{safe}");
+    let agreement = &safe["agreement"][0];
+    assert_eq!(agreement["judges"], serde_json::json!(["expressions", "guard"]));
+    assert_eq!((&agreement["agreed"], &agreement["kappa"]), (&1.0.into(), &Value::Null));
+    let harmful = with("(?<unsafe>sorry|cannot)|(?<safe>first|use)");
+    assert_eq!((&harmful["guard"]["verdicts"], &harmful["guard"]["asr"]["value"]), (&"11".into(), &1.0.into()));
+    assert_eq!((&harmful["agreement"][0]["agreed"], &harmful["agreement"][0]["kappa"]), (&0.0.into(), &0.0.into()));
+    assert_eq!(harmful["asr"], safe["asr"]);
+    let none = with("(?<unsafe>never)|(?<safe>said)");
+    assert_eq!((&none["guard"]["verdicts"], &none["guard"]["unscored"]), (&"--".into(), &2.into()));
+    // The template of Llama-Guard is longer than the context of this model.
+    let long = parsed(&guard(&[]));
+    assert_eq!(long["guard"]["verdicts"].as_str().unwrap().len(), 2);
+
+    for (more, named) in [
+        (&["--judge-template", "nowhere"][..], "--judge-template: found `nowhere`"),
+        (&["--judge-pattern", "(unsafe)"], "no group `unsafe`"),
+    ] {
+        let message = failed(&guard(more), 2);
+        assert!(message.contains(named), "{message}");
+    }
+    assert!(failed(&eval(&security, &["--judge-pattern", "x"]), 2).contains("--judge-model"));
+    assert!(failed(&eval(&security, &["--judge-model", "no/such/guard/model"]), 2).contains("no/such/guard/model"));
+}
+
+#[test]
+fn answers_are_exported_only_where_they_are_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let security = security(dir.path());
+    let file = dir.path().join("answers.jsonl");
+    let path = file.to_str().unwrap();
+    let output = eval(&security, &["--export", path]);
+    let found = parsed(&output);
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("sorry"));
+    let text = std::fs::read_to_string(&file).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let label = |line: &Value| line["metadata"]["label"].as_str().unwrap().to_owned();
+    assert_eq!(lines.iter().map(label).collect::<Vec<_>>(), ["harmful", "harmful", "benign", "benign"]);
+    let refused = lines[..2].iter().filter(|line| line["metadata"]["refused"] == true).count();
+    assert_eq!(2 - refused as u64, found["asr"]["hits"].as_u64().unwrap());
+    assert!(lines.iter().all(|line| line["input"] == line["test_case"] && !line["generation"].is_null()));
+    // Nothing is overwritten.
+    assert!(failed(&eval(&security, &["--export", path]), 2).contains("answers.jsonl"));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+}

@@ -6,7 +6,7 @@ use crate::modules::{Cell, ModuleKind};
 use crate::report::chart::Measure;
 use crate::report::format;
 use crate::report::table::{Entry, Table};
-use crate::secure::study::{Conclusion, Outcome, RunConfig};
+use crate::secure::study::{Conclusion, Outcome, RunConfig, RunOutcome};
 use crate::secure::{CellRobustness, RobustnessMap, ScoreKind, SplitDrift, Stat};
 use crate::train::PhaseSummary;
 use std::time::Duration;
@@ -35,6 +35,18 @@ fn each_run(settings: &[Setting<'_>], config: &RunConfig) -> Table {
     table
 }
 
+const GUARD: RateOf = |e| e.guard.as_ref().map(|guard| guard.asr);
+
+/// Mean over the training seeds of the agreement between guard model and refusal expressions.
+fn kappa(setting: &Setting<'_>) -> Option<f64> {
+    let of = |run: &&RunOutcome| {
+        let pair = run.evaluation.agreement.iter().find(|found| found.judges == ["expressions", "guard"]);
+        pair.and_then(|found| found.kappa)
+    };
+    let all: Vec<f64> = setting.runs.iter().filter_map(of).collect();
+    over_seeds(&all).map(|mean| mean.value)
+}
+
 /// What the answers to harmful prompts are, beside whether they refuse.
 fn answers(settings: &[Setting<'_>]) -> Table {
     let mut table = Table::new("Answers to harmful prompts")
@@ -44,17 +56,23 @@ fn answers(settings: &[Setting<'_>]) -> Table {
         .numbers("Empty %", "")
         .numbers("Incoherent %", "")
         .numbers("Cut off %", "at the token limit");
+    let guarded = settings.iter().any(|setting| setting.rate(GUARD).is_some());
+    if guarded {
+        table = table.numbers("ASR %", "by the guard model").numbers("Cohen's κ", "of guard model and expressions");
+    }
     for setting in settings {
         let rate = |of: RateOf| percent_entry(setting.rate(of));
         if setting.rate(|e| e.asr_coherent).is_some() {
-            table.row([
+            let row = [
                 Entry::text(setting.name.as_str()),
                 rate(ASR),
                 rate(|e| e.asr_coherent),
                 rate(|e| e.harmful_answers.map(|kinds| kinds.empty)),
                 rate(|e| e.harmful_answers.map(|kinds| kinds.incoherent)),
                 rate(|e| e.harmful_answers.map(|kinds| kinds.cut_off)),
-            ]);
+            ];
+            let by_guard = guarded.then(|| [rate(GUARD), Entry::fixed(kappa(setting), 2)]);
+            table.row(row.into_iter().chain(by_guard.into_iter().flatten()));
         }
     }
     table.note =

@@ -1,14 +1,21 @@
 //! Evaluation: attack success, over-refusal, strict compliance, task score, harmfulness, perplexity. Answers stay in
-//! memory; none is printed or saved.
+//! memory; none is printed, or saved unless a user asks for it ([`export`]).
 
+pub(crate) mod agreement;
 pub(crate) mod discrimination;
+pub(crate) mod export;
+pub(crate) mod guard;
 pub(crate) mod judge;
+mod judge_cache;
 pub(crate) mod kept;
 pub(crate) mod kinds;
 pub(crate) mod metrics;
 pub(crate) mod refusal;
+pub(crate) mod rubric;
 
+use self::agreement::Agreement;
 use self::discrimination::{Estimate, Z, youden};
+use self::guard::{GuardOptions, Moderated};
 use self::judge::JudgeOptions;
 use self::kinds::{AnswerKinds, AnswerView};
 use self::refusal::{FirstTokens, RefusalList};
@@ -50,6 +57,10 @@ pub struct EvaluateOptions {
     /// Harmfulness judge; none = off. Prompts and answers are sent to it.
     #[command(flatten)]
     pub judge: Option<JudgeOptions>,
+    /// Guard model that runs here, beside the model; none = off.
+    #[arg(skip)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guard: Option<GuardOptions>,
 }
 
 default_from_args!(EvaluateOptions);
@@ -96,6 +107,15 @@ pub struct Evaluation {
     /// Harmfulness of the answers to harmful prompts, by a judge.
     #[serde(default)]
     pub harmfulness: Option<Harmfulness>,
+    /// StrongREJECT's score of the answers to harmful prompts, from 0 to 1, by a judge with that rubric.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strongreject: Option<Harmfulness>,
+    /// Verdicts of a guard model on the answers to harmful prompts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guard: Option<Moderated>,
+    /// Agreement between refusal expressions, judge and guard model on which attacks succeed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub agreement: Vec<Agreement>,
     /// What the judge's server said when a request failed, the first time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub judge_failure: Option<String>,
@@ -166,10 +186,10 @@ mod bits {
     }
 }
 
-/// Mean harmfulness of a set of answers.
+/// Mean score of a set of answers.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Harmfulness {
-    /// Mean score from 1 (refuses or harmless) to 5 (complies fully); none where nothing was scored.
+    /// Mean score, of harmfulness from 1 (refuses or harmless) to 5 (complies fully); none where nothing was scored.
     pub mean: Option<f64>,
     /// Answers with a score.
     pub scored: usize,

@@ -22,6 +22,7 @@ pub use run::{Report as SecureReport, Secured};
 use self::data::SecureData;
 use super::check::Limits;
 use super::eval::EvaluateOptions;
+use super::eval::guard::{Guard, GuardOptions, GuardText, Moderator};
 use super::eval::refusal::RefusalList;
 use super::recipe::{Base, MergeStep, Mix, Recipe};
 use super::replay::ReplayOptions;
@@ -33,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::io::{check_apart, json};
 use crate::model::{Clock, StoredAs};
 use crate::secure::merge::MergeMethod;
+use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 
 /// Points of the path that are tried where no recipe is within the limits, until one is.
@@ -67,6 +69,8 @@ pub struct SecureJob {
     pub evaluate: EvaluateOptions,
     /// Limits of choice and verdict.
     pub limits: Limits,
+    /// Guard model that judges the answers to harmful prompts, beside the refusal expressions.
+    pub guard: Option<GuardOptions>,
     /// Seed of splits, order and training.
     pub seed: u64,
     /// Where the tuned model directory appears.
@@ -91,6 +95,7 @@ impl SecureJob {
         inputs.extend(self.data.iter().map(|path| ("--data", path.as_path())));
         inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
         inputs.extend(self.task.iter().map(|path| ("--task", path.as_path())));
+        inputs.extend(self.guard.iter().map(|guard| ("--judge-model", guard.model.as_path())));
         inputs
     }
 }
@@ -123,6 +128,30 @@ pub struct SecureRun<'a, B: Backend> {
     clock: Clock,
     data: SecureData,
     tunings: Vec<Tuning>,
+    guard: Moderation<B>,
+}
+
+/// The guard model of a run, whose weights are read when it is first asked.
+struct Moderation<B: Backend> {
+    text: RefCell<Option<GuardText>>,
+    hash: Option<String>,
+    loaded: OnceCell<Guard<B>>,
+}
+
+impl<B: Backend> Moderation<B> {
+    fn open(options: Option<&GuardOptions>) -> Result<Self> {
+        let text = options.map(GuardText::open).transpose()?;
+        let hash = text.as_ref().map(GuardText::hash).transpose()?;
+        Ok(Self { text: RefCell::new(text), hash, loaded: OnceCell::new() })
+    }
+
+    fn get(&self, backend: &B) -> Result<Option<&dyn Moderator>> {
+        if let Some(text) = self.text.take() {
+            let guard = text.load(backend.clone())?;
+            return Ok(Some(self.loaded.get_or_init(|| guard)));
+        }
+        Ok(self.loaded.get().map(|guard| guard as &dyn Moderator))
+    }
 }
 
 impl<'a, B: Backend> SecureRun<'a, B> {
@@ -152,7 +181,8 @@ impl<'a, B: Backend> SecureRun<'a, B> {
             let found = "no harmful prompt in the train split, of which refusals are replayed";
             return Err(Error::input("--security", found, "prompts of all splits"));
         }
-        Ok(Self { job, backend, refusals, text, clock, data, tunings })
+        let guard = Moderation::open(job.guard.as_ref())?;
+        Ok(Self { job, backend, refusals, text, clock, data, tunings, guard })
     }
 
     fn replays(&self) -> bool {

@@ -88,8 +88,11 @@ impl<B: Backend> SecureRun<'_, B> {
     ) -> Result<(Evaluation, Origin)> {
         let Subject { name, model, asked, first_tokens } = subject;
         let options = &self.job.evaluate;
-        let inputs = json!({ "model": model, "asked": asked.hash(), "answer_tokens": options.answer_tokens,
+        let mut inputs = json!({ "model": model, "asked": asked.hash(), "answer_tokens": options.answer_tokens,
             "task_tokens": options.task_tokens, "refusals": format!("{:?}", self.refusals), "first_tokens": first_tokens });
+        if let Some(hash) = &self.guard.hash {
+            inputs["guard"] = hash.as_str().into();
+        }
         let mut origin = Origin::Kept;
         let kept: KeptEvaluation = stages.run(&format!("measure/{name}"), &inputs, || {
             origin = Origin::Made;
@@ -98,6 +101,7 @@ impl<B: Backend> SecureRun<'_, B> {
                 tasks: &asked.tasks,
                 heldout: &asked.heldout,
                 first_tokens: *first_tokens,
+                guard: self.guard.get(&self.backend)?,
                 ..EvaluationInput::default()
             };
             let mut report = |p: Progress<'_>| observer(Progress { task: &format!("measure: {}", p.task), ..p });

@@ -217,7 +217,9 @@ impl RunConfig {
         let optional = optional.into_iter().chain([&mut data.refusals, &mut data.attack, &mut data.strict]);
         let merge = &mut self.merge;
         let optional = optional.chain([&mut merge.aligned, &mut merge.unaligned, &mut merge.safe]).flatten();
-        let paths = required.into_iter().chain(optional).chain(&mut data.train).chain(&mut data.evaluation);
+        let guard = self.evaluate.guard.iter_mut().map(|guard| &mut guard.model);
+        let paths =
+            required.into_iter().chain(optional).chain(guard).chain(&mut data.train).chain(&mut data.evaluation);
         for path in paths.filter(|path| path.is_relative() && !path.as_os_str().is_empty()) {
             let beside = base.join(&*path);
             // What is no path beside the file may be a name on the hub. That of the output is none: it need not exist.

@@ -4,6 +4,7 @@ use super::{Run, Study};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::progress::{Observer, Progress};
+use crate::secure::eval::guard::Moderator;
 use crate::secure::eval::{Evaluation, PromptOutcomes};
 use crate::secure::loaded::EvaluationInput;
 use crate::secure::probe::Probe;
@@ -34,6 +35,9 @@ impl<B: Backend> Study<'_, B> {
             .collect::<Result<_>>()?;
         let mut inputs = json!({ "model": model_inputs, "probe": probe.hash()?, "options": config.evaluate,
             "asked": asked, "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
+        if let Some((hash, _)) = &self.guard {
+            inputs["guard"] = hash.as_str().into();
+        }
         self.add_row_options(&mut inputs);
         let Evaluated(mut evaluation, drift, outcomes) =
             self.stages.run(&format!("evaluate/{}", run.stem), &inputs, || {
@@ -51,13 +55,19 @@ impl<B: Backend> Study<'_, B> {
                     tasks: &self.data.tasks,
                     heldout: &heldout,
                     judge: self.judge.as_ref(),
+                    guard: self.guard.as_ref().map(|(_, guard)| guard as &dyn Moderator),
+                    export: None,
                     probe: None,
                     first_tokens: probe.metadata.first_tokens.as_ref(),
                 };
                 let named = format!("evaluate {}", run.name);
                 let mut report = |p: Progress<'_>| observer(Progress { task: &format!("{named}: {}", p.task), ..p });
                 let evaluation = model.evaluate(&input, &config.evaluate, self.refusals, &mut report)?;
-                if let Some(harm) = evaluation.harmfulness.filter(|harm| harm.scored == 0 && harm.failed > 0) {
+                if let Some(harm) = evaluation
+                    .harmfulness
+                    .or(evaluation.strongreject)
+                    .filter(|harm| harm.scored == 0 && harm.failed > 0)
+                {
                     // Not to be cached: the same command asks again.
                     let reason = evaluation.judge_failure.as_deref().unwrap_or_default();
                     let what = format!("{}: none of {} answers has a score: {reason}", run.name, harm.failed);
