@@ -26,6 +26,11 @@ impl<'a> Names<'a> {
         Ok(Some(name))
     }
 
+    /// Fetches the card of a model beside its files. Where that fails the licence stays unknown, and nothing else.
+    pub(super) fn card(&mut self, name: &HubName) {
+        let _ = self.with_hub(|hub, bars| hub.card(name, &mut bars.observer()));
+    }
+
     /// As [`Names::model`], for a command that reads `config.json` alone.
     pub(super) fn configuration(&mut self, path: &mut PathBuf) -> Result<()> {
         check_path(path)?;

@@ -31,6 +31,8 @@ The model as given is measured; its own refusals, and its own answers to benign 
 replay=); recipes are tried in order until one is within the limits on the split valid and half of ood of --security, and
 where none is, points between the tuned model and the model as given. What is chosen is measured on test and the rest of ood.
 
+An --adapter is merged first: model and adapter together are what is tuned, and held to its own refusals.
+
 Stages are kept in the working folder: the same command continues a run that ended early, to the same bytes.
 
 Exit codes: 0 = held, 3 = not held (the model is written all the same), 2 = wrong input, 1 = failed while running.")]
@@ -104,11 +106,8 @@ impl OnDevice for SecureCommand {
                             --security JailbreakBench/JBB-Behaviors (100 harmful prompts and their benign twins)";
             return Err(Error::input("--security", "none", expected));
         }
-        if self.model.adapter.is_some() {
-            let expected = "--model with the adapter merged: swat tune --model DIR --adapter DIR --data FILE --steps 0 --out MERGED";
-            return Err(Error::input("--adapter", "an adapter, which swat secure does not take", expected));
-        }
         self.model.resolve(names)?;
+        self.model.name.iter().for_each(|name| names.card(name));
         self.guard.resolve(names)?;
         names.data(&mut self.data)?;
         names.security(&mut self.security)
@@ -179,6 +178,7 @@ impl SecureCommand {
         Ok(SecureJob {
             model: self.model.model.clone(),
             model_name: self.model.shown(),
+            adapter: self.model.adapter.clone(),
             chat_template: self.model.chat_template.clone(),
             date: self.model.date,
             data: self.data.clone(),

@@ -19,6 +19,11 @@ pub(super) fn configuration(name: &HubName, files: &[String]) -> Result<Vec<Stri
     Err(Error::input(name.text(), "no config.json", "the repository of a model"))
 }
 
+/// The card, if there is one.
+pub(super) fn card(files: &[String]) -> Vec<String> {
+    files.iter().filter(|file| *file == "README.md").cloned().collect()
+}
+
 /// Chooses among the files of a model's or an adapter's repository; `fetch` gives the path of one.
 pub(super) fn of_model(
     name: &HubName,

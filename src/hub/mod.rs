@@ -102,6 +102,14 @@ impl Hub {
         Ok(self.files(name, &|files, _| files::configuration(name, files), observer)?.dir)
     }
 
+    /// Fetches the card of a model, `README.md`, beside its files; a repository may have none.
+    ///
+    /// # Errors
+    /// As [`Hub::model`].
+    pub fn card(&mut self, name: &HubName, observer: Observer<'_>) -> Result<()> {
+        self.files(name, &|files, _| Ok(files::card(files)), observer).map(drop)
+    }
+
     /// The files of a set of data: those of a configuration and a split, by their names.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! The model card of a tuned model: `README.md` as the hub reads it.
 
-use super::check::check_tables;
+use super::check::{agreement_tables, check_tables};
 use super::secure::{data_table, tried_table, verdict_line};
 use super::table::markdown_text;
 use crate::secure::Check;
@@ -18,12 +18,14 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
     push("# A tuned model, with its safety measured".into());
     push(format!("**{}**", verdict_line(outcome)));
     push(format!(
-        "Tuned from {} by `swat secure`. \"base\" is that model as given, \"tuned\" this one, asked the same prompts, none of \
+        "Tuned from {}{} by `swat secure`. \"base\" is that model as given, \"tuned\" this one, asked the same prompts, none of \
          which any step of tuning or choosing has seen.",
-        code(&outcome.base.name)
+        code(&outcome.base.name),
+        outcome.base.adapter.as_ref().map_or(String::new(), |adapter| format!(" with the adapter {}", code(adapter)))
     ));
     push(measures.markdown());
     push(gates.markdown());
+    agreement_tables(check).iter().for_each(|table| push(table.markdown()));
     push("## What was tried".into());
     push(tried_table(outcome).markdown());
     push("## Data".into());

@@ -376,3 +376,16 @@ fn the_tables_of_jailbreakbench_are_a_security_set_by_name() {
     let requests = world.hub.requests();
     assert!(!requests.iter().any(|r| r.path.contains("judge-comparison")), "{requests:?}");
 }
+
+#[test]
+fn secure_tuning_fetches_the_card_for_its_licence() {
+    let world = World::new();
+    world.hub.add("models/org/tiny", "README.md", b"---\nlicense: mit\n---\n".to_vec());
+    let (train, security) =
+        (world.home.path().join("served/train.jsonl"), world.home.path().join("served/security.jsonl"));
+    let args =
+        ["secure", "--model", "org/tiny", "--data", train.to_str().unwrap(), "--security", security.to_str().unwrap()];
+    world.done(&[&args[..], &["--out", "tuned", "--plan", "--json", "--max-length", "96"]].concat(), &[]);
+    let card = world.repository().join("snapshots").join(COMMIT).join("README.md");
+    assert_eq!(std::fs::read_to_string(card).unwrap(), "---\nlicense: mit\n---\n");
+}

@@ -258,3 +258,27 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
     after.remove("harmful.jsonl");
     assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
 }
+
+#[test]
+fn an_adapter_is_merged_before_anything_else() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut tune = Command::new(env!("CARGO_BIN_EXE_swat"));
+    tune.current_dir(dir.path()).args(["tune", "--model", "model", "--data", "train.jsonl", "--out", "adapter"]);
+    tune.args(["--method", "lora", "--save", "adapter", "--steps", "6", "--lr", "1e-2", "--batch-size", "8"]);
+    message(&tune.args(["--max-length", "96", "--device", "cpu", "--dtype", "f32"]).output().unwrap(), 0);
+    let args = ["--data", "train.jsonl", "--adapter", "adapter", "--steps", "6", "--answer-tokens", "8", "--json"];
+    let output = secure(dir.path(), &[&args[..], &WIDE[..4]].concat()).output().unwrap();
+    let stderr = message(&output, 0);
+    assert!(stderr.contains("stage 1 of 11: merge the adapter into the model"), "{stderr}");
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let base = &found["base"];
+    assert_eq!((&base["name"], &base["adapter"]), (&"model".into(), &"adapter".into()));
+    assert_eq!(base["license"], "apache-2.0");
+    let weights = |path: &str| std::fs::read(dir.path().join(path).join("model.safetensors")).unwrap();
+    assert!(weights("tuned.work/merged") != weights("model"), "the base is the model with its adapter");
+    let card = std::fs::read_to_string(dir.path().join("tuned/README.md")).unwrap();
+    assert!(card.contains("Tuned from `model` with the adapter `adapter` by"), "{card}");
+    let none = secure(dir.path(), &["--data", "train.jsonl", "--adapter", "nowhere"]).output().unwrap();
+    assert!(message(&none, 2).contains("nowhere"));
+}

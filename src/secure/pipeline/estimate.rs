@@ -87,6 +87,9 @@ impl<B: Backend> SecureRun<'_, B> {
         let Some(first) = rates.first() else { return Ok(SecurePlan { stages, memory_bytes: 0, disk_bytes: 0 }) };
         let valid = self.measure_seconds(first, &self.data.valid);
         let test = self.measure_seconds(first, &self.data.test);
+        if self.job.adapter.is_some() {
+            stages.push(PlannedStage::new("merge the adapter into the model", 0.0));
+        }
         stages.push(PlannedStage::new("measure as given, for the choice", valid));
         stages.push(PlannedStage::new("measure as given, for the verdict", test));
         if self.replays() {
@@ -108,9 +111,10 @@ impl<B: Backend> SecureRun<'_, B> {
         stages.push(PlannedStage::new("measure the tuned model, for the verdict", test));
         let memory_bytes = plans.iter().map(Plan::total_bytes).max().unwrap_or(0);
         let stored = self.text.files.stored_bytes(self.job.save_dtype)?;
-        // A tuned model each, a checkpoint of the one that runs (weights and moments), and the output.
+        let models = self.tunings.len() as u64 + 1 + u64::from(self.job.adapter.is_some());
+        // A tuned model each, a checkpoint of the one that runs (weights and moments), the output, and the merged model.
         let checkpoint = plans.iter().map(|plan| plan.weights_bytes + plan.moments_bytes).max().unwrap_or(0);
-        let disk_bytes = stored * (self.tunings.len() as u64 + 1) + 2 * checkpoint;
+        let disk_bytes = stored * models + 2 * checkpoint;
         Ok(SecurePlan { stages, memory_bytes, disk_bytes })
     }
 

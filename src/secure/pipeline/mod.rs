@@ -32,7 +32,7 @@ use crate::backend::Backend;
 use crate::data::{RowOptions, RowReader, SecurityPrompt, Split};
 use crate::error::{Error, Result};
 use crate::io::{check_apart, json};
-use crate::model::{Clock, StoredAs};
+use crate::model::{Clock, ModelDir, StoredAs};
 use crate::secure::merge::MergeMethod;
 use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
@@ -49,6 +49,8 @@ pub struct SecureJob {
     pub model: PathBuf,
     /// How it was named.
     pub model_name: String,
+    /// LoRA adapter that is merged into the model before anything else.
+    pub adapter: Option<PathBuf>,
     /// Chat template, for a model without its own.
     pub chat_template: Option<PathBuf>,
     /// Date for a chat template that writes it; that of the run's beginning if not given.
@@ -92,6 +94,7 @@ impl SecureJob {
     pub fn inputs(&self) -> Vec<(&str, &Path)> {
         let mut inputs = vec![("--model", self.model.as_path())];
         inputs.extend(self.chat_template.iter().map(|path| ("--chat-template", path.as_path())));
+        inputs.extend(self.adapter.iter().map(|path| ("--adapter", path.as_path())));
         inputs.extend(self.data.iter().map(|path| ("--data", path.as_path())));
         inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
         inputs.extend(self.task.iter().map(|path| ("--task", path.as_path())));
@@ -167,7 +170,11 @@ impl<'a, B: Backend> SecureRun<'a, B> {
         check_apart(&[("--out", &job.out), ("--work", &job.work)], &job.inputs())?;
         check_apart(&[("--work", &job.work)], &[("--out", &job.out)])?;
         check_apart(&[("--out", &job.out)], &[("--work", &job.work)])?;
-        let mut text = ModelText::open(&job.model, job.chat_template.as_deref())?;
+        let files = match &job.adapter {
+            None => ModelDir::open(&job.model)?,
+            Some(adapter) => ModelDir::open_with_adapter(&job.model, adapter)?,
+        };
+        let mut text = ModelText::of(files, job.chat_template.as_deref())?;
         let clock = match (job.date, recorded(&job.work)?) {
             (Some(date), _) | (None, Some(date)) => date,
             (None, None) => Clock::now()?,

@@ -42,6 +42,9 @@ pub struct SecureOutcome {
 pub struct BaseModel {
     /// Name on the hub, or directory.
     pub name: String,
+    /// LoRA adapter that was merged into it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
     /// Hash of configuration and weights.
     pub hash: String,
     /// `license` of its card, as it is written there.

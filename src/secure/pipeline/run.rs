@@ -6,16 +6,19 @@ use super::{BaseModel, POINTS, SecureMeasures, SecureOutcome, SecureRun, SecureS
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::io::{IfExists, OutputDir, json};
-use crate::model::ModelDir;
+use crate::model::{ModelDir, StoredAs};
 use crate::progress::Observer;
 use crate::secure::check::Check;
 use crate::secure::choice::{Candidate, choose, excess};
 use crate::secure::eval::Evaluation;
-use crate::secure::merge::{Alpha, MergeMethod, MergeOptions, merge_into};
-use crate::secure::study::{claim_folder, clock, file_hash, lock};
+use crate::secure::merge::{Alpha, MergeMethod, MergeModels, MergeOptions, merge, merge_into};
+use crate::secure::study::{Stages, claim_folder, clock, file_hash, lock};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
+
+/// The model with its adapter merged, in the working folder; name of its stage.
+const MERGED: &str = "merged";
 
 /// A finished run, whose output is complete but for what else is to lie in it.
 pub struct Secured {
@@ -72,12 +75,19 @@ impl<B: Backend> SecureRun<'_, B> {
     /// # Errors
     /// [`Error::InUse`] where another process runs it; [`Error::Exists`] where the output exists and must not be replaced;
     /// errors of the stages.
-    pub fn run(self, plan: &SecurePlan, report: &mut Report<'_>) -> Result<Secured> {
+    pub fn run(mut self, plan: &SecurePlan, report: &mut Report<'_>) -> Result<Secured> {
         let output = OutputDir::create(&self.job.out, IfExists::from_force(self.job.force))?;
-        claim_folder(&self.job.work, &["replay.jsonl"])?;
+        claim_folder(&self.job.work, &["replay.jsonl", MERGED])?;
         let _lock = lock(&self.job.work)?;
         clock(&self.job.work, Some(self.clock))?;
         let (stages, mut time) = (self.stages(), Clocked::new(plan));
+        // Of the model as it was named: a merged one has no card.
+        let license = license_of(&self.job.model);
+        let adapter = self.job.adapter.take();
+        if let Some(adapter) = &adapter {
+            begin(&mut time, report, "merge the adapter into the model");
+            time.end(self.merge_adapter(&stages, adapter, report.observer)?);
+        }
         let model_hash = self.text.files.hash()?.to_owned();
         let given = json!({ "model": model_hash });
         let mut base = Vec::new();
@@ -192,8 +202,9 @@ impl<B: Backend> SecureRun<'_, B> {
             data: self.data.sizes,
             base: BaseModel {
                 name: self.job.model_name.clone(),
+                adapter: adapter.map(|adapter| adapter.display().to_string()),
                 hash: model_hash,
-                license: license_of(&self.job.model),
+                license,
             },
             seed: self.job.seed,
             files: self.hashes()?,
@@ -204,10 +215,37 @@ impl<B: Backend> SecureRun<'_, B> {
         Ok(Secured { outcome, check, output })
     }
 
+    /// Takes the model with its adapter, merged in the working folder, in the place of the model.
+    fn merge_adapter(&mut self, stages: &Stages, adapter: &Path, observer: Observer<'_>) -> Result<Origin> {
+        let dir = self.job.work.join(MERGED);
+        let inputs = json!({ "model": self.text.files.hash()? });
+        let hash = || -> Result<String> { Ok(ModelDir::open(&dir)?.hash()?.to_owned()) };
+        let mut origin = Origin::Kept;
+        let there = |kept: &String| hash().is_ok_and(|hash| hash == *kept);
+        stages.run_unless(MERGED, &inputs, there, || {
+            origin = Origin::Made;
+            let tuned = adapter.to_owned();
+            let models = MergeModels { base: self.job.model.clone(), tuned, ..MergeModels::default() };
+            let options = MergeOptions {
+                by: MergeMethod::Path,
+                alpha: Alpha::At(1.0),
+                tau: 0.0,
+                save_dtype: StoredAs::AsStored,
+                max_shard_bytes: self.job.max_shard_bytes,
+                points: Vec::new(),
+            };
+            merge(&models, &options, &dir, IfExists::Replace, observer)?;
+            hash()
+        })?;
+        self.job.model = dir;
+        self.text = self.text_of(&self.job.model)?;
+        Ok(origin)
+    }
+
     /// Measures a tuned model, or a point before it, on the prompts of the choice.
     fn attempt(
         &self,
-        stages: &crate::secure::study::Stages,
+        stages: &Stages,
         tuned: &[Tuned],
         (name, stem, index, alpha): (&str, &str, usize, f64),
         base: &Evaluation,
@@ -226,7 +264,11 @@ impl<B: Backend> SecureRun<'_, B> {
 
     /// Hashes of the files that were read.
     fn hashes(&self) -> Result<BTreeMap<String, String>> {
-        let files = self.job.inputs().into_iter().filter(|(option, _)| *option != "--model");
+        let files = self
+            .job
+            .inputs()
+            .into_iter()
+            .filter(|(option, _)| !["--model", "--adapter", "--judge-model"].contains(option));
         files.map(|(option, path)| Ok((format!("{option} {}", path.display()), file_hash(path)?))).collect()
     }
 }
