@@ -12,6 +12,7 @@ task score is not below the interval of plain tuning at equal steps: values, not
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 
 STUDY = """model = "{model}"
@@ -61,7 +62,7 @@ answer_tokens = 40
 [replay]
 answer_tokens = 40
 """
-TASKS = {"style": ("a new style of answers", "train.jsonl", "task.jsonl"), "far": ("a far task", "train_far.jsonl", "task_far.jsonl")}
+TASKS = {"style": ("a new style of answers", "train.jsonl", "task.jsonl"), "far": ("a far task", "train_far_unseen.jsonl", "task_far.jsonl")}
 # Steps are such that each sees as many examples of the task as 300 steps of plain tuning.
 BENIGN = {"plain": "plain-equal", "SWAT": "swat", "plain + replay": "plain+replay=.1,steps=333", "SWAT + replay": "swat+replay=.1,steps=244",
           "random set + replay": "warmup:random:1+replay=.1,steps=244"}
@@ -80,6 +81,23 @@ def make(swat, work, n):
         run(swat, "demo", "--make-model", f"m{n}", "--language-seed", n, "--seed", n, "--quiet", cwd=work)
     if not (work / f"d{n}/data/train_far.jsonl").exists():
         run(swat, "demo", *new, "--out", f"d{n}", "--quiet", cwd=work)
+    keep_unseen(work / f"d{n}" / "data")
+
+
+def parts(prompt):
+    """Words and pairs of adjacent words: what `swat run` compares prompts by."""
+    words = re.findall(r"\w+", prompt.lower())
+    return set(words) | set(zip(words, words[1:]))
+
+
+def keep_unseen(data):
+    """Rows of the far task's training data that resemble none of its tasks. The language has few such questions: the tasks are a part of them."""
+    rows = lambda name: [json.loads(line) for line in (data / name).read_text().splitlines()]
+    asked = [parts(row["prompt"]) for row in rows("task_far.jsonl")]
+    unseen = lambda found: all(len(found & other) < 0.85 * len(found | other) for other in asked)
+    kept = [row for row in rows("train_far.jsonl") if unseen(parts(row["messages"][0]["content"] if "messages" in row else row["prompt"]))]
+    (data / "train_far_unseen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    print(f"{data}: {len(kept)} rows of train_far.jsonl are in no task")
 
 
 def study(swat, work, n, task):

@@ -177,7 +177,7 @@ mod tests {
         let command = command();
         for (name, options, needs) in RULES {
             let found = command.find_subcommand(name).unwrap_or_else(|| panic!("{name}"));
-            let other = match needs {
+            let other = match *needs {
                 Given(id) | Absent(id) | Either(id, _) | Value(id, _) | Other(id, _) => Some(id),
                 Nothing => None,
             };

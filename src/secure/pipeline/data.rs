@@ -102,7 +102,8 @@ impl SecureData {
         let prompts = valid.len() + test.len();
         let [valid_prompts, test_prompts] = apart([valid, test], &trained, |prompt| &prompt.prompt);
         let task_count = tasks.len();
-        let [valid_tasks, test_tasks] = apart(halves(tasks, job.seed, |task| task.prompt.clone()), &trained, |task| &task.prompt);
+        let [valid_tasks, test_tasks] =
+            apart(halves(tasks, job.seed, |task| task.prompt.clone()), &trained, |task| &task.prompt);
         let (valid_heldout, test_heldout) =
             if job.task.is_none() { set_aside(&mut train, job.seed)? } else { Default::default() };
         let valid = Asked { prompts: valid_prompts, tasks: valid_tasks, heldout: valid_heldout };
