@@ -59,6 +59,10 @@ const WIDE: [&str; 6] = ["--max-asr-rise", "100", "--max-over-refusal-rise", "10
 fn a_model_is_tuned_and_held_to_limits() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
+    // A split ood would be halved; without one the verdict is on the split test, which `swat check` can ask as well.
+    let security = dir.path().join("security.jsonl");
+    let rows = std::fs::read_to_string(&security).unwrap().replace("\"split\":\"ood\"", "\"split\":\"test\"");
+    std::fs::write(&security, rows).unwrap();
     let args = ["--data", "train.jsonl", "--task", "task.jsonl", "--steps", "60", "--json"];
     let output = secure(dir.path(), &[&args[..], &WIDE].concat()).output().unwrap();
     let stderr = message(&output, 0);
@@ -80,7 +84,7 @@ fn a_model_is_tuned_and_held_to_limits() {
     assert!(given["j"]["value"].as_f64().unwrap() > 0.8, "{given}");
     let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
     assert!(weights(&out) != weights(&dir.path().join("model")));
-    // Valid has a quarter of the pairs, test and ood half each; some tasks are in the training data.
+    // Valid has a fifth of the prompts that are measured, test the rest; some tasks are in the training data.
     let data = &found["data"];
     assert_eq!((&data["valid_prompts"], &data["test_prompts"]), (&32.into(), &128.into()), "{data}");
     let counts = ["valid_tasks", "test_tasks", "repeated_tasks"].map(|key| data[key].as_u64().unwrap());
@@ -99,7 +103,7 @@ fn a_model_is_tuned_and_held_to_limits() {
     // The gate agrees with `swat check` on the same prompts: the tuned model is a model like any other.
     let check = ["check", "--model", "tuned", "--against", "model", "--security", "security.jsonl", "--json"];
     let mut again = Command::new(env!("CARGO_BIN_EXE_swat"));
-    again.current_dir(dir.path()).args(check).args(["--splits", "test,ood", "--device", "cpu", "--dtype", "f32"]);
+    again.current_dir(dir.path()).args(check).args(["--splits", "test", "--device", "cpu", "--dtype", "f32"]);
     let checked: Value = serde_json::from_slice(&again.args(&WIDE[..4]).output().unwrap().stdout).unwrap();
     assert_eq!(checked["settings"][1]["asr"], tuned["asr"]);
     assert_eq!(checked["settings"][1]["over_refusal"], tuned["over_refusal"]);
@@ -151,6 +155,8 @@ fn what_is_not_held_says_so_and_points_of_the_path_are_tried() {
     let excess = |tried: &Value| tried["excess"].as_f64().unwrap();
     let least = tried[1..].iter().map(excess).fold(f64::INFINITY, f64::min);
     assert!(tried.iter().filter(|tried| tried["chosen"] == true).all(|tried| excess(tried) == least), "{tried:?}");
+    // Half of the 64 prompts of the split ood beside 32 of valid, the other half beside 64 of test.
+    assert_eq!((&found["data"]["valid_prompts"], &found["data"]["test_prompts"]), (&64.into(), &96.into()));
     // No tasks: the loss of what was set aside is measured, and no gate is about it.
     assert!(found["settings"][1]["heldout"]["nll"].as_f64().is_some() && found["settings"][1]["task"].is_null());
     let gates = found["verdict"]["gates"].as_array().unwrap();
