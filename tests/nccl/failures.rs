@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// The errors of all ranks that left one.
 fn errors(story: &Story) -> Vec<&str> {
-    story.done.iter().map(|done| done.as_ref().err().expect("an error").as_str()).collect()
+    story.done.iter().map(|done| done.as_ref().expect_err("an error").as_str()).collect()
 }
 
 #[test]
