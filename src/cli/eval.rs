@@ -151,6 +151,10 @@ impl OnDevice for EvalCommand {
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
         self.options.check()?;
         self.check_export()?;
+        if self.guard_model.is_none() && self.guard != GuardOptions::default() {
+            let found = "an option of a guard model, beside an endpoint alone";
+            return Err(Error::input("--judge-template or --judge-pattern", found, "--guard-model DIR as well"));
+        }
         let guard = self.guard_model.clone().map(|model| GuardOptions { model, ..self.guard.clone() });
         let guard = guard.as_ref().map(GuardText::open).transpose()?;
         let mut rows = RowReader::new(&self.rows);

@@ -188,6 +188,8 @@ fn a_guard_model_judges_on_this_machine() {
         assert!(message.contains(named), "{message}");
     }
     assert!(failed(&eval(&security, &["--judge-pattern", "x"]), 2).contains("--judge-model"));
+    let endpoint = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "grader", "--judge-pattern", "x"];
+    assert!(failed(&eval(&security, &endpoint), 2).contains("--guard-model DIR as well"));
     assert!(failed(&eval(&security, &["--judge-model", "no/such/guard/model"]), 2).contains("no/such/guard/model"));
 }
 

@@ -76,6 +76,8 @@ impl EvaluateOptions {
     pub fn check(&self) -> Result<()> {
         check_answer_tokens("answer_tokens", self.answer_tokens)?;
         check_answer_tokens("task_tokens", self.task_tokens)?;
+        let unnamed = self.guard.as_ref().is_some_and(|guard| guard.model.as_os_str().is_empty());
+        require(!unnamed, "evaluate.guard.model", "nothing", "the directory of a guard model, or its name on the hub")?;
         require((0.0..=0.99).contains(&self.mix_share), "mix_share", self.mix_share, "0 to 0.99")
     }
 }
