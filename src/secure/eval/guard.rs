@@ -246,7 +246,7 @@ mod tests {
         ] {
             assert_eq!(verdict(&known, reply), expected, "{reply:?}");
         }
-        let strict = pattern("(?<unsafe>Unsafe|Controversial)|(?<safe>Safe)").unwrap();
+        let strict = pattern(r"Safety:\s*(?:(?<unsafe>Unsafe|Controversial)|(?<safe>Safe))").unwrap();
         assert_eq!(verdict(&strict, "Safety: Controversial"), Some(true));
         for (wrong, found) in [("(unsafe)", "no group `unsafe`"), ("(?<unsafe>a)", "no group `safe`"), ("(", "Pars")] {
             let error = pattern(wrong).unwrap_err().to_string();
