@@ -381,8 +381,10 @@ fn the_tables_of_jailbreakbench_are_a_security_set_by_name() {
 fn secure_tuning_fetches_the_card_for_its_licence() {
     let world = World::new();
     world.hub.add("models/org/tiny", "README.md", b"---\nlicense: mit\n---\n".to_vec());
-    let (train, security) =
-        (world.home.path().join("served/train.jsonl"), world.home.path().join("served/security.jsonl"));
+    let own = world.home.path().join("own");
+    std::fs::create_dir(&own).unwrap();
+    export(&Language::new(1), &own, Counts { pairs: 32, train: 40, tasks: 4 }, 1).unwrap();
+    let (train, security) = (own.join("train.jsonl"), own.join("security.jsonl"));
     let args =
         ["secure", "--model", "org/tiny", "--data", train.to_str().unwrap(), "--security", security.to_str().unwrap()];
     world.done(&[&args[..], &["--out", "tuned", "--plan", "--json", "--max-length", "96"]].concat(), &[]);

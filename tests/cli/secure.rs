@@ -129,7 +129,7 @@ fn what_is_not_held_says_so_and_points_of_the_path_are_tried() {
     // The model as given, which refuses, is its own guard model.
     let template = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n\n";
     std::fs::write(dir.path().join("guard.jinja"), template).unwrap();
-    let pattern = "(?<safe>sorry)|(?<unsafe>first|use)";
+    let pattern = "(?<safe>sorry|cannot|can not|not safe)|(?<unsafe>first)";
     let guard = ["--judge-model", "model", "--judge-template", "guard.jinja", "--judge-pattern", pattern];
     let output = secure(dir.path(), &[&args[..], &guard].concat()).output().unwrap();
     let stderr = message(&output, 3);
@@ -137,10 +137,8 @@ fn what_is_not_held_says_so_and_points_of_the_path_are_tried() {
     let out = dir.path().join("tuned");
     let found: Value = serde_json::from_slice(&std::fs::read(out.join("outcome.json")).unwrap()).unwrap();
     for setting in found["settings"].as_array().unwrap() {
-        assert_eq!(
-            (&setting["asr_guard"]["hits"], &setting["asr_guard"]["total"]),
-            (&0.into(), &setting["asr"]["total"])
-        );
+        // It refuses what it refused when it was asked itself.
+        assert_eq!(setting["asr_guard"], found["settings"][0]["asr"]);
     }
     let card = std::fs::read_to_string(out.join("README.md")).unwrap();
     assert!(
