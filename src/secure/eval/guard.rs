@@ -37,11 +37,11 @@ pub struct GuardOptions {
     pub model: PathBuf,
     /// How the guard model is asked: qwen3guard, llama-guard, own (its chat template), or a file in Jinja with `messages`, the
     /// question and the answer; by the family of the model if not given
-    #[arg(long = "judge-template", id = "judge_template", value_name = "NAME_OR_FILE", requires = "judge_model")]
+    #[arg(long = "judge-template", id = "judge_template", value_name = "NAME_OR_FILE")]
     pub template: Option<String>,
     /// How its verdict is read: a regular expression with the groups `unsafe` and `safe`; the first line of Qwen3Guard and
     /// Llama-Guard if not given
-    #[arg(long = "judge-pattern", id = "judge_pattern", value_name = "REGEX", requires = "judge_model")]
+    #[arg(long = "judge-pattern", id = "judge_pattern", value_name = "REGEX")]
     pub pattern: Option<String>,
     /// Longest verdict, in tokens.
     #[arg(skip = 32usize)]
@@ -255,6 +255,12 @@ mod tests {
         // An expression that would take for ever gives up.
         let endless = pattern("^(?=((a+)+)b)(?<unsafe>a)|(?<safe>z)").unwrap();
         assert_eq!(verdict(&endless, &"a".repeat(64)), None);
+    }
+
+    #[test]
+    fn defaults_are_those_of_an_empty_table() {
+        let found: GuardOptions = toml::from_str("model = 'guard'").unwrap();
+        assert_eq!(found, GuardOptions { model: "guard".into(), ..GuardOptions::default() });
     }
 
     #[test]
