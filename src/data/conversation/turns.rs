@@ -63,10 +63,10 @@ fn turn(row: &Row, place: &str, fields: &Map<String, Value>, role_key: &str) -> 
         row.error(found, "system, user (human), assistant (gpt) or tool (observation)")
     })?;
     // Of `masked` and `prefix`, false says what holds without them.
-    let said = |key: &str, value: &Value| {
-        !is_blank(value) && !(["masked", "prefix"].contains(&key) && *value == Value::Bool(false))
+    let absent = |key: &str, value: &Value| {
+        is_blank(value) || *value == Value::Bool(false) && ["masked", "prefix"].contains(&key)
     };
-    if let Some((key, remedy)) = UNSUPPORTED.iter().find(|(key, _)| fields.get(*key).is_some_and(|v| said(key, v))) {
+    if let Some((key, remedy)) = UNSUPPORTED.iter().find(|(key, _)| fields.get(*key).is_some_and(|v| !absent(key, v))) {
         return Err(row.error(format!("`{place}.{key}`, which swat cannot honour"), *remedy));
     }
     let mut message = Message::new(role, "");
