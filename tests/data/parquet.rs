@@ -75,7 +75,7 @@ fn texts_in_delta_encodings_are_checked_before_they_are_read() {
     // A block of 128 in four parts, and how many numbers there are: 2^42 in place of some.
     let bytes = std::fs::read(file("delta1.parquet")).unwrap();
     let heads: Vec<usize> = (0..bytes.len() - 8).filter(|at| bytes[*at..].starts_with(&[0x80, 0x01, 0x04])).collect();
-    assert!(heads.len() >= 6, "{heads:?}");
+    assert_eq!(heads.len(), 5, "{heads:?}");
     for at in heads {
         let mut claims = bytes.clone();
         claims[at + 3..at + 9].copy_from_slice(&[0x80, 0x80, 0x80, 0x80, 0x80, 0x40]);

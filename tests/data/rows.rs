@@ -142,7 +142,7 @@ fn a_field_holds_the_rows_of_an_object() {
     assert!(message("version").contains("a list under `version`"));
     let second = [&file[..], b"\n{\"data\": [{}]}"].concat();
     let second = read_with(&field("data"), "t.json", &second).0.unwrap_err().to_string();
-    assert!(second.contains("t.json:6: found more text behind the list"), "{second}");
+    assert!(second.contains("t.json:5: found more text behind the list"), "{second}");
     let open = read_with(&field("data"), "t.json", b"{\"data\": [{}], \"more\": {}").0.unwrap_err().to_string();
     assert!(open.contains("expected the end of the object"), "{open}");
     let (read, reader) = read_with(&field("data"), "t.json", b"[{}]");
