@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 use std::fmt;
 
 const ONE_A_LINE: &str = "one JSON object a line";
-/// Length of a line behind which no further row is looked for, in the longest rows: 1 GiB.
-const MAX_SKIPPED_ROWS: usize = 64;
+/// Length of a line behind which no further row is looked for, in the longest rows: 512 MiB.
+const MAX_SKIPPED_ROWS: usize = 32;
 
 /// One object a line.
 pub(super) struct Lines {
