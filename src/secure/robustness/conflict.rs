@@ -7,6 +7,7 @@
 //! Relatives: SafeGrad, and SPF (arXiv 2601.10141), which take the conflict out of each step's gradient instead.
 
 use super::map::{CellRobustness, RobustnessMap, Stat};
+use super::noise::Noise;
 use super::scorer::PerturbationScorer;
 use super::sets::cell_parameters;
 use super::step::PlannedStep;
@@ -64,6 +65,7 @@ pub fn conflict_map<B: Backend>(
         }
     };
     let map = RobustnessMap {
+        kind: Noise::Step,
         epsilon,
         seeds: vec![scorer.options.seed],
         antithetic: false,
