@@ -177,6 +177,20 @@ impl Marked {
     }
 }
 
+/// Checks that no conversation has more than `context` tokens; names the first that has.
+fn check_lengths(placed: &[(String, Conversation)], chat: &Chat, context: usize) -> Result<()> {
+    let checked = placed.par_iter().map(|(place, conversation)| {
+        let text = chat.render(&conversation.messages, &conversation.tools).map_err(|e| e.at(place))?.text;
+        let tokens = chat.tokenizer().encode(&text)?.len();
+        if tokens <= context {
+            return Ok(());
+        }
+        let expected = format!("at most {context}, the model's context; --max-length {context} truncates longer rows");
+        Err(Error::input(place, format!("{tokens} tokens"), expected))
+    });
+    checked.find_first(Result::is_err).unwrap_or(Ok(()))
+}
+
 /// Whether the rendered text lacks a part of a trained answer, white space aside.
 fn leaves_out(text: &str, messages: &[Message]) -> bool {
     let dense = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
@@ -314,38 +328,36 @@ pub struct Examples {
 }
 
 impl Examples {
-    /// Reads and tokenizes a file of [`Conversation`]s.
+    /// Reads and tokenizes a file of [`Conversation`]s, once: it may be a pipe.
     ///
     /// # Errors
     /// As [`RowReader::read`]; [`Error::Input`] where no example remains.
     pub fn read(path: &Path, chat: &Chat, max_length: usize, rows: &mut RowReader) -> Result<Self> {
+        Self::read_within(path, chat, max_length, usize::MAX, rows)
+    }
+
+    /// As [`Examples::read`], of a model with a context of `context` tokens: where examples may be longer than that, none
+    /// is.
+    ///
+    /// # Errors
+    /// As [`Examples::read`]; [`Error::Input`] names the first conversation that is longer.
+    pub fn read_within(
+        path: &Path,
+        chat: &Chat,
+        max_length: usize,
+        context: usize,
+        rows: &mut RowReader,
+    ) -> Result<Self> {
         let placed = rows.read(path, |row| Ok((row.place.clone(), Conversation::from_row(row)?)))?;
+        if max_length > context {
+            check_lengths(&placed, chat, context)?;
+        }
         let marked = placed
             .par_iter()
             .map(|(place, conversation)| Marked::new(conversation, chat, max_length).map_err(|e| e.at(place)));
         let marked: Vec<Result<Marked>> = marked.collect();
         let file = path.display().to_string();
         Self::collect(&file, rows.keep(&file, marked)?, max_length)
-    }
-
-    /// Place and tokens of the first conversation of a file that has more than `limit` tokens; `None` where there is
-    /// none.
-    ///
-    /// # Errors
-    /// As [`Examples::read`].
-    pub fn first_longer(
-        path: &Path,
-        chat: &Chat,
-        limit: usize,
-        rows: &mut RowReader,
-    ) -> Result<Option<(String, usize)>> {
-        let placed = rows.read(path, |row| Ok((row.place.clone(), Conversation::from_row(row)?)))?;
-        let longer = placed.par_iter().map(|(place, conversation)| {
-            let text = chat.render(&conversation.messages, &conversation.tools).map_err(|e| e.at(place))?.text;
-            let tokens = chat.tokenizer().encode(&text)?.len();
-            Ok((tokens > limit).then(|| (place.clone(), tokens)))
-        });
-        longer.find_first(|found| !matches!(found, Ok(None))).unwrap_or(Ok(None))
     }
 
     /// Tokenizes conversations.

@@ -117,16 +117,7 @@ impl ModelText {
     /// # Errors
     /// As [`Examples::read`].
     pub fn examples(&self, path: &Path, max_length: usize, rows: &mut RowReader) -> Result<Examples> {
-        let chat = self.chat()?;
-        let context = self.files.config.max_positions;
-        if max_length > context
-            && let Some((place, tokens)) = Examples::first_longer(path, chat, context, rows)?
-        {
-            let expected =
-                format!("at most {context}, the model's context; --max-length {context} truncates longer rows");
-            return Err(Error::input(place, format!("{tokens} tokens"), expected));
-        }
-        Examples::read(path, chat, max_length, rows)
+        Examples::read_within(path, self.chat()?, max_length, self.files.config.max_positions, rows)
     }
 
     /// Checks that rendered prompts, each with the place that it is from, leave room for an answer in the model's context,
