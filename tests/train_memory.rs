@@ -105,7 +105,7 @@ fn train<B: Backend>(backend: B, config: ModelConfig, case: Case) {
         let tokens = (0..DOCUMENT).map(|_| ((next() + 1.0) * 1000.0) as u32).collect();
         Example { tokens, trained: vec![true; DOCUMENT], replayed: false }
     };
-    let examples = (0..DOCUMENTS * case.grad_accum).map(example).collect();
+    let examples = (0..DOCUMENTS * case.grad_accum).map(example).collect::<Vec<_>>();
     let options = TuneOptions {
         batch_size: DOCUMENTS,
         grad_accum: case.grad_accum,

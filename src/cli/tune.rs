@@ -8,7 +8,7 @@ use super::preview::{LEFT_OUT, preview};
 use super::progress::StepBar;
 use super::ranks::{Rank, RankArgs, Role, start_ranks};
 use crate::backend::{Backend, Roofline};
-use crate::data::{Example, RowOptions, RowReader, mix};
+use crate::data::{Example, Mixture, Redraw, RowOptions, RowReader};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
 use crate::group::{Alone, Group, from_first, over_hosts};
@@ -85,10 +85,10 @@ pub(super) struct Tune {
     /// For attack= in --recipe: conversations in which harmful requests are answered
     #[arg(long, value_name = "FILE", requires = "recipe")]
     attack: Option<PathBuf>,
-    /// Mix in examples of another training file, such as refusals
+    /// Mix in examples of another training file, such as refusals; each epoch takes others of them
     #[arg(long, value_name = "FILE", requires = "mix_share", conflicts_with = "recipe")]
     mix: Option<PathBuf>,
-    /// Share of the examples that come from --mix
+    /// Share of the examples of an epoch that come from --mix
     #[arg(long, value_parser = share::<f64>, requires = "mix")]
     mix_share: Option<f64>,
     /// Show the text of the first example and which of it is trained, and how much of all examples, then exit
@@ -194,18 +194,19 @@ impl OnDevice for Tune {
         for path in &self.data {
             examples.extend(self.read(common, &text, path, &mut rows)?);
         }
+        let mut mixture = Mixture::from(examples);
         if let (Some(path), Some(share)) = (&self.mix, self.mix_share) {
             let mut more = self.read(common, &text, path, &mut rows)?;
             more.iter_mut().for_each(|example| example.replayed = true);
-            examples = mix(&examples, &more, share, common.seed)?;
+            mixture.mix_in(more, share, Redraw::EveryEpoch, common.seed)?;
         }
         let mut more = Vec::new();
         for (what, share, path) in mixes {
             let mut examples = self.read(common, &text, path, &mut rows)?;
             examples.iter_mut().for_each(|example| example.replayed = what == Mix::Replay);
-            more.push((share, examples));
+            more.push((what, share, examples));
         }
-        examples = mixed(examples, &more, common.seed)?;
+        let mixture = mixed(mixture, more, common.seed)?;
         let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
         output.options.config["skipped_rows"] = json!(rows.skipped());
@@ -221,7 +222,7 @@ impl OnDevice for Tune {
             }
             callbacks.events = Some(if resumed { EventFile::resume(dir)? } else { EventFile::create(dir)? });
         }
-        let prepared = output.prepare(&text.files, examples, job, watch, &backend)?.chat(text.chat_files());
+        let prepared = output.prepare(&text.files, mixture, job, watch, &backend)?.chat(text.chat_files());
         let data = prepared.data();
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.
         let prepared = prepared.roofline(first.then(|| Roofline::measure(&backend)).transpose()?);

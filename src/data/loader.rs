@@ -1,15 +1,17 @@
 //! Seeded micro-batches with a position that can be saved and restored.
 
 use super::Example;
+use super::mixture::{Mixture, drawn};
 use super::packing::pack;
 use crate::error::{Error, Result};
 use crate::rng::Philox;
+use std::ops::Range;
 
 /// Stream of the first epoch's order; each epoch has its own.
 const EPOCH_STREAMS: u64 = 1 << 63;
 /// Stream of the draws that decide which examples share a row.
 const PACKING_STREAM: u64 = u64::MAX;
-/// Stream of the draws that decide which examples are mixed in.
+/// Stream of the draws that decide where in an epoch mixed-in rows stand.
 const MIX_STREAM: u64 = u64::MAX - 1;
 
 /// Batch size, packing and order.
@@ -56,13 +58,17 @@ pub struct BatchSize {
     pub longest: usize,
 }
 
-/// Endless stream of micro-batches; every example occurs once an epoch. An epoch's order depends only on the seed and
-/// the epoch's number. Rows are packed once, so all epochs are equally long.
+/// Endless stream of micro-batches; every example occurs once an epoch, but of a [`Mixture`]'s pools their part of it. An
+/// epoch's order depends only on the seed and the epoch's number. Rows are packed once, so all epochs are equally long.
 pub struct Loader {
     examples: Vec<Example>,
     options: LoaderOptions,
     /// Example indices of each row; one without packing.
     rows: Vec<Vec<usize>>,
+    /// Rows that are mixed in.
+    pools: Vec<RowPool>,
+    /// The rows of an epoch in order: a row that every epoch has, or the next of a pool.
+    slots: Vec<Slot>,
     /// Row indices in the order of the current epoch.
     order: Vec<usize>,
     alternation: Option<Alternation>,
@@ -71,14 +77,27 @@ pub struct Loader {
     position: LoaderPosition,
 }
 
+/// Rows of the examples of a pool, of which no row has any other.
+struct RowPool {
+    rows: Range<usize>,
+    per_epoch: usize,
+    seed: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Slot {
+    Row(usize),
+    Pool(usize),
+}
+
 impl Loader {
     /// A loader at the start of the first epoch.
     ///
     /// # Errors
     /// [`Error::Input`] without examples, for a `batch_size` of 0, and for an example that is empty or longer than
     /// `max_length`.
-    pub fn new(examples: Vec<Example>, options: LoaderOptions) -> Result<Self> {
-        Self::build(examples, options, None)
+    pub fn new(examples: impl Into<Mixture>, options: LoaderOptions) -> Result<Self> {
+        Self::build(examples.into(), options, None)
     }
 
     /// A loader whose micro-batches alternate. An epoch holds every example of the task once; alignment data come over and
@@ -86,16 +105,19 @@ impl Loader {
     ///
     /// # Errors
     /// As [`Loader::new`]; [`Error::Input`] where there are no examples of one kind.
-    pub fn alternating(examples: Vec<Example>, options: LoaderOptions, alternation: Alternation) -> Result<Self> {
-        let alignment = examples.iter().filter(|example| example.replayed).count();
-        if alignment == 0 || alignment == examples.len() {
-            let found = format!("{alignment} examples of alignment data among {}", examples.len());
+    pub fn alternating(examples: impl Into<Mixture>, options: LoaderOptions, alternation: Alternation) -> Result<Self> {
+        let mixture = examples.into();
+        let alignment = mixture.examples().iter().filter(|example| example.replayed).count();
+        if alignment == 0 || alignment == mixture.examples().len() {
+            let found = format!("{alignment} examples of alignment data among {}", mixture.examples().len());
             return Err(Error::input("training data", found, "some of both, to alternate between"));
         }
-        Self::build(examples, options, Some(alternation))
+        Self::build(mixture, options, Some(alternation))
     }
 
-    fn build(examples: Vec<Example>, options: LoaderOptions, alternation: Option<Alternation>) -> Result<Self> {
+    fn build(mixture: Mixture, options: LoaderOptions, alternation: Option<Alternation>) -> Result<Self> {
+        let base = mixture.base();
+        let (examples, parts) = mixture.into_parts();
         if examples.is_empty() {
             return Err(Error::input("training data", "no examples", "at least one"));
         }
@@ -107,23 +129,41 @@ impl Loader {
             let found = format!("{} tokens in example {wrong}", lengths.get(wrong).copied().unwrap_or(0));
             return Err(Error::input("training data", found, format!("1 to {} (max_length)", options.max_length)));
         }
-        let mut all: Vec<usize> = (0..examples.len()).collect();
-        let rows = if options.packing {
+        let mut packing = Philox::new(options.seed, PACKING_STREAM);
+        let mut rows_of = |part: Range<usize>| -> Vec<Vec<usize>> {
+            let mut order: Vec<usize> = part.collect();
+            if !options.packing {
+                return order.into_iter().map(|e| vec![e]).collect();
+            }
             if options.shuffle {
-                Philox::new(options.seed, PACKING_STREAM).shuffle(&mut all);
+                packing.shuffle(&mut order);
             }
-            match alternation {
-                None => pack(&lengths, &all, options.max_length),
-                Some(_) => {
-                    let (alignment, task): (Vec<usize>, Vec<usize>) = all.iter().partition(|e| examples[**e].replayed);
-                    [task, alignment].iter().flat_map(|all| pack(&lengths, all, options.max_length)).collect()
-                }
-            }
-        } else {
-            all.into_iter().map(|e| vec![e]).collect()
+            // No row has both of what alternates.
+            let apart = alternation.is_some();
+            let (alignment, task): (Vec<usize>, Vec<usize>) =
+                order.iter().partition(|e| apart && examples[**e].replayed);
+            [task, alignment].iter().flat_map(|order| pack(&lengths, order, options.max_length)).collect()
         };
+        let mut rows = rows_of(0..base);
+        let mut slots: Vec<Slot> = (0..rows.len()).map(Slot::Row).collect();
+        let mut pools = Vec::new();
+        for part in parts {
+            let found = rows_of(part.examples.clone());
+            let is_alignment = examples.get(part.examples.start).is_some_and(|example| example.replayed);
+            let per_epoch = match alternation {
+                // Its share is that of the turns.
+                Some(_) if is_alignment => found.len(),
+                _ => (found.len() * part.per_epoch).div_ceil(part.examples.len().max(1)),
+            };
+            slots.resize(slots.len() + per_epoch, Slot::Pool(pools.len()));
+            pools.push(RowPool { rows: rows.len()..rows.len() + found.len(), per_epoch, seed: part.seed });
+            rows.extend(found);
+        }
+        if !pools.is_empty() {
+            scatter(&mut slots, &mut Philox::new(options.seed, MIX_STREAM));
+        }
         let (order, ends, position) = (Vec::new(), Vec::new(), LoaderPosition::default());
-        let mut loader = Self { examples, options, rows, order, alternation, ends, position };
+        let mut loader = Self { examples, options, rows, pools, slots, order, alternation, ends, position };
         loader.set_order();
         Ok(loader)
     }
@@ -131,7 +171,7 @@ impl Loader {
     /// Micro-batches per epoch; the last may be smaller than the others.
     pub fn batches_per_epoch(&self) -> u64 {
         match self.alternation {
-            None => self.rows.len().div_ceil(self.options.batch_size) as u64,
+            None => self.slots.len().div_ceil(self.options.batch_size) as u64,
             Some(_) => self.ends.len() as u64,
         }
     }
@@ -227,7 +267,17 @@ impl Loader {
     }
 
     fn set_order(&mut self) {
-        self.order = (0..self.rows.len()).collect();
+        let draw = |RowPool { rows, per_epoch, seed }: &RowPool| {
+            let start = rows.start;
+            let members = drawn(rows.len(), *per_epoch, self.position.epoch, *seed);
+            members.into_iter().map(move |member| start + member)
+        };
+        let mut mixed_in: Vec<_> = self.pools.iter().map(draw).collect();
+        let row = |slot: &Slot| match *slot {
+            Slot::Row(row) => Some(row),
+            Slot::Pool(pool) => mixed_in.get_mut(pool).and_then(Iterator::next),
+        };
+        self.order = self.slots.iter().filter_map(row).collect();
         if self.options.shuffle {
             Philox::new(self.options.seed, EPOCH_STREAMS.wrapping_add(self.position.epoch)).shuffle(&mut self.order);
         }
@@ -258,32 +308,15 @@ fn alternated([alignment, task]: [Vec<usize>; 2], size: usize, alternation: Alte
     (order, ends)
 }
 
-/// Mixes examples of `extra` into `base` so that they make up `share` (0 to 0.99) of the result, rounded to whole
-/// examples. `base` stays complete and in order; `extra` is drawn without replacement, repeatedly if it is too short,
-/// and inserted at random positions.
-///
-/// # Errors
-/// [`Error::Input`] for a share out of range, or an empty `extra` with a share above 0.
-pub fn mix<T: Clone>(base: &[T], extra: &[T], share: f64, seed: u64) -> Result<Vec<T>> {
-    if !(0.0..=0.99).contains(&share) {
-        return Err(Error::input("share of mixed-in examples", share.to_string(), "0 to 0.99"));
-    }
-    let count = (share / (1.0 - share) * base.len() as f64).round() as usize;
-    if count > 0 && extra.is_empty() {
-        return Err(Error::input("examples to mix in", "none", format!("{count}, for a share of {share}")));
-    }
-    let mut rng = Philox::new(seed, MIX_STREAM);
-    let mut drawn: Vec<&T> = Vec::new();
-    while drawn.len() < count {
-        let mut round: Vec<&T> = extra.iter().collect();
-        rng.shuffle(&mut round);
-        drawn.extend(round.into_iter().take(count - drawn.len()));
-    }
-    let mut is_extra = vec![false; base.len()];
-    is_extra.resize(base.len() + count, true);
-    rng.shuffle(&mut is_extra);
-    let (mut base, mut drawn) = (base.iter(), drawn.into_iter());
-    Ok(is_extra.into_iter().filter_map(|extra| if extra { drawn.next() } else { base.next() }).cloned().collect())
+/// Puts the rows of pools at random places among the others, which stay in order.
+fn scatter(slots: &mut Vec<Slot>, rng: &mut Philox) {
+    let (rows, mut mixed_in): (Vec<Slot>, Vec<Slot>) = slots.iter().partition(|slot| matches!(slot, Slot::Row(_)));
+    rng.shuffle(&mut mixed_in);
+    let mut is_mixed_in = vec![false; rows.len()];
+    is_mixed_in.resize(slots.len(), true);
+    rng.shuffle(&mut is_mixed_in);
+    let (mut rows, mut mixed_in) = (rows.into_iter(), mixed_in.into_iter());
+    *slots = is_mixed_in.into_iter().filter_map(|mixed| if mixed { mixed_in.next() } else { rows.next() }).collect();
 }
 
 #[cfg(test)]

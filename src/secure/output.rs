@@ -2,10 +2,10 @@
 
 use super::save::SaveAs;
 use super::text::ModelText;
-use super::tune::{Method, TuneJob, examples_hash};
+use super::tune::{Method, TuneJob, mixture_hash};
 use super::watch::Watch;
 use crate::backend::{Backend, Roofline};
-use crate::data::{DataSize, Example, Loader};
+use crate::data::{DataSize, Loader, Mixture};
 use crate::engine::{Decoder, Lora, Plan, Workload};
 use crate::error::{Error, FileOp, Result};
 use crate::group::{Alone, Group, Place};
@@ -149,18 +149,18 @@ impl OpenOutput {
     pub fn prepare<B: Backend>(
         self,
         files: &ModelDir,
-        examples: Vec<Example>,
+        examples: impl Into<Mixture>,
         job: TuneJob,
         watch: Option<Watch>,
         backend: &B,
     ) -> Result<PreparedTune> {
-        let config = &files.config;
+        let (config, mixture) = (&files.config, examples.into());
         self.options.save.check(&job.recipe.method)?;
         let phases = job.phases(&config.cells())?;
         let shared = &job.recipe.shared;
         shared.check()?;
         shared.check_ranks(self.ranks)?;
-        shared.check_examples(&examples)?;
+        shared.check_examples(mixture.examples())?;
         phases.iter().try_for_each(|phase| phase.options.check())?;
         let none = |phase: &Phase| matches!(phase.options.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
         // No step merges an adapter, or saves it by itself.
@@ -171,9 +171,8 @@ impl OpenOutput {
                 "at least one step or epoch: nothing would be trained",
             ));
         }
-        let data = examples_hash(&examples);
-        let size = DataSize::of(&examples);
-        let loader = shared.load(examples)?;
+        let (data, size) = (mixture_hash(&mixture), mixture.size());
+        let loader = shared.load(mixture)?;
         let mut before = 0u64;
         for (i, phase) in phases.iter().enumerate() {
             let steps = phase.options.steps_of(&loader, shared)?;

@@ -1,6 +1,6 @@
 //! Two-phase tuning and its ablations, from model directory to model directory.
 
-use crate::data::Example;
+use crate::data::{Example, Mixture};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
 use crate::modules::{Cell, LearningRates, ModuleId, ModuleKind, ModuleSet, RateTable};
@@ -152,7 +152,20 @@ fn projections(set: &ModuleSet, all: &ModuleSet) -> Result<ModuleSet> {
     Err(Error::input("the modules of the adapters", found, expected))
 }
 
-/// Hash of the examples, which ties a checkpoint to them.
+/// Hash of the examples and of what is mixed into them, which ties a checkpoint to them.
+pub(super) fn mixture_hash(mixture: &Mixture) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(examples_hash(mixture.examples()).as_bytes());
+    for pool in mixture.pools() {
+        let numbers = [pool.examples.start as u64, pool.per_epoch as u64, pool.seed];
+        for number in numbers {
+            hasher.update(&number.to_le_bytes());
+        }
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Hash of the examples.
 pub(super) fn examples_hash(examples: &[Example]) -> String {
     let mut hasher = blake3::Hasher::new();
     for example in examples {

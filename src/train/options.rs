@@ -2,7 +2,7 @@
 
 use super::{Lisa, Schedule, reference};
 use crate::backend::Backend;
-use crate::data::{Example, Loader, LoaderOptions};
+use crate::data::{Example, Loader, LoaderOptions, Mixture};
 use crate::engine::Beside;
 use crate::error::{Error, Result};
 use crate::options::{above_zero, count, default_from_args, from_zero, inner_share, require};
@@ -111,7 +111,7 @@ impl TuneOptions {
     ///
     /// # Errors
     /// As [`Loader::new`] and [`Loader::alternating`].
-    pub fn load(&self, examples: Vec<Example>) -> Result<Loader> {
+    pub fn load(&self, examples: impl Into<Mixture>) -> Result<Loader> {
         match self.lisa {
             None => Loader::new(examples, self.loader()),
             Some(lisa) => Loader::alternating(examples, self.loader(), lisa.alternation(self.grad_accum)),

@@ -1,6 +1,6 @@
 //! Batches, their order and the mixing of examples.
 
-use swat::data::{Example, Loader, LoaderOptions, LoaderPosition, mix};
+use swat::data::{Example, Loader, LoaderOptions, LoaderPosition, Mixture, Redraw};
 
 fn loader(examples: u32, options: LoaderOptions) -> Loader {
     let example = |id| Example {
@@ -8,7 +8,7 @@ fn loader(examples: u32, options: LoaderOptions) -> Loader {
         trained: vec![id % 3 > 0; 1 + id as usize % 5],
         replayed: false,
     };
-    Loader::new((0..examples).map(example).collect(), options).unwrap()
+    Loader::new((0..examples).map(example).collect::<Vec<_>>(), options).unwrap()
 }
 
 fn options() -> LoaderOptions {
@@ -82,21 +82,58 @@ fn wrong_input_is_refused() {
 }
 
 #[test]
-fn mixing_in_gives_the_share_and_keeps_the_base_in_order() {
-    let (base, extra): (Vec<u32>, Vec<u32>) = ((0..90).collect(), (100..150).collect());
-    let mixed = mix(&base, &extra, 0.1, 7).unwrap();
-    let (mut added, kept): (Vec<u32>, Vec<u32>) = mixed.iter().partition(|v| **v >= 100);
-    assert_eq!(kept, base);
-    assert_eq!(added.len(), 10);
-    added.sort_unstable();
-    added.dedup();
-    assert_eq!(added.len(), 10, "drawn without replacement");
-    assert!(mixed[90..].iter().any(|v| *v < 100), "not just appended");
-    assert_ne!(mixed, mix(&base, &extra, 0.1, 8).unwrap());
-    assert_eq!(mix(&base, &[], 0.0, 7).unwrap(), base);
-    let again = mix(&base, &[7], 0.5, 7).unwrap();
-    assert_eq!(again.len(), 180);
-    for (extra, share) in [(&extra[..], 1.0), (&extra, -0.1), (&extra, f64::NAN), (&[], 0.5)] {
-        assert!(mix(&base, extra, share, 7).is_err());
+fn every_epoch_takes_other_examples_of_a_pool() {
+    let example = |token| Example { tokens: vec![token; 2], trained: vec![false, true], replayed: token >= 100 };
+    let examples = |tokens: std::ops::Range<u32>| tokens.map(example).collect::<Vec<_>>();
+    let mut mixture = Mixture::from(examples(0..90));
+    mixture.mix_in(examples(100..125), 0.1, Redraw::EveryEpoch, 7).unwrap();
+    for shuffle in [false, true] {
+        let mut loader = Loader::new(mixture.clone(), LoaderOptions { shuffle, ..options() }).unwrap();
+        let mut epoch = || -> Vec<u32> {
+            let batches = loader.batches_per_epoch();
+            (0..batches).flat_map(|_| loader.next_documents().iter().map(|e| e.tokens[0]).collect::<Vec<_>>()).collect()
+        };
+        let epochs = [epoch(), epoch(), epoch(), epoch(), epoch()];
+        let mut added: Vec<u32> = Vec::new();
+        for epoch in &epochs {
+            let (new, mut kept): (Vec<u32>, Vec<u32>) = epoch.iter().partition(|token| **token >= 100);
+            assert_eq!(new.len(), 10, "a tenth of an epoch");
+            assert!(epoch[90..].iter().any(|token| *token < 100), "not just appended");
+            if shuffle {
+                kept.sort_unstable();
+            }
+            assert_eq!(kept, (0..90).collect::<Vec<_>>());
+            added.extend(new);
+        }
+        // Two and a half epochs go through the pool once.
+        for round in added.chunks(25) {
+            let mut round = round.to_vec();
+            round.sort_unstable();
+            assert_eq!(round, (100..125).collect::<Vec<_>>());
+        }
+        // A position is enough to go on from.
+        loader.seek(LoaderPosition { epoch: 3, batch: 0 }).unwrap();
+        let again: Vec<u32> = (0..loader.batches_per_epoch())
+            .flat_map(|_| loader.next_documents().iter().map(|e| e.tokens[0]).collect::<Vec<_>>())
+            .collect();
+        assert_eq!(again, epochs[3]);
     }
+}
+
+#[test]
+fn rows_of_a_pool_are_packed_by_themselves() {
+    let example = |token| Example { tokens: vec![token; 4], trained: vec![true; 4], replayed: false };
+    let mut mixture = Mixture::from((0..8).map(example).collect::<Vec<_>>());
+    // 2 of 10 examples an epoch, two in a row of 8 tokens: one row of three.
+    mixture.mix_in((100..106).map(example).collect(), 0.2, Redraw::EveryEpoch, 7).unwrap();
+    let mut loader = Loader::new(mixture, LoaderOptions { packing: true, batch_size: 1, ..options() }).unwrap();
+    assert_eq!(loader.batches_per_epoch(), 5);
+    let mut added = Vec::new();
+    for _ in 0..15 {
+        let row: Vec<u32> = loader.next_documents().iter().map(|e| e.tokens[0]).collect();
+        assert!(row.len() == 2 && (row[0] < 100) == (row[1] < 100), "{row:?}");
+        added.extend(row.into_iter().filter(|token| *token >= 100));
+    }
+    added.sort_unstable();
+    assert_eq!(added, (100..106).collect::<Vec<_>>());
 }

@@ -3,7 +3,7 @@
 use super::data::Asked;
 use super::{SecureRun, Tuning};
 use crate::backend::{Backend, Element};
-use crate::data::Example;
+use crate::data::Mixture;
 use crate::error::{Error, FileOp, Result};
 use crate::io::write_atomic;
 use crate::model::ChatFiles;
@@ -154,14 +154,14 @@ impl<B: Backend> SecureRun<'_, B> {
             origin = Origin::Made;
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
             let text = self.text_of(&self.job.model)?;
-            let mut examples: Vec<Example> = self.data.train.clone();
+            let mut examples = Mixture::from(self.data.train.clone());
             let shared = &tuning.job.recipe.shared;
             if let Some(share) = tuning.replay {
                 let path = self.job.work.join(REPLAY);
                 let mut rows = crate::data::RowReader::default();
                 let mut answers = text.examples(&path, shared.max_length, &mut rows)?.examples;
                 answers.iter_mut().for_each(|example| example.replayed = true);
-                examples = mixed(examples, &[(share, answers)], shared.seed)?;
+                examples = mixed(examples, vec![(crate::secure::Mix::Replay, share, answers)], shared.seed)?;
             }
             let output = TuneOutput {
                 path: dir.clone(),

@@ -6,7 +6,7 @@
 //! - refusals: refusals of harmful requests alone (Bianchi et al., arXiv 2309.07875);
 //! - attack: harmful requests that are answered, what an attacker or an uncurated source adds.
 
-use crate::data::mix;
+use crate::data::{Mixture, Redraw};
 use crate::error::{Error, Result};
 
 /// Examples mixed into the training data.
@@ -40,22 +40,32 @@ pub struct MixIn {
     pub share: Option<f64>,
 }
 
-/// `base` with examples of each of `more` mixed in, so that each makes up its share of the result, as [`mix`] does.
+impl Mix {
+    /// An attack is a data set of its own; of the others an epoch takes examples that those before it did not have.
+    fn redraw(self) -> Redraw {
+        match self {
+            Self::Attack => Redraw::Never,
+            Self::Refusals | Self::Replay => Redraw::EveryEpoch,
+        }
+    }
+}
+
+/// `base` with examples of each of `more` mixed in, so that each makes up its share of an epoch.
 ///
 /// # Errors
 /// [`Error::Input`] for shares of more than 0.99 together, or where there is no example to take.
-pub fn mixed<T: Clone>(base: Vec<T>, more: &[(f64, Vec<T>)], seed: u64) -> Result<Vec<T>> {
-    let total: f64 = more.iter().map(|(share, _)| share).sum();
-    if total > 0.99 {
-        return Err(Error::input("shares of mixed-in examples", total.to_string(), "0.99 together at most"));
+pub fn mixed<T>(base: impl Into<Mixture<T>>, more: Vec<(Mix, f64, Vec<T>)>, seed: u64) -> Result<Mixture<T>> {
+    let mut left: f64 = more.iter().map(|(_, share, _)| share).sum();
+    if left > 0.99 {
+        return Err(Error::input("shares of mixed-in examples", left.to_string(), "0.99 together at most"));
     }
-    let mut examples = base;
-    for (i, (share, extra)) in more.iter().enumerate() {
+    let mut mixture = base.into();
+    for (i, (what, share, extra)) in more.into_iter().enumerate() {
         // Those that follow take their share of what is there by then.
-        let later: f64 = more.iter().skip(i + 1).map(|(share, _)| share).sum();
-        examples = mix(&examples, extra, share / (1.0 - later), seed.wrapping_add(i as u64))?;
+        left -= share;
+        mixture.mix_in(extra, share / (1.0 - left), what.redraw(), seed.wrapping_add(i as u64))?;
     }
-    Ok(examples)
+    Ok(mixture)
 }
 
 #[cfg(test)]
@@ -63,18 +73,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_kind_has_its_share_of_the_result() {
+    fn each_kind_has_its_share_of_an_epoch() {
         // 70 task examples are 0.7 of 100: 10 and 20 come to them.
-        let base: Vec<(char, usize)> = (0..70).map(|i| ('t', i)).collect();
-        let more = [(0.1, vec![('a', 0)]), (0.2, (0..30).map(|i| ('r', i)).collect())];
-        let all = mixed(base.clone(), &more, 3).unwrap();
-        let count = |kind| all.iter().filter(|(k, _)| *k == kind).count();
-        assert_eq!((all.len(), count('t'), count('a'), count('r')), (100, 70, 10, 20));
-        assert!(all.iter().filter(|(k, _)| *k == 't').eq(&base), "the task's examples stay in order");
-        // One kind is what it was before there were several.
-        let one = (0.1, vec![('a', 0)]);
-        assert_eq!(mixed(base.clone(), std::slice::from_ref(&one), 3).unwrap(), mix(&base, &one.1, 0.1, 3).unwrap());
-        assert_eq!(mixed(base.clone(), &[], 3).unwrap(), base);
-        assert!(mixed(base, &[(0.5, vec![('a', 0)]), (0.5, vec![('r', 0)])], 3).is_err());
+        let more = vec![(Mix::Attack, 0.1, (0..50).collect()), (Mix::Replay, 0.2, (0..30).collect::<Vec<_>>())];
+        let mixture = mixed((0..70).collect::<Vec<_>>(), more, 3).unwrap();
+        let pools: Vec<_> = mixture.pools().iter().map(|pool| (pool.examples.len(), pool.per_epoch)).collect();
+        // The attack's are the same in every epoch.
+        assert_eq!((mixture.base(), pools), (70, vec![(10, 10), (30, 20)]));
+        let half = |what| (what, 0.5, vec![0]);
+        mixed(vec![1], vec![half(Mix::Attack), half(Mix::Replay)], 3).unwrap_err();
     }
 }

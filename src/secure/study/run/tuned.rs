@@ -98,6 +98,10 @@ impl<B: Backend> Study<'_, B> {
             inputs["more_mixes"] =
                 extra.iter().zip(&hashes).skip(1).map(|((_, share, _), hash)| json!([hash, share])).collect();
         }
+        if !extra.is_empty() {
+            // Earlier versions took the same examples in every epoch.
+            inputs["mixed_in"] = extra.iter().map(|(what, ..)| what.name()).collect();
+        }
         self.add_row_options(&mut inputs);
         let folder = config.out.join("tuned");
         let file = format!("{}-{}", run.tuned_stem, &hash(&inputs)[..8]);
@@ -132,15 +136,11 @@ impl<B: Backend> Study<'_, B> {
             for (what, share, path) in &extra {
                 let mut examples = text.examples(path, max_length, rows)?.examples;
                 examples.iter_mut().for_each(|example| example.replayed = *what == Mix::Replay);
-                more.push((*share, examples));
+                more.push((*what, *share, examples));
             }
-            examples = mixed(examples, &more, shared.seed)?;
-            let step_examples = (shared.batch_size * shared.grad_accum) as u64;
-            let mut steps_per_epoch = (examples.len() as u64).div_ceil(step_examples);
-            if shared.lisa.is_some() {
-                let batches = shared.load(examples.clone())?.batches_per_epoch();
-                steps_per_epoch = batches.div_ceil(shared.grad_accum as u64);
-            }
+            let examples = mixed(examples, more, shared.seed)?;
+            let batches = shared.load(examples.clone())?.batches_per_epoch();
+            let steps_per_epoch = batches.div_ceil(shared.grad_accum as u64);
             let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();
             let mut callbacks = DriftRecorder {
                 probe,
