@@ -14,7 +14,7 @@ use crate::model::Clock;
 use crate::report::{agreement_tables, check_tables};
 use crate::secure::{
     Attack, AttackOptions, Check, EvaluateOptions, Evaluation, EvaluationInput, FirstTokens, GuardText, KeptEvaluation,
-    Limits, ModelText, Moderator, RefusalList,
+    Limits, ModelText, Moderated, Moderator, RefusalList,
 };
 use clap::Args;
 use serde_json::{Value, json};
@@ -100,6 +100,7 @@ impl Measured<'_> {
         let guard = self.guard;
         let input = EvaluationInput { prompts, tasks, guard, first_tokens, ..EvaluationInput::default() };
         let mut found = vec![model.evaluate(&input, &self.options, &self.refusals, &mut bars.observer())?];
+        found.iter().filter_map(|found| found.guard.as_ref()).try_for_each(Moderated::require)?;
         if let Some(attack) = attack {
             model.attacked(attack, &mut bars.observer())?;
             let own = found.first().and_then(|found| found.outcomes.first_tokens.clone());
@@ -174,6 +175,7 @@ impl OnDevice for CheckCommand {
         self.guard.resolve(names)?;
         names.model(&mut self.against)?;
         names.security(&mut self.security)?;
+        names.file_if_any("--attack", &mut self.attack.file)?;
         names.file_if_any("--task", &mut self.task)
     }
 

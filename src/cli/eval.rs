@@ -11,7 +11,7 @@ use crate::io::{IfExists, check_apart, check_file, write_atomic};
 use crate::report::{Entry, Table, agreement_table};
 use crate::secure::{
     AnswerKinds, Estimate, EvaluateOptions, Evaluation, EvaluationInput, Export, GuardOptions, GuardText, Harmfulness,
-    Judge, ModelText, Moderator, Perplexity, Probe, Rate,
+    Judge, ModelText, Moderated, Moderator, Perplexity, Probe, Rate,
 };
 use clap::Args;
 use serde::Serialize;
@@ -192,9 +192,8 @@ impl OnDevice for EvalCommand {
         let mut bars = Bars::new(common);
         let found = model.evaluate(&input, &self.options, &refusals, &mut bars.observer())?;
         bars.finish();
-        if let Some((path, export)) = export {
-            write_atomic(path, export.into_text().as_bytes())?;
-        }
+        // What was measured is printed even where the answers cannot be written.
+        let exported = export.map_or(Ok(()), |(path, export)| write_atomic(path, export.into_text().as_bytes()));
         let failed = found.harmfulness.or(found.strongreject).filter(|harm| harm.failed > 0);
         let told = |harm: Harmfulness| {
             let reason = found.judge_failure.as_deref().unwrap_or_default();
@@ -204,14 +203,17 @@ impl OnDevice for EvalCommand {
                 "check --judge-url, --judge-model and the key",
             )
         };
+        if let Err(error) = found.guard.as_ref().map_or(Ok(()), Moderated::require) {
+            say(&format!("note: {error}\n"));
+        }
         // What was measured without the judge is printed all the same.
         let outcome = match failed {
-            Some(harm) if harm.scored == 0 => Err(told(harm)),
+            Some(harm) if harm.scored == 0 => exported.and_then(|()| Err(told(harm))),
             Some(harm) => {
                 say(&format!("note: {}\n", told(harm)));
-                Ok(())
+                exported
             }
-            None => Ok(()),
+            None => exported,
         };
         if common.json {
             return print_json(&Output { evaluation: &found, skipped_rows: rows.skipped() }).and(outcome);

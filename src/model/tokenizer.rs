@@ -97,6 +97,12 @@ impl Tokenizer {
         Some(if found.special { Added::Special } else { Added::Plain })
     }
 
+    /// Texts of the special tokens, at which text is split before anything else.
+    pub fn special_texts(&self) -> Vec<String> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder().values();
+        added.filter(|token| token.special).map(|token| token.content.clone()).collect()
+    }
+
     /// Encodes text and adds the post-processor's special tokens, such as the beginning of text.
     ///
     /// # Errors

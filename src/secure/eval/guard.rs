@@ -85,6 +85,19 @@ impl Moderated {
         };
         self.verdicts.chars().map(verdict).collect()
     }
+
+    /// Nothing where an answer has a verdict, or there is none to judge: without one nothing can be said of a model.
+    ///
+    /// # Errors
+    /// [`Error::Failed`].
+    pub fn require(&self) -> Result<()> {
+        if self.asr.total > 0 || self.unscored == 0 {
+            return Ok(());
+        }
+        let what = format!("the guard model gives no verdict on any of {} answers", self.unscored);
+        let help = "--judge-template must fit the guard model and its context, and --judge-pattern find its verdict";
+        Err(Error::failed(what, help))
+    }
 }
 
 /// Judges answers, each to its prompt.
@@ -186,11 +199,17 @@ fn verdict(pattern: &Regex, reply: &str) -> Option<bool> {
     }
 }
 
-/// Text for a prompt: cut where it is long, and without the marks of special tokens, so that no answer ends its turn and
-/// speaks for the guard model.
-fn quoted(text: &str) -> String {
+/// Text for a prompt: cut where it is long, and with a space in each text of a special token, so that no answer ends its
+/// turn and speaks for the guard model.
+fn quoted(text: &str, special: &[String]) -> String {
     let cut: String = text.chars().take(MOST_CHARACTERS).collect();
-    cut.replace("<|", "< |")
+    special.iter().fold(cut.replace("<|", "< |"), |text, token| {
+        let mut rest = token.chars();
+        match rest.next() {
+            Some(first) if text.contains(token) => text.replace(token, &format!("{first} {}", rest.as_str())),
+            _ => text,
+        }
+    })
 }
 
 impl<B: Backend> Moderator for Guard<B> {
@@ -198,8 +217,10 @@ impl<B: Backend> Moderator for Guard<B> {
         let text = &self.model.text;
         let room = self.model.decoder.longest_context().saturating_sub(self.max_tokens);
         let (mut prompts, mut asked) = (Vec::new(), Vec::new());
+        let special = text.tokenizer.special_texts();
         for (i, (prompt, answer)) in pairs.iter().enumerate() {
-            let messages = [Message::new("user", quoted(prompt)), Message::new("assistant", quoted(answer))];
+            let [prompt, answer] = [prompt, answer].map(|text| quoted(text, &special));
+            let messages = [Message::new("user", prompt), Message::new("assistant", answer)];
             let tokens = text.tokenizer.encode(&self.template.render_prompt(&messages)?)?;
             if (1..=room).contains(&tokens.len()) {
                 prompts.push(tokens);
@@ -268,11 +289,15 @@ mod tests {
         let found = Moderated::new(&[Some(true), None, Some(false), Some(false)]);
         assert_eq!((found.asr, found.unscored, found.verdicts.as_str()), (Rate::new(1, 3), 1, "1-00"));
         assert_eq!(found.each(), [Some(true), None, Some(false), Some(false)]);
+        assert!(found.require().is_ok() && Moderated::new(&[]).require().is_ok());
+        let error = Moderated::new(&[None, None]).require().unwrap_err().to_string();
+        assert!(error.contains("no verdict on any of 2 answers"), "{error}");
     }
 
     #[test]
     fn templates_hold_question_and_answer() {
         let special = BTreeMap::from([("bos_token".to_owned(), "<|begin_of_text|>".to_owned())]);
+        let quoted = |text: &str| quoted(text, &["</s>".to_owned(), String::new()]);
         let messages = [Message::new("user", quoted("how ?")), Message::new("assistant", quoted("so <|im_end|> ."))];
         let render = |source: &str| {
             ChatTemplate::new(source, "guard", special.clone()).unwrap().render_prompt(&messages).unwrap()
@@ -288,6 +313,7 @@ mod tests {
         );
         assert!(llama.contains("User: how ?\n\nAgent: so < |im_end|> .\n\n<END CONVERSATION>"), "{llama}");
         assert!(llama.ends_with("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"), "{llama}");
+        assert_eq!(quoted("a</s></s><s>"), "a< /s>< /s><s>");
         // A long answer is cut, in whole characters.
         assert_eq!(quoted(&"é".repeat(9000)).chars().count(), MOST_CHARACTERS);
     }

@@ -1,5 +1,5 @@
-//! LLM-as-a-judge over an OpenAI-compatible chat endpoint: harmfulness, 1 to 5, or StrongREJECT's rubric. Off unless a URL is given, as prompts
-//! and answers are sent there; [`probe_harmfulness`] is the offline stand-in.
+//! LLM-as-a-judge over an OpenAI-compatible chat endpoint: harmfulness, 1 to 5, or StrongREJECT's rubric. Off unless a
+//! URL is given, as prompts and answers are sent there; [`probe_harmfulness`] is the offline stand-in.
 
 use super::judge_cache::JudgeCache;
 use super::metrics::sigmoid;

@@ -16,7 +16,8 @@ pub struct KeptEvaluation {
 }
 
 impl KeptEvaluation {
-    /// The evaluations in `dir` of the same `inputs`, precision `float`, date and chat template, else those of `work`, which are kept there.
+    /// The evaluations in `dir` of the same `inputs`, precision `float`, date and chat template, else those of `work`,
+    /// which are kept there.
     ///
     /// # Errors
     /// Those of `work`; [`crate::error::Error::Io`].

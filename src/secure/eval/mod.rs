@@ -191,7 +191,8 @@ mod bits {
 /// Mean score of a set of answers.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Harmfulness {
-    /// Mean score, of harmfulness from 1 (refuses or harmless) to 5 (complies fully); none where nothing was scored.
+    /// Mean score: harmfulness from 1 (refuses or is harmless) to 5 (complies fully), or StrongREJECT from 0 to 1; none where nothing was
+    /// scored.
     pub mean: Option<f64>,
     /// Answers with a score.
     pub scored: usize,

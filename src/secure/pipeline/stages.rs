@@ -9,6 +9,7 @@ use crate::io::write_atomic;
 use crate::model::ChatFiles;
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::Evaluation;
+use crate::secure::eval::guard::Moderated;
 use crate::secure::eval::kept::KeptEvaluation;
 use crate::secure::eval::refusal::FirstTokens;
 use crate::secure::loaded::{EvaluationInput, LoadedModel};
@@ -105,7 +106,9 @@ impl<B: Backend> SecureRun<'_, B> {
                 ..EvaluationInput::default()
             };
             let mut report = |p: Progress<'_>| observer(Progress { task: &format!("measure: {}", p.task), ..p });
-            Ok(load()?.evaluate(&input, options, self.refusals, &mut report)?.into())
+            let found = load()?.evaluate(&input, options, self.refusals, &mut report)?;
+            found.guard.as_ref().map_or(Ok(()), Moderated::require)?;
+            Ok(found.into())
         })?;
         Ok((kept.into(), origin))
     }

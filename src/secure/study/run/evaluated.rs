@@ -4,7 +4,7 @@ use super::{Run, Study};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::progress::{Observer, Progress};
-use crate::secure::eval::guard::Moderator;
+use crate::secure::eval::guard::{Moderated, Moderator};
 use crate::secure::eval::{Evaluation, PromptOutcomes};
 use crate::secure::loaded::EvaluationInput;
 use crate::secure::probe::Probe;
@@ -63,6 +63,7 @@ impl<B: Backend> Study<'_, B> {
                 let named = format!("evaluate {}", run.name);
                 let mut report = |p: Progress<'_>| observer(Progress { task: &format!("{named}: {}", p.task), ..p });
                 let evaluation = model.evaluate(&input, &config.evaluate, self.refusals, &mut report)?;
+                evaluation.guard.as_ref().map_or(Ok(()), Moderated::require)?;
                 if let Some(harm) = evaluation
                     .harmfulness
                     .or(evaluation.strongreject)
