@@ -83,7 +83,8 @@ pub enum By {
     /// Each cell is perturbed by --kind, and the scores are measured again
     #[default]
     Noise,
-    /// Cost of the planned training step to the refusal log-odds, to first order, by two backward passes; needs --data
+    /// What each cell's part of the planned training step costs the refusal log-odds, to first order: from gradients alone;
+    /// needs --data
     Conflict,
     /// Each cell is moved by its part of the planned training step, and the scores are measured again; needs --data
     Update,

@@ -28,19 +28,20 @@ const EPSILON: f32 = 1e-8;
 #[serde(deny_unknown_fields)]
 pub struct StepOptions {
     /// Learning rate of the planned training
-    #[arg(id = "step_lr", long = "lr", value_parser = above_zero::<f64>, default_value_t = 2e-5)]
+    #[arg(id = "step_lr", long = "lr", value_name = "LR", value_parser = above_zero::<f64>, default_value = "2e-5")]
     pub lr: f64,
     /// Optimizer steps of the planned training: a change of rate × steps is scored, unless --epsilon says its norm
-    #[arg(id = "step_steps", long = "steps", value_parser = clap::value_parser!(u64).range(1..), default_value_t = 100)]
+    #[arg(id = "step_steps", long = "steps", value_name = "N", default_value_t = 100)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: u64,
     /// Examples per micro-batch
-    #[arg(id = "step_batch_size", long = "batch-size", value_parser = count, default_value_t = 8)]
+    #[arg(id = "step_batch_size", long = "batch-size", value_name = "N", value_parser = count, default_value_t = 8)]
     pub batch_size: usize,
-    /// Micro-batches at which the gradient is taken, at most those of one epoch; Adam's preconditioner is their mean
-    #[arg(id = "step_batches", long = "batches", value_parser = count, default_value_t = 8)]
+    /// Micro-batches over which gradient and squared gradient are averaged, at most those of one epoch
+    #[arg(id = "step_batches", long = "batches", value_name = "N", value_parser = count, default_value_t = 8)]
     pub batches: usize,
     /// Longest example, in tokens; longer ones are truncated
-    #[arg(id = "step_max_length", long = "max-length", value_parser = count, default_value_t = 1024)]
+    #[arg(id = "step_max_length", long = "max-length", value_name = "TOKENS", value_parser = count, default_value_t = 1024)]
     pub max_length: usize,
     /// Seed of the order of the examples.
     #[arg(skip)]
@@ -131,11 +132,16 @@ impl Moments {
 }
 
 impl PlannedStep {
-    /// Checks that gradients of all parameters fit the free memory.
+    /// Checks that gradients of all parameters fit the free memory, on a CPU together with their sums.
     ///
     /// # Errors
     /// [`Error::Memory`].
     pub fn check_memory<B: Backend>(config: &ModelConfig, options: &StepOptions, backend: &B) -> Result<()> {
+        let planned = Self::planned_bytes(config, options, backend);
+        check_free(backend, "the planned step", planned, "smaller --batch-size or --max-length, or --by noise")
+    }
+
+    fn planned_bytes<B: Backend>(config: &ModelConfig, options: &StepOptions, backend: &B) -> u64 {
         let document_tokens = options.max_length.min(config.max_positions);
         let work = Workload {
             tokens: options.batch_size * document_tokens,
@@ -146,8 +152,10 @@ impl PlannedStep {
             beside: Default::default(),
         };
         let plan = Plan::new::<B>(config, &work, |_| true);
-        let planned = plan.total_bytes() - plan.moments_bytes;
-        check_free(backend, "the planned step", planned, "smaller --batch-size or --max-length, or --by noise")
+        // The sums lie on the host, which a GPU does not share its memory with.
+        let sums =
+            if backend.device_peak_bytes().is_some() { 0 } else { plan.parameters * size_of::<[f32; 2]>() as u64 };
+        plan.total_bytes() - plan.moments_bytes + sums
     }
 
     /// Computes it by a backward pass for each micro-batch.
@@ -231,6 +239,7 @@ fn squared_norm(values: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::Cpu;
 
     #[test]
     fn a_step_by_hand() {
@@ -242,6 +251,21 @@ mod tests {
         let expected = 2.0 / 5f32.sqrt();
         assert!((step[0] + expected).abs() < 1e-6 && step[1..].iter().all(|x| *x == 0.0), "{step:?}");
         assert!((gain - 2.0 * f64::from(expected)).abs() < 1e-6, "{gain}");
+    }
+
+    /// In f32 on a CPU 16 bytes a parameter: weight, gradient, and the sums of gradients and of their squares.
+    #[test]
+    fn sums_on_the_host_are_planned() {
+        let config = serde_json::json!({
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "vocab_size": 5000, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+            "tie_word_embeddings": true, "hidden_act": "silu", "torch_dtype": "float32" });
+        let config = ModelConfig::from_json(&config, "config.json").unwrap();
+        let options = StepOptions { batch_size: 1, max_length: 1, ..StepOptions::default() };
+        let parameters: u64 = config.params().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+        let planned = PlannedStep::planned_bytes(&config, &options, &Cpu::new());
+        assert!(planned >= 16 * parameters, "{planned} bytes for {parameters} parameters");
     }
 
     #[test]
