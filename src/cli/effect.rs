@@ -119,6 +119,11 @@ const RULES: &[(&str, &[&str], Needs)] = &[
     ("demo", &["force"], Given("make_model")),
 ];
 
+/// Whether a command refuses an option that it shares with others: `--help` does not show it.
+pub(super) fn is_refused(command: &str, id: &str) -> bool {
+    RULES.iter().any(|(name, ids, needs)| *name == command && ids.contains(&id) && matches!(needs, Nothing))
+}
+
 /// Checks the arguments of a command.
 ///
 /// # Errors

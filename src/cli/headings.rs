@@ -1,4 +1,4 @@
-//! Headings of `--help`: options by what they are about, whatever the command.
+//! Headings of `--help`, options by what they are about, whatever the command; and the text behind the options.
 
 /// Heading, and the arguments below it.
 const HEADINGS: &[(&str, &[&str])] = &[
@@ -69,10 +69,30 @@ pub(super) fn put(arg: clap::Arg) -> clap::Arg {
     arg.help_heading(listed.map(|(heading, _)| *heading))
 }
 
+/// A text with each paragraph on one line, which breaks where the terminal ends. Indented lines, such as examples, stay.
+pub(super) fn joined(text: &str) -> String {
+    let goes_on = |line: &str| !line.is_empty() && !line.starts_with(' ');
+    let mut lines: Vec<String> = Vec::new();
+    for line in text.lines() {
+        match lines.last_mut().filter(|before| goes_on(before) && goes_on(line)) {
+            Some(before) => *before += &format!(" {line}"),
+            None => lines.push(line.to_owned()),
+        }
+    }
+    lines.join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::command;
     use super::*;
+
+    #[test]
+    fn paragraphs_are_joined_and_examples_stay() {
+        let text = "Examples:\n  swat a\n  swat b\n\nOne\ntwo.\n\nWith x:\n  y  z\n\nThree\nfour.";
+        let expected = "Examples:\n  swat a\n  swat b\n\nOne two.\n\nWith x:\n  y  z\n\nThree four.";
+        assert_eq!(joined(text), expected);
+    }
 
     #[test]
     fn headings_name_arguments_that_exist() {

@@ -4,6 +4,8 @@ mod answers;
 mod check;
 mod common;
 mod demo;
+#[cfg(test)]
+mod docs;
 mod doctor;
 mod drift;
 mod effect;
@@ -83,7 +85,16 @@ fn command() -> clap::Command {
         let arg = if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
         headings::put(arg)
     };
-    Cli::command().mut_subcommands(|command| command.mut_args(ready)).mut_args(ready)
+    let of_command = |command: clap::Command| {
+        let name = command.get_name().to_owned();
+        let footer = command.get_after_help().map(|footer| headings::joined(&footer.to_string()));
+        let command = command.mut_args(|arg| {
+            let refused = effect::is_refused(&name, arg.get_id().as_str());
+            ready(arg).hide(refused)
+        });
+        footer.into_iter().fold(command, clap::Command::after_help)
+    };
+    Cli::command().mut_subcommands(of_command).mut_args(ready)
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input, 3

@@ -23,8 +23,8 @@ use serde_json::json;
   swat plan --model DIR --batch-size 4 --max-length 256
   swat plan --model DIR --mods 'layers.16-31.{o_proj,v_proj}' --recompute
   swat plan --model DIR --adapter ADAPTER                 to train that adapter further
-  swat plan --model DIR --device cuda --state bf16        needs no GPU; where there is one, its free memory is shown
-  swat plan --model DIR --device cuda --gpus 8 --link-gb-s 450      of one of eight, and what they send each other
+  swat plan --model DIR --device cuda --state bf16        needs no GPU, but shows its free memory
+  swat plan --model DIR --device cuda --gpus 8            one of eight GPUs, and what it sends
 
 Needs config.json alone: no weights, no tokenizer.")]
 pub(super) struct PlanCommand {

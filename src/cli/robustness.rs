@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
     after_help = "Examples:
   swat robustness --model DIR --probe probe.safetensors --security security.jsonl --out map.json
   swat robustness ... --kind lowrank:8 --epsilon 1.2 --members 8 --cells 'layers.*.{q,k,v,o}'
-  swat robustness ... --by conflict --data train.jsonl    by gradients of the training data: two backward passes
+  swat robustness ... --by conflict --data train.jsonl    from gradients of the training data alone
   swat robustness ... --by update --data train.jsonl --lr 1e-5 --steps 300
   swat robustness ... --out map.json --shard 0/8          one eighth of it, for a job array: map.shard-0-of-8.jsonl
   swat robustness ... --out map.json --shard auto         the share of this task, by the scheduler's variables
