@@ -85,6 +85,7 @@ impl OnDevice for MergeCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.models.paths().try_for_each(|path| names.model(path).map(drop))?;
+        names.file_if_any("--task", &mut self.auto.task)?;
         names.security(&mut self.auto.security)
     }
 

@@ -110,6 +110,7 @@ impl OnDevice for SecureCommand {
         self.model.name.iter().for_each(|name| names.card(name));
         self.guard.resolve(names)?;
         names.data(&mut self.data)?;
+        names.file_if_any("--task", &mut self.task)?;
         names.security(&mut self.security)
     }
 

@@ -285,6 +285,13 @@ fn evaluations_and_studies_take_data_by_name() {
     let two = eval("org/prompts", "org/two", "org/set/plain:test");
     let message = world.fails(2, &two.iter().map(String::as_str).collect::<Vec<_>>(), &[]);
     assert!(message.contains("--task: found 2 files of org/two; expected one"), "{message}");
+    let secure = ["secure", "--model", "org/tiny", "--data", "served/train.jsonl", "--out", "o"];
+    let merge = ["merge", "--base", "org/tiny", "--tuned", "org/tiny", "--by", "path", "--alpha", "auto", "--out", "o"];
+    let check = ["check", "--model", "org/tiny", "--against", "org/tiny"];
+    for (command, option) in [(&secure[..], "--task"), (&merge, "--task"), (&check, "--task"), (&check, "--attack")] {
+        let message = world.fails(2, &[command, &["--security", "org/prompts", option, "org/two"]].concat(), &[]);
+        assert!(message.contains(&format!("{option}: found 2 files of org/two; expected one")), "{message}");
+    }
 
     // Beside a configuration that lies elsewhere, a name is a name and a path is beside it.
     std::fs::create_dir(world.home.path().join("studies")).unwrap();
