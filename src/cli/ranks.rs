@@ -5,8 +5,10 @@ use super::run::seconds;
 use crate::backend::cuda;
 use crate::error::{Error, Result};
 use crate::group::{Ended, Hosted, Place, Tcp, Transport, launch, obey_launcher};
+use crate::io::input::is_pipe;
 use crate::options::count;
 use clap::Args;
+use std::path::Path;
 use std::time::Duration;
 
 /// Version and commit, which all ranks have in common.
@@ -79,6 +81,13 @@ fn lost(why: &str) {
     std::thread::sleep(GRACE);
     say(&format!("error: {why}\n"));
     std::process::exit(1);
+}
+
+/// Refuses a pipe as an input of several processes, each of which would read a part of it.
+pub(super) fn refuse_pipes(inputs: &[(&str, &Path)]) -> Result<()> {
+    let Some((option, path)) = inputs.iter().find(|(_, path)| is_pipe(path)) else { return Ok(()) };
+    let found = format!("{}, a pipe, which several processes cannot read", path.display());
+    Err(Error::input(*option, found, "a file"))
 }
 
 /// Starts the ranks and waits for them; the exit code is theirs.

@@ -6,7 +6,7 @@ use super::open::{ModelArgs, OnDevice, State};
 use super::plan::{MethodName, plan_json};
 use super::preview::{LEFT_OUT, preview};
 use super::progress::StepBar;
-use super::ranks::{Rank, RankArgs, Role, start_ranks};
+use super::ranks::{Rank, RankArgs, Role, refuse_pipes, start_ranks};
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Mixture, Redraw, RowOptions, RowReader};
 use crate::engine::Lora;
@@ -122,6 +122,9 @@ impl OnDevice for Tune {
 
     fn start(mut self, common: &Common) -> Result<()> {
         let role = if self.preview { Role::Alone } else { self.ranks.role()? };
+        if !matches!(role, Role::Alone) {
+            refuse_pipes(&self.inputs())?;
+        }
         match role {
             Role::Launcher(size) => return start_ranks(size, common),
             Role::Alone => self.resolve(&mut Names::new(common))?,

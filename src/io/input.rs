@@ -74,6 +74,15 @@ pub(crate) fn open_stream(path: &Path) -> Result<File> {
     File::open(path).map_err(Error::io(path, FileOp::Open))
 }
 
+/// Whether a path is a pipe, or the standard input, which processes that this one starts do not have.
+pub(crate) fn is_pipe(path: &Path) -> bool {
+    #[cfg(unix)]
+    let fifo = fs::metadata(path).is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_fifo(&found.file_type()));
+    #[cfg(not(unix))]
+    let fifo = false;
+    fifo || ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"].iter().any(|name| path == Path::new(name))
+}
+
 /// What is neither a file nor a pipe.
 #[cfg(unix)]
 fn special(kind: fs::FileType) -> Option<&'static str> {

@@ -259,6 +259,9 @@ fn what_several_processes_cannot_do_is_refused_by_name() {
         command
     });
     assert!(message.contains("--gpus: found 2 processes, beside 4 of a launcher"), "{message}");
+    // The standard input of a rank carries signals, and each would read a part of another pipe.
+    let message = refused(world.tune("a", &["--gpus=2", "--eval-data=/dev/stdin"]));
+    assert!(message.contains("--eval-data: found /dev/stdin, a pipe"), "{message}");
     let mut study = swat(&["run", "study.toml"]);
     study.envs(torchrun_variables(1, 4, port()));
     let message = refused(study);
