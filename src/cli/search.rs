@@ -149,6 +149,18 @@ impl OnDevice for SearchCommand {
 impl SearchCommand {
     /// The search on a conflict map, which needs neither model nor prompts: joint scores are sums.
     fn first_order(&self, common: &Common, map: &RobustnessMap) -> Result<()> {
+        let given = [
+            ("--model", self.model.is_some()),
+            ("--adapter", self.adapter.is_some()),
+            ("--chat-template", self.chat_template.is_some()),
+            ("--probe", self.probe.is_some()),
+            ("--security", self.security.is_some()),
+            ("--data", !self.data.is_empty()),
+        ];
+        if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {
+            let found = format!("an option that has no effect on {}, a map of --by conflict", self.map.display());
+            return Err(Error::input(option, found, "no such option: its sets are scored by its own sums"));
+        }
         check_apart(&[("--out", &self.out)], &[("--map", &self.map)])?;
         let mut joint = |set: &ModuleSet, _: &[u64]| map.first_order(set);
         self.save(common, &search(map, &self.options, &mut joint, &mut |_| {})?)

@@ -175,6 +175,9 @@ fn the_whole_method_runs_command_by_command() {
         assert_eq!(found["by"], by);
         assert!(found["share"].as_f64().unwrap() > 0.1);
     }
+    let (by_gradients, again) = (at("map-conflict.json"), at("again.json"));
+    let again = ["search", "--map", text(&by_gradients), "--out", text(&again), "--data", text(&train)];
+    assert!(refused(&again).contains("--data: found an option that has no effect on"), "{}", refused(&again));
     let third = at("m3.json");
     let made = [&["robustness", "--probe", text(&probe), "--out", text(&third)], &inputs[..]].concat();
     let unmade = |more: &[&str]| refused(&[&made[..], more].concat());
