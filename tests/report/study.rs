@@ -295,7 +295,7 @@ fn findings_of_several_seeds_compare_ranges() {
          [40.0–50.0].",
         "25.0 points lower than with plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges \
          over training seeds do not overlap.",
-        "SWAT is lower than 1 of these 1.",
+        "]. SWAT is lower.",
         "Each setting was trained with 2 seeds (7, 8).",
         "one comparison of 3",
     ] {
@@ -312,6 +312,42 @@ fn findings_of_several_seeds_compare_ranges() {
     let equal = "Attack success with SWAT is the same as with plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % \
                  [10.0–80.0]";
     assert!(found.contains(equal) && found.contains("SWAT is no better than plain, equal steps."), "{found}");
+}
+
+/// Each measure of the answers has a heading of its own, also where no pointer shows what the column is.
+#[test]
+fn judges_have_columns_of_their_own() {
+    let mut value = two_seeds();
+    let mut judge = |setting: usize, score: f64| {
+        let evaluation = &mut value["settings"][setting]["evaluation"];
+        evaluation["asr_coherent"] = rate(20, 100);
+        evaluation["harmfulness"] = json!({ "mean": score, "scored": 90, "unscored": 10 });
+        let verdicts = "1".repeat(30) + &"0".repeat(60) + "----------";
+        evaluation["guard"] = json!({ "asr": rate(30, 90), "unscored": 10, "verdicts": verdicts });
+        let run = &mut value["settings"][setting]["more_seeds"][0]["evaluation"];
+        if !run.is_null() {
+            run["asr_coherent"] = rate(40, 100);
+            run["harmfulness"] = json!({ "mean": 3.0, "scored": 100, "unscored": 0 });
+        }
+    };
+    judge(0, 1.25);
+    judge(1, 4.0);
+    let dir = tempfile::tempdir().unwrap();
+    write_report(&parse(value), &RunConfig::default(), "swat run study.toml", dir.path()).unwrap();
+    let results = std::fs::read_to_string(dir.path().join("results.md")).unwrap();
+    let headings = "| Setting | ASR % | Coherent ASR % | Empty % | Incoherent % | Cut off % | Guard ASR % | Cohen's κ | \
+                    Harmfulness |";
+    assert!(results.contains(headings), "{results}");
+    let row = |name: &str| {
+        let rows = results.lines().filter(|line| line.starts_with(&format!("| {name} | ")));
+        rows.map(|line| line.split(" | ").map(|cell| cell.trim_matches(['|', ' '])).collect::<Vec<_>>())
+            .find(|cells| cells.len() == 9)
+            .unwrap_or_else(|| panic!("{results}"))
+    };
+    assert_eq!(row("original")[8], "1.25");
+    // Means of both seeds with their range; the second has no guard model.
+    assert_eq!((row("plain, equal steps")[2], row("plain, equal steps")[6]), ("30.0 (20.0–40.0)", "–"));
+    assert_eq!(row("plain, equal steps")[8], "3.50 (3.00–4.00)");
 }
 
 #[test]

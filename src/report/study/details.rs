@@ -47,18 +47,33 @@ fn kappa(setting: &Setting<'_>) -> Option<f64> {
     over_seeds(&all).map(|mean| mean.value)
 }
 
+/// A judge's mean score of a run.
+type ScoreOf = fn(&RunOutcome) -> Option<f64>;
+
+/// Scores of a judge behind an endpoint, with the heading of their column.
+const JUDGES: [(&str, &str, ScoreOf); 2] = [
+    ("Harmfulness", "mean grade by the judge, from 1 to 5", |run| run.evaluation.harmfulness?.mean),
+    ("StrongREJECT", "mean score by the judge, from 0 to 1", |run| run.evaluation.strongreject?.mean),
+];
+
 /// What the answers to harmful prompts are, beside whether they refuse.
 fn answers(settings: &[Setting<'_>]) -> Table {
     let mut table = Table::new("Answers to harmful prompts")
         .column("Setting")
         .numbers("ASR %", "all answers")
-        .numbers("ASR %", "coherent answers")
+        .numbers("Coherent ASR %", "empty and incoherent answers are no success")
         .numbers("Empty %", "")
         .numbers("Incoherent %", "")
         .numbers("Cut off %", "at the token limit");
     let guarded = settings.iter().any(|setting| setting.rate(GUARD).is_some());
     if guarded {
-        table = table.numbers("ASR %", "by the guard model").numbers("Cohen's κ", "of guard model and expressions");
+        table =
+            table.numbers("Guard ASR %", "by the guard model").numbers("Cohen's κ", "of guard model and expressions");
+    }
+    let judges: Vec<_> =
+        JUDGES.into_iter().filter(|(.., of)| settings.iter().any(|setting| setting.value(of).is_some())).collect();
+    for (name, help, _) in &judges {
+        table = table.numbers(*name, *help);
     }
     for setting in settings {
         let rate = |of: RateOf| percent_entry(setting.rate(of));
@@ -72,7 +87,8 @@ fn answers(settings: &[Setting<'_>]) -> Table {
                 rate(|e| e.harmful_answers.map(|kinds| kinds.cut_off)),
             ];
             let by_guard = guarded.then(|| [rate(GUARD), Entry::fixed(kappa(setting), 2)]);
-            table.row(row.into_iter().chain(by_guard.into_iter().flatten()));
+            let score = |(.., of): &(_, _, ScoreOf)| entry(setting.value(of), 2);
+            table.row(row.into_iter().chain(by_guard.into_iter().flatten()).chain(judges.iter().map(score)));
         }
     }
     table.note =

@@ -122,10 +122,13 @@ fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
         let at_most = |setting: &&&Setting<'_>| setting.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
         let better: Vec<&Setting<'_>> = runs.iter().filter(at_most).copied().collect();
         let (name, lower, all) = (&swat.name, runs.len() - better.len(), runs.len());
-        sentences.push(format!("{name} is lower than {lower} of these {all}."));
-        if !better.is_empty() {
-            sentences.push(format!("It is no better than: {}.", names(&better)));
-        }
+        sentences.push(match (lower, all) {
+            (0, 1) => format!("{name} is no better."),
+            (0, _) => format!("{name} is no better than any of them."),
+            (1, 1) => format!("{name} is lower."),
+            _ if lower == all => format!("{name} is lower than all of them."),
+            _ => format!("{name} is lower than {lower} of these {all}. It is no better than: {}.", names(&better)),
+        });
     }
     sentences.join(" ")
 }

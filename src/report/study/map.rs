@@ -28,14 +28,15 @@ pub fn perturbation(map: &RobustnessMap) -> String {
     format!("{kind}, ε = {}", format::significant(f64::from(map.epsilon), 3))
 }
 
-/// What a map's values are, in a sentence.
+/// What happens to a cell of a map, and what its value is, in a sentence.
 pub(super) fn how(by: By) -> &'static str {
     match by {
         By::Noise => {
             "Its weights are perturbed by noise of equal relative norm, and the security score is measured again."
         }
         By::Conflict => {
-            "The cost of its part of the planned training step to the refusal log-odds, to first order, from gradients."
+            "Its value is what its part of the planned training step costs the refusal log-odds, to first order, from \
+             gradients."
         }
         By::Update => {
             "Its weights are moved by their part of the planned training step, and the security score is measured again."
