@@ -49,7 +49,7 @@ fn verdict(check: &Check) -> Table {
     }
     if check.verdict.gates.iter().any(|gate: &Gate| !gate.certain) {
         table.note =
-            "Within the interval: the limit lies inside of the interval of the change; more prompts narrow it.".into();
+            "Within the interval: the limit lies inside the interval of the change; more prompts narrow it.".into();
     }
     table
 }

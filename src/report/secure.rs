@@ -21,12 +21,17 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
         section("Verdict", "", [vec![gates, measures], agreement_tables(check)].concat()),
         section(
             "What was tried",
-            "Measured on the prompts of the choice, which the verdict does not use. Of what is within the limits the most \
-             useful is chosen; where nothing is, what exceeds them least.",
+            "Measured on the prompts of the choice, which the verdict does not use. The most useful of those within the \
+             limits is chosen; if none is, the one that exceeds them least.",
             vec![tried_table(outcome)],
         ),
         section("Data", "", vec![data_table(outcome)]),
     ];
+    let base = [("base model", &outcome.base.name)].into_iter();
+    let base = base.chain(outcome.base.adapter.as_ref().map(|adapter| ("adapter", adapter)));
+    let rest =
+        [("its hash", outcome.base.hash.clone()), ("seed", outcome.seed.to_string()), ("swat", outcome.swat.clone())];
+    let items = base.map(|(name, value)| (name, value.clone())).chain(rest);
     Report {
         title: format!("{} tuned", outcome.base.name),
         subtitle: verdict_line(outcome),
@@ -34,12 +39,7 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
         sections,
         footer: Footer {
             command: outcome.command.clone(),
-            items: vec![
-                ("base model".into(), outcome.base.name.clone()),
-                ("its hash".into(), outcome.base.hash.clone()),
-                ("seed".into(), outcome.seed.to_string()),
-                ("swat".into(), outcome.swat.clone()),
-            ],
+            items: items.map(|(name, value)| (name.to_owned(), value)).collect(),
         },
     }
 }

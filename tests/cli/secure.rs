@@ -283,6 +283,8 @@ fn an_adapter_is_merged_before_anything_else() {
     assert!(weights("tuned.work/merged") != weights("model"), "the base is the model with its adapter");
     let card = std::fs::read_to_string(dir.path().join("tuned/README.md")).unwrap();
     assert!(card.contains("Tuned from `model` with the adapter `adapter` by"), "{card}");
+    let page = std::fs::read_to_string(dir.path().join("tuned/report.html")).unwrap();
+    assert!(page.contains("<dt>adapter</dt><dd>adapter</dd>"), "{page}");
     let none = secure(dir.path(), &["--data", "train.jsonl", "--adapter", "nowhere"]).output().unwrap();
     assert!(message(&none, 2).contains("nowhere"));
 }
