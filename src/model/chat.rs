@@ -25,7 +25,7 @@ const FUEL: u64 = 5_000_000;
 const MAX_OUTPUT_BYTES: usize = 1 << 25;
 /// Maximum nesting of values in a namespace.
 const MAX_DEPTH: usize = 32;
-/// Macro calls recurse on the stack; this is several times what the engine's recursion limit needs.
+/// Stack of a rendering. Macro calls recurse on it; this is several times what the engine's recursion limit needs.
 const STACK_BYTES: usize = 1 << 26;
 /// Maximum length of a template's source; published ones have up to 30 kB.
 const MAX_SOURCE_BYTES: usize = 1 << 20;
@@ -196,18 +196,12 @@ impl ChatTemplate {
             ..Value::from_pairs(self.special.clone())
         };
         let mut text = Bounded { bytes: Vec::new() };
-        let run = || {
-            guarded(&self.place, "template engine", || {
+        // On a stack of its own, unless so much of this one is free.
+        let rendered = guarded(&self.place, "template engine", || {
+            stacker::maybe_grow(STACK_BYTES, STACK_BYTES, || {
                 let template = self.environment.get_template(NAME)?;
                 template.render_captured_to(context, &mut text).map(|_| ())
             })
-        };
-        // A separate thread has a stack of known size.
-        let rendered = std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
-            let thread =
-                thread.map_err(|e| Error::failed(format!("cannot start a thread ({e})"), "free some memory"))?;
-            thread.join().map_err(|_| Error::failed("a chat template's thread panicked", "report this"))?
         })?;
         rendered.map_err(|e| Error::input(&self.place, reason(&e), "a template that renders these messages"))?;
         String::from_utf8(text.bytes)
