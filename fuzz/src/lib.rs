@@ -3,13 +3,12 @@
 //! libFuzzer.
 
 use serde_json::{Value, json};
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Once;
 use swat::data::{Chat, Conversation, Example, RowOptions, RowReader, SecurityPrompt, Task};
 use swat::io::safetensors::{Dtype, Safetensors, TensorSpec, write_weights};
 use swat::model::{ChatTemplate, ModelConfig, ModelDir, Tokenizer, TokenizerConfig};
@@ -35,19 +34,46 @@ pub const TARGETS: [Target; 12] = [
     ("adapter_weights", adapter_weights),
 ];
 
-/// Runs the target `name`, and ends the process where it panics. Panics of parsers that swat turns into errors pass:
-/// libFuzzer would take them for crashes.
+/// The target `name`. Found when a binary is compiled, it leaves the others, and the counters of their branches that
+/// libFuzzer looks through after each input, out of it.
 ///
 /// # Panics
 /// Where there is no such target.
-pub fn run(name: &str, bytes: &[u8]) {
-    static QUIET: Once = Once::new();
-    QUIET.call_once(|| std::panic::set_hook(Box::new(|_| {})));
-    let (_, target) = TARGETS.into_iter().find(|(known, _)| *known == name).expect("a target");
+pub const fn target(name: &str) -> fn(&[u8]) -> bool {
+    let mut i = 0;
+    while i < TARGETS.len() {
+        if same(TARGETS[i].0.as_bytes(), name.as_bytes()) {
+            return TARGETS[i].1;
+        }
+        i += 1;
+    }
+    panic!("no such target")
+}
+
+const fn same(a: &[u8], b: &[u8]) -> bool {
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}
+
+thread_local! {
+    /// Where the last panic was.
+    static PANIC: Cell<Option<String>> = const { Cell::new(None) };
+}
+
+/// Makes panics silent: libFuzzer takes those for crashes that swat turns into errors.
+pub fn keep_panics() {
+    std::panic::set_hook(Box::new(|panic| PANIC.set(panic.location().map(ToString::to_string))));
+}
+
+/// Runs a target, and ends the process where it panics.
+pub fn run(target: fn(&[u8]) -> bool, bytes: &[u8]) {
     if let Err(cause) = catch_unwind(AssertUnwindSafe(|| target(bytes))) {
         let text = cause.downcast_ref::<String>().cloned();
         let text = text.or_else(|| cause.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-        eprintln!("{name} panics: {}", text.unwrap_or_default());
+        eprintln!("a panic at {}: {}", PANIC.take().unwrap_or_default(), text.unwrap_or_default());
         std::process::abort();
     }
 }
@@ -56,6 +82,10 @@ pub fn run(name: &str, bytes: &[u8]) {
 struct Files {
     root: TempDir,
     chat: (Tokenizer, Conversation),
+    /// The small model.
+    model: ModelConfig,
+    /// The file beside the tokenizer that was written last.
+    beside: Cell<Option<&'static str>>,
 }
 
 thread_local! {
@@ -72,7 +102,7 @@ impl Files {
         let memory = Path::new("/dev/shm");
         let place = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
         let root = tempfile::Builder::new().prefix("swat-fuzz").tempdir_in(place).expect("a temporary folder");
-        for name in ["model", "index", "side", "adapter", "file"] {
+        for name in ["model", "index", "side", "adapter", "weights", "file"] {
             fs::create_dir(root.path().join(name)).expect("a folder");
         }
         for name in ["model", "index", "side"] {
@@ -91,12 +121,17 @@ impl Files {
             }
         }
         fs::write(root.path().join("side/tokenizer.json"), small_tokenizer().to_string()).expect("tokenizer.json");
+        let settings = json!({ "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"],
+            "modules_to_save": ["model.norm"] });
+        fs::write(root.path().join("weights/adapter_config.json"), settings.to_string()).expect("adapter_config.json");
+        write_adapter(&root.path().join("adapter/adapter_model.safetensors"));
         let path = root.path().join("tokenizer.json");
         fs::write(&path, include_bytes!("../../assets/tiny/tokenizer.json")).expect("tokenizer.json");
         let tokenizer = Tokenizer::open(&path).expect("the tiny model's tokenizer");
         let conversation = RowReader::default().read_from(Cursor::new(CONVERSATION), "x.json", Conversation::from_row);
         let conversation = conversation.expect("a conversation").remove(0);
-        Self { root, chat: (tokenizer, conversation) }
+        let model = ModelConfig::from_json(&small_config(), "config.json").expect("the small model");
+        Self { root, chat: (tokenizer, conversation), model, beside: Cell::new(None) }
     }
 
     /// Writes a file and returns its path.
@@ -126,6 +161,24 @@ fn small_weights() -> Vec<TensorSpec> {
         shape,
     };
     config.params().into_iter().map(spec).collect()
+}
+
+/// An adapter of rank 2 on q_proj and v_proj of the small model.
+fn write_adapter(path: &Path) {
+    let (rank, hidden) = (2, 4);
+    let spec = |(name, shape): (&str, [usize; 2])| TensorSpec {
+        name: format!("base_model.model.model.layers.0.self_attn.{name}.weight"),
+        dtype: Dtype::F32,
+        shape: shape.to_vec(),
+    };
+    let specs = [
+        ("q_proj.lora_A", [rank, hidden]),
+        ("q_proj.lora_B", [hidden, rank]),
+        ("v_proj.lora_A", [rank, hidden]),
+        ("v_proj.lora_B", [hidden / 2, rank]),
+    ];
+    let specs = specs.map(spec);
+    write_weights(path, &specs, |i| Ok(vec![0.5; specs[i].shape.iter().product()])).expect("an adapter");
 }
 
 fn small_tokenizer() -> Value {
@@ -187,10 +240,11 @@ fn side_files(bytes: &[u8]) -> bool {
     let Some((chosen, bytes)) = bytes.split_first() else { return false };
     with(|files| {
         let dir = files.dir("side");
-        for name in NAMES {
-            let _ = fs::remove_file(dir.join(name));
+        let name = NAMES[*chosen as usize % NAMES.len()];
+        if let Some(other) = files.beside.replace(Some(name)).filter(|other| *other != name) {
+            fs::remove_file(dir.join(other)).expect(other);
         }
-        files.write(&format!("side/{}", NAMES[*chosen as usize % NAMES.len()]), bytes);
+        files.write(&format!("side/{name}"), bytes);
         let Ok(model) = ModelDir::open(&dir) else { return false };
         let _ = (TokenizerConfig::read(&dir), model.chat_template(None));
         let Ok(tokenizer) = model.tokenizer() else { return false };
@@ -269,42 +323,22 @@ fn map(bytes: &[u8]) -> bool {
         if let Ok(map) = RobustnessMap::load(&path) {
             return map.hash().is_ok();
         }
-        let config = ModelConfig::from_json(&small_config(), "config.json").expect("the small model");
-        ModsRob::load(&path).is_ok_and(|found| found.modules(&config.cells()).is_ok())
+        ModsRob::load(&path).is_ok_and(|found| found.modules(&files.model.cells()).is_ok())
     })
 }
 
 /// `adapter_config.json`, beside weights of an adapter on q_proj and v_proj.
 fn adapter_config(bytes: &[u8]) -> bool {
     with(|files| {
-        let dir = files.dir("adapter");
         files.write("adapter/adapter_config.json", bytes);
-        let (rank, hidden) = (2, 4);
-        let spec = |(name, shape): (&str, [usize; 2])| TensorSpec {
-            name: format!("base_model.model.model.layers.0.self_attn.{name}.weight"),
-            dtype: Dtype::F32,
-            shape: shape.to_vec(),
-        };
-        let specs = [
-            ("q_proj.lora_A", [rank, hidden]),
-            ("q_proj.lora_B", [hidden, rank]),
-            ("v_proj.lora_A", [rank, hidden]),
-            ("v_proj.lora_B", [hidden / 2, rank]),
-        ];
-        let specs = specs.map(spec);
-        let weights = dir.join("adapter_model.safetensors");
-        write_weights(&weights, &specs, |i| Ok(vec![0.5; specs[i].shape.iter().product()])).expect("an adapter");
-        read_all(ModelDir::open_with_adapter(&files.dir("model"), &dir))
+        read_all(ModelDir::open_with_adapter(&files.dir("model"), &files.dir("adapter")))
     })
 }
 
 /// `adapter_model.safetensors`, beside a configuration.
 fn adapter_weights(bytes: &[u8]) -> bool {
     with(|files| {
-        let settings = json!({ "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"],
-            "modules_to_save": ["model.norm"] });
-        files.write("adapter/adapter_config.json", settings.to_string().as_bytes());
-        files.write("adapter/adapter_model.safetensors", bytes);
-        read_all(ModelDir::open_with_adapter(&files.dir("model"), &files.dir("adapter")))
+        files.write("weights/adapter_model.safetensors", bytes);
+        read_all(ModelDir::open_with_adapter(&files.dir("model"), &files.dir("weights")))
     })
 }
