@@ -118,7 +118,7 @@ impl Measured<'_> {
             let bytes = std::fs::read(path).map_err(Error::io(path, FileOp::Read))?;
             Ok(json!([options, blake3::hash(&bytes).to_hex().as_str()]))
         });
-        let mut inputs = json!({ "model": text.files.hash()?, "chat_template": text.chat()?.template().source(),
+        let mut inputs = json!({ "model": text.files.hash()?, "chat_template": text.chat()?.template().sources(),
             "prompts": self.asked.prompts, "tasks": self.asked.tasks, "answer_tokens": answer_tokens,
             "task_tokens": task_tokens, "refusals": format!("{:?}", self.refusals), "seed": self.common.seed,
             "attack": attack.transpose()?, "swat": env!("CARGO_PKG_VERSION") });

@@ -115,10 +115,11 @@ struct Marked {
 impl Marked {
     fn new(conversation: &Conversation, chat: &Chat, max_length: usize) -> Result<Self> {
         let Conversation { messages, tools } = conversation;
-        if !tools.is_empty() && !chat.template().source().contains("tools") {
+        let template = chat.template().of(tools);
+        if !tools.is_empty() && !template.source().contains("tools") {
             let expected =
                 "a template that tells the model of its tools, or rows without them (--columns unused=tools)";
-            return Err(Error::input(chat.place(), "no `tools`, which the row has", expected));
+            return Err(Error::input(template.place(), "no `tools`, which the row has", expected));
         }
         let Rendered { text, generated } = chat.render(messages, tools)?;
         let most = max_length.saturating_mul(MAX_BYTES_PER_TOKEN);
@@ -129,7 +130,7 @@ impl Marked {
         let mut beyond = end < text.len();
         if context {
             // Nothing to mark.
-        } else if chat.template().marks_answers() {
+        } else if template.marks_answers() {
             pieces.mark(&marks_of(chat, messages, generated)?);
         } else {
             let mut located = Vec::new();

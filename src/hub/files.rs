@@ -3,7 +3,7 @@
 use super::HubName;
 use crate::error::{Error, Result};
 use crate::io::json;
-use crate::io::names::{CONFIG, INDEX, SIDE_FILES, SINGLE};
+use crate::io::names::{CONFIG, INDEX, SIDE_FILES, SINGLE, TEMPLATES, TOOL_USE};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -33,6 +33,8 @@ pub(super) fn of_model(
     let has = |file: &str| files.iter().any(|other| other == file);
     let mut chosen: Vec<String> =
         [CONFIG].into_iter().chain(SIDE_FILES).chain(ADAPTER).filter(|file| has(file)).map(str::to_owned).collect();
+    let tool_use = format!("{TEMPLATES}/{TOOL_USE}");
+    chosen.extend(Some(tool_use).filter(|file| has(file)));
     let adapter = ADAPTER.iter().all(|file| has(file));
     if !has(CONFIG) && !adapter {
         let expected = "a repository with config.json and safetensors, or with an adapter of peft";

@@ -7,6 +7,10 @@ pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// Index of weights in several files.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// Folder of further chat templates.
+pub(crate) const TEMPLATES: &str = "additional_chat_templates";
+/// The one of them for conversations with tools.
+pub(crate) const TOOL_USE: &str = "tool_use.jinja";
 /// Files beside configuration and weights, which are copied along with them.
 pub(crate) const SIDE_FILES: [&str; 10] = [
     GENERATION,

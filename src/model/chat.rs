@@ -48,6 +48,8 @@ pub struct ChatTemplate {
     special: BTreeMap<String, String>,
     uses_clock: bool,
     marks_answers: bool,
+    /// The template of conversations with tools, where it is another.
+    tool_use: Option<Box<Self>>,
 }
 
 /// What is behind the last message of a rendered conversation.
@@ -113,24 +115,44 @@ impl ChatTemplate {
         guarded(place, "template parser", || environment.add_template_owned(NAME, prepared))?
             .map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?;
         let (place, source) = (place.to_owned(), source.to_owned());
-        let mut template = Self { environment, source, place, special, uses_clock, marks_answers };
+        let mut template = Self { environment, source, place, special, uses_clock, marks_answers, tool_use: None };
         template.set_clock(Clock::now()?);
         Ok(template)
     }
 
+    /// The same with another template for conversations with tools.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::new`].
+    pub fn with_tool_use(mut self, source: &str, place: &str) -> Result<Self> {
+        self.tool_use = Some(Box::new(Self::new(source, place, self.special.clone())?));
+        Ok(self)
+    }
+
+    /// The template of a conversation with these tools.
+    pub fn of(&self, tools: &[serde_json::Value]) -> &Self {
+        self.tool_use.as_deref().filter(|_| !tools.is_empty()).unwrap_or(self)
+    }
+
     /// Whether the text may depend on the date.
     pub fn uses_clock(&self) -> bool {
-        self.uses_clock
+        self.uses_clock || self.tool_use.as_ref().is_some_and(|other| other.uses_clock)
     }
 
     /// The time of `strftime_now`; until it is set, that of [`ChatTemplate::new`].
     pub fn set_clock(&mut self, clock: Clock) {
+        self.tool_use.iter_mut().for_each(|other| other.set_clock(clock));
         self.environment.add_function("strftime_now", move |format: String| clock.format(&format).map_err(refused));
     }
 
     /// The source, as it was given.
     pub fn source(&self) -> &str {
         &self.source
+    }
+
+    /// The source, and that of the template of conversations with tools.
+    pub fn sources(&self) -> String {
+        self.source.clone() + self.tool_use.as_ref().map_or("", |other| other.source.as_str())
     }
 
     /// The file, and the key in it, that errors show.
@@ -165,6 +187,9 @@ impl ChatTemplate {
     /// [`Error::Input`] with line and reason where the template fails, or exceeds its budget of time, memory, recursion
     /// or output.
     pub fn render_chat(&self, messages: &[Message], tools: &[serde_json::Value], ending: Ending) -> Result<Rendered> {
+        if let Some(other) = self.tool_use.as_ref().filter(|_| !tools.is_empty()) {
+            return other.render_chat(messages, tools, ending);
+        }
         if self.marks_answers && messages.iter().any(|message| MARKS.iter().any(|mark| message.holds(*mark))) {
             let found = "one of the noncharacters U+FDD0 and U+FDD1 in a message";
             return Err(Error::input(&self.place, found, "text without them, for a template with `{% generation %}`"));

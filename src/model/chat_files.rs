@@ -3,6 +3,7 @@
 use super::ModelDir;
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
+use crate::io::names::{TEMPLATES, TOOL_USE};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs;
@@ -40,9 +41,14 @@ impl ChatFiles {
                     json::write(&path, &config)?;
                 }
             }
-            let processor = out.join("chat_template.json");
-            if processor.exists() {
-                fs::remove_file(&processor).map_err(Error::io(&processor, FileOp::Remove))?;
+            let folder = out.join(TEMPLATES);
+            for other in [out.join("chat_template.json"), folder.join(TOOL_USE)] {
+                if other.exists() {
+                    fs::remove_file(&other).map_err(Error::io(&other, FileOp::Remove))?;
+                }
+            }
+            if folder.exists() {
+                fs::remove_dir(&folder).map_err(Error::io(&folder, FileOp::Remove))?;
             }
         }
         let stop: Vec<u32> = self.stop.iter().copied().filter(|id| (*id as usize) < original.config.vocab).collect();

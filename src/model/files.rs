@@ -1,13 +1,14 @@
 //! Reads and writes Hugging Face model directories.
 
+mod chat;
 mod weights;
 
 use super::tokenizer::TokenizerConfig;
-use super::{Adapter, AdapterShape, ChatTemplate, ModelConfig, StoredAs, Tokenizer, adapter};
+use super::{Adapter, AdapterShape, ModelConfig, StoredAs, Tokenizer, adapter};
 use crate::error::{Error, FileOp, Result};
-use crate::io::input::{file_in, read_bytes, read_text};
+use crate::io::input::{file_in, read_bytes};
 use crate::io::json;
-use crate::io::names::{GENERATION, INDEX, SIDE_FILES, SINGLE, TOKENIZER};
+use crate::io::names::{GENERATION, INDEX, SIDE_FILES, SINGLE, TEMPLATES, TOKENIZER, TOOL_USE};
 use crate::io::safetensors::{Dtype, Safetensors, TensorSpec, float_bytes, write_weights};
 use crate::modules::{ModuleId, ParamId};
 use rayon::prelude::*;
@@ -21,7 +22,6 @@ use weights::{find_tensors, open_shards};
 pub(super) use weights::{check_tensor, list, plain_name};
 
 const MAX_CONFIG_BYTES: u64 = 1 << 22;
-const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
 
 /// A validated Hugging Face model directory; tensors are read on demand.
 pub struct ModelDir {
@@ -115,7 +115,9 @@ impl ModelDir {
         let place = dir.display().to_string();
         check_exists(dir)?;
         if !fs::metadata(dir).map_err(Error::io(dir, FileOp::Open))?.is_dir() {
-            return Err(Error::input(place, "something that is not a directory", "a Hugging Face model directory"));
+            let other = ("something that is not a directory", "a Hugging Face model directory");
+            let (found, help) = of_other_format(dir).unwrap_or(other);
+            return Err(Error::input(place, found, help));
         }
         let Some(config_path) = file_in(dir, "config.json")? else {
             return Err(no_config(dir));
@@ -161,6 +163,9 @@ impl ModelDir {
     /// [`Error::Input`] names the field; [`Error::Unsupported`]; [`Error::Io`].
     pub fn read_config(path: &Path) -> Result<ModelConfig> {
         check_exists(path)?;
+        if let Some((found, help)) = of_other_format(path).filter(|_| path.is_file()) {
+            return Err(Error::input(path.display().to_string(), found, help));
+        }
         let path = match path.is_dir() {
             false => path.to_owned(),
             true => file_in(path, "config.json")?.ok_or_else(|| no_config(path))?,
@@ -272,57 +277,6 @@ impl ModelDir {
         })
     }
 
-    /// The chat template: the file `named`, else `chat_template.jinja`, else the one in `tokenizer_config.json` (of
-    /// several, `default`).
-    ///
-    /// # Errors
-    /// [`Error::Input`] where there is none, or it does not compile; [`Error::Io`].
-    pub fn chat_template(&self, named: Option<&Path>) -> Result<ChatTemplate> {
-        let dir = &self.text_dir;
-        let TokenizerConfig { json: config, special, .. } = TokenizerConfig::read(dir)?;
-        let jinja = match named {
-            Some(named) if !named.exists() => {
-                let place = format!("--chat-template {}", named.display());
-                return Err(Error::input(place, "no such file", "a file with the template's Jinja source"));
-            }
-            Some(named) => Some(named.to_owned()),
-            None => file_in(dir, "chat_template.jinja")?,
-        };
-        if let Some(path) = jinja {
-            let source = read_text(&path, MAX_TEMPLATE_BYTES)?;
-            if source.starts_with('\u{feff}') {
-                let found = "a byte-order mark, which would begin every prompt";
-                return Err(Error::input(path.display().to_string(), found, "a file saved as UTF-8 without one"));
-            }
-            return ChatTemplate::new(&source, &path.display().to_string(), special);
-        }
-        let place = format!("{}: chat_template", dir.join("tokenizer_config.json").display());
-        let help = "a chat template; name one with --chat-template FILE";
-        let source = match &config["chat_template"] {
-            Value::String(source) if source.trim().is_empty() => {
-                return Err(Error::input(place, "an empty chat template", help));
-            }
-            Value::Null => return Err(Error::input(dir.display().to_string(), "no chat template", help)),
-            Value::String(source) => source,
-            Value::Array(list) => {
-                let default = list.iter().find(|entry| entry["name"] == "default");
-                default
-                    .and_then(|entry| entry["template"].as_str())
-                    .ok_or_else(|| Error::input(&place, "named templates, none of them `default`", help))?
-            }
-            _ => return Err(Error::input(place, "neither a string nor a list", help)),
-        };
-        ChatTemplate::new(source, &place, special)
-    }
-
-    /// A template of this source, with the special tokens of the directory; `place` names it in errors.
-    ///
-    /// # Errors
-    /// As [`ChatTemplate::new`]; [`Error::Input`] for a malformed `tokenizer_config.json`.
-    pub fn template_of(&self, source: &str, place: &str) -> Result<ChatTemplate> {
-        ChatTemplate::new(source, place, TokenizerConfig::read(&self.text_dir)?.special)
-    }
-
     /// Writes a model directory with the values of `tensor` into `out`, usually an [`OutputDir`](crate::io::OutputDir):
     /// shards of at most `max_shard_bytes` in the stored dtypes, with config and tokenizer copied. Holds one tensor in
     /// memory at a time.
@@ -431,6 +385,11 @@ impl ModelDir {
                 copy(&path, &out.join(name))?;
             }
         }
+        if let Some(path) = self.tool_use_file()? {
+            let folder = out.join(TEMPLATES);
+            fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
+            copy(&path, &folder.join(TOOL_USE))?;
+        }
         Ok(())
     }
 
@@ -440,6 +399,18 @@ impl ModelDir {
             Error::input(self.dir.display().to_string(), format!("no tensor `{id}`"), "a tensor of this model")
         })
     }
+}
+
+/// What a file of a model in another format is, and what to do.
+fn of_other_format(path: &Path) -> Option<(&'static str, &'static str)> {
+    let name = path.file_name()?.to_string_lossy().to_lowercase();
+    if name.ends_with(".gguf") {
+        let help = "the Hugging Face model that it was converted from (config.json, model.safetensors)";
+        return Some(("a GGUF file", help));
+    }
+    let meta = name == "params.json" || name.starts_with("consolidated.") && name.ends_with(".pth");
+    let help = "the repository in Hugging Face's format (config.json, model.safetensors)";
+    meta.then_some(("weights in the format of their publisher (params.json, consolidated.*)", help))
 }
 
 /// Tells a name that is neither a path nor one of the hub from a directory that cannot be read.
@@ -469,6 +440,11 @@ fn no_config(dir: &Path) -> Error {
         let base = adapter::base_name(dir).unwrap_or_else(|| "BASE".to_owned());
         let expected = format!("a model, and the adapter beside it: --model '{base}' --adapter '{place}'");
         return Error::input(place, "a LoRA adapter without the model", expected);
+    }
+    if let Some((found, help)) =
+        fs::read_dir(dir).into_iter().flatten().flatten().find_map(|e| of_other_format(&e.path()))
+    {
+        return Error::input(place, format!("no config.json, but {found}"), help);
     }
     let expected = match inner_folder(dir, "config.json") {
         Some(inner) => format!("a Hugging Face model directory, such as {}", inner.display()),

@@ -197,6 +197,7 @@ fn what_is_not_supported_is_refused_by_name() {
         (json!({"model_type": "gpt2"}), "`gpt2`"),
         (json!({"architectures": ["LlamaForSequenceClassification"]}), "LlamaForSequenceClassification"),
         (json!({"quantization_config": {"quant_method": "awq"}}), "quantization_config: a quantised model"),
+        (json!({"quantization": {"group_size": 64, "bits": 4}}), "quantization: a quantised model"),
         (json!({"num_local_experts": 8}), "num_local_experts: a mixture of experts"),
         (json!({"hidden_act": "gelu"}), "the activation `gelu`"),
         (json!({"rope_scaling": {"type": "longrope", "factor": 2}}), "rope_scaling.type: the rope type `longrope`"),

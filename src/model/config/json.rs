@@ -105,7 +105,8 @@ fn family(fields: &Fields<'_>) -> Result<&'static str> {
 }
 
 fn refuse_unsupported(fields: &Fields<'_>) -> Result<()> {
-    for key in ["quantization_config", "compression_config"] {
+    // The last is MLX's.
+    for key in ["quantization_config", "compression_config", "quantization"] {
         if fields.get(key).is_some() {
             let help = "use the model in bf16, f16 or f32 as it was before quantisation";
             return Err(fields.unsupported(key, "a quantised model", help));

@@ -64,8 +64,8 @@ impl<B: Backend> SecureRun<'_, B> {
     pub(super) fn stages(&self) -> Stages {
         let template = self.text.chat().ok().map(|chat| chat.template());
         let date = template.filter(|template| template.uses_clock()).map(|_| self.clock);
-        let source = template.map_or("", |template| template.source());
-        Stages::new(&self.job.work.join("stages"), B::Float::NAME, date, source)
+        let source = template.map(|template| template.sources()).unwrap_or_default();
+        Stages::new(&self.job.work.join("stages"), B::Float::NAME, date, &source)
     }
 
     /// Opens a model of the run, with its chat template at the time of the run.

@@ -151,7 +151,7 @@ impl<'a, B: Backend> Study<'a, B> {
         let overlapping_rows = check_overlap(config, &data, &mut rows)?;
         let model_hash = text.files.hash()?.to_owned();
         let mut stages =
-            Stages::new(&config.out.join("stages"), B::Float::NAME, date, text.chat()?.template().source());
+            Stages::new(&config.out.join("stages"), B::Float::NAME, date, &text.chat()?.template().sources());
         if let Some(leases) = leases {
             stages = stages.leased(leases);
         }

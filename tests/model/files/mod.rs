@@ -11,7 +11,7 @@ use std::fs;
 use std::path::Path;
 use stored::*;
 use swat::error::{Error, FileOp, Result};
-use swat::model::ModelDir;
+use swat::model::{ChatFiles, Ending, ModelDir};
 use swat::modules::{ModuleKind, ParamId};
 use tempfile::TempDir;
 
@@ -365,6 +365,14 @@ fn chat_templates_are_found() {
     assert_eq!(say(&opened, None).unwrap(), "two");
     write(json!({"chat_template": [{"name": "tools", "template": "t"}]}));
     assert!(say(&opened, None).unwrap_err().to_string().contains("none of them `default`"));
+    // `tool_use` is for conversations with tools, as in transformers' `get_chat_template`.
+    let with_tools = |model: &ModelDir, named: Option<&Path>| {
+        let tools = [json!({ "name": "f" })];
+        model.chat_template(named).unwrap().render_chat(&[], &tools, Ending::Conversation).unwrap().text
+    };
+    let list = json!([{"name": "default", "template": "two"}, {"name": "tool_use", "template": "{{ tools[0].name }}"}]);
+    write(json!({ "chat_template": list }));
+    assert_eq!((say(&opened, None).unwrap(), with_tools(&opened, None)), ("two".into(), "f".into()));
     write(json!({"chat_template": 7}));
     assert!(say(&opened, None).unwrap_err().to_string().contains("neither a string nor a list"));
     fs::write(dir.path().join("chat_template.jinja"), "three").unwrap();
@@ -372,6 +380,19 @@ fn chat_templates_are_found() {
     let named = dir.path().join("my.jinja");
     fs::write(&named, "four").unwrap();
     assert_eq!(say(&opened, Some(&named)).unwrap(), "four");
+    assert_eq!(with_tools(&opened, None), "three");
+    // The folder in which newer versions of transformers save further templates; it is copied along.
+    let folder = dir.path().join("additional_chat_templates");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("tool_use.jinja"), "tools: {{ tools[0].name }}").unwrap();
+    assert_eq!((say(&opened, None).unwrap(), with_tools(&opened, None)), ("three".into(), "tools: f".into()));
+    assert_eq!(with_tools(&opened, Some(&named)), "four");
+    let out = tempfile::tempdir().unwrap();
+    opened.write_chat_files(out.path()).unwrap();
+    let copied = out.path().join("additional_chat_templates/tool_use.jinja");
+    assert_eq!(fs::read_to_string(&copied).unwrap(), "tools: {{ tools[0].name }}");
+    ChatFiles { template: Some("five".into()), stop: Vec::new() }.write(&opened, out.path()).unwrap();
+    assert!(!copied.exists() && !out.path().join("additional_chat_templates").exists());
     fs::write(&named, "{% if").unwrap();
     assert!(say(&opened, Some(&named)).unwrap_err().to_string().contains("my.jinja: found syntax error"));
 }
