@@ -242,7 +242,11 @@ impl RowReader {
         let mut bad = BadRows::default();
         let mut items = Vec::new();
         while let Some(row) = rows.next()? {
-            match row.and_then(|row| parse(&self.renamed(row)?)) {
+            let parsed = row.and_then(|row| {
+                let row = self.renamed(row)?;
+                parse(&row).map_err(|error| if json::holds_columns(&row.fields) { columns(&row) } else { error })
+            });
+            match parsed {
                 Ok(item) => items.push(item),
                 Err(error) => bad.add(error)?,
             }
@@ -329,6 +333,13 @@ impl RowReader {
     pub fn skipped_rows(&self) -> usize {
         self.skipped.iter().map(|skipped| skipped.rows).sum()
     }
+}
+
+/// The error for an object that holds the columns of a table.
+fn columns(row: &Row) -> Error {
+    let expected = "one object a row, as pandas writes by `df.to_json(FILE, orient=\"records\", lines=True)` and the library \
+                    `datasets` by `to_json(FILE)`";
+    row.error(format!("a table by columns, {}", row.keys()), expected)
 }
 
 /// The error for a directory in the place of a data file.

@@ -160,7 +160,7 @@ impl Raw {
         if let (Some(key), None) = (goal, row.get("prompt")) {
             return Self::from_behavior(row, key, path);
         }
-        let label = match row.word("label", "harmful or benign")? {
+        let label = match row.word("label", "harmful or benign")?.to_lowercase().as_str() {
             "harmful" | "unsafe" => Label::Harmful,
             "benign" | "safe" => Label::Benign,
             other => return Err(row.error(format!("`label` is \"{}\"", short(other)), "harmful or benign")),

@@ -54,6 +54,7 @@ impl Task {
 
     fn from_row(row: &Row) -> Result<Self> {
         row.refuse(&NOT_ASKED, "tasks of one user message each")?;
+        row.refuse(&["choices", "options"], "the options in `prompt`, line by line as `A) …`: it alone is asked")?;
         let answer = match row.get("answer") {
             Some(serde_json::Value::Number(number)) => number.to_string(),
             _ => row.text("answer")?.to_string(),

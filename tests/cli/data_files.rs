@@ -163,6 +163,19 @@ fn what_is_no_model_and_no_file_of_rows_is_told() {
     ] {
         assert!(plan(model).contains(told), "{model}: {}", plan(model));
     }
+    for (file, told) in [
+        (
+            "tiny.Q4_K_M.gguf",
+            "found no config.json, but a GGUF file; expected the Hugging Face model that it was converted",
+        ),
+        ("consolidated.00.pth", "found no config.json, but weights in the format of their publisher"),
+    ] {
+        let folder = dir.path().join(file.replace('.', "_"));
+        std::fs::create_dir(&folder).unwrap();
+        let file = write(&folder, file, "GGUF");
+        assert!(plan(folder.to_str().unwrap()).contains(told), "{}", plan(folder.to_str().unwrap()));
+        assert!(plan(&file).contains(told.split_once("but ").unwrap().1), "{}", plan(&file));
+    }
     // With the slash that completion adds, as without.
     assert!(
         plan("org/name/").starts_with("error: org/name: found a name that is not in the cache"),
@@ -184,6 +197,19 @@ fn what_is_no_model_and_no_file_of_rows_is_told() {
         let message = preview(&write(dir.path(), name, bytes), &[]);
         assert!(message.contains(told), "{name}: {message}");
     }
+    // Tables by columns: `Dataset.to_dict()`, and the forms of pandas' `to_json`.
+    for (name, text) in [
+        ("lists.json", r#"{"prompt": ["a", "b"], "completion": ["c", "d"]}"#),
+        ("turns.json", r#"{"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]}"#),
+        ("columns.json", r#"{"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}"#),
+        ("split.json", r#"{"columns": ["prompt", "completion"], "index": [0], "data": [["a", "c"]]}"#),
+    ] {
+        let message = preview(&write(dir.path(), name, text), &[]);
+        assert!(message.contains(&format!("{name}:1: found a table by columns, [`")), "{message}");
+        assert!(message.contains("expected one object a row"), "{message}");
+    }
+    let message = preview(&write(dir.path(), "f.json", r#"{"prompt": ["a", "b"], "completion": "c"}"#), &[]);
+    assert!(message.contains("f.json:1: ") && !message.contains("by columns"), "{message}");
     let good = write(dir.path(), "good.jsonl", rows);
     let template = |name: &str| preview(&good, &["--chat-template", name]);
     assert!(template("chatml").contains("--chat-template chatml: found no such file"), "{}", template("chatml"));

@@ -57,7 +57,7 @@ fn splits_are_60_20_20_by_pair_for_each_kind_of_pair() {
 fn names_of_other_sets_are_read() {
     let line = r#"{"id":1,"prompt":"a","label":"unsafe","split":"validation"}"#.to_owned()
         + "\n"
-        + r#"{"prompt":"b","label":"safe"}"#;
+        + r#"{"prompt":"b","label":"Safe"}"#;
     let prompts = read(&line, 0).unwrap();
     assert_eq!((prompts[0].label, prompts[0].split, prompts[1].label), (Label::Harmful, Split::Valid, Label::Benign));
     let dir = tempfile::tempdir().unwrap();

@@ -69,6 +69,7 @@ fn lines_are_checked() {
         (r#"{"prompt":"?","answer":"tea","match":"choice"}"#, "`answer` is \"tea\"; expected a letter"),
         (r#"{"prompt":"?\nA) x\nB) y","answer":"C","match":"choice"}"#, "`answer` is \"C\"; expected a letter"),
         (r#"{"prompt":"?","answer":" ","match":"exact"}"#, "an empty `answer`"),
+        (r#"{"prompt":"?","answer":"A","match":"choice","choices":["x","y"]}"#, "`choices`, which swat cannot honour"),
         (r#"{"prompt":7,"answer":"x","match":"exact"}"#, "`prompt` is a number"),
     ];
     for (line, expected) in cases {

@@ -11,6 +11,20 @@ const ONE_A_LINE: &str = "one JSON object a line";
 /// Length of a line behind which no further row is looked for, in the longest rows: 512 MiB.
 const MAX_SKIPPED_ROWS: usize = 32;
 
+/// Whether an object holds the columns of a table: lists of values, or objects of them by the number of the row, all of one
+/// length; or what pandas writes by `orient="split"`.
+pub(super) fn holds_columns(fields: &Map<String, Value>) -> bool {
+    let length = |value: &Value| match value {
+        Value::Array(values) => values.iter().all(|value| !value.is_object()).then_some(values.len()),
+        Value::Object(rows) => rows.keys().all(|key| key.parse::<u64>().is_ok()).then_some(rows.len()),
+        _ => None,
+    };
+    let mut lengths = fields.values().map(length);
+    let first = lengths.next().flatten().filter(|length| *length > 0);
+    let split = ["columns", "data"].iter().all(|key| fields.get(*key).is_some_and(Value::is_array));
+    split || first.is_some() && lengths.all(|length| length == first)
+}
+
 /// One object a line.
 pub(super) struct Lines {
     source: Source,
