@@ -79,6 +79,23 @@ fn number<T: FromStr + Into<f64> + Copy>(text: &str, valid: impl Fn(f64) -> bool
     parsed.ok_or_else(|| format!("expected {expected}"))
 }
 
+/// A whole number from 0.
+///
+/// # Errors
+/// A message for anything else.
+pub fn whole(text: &str) -> Result<u64, String> {
+    text.trim().parse().map_err(|_| "expected a whole number from 0 to 18446744073709551615".into())
+}
+
+/// A number of epochs.
+///
+/// # Errors
+/// A message for a part of one, and for anything else.
+pub fn epochs(text: &str) -> Result<u64, String> {
+    let parsed = text.trim().parse().ok();
+    parsed.ok_or_else(|| "expected a whole number of epochs; steps may be part of one (--steps, --mods-steps)".into())
+}
+
 /// A count from 1 to 2³².
 ///
 /// # Errors

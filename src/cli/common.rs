@@ -4,6 +4,7 @@ use crate::backend::DtypeChoice;
 use crate::data::{RowReader, SkippedRows};
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
+use crate::options::whole;
 use clap::Args;
 use serde::Serialize;
 use std::io::Write;
@@ -20,7 +21,7 @@ pub(super) struct Common {
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = DtypeChoice::Auto, global = true)]
     pub(super) dtype: DtypeChoice,
     /// Seed of all random draws
-    #[arg(long, default_value_t = 0, global = true)]
+    #[arg(long, value_parser = whole, default_value_t = 0, global = true)]
     pub(super) seed: u64,
     /// Print one JSON object on stdout, and nothing else
     #[arg(long, global = true)]

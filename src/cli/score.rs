@@ -84,7 +84,7 @@ impl OnDevice for Score {
         let losses = decoder.losses(&batch)?;
         let logprobs: Vec<Option<f64>> =
             std::iter::once(None).chain(losses[..tokens.len() - 1].iter().map(|l| Some(-f64::from(*l)))).collect();
-        let nll = losses.iter().map(|l| f64::from(*l)).sum::<f64>() / (tokens.len() - 1).max(1) as f64;
+        let nll = losses.iter().map(|l| f64::from(*l)).sum::<f64>() / (tokens.len() - 1) as f64;
 
         let rows: Vec<u32> = (0..tokens.len() as u32).collect();
         if let Some(path) = &self.logits_out {
@@ -99,6 +99,8 @@ impl OnDevice for Score {
         if common.json {
             let (nll, perplexity) = (finite(nll), finite(nll.exp()));
             print_json(&json!({ "tokens": tokens, "logprobs": logprobs, "nll": nll, "perplexity": perplexity }))
+        } else if tokens.len() == 1 {
+            print_line("tokens 1, which has none before it that it could be predicted from")
         } else {
             print_line(&format!("tokens {}  nll {nll:.6}  perplexity {:.4}", tokens.len(), nll.exp()))
         }

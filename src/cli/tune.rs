@@ -1,5 +1,7 @@
 //! `swat tune`: two-phase tuning, or any of its ablations.
 
+mod recipe;
+
 use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, State};
@@ -15,11 +17,11 @@ use crate::group::{Alone, Group, from_first, over_hosts};
 use crate::interrupt;
 use crate::io::{check_not_in, lies_in};
 use crate::modules::ModuleSet;
-use crate::options::{above_zero, share};
+use crate::options::{above_zero, epochs, share, whole};
 use crate::report::EventFile;
 use crate::report::format::{bytes, count, percent};
 use crate::secure::{
-    Base, EvaluateOptions, Method, Mix, ModelText, Recipe, SetSpec, TuneJob, TuneOutput, TuneRecipe, WatchOptions,
+    Base, Method, Mix, ModelText, Recipe, SetSpec, TuneJob, TuneOutput, TuneRecipe, WatchOptions,
     attention_projections, mixed, recipe_help,
 };
 use crate::train::{Evaluation, PhaseOptions, Rounding, peak_bytes};
@@ -52,10 +54,10 @@ pub(super) struct Tune {
     #[arg(long, value_name = "SET_OR_FILE")]
     mods: Option<SetSpec>,
     /// Epochs of the phase on --mods
-    #[arg(long, conflicts_with = "mods_steps")]
+    #[arg(long, conflicts_with = "mods_steps", value_parser = epochs)]
     mods_epochs: Option<u64>,
     /// Optimizer steps of the phase on --mods
-    #[arg(long)]
+    #[arg(long, value_parser = whole)]
     mods_steps: Option<u64>,
     /// Learning rate of the phase on --mods; --lr if not given
     #[arg(long, value_parser = above_zero::<f64>)]
@@ -169,6 +171,7 @@ impl OnDevice for Tune {
             None => Box::new(Alone),
         };
         // All that can be known is checked before the weights are read.
+        self.recipe.shared.check()?;
         let mixes = self.mixes()?;
         let mut output = TuneOutput {
             config: json!({ "model": self.model.shown(), "data": self.data, "mix": self.mix, "mix_share": self.mix_share,
@@ -213,10 +216,21 @@ impl OnDevice for Tune {
         let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
         output.options.config["skipped_rows"] = json!(rows.skipped());
+        let trained_rows = watch.as_ref().map_or(0, |watch| watch.trained_rows(mixture.examples()));
+        if trained_rows > 0 && first && !common.quiet {
+            say(&format!(
+                "note: {trained_rows} examples of --eval-data are trained on as well: their loss says how well they are \
+                 learned, not how the model does on other text\n"
+            ));
+        }
         let mut callbacks = StepBar::new(common);
         if let Some(dir) = self.tensorboard.as_ref().filter(|_| first) {
             let resumed = self.output.resume;
             check_not_in(&[("--tensorboard", dir)], &self.inputs())?;
+            if dir.exists() && !dir.is_dir() {
+                let found = format!("{}, which is no directory", dir.display());
+                return Err(Error::input("--tensorboard", found, "a directory, to which event files are added"));
+            }
             for taken in [&self.output.path, &self.output.unfinished()] {
                 if lies_in(dir, taken)? {
                     let found = format!("{}, in the output of the run", dir.display());
@@ -245,7 +259,7 @@ impl OnDevice for Tune {
                 "peak_bytes": summary.peak_bytes, "planned_bytes": summary.planned_bytes,
                 "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from,
                 "rounding": summary.rounding, "evaluations": summary.evaluations, "best_step": summary.best_step,
-                "skipped_rows": rows.skipped() }));
+                "skipped_rows": rows.skipped(), "eval_rows_trained": trained_rows }));
         }
         let trained = percent(data.trained_share, 1);
         print_line(&format!("trained on {} of {} tokens ({trained})", data.trained_tokens, data.tokens))?;
@@ -332,105 +346,6 @@ impl Tune {
         inputs.extend(self.mixed().into_iter().filter_map(|(_, option, path)| Some((option, path?))));
         inputs.extend(self.mods.iter().filter_map(SetSpec::file).map(|path| ("--mods", path)));
         inputs
-    }
-
-    /// The files of what recipes mix in, with their options.
-    fn mixed(&self) -> [(Mix, &'static str, Option<&Path>); 3] {
-        [
-            (Mix::Attack, "--attack", self.attack.as_deref()),
-            (Mix::Refusals, "--refusals", self.refusals.as_deref()),
-            (Mix::Replay, "--replay", self.replay.as_deref()),
-        ]
-    }
-
-    /// Kind, share and file of what the recipe mixes in.
-    fn mixes(&self) -> Result<Vec<(Mix, f64, &Path)>> {
-        let Some(recipe) = &self.named else { return Ok(Vec::new()) };
-        let mut found = Vec::new();
-        for (what, option, path) in self.mixed() {
-            match (recipe.options.share_of(what), path) {
-                (None, None) => {}
-                (None, Some(path)) => {
-                    let expected = format!("{}=SHARE in --recipe, or no such file", what.name());
-                    return Err(Error::input(option, format!("{}, which is not mixed in", path.display()), expected));
-                }
-                (Some(share), Some(path)) => {
-                    found.push((what, share.unwrap_or(EvaluateOptions::default().mix_share), path));
-                }
-                (Some(_), None) => {
-                    let expected = match what {
-                        Mix::Replay => {
-                            "--replay FILE; `swat replay --model M --security S --out FILE` makes one".into()
-                        }
-                        _ => format!("{option} FILE, a file of training conversations"),
-                    };
-                    return Err(Error::input(recipe.place(), format!("no {option}"), expected));
-                }
-            }
-        }
-        Ok(found)
-    }
-
-    /// Refuses what cannot be done in one run, and what the recipe and another option both say.
-    fn check_recipe(&self, recipe: &Recipe) -> Result<()> {
-        let wrong = |found: &str, expected: &str| Err(Error::input(recipe.place(), found, expected));
-        let options = &recipe.options;
-        let rank = self.lora.rank != Lora::default().rank;
-        for (key, both, option) in [
-            ("lr", options.lr.is_some() && self.lr.is_some(), "--lr"),
-            ("lr", options.lr.is_some() && self.mods_lr.is_some(), "--mods-lr"),
-            ("steps", options.steps.is_some() && self.recipe.all_phase.steps.is_some(), "--steps"),
-            ("steps", options.steps.is_some() && self.recipe.all_phase.epochs.is_some(), "--epochs"),
-            ("constrain", options.constrain.is_some() && self.recipe.shared.constrain.is_some(), "--constrain"),
-            ("distil", options.distil.is_some() && self.recipe.shared.distil.is_some(), "--distil"),
-            ("prox", options.prox.is_some() && self.recipe.shared.prox.is_some(), "--prox"),
-            ("lisa", options.lisa.is_some() && self.recipe.shared.lisa.is_some(), "--lisa"),
-            ("vaccine", options.vaccine.is_some() && self.recipe.shared.vaccine.is_some(), "--vaccine"),
-            ("ema", options.ema.is_some() && self.recipe.shared.ema_decay.is_some(), "--ema-decay"),
-            ("lora", options.lora.is_some_and(|own| rank && own != self.lora.rank), "--lora-rank"),
-        ] {
-            if both {
-                return wrong(&format!("{key}=, and {option} beside it"), "one of them");
-            }
-        }
-        if recipe.is_given() {
-            return wrong("a recipe that trains nothing", "plain, swat or another base");
-        }
-        if options.seeds.is_some() {
-            return wrong("seeds=, which belongs to studies (swat run)", "--seed N, once for each run");
-        }
-        if let Some(by) = options.by {
-            let expected = format!("`swat robustness --by {}`, `swat search`, and its file by --mods", by.name());
-            return wrong("by=, which belongs to studies (swat run)", &expected);
-        }
-        if let Some(step) = options.merge {
-            let by = step.to_string();
-            let by = by.split(':').next().unwrap_or_default();
-            return wrong(
-                &format!("merge={step}, a step after tuning"),
-                &format!("the recipe without it, then `swat merge --by {by}` on the tuned model"),
-            );
-        }
-        if self.recipe.reversed {
-            return wrong("--reversed beside it", "reversed as the base of the recipe");
-        }
-        let phase = &self.recipe.all_phase;
-        let given = [
-            ("mods_epochs", self.mods_epochs.is_some()),
-            ("mods_steps", self.mods_steps.is_some()),
-            ("mods_lr", self.mods_lr.is_some()),
-            ("rest_lr_factor", self.recipe.rest_lr_factor != TuneRecipe::default().rest_lr_factor),
-            ("keep_optimizer", self.recipe.shared.keep_optimizer),
-            ("epochs", phase.epochs.is_some()),
-            ("steps", phase.steps.is_some()),
-        ];
-        let given: Vec<&str> = given.into_iter().filter_map(|(key, given)| given.then_some(key)).collect();
-        recipe.check_phases(&given)?;
-        let takes_mods = !matches!(recipe.base, Base::Plain);
-        if self.mods.is_some() && !takes_mods {
-            return wrong("--mods beside it, which it does not use", "swat as the base, or no --mods");
-        }
-        Ok(())
     }
 
     fn read(&self, common: &Common, text: &ModelText, path: &Path, rows: &mut RowReader) -> Result<Vec<Example>> {

@@ -23,6 +23,7 @@ mod screen;
 pub mod study;
 mod text;
 mod tune;
+mod warmup;
 mod watch;
 
 pub use attack::{Attack, AttackOptions};

@@ -12,6 +12,7 @@ use crate::engine::{Decoder, GenerateOptions};
 use crate::error::{Error, Result};
 use crate::train::{Evaluated, Evaluator, WatchSettings};
 use clap::Args;
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 /// Tokens of a forward pass of an evaluation.
@@ -87,6 +88,12 @@ impl WatchOptions {
 }
 
 impl Watch {
+    /// Number of held-out examples that are among the training data.
+    pub fn trained_rows(&self, train: &[Example]) -> usize {
+        let trained: HashSet<&[u32]> = train.iter().map(|example| example.tokens.as_slice()).collect();
+        self.heldout.iter().filter(|example| trained.contains(example.tokens.as_slice())).count()
+    }
+
     /// Checks that what follows from the evaluations of the last phase can follow. `before` are the steps of the phases
     /// before it, `steps` its own.
     ///

@@ -5,7 +5,7 @@ use crate::backend::Backend;
 use crate::data::{Example, Loader, LoaderOptions, Mixture};
 use crate::engine::Beside;
 use crate::error::{Error, Result};
-use crate::options::{above_zero, count, default_from_args, from_zero, inner_share, require};
+use crate::options::{above_zero, count, default_from_args, epochs, from_zero, inner_share, require, whole};
 use clap::{ArgAction, Args};
 
 /// Options that all phases of a run share.
@@ -43,7 +43,7 @@ pub struct TuneOptions {
     #[arg(skip = 1e-8)]
     pub eps: f32,
     /// Steps between checkpoints (changed weights and their moments, on disk); 0 = between phases only
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, value_parser = whole, default_value_t = 200)]
     pub save_every: u64,
     /// Checkpoints to keep, at least 1; 2 survive damage to the newest
     #[arg(long, value_parser = count, default_value_t = 2)]
@@ -208,7 +208,7 @@ pub struct PhaseOptions {
     #[arg(long, value_enum, default_value_t)]
     pub schedule: Schedule,
     /// Steps of linear warm-up of the learning rate at the start of each phase
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, value_parser = whole, default_value_t = 0)]
     pub lr_warmup_steps: u64,
     /// Share of the base rate at which the schedule ends.
     #[arg(skip)]
@@ -223,10 +223,10 @@ pub struct PhaseOptions {
     #[arg(long, value_parser = from_zero::<f64>, default_value_t = 1.0)]
     pub max_grad_norm: f64,
     /// Epochs of the phase on everything; 0 = skip the phase. 1 if neither epochs nor steps are given
-    #[arg(long, conflicts_with = "steps")]
+    #[arg(long, conflicts_with = "steps", value_parser = epochs)]
     pub epochs: Option<u64>,
     /// Optimizer steps of the phase on everything; 0 = skip the phase
-    #[arg(long)]
+    #[arg(long, value_parser = whole)]
     pub steps: Option<u64>,
 }
 

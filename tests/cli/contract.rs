@@ -95,6 +95,8 @@ fn score_follows_its_contract() {
     assert!(logprobs[0].is_null() && logprobs.len() == 4);
     let mean = logprobs[1..].iter().map(|p| -p.as_f64().unwrap()).sum::<f64>() / 3.0;
     assert!((mean - found["nll"].as_f64().unwrap()).abs() < 1e-6);
+    let one = json(&["score", "--model", text(&model), "--ids", "5", "--json"]);
+    assert!(one["nll"].is_null() && one["perplexity"].is_null(), "nothing is predicted: {one}");
     assert!((mean.exp() / found["perplexity"].as_f64().unwrap() - 1.0).abs() < 1e-6);
     let bytes = std::fs::read(&logits).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();

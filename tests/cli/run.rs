@@ -250,6 +250,19 @@ fn prompts_of_the_evaluation_in_the_tuning_data_are_refused() {
         "{message}"
     );
     assert!(!message.to_uppercase().contains(&prompt) && !dir.path().join("out/stages/probe.json").exists());
+    // A warm-up is held against the steps of every setting before anything is computed: 40 rows in batches of 4 are 10 steps,
+    // 50 with a fifth of answers 13.
+    let mut command = run(&config);
+    command.args(["--set", "tune.all_phase.epochs=1", "--set", "tune.all_phase.lr_warmup_steps=10"]);
+    command.args(["--set", "settings=[\"plain+replay=.2\", \"plain\"]"]);
+    let refused = command.output().unwrap();
+    let message = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{message}");
+    assert!(
+        message.contains("recipe `plain`: lr_warmup_steps: found 10 steps of warm-up in a phase of 10"),
+        "{message}"
+    );
+    assert!(!dir.path().join("out/stages/probe.json").exists());
     let reported: Value = serde_json::from_slice(&set("report").stdout).unwrap();
     assert_eq!(reported["overlapping_rows"], 1);
 }

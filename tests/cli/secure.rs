@@ -258,6 +258,12 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
     ] {
         refused(&[&security[..], &more].concat(), named);
     }
+    // A tenth of 96 rows is set aside: 87 and 10 answers, in batches of 8, are 13 steps.
+    let warmup = ["--epochs", "1", "--recipe", "plain+replay=.1", "--lr-warmup-steps", "13"];
+    refused(
+        &[&security[..], &warmup].concat(),
+        "recipe `plain+replay=.1`: lr_warmup_steps: found 13 steps of warm-up in a phase of 13",
+    );
     let mut after = files(dir.path());
     after.remove("harmful.jsonl");
     assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());

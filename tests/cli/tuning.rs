@@ -75,6 +75,13 @@ fn options_that_cannot_have_an_effect_are_refused() {
         refused(&["--recipe", recipe, option[0], option[1]], &format!("{} beside it, which has no effect", option[0]));
     }
     refused(&["--recipe", "plain", "--keep-optimizer"], "--keep-optimizer beside it");
+    let part = "expected a whole number of epochs; steps may be part of one (--steps, --mods-steps)";
+    refused(&["--epochs", "0.5"], part);
+    refused(&["--mods", "layers.0.v_proj", "--mods-epochs", ".5"], part);
+    refused(&["--steps", "1e3"], "expected a whole number from 0");
+    refused(&["--seed", "0.5"], "expected a whole number from 0");
+    refused(&["--max-length", "1"], "max_length: found 1; expected at least 2 tokens");
+    refused(&["--steps", "2", "--tensorboard", heldout], "heldout.jsonl, which is no directory");
     let output = tune(&train, &out, &["--epochs", "2", "--lr-warmup-steps", "11", "--quiet"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

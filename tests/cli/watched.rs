@@ -122,6 +122,33 @@ fn a_watched_run_keeps_its_best_weights_across_a_kill() {
     assert!(weights(&watched) == weights(&plain));
 }
 
+/// Rows that are both trained on and held out are counted by hand: three of the first file, and all of the file itself.
+#[test]
+fn held_out_rows_that_are_trained_on_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let runs = Runs { data: data(dir.path()), dir };
+    let train = std::fs::read_to_string(runs.data.join("train.jsonl")).unwrap();
+    let heldout = std::fs::read_to_string(runs.data.join("heldout.jsonl")).unwrap();
+    let distinct = train.lines().collect::<std::collections::BTreeSet<_>>();
+    assert!(heldout.lines().all(|line| !distinct.contains(line)), "the held-out rows are others");
+    let some = distinct.iter().take(3).copied().chain(heldout.lines()).collect::<Vec<_>>().join("\n");
+    for (i, (rows, trained)) in
+        [(heldout.clone(), 0), (some, 3), (train.clone(), train.lines().count())].iter().enumerate()
+    {
+        let file = runs.dir.path().join(format!("{i}.jsonl"));
+        std::fs::write(&file, rows).unwrap();
+        let (mut command, _) = runs.tune(&format!("out{i}"), &["--steps", "1", "--eval-data", text(&file)]);
+        let output = command.output().unwrap();
+        assert_eq!(parsed(&output)["eval_rows_trained"], *trained);
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(
+            told.contains(&format!("note: {trained} examples of --eval-data are trained on")),
+            *trained > 0,
+            "{told}"
+        );
+    }
+}
+
 #[test]
 fn a_plan_needs_the_configuration_alone() {
     let dir = tempfile::tempdir().unwrap();

@@ -28,6 +28,7 @@ use super::recipe::{Base, MergeStep, Mix, Recipe};
 use super::replay::ReplayOptions;
 use super::text::ModelText;
 use super::tune::{TuneJob, TuneRecipe};
+use super::warmup::check_warmups;
 use crate::backend::Backend;
 use crate::data::{RowOptions, RowReader, SecurityPrompt, Split};
 use crate::error::{Error, Result};
@@ -182,6 +183,11 @@ impl<'a, B: Backend> SecureRun<'a, B> {
         text.set_clock(clock);
         let data = SecureData::read(&job, &text, rows)?;
         let tunings = job.recipes.iter().map(|recipe| tuning(&job, recipe, &text)).collect::<Result<Vec<_>>>()?;
+        for tuning in &tunings {
+            // The answers are made by the model.
+            let replay: Vec<_> = tuning.replay.iter().map(|share| (Mix::Replay, *share, None)).collect();
+            check_warmups(&tuning.job, &data.train, &replay).map_err(|e| e.at(&format!("recipe `{}`", tuning.name)))?;
+        }
         let replays = tunings.iter().any(|tuning| tuning.replay.is_some());
         let refusable = |prompt: &SecurityPrompt| prompt.split == Split::Train && prompt.is_harmful();
         if replays && !data.security.iter().any(refusable) {
