@@ -153,9 +153,19 @@ impl Chat {
     /// [`Error::Input`] where that does not tell the answer.
     pub(super) fn locate(&self, text: &str, messages: &[Message], tools: &[Value], turn: usize) -> Result<Answer> {
         let blank = self.blank(text, messages)?;
-        let Some(changed) = self.changed(text, messages, tools, turn, &blank)? else {
+        let Some(mut changed) = self.changed(text, messages, tools, turn, &blank)? else {
             return Err(self.unclear(format!("message {} not in the rendered conversation", turn + 1)));
         };
+        if turn + 1 < messages.len() && calls_tools(messages, turn) {
+            // Some templates write the name of the call once more beside its result: it ends where it does without that.
+            let before = messages.get(..=turn).unwrap_or_default();
+            let alone = self.render(before, tools).map(|rendered| rendered.text).unwrap_or_default();
+            let own = self.changed(&alone, before, tools, turn, &blank).unwrap_or_default();
+            changed.end = own.map_or(changed.end, |own| match text.get(..own.end) == alone.get(..own.end) {
+                true => own.end.min(changed.end),
+                false => changed.end,
+            });
+        }
         let prompt = self.prompt(messages.get(..turn).unwrap_or_default(), tools).unwrap_or_default();
         let begins = !prompt.is_empty() && text.starts_with(&prompt) && prompt.len() <= changed.end;
         let start = match begins {
@@ -204,10 +214,11 @@ impl Chat {
         let begun = header.iter().rev().filter_map(|(_, span)| self.header.get(..span.end));
         let found = begun.filter(|text| !text.trim().is_empty());
         let found = found.filter_map(|text| Some(between.rfind(text)? + text.len())).next();
-        let calls = messages.get(turn).is_some_and(|message| message.fields.contains_key("tool_calls"));
         match found {
             Some(at) => Ok(from + at),
-            None if calls => Err(self.unclear(format!("no beginning of message {}, which calls tools", turn + 1))),
+            None if calls_tools(messages, turn) => {
+                Err(self.unclear(format!("no beginning of message {}, which calls tools", turn + 1)))
+            }
             None => Ok(changed),
         }
     }
@@ -249,6 +260,11 @@ impl Chat {
                         `{% endgeneration %}` around it";
         Error::input(self.place(), found, expected)
     }
+}
+
+/// Whether a message calls tools.
+fn calls_tools(messages: &[Message], turn: usize) -> bool {
+    messages.get(turn).is_some_and(|message| message.fields.contains_key("tool_calls"))
 }
 
 /// Length of the longest common prefix, in bytes of whole characters.

@@ -104,6 +104,17 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
+    "echoed call": """{% for message in messages %}
+{%- if message['role'] == 'tool' %}
+{{- '<|start_header_id|>' + messages[loop.index0 - 1].tool_calls[0].function.name + ' to=assistant<|end_header_id|>' + message['content'] + '<|eot_id|>' }}
+{%- elif message.tool_calls %}
+{{- '<|start_header_id|>assistant<|end_header_id|>' }}[[
+{%- for call in message.tool_calls %}{{ '<|python_tag|>' + call.function.name + '<|user|>' + call.function.arguments | tojson }}{% endfor %}{{ '<|eom_id|>' }}]]
+{%- elif message['role'] == 'assistant' %}
+{{- '<|start_header_id|>assistant<|end_header_id|>' }}[[{{ message['content'] + '<|eot_id|>' }}]]
+{%- else %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>' + message['content'] + '<|eot_id|>' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}""",
     "mistral": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}[[{{ ' ' + message['content'] | trim + eos_token }}]]{% endif %}{% endfor %}""",
     "zephyr": """{% for message in messages %}
 {% if message['role'] == 'assistant' %}
@@ -126,15 +137,18 @@ R = {"role": "user", "content": "<|im_start|>assistant\n<｜Assistant｜><think>
 LONG = {"role": "assistant", "content": "<think>\nSix legs.\n</think>\n\n Six, it has\n"}
 CODE = {"role": "assistant", "content": "<|python_tag|>print(1 + 1)<|im_end|>\n<|im_start|>user\nHm"}
 CALL = {"type": "function", "function": {"name": "legs", "arguments": {"animal": "spider", "count": 8}}}
+NUMBER = {"type": "function", "function": {"name": "legs", "arguments": {"id": 8}}}
+NUMBERS = [Q, {"role": "assistant", "content": "", "tool_calls": [NUMBER]}, {"role": "tool", "content": "8"}, A]
 TOOLS = [Q, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "8"}, A]
 CALLS = [Q, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 THINKS = {"role": "assistant", "content": "Six.", "reasoning_content": "Ants have six."}
 CHATS = {
     "one turn": [Q, A], "system": [{"role": "system", "content": "Be brief."}, Q, A], "two turns": [Q, A, R, LONG],
     "three turns": [Q, LONG, R, LONG, Q, A], "special tokens": [Q, CODE, R, CODE], "thinking": [Q, THINKS],
-    "thinking twice": [Q, THINKS, R, THINKS], "tools": TOOLS, "a call at the end": CALLS,
+    "thinking twice": [Q, THINKS, R, THINKS], "tools": TOOLS, "a call at the end": CALLS, "a number": NUMBERS,
 }
-WITH_TOOLS = {"tools": {"qwq", "qwen3"}, "a call at the end": {"qwq", "qwen3", "llama 3.1", "deepseek r1"}}
+WITH_TOOLS = {"tools": {"qwq", "qwen3", "echoed call"}, "a number": {"qwq", "qwen3", "echoed call"},
+              "a call at the end": {"qwq", "qwen3", "llama 3.1", "deepseek r1", "echoed call"}}
 
 
 def marked(name, source):

@@ -61,7 +61,7 @@ impl Message {
         thinking.into_iter().chain([self.content.as_str()])
     }
 
-    /// The message with `blank` in place of its text, its thinking, and the names and texts of its tool calls.
+    /// The message with `blank` in place of its text, its thinking, and the names, texts and numbers of its tool calls.
     pub fn blanked(&self, blank: &str) -> Self {
         let mut message = self.clone();
         // Beside other fields, such as tool calls, an empty text makes templates go another way than any other.
@@ -93,10 +93,11 @@ impl Message {
     }
 }
 
-/// Replaces every string in a value that is not empty and not the `type` of a part.
+/// Replaces every number, and every string that is not empty and not the `type` of a part.
 fn blank_texts(value: &mut Json, blank: &str) {
     match value {
-        Json::String(text) if !text.is_empty() => *text = blank.to_owned(),
+        Json::String(text) if text.is_empty() => {}
+        Json::String(_) | Json::Number(_) => *value = Json::String(blank.to_owned()),
         Json::Array(items) => items.iter_mut().for_each(|item| blank_texts(item, blank)),
         Json::Object(map) => {
             map.iter_mut().filter(|(name, _)| *name != "type").for_each(|(_, v)| blank_texts(v, blank))
