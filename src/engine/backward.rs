@@ -1,55 +1,21 @@
 //! The backward pass, by hand: gradients of the tensors that train, down to the lowest of them.
 
+mod inputs;
 mod projections;
 
 use super::decoder::Overlay;
 use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
 use super::losses::Losses;
 use super::pool::{Floats, Scratch, Stats};
-use super::readout::trained_rows;
-use super::{Batch, Decoder, GradientOptions, Gradients, TokenTerms};
+use super::{Batch, Decoder, FinalGradients, GradientOptions, Gradients};
 use crate::backend::{
     AttentionBackward, Backend, CrossEntropy, EmbeddingBackward, In, LinearBackwardInput, LinearBackwardWeight,
-    LinearShape, LossTerms, MoveAlong, Operator, Out, RmsNormBackward, Rope, ScatterRows, SumSquares, SwiGlu,
-    SwiGluBackward, View, ViewMut, trace,
+    LinearShape, MoveAlong, Operator, Out, RmsNormBackward, Rope, ScatterRows, SumSquares, SwiGlu, SwiGluBackward,
+    View, ViewMut, trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
-use std::ops::Range;
-
-/// Inputs of a micro-batch beside its [`Packed`] form.
-struct Inputs<'p, B: Backend> {
-    tokens: Scratch<'p, B, u32>,
-    /// Rows that have a target, and their targets.
-    rows: Scratch<'p, B, u32>,
-    targets: Scratch<'p, B, u32>,
-    terms: Option<Terms<'p, B>>,
-}
-
-/// [`TokenTerms`] on the backend.
-struct Terms<'p, B: Backend> {
-    reference: Stats<'p, B>,
-    beta: Stats<'p, B>,
-    ids: Scratch<'p, B, u32>,
-    probs: Stats<'p, B>,
-    /// Entries of a row of `ids`.
-    width: usize,
-    distil: f32,
-}
-
-impl<B: Backend> Terms<'_, B> {
-    /// Those of some rows.
-    fn part(&self, rows: Range<usize>) -> LossTerms<'_, B> {
-        let entries = rows.start * self.width..rows.end * self.width;
-        LossTerms {
-            reference: self.reference.range(rows.clone()),
-            beta: self.beta.range(rows),
-            ids: self.ids.range(entries.clone()),
-            probs: self.probs.range(entries),
-            distil: self.distil,
-        }
-    }
-}
+use inputs::{Inputs, Terms};
 
 /// Activations kept of a layer until its backward pass.
 enum Saved<'p, B: Backend> {
@@ -72,6 +38,30 @@ enum Outputs<'a, 'p, B: Backend> {
         squares: View<'a, B, f32>,
         rho: f32,
     },
+}
+
+/// A pass over a micro-batch: how its gradients are computed, and where its results go.
+struct Pass<'a, 'p, 'd, 'f, B: Backend> {
+    options: GradientOptions,
+    losses: &'a mut Losses<'d, B>,
+    outputs: Outputs<'a, 'p, B>,
+    /// Gets the gradients that are final, while others are computed.
+    finished: Option<Finished<'f, B>>,
+}
+
+/// See [`Decoder::queue_last_gradients`].
+type Finished<'f, B> = &'f mut dyn FnMut(FinalGradients<B>) -> Result<()>;
+
+/// Hands over the gradients that are final.
+fn finish<B: Backend>(
+    gradients: &mut Gradients<B>,
+    finished: &mut Option<Finished<'_, B>>,
+    final_now: impl Fn(ParamId) -> bool,
+) -> Result<()> {
+    match finished {
+        Some(finished) => finished(gradients.take(final_now)),
+        None => Ok(()),
+    }
 }
 
 /// Which gradients a layer has to produce; each flag includes the need of the flags before it.
@@ -133,46 +123,62 @@ impl<B: Backend> Decoder<B> {
         options: GradientOptions,
         losses: &mut Losses<'_, B>,
     ) -> Result<()> {
+        self.queue_pass(batch, gradients, options, losses, None)
+    }
+
+    /// [`Decoder::queue_gradients`] of the last of a step's micro-batches: `finished` is given the gradients of a part of the
+    /// model as soon as nothing will be added to them, while those of the parts before it are computed. It comes behind the
+    /// work that makes them final, in the order of the backward pass: the head and the norm before it, the layers from the
+    /// last to the first, the embedding, which is last also where it is the head. A call may bring none. The buffers are
+    /// missing in `gradients` until [`Gradients::put_back`].
+    ///
+    /// # Errors
+    /// As [`Decoder::queue_gradients`]; what `finished` returns.
+    pub fn queue_last_gradients(
+        &self,
+        batch: &Batch,
+        gradients: &mut Gradients<B>,
+        options: GradientOptions,
+        losses: &mut Losses<'_, B>,
+        finished: &mut dyn FnMut(FinalGradients<B>) -> Result<()>,
+    ) -> Result<()> {
+        self.queue_pass(batch, gradients, options, losses, Some(finished))
+    }
+
+    fn queue_pass(
+        &self,
+        batch: &Batch,
+        gradients: &mut Gradients<B>,
+        options: GradientOptions,
+        losses: &mut Losses<'_, B>,
+        finished: Option<Finished<'_, B>>,
+    ) -> Result<()> {
         let span = trace::phase("forward");
         let _pass = self.pool.pass(batch.tokens.len());
-        let packed = self.pack(batch)?;
-        let (rows, targets) = trained_rows(batch);
-        let inputs = Inputs {
-            tokens: self.indices(&batch.tokens)?,
-            rows: self.indices(&rows)?,
-            targets: self.indices(&targets)?,
-            terms: batch.terms.as_ref().map(|terms| self.terms(terms)).transpose()?,
-        };
+        let (packed, inputs) = (self.pack(batch)?, self.inputs(batch)?);
         drop(span);
         gradients.accumulate = options.accumulate;
-        let Some(rho) = options.vaccine.filter(|_| !rows.is_empty()) else {
-            let work = || self.forward_and_backward(&packed, &inputs, gradients, options, losses, Outputs::AsTheyAre);
-            return self.backend.replay(work);
+        let rows = inputs.rows.view().len();
+        let Some(rho) = options.vaccine.filter(|_| rows > 0) else {
+            let pass = Pass { options, losses, outputs: Outputs::AsTheyAre, finished };
+            return self.backend.replay(|| self.forward_and_backward(&packed, &inputs, gradients, pass));
         };
         // The losses of the first pass are those without the move: nobody's.
-        let mut unmoved = self.losses_of(rows.len())?;
+        let mut unmoved = self.losses_of(rows)?;
         let len = packed.tokens * self.config.hidden;
         let (mut moves, mut squares) = (self.floats(self.config.layers * len)?, self.stats(1)?);
         self.backend.replay(|| {
-            let (none, outputs) = (&mut Gradients::of_outputs(), Outputs::Differentiated(&mut moves));
-            let first = GradientOptions { accumulate: false, ..options };
-            self.forward_and_backward(&packed, &inputs, none, first, &mut unmoved, outputs)?;
+            let first = Pass {
+                options: GradientOptions { accumulate: false, ..options },
+                losses: &mut unmoved,
+                outputs: Outputs::Differentiated(&mut moves),
+                finished: None,
+            };
+            self.forward_and_backward(&packed, &inputs, &mut Gradients::of_outputs(), first)?;
             SumSquares { parts: &[moves.view()], squares: squares.view_mut() }.run(&self.backend)?;
             let outputs = Outputs::Moved { along: &moves, squares: squares.view(), rho };
-            self.forward_and_backward(&packed, &inputs, gradients, options, losses, outputs)
+            self.forward_and_backward(&packed, &inputs, gradients, Pass { options, losses, outputs, finished })
         })
-    }
-
-    fn terms(&self, terms: &TokenTerms) -> Result<Terms<'_, B>> {
-        let TokenTerms { reference, beta, ids, probs, distil } = terms;
-        let put = |values: &[f32]| {
-            let mut stats = self.stats(values.len())?;
-            self.backend.write(values, stats.view_mut())?;
-            Ok(stats)
-        };
-        let width = ids.len() / beta.len().max(1);
-        let (reference, beta, probs) = (put(reference)?, put(beta)?, put(probs)?);
-        Ok(Terms { reference, beta, ids: self.indices(ids)?, probs, width, distil: *distil })
     }
 
     /// The device's work for a micro-batch, without copies from the host.
@@ -181,9 +187,7 @@ impl<B: Backend> Decoder<B> {
         packed: &Packed<'_, B>,
         inputs: &Inputs<'_, B>,
         gradients: &mut Gradients<B>,
-        options: GradientOptions,
-        losses: &mut Losses<'_, B>,
-        mut outputs: Outputs<'_, '_, B>,
+        Pass { options, losses, mut outputs, mut finished }: Pass<'_, '_, '_, '_, B>,
     ) -> Result<()> {
         let span = trace::phase("forward");
         let none = Overlay::new();
@@ -200,7 +204,7 @@ impl<B: Backend> Decoder<B> {
             }
         }
         if rows == 0 {
-            return Ok(());
+            return finish(gradients, &mut finished, |_| true);
         }
         let lowest = gradients.lowest(self.config.layers);
         let mut saved = Vec::with_capacity(self.config.layers);
@@ -230,6 +234,7 @@ impl<B: Backend> Decoder<B> {
 
         drop(span);
         let _span = trace::phase("backward");
+        finish(gradients, &mut finished, |id| matches!(id, ParamId::Head | ParamId::FinalNorm))?;
         if let Some(dx_rows) = dx_rows {
             let mut dx = self.floats(packed.tokens * hidden)?;
             self.backend.clear(dx.view_mut())?;
@@ -249,13 +254,14 @@ impl<B: Backend> Decoder<B> {
                     Some(Saved::Nothing) | None => break,
                 };
                 self.layer_backward(layer, activations, &mut dx, packed, gradients)?;
+                finish(gradients, &mut finished, |id| id.layer() == Some(layer))?;
             }
             if let Some(gradient) = gradients.get_mut(ParamId::Embedding) {
                 let (dy, dtable) = (dx.view(), gradient.view_mut());
                 EmbeddingBackward { dy, rows: tokens, dtable, width: hidden }.run(&self.backend)?;
             }
         }
-        Ok(())
+        finish(gradients, &mut finished, |id| id == ParamId::Embedding)
     }
 
     /// Final norm, head and loss over the rows that have a target. Fills their losses, and returns the gradient of `x`

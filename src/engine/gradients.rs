@@ -7,9 +7,13 @@ use crate::error::Result;
 use crate::modules::ParamId;
 use std::collections::BTreeMap;
 
+/// Gradients that were taken out of a [`Gradients`], with their tensors.
+pub type FinalGradients<B> = Vec<(ParamId, Buffer<B, <B as Backend>::Grad>)>;
+
 /// One buffer for each tensor that trains.
 pub struct Gradients<B: Backend> {
-    buffers: BTreeMap<ParamId, Buffer<B, B::Grad>>,
+    /// `None` while a buffer is taken out.
+    buffers: BTreeMap<ParamId, Option<Buffer<B, B::Grad>>>,
     /// Whether the running backward pass adds to what the buffers hold.
     pub(super) accumulate: bool,
     /// Whether the gradients of all layers' outputs are needed, whatever trains.
@@ -47,7 +51,7 @@ impl<B: Backend> Gradients<B> {
         let mut buffers = BTreeMap::new();
         for p in decoder.params() {
             if trains(p.id) {
-                buffers.insert(p.id, decoder.backend.zeros(p.values.len())?);
+                buffers.insert(p.id, Some(decoder.backend.zeros(p.values.len())?));
             }
         }
         Ok(Self { buffers, accumulate: false, outputs: false })
@@ -69,14 +73,25 @@ impl<B: Backend> Gradients<B> {
         self.outputs && layer > 0 || self.buffers.keys().any(lower)
     }
 
-    /// The buffer of a tensor; `None` = frozen.
+    /// The buffer of a tensor; `None` = frozen, or taken out.
     pub fn get(&self, id: ParamId) -> Option<&Buffer<B, B::Grad>> {
-        self.buffers.get(&id)
+        self.buffers.get(&id)?.as_ref()
     }
 
-    /// The buffer of a tensor, to write; `None` = frozen.
+    /// The buffer of a tensor, to write; `None` = frozen, or taken out.
     pub fn get_mut(&mut self, id: ParamId) -> Option<&mut Buffer<B, B::Grad>> {
-        self.buffers.get_mut(&id)
+        self.buffers.get_mut(&id)?.as_mut()
+    }
+
+    /// Takes out the buffers of some tensors, which still count as trained, in the order of tensors.
+    pub fn take(&mut self, which: impl Fn(ParamId) -> bool) -> FinalGradients<B> {
+        let wanted = self.buffers.iter_mut().filter(|(id, _)| which(**id));
+        wanted.filter_map(|(id, buffer)| Some((*id, buffer.take()?))).collect()
+    }
+
+    /// Puts the buffer of a tensor back, which [`Gradients::take`] has taken out.
+    pub fn put_back(&mut self, id: ParamId, buffer: Buffer<B, B::Grad>) {
+        self.buffers.insert(id, Some(buffer));
     }
 
     /// The buffers of the tensors among `ids` that train, to write, in the order of tensors.
@@ -84,17 +99,17 @@ impl<B: Backend> Gradients<B> {
         &mut self,
         ids: [ParamId; N],
     ) -> impl Iterator<Item = (ParamId, &mut Buffer<B, B::Grad>)> {
-        self.buffers.iter_mut().filter(move |(id, _)| ids.contains(id)).map(|(id, buffer)| (*id, buffer))
+        self.iter_mut().filter(move |(id, _)| ids.contains(id))
     }
 
-    /// All buffers in the order of tensors.
+    /// All buffers in the order of tensors, but for those that are taken out.
     pub fn iter(&self) -> impl Iterator<Item = (ParamId, &Buffer<B, B::Grad>)> {
-        self.buffers.iter().map(|(id, b)| (*id, b))
+        self.buffers.iter().filter_map(|(id, b)| Some((*id, b.as_ref()?)))
     }
 
-    /// All buffers in the order of tensors, to write.
+    /// All buffers in the order of tensors, to write, but for those that are taken out.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (ParamId, &mut Buffer<B, B::Grad>)> {
-        self.buffers.iter_mut().map(|(id, b)| (*id, b))
+        self.buffers.iter_mut().filter_map(|(id, b)| Some((*id, b.as_mut()?)))
     }
 
     /// Whether a tensor trains.

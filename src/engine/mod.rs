@@ -3,6 +3,7 @@
 
 mod backward;
 mod batch;
+mod buckets;
 mod cost;
 mod decoder;
 mod forward;
@@ -16,10 +17,11 @@ mod readout;
 mod sweep;
 
 pub use batch::{Batch, TokenTerms};
+pub use buckets::{BUCKET_BYTES, buckets};
 pub use cost::{Beside, MinimumCost, Plan, RankStep, Speeds, Workload, roofline_seconds};
 pub use decoder::{Decoder, Parameter};
 pub use generate::{Finish, GenerateOptions, Generation};
-pub use gradients::{GradientOptions, Gradients};
+pub use gradients::{FinalGradients, GradientOptions, Gradients};
 pub use lora::Lora;
 pub use losses::Losses;
 pub use sweep::{Member, NoiseKind, Readout, SweepOptions};

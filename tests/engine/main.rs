@@ -3,4 +3,5 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod fast_paths;
+mod final_gradients;
 mod plan_memory;
