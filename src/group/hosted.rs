@@ -1,15 +1,17 @@
 //! A group over messages between hosts' memories.
 
-use super::{Group, SAME, Share, Traffic};
-use crate::backend::{Backend, Element, FloatElement, ViewMut};
+use super::{Bucket, Group, ReduceScatter, SAME, Share, Traffic};
+use crate::backend::{Backend, Buffer, Element, FloatElement, ViewMut};
 use crate::error::{Error, Result};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
-/// Bytes of tensors that are exchanged at once: bounds the memory beside the tensors.
-const BUCKET_BYTES: usize = 32 << 20;
+/// Bytes of weights that are exchanged at once: bounds the memory beside the tensors.
+const GATHERED_BYTES: usize = 32 << 20;
 
 /// Carries messages between ranks.
-pub trait Transport: Send + Sync {
+pub trait Transport: Send + Sync + 'static {
     /// This rank.
     fn share(&self) -> Share;
 
@@ -22,6 +24,11 @@ pub trait Transport: Send + Sync {
 
 /// The group of the ranks that a transport connects, on any backend: tensors go through the host.
 pub struct Hosted<T> {
+    /// The thread that adds up gradients has it as well.
+    connected: Arc<Connected<T>>,
+}
+
+struct Connected<T> {
     transport: T,
     traffic: Mutex<Traffic>,
 }
@@ -29,14 +36,16 @@ pub struct Hosted<T> {
 impl<T: Transport> Hosted<T> {
     /// The group over a transport.
     pub fn new(transport: T) -> Self {
-        Self { transport, traffic: Mutex::default() }
+        Self { connected: Arc::new(Connected { transport, traffic: Mutex::default() }) }
     }
 
     /// What carries its messages.
     pub fn transport(&self) -> &T {
-        &self.transport
+        &self.connected.transport
     }
+}
 
+impl<T: Transport> Connected<T> {
     /// [`Transport::exchange`] of messages whose lengths all ranks know.
     fn exchange_known(&self, messages: Vec<Vec<u8>>, expected: impl Fn(usize) -> usize) -> Result<Vec<Vec<u8>>> {
         let received = self.transport.exchange(messages)?;
@@ -57,17 +66,66 @@ impl<T: Transport> Hosted<T> {
     fn count(&self, add: impl FnOnce(&mut Traffic)) {
         add(&mut self.traffic.lock().unwrap_or_else(PoisonError::into_inner));
     }
+
+    /// Adds up each tensor over all ranks, in this rank's part, with messages as large as the bucket.
+    fn add_up<B: Backend>(&self, backend: &B, bucket: &mut Bucket<B>) -> Result<()> {
+        let share = self.transport.share();
+        let mut tensors: Vec<_> = bucket.iter_mut().map(Buffer::view_mut).collect();
+        let messages = share.all().map(|to| read_parts(backend, &tensors, to)).collect::<Result<Vec<_>>>()?;
+        let sent = self.sent(&messages);
+        let size = messages[share.rank].len();
+        let received = self.exchange_known(messages, |_| size)?;
+        self.count(|traffic| traffic.reduce_scatter_bytes += sent);
+        let mut sums = vec![0f32; size / size_of::<B::Grad>()];
+        for message in &received {
+            let theirs = message.chunks_exact(size_of::<B::Grad>()).map(bytemuck::pod_read_unaligned::<B::Grad>);
+            sums.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value.to_f32());
+        }
+        let sums: Vec<B::Grad> = sums.into_iter().map(B::Grad::from_f32).collect();
+        write_parts(backend, &mut tensors, share, &sums)
+    }
+}
+
+/// A thread that adds up buckets in their order, while the caller goes on.
+struct Adding<B: Backend> {
+    buckets: Option<Sender<Bucket<B>>>,
+    thread: Option<JoinHandle<Result<Vec<Bucket<B>>>>>,
+}
+
+impl<B: Backend> Adding<B> {
+    fn end(&mut self) -> Result<Vec<Bucket<B>>> {
+        self.buckets = None;
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(added)) => added,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => Err(Error::failed("sums of gradients have failed before", "see the first error")),
+        }
+    }
+}
+
+impl<B: Backend> ReduceScatter<B> for Adding<B> {
+    fn begin(&mut self, bucket: Bucket<B>) -> Result<()> {
+        match self.buckets.as_ref().map(|to| to.send(bucket)) {
+            Some(Ok(())) => Ok(()),
+            // The thread has ended by an error.
+            _ => self.end().map(drop),
+        }
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<Vec<Bucket<B>>> {
+        self.end()
+    }
 }
 
 impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
     fn share(&self) -> Share {
-        self.transport.share()
+        self.transport().share()
     }
 
     fn all_reduce(&self, values: &mut [f64]) -> Result<()> {
         let own: Vec<u8> = bytemuck::cast_slice(values).to_vec();
         let size = own.len();
-        let received = self.exchange_known(vec![own; self.transport.share().size], |_| size)?;
+        let received = self.connected.exchange_known(vec![own; self.transport().share().size], |_| size)?;
         values.fill(0.0);
         for message in received {
             // In any alignment.
@@ -77,36 +135,32 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
         Ok(())
     }
 
-    fn reduce_scatter(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Grad>]) -> Result<()> {
-        let share = self.transport.share();
-        for bucket in buckets(tensors) {
-            let messages = share.all().map(|to| read_parts(backend, bucket, to)).collect::<Result<Vec<_>>>()?;
-            let sent = self.sent(&messages);
-            let size = messages[share.rank].len();
-            let received = self.exchange_known(messages, |_| size)?;
-            self.count(|traffic| traffic.reduce_scatter_bytes += sent);
-            let mut sums = vec![0f32; size / size_of::<B::Grad>()];
-            for message in &received {
-                let theirs = message.chunks_exact(size_of::<B::Grad>()).map(bytemuck::pod_read_unaligned::<B::Grad>);
-                sums.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value.to_f32());
-            }
-            let sums: Vec<B::Grad> = sums.into_iter().map(B::Grad::from_f32).collect();
-            write_parts(backend, bucket, share, &sums)?;
-        }
-        Ok(())
+    fn reduce_scatter(&self, backend: &B) -> Result<Box<dyn ReduceScatter<B> + '_>> {
+        let (connected, backend) = (self.connected.clone(), backend.clone());
+        let (buckets, received) = channel::<Bucket<B>>();
+        let add = move || -> Result<Vec<Bucket<B>>> {
+            let added = received.into_iter().map(|mut bucket| {
+                connected.add_up(&backend, &mut bucket)?;
+                Ok(bucket)
+            });
+            added.collect()
+        };
+        let thread = std::thread::Builder::new().name("gradients".into()).spawn(add);
+        let thread = thread.map_err(|e| Error::failed(format!("a thread for gradients: {e}"), "allow more threads"))?;
+        Ok(Box::new(Adding { buckets: Some(buckets), thread: Some(thread) }))
     }
 
     fn all_gather(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()> {
-        let share = self.transport.share();
-        for bucket in buckets(tensors) {
+        let (connected, share) = (&self.connected, self.transport().share());
+        for bucket in gathered(tensors) {
             let messages = vec![read_parts(backend, bucket, share)?; share.size];
-            let sent = self.sent(&messages);
+            let sent = connected.sent(&messages);
             let sizes: Vec<usize> = share
                 .all()
                 .map(|from| bucket.iter().map(|tensor| from.of(tensor.len()).len()).sum::<usize>())
                 .collect();
-            let received = self.exchange_known(messages, |rank| sizes[rank] * size_of::<B::Float>())?;
-            self.count(|traffic| traffic.all_gather_bytes += sent);
+            let received = connected.exchange_known(messages, |rank| sizes[rank] * size_of::<B::Float>())?;
+            connected.count(|traffic| traffic.all_gather_bytes += sent);
             for (from, message) in share.all().zip(received).filter(|(from, _)| from.rank != share.rank) {
                 let values: Vec<B::Float> =
                     message.chunks_exact(size_of::<B::Float>()).map(bytemuck::pod_read_unaligned).collect();
@@ -117,16 +171,16 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
     }
 
     fn exchange(&self, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
-        self.transport.exchange(messages)
+        self.transport().exchange(messages)
     }
 
     fn traffic(&self) -> Traffic {
-        *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.connected.traffic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Tensors in their order, of about [`BUCKET_BYTES`] together; a larger one is alone.
-fn buckets<'s, 'a, B: Backend, T: Element>(
+/// Tensors in their order, of about [`GATHERED_BYTES`] together; a larger one is alone.
+fn gathered<'s, 'a, B: Backend, T: Element>(
     tensors: &'s mut [ViewMut<'a, B, T>],
 ) -> impl Iterator<Item = &'s mut [ViewMut<'a, B, T>]> {
     let mut left = tensors;
@@ -134,7 +188,7 @@ fn buckets<'s, 'a, B: Backend, T: Element>(
         let mut bytes = 0;
         let mut fits = |tensor: &ViewMut<'_, B, T>| {
             bytes += tensor.len() * size_of::<T>();
-            bytes <= BUCKET_BYTES
+            bytes <= GATHERED_BYTES
         };
         let count = left.iter().take_while(|tensor| fits(tensor)).count().max(1).min(left.len());
         let (bucket, rest) = std::mem::take(&mut left).split_at_mut(count);

@@ -1,9 +1,9 @@
 //! The processes of a data-parallel run, its ranks, and what they tell each other.
 //!
 //! Each rank holds all weights and computes the gradients of its part of each batch. [`Group::reduce_scatter`] leaves
-//! the sum over all ranks in each rank's part of every tensor; its optimizer, which has moments of that part alone
-//! (ZeRO-1, Rajbhandari et al., arXiv 1910.02054), updates the part, and [`Group::all_gather`] brings the parts of all
-//! ranks together. Only tensors that train are communicated.
+//! the sum over all ranks in each rank's part of every tensor, bucket by bucket while the backward pass goes on; its
+//! optimizer, which has moments of that part alone (ZeRO-1, Rajbhandari et al., arXiv 1910.02054), updates the part, and
+//! [`Group::all_gather`] brings the parts of all ranks together. Only tensors that train are communicated.
 
 mod hosted;
 mod launch;
@@ -21,7 +21,7 @@ pub use place::Place;
 pub use tcp::Tcp;
 pub use threads::Threads;
 
-use crate::backend::{Backend, Bf16State, F32State, ViewMut};
+use crate::backend::{Backend, Bf16State, Buffer, F32State, ViewMut};
 use crate::error::{Error, Result};
 use crate::io::json;
 use serde::Serialize;
@@ -88,6 +88,27 @@ impl Traffic {
     }
 }
 
+/// Gradients that are added up together.
+pub type Bucket<B> = Vec<Buffer<B, <B as Backend>::Grad>>;
+
+/// Sums of gradients over all ranks, which go on while the caller computes the next ones. The group is of no more use
+/// where this is dropped between a beginning and its end.
+pub trait ReduceScatter<B: Backend> {
+    /// Begins to add up each tensor of a bucket, behind the work that was queued for it. All ranks begin the same buckets
+    /// in the same order.
+    ///
+    /// # Errors
+    /// As [`Group::all_reduce`]; a failing device. Some errors are found when the sums end.
+    fn begin(&mut self, bucket: Bucket<B>) -> Result<()>;
+
+    /// Waits for all sums, and returns the buckets in the order in which they began: with the sum over all ranks in this
+    /// rank's part of each tensor. The rest is left undefined.
+    ///
+    /// # Errors
+    /// As [`ReduceScatter::begin`].
+    fn finish(self: Box<Self>) -> Result<Vec<Bucket<B>>>;
+}
+
 /// The ranks of a run as one of them sees it. All ranks call the same operations in the same order; results do not depend
 /// on which is faster.
 pub trait Group<B: Backend>: Send + Sync {
@@ -100,17 +121,18 @@ pub trait Group<B: Backend>: Send + Sync {
     /// [`crate::error::Error::Failed`] names a rank that has ended.
     fn all_reduce(&self, values: &mut [f64]) -> Result<()>;
 
-    /// Adds up each tensor over all ranks, in one order each time: in this rank's part. The rest is left undefined. Over hosts
-    /// the order is that of the ranks, and sums are in f32; NCCL has an order of its own, and rounds bf16 after each addition.
+    /// Sums of gradients over all ranks, in one order each time. Over hosts the order is that of the ranks, and sums are in
+    /// f32; NCCL has an order of its own, and rounds bf16 after each addition. No other operation of the group may be
+    /// called before they have ended.
     ///
     /// # Errors
-    /// As [`Group::all_reduce`]; a failing device.
-    fn reduce_scatter(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Grad>]) -> Result<()>;
+    /// [`crate::error::Error::Failed`] where no thread can be started.
+    fn reduce_scatter(&self, backend: &B) -> Result<Box<dyn ReduceScatter<B> + '_>>;
 
     /// Replaces the parts of the other ranks in each tensor by theirs.
     ///
     /// # Errors
-    /// As [`Group::reduce_scatter`].
+    /// As [`Group::all_reduce`]; a failing device.
     fn all_gather(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()>;
 
     /// Sends a message to each rank, itself included, and returns what each has sent to this one: between hosts, for what
@@ -178,8 +200,8 @@ impl<B: Backend> Group<B> for Alone {
         Ok(())
     }
 
-    fn reduce_scatter(&self, _backend: &B, _tensors: &mut [ViewMut<'_, B, B::Grad>]) -> Result<()> {
-        Ok(())
+    fn reduce_scatter(&self, _backend: &B) -> Result<Box<dyn ReduceScatter<B> + '_>> {
+        Ok(Box::new(Own(Vec::new())))
     }
 
     fn all_gather(&self, _backend: &B, _tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()> {
@@ -192,6 +214,20 @@ impl<B: Backend> Group<B> for Alone {
 
     fn traffic(&self) -> Traffic {
         Traffic::default()
+    }
+}
+
+/// Gradients that are sums already.
+struct Own<B: Backend>(Vec<Bucket<B>>);
+
+impl<B: Backend> ReduceScatter<B> for Own<B> {
+    fn begin(&mut self, bucket: Bucket<B>) -> Result<()> {
+        self.0.push(bucket);
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<Vec<Bucket<B>>> {
+        Ok(self.0)
     }
 }
 

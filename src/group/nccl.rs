@@ -2,8 +2,8 @@
 
 use super::hosted::{Hosted, Transport};
 use super::tcp::Tcp;
-use super::{Group, Share, Traffic};
-use crate::backend::cuda::{Communicator, Cuda, NcclId, Precision, nccl_id, nccl_version};
+use super::{Bucket, Group, ReduceScatter, Share, Traffic};
+use crate::backend::cuda::{Communicator, Cuda, NcclId, Precision, Sums, nccl_id, nccl_version};
 use crate::backend::{Backend, ViewMut};
 use crate::error::{Error, Result};
 use std::any::Any;
@@ -117,13 +117,8 @@ impl<P: Precision> Group<Cuda<P>> for Nccl {
         Group::<Cuda<P>>::all_reduce(&self.hosts, values)
     }
 
-    fn reduce_scatter(&self, _: &Cuda<P>, tensors: &mut [ViewMut<'_, Cuda<P>, P::Grad>]) -> Result<()> {
-        let share = self.hosts.transport().share();
-        let part = |rank, len| Share { rank, ..share }.of(len);
-        self.communicator.reduce_scatter(tensors, &part, &|| alive(&self.hosts))?;
-        let sent: usize = tensors.iter().map(|tensor| tensor.len() - share.of(tensor.len()).len()).sum();
-        self.count(|traffic| traffic.reduce_scatter_bytes += (sent * size_of::<P::Grad>()) as u64);
-        Ok(())
+    fn reduce_scatter(&self, _: &Cuda<P>) -> Result<Box<dyn ReduceScatter<Cuda<P>> + '_>> {
+        Ok(Box::new(Adding { group: self, sums: self.communicator.sums() }))
     }
 
     fn all_gather(&self, _: &Cuda<P>, tensors: &mut [ViewMut<'_, Cuda<P>, <Cuda<P> as Backend>::Float>]) -> Result<()> {
@@ -138,6 +133,28 @@ impl<P: Precision> Group<Cuda<P>> for Nccl {
 
     fn traffic(&self) -> Traffic {
         *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sums that NCCL works on.
+struct Adding<'g, P: Precision> {
+    group: &'g Nccl,
+    sums: Sums<'g, P>,
+}
+
+impl<P: Precision> ReduceScatter<Cuda<P>> for Adding<'_, P> {
+    fn begin(&mut self, bucket: Bucket<Cuda<P>>) -> Result<()> {
+        let (group, share) = (self.group, self.group.hosts.transport().share());
+        let sent: usize = bucket.iter().map(|tensor| tensor.len() - share.of(tensor.len()).len()).sum();
+        let part = |rank, len| Share { rank, ..share }.of(len);
+        self.sums.begin(bucket, &part, &|| alive(&group.hosts))?;
+        group.count(|traffic| traffic.reduce_scatter_bytes += (sent * size_of::<P::Grad>()) as u64);
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<Vec<Bucket<Cuda<P>>>> {
+        let hosts = &self.group.hosts;
+        self.sums.finish(&|| alive(hosts))
     }
 }
 

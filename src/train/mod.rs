@@ -4,6 +4,7 @@
 //! learning rates; all other tensors have no gradients, moments or decay, and stay bit-identical. Nothing is printed:
 //! progress goes to [`Callbacks`].
 
+mod buckets;
 mod checkpoint;
 mod ema;
 mod identity;

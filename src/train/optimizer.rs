@@ -180,7 +180,7 @@ impl<B: Backend> Optimizer<B> {
         &mut self.slots
     }
 
-    /// Cells whose gradients are not finite, on any rank: before they are added up.
+    /// Cells whose gradients, the sums over all ranks, are not finite.
     ///
     /// # Errors
     /// A failing device or rank.
@@ -193,7 +193,7 @@ impl<B: Backend> Optimizer<B> {
         gradients: &Gradients<B>,
         group: &dyn Group<B>,
     ) -> Result<Vec<Cell>> {
-        let squares = self.squares(backend, gradients, (Share::WHOLE, group))?;
+        let squares = self.squares(backend, gradients, (self.share, group))?;
         Ok(self.cells_where(&squares, |s| !s.is_finite()))
     }
 

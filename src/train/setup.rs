@@ -6,7 +6,7 @@ use super::watch::Watched;
 use super::{Length, PhaseOptions, RunPosition, StepMetrics, TuneOptions};
 use crate::backend::{Backend, Roofline};
 use crate::data::Loader;
-use crate::engine::{Decoder, Plan};
+use crate::engine::{BUCKET_BYTES, Decoder, Plan};
 use crate::error::Result;
 use crate::group::{Alone, Group};
 use crate::modules::{LearningRates, ParamId};
@@ -99,6 +99,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) reference: Option<Reference>,
     pub(super) ema: Ema<B>,
     pub(super) group: &'a dyn Group<B>,
+    pub(super) bucket_bytes: usize,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -137,6 +138,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
             reference: None,
             ema: Ema::default(),
             group: &Alone,
+            bucket_bytes: BUCKET_BYTES,
         })
     }
 
@@ -146,6 +148,13 @@ impl<'a, B: Backend> Tuner<'a, B> {
     /// evaluates, and measures updates; a [`RunDir`] and evaluations are given to all ranks.
     pub fn group(mut self, group: &'a dyn Group<B>) -> Self {
         self.group = group;
+        self
+    }
+
+    /// Sends gradients to the other ranks of a group in buckets of so many bytes ([`crate::engine::buckets`]), the same on
+    /// all ranks; [`BUCKET_BYTES`] by default. More than one is sent while the backward pass goes on.
+    pub fn bucket_bytes(mut self, bytes: usize) -> Self {
+        self.bucket_bytes = bytes;
         self
     }
 

@@ -1,5 +1,6 @@
 //! One optimizer step over the micro-batches of a group.
 
+use super::buckets::Buckets;
 use super::optimizer::{Optimizer, StepOutcome, StepSettings};
 use super::options::TuneOptions;
 use super::reference::Reference;
@@ -50,7 +51,8 @@ pub(super) enum StepResult {
     Empty,
 }
 
-/// Gradients of the mean loss over the trained tokens of all ranks, and one optimizer step.
+/// Gradients of the mean loss over the trained tokens of all ranks, and one optimizer step. They are added up over the
+/// ranks of a group in buckets of so many bytes, while the backward pass of the last micro-batch goes on.
 pub(super) fn take_step<B: Backend>(
     decoder: &mut Decoder<B>,
     optimizer: &mut Optimizer<B>,
@@ -58,7 +60,7 @@ pub(super) fn take_step<B: Backend>(
     step: &StepBatches,
     settings: &StepSettings,
     options: &TuneOptions,
-    group: &dyn Group<B>,
+    (group, bucket_bytes): (&dyn Group<B>, usize),
 ) -> Result<StepResult> {
     if step.trained_tokens == 0 {
         return Ok(StepResult::Empty);
@@ -67,15 +69,22 @@ pub(super) fn take_step<B: Backend>(
     let scale = (1.0 / step.trained_tokens as f64) as f32;
     let mut losses = decoder.losses_of(step.batches.iter().map(Batch::trained_tokens).sum())?;
     let mut options = GradientOptions { scale, accumulate: false, recompute, vaccine };
-    for batch in step.batches.iter().filter(|b| b.trained_tokens() > 0) {
-        decoder.queue_gradients(batch, gradients, options, &mut losses)?;
-        options.accumulate = true;
-    }
-    if !options.accumulate {
+    let mut buckets = Buckets::new((group, bucket_bytes), &decoder.backend, gradients)?;
+    let own: Vec<&Batch> = step.batches.iter().filter(|batch| batch.trained_tokens() > 0).collect();
+    if let Some((last, before)) = own.split_last() {
+        for batch in before {
+            decoder.queue_gradients(batch, gradients, options, &mut losses)?;
+            options.accumulate = true;
+        }
+        let mut finished = |gradients| buckets.add(gradients);
+        decoder.queue_last_gradients(last, gradients, options, &mut losses, &mut finished)?;
+    } else {
         // No document of this rank has a loss.
         gradients.iter_mut().try_for_each(|(_, gradient)| decoder.backend.clear(gradient.view_mut()))?;
+        buckets.add(gradients.take(|_| true))?;
     }
     let mut sum = [losses.sum()?];
+    buckets.finish(gradients)?;
     group.all_reduce(&mut sum)?;
     let loss = sum[0] / step.trained_tokens as f64;
     // With a non-finite loss even finite gradients are invalid.
@@ -83,8 +92,6 @@ pub(super) fn take_step<B: Backend>(
         let cells = optimizer.non_finite_cells(&decoder.backend, gradients, group)?;
         return Ok(StepResult::NonFinite { loss, cells });
     }
-    let mut tensors: Vec<_> = gradients.iter_mut().map(|(_, gradient)| gradient.view_mut()).collect();
-    group.reduce_scatter(&decoder.backend, &mut tensors)?;
     // Once, and not by each rank.
     if let Some(rho) = prox {
         optimizer.add_proximal(decoder, gradients, rho)?;

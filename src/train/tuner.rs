@@ -208,7 +208,8 @@ impl<B: Backend> Tuner<'_, B> {
             max_grad_norm: (max_grad_norm > 0.0).then_some(max_grad_norm as f32),
             seed: self.options.seed ^ run.step.wrapping_mul(0x9e37_79b9_7f4a_7c15),
         };
-        let outcome = take_step(self.decoder, adam, gradients, &group, &settings, &self.options, self.group)?;
+        let sums = (self.group, self.bucket_bytes);
+        let outcome = take_step(self.decoder, adam, gradients, &group, &settings, &self.options, sums)?;
         if let (StepResult::Trained { .. }, Some(decay)) = (&outcome, self.options.ema_decay) {
             self.ema.update(self.decoder, decay)?;
         }

@@ -2,8 +2,8 @@
 
 use crate::common::standin::{self, BUILD};
 use crate::{WITHIN, meet, port};
-use bytemuck::Zeroable;
 use half::bf16;
+use std::ops::Range;
 use std::time::Duration;
 use swat::backend::cuda::{Bf16State, Cuda, F32State, Precision};
 use swat::backend::{Backend, Buffer, Element, FloatElement};
@@ -14,7 +14,7 @@ const LENGTHS: [usize; 10] = [1, 7, 8, 12, 50, 63, 512, 1000, 4096, 12_345];
 /// Elements before and behind a tensor that nobody may touch.
 const AROUND: usize = 8;
 
-fn place(rank: usize, size: usize, port: u16) -> Place {
+pub fn place(rank: usize, size: usize, port: u16) -> Place {
     let share = Share { rank, size };
     Place { share, local_rank: rank, local_size: 1, host: "127.0.0.1".into(), port, job: String::new() }
 }
@@ -60,11 +60,24 @@ fn tensors<B: Backend, T: FloatElement>(backend: &B, value: impl Fn(usize, usize
     LENGTHS.iter().enumerate().map(tensor).collect()
 }
 
-/// A tensor's elements without those around it, which are as they were.
-fn inside<B: Backend, T: FloatElement>(backend: &B, buffer: &Buffer<B, T>) -> Vec<f32> {
+/// One of them alone, with nothing around it.
+fn gradient<B: Backend>(backend: &B, len: usize, value: impl Fn(usize) -> f32) -> Buffer<B, B::Grad> {
+    let values: Vec<B::Grad> = (0..len).map(value).map(B::Grad::from_f32).collect();
+    let (mut first, mut second) = (backend.zeros(len).unwrap(), backend.zeros(len).unwrap());
+    backend.write(&values, first.view_mut()).unwrap();
+    backend.copy(first.view(), second.view_mut()).unwrap();
+    second
+}
+
+fn read<B: Backend, T: FloatElement>(backend: &B, buffer: &Buffer<B, T>) -> Vec<f32> {
     let mut values = vec![T::zeroed(); buffer.len()];
     backend.read(buffer.view(), &mut values).unwrap();
-    let values: Vec<f32> = values.into_iter().map(T::to_f32).collect();
+    values.into_iter().map(T::to_f32).collect()
+}
+
+/// A tensor's elements without those around it, which are as they were.
+fn inside<B: Backend, T: FloatElement>(backend: &B, buffer: &Buffer<B, T>) -> Vec<f32> {
+    let values = read(backend, buffer);
     let (before, rest) = values.split_at(AROUND);
     let (inside, behind) = rest.split_at(rest.len() - AROUND);
     let untouched = T::from_f32(f32::MAX).to_f32();
@@ -77,12 +90,19 @@ fn sums_and_parts<P: Precision>(cuda: &Cuda<P>, group: &Nccl) {
     let name = format!("rank {} of {}, {} gradients", share.rank, share.size, P::Grad::NAME);
     let of_rank = |rank: usize| Share { rank, ..share };
     for _ in 0..3 {
-        let mut gradients = tensors::<_, P::Grad>(cuda, |tensor, i| value(share.rank, tensor, i));
-        let range = |tensor: usize| AROUND..AROUND + LENGTHS[tensor];
-        let views = gradients.iter_mut().enumerate().map(|(tensor, buffer)| buffer.range_mut(range(tensor)));
-        group.reduce_scatter(cuda, &mut views.collect::<Vec<_>>()).unwrap();
-        for (tensor, gradient) in gradients.iter().enumerate() {
-            let found = inside(cuda, gradient);
+        // Two buckets, the second of which is written while the first is under way.
+        let gradients = |of: Range<usize>| {
+            let gradients = of.map(|tensor| gradient(cuda, LENGTHS[tensor], |i| value(share.rank, tensor, i)));
+            gradients.collect::<Vec<_>>()
+        };
+        let mut sums = group.reduce_scatter(cuda).unwrap();
+        sums.begin(gradients(0..4)).unwrap();
+        sums.begin(gradients(4..LENGTHS.len())).unwrap();
+        let buckets = sums.finish().unwrap();
+        assert_eq!((buckets.len(), buckets[0].len()), (2, 4));
+        for (tensor, gradient) in buckets.into_iter().flatten().enumerate() {
+            let found = read(cuda, &gradient);
+            assert_eq!(found.len(), LENGTHS[tensor]);
             for i in share.of(found.len()) {
                 let sum: f32 = (0..share.size).map(|rank| value(rank, tensor, i)).sum();
                 assert_eq!(found[i], sum, "{name}: element {i} of {}", found.len());
@@ -94,6 +114,7 @@ fn sums_and_parts<P: Precision>(cuda: &Cuda<P>, group: &Nccl) {
             false => f32::NAN,
         };
         let mut weights = tensors::<_, bf16>(cuda, stale);
+        let range = |tensor: usize| AROUND..AROUND + LENGTHS[tensor];
         let views = weights.iter_mut().enumerate().map(|(tensor, buffer)| buffer.range_mut(range(tensor)));
         group.all_gather(cuda, &mut views.collect::<Vec<_>>()).unwrap();
         for (tensor, weight) in weights.iter().enumerate() {
@@ -133,13 +154,9 @@ fn bf16_gradients_are_rounded_at_each_addition() {
     // 256 + 1 + 1: each 1 is lost, a half of the last place that rounds to even.
     fn sum<P: Precision>(cuda: &Cuda<P>, group: &Nccl) -> f32 {
         let rank = Group::<Cuda<P>>::share(group).rank;
-        let values = vec![P::Grad::from_f32(if rank == 1 { 256.0 } else { 1.0 }); 24];
-        let mut gradient = cuda.zeros(24).unwrap();
-        cuda.write(&values, gradient.view_mut()).unwrap();
-        group.reduce_scatter(cuda, &mut [gradient.view_mut()]).unwrap();
-        let mut found = [P::Grad::zeroed()];
-        cuda.read(gradient.range(8 * rank..8 * rank + 1), &mut found).unwrap();
-        found[0].to_f32()
+        let mut sums = group.reduce_scatter(cuda).unwrap();
+        sums.begin(vec![gradient(cuda, 24, |_| if rank == 1 { 256.0 } else { 1.0 })]).unwrap();
+        read(cuda, &sums.finish().unwrap()[0][0])[8 * rank]
     }
     let Some(found) = each_rank::<F32State, _>(3, sum) else { return };
     assert_eq!(found, [258.0; 3]);

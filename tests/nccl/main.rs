@@ -6,6 +6,7 @@ mod collectives;
 mod common;
 mod failures;
 mod machines;
+mod overlap;
 mod ranks;
 mod training;
 mod tune;

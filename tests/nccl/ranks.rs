@@ -5,11 +5,12 @@ use crate::training::{Done, train};
 use crate::{WITHIN, meet, port};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use swat::backend::ViewMut;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::error::Result;
-use swat::group::{Group, Nccl, Place, Share, Traffic};
+use swat::group::{Bucket, Group, Nccl, Place, ReduceScatter, Share, Traffic};
 
 type Gpu = Cuda<F32State>;
 
@@ -130,7 +131,7 @@ impl Run {
 /// A group one of whose ranks ends in a sum, before it takes part.
 struct Dying<'a> {
     group: &'a dyn Group<Gpu>,
-    sums_left: std::sync::atomic::AtomicUsize,
+    sums_left: AtomicUsize,
 }
 
 impl Group<Gpu> for Dying<'_> {
@@ -140,11 +141,8 @@ impl Group<Gpu> for Dying<'_> {
     fn all_reduce(&self, values: &mut [f64]) -> Result<()> {
         self.group.all_reduce(values)
     }
-    fn reduce_scatter(&self, backend: &Gpu, tensors: &mut [ViewMut<'_, Gpu, f32>]) -> Result<()> {
-        if self.sums_left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) == 1 {
-            std::process::abort();
-        }
-        self.group.reduce_scatter(backend, tensors)
+    fn reduce_scatter(&self, backend: &Gpu) -> Result<Box<dyn ReduceScatter<Gpu> + '_>> {
+        Ok(Box::new(DyingSums { sums: self.group.reduce_scatter(backend)?, left: &self.sums_left }))
     }
     fn all_gather(&self, backend: &Gpu, tensors: &mut [ViewMut<'_, Gpu, half::bf16>]) -> Result<()> {
         self.group.all_gather(backend, tensors)
@@ -154,6 +152,23 @@ impl Group<Gpu> for Dying<'_> {
     }
     fn traffic(&self) -> Traffic {
         self.group.traffic()
+    }
+}
+
+struct DyingSums<'a> {
+    sums: Box<dyn ReduceScatter<Gpu> + 'a>,
+    left: &'a AtomicUsize,
+}
+
+impl ReduceScatter<Gpu> for DyingSums<'_> {
+    fn begin(&mut self, bucket: Bucket<Gpu>) -> Result<()> {
+        if self.left.fetch_sub(1, Relaxed) == 1 {
+            std::process::abort();
+        }
+        self.sums.begin(bucket)
+    }
+    fn finish(self: Box<Self>) -> Result<Vec<Bucket<Gpu>>> {
+        self.sums.finish()
     }
 }
 
@@ -177,7 +192,7 @@ fn run_rank() -> Result<Done> {
         });
         match dies {
             Some((rank, sum)) if place.share.rank == rank => {
-                let sums_left = std::sync::atomic::AtomicUsize::new(sum);
+                let sums_left = AtomicUsize::new(sum);
                 train(&cuda, &Dying { group: &group, sums_left })
             }
             _ => train(&cuda, &group),

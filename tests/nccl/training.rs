@@ -16,6 +16,8 @@ use swat::model::ModelConfig;
 use swat::modules::{Cell, LearningRates, ModuleKind, ModuleSet};
 use swat::train::{Callbacks, Phase, PhaseOptions, RunPosition, StepMetrics, TuneOptions, Tuner};
 
+/// Some tensors of a layer, so that most gradients are sent while the backward pass goes on.
+const BUCKET_BYTES: usize = 4 << 10;
 /// Steps of each of the two phases.
 const STEPS: u64 = 3;
 
@@ -85,7 +87,8 @@ pub fn train<B: Backend>(backend: &B, group: &dyn Group<B>) -> Result<Done> {
     let options = TuneOptions { batch_size: 5, grad_accum: 2, max_length: 32, seed: 5, ..TuneOptions::default() };
     let mut loader = Loader::new(examples(), options.loader())?;
     let mut done = Done::default();
-    Tuner::new(&mut decoder, &mut loader, options, phases(&config))?.group(group).run(&mut done)?;
+    let tuner = Tuner::new(&mut decoder, &mut loader, options, phases(&config))?.group(group);
+    tuner.bucket_bytes(BUCKET_BYTES).run(&mut done)?;
     let Traffic { reduce_scatter_bytes, all_gather_bytes } = group.traffic();
     Ok(Done { reduce_scatter_bytes, all_gather_bytes, ..done })
 }

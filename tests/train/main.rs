@@ -7,6 +7,7 @@ mod bf16;
 mod common;
 mod lisa;
 mod options;
+mod overlap;
 mod parallel;
 mod parallel_saved;
 mod recipes;

@@ -233,6 +233,12 @@ impl Device {
         lock(&self.graphs).flush(&self.context)
     }
 
+    /// Launches what is being recorded, as a part of its own, before work of another stream that waits for it; what follows
+    /// is the next part.
+    pub(super) fn split(&self) -> Result<()> {
+        lock(&self.graphs).split(&self.context)
+    }
+
     /// Frees all cached graphs; waits for the device.
     pub(super) fn drop_graphs(&self) -> Result<()> {
         self.synchronize()?;

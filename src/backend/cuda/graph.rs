@@ -13,6 +13,9 @@
 //! | for the second | made a graph, and launched |
 //! | again | launched |
 //!
+//! A part that others wait for while it goes on, as the sums of gradients do, is split: each of its segments is a
+//! sequence of its own, compared with those of the same number.
+//!
 //! The first steps of a shape allocate; after that the engine's pool and the arena give the same request the same
 //! memory.
 //!
@@ -27,7 +30,8 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::null_mut;
 
-/// Cached sequences; the graph of each may take some megabytes of the driver's own memory.
+/// Cached sequences of each segment's number; the graphs of a whole part may take some megabytes of the driver's own
+/// memory.
 const KNOWN: usize = 8;
 /// A graph is updated where at most one node in this many differs.
 const CHANGED: usize = 2;
@@ -50,6 +54,8 @@ struct Sequence {
     nodes: Vec<Node>,
     /// Arguments of all nodes: sixteen words for a tensor map, one for anything else.
     words: Vec<u64>,
+    /// Number of the segment of its part, from 0.
+    segment: usize,
 }
 
 struct Node {
@@ -332,12 +338,31 @@ impl GraphCache {
         true
     }
 
+    /// Ends a segment of the recording, and begins the next one; nothing where nothing was recorded since the last end.
+    pub(super) fn split(&mut self, context: &Context) -> Result<()> {
+        let Some(segment) = self.open.as_ref().filter(|open| !open.nodes.is_empty()).map(|open| open.segment) else {
+            return Ok(());
+        };
+        self.finish(context)?;
+        self.open = Some(Sequence { segment: segment + 1, ..Sequence::default() });
+        Ok(())
+    }
+
     /// Ends the recording and queues it: as one graph where the sequence is known.
     pub(super) fn finish(&mut self, context: &Context) -> Result<()> {
         let Some(sequence) = self.open.take() else { return Ok(()) };
+        if sequence.segment > 0 && sequence.nodes.is_empty() {
+            return Ok(());
+        }
         context.bind()?;
-        let found = |(i, known): (usize, &Known)| known.sequence.changes(&sequence).map(|changed| (i, changed));
+        let of_segment = |known: &Known| known.sequence.segment == sequence.segment;
+        let found = |(i, known): (usize, &Known)| {
+            let changed = of_segment(known).then(|| known.sequence.changes(&sequence)).flatten()?;
+            Some((i, changed))
+        };
         let found = self.known.iter().enumerate().rev().find_map(found);
+        let oldest = self.known.iter().position(of_segment);
+        let full = self.known.iter().filter(|known| of_segment(known)).count() == KNOWN;
         // SAFETY: the context is current; what is in a sequence was recorded above; the stream is idle where a graph goes.
         let queued = unsafe {
             match found {
@@ -348,8 +373,8 @@ impl GraphCache {
                     queued
                 }
                 None => {
-                    if self.known.len() == KNOWN {
-                        let mut oldest = self.known.remove(0);
+                    if let Some(oldest) = oldest.filter(|_| full) {
+                        let mut oldest = self.known.remove(oldest);
                         if matches!(oldest.graph, Graph::Ready { .. }) {
                             let _ = context.wait();
                             oldest.graph.destroy();

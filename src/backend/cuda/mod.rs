@@ -33,7 +33,7 @@ pub use device::Image;
 pub use gemm::{GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, with_plan};
 pub use measure::{Captured, with_version};
 pub use memory::Memory;
-pub use nccl::{Alive, Communicator, NcclId, Part, nccl_id, nccl_version};
+pub use nccl::{Alive, Communicator, NcclId, Part, Sums, nccl_id, nccl_version};
 pub use survey::{Survey, survey};
 
 use super::ops::*;

@@ -4,6 +4,9 @@
 //! for here, with a look at the other ranks, and given up by `ncclCommAbort`.
 
 mod library;
+mod sums;
+
+pub use sums::Sums;
 
 use super::context::lock;
 use super::device::Device;
@@ -150,26 +153,10 @@ impl Communicator {
         Ok(opened)
     }
 
-    /// Adds up each tensor over all ranks, each in its part; what other parts hold then is undefined. f32 is added in
-    /// f32, bf16 is rounded after each addition; the order is NCCL's, the same each time for the same ranks on the
-    /// same machines.
-    ///
-    /// # Errors
-    /// [`Error::Device`] with NCCL's own text; the error of `alive`.
-    pub fn reduce_scatter<P: Precision, T: FloatElement>(
-        &self,
-        tensors: &mut [ViewMut<'_, Cuda<P>, T>],
-        part: Part<'_>,
-        alive: Alive<'_>,
-    ) -> Result<()> {
-        let calls = self.calls(tensors, part, Operation::ReduceScatter, Operation::Reduce);
-        self.run::<T>(&calls, alive)
-    }
-
     /// Replaces the parts of the other ranks in each tensor by theirs.
     ///
     /// # Errors
-    /// As [`Communicator::reduce_scatter`].
+    /// [`Error::Device`] with NCCL's own text; the error of `alive`.
     pub fn all_gather<P: Precision, T: FloatElement>(
         &self,
         tensors: &mut [ViewMut<'_, Cuda<P>, T>],
@@ -177,7 +164,12 @@ impl Communicator {
         alive: Alive<'_>,
     ) -> Result<()> {
         let calls = self.calls(tensors, part, Operation::AllGather, Operation::Broadcast);
-        self.run::<T>(&calls, alive)
+        self.guarded(alive, |handle| {
+            // SAFETY: the calls are made of tensors that are borrowed mutably until their end is waited for below, or the
+            // communicator was given up.
+            unsafe { self.begin::<T>(handle, &calls, alive) }?;
+            self.wait(handle, alive)
+        })
     }
 
     /// One call for each tensor whose parts are alike, `whole`; for another, one for each part, `single`.
@@ -215,28 +207,30 @@ impl Communicator {
         calls
     }
 
-    /// Runs calls behind what the device has to do already, and waits for them.
-    fn run<T: FloatElement>(&self, calls: &[Call], alive: Alive<'_>) -> Result<()> {
+    /// Queues calls behind what the device has to do already.
+    ///
+    /// # Safety
+    /// The memory of all calls is the caller's until [`Communicator::wait`] has returned, or the communicator was given up.
+    unsafe fn begin<T: FloatElement>(&self, handle: ncclComm_t, calls: &[Call], alive: Alive<'_>) -> Result<()> {
         let device = &self.device;
-        device.flush()?;
+        device.split()?;
         device.context.bind()?;
-        let failed = |error: DriverError| device.context.failed("cannot queue a collective operation", error);
-        self.guarded(alive, |handle| {
-            // SAFETY: events and streams of the context, which is current.
-            unsafe {
-                result::event::record(self.queued, device.context.stream()).map_err(failed)?;
-                result::stream::wait_event(self.stream, self.queued, CU_EVENT_WAIT_DEFAULT).map_err(failed)?;
-            }
-            for group in calls.chunks(GROUP_CALLS) {
-                // SAFETY: the calls are made of tensors that are borrowed mutably until their end is waited for
-                // below, or the communicator was given up.
-                let result = unsafe { self.queue::<T>(handle, group) };
-                self.settle(handle, ("begin a collective operation", PATIENCE), result, alive)?;
-            }
-            // SAFETY: as above.
-            unsafe { result::event::record(self.done, self.stream) }.map_err(failed)?;
-            self.wait(handle, alive)
-        })
+        // SAFETY: events and streams of the context, which is current.
+        unsafe {
+            result::event::record(self.queued, device.context.stream()).map_err(|error| self.refused(error))?;
+            let waits = result::stream::wait_event(self.stream, self.queued, CU_EVENT_WAIT_DEFAULT);
+            waits.map_err(|error| self.refused(error))?;
+        }
+        for group in calls.chunks(GROUP_CALLS) {
+            // SAFETY: the caller's promise.
+            let result = unsafe { self.queue::<T>(handle, group) };
+            self.settle(handle, ("begin a collective operation", PATIENCE), result, alive)?;
+        }
+        Ok(())
+    }
+
+    fn refused(&self, error: DriverError) -> Error {
+        self.device.context.failed("cannot queue a collective operation", error)
     }
 
     /// The first result that is no success, or the group's.
@@ -276,15 +270,21 @@ impl Communicator {
             return Err(Error::failed("NCCL was given up after an error", "see the first error"));
         };
         let Err(error) = work(open) else { return Ok(()) };
-        *handle = None;
-        // SAFETY: the communicator is used no more.
-        unsafe { (self.nccl.abort)(open) };
+        self.abort(&mut handle);
         let began = Instant::now();
         while began.elapsed() < NAMING && matches!(error, Error::Device { .. }) {
             alive()?;
             std::thread::sleep(LOOK);
         }
         Err(error)
+    }
+
+    /// Gives the communicator up, and with it what it works on.
+    fn abort(&self, handle: &mut Option<ncclComm_t>) {
+        if let Some(open) = handle.take() {
+            // SAFETY: the communicator is used no more.
+            unsafe { (self.nccl.abort)(open) };
+        }
     }
 
     /// Waits until a call that has begun with `result` is over on the host.
@@ -311,8 +311,10 @@ impl Communicator {
         if result == SUCCESS { Ok(()) } else { Err(self.failed(what, result, handle)) }
     }
 
-    /// Waits until the GPU has done what was queued.
+    /// Waits until the GPU has done all calls that were queued.
     fn wait(&self, handle: ncclComm_t, alive: Alive<'_>) -> Result<()> {
+        // SAFETY: an event and a stream of the context, which is current.
+        unsafe { result::event::record(self.done, self.stream) }.map_err(|error| self.refused(error))?;
         let began = Instant::now();
         let mut looked = began;
         loop {
