@@ -209,10 +209,12 @@ impl PlanCommand {
             percent(step.share_of_full, 1)
         ))?;
         print_line(&format!(
-            "communicates {:>12}  of a step: {:.3} s at {} GB/s, beside {:.3} s of computing at {} TFLOP/s",
+            "communicates {:>12}  of a step: {:.3} s at {} GB/s, {:.3} s of them while backward runs, beside {:.3} s of \
+             computing at {} TFLOP/s",
             percent(step.communication_share, 1),
             step.communication_seconds,
             self.link_gb_s,
+            step.hidden_seconds,
             step.compute_seconds,
             self.tflops
         ))

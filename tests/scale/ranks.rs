@@ -305,6 +305,19 @@ fn a_plan_says_what_ranks_send() {
     near(&all["moments_bytes"], 8_190_735_360.0);
     let fast = plan(&["--link-gb-s=450", "--tflops=200"]);
     near(&fast["step_of_a_rank"]["communication_seconds"], 8_190_735_360.0 * 7.0 / 8.0 * 6.0 / 450e9);
+    // While backward runs go all gradients but those of layer 9's o_proj, the last to be final; where all train, but the
+    // embedding's.
+    let hidden = |trained: f64, last: f64| (trained - last) * 7.0 / 8.0 * 4.0 / 50e9;
+    let embedding = 151_936.0 * 4096.0;
+    near(&step["hidden_seconds"], hidden(377_487_360.0, 4096.0 * 4096.0));
+    near(&all["step_of_a_rank"]["hidden_seconds"], hidden(8_190_735_360.0, embedding));
+    let seconds = |name: &str| all["step_of_a_rank"][name].as_f64().unwrap();
+    let shown = seconds("communication_seconds") - seconds("hidden_seconds");
+    near(&all["step_of_a_rank"]["communication_share"], shown / (shown + seconds("compute_seconds")));
+    // One short document leaves backward no time to hide them all.
+    let short = &plan(&["--batch-size=8", "--max-length=64", "--link-gb-s=1"])["step_of_a_rank"];
+    let found = short["hidden_seconds"].as_f64().unwrap();
+    assert!(found > 0.0 && found < short["compute_seconds"].as_f64().unwrap(), "{short}");
     let ratio = |plan: &Value| plan["step_of_a_rank"]["compute_seconds"].as_f64().unwrap();
     assert!((ratio(&fast) / ratio(&all) - 2.0).abs() < 1e-9);
     let printed = |more: &[&str]| {
@@ -312,7 +325,13 @@ fn a_plan_says_what_ranks_send() {
         String::from_utf8(succeeds(swat(&[&args[..], more].concat())).stdout).unwrap()
     };
     let shown = printed(&["--gpus=8", "--mods", "layers.9-26.{v_proj,o_proj}"]);
-    for part in ["sent a step", "4.6 % of what training everything sends", "at 50 GB/s", "at 400 TFLOP/s"] {
+    for part in [
+        "sent a step",
+        "4.6 % of what training everything sends",
+        "at 50 GB/s",
+        "while backward runs",
+        "at 400 TFLOP/s",
+    ] {
         assert!(shown.contains(part), "{shown}");
     }
     assert!(!printed(&[]).contains("sent a step"));

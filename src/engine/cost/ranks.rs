@@ -3,6 +3,7 @@
 use super::memory::{Plan, Workload};
 use super::minimum::tensors;
 use crate::backend::Backend;
+use crate::engine::{BUCKET_BYTES, buckets};
 use crate::group::{Share, Traffic};
 use crate::model::ModelConfig;
 use crate::modules::ParamId;
@@ -28,9 +29,12 @@ pub struct RankStep {
     pub share_of_full: f64,
     /// Time of what is sent.
     pub communication_seconds: f64,
+    /// Part of it that the backward pass hides, at best: that of all gradients but those of the last bucket, and no more than
+    /// the backward pass takes.
+    pub hidden_seconds: f64,
     /// Time of forward and backward.
     pub compute_seconds: f64,
-    /// Share of the step that is spent communicating, 0 to 1: none of it is hidden behind the computation.
+    /// Share of the step that is spent communicating and not hidden, 0 to 1.
     pub communication_share: f64,
 }
 
@@ -45,22 +49,30 @@ impl RankStep {
     ) -> Self {
         let share = Share { rank: 0, size: ranks };
         let adapter = |id: ParamId| matches!(id, ParamId::LoraA(_) | ParamId::LoraB(_));
+        let all = tensors(config, work.lora);
         let traffic = |wanted: &dyn Fn(ParamId) -> bool| {
-            let all = tensors(config, work.lora).into_iter();
-            Traffic::of_step::<B>(all.filter(|(id, _)| wanted(*id)).map(|(_, len)| len), share)
+            let wanted = all.iter().filter(|(id, _)| wanted(*id));
+            Traffic::of_step::<B>(wanted.map(|(_, len)| *len), share)
         };
         let (own, full) = (traffic(&|id| trains(id)), traffic(&|id| !adapter(id)));
-        let communication_seconds = own.total_bytes() as f64 / speeds.link_bytes_per_s;
-        let flops = work.tokens as f64 * (plan.forward_flops + plan.backward_flops);
-        let compute_seconds = flops / speeds.flops_per_s;
+        let gradients = all.iter().filter(|(id, _)| trains(*id)).map(|(id, len)| (*id, len * size_of::<B::Grad>()));
+        let last = buckets(gradients, BUCKET_BYTES).pop().unwrap_or_default();
+        let last = traffic(&|id| last.contains(&id)).reduce_scatter_bytes;
+
+        let sent_seconds = |bytes: u64| bytes as f64 / speeds.link_bytes_per_s;
+        let computed_seconds = |flops: f64| work.tokens as f64 * flops / speeds.flops_per_s;
+        let communication_seconds = sent_seconds(own.total_bytes());
+        let hidden_seconds = sent_seconds(own.reduce_scatter_bytes - last).min(computed_seconds(plan.backward_flops));
+        let compute_seconds = computed_seconds(plan.forward_flops + plan.backward_flops);
+        let shown_seconds = communication_seconds - hidden_seconds;
         Self {
             ranks,
             traffic: own,
             share_of_full: own.total_bytes() as f64 / full.total_bytes().max(1) as f64,
             communication_seconds,
+            hidden_seconds,
             compute_seconds,
-            communication_share: communication_seconds
-                / (communication_seconds + compute_seconds).max(f64::MIN_POSITIVE),
+            communication_share: shown_seconds / (shown_seconds + compute_seconds).max(f64::MIN_POSITIVE),
         }
     }
 }
