@@ -353,13 +353,6 @@ impl PreparedTune {
         let files = &text.files;
         let Self { output, job, phases, mut loader, data, size, watch } = self;
         let OpenOutput { options, dir: out, unfinished: left, .. } = output;
-        if out.is_some() {
-            if !options.resume {
-                unfinished::remove_run(&left)?;
-            }
-            std::fs::create_dir_all(&left).map_err(Error::io(&left, FileOp::Create))?;
-            json::write(&left.join(RUN_RECORD), &RunRecord { date: options.clock })?;
-        }
         let run_dir = RunDir { dir: left.clone(), model: files.hash()?.to_owned(), data, resume: options.resume };
         let watch = match (watch, &out) {
             (Some(watch), Some(_)) => Some(watch.evaluator(decoder, text)?),
@@ -383,6 +376,15 @@ impl PreparedTune {
         }
         if let Some((settings, evaluate)) = watch {
             tuner = tuner.watch(settings, evaluate);
+        }
+        // Before anything is removed or written, as a rank may have another run.
+        tuner.agree()?;
+        if out.is_some() {
+            if !options.resume {
+                unfinished::remove_run(&left)?;
+            }
+            std::fs::create_dir_all(&left).map_err(Error::io(&left, FileOp::Create))?;
+            json::write(&left.join(RUN_RECORD), &RunRecord { date: options.clock })?;
         }
         let mut summary = tuner.run(callbacks)?;
         let Some(out) = out else { return Ok(summary) };

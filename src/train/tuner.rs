@@ -17,18 +17,29 @@ use crate::interrupt::{self, Section};
 use std::time::Instant;
 
 impl<B: Backend> Tuner<'_, B> {
+    /// Checks options and phases, and that all ranks of a group have the same run. Nothing is written; [`Tuner::run`] does it
+    /// as well.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Input`] names an option that is out of range, or the rank that has another run, and what
+    /// differs; [`crate::error::Error::Failed`] names a rank that has ended.
+    pub fn agree(&self) -> Result<()> {
+        self.check()?;
+        match &self.run_dir {
+            Some(run_dir) => identity::agree(&self.in_common(&self.identity(run_dir)?), self.group),
+            None => Ok(()),
+        }
+    }
+
     /// Runs all phases, or the rest of them from a checkpoint.
     ///
     /// # Errors
-    /// [`crate::error::Error::Input`] names an option that is out of range, or a checkpoint of another run;
-    /// [`crate::error::Error::Failed`] where training diverges; [`crate::error::Error::Io`]; errors of callbacks.
+    /// As [`Tuner::agree`]; [`crate::error::Error::Input`] for a checkpoint of another run; [`crate::error::Error::Failed`]
+    /// where training diverges; [`crate::error::Error::Io`]; errors of callbacks.
     pub fn run(mut self, callbacks: &mut dyn Callbacks<B>) -> Result<TuneSummary> {
-        self.check()?;
+        self.agree()?;
         let plans = self.plans();
         let identity = self.run_dir.as_ref().map(|run_dir| self.identity(run_dir)).transpose()?;
-        if let Some(identity) = &identity {
-            identity::agree(&self.in_common(identity), self.group)?;
-        }
         callbacks.run_begins(&plans);
         // Before a checkpoint's weights take the place of those that the run began with.
         self.reference = self.reference(callbacks)?;

@@ -94,10 +94,24 @@ fn ranks_that_do_not_belong_together_are_refused_by_name() {
             assert!(message.contains("rank 1: found another run than that of rank 0"), "{message}");
             assert!(message.contains(named), "{message}");
         }
-        assert!(!world.at("out").exists());
-        // Nothing has been trained, so that nothing needs --force or --resume; what swat made is removed by hand.
-        fs::remove_dir_all(world.at("out.unfinished")).unwrap();
+        assert!(
+            !world.at("out").exists() && !world.at("out.unfinished").exists(),
+            "nothing was trained, nothing is left"
+        );
     }
+
+    // Nor is an unfinished run touched that --force would replace.
+    fs::create_dir(world.at("out.unfinished")).unwrap();
+    fs::write(world.at("out.unfinished/metrics.jsonl"), "the steps so far\n").unwrap();
+    let (at, forced) = (port(), [&STEPS[..], &["--force"]].concat());
+    let mut ranks = start(|| world.tune("out", &forced), vec![torchrun_variables(0, 2, at)]);
+    let other = [&forced[..], &["--seed=9"]].concat();
+    ranks.extend(start(|| world.tune("out", &other), vec![torchrun_variables(1, 2, at)]));
+    failures(&ends(ranks), 2);
+    let left: Vec<_> =
+        fs::read_dir(world.at("out.unfinished")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["metrics.jsonl"]);
+    assert_eq!(fs::read_to_string(world.at("out.unfinished/metrics.jsonl")).unwrap(), "the steps so far\n");
 }
 
 #[cfg(target_os = "linux")]
@@ -208,5 +222,5 @@ fn an_error_of_one_rank_is_told_by_all() {
     assert_eq!((outputs[0].status.code(), outputs[1].status.code()), (Some(1), Some(2)), "{messages:?}");
     assert!(messages[0].contains("rank 1 has ended: missing.jsonl"), "{messages:?}");
     assert!(messages[1].starts_with("error: missing.jsonl"), "{messages:?}");
-    succeeds(world.tune("out", &[&STEPS[..], &["--force"]].concat()));
+    succeeds(world.tune("out", &STEPS));
 }
