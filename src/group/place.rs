@@ -76,7 +76,7 @@ impl Place {
         };
         let port = match (number("MASTER_PORT")?, number("SLURM_JOB_ID")?) {
             // The launcher itself, or PyTorch beside it, has that one.
-            (Some(port), _) => port + 1,
+            (Some(port), _) => port.saturating_add(1),
             (None, Some(job)) => usize::from(PORT) + job % 10_000,
             (None, None) => usize::from(PORT),
         };
@@ -183,6 +183,10 @@ mod tests {
             (
                 &[("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "65535")],
                 "MASTER_PORT: found 65535",
+            ),
+            (
+                &[("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "18446744073709551615")],
+                "MASTER_PORT: found 1844674407370955161",
             ),
         ] {
             let error = place(variables).unwrap_err();
