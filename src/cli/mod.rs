@@ -115,7 +115,12 @@ pub fn main() -> ExitCode {
         return ExitCode::from(e.exit_code());
     }
     let common = &cli.common;
-    if let Some(threads) = matches!(cli.command, Command::Tune(_)).then(ranks::threads).flatten() {
+    let processes = match cli.command {
+        Command::Tune(_) => ranks::local_ranks(),
+        Command::Robustness(_) | Command::Run(_) => ranks::parts(),
+        _ => 1,
+    };
+    if let Some(threads) = ranks::threads(processes) {
         // It is built nowhere before.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }

@@ -1,10 +1,11 @@
-//! The ranks of a data-parallel `swat tune`: by `--gpus`, or by the variables of a launcher.
+//! Several processes for one command: the ranks of a data-parallel `swat tune`, by `--gpus` or by the variables of a
+//! launcher; and those among which `--gpus` divides other work.
 
 use super::common::{Common, Device, say};
 use super::run::seconds;
 use crate::backend::cuda;
 use crate::error::{Error, Result};
-use crate::group::{Ended, Hosted, Place, Tcp, Transport, launch, obey_launcher};
+use crate::group::{Ended, Hosted, Place, Share, Tcp, Together, Transport, launch, obey_launcher, part};
 use crate::io::input::is_pipe;
 use crate::options::count;
 use clap::Args;
@@ -27,6 +28,23 @@ pub(super) struct RankArgs {
     /// Seconds to wait until all processes of the run have come
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "300")]
     rendezvous_timeout: Duration,
+}
+
+/// Among how many processes of this machine a command divides its work.
+#[derive(Args, Clone, Debug)]
+pub(super) struct PartArgs {
+    /// Divide the work among N processes, one for each GPU of this machine; with --device cpu, on its cores
+    #[arg(long, value_name = "N", value_parser = count)]
+    gpus: Option<usize>,
+}
+
+/// What this process does of a command's work.
+pub(super) enum Work {
+    Whole,
+    /// Starts so many others.
+    Launcher(usize),
+    /// A part, with the options of its process.
+    Part(Share, Common),
 }
 
 /// What this process is.
@@ -76,6 +94,20 @@ impl RankArgs {
     }
 }
 
+impl PartArgs {
+    /// What this process does. One that was started for a part ends when the one that started it does.
+    pub(super) fn work(&self, common: &Common) -> Result<Work> {
+        match (self.gpus, part()) {
+            (None | Some(1), _) => Ok(Work::Whole),
+            (Some(size), None) => Ok(Work::Launcher(size)),
+            (Some(_), Some(share)) => {
+                obey_launcher()?;
+                Ok(Work::Part(share, of_process(common, share.rank, share.rank == 0)?))
+            }
+        }
+    }
+}
+
 /// Ends a process that a lost rank would leave waiting.
 fn lost(why: &str) {
     std::thread::sleep(GRACE);
@@ -90,8 +122,8 @@ pub(super) fn refuse_pipes(inputs: &[(&str, &Path)]) -> Result<()> {
     Err(Error::input(*option, found, "a file"))
 }
 
-/// Starts the ranks and waits for them; the exit code is theirs.
-pub(super) fn start_ranks(size: usize, common: &Common) -> Result<()> {
+/// Starts processes and waits for them; where one fails, the exit code is its.
+pub(super) fn start_processes(size: usize, together: Together, common: &Common) -> Result<()> {
     match common.gpu() {
         None if common.device == Device::Auto => {
             let expected = "--device cpu as well, for processes on its cores";
@@ -109,7 +141,7 @@ pub(super) fn start_ranks(size: usize, common: &Common) -> Result<()> {
             }
         }
     }
-    let Ended { code, message } = launch(size)?;
+    let Ended { code, message } = launch(size, together)?;
     if let Some(message) = message {
         say(&format!("error: {message}\n"));
     }
@@ -119,22 +151,26 @@ pub(super) fn start_ranks(size: usize, common: &Common) -> Result<()> {
 impl Rank {
     /// The options of this rank: the GPU of its number on this machine, and nothing printed but by the first.
     pub(super) fn options(&self, common: &Common) -> Result<Common> {
-        let device = match (common.device, common.gpu()) {
-            (Device::Cuda(ordinal @ 1..), _) => {
-                let expected = "cuda, of which each rank takes its own; CUDA_VISIBLE_DEVICES says which there are";
-                return Err(Error::input("--device", format!("cuda:{ordinal} for all ranks"), expected));
-            }
-            (_, None) => Device::Cpu,
-            (_, Some(_)) => Device::Cuda(gpu_of(self.place.local_rank, cuda::survey().devices.unwrap_or(0) as usize)?),
-        };
-        let first = self.place.share.rank == 0;
-        Ok(Common { device, quiet: common.quiet || !first, ..common.clone() })
+        of_process(common, self.place.local_rank, self.place.share.rank == 0)
     }
 
     /// Waits until all ranks have come here.
     pub(super) fn wait_for_all(&self) -> Result<()> {
         self.hosts.transport().exchange(vec![Vec::new(); self.place.share.size]).map(drop)
     }
+}
+
+/// The options of a process of this number on this machine; only the `first` of all prints anything.
+fn of_process(common: &Common, number: usize, first: bool) -> Result<Common> {
+    let device = match (common.device, common.gpu()) {
+        (Device::Cuda(ordinal @ 1..), _) => {
+            let expected = "cuda, of which each process takes its own; CUDA_VISIBLE_DEVICES says which there are";
+            return Err(Error::input("--device", format!("cuda:{ordinal} for all processes"), expected));
+        }
+        (_, None) => Device::Cpu,
+        (_, Some(_)) => Device::Cuda(gpu_of(number, cuda::survey().devices.unwrap_or(0) as usize)?),
+    };
+    Ok(Common { device, quiet: common.quiet || !first, ..common.clone() })
 }
 
 /// The GPU of a process, of which a scheduler may show it one alone.
@@ -149,12 +185,21 @@ fn gpu_of(local_rank: usize, gpus: usize) -> Result<u32> {
     }
 }
 
-/// Number of threads of a rank, where the launcher leaves it to the ranks to divide the cores of a machine.
-pub(super) fn threads() -> Option<usize> {
-    let local_size = place().ok()??.local_size;
-    let set = std::env::var_os("RAYON_NUM_THREADS").is_some() || local_size == 1;
+/// Number of ranks that share the cores of this machine, where the launcher leaves it to them to divide these.
+pub(super) fn local_ranks() -> usize {
+    place().ok().flatten().map_or(1, |place| place.local_size)
+}
+
+/// Number of processes among which a command's work is divided.
+pub(super) fn parts() -> usize {
+    part().map_or(1, |share| share.size)
+}
+
+/// Number of threads of each of several processes of this machine; none where they have all, or it is set.
+pub(super) fn threads(processes: usize) -> Option<usize> {
+    let set = std::env::var_os("RAYON_NUM_THREADS").is_some() || processes == 1;
     let cores = std::thread::available_parallelism().ok()?.get();
-    (!set).then(|| (cores / local_size).max(1))
+    (!set).then(|| (cores / processes).max(1))
 }
 
 /// Refuses a command that one process does, where a launcher has started several.

@@ -4,11 +4,13 @@ use super::common::{Common, print_json, print_line};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
+use super::ranks::{PartArgs, Work, start_processes};
 use super::shard::ShardArgs;
 use crate::backend::Backend;
 use crate::data::{Example, RowOptions, RowReader, SecurityPrompt};
 use crate::error::{Error, FileOp, Result};
-use crate::io::{IfExists, check_apart, check_file, write_atomic};
+use crate::group::Together;
+use crate::io::{IfExists, check_apart, check_file, remove, write_atomic};
 use crate::modules::ModuleSet;
 use crate::report::{is_drawing, perturbation, robustness_map, robustness_table};
 use crate::secure::{
@@ -28,6 +30,7 @@ use std::path::{Path, PathBuf};
   swat robustness ... --kind lowrank:8 --epsilon 1.2 --members 8 --cells 'layers.*.{q,k,v,o}'
   swat robustness ... --by conflict --data train.jsonl    from gradients of the training data alone
   swat robustness ... --by update --data train.jsonl --lr 1e-5 --steps 300
+  swat robustness ... --out map.json --gpus 8             on all GPUs of this machine, a process each
   swat robustness ... --out map.json --shard 0/8          one eighth of it, for a job array: map.shard-0-of-8.jsonl
   swat robustness ... --out map.json --shard auto         the share of this task, by the scheduler's variables
   swat robustness --merge map.shard-*.jsonl --out map.json
@@ -60,6 +63,11 @@ pub(super) struct RobustnessCommand {
     step: StepOptions,
     #[command(flatten)]
     shard: ShardArgs,
+    #[command(flatten)]
+    parts: PartArgs,
+    /// The part of this process, among those that --gpus has started.
+    #[arg(skip)]
+    part: Option<Shard>,
     /// Make the map of all its parts, which tasks with --shard wrote; needs neither model nor device
     #[arg(long, value_name = "PART", num_args = 1.., conflicts_with_all = ["model", "probe", "security"])]
     merge: Vec<PathBuf>,
@@ -79,7 +87,16 @@ impl RobustnessCommand {
     pub(super) fn start(mut self, common: &Common) -> Result<()> {
         match (self.model.take(), self.probe.take(), self.security.take()) {
             (Some(model), Some(probe), Some(security)) => {
-                MapJob { inputs: MapFiles { model, probe, security }, command: self }.start(common)
+                let work = self.parts.work(common)?;
+                let mut job = MapJob { inputs: MapFiles { model, probe, security }, command: self };
+                match work {
+                    Work::Whole => job.start(common),
+                    Work::Launcher(size) => job.divide(size, common),
+                    Work::Part(share, common) => {
+                        job.command.part = Some(Shard::new(share.rank, share.size)?);
+                        job.start(&common)
+                    }
+                }
             }
             _ => self.merge(common),
         }
@@ -91,6 +108,11 @@ impl RobustnessCommand {
         let map = RobustnessMap::merge(&self.merge)?;
         map.save(&self.out)?;
         self.show(common, &map, &svg)
+    }
+
+    /// The part of the map to compute; none = the whole map.
+    fn shard(&self) -> Result<Option<Shard>> {
+        self.part.map_or_else(|| self.shard.shard(), |part| Ok(Some(part)))
     }
 
     /// Checks that what is given goes with --by.
@@ -110,7 +132,7 @@ impl RobustnessCommand {
             _ if self.scorer.kind != Noise::default() => {
                 wrong("--kind", &format!("{} beside {by}", self.scorer.kind), "one of them")
             }
-            By::Conflict if self.shard.shard()?.is_some() => {
+            By::Conflict if self.shard()?.is_some() => {
                 wrong("--shard", "a share of a conflict map, which takes two backward passes", "no --shard")
             }
             _ => Ok(()),
@@ -146,6 +168,39 @@ struct MapJob {
     command: RobustnessCommand,
 }
 
+impl MapJob {
+    /// Has the map computed by processes, a shard each, and puts it together. Its parts, from which the same command
+    /// continues after an interruption, are removed.
+    fn divide(mut self, size: usize, common: &Common) -> Result<()> {
+        self.command.check_by()?;
+        if self.command.options.by == By::Conflict {
+            let found = format!("{size} processes for a conflict map, which takes two backward passes");
+            return Err(Error::input("--gpus", found, "no --gpus"));
+        }
+        // So that what is named is fetched, and refused, once.
+        self.resolve(&mut Names::new(common))?;
+        let svg = self.command.check_outputs(&self.files())?;
+        start_processes(size, Together::Apart, common)?;
+        let shards = (0..size).map(|index| Shard::new(index, size).map(|shard| part_path(&self.command.out, shard)));
+        let parts: Vec<PathBuf> = shards.collect::<Result<_>>()?;
+        let map = RobustnessMap::merge(&parts)?;
+        map.save(&self.command.out)?;
+        parts.iter().try_for_each(|part| remove(part))?;
+        self.command.show(common, &map, &svg)
+    }
+
+    /// Every file and directory that is read, with its option.
+    fn files(&self) -> Vec<(&str, &Path)> {
+        let mut files = self.inputs.model.inputs();
+        files.extend([("--probe", self.inputs.probe.as_path()), ("--security", &self.inputs.security)]);
+        files.extend(self.command.data.iter().map(|path| ("--data", path.as_path())));
+        if let Noise::Update(tuned) = &self.command.scorer.kind {
+            files.push(("--kind update", tuned));
+        }
+        files
+    }
+}
+
 impl OnDevice for MapJob {
     fn model(&self) -> Option<PathBuf> {
         Some(self.inputs.model.model.clone())
@@ -158,19 +213,13 @@ impl OnDevice for MapJob {
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        let Self { inputs, command } = self;
+        let Self { inputs, command } = &self;
         command.check_by()?;
         if let (Noise::Update(_), Some(_)) = (&command.scorer.kind, &inputs.model.adapter) {
             let expected = "--model with the adapter merged (swat tune --adapter DIR --steps 0), or another --kind";
             return Err(Error::input("--kind", "update:DIR beside --adapter", expected));
         }
-        let shard = command.shard.shard()?;
-        let mut files = inputs.model.inputs();
-        files.extend([("--probe", inputs.probe.as_path()), ("--security", &inputs.security)]);
-        files.extend(command.data.iter().map(|path| ("--data", path.as_path())));
-        if let Noise::Update(tuned) = &command.scorer.kind {
-            files.push(("--kind update", tuned));
-        }
+        let (shard, files) = (command.shard()?, self.files());
         let part = shard.map(|shard| (shard, part_path(&command.out, shard)));
         let svg = match &part {
             None => command.check_outputs(&files)?,
@@ -222,7 +271,7 @@ impl OnDevice for MapJob {
         scorer.made_from = Some(made_from);
         if let Some((shard, path)) = part {
             bars.finish();
-            return map_part(&command, common, &scorer, shard, &path);
+            return map_part(command, common, &scorer, shard, &path);
         }
         let map = robustness(&scorer, &command.options, Some(&command.out), &mut bars.observer())?;
         bars.finish();
@@ -264,6 +313,9 @@ fn map_part<B: Backend>(
     let out = (path, IfExists::from_force(command.force));
     let cells = robustness_part(scorer, &command.options, shard, out, &mut bars.observer())?;
     bars.finish();
+    if command.part.is_some() {
+        return Ok(());
+    }
     if common.json {
         return print_json(&json!({ "part": path, "shard": shard, "cells": cells }));
     }

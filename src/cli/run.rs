@@ -4,9 +4,10 @@ use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
-use super::ranks::refuse_ranks;
+use super::ranks::{PartArgs, Work, refuse_ranks, start_processes};
 use crate::backend::{Backend, DtypeChoice};
 use crate::error::{Error, Result};
+use crate::group::Together;
 use crate::interrupt;
 use crate::report::{results_text, write_report};
 use crate::secure::study::{Outcome, RunConfig, Worker, run, run_names, work};
@@ -21,6 +22,7 @@ use std::time::Duration;
   swat run study.toml
   swat run study.toml --set tune.all_phase.lr=1e-5 --set out=study-cool
   swat run study.toml --set 'tune.seeds=[0,1,2]'     each setting with three training seeds: means and ranges
+  swat run study.toml --gpus 8                       on all GPUs of this machine, a process each
   swat run study.toml --worker                       shares the study with every other worker, of any machine
   swat run study.toml --list-jobs | xargs -P 4 -d '\\n' -n 1 sh -c
 
@@ -52,6 +54,8 @@ pub(super) struct RunCommand {
     /// that waits for all and writes the report
     #[arg(long, conflicts_with = "worker")]
     list_jobs: bool,
+    #[command(flatten)]
+    parts: PartArgs,
     /// The configuration, with paths in the place of names on the hub.
     #[arg(skip)]
     resolved: Option<Box<RunConfig>>,
@@ -127,14 +131,25 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl RunCommand {
-    pub(super) fn start(self, common: &Common) -> Result<()> {
+    pub(super) fn start(mut self, common: &Common) -> Result<()> {
         if self.list_jobs {
             return self.print_jobs(common);
         }
         if !self.worker {
             refuse_ranks("run", "--worker, with which any number of processes share a study")?;
         }
-        OnDevice::start(self, common)
+        match self.parts.work(common)? {
+            Work::Whole => OnDevice::start(self, common),
+            Work::Launcher(size) => {
+                // So that what it names is fetched, and refused, once.
+                self.resolve(&mut Names::new(common))?;
+                start_processes(size, Together::Apart, common)
+            }
+            Work::Part(_, common) => {
+                self.worker = true;
+                OnDevice::start(self, &common)
+            }
+        }
     }
 
     /// The command line as it was typed, for each run and for the whole study.

@@ -8,12 +8,12 @@ use super::open::{ModelArgs, OnDevice, State};
 use super::plan::{MethodName, plan_json};
 use super::preview::{LEFT_OUT, preview};
 use super::progress::StepBar;
-use super::ranks::{Rank, RankArgs, Role, refuse_pipes, start_ranks};
+use super::ranks::{Rank, RankArgs, Role, refuse_pipes, start_processes};
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, Mixture, Redraw, RowOptions, RowReader};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
-use crate::group::{Alone, Group, from_first, over_hosts};
+use crate::group::{Alone, Group, Together, from_first, over_hosts};
 use crate::interrupt;
 use crate::io::{check_not_in, lies_in};
 use crate::modules::ModuleSet;
@@ -128,7 +128,7 @@ impl OnDevice for Tune {
             refuse_pipes(&self.inputs())?;
         }
         match role {
-            Role::Launcher(size) => return start_ranks(size, common),
+            Role::Launcher(size) => return start_processes(size, Together::Ranks, common),
             Role::Alone => self.resolve(&mut Names::new(common))?,
             Role::Rank(place) => {
                 let rank = self.ranks.join(place, common)?;

@@ -1,4 +1,5 @@
-//! The ranks of one machine as processes that a first one starts, tells of signals, and waits for.
+//! Processes of one machine that a first one starts, tells of signals, and waits for: ranks that train together, or
+//! processes each of which does a part of other work.
 
 use super::{Place, Share};
 use crate::error::{Error, FileOp, Result};
@@ -22,35 +23,57 @@ const OBEYS: &str = "SWAT_SIGNALS_ON_STDIN";
 const PANICKED: i32 = 101;
 /// As which the end of the first process counts.
 const TERMINATE: i32 = 15;
+/// Tells a process of [`Together::Apart`] its number and how many there are: `2/8`.
+const PART: &str = "SWAT_PROCESS";
 
-/// How the ranks have ended.
+/// What processes that are started together have to do with each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Together {
+    /// They are the ranks of a group: [`Place::from_launcher`] finds the place of each. Where one ends before its work is
+    /// done, the others notice it and end by themselves.
+    Ranks,
+    /// Each does its own part: [`part`] finds it. Where one fails, the others are told to end.
+    Apart,
+}
+
+/// How the processes have ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
     /// Exit code of the first that failed; 0 where none did.
     pub code: u8,
-    /// What there is to say that rank 0 has not said itself.
+    /// What there is to say that the first process has not said itself.
     pub message: Option<String>,
 }
 
-struct Rank {
+struct Process {
     child: Child,
-    /// What it says on stderr; rank 0 says it itself.
+    /// What it says on stderr; the first one says it itself.
     said: Option<JoinHandle<Vec<u8>>>,
+    ended: bool,
+    /// None of one that has ended if the system does not tell how.
     status: Option<ExitStatus>,
     /// Whether it did not end by itself after another had failed.
     killed: bool,
 }
 
-/// Starts this program again with its own arguments, as each of `size` ranks, and waits until all have ended. Rank 0 has
-/// stdout and stderr. A signal is passed on; where a rank fails, the others end within half a minute.
+/// The number of this process, and how many there are, if [`launch`] has started it for a part of some work.
+pub fn part() -> Option<Share> {
+    let text = std::env::var(PART).ok()?;
+    let (rank, size) = text.split_once('/')?;
+    let share = Share { rank: rank.parse().ok()?, size: size.parse().ok()? };
+    (share.rank < share.size).then_some(share)
+}
+
+/// Starts this program again with its own arguments, `size` times, and waits until all have ended. The first has stdout and
+/// stderr. A signal is passed on; where a process fails, the others end within half a minute.
 ///
 /// # Errors
 /// [`Error::Io`] where the program cannot be started.
-pub fn launch(size: usize) -> Result<Ended> {
+pub fn launch(size: usize, together: Together) -> Result<Ended> {
     interrupt::watch();
     let _section = Section::begin();
     let program = std::env::current_exe().map_err(Error::io(std::path::Path::new("swat"), FileOp::Resolve))?;
-    let mut ranks = Vec::new();
+    let mut processes = Vec::new();
     let port = free_port().map_err(|e| Error::failed(format!("no free port: {e}"), "close some connections"))?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let job = format!("{}-{}", std::process::id(), now.as_nanos());
@@ -59,7 +82,11 @@ pub fn launch(size: usize) -> Result<Ended> {
         let share = Share { rank, size };
         let place = Place { share, local_rank: rank, local_size: size, host, port, job: job.clone() };
         let mut command = Command::new(&program);
-        command.args(std::env::args_os().skip(1)).envs(place.variables()).env(OBEYS, "1").stdin(Stdio::piped());
+        command.args(std::env::args_os().skip(1)).env(OBEYS, "1").stdin(Stdio::piped());
+        match together {
+            Together::Ranks => command.envs(place.variables()),
+            Together::Apart => command.env(PART, format!("{rank}/{size}")),
+        };
         if rank > 0 {
             command.stdout(Stdio::null()).stderr(Stdio::piped());
         }
@@ -69,15 +96,15 @@ pub fn launch(size: usize) -> Result<Ended> {
         match command.spawn() {
             Ok(mut child) => {
                 let said = child.stderr.take().map(|stderr| std::thread::spawn(|| last_bytes(stderr)));
-                ranks.push(Rank { child, said, status: None, killed: false });
+                processes.push(Process { child, said, ended: false, status: None, killed: false });
             }
             Err(source) => {
-                ranks.iter_mut().for_each(|rank: &mut Rank| drop(rank.child.kill()));
+                processes.iter_mut().for_each(|process: &mut Process| drop(process.child.kill()));
                 return Err(Error::Io { path: program, doing: FileOp::Open, source });
             }
         }
     }
-    Ok(wait(ranks))
+    Ok(wait(processes, together))
 }
 
 /// A port that nothing has, and whose predecessor is a port as well.
@@ -94,57 +121,77 @@ fn last_bytes(mut stderr: ChildStderr) -> Vec<u8> {
     kept.into()
 }
 
-fn wait(mut ranks: Vec<Rank>) -> Ended {
-    // Ranks in the order in which they failed, and when the rest is killed.
+/// Tells the processes of a signal.
+fn tell(processes: &mut [Process], signal: i32) {
+    for stdin in processes.iter_mut().filter_map(|process| process.child.stdin.as_mut()) {
+        let _ = stdin.write_all(&[signal as u8]).and_then(|()| stdin.flush());
+    }
+}
+
+fn wait(mut processes: Vec<Process>, together: Together) -> Ended {
+    // Processes in the order in which they failed, and when the rest is killed.
     let (mut failed, mut deadline, mut told): (Vec<usize>, Option<Instant>, bool) = (Vec::new(), None, false);
-    while ranks.iter().any(|rank| rank.status.is_none()) {
+    while processes.iter().any(|process| !process.ended) {
         if let Some(signal) = interrupt::asked().filter(|_| !told) {
             told = true;
-            for stdin in ranks.iter_mut().filter_map(|rank| rank.child.stdin.as_mut()) {
-                let _ = stdin.write_all(&[signal as u8]).and_then(|()| stdin.flush());
-            }
+            tell(&mut processes, signal);
         }
-        for (i, rank) in ranks.iter_mut().enumerate().filter(|(_, rank)| rank.status.is_none()) {
-            rank.status = rank.child.try_wait().unwrap_or_default();
-            if rank.status.is_some_and(|status| !status.success()) {
+        for (i, process) in processes.iter_mut().enumerate().filter(|(_, process)| !process.ended) {
+            let found = process.child.try_wait();
+            process.ended = !matches!(found, Ok(None));
+            process.status = found.unwrap_or_default();
+            if process.ended && !process.status.is_some_and(|status| status.success()) {
                 failed.push(i);
             }
         }
-        // After a signal a rank has ended as it should, though rank 0 may still be saving.
+        // After a signal a process has ended as it should, though the first may still be saving.
         if !failed.is_empty() && !told {
+            if deadline.is_none() && together == Together::Apart {
+                tell(&mut processes, TERMINATE);
+            }
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + GRACE);
-            for rank in ranks.iter_mut().filter(|rank| rank.status.is_none() && Instant::now() > deadline) {
-                rank.killed = rank.child.kill().is_ok();
+            for process in processes.iter_mut().filter(|process| !process.ended && Instant::now() > deadline) {
+                process.killed = process.child.kill().is_ok();
             }
         }
         std::thread::sleep(PAUSE);
     }
-    ended(&mut ranks, &failed, told)
+    ended(&mut processes, &failed, (together, told))
 }
 
-/// How ranks have ended, of which some `failed`; `told` says that they were told of a signal.
-fn ended(ranks: &mut [Rank], failed: &[usize], told: bool) -> Ended {
-    let code = |rank: usize| ranks[rank].status.and_then(|status| status.code());
-    let died = |rank: usize| match code(rank) {
-        None => !ranks[rank].killed && !told,
+/// How processes have ended, of which some `failed`; `told` says that they were told of a signal.
+fn ended(processes: &mut [Process], failed: &[usize], (together, told): (Together, bool)) -> Ended {
+    let code = |process: usize| processes[process].status.and_then(|status| status.code());
+    let died = |process: usize| match code(process) {
+        None => !processes[process].killed && !told,
         Some(code) => code == PANICKED,
     };
-    let find = |of: &dyn Fn(usize) -> bool| failed.iter().copied().find(|rank| of(*rank));
-    // The failures that others fail of, exit codes of their own, then those that may be a consequence.
-    let first = find(&died).or_else(|| find(&|rank| code(rank).is_some_and(|code| code != 1)));
+    let find = |of: &dyn Fn(usize) -> bool| failed.iter().copied().find(|process| of(*process));
+    let first = match together {
+        // The failures that others fail of, exit codes of their own, then those that may be a consequence.
+        Together::Ranks => find(&died).or_else(|| find(&|rank| code(rank).is_some_and(|code| code != 1))),
+        Together::Apart => None,
+    };
     let Some(first) = first.or_else(|| failed.first().copied()) else { return Ended { code: 0, message: None } };
-    // A rank that is killed or panics tells nobody why; rank 0 tells of any other, unless it is killed itself.
-    let silent = died(first) || died(0) || ranks[0].killed;
-    let code = ranks[first].status.map_or(1, exit_code);
+    // Who is killed or panics tells nobody why. Rank 0 tells of any other rank, unless it is killed itself.
+    let silent = match together {
+        Together::Ranks => died(first) || died(0) || processes[0].killed,
+        Together::Apart => !told && (first > 0 || died(0)),
+    };
+    let code = processes[first].status.map_or(1, exit_code);
+    let name = match together {
+        Together::Ranks => "rank",
+        Together::Apart => "process",
+    };
     let message = silent.then(|| {
-        let rank = &mut ranks[first];
-        let status = rank.status.map(|status| status.to_string()).unwrap_or_default();
-        let said = rank.said.take().and_then(|said| said.join().ok()).unwrap_or_default();
+        let process = &mut processes[first];
+        let status = process.status.map_or_else(|| "it has ended".to_owned(), |status| status.to_string());
+        let said = process.said.take().and_then(|said| said.join().ok()).unwrap_or_default();
         let said = String::from_utf8_lossy(&said).trim().to_owned();
         if said.is_empty() {
-            format!("rank {first}: {status}")
+            format!("{name} {first}: {status}")
         } else {
-            format!("rank {first}: {status}; it said:\n{said}")
+            format!("{name} {first}: {status}; it said:\n{said}")
         }
     });
     Ended { code, message }
@@ -160,7 +207,7 @@ fn exit_code(status: ExitStatus) -> u8 {
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
 }
 
-/// Where [`launch`] has started this process, takes signals from it; its end counts as one, so that no rank is left.
+/// Where [`launch`] has started this process, takes signals from it; its end counts as one, so that no process is left.
 ///
 /// # Errors
 /// [`Error::Failed`] where no thread can be started.

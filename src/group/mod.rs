@@ -15,7 +15,7 @@ mod tcp;
 mod threads;
 
 pub use hosted::{Hosted, Transport};
-pub use launch::{Ended, launch, obey_launcher};
+pub use launch::{Ended, Together, launch, obey_launcher, part};
 pub use nccl::Nccl;
 pub use place::Place;
 pub use tcp::Tcp;

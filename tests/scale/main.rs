@@ -1,5 +1,6 @@
 //! Work that is split among processes and machines.
 
+mod gpus;
 mod lost_ranks;
 mod ranks;
 mod shards;

@@ -8,13 +8,13 @@ use std::time::Duration;
 use swat::data::tiny::Counts;
 
 /// Data and a probe of the tiny model.
-struct World {
+pub struct World {
     dir: tempfile::TempDir,
     security: PathBuf,
 }
 
 impl World {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let security = data(dir.path(), Counts { pairs: 16, train: 4, tasks: 4 }).join("security.jsonl");
         let world = Self { dir, security };
@@ -23,7 +23,7 @@ impl World {
         world
     }
 
-    fn at(&self, name: &str) -> PathBuf {
+    pub fn at(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -34,9 +34,14 @@ impl World {
     }
 
     /// A map of 50 cells in four groups.
-    fn map(&self, out: &str, more: &[&str]) -> Command {
+    pub fn map(&self, out: &str, more: &[&str]) -> Command {
+        self.map_of("1", out, more)
+    }
+
+    /// With so many perturbed copies of a cell.
+    pub fn map_of(&self, members: &str, out: &str, more: &[&str]) -> Command {
         let (probe, out) = (self.at("p.safetensors"), self.at(out));
-        let args = ["robustness", "--probe", text(&probe), "--out", text(&out), "--members", "1", "--no-retrain"];
+        let args = ["robustness", "--probe", text(&probe), "--out", text(&out), "--members", members, "--no-retrain"];
         self.command(&[&args[..], more].concat())
     }
 
@@ -49,14 +54,14 @@ impl World {
 }
 
 /// The text of a map but for the seconds that it took.
-fn timeless(path: &Path) -> String {
+pub fn timeless(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap();
     let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("  \"seconds\"")).collect();
     assert_eq!(lines.len() + 1, text.lines().count());
     lines.join("\n")
 }
 
-fn lines(path: &Path) -> usize {
+pub fn lines(path: &Path) -> usize {
     fs::read_to_string(path).map_or(0, |text| text.lines().count())
 }
 

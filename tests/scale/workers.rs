@@ -51,14 +51,14 @@ task_tokens = 8
 "#;
 
 /// A configuration whose results go to `out`.
-fn study(dir: &Path, out: &str, settings: &str, seeds: &str) -> PathBuf {
+pub fn study(dir: &Path, out: &str, settings: &str, seeds: &str) -> PathBuf {
     let config = CONFIG.replace("MODEL", text(&tiny())).replace("OUT", out);
     let path = dir.join(format!("{out}.toml"));
     fs::write(&path, config.replace("SETTINGS", settings).replace("SEEDS", seeds)).unwrap();
     path
 }
 
-fn options(config: &Path) -> [&str; 5] {
+pub fn options(config: &Path) -> [&str; 5] {
     ["run", "--json", "--quiet", "--device=cpu", text(config)]
 }
 
@@ -83,7 +83,7 @@ fn remove_varying(value: &mut Value) {
     }
 }
 
-fn outcome(dir: &Path, out: &str) -> Value {
+pub fn outcome(dir: &Path, out: &str) -> Value {
     let text = fs::read_to_string(dir.join(out).join("outcome.json")).unwrap();
     let mut value = serde_json::from_str(&text).unwrap();
     remove_varying(&mut value);
@@ -91,7 +91,7 @@ fn outcome(dir: &Path, out: &str) -> Value {
 }
 
 /// Weights of all tuned models, by the name of their directory.
-fn weights(dir: &Path, out: &str) -> Vec<(String, Vec<u8>)> {
+pub fn weights(dir: &Path, out: &str) -> Vec<(String, Vec<u8>)> {
     let entries = fs::read_dir(dir.join(out).join("tuned")).unwrap().map(|entry| entry.unwrap().path());
     let mut all: Vec<(String, Vec<u8>)> = entries
         .filter(|path| path.is_dir())
