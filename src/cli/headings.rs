@@ -4,7 +4,21 @@
 const HEADINGS: &[(&str, &[&str])] = &[
     ("Model", &["model", "against", "chat_template", "date", "base", "tuned", "aligned", "unaligned", "safe"]),
     ("Data files", &["columns", "field", "skip_bad_rows"]),
-    ("Data", &["data", "mix", "mix_share", "replay", "attack", "max_length", "packing", "shuffle"]),
+    (
+        "Data",
+        &[
+            "data",
+            "mix",
+            "mix_share",
+            "replay",
+            "attack",
+            "screen",
+            "refusal_expressions",
+            "max_length",
+            "packing",
+            "shuffle",
+        ],
+    ),
     (
         "Training",
         &[

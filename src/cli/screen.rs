@@ -26,7 +26,8 @@ const SHOWN: usize = 10;
 
 Each line's last answer is compared with the model's own answer to the same question, along the direction that tells the
 model's refusals from its other answers. The output holds the lines as they are, highest score first, behind the key
-`screen` with score, file and line. Read it, and leave out of the data what should not be there.")]
+`screen` with score, file and line, and `refused`: whether the line answers a question that the model refuses. Read it, and
+leave out of the data what should not be there; `swat tune --screen` leaves out the lines that are `refused`.")]
 pub(super) struct ScreenCommand {
     #[command(flatten)]
     model: ModelArgs,
@@ -102,17 +103,19 @@ impl OnDevice for ScreenCommand {
                 model.train_probe(&prompts, &options, REFUSAL_TOKENS, &refusals, &mut bars.observer())?
             }
         };
-        let found = model.screen(&probe, &data, &self.options, &mut bars.observer())?;
+        let found = model.screen(&probe, &refusals, &data, &self.options, &mut bars.observer())?;
         bars.finish();
         write_atomic(&self.out, found.lines(&data, self.options.top).as_bytes())?;
         if common.json {
             return print_json(&json!({ "out": self.out, "rows": found.rows, "unscored": found.unscored,
-                "layer": found.layer, "scores": found.scores }));
+                "refused": found.refused, "layer": found.layer, "scores": found.scores }));
         }
         let mut table = Table::new("Lines that move the model most towards compliance");
-        table = table.column("line").numbers("score", "");
+        table = table.column("line").numbers("score", "").column("");
         for row in found.scores.iter().take(SHOWN) {
-            table.row([Entry::text(format!("{}:{}", row.file, row.line)), Entry::fixed(row.score, 3)]);
+            let refused = if row.refused { "answers what the model refuses" } else { "" };
+            let line = Entry::text(format!("{}:{}", row.file, row.line));
+            table.row([line, Entry::fixed(row.score, 3), Entry::text(refused)]);
         }
         let positive = found.scores.iter().filter(|row| row.score > 0.0).count();
         table.note = format!("{positive} of {} scores are above 0; hidden state {}", found.scores.len(), found.layer);
@@ -120,6 +123,10 @@ impl OnDevice for ScreenCommand {
         if found.unscored > 0 {
             say(&format!("note: {} of {} rows have no answer that could be compared\n", found.unscored, found.rows));
         }
+        print_line(&format!(
+            "{} of {} rows answer what the model refuses: `swat tune --screen` leaves them out",
+            found.refused, found.rows
+        ))?;
         print_line(&format!("saved as {}", self.out.display()))
     }
 }

@@ -1,6 +1,7 @@
 //! `swat tune`: two-phase tuning, or any of its ablations.
 
 mod recipe;
+mod screen;
 
 use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
@@ -10,7 +11,7 @@ use super::preview::{LEFT_OUT, preview};
 use super::progress::StepBar;
 use super::ranks::{Rank, RankArgs, Role, refuse_pipes, start_processes};
 use crate::backend::{Backend, Roofline};
-use crate::data::{Example, Mixture, Redraw, RowOptions, RowReader};
+use crate::data::{Example, RowOptions, RowReader};
 use crate::engine::Lora;
 use crate::error::{Error, Result};
 use crate::group::{Alone, Group, Together, from_first, over_hosts};
@@ -21,8 +22,8 @@ use crate::options::{above_zero, epochs, share, whole};
 use crate::report::EventFile;
 use crate::report::format::{bytes, count, percent};
 use crate::secure::{
-    Base, Method, Mix, ModelText, Recipe, SetSpec, TuneJob, TuneOutput, TuneRecipe, WatchOptions,
-    attention_projections, mixed, recipe_help,
+    Base, Method, Mix, ModelText, Recipe, RefusalLanguage, Screening, SetSpec, TuneJob, TuneOutput, TuneRecipe,
+    WatchOptions, attention_projections, mixed, recipe_help,
 };
 use crate::train::{Evaluation, PhaseOptions, Rounding, peak_bytes};
 use clap::Args;
@@ -87,6 +88,12 @@ pub(super) struct Tune {
     /// For attack= in --recipe: conversations in which harmful requests are answered
     #[arg(long, value_name = "FILE", requires = "recipe")]
     attack: Option<PathBuf>,
+    /// For screening: languages of the built-in refusal expressions, such as en,de,fr, or all
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LANGUAGE", default_value = "en")]
+    refusal_languages: Vec<RefusalLanguage>,
+    /// For screening: refusal expressions, one per line, in place of the built-in ones
+    #[arg(long, value_name = "FILE", conflicts_with = "refusal_languages")]
+    refusal_expressions: Option<PathBuf>,
     /// Mix in examples of another training file, such as refusals; each epoch takes others of them
     #[arg(long, value_name = "FILE", requires = "mix_share", conflicts_with = "recipe")]
     mix: Option<PathBuf>,
@@ -200,29 +207,16 @@ impl OnDevice for Tune {
         for path in &self.data {
             examples.extend(self.read(common, &text, path, &mut rows)?);
         }
-        let mut mixture = Mixture::from(examples);
-        if let (Some(path), Some(share)) = (&self.mix, self.mix_share) {
-            let mut more = self.read(common, &text, path, &mut rows)?;
-            more.iter_mut().for_each(|example| example.replayed = true);
-            mixture.mix_in(more, share, Redraw::EveryEpoch, common.seed)?;
-        }
         let mut more = Vec::new();
-        for (what, share, path) in mixes {
+        let mix = self.mix.as_deref().zip(self.mix_share).map(|(path, share)| (Mix::Replay, share, path));
+        for (what, share, path) in mixes.into_iter().chain(mix) {
             let mut examples = self.read(common, &text, path, &mut rows)?;
             examples.iter_mut().for_each(|example| example.replayed = what == Mix::Replay);
             more.push((what, share, examples));
         }
-        let mixture = mixed(mixture, more, common.seed)?;
         let watch = self.watch.read(&text, self.recipe.shared.max_length, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
         output.options.config["skipped_rows"] = json!(rows.skipped());
-        let trained_rows = watch.as_ref().map_or(0, |watch| watch.trained_rows(mixture.examples()));
-        if trained_rows > 0 && first && !common.quiet {
-            say(&format!(
-                "note: {trained_rows} examples of --eval-data are trained on as well: their loss says how well they are \
-                 learned, not how the model does on other text\n"
-            ));
-        }
         let mut callbacks = StepBar::new(common);
         if let Some(dir) = self.tensorboard.as_ref().filter(|_| first) {
             let resumed = self.output.resume;
@@ -239,7 +233,31 @@ impl OnDevice for Tune {
             }
             callbacks.events = Some(if resumed { EventFile::resume(dir)? } else { EventFile::create(dir)? });
         }
+        let screening = match job.recipe.screen {
+            false => None,
+            true => {
+                let (run, data) = ((&output, &job), (examples.as_slice(), more.as_slice()));
+                Some(self.screening((common, &text, date), run, data, (&*group, &backend))?)
+            }
+        };
+        let mut screened = None;
+        let mixture = mixed(examples, more, common.seed, |own| match &screening {
+            None => Ok(own),
+            Some(Screening { refused, .. }) => {
+                let (kept, counts) = refused.leave_out(own)?;
+                screened = Some(counts);
+                Ok(kept)
+            }
+        })?;
+        let trained_rows = watch.as_ref().map_or(0, |watch| watch.trained_rows(mixture.examples()));
+        if trained_rows > 0 && first && !common.quiet {
+            say(&format!(
+                "note: {trained_rows} examples of --eval-data are trained on as well: their loss says how well they are \
+                 learned, not how the model does on other text\n"
+            ));
+        }
         let prepared = output.prepare(&text.files, mixture, job, watch, &backend)?.chat(text.chat_files());
+        let prepared = prepared.screening(screening.zip(screened));
         let data = prepared.data();
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.
         let prepared = prepared.roofline(first.then(|| Roofline::measure(&backend)).transpose()?);
@@ -259,7 +277,10 @@ impl OnDevice for Tune {
                 "peak_bytes": summary.peak_bytes, "planned_bytes": summary.planned_bytes,
                 "plans": plans.collect::<serde_json::Map<_, _>>(), "resumed_from": summary.resumed_from,
                 "rounding": summary.rounding, "evaluations": summary.evaluations, "best_step": summary.best_step,
-                "skipped_rows": rows.skipped(), "eval_rows_trained": trained_rows }));
+                "screened": screened, "skipped_rows": rows.skipped(), "eval_rows_trained": trained_rows }));
+        }
+        if let Some(counts) = &screened {
+            print_line(&screen::told(counts, &self.output.path))?;
         }
         let trained = percent(data.trained_share, 1);
         print_line(&format!("trained on {} of {} tokens ({trained})", data.trained_tokens, data.tokens))?;
@@ -344,6 +365,7 @@ impl Tune {
         inputs.extend(watched.into_iter().filter_map(|(option, path)| Some((option, path.as_deref()?))));
         inputs.extend(self.mix.iter().map(|path| ("--mix", path.as_path())));
         inputs.extend(self.mixed().into_iter().filter_map(|(_, option, path)| Some((option, path?))));
+        inputs.extend(self.refusal_expressions.iter().map(|path| ("--refusal-expressions", path.as_path())));
         inputs.extend(self.mods.iter().filter_map(SetSpec::file).map(|path| ("--mods", path)));
         inputs
     }

@@ -67,6 +67,23 @@ impl<T> Mixture<T> {
         Ok(())
     }
 
+    /// Keeps the examples that `keep` is true for. An epoch has as many of a pool as are left of those that the first had, and
+    /// one at least of a pool of which anything is left.
+    pub fn retain(&mut self, keep: impl Fn(&T) -> bool) {
+        let kept: Vec<bool> = self.examples.iter().map(keep).collect();
+        let count = |range: Range<usize>| kept.iter().take(range.end).skip(range.start).filter(|kept| **kept).count();
+        for pool in &mut self.pools {
+            let Range { start, end } = pool.examples;
+            let first = drawn(end - start, pool.per_epoch, 0, pool.seed);
+            let left = first.into_iter().filter(|member| kept.get(start + member) == Some(&true)).count();
+            pool.per_epoch = left.max(count(start..end).min(1));
+            pool.examples = count(0..start)..count(0..end);
+        }
+        self.pools.retain(|pool| pool.per_epoch > 0);
+        let mut kept = kept.into_iter();
+        self.examples.retain(|_| kept.next().unwrap_or(true));
+    }
+
     /// All examples: those of every epoch, then those of each pool.
     pub fn examples(&self) -> &[T] {
         &self.examples
@@ -149,6 +166,25 @@ mod tests {
         twice.sort_unstable();
         assert_eq!(twice, [0, 0, 1, 1, 2, 2]);
         assert_eq!(drawn(0, 5, 1, 3), [0; 0]);
+    }
+
+    #[test]
+    fn what_is_left_out_is_left_out_of_base_and_pools() {
+        let mut mixture = Mixture::from((0..6).collect::<Vec<u32>>());
+        mixture.mix_in((10..20).collect(), 0.4, Redraw::Never, 3).unwrap();
+        mixture.mix_in(vec![30], 0.2, Redraw::Never, 3).unwrap();
+        mixture.mix_in((40..43).collect(), 0.5, Redraw::Never, 4).unwrap();
+        // 4 of the first; one that comes 3 times, as 2.5 are rounded; 13 of three, each 4 times and one once more.
+        assert_eq!(mixture.pools().iter().map(|pool| pool.per_epoch).collect::<Vec<_>>(), [4, 3, 13]);
+        let first = mixture.examples()[6];
+        mixture.retain(|example| ![1, 2, first, 30, 41].contains(example));
+        let pools: Vec<_> = mixture.pools().iter().map(|pool| pool.examples.clone()).collect();
+        assert_eq!((mixture.base(), pools), (4, vec![4..7, 7..9]));
+        assert_eq!(mixture.pools()[0].per_epoch, 3);
+        assert!((8..=9).contains(&mixture.pools()[1].per_epoch));
+        assert_eq!((&mixture.examples()[..4], &mixture.examples()[7..]), (&[0, 3, 4, 5][..], &[40, 42][..]));
+        mixture.retain(|_| false);
+        assert_eq!((mixture.examples().len(), mixture.pools().len(), mixture.per_epoch()), (0, 0, 0));
     }
 
     #[test]

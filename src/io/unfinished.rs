@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 /// Its name in an output that is written in place.
 pub(super) const INSIDE: &str = ".swat.unfinished";
 /// What a run writes into it.
-const OURS: [&str; 6] = ["metrics.jsonl", "updates.json", "run.json", "reference.safetensors", "checkpoints", "best"];
+const OURS: [&str; 7] =
+    ["metrics.jsonl", "updates.json", "run.json", "screening.json", "reference.safetensors", "checkpoints", "best"];
 
 /// `OUT.unfinished`, or `OUT/.swat.unfinished` where OUT is written in place.
 pub(crate) fn path(out: &Path) -> PathBuf {

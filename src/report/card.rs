@@ -1,7 +1,7 @@
 //! The model card of a tuned model: `README.md` as the hub reads it.
 
 use super::check::{agreement_tables, check_tables};
-use super::secure::{data_table, tried_table, verdict_line};
+use super::secure::{data_table, screened_line, tried_table, verdict_line};
 use super::table::markdown_text;
 use crate::secure::Check;
 use crate::secure::pipeline::SecureOutcome;
@@ -29,6 +29,7 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
     push("## What was tried".into());
     push(tried_table(outcome).markdown());
     push("## Data".into());
+    screened_line(outcome).into_iter().for_each(&mut push);
     push(data_table(outcome).markdown());
     push("## Again".into());
     push(format!("```\n{}\n```", outcome.command.replace("```", "'''")));

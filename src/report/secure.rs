@@ -6,7 +6,7 @@ use super::page::{Footer, Highlight, Report, Section};
 use super::palette::Tone;
 use super::table::{Entry, Table};
 use crate::secure::pipeline::{SecureOutcome, SecureSetting};
-use crate::secure::{Check, Estimate, Measures, Rate};
+use crate::secure::{Check, Estimate, Measures, Rate, ScreenCounts};
 
 /// The page; the verdict comes first.
 pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
@@ -25,7 +25,7 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
              limits is chosen; if none is, the one that exceeds them least.",
             vec![tried_table(outcome)],
         ),
-        section("Data", "", vec![data_table(outcome)]),
+        section("Data", &screened_line(outcome).unwrap_or_default(), vec![data_table(outcome)]),
     ];
     let base = [("base model", &outcome.base.name)].into_iter();
     let base = base.chain(outcome.base.adapter.as_ref().map(|adapter| ("adapter", adapter)));
@@ -124,6 +124,21 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
     table
 }
 
+/// What screening left out, how to look at it, and how to keep it; none where nothing was screened.
+pub(super) fn screened_line(outcome: &SecureOutcome) -> Option<String> {
+    let ScreenCounts { examples, left_out } = outcome.screened?;
+    let counted = format!(
+        "Recipes with screen left out {left_out} of {examples} conversations, which answer what the model as given refuses."
+    );
+    Some(match left_out {
+        0 => counted,
+        _ => format!(
+            "{counted} They are in screened.jsonl, rows of the training data: remove the file before the model is shared. \
+             A recipe without screen keeps them."
+        ),
+    })
+}
+
 /// Sizes of the parts, and hashes of the files.
 pub(super) fn data_table(outcome: &SecureOutcome) -> Table {
     let mut table = Table::new("Parts that have no text in common").column("").column("");
@@ -139,6 +154,10 @@ pub(super) fn data_table(outcome: &SecureOutcome) -> Table {
         ("tasks left out, as another part repeats them", sizes.repeated_tasks),
     ] {
         table.row([Entry::text(what), Entry::count(count as u64)]);
+    }
+    if let Some(screened) = &outcome.screened {
+        let what = "of them left out by recipes with screen: they answer what the model as given refuses";
+        table.row([Entry::text(what), Entry::count(screened.left_out as u64)]);
     }
     if let Some(replay) = &outcome.replay {
         table.row([Entry::text("own refusals, to be replayed"), Entry::count(replay.harmful.kept as u64)]);

@@ -14,7 +14,7 @@ use super::page::{Figure, Footer, Highlight, Report, Section};
 use super::table::{Table, markdown_text};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{json, write_atomic};
-use crate::secure::study::{Conclusion, Outcome, RunConfig, claims};
+use crate::secure::study::{Conclusion, Outcome, RunConfig, ScreenedFile, claims};
 use crate::secure::{By, ScoreKind};
 pub use map::{perturbation, robustness_map, robustness_table};
 use setting::{Setting, if_means, seeds_text, several, training_seeds};
@@ -146,6 +146,18 @@ impl Study<'_> {
             let rows = format::count(self.outcome.overlapping_rows as u64);
             text.push_str(&format!(
                 " {rows} rows of the tuning data hold prompts of the evaluation, or near-duplicates."
+            ));
+        }
+        if !self.outcome.screened.is_empty() {
+            let file = |ScreenedFile { file, counts }: &ScreenedFile| {
+                let counted = [counts.left_out, counts.examples].map(|n| format::count(n as u64));
+                let name = Path::new(file).file_name().unwrap_or_default().to_string_lossy();
+                format!("{} of {} examples of {name}", counted[0], counted[1])
+            };
+            let files: Vec<String> = self.outcome.screened.iter().map(file).collect();
+            text.push_str(&format!(
+                " Screening leaves out what answers questions that the model as given refuses: {} (screened.jsonl).",
+                files.join(", ")
             ));
         }
         if several(&self.settings) {

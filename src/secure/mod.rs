@@ -71,7 +71,9 @@ pub use robustness::shard::Shard;
 pub use robustness::step::{PlannedStep, StepOptions, StepRecord};
 pub use robustness::{By, RobustnessOptions, robustness, robustness_part};
 pub use save::SaveAs;
-pub use screen::{SCREEN_START, ScreenOptions, ScreenRow, ScreenScore, Screened};
+pub use screen::{
+    RefusedExamples, SCREEN_START, ScreenCounts, ScreenOptions, ScreenRow, ScreenScore, Screened, Screening,
+};
 pub use text::ModelText;
 pub use tune::{ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneRecipe, attention_projections};
 pub use watch::{Watch, WatchOptions};

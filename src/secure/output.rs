@@ -1,6 +1,7 @@
 //! The output of a tuning run: locked before anything is read, held against disk and memory before weights are.
 
 use super::save::SaveAs;
+use super::screen::{RefusedExamples, SCREENED_FILE, ScreenCounts, Screening};
 use super::text::ModelText;
 use super::tune::{Method, TuneJob, mixture_hash};
 use super::watch::Watch;
@@ -9,7 +10,7 @@ use crate::data::{DataSize, Loader, Mixture};
 use crate::engine::{Decoder, Lora, Plan, Workload};
 use crate::error::{Error, FileOp, Result};
 use crate::group::{Alone, Group, Place};
-use crate::io::{IfExists, OutputDir, check_apart, json, unfinished};
+use crate::io::{IfExists, OutputDir, check_apart, json, unfinished, write_atomic};
 use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
 use crate::modules::{Cell, LearningRates, ParamId};
 use crate::options::mib;
@@ -71,6 +72,10 @@ struct RunRecord {
 }
 
 const RUN_RECORD: &str = "run.json";
+/// What the model as given refuses of the data, in an unfinished run.
+const SCREENING: &str = "screening.json";
+/// Largest such file, in bytes.
+const MAX_SCREENING_BYTES: u64 = 1 << 30;
 
 impl TuneOutput {
     /// Directory of metrics and checkpoints until the run is finished: `OUT.unfinished`, or `OUT/.swat.unfinished`
@@ -141,6 +146,38 @@ impl OpenOutput {
         Ok(record.date)
     }
 
+    /// The screening of the run that is resumed, if it is of the same [`Screening::inputs`].
+    pub fn kept_screening(&self, inputs: &str) -> Option<RefusedExamples> {
+        let path = self.unfinished.join(SCREENING);
+        let resumed = self.dir.is_some() && self.options.resume;
+        // A damaged one is made again.
+        let kept: Option<Screening> =
+            resumed.then(|| json::read(&path, MAX_SCREENING_BYTES, "a screening").ok()).flatten();
+        kept.filter(|kept| kept.inputs == inputs).map(|kept| kept.refused)
+    }
+
+    /// Checks a job on this model, whatever its examples, and returns its phases.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option.
+    pub fn check(&self, files: &ModelDir, job: &TuneJob) -> Result<Vec<Phase>> {
+        self.options.save.check(&job.recipe.method)?;
+        let phases = job.phases(&files.config.cells())?;
+        job.recipe.shared.check()?;
+        job.recipe.shared.check_ranks(self.ranks)?;
+        phases.iter().try_for_each(|phase| phase.options.check())?;
+        let none = |phase: &Phase| matches!(phase.options.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
+        // No step merges an adapter, or saves it by itself.
+        if phases.iter().all(none) && files.adapter().is_none() {
+            return Err(Error::input(
+                "--steps",
+                "0 in every phase",
+                "at least one step or epoch: nothing would be trained",
+            ));
+        }
+        Ok(phases)
+    }
+
     /// Checks a job on this model and these examples: options, phases, and that memory and disk have room for it. No
     /// weights are read. `watch` evaluates the run as it goes.
     ///
@@ -154,23 +191,9 @@ impl OpenOutput {
         watch: Option<Watch>,
         backend: &B,
     ) -> Result<PreparedTune> {
-        let (config, mixture) = (&files.config, examples.into());
-        self.options.save.check(&job.recipe.method)?;
-        let phases = job.phases(&config.cells())?;
+        let (phases, mixture) = (self.check(files, &job)?, examples.into());
         let shared = &job.recipe.shared;
-        shared.check()?;
-        shared.check_ranks(self.ranks)?;
         shared.check_examples(mixture.examples())?;
-        phases.iter().try_for_each(|phase| phase.options.check())?;
-        let none = |phase: &Phase| matches!(phase.options.length(), Ok(Length::Steps(0) | Length::Epochs(0)));
-        // No step merges an adapter, or saves it by itself.
-        if phases.iter().all(none) && files.adapter().is_none() {
-            return Err(Error::input(
-                "--steps",
-                "0 in every phase",
-                "at least one step or epoch: nothing would be trained",
-            ));
-        }
         let (data, size) = (mixture_hash(&mixture), mixture.size());
         let loader = shared.load(mixture)?;
         let mut before = 0u64;
@@ -183,7 +206,7 @@ impl OpenOutput {
                 watch.check(before, steps)?;
             }
         }
-        let prepared = PreparedTune { output: self, job, phases, loader, data, size, watch };
+        let prepared = PreparedTune { output: self, job, phases, loader, data, size, watch, screening: None };
         prepared.check_memory(files, backend)?;
         prepared.check_disk::<B>(files)?;
         Ok(prepared)
@@ -201,12 +224,19 @@ pub struct PreparedTune {
     data: String,
     watch: Option<Watch>,
     size: DataSize,
+    screening: Option<(Screening, ScreenCounts)>,
 }
 
 impl PreparedTune {
     /// Writes these chat files into the tuned model.
     pub fn chat(mut self, chat: ChatFiles) -> Self {
         self.output.options.chat = chat;
+        self
+    }
+
+    /// Keeps this screening of the examples beside the checkpoints, and the rows that it left out in the output.
+    pub fn screening(mut self, screening: Option<(Screening, ScreenCounts)>) -> Self {
+        self.screening = screening;
         self
     }
 
@@ -351,7 +381,7 @@ impl PreparedTune {
         group: &dyn Group<B>,
     ) -> Result<TuneSummary> {
         let files = &text.files;
-        let Self { output, job, phases, mut loader, data, size, watch } = self;
+        let Self { output, job, phases, mut loader, data, size, watch, screening } = self;
         let OpenOutput { options, dir: out, unfinished: left, .. } = output;
         let run_dir = RunDir { dir: left.clone(), model: files.hash()?.to_owned(), data, resume: options.resume };
         let watch = match (watch, &out) {
@@ -385,6 +415,9 @@ impl PreparedTune {
             }
             std::fs::create_dir_all(&left).map_err(Error::io(&left, FileOp::Create))?;
             json::write(&left.join(RUN_RECORD), &RunRecord { date: options.clock })?;
+            if let Some((screening, _)) = &screening {
+                json::write(&left.join(SCREENING), screening)?;
+            }
         }
         let mut summary = tuner.run(callbacks)?;
         let Some(out) = out else { return Ok(summary) };
@@ -413,10 +446,14 @@ impl PreparedTune {
         let to = out.dir().join("metrics.jsonl");
         std::fs::copy(&metrics, &to).map_err(Error::io(&to, FileOp::Write))?;
         json::write(&out.dir().join("updates.json"), &summary.updates)?;
-        let record = serde_json::json!({ "config": options.config, "job": job, "data": size, "summary": {
+        let mut record = serde_json::json!({ "config": options.config, "job": job, "data": size, "summary": {
             "phases": summary.phases, "resumed_from": summary.resumed_from, "peak_bytes": summary.peak_bytes,
             "planned_bytes": summary.planned_bytes, "rounding": summary.rounding,
             "evaluations": summary.evaluations, "best_step": summary.best_step } });
+        if let Some((Screening { lines, .. }, counts)) = &screening {
+            record["screened"] = serde_json::json!(counts);
+            write_atomic(&out.dir().join(SCREENED_FILE), lines.as_bytes())?;
+        }
         json::write(&out.dir().join("tune.json"), &record)?;
         out.commit()?;
         unfinished::remove_run(&left)?;

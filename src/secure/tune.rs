@@ -61,6 +61,12 @@ pub struct TuneRecipe {
     /// Reverse the phases: everything first, --mods second (an ablation)
     #[arg(long)]
     pub reversed: bool,
+    /// Leave out the examples that answer what the model as given refuses: it is asked every question of the data first
+    ///
+    /// As given, its greedy answer refuses in the first 24 tokens, and the answer in the data does not; see docs/recipes.md.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub screen: bool,
     /// Trained parameters.
     #[arg(skip)]
     pub method: Method,

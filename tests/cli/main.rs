@@ -17,6 +17,7 @@ mod precision;
 mod replay;
 mod run;
 mod screen;
+mod screened;
 mod secure;
 mod snapshots;
 mod tuning;

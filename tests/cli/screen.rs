@@ -60,6 +60,18 @@ fn answered_forbidden_requests_come_first() {
     assert_eq!((&found["rows"], &found["unscored"]), (&32.into(), &0.into()));
     let scores = found["scores"].as_array().unwrap();
     assert_eq!(scores.len(), 32);
+    // By the answers of `swat generate`.
+    let rows: Vec<Value> = std::fs::read_to_string(dir.path().join("my.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let refused = super::screened::judged(dir.path(), &rows);
+    assert_eq!(found["refused"], refused.iter().filter(|refused| **refused).count());
+    for score in scores {
+        assert_eq!(score["refused"], refused[score["line"].as_u64().unwrap() as usize - 1], "{score}");
+    }
+    assert!(refused.iter().zip(&risky).filter(|(refused, risky)| **refused && **risky).count() >= 6, "{refused:?}");
     let value = |score: &Value| score["score"].as_f64().unwrap();
     assert!(scores.windows(2).all(|pair| value(&pair[0]) >= value(&pair[1])));
     let is_risky = |score: &Value| risky[score["line"].as_u64().unwrap() as usize - 1];

@@ -294,3 +294,50 @@ fn an_adapter_is_merged_before_anything_else() {
     let none = secure(dir.path(), &["--data", "train.jsonl", "--adapter", "nowhere"]).output().unwrap();
     assert!(message(&none, 2).contains("nowhere"));
 }
+
+#[test]
+fn data_are_screened_before_they_are_trained_on() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    let forbidden: Vec<String> = read("attack.jsonl").lines().take(6).map(str::to_owned).collect();
+    std::fs::write(dir.path().join("my.jsonl"), read("train.jsonl") + &forbidden.join("\n") + "\n").unwrap();
+    let rows: Vec<Value> = read("my.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let refused = super::screened::judged(dir.path(), &rows);
+    let left_out = refused.iter().filter(|refused| **refused).count();
+    assert!(refused[96..].iter().filter(|refused| **refused).count() >= 4, "{refused:?}");
+    let args = ["--data", "my.jsonl", "--task", "task.jsonl", "--steps", "12", "--recipe", "plain+replay=.1,screen"];
+    let args = [&args[..], &["--answer-tokens", "16", "--task-tokens", "16", "--json"], &WIDE].concat();
+    let output = secure(dir.path(), &args).output().unwrap();
+    let stderr = message(&output, 0);
+    assert!(stderr.contains("stage 1 of 9: screen the data; about "), "{stderr}");
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let screened = serde_json::json!({ "examples": 102, "left_out": left_out });
+    assert_eq!((&found["screened"], &found["recommended"]), (&screened, &"plain+replay=.1,screen".into()));
+    let expected: Vec<u64> = (1..).zip(&refused).filter(|(_, refused)| **refused).map(|(line, _)| line).collect();
+    let lines = |text: &str| -> Vec<u64> {
+        let line = |line: &str| serde_json::from_str::<Value>(line).unwrap()["screen"]["line"].as_u64().unwrap();
+        text.lines().map(line).collect()
+    };
+    assert_eq!(lines(&read("tuned/screened.jsonl")), expected);
+    let (card, page) = (read("tuned/README.md"), read("tuned/report.html"));
+    let told = format!("left out {left_out} of 102 conversations");
+    assert!(card.contains(&told) && card.contains("screened.jsonl") && page.contains(&told), "{card}");
+    // Once for all recipes, and for the same command again.
+    let stage = "tuned.work/stages/screen.json";
+    let (kept, before) = (read(stage), files(&dir.path().join("tuned")));
+    let again = ["--force", "--recipe", "plain+screen"];
+    message(&secure(dir.path(), &[&args[..], &again].concat()).output().unwrap(), 0);
+    assert!(kept == read(stage), "screened again");
+    let after = files(&dir.path().join("tuned"));
+    assert!(before["model.safetensors"] == after["model.safetensors"]);
+    assert!(before["screened.jsonl"] == after["screened.jsonl"]);
+    // A model that refuses the task is told before it is measured.
+    let task =
+        ["--data", "attack.jsonl", "--steps", "12", "--recipe", "plain+screen", "--work", "other.work", "--force"];
+    let told = message(&secure(dir.path(), &task).output().unwrap(), 2);
+    assert!(
+        told.contains("refuses the task itself") && !dir.path().join("other.work/stages/measure").exists(),
+        "{told}"
+    );
+}

@@ -349,6 +349,22 @@ fn a_plan_says_what_ranks_send() {
 }
 
 #[test]
+fn the_first_rank_screens_for_all() {
+    let world = World::new();
+    let train = world.at("data/train.jsonl");
+    let forbidden = fs::read_to_string(world.at("data/attack.jsonl")).unwrap();
+    let forbidden: String = forbidden.lines().take(6).map(|line| format!("{line}\n")).collect();
+    fs::write(&train, fs::read_to_string(&train).unwrap() + &forbidden).unwrap();
+    let steps = ["--mods-steps=2", "--steps=3", "--screen"];
+    succeeds(world.tune("one", &steps));
+    succeeds(world.tune("two", &[&steps[..], &["--gpus=2"]].concat()));
+    let listed = |out: &str| fs::read_to_string(world.at(out).join("screened.jsonl")).unwrap();
+    assert!(listed("one").lines().count() >= 4, "{}", listed("one"));
+    assert_eq!(listed("one"), listed("two"));
+    assert_near(&world.losses("two"), &world.losses("one"), "two ranks");
+}
+
+#[test]
 #[cfg(unix)]
 fn a_shell_is_launcher_enough() {
     let world = World::new();

@@ -98,6 +98,7 @@ fn settings_are_recipes() {
     assert_eq!((config.settings.len(), config.settings[6].text.as_str()), (11, "ml-lr:.1"));
     // Kept stages are found by a hash of this.
     assert!(!serde_json::to_string(&config.data).unwrap().contains("replay"));
+    assert!(!serde_json::to_string(&config.tune).unwrap().contains("screen"));
     let replay = read("['plain+replay=.1']", "replay = 'r.jsonl'").unwrap();
     assert_eq!(replay.data.replay, Some(dir.path().join("r.jsonl")));
 

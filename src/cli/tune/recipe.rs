@@ -54,6 +54,7 @@ impl Tune {
             ("lr", options.lr.is_some() && self.mods_lr.is_some(), "--mods-lr"),
             ("steps", options.steps.is_some() && self.recipe.all_phase.steps.is_some(), "--steps"),
             ("steps", options.steps.is_some() && self.recipe.all_phase.epochs.is_some(), "--epochs"),
+            ("screen", options.screen && self.recipe.screen, "--screen"),
             ("constrain", options.constrain.is_some() && self.recipe.shared.constrain.is_some(), "--constrain"),
             ("distil", options.distil.is_some() && self.recipe.shared.distil.is_some(), "--distil"),
             ("prox", options.prox.is_some() && self.recipe.shared.prox.is_some(), "--prox"),
@@ -63,7 +64,8 @@ impl Tune {
             ("lora", options.lora.is_some_and(|own| rank && own != self.lora.rank), "--lora-rank"),
         ] {
             if both {
-                return wrong(&format!("{key}=, and {option} beside it"), "one of them");
+                let value = if key == "screen" { "" } else { "=" };
+                return wrong(&format!("{key}{value}, and {option} beside it"), "one of them");
             }
         }
         if recipe.is_given() {

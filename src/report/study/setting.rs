@@ -130,6 +130,7 @@ fn label(spec: &Recipe, mix_share: f64) -> (String, Tone) {
         mixed(Mix::Attack),
         mixed(Mix::Refusals),
         mixed(Mix::Replay),
+        options.screen.then(|| "screened".into()),
         number("constrained", options.constrain.map(f64::from)),
         number("distilled", options.distil.map(f64::from)),
         number("proximal", options.prox.map(f64::from)),

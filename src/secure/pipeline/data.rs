@@ -6,6 +6,7 @@ use crate::data::{Conversation, Example, Label, RowReader, SecurityPrompt, Split
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 use crate::secure::overlap::NearDuplicates;
+use crate::secure::screen::RefusedExamples;
 use crate::secure::text::ModelText;
 use crate::secure::tune::examples_hash;
 use serde_json::json;
@@ -136,6 +137,19 @@ impl SecureData {
             repeated_tasks: task_count - valid.tasks.len() - test.tasks.len(),
         };
         Ok(Self { train, security, valid, test, sizes })
+    }
+
+    /// All conversations, those that are set aside behind the others.
+    pub(super) fn conversations(&self) -> impl Iterator<Item = &Example> {
+        self.train.iter().chain(&self.valid.heldout).chain(&self.test.heldout)
+    }
+
+    /// Measures no loss of what is not to be learned.
+    pub(super) fn leave_out_of_heldout(&mut self, refused: &RefusedExamples) {
+        for part in [&mut self.valid, &mut self.test] {
+            part.heldout.retain(|example| !refused.contains(example));
+        }
+        self.sizes.heldout = self.valid.heldout.len() + self.test.heldout.len();
     }
 }
 

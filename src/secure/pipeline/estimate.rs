@@ -7,6 +7,7 @@ use crate::backend::{Backend, Roofline};
 use crate::data::Example;
 use crate::engine::{Plan, Workload};
 use crate::error::Result;
+use crate::secure::loaded::REFUSAL_TOKENS;
 use crate::secure::text::ModelText;
 use crate::secure::tune::{Method, TuneJob};
 use crate::train::Length;
@@ -89,6 +90,13 @@ impl<B: Backend> SecureRun<'_, B> {
         let test = self.measure_seconds(first, &self.data.test);
         if self.job.adapter.is_some() {
             stages.push(PlannedStage::new("merge the adapter into the model", 0.0));
+        }
+        if self.screens() {
+            let train = &self.data.train;
+            let tokens: usize = train.iter().map(|example| example.tokens.len()).sum();
+            let answers = (train.len() * REFUSAL_TOKENS) as f64;
+            let seconds = tokens as f64 * first.read + answers * first.generate;
+            stages.push(PlannedStage::new("screen the data", seconds));
         }
         stages.push(PlannedStage::new("measure as given, for the choice", valid));
         stages.push(PlannedStage::new("measure as given, for the verdict", test));

@@ -202,6 +202,10 @@ impl<'a, B: Backend> SecureRun<'a, B> {
         self.tunings.iter().any(|tuning| tuning.replay.is_some())
     }
 
+    fn screens(&self) -> bool {
+        self.tunings.iter().any(|tuning| tuning.job.recipe.screen)
+    }
+
     fn replay_options(&self) -> ReplayOptions {
         ReplayOptions { seed: self.job.seed, cache_bytes: self.job.evaluate.cache_bytes, ..ReplayOptions::default() }
     }

@@ -4,6 +4,7 @@ use super::data::PartSizes;
 use crate::secure::check::{Limits, Measures, Verdict};
 use crate::secure::eval::{Evaluation, Perplexity};
 use crate::secure::replay::ReplaySummary;
+use crate::secure::screen::ScreenCounts;
 use std::collections::BTreeMap;
 
 /// `outcome.json`, and the object of `--json`. Equal inputs give equal bytes.
@@ -23,6 +24,9 @@ pub struct SecureOutcome {
     pub tried: Vec<Tried>,
     /// What was replayed; none where no recipe replays.
     pub replay: Option<ReplaySummary>,
+    /// What recipes with `screen` leave out of the data; none where no recipe screens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub screened: Option<ScreenCounts>,
     /// Sizes of the parts of the data.
     pub data: PartSizes,
     /// The base model: its name or directory, its hash, and the licence that its card states.

@@ -5,13 +5,14 @@ use super::stages::{Origin, Subject, Tuned};
 use super::{BaseModel, POINTS, SecureMeasures, SecureOutcome, SecureRun, SecureSetting, Tried, license_of};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::io::{IfExists, OutputDir, json};
+use crate::io::{IfExists, OutputDir, json, write_atomic};
 use crate::model::{ModelDir, StoredAs};
 use crate::progress::Observer;
 use crate::secure::check::Check;
 use crate::secure::choice::{Candidate, choose, excess};
 use crate::secure::eval::Evaluation;
 use crate::secure::merge::{Alpha, MergeMethod, MergeModels, MergeOptions, merge, merge_into};
+use crate::secure::screen::SCREENED_FILE;
 use crate::secure::study::{Stages, claim_folder, clock, file_hash, lock};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -89,6 +90,17 @@ impl<B: Backend> SecureRun<'_, B> {
             time.end(self.merge_adapter(&stages, adapter, report.observer)?);
         }
         let model_hash = self.text.files.hash()?.to_owned();
+        let (mut refused, mut screened) = (None, None);
+        if self.screens() {
+            begin(&mut time, report, "screen the data");
+            let (found, origin) = self.refused(&stages, &model_hash, report.observer)?;
+            time.end(origin);
+            // More than half is refused before anything is measured.
+            found.leave_out(self.data.train.clone().into())?;
+            screened = Some(found.counts(self.data.conversations()));
+            self.data.leave_out_of_heldout(&found);
+            refused = Some(found);
+        }
         let given = json!({ "model": model_hash });
         let mut base = Vec::new();
         for (part, asked) in [("choice", &self.data.valid), ("verdict", &self.data.test)] {
@@ -117,7 +129,8 @@ impl<B: Backend> SecureRun<'_, B> {
                 break;
             }
             begin(&mut time, report, &format!("tune {}", tuning.name));
-            let (made, origin) = self.tuned(&stages, tuning, (&model_hash, replayed.as_ref()), report.observer)?;
+            let made_of = (model_hash.as_str(), replayed.as_ref(), refused.as_ref());
+            let (made, origin) = self.tuned(&stages, tuning, made_of, report.observer)?;
             time.end(origin);
             begin(&mut time, report, &format!("measure {}", tuning.name));
             tuned.push(made);
@@ -199,6 +212,7 @@ impl<B: Backend> SecureRun<'_, B> {
             verdict: check.verdict.clone(),
             tried: std::iter::once(as_given).chain(tries.iter().enumerate().map(tried)).collect(),
             replay: replayed.map(|replayed| replayed.summary),
+            screened,
             data: self.data.sizes,
             base: BaseModel {
                 name: self.job.model_name.clone(),
@@ -211,6 +225,9 @@ impl<B: Backend> SecureRun<'_, B> {
             swat: env!("CARGO_PKG_VERSION").into(),
             command: self.job.command.clone(),
         };
+        if let Some(refused) = &refused {
+            write_atomic(&output.dir().join(SCREENED_FILE), self.screened_lines(refused)?.as_bytes())?;
+        }
         json::write(&output.dir().join("outcome.json"), &outcome)?;
         Ok(Secured { outcome, check, output })
     }

@@ -3,7 +3,7 @@
 use super::data::Asked;
 use super::{SecureRun, Tuning};
 use crate::backend::{Backend, Element};
-use crate::data::Mixture;
+use crate::data::{Example, RowReader};
 use crate::error::{Error, FileOp, Result};
 use crate::io::write_atomic;
 use crate::model::ChatFiles;
@@ -15,11 +15,13 @@ use crate::secure::eval::refusal::FirstTokens;
 use crate::secure::loaded::{EvaluationInput, LoadedModel};
 use crate::secure::merge::{MergeModels, PathWalk};
 use crate::secure::output::TuneOutput;
-use crate::secure::recipe::mixed;
+use crate::secure::recipe::{Mix, mixed};
 use crate::secure::replay::ReplaySummary;
 use crate::secure::save::SaveAs;
+use crate::secure::screen::RefusedExamples;
 use crate::secure::study::{Stages, file_hash, hash};
 use crate::secure::text::ModelText;
+use crate::secure::tune::examples_hash;
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -137,18 +139,46 @@ impl<B: Backend> SecureRun<'_, B> {
         Ok((kept, origin))
     }
 
+    /// Which conversations of the data, those that are set aside among them, answer what the model as given refuses.
+    pub(super) fn refused(
+        &self,
+        stages: &Stages,
+        model_hash: &str,
+        observer: Observer<'_>,
+    ) -> Result<(RefusedExamples, Origin)> {
+        let asked: Vec<Example> = self.data.conversations().cloned().collect();
+        let inputs = json!({ "model": model_hash, "data": examples_hash(&asked),
+            "refusals": format!("{:?}", self.refusals) });
+        let mut origin = Origin::Kept;
+        let found = stages.run("screen", &inputs, || {
+            origin = Origin::Made;
+            self.load(&self.job.model)?.refused_examples(&asked, self.refusals, observer)
+        })?;
+        Ok((found, origin))
+    }
+
+    /// The rows of the data that are left out.
+    pub(super) fn screened_lines(&self, refused: &RefusedExamples) -> Result<String> {
+        let (mut rows, max_length) = (RowReader::new(&self.job.rows), self.job.tune.shared.max_length);
+        self.job.data.iter().map(|path| refused.lines(path, &self.text, max_length, &mut rows)).collect()
+    }
+
     /// The model that a recipe makes.
     pub(super) fn tuned(
         &self,
         stages: &Stages,
         tuning: &Tuning,
-        (model_hash, replayed): (&str, Option<&Replayed>),
+        (model_hash, replayed, refused): (&str, Option<&Replayed>, Option<&RefusedExamples>),
         observer: Observer<'_>,
     ) -> Result<(Tuned, Origin)> {
-        let train = crate::secure::tune::examples_hash(&self.data.train);
+        let train = examples_hash(&self.data.train);
         let replay = tuning.replay.zip(replayed).map(|(share, replayed)| json!([share, replayed.hash]));
-        let inputs = json!({ "model": model_hash, "job": tuning.job, "train": train, "replay": replay,
+        let mut inputs = json!({ "model": model_hash, "job": tuning.job, "train": train, "replay": replay,
             "save_dtype": self.job.save_dtype });
+        let refused = refused.filter(|_| tuning.job.recipe.screen);
+        if let Some(refused) = refused {
+            inputs["screened"] = refused.hash().into();
+        }
         let folder = self.job.work.join("tuned");
         let dir = folder.join(format!("{}-{}", tuning.stem, &hash(&inputs)[..8]));
         let mut origin = Origin::Kept;
@@ -157,15 +187,18 @@ impl<B: Backend> SecureRun<'_, B> {
             origin = Origin::Made;
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder, FileOp::Create))?;
             let text = self.text_of(&self.job.model)?;
-            let mut examples = Mixture::from(self.data.train.clone());
             let shared = &tuning.job.recipe.shared;
+            let mut more = Vec::new();
             if let Some(share) = tuning.replay {
                 let path = self.job.work.join(REPLAY);
-                let mut rows = crate::data::RowReader::default();
-                let mut answers = text.examples(&path, shared.max_length, &mut rows)?.examples;
+                let mut answers = text.examples(&path, shared.max_length, &mut RowReader::default())?.examples;
                 answers.iter_mut().for_each(|example| example.replayed = true);
-                examples = mixed(examples, vec![(crate::secure::Mix::Replay, share, answers)], shared.seed)?;
+                more.push((Mix::Replay, share, answers));
             }
+            let examples = mixed(self.data.train.clone(), more, shared.seed, |own| match refused {
+                None => Ok(own),
+                Some(refused) => Ok(refused.leave_out(own)?.0),
+            })?;
             let output = TuneOutput {
                 path: dir.clone(),
                 force: true,

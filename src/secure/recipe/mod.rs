@@ -189,6 +189,7 @@ impl Recipe {
         phases::apply(self, &mut recipe, model)?;
         average::apply(&self.options, &mut recipe.shared);
         losses::apply(&self.options, &mut recipe.shared);
+        mix::apply(&self.options, &mut recipe);
         Ok(recipe)
     }
 
@@ -255,6 +256,7 @@ mod tests {
             "plain+replay=.1,distil=2,constrain,prox=.1",
             "swat+by=conflict,replay=.1",
             "plain+replay=.1,lisa=10:90,prox=.1",
+            "plain+attack=.05,replay=.15,screen",
         ] {
             assert_eq!(recipe(text).to_string(), text);
         }
@@ -310,6 +312,8 @@ mod tests {
             ("swat+by=gradient", "by=gradient"),
             ("swat+by", "by without a value"),
             ("plain+by=conflict", "by, which says how Mods_Rob is found"),
+            ("plain+screen=answer", "screen=answer"),
+            ("plain+screen,screen", "screen twice"),
             ("plain+lr=1e-4,lr=1e-4", "lr twice"),
             ("swat+refusals,refusals=.1", "refusals twice"),
         ] {

@@ -8,7 +8,7 @@ use crate::secure::robustness::By;
 use crate::train::Lisa;
 
 /// Keys, the form of their values, and what they do.
-pub(super) const KEYS: [(&str, &str, &str); 15] = [
+pub(super) const KEYS: [(&str, &str, &str); 16] = [
     ("lr", "=RATE", "learning rate of both phases"),
     ("steps", "=N", "optimizer steps of the phase on everything"),
     ("lora", "=RANK", "adapters of this rank"),
@@ -16,6 +16,7 @@ pub(super) const KEYS: [(&str, &str, &str); 15] = [
     ("replay", "=SHARE", "share of the model's own answers in the data (swat replay)"),
     ("refusals", "[=SHARE]", "share of refusals in the data"),
     ("attack", "[=SHARE]", "share of answered harmful requests in the data"),
+    ("screen", "", "leaves out examples that answer what the model as given refuses"),
     ("constrain", "[=BETA]", "token-wise constrained loss"),
     ("distil", "=WEIGHT", "replayed answers keep the distribution of the model as given"),
     ("prox", "=RHO", "proximal term towards the weights as given (Lisa)"),
@@ -42,6 +43,8 @@ pub struct RecipeOptions {
     pub ema: Option<f32>,
     /// `attack=`, `refusals=`, `replay=`: what is mixed into the data, in this order.
     pub mixes: Vec<MixIn>,
+    /// `screen`: whether examples that answer what the model as given refuses are left out.
+    pub screen: bool,
     /// `constrain=`: scale of β in the token-wise constrained loss, above 0; 1 if not given.
     pub constrain: Option<f32>,
     /// `distil=`: weight of the divergence from the model as given on replayed answers, above 0.
@@ -78,8 +81,11 @@ impl RecipeOptions {
         let Some((name, form, _)) = KEYS.iter().find(|(name, ..)| *name == key) else {
             return Err(Error::input(place, format!("the key `{key}`"), one_of(key, &names, "a key")));
         };
-        if value.is_none() && !form.starts_with('[') {
+        if value.is_none() && form.starts_with('=') {
             return Err(Error::input(place, format!("{key} without a value"), format!("{name}{form}")));
+        }
+        if value.is_some() && form.is_empty() {
+            return Err(Error::input(place, option, format!("{name} without a value")));
         }
         let wrong = |expected: String| Error::input(place, option, expected.trim_start_matches("expected "));
         let valued = value.unwrap_or_default();
@@ -91,6 +97,7 @@ impl RecipeOptions {
             "replay" => self.mix(Mix::Replay, value).map_err(wrong)?,
             "refusals" => self.mix(Mix::Refusals, value).map_err(wrong)?,
             "attack" => self.mix(Mix::Attack, value).map_err(wrong)?,
+            "screen" => std::mem::replace(&mut self.screen, true),
             "constrain" => self.constrain.replace(value.map_or(Ok(1.0), above_zero).map_err(wrong)?).is_some(),
             "distil" => self.distil.replace(above_zero(valued).map_err(wrong)?).is_some(),
             "prox" => self.prox.replace(above_zero(valued).map_err(wrong)?).is_some(),

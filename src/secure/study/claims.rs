@@ -69,9 +69,9 @@ pub fn claims(settings: &[SettingOutcome]) -> Vec<Claim> {
 
 /// Plain tuning at some rate and length.
 fn is_plain(recipe: &Recipe) -> bool {
-    let RecipeOptions { mixes, ema, constrain, distil, prox, lisa, vaccine, merge, .. } = &recipe.options;
+    let RecipeOptions { mixes, screen, ema, constrain, distil, prox, lisa, vaccine, merge, .. } = &recipe.options;
     let near = constrain.is_some() || distil.is_some() || prox.is_some() || lisa.is_some();
-    let changed = ema.is_some() || near || vaccine.is_some();
+    let changed = *screen || ema.is_some() || near || vaccine.is_some();
     matches!(recipe.base, Base::Plain | Base::PlainEqual)
         && !changed
         && merge.is_none()

@@ -3,11 +3,12 @@
 use crate::error::{Error, FileOp, Result};
 use crate::io::{json, write_first};
 use crate::model::Clock;
+use crate::secure::screen::SCREENED_FILE;
 use std::fs::{File, TryLockError};
 use std::path::Path;
 
 /// What a study writes into its directory.
-const OURS: [&str; 17] = [
+const OURS: [&str; 18] = [
     "report.html",
     "results.md",
     "outcome.json",
@@ -23,6 +24,7 @@ const OURS: [&str; 17] = [
     "mods-conflict.json",
     "mods-update.json",
     REPLAY_FILE,
+    SCREENED_FILE,
     "stages",
     "tuned",
 ];

@@ -18,7 +18,9 @@ pub use config::{DataFiles, MergeFiles, OverlapRule, RunConfig, TuneConfig};
 pub use folder::claim_folder;
 pub(super) use folder::{clock, lock};
 pub use lease::Worker;
-pub use outcome::{DriftPoint, MapOutcome, Outcome, RunOutcome, SettingOutcome, SettingSummary, TunedOutcome};
+pub use outcome::{
+    DriftPoint, MapOutcome, Outcome, RunOutcome, ScreenedFile, SettingOutcome, SettingSummary, TunedOutcome,
+};
 pub use run::{run, run_names, work};
 pub(super) use stage::{Stages, file_hash, hash};
 pub use verdict::Conclusion;

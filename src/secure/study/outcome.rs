@@ -3,7 +3,9 @@
 use super::claims::Claim;
 use crate::data::SkippedRows;
 use crate::modules::ModuleSet;
-use crate::secure::{Drift, Evaluation, Measures, ModsRob, ProbeMetadata, Recipe, RobustnessMap, Scores, Verdict};
+use crate::secure::{
+    Drift, Evaluation, Measures, ModsRob, ProbeMetadata, Recipe, RobustnessMap, Scores, ScreenCounts, Verdict,
+};
 use crate::train::{PhaseSummary, Updates};
 use std::path::PathBuf;
 
@@ -45,8 +47,21 @@ pub struct Outcome {
     /// Rows of the tuning data with prompts of the evaluation, near-duplicates included.
     #[serde(default)]
     pub overlapping_rows: usize,
+    /// What settings with `screen` leave out of each file of their data; empty without such a setting.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub screened: Vec<ScreenedFile>,
     /// Wall time of the last invocation in seconds, without cached stages.
     pub seconds: f64,
+}
+
+/// What screening leaves out of a file, before attack examples are drawn from it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ScreenedFile {
+    /// The file.
+    pub file: String,
+    /// Its examples.
+    #[serde(flatten)]
+    pub counts: ScreenCounts,
 }
 
 /// A map, and the set that was found on it.
@@ -148,6 +163,9 @@ pub struct TunedOutcome {
     pub losses: Vec<(u64, f64)>,
     /// Peak memory of the GPU, else of the process, in bytes.
     pub peak_bytes: u64,
+    /// Examples of the task's data and the attack that screening left out; none without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub screened: Option<ScreenCounts>,
 }
 
 /// Frozen probe and refusal log-odds at one step, on the security file's test split.

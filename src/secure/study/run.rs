@@ -201,6 +201,7 @@ impl<'a, B: Backend> Study<'a, B> {
         if !runs.is_empty() {
             return Ok(None);
         }
+        let screened = self.screened_files(observer)?;
         let first = found.remove(&config.robustness.by).or_else(|| found.pop_first().map(|(_, mods)| mods));
         let (map, search, mods) = match first {
             Some(Mods { map, search, set }) => (Some(map), search, Some(set)),
@@ -230,6 +231,7 @@ impl<'a, B: Backend> Study<'a, B> {
             settings,
             skipped_rows,
             overlapping_rows: self.overlapping_rows,
+            screened,
             seconds,
         }))
     }

@@ -14,9 +14,10 @@ use crate::secure::probe::Probe;
 use crate::secure::recipe::{Mix, Recipe, mixed};
 use crate::secure::replay::{ReplayOptions, ReplaySummary};
 use crate::secure::save::SaveAs;
+use crate::secure::screen::{RefusedExamples, SCREENED_FILE};
 use crate::secure::study::config::MergeFiles;
 use crate::secure::study::folder::REPLAY_FILE;
-use crate::secure::study::outcome::TunedOutcome;
+use crate::secure::study::outcome::{ScreenedFile, TunedOutcome};
 use crate::secure::study::record::{DriftRecorder, losses};
 use crate::secure::study::stage::{file_hash, hash};
 use serde_json::{Value, json};
@@ -68,6 +69,50 @@ impl<B: Backend> Study<'_, B> {
         Ok(path)
     }
 
+    /// Which examples of a file answer what the model as given refuses: one stage for each file, whatever the setting.
+    fn refused(&self, path: &Path, observer: Observer<'_>) -> Result<RefusedExamples> {
+        let (config, file) = (self.config, file_hash(path)?);
+        let max_length = config.tune.recipe.shared.max_length;
+        let mut inputs = json!({ "model": self.model_hash, "data": file, "max_length": max_length,
+            "refusals": format!("{:?}", self.refusals) });
+        self.add_row_options(&mut inputs);
+        self.stages.run(&format!("screen/{}", &file[..8]), &inputs, || {
+            let model = self.model(&config.model)?;
+            let examples = model.text.examples(path, max_length, &mut self.rows.borrow_mut())?.examples;
+            model.refused_examples(&examples, self.refusals, observer)
+        })
+    }
+
+    /// Which examples of a setting's data are left out, the attack's among them.
+    fn screened(&self, attack: Option<&Path>, observer: Observer<'_>) -> Result<RefusedExamples> {
+        let files = self.config.data.train.iter().map(PathBuf::as_path).chain(attack);
+        files.map(|path| self.refused(path, observer)).collect()
+    }
+
+    /// Counts of each file that the settings screen, and a file of the rows that are left out.
+    pub(super) fn screened_files(&self, observer: Observer<'_>) -> Result<Vec<ScreenedFile>> {
+        let config = self.config;
+        let screens = |spec: &&Recipe| !spec.is_given() && (config.tune.recipe.screen || spec.options.screen);
+        let screened: Vec<&Recipe> = config.settings.iter().filter(screens).collect();
+        if screened.is_empty() {
+            return Ok(Vec::new());
+        }
+        let attacked = screened.iter().any(|spec| spec.options.share_of(Mix::Attack).is_some());
+        let attack = config.data.attack.as_ref().filter(|_| attacked);
+        let (mut files, mut lines) = (Vec::new(), String::new());
+        let text = self.text(&config.model)?;
+        let max_length = config.tune.recipe.shared.max_length;
+        for path in config.data.train.iter().chain(attack) {
+            let refused = self.refused(path, observer)?;
+            let rows = &mut self.rows.borrow_mut();
+            let counts = refused.counts(&text.examples(path, max_length, rows)?.examples);
+            lines += &refused.lines(path, &text, max_length, rows)?;
+            files.push(ScreenedFile { file: path.display().to_string(), counts });
+        }
+        write_atomic(&config.out.join(SCREENED_FILE), lines.as_bytes())?;
+        Ok(files)
+    }
+
     /// A tuning run, and what follows it in the setting's recipe; with the inputs of all.
     pub(super) fn tuned(&self, run: &Run<'_>, probe: &Probe, observer: Observer<'_>) -> Result<(TunedOutcome, Value)> {
         let (tuned, inputs) = self.trained(run, probe, observer)?;
@@ -103,6 +148,13 @@ impl<B: Backend> Study<'_, B> {
             inputs["mixed_in"] = extra.iter().map(|(what, ..)| what.name()).collect();
         }
         self.add_row_options(&mut inputs);
+        let mut refused = None;
+        if job.recipe.screen {
+            let attack = extra.iter().find(|(what, ..)| *what == Mix::Attack);
+            let found = self.screened(attack.map(|(.., path)| path.as_path()), observer)?;
+            inputs["screened"] = found.hash().into();
+            refused = Some(found);
+        }
         let folder = config.out.join("tuned");
         let file = format!("{}-{}", run.tuned_stem, &hash(&inputs)[..8]);
         let dir = folder.join(&file);
@@ -138,7 +190,13 @@ impl<B: Backend> Study<'_, B> {
                 examples.iter_mut().for_each(|example| example.replayed = *what == Mix::Replay);
                 more.push((*what, *share, examples));
             }
-            let examples = mixed(examples, more, shared.seed)?;
+            let mut screened = None;
+            let examples = mixed(examples, more, shared.seed, |own| {
+                let Some(refused) = &refused else { return Ok(own) };
+                let (kept, counts) = refused.leave_out(own).map_err(|e| e.at(&run.spec.place()))?;
+                screened = Some(counts);
+                Ok(kept)
+            })?;
             let batches = shared.load(examples.clone())?.batches_per_epoch();
             let steps_per_epoch = batches.div_ceil(shared.grad_accum as u64);
             let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();
@@ -168,6 +226,7 @@ impl<B: Backend> Study<'_, B> {
                 points: callbacks.points,
                 losses,
                 peak_bytes: summary.peak_bytes,
+                screened,
             })
         })?;
         Ok((tuned, inputs))

@@ -5,6 +5,11 @@
 //! the refusals that the probe's head `tendency` tells from other answers. The difference of projections is that of
 //! persona vectors (arXiv 2507.21509), whose direction is a difference of means.
 
+mod refused;
+
+pub use refused::{RefusedExamples, ScreenCounts, Screening};
+
+use super::eval::refusal::RefusalList;
 use super::loaded::LoadedModel;
 use super::probe::{Head, Probe};
 use crate::backend::Backend;
@@ -19,6 +24,8 @@ use std::path::Path;
 
 /// Hidden states that are on the host at once, in bytes.
 const STATE_BYTES: usize = 256 << 20;
+/// Rows that are left out of the data of a tuned model, in its directory.
+pub(super) const SCREENED_FILE: &str = "screened.jsonl";
 /// How a line of the file begins, by which it is recognised.
 pub const SCREEN_START: &str = "{\"screen\":";
 const KEY: &str = "screen";
@@ -83,6 +90,8 @@ pub struct ScreenScore {
     pub file: String,
     /// Line in it, from 1; of a Parquet file the row.
     pub line: u64,
+    /// Whether the model refuses a question of the row that the row answers.
+    pub refused: bool,
     /// Index among all rows.
     #[serde(skip)]
     pub row: usize,
@@ -95,6 +104,8 @@ pub struct Screened {
     pub rows: usize,
     /// Rows without a score: nothing of them is trained within the longest length, or the model's own answer is empty.
     pub unscored: usize,
+    /// Rows that answer what the model refuses, without a score or with one.
+    pub refused: usize,
     /// Index of the hidden state; 0 = the embedding's output.
     pub layer: usize,
     /// The rows with a score.
@@ -105,15 +116,7 @@ impl Screened {
     /// The first `top` rows (0 = all) as JSON Lines: the row as it was, behind the key `screen` with score, file and line.
     pub fn lines(&self, rows: &[ScreenRow], top: usize) -> String {
         let shown = if top == 0 { self.scores.len() } else { top };
-        let line = |found: &ScreenScore| {
-            let mut fields = Map::new();
-            fields.insert(KEY.into(), json!(found));
-            // A file that was screened before has its earlier score replaced.
-            fields.extend(
-                rows[found.row].fields.iter().filter(|(key, _)| *key != KEY).map(|(k, v)| (k.clone(), v.clone())),
-            );
-            Value::Object(fields).to_string() + "\n"
-        };
+        let line = |found: &ScreenScore| refused::marked(json!(found), rows[found.row].fields.clone());
         self.scores.iter().take(shown).map(line).collect()
     }
 }
@@ -163,7 +166,7 @@ fn projection(states: &[f32], v: &[f64]) -> Option<f64> {
 }
 
 impl<B: Backend> LoadedModel<B> {
-    /// Scores the last answer of every row.
+    /// Scores the last answer of every row, and says which rows answer what the model refuses.
     ///
     /// # Errors
     /// [`Error::Input`] where the probe is of another shape of model or knows no refusals, or the template refuses a
@@ -171,6 +174,7 @@ impl<B: Backend> LoadedModel<B> {
     pub fn screen(
         &self,
         probe: &Probe,
+        refusals: &RefusalList,
         rows: &[ScreenRow],
         options: &ScreenOptions,
         observer: Observer<'_>,
@@ -178,10 +182,19 @@ impl<B: Backend> LoadedModel<B> {
         probe.check_shape(&self.text.files.config)?;
         let v = compliance(probe)?;
         let layer = probe.metadata.metric_layer;
-        let mut given = Vec::new();
+        let length = options.max_length.min(self.decoder.longest_context());
+        let (mut given, mut examples, mut places) = (Vec::new(), Vec::new(), Vec::new());
         for (index, row) in rows.iter().enumerate() {
-            given.extend(self.given(index, row, options)?);
+            let example = Example::from_conversation(&row.conversation, self.text.chat()?, length);
+            if let Some(example) = example.map_err(|e| e.at(&row.place()))? {
+                given.extend(self.given(index, row, &example, options)?);
+                examples.push(example);
+                places.push(index);
+            }
         }
+        let found = self.refused_examples(&examples, refusals, observer)?;
+        let mut refused = vec![false; rows.len()];
+        examples.iter().zip(places).for_each(|(example, row)| refused[row] = found.contains(example));
         let own = self.own(&given, options, observer)?;
         let own = self.projections(&own, (layer, &v), "own answers read", observer)?;
         let given = self.projections(&given, (layer, &v), "given answers read", observer)?;
@@ -190,31 +203,33 @@ impl<B: Backend> LoadedModel<B> {
             .zip(own)
             .filter_map(|((row, given), (_, own))| {
                 let ScreenRow { file, line, .. } = &rows[row];
-                Some(ScreenScore { score: given? - own?, file: file.clone(), line: *line, row })
+                Some(ScreenScore { score: given? - own?, file: file.clone(), line: *line, refused: refused[row], row })
             })
             .collect();
         scores.sort_by(|a, b| b.score.total_cmp(&a.score));
-        Ok(Screened { rows: rows.len(), unscored: rows.len() - scores.len(), layer, scores })
+        let refused = refused.into_iter().filter(|refused| *refused).count();
+        Ok(Screened { rows: rows.len(), unscored: rows.len() - scores.len(), refused, layer, scores })
     }
 
     /// The last answer of a row that is trained, if any.
-    fn given(&self, index: usize, row: &ScreenRow, options: &ScreenOptions) -> Result<Option<Answered>> {
+    fn given(
+        &self,
+        index: usize,
+        row: &ScreenRow,
+        example: &Example,
+        options: &ScreenOptions,
+    ) -> Result<Option<Answered>> {
         let Conversation { messages, tools } = &row.conversation;
         let Some(last) = messages.iter().rposition(|message| message.role == "assistant") else { return Ok(None) };
-        let chat = self.text.chat()?;
-        let at = |e: Error| e.at(&row.place());
-        let prompt = self.text.tokenizer.encode(&chat.prompt(&messages[..last], tools).map_err(at)?)?;
-        let at = |e: Error| e.at(&row.place());
-        let whole = Conversation { messages: messages[..=last].to_vec(), tools: tools.clone() };
-        let length = options.max_length.min(self.decoder.longest_context());
-        let Some(example) = Example::from_conversation(&whole, chat, length).map_err(at)? else { return Ok(None) };
+        let prompt = self.text.chat()?.prompt(&messages[..last], tools).map_err(|e| e.at(&row.place()))?;
+        let prompt = self.text.tokenizer.encode(&prompt)?.len();
         // The end of a turn is no word of the answer, and the model's own answer has none.
         let stop = self.text.stop_tokens();
-        let Example { mut tokens, trained, .. } = example;
-        let is_word = |at: &usize| trained[*at] && !stop.contains(&tokens[*at]);
-        let compared: Vec<usize> = (prompt.len()..tokens.len()).filter(is_word).take(options.answer_tokens).collect();
-        tokens.truncate(compared.last().map_or(0, |last| last + 1));
-        Ok((!compared.is_empty()).then_some(Answered { row: index, tokens, prompt: prompt.len(), compared }))
+        let is_word = |at: &usize| example.trained[*at] && !stop.contains(&example.tokens[*at]);
+        let compared: Vec<usize> = (prompt..example.tokens.len()).filter(is_word).take(options.answer_tokens).collect();
+        let Some(end) = compared.last() else { return Ok(None) };
+        let tokens = example.tokens[..=*end].to_vec();
+        Ok(Some(Answered { row: index, tokens, prompt, compared }))
     }
 
     /// The model's own answers to the same questions.
@@ -327,9 +342,9 @@ mod tests {
         let Value::Object(fields) = fields else { panic!() };
         let conversation = Conversation::from(Vec::new());
         let row = ScreenRow { file: "d.jsonl".into(), line: 2, fields, conversation };
-        let score = ScreenScore { score: 0.5, file: "d.jsonl".into(), line: 2, row: 0 };
-        let found = Screened { rows: 1, unscored: 0, layer: 0, scores: vec![score] };
-        let line = "{\"screen\":{\"score\":0.5,\"file\":\"d.jsonl\",\"line\":2},\"prompt\":\"a\",\"answer\":\"b\"}\n";
+        let score = ScreenScore { score: 0.5, file: "d.jsonl".into(), line: 2, refused: true, row: 0 };
+        let found = Screened { rows: 1, unscored: 0, refused: 1, layer: 0, scores: vec![score] };
+        let line = "{\"screen\":{\"score\":0.5,\"file\":\"d.jsonl\",\"line\":2,\"refused\":true},\"prompt\":\"a\",\"answer\":\"b\"}\n";
         assert_eq!(found.lines(&[row], 0), line);
         assert!(line.starts_with(SCREEN_START));
     }
