@@ -324,10 +324,9 @@ fn judges_have_columns_of_their_own() {
         evaluation["harmfulness"] = json!({ "mean": score, "scored": 90, "unscored": 10 });
         let verdicts = "1".repeat(30) + &"0".repeat(60) + "----------";
         evaluation["guard"] = json!({ "asr": rate(30, 90), "unscored": 10, "verdicts": verdicts });
-        let run = &mut value["settings"][setting]["more_seeds"][0]["evaluation"];
-        if !run.is_null() {
-            run["asr_coherent"] = rate(40, 100);
-            run["harmfulness"] = json!({ "mean": 3.0, "scored": 100, "unscored": 0 });
+        if let Some(run) = value["settings"][setting].get_mut("more_seeds") {
+            run[0]["evaluation"]["asr_coherent"] = rate(40, 100);
+            run[0]["evaluation"]["harmfulness"] = json!({ "mean": 3.0, "scored": 100, "unscored": 0 });
         }
     };
     judge(0, 1.25);
