@@ -86,6 +86,34 @@ fn options_that_cannot_have_an_effect_are_refused() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Losses of 20 steps of AdamW with decay and clipping, against TRL's SFTTrainer on the same rows (sft.py).
+#[test]
+fn losses_are_those_of_trl() {
+    let known: Value = serde_json::from_str(include_str!("sft.json")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let template = write("t.jinja", known["template"].as_str().unwrap().to_owned());
+    for (name, rows, accumulation) in
+        [("assistant", "messages", "1"), ("completion", "pairs", "1"), ("accumulated", "messages", "2")]
+    {
+        let lines = known[rows].as_array().unwrap().iter().map(|row| format!("{row}\n")).collect();
+        let (train, out) = (write(&format!("{name}.jsonl"), lines), dir.path().join(name));
+        let options = ["--steps", "20", "--lr", "1e-3", "--schedule", "constant", "--weight-decay", "0.1", "--quiet"];
+        let order = ["--shuffle", "false", "--grad-accum", accumulation, "--chat-template", template.to_str().unwrap()];
+        let output = tune(&train, &out, &[&options[..], &order].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let found = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap());
+        let expected: Vec<f64> = serde_json::from_value(known["losses"][name].clone()).unwrap();
+        let apart: Vec<f64> = found.zip(&expected).map(|(loss, expected)| (loss - expected).abs()).collect();
+        assert!(apart.len() == 20 && apart.iter().all(|apart| *apart < 1e-4), "{name}: {apart:?}");
+    }
+}
+
 /// Values of every tensor of a model file.
 fn values(path: &Path) -> Vec<f32> {
     let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
