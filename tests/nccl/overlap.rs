@@ -87,7 +87,8 @@ fn train(cuda: &Gpu, group: &dyn Group<Gpu>) -> Vec<Vec<f32>> {
         let tokens = (0..9).map(|t| (i * 7 + t * 5) % 61).collect();
         Example { tokens, trained: (0..9).map(|t| t >= 3).collect(), replayed: false }
     };
-    let mut loader = Loader::new((0..8).map(example).collect::<Vec<_>>(), options.loader()).unwrap();
+    let examples: Vec<Example> = (0..8).map(example).collect();
+    let mut loader = Loader::new(examples, options.loader()).unwrap();
     let all = config.cells();
     let phase = Phase {
         name: "all".into(),
