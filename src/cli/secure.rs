@@ -52,7 +52,8 @@ pub(super) struct SecureCommand {
     /// its loss is measured; no gate is about it
     #[arg(long, value_name = "FILE")]
     task: Option<PathBuf>,
-    /// How to tune; several are tried in order: plain+replay=.1, then plain+replay=.2 if none is given
+    /// How to tune; several are tried in order. If none is given: plain+replay=.15,screen, the
+    /// same with distil=1, and plain+replay=.3,distil=2,screen
     #[arg(long = "recipe", value_name = "RECIPE", long_help = recipe_help())]
     recipes: Vec<Recipe>,
     #[command(flatten)]

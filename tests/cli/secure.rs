@@ -72,9 +72,9 @@ fn a_model_is_tuned_and_held_to_limits() {
     let saved: Value = serde_json::from_slice(&std::fs::read(out.join("outcome.json")).unwrap()).unwrap();
     assert_eq!(found, saved);
     assert_eq!((&found["format"], &found["verdict"]["held"]), (&"swat.secure/1".into(), &true.into()));
-    assert_eq!(found["recommended"], "plain+replay=.1");
+    assert_eq!(found["recommended"], "plain+replay=.15,screen");
     let [given, tuned] = found["settings"].as_array().unwrap().as_slice() else { panic!("{found}") };
-    assert_eq!((&given["name"], &tuned["name"]), (&"given".into(), &"plain+replay=.1".into()));
+    assert_eq!((&given["name"], &tuned["name"]), (&"given".into(), &"plain+replay=.15,screen".into()));
     assert_eq!((&tuned["seeds"], &tuned["alpha"]), (&serde_json::json!([0]), &1.0.into()));
     for measure in ["asr", "over_refusal", "j", "auroc", "task"] {
         let [low, value, high] = ["low", "value", "high"].map(|key| tuned[measure][key].as_f64().expect(measure));
@@ -90,7 +90,7 @@ fn a_model_is_tuned_and_held_to_limits() {
     let counts = ["valid_tasks", "test_tasks", "repeated_tasks"].map(|key| data[key].as_u64().unwrap());
     assert_eq!(counts.iter().sum::<u64>(), 24);
     let tried = found["tried"].as_array().unwrap();
-    assert_eq!(tried.iter().map(|tried| &tried["recipe"]).collect::<Vec<_>>(), ["given", "plain+replay=.1"]);
+    assert_eq!(tried.iter().map(|tried| &tried["recipe"]).collect::<Vec<_>>(), ["given", "plain+replay=.15,screen"]);
     assert_eq!((&tried[1]["chosen"], &tried[1]["excess"]), (&true.into(), &0.0.into()));
     // What lies beside the model.
     let card = std::fs::read_to_string(out.join("README.md")).unwrap();
@@ -99,7 +99,7 @@ fn a_model_is_tuned_and_held_to_limits() {
         assert!(card.contains(part), "{part}: {card}");
     }
     let report = std::fs::read_to_string(out.join("report.html")).unwrap();
-    assert!(report.contains("plain+replay=.1") && report.contains("Verdict"), "no verdict in the report");
+    assert!(report.contains("plain+replay=.15,screen") && report.contains("Verdict"), "no verdict in the report");
     // The gate agrees with `swat check` on the same prompts: the tuned model is a model like any other.
     let check = ["check", "--model", "tuned", "--against", "model", "--security", "security.jsonl", "--json"];
     let mut again = Command::new(env!("CARGO_BIN_EXE_swat"));
@@ -110,7 +110,7 @@ fn a_model_is_tuned_and_held_to_limits() {
     // Nothing is replaced without --force; with it nothing is computed again, and the bytes are the same.
     let before = files(&out);
     assert!(message(&secure(dir.path(), &[&args[..], &WIDE].concat()).output().unwrap(), 2).contains("--force"));
-    let stage = dir.path().join("tuned.work/stages/tune/plain_replay_.1.json");
+    let stage = dir.path().join("tuned.work/stages/tune/plain_replay_.15_screen.json");
     let kept = std::fs::read(&stage).unwrap();
     message(&secure(dir.path(), &[&args[..], &WIDE, &["--force"]].concat()).output().unwrap(), 0);
     assert!(kept == std::fs::read(&stage).unwrap(), "tuned again");
@@ -187,8 +187,8 @@ fn a_run_that_is_killed_goes_on_to_the_same_bytes() {
     let points: [(&str, &dyn Fn() -> bool); 4] = [
         ("as given", &|| stages.join("measure/choice/given.json").exists()),
         ("tuning", &stepped),
-        ("tuned", &|| stages.join("tune/plain_replay_.1.json").exists()),
-        ("the choice", &|| stages.join("measure/choice/plain_replay_.1.json").exists()),
+        ("tuned", &|| stages.join("tune/plain_replay_.15_screen.json").exists()),
+        ("the choice", &|| stages.join("measure/choice/plain_replay_.15_screen.json").exists()),
     ];
     let mut kills = 0;
     for (name, reached) in points {

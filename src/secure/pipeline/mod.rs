@@ -41,7 +41,8 @@ use std::path::{Path, PathBuf};
 /// Points of the path that are tried where no recipe is within the limits, until one is.
 pub const POINTS: [f64; 4] = [0.9, 0.75, 0.5, 0.25];
 /// The recipes that are tried if none is given.
-pub const DEFAULT_RECIPES: [&str; 2] = ["plain+replay=.1", "plain+replay=.2"];
+pub const DEFAULT_RECIPES: [&str; 3] =
+    ["plain+replay=.15,screen", "plain+replay=.15,distil=1,screen", "plain+replay=.3,distil=2,screen"];
 
 /// What a secure tuning run is asked to do.
 #[derive(Clone, Debug)]
