@@ -7,12 +7,15 @@ use crate::group::{Group, ReduceScatter};
 use crate::modules::ParamId;
 use std::collections::VecDeque;
 
+/// A bucket, with what has come of it.
+type Filling<B> = Vec<(ParamId, Option<Buffer<B, <B as Backend>::Grad>>)>;
+
 /// Begins the sum over all ranks of each bucket of gradients as soon as it is complete, in an order that depends on what
 /// trains alone.
 pub(super) struct Buckets<'g, B: Backend> {
     sums: Box<dyn ReduceScatter<B> + 'g>,
-    /// Buckets whose sums have not begun, with what has come of them.
-    waiting: VecDeque<Vec<(ParamId, Option<Buffer<B, B::Grad>>)>>,
+    /// Buckets whose sums have not begun.
+    waiting: VecDeque<Filling<B>>,
     /// Tensors of those that have begun, in this order.
     begun: Vec<ParamId>,
 }
