@@ -4,7 +4,7 @@ use super::common::{Common, print_json, print_line};
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, check_security};
 use super::progress::Bars;
-use super::ranks::{PartArgs, Work, start_processes};
+use super::ranks::{PartArgs, Work, refuse_pipes, start_processes};
 use super::shard::ShardArgs;
 use crate::backend::Backend;
 use crate::data::{Example, RowOptions, RowReader, SecurityPrompt};
@@ -132,9 +132,11 @@ impl RobustnessCommand {
             _ if self.scorer.kind != Noise::default() => {
                 wrong("--kind", &format!("{} beside {by}", self.scorer.kind), "one of them")
             }
-            By::Conflict if self.shard()?.is_some() => {
-                wrong("--shard", "a share of a conflict map, which takes two backward passes", "no --shard")
-            }
+            By::Conflict if self.shard()?.is_some() => wrong(
+                "--shard",
+                "a share of a conflict map, which one process makes from gradients alone",
+                "no --shard",
+            ),
             _ => Ok(()),
         }
     }
@@ -172,9 +174,10 @@ impl MapJob {
     /// Has the map computed by processes, a shard each, and puts it together. Its parts, from which the same command
     /// continues after an interruption, are removed.
     fn divide(mut self, size: usize, common: &Common) -> Result<()> {
+        refuse_pipes(&self.files())?;
         self.command.check_by()?;
         if self.command.options.by == By::Conflict {
-            let found = format!("{size} processes for a conflict map, which takes two backward passes");
+            let found = format!("{size} processes for a conflict map, which one makes from gradients alone");
             return Err(Error::input("--gpus", found, "no --gpus"));
         }
         // So that what is named is fetched, and refused, once.

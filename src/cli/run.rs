@@ -4,7 +4,7 @@ use super::common::{Common, print_json, print_line, say};
 use super::names::Names;
 use super::open::{OnDevice, Refusals, State};
 use super::progress::Bars;
-use super::ranks::{PartArgs, Work, refuse_ranks, start_processes};
+use super::ranks::{PartArgs, Work, refuse_pipes, refuse_ranks, start_processes};
 use crate::backend::{Backend, DtypeChoice};
 use crate::error::{Error, Result};
 use crate::group::Together;
@@ -141,6 +141,7 @@ impl RunCommand {
         match self.parts.work(common)? {
             Work::Whole => OnDevice::start(self, common),
             Work::Launcher(size) => {
+                refuse_pipes(&[("CONFIG", &self.config)])?;
                 // So that what it names is fetched, and refused, once.
                 self.resolve(&mut Names::new(common))?;
                 start_processes(size, Together::Apart, common)

@@ -189,7 +189,7 @@ fn the_whole_method_runs_command_by_command() {
     assert!(
         unmade(&[&conflict[..], &["--kind", "scale"]].concat()).contains("--kind: found scale beside --by conflict")
     );
-    assert!(unmade(&[&conflict[..], &["--shard", "0/2"]].concat()).contains("two backward passes"));
+    assert!(unmade(&[&conflict[..], &["--shard", "0/2"]].concat()).contains("a share of a conflict map"));
     assert!(unmade(&["--kind", "step"]).contains("--by update"));
     let tune = ["tune", "--model", model, "--data", text(&train), "--out", text(&out), "--mods", text(&mods)];
     let steps = ["--mods-steps", "2", "--steps", "2", "--batch-size", "4", "--max-length", "96", "--json"];

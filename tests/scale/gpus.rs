@@ -35,12 +35,15 @@ fn what_several_processes_cannot_do_is_refused_once() {
         (&["--gpus=2", "--data=d"], "training data, which --by noise does not use"),
         (&["--gpus=2", "--by=conflict", "--data=d"], "--gpus: found 2 processes for a conflict map"),
         (&["--gpus=0"], "--gpus"),
+        (&["--gpus=2", "--by=conflict", "--data=/dev/stdin"], "--data: found /dev/stdin, a pipe"),
     ] {
         let message = refused(world.map("map.json", args));
         assert!(message.contains(words), "{message}");
     }
     let message = refused(swat(&["run", "missing.toml", "--gpus=2", "--device=cpu"]));
     assert!(message.matches("error:").count() == 1 && message.contains("missing.toml"), "{message}");
+    let message = refused(swat(&["run", "/dev/stdin", "--gpus=2", "--device=cpu"]));
+    assert!(message.contains("CONFIG: found /dev/stdin, a pipe"), "{message}");
     assert!(!world.at("map.json").exists());
 }
 

@@ -1,5 +1,5 @@
-//! The conflict map: what the planned step costs the refusal log-odds, module by module, by two backward passes in the
-//! place of a sweep.
+//! The conflict map: what the planned step costs the refusal log-odds, module by module, from gradients in place
+//! of a sweep.
 //!
 //! S is the mean refusal log-odds of harmful prompts less that of benign ones (the score `refusal`), Δ = −η P g the planned
 //! step ([`super::step`]). To first order module m lowers S by −⟨∇S, Δ⟩ₘ = η ⟨P g, ∇S⟩ₘ; R is that over S, and the sum over
