@@ -21,8 +21,8 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
         section("Verdict", "", [vec![gates, measures], agreement_tables(check)].concat()),
         section(
             "What was tried",
-            "Measured on the prompts of the choice, which the verdict does not use. The most useful of those within the \
-             limits is chosen; if none is, the one that exceeds them least.",
+            "Measured on the prompts of the choice, which the verdict does not use. The most useful of those within half of \
+             each limit is chosen; if none is, the one that exceeds that least.",
             vec![tried_table(outcome)],
         ),
         section("Data", &screened_line(outcome).unwrap_or_default(), vec![data_table(outcome)]),
@@ -109,9 +109,9 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
         let verdict = match (tried.recipe.as_str(), tried.chosen, tried.excess) {
             ("given", ..) => String::new(),
             (_, true, 0.0) => "chosen".into(),
-            (_, true, excess) => format!("chosen, {excess:.1} points beyond the limits"),
-            (_, false, 0.0) => "within the limits".into(),
-            (_, false, excess) => format!("{excess:.1} points beyond the limits"),
+            (_, true, excess) => format!("chosen, {excess:.1} points beyond half the limits"),
+            (_, false, 0.0) => "within half the limits".into(),
+            (_, false, excess) => format!("{excess:.1} points beyond half the limits"),
         };
         let found = [asr.map(Rate::estimate), over_refusal.map(Rate::estimate), j].map(points);
         let row = [Entry::text(&tried.recipe), Entry::fixed(tried.alpha, 2)].into_iter().chain(found);

@@ -42,6 +42,21 @@ pub struct Limits {
 default_from_args!(Limits);
 
 impl Limits {
+    /// Half of each limit that allows a change, for a choice on few prompts: what is just within a limit there is beyond it on
+    /// others as often as not.
+    #[must_use]
+    pub fn for_choice(&self) -> Self {
+        let half = |limit: f64| if limit > 0.0 { limit / 2.0 } else { limit };
+        Self {
+            max_asr_rise: half(self.max_asr_rise),
+            max_over_refusal_rise: half(self.max_over_refusal_rise),
+            max_task_drop: half(self.max_task_drop),
+            max_j_drop: self.max_j_drop.map(half),
+            max_guard_asr_rise: self.max_guard_asr_rise.map(half),
+            strict: self.strict,
+        }
+    }
+
     /// Checks ranges.
     ///
     /// # Errors

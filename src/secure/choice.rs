@@ -125,6 +125,14 @@ mod tests {
     }
 
     #[test]
+    fn half_of_each_limit_is_for_a_choice() {
+        let limits = Limits { max_j_drop: Some(3.0), max_task_drop: -4.0, ..Limits::default() }.for_choice();
+        assert_eq!((limits.max_asr_rise, limits.max_over_refusal_rise, limits.max_j_drop), (1.0, 2.5, Some(1.5)));
+        // A gain that is asked for is not halved.
+        assert_eq!(limits.max_task_drop, -4.0);
+    }
+
+    #[test]
     fn the_least_excess_where_none_is_within() {
         let base = measures(10, 20, Some(10));
         // Excesses: 30 − 2 = 28; 18 − 2 = 16; (6 − 2) + (10 − 5) = 9; (20 − 1) + 0 = 19 of the task score.

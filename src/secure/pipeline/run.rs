@@ -121,9 +121,9 @@ impl<B: Backend> SecureRun<'_, B> {
             replayed = Some(found);
         }
 
-        let limits = &self.job.limits;
+        let (limits, choice) = (&self.job.limits, &self.job.limits.for_choice());
         let (mut tuned, mut tries): (Vec<Tuned>, Vec<Try>) = (Vec::new(), Vec::new());
-        let within = |tries: &[Try]| tries.last().is_some_and(|last| excess(&base, &last.found, limits) <= 0.0);
+        let within = |tries: &[Try]| tries.last().is_some_and(|last| excess(&base, &last.found, choice) <= 0.0);
         for tuning in &self.tunings {
             if within(&tries) {
                 break;
@@ -144,7 +144,7 @@ impl<B: Backend> SecureRun<'_, B> {
             time.skip(1);
         } else {
             begin(&mut time, report, "measure points of the path towards the model as given");
-            let best = pick(&base, &tries, limits).ok_or_else(missing)?;
+            let best = pick(&base, &tries, choice).ok_or_else(missing)?;
             let (index, whole) = (tries[best].tuned, tries[best].alpha);
             let tuning = &self.tunings[index];
             for alpha in POINTS.map(|point| point * whole) {
@@ -157,7 +157,7 @@ impl<B: Backend> SecureRun<'_, B> {
             }
             time.end(Origin::Kept);
         }
-        let chosen = pick(&base, &tries, limits).ok_or_else(missing)?;
+        let chosen = pick(&base, &tries, choice).ok_or_else(missing)?;
 
         begin(&mut time, report, "write the model");
         let Try { name, tuned: index, alpha, .. } = &tries[chosen];
@@ -186,7 +186,7 @@ impl<B: Backend> SecureRun<'_, B> {
         let tried = |(i, attempt): (usize, &Try)| Tried {
             recipe: attempt.name.clone(),
             alpha: attempt.alpha,
-            excess: excess(&base, &attempt.found, limits),
+            excess: excess(&base, &attempt.found, choice),
             chosen: i == chosen,
             measures: SecureMeasures::of(&attempt.found),
         };
