@@ -27,8 +27,8 @@ use std::path::PathBuf;
   swat secure --model DIR --data my.jsonl --security security.jsonl --out tuned --recipe plain+replay=.1,lora=8,lr=2e-4
   swat secure ... --plan                                      stages, time, memory and disk, and nothing else
 
-The model as given is measured; its own refusals, and its own answers to benign prompts, are mixed into the data (recipe
-replay=); recipes are tried in order until one is within the limits on the split valid and half of ood of --security, and
+The model as given is measured; conversations that answer what it refuses are left out of the data (screen in a recipe), and
+its own refusals, and its own answers to benign prompts, are mixed in (replay=); recipes are tried in order until one is within the limits on the split valid and half of ood of --security, and
 where none is, points between the tuned model and the model as given. What is chosen is measured on test and the rest of ood.
 
 An --adapter is merged first: model and adapter together are what is tuned, and held to its own refusals.

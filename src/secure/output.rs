@@ -452,7 +452,9 @@ impl PreparedTune {
             "evaluations": summary.evaluations, "best_step": summary.best_step } });
         if let Some((Screening { lines, .. }, counts)) = &screening {
             record["screened"] = serde_json::json!(counts);
-            write_atomic(&out.dir().join(SCREENED_FILE), lines.as_bytes())?;
+            if !lines.is_empty() {
+                write_atomic(&out.dir().join(SCREENED_FILE), lines.as_bytes())?;
+            }
         }
         json::write(&out.dir().join("tune.json"), &record)?;
         out.commit()?;

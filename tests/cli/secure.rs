@@ -66,7 +66,7 @@ fn a_model_is_tuned_and_held_to_limits() {
     let args = ["--data", "train.jsonl", "--task", "task.jsonl", "--steps", "60", "--json"];
     let output = secure(dir.path(), &[&args[..], &WIDE].concat()).output().unwrap();
     let stderr = message(&output, 0);
-    assert!(stderr.contains("stage 1 of 10: measure as given, for the choice; about "), "{stderr}");
+    assert!(stderr.contains("stage 1 of 13: screen the data; about "), "{stderr}");
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     let out = dir.path().join("tuned");
     let saved: Value = serde_json::from_slice(&std::fs::read(out.join("outcome.json")).unwrap()).unwrap();
@@ -225,7 +225,7 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
     message(&output, 0);
     let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
     let stages = plan["stages"].as_array().unwrap();
-    assert_eq!(stages.len(), 10);
+    assert_eq!(stages.len(), 13);
     assert!(stages.iter().all(|stage| stage["seconds"].as_f64().unwrap() >= 0.0), "{plan}");
     assert!(plan["memory_bytes"].as_u64().unwrap() > 1 << 20 && plan["disk_bytes"].as_u64().unwrap() > 1 << 20);
     let harmful: Vec<String> = std::fs::read_to_string(dir.path().join("security.jsonl"))
@@ -280,7 +280,7 @@ fn an_adapter_is_merged_before_anything_else() {
     let args = ["--data", "train.jsonl", "--adapter", "adapter", "--steps", "6", "--answer-tokens", "8", "--json"];
     let output = secure(dir.path(), &[&args[..], &WIDE[..4]].concat()).output().unwrap();
     let stderr = message(&output, 0);
-    assert!(stderr.contains("stage 1 of 11: merge the adapter into the model"), "{stderr}");
+    assert!(stderr.contains("stage 1 of 14: merge the adapter into the model"), "{stderr}");
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
     let base = &found["base"];
     assert_eq!((&base["name"], &base["adapter"]), (&"model".into(), &"adapter".into()));

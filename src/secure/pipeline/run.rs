@@ -225,7 +225,7 @@ impl<B: Backend> SecureRun<'_, B> {
             swat: env!("CARGO_PKG_VERSION").into(),
             command: self.job.command.clone(),
         };
-        if let Some(refused) = &refused {
+        if let (Some(refused), true) = (&refused, screened.is_some_and(|counts| counts.left_out > 0)) {
             write_atomic(&output.dir().join(SCREENED_FILE), self.screened_lines(refused)?.as_bytes())?;
         }
         json::write(&output.dir().join("outcome.json"), &outcome)?;
