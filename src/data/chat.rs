@@ -156,15 +156,17 @@ impl Chat {
         let Some(mut changed) = self.changed(text, messages, tools, turn, &blank)? else {
             return Err(self.unclear(format!("message {} not in the rendered conversation", turn + 1)));
         };
+        let mut own_tail = None;
         if turn + 1 < messages.len() && calls_tools(messages, turn) {
             // Some templates write the name of the call once more beside its result: it ends where it does without that.
             let before = messages.get(..=turn).unwrap_or_default();
             let alone = self.render(before, tools).map(|rendered| rendered.text).unwrap_or_default();
-            let own = self.changed(&alone, before, tools, turn, &blank).unwrap_or_default();
-            changed.end = own.map_or(changed.end, |own| match text.get(..own.end) == alone.get(..own.end) {
-                true => own.end.min(changed.end),
-                false => changed.end,
-            });
+            if let Some(own) = self.changed(&alone, before, tools, turn, &blank).unwrap_or_default() {
+                if text.get(..own.end) == alone.get(..own.end) {
+                    changed.end = own.end;
+                }
+                own_tail = alone.get(own.end..).map(str::to_owned);
+            }
         }
         let prompt = self.prompt(messages.get(..turn).unwrap_or_default(), tools).unwrap_or_default();
         let begins = !prompt.is_empty() && text.starts_with(&prompt) && prompt.len() <= changed.end;
@@ -180,6 +182,8 @@ impl Chat {
             rest.len()
         } else if !self.end.is_empty() && rest.starts_with(&self.end) {
             self.end.len()
+        } else if let Some(own) = &own_tail {
+            common_prefix(rest, own)
         } else {
             let mut shorter = messages.get(..turn).unwrap_or_default().to_vec();
             shorter.extend(messages.get(turn).map(|message| message.blanked(&blank)));
