@@ -58,7 +58,8 @@ pub(crate) fn excess(base: &Evaluation, tuned: &Evaluation, limits: &Limits) -> 
         (rise(|found| found.guard.as_ref().map(|guard| guard.asr.value)), limits.max_guard_asr_rise),
     ];
     let over = limited.into_iter().filter_map(|(value, limit)| Some(value? - limit?));
-    over.filter(|over| *over > 1e-9).sum()
+    // Not the sum of an empty iterator, which is -0.
+    over.filter(|over| *over > 1e-9).fold(0.0, |sum, over| sum + over)
 }
 
 /// Which of two candidates is preferred where both are within the limits.
