@@ -2,7 +2,8 @@
 //! evaluation.
 //!
 //! Source: Du et al., "Toward Secure Tuning" (arXiv 2410.04524), "the paper" below. Nothing here prints, and no saved
-//! file holds a prompt or an answer: progress goes to callbacks, results are serde types.
+//! file holds a prompt or an answer, but replayed answers and the rows of the data that screening lists: progress goes to
+//! callbacks, results are serde types.
 
 mod attack;
 mod check;

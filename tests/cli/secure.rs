@@ -323,6 +323,16 @@ fn data_are_screened_before_they_are_trained_on() {
     let (card, page) = (read("tuned/README.md"), read("tuned/report.html"));
     let told = format!("left out {left_out} of 102 conversations");
     assert!(card.contains(&told) && card.contains("screened.jsonl") && page.contains(&told), "{card}");
+    // The same model as from data without these rows.
+    let by_hand = tempfile::tempdir().unwrap();
+    prepare(by_hand.path());
+    let text = read("my.jsonl");
+    let kept = text.lines().zip(&refused).filter(|(_, refused)| !**refused).map(|(row, _)| format!("{row}\n"));
+    std::fs::write(by_hand.path().join("my.jsonl"), kept.collect::<String>()).unwrap();
+    let plain: Vec<&str> = args.iter().map(|arg| if *arg == args[7] { "plain+replay=.1" } else { *arg }).collect();
+    message(&secure(by_hand.path(), &plain).output().unwrap(), 0);
+    let weights = |dir: &Path| std::fs::read(dir.join("tuned/model.safetensors")).unwrap();
+    assert!(weights(dir.path()) == weights(by_hand.path()), "other weights");
     // Once for all recipes, and for the same command again.
     let stage = "tuned.work/stages/screen.json";
     let (kept, before) = (read(stage), files(&dir.path().join("tuned")));
