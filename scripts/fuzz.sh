@@ -48,18 +48,21 @@ run() {
   count=$((count + $(statistic "$1" number_of_executed_units)))
   slowest=$(larger "$slowest" "$(statistic "$1" slowest_unit_time_sec)")
   echo "$count $slowest $(larger "$peak" "$(statistic "$1" peak_rss_mb)")" >"target/fuzz/$1.seen"
-  # libFuzzer's exit code for an input that took too long.
-  [ "$status" -eq 0 ] || { [ "$status" -eq 70 ] && passes "$1"; }
+  # libFuzzer's exit codes after an interruption, and for an input that took too long.
+  [ "$status" -ne 72 ] || interrupted=yes
+  [ "$status" -eq 0 ] || [ "$status" -eq 72 ] || { [ "$status" -eq 70 ] && passes "$1"; }
 }
 
 # Whether a target has inputs left, and there is time for them.
 goes_on() {
   local count rest
+  [ -z "$interrupted" ] || return
   read -r count rest <<<"$(seen "$1")"
   [ "$count" -lt "$inputs" ] && { [ "$seconds" -eq 0 ] || [ "$SECONDS" -lt "$seconds" ]; }
 }
 
 SECONDS=0
+interrupted=
 failed=
 mkdir -p target/fuzz
 for target in "$@"; do
