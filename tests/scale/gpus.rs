@@ -33,11 +33,17 @@ fn what_several_processes_cannot_do_is_refused_once() {
     for (args, words) in [
         (&["--gpus=2", "--shard=0/2"][..], "--gpus: found an option that has no effect with --shard"),
         (&["--gpus=2", "--data=d"], "training data, which --by noise does not use"),
-        (&["--gpus=2", "--by=conflict", "--data=d"], "--gpus: found 2 processes for a conflict map"),
         (&["--gpus=0"], "--gpus"),
-        (&["--gpus=2", "--by=conflict", "--data=/dev/stdin"], "--data: found /dev/stdin, a pipe"),
     ] {
         let message = refused(world.map("map.json", args));
+        assert!(message.contains(words), "{message}");
+    }
+    for (data, words) in [
+        ("--data=d", "--gpus: found 2 processes for a conflict map"),
+        ("--data=/dev/stdin", "--data: found /dev/stdin, a pipe"),
+    ] {
+        let inputs = ["--model=m", "--probe=p", "--security=s", "--by=conflict", "--device=cpu", "--gpus=2", data];
+        let message = refused(swat(&[&["robustness"][..], &inputs].concat()));
         assert!(message.contains(words), "{message}");
     }
     let message = refused(swat(&["run", "missing.toml", "--gpus=2", "--device=cpu"]));
