@@ -2,6 +2,7 @@
 
 mod gpus;
 mod lost_ranks;
+mod pods;
 mod ranks;
 mod shards;
 mod workers;
