@@ -201,11 +201,7 @@ impl Study<'_> {
         let more = self.outcome.more_maps.iter().map(|more| {
             let drawing = robustness_map(&more.map, more.map.score(self.config.search.score), &more.mods);
             let name = format!("robustness-{}", more.map.by.name());
-            Figure::new(
-                &name,
-                drawing.svg(),
-                &format!("One cell is one module of one layer. {}", map::how(more.map.by)),
-            )
+            Figure::new(&name, drawing.svg(), format!("One cell is one module of one layer. {}", map::how(more.map.by)))
         });
         let chosen = chosen.map(|svg| Figure::new("mods", svg, caption));
         let figures: Vec<Figure> = robustness.into_iter().chain(chosen).chain(more).collect();
