@@ -252,6 +252,8 @@ fn measures_of_no_answer_are_refused() {
     let found = parsed(&eval(&["--answer-tokens", "1", "--refusal-languages", "en,de"]));
     assert_eq!((&found["harmful_answers"]["cut_off"]["hits"], &found["asr"]["total"]), (&1.into(), &1.into()));
     assert!(found["asr_coherent"]["total"] == 1 && found["harmful_answers"]["empty"]["hits"] == 0, "{found}");
+    let short = ["--data", &task, "--out", "unused", "--steps", "1", "--max-length", "1"];
+    assert!(refused(&swat("tune", &short)).contains("max_length: found 1; expected at least 2 tokens"));
     let both = eval(&["--refusals", "x.txt", "--refusal-languages", "de"]);
     assert!(refused(&both).contains("cannot be used with"));
 }
