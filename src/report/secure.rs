@@ -133,8 +133,7 @@ pub(super) fn screened_line(outcome: &SecureOutcome) -> Option<String> {
     Some(match left_out {
         0 => counted,
         _ => format!(
-            "{counted} They are in screened.jsonl, rows of the training data: remove the file before the model is shared. \
-             A recipe without screen keeps them."
+            "{counted} They are listed in screened.jsonl in the working folder. A recipe without screen keeps them."
         ),
     })
 }

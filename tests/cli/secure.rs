@@ -319,7 +319,7 @@ fn data_are_screened_before_they_are_trained_on() {
         let line = |line: &str| serde_json::from_str::<Value>(line).unwrap()["screen"]["line"].as_u64().unwrap();
         text.lines().map(line).collect()
     };
-    assert_eq!(lines(&read("tuned/screened.jsonl")), expected);
+    assert_eq!(lines(&read("tuned.work/screened.jsonl")), expected);
     let (card, page) = (read("tuned/README.md"), read("tuned/report.html"));
     let told = format!("left out {left_out} of 102 conversations");
     assert!(card.contains(&told) && card.contains("screened.jsonl") && page.contains(&told), "{card}");
@@ -336,12 +336,14 @@ fn data_are_screened_before_they_are_trained_on() {
     // Once for all recipes, and for the same command again.
     let stage = "tuned.work/stages/screen.json";
     let (kept, before) = (read(stage), files(&dir.path().join("tuned")));
+    assert!(!before.contains_key("screened.jsonl"), "rows of the data beside the model");
+    let listed = read("tuned.work/screened.jsonl");
     let again = ["--force", "--recipe", "plain+screen"];
     message(&secure(dir.path(), &[&args[..], &again].concat()).output().unwrap(), 0);
     assert!(kept == read(stage), "screened again");
     let after = files(&dir.path().join("tuned"));
     assert!(before["model.safetensors"] == after["model.safetensors"]);
-    assert!(before["screened.jsonl"] == after["screened.jsonl"]);
+    assert!(listed == read("tuned.work/screened.jsonl"));
     // A model that refuses the task is told before it is measured.
     let task =
         ["--data", "attack.jsonl", "--steps", "12", "--recipe", "plain+screen", "--work", "other.work", "--force"];

@@ -228,7 +228,8 @@ impl<B: Backend> SecureRun<'_, B> {
             command: self.job.command.clone(),
         };
         if let (Some(refused), true) = (&refused, screened.is_some_and(|counts| counts.left_out > 0)) {
-            write_atomic(&output.dir().join(SCREENED_FILE), self.screened_lines(refused)?.as_bytes())?;
+            // Not beside the model, which people share.
+            write_atomic(&self.job.work.join(SCREENED_FILE), self.screened_lines(refused)?.as_bytes())?;
         }
         json::write(&output.dir().join("outcome.json"), &outcome)?;
         Ok(Secured { outcome, check, output })
