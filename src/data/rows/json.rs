@@ -12,7 +12,7 @@ const ONE_A_LINE: &str = "one JSON object a line";
 const MAX_SKIPPED_ROWS: usize = 32;
 
 /// Whether an object holds the columns of a table: lists of values, or objects of them by the number of the row, all of one
-/// length; or what pandas writes by `orient="split"`.
+/// length, one of them of lists or, beside another, of texts; or what pandas writes by `orient="split"`.
 pub(super) fn holds_columns(fields: &Map<String, Value>) -> bool {
     let length = |value: &Value| match value {
         Value::Array(values) => values.iter().all(|value| !value.is_object()).then_some(values.len()),
@@ -22,7 +22,13 @@ pub(super) fn holds_columns(fields: &Map<String, Value>) -> bool {
     let mut lengths = fields.values().map(length);
     let first = lengths.next().flatten().filter(|length| *length > 0);
     let split = ["columns", "data"].iter().all(|key| fields.get(*key).is_some_and(Value::is_array));
-    split || first.is_some() && lengths.all(|length| length == first)
+    let is_cell = |value: &Value| value.is_array() || fields.len() > 1 && value.is_string();
+    let of_cells = |value: &Value| match value {
+        Value::Array(values) => values.iter().any(is_cell),
+        Value::Object(rows) => rows.values().any(is_cell),
+        _ => false,
+    };
+    split || first.is_some() && lengths.all(|length| length == first) && fields.values().any(of_cells)
 }
 
 /// One object a line.
