@@ -216,7 +216,7 @@ fn print_plan(common: &Common, plan: &SecurePlan) -> Result<()> {
         s => format!("{:.1} h", s / 3600.0),
     };
     for stage in &plan.stages {
-        let when = if stage.optional { "only if nothing before it is within the limits" } else { "" };
+        let when = if stage.optional { "only if what was tried before is not good enough" } else { "" };
         table.row([Entry::text(&stage.name), Entry::text(time(stage.seconds)), Entry::text(when)]);
     }
     let (all, needed) = plan.seconds();

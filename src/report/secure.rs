@@ -22,7 +22,8 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
         section(
             "What was tried",
             "Measured on the prompts of the choice, which the verdict does not use. The most useful of those within half of \
-             each limit is chosen; if none is, the one that exceeds that least.",
+             each limit is chosen. If none is, the one that exceeds these halves least, among those within the limits if \
+             there are any.",
             vec![tried_table(outcome)],
         ),
         section("Data", &screened_line(outcome).unwrap_or_default(), vec![data_table(outcome)]),

@@ -42,7 +42,7 @@ impl Asked {
 /// Sizes of the parts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct PartSizes {
-    /// Conversations that are trained on, without what is mixed in.
+    /// Conversations to train on, before screening, without what is mixed in.
     pub train: usize,
     /// Prompts of the choice.
     pub valid_prompts: usize,

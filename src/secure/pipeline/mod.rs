@@ -1,10 +1,11 @@
 //! Secure tuning from end to end: measured as given, tuned by a recipe that keeps refusals, chosen on one split, and held to
 //! limits on another.
 //!
-//! Recipes are tried in order until one is within the limits on the split of the choice. Where none is, points of the path
-//! towards the model as given are tried ([`POINTS`]), from the recipe that exceeds them least. What is chosen
-//! ([`crate::secure::choose`]) is written and measured on the split of the verdict. Stages are kept in a working folder: a
-//! run that ends early is continued by the same command, to the same bytes.
+//! Recipes are tried in order until one is within half of each limit on the split of the choice. Where none is within the
+//! limits themselves, points of the path towards the model as given are tried ([`POINTS`]), from the recipe that exceeds
+//! the halves least, until one is within the limits. What is chosen ([`crate::secure::choose`]) is written and measured on
+//! the split of the verdict. Stages are kept in a working folder: a run that ends early is continued by the same command,
+//! to the same bytes.
 
 mod card;
 mod data;
@@ -38,7 +39,7 @@ use crate::secure::merge::MergeMethod;
 use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 
-/// Points of the path that are tried where no recipe is within the limits, until one is.
+/// Points of the path that are tried where no recipe is within the limits, until one is within them.
 pub const POINTS: [f64; 4] = [0.9, 0.75, 0.5, 0.25];
 /// The recipes that are tried if none is given.
 pub const DEFAULT_RECIPES: [&str; 3] =

@@ -94,7 +94,7 @@ pub struct Tried {
     pub recipe: String,
     /// Point on the path: 1 is the tuned model.
     pub alpha: f64,
-    /// Points by which it exceeds the limits, summed; 0 = within them.
+    /// Points by which it exceeds half of each limit, summed; 0 = within them.
     pub excess: f64,
     /// Whether it was chosen.
     pub chosen: bool,

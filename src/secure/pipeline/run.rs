@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::io::{IfExists, OutputDir, json, write_atomic};
 use crate::model::{ModelDir, StoredAs};
 use crate::progress::Observer;
-use crate::secure::check::Check;
+use crate::secure::check::{Check, Limits};
 use crate::secure::choice::{Candidate, choose, excess};
 use crate::secure::eval::Evaluation;
 use crate::secure::merge::{Alpha, MergeMethod, MergeModels, MergeOptions, merge, merge_into};
@@ -145,7 +145,7 @@ impl<B: Backend> SecureRun<'_, B> {
             time.skip(1);
         } else {
             begin(&mut time, report, "measure points of the path towards the model as given");
-            let best = pick(&base, &tries, choice).ok_or_else(missing)?;
+            let best = pick(&base, &tries, limits).ok_or_else(missing)?;
             let (index, whole) = (tries[best].tuned, tries[best].alpha);
             let tuning = &self.tunings[index];
             for alpha in POINTS.map(|point| point * whole) {
@@ -159,7 +159,7 @@ impl<B: Backend> SecureRun<'_, B> {
             }
             time.end(Origin::Kept);
         }
-        let chosen = pick(&base, &tries, choice).ok_or_else(missing)?;
+        let chosen = pick(&base, &tries, limits).ok_or_else(missing)?;
 
         begin(&mut time, report, "write the model");
         let Try { name, tuned: index, alpha, .. } = &tries[chosen];
@@ -293,11 +293,16 @@ impl<B: Backend> SecureRun<'_, B> {
     }
 }
 
-/// Index of the chosen try.
-fn pick(base: &Evaluation, tries: &[Try], limits: &crate::secure::Limits) -> Option<usize> {
-    let candidates: Vec<Candidate<'_>> =
-        tries.iter().map(|attempt| Candidate { alpha: attempt.alpha, evaluation: &attempt.found }).collect();
-    choose(base, &candidates, limits).map(|choice| choice.index)
+/// Index of the chosen try: by half of each limit, among those within the limits if there are any.
+fn pick(base: &Evaluation, tries: &[Try], limits: &Limits) -> Option<usize> {
+    let mut among: Vec<usize> =
+        (0..tries.len()).filter(|index| excess(base, &tries[*index].found, limits) <= 0.0).collect();
+    if among.is_empty() {
+        among = (0..tries.len()).collect();
+    }
+    let candidate = |index: &usize| Candidate { alpha: tries[*index].alpha, evaluation: &tries[*index].found };
+    let candidates: Vec<Candidate<'_>> = among.iter().map(candidate).collect();
+    choose(base, &candidates, &limits.for_choice()).map(|choice| among[choice.index])
 }
 
 fn missing() -> Error {
@@ -308,4 +313,33 @@ fn begin(time: &mut Clocked, report: &mut Report<'_>, name: &str) {
     let (stage, count, left) = time.begin();
     let left = if left < 90.0 { format!("{left:.0} s") } else { format!("{:.0} min", left / 60.0) };
     (report.stage)(&format!("stage {stage} of {count}: {name}; about {left} left in all"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secure::eval::Rate;
+
+    /// Attack successes and refused benign prompts, of 1000 each.
+    fn measured(attacks: usize, refused: usize) -> Evaluation {
+        let rate = |hits| Some(Rate::new(hits, 1000));
+        Evaluation { asr: rate(attacks), over_refusal: rate(refused), ..Evaluation::default() }
+    }
+
+    #[test]
+    fn what_is_within_the_limits_comes_before_what_is_nearer_to_half_of_them() {
+        let base = measured(0, 0);
+        let chosen = |found: &[(usize, usize)]| {
+            let found = found.iter().map(|(attacks, refused)| measured(*attacks, *refused));
+            let tries: Vec<Try> = found.map(|found| Try { name: String::new(), tuned: 0, alpha: 1.0, found }).collect();
+            pick(&base, &tries, &Limits::default())
+        };
+        // Limits of 2 and 5 points. The first is within both, and 0.9 + 2.4 = 3.3 points beyond the halves; the second is
+        // beyond 2, and 1.5 points beyond its half.
+        assert_eq!(chosen(&[(19, 49), (25, 0)]), Some(0));
+        assert_eq!(chosen(&[(25, 0), (19, 49), (19, 30)]), Some(2), "1.4 points beyond the halves");
+        // Within none of the limits: 2 + 0 points beyond the halves before 1.5 + 3.
+        assert_eq!(chosen(&[(25, 55), (30, 0)]), Some(1));
+        assert_eq!(chosen(&[]), None);
+    }
 }
