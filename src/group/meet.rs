@@ -95,12 +95,16 @@ fn gather(place: &Place, own: &Hello, within: Duration, deadline: Instant) -> Re
         };
         // Whoever it is that does not introduce itself is no rank.
         let Ok(hello) = receive::<Hello>(&mut stream) else { continue };
-        if hello.job != own.job || came.contains_key(&hello.rank) || hello.rank == 0 {
-            let (host, port, rank) = (&place.host, place.port, hello.rank);
-            let why = format!(
-                "{host}:{port} belongs to another job, or rank {rank} was started twice: give each job a MASTER_PORT of \
-                 its own"
-            );
+        let (host, port, rank) = (&place.host, place.port, hello.rank);
+        let refused = if hello.job != own.job || came.contains_key(&rank) || rank == 0 {
+            let expected = "give each job a MASTER_PORT of its own";
+            Some(format!("{host}:{port} belongs to another job, or rank {rank} was started twice: {expected}"))
+        } else if hello.size == own.size && rank >= own.size {
+            Some(format!("rank {rank} is none of the {} ranks that meet at {host}:{port}", own.size))
+        } else {
+            None
+        };
+        if let Some(why) = refused {
             let _ = send(&mut stream, &Answer::Refused(why));
             continue;
         }

@@ -74,14 +74,15 @@ impl Place {
             None if number("OMPI_COMM_WORLD_LOCAL_SIZE")? == Some(size) => "127.0.0.1".to_owned(),
             None => return Err(Error::input("MASTER_ADDR", "nothing", "the host name or address of rank 0's machine")),
         };
-        let port = match (number("MASTER_PORT")?, number("SLURM_JOB_ID")?) {
+        let given = number("MASTER_PORT")?;
+        let port = match (given, number("SLURM_JOB_ID")?) {
             // The launcher itself, or PyTorch beside it, has that one.
             (Some(port), _) => port.saturating_add(1),
             (None, Some(job)) => usize::from(PORT) + job % 10_000,
             (None, None) => usize::from(PORT),
         };
-        let port = u16::try_from(port)
-            .map_err(|_| Error::input("MASTER_PORT", (port - 1).to_string(), "a port from 0 to 65534"))?;
+        let too_large = |_| Error::input("MASTER_PORT", given.unwrap_or(port).to_string(), "a port from 0 to 65534");
+        let port = u16::try_from(port).map_err(too_large)?;
         let local_rank = number(launcher.local_rank)?.unwrap_or(0);
         let local_size = number("LOCAL_WORLD_SIZE")?.filter(|_| launcher.rank == "RANK").unwrap_or(1).max(1);
         let job = set(launcher.job).unwrap_or_default();
@@ -186,7 +187,7 @@ mod tests {
             ),
             (
                 &[("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "18446744073709551615")],
-                "MASTER_PORT: found 1844674407370955161",
+                "MASTER_PORT: found 18446744073709551615",
             ),
         ] {
             let error = place(variables).unwrap_err();

@@ -262,6 +262,13 @@ mod tests {
         assert!(first.join().unwrap().is_ok() && joined.is_ok());
         stranger.join().unwrap();
 
+        // One that is none of the group leaves the others to meet.
+        let at = port();
+        let first = std::thread::spawn(move || join(&place(0, 2, at), "1").map(drop));
+        let error_of_third = join(&place(7, 2, at), "1").map(drop).unwrap_err();
+        assert!(error_of_third.contains("rank 7 is none of the 2 ranks"), "{error_of_third}");
+        assert!(join(&place(1, 2, at), "1").is_ok() && first.join().unwrap().is_ok());
+
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let found = join(&place(0, 2, taken.local_addr().unwrap().port()), "1");
         assert!(error(&found).contains("set MASTER_PORT"), "{}", error(&found));
