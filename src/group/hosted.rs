@@ -199,7 +199,8 @@ fn gathered<'s, 'a, B: Backend, T: Element>(
 
 /// A rank's part of each tensor, one after another.
 fn read_parts<B: Backend, T: Element>(backend: &B, tensors: &[ViewMut<'_, B, T>], share: Share) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
+    let elements: usize = tensors.iter().map(|tensor| share.of(tensor.len()).len()).sum();
+    let mut bytes = Vec::with_capacity(elements * size_of::<T>());
     for tensor in tensors {
         let part = share.of(tensor.len());
         let mut values = vec![T::zeroed(); part.len()];

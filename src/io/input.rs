@@ -76,11 +76,27 @@ pub(crate) fn open_stream(path: &Path) -> Result<File> {
 
 /// Whether a path is a pipe, or the standard input, which processes that this one starts do not have.
 pub(crate) fn is_pipe(path: &Path) -> bool {
-    #[cfg(unix)]
-    let fifo = fs::metadata(path).is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_fifo(&found.file_type()));
-    #[cfg(not(unix))]
-    let fifo = false;
-    fifo || ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"].iter().any(|name| path == Path::new(name))
+    is_fifo(path) || ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"].iter().any(|name| path == Path::new(name))
+}
+
+#[cfg(unix)]
+fn is_fifo(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| std::os::unix::fs::FileTypeExt::is_fifo(&found.file_type()))
+}
+
+#[cfg(not(unix))]
+fn is_fifo(_: &Path) -> bool {
+    false
+}
+
+/// Refuses a pipe among inputs, each with its option, that are read more than once.
+///
+/// # Errors
+/// [`Error::Input`] names the option.
+pub(crate) fn check_rereadable(inputs: &[(&str, &Path)]) -> Result<()> {
+    let Some((option, path)) = inputs.iter().find(|(_, path)| is_fifo(path)) else { return Ok(()) };
+    let found = format!("{}, a pipe, which can be read only once", path.display());
+    Err(Error::input(*option, found, "a file"))
 }
 
 /// What is neither a file nor a pipe.

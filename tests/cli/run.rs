@@ -262,6 +262,15 @@ fn prompts_of_the_evaluation_in_the_tuning_data_are_refused() {
         message.contains("recipe `plain`: lr_warmup_steps: found 10 steps of warm-up in a phase of 10"),
         "{message}"
     );
+    #[cfg(unix)]
+    {
+        let mut piped = run(&config);
+        piped.args(["--set", "data.train=[\"/dev/stdin\"]"]).stdin(Stdio::piped());
+        let refused = piped.output().unwrap();
+        let message = String::from_utf8_lossy(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(2), "{message}");
+        assert!(message.contains("data.train: found /dev/stdin, a pipe, which can be read only once"), "{message}");
+    }
     assert!(!dir.path().join("out/stages/probe.json").exists());
     let reported: Value = serde_json::from_slice(&set("report").stdout).unwrap();
     assert_eq!(reported["overlapping_rows"], 1);

@@ -238,9 +238,12 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
     let refused = |more: &[&str], named: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
         command.current_dir(dir.path()).args(["secure", "--model", "model", "--data", "train.jsonl", "--out", "tuned"]);
-        let told = message(&command.args(more).args(["--device", "cpu"]).output().unwrap(), 2);
+        command.args(more).args(["--device", "cpu"]).stdin(Stdio::piped());
+        let told = message(&command.output().unwrap(), 2);
         assert!(told.contains(named), "{more:?}: {told}");
     };
+    #[cfg(unix)]
+    refused(&["--security", "/dev/stdin"], "--security: found /dev/stdin, a pipe, which can be read only once");
     refused(&[], "--security JailbreakBench/JBB-Behaviors");
     let security = ["--security", "security.jsonl"];
     refused(&["--security", "harmful.jsonl"], "0 benign prompts in the valid split");

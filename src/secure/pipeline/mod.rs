@@ -33,6 +33,7 @@ use super::warmup::check_warmups;
 use crate::backend::Backend;
 use crate::data::{RowOptions, RowReader, SecurityPrompt, Split};
 use crate::error::{Error, Result};
+use crate::io::input::check_rereadable;
 use crate::io::{check_apart, json};
 use crate::model::{Clock, ModelDir, StoredAs};
 use crate::secure::merge::MergeMethod;
@@ -170,6 +171,7 @@ impl<'a, B: Backend> SecureRun<'a, B> {
         job.evaluate.check()?;
         job.tune.shared.check()?;
         job.tune.all_phase.check()?;
+        check_rereadable(&job.inputs())?;
         check_apart(&[("--out", &job.out), ("--work", &job.work)], &job.inputs())?;
         check_apart(&[("--work", &job.work)], &[("--out", &job.out)])?;
         check_apart(&[("--out", &job.out)], &[("--work", &job.work)])?;

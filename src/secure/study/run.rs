@@ -17,6 +17,7 @@ use crate::backend::{Backend, Element, Roofline};
 use crate::data::RowReader;
 use crate::error::{Error, Result};
 use crate::io::check_not_in;
+use crate::io::input::check_rereadable;
 use crate::model::{Clock, ModelDir};
 use crate::progress::Observer;
 use crate::secure::eval::guard::{Guard, GuardText};
@@ -24,7 +25,7 @@ use crate::secure::eval::judge::Judge;
 use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::LoadedModel;
 use crate::secure::probe::Probe;
-use crate::secure::recipe::Recipe;
+use crate::secure::recipe::{Mix, Recipe};
 use crate::secure::robustness::By;
 use crate::secure::robustness::sets::{cell_parameters, share};
 use crate::secure::text::ModelText;
@@ -141,6 +142,9 @@ struct Study<'a, B: Backend> {
 impl<'a, B: Backend> Study<'a, B> {
     /// Checks a study in its claimed directory.
     fn open(config: &'a RunConfig, backend: &'a B, refusals: &'a RefusalList, leases: Option<Leases>) -> Result<Self> {
+        let mixed = [Mix::Attack, Mix::Refusals, Mix::Replay].map(|what| Some((what.name(), config.data.mixed(what)?)));
+        let train = config.data.train.iter().map(|path| ("data.train", path.as_path()));
+        check_rereadable(&train.chain(mixed.into_iter().flatten()).collect::<Vec<_>>())?;
         let mut rows = RowReader::new(&config.data.row_options());
         let data = StudyData::read(config, &mut rows)?;
         let mut text = ModelText::open(&config.model, config.chat_template.as_deref())?;
