@@ -20,7 +20,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
-/// Whether a tuned model is as safe and useful as its base: a verdict by exit code, for CI
+/// Checks that a tuned model is as safe and useful as its base: a verdict by exit code, for CI
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat check --model TUNED --against BASE --security security.jsonl --task task.jsonl

@@ -30,8 +30,8 @@ use std::path::PathBuf;
 The model as given is measured; conversations that answer what it refuses are left out of the data (screen in a recipe), and
 its own refusals, and its own answers to benign prompts, are mixed in (replay=). Recipes are tried in order until one is within
 half of each limit on the split valid and half of ood of --security: plain+replay=.15,screen, the same with distil=1, and
-plain+replay=.3,distil=2,screen, if no --recipe is given. Where none is within the limits, points between the tuned model and the
-model as given are. What is chosen is measured on test and the rest of ood.
+plain+replay=.3,distil=2,screen, if no --recipe is given. Where none is within the limits, points between the model as given and
+the tuned one are tried as well. What is chosen is measured on test and the rest of ood.
 
 An --adapter is merged first: model and adapter together are what is tuned, and held to its own refusals.
 
