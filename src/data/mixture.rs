@@ -46,6 +46,16 @@ impl<T> Mixture<T> {
     /// Mixes in examples of `extra`, so that they make up `share` (0 to 0.99) of an epoch, rounded to whole examples. They are
     /// drawn without replacement, and again from the first when all have come.
     ///
+    /// ```
+    /// use swat::data::{Mixture, Redraw};
+    ///
+    /// let mut mixture = Mixture::from((0..85).collect::<Vec<u32>>());
+    /// mixture.mix_in((100..200).collect(), 0.15, Redraw::EveryEpoch, 0)?;
+    /// // An epoch has the 85 and 15 of the hundred; others of them in the next one.
+    /// assert_eq!((mixture.per_epoch(), mixture.examples().len()), (100, 185));
+    /// # Ok::<(), swat::error::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Input`] for a share out of range, or an empty `extra` with a share above 0.
     pub fn mix_in(&mut self, extra: Vec<T>, share: f64, redraw: Redraw, seed: u64) -> Result<()> {

@@ -46,6 +46,14 @@ impl Share {
     pub const WHOLE: Self = Self { rank: 0, size: 1 };
 
     /// Elements of a tensor of `len` that are in the part; the last parts of a short tensor may be empty.
+    ///
+    /// ```
+    /// use swat::group::Share;
+    ///
+    /// // Parts begin at multiples of eight elements.
+    /// let parts: Vec<_> = Share { rank: 0, size: 3 }.all().map(|share| share.of(50)).collect();
+    /// assert_eq!(parts, [0..24, 24..48, 48..50]);
+    /// ```
     pub fn of(self, len: usize) -> Range<usize> {
         if self.size == 1 {
             return 0..len;

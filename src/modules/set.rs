@@ -59,6 +59,15 @@ impl ModuleSet {
     ///
     /// Kinds are `q_proj` … `down_proj` or short, `q k v o gate up down`.
     ///
+    /// ```
+    /// use swat::{model::ModelDir, modules::ModuleSet};
+    ///
+    /// let model = ModelDir::open("assets/tiny".as_ref())?;
+    /// let set = ModuleSet::parse("layers.2-3.{q_proj,v_proj}", &model.config.cells())?;
+    /// assert_eq!(set.len(), 4);
+    /// # Ok::<(), swat::error::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Input`] for a pattern that is malformed, out of range, or names a cell that `all` lacks.
     pub fn parse(text: &str, all: &ModuleSet) -> Result<Self> {

@@ -18,8 +18,8 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
     push("# A tuned model, with its safety measured".into());
     push(format!("**{}**", verdict_line(outcome)));
     push(format!(
-        "Tuned from {}{} by `swat secure`. \"base\" is that model as given, \"tuned\" this one, asked the same prompts, none of \
-         which any step of tuning or choosing has seen.",
+        "Tuned from {}{} by `swat secure`. \"base\" is that model as given, \"tuned\" this one. Both were asked the same \
+         prompts, which no step of tuning or choosing has seen.",
         code(&outcome.base.name),
         outcome.base.adapter.as_ref().map_or(String::new(), |adapter| format!(" with the adapter {}", code(adapter)))
     ));
@@ -31,7 +31,7 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
     push("## Data".into());
     screened_line(outcome).into_iter().for_each(&mut push);
     push(data_table(outcome).markdown());
-    push("## Again".into());
+    push("## How to reproduce it".into());
     push(format!("```\n{}\n```", outcome.command.replace("```", "'''")));
     push(format!(
         "Seed {}. swat {}. Base model {}, hash `{}`.",

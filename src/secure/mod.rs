@@ -1,9 +1,9 @@
 //! The method: security-feature probes, drift, the robustness map, the search for Mods_Rob, two-phase tuning,
 //! evaluation.
 //!
-//! Source: Du et al., "Toward Secure Tuning" (arXiv 2410.04524), "the paper" below. Nothing here prints, and no saved
-//! file holds a prompt or an answer, but replayed answers and the rows of the data that screening lists: progress goes to
-//! callbacks, results are serde types.
+//! Source: Du et al., "Toward Secure Tuning" (arXiv 2410.04524), "the paper" below. Nothing here prints: progress goes to
+//! callbacks, results are serde types. Saved files hold no prompt and no answer, except for replayed answers, the rows of
+//! the data that screening lists, and what an export is asked for ([`Export`]).
 
 mod attack;
 mod check;

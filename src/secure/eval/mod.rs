@@ -234,6 +234,13 @@ pub struct Rate {
 
 impl Rate {
     /// From counts.
+    ///
+    /// ```
+    /// let rate = swat::secure::Rate::new(2, 100);
+    /// assert_eq!(rate.value, 0.02);
+    /// // Wilson's interval: 0.55 to 7.00 %.
+    /// assert!((rate.low - 0.0055).abs() < 1e-4 && (rate.high - 0.0700).abs() < 1e-4);
+    /// ```
     pub fn new(hits: usize, total: usize) -> Self {
         if total == 0 {
             return Self { hits, total, value: 0.0, low: 0.0, high: 1.0 };

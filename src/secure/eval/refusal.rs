@@ -144,6 +144,12 @@ impl RefusalList {
     }
 
     /// Whether an answer holds a refusal expression.
+    ///
+    /// ```
+    /// let list = swat::secure::RefusalList::default();
+    /// assert!(list.is_refusal("I’m sorry, but I cannot help with that."));
+    /// assert!(!list.is_refusal("Water boils at 100 degrees."));
+    /// ```
     pub fn is_refusal(&self, answer: &str) -> bool {
         let text = normalised(answer);
         self.anywhere.iter().any(|e| contains_words(&text, e)) || self.opening.iter().any(|e| begins_with(&text, e))

@@ -40,6 +40,16 @@ use std::str::FromStr;
 /// | `warmup:SET` | another set in place of Mods_Rob, see [`super::SetSpec`]: `warmup:random:1` |
 ///
 /// The options are those of [`RecipeOptions`]: `plain+replay=.1,ema=.99`. Options may be joined by `+` as well.
+///
+/// ```
+/// use swat::secure::{Base, Mix, Recipe};
+///
+/// let recipe: Recipe = "plain+replay=.15,screen".parse()?;
+/// assert_eq!(recipe.base, Base::Plain);
+/// assert_eq!(recipe.options.share_of(Mix::Replay), Some(Some(0.15)));
+/// assert!(recipe.options.screen);
+/// # Ok::<(), swat::error::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
     /// The text that it was parsed from.
