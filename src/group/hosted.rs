@@ -1,14 +1,16 @@
 //! A group over messages between hosts' memories.
 
-use super::{Bucket, Group, ReduceScatter, SAME, Share, Traffic};
+use super::{ALIGNMENT, Bucket, Group, ReduceScatter, SAME, Share, Traffic};
 use crate::backend::{Backend, Buffer, Element, FloatElement, ViewMut};
 use crate::error::{Error, Result};
+use std::ops::Range;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// Bytes of weights that are exchanged at once: bounds the memory beside the tensors.
-const GATHERED_BYTES: usize = 32 << 20;
+/// Most bytes of a tensor that are exchanged at once, and of several tensors whose weights are: bounds the memory beside
+/// the tensors.
+const EXCHANGED_BYTES: usize = 32 << 20;
 
 /// Carries messages between ranks.
 pub trait Transport: Send + Sync + 'static {
@@ -31,12 +33,15 @@ pub struct Hosted<T> {
 struct Connected<T> {
     transport: T,
     traffic: Mutex<Traffic>,
+    /// [`EXCHANGED_BYTES`]
+    most_bytes: usize,
 }
 
 impl<T: Transport> Hosted<T> {
     /// The group over a transport.
     pub fn new(transport: T) -> Self {
-        Self { connected: Arc::new(Connected { transport, traffic: Mutex::default() }) }
+        let connected = Connected { transport, traffic: Mutex::default(), most_bytes: EXCHANGED_BYTES };
+        Self { connected: Arc::new(connected) }
     }
 
     /// What carries its messages.
@@ -67,22 +72,26 @@ impl<T: Transport> Connected<T> {
         add(&mut self.traffic.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Adds up each tensor over all ranks, in this rank's part, with messages as large as the bucket.
+    /// Adds up each tensor over all ranks, in this rank's part.
     fn add_up<B: Backend>(&self, backend: &B, bucket: &mut Bucket<B>) -> Result<()> {
         let share = self.transport.share();
         let mut tensors: Vec<_> = bucket.iter_mut().map(Buffer::view_mut).collect();
-        let messages = share.all().map(|to| read_parts(backend, &tensors, to)).collect::<Result<Vec<_>>>()?;
-        let sent = self.sent(&messages);
-        let size = messages[share.rank].len();
-        let received = self.exchange_known(messages, |_| size)?;
-        self.count(|traffic| traffic.reduce_scatter_bytes += sent);
-        let mut sums = vec![0f32; size / size_of::<B::Grad>()];
-        for message in &received {
-            let theirs = message.chunks_exact(size_of::<B::Grad>()).map(bytemuck::pod_read_unaligned::<B::Grad>);
-            sums.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value.to_f32());
+        for piece in pieces(&tensors, share, self.most_bytes) {
+            let messages = share.all().map(|to| read_parts(backend, &tensors, (to, &piece)));
+            let messages = messages.collect::<Result<Vec<_>>>()?;
+            let sent = self.sent(&messages);
+            let size = messages[share.rank].len();
+            let received = self.exchange_known(messages, |_| size)?;
+            self.count(|traffic| traffic.reduce_scatter_bytes += sent);
+            let mut sums = vec![0f32; size / size_of::<B::Grad>()];
+            for message in &received {
+                let theirs = message.chunks_exact(size_of::<B::Grad>()).map(bytemuck::pod_read_unaligned::<B::Grad>);
+                sums.iter_mut().zip(theirs).for_each(|(sum, value)| *sum += value.to_f32());
+            }
+            let sums: Vec<B::Grad> = sums.into_iter().map(B::Grad::from_f32).collect();
+            write_parts(backend, &mut tensors, (share, &piece), &sums)?;
         }
-        let sums: Vec<B::Grad> = sums.into_iter().map(B::Grad::from_f32).collect();
-        write_parts(backend, &mut tensors, share, &sums)
+        Ok(())
     }
 }
 
@@ -152,19 +161,18 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
 
     fn all_gather(&self, backend: &B, tensors: &mut [ViewMut<'_, B, B::Float>]) -> Result<()> {
         let (connected, share) = (&self.connected, self.transport().share());
-        for bucket in gathered(tensors) {
-            let messages = vec![read_parts(backend, bucket, share)?; share.size];
-            let sent = connected.sent(&messages);
-            let sizes: Vec<usize> = share
-                .all()
-                .map(|from| bucket.iter().map(|tensor| from.of(tensor.len()).len()).sum::<usize>())
-                .collect();
-            let received = connected.exchange_known(messages, |rank| sizes[rank] * size_of::<B::Float>())?;
-            connected.count(|traffic| traffic.all_gather_bytes += sent);
-            for (from, message) in share.all().zip(received).filter(|(from, _)| from.rank != share.rank) {
-                let values: Vec<B::Float> =
-                    message.chunks_exact(size_of::<B::Float>()).map(bytemuck::pod_read_unaligned).collect();
-                write_parts(backend, bucket, from, &values)?;
+        for bucket in gathered(tensors, connected.most_bytes) {
+            for piece in pieces(bucket, share, connected.most_bytes) {
+                let messages = vec![read_parts(backend, bucket, (share, &piece))?; share.size];
+                let sent = connected.sent(&messages);
+                let sizes: Vec<usize> = share.all().map(|from| elements(bucket, (from, &piece))).collect();
+                let received = connected.exchange_known(messages, |rank| sizes[rank] * size_of::<B::Float>())?;
+                connected.count(|traffic| traffic.all_gather_bytes += sent);
+                for (from, message) in share.all().zip(received).filter(|(from, _)| from.rank != share.rank) {
+                    let values: Vec<B::Float> =
+                        message.chunks_exact(size_of::<B::Float>()).map(bytemuck::pod_read_unaligned).collect();
+                    write_parts(backend, bucket, (from, &piece), &values)?;
+                }
             }
         }
         Ok(())
@@ -179,16 +187,17 @@ impl<B: Backend, T: Transport> Group<B> for Hosted<T> {
     }
 }
 
-/// Tensors in their order, of about [`GATHERED_BYTES`] together; a larger one is alone.
+/// Tensors in their order, of about `most_bytes` together; a larger one is alone.
 fn gathered<'s, 'a, B: Backend, T: Element>(
     tensors: &'s mut [ViewMut<'a, B, T>],
+    most_bytes: usize,
 ) -> impl Iterator<Item = &'s mut [ViewMut<'a, B, T>]> {
     let mut left = tensors;
     std::iter::from_fn(move || {
         let mut bytes = 0;
         let mut fits = |tensor: &ViewMut<'_, B, T>| {
             bytes += tensor.len() * size_of::<T>();
-            bytes <= GATHERED_BYTES
+            bytes <= most_bytes
         };
         let count = left.iter().take_while(|tensor| fits(tensor)).count().max(1).min(left.len());
         let (bucket, rest) = std::mem::take(&mut left).split_at_mut(count);
@@ -197,12 +206,37 @@ fn gathered<'s, 'a, B: Backend, T: Element>(
     })
 }
 
-/// A rank's part of each tensor, one after another.
-fn read_parts<B: Backend, T: Element>(backend: &B, tensors: &[ViewMut<'_, B, T>], share: Share) -> Result<Vec<u8>> {
-    let elements: usize = tensors.iter().map(|tensor| share.of(tensor.len()).len()).sum();
-    let mut bytes = Vec::with_capacity(elements * size_of::<T>());
+/// What is exchanged at once: the same elements, counted from its beginning, of each rank's part of each tensor. All parts
+/// of a tensor together have at most `most_bytes` of it, but for the rounding of parts.
+fn pieces<B: Backend, T: Element>(tensors: &[ViewMut<'_, B, T>], share: Share, most_bytes: usize) -> Vec<Range<usize>> {
+    let most = (most_bytes / size_of::<T>() / share.size).max(1).next_multiple_of(ALIGNMENT);
+    // The first part is the largest.
+    let first = Share { rank: 0, ..share };
+    let longest = tensors.iter().map(|tensor| first.of(tensor.len()).len()).max().unwrap_or(0);
+    (0..longest).step_by(most).map(|start| start..start + most).collect()
+}
+
+/// A piece of a rank's part of a tensor of `len`; the last ones of a part may be empty.
+fn within((share, piece): (Share, &Range<usize>), len: usize) -> Range<usize> {
+    let part = share.of(len);
+    let at = |offset: usize| (part.start + offset).min(part.end);
+    at(piece.start)..at(piece.end)
+}
+
+/// Elements of a piece of a rank's part of all tensors.
+fn elements<B: Backend, T: Element>(tensors: &[ViewMut<'_, B, T>], of: (Share, &Range<usize>)) -> usize {
+    tensors.iter().map(|tensor| within(of, tensor.len()).len()).sum()
+}
+
+/// A piece of a rank's part of each tensor, one after another.
+fn read_parts<B: Backend, T: Element>(
+    backend: &B,
+    tensors: &[ViewMut<'_, B, T>],
+    of: (Share, &Range<usize>),
+) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(elements(tensors, of) * size_of::<T>());
     for tensor in tensors {
-        let part = share.of(tensor.len());
+        let part = within(of, tensor.len());
         let mut values = vec![T::zeroed(); part.len()];
         backend.read(tensor.view().part(part), &mut values)?;
         bytes.extend_from_slice(bytemuck::cast_slice(&values));
@@ -213,14 +247,92 @@ fn read_parts<B: Backend, T: Element>(backend: &B, tensors: &[ViewMut<'_, B, T>]
 fn write_parts<B: Backend, T: Element>(
     backend: &B,
     tensors: &mut [ViewMut<'_, B, T>],
-    share: Share,
+    of: (Share, &Range<usize>),
     mut values: &[T],
 ) -> Result<()> {
     for tensor in tensors {
-        let part = share.of(tensor.len());
+        let part = within(of, tensor.len());
         let (own, rest) = values.split_at(part.len());
         values = rest;
         backend.write(own, tensor.part(part))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Threads;
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Remembers the longest message.
+    struct Watched {
+        inner: Threads,
+        longest: AtomicUsize,
+    }
+
+    impl Transport for Watched {
+        fn share(&self) -> Share {
+            self.inner.share()
+        }
+
+        fn exchange(&self, messages: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+            let longest = messages.iter().map(Vec::len).max().unwrap_or(0);
+            self.longest.fetch_max(longest, Ordering::Relaxed);
+            self.inner.exchange(messages)
+        }
+    }
+
+    fn buffer(backend: &Cpu, len: usize, value: impl Fn(usize) -> f32) -> Buffer<Cpu, f32> {
+        let mut buffer = backend.zeros(len).unwrap();
+        backend.write(&(0..len).map(value).collect::<Vec<_>>(), buffer.view_mut()).unwrap();
+        buffer
+    }
+
+    fn values(backend: &Cpu, buffer: &Buffer<Cpu, f32>) -> Vec<f32> {
+        let mut values = vec![0.0; buffer.len()];
+        backend.read(buffer.view(), &mut values).unwrap();
+        values
+    }
+
+    #[test]
+    fn large_tensors_are_exchanged_in_pieces() {
+        // 120 bytes among 3 ranks are 10 f32 for each, rounded up to 16: the parts of 168, 168 and 164 take 11 exchanges.
+        let (most_bytes, lengths) = (120, [500, 7]);
+        let run = |group: Hosted<Threads>| {
+            let Ok(Connected { transport: inner, traffic, .. }) = Arc::try_unwrap(group.connected) else {
+                panic!("nothing else has it yet")
+            };
+            let transport = Watched { inner, longest: AtomicUsize::new(0) };
+            let group = Hosted { connected: Arc::new(Connected { transport, traffic, most_bytes }) };
+            let (backend, share) = (Cpu::new(), Group::<Cpu>::share(&group));
+            let mut sums = Group::<Cpu>::reduce_scatter(&group, &backend).unwrap();
+            // Whole numbers: element i is (rank + 1)(i + 1), and its sum over the ranks 6 (i + 1).
+            let own = |i: usize| ((share.rank + 1) * (i + 1)) as f32;
+            sums.begin(lengths.map(|len| buffer(&backend, len, own)).into()).unwrap();
+            let sums = sums.finish().unwrap().pop().unwrap();
+            for sum in &sums {
+                let part = share.of(sum.len());
+                let expected: Vec<f32> = part.clone().map(|i| 6.0 * (i + 1) as f32).collect();
+                assert_eq!(values(&backend, sum)[part], expected);
+            }
+            let mut gathered = sums;
+            let mut views: Vec<_> = gathered.iter_mut().map(Buffer::view_mut).collect();
+            group.all_gather(&backend, &mut views).unwrap();
+            for whole in &gathered {
+                let expected: Vec<f32> = (0..whole.len()).map(|i| 6.0 * (i + 1) as f32).collect();
+                assert_eq!(values(&backend, whole), expected);
+            }
+            let planned = Traffic::of_step::<Cpu>(lengths.into_iter(), share);
+            assert_eq!(Group::<Cpu>::traffic(&group), planned);
+            let longest = group.transport().longest.load(Ordering::Relaxed);
+            assert!((1..=4 * (16 + 7)).contains(&longest), "{longest} bytes");
+        };
+        std::thread::scope(|scope| {
+            for group in Threads::groups(3) {
+                scope.spawn(move || run(group));
+            }
+        });
+    }
 }
