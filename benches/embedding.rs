@@ -56,7 +56,7 @@ fn embedding<D: Device>(
         });
         ladder.copy().run();
 
-        let cost = cost::embedding_backward(tokens, width, size_of::<D::Float>(), size_of::<D::Grad>());
+        let cost = cost::add_rows(tokens, width, size_of::<D::Float>(), size_of::<D::Grad>());
         let gradients = OnceCell::new();
         let make = |d: &D| {
             let table = gradients.get_or_init(|| Rc::new(RefCell::new(random::<D, D::Grad>(d, table_rows * width))));

@@ -187,9 +187,9 @@ pub fn move_rows(rows: usize, width: usize, float: usize) -> Cost {
     Cost::moved(2 * rows * width * float + rows * size_of::<u32>())
 }
 
-/// `rows` rows of dy, of `width`, added to rows of a table of gradients.
-pub fn embedding_backward(rows: usize, width: usize, float: usize, grad: usize) -> Cost {
-    Cost::each(rows * width, float + 2 * grad, 1) + Cost::moved(rows * size_of::<u32>())
+/// `rows` rows of `width` elements of `float` bytes, added to rows of a table whose elements have `sum`.
+pub fn add_rows(rows: usize, width: usize, float: usize, sum: usize) -> Cost {
+    Cost::each(rows * width, float + 2 * sum, 1) + Cost::moved(rows * size_of::<u32>())
 }
 
 /// Losses of rows of logits.
@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(gated_linear(shape, 2), Cost { bytes: 2 * (15 + 2 * 35 + 21), flops: 2 * 210 + 5 * 21 });
         assert_eq!(linear_backward_input(shape, 4), Cost { bytes: 4 * (21 + 35 + 15), flops: 210 });
         assert_eq!(linear_backward_weight(shape, 2, 4), Cost { bytes: 2 * (21 + 15) + 4 * 35, flops: 210 });
-        assert_eq!(embedding_backward(3, 5, 2, 4), Cost { bytes: 3 * (5 * (2 + 2 * 4) + 4), flops: 15 });
+        assert_eq!(add_rows(3, 5, 2, 4), Cost { bytes: 3 * (5 * (2 + 2 * 4) + 4), flops: 15 });
         let size = AttentionSize { tokens: 4, heads: 2, kv_heads: 1, head_dim: 8, pairs: 10 };
         assert_eq!(size.forward(2) + size.lse(), Cost { bytes: 4 * (48 * 2 + 8), flops: 10 * 4 * 16 });
         // What several queries see is read once.

@@ -266,6 +266,12 @@ pub trait Backend: Clone + Send + Sync + 'static {
     /// As [`Operator::run`].
     fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()>;
 
+    /// See [`AddRows`].
+    ///
+    /// # Errors
+    /// As [`Operator::run`].
+    fn add_rows(&self, op: AddRows<'_, Self>) -> Result<()>;
+
     /// See [`EmbeddingBackward`].
     ///
     /// # Errors

@@ -1,17 +1,18 @@
 //! The backward pass, by hand: gradients of the tensors that train, down to the lowest of them.
 
+mod attention;
 mod inputs;
 mod projections;
 
 use super::decoder::Overlay;
-use super::forward::{AttentionActivations, LayerActivations, Packed, Unnormed};
+use super::forward::{LayerActivations, Packed};
 use super::losses::Losses;
-use super::pool::{Floats, Scratch, Stats};
+use super::pool::{Floats, Scratch};
+use super::prefix::DistinctRows;
 use super::{Batch, Decoder, FinalGradients, GradientOptions, Gradients};
 use crate::backend::{
-    AttentionBackward, Backend, CrossEntropy, EmbeddingBackward, In, LinearBackwardInput, LinearBackwardWeight,
-    LinearShape, MoveAlong, Operator, Out, RmsNormBackward, Rope, ScatterRows, SumSquares, SwiGlu, SwiGluBackward,
-    View, ViewMut, trace,
+    Backend, CrossEntropy, EmbeddingBackward, In, LinearBackwardInput, LinearBackwardWeight, LinearShape, MoveAlong,
+    Operator, Out, RmsNormBackward, ScatterRows, SumSquares, SwiGlu, SwiGluBackward, View, ViewMut, trace,
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
@@ -155,7 +156,10 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<()> {
         let span = trace::phase("forward");
         let _pass = self.pool.pass(batch.tokens.len());
-        let (packed, inputs) = (self.pack(batch)?, self.inputs(batch)?);
+        // Vaccine's norm is over the outputs of all tokens: none is shared.
+        let distinct = if options.vaccine.is_none() { DistinctRows::of(batch) } else { None };
+        let packed = self.pack_distinct(batch, distinct)?;
+        let inputs = self.inputs(batch, &packed)?;
         drop(span);
         gradients.accumulate = options.accumulate;
         let rows = inputs.rows.view().len();
@@ -422,62 +426,5 @@ impl<B: Backend> Decoder<B> {
         let (norm, dx_view) = (ParamId::InputNorm(layer), needs.input.then(|| dx.view_mut()));
         let op = self.norm_backward(norm, dnormed.view(), x.view(), rstd.view(), dx_view, gradients);
         RmsNormBackward { accumulate_dx: true, ..op }.run(&self.backend)
-    }
-
-    /// Backward from the attention half's output to the outputs of q_proj, k_proj and v_proj. Returns their gradients,
-    /// and rstd of the half's norm.
-    fn attention_half_backward<'a>(
-        &'a self,
-        layer: usize,
-        saved: AttentionActivations<'a, B>,
-        dx: &Floats<'_, B>,
-        packed: &Packed<'_, B>,
-        gradients: &mut Gradients<B>,
-    ) -> Result<([Floats<'a, B>; 3], Stats<'a, B>)> {
-        let (tokens, c) = (packed.tokens, &self.config);
-        let o_proj = ModuleId { layer, kind: ModuleKind::O };
-        let mut dmixed = self.floats(tokens * c.q_width())?;
-        self.module_input_gradient(o_proj, dx.view(), dmixed.view_mut(), 0)?;
-        let mut dq = self.floats(tokens * c.q_width())?;
-        let mut dk = self.floats(tokens * c.kv_width())?;
-        let mut dv = self.floats(tokens * c.kv_width())?;
-        AttentionBackward {
-            q: saved.q.view(),
-            k: saved.k.view(),
-            v: saved.v.view(),
-            o: saved.mixed.view(),
-            lse: saved.lse.view(),
-            d_o: dmixed.view(),
-            dq: dq.view_mut(),
-            dk: dk.view_mut(),
-            dv: dv.view_mut(),
-            shape: self.attention_shape(layer),
-            documents: &packed.documents,
-        }
-        .run(&self.backend)?;
-        drop(dmixed);
-        for x in [dq.view_mut(), dk.view_mut()] {
-            let (table, positions) = (packed.rope.view(), packed.positions.view());
-            Rope { x, table, positions, head_dim: c.head_dim, inverse: true }.run(&self.backend)?;
-        }
-        self.head_norm_backward(ParamId::QNorm(layer), saved.q_unnormed, &mut dq, gradients)?;
-        self.head_norm_backward(ParamId::KNorm(layer), saved.k_unnormed, &mut dk, gradients)?;
-        Ok(([dq, dk, dv], saved.rstd))
-    }
-
-    /// Through the per-head norm of q or k, where the model has one: `dy` becomes the gradient before it.
-    fn head_norm_backward<'a>(
-        &'a self,
-        norm: ParamId,
-        unnormed: Option<Unnormed<'_, B>>,
-        dy: &mut Floats<'a, B>,
-        gradients: &mut Gradients<B>,
-    ) -> Result<()> {
-        let Some(Unnormed { values, rstd }) = unnormed else { return Ok(()) };
-        let mut before = self.floats(dy.view().len())?;
-        let dx = Some(before.view_mut());
-        self.norm_backward(norm, dy.view(), values.view(), rstd.view(), dx, gradients).run(&self.backend)?;
-        *dy = before;
-        Ok(())
     }
 }

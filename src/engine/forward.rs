@@ -74,7 +74,7 @@ impl<B: Backend> Decoder<B> {
         self.pack_distinct(batch, None)
     }
 
-    /// With `distinct`, for forward passes alone: activations hold the distinct rows.
+    /// With `distinct`, activations hold the distinct rows.
     pub(super) fn pack_distinct(&self, batch: &Batch, distinct: Option<DistinctRows>) -> Result<Packed<'_, B>> {
         self.check(batch)?;
         let longest = batch.positions.iter().max().map_or(1, |p| *p as usize + 1);

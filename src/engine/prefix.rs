@@ -2,11 +2,13 @@
 //!
 //! A token's activations depend on the tokens up to it alone, so rows of a packed batch with equal tokens up to and
 //! including their own are equal in every layer. Prompts of one chat template share its system prompt at least.
-//! A deduplicated batch keeps one row of each; only attention, which needs whole documents, gets all rows back.
+//! A deduplicated batch keeps one row of each; only attention, which needs whole documents, gets all rows back. In the
+//! backward pass a distinct row gets the sum of its copies' gradients. Rows that have a target are never shared: each has
+//! its own gradient from above.
 
 use super::pool::{Floats, Scratch};
 use super::{Batch, Decoder};
-use crate::backend::{Backend, GatherRows, In, Operator};
+use crate::backend::{AddRows, Backend, GatherRows, IGNORE, In, Operator, ScatterRows};
 use crate::error::Result;
 use std::collections::HashMap;
 
@@ -36,7 +38,10 @@ impl DistinctRows {
             let mut before = None;
             for row in document[0] as usize..document[1] as usize {
                 let next = rows.firsts.len() as u32;
-                let found = *known.entry((before, batch.tokens[row], batch.positions[row])).or_insert(next);
+                let found = match batch.targets.get(row).is_none_or(|target| *target == IGNORE) {
+                    true => *known.entry((before, batch.tokens[row], batch.positions[row])).or_insert(next),
+                    false => next,
+                };
                 if found == next {
                     rows.firsts.push(row as u32);
                 }
@@ -50,6 +55,11 @@ impl DistinctRows {
     /// Selects the values of the distinct rows.
     pub(super) fn select(&self, values: &[u32]) -> Vec<u32> {
         self.firsts.iter().map(|row| values[*row as usize]).collect()
+    }
+
+    /// Rows that are not computed.
+    pub(super) fn saved(&self) -> usize {
+        self.index.len() - self.firsts.len()
     }
 
     /// The distinct rows of the same batch `count` times, one after another; the copies share nothing.
@@ -67,6 +77,24 @@ impl<B: Backend> Deduplicated<'_, B> {
         let width = x.len() / self.distinct.firsts.len();
         let mut y = decoder.floats(self.distinct.index.len() * width)?;
         GatherRows { from: x, rows: self.index.view(), to: y.view_mut(), width }.run(&decoder.backend)?;
+        Ok(y)
+    }
+
+    /// All rows: the distinct ones where they are first, zeros elsewhere.
+    pub(super) fn spread<'a>(&self, decoder: &'a Decoder<B>, x: In<'_, B>) -> Result<Floats<'a, B>> {
+        let width = x.len() / self.distinct.firsts.len();
+        let mut y = decoder.floats(self.distinct.index.len() * width)?;
+        decoder.backend.clear(y.view_mut())?;
+        ScatterRows { from: x, rows: self.firsts.view(), to: y.view_mut(), width }.run(&decoder.backend)?;
+        Ok(y)
+    }
+
+    /// The sums of the rows that share a distinct one.
+    pub(super) fn sum<'a>(&self, decoder: &'a Decoder<B>, x: In<'_, B>) -> Result<Floats<'a, B>> {
+        let width = x.len() / self.distinct.index.len();
+        let mut y = decoder.floats(self.distinct.firsts.len() * width)?;
+        decoder.backend.clear(y.view_mut())?;
+        AddRows { from: x, rows: self.index.view(), to: y.view_mut(), width }.run(&decoder.backend)?;
         Ok(y)
     }
 
@@ -99,6 +127,15 @@ mod tests {
         let twice = rows.repeated(2);
         assert_eq!(twice.firsts[10..12], [15, 16]);
         assert_eq!(twice.index[15..20], [10, 11, 12, 13, 10]);
+    }
+
+    #[test]
+    fn rows_with_a_target_are_their_own() {
+        let mut batch = Batch::from_prompts([&[1, 2, 3, 9][..], &[1, 2, 3, 9]]);
+        batch.targets = [IGNORE, IGNORE, 9, IGNORE].repeat(2);
+        let rows = DistinctRows::of(&batch).unwrap();
+        assert_eq!(rows.firsts, [0, 1, 2, 3, 6, 7]);
+        assert_eq!(rows.index, [0, 1, 2, 3, 0, 1, 4, 5]);
     }
 
     #[test]

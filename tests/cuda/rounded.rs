@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use swat::backend::cpu::Cpu;
 use swat::backend::{
-    AdamWMasked, AdamWModule, Attention, AttentionBackward, AttentionDecode, AttentionShape, Backend, Buffer,
+    AdamWMasked, AdamWModule, AddRows, Attention, AttentionBackward, AttentionDecode, AttentionShape, Backend, Buffer,
     CrossEntropy, DecodeSpans, Documents, Element, EmbeddingBackward, FloatElement, GatherRows, InputGradient, Linear,
     LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach, LinearBackwardWeight, LossTerms, MeanRow,
     MoveAlong, Operator, Perturb, ProximalGradients, ProximalRow, RmsNorm, RmsNormBackward, Rope, Sample, ScatterRows,
@@ -295,6 +295,12 @@ impl Backend for Rounded {
     fn scatter_rows(&self, op: ScatterRows<'_, Self>) -> Result<()> {
         let ScatterRows { from, rows, to: mut into, width } = op;
         ScatterRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu::new())
+    }
+
+    fn add_rows(&self, op: AddRows<'_, Self>) -> Result<()> {
+        let AddRows { from, rows, to: mut into, width } = op;
+        AddRows { from: of(&from), rows: of(&rows), to: to(&mut into), width }.run(&Cpu::new())?;
+        self.round(into)
     }
 
     fn embedding_backward(&self, op: EmbeddingBackward<'_, Self>) -> Result<()> {

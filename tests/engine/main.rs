@@ -5,3 +5,4 @@ mod common;
 mod fast_paths;
 mod final_gradients;
 mod plan_memory;
+mod shared_prefixes;

@@ -132,6 +132,8 @@ fn reductions_over_rows<E: Elements>(b: &Cpu<E>) {
         let chosen = put_u32(b, &(0..rows as u32).map(|r| r * r % 13).collect::<Vec<_>>());
         let mut table = float(b, 7, 13 * width);
         EmbeddingBackward { dy: dy.view(), rows: chosen.view(), dtable: table.view_mut(), width }.run(b).unwrap();
+        let mut sums = float(b, 9, 13 * width);
+        AddRows { from: dy.view(), rows: chosen.view(), to: sums.view_mut(), width }.run(b).unwrap();
         let (mut losses, targets) = (float(b, 8, rows), put_u32(b, &vec![5; rows]));
         CrossEntropy {
             logits: y.view_mut(),
@@ -143,7 +145,7 @@ fn reductions_over_rows<E: Elements>(b: &Cpu<E>) {
         }
         .run(b)
         .unwrap();
-        [get(b, &y), get(b, &rstd), get(b, &dx), get(b, &dw), get(b, &table), get(b, &losses)].concat()
+        [get(b, &y), get(b, &rstd), get(b, &dx), get(b, &dw), get(b, &table), get(b, &sums), get(b, &losses)].concat()
     });
 }
 

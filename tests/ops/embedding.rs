@@ -35,6 +35,24 @@ pub(super) fn gather_and_scatter<B: Backend>(b: &B) {
     }
 }
 
+pub(super) fn repeated_rows_are_added<B: Backend>(b: &B) {
+    for (count, rows, width) in SIZES {
+        let mut rng = Philox::new(6, 0);
+        let chosen: Vec<u32> = (0..count).map(|_| rng.below(rows) as u32).collect();
+        let from = put::<B, B::Float>(b, &normals(1, count * width));
+        let mut table = put::<B, B::Float>(b, &normals(2, rows * width));
+        let mut exact = table.host.clone();
+        for (from, row) in from.host.chunks(width).zip(&chosen) {
+            exact[*row as usize * width..][..width].iter_mut().zip(from).for_each(|(e, x)| *e += x);
+        }
+        let on_device = put_u32(b, &chosen);
+        AddRows { from: from.device.view(), rows: on_device.view(), to: table.device.view_mut(), width }
+            .run(b)
+            .unwrap();
+        assert_close::<B>(&get(b, &table.device), &exact, 1e-5, &format!("{count} of {rows} × {width}"));
+    }
+}
+
 pub(super) fn backward_adds_repeated_rows<B: Backend>(b: &B) {
     for (count, rows, width) in SIZES {
         let mut rng = Philox::new(6, 0);
@@ -53,4 +71,4 @@ pub(super) fn backward_adds_repeated_rows<B: Backend>(b: &B) {
     }
 }
 
-on_every_backend!(gather_and_scatter, backward_adds_repeated_rows);
+on_every_backend!(gather_and_scatter, repeated_rows_are_added, backward_adds_repeated_rows);

@@ -3,7 +3,7 @@
 use super::simd::simd_kernel;
 use super::storage::{Shared, slice, slice_mut};
 use super::{Cpu, Elements};
-use crate::backend::{EmbeddingBackward, FloatElement, GatherRows, ScatterRows};
+use crate::backend::{AddRows, EmbeddingBackward, FloatElement, GatherRows, ScatterRows};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -29,25 +29,33 @@ pub(super) fn scatter_rows<E: Elements>(ScatterRows { from, rows, to, width }: S
     }
 }
 
-/// A task owns some columns. Terms of one row of the table are added in their order, in f32, and rounded once.
+pub(super) fn add_rows<E: Elements>(AddRows { from, rows, to, width }: AddRows<'_, Cpu<E>>) {
+    add(slice(&from), slice(&rows), slice_mut(to), width);
+}
+
 pub(super) fn embedding_backward<E: Elements>(op: EmbeddingBackward<'_, Cpu<E>>) {
     let EmbeddingBackward { dy, rows, dtable, width } = op;
-    let (dy, rows, dtable) = (slice(&dy), slice(&rows), Shared::new(slice_mut(dtable)));
+    add(slice(&dy), slice(&rows), slice_mut(dtable), width);
+}
+
+/// A task owns some columns. Terms of one row of the table are added in their order, in f32, and rounded once.
+fn add<T: FloatElement, G: FloatElement>(from: &[T], rows: &[u32], to: &mut [G], width: usize) {
+    let to = Shared::new(to);
     let mut terms: Vec<(u32, u32)> = rows.iter().zip(0..).map(|(row, term)| (*row, term)).collect();
     terms.sort_unstable();
     (0..width.div_ceil(COLUMNS)).into_par_iter().for_each(|task| {
         let columns = task * COLUMNS..width.min((task + 1) * COLUMNS);
-        add_columns(dy, &terms, &dtable, width, columns);
+        add_columns(from, &terms, &to, width, columns);
     });
 }
 
 simd_kernel! {
-    /// `terms`: rows of the table, ascending, and of `dy`.
+    /// `terms`: rows of the table, ascending, and of `from`.
     fn add_columns<T: FloatElement, G: FloatElement>(
         _simd,
-        dy: &'a [T],
+        from: &'a [T],
         terms: &'a [(u32, u32)],
-        dtable: &'a Shared<'a, G>,
+        table: &'a Shared<'a, G>,
         width: usize,
         columns: Range<usize>,
     ) {
@@ -56,13 +64,13 @@ simd_kernel! {
         for terms in terms.chunk_by(|a, b| a.0 == b.0) {
             let at = terms[0].0 as usize * width;
             // SAFETY: each task writes its own columns.
-            let to = unsafe { dtable.range(at + columns.start..at + columns.end) };
+            let to = unsafe { table.range(at + columns.start..at + columns.end) };
             for (sum, to) in sums.iter_mut().zip(&*to) {
                 *sum = to.to_f32();
             }
             for (_, term) in terms {
-                let dy = &dy[*term as usize * width..][..width];
-                for (sum, x) in sums.iter_mut().zip(&dy[columns.clone()]) {
+                let row = &from[*term as usize * width..][..width];
+                for (sum, x) in sums.iter_mut().zip(&row[columns.clone()]) {
                     *sum += x.to_f32();
                 }
             }

@@ -4,7 +4,7 @@ use super::device::Device;
 use super::launch::{Launch, args, blocks};
 use super::memory::{self, Memory, Slice, SliceMut, slice, slice_mut};
 use super::{Cuda, Precision, measure};
-use crate::backend::{Cost, Element, EmbeddingBackward, GatherRows, Operator, ScatterRows};
+use crate::backend::{AddRows, Cost, Element, EmbeddingBackward, GatherRows, Operator, ScatterRows};
 use crate::error::Result;
 use half::bf16;
 use std::sync::Arc;
@@ -70,14 +70,33 @@ unsafe fn move_rows(
     unsafe { device.launch(launch, args![from, rows, &to, shape.0, shape.1, shape.2, (table == Table::To) as u32]) }
 }
 
+pub(super) fn add_rows<P: Precision>(device: &Arc<Device>, op: AddRows<'_, Cuda<P>>) -> Result<()> {
+    let (cost, from, rows, to) = (op.cost(), slice(&op.from), slice(&op.rows), slice_mut(op.to));
+    // SAFETY: `from` has a row for each index; `to` is borrowed mutably.
+    unsafe { add(device, from, rows, to, op.width, cost) }
+}
+
 pub(super) fn embedding_backward<P: Precision>(device: &Arc<Device>, op: EmbeddingBackward<'_, Cuda<P>>) -> Result<()> {
-    let (sums, width) = (op.cost(), op.width);
-    let (dy, rows, dtable) = (slice(&op.dy), slice(&op.rows), slice_mut(op.dtable));
+    let (cost, dy, rows, dtable) = (op.cost(), slice(&op.dy), slice(&op.rows), slice_mut(op.dtable));
+    // SAFETY: `dy` has a row for each index; `dtable` is borrowed mutably.
+    unsafe { add(device, dy, rows, dtable, op.width, cost) }
+}
+
+/// # Safety
+/// `dy` has a row of `width` for each index; `dtable` is borrowed mutably.
+unsafe fn add<T: Element>(
+    device: &Arc<Device>,
+    dy: Slice<bf16>,
+    rows: Slice<u32>,
+    dtable: SliceMut<T>,
+    width: usize,
+    sums: Cost,
+) -> Result<()> {
     let (count, table_rows) = (rows.len(), dtable.len() / width);
     if count == 0 {
         return Ok(());
     }
-    let [baseline, short, long] = match P::Grad::NAME {
+    let [baseline, short, long] = match T::NAME {
         f32::NAME => ["embedding_backward_baseline_f32", "embedding_backward_short_f32", "embedding_backward_long_f32"],
         _ => ["embedding_backward_baseline_bf16", "embedding_backward_short_bf16", "embedding_backward_long_bf16"],
     };

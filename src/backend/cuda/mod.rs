@@ -220,6 +220,7 @@ impl<P: Precision> Backend for Cuda<P> {
         swiglu_backward(SwiGluBackward) = swiglu::swiglu_backward;
         gather_rows(GatherRows) = embedding::gather_rows;
         scatter_rows(ScatterRows) = embedding::scatter_rows;
+        add_rows(AddRows) = embedding::add_rows;
         embedding_backward(EmbeddingBackward) = embedding::embedding_backward;
         cross_entropy(CrossEntropy) = cross_entropy::cross_entropy;
         sample(Sample) = sampling::sample;

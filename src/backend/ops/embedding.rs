@@ -1,4 +1,4 @@
-//! Rows of a table: gathered, scattered, and the gradient of gathering.
+//! Rows of a table: gathered, scattered, added, and the gradient of an embedding.
 
 use super::Operator;
 use crate::backend::{Backend, Cost, In, Out, View, ViewMut, cost};
@@ -60,7 +60,35 @@ impl<B: Backend> Operator<B> for ScatterRows<'_, B> {
     }
 }
 
-/// dtable[rows\[i\]] += dy\[i\] in a fixed order of i; rows may repeat.
+/// to[rows\[i\]] += from\[i\], summed in f32 in a fixed order of i; rows may repeat: the gradient of [`GatherRows`].
+pub struct AddRows<'a, B: Backend> {
+    /// [rows, width]
+    pub from: In<'a, B>,
+    /// Rows of `to`.
+    pub rows: View<'a, B, u32>,
+    /// [table rows, width]
+    pub to: Out<'a, B>,
+    /// Columns.
+    pub width: usize,
+}
+
+impl<B: Backend> Operator<B> for AddRows<'_, B> {
+    const NAME: &'static str = "add_rows";
+
+    fn check(&self) {
+        assert!(self.width > 0 && self.from.len() == self.rows.len() * self.width);
+    }
+
+    fn cost(&self) -> Cost {
+        cost::add_rows(self.rows.len(), self.width, size_of::<B::Float>(), size_of::<B::Float>())
+    }
+
+    fn launch(self, backend: &B) -> Result<()> {
+        backend.add_rows(self)
+    }
+}
+
+/// [`AddRows`] into a gradient: dtable[rows\[i\]] += dy\[i\].
 pub struct EmbeddingBackward<'a, B: Backend> {
     /// [rows, width]
     pub dy: In<'a, B>,
@@ -80,7 +108,7 @@ impl<B: Backend> Operator<B> for EmbeddingBackward<'_, B> {
     }
 
     fn cost(&self) -> Cost {
-        cost::embedding_backward(self.rows.len(), self.width, size_of::<B::Float>(), size_of::<B::Grad>())
+        cost::add_rows(self.rows.len(), self.width, size_of::<B::Float>(), size_of::<B::Grad>())
     }
 
     fn launch(self, backend: &B) -> Result<()> {

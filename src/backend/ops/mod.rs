@@ -20,7 +20,7 @@ pub use adamw::{
 };
 pub use attention::{Attention, AttentionBackward, AttentionDecode, AttentionShape, DecodeSpans, Documents};
 pub use cross_entropy::{CrossEntropy, IGNORE, LossTerms, TEACHER_TOKENS};
-pub use embedding::{EmbeddingBackward, GatherRows, ScatterRows};
+pub use embedding::{AddRows, EmbeddingBackward, GatherRows, ScatterRows};
 pub use linear::{
     Epilogue, GatedLinear, InputGradient, Linear, LinearBackwardBias, LinearBackwardInput, LinearBackwardInputEach,
     LinearBackwardWeight, LinearBackwardWeightEach, LinearEach, Projection, WeightGradient,

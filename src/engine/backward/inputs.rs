@@ -1,6 +1,7 @@
 //! What a micro-batch brings to the device.
 
 use crate::backend::{Backend, LossTerms};
+use crate::engine::forward::Packed;
 use crate::engine::pool::{Scratch, Stats};
 use crate::engine::readout::trained_rows;
 use crate::engine::{Batch, Decoder, TokenTerms};
@@ -9,8 +10,9 @@ use std::ops::Range;
 
 /// Inputs of a micro-batch beside its [`crate::engine::forward::Packed`] form.
 pub(super) struct Inputs<'p, B: Backend> {
+    /// Of the computed rows.
     pub(super) tokens: Scratch<'p, B, u32>,
-    /// Rows that have a target, and their targets.
+    /// Computed rows that have a target, and their targets.
     pub(super) rows: Scratch<'p, B, u32>,
     pub(super) targets: Scratch<'p, B, u32>,
     pub(super) terms: Option<Terms<'p, B>>,
@@ -43,11 +45,15 @@ impl<B: Backend> Terms<'_, B> {
 
 impl<B: Backend> Decoder<B> {
     /// Those of a batch.
-    pub(super) fn inputs(&self, batch: &Batch) -> Result<Inputs<'_, B>> {
+    pub(super) fn inputs(&self, batch: &Batch, packed: &Packed<'_, B>) -> Result<Inputs<'_, B>> {
         let (rows, targets) = trained_rows(batch);
+        let tokens = match &packed.dedup {
+            Some(dedup) => self.indices(&dedup.distinct.select(&batch.tokens))?,
+            None => self.indices(&batch.tokens)?,
+        };
         Ok(Inputs {
-            tokens: self.indices(&batch.tokens)?,
-            rows: self.indices(&rows)?,
+            tokens,
+            rows: self.indices(&packed.computed(&rows))?,
             targets: self.indices(&targets)?,
             terms: batch.terms.as_ref().map(|terms| self.terms(terms)).transpose()?,
         })

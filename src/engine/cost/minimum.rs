@@ -7,6 +7,7 @@
 //! | weights once a pass, gradients and moments once a step, keys and values of a cache once a token | activations, which a large enough chip would not let out |
 
 use crate::backend::{Backend, Cost, Roofline, cost};
+use crate::engine::prefix::DistinctRows;
 use crate::engine::{Batch, Lora};
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleId, ModuleKind, ModuleSet, ParamId};
@@ -111,11 +112,16 @@ impl MinimumCost {
         self.backward.cost(&self.config, starts, rows)
     }
 
-    /// A training step over micro-batches: passes that follow one another.
+    /// A training step over micro-batches: passes that follow one another. Rows that documents begin with alike are
+    /// computed once, but for attention.
     pub fn step(&self, batches: &[Batch]) -> Vec<Cost> {
         let passes = batches.iter().filter(|batch| batch.trained_tokens() > 0).flat_map(|batch| {
             let rows = batch.trained_tokens();
-            [self.forward(&batch.starts, rows), self.backward(&batch.starts, rows)]
+            let shared = DistinctRows::of(batch).map_or(0, |distinct| distinct.saved()) as u64;
+            [&self.forward, &self.backward].map(|pass| {
+                let all = pass.cost(&self.config, &batch.starts, rows);
+                Cost { flops: all.flops - shared * pass.token, ..all }
+            })
         });
         passes.chain([self.optimizer]).collect()
     }
