@@ -12,6 +12,7 @@ use crate::backend::{
 };
 use crate::error::Result;
 use crate::modules::{ModuleId, ModuleKind, ParamId};
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -58,6 +59,14 @@ impl<B: Backend> Packed<'_, B> {
     /// Rows of the batch.
     pub(super) fn rows(&self) -> usize {
         self.dedup.as_ref().map_or(self.tokens, |dedup| dedup.distinct.index.len())
+    }
+
+    /// Of values of all rows, those of the computed ones.
+    pub(super) fn select<'v>(&self, values: &'v [u32]) -> Cow<'v, [u32]> {
+        match &self.dedup {
+            Some(dedup) => dedup.distinct.select(values).into(),
+            None => values.into(),
+        }
     }
 
     /// Which computed rows are those rows of the batch.

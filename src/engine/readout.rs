@@ -2,6 +2,7 @@
 
 use super::decoder::{Overlay, read_floats};
 use super::pool::Floats;
+use super::prefix::DistinctRows;
 use super::{Batch, Decoder};
 use crate::backend::{Backend, CrossEntropy, IGNORE, Operator, trace};
 use crate::error::Result;
@@ -130,9 +131,9 @@ impl<B: Backend> Decoder<B> {
         mut tap: impl FnMut(&Floats<'_, B>) -> Result<()>,
     ) -> Result<Floats<'_, B>> {
         let none = Overlay::new();
-        let packed = self.pack(batch)?;
-        let chosen = self.indices(rows)?;
-        let mut x = self.embed(&none, &batch.tokens)?;
+        let packed = self.pack_distinct(batch, DistinctRows::of(batch))?;
+        let chosen = self.indices(&packed.computed(rows))?;
+        let mut x = self.embed(&none, &packed.select(&batch.tokens))?;
         let mut tapped = self.floats(rows.len() * self.config.hidden)?;
         for layer in 0..self.config.layers {
             self.gather(x.view(), chosen.view(), tapped.view_mut())?;

@@ -129,9 +129,8 @@ impl<B: Backend> Decoder<B> {
         let none = Overlay::new();
         let layers = self.config.layers;
         let distinct = DistinctRows::of(prompts);
-        let tokens =
-            distinct.as_ref().map_or_else(|| prompts.tokens.clone(), |distinct| distinct.select(&prompts.tokens));
         let packed = self.pack_distinct(prompts, distinct.clone())?;
+        let tokens = packed.select(&prompts.tokens).into_owned();
         let inputs = SweepInputs {
             options,
             prompts,

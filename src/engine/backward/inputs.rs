@@ -47,12 +47,8 @@ impl<B: Backend> Decoder<B> {
     /// Those of a batch.
     pub(super) fn inputs(&self, batch: &Batch, packed: &Packed<'_, B>) -> Result<Inputs<'_, B>> {
         let (rows, targets) = trained_rows(batch);
-        let tokens = match &packed.dedup {
-            Some(dedup) => self.indices(&dedup.distinct.select(&batch.tokens))?,
-            None => self.indices(&batch.tokens)?,
-        };
         Ok(Inputs {
-            tokens,
+            tokens: self.indices(&packed.select(&batch.tokens))?,
             rows: self.indices(&packed.computed(&rows))?,
             targets: self.indices(&targets)?,
             terms: batch.terms.as_ref().map(|terms| self.terms(terms)).transpose()?,
