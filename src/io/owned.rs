@@ -6,7 +6,7 @@ use crate::error::{Error, FileOp, Result};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// Name of the record in an output directory.
@@ -15,8 +15,11 @@ const FORMAT: &str = "swat.output/1";
 /// Names that swat keeps in a directory that it writes in place, and what a file system puts into its root.
 const SERVICE: [&str; 5] =
     [RECORD, super::output::LOCK, super::output::PARTIAL, super::unfinished::INSIDE, "lost+found"];
-/// Files up to this size are recorded with their hash, larger ones with their size alone.
+/// Files up to this size are hashed as a whole, larger ones by pieces.
 const MAX_HASHED_BYTES: u64 = 1 << 20;
+/// Pieces of a larger file, evenly from its first byte to its last, and their length.
+const PIECES: u64 = 64;
+const PIECE_BYTES: u64 = 1 << 14;
 const MAX_RECORD_BYTES: u64 = 1 << 24;
 /// Most names in an error.
 const NAMED: usize = 3;
@@ -28,10 +31,12 @@ fn is_of_tuned_model(name: &str) -> bool {
     [CONFIG, "metrics.jsonl", "updates.json", "tune.json"].contains(&name) || SIDE_FILES.contains(&name)
 }
 
-/// Size of a file, and its hash if it is small.
+/// Size of a file, and the hash of its content or, of a large one, of [`PIECES`] of it: the same model trained further has
+/// the same size.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 struct Mark {
     bytes: u64,
+    /// None of a large file in the records of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     blake3: Option<String>,
 }
@@ -75,14 +80,25 @@ impl Record {
 
 impl Mark {
     fn of(path: &Path) -> Result<Self> {
+        let read = |e| Error::io(path, FileOp::Read)(e);
         let mut file = fs::File::open(path).map_err(Error::io(path, FileOp::Open))?;
-        let bytes = file.metadata().map_err(Error::io(path, FileOp::Read))?.len();
+        let bytes = file.metadata().map_err(read)?.len();
         let mut content = Vec::new();
         if bytes <= MAX_HASHED_BYTES {
-            file.read_to_end(&mut content).map_err(Error::io(path, FileOp::Read))?;
+            file.read_to_end(&mut content).map_err(read)?;
+        } else {
+            for piece in 0..PIECES {
+                // The last one ends with the file; no file is so large that this overflows.
+                file.seek(SeekFrom::Start((bytes - PIECE_BYTES) * piece / (PIECES - 1))).map_err(read)?;
+                file.by_ref().take(PIECE_BYTES).read_to_end(&mut content).map_err(read)?;
+            }
         }
-        let hash = || blake3::hash(&content).to_hex()[..32].to_owned();
-        Ok(Self { bytes, blake3: (bytes <= MAX_HASHED_BYTES).then(hash) })
+        Ok(Self { bytes, blake3: Some(blake3::hash(&content).to_hex()[..32].to_owned()) })
+    }
+
+    /// Whether a file with the mark `now` is the one that was recorded.
+    fn is_of(&self, now: &Self) -> bool {
+        self.bytes == now.bytes && (self.blake3.is_none() || self.blake3 == now.blake3)
     }
 }
 
@@ -101,7 +117,7 @@ pub(super) fn owned(dir: &Path) -> Result<Record> {
     for name in &found.files {
         match record.files.get(name) {
             None => foreign.push(not_ours(name)),
-            Some(Some(mark)) if *mark != Mark::of(&dir.join(name))? => {
+            Some(Some(mark)) if !mark.is_of(&Mark::of(&dir.join(name))?) => {
                 foreign.push(format!("`{}`, which has changed since swat wrote it", name.escape_debug()));
             }
             Some(_) => {}

@@ -1,5 +1,6 @@
 //! Outputs that appear whole.
 
+use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use swat::error::Error;
@@ -139,6 +140,33 @@ fn only_what_swat_wrote_is_replaced() {
     fs::write(&file, "mine").unwrap();
     assert!(output(&file, IfExists::Replace, files).is_err());
     assert_eq!(fs::read(&file).unwrap(), b"mine");
+}
+
+/// A model that was trained further by something else has the size of the one that was recorded.
+#[test]
+fn a_large_file_of_the_same_size_is_not_the_same() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("out");
+    let values = |first: u32| (first..first + 800_000).flat_map(|x| (x as f32).to_le_bytes()).collect::<Vec<u8>>();
+    let write = |if_exists| {
+        let out = OutputDir::create(&path, if_exists)?;
+        fs::write(out.dir().join("model.safetensors"), values(1)).unwrap();
+        out.commit()
+    };
+    write(IfExists::Fail).unwrap();
+    write(IfExists::Replace).unwrap();
+    fs::write(path.join("model.safetensors"), values(2)).unwrap();
+    let error = write(IfExists::Replace).unwrap_err();
+    assert!(error.to_string().contains("`model.safetensors`, which has changed since swat wrote it"), "{error}");
+    assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), values(2));
+    // What an earlier version recorded of such a file: its size alone.
+    let record = path.join(".swat.json");
+    let mut marks: Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    let mark = marks["files"]["model.safetensors"].as_object_mut().unwrap();
+    assert_eq!(mark["bytes"], 3_200_000);
+    mark.remove("blake3").unwrap();
+    fs::write(&record, marks.to_string()).unwrap();
+    write(IfExists::Replace).unwrap();
 }
 
 #[test]
