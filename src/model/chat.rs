@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// Budget of one rendering: 1 per instruction and per 64 bytes of data, which also bounds its memory by 320 MB. About
 /// 100 times what a long conversation needs; under a second.
@@ -33,6 +34,7 @@ const NAME: &str = "chat_template";
 /// Noncharacters around the text of a `{% generation %}` block, until the rendered text is complete.
 const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 
+use message::CallArguments;
 pub use message::{Message, Training};
 
 /// A compiled chat template.
@@ -48,6 +50,8 @@ pub struct ChatTemplate {
     special: BTreeMap<String, String>,
     uses_clock: bool,
     marks_answers: bool,
+    /// Whether it writes arguments of tool calls that are JSON text as a quoted string; known once it is asked.
+    quotes_arguments: OnceLock<bool>,
     /// The template of conversations with tools, where it is another.
     tool_use: Option<Box<Self>>,
 }
@@ -115,7 +119,9 @@ impl ChatTemplate {
         guarded(place, "template parser", || environment.add_template_owned(NAME, prepared))?
             .map_err(|e| Error::input(place, reason(&e), "a chat template in Jinja"))?;
         let (place, source) = (place.to_owned(), source.to_owned());
-        let mut template = Self { environment, source, place, special, uses_clock, marks_answers, tool_use: None };
+        let (quotes_arguments, tool_use) = (OnceLock::new(), None);
+        let mut template =
+            Self { environment, source, place, special, uses_clock, marks_answers, quotes_arguments, tool_use };
         template.set_clock(Clock::now()?);
         Ok(template)
     }
@@ -194,7 +200,9 @@ impl ChatTemplate {
             let found = "one of the noncharacters U+FDD0 and U+FDD1 in a message";
             return Err(Error::input(&self.place, found, "text without them, for a template with `{% generation %}`"));
         }
-        let text = self.render_text(messages, tools, ending)?;
+        let objects = messages.iter().any(Message::has_text_arguments) && self.quotes_arguments();
+        let arguments = if objects { CallArguments::AsObjects } else { CallArguments::AsGiven };
+        let text = self.render_text(messages, tools, ending, arguments)?;
         if !self.marks_answers {
             return Ok(Rendered { text, generated: Vec::new() });
         }
@@ -212,9 +220,29 @@ impl ChatTemplate {
         Ok(rendered)
     }
 
-    fn render_text(&self, messages: &[Message], tools: &[serde_json::Value], ending: Ending) -> Result<String> {
+    /// Whether arguments that are JSON text come out as a quoted string, as of a template that writes them by `tojson`. A
+    /// model never sees that when it is served: vLLM makes objects of them.
+    fn quotes_arguments(&self) -> bool {
+        *self.quotes_arguments.get_or_init(|| {
+            let function = serde_json::json!({ "name": "f", "arguments": "{\"x\": 1}" });
+            let call = serde_json::json!([{ "id": "123456789", "type": "function", "function": function }]);
+            let mut answer = Message::new("assistant", "");
+            answer.fields.insert("tool_calls".into(), call);
+            let messages = [Message::new("user", "?"), answer];
+            let text = self.render_text(&messages, &[], Ending::Conversation, CallArguments::AsGiven);
+            text.is_ok_and(|text| text.contains(r#""{\"x\": 1}""#))
+        })
+    }
+
+    fn render_text(
+        &self,
+        messages: &[Message],
+        tools: &[serde_json::Value],
+        ending: Ending,
+        arguments: CallArguments,
+    ) -> Result<String> {
         let context = context! {
-            messages => messages.iter().map(Message::to_template).collect::<Vec<Value>>(),
+            messages => messages.iter().map(|message| message.to_template(arguments)).collect::<Vec<Value>>(),
             add_generation_prompt => ending == Ending::GenerationPrompt,
             tools => if tools.is_empty() { Value::from(()) } else { Value::from(Serde(tools)) },
             documents => Value::from(()),

@@ -6,6 +6,15 @@ use serde_json::{Map, Value as Json};
 /// Names under which data sets hold the thinking of an answer; templates read the first.
 const THINKING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
+/// How a template gets the arguments of tool calls that data hold as JSON text, as in OpenAI's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CallArguments {
+    /// As text.
+    AsGiven,
+    /// As the object that the text holds.
+    AsObjects,
+}
+
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(try_from = "Stored")]
@@ -39,7 +48,7 @@ impl Message {
 
     /// The message as transformers gives it to a template: without keys that are null, and with thinking under
     /// `reasoning_content` and `thinking`, whatever its name.
-    pub(super) fn to_template(&self) -> Value {
+    pub(super) fn to_template(&self, arguments: CallArguments) -> Value {
         let mut fields = Map::new();
         fields.insert("role".into(), self.role.as_str().into());
         fields.insert("content".into(), self.content.as_str().into());
@@ -52,6 +61,9 @@ impl Message {
             fields.insert(THINKING[0].into(), thinking.clone());
         }
         fields.retain(|_, value| !value.is_null());
+        if arguments == CallArguments::AsObjects {
+            text_arguments(&mut fields).for_each(|(arguments, object)| *arguments = object);
+        }
         Value::from(Serde(fields))
     }
 
@@ -73,11 +85,7 @@ impl Message {
                 blank_texts(value, blank);
             }
         }
-        for call in message.fields.get_mut("tool_calls").and_then(Json::as_array_mut).into_iter().flatten() {
-            let call = match call.get_mut("function") {
-                Some(function) => function,
-                None => call,
-            };
+        for call in calls(&mut message.fields) {
             for name in ["name", "arguments"] {
                 if let Some(value) = call.get_mut(name) {
                     blank_texts(value, blank);
@@ -87,10 +95,33 @@ impl Message {
         message
     }
 
+    /// Whether the arguments of a tool call are JSON text.
+    pub(super) fn has_text_arguments(&self) -> bool {
+        self.fields.contains_key("tool_calls") && text_arguments(&mut self.fields.clone()).next().is_some()
+    }
+
     /// Whether any text of the message holds `c`.
     pub fn holds(&self, c: char) -> bool {
         self.content.contains(c) || self.fields.values().any(|value| text_holds(value, c))
     }
+}
+
+/// The calls of tools among the fields of a message: their `function`, where they have one.
+fn calls(fields: &mut Map<String, Json>) -> impl Iterator<Item = &mut Json> {
+    let calls = fields.get_mut("tool_calls").and_then(Json::as_array_mut).into_iter().flatten();
+    calls.map(|call| match call.get("function") {
+        Some(_) => &mut call["function"],
+        None => call,
+    })
+}
+
+/// Arguments of calls that are the JSON text of an object, each with that object.
+fn text_arguments(fields: &mut Map<String, Json>) -> impl Iterator<Item = (&mut Json, Json)> {
+    calls(fields).filter_map(|call| {
+        let arguments = call.get_mut("arguments")?;
+        let object = serde_json::from_str::<Map<String, Json>>(arguments.as_str()?).ok()?;
+        Some((arguments, Json::Object(object)))
+    })
 }
 
 /// Replaces every number, and every string that is not empty and not the `type` of a part.
