@@ -68,6 +68,9 @@ impl OnDevice for Generate {
         let mut prompts = Vec::with_capacity(conversations.len());
         for (place, mut messages) in conversations {
             if let Some(system) = &self.system {
+                if messages.first().is_some_and(|message| message.role == "system") {
+                    return Err(Error::input(place, "a system message beside --system", "one of them"));
+                }
                 messages.insert(0, Message::new("system", system));
             }
             let prompt = if self.raw {

@@ -87,15 +87,7 @@ impl Conversation {
     pub fn from_row(row: &Row) -> Result<Self> {
         refuse_unsupported(row)?;
         let mut messages = messages(row)?;
-        if let Some(system) = system(row)? {
-            match messages.first() {
-                Some(first) if first.role == "system" && first.content == system => {}
-                Some(first) if first.role == "system" && !first.content.trim().is_empty() => {
-                    return Err(row.error("two system messages, in the row and in its turns", "one of them"));
-                }
-                _ => messages.insert(0, Message::new("system", system)),
-            }
-        }
+        put_system(row, &mut messages)?;
         if trained(row, &["weight", "train"], &row.fields, "")? == Some(false) {
             forget(&mut messages);
         }
@@ -104,28 +96,20 @@ impl Conversation {
 }
 
 /// The conversation of a chat file's row, which a model is to continue: `messages` that do not end with the assistant,
-/// or `prompt`, a string or a list of messages; optionally `system`.
+/// or `prompt`, a string or a list of messages; optionally `system`. Messages are read as those of training rows.
 ///
 /// # Errors
 /// [`crate::error::Error::Input`] where it has neither, or no question.
 pub fn chat_prompt(row: &Row) -> Result<Vec<Message>> {
     row.refuse(&["tools", "functions", "images", "chat_template_kwargs"], "messages alone")?;
     let expected = "\"messages\": a list of {\"role\", \"content\"} that ends with the user, or \"prompt\": text";
-    let mut messages = match row.get("prompt") {
-        Some(Value::Array(_)) => turns(row, "prompt", "role")?,
-        Some(_) => vec![Message::new("user", row.text("prompt")?)],
-        None => {
-            let messages = row.get("messages").map(parsed).unwrap_or_default();
-            let read: Result<Vec<Message>, _> = serde_json::from_value(messages);
-            let mut messages = read.map_err(|_| row.error("no valid `messages`", expected))?;
-            // Templates know roles in lower case alone.
-            messages.iter_mut().for_each(|message| message.role.make_ascii_lowercase());
-            messages
-        }
+    let mut messages = match (row.get("prompt"), row.get("messages")) {
+        (Some(Value::Array(_)), _) => turns(row, "prompt", "role")?,
+        (Some(_), _) => vec![Message::new("user", row.text("prompt")?)],
+        (None, Some(_)) => turns(row, "messages", "role")?,
+        (None, None) => return Err(row.error(format!("the keys {}", row.keys()), expected)),
     };
-    if let Some(system) = system(row)? {
-        messages.insert(0, Message::new("system", system));
-    }
+    put_system(row, &mut messages)?;
     match messages.last() {
         Some(last) if last.role != "assistant" => Ok(messages),
         _ => Err(row.error("no question to answer", expected)),
@@ -288,6 +272,21 @@ fn side(row: &Row, key: &str, role: &str) -> Result<Vec<Message>> {
         Some(Value::Array(_)) => turns(row, key, "role"),
         _ => Ok(vec![Message::new(role, row.text(key)?)]),
     }
+}
+
+/// Puts the row's own system message before the turns.
+fn put_system(row: &Row, messages: &mut Vec<Message>) -> Result<()> {
+    let Some(system) = system(row)? else { return Ok(()) };
+    match messages.first_mut() {
+        Some(first) if first.role == "system" && (first.content == system || first.content.trim().is_empty()) => {
+            *first = Message::new("system", system);
+        }
+        Some(first) if first.role == "system" => {
+            return Err(row.error("two system messages, in the row and in its turns", "one of them"));
+        }
+        _ => messages.insert(0, Message::new("system", system)),
+    }
+    Ok(())
 }
 
 /// The row's own system message.

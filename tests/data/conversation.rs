@@ -47,6 +47,9 @@ fn all_layouts_give_the_same_conversation() {
         r#"{"conversations":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}]}"#,
         r#"{"messages":[{"from":"human","value":"Q"},{"from":"gpt","value":"A"}]}"#,
         r#"{"conversation":[{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"model":"x"}"#,
+        r#"{"conversation":[{"input":"Q","output":"A"}],"source":"x"}"#,
+        r#"{"conversation":[{"system":"","input":"Q","output":"A"}]}"#,
+        r#"{"conversation":[{"human":"Q","assistant":"A"}],"conversation_id":1}"#,
         r#"{"prompt":"Q","completion":"A"}"#,
         r#"{"prompt":"Q","response":"A"}"#,
         r#"{"prompt":"Q","answer":"A","id":7,"source":"s","label":true}"#,
@@ -208,6 +211,13 @@ fn system_messages_of_the_row_come_first() {
     ] {
         assert_eq!(read(line).unwrap(), expected, "{line}");
     }
+    let pairs = r#"{"conversation":[{"system":"S","input":"Q","output":"A"},{"input":"R","output":"B"}]}"#;
+    assert_eq!(
+        read(pairs).unwrap(),
+        turns(&[("system", "S"), ("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")])
+    );
+    let late = r#"{"conversation":[{"input":"Q","output":"A"},{"system":"S","input":"R","output":"B"}]}"#;
+    assert!(error(late).contains("turn 3 has the role system"), "{}", error(late));
     let two = r#"{"messages":[{"role":"system","content":"T"},{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"system":"S"}"#;
     assert!(error(two).contains("two system messages"));
     assert!(error(r#"{"prompt":"Q","completion":"A","system":7}"#).contains("`system` is a number"));

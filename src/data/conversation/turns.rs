@@ -10,6 +10,8 @@ use serde_json::{Map, Value, json};
 const TRAINED: [&str; 4] = ["weight", "train", "training", "loss"];
 /// Roles of an assistant's turn that is the JSON text of tool calls: of LLaMA-Factory and ms-swift.
 const CALLS: [&str; 2] = ["function_call", "tool_call"];
+/// Keys of a question and its answer that stand in one object of a list of turns: of XTuner and Capybara, of BELLE and MOSS.
+const PAIRS: [(&str, &str); 2] = [("input", "output"), ("human", "assistant")];
 /// Keys of a turn that change what it means, and what to write in their place.
 const UNSUPPORTED: [(&str, &str); 9] = [
     ("train_detail", "`train` for the whole turn"),
@@ -37,10 +39,24 @@ pub(super) fn turns(row: &Row, key: &str, role_key: &str) -> Result<Vec<Message>
             return Err(row.error(format!("`{place}` is {}", kind(value)), expected()));
         };
         let other = if role_key == "from" { "role" } else { "from" };
-        let own = fields.contains_key(role_key) || !fields.contains_key(other);
-        turn(row, &place, fields, if own { role_key } else { other })
+        let has = |key: &str| fields.contains_key(key);
+        match PAIRS.iter().find(|(question, answer)| has(question) && has(answer)) {
+            Some(keys) if !has(role_key) && !has(other) => pair(row, &place, fields, *keys),
+            _ => {
+                let own = has(role_key) || !has(other);
+                Ok(vec![turn(row, &place, fields, if own { role_key } else { other })?])
+            }
+        }
     };
-    list.iter().enumerate().map(turn).collect()
+    let turns: Vec<Vec<Message>> = list.iter().enumerate().map(turn).collect::<Result<_>>()?;
+    Ok(turns.concat())
+}
+
+/// A question and its answer in one object, after a system message if there is one.
+fn pair(row: &Row, place: &str, fields: &Map<String, Value>, (question, answer): (&str, &str)) -> Result<Vec<Message>> {
+    let system = fields.get("system").filter(|value| !is_blank(value)).map(|_| ("system", "system"));
+    let all = system.into_iter().chain([("user", question), ("assistant", answer)]);
+    all.map(|(role, key)| Ok(Message::new(role, content(row, place, fields, key)?))).collect()
 }
 
 /// JSON text, such as a table's cell, as the list or object that it holds; other values as they are.
