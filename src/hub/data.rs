@@ -41,9 +41,11 @@ pub(super) fn choose(name: &HubName, files: &[String]) -> Result<Vec<String>> {
     let splits = |file: &str| words(file).find_map(split_of);
     let wanted = name.split().unwrap_or("train");
     let group = split_of(wanted);
-    let fits = |file: &&&String| match group {
-        Some(group) => splits(file) == Some(group),
-        None => words(file).any(|word| word == wanted) || stem_has(file, wanted),
+    let fits = |file: &&&String| match (group, shard_of(file)) {
+        // `train_sft` is no part of `train`.
+        (_, Some(split)) => split == wanted || group.is_some() && split_of(split) == group,
+        (Some(group), None) => splits(file) == Some(group),
+        (None, None) => words(file).any(|word| word == wanted) || stem_has(file, wanted),
     };
     let chosen: Vec<String> = files.iter().filter(fits).map(|file| (*file).clone()).collect();
     if !chosen.is_empty() {
@@ -83,6 +85,16 @@ fn config_of(path: &str) -> Option<&str> {
     folders.rsplit('/').find(|folder| *folder != "data" && split_of(folder).is_none())
 }
 
+/// The split of a shard as `push_to_hub` names it, `train_sft` of `data/train_sft-00000-of-00003.parquet`; none of a name
+/// without a word for a split, as in `train/part-00000-of-00003.parquet`.
+fn shard_of(path: &str) -> Option<&str> {
+    let (before, count) = path.rsplit('/').next()?.rsplit_once("-of-")?;
+    let (split, index) = before.rsplit_once('-')?;
+    let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let names_one = words(split).any(|word| split_of(word).is_some());
+    (index.len() == 5 && digits(index) == 5 && digits(count) >= 5 && names_one).then_some(split)
+}
+
 /// Index of the split that a word names.
 fn split_of(word: &str) -> Option<usize> {
     SPLITS.iter().position(|words| words.contains(&word.to_lowercase().as_str()))
@@ -109,7 +121,6 @@ mod tests {
         choose(&HubName::data(name).unwrap(), &files).map_err(|e| e.to_string())
     }
 
-    /// Listings of well-known repositories; the choice is that of `load_dataset(name, config, split=split)`.
     #[test]
     fn harmful_and_benign_files_are_a_security_set() {
         let security = |name: &str, files: &[&str]| {
@@ -128,6 +139,7 @@ mod tests {
         );
     }
 
+    /// Listings of well-known repositories; the choice is that of `load_dataset(name, config, split=split)`.
     #[test]
     fn files_are_chosen_as_datasets_does() {
         let gsm8k = [
@@ -161,6 +173,16 @@ mod tests {
             chosen("HuggingFaceH4/ultrachat_200k:train_sft", &ultrachat).unwrap(),
             ["data/train_sft-00000-of-00003.parquet"]
         );
+        // Neither of the splits is `train`.
+        for name in ["HuggingFaceH4/ultrachat_200k", "HuggingFaceH4/ultrachat_200k:train"] {
+            let error = chosen(name, &ultrachat).unwrap_err();
+            assert!(error.contains("no file of the split `train`") && error.contains("data/train_sft-"), "{error}");
+        }
+        let numbered = ["data/330k_train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"];
+        assert_eq!(chosen("a/b:330k_train", &numbered).unwrap(), [numbered[0]]);
+        assert_eq!(chosen("a/b:valid", &numbered).unwrap(), [numbered[1]]);
+        let parts = ["data/test/part-00000-of-00001.parquet", "data/train/part-00000-of-00001.parquet"];
+        assert_eq!(chosen("a/b", &parts).unwrap(), [parts[1]]);
         let hh = ["harmless-base/test.jsonl.gz", "harmless-base/train.jsonl.gz", "helpful-base/train.jsonl.gz"];
         assert_eq!(chosen("Anthropic/hh-rlhf/harmless-base", &hh).unwrap(), ["harmless-base/train.jsonl.gz"]);
         let dev = ["dev.csv", "train.csv", "dataset_infos.json"];

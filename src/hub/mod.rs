@@ -3,6 +3,9 @@
 //!
 //! The cache is laid out as `huggingface_hub` lays it out: `models--org--name/{refs,snapshots,blobs}`. Files of a
 //! snapshot never change, so that those in the cache are not asked for again. Downloads that break are resumed.
+//!
+//! The crate `hf-hub` would do some of this: from 1.0 on it is asynchronous and brings reqwest and tokio along, before it
+//! reads neither `HF_HUB_CACHE` nor `HF_HUB_OFFLINE`. The client is over ureq, which judges of answers need as well.
 
 mod cache;
 mod client;
