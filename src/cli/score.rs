@@ -62,7 +62,9 @@ impl OnDevice for Score {
         let (place, tokens) = match (&self.text_file, self.ids) {
             (Some(path), _) => {
                 let read = read_stream(path, MAX_TEXT_BYTES)?;
-                (path.display().to_string(), text.tokenizer.encode_with_special_tokens(&read)?)
+                // A byte-order mark is none of the text.
+                let read = read.strip_prefix('\u{feff}').unwrap_or(&read);
+                (path.display().to_string(), text.tokenizer.encode_with_special_tokens(read)?)
             }
             (None, ids) => ("--ids".to_string(), ids.unwrap_or_default()),
         };

@@ -42,7 +42,7 @@ pub(super) struct SecureCommand {
     #[command(flatten)]
     model: ModelArgs,
     /// Training conversations: a file, or a name on the hub: org/name[/config][:split]
-    #[arg(long, value_name = "FILE_OR_NAME", required = true)]
+    #[arg(long, value_name = "FILE_OR_NAME", required = true, num_args = 1..)]
     data: Vec<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,

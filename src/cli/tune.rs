@@ -47,7 +47,7 @@ pub(super) struct Tune {
     model: ModelArgs,
     /// Training conversations: alpaca, sharegpt, messages, prompt-completion or question-answer rows of JSONL, JSON, CSV or
     /// Parquet files, see docs/data.md; a file, or a name on the hub: org/name[/config][:split]
-    #[arg(long, value_name = "FILE_OR_NAME", required = true)]
+    #[arg(long, value_name = "FILE_OR_NAME", required = true, num_args = 1..)]
     data: Vec<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,

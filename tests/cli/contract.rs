@@ -95,6 +95,13 @@ fn score_follows_its_contract() {
     assert!(logprobs[0].is_null() && logprobs.len() == 4);
     let mean = logprobs[1..].iter().map(|p| -p.as_f64().unwrap()).sum::<f64>() / 3.0;
     assert!((mean - found["nll"].as_f64().unwrap()).abs() < 1e-6);
+    // A byte-order mark is none of the text.
+    let scored = |content: &str| {
+        let file = dir.path().join("t.txt");
+        std::fs::write(&file, content).unwrap();
+        json(&["score", "--model", text(&model), "--text-file", text(&file), "--json"])["tokens"].clone()
+    };
+    assert_eq!(scored("\u{feff}which is big ?"), scored("which is big ?"));
     let one = json(&["score", "--model", text(&model), "--ids", "5", "--json"]);
     assert!(one["nll"].is_null() && one["perplexity"].is_null(), "nothing is predicted: {one}");
     assert!((mean.exp() / found["perplexity"].as_f64().unwrap() - 1.0).abs() < 1e-6);
@@ -325,18 +332,37 @@ fn wrong_data_and_options_are_refused_naming_line_and_option() {
 }
 
 /// Templates know roles in lower case alone.
+/// Rows of a chat file mean what they mean in training data.
 #[test]
-fn chats_have_roles_in_any_case() {
+fn chats_are_read_as_training_rows() {
     let dir = tempfile::tempdir().unwrap();
-    let tokens = |role: &str| {
-        let file = dir.path().join("chat.jsonl");
-        let line = serde_json::json!({ "messages": [{ "role": role, "content": "which is big ?" }] });
-        std::fs::write(&file, line.to_string()).unwrap();
-        let model = tiny();
-        let generate = ["generate", "--model", text(&model), "--chat", text(&file), "--max-new-tokens", "1"];
-        json(&[&generate[..], &["--device", "cpu", "--json"]].concat())["prompt_tokens"].clone()
+    let (model, file) = (tiny(), dir.path().join("chat.jsonl"));
+    let generate = ["generate", "--model", text(&model), "--chat", text(&file), "--max-new-tokens", "1", "--json"];
+    let write = |row: Value| std::fs::write(&file, row.to_string()).unwrap();
+    let tokens = |row: Value| {
+        write(row);
+        json(&generate)["prompt_tokens"].clone()
     };
-    assert_eq!(tokens("User"), tokens("user"));
+    let asked = |role: &str| serde_json::json!({ "messages": [{ "role": role, "content": "which is big ?" }] });
+    let expected = tokens(asked("user"));
+    for role in ["User", "human"] {
+        assert_eq!(tokens(asked(role)), expected, "{role}");
+    }
+    let question = serde_json::json!({ "role": "user", "content": "which is big ?" });
+    let brief = serde_json::json!({ "role": "system", "content": "be brief ." });
+    let with = tokens(serde_json::json!({ "messages": [brief, question] }));
+    assert!(with.as_u64() > expected.as_u64());
+    assert_eq!(tokens(serde_json::json!({ "messages": [brief, question], "system": "be brief ." })), with);
+    let refused = |row: Value, more: &[&str]| {
+        write(row);
+        refused(&[&generate[..], more].concat())
+    };
+    let unknown = refused(asked("critic"), &[]);
+    assert!(unknown.contains("chat.jsonl:1: found `messages[0].role` is \"critic\""), "{unknown}");
+    let two = refused(serde_json::json!({ "messages": [brief, question], "system": "no" }), &[]);
+    assert!(two.contains("chat.jsonl:1: found two system messages"), "{two}");
+    let beside = refused(serde_json::json!({ "messages": [brief, question] }), &["--system", "no"]);
+    assert!(beside.contains("chat.jsonl:1: found a system message beside --system"), "{beside}");
 }
 
 #[test]

@@ -185,7 +185,10 @@ fn what_is_no_model_and_no_file_of_rows_is_told() {
 
     let preview = |file: &str, more: &[&str]| refused(&swat("tune", &[&["--preview", "--data", file], more].concat()));
     assert!(preview("data/*.jsonl", &[]).contains("found a pattern"));
+    // What a shell puts in the place of a pattern.
     let rows = "{\"prompt\":\"kelm\",\"completion\":\"dorb\"}\n";
+    let (first, second) = (write(dir.path(), "1.jsonl", rows), write(dir.path(), "2.jsonl", rows.repeat(2)));
+    assert_eq!(parsed(&swat("tune", &["--preview", "--data", &first, &second]))["data"]["examples"], 3);
     let packed = zstd::encode_all(&zstd::encode_all(rows.as_bytes(), 1).unwrap()[..], 1).unwrap();
     for (name, bytes, told) in [
         ("a.tar.gz", rows.as_bytes(), "found a tar archive"),
