@@ -144,6 +144,47 @@ fn what_can_be_known_is_checked_before_the_weights_are_read() {
     assert!(!out.exists());
 }
 
+/// A volume of a container, which cannot be renamed: written twice, and what somebody else keeps in it stays.
+const ON_A_MOUNT_POINT: &str = r#"
+out=$1
+shift
+mount -t tmpfs none "$out" || exit 90
+"$@" || exit 91
+test -f "$out/model.safetensors" && test -f "$out/.swat.json" || exit 92
+"$@" && exit 93
+"$@" --force || exit 94
+echo mine > "$out/notes.txt"
+"$@" --force && exit 95
+ls -A "$out"
+"#;
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_mount_point_is_written_in_place() {
+    let unshare = ["--user", "--map-root-user", "--mount"];
+    let trial = Command::new("unshare").args(unshare).arg("true").output();
+    if !trial.is_ok_and(|trial| trial.status.success()) {
+        println!("skipped: no name space of mounts on this machine");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (dir.path().join("train.jsonl"), dir.path().join("volume"));
+    std::fs::write(&train, ROW).unwrap();
+    std::fs::create_dir(&out).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(unshare).args(["sh", "-c", ON_A_MOUNT_POINT, "sh", text(&out), env!("CARGO_BIN_EXE_swat")]);
+    command.args(["tune", "--model", concat!(env!("CARGO_MANIFEST_DIR"), "/assets/tiny"), "--data", text(&train)]);
+    let output = command.args(["--steps", "1", "--device", "cpu", "--json", "--out", text(&out)]).output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{message}");
+    assert!(message.contains("`notes.txt`, which swat did not write"), "{message}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let names: Vec<&str> = printed.lines().filter(|line| !line.starts_with('{')).collect();
+    assert!(names.contains(&"notes.txt") && names.contains(&"config.json"), "{names:?}");
+    let hidden: Vec<&&str> = names.iter().filter(|name| name.starts_with('.')).collect();
+    assert_eq!(hidden, [&".swat.json"], "no lock, no part and no unfinished run is left");
+}
+
 /// Starts a command under a limit on its address space, in KiB.
 #[test]
 #[cfg(target_os = "linux")]
