@@ -78,6 +78,9 @@ impl OutputDir {
             owned::adopt(path)?;
         }
         check_replaceable(path, if_exists)?;
+        if !in_place && path.is_dir() {
+            owned::check_renamable(path)?;
+        }
         if !in_place && exists(&old) {
             owned::owned(&old)?;
         }
@@ -115,6 +118,8 @@ impl OutputDir {
                 remove_recorded(&old, &owned::owned(&old)?)?;
             }
             fs::rename(&self.path, &old).map_err(Error::io(&self.path, FileOp::Rename))?;
+        } else if exists(&self.path) {
+            owned::remove_record(&self.path)?;
         }
         if let Err(source) = fs::rename(&self.partial, &self.path) {
             if replaced.is_some() {

@@ -181,6 +181,19 @@ pub(super) fn remove_owned(dir: &Path, record: &Record) -> Result<()> {
     Ok(())
 }
 
+/// Checks that an empty directory can be replaced by a rename: a run that wrote in place, where it was a mount point, may
+/// have left its work in it.
+pub(super) fn check_renamable(dir: &Path) -> Result<()> {
+    let left = SERVICE.iter().filter(|name| **name != RECORD && dir.join(name).exists());
+    refuse(dir, left.map(|name| format!("`{name}`, left by a run that wrote in place")).collect())
+}
+
+/// Removes the record of a directory whose files are gone.
+pub(super) fn remove_record(dir: &Path) -> Result<()> {
+    let path = dir.join(RECORD);
+    if path.exists() { fs::remove_file(&path).map_err(Error::io(&path, FileOp::Remove)) } else { Ok(()) }
+}
+
 /// Whether a directory is empty, service files aside.
 pub(super) fn is_empty(dir: &Path) -> Result<bool> {
     let found = walk(dir)?;
@@ -192,9 +205,12 @@ fn ancestors(name: &str) -> impl Iterator<Item = &str> {
     name.match_indices('/').map(move |(at, _)| &name[..at])
 }
 
+/// The record in a directory. A directory may come from an archive that somebody else made: a record with a name that
+/// leads out of it is none.
 fn read(dir: &Path) -> Option<Record> {
     let record: Record = json::read(&dir.join(RECORD), MAX_RECORD_BYTES, "a record of swat").ok()?;
-    (record.format == FORMAT).then_some(record)
+    let is_inside = |name: &str| !name.contains('\\') && name.split('/').all(|part| !["", ".", ".."].contains(&part));
+    (record.format == FORMAT && record.names().all(is_inside)).then_some(record)
 }
 
 /// Whether a directory without a record is a model that an earlier version tuned, by its `tune.json`.

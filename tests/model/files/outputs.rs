@@ -142,6 +142,39 @@ fn only_what_swat_wrote_is_replaced() {
     assert_eq!(fs::read(&file).unwrap(), b"mine");
 }
 
+/// An output's directory that somebody else made: what its record names outside of it is not removed.
+#[test]
+fn a_record_does_not_lead_out_of_its_directory() {
+    let dir = TempDir::new().unwrap();
+    let (path, victim) = (dir.path().join("out"), dir.path().join("victim"));
+    fs::write(&victim, "mine").unwrap();
+    for name in ["../victim", victim.to_str().unwrap(), "a/../../victim", "./../victim"] {
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("config.json"), "{}").unwrap();
+        let record = serde_json::json!({ "format": "swat.output/1", "files": { "config.json": null, name: null } });
+        fs::write(path.join(".swat.json"), record.to_string()).unwrap();
+        let error = output(&path, IfExists::Replace, &[("new", "")]).unwrap_err();
+        assert!(error.to_string().contains("config.json"), "{name}: {error}");
+        assert_eq!(fs::read(&victim).unwrap(), b"mine", "{name}");
+    }
+}
+
+/// `rm out/*` leaves the record, which is no output; what a run left that wrote in place is told before another one.
+#[test]
+fn a_directory_whose_files_are_gone_is_empty() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("out");
+    output(&path, IfExists::Fail, &[("config.json", "{}")]).unwrap();
+    fs::remove_file(path.join("config.json")).unwrap();
+    assert!(path.join(".swat.json").exists());
+    output(&path, IfExists::Fail, &[("config.json", "{}")]).unwrap();
+    fs::remove_file(path.join("config.json")).unwrap();
+    fs::create_dir(path.join(".swat.unfinished")).unwrap();
+    let error = OutputDir::create(&path, IfExists::Replace).unwrap_err();
+    assert!(error.to_string().contains("`.swat.unfinished`, left by a run that wrote in place"), "{error}");
+    assert!(path.join(".swat.unfinished").exists());
+}
+
 /// A model that was trained further by something else has the size of the one that was recorded.
 #[test]
 fn a_large_file_of_the_same_size_is_not_the_same() {
