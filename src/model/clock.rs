@@ -31,10 +31,36 @@ impl Clock {
         }
     }
 
-    /// The time by a format of C's `strftime`, in UTC.
+    /// The time in UTC by a format of `strftime`, as Python's `datetime` writes it on Linux.
     pub(super) fn format(self, format: &str) -> Result<String, String> {
-        jiff::fmt::strtime::format(format, &self.0.to_zoned_datetime(TimeZone::UTC)).map_err(|e| e.to_string())
+        jiff::fmt::strtime::format(as_python(format), &self.0.to_zoned_datetime(TimeZone::UTC))
+            .map_err(|e| e.to_string())
     }
+}
+
+/// A format with directives of which jiff makes something else than Python replaced by what they stand for there. A time
+/// without a zone has no name of it; what is no directive is text.
+fn as_python(format: &str) -> String {
+    let mut python = String::with_capacity(format.len());
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            python.push(c);
+            continue;
+        }
+        let directive = chars.clone().take_while(|c| "-_^#".contains(*c) || c.is_ascii_digit()).count();
+        let text: String = chars.by_ref().take(directive + 1).collect();
+        match text.chars().last() {
+            Some('c') => python.push_str("%a %b %e %H:%M:%S %Y"),
+            Some('x') => python.push_str("%m/%d/%y"),
+            Some('f') => python.push_str("000000"),
+            Some('z' | 'Z') => {}
+            Some(known) if "aAbBCdDeFgGhHIjklmMnpPrRsStTuUVwWXyY%".contains(known) => python.extend(["%", &text]),
+            Some(_) => python.extend(["%%", &text]),
+            None => python.push('%'),
+        }
+    }
+    python
 }
 
 impl FromStr for Clock {
@@ -73,6 +99,23 @@ mod tests {
             // As Python's time.strftime gives it for this time in UTC.
             assert_eq!(clock.format("%d %B %Y, %H:%M").unwrap(), "01 July 2025, 12:30");
         }
+        // As Python 3.11 writes datetime(2025, 7, 1, 12, 30, 5) on Linux.
+        let clock: Clock = "2025-07-01T12:30:05".parse().unwrap();
+        for (format, expected) in [
+            ("%c", "Tue Jul  1 12:30:05 2025"),
+            ("%x %X", "07/01/25 12:30:05"),
+            ("%D %F %T %R", "07/01/25 2025-07-01 12:30:05 12:30"),
+            ("%r", "12:30:05 PM"),
+            ("%f|%z|%Z|%#Z", "000000|||"),
+            ("%-d %_d %03d %^a", "1  1 001 TUE"),
+            ("%j %U %V %W %u %w %C %g %G %y", "182 26 27 26 2 2 20 25 2025 25"),
+            ("%e %k %l %P %h %s", " 1 12 12 pm Jul 1751373005"),
+            ("%q %Q %v %E %:z %i", "%q %Q %v %E %:z %i"),
+            ("100%% é", "100% é"),
+        ] {
+            assert_eq!(clock.format(format).as_deref(), Ok(expected), "{format}");
+        }
+        assert!(clock.format("30 %").is_err(), "a directive that is not there");
         assert_eq!("2025-07-01".parse::<Clock>().unwrap().to_string(), "2025-07-01T00:00:00Z");
         assert!("tomorrow".parse::<Clock>().is_err());
     }
