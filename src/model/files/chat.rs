@@ -79,5 +79,11 @@ fn read_source(path: &Path) -> Result<String> {
         let found = "a byte-order mark, which would begin every prompt";
         return Err(Error::input(path.display().to_string(), found, "a file saved as UTF-8 without one"));
     }
+    // It would be rendered as text, with a prompt somewhere in it.
+    if serde_json::from_str::<serde_json::Map<String, Value>>(&source).is_ok() {
+        let expected =
+            "the Jinja source alone: `jq -r .chat_template tokenizer_config.json` prints that of a tokenizer";
+        return Err(Error::input(path.display().to_string(), "a JSON object", expected));
+    }
     Ok(source)
 }
