@@ -5,7 +5,7 @@ const ANNOUNCEMENTS: [&str; 2] = ["answer is", "answer:"];
 /// Punctuation and markup that is stripped from both ends of an answer.
 const WRAPPING: [char; 14] = ['.', ',', ';', ':', '!', '?', '"', '\'', '`', '*', '_', '“', '”', '。'];
 /// Letters that count as choices (A to J) where the question lists no options.
-const UNLISTED_CHOICES: usize = 10;
+pub(super) const UNLISTED_CHOICES: usize = 10;
 
 /// Lower-cases, collapses white space, and strips punctuation and quotes from both ends unless nothing else is left.
 pub(super) fn normalise(text: &str) -> String {

@@ -20,7 +20,7 @@ const ANSWERS: [&str; 4] = ["completion", "response", "answer", "output"];
 /// Keys of a list of turns beside the older `conversations` and `messages`.
 const TURNS: [&str; 1] = ["conversation"];
 /// Keys of a row's system message.
-const SYSTEM: [&str; 2] = ["system", "system_prompt"];
+const SYSTEM: [&str; 3] = ["system", "system_prompt", "system_message"];
 
 /// Rows of other kinds of training, by a key of theirs.
 const OTHER_KINDS: [(&str, &str); 6] = [
@@ -88,7 +88,7 @@ impl Conversation {
         refuse_unsupported(row)?;
         let mut messages = messages(row)?;
         put_system(row, &mut messages)?;
-        if trained(row, &["weight", "train"], &row.fields, "")? == Some(false) {
+        if trained(row, &["weight", "train", "loss_weight"], &row.fields, "")? == Some(false) {
             forget(&mut messages);
         }
         Ok(Self { messages: checked(row, messages)?, tools: tools(row)? })
@@ -124,6 +124,7 @@ fn refuse_unsupported(row: &Row) -> Result<()> {
     let options = ["chat_template_kwargs", "enable_thinking", "documents"];
     let unused = "(--columns unused=KEY leaves it out)";
     row.refuse(&options, &format!("rows that the chat template renders without options of their own {unused}"))?;
+    row.refuse(&["suffix"], &format!("`prompt` and `completion`: swat does not train to fill in the middle {unused}"))?;
     let masks = ["loss_mask", "train_mask", "weights"];
     row.refuse(&masks, &format!("`weight` or `train` in each turn {unused}"))?;
     for key in ["label", "kto_tag"] {
@@ -295,7 +296,7 @@ fn system(row: &Row) -> Result<Option<String>> {
     match (given.next(), given.next()) {
         (Some(key), None) => Ok(Some(row.text(key)?.to_owned())),
         (None, _) => Ok(None),
-        (Some(_), Some(_)) => Err(row.error("both `system` and `system_prompt`", "one of them")),
+        (Some(one), Some(other)) => Err(row.error(format!("both `{one}` and `{other}`"), "one of them")),
     }
 }
 

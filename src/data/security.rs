@@ -11,8 +11,8 @@ use std::path::Path;
 const SPLIT_STREAM: u64 = u64::MAX - 2;
 
 /// Keys of training rows that would change what is asked.
-pub(super) const NOT_ASKED: [&str; 8] =
-    ["system", "system_prompt", "history", "messages", "conversations", "tools", "images", "image"];
+pub(super) const NOT_ASKED: [&str; 9] =
+    ["system", "system_prompt", "system_message", "history", "messages", "conversations", "tools", "images", "image"];
 
 /// Whether an aligned model should refuse the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]

@@ -1,6 +1,6 @@
 //! Questions with known answers.
 
-use super::answer::{choice, final_answers, last_number, named_option, normalise, options};
+use super::answer::{UNLISTED_CHOICES, choice, final_answers, last_number, named_option, normalise, options};
 use super::rows::{Row, RowReader, short};
 use super::security::NOT_ASKED;
 use crate::error::Result;
@@ -78,9 +78,11 @@ impl Task {
         }
     }
 
-    /// Index of the expected option.
+    /// Index of the expected option, if an answer can choose it.
     fn option(&self) -> Option<usize> {
-        named_option(&self.answer, &options(&self.prompt))
+        let options = options(&self.prompt);
+        let letters = if options.is_empty() { UNLISTED_CHOICES } else { options.len() };
+        named_option(&self.answer, &options).filter(|option| *option < letters)
     }
 
     /// Whether a model's answer is right.

@@ -142,6 +142,7 @@ fn wrong_lines_say_what_is_wrong() {
             "`loss_mask`, which swat cannot honour here; expected `weight` or `train`",
         ),
         (r#"{"prompt":"Q","answer":"A","enable_thinking":false}"#, "`enable_thinking`"),
+        (r#"{"prompt":"Q","completion":"A","suffix":"Z"}"#, "`suffix`, which swat cannot honour here"),
         (r#"{"prompt":"Q","answer":"A","documents":[{"text":"x"}]}"#, "--columns unused=KEY leaves it out"),
         (r#"{"prompt":"Q","context":["text"],"response":"A"}"#, "--columns unused=context if it is no part"),
     ];
@@ -170,6 +171,9 @@ fn turns_say_whether_they_are_trained() {
         (r#","train":false"#, r#","train":true"#, "", [false, true]),
         (r#","training":false"#, r#","weight":null"#, "", [false, true]),
         (r#","loss":false"#, r#","loss":true"#, "", [false, true]),
+        (r#","loss_weight":0.0"#, r#","loss_weight":1.0"#, "", [false, true]),
+        ("", r#","trainable":false"#, "", [true, false]),
+        ("", "", r#","loss_weight":0"#, [false, false]),
         (r#","weight":"0""#, r#","train":"True""#, "", [false, true]),
         ("", "", r#","weight":0"#, [false, false]),
         ("", "", r#","train":false"#, [false, false]),
@@ -204,6 +208,7 @@ fn system_messages_of_the_row_come_first() {
     for line in [
         r#"{"instruction":"Q","input":"","output":"A","system":"S"}"#,
         r#"{"system_prompt":"S","question":"Q","response":"A"}"#,
+        r#"{"system_message":"S","system":"","query":"Q","response":"A"}"#,
         r#"{"conversations":[{"from":"human","value":"Q"},{"from":"gpt","value":"A"}],"system":"S"}"#,
         r#"{"conversations":[{"from":"system","value":"S"},{"from":"human","value":"Q"},{"from":"gpt","value":"A"}],"system":"S"}"#,
         r#"{"messages":[{"role":"developer","content":"S"},{"role":"user","content":"Q"},{"role":"assistant","content":"A"}]}"#,
@@ -220,6 +225,8 @@ fn system_messages_of_the_row_come_first() {
     assert!(error(late).contains("turn 3 has the role system"), "{}", error(late));
     let two = r#"{"messages":[{"role":"system","content":"T"},{"role":"user","content":"Q"},{"role":"assistant","content":"A"}],"system":"S"}"#;
     assert!(error(two).contains("two system messages"));
+    let both = r#"{"prompt":"Q","completion":"A","system":"S","system_message":"S"}"#;
+    assert!(error(both).contains("both `system` and `system_message`"), "{}", error(both));
     assert!(error(r#"{"prompt":"Q","completion":"A","system":7}"#).contains("`system` is a number"));
 }
 

@@ -68,6 +68,8 @@ fn lines_are_checked() {
         (r#"{"prompt":"?","answer":"x","match":"number"}"#, "`answer` is \"x\"; expected a number"),
         (r#"{"prompt":"?","answer":"tea","match":"choice"}"#, "`answer` is \"tea\"; expected a letter"),
         (r#"{"prompt":"?\nA) x\nB) y","answer":"C","match":"choice"}"#, "`answer` is \"C\"; expected a letter"),
+        // No answer chooses a letter behind J where the question lists no options.
+        (r#"{"prompt":"?","answer":"K","match":"choice"}"#, "`answer` is \"K\"; expected a letter"),
         (r#"{"prompt":"?","answer":" ","match":"exact"}"#, "an empty `answer`"),
         (r#"{"prompt":"?","answer":"A","match":"choice","choices":["x","y"]}"#, "`choices`, which swat cannot honour"),
         (r#"{"prompt":7,"answer":"x","match":"exact"}"#, "`prompt` is a number"),

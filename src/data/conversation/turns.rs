@@ -6,8 +6,8 @@ use crate::model::{Message, Training};
 use serde_json::{Map, Value, json};
 
 /// Keys that say whether a turn is trained: OpenAI and Mistral have `weight`, axolotl `train` or `training`, ms-swift
-/// and XTuner `loss`.
-const TRAINED: [&str; 4] = ["weight", "train", "training", "loss"];
+/// and XTuner `loss`, LLaMA-Factory `loss_weight`.
+const TRAINED: [&str; 6] = ["weight", "train", "training", "loss", "loss_weight", "trainable"];
 /// Roles of an assistant's turn that is the JSON text of tool calls: of LLaMA-Factory and ms-swift.
 const CALLS: [&str; 2] = ["function_call", "tool_call"];
 /// Keys of a question and its answer that stand in one object of a list of turns: of XTuner and Capybara, of BELLE and MOSS.
