@@ -27,6 +27,13 @@ impl Roofline {
         Ok(Self { flops_per_s: product(backend)?, bytes_per_s: copy(backend)? })
     }
 
+    /// [`Roofline::measure`] where as much memory is free, for a run that does without: none where it is not, or where the
+    /// measurement fails.
+    pub fn measure_if_free<B: Backend>(backend: &B) -> Option<Self> {
+        let room = backend.free_memory().is_none_or(|free| free.bytes >= MEASURED_BYTES);
+        room.then(|| Self::measure(backend).ok()).flatten()
+    }
+
     /// The least time a cost can take, in seconds: computing and moving overlap.
     pub fn seconds(&self, cost: Cost) -> f64 {
         (cost.flops as f64 / self.flops_per_s).max(cost.bytes as f64 / self.bytes_per_s)
@@ -37,6 +44,8 @@ impl Roofline {
 /// [`LONG`]. No cache holds the copy.
 const SIDES: [usize; 2] = [256, 8192];
 const COPIED_BYTES: [usize; 2] = [64 << 20, 256 << 20];
+/// Most memory of a measurement.
+const MEASURED_BYTES: u64 = 700 << 20;
 /// Long enough for a host's clock, and short enough that one of many timings meets a moment in which a busy machine
 /// does nothing else.
 const LONG: Duration = Duration::from_millis(2);

@@ -260,7 +260,7 @@ impl OnDevice for Tune {
         let prepared = prepared.screening(screening.zip(screened));
         let data = prepared.data();
         // Before the model is loaded, so that its buffers do not raise the run's peak memory.
-        let prepared = prepared.roofline(first.then(|| Roofline::measure(&backend)).transpose()?);
+        let prepared = prepared.roofline(first.then(|| Roofline::measure_if_free(&backend)).flatten());
         // Of a GPU's memory nothing is the program's.
         let program = if backend.device_peak_bytes().is_some() { 0 } else { peak_bytes() };
         let mut model = text.load(backend)?;

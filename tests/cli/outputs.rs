@@ -206,3 +206,22 @@ fn a_plan_that_does_not_fit_is_refused() {
     assert!(message.contains("ulimit -v is the bound") && message.contains("--batch-size"), "{message}");
     assert_eq!(output.status.code(), Some(1));
 }
+
+/// What a run does beside its work takes no memory that it has not: the roofline's takes more than this model.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_run_fits_where_its_roofline_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (train, out) = (dir.path().join("train.jsonl"), dir.path().join("out"));
+    std::fs::write(&train, ROW).unwrap();
+    let args = format!(
+        "ulimit -v 500000; exec {} tune --model {}/assets/tiny --data {} --out {} --steps 1 --device cpu",
+        env!("CARGO_BIN_EXE_swat"),
+        env!("CARGO_MANIFEST_DIR"),
+        train.display(),
+        out.display()
+    );
+    let output = Command::new("bash").args(["-c", &args]).env("RAYON_NUM_THREADS", "2").output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && out.join("model.safetensors").is_file(), "{message}");
+}

@@ -212,7 +212,7 @@ impl<B: Backend> Study<'_, B> {
             let prepared =
                 output.prepare(&text.files, examples, job.clone(), None, self.backend)?.chat(text.chat_files());
             // Before the model is loaded, so that its buffers do not raise the run's peak memory.
-            let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure(self.backend).ok()));
+            let prepared = prepared.roofline(*self.roofline.get_or_init(|| Roofline::measure_if_free(self.backend)));
             let mut model = text.load(self.backend.clone())?;
             callbacks.begin(&model.decoder)?;
             let summary = prepared.run(&model.text, &mut model.decoder, &mut callbacks)?;
