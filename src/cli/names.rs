@@ -116,7 +116,7 @@ fn check_path(path: &Path) -> Result<()> {
         return Err(Error::input(text, "an address", expected));
     }
     if text.contains('*') && !path.exists() {
-        let expected = "names of files: a shell puts them in the place of * outside of quotes, and an option takes one";
+        let expected = "names of files: a shell puts them in the place of * outside of quotes";
         return Err(Error::input(text, "a pattern", expected));
     }
     if text.starts_with("~/") && !path.exists() {

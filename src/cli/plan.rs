@@ -7,7 +7,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::backend::{Backend, FreeMemory};
 use crate::engine::{Lora, Plan, RankStep, Speeds, Workload};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Adapter, ModelConfig, ModelDir};
 use crate::modules::{ModuleSet, ParamId};
 use crate::options::{above_zero, count as count_of, inner_share, share};
@@ -16,6 +16,9 @@ use crate::report::memory_table;
 use crate::train::TuneOptions;
 use clap::{Args, ValueEnum};
 use serde_json::json;
+
+/// Most tokens of a micro-batch that are planned.
+const MAX_TOKENS: usize = u32::MAX as usize;
 
 /// Memory, FLOPs and trainable share of a tuning run, before anything is allocated
 #[derive(Args)]
@@ -105,6 +108,11 @@ impl PlanCommand {
         let largest = adapter.iter().flat_map(|adapter| adapter.modules.values()).max_by_key(|shape| shape.rank);
         let lora = (self.method == MethodName::Lora).then(|| Lora { rank: self.lora_rank, ..Lora::default() });
         let set = ModuleSet::parse(&self.mods, &config.cells())?;
+        // More would overflow what is computed of them.
+        if self.batch_size.checked_mul(self.max_length).is_none_or(|tokens| tokens > MAX_TOKENS) {
+            let found = format!("{} documents of {} tokens", self.batch_size, self.max_length);
+            return Err(Error::input("--batch-size", found, format!("at most {MAX_TOKENS} tokens in a micro-batch")));
+        }
         let device = common.gpu();
         let float = common.float(device, common.dtype, Some(&self.model.model))?;
         check_state(float, self.state)?;

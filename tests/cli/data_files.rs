@@ -216,6 +216,8 @@ fn what_is_no_model_and_no_file_of_rows_is_told() {
     let good = write(dir.path(), "good.jsonl", rows);
     let template = |name: &str| preview(&good, &["--chat-template", name]);
     assert!(template("chatml").contains("--chat-template chatml: found no such file"), "{}", template("chatml"));
+    let config = model().join("tokenizer_config.json");
+    assert!(template(config.to_str().unwrap()).contains("found a JSON object; expected the Jinja source alone"));
     let marked = write(dir.path(), "bom.jinja", "\u{feff}{{ messages }}");
     assert!(template(&marked).contains("found a byte-order mark"));
     let task = write(dir.path(), "task.jsonl", "{\"prompt\":\"kelm\",\"answer\":\"1\"}\n");
