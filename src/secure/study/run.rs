@@ -142,7 +142,8 @@ struct Study<'a, B: Backend> {
 impl<'a, B: Backend> Study<'a, B> {
     /// Checks a study in its claimed directory.
     fn open(config: &'a RunConfig, backend: &'a B, refusals: &'a RefusalList, leases: Option<Leases>) -> Result<Self> {
-        let mixed = [Mix::Attack, Mix::Refusals, Mix::Replay].map(|what| Some((what.name(), config.data.mixed(what)?)));
+        let mixed = [(Mix::Attack, "data.attack"), (Mix::Refusals, "data.refusals"), (Mix::Replay, "data.replay")];
+        let mixed = mixed.map(|(what, key)| Some((key, config.data.mixed(what)?)));
         let train = config.data.train.iter().map(|path| ("data.train", path.as_path()));
         check_rereadable(&train.chain(mixed.into_iter().flatten()).collect::<Vec<_>>())?;
         let mut rows = RowReader::new(&config.data.row_options());
