@@ -12,6 +12,9 @@ pub(super) const INSIDE: &str = ".swat.unfinished";
 const OURS: [&str; 7] =
     ["metrics.jsonl", "updates.json", "run.json", "screening.json", "reference.safetensors", "checkpoints", "best"];
 
+/// Directories of checkpoints among them.
+const STEPS: [&str; 2] = ["checkpoints", "best"];
+
 /// `OUT.unfinished`, or `OUT/.swat.unfinished` where OUT is written in place.
 pub(crate) fn path(out: &Path) -> PathBuf {
     let followed = fs::symlink_metadata(out).is_ok_and(|m| m.is_symlink()) || out.file_name().is_none();
@@ -24,27 +27,57 @@ pub(crate) fn path(out: &Path) -> PathBuf {
     out.with_file_name(name)
 }
 
-/// Checks that there is nothing in it that no run wrote.
+/// Checks that there is nothing in it, nor in its checkpoints, that no run wrote.
 ///
 /// # Errors
 /// [`Error::Input`] names what is there.
 pub(crate) fn check(dir: &Path) -> Result<()> {
     for name in names(dir)? {
-        // `write_atomic` leaves such a file if it is killed.
-        let temporary = name.starts_with('.') && name.ends_with(".partial");
-        if !OURS.contains(&name.as_str()) && !temporary {
-            let found = format!("`{}`, which swat did not write", name.escape_debug());
-            let expected = "an unfinished run and nothing else; move the rest away";
-            return Err(Error::input(dir.display().to_string(), found, expected));
+        if !OURS.contains(&name.as_str()) && !is_temporary(&name) {
+            return Err(foreign(dir, &name));
+        }
+        if STEPS.contains(&name.as_str()) {
+            check_steps(&dir.join(&name))?;
         }
     }
     Ok(())
 }
 
+/// [`check`] for a directory of checkpoints.
+fn check_steps(dir: &Path) -> Result<()> {
+    let number = |name: &str| {
+        let number = name.strip_prefix("step-").or_else(|| name.strip_prefix(".unfinished-"));
+        number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    for step in names(dir)? {
+        if !number(&step) {
+            return Err(foreign(dir, &step));
+        }
+        let checkpoint = dir.join(&step);
+        let ours =
+            |name: &String| name.ends_with(".safetensors") || ["state.json", "manifest.json"].contains(&name.as_str());
+        if let Some(file) = names(&checkpoint)?.iter().find(|file| !ours(file) && !is_temporary(file)) {
+            return Err(foreign(&checkpoint, file));
+        }
+    }
+    Ok(())
+}
+
+/// The error for what no run wrote.
+fn foreign(dir: &Path, name: &str) -> Error {
+    let found = format!("`{}`, which swat did not write", name.escape_debug());
+    Error::input(dir.display().to_string(), found, "an unfinished run and nothing else; move the rest away")
+}
+
+/// Whether a file is one that `write_atomic` leaves if it is killed.
+fn is_temporary(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(".partial")
+}
+
 /// Removes what a run wrote, and the directory unless something else is in it.
 pub(crate) fn remove_run(dir: &Path) -> Result<()> {
     for name in names(dir)? {
-        if OURS.contains(&name.as_str()) || name.starts_with('.') && name.ends_with(".partial") {
+        if OURS.contains(&name.as_str()) || is_temporary(&name) {
             remove(&dir.join(name))?;
         }
     }

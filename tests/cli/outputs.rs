@@ -63,6 +63,11 @@ fn force_removes_no_input_and_nothing_of_others() {
     std::fs::write(at("mine/notes.txt"), "mine").unwrap();
     std::fs::create_dir(at("new.unfinished")).unwrap();
     std::fs::write(at("new.unfinished/thesis.tex"), "mine").unwrap();
+    // In the place of checkpoints, and in one.
+    std::fs::create_dir_all(at("later.unfinished/checkpoints/step-00000004")).unwrap();
+    std::fs::write(at("later.unfinished/checkpoints/step-00000004/results.csv"), "mine").unwrap();
+    std::fs::create_dir_all(at("last.unfinished/best")).unwrap();
+    std::fs::write(at("last.unfinished/best/readme"), "mine").unwrap();
     std::fs::write(at("thesis.json"), "{}").unwrap();
     std::fs::write(at("drawn.svg"), "<svg>mine</svg>").unwrap();
     std::fs::create_dir_all(at("demo/model")).unwrap();
@@ -77,6 +82,8 @@ fn force_removes_no_input_and_nothing_of_others() {
         ("mine/../outer", "holds --model"),
         ("mine", "notes.txt"),
         ("new", "thesis.tex"),
+        ("later", "results.csv"),
+        ("last", "readme"),
         ("train.jsonl", "train.jsonl"),
     ] {
         let message = refused(&[&tune[..], &[text(&at(out))]].concat());
