@@ -66,6 +66,9 @@ pub(crate) const LFS_REMEDY: &str = "the file itself: run `git lfs pull`";
 /// # Errors
 /// [`Error::Input`] for a device, a terminal or a socket, which need have no end; [`Error::Io`].
 pub(crate) fn open_stream(path: &Path) -> Result<File> {
+    if path == Path::new("-") && !path.exists() {
+        return Err(Error::input("-", "no file of that name", "/dev/stdin for the standard input"));
+    }
     let kind = fs::metadata(path).map_err(Error::io(path, FileOp::Open))?.file_type();
     if let Some(found) = special(kind) {
         let expected = "a file, or a pipe: `command | swat … /dev/stdin`, or <(command)";

@@ -113,6 +113,7 @@ fn devices_sockets_and_endless_streams_are_refused() {
     refused(&swat("score", &["--text-file", "/dev/zero"]));
     let run = Command::new(env!("CARGO_BIN_EXE_swat")).args(["run", "/dev/zero"]).output().unwrap();
     assert!(refused(&run).contains("/dev/zero: found a device"));
+    assert!(refused(&preview("-")).contains("-: found no file of that name; expected /dev/stdin"));
 
     let piped = |give: &mut dyn FnMut(&mut dyn Write) -> std::io::Result<()>| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
