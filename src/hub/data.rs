@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 
 /// Ends of data files, each also compressed.
-const ENDS: [&str; 4] = [".jsonl", ".json", ".csv", ".parquet"];
+const ENDS: [&str; 5] = [".jsonl", ".json", ".csv", ".tsv", ".parquet"];
 /// Files of JSON that are no data.
 const OTHERS: [&str; 6] =
     ["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json", "package.json"];
@@ -185,6 +185,7 @@ mod tests {
         assert_eq!(chosen("a/b", &parts).unwrap(), [parts[1]]);
         let hh = ["harmless-base/test.jsonl.gz", "harmless-base/train.jsonl.gz", "helpful-base/train.jsonl.gz"];
         assert_eq!(chosen("Anthropic/hh-rlhf/harmless-base", &hh).unwrap(), ["harmless-base/train.jsonl.gz"]);
+        assert_eq!(chosen("a/b", &["train.tsv", "test.tsv"]).unwrap(), ["train.tsv"]);
         let dev = ["dev.csv", "train.csv", "dataset_infos.json"];
         assert_eq!(chosen("a/b:validation", &dev).unwrap(), ["dev.csv"]);
         assert_eq!(chosen("a/b", &["state.json", "x.arrow"]).unwrap_err().matches("no data file").count(), 1);
