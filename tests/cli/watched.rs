@@ -165,7 +165,7 @@ fn a_plan_needs_the_configuration_alone() {
     assert!(String::from_utf8(plan(&config, &[]).stdout).unwrap().contains("fits on cpu, with"));
     let large = plan(dir.path(), &["--batch-size", "16777216"]);
     let printed = String::from_utf8(large.stdout).unwrap();
-    let more = plan(dir.path(), &["--batch-size", "4294967296", "--max-length", "4294967296"]);
+    let more = plan(dir.path(), &["--batch-size", "4294967296"]);
     let refused = String::from_utf8(more.stderr).unwrap();
     assert!(
         more.status.code() == Some(2) && refused.contains("at most 4294967295 tokens in a micro-batch"),
