@@ -79,10 +79,6 @@ impl<B: Backend> Packed<'_, B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    pub(super) fn pack(&self, batch: &Batch) -> Result<Packed<'_, B>> {
-        self.pack_distinct(batch, None)
-    }
-
     /// With `distinct`, activations hold the distinct rows.
     pub(super) fn pack_distinct(&self, batch: &Batch, distinct: Option<DistinctRows>) -> Result<Packed<'_, B>> {
         self.check(batch)?;

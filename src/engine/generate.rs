@@ -2,6 +2,7 @@
 
 use super::decoder::{Overlay, read_floats};
 use super::pool::{Floats, Scratch, Stats};
+use super::prefix::DistinctRows;
 use super::{Batch, Decoder};
 use crate::backend::{
     AttentionDecode, Backend, Buffer, DecodeSpans, In, Operator, Sample, Sampling, ScatterRows, View, trace,
@@ -39,9 +40,12 @@ default_from_args!(GenerateOptions);
 pub enum Finish {
     /// A stop token.
     Stop,
-    /// `max_new_tokens`, or the end of the context.
+    /// `max_new_tokens`, the end of the context, or the caller of [`Decoder::generate_until`].
     Length,
 }
+
+/// Whether the answer to a prompt, by its index and with these tokens so far, ends here.
+type Ends<'a> = &'a dyn Fn(usize, &[u32]) -> bool;
 
 /// One answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -97,7 +101,8 @@ struct Slot {
 impl<B: Backend> Decoder<B> {
     /// Answers to `prompts`; `on_token(prompt, token)` is called for each token, stop tokens included.
     ///
-    /// Several sequences are decoded at once (continuous batching): a prompt takes the slot of each one that ends.
+    /// Several sequences are decoded at once (continuous batching): a prompt takes the slot of each one that ends. What
+    /// prompts that begin together have in common is computed once.
     ///
     /// # Errors
     /// [`Error::Input`] where a prompt is empty or longer than the context; [`Error::Failed`] where no token can be
@@ -107,6 +112,21 @@ impl<B: Backend> Decoder<B> {
         prompts: &[Vec<u32>],
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(usize, u32),
+    ) -> Result<Vec<Generation>> {
+        self.generate_until(prompts, options, on_token, &|_, _| false)
+    }
+
+    /// [`Decoder::generate`] of answers that end as well where `ends(prompt, tokens)` says so of the tokens so far; it is
+    /// asked after each token.
+    ///
+    /// # Errors
+    /// As [`Decoder::generate`].
+    pub fn generate_until(
+        &self,
+        prompts: &[Vec<u32>],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(usize, u32),
+        ends: Ends<'_>,
     ) -> Result<Vec<Generation>> {
         let context = self.longest_context();
         for (i, prompt) in prompts.iter().enumerate() {
@@ -136,7 +156,7 @@ impl<B: Backend> Decoder<B> {
                     let len = prompts[prompt].len();
                     let limit = options.max_new_tokens.min(capacity - len);
                     active[slot] = Some(Slot { prompt, last: token, len, tokens: Vec::new(), limit });
-                    settle(&mut active[slot], token, options, &mut answers, on_token);
+                    settle(&mut active[slot], token, (options, ends), &mut answers, on_token);
                 }
             }
             let running: Vec<usize> = (0..slots).filter(|i| active[*i].is_some()).collect();
@@ -152,7 +172,7 @@ impl<B: Backend> Decoder<B> {
                     s.len += 1;
                     s.last = token;
                 }
-                settle(&mut active[slot], token, options, &mut answers, on_token);
+                settle(&mut active[slot], token, (options, ends), &mut answers, on_token);
             }
         }
         Ok(answers.into_iter().flatten().collect())
@@ -169,7 +189,7 @@ impl<B: Backend> Decoder<B> {
         let _span = trace::phase("prefill");
         let none = Overlay::new();
         let batch = Batch::from_prompts(arrivals.iter().map(|(_, p)| prompts[*p].as_slice()));
-        let packed = self.pack(&batch)?;
+        let packed = self.pack_distinct(&batch, DistinctRows::of(&batch))?;
         let rows: Vec<u32> = arrivals
             .iter()
             .map(|(slot, p)| (slot * cache.capacity, prompts[*p].len()))
@@ -177,7 +197,7 @@ impl<B: Backend> Decoder<B> {
             .collect();
         let rows = self.indices(&rows)?;
         let width = self.config.kv_width();
-        let mut x = self.embed(&none, &batch.tokens)?;
+        let mut x = self.embed(&none, &packed.select(&batch.tokens))?;
         let last_rows = batch.last_rows();
         let last_layer = self.config.layers - 1;
         for layer in 0..self.config.layers {
@@ -193,7 +213,13 @@ impl<B: Backend> Decoder<B> {
                 out
             } else {
                 let (attention, out) = self.layer_attention(&none, layer, x, &packed)?;
-                fill(attention.k.view(), attention.v.view())?;
+                match &packed.dedup {
+                    None => fill(attention.k.view(), attention.v.view())?,
+                    Some(dedup) => {
+                        let [k, v] = [&attention.k, &attention.v].map(|x| dedup.expand(self, x.view()));
+                        fill(k?.view(), v?.view())?;
+                    }
+                }
                 out
             };
         }
@@ -315,7 +341,7 @@ impl<B: Backend> Decoder<B> {
 fn settle(
     slot: &mut Option<Slot>,
     token: u32,
-    options: &GenerateOptions,
+    (options, ends): (&GenerateOptions, Ends<'_>),
     answers: &mut [Option<Generation>],
     on_token: &mut dyn FnMut(usize, u32),
 ) {
@@ -327,7 +353,7 @@ fn settle(
             s.tokens.push(token);
         }
     }
-    if stop || s.tokens.len() >= s.limit {
+    if stop || s.tokens.len() >= s.limit || ends(s.prompt, &s.tokens) {
         let finish = if stop && s.limit > 0 { Finish::Stop } else { Finish::Length };
         answers[s.prompt] = Some(Generation { tokens: std::mem::take(&mut s.tokens), finish });
         *slot = None;

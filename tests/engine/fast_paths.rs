@@ -272,37 +272,71 @@ fn perturb(model: &mut Decoder<Cpu>, member: &Member, options: &SweepOptions) ->
     clean
 }
 
+/// The greedy answer, of at most 12 tokens, by a forward pass over the whole text for each token; it ends at token 2.
+fn greedy_answer(model: &Decoder<Cpu>, prompt: &[u32]) -> (Vec<u32>, Finish) {
+    let (mut text, mut answer) = (prompt.to_vec(), Vec::new());
+    loop {
+        let alone = Batch::from_prompts([text.as_slice()]);
+        let logits = model.logits(&alone, &alone.last_rows()).unwrap();
+        let best = (0..61).fold(0, |b, i| if logits[i] > logits[b] { i } else { b }) as u32;
+        if best == 2 {
+            return (answer, Finish::Stop);
+        }
+        answer.push(best);
+        text.push(best);
+        if answer.len() == 12 {
+            return (answer, Finish::Length);
+        }
+    }
+}
+
+/// Prompts of these lengths, of random tokens.
+fn prompts(model: &Decoder<Cpu>, lengths: &[usize], seed: u64) -> Vec<Vec<u32>> {
+    let batch = batch(&model.config, lengths, seed);
+    batch.starts.windows(2).map(|w| batch.tokens[w[0] as usize..w[1] as usize].to_vec()).collect()
+}
+
 #[test]
 fn greedy_generation_follows_the_largest_logit() {
     let model = decoder(config(3, true, true, true), 21);
-    let prompts = batch(&model.config, &[4, 9, 1, 6, 2], 22);
-    let prompts: Vec<Vec<u32>> =
-        prompts.starts.windows(2).map(|w| prompts.tokens[w[0] as usize..w[1] as usize].to_vec()).collect();
+    let apart = prompts(&model, &[4, 9, 1, 6, 2], 22);
+    // A beginning in common, as of chat templates, is computed once; one of them is the beginning of another.
+    let start = &prompts(&model, &[6], 23)[0];
+    let ends = [&[7, 8, 9][..], &[7, 8, 1], &[5], &[7, 8], &[7, 8, 9]];
+    let alike: Vec<Vec<u32>> = ends.iter().map(|end| [start, *end].concat()).collect();
     // So little cache that prompts have to wait for a free slot.
     let slot = (9 + 12) * 2 * 3 * 16 * 4;
-    for cache_bytes in [slot, 2 * slot, 1 << 30] {
+    for (prompts, cache_bytes) in
+        [&apart, &alike].into_iter().flat_map(|prompts| [slot, 2 * slot, 1 << 30].map(|bytes| (prompts, bytes)))
+    {
         let options = GenerateOptions { max_new_tokens: 12, stop: vec![2], cache_bytes, ..Default::default() };
         let mut seen = vec![Vec::new(); prompts.len()];
-        let answers = model.generate(&prompts, &options, &mut |i, token| seen[i].push(token)).unwrap();
+        let answers = model.generate(prompts, &options, &mut |i, token| seen[i].push(token)).unwrap();
         for ((prompt, answer), seen) in prompts.iter().zip(&answers).zip(&seen) {
-            let mut text = prompt.clone();
-            let mut expected = Vec::new();
-            let finish = loop {
-                let alone = Batch::from_prompts([text.as_slice()]);
-                let logits = model.logits(&alone, &alone.last_rows()).unwrap();
-                let best = (0..61).fold(0, |b, i| if logits[i] > logits[b] { i } else { b }) as u32;
-                if best == 2 {
-                    break Finish::Stop;
-                }
-                expected.push(best);
-                text.push(best);
-                if expected.len() == 12 {
-                    break Finish::Length;
-                }
-            };
-            assert_eq!((&answer.tokens, answer.finish), (&expected, finish));
-            assert_eq!(&seen[..expected.len()], &expected[..]);
+            let expected = greedy_answer(&model, prompt);
+            assert_eq!((&answer.tokens, answer.finish), (&expected.0, expected.1));
+            assert_eq!(&seen[..expected.0.len()], &expected.0[..]);
         }
+    }
+}
+
+#[test]
+fn an_answer_that_is_ended_early_leaves_its_place_to_the_next() {
+    let model = decoder(config(3, true, true, true), 21);
+    let prompts = prompts(&model, &[4, 9, 1, 6, 2], 22);
+    let whole: Vec<_> = prompts.iter().map(|prompt| greedy_answer(&model, prompt)).collect();
+    assert!(whole.iter().filter(|(tokens, _)| tokens.len() > 3).count() >= 3, "{whole:?}");
+    // One place: each prompt waits for the one before it. Odd ones end after three tokens.
+    let options = GenerateOptions { max_new_tokens: 12, stop: vec![2], cache_bytes: 0, ..Default::default() };
+    let mut seen = vec![0; prompts.len()];
+    let ends = |prompt: usize, tokens: &[u32]| prompt % 2 == 1 && tokens.len() == 3;
+    let answers = model.generate_until(&prompts, &options, &mut |prompt, _| seen[prompt] += 1, &ends).unwrap();
+    for (prompt, (answer, (tokens, finish))) in answers.iter().zip(&whole).enumerate() {
+        let ended = prompt % 2 == 1 && tokens.len() >= 3;
+        let expected = if ended { (&tokens[..3], Finish::Length) } else { (&tokens[..], *finish) };
+        assert_eq!((&answer.tokens[..], answer.finish), expected, "prompt {prompt}");
+        let stop = usize::from(expected.1 == Finish::Stop);
+        assert_eq!(seen[prompt], expected.0.len() + stop, "prompt {prompt}");
     }
 }
 
