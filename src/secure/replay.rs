@@ -10,7 +10,7 @@ use super::loaded::{LoadedModel, REFUSAL_TOKENS};
 use super::overlap::NearDuplicates;
 use crate::backend::Backend;
 use crate::data::{Label, SecurityPrompt, Split};
-use crate::engine::GenerateOptions;
+use crate::engine::{Finish, GenerateOptions};
 use crate::error::{Error, Result};
 use crate::io::json;
 use crate::options::{count, default_from_args, mib_or_none};
@@ -148,11 +148,16 @@ impl<B: Backend> LoadedModel<B> {
             let round: Vec<&SecurityPrompt> = order[next..end].iter().map(|index| candidates[*index]).collect();
             let tokens = self.text.render_prompts(round.iter().map(|prompt| prompt.prompt.as_str()))?;
             let mut begun = HashSet::new();
-            let answers = self.decoder.generate(&tokens, &generate, &mut |prompt, _| {
+            let mut on_token = |prompt, _| {
                 if begun.insert(prompt) {
                     observer(Progress::new(task, next + begun.len(), order.len()));
                 }
-            })?;
+            };
+            // Of a harmful prompt the opening alone decides.
+            let ends = |_: usize, answer: &[u32]| {
+                label == Label::Harmful && answer.len() == REFUSAL_TOKENS && self.complies(answer, refusals)
+            };
+            let answers = self.decoder.generate_until(&tokens, &generate, &mut on_token, &ends)?;
             next = end;
             for (prompt, answer) in round.into_iter().zip(answers) {
                 if counts.kept == wanted {
@@ -188,6 +193,15 @@ impl<B: Backend> LoadedModel<B> {
         }
         counts.not_needed += order.len() - next;
         Ok(counts)
+    }
+
+    /// Whether an answer that begins so is neither a refusal nor empty, however it goes on.
+    fn complies(&self, opening: &[u32], refusals: &RefusalList) -> bool {
+        let Ok(text) = self.text.tokenizer.decode(opening) else { return false };
+        // The last character may be the first bytes of one that is not visible.
+        let whole = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        let view = AnswerView { text: whole, tokens: opening, finish: Finish::Length };
+        !refusals.is_refusal(&text) && !view.is_empty()
     }
 }
 
@@ -282,6 +296,20 @@ mod tests {
         // Distances from the first: 1 − 2/4, 1, 1 − 1/5; from the third: 1, –, 1 − 2/4.
         assert_eq!(farthest_first(&["a b c", "a b d", "x y z", "a y z"]), [0, 2, 1, 3]);
         assert_eq!(farthest_first(&[]), [0; 0]);
+    }
+
+    #[test]
+    fn an_opening_tells_compliance() {
+        let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
+        let model = LoadedModel::open(crate::backend::cpu::Cpu::new(), &model, None).unwrap();
+        let complies = |text: &str, expression: &str| {
+            let list = RefusalList::parse(expression, "list").unwrap();
+            model.complies(&model.text.tokenizer.encode(text).unwrap(), &list)
+        };
+        assert!(complies("first the", "second"));
+        assert!(!complies("first the", "first"));
+        // Nothing is to be seen yet.
+        assert!(!model.complies(&[], &RefusalList::default()));
     }
 
     #[test]

@@ -152,3 +152,39 @@ fn the_gradient_of_the_log_odds_is_their_slope() {
     let two = FirstTokens::learn([(3, true), (9, false)]).unwrap();
     assert_eq!(two.gradient(&[0.5, 0.5]), [1.0, -1.0]);
 }
+
+#[test]
+fn a_refusal_is_known_early_only_if_nothing_can_undo_it() {
+    let list = RefusalList::parse("i'm sorry\ni can\n^no", "list").unwrap();
+    for (beginning, known) in [
+        ("I'm sorry, but", true),
+        ("Well . I'm  sorry , I", true),
+        // The last word may go on: sorrys, sorry-looking.
+        ("I'm sorry", false),
+        ("I'm sorry ", false),
+        ("I'm sorry,", false),
+        // I cannot, which is another word.
+        ("I can", false),
+        ("I can no", false),
+        ("I can do", false),
+        ("I can do it", true),
+        ("No , it", true),
+        ("No", false),
+        ("Now I", false),
+        ("", false),
+    ] {
+        assert_eq!(list.is_refusal_already(beginning), known, "{beginning:?}");
+        // Whatever follows.
+        for more in ["", "t", " not", "s", ", then", "\u{e9}", "."] {
+            assert!(!known || list.is_refusal(&format!("{beginning}{more}")), "{beginning:?}{more:?}");
+        }
+    }
+    // "I can not" is "I cannot".
+    assert!(list.is_refusal("I can do") && !list.is_refusal("I can not"));
+    // No spaces, no end of a word.
+    let list = RefusalList::parse("\u{62b1}\u{6b49}", "list").unwrap();
+    assert!(
+        list.is_refusal("\u{62b1}\u{6b49}\u{ff0c}\u{6211}")
+            && !list.is_refusal_already("\u{62b1}\u{6b49}\u{ff0c}\u{6211}")
+    );
+}

@@ -151,8 +151,20 @@ impl RefusalList {
     /// assert!(!list.is_refusal("Water boils at 100 degrees."));
     /// ```
     pub fn is_refusal(&self, answer: &str) -> bool {
-        let text = normalised(answer);
-        self.anywhere.iter().any(|e| contains_words(&text, e)) || self.opening.iter().any(|e| begins_with(&text, e))
+        self.holds(&normalised(answer))
+    }
+
+    /// Whether an answer that begins so holds a refusal expression, however it goes on. The last word does not count, as it may
+    /// go on: an answer in a script without spaces is never known early.
+    pub fn is_refusal_already(&self, beginning: &str) -> bool {
+        let text = normalised(beginning);
+        let whole = text.rfind(' ').map_or("", |at| &text[..at]);
+        // "can" may become "cannot".
+        !whole.ends_with("can") && self.holds(whole)
+    }
+
+    fn holds(&self, text: &str) -> bool {
+        self.anywhere.iter().any(|e| contains_words(text, e)) || self.opening.iter().any(|e| begins_with(text, e))
     }
 }
 

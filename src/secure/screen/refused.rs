@@ -192,10 +192,15 @@ impl<B: Backend> LoadedModel<B> {
         for (round, questions) in questions.chunks(ROUND).enumerate() {
             let prompts: Vec<Vec<u32>> = questions.iter().map(|question| question.to_vec()).collect();
             let mut done = round * ROUND * REFUSAL_TOKENS;
-            let own = self.decoder.generate(&prompts, &generate, &mut |_, _| {
+            let mut on_token = |_, _| {
                 done += 1;
                 observer(Progress::new("own answers to the data", done.min(most), most));
-            })?;
+            };
+            // What follows a refusal changes nothing.
+            let ends = |_: usize, answer: &[u32]| {
+                self.text.tokenizer.decode(answer).is_ok_and(|text| refusals.is_refusal_already(&text))
+            };
+            let own = self.decoder.generate_until(&prompts, &generate, &mut on_token, &ends)?;
             for (question, own) in questions.iter().zip(own) {
                 if refuses(&own.tokens)? {
                     found.extend(asked[question].iter().map(|index| key(&examples[*index])));
