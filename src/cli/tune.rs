@@ -236,7 +236,7 @@ impl OnDevice for Tune {
         let screening = match job.recipe.screen {
             false => None,
             true => {
-                let (run, data) = ((&output, &job), (examples.as_slice(), more.as_slice()));
+                let (run, data) = ((&output, &job, watch.as_ref()), (examples.as_slice(), more.as_slice()));
                 Some(self.screening((common, &text, date), run, data, (&*group, &backend))?)
             }
         };
@@ -280,7 +280,7 @@ impl OnDevice for Tune {
                 "screened": screened, "skipped_rows": rows.skipped(), "eval_rows_trained": trained_rows }));
         }
         if let Some(counts) = &screened {
-            print_line(&screen::told(counts, &self.output.path))?;
+            print_line(&screen::told(counts, &self.output.screened()))?;
         }
         let trained = percent(data.trained_share, 1);
         print_line(&format!("trained on {} of {} tokens ({trained})", data.trained_tokens, data.tokens))?;

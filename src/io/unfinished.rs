@@ -17,14 +17,19 @@ const STEPS: [&str; 2] = ["checkpoints", "best"];
 
 /// `OUT.unfinished`, or `OUT/.swat.unfinished` where OUT is written in place.
 pub(crate) fn path(out: &Path) -> PathBuf {
+    beside(out, ".unfinished").unwrap_or_else(|out| out.join(INSIDE))
+}
+
+/// `OUT` with `ending` behind its name; the directory itself where it is written in place, so that nothing lies beside it.
+pub(crate) fn beside(out: &Path, ending: &str) -> std::result::Result<PathBuf, PathBuf> {
     let followed = fs::symlink_metadata(out).is_ok_and(|m| m.is_symlink()) || out.file_name().is_none();
     let out = if followed { resolve(out).unwrap_or_else(|_| out.to_owned()) } else { out.to_owned() };
     if is_in_place(&out) {
-        return out.join(INSIDE);
+        return Err(out);
     }
     let mut name = out.file_name().unwrap_or_default().to_owned();
-    name.push(".unfinished");
-    out.with_file_name(name)
+    name.push(ending);
+    Ok(out.with_file_name(name))
 }
 
 /// Checks that there is nothing in it, nor in its checkpoints, that no run wrote.

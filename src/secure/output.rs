@@ -1,20 +1,24 @@
 //! The output of a tuning run: locked before anything is read, held against disk and memory before weights are.
 
+mod room;
+
+use self::room::Room;
 use super::save::SaveAs;
-use super::screen::{RefusedExamples, SCREENED_FILE, ScreenCounts, Screening};
+use super::screen::{RefusedExamples, SCREEN_START, SCREENED_FILE, ScreenCounts, Screening};
 use super::text::ModelText;
 use super::tune::{Method, TuneJob, mixture_hash};
 use super::watch::Watch;
 use crate::backend::{Backend, Roofline};
 use crate::data::{DataSize, Loader, Mixture};
-use crate::engine::{Decoder, Lora, Plan, Workload};
+use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
 use crate::group::{Alone, Group, Place};
-use crate::io::{IfExists, OutputDir, check_apart, json, unfinished, write_atomic};
+use crate::io::file::begins_with;
+use crate::io::{IfExists, OutputDir, check_apart, check_file, json, unfinished, write_atomic};
 use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
 use crate::modules::{Cell, LearningRates, ParamId};
 use crate::options::mib;
-use crate::train::{Callbacks, Length, Phase, Rounding, RunDir, TuneSummary, Tuner, disk_bytes};
+use crate::train::{Callbacks, Length, Phase, Rounding, RunDir, TuneSummary, Tuner};
 use clap::Args;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -72,6 +76,8 @@ struct RunRecord {
 }
 
 const RUN_RECORD: &str = "run.json";
+/// What the name of a list of rows that are left out has behind that of the output.
+const SCREENED_ENDING: &str = ".screened.jsonl";
 /// What the model as given refuses of the data, in an unfinished run.
 const SCREENING: &str = "screening.json";
 /// Largest such file, in bytes.
@@ -82,6 +88,12 @@ impl TuneOutput {
     /// where OUT is written in place ([`crate::io::is_in_place`]).
     pub fn unfinished(&self) -> PathBuf {
         unfinished::path(&self.path)
+    }
+
+    /// Where the rows of the data are listed that screening leaves out: `OUT.screened.jsonl`, as a directory that people share
+    /// should hold the model alone; in the output where it is written in place.
+    pub fn screened(&self) -> PathBuf {
+        unfinished::beside(&self.path, SCREENED_ENDING).unwrap_or_else(|out| out.join(SCREENED_FILE))
     }
 
     /// Locks the output, and checks that it may be written: it is new, empty, or what swat wrote and may be replaced,
@@ -120,6 +132,25 @@ impl TuneOutput {
     }
 }
 
+impl TuneOutput {
+    /// Writes the rows that were left out; where there are none, no list of an earlier run stays.
+    fn write_screened(&self, dir: &Path, lines: &str) -> Result<()> {
+        let path = unfinished::beside(&self.path, SCREENED_ENDING).unwrap_or_else(|_| dir.join(SCREENED_FILE));
+        if !lines.is_empty() {
+            return write_atomic(&path, lines.as_bytes());
+        }
+        if is_screened(&path) {
+            std::fs::remove_file(&path).map_err(Error::io(&path, FileOp::Remove))?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a file lists rows that a screening found.
+fn is_screened(path: &Path) -> bool {
+    begins_with(path, SCREEN_START)
+}
+
 /// A locked output, whose temporary directory exists.
 pub struct OpenOutput {
     /// The options that it was opened with.
@@ -154,6 +185,21 @@ impl OpenOutput {
         let kept: Option<Screening> =
             resumed.then(|| json::read(&path, MAX_SCREENING_BYTES, "a screening").ok()).flatten();
         kept.filter(|kept| kept.inputs == inputs).map(|kept| kept.refused)
+    }
+
+    /// Checks that [`TuneOutput::screened`] may be written: it is none of `inputs` (option and path), and new, or a list that
+    /// may be replaced.
+    ///
+    /// # Errors
+    /// [`Error::Exists`]; [`Error::Input`] names what is in the way; [`Error::Io`].
+    pub fn check_screened(&self, inputs: &[(&str, &Path)]) -> Result<()> {
+        let options = &self.options;
+        let Ok(path) = unfinished::beside(&options.path, SCREENED_ENDING) else { return Ok(()) };
+        check_apart(&[("--screen", &path)], inputs)?;
+        if self.dir.is_none() {
+            return Ok(());
+        }
+        check_file(&path, IfExists::from_force(options.force || options.resume), is_screened)
     }
 
     /// Checks a job on this model, whatever its examples, and returns its phases.
@@ -206,10 +252,26 @@ impl OpenOutput {
                 watch.check(before, steps)?;
             }
         }
-        let prepared = PreparedTune { output: self, job, phases, loader, data, size, watch, screening: None };
-        prepared.check_memory(files, backend)?;
-        prepared.check_disk::<B>(files)?;
-        Ok(prepared)
+        let room = Room { output: &self, job: &job, phases: &phases, loader: &loader, watch: watch.as_ref() };
+        room.check(files, backend)?;
+        Ok(PreparedTune { output: self, job, phases, loader, data, size, watch, screening: None })
+    }
+
+    /// Checks that memory and disk have room for a job on examples of which some may still be left out: before the model is
+    /// asked which.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names the option; [`Error::Memory`] where memory or disk has no room.
+    pub fn check_room<B: Backend>(
+        &self,
+        files: &ModelDir,
+        examples: impl Into<Mixture>,
+        job: &TuneJob,
+        watch: Option<&Watch>,
+        backend: &B,
+    ) -> Result<()> {
+        let (phases, loader) = (self.check(files, job)?, job.recipe.shared.load(examples.into())?);
+        Room { output: self, job, phases: &phases, loader: &loader, watch }.check(files, backend)
     }
 }
 
@@ -249,108 +311,6 @@ impl PreparedTune {
     pub fn roofline(mut self, roofline: Option<Roofline>) -> Self {
         self.output.options.roofline = roofline;
         self
-    }
-
-    /// Tensors that a phase trains.
-    fn trained(&self, files: &ModelDir, phase: &Phase) -> Vec<(ParamId, usize)> {
-        let config = &files.config;
-        let sizes = |(id, shape): (ParamId, Vec<usize>)| (id, shape.iter().product());
-        let all: Vec<(ParamId, usize)> = match &self.job.recipe.method {
-            Method::Full => config.params().into_iter().map(sizes).collect(),
-            Method::Lora { lora, modules } => lora.params(config, modules).into_iter().map(sizes).collect(),
-            Method::Adapter { .. } => {
-                let trained = |id: &ParamId| files.adapter().is_some_and(|adapter| adapter.trains(*id));
-                let whole = config.params().into_iter().filter(|(id, _)| trained(id));
-                files.adapter_params().flat_map(|(_, _, tensors)| tensors).chain(whole).map(sizes).collect()
-            }
-        };
-        all.into_iter().filter(|(id, _)| phase.rates.trains(id.cell())).collect()
-    }
-
-    /// Holds the plan of the largest phase against the memory that is free.
-    fn check_memory<B: Backend>(&self, files: &ModelDir, backend: &B) -> Result<()> {
-        let Some(free) = backend.free_memory() else { return Ok(()) };
-        let shared = &self.job.recipe.shared;
-        let (ranks, mut free_bytes) = (self.output.ranks, free.bytes);
-        if backend.device_peak_bytes().is_none() {
-            free_bytes /= self.output.local_ranks as u64;
-        }
-        let batch = self.loader.largest_part(ranks);
-        let lora = match &self.job.recipe.method {
-            Method::Full => None,
-            Method::Lora { lora, .. } => Some(*lora),
-            Method::Adapter { .. } => Lora::largest(files),
-        };
-        let work = Workload {
-            tokens: batch.tokens,
-            document_tokens: batch.longest,
-            trained_share: batch.trained_tokens as f64 / batch.tokens.max(1) as f64,
-            recompute: shared.recompute,
-            lora,
-            beside: shared.beside::<B>(),
-        };
-        for phase in &self.phases {
-            let trained = self.trained(files, phase);
-            let trains = |id: ParamId| trained.iter().any(|(other, _)| *other == id);
-            let planned_bytes = Plan::new::<B>(&files.config, &work, trains).sharded(ranks).total_bytes();
-            if planned_bytes > free_bytes {
-                return Err(Error::Memory {
-                    what: format!("phase {} on {}", phase.name, backend.name()),
-                    planned_bytes,
-                    free_bytes,
-                    help: format!(
-                        "{} is the bound; `swat plan` says what would make it fit: --recompute, a smaller --batch-size \
-                         with more --grad-accum, --state bf16, --method lora",
-                        free.bound
-                    ),
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// Holds what will be written against the disk: the model, the checkpoints that there are at once, and the best
-    /// weights.
-    fn check_disk<B: Backend>(&self, files: &ModelDir) -> Result<()> {
-        let Some(dir) = self.output.dir.as_ref().map(OutputDir::dir) else { return Ok(()) };
-        let shared = &self.job.recipe.shared;
-        let (mut changed, mut best, mut checkpoint, mut count) = (std::collections::BTreeMap::new(), 0, 0, 0);
-        let watch = self.watch.as_ref();
-        for phase in &self.phases {
-            let trained = self.trained(files, phase);
-            let moments = trained.iter().map(|(_, n)| 2 * n * size_of::<B::Moment>()).sum::<usize>();
-            changed.extend(trained);
-            let beside = shared.beside::<B>().parameter_bytes;
-            let parameters = changed.values().sum::<usize>();
-            checkpoint = checkpoint.max((parameters * (size_of::<B::Float>() + beside) + moments) as u64);
-            let steps = phase.options.steps_of(&self.loader, shared)?;
-            let copies = watch.map_or(0, |watch| watch.best_copies(steps, shared.save_every));
-            best = copies.saturating_mul((parameters * size_of::<B::Float>()) as u64);
-            count += steps.checked_div(shared.save_every).unwrap_or(0) + u64::from(steps > 0);
-        }
-        // One is being written while the others are kept, among them that of the start of the phase.
-        let most = shared.keep_last as u64 + 1 + u64::from(self.phases.len() > 1);
-        let options = &self.output.options;
-        let model = if options.save.merges() { files.stored_bytes(options.save_dtype)? } else { 0 };
-        let need = model.saturating_add(best).saturating_add(checkpoint.saturating_mul(count.min(most)));
-        let need = need.saturating_add(shared.reference_bytes(self.loader.examples()));
-        let there = disk_bytes(&self.output.unfinished);
-        let Ok(free) = fs4::available_space(dir) else { return Ok(()) };
-        if need.saturating_sub(there) <= free {
-            return Ok(());
-        }
-        Err(Error::Memory {
-            what: format!(
-                "{}: the tuned model, {} checkpoints{} on disk",
-                dir.display(),
-                count.min(most),
-                if best > 0 { " and the best weights" } else { "" }
-            ),
-            planned_bytes: need.saturating_sub(there),
-            free_bytes: free,
-            help: "free some disk space, take another --out, or keep fewer checkpoints (--keep-last 1, no --keep-best)"
-                .into(),
-        })
     }
 
     /// Tunes the model directory of `text`, whose weights `decoder` holds, into the output, with `metrics.jsonl`,
@@ -452,9 +412,7 @@ impl PreparedTune {
             "evaluations": summary.evaluations, "best_step": summary.best_step } });
         if let Some((Screening { lines, .. }, counts)) = &screening {
             record["screened"] = serde_json::json!(counts);
-            if !lines.is_empty() {
-                write_atomic(&out.dir().join(SCREENED_FILE), lines.as_bytes())?;
-            }
+            options.write_screened(out.dir(), lines)?;
         }
         json::write(&out.dir().join("tune.json"), &record)?;
         out.commit()?;

@@ -201,17 +201,21 @@ fn a_plan_that_does_not_fit_is_refused() {
     let train = dir.path().join("train.jsonl");
     let row = ROW.replace("5 .", &"5 . ".repeat(50));
     std::fs::write(&train, row.repeat(4096)).unwrap();
-    let args = format!(
-        "ulimit -v 2000000; exec {} tune --model {} --data {} --out {} --steps 1 --batch-size 4096 --max-length 256 --device cpu",
-        env!("CARGO_BIN_EXE_swat"),
-        model.display(),
-        train.display(),
-        dir.path().join("out").display()
-    );
-    let output = Command::new("bash").args(["-c", &args]).output().unwrap();
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert!(message.contains("ulimit -v is the bound") && message.contains("--batch-size"), "{message}");
-    assert_eq!(output.status.code(), Some(1));
+    // Screening, which reads the weights, comes later.
+    for screen in ["", "--screen"] {
+        let args = format!(
+            "ulimit -v 2000000; exec {} tune --model {} --data {} --out {} --steps 1 --batch-size 4096 --max-length 256 --device \
+             cpu {screen}",
+            env!("CARGO_BIN_EXE_swat"),
+            model.display(),
+            train.display(),
+            dir.path().join("out").display()
+        );
+        let output = Command::new("bash").args(["-c", &args]).output().unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert!(message.contains("ulimit -v is the bound") && message.contains("--batch-size"), "{screen}: {message}");
+        assert_eq!(output.status.code(), Some(1));
+    }
 }
 
 /// What a run does beside its work takes no memory that it has not: the roofline's takes more than this model.

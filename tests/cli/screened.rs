@@ -119,7 +119,8 @@ fn rows_that_answer_what_the_model_refuses_are_left_out() {
     let out = dir.path().join("tuned");
     let expected: Vec<(u64, &Value)> =
         (1..).zip(&all).zip(&refused).filter(|(_, out)| **out).map(|(row, _)| row).collect();
-    let listed = rows(&out.join("screened.jsonl"));
+    let list = dir.path().join("tuned.screened.jsonl");
+    let listed = rows(&list);
     assert_eq!(listed.len(), left_out);
     for (mut listed, (line, row)) in listed.into_iter().zip(expected) {
         let mark = listed.as_object_mut().unwrap().shift_remove("screen").unwrap();
@@ -144,7 +145,7 @@ fn rows_that_answer_what_the_model_refuses_are_left_out() {
     assert!(weights("tuned") == weights("by-recipe"), "other weights");
     let shown = String::from_utf8_lossy(&output.stdout);
     let counted = format!("screened: {left_out} of 13 examples");
-    assert!(shown.contains(&counted) && shown.contains("by-recipe/screened.jsonl"), "{shown}");
+    assert!(shown.contains(&counted) && shown.contains("by-recipe.screened.jsonl"), "{shown}");
     // Where nothing counts as a refusal, nothing is left out.
     std::fs::write(dir.path().join("none.txt"), "no answer says this\n").unwrap();
     let run = ["--data", "hand.jsonl", "--out", "all", "--lr", "1e-3", "--steps", "1", "--json", "--screen"];
@@ -152,7 +153,31 @@ fn rows_that_answer_what_the_model_refuses_are_left_out() {
     message(&output, 0);
     let told: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(told["screened"], json!({ "examples": 13, "left_out": 0 }));
-    assert!(!dir.path().join("all/screened.jsonl").exists());
+    assert!(!dir.path().join("all.screened.jsonl").exists());
+    // A model is shared without the rows. The list is replaced with the model, and goes with the last of its rows.
+    assert!(!out.join("screened.jsonl").exists());
+    let run = ["--data", "hand.jsonl", "--out", "tuned", "--lr", "1e-3", "--steps", "1", "--screen"];
+    let none = ["--refusal-expressions", "none.txt"];
+    let told = message(&tune(dir.path(), &run).output().unwrap(), 2);
+    assert!(told.contains("--force"), "{told}");
+    std::fs::remove_dir_all(&out).unwrap();
+    let told = message(&tune(dir.path(), &run).output().unwrap(), 2);
+    assert!(told.contains("tuned.screened.jsonl") && told.contains("--force"), "{told}");
+    message(&tune(dir.path(), &[&run[..], &none, &["--force"]].concat()).output().unwrap(), 0);
+    assert!(!list.exists());
+    // What else has its name is neither replaced nor removed.
+    std::fs::write(&list, "mine\n").unwrap();
+    for more in [&[][..], &none] {
+        let told = message(&tune(dir.path(), &[&run[..], more, &["--force"]].concat()).output().unwrap(), 2);
+        assert!(told.contains("tuned.screened.jsonl") && told.contains("did not write"), "{told}");
+    }
+    assert_eq!(std::fs::read_to_string(&list).unwrap(), "mine\n");
+    // Nor is it the data.
+    std::fs::copy(dir.path().join("hand.jsonl"), dir.path().join("other.screened.jsonl")).unwrap();
+    let run = ["--data", "other.screened.jsonl", "--out", "other", "--steps", "1", "--screen", "--force"];
+    let told = message(&tune(dir.path(), &run).output().unwrap(), 2);
+    assert!(told.contains("--screen") && told.contains("--data"), "{told}");
+    message(&tune(dir.path(), &run[..6]).output().unwrap(), 0);
 }
 
 #[test]
@@ -224,8 +249,8 @@ fn a_killed_run_goes_on_with_the_screening_that_it_has() {
     // A damaged one is made again.
     std::fs::write(&kept, "{").unwrap();
     message(&run("killed", &["--resume"]).output().unwrap(), 0);
-    for name in ["model.safetensors", "screened.jsonl"] {
-        let of = |out: &str| std::fs::read(dir.path().join(out).join(name)).unwrap();
+    for name in ["/model.safetensors", ".screened.jsonl"] {
+        let of = |out: &str| std::fs::read(dir.path().join(format!("{out}{name}"))).unwrap();
         assert!(of("straight") == of("killed"), "{name}");
     }
     assert!(!dir.path().join("killed.unfinished").exists());

@@ -8,7 +8,9 @@ use crate::error::{Error, Result};
 use crate::group::{Group, from_first};
 use crate::model::Clock;
 use crate::report::format::percent;
-use crate::secure::{Mix, ModelText, OpenOutput, RefusalList, RefusedExamples, ScreenCounts, Screening, TuneJob};
+use crate::secure::{
+    Mix, ModelText, OpenOutput, RefusalList, RefusedExamples, ScreenCounts, Screening, TuneJob, Watch, mixed,
+};
 use std::path::Path;
 
 /// Examples that are mixed in, with their kind and share.
@@ -20,7 +22,7 @@ impl Tune {
     pub(super) fn screening<B: Backend>(
         &self,
         (common, text, date): (&Common, &ModelText, Option<Clock>),
-        (output, job): (&OpenOutput, &TuneJob),
+        (output, job, watch): (&OpenOutput, &TuneJob, Option<&Watch>),
         (data, more): (&[Example], &[MixedIn]),
         (group, backend): (&dyn Group<B>, &B),
     ) -> Result<Screening> {
@@ -28,7 +30,9 @@ impl Tune {
             let expected = "a file: rows that are left out are copied from it";
             return Err(Error::input(path.display().to_string(), "a stream, which can be read only once", expected));
         }
-        output.check(&text.files, job)?;
+        output.check_screened(&self.inputs())?;
+        let all = mixed(data.to_vec(), more.to_vec(), common.seed, Ok)?;
+        output.check_room(&text.files, all, job, watch, backend)?;
         let attack = more.iter().filter(|(what, ..)| *what == Mix::Attack).map(|(.., examples)| examples.as_slice());
         let asked: Vec<&[Example]> = std::iter::once(data).chain(attack).collect();
         let refusals = match &self.refusal_expressions {
@@ -64,12 +68,12 @@ impl Tune {
 }
 
 /// How much was left out, and where it is.
-pub(super) fn told(ScreenCounts { examples, left_out }: &ScreenCounts, out: &Path) -> String {
+pub(super) fn told(ScreenCounts { examples, left_out }: &ScreenCounts, list: &Path) -> String {
     let share = percent(*left_out as f64 / (*examples).max(1) as f64, 1);
     let counted =
         format!("screened: {left_out} of {examples} examples ({share}) answer what the model as given refuses");
     match left_out {
         0 => counted,
-        _ => format!("{counted}, and were left out: {}", out.join("screened.jsonl").display()),
+        _ => format!("{counted}, and were left out: {}", list.display()),
     }
 }

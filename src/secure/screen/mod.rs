@@ -24,7 +24,7 @@ use std::path::Path;
 
 /// Hidden states that are on the host at once, in bytes.
 const STATE_BYTES: usize = 256 << 20;
-/// Rows that are left out of the data of a tuned model, in its directory.
+/// Rows that are left out of the data, in the folder of a study or a secure run.
 pub(super) const SCREENED_FILE: &str = "screened.jsonl";
 /// How a line of the file begins, by which it is recognised.
 pub const SCREEN_START: &str = "{\"screen\":";
