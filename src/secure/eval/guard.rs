@@ -13,6 +13,7 @@ use crate::secure::loaded::LoadedModel;
 use crate::secure::text::ModelText;
 use clap::Args;
 use fancy_regex::{Regex, RegexBuilder};
+use std::cell::{OnceCell, RefCell};
 use std::path::{Path, PathBuf};
 
 const QWEN3GUARD: &str = include_str!("guards/qwen3guard.jinja");
@@ -175,6 +176,31 @@ impl GuardText {
     }
 }
 
+/// The guard model of a run of stages, if it has one: its weights are read when it is first asked.
+pub(in crate::secure) struct LazyGuard<B: Backend> {
+    text: RefCell<Option<GuardText>>,
+    /// [`GuardText::hash`]
+    pub(in crate::secure) hash: Option<String>,
+    loaded: OnceCell<Guard<B>>,
+}
+
+impl<B: Backend> LazyGuard<B> {
+    /// [`GuardText::open`]
+    pub(in crate::secure) fn open(options: Option<&GuardOptions>) -> Result<Self> {
+        let text = options.map(GuardText::open).transpose()?;
+        let hash = text.as_ref().map(GuardText::hash).transpose()?;
+        Ok(Self { text: RefCell::new(text), hash, loaded: OnceCell::new() })
+    }
+
+    pub(in crate::secure) fn get(&self, backend: &B) -> Result<Option<&dyn Moderator>> {
+        if let Some(text) = self.text.take() {
+            let guard = text.load(backend.clone())?;
+            return Ok(Some(self.loaded.get_or_init(|| guard)));
+        }
+        Ok(self.loaded.get().map(|guard| guard as &dyn Moderator))
+    }
+}
+
 /// Compiles an expression with the groups `unsafe` and `safe`.
 fn pattern(text: &str) -> Result<Regex> {
     let expected = "a regular expression with the groups (?<unsafe>…) and (?<safe>…)";
@@ -276,6 +302,21 @@ mod tests {
         // An expression that would take for ever gives up.
         let endless = pattern("^(?=((a+)+)b)(?<unsafe>a)|(?<safe>z)").unwrap();
         assert_eq!(verdict(&endless, &"a".repeat(64)), None);
+    }
+
+    #[test]
+    fn weights_are_read_when_the_guard_model_is_first_asked() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/tiny");
+        let options = GuardOptions { model, template: Some("llama-guard".into()), ..GuardOptions::default() };
+        let backend = crate::backend::cpu::Cpu::new();
+        let guard = LazyGuard::open(Some(&options)).unwrap();
+        assert!(guard.hash.is_some() && guard.text.borrow().is_some() && guard.loaded.get().is_none());
+        for _ in 0..2 {
+            assert!(guard.get(&backend).unwrap().is_some());
+            assert!(guard.text.borrow().is_none() && guard.loaded.get().is_some());
+        }
+        let none = LazyGuard::open(None).unwrap();
+        assert!(none.hash.is_none() && none.get(&backend).unwrap().is_none());
     }
 
     #[test]

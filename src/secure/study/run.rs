@@ -20,7 +20,7 @@ use crate::io::check_not_in;
 use crate::io::input::check_rereadable;
 use crate::model::{Clock, ModelDir};
 use crate::progress::Observer;
-use crate::secure::eval::guard::{Guard, GuardText};
+use crate::secure::eval::guard::LazyGuard;
 use crate::secure::eval::judge::Judge;
 use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::LoadedModel;
@@ -135,8 +135,7 @@ struct Study<'a, B: Backend> {
     /// Measured by the first run that trains.
     roofline: OnceCell<Option<Roofline>>,
     judge: Option<Judge>,
-    /// Hash of the guard model and how it is asked, and the model.
-    guard: Option<(String, Guard<B>)>,
+    guard: LazyGuard<B>,
 }
 
 impl<'a, B: Backend> Study<'a, B> {
@@ -152,7 +151,7 @@ impl<'a, B: Backend> Study<'a, B> {
         let clock = clock(&config.out, config.date)?;
         let date = text.set_clock(clock);
         check_model(config, &text, &data, &mut rows)?;
-        let guard = config.evaluate.guard.as_ref().map(GuardText::open).transpose()?;
+        let guard = LazyGuard::open(config.evaluate.guard.as_ref())?;
         let overlapping_rows = check_overlap(config, &data, &mut rows)?;
         let model_hash = text.files.hash()?.to_owned();
         let mut stages =
@@ -172,7 +171,7 @@ impl<'a, B: Backend> Study<'a, B> {
             overlapping_rows,
             roofline: OnceCell::new(),
             judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
-            guard: guard.map(|guard| Ok((guard.hash()?, guard.load(backend.clone())?))).transpose()?,
+            guard,
         })
     }
 

@@ -4,7 +4,7 @@ use super::{Run, Study};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::progress::{Observer, Progress};
-use crate::secure::eval::guard::{Moderated, Moderator};
+use crate::secure::eval::guard::Moderated;
 use crate::secure::eval::{Evaluation, PromptOutcomes};
 use crate::secure::loaded::EvaluationInput;
 use crate::secure::probe::Probe;
@@ -35,7 +35,7 @@ impl<B: Backend> Study<'_, B> {
             .collect::<Result<_>>()?;
         let mut inputs = json!({ "model": model_inputs, "probe": probe.hash()?, "options": config.evaluate,
             "asked": asked, "seed": config.seed, "refusals": format!("{:?}", self.refusals) });
-        if let Some((hash, _)) = &self.guard {
+        if let Some(hash) = &self.guard.hash {
             inputs["guard"] = hash.as_str().into();
         }
         self.add_row_options(&mut inputs);
@@ -55,7 +55,7 @@ impl<B: Backend> Study<'_, B> {
                     tasks: &self.data.tasks,
                     heldout: &heldout,
                     judge: self.judge.as_ref(),
-                    guard: self.guard.as_ref().map(|(_, guard)| guard as &dyn Moderator),
+                    guard: self.guard.get(self.backend)?,
                     export: None,
                     probe: None,
                     first_tokens: probe.metadata.first_tokens.as_ref(),
