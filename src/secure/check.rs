@@ -236,28 +236,39 @@ impl Verdict {
         self.gates.iter().find(|gate| gate.name == name)
     }
 
+    /// Whether there is such a gate, and it is not held.
+    pub fn fails(&self, name: &str) -> bool {
+        self.gate(name).is_some_and(|gate| !gate.held)
+    }
+
     /// Nothing where the verdict is held.
     ///
     /// # Errors
-    /// [`Error::NotHeld`] names the gates that are not.
+    /// [`Error::NotHeld`] names the gates that are not, and what to try, whatever tuned the model.
     pub fn require(&self) -> Result<()> {
+        self.require_or(|| {
+            let unsafe_now = ["asr_rise", "j_drop", "guard_asr_rise"].into_iter().any(|name| self.fails(name));
+            let help = match (unsafe_now, self.fails("over_refusal_rise")) {
+                (true, false) => {
+                    "mix refusals into the training data, or train with a lower learning rate or fewer steps"
+                }
+                (true, true) => {
+                    "train with a lower learning rate or fewer steps: the model tells prompts apart less well"
+                }
+                (false, true) => "fewer refusals in the training data, or benign prompts like these with their answers",
+                (false, false) => "more steps, or a higher learning rate",
+            };
+            help.into()
+        })
+    }
+
+    /// [`Verdict::require`] with other words about what to try.
+    pub(super) fn require_or(&self, help: impl FnOnce() -> String) -> Result<()> {
         if self.held {
             return Ok(());
         }
-        let failed = |name: &str| self.gates.iter().any(|gate| gate.name == name && !gate.held);
-        let unsafe_now = failed("asr_rise") || failed("j_drop") || failed("guard_asr_rise");
-        let help = match (unsafe_now, failed("over_refusal_rise"), failed("task_drop")) {
-            (true, false, _) => {
-                "mix refusals into the training data, or train with a lower learning rate or fewer steps"
-            }
-            (true, true, _) => {
-                "train with a lower learning rate or fewer steps: the model tells prompts apart less well"
-            }
-            (false, true, _) => "fewer refusals in the training data, or benign prompts like these with their answers",
-            (false, false, _) => "more steps, or a higher learning rate",
-        };
         let what: Vec<String> = self.gates.iter().filter(|gate| !gate.held).map(Gate::text).collect();
-        Err(Error::NotHeld { what: what.join("; "), help: help.into() })
+        Err(Error::NotHeld { what: what.join("; "), help: help() })
     }
 }
 
@@ -310,6 +321,12 @@ pub struct CheckedModel {
     pub name: String,
     /// Its directory, or that of its adapter.
     pub model: PathBuf,
+    /// How it was tuned: not known here, as another program may have done it.
+    #[serde(default)]
+    pub recipe: Option<String>,
+    /// Training seeds: none are known.
+    #[serde(default)]
+    pub seeds: Vec<u64>,
     /// Attack success rate.
     pub asr: Option<Rate>,
     /// Share of benign prompts that are refused.
@@ -339,6 +356,8 @@ impl CheckedModel {
         Self {
             name: name.into(),
             model: model.to_owned(),
+            recipe: None,
+            seeds: Vec::new(),
             asr: found.asr,
             over_refusal: found.over_refusal,
             j: found.j,
@@ -361,6 +380,9 @@ pub struct Check {
     pub format: String,
     /// The base model, then the tuned one.
     pub settings: Vec<CheckedModel>,
+    /// `tuned` where the verdict is held.
+    #[serde(default)]
+    pub recommended: Option<String>,
     /// Limits of the gates.
     pub limits: Limits,
     /// The verdict.
@@ -370,11 +392,13 @@ pub struct Check {
 impl Check {
     /// From evaluations of both models, each with its directory, on the same prompts and tasks.
     pub fn new(base: (&Path, &Evaluation), tuned: (&Path, &Evaluation), limits: Limits) -> Self {
+        let verdict = Verdict::new(base.1, tuned.1, &limits);
         Self {
             format: FORMAT.into(),
             settings: vec![CheckedModel::new("base", base.0, base.1), CheckedModel::new("tuned", tuned.0, tuned.1)],
+            recommended: verdict.held.then(|| "tuned".into()),
             limits,
-            verdict: Verdict::new(base.1, tuned.1, &limits),
+            verdict,
         }
     }
 

@@ -97,6 +97,12 @@ fn an_adapter_is_held_against_its_base() {
         let found: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(found["settings"][1]["model"], text(&adapter));
         assert_eq!(found["verdict"]["held"], code == 0, "{found}");
+        // The keys that scripts read of every command with a verdict.
+        let recommended = if code == 0 { "tuned".into() } else { Value::Null };
+        assert_eq!(found.get("recommended"), Some(&recommended));
+        for setting in found["settings"].as_array().unwrap() {
+            assert_eq!((setting.get("recipe"), &setting["seeds"]), (Some(&Value::Null), &serde_json::json!([])));
+        }
     }
 }
 
