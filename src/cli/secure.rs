@@ -13,7 +13,7 @@ use crate::io::write_atomic;
 use crate::model::StoredAs;
 use crate::options::{above_zero, mib};
 use crate::report::format::bytes;
-use crate::report::{Entry, Table, check_tables, model_card, secure_report, tried_table};
+use crate::report::{Entry, Table, check_tables, model_card, secure_report, times_table, tried_table};
 use crate::secure::pipeline::{DEFAULT_RECIPES, SecureJob, SecurePlan, SecureReport, SecureRun, Secured};
 use crate::secure::{Limits, Recipe, TuneRecipe, recipe_help};
 use clap::Args;
@@ -138,7 +138,7 @@ impl OnDevice for SecureCommand {
         };
         let mut observer = bars.observer();
         let mut report = SecureReport { observer: &mut observer, stage: &mut stage };
-        let Secured { outcome, check, output } = run.run(&plan, &mut report)?;
+        let Secured { outcome, check, output, times } = run.run(&plan, &mut report)?;
         drop(observer);
         bars.finish();
         write_atomic(&output.dir().join("README.md"), model_card(&outcome, &check).as_bytes())?;
@@ -151,6 +151,7 @@ impl OnDevice for SecureCommand {
             print_line(&tried_table(&outcome).text())?;
             print_line(&measures.text())?;
             print_line(&verdict.text())?;
+            print_line(&times_table(&times).text())?;
             if self.task.is_none() {
                 print_line(
                     "no --task: no gate is about usefulness; the loss of set-aside conversations is in outcome.json",
@@ -162,7 +163,7 @@ impl OnDevice for SecureCommand {
                 self.work().display()
             ))?;
         }
-        check.verdict.require()
+        outcome.require()
     }
 }
 

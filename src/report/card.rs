@@ -1,7 +1,7 @@
 //! The model card of a tuned model: `README.md` as the hub reads it.
 
 use super::check::{agreement_tables, check_tables};
-use super::secure::{data_table, screened_line, tried_table, verdict_line};
+use super::secure::{data_table, files_table, screened_line, sentence, tried_table, verdict_line};
 use super::table::markdown_text;
 use crate::secure::Check;
 use crate::secure::pipeline::SecureOutcome;
@@ -26,11 +26,16 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
     push(measures.markdown());
     push(gates.markdown());
     agreement_tables(check).iter().for_each(|table| push(table.markdown()));
+    if !outcome.advice.is_empty() {
+        push("## What to try".into());
+        push(outcome.advice.iter().map(|advice| format!("- {}\n", markdown_text(&sentence(advice)))).collect());
+    }
     push("## What was tried".into());
     push(tried_table(outcome).markdown());
     push("## Data".into());
     screened_line(outcome).into_iter().for_each(&mut push);
     push(data_table(outcome).markdown());
+    push(files_table(outcome).markdown());
     push("## How to reproduce it".into());
     push(format!("```\n{}\n```", outcome.command.replace("```", "'''")));
     push(format!(

@@ -28,7 +28,7 @@ pub use heatmap::Heatmap;
 pub use page::Report;
 pub use palette::{Ramp, Tone};
 pub use profile::{is_trace, memory_table, profile_tables, write_trace};
-pub use secure::{secure_report, tried_table};
+pub use secure::{secure_report, times_table, tried_table};
 pub use study::{perturbation, results_text, robustness_map, robustness_table, study_report, write_report};
 pub use svg::is_drawing;
 pub use table::{Entry, Table};

@@ -5,8 +5,9 @@ use super::format;
 use super::page::{Footer, Highlight, Report, Section};
 use super::palette::Tone;
 use super::table::{Entry, Table};
-use crate::secure::pipeline::{SecureOutcome, SecureSetting};
+use crate::secure::pipeline::{SecureOutcome, SecureSetting, StageTime};
 use crate::secure::{Check, Estimate, Measures, Rate, ScreenCounts};
+use std::time::Duration;
 
 /// The page; the verdict comes first.
 pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
@@ -17,17 +18,14 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
         tables,
         ..Section::default()
     };
-    let sections = vec![
-        section("Verdict", "", [vec![gates, measures], agreement_tables(check)].concat()),
-        section(
-            "What was tried",
-            "Measured on the prompts of the choice, which the verdict does not use. The most useful of those within half of \
-             each limit is chosen. If none is, the one that exceeds these halves least, among those within the limits if \
-             there are any.",
-            vec![tried_table(outcome)],
-        ),
-        section("Data", &screened_line(outcome).unwrap_or_default(), vec![data_table(outcome)]),
-    ];
+    let mut sections = vec![section("Verdict", "", [vec![gates, measures], agreement_tables(check)].concat())];
+    if !outcome.advice.is_empty() {
+        let sentences: Vec<String> = outcome.advice.iter().map(|advice| sentence(advice)).collect();
+        sections.push(section("What to try", &sentences.join(" "), Vec::new()));
+    }
+    sections.push(section("What was tried", "", vec![tried_table(outcome)]));
+    let screened = screened_line(outcome).unwrap_or_default();
+    sections.push(section("Data", &screened, vec![data_table(outcome), files_table(outcome)]));
     let base = [("base model", &outcome.base.name)].into_iter();
     let base = base.chain(outcome.base.adapter.as_ref().map(|adapter| ("adapter", adapter)));
     let rest =
@@ -43,6 +41,12 @@ pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
             items: items.map(|(name, value)| (name.to_owned(), value)).collect(),
         },
     }
+}
+
+/// With a capital and a full stop.
+pub(super) fn sentence(text: &str) -> String {
+    let mut rest = text.chars();
+    rest.next().map_or_else(String::new, |first| format!("{}{}.", first.to_uppercase(), rest.as_str()))
 }
 
 /// One sentence.
@@ -95,10 +99,11 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
     if guarded {
         table = table.numbers("by the guard model, %", "");
     }
+    table = table.numbers("AUROC", "");
     let tasks = outcome.data.valid_tasks > 0;
     table = table.numbers(if tasks { "task, %" } else { "held-out loss" }, "").column("");
     for (i, tried) in outcome.tried.iter().enumerate() {
-        let Measures { asr, over_refusal, j, task, asr_guard, .. } = tried.measures.shares;
+        let Measures { asr, over_refusal, j, task, asr_guard, auroc } = tried.measures.shares;
         let heldout = tried.measures.heldout;
         let points = |found: Option<Estimate>| {
             found.map_or(Entry::missing(), |found| {
@@ -117,12 +122,37 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
         let found = [asr.map(Rate::estimate), over_refusal.map(Rate::estimate), j].map(points);
         let row = [Entry::text(&tried.recipe), Entry::fixed(tried.alpha, 2)].into_iter().chain(found);
         let row = row.chain(guarded.then(|| points(asr_guard.map(Rate::estimate))));
-        table.row(row.chain([useful, Entry::text(verdict)]));
+        let auroc =
+            auroc.map_or(Entry::missing(), |auroc| Entry::interval(auroc.value, Some((auroc.low, auroc.high)), 3));
+        table.row(row.chain([auroc, useful, Entry::text(verdict)]));
         if tried.chosen {
             table.emphasized.push(i);
         }
     }
+    table.note = choice_note(outcome);
     table
+}
+
+/// How the choice is made, and on what.
+fn choice_note(outcome: &SecureOutcome) -> String {
+    let (sizes, limits) = (&outcome.data, outcome.limits.for_choice());
+    let asked = match sizes.valid_tasks {
+        0 => format!("{} prompts", sizes.valid_prompts),
+        tasks => format!("{} prompts and {tasks} tasks", sizes.valid_prompts),
+    };
+    let mut half = vec![
+        format!("attack success up by {} points", limits.max_asr_rise),
+        format!("over-refusal up by {}", limits.max_over_refusal_rise),
+    ];
+    half.extend((sizes.valid_tasks > 0).then(|| format!("the task score down by {}", limits.max_task_drop)));
+    half.extend(limits.max_j_drop.map(|limit| format!("J down by {limit}")));
+    half.extend(limits.max_guard_asr_rise.map(|limit| format!("attack success by the guard model up by {limit}")));
+    format!(
+        "By the {asked} of the choice, which the verdict does not use. Half the limits: {}, against the model as given. The most \
+         useful of those within them is chosen. If none is, the one that exceeds them least, among those within the limits if \
+         there are any. Alpha: 1 is the model that the recipe made, 0 the model as given.",
+        half.join(", ")
+    )
 }
 
 /// What screening left out, how to look at it, and how to keep it; none where nothing was screened.
@@ -139,32 +169,51 @@ pub(super) fn screened_line(outcome: &SecureOutcome) -> Option<String> {
     })
 }
 
-/// Sizes of the parts, and hashes of the files.
+/// Sizes of the parts.
 pub(super) fn data_table(outcome: &SecureOutcome) -> Table {
     let mut table = Table::new("Parts that have no text in common").column("").column("");
     let sizes = &outcome.data;
-    for (what, count) in [
-        ("conversations trained on", sizes.train),
-        ("prompts of the choice", sizes.valid_prompts),
-        ("tasks of the choice", sizes.valid_tasks),
-        ("prompts of the verdict", sizes.test_prompts),
-        ("tasks of the verdict", sizes.test_tasks),
-        ("own conversations set aside", sizes.heldout),
-        ("prompts left out, as another part repeats them", sizes.repeated_prompts),
-        ("tasks left out, as another part repeats them", sizes.repeated_tasks),
-    ] {
+    let left_out = outcome.screened.map(|screened| screened.left_out);
+    let rows = [
+        ("conversations to train on", Some(sizes.train)),
+        ("of them left out by recipes with screen: they answer what the model as given refuses", left_out),
+        ("prompts of the choice", Some(sizes.valid_prompts)),
+        ("tasks of the choice", Some(sizes.valid_tasks)),
+        ("prompts of the verdict", Some(sizes.test_prompts)),
+        ("tasks of the verdict", Some(sizes.test_tasks)),
+        ("own conversations set aside", Some(sizes.heldout)),
+        ("prompts left out, as another part repeats them", Some(sizes.repeated_prompts)),
+        ("tasks left out, as another part repeats them", Some(sizes.repeated_tasks)),
+    ];
+    for (what, count) in rows.into_iter().filter_map(|(what, count)| Some((what, count?))) {
         table.row([Entry::text(what), Entry::count(count as u64)]);
-    }
-    if let Some(screened) = &outcome.screened {
-        let what = "of them left out by recipes with screen: they answer what the model as given refuses";
-        table.row([Entry::text(what), Entry::count(screened.left_out as u64)]);
     }
     if let Some(replay) = &outcome.replay {
         table.row([Entry::text("own refusals, to be replayed"), Entry::count(replay.harmful.kept as u64)]);
         table.row([Entry::text("own answers, to be replayed"), Entry::count(replay.benign.kept as u64)]);
     }
+    table
+}
+
+/// Hashes of the files that were read.
+pub(super) fn files_table(outcome: &SecureOutcome) -> Table {
+    let mut table = Table::new("Files that were read").column("file").column("BLAKE3, first 16 digits");
     for (file, hash) in &outcome.files {
         table.row([Entry::text(file), Entry::text(hash)]);
+    }
+    table
+}
+
+/// How long each stage took.
+pub fn times_table(times: &[StageTime]) -> Table {
+    let duration = |seconds: f64| format::duration(Duration::from_secs_f64(seconds));
+    let mut table = Table::new("Time").column("stage").numbers("took", "");
+    for StageTime { name, seconds } in times {
+        table.row([Entry::text(name), Entry::text(seconds.map_or_else(|| "kept".into(), duration))]);
+    }
+    table.note = format!("{} in all.", duration(times.iter().filter_map(|time| time.seconds).sum()));
+    if times.iter().any(|time| time.seconds.is_none()) {
+        table.note += " Kept: the result of an earlier run.";
     }
     table
 }

@@ -92,14 +92,25 @@ fn a_model_is_tuned_and_held_to_limits() {
     let tried = found["tried"].as_array().unwrap();
     assert_eq!(tried.iter().map(|tried| &tried["recipe"]).collect::<Vec<_>>(), ["given", "plain+replay=.15,screen"]);
     assert_eq!((&tried[1]["chosen"], &tried[1]["excess"]), (&true.into(), &0.0.into()));
+    assert!(tried[1]["auroc"]["value"].is_number() && found.get("advice").is_none());
     // What lies beside the model.
     let card = std::fs::read_to_string(out.join("README.md")).unwrap();
     assert!(card.starts_with("---\nbase_model: \"model\"\nlicense: \"apache-2.0\"\n"), "{card}");
-    for part in ["**Held:", "| attack success, % |", "rise of attack success", "swat secure --model model", "Seed 0"] {
+    for part in [
+        "**Held:",
+        "| attack success, % |",
+        "rise of attack success",
+        "By the 32 prompts and ",
+        "attack success up by 50 points, over-refusal up by 50, the task score down by 50, against",
+        "| --security security.jsonl |",
+        "swat secure --model model",
+        "Seed 0",
+    ] {
         assert!(card.contains(part), "{part}: {card}");
     }
     let report = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(report.contains("plain+replay=.15,screen") && report.contains("Verdict"), "no verdict in the report");
+    assert!(!report.contains("What to try") && !card.contains("What to try"));
     // The gate agrees with `swat check` on the same prompts: the tuned model is a model like any other.
     let check = ["check", "--model", "tuned", "--against", "model", "--security", "security.jsonl", "--json"];
     let mut again = Command::new(env!("CARGO_BIN_EXE_swat"));
@@ -161,7 +172,23 @@ fn what_is_not_held_says_so_and_points_of_the_path_are_tried() {
     assert_eq!(gates.iter().map(|gate| &gate["name"]).collect::<Vec<_>>(), ["asr_rise", "over_refusal_rise"]);
     let shown = String::from_utf8_lossy(&output.stdout);
     assert!(shown.contains("Verdict: not held") && shown.contains("no --task"), "{shown}");
-    assert!(std::fs::read_to_string(out.join("README.md")).unwrap().contains("**Not held: "));
+    // Nothing was replayed: that is what to try.
+    let told = "replay the model's own answers: --recipe plain+replay=.15,screen, or no --recipe";
+    assert!(stderr.contains(told) && found["advice"][0] == told, "{stderr}");
+    assert!(
+        card.contains("**Not held: ") && card.contains("## What to try\n\n- Replay the model's own answers"),
+        "{card}"
+    );
+    assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains("What to try"));
+    // Each stage with its time; of a second run the kept ones say so.
+    let row = |text: &str, stage: &str| text.lines().find(|line| line.starts_with(stage)).map(str::to_owned);
+    let made = row(&shown, "tune plain ").expect("a row of the stage");
+    assert!(!made.contains("kept") && made.ends_with('s'), "{made}");
+    let again = secure(dir.path(), &[&args[..], &guard, &["--force"]].concat()).output().unwrap();
+    message(&again, 3);
+    let shown = String::from_utf8_lossy(&again.stdout);
+    assert!(row(&shown, "tune plain ").is_some_and(|row| row.ends_with("kept")), "{shown}");
+    assert!(shown.contains("Kept: the result of an earlier run."), "{shown}");
 }
 
 #[test]

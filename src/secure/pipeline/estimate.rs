@@ -41,7 +41,7 @@ impl PlannedStage {
 }
 
 /// A run before it begins.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct SecurePlan {
     /// Stages in order.
     pub stages: Vec<PlannedStage>,
@@ -85,7 +85,7 @@ impl<B: Backend> SecureRun<'_, B> {
                 read: plan.forward_flops / (READING * peak),
             })
             .collect();
-        let Some(first) = rates.first() else { return Ok(SecurePlan { stages, memory_bytes: 0, disk_bytes: 0 }) };
+        let Some(first) = rates.first() else { return Ok(SecurePlan::default()) };
         let valid = self.measure_seconds(first, &self.data.valid);
         let test = self.measure_seconds(first, &self.data.test);
         if self.job.adapter.is_some() {
@@ -174,6 +174,15 @@ fn plan<B: Backend>(text: &ModelText, job: &TuneJob, train: &[Example]) -> Plan 
     Plan::new::<B>(&text.files.config, &work, adapter)
 }
 
+/// A stage that a run has gone through.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StageTime {
+    /// What it did, as in the plan.
+    pub name: String,
+    /// Seconds that it took; none where its result is kept from an earlier run.
+    pub seconds: Option<f64>,
+}
+
 /// Time that is left, by the plan and by how the stages so far compare with it.
 pub(super) struct Clocked {
     planned: Vec<f64>,
@@ -181,34 +190,48 @@ pub(super) struct Clocked {
     began: Instant,
     /// Planned and real seconds of the stages that were worked on.
     spent: (f64, f64),
+    times: Vec<StageTime>,
 }
 
 impl Clocked {
     pub(super) fn new(plan: &SecurePlan) -> Self {
         let planned = plan.stages.iter().map(|stage| stage.seconds).collect();
-        Self { planned, stage: 0, began: Instant::now(), spent: (0.0, 0.0) }
+        Self { planned, stage: 0, began: Instant::now(), spent: (0.0, 0.0), times: Vec::new() }
     }
 
     /// Begins the next stage: its number, their count, and the seconds that are left with it.
-    pub(super) fn begin(&mut self) -> (usize, usize, f64) {
+    pub(super) fn begin(&mut self, name: &str) -> (usize, usize, f64) {
         let ratio = if self.spent.0 > 0.0 { self.spent.1 / self.spent.0 } else { 1.0 };
         let left: f64 = self.planned.iter().skip(self.stage).sum();
+        self.times.push(StageTime { name: name.into(), seconds: None });
         self.began = Instant::now();
         self.stage += 1;
         (self.stage, self.planned.len(), left * ratio)
     }
 
-    /// Ends a stage; one from the cache says nothing about the machine.
+    /// Ends a stage; one from the cache, or without an estimate, says nothing about the machine.
     pub(super) fn end(&mut self, origin: Origin) {
-        if origin == Origin::Made {
-            let planned = self.planned.get(self.stage.wrapping_sub(1)).copied().unwrap_or_default();
-            self.spent = (self.spent.0 + planned, self.spent.1 + self.began.elapsed().as_secs_f64());
+        if origin == Origin::Kept {
+            return;
+        }
+        let seconds = self.began.elapsed().as_secs_f64();
+        if let Some(time) = self.times.last_mut() {
+            time.seconds = Some(seconds);
+        }
+        let planned = self.planned.get(self.stage.wrapping_sub(1)).copied().unwrap_or_default();
+        if planned > 0.0 {
+            self.spent = (self.spent.0 + planned, self.spent.1 + seconds);
         }
     }
 
     /// Leaves out stages that are not needed.
     pub(super) fn skip(&mut self, stages: usize) {
         self.stage += stages;
+    }
+
+    /// The stages so far.
+    pub(super) fn times(self) -> Vec<StageTime> {
+        self.times
     }
 }
 
@@ -218,5 +241,30 @@ impl SecureJob {
         let mut name = out.file_name().unwrap_or_default().to_owned();
         name.push(".work");
         out.with_file_name(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_stages_that_were_worked_on() {
+        let stage = |seconds| PlannedStage::new("planned", seconds);
+        let plan =
+            SecurePlan { stages: vec![stage(0.0), stage(10.0), stage(20.0), stage(30.0)], ..SecurePlan::default() };
+        let mut clock = Clocked::new(&plan);
+        assert_eq!(clock.begin("write"), (1, 4, 60.0));
+        clock.end(Origin::Made);
+        // Nothing was planned for the first stage: it does not correct the others.
+        assert_eq!(clock.begin("kept"), (2, 4, 60.0));
+        clock.end(Origin::Kept);
+        clock.skip(1);
+        clock.spent = (10.0, 20.0);
+        assert_eq!(clock.begin("last"), (4, 4, 60.0));
+        clock.end(Origin::Made);
+        let times = clock.times();
+        assert_eq!(times.iter().map(|time| time.name.as_str()).collect::<Vec<_>>(), ["write", "kept", "last"]);
+        assert_eq!(times.iter().map(|time| time.seconds.is_some()).collect::<Vec<_>>(), [true, false, true]);
     }
 }

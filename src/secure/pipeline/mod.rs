@@ -7,6 +7,7 @@
 //! the split of the verdict. Stages are kept in a working folder: a run that ends early is continued by the same command,
 //! to the same bytes.
 
+mod advice;
 mod card;
 mod data;
 mod estimate;
@@ -16,15 +17,16 @@ mod stages;
 
 pub use card::license_of;
 pub use data::PartSizes;
-pub use estimate::{PlannedStage, SecurePlan};
+pub use estimate::{PlannedStage, SecurePlan, StageTime};
 pub use outcome::{BaseModel, SecureMeasures, SecureOutcome, SecureSetting, Tried};
 pub use run::{Report as SecureReport, Secured};
 
 use self::data::SecureData;
 use super::check::Limits;
 use super::eval::EvaluateOptions;
-use super::eval::guard::{Guard, GuardOptions, GuardText, Moderator};
+use super::eval::guard::{GuardOptions, LazyGuard};
 use super::eval::refusal::RefusalList;
+use super::loaded::LoadedModel;
 use super::recipe::{Base, MergeStep, Mix, Recipe};
 use super::replay::ReplayOptions;
 use super::text::ModelText;
@@ -37,8 +39,9 @@ use crate::io::input::check_rereadable;
 use crate::io::{check_apart, json};
 use crate::model::{Clock, ModelDir, StoredAs};
 use crate::secure::merge::MergeMethod;
-use std::cell::{OnceCell, RefCell};
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// Points of the path that are tried where no recipe is within the limits, until one is within them.
 pub const POINTS: [f64; 4] = [0.9, 0.75, 0.5, 0.25];
@@ -135,30 +138,9 @@ pub struct SecureRun<'a, B: Backend> {
     clock: Clock,
     data: SecureData,
     tunings: Vec<Tuning>,
-    guard: Moderation<B>,
-}
-
-/// The guard model of a run, whose weights are read when it is first asked.
-struct Moderation<B: Backend> {
-    text: RefCell<Option<GuardText>>,
-    hash: Option<String>,
-    loaded: OnceCell<Guard<B>>,
-}
-
-impl<B: Backend> Moderation<B> {
-    fn open(options: Option<&GuardOptions>) -> Result<Self> {
-        let text = options.map(GuardText::open).transpose()?;
-        let hash = text.as_ref().map(GuardText::hash).transpose()?;
-        Ok(Self { text: RefCell::new(text), hash, loaded: OnceCell::new() })
-    }
-
-    fn get(&self, backend: &B) -> Result<Option<&dyn Moderator>> {
-        if let Some(text) = self.text.take() {
-            let guard = text.load(backend.clone())?;
-            return Ok(Some(self.loaded.get_or_init(|| guard)));
-        }
-        Ok(self.loaded.get().map(|guard| guard as &dyn Moderator))
-    }
+    guard: LazyGuard<B>,
+    /// The model as given, while stages ask it.
+    given: RefCell<Option<Rc<LoadedModel<B>>>>,
 }
 
 impl<'a, B: Backend> SecureRun<'a, B> {
@@ -198,8 +180,8 @@ impl<'a, B: Backend> SecureRun<'a, B> {
             let found = "no harmful prompt in the train split, of which refusals are replayed";
             return Err(Error::input("--security", found, "prompts of all splits"));
         }
-        let guard = Moderation::open(job.guard.as_ref())?;
-        Ok(Self { job, backend, refusals, text, clock, data, tunings, guard })
+        let guard = LazyGuard::open(job.guard.as_ref())?;
+        Ok(Self { job, backend, refusals, text, clock, data, tunings, guard, given: RefCell::default() })
     }
 
     fn replays(&self) -> bool {

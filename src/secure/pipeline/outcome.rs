@@ -1,6 +1,7 @@
 //! Results of a secure tuning run, without any prompt or answer.
 
 use super::data::PartSizes;
+use crate::error::Result;
 use crate::secure::check::{Limits, Measures, Verdict};
 use crate::secure::eval::{Evaluation, Perplexity};
 use crate::secure::replay::ReplaySummary;
@@ -22,6 +23,9 @@ pub struct SecureOutcome {
     pub verdict: Verdict,
     /// Everything that was tried, by the prompts of the choice, in order.
     pub tried: Vec<Tried>,
+    /// What to try next, where the verdict is not held: a sentence each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub advice: Vec<String>,
     /// What was replayed; none where no recipe replays.
     pub replay: Option<ReplaySummary>,
     /// What recipes with `screen` leave out of the data; none where no recipe screens.
@@ -39,6 +43,16 @@ pub struct SecureOutcome {
     pub swat: String,
     /// The command line.
     pub command: String,
+}
+
+impl SecureOutcome {
+    /// Nothing where the verdict is held.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::NotHeld`] names the gates that are not, and what to try.
+    pub fn require(&self) -> Result<()> {
+        self.verdict.require_or(|| self.advice.join("; "))
+    }
 }
 
 /// The model that was tuned.
@@ -72,7 +86,7 @@ pub struct SecureSetting {
 }
 
 /// What is measured.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct SecureMeasures {
     /// Safety, and the task score with tasks.
     #[serde(flatten)]

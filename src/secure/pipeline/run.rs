@@ -1,6 +1,7 @@
 //! The order of the stages, the choice and the verdict.
 
-use super::estimate::{Clocked, SecurePlan};
+use super::advice::NotHeld;
+use super::estimate::{Clocked, SecurePlan, StageTime};
 use super::stages::{Origin, Subject, Tuned};
 use super::{BaseModel, POINTS, SecureMeasures, SecureOutcome, SecureRun, SecureSetting, Tried, license_of};
 use crate::backend::Backend;
@@ -17,6 +18,7 @@ use crate::secure::study::{Stages, claim_folder, clock, file_hash, lock};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::rc::Rc;
 
 /// The model with its adapter merged, in the working folder; name of its stage.
 const MERGED: &str = "merged";
@@ -29,6 +31,8 @@ pub struct Secured {
     pub check: Check,
     /// The output, with the model and `outcome.json` in it, to be committed.
     pub output: OutputDir,
+    /// The stages, with their times.
+    pub times: Vec<StageTime>,
 }
 
 /// Where the run reports to.
@@ -107,8 +111,7 @@ impl<B: Backend> SecureRun<'_, B> {
             begin(&mut time, report, &format!("measure as given, for the {part}"));
             let first_tokens = base.first().and_then(|found: &Evaluation| found.outcomes.first_tokens.as_ref());
             let subject = Subject { name: format!("{part}/given"), model: given.clone(), asked, first_tokens };
-            let load = || self.load(&self.job.model);
-            let (found, origin) = self.measure(&stages, &subject, report.observer, load)?;
+            let (found, origin) = self.measure(&stages, &subject, report.observer, || self.given())?;
             time.end(origin);
             base.push(found);
         }
@@ -120,6 +123,7 @@ impl<B: Backend> SecureRun<'_, B> {
             time.end(origin);
             replayed = Some(found);
         }
+        self.release();
 
         let (limits, choice) = (&self.job.limits, &self.job.limits.for_choice());
         let (mut tuned, mut tries): (Vec<Tuned>, Vec<Try>) = (Vec::new(), Vec::new());
@@ -148,16 +152,18 @@ impl<B: Backend> SecureRun<'_, B> {
             let best = pick(&base, &tries, limits).ok_or_else(missing)?;
             let (index, whole) = (tries[best].tuned, tries[best].alpha);
             let tuning = &self.tunings[index];
+            let mut made = Origin::Kept;
             for alpha in POINTS.map(|point| point * whole) {
                 let attempt = (tuning.name.as_str(), tuning.stem.as_str(), index, alpha);
-                let (found, _) = self.attempt(&stages, &tuned, attempt, &base, report.observer)?;
+                let (found, origin) = self.attempt(&stages, &tuned, attempt, &base, report.observer)?;
+                made = if origin == Origin::Made { origin } else { made };
                 let ended = within(&found, limits);
                 tries.push(found);
                 if ended {
                     break;
                 }
             }
-            time.end(Origin::Kept);
+            time.end(made);
         }
         let chosen = pick(&base, &tries, limits).ok_or_else(missing)?;
 
@@ -173,7 +179,7 @@ impl<B: Backend> SecureRun<'_, B> {
         };
         merge_into(&self.path(&tuned[*index].dir), &options, output.dir(), report.observer)?;
         let hash = ModelDir::open(output.dir())?.hash()?.to_owned();
-        time.end(Origin::Kept);
+        time.end(Origin::Made);
         begin(&mut time, report, "measure the tuned model, for the verdict");
         let subject = Subject {
             name: "verdict/tuned".into(),
@@ -181,7 +187,8 @@ impl<B: Backend> SecureRun<'_, B> {
             asked: &self.data.test,
             first_tokens: base_test.outcomes.first_tokens.as_ref(),
         };
-        let (found, origin) = self.measure(&stages, &subject, report.observer, || self.load(output.dir()))?;
+        let (found, origin) =
+            self.measure(&stages, &subject, report.observer, || self.load(output.dir()).map(Rc::new))?;
         time.end(origin);
 
         let check = Check::new((&self.job.model, &base_test), (&self.job.out, &found), *limits);
@@ -206,14 +213,26 @@ impl<B: Backend> SecureRun<'_, B> {
             seeds: if recipe.is_some() { vec![self.job.seed] } else { Vec::new() },
             measures: SecureMeasures::of(found),
         };
+        let tried: Vec<Tried> = std::iter::once(as_given).chain(tries.iter().enumerate().map(tried)).collect();
+        let replay = replayed.map(|replayed| replayed.summary);
+        let not_held = NotHeld {
+            verdict: &check.verdict,
+            recipes: &self.job.recipes,
+            tried: &tried,
+            replay,
+            screened,
+            valid_prompts: self.data.sizes.valid_prompts,
+        };
+        let advice = if check.verdict.held { Vec::new() } else { not_held.advice() };
         let outcome = SecureOutcome {
             format: "swat.secure/1",
             settings: vec![setting("given", None, 0.0, &base_test), setting(name, Some(name), *alpha, &found)],
             recommended: check.verdict.held.then(|| name.clone()),
             limits: *limits,
             verdict: check.verdict.clone(),
-            tried: std::iter::once(as_given).chain(tries.iter().enumerate().map(tried)).collect(),
-            replay: replayed.map(|replayed| replayed.summary),
+            tried,
+            advice,
+            replay,
             screened,
             data: self.data.sizes,
             base: BaseModel {
@@ -227,12 +246,12 @@ impl<B: Backend> SecureRun<'_, B> {
             swat: env!("CARGO_PKG_VERSION").into(),
             command: self.job.command.clone(),
         };
-        if let (Some(refused), true) = (&refused, screened.is_some_and(|counts| counts.left_out > 0)) {
+        if let Some(refused) = &refused {
             // Not beside the model, which people share.
             write_atomic(&self.job.work.join(SCREENED_FILE), self.screened_lines(refused)?.as_bytes())?;
         }
         json::write(&output.dir().join("outcome.json"), &outcome)?;
-        Ok(Secured { outcome, check, output })
+        Ok(Secured { outcome, check, output, times: time.times() })
     }
 
     /// Takes the model with its adapter, merged in the working folder, in the place of the model.
@@ -278,7 +297,7 @@ impl<B: Backend> SecureRun<'_, B> {
             asked: &self.data.valid,
             first_tokens: base.outcomes.first_tokens.as_ref(),
         };
-        let (found, origin) = self.measure(stages, &subject, observer, || self.point(dir, alpha))?;
+        let (found, origin) = self.measure(stages, &subject, observer, || self.point(dir, alpha).map(Rc::new))?;
         Ok((Try { name: name.into(), tuned: index, alpha, found }, origin))
     }
 
@@ -310,7 +329,7 @@ fn missing() -> Error {
 }
 
 fn begin(time: &mut Clocked, report: &mut Report<'_>, name: &str) {
-    let (stage, count, left) = time.begin();
+    let (stage, count, left) = time.begin(name);
     let left = if left < 90.0 { format!("{left:.0} s") } else { format!("{:.0} min", left / 60.0) };
     (report.stage)(&format!("stage {stage} of {count}: {name}; about {left} left in all"));
 }

@@ -25,6 +25,7 @@ use crate::secure::tune::examples_hash;
 use crate::train::{Callbacks, RunPosition, StepMetrics};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// The replayed answers, in the working folder.
 const REPLAY: &str = "replay.jsonl";
@@ -81,13 +82,28 @@ impl<B: Backend> SecureRun<'_, B> {
         self.text_of(dir)?.load(self.backend.clone())
     }
 
+    /// The model as given, read once for all stages that ask it before [`SecureRun::release`].
+    pub(super) fn given(&self) -> Result<Rc<LoadedModel<B>>> {
+        if let Some(given) = self.given.borrow().as_ref() {
+            return Ok(Rc::clone(given));
+        }
+        let given = Rc::new(self.load(&self.job.model)?);
+        self.given.replace(Some(Rc::clone(&given)));
+        Ok(given)
+    }
+
+    /// Frees the memory of the model as given.
+    pub(super) fn release(&self) {
+        self.given.take();
+    }
+
     /// The measures of a subject, which `load` loads unless they are kept; and where they are from.
     pub(super) fn measure(
         &self,
         stages: &Stages,
         subject: &Subject<'_>,
         observer: Observer<'_>,
-        load: impl FnOnce() -> Result<LoadedModel<B>>,
+        load: impl FnOnce() -> Result<Rc<LoadedModel<B>>>,
     ) -> Result<(Evaluation, Origin)> {
         let Subject { name, model, asked, first_tokens } = subject;
         let options = &self.job.evaluate;
@@ -131,8 +147,7 @@ impl<B: Backend> SecureRun<'_, B> {
         let unchanged = |kept: &Replayed| file_hash(&path).is_ok_and(|hash| hash == kept.hash);
         let kept = stages.run_unless("replay", &inputs, unchanged, || {
             origin = Origin::Made;
-            let model = self.load(&self.job.model)?;
-            let (lines, summary) = model.replay(&self.data.security, &options, self.refusals, observer)?;
+            let (lines, summary) = self.given()?.replay(&self.data.security, &options, self.refusals, observer)?;
             write_atomic(&path, lines.as_bytes())?;
             Ok(Replayed { hash: file_hash(&path)?, summary })
         })?;
@@ -152,7 +167,7 @@ impl<B: Backend> SecureRun<'_, B> {
         let mut origin = Origin::Kept;
         let found = stages.run("screen", &inputs, || {
             origin = Origin::Made;
-            self.load(&self.job.model)?.refused_examples(&asked, self.refusals, observer)
+            self.given()?.refused_examples(&asked, self.refusals, observer)
         })?;
         Ok((found, origin))
     }
