@@ -184,6 +184,12 @@ impl<B: Backend> Callbacks<B> for StepBar {
         say(&format!("note: {text}\n"));
     }
 
+    fn info(&mut self, text: &str) {
+        if !matches!(self.bars, Bars::Quiet) {
+            say(&format!("{text}\n"));
+        }
+    }
+
     fn phase_begins(&mut self, at: &RunPosition) -> Result<()> {
         self.report(at, String::new);
         Ok(())

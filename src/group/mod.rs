@@ -192,6 +192,19 @@ pub fn from_first<B: Backend, T: Serialize + DeserializeOwned>(
     serde_json::from_slice(text).map_err(|e| Error::failed(format!("a message of rank 0: {e}"), SAME))
 }
 
+/// What each rank has, on all ranks, in their order.
+///
+/// # Errors
+/// As [`Group::all_reduce`].
+pub fn from_each<B: Backend, T: Serialize + DeserializeOwned>(group: &dyn Group<B>, own: &T) -> Result<Vec<T>> {
+    let text = serde_json::to_vec(own).map_err(json::unserializable)?;
+    let received = group.exchange(vec![text; group.share().size])?;
+    let parse = |(rank, text): (usize, &Vec<u8>)| {
+        serde_json::from_slice(text).map_err(|e| Error::failed(format!("a message of rank {rank}: {e}"), SAME))
+    };
+    received.iter().enumerate().map(parse).collect()
+}
+
 /// What to do about ranks that do not belong together.
 const SAME: &str = "start all ranks with the same command, data and version of swat";
 

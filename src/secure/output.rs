@@ -112,11 +112,12 @@ impl TuneOutput {
     pub fn open_as(self, inputs: &[(&str, &Path)], place: Option<&Place>) -> Result<OpenOutput> {
         let left = self.unfinished();
         check_apart(&[("--out", &self.path)], inputs)?;
-        check_apart(&[("--out", &left)], inputs)?;
         let (ranks, local_ranks) = place.map_or((1, 1), |place| (place.share.size, place.local_size));
         if place.is_some_and(|place| place.share.rank > 0) {
+            // `left` is not looked at before rank 0 has created it: NFS would go on for a while to say that it is missing.
             return Ok(OpenOutput { options: self, dir: None, unfinished: left, ranks, local_ranks });
         }
+        check_apart(&[("--out", &left)], inputs)?;
         let dir = OutputDir::create(&self.path, IfExists::from_force(self.force))?;
         if left.exists() && !self.resume {
             if !self.force {

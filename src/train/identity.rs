@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::group::Group;
+use crate::group::{Group, from_each};
 use crate::io::json::differences;
 use serde_json::Value;
 use std::path::Path;
@@ -28,8 +28,7 @@ pub(super) fn agree<B: Backend>(own: &Value, group: &dyn Group<B>) -> Result<()>
     if size == 1 {
         return Ok(());
     }
-    let received = group.exchange(vec![own.to_string().into_bytes(); size])?;
-    let runs: Vec<Value> = received.iter().map(|text| serde_json::from_slice(text).unwrap_or_default()).collect();
+    let runs = from_each(group, own)?;
     for (rank, run) in runs.iter().enumerate() {
         if let Some(text) = named(differences(&runs[0], run, ["rank 0", &format!("rank {rank}")])) {
             // So that none of the others, which find the same, sees this one end before.

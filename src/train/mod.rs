@@ -4,14 +4,17 @@
 //! learning rates; all other tensors have no gradients, moments or decay, and stay bit-identical. Nothing is printed:
 //! progress goes to [`Callbacks`].
 
+mod access;
 mod buckets;
 mod checkpoint;
 mod ema;
 mod identity;
 mod lisa;
 mod metrics;
+mod moments;
 mod optimizer;
 mod options;
+mod parts;
 mod plan;
 mod reference;
 mod restore;

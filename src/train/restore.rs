@@ -1,8 +1,10 @@
-//! The beginning of a run, or a checkpoint back onto the device. Of several ranks, rank 0 has the files; the others get
-//! from it what they hold.
+//! The beginning of a run, or a checkpoint back onto the device. Of several ranks, each reads what it holds where all see
+//! the files; else rank 0 has them, and the others get it from there.
 
-use super::checkpoint::Checkpoint;
+use super::access::{Access, obstacle};
+use super::checkpoint::{CHECKPOINTS, Checkpoint, Checkpoints};
 use super::metrics::MetricsLog;
+use super::parts::Source;
 use super::start::PhaseStart;
 use super::state::{RunFiles, RunState, SavedState};
 use super::tensors::{Holds, read_parts};
@@ -37,12 +39,23 @@ impl<B: Backend> Tuner<'_, B> {
         let mut begun = Begun { run, resumed: false, optimizer: None, start: None, files: None };
         let Some((run_dir, identity)) = self.run_dir.clone().zip(identity) else { return Ok(begun) };
         let first = self.group.share().rank == 0;
-        let (mut store, mut saved) = (None, None);
+        let mut store = None;
         if first {
             let mut files = RunFiles::open(&run_dir, identity)?;
             (files.keep_last, files.keep_start) = (self.options.keep_last, self.measure_updates);
-            saved = if run_dir.resume { files.newest(callbacks)? } else { None };
+            files.remove_unfinished()?;
             store = Some(files);
+        }
+        let checkpoints = Checkpoints::new(&run_dir.dir, CHECKPOINTS);
+        self.find_access(&checkpoints, callbacks)?;
+        let mut saved = None;
+        if run_dir.resume {
+            let damaged = |text: String| {
+                if first {
+                    callbacks.note(&text)
+                }
+            };
+            saved = checkpoints.newest(self.access, self.group, damaged)?;
         }
         let (phases, batches) = (self.phases.len(), self.loader.batches_per_epoch());
         let state = || match (&store, &saved) {
@@ -58,7 +71,9 @@ impl<B: Backend> Tuner<'_, B> {
                 self.loader.seek(run.position)?;
                 (begun.run, begun.resumed) = (run, true);
             }
-            None if run_dir.resume => callbacks.note("no checkpoint to resume; the run starts from the beginning"),
+            None if run_dir.resume && first => {
+                callbacks.note("no checkpoint to resume; the run starts from the beginning")
+            }
             None => {}
         }
         if let Some(store) = store {
@@ -71,10 +86,32 @@ impl<B: Backend> Tuner<'_, B> {
         Ok(begun)
     }
 
-    /// Restores weights, moments and averages of a checkpoint, which rank 0 has. The optimizer is `None` if no phase is
-    /// left.
-    pub(super) fn restore(&mut self, saved: Option<&Checkpoint>, run: &RunState) -> Result<Option<Optimizer<B>>> {
-        load_weights(saved, self.decoder, self.group)?;
+    /// Decides once for a run who reads and writes its checkpoints.
+    fn find_access(&mut self, checkpoints: &Checkpoints, callbacks: &mut dyn Callbacks<B>) -> Result<()> {
+        let share = self.group.share();
+        if share.size == 1 {
+            return Ok(());
+        }
+        let (access, how) = match obstacle(checkpoints.dir(), self.group)? {
+            None => (Access::Each, "checkpoints: each rank writes its own moments".to_owned()),
+            Some(why) => {
+                let how = format!(
+                    "checkpoints: rank 0 writes the moments of all ranks, as not all share its directory ({why})"
+                );
+                (Access::First, how)
+            }
+        };
+        self.access = access;
+        if share.rank == 0 {
+            callbacks.info(&how);
+        }
+        Ok(())
+    }
+
+    /// Restores weights, moments and averages of a checkpoint, on the ranks that have access to it. The optimizer is `None`
+    /// if no phase is left.
+    fn restore(&mut self, saved: Option<&Checkpoint>, run: &RunState) -> Result<Option<Optimizer<B>>> {
+        load_weights(saved, self.decoder, (self.access, self.group))?;
         self.load_means(saved)?;
         let Some(phase) = self.phases.get(run.phase) else { return Ok(None) };
         let share = self.group.share();
@@ -89,11 +126,11 @@ impl<B: Backend> Tuner<'_, B> {
 
     /// Restores moments and step counts; tensors that are not in the checkpoint stay at zero.
     fn load_moments(&self, saved: Option<&Checkpoint>, optimizer: &mut Optimizer<B>) -> Result<()> {
-        let (file, _) = open(saved, "moments", self.group)?;
-        let steps: BTreeMap<String, u32> = from_first(self.group, || {
-            let state = saved.filter(|_| file.is_some()).map(Checkpoint::state::<SavedState>).transpose()?;
-            Ok(state.map(|state| state.adam_steps).unwrap_or_default())
+        let (steps, parts): (BTreeMap<String, u32>, usize) = from_first(self.group, || {
+            let state = saved.map(Checkpoint::state::<SavedState>).transpose()?;
+            Ok(state.map(|state| (state.adam_steps, state.moments_parts)).unwrap_or_default())
         })?;
+        let source = Source::new(self.access, saved.map(|saved| saved.moments(parts)).transpose()?);
         let backend = &self.decoder.backend;
         for slot in optimizer.slots_mut() {
             let Some(steps) = steps.get(&slot.id.to_string()) else { continue };
@@ -101,7 +138,7 @@ impl<B: Backend> Tuner<'_, B> {
             slot.steps = *steps;
             for (moment, buffer) in [("m", &mut slot.m), ("v", &mut slot.v)] {
                 let (name, to) = (format!("{moment}.{}", slot.id), (buffer.view_mut(), len));
-                read_parts(file.as_ref(), &name, backend, to, Holds::Part, self.group)?;
+                read_parts(&source, &name, backend, to, Holds::Part, self.group)?;
             }
         }
         Ok(())
@@ -109,22 +146,22 @@ impl<B: Backend> Tuner<'_, B> {
 
     /// Restores the anchors of the proximal term.
     fn load_anchors(&self, saved: Option<&Checkpoint>, optimizer: &mut Optimizer<B>) -> Result<()> {
-        let (file, there) = open(saved, "anchors", self.group)?;
+        let (source, there) = open(saved, "anchors", (self.access, self.group))?;
         let slots = optimizer.slots_mut().iter_mut();
         let anchors = slots.filter_map(|slot| Some((slot.id.to_string(), slot.anchor.as_mut()?.view_mut())));
         let anchors = anchors.filter(|(name, _)| there.contains(name)).collect();
-        load(file.as_ref(), &self.decoder.backend, anchors, self.group)
+        load(&source, &self.decoder.backend, anchors, self.group)
     }
 
     /// Restores the moving averages.
     fn load_means(&mut self, saved: Option<&Checkpoint>) -> Result<()> {
-        let (file, there) = open(saved, "means", self.group)?;
+        let (source, there) = open(saved, "means", (self.access, self.group))?;
         let backend = &self.decoder.backend;
         for param in self.decoder.params() {
             let (name, len) = (param.id.to_string(), param.values.len());
             if there.contains(&name) {
                 let mut mean = backend.zeros(len)?;
-                read_parts(file.as_ref(), &name, backend, (mean.view_mut(), len), Holds::Whole, self.group)?;
+                read_parts(&source, &name, backend, (mean.view_mut(), len), Holds::Whole, self.group)?;
                 self.ema.means.insert(param.id, mean);
             }
         }
@@ -132,33 +169,33 @@ impl<B: Backend> Tuner<'_, B> {
     }
 }
 
-/// Restores the weights of a checkpoint, which rank 0 has.
+/// Restores the weights of a checkpoint, on the ranks that have access to it.
 pub(super) fn load_weights<B: Backend>(
     saved: Option<&Checkpoint>,
     decoder: &mut Decoder<B>,
-    group: &dyn Group<B>,
+    (access, group): (Access, &dyn Group<B>),
 ) -> Result<()> {
-    let (file, there) = open(saved, "weights", group)?;
+    let (source, there) = open(saved, "weights", (access, group))?;
     let (backend, params) = decoder.split_mut();
     let named = params.iter_mut().map(|param| (param.id.to_string(), param.values.view_mut()));
-    load(file.as_ref(), backend, named.filter(|(name, _)| there.contains(name)).collect(), group)
+    load(&source, backend, named.filter(|(name, _)| there.contains(name)).collect(), group)
 }
 
-/// A file of rank 0's checkpoint, and the names of the tensors in it on all ranks; none where there is no such file.
+/// A file of a checkpoint, and the names of the tensors in it on all ranks; none where there is no such file.
 fn open<B: Backend>(
     saved: Option<&Checkpoint>,
     name: &str,
-    group: &dyn Group<B>,
-) -> Result<(Option<Safetensors>, BTreeSet<String>)> {
+    (access, group): (Access, &dyn Group<B>),
+) -> Result<(Source, BTreeSet<String>)> {
     let file = saved.map(|saved| saved.tensors(name)).transpose()?.flatten();
     let names = || file.iter().flat_map(Safetensors::tensors).map(|(name, ..)| name.to_owned()).collect();
     let names = from_first(group, || Ok(names()))?;
-    Ok((file, names))
+    Ok((Source::new(access, file.map(Into::into)), names))
 }
 
-/// Reads whole tensors: each rank its part from rank 0, the others from those that have them.
+/// Reads whole tensors: each rank its part, the others from those that have them.
 fn load<B: Backend>(
-    file: Option<&Safetensors>,
+    source: &Source,
     backend: &B,
     mut tensors: Vec<(String, ViewMut<'_, B, B::Float>)>,
     group: &dyn Group<B>,
@@ -167,7 +204,7 @@ fn load<B: Backend>(
     for (name, tensor) in &mut tensors {
         let len = tensor.len();
         let to = (tensor.part(share.of(len)), len);
-        read_parts(file, name, backend, to, Holds::Part, group)?;
+        read_parts(source, name, backend, to, Holds::Part, group)?;
     }
     let mut tensors: Vec<_> = tensors.into_iter().map(|(_, tensor)| tensor).collect();
     group.all_gather(backend, &mut tensors)

@@ -1,5 +1,6 @@
 //! A run and its parts: phases, directory, callbacks.
 
+use super::access::Access;
 use super::ema::Ema;
 use super::reference::Reference;
 use super::watch::Watched;
@@ -44,6 +45,8 @@ pub struct RunDir {
 pub trait Callbacks<B: Backend> {
     /// A warning, such as a damaged checkpoint.
     fn note(&mut self, _text: &str) {}
+    /// How the run is done, such as which ranks write its checkpoints.
+    fn info(&mut self, _text: &str) {}
     /// Work before the first step, such as the reference of the constrained loss.
     fn prepares(&mut self, _progress: Progress<'_>) {}
     /// The run begins; memory and compute plans by phase.
@@ -100,6 +103,7 @@ pub struct Tuner<'a, B: Backend> {
     pub(super) ema: Ema<B>,
     pub(super) group: &'a dyn Group<B>,
     pub(super) bucket_bytes: usize,
+    pub(super) access: Access,
 }
 
 impl<'a, B: Backend> Tuner<'a, B> {
@@ -139,13 +143,15 @@ impl<'a, B: Backend> Tuner<'a, B> {
             ema: Ema::default(),
             group: &Alone,
             bucket_bytes: BUCKET_BYTES,
+            access: Access::First,
         })
     }
 
     /// Trains together with the other ranks of a group, each of which runs the same phases over the same data from the
     /// same weights: a rank computes its part of each batch, and updates its part of the weights. Losses, norms and
-    /// weights are the same on all ranks, and those of one rank up to rounding. Rank 0 alone writes and reads files,
-    /// evaluates, and measures updates; a [`RunDir`] and evaluations are given to all ranks.
+    /// weights are the same on all ranks, and those of one rank up to rounding. Rank 0 alone writes files, evaluates, and
+    /// measures updates; a [`RunDir`] and evaluations are given to all ranks. Where all of them see rank 0's directory, each
+    /// writes and reads its moments itself.
     pub fn group(mut self, group: &'a dyn Group<B>) -> Self {
         self.group = group;
         self

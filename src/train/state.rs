@@ -2,18 +2,17 @@
 
 use super::checkpoint::{BEST, CHECKPOINTS, Checkpoint, CheckpointWriter, Checkpoints};
 use super::ema::Ema;
-use super::optimizer::Slot;
+use super::moments::Moments;
 use super::step::{StepBatches, StepResult};
-use super::tensors::{spec, write_buffer, write_parts};
+use super::tensors::{spec, write_buffer};
 use super::updates::PhaseUpdates;
 use super::watch::WatchState;
-use super::{Callbacks, Optimizer, Phase, PhaseSummary, RunDir, RunPosition, Updates, identity};
+use super::{Phase, PhaseSummary, RunDir, RunPosition, Updates, identity};
 use crate::backend::Backend;
 use crate::data::LoaderPosition;
 use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
-use crate::group::Group;
-use crate::io::safetensors::{Safetensors, SafetensorsWriter, TensorSpec};
+use crate::io::safetensors::{Safetensors, TensorSpec};
 use crate::io::{json, remove};
 use crate::modules::{Cell, ParamId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -160,31 +159,51 @@ fn reason(loss: f64, cells: &[Cell]) -> String {
 }
 
 /// `state.json` of a checkpoint.
-#[derive(serde::Serialize, serde::Deserialize)]
+#[derive(serde::Deserialize)]
 pub(super) struct SavedState {
     identity: serde_json::Value,
     /// Optimizer steps of each tensor with moments.
     pub(super) adam_steps: BTreeMap<String, u32>,
+    /// Files of the moments, at least 1.
+    #[serde(default = "one")]
+    pub(super) moments_parts: usize,
     run: RunState,
 }
 
-/// The tensors that have moments; without a step these are zero and not saved.
-fn moving<B: Backend>(optimizer: Option<&Optimizer<B>>) -> impl Iterator<Item = &Slot<B>> {
-    optimizer.into_iter().flat_map(Optimizer::slots).filter(|slot| slot.steps > 0)
+fn one() -> usize {
+    1
 }
 
-/// Writes the moments of all ranks; those without the file send theirs.
-pub(super) fn write_moments<B: Backend>(
-    mut writer: Option<&mut SafetensorsWriter>,
-    decoder: &Decoder<B>,
-    optimizer: Option<&Optimizer<B>>,
-    group: &dyn Group<B>,
+/// Writes what rank 0 has of a checkpoint.
+fn write_tensors<B: Backend>(
+    draft: &mut CheckpointWriter,
+    run: &RunState,
+    moments: &Moments<'_, B>,
+    ema: &Ema<B>,
+    changed: &BTreeSet<ParamId>,
 ) -> Result<()> {
-    for slot in moving(optimizer) {
-        let len = decoder.param(slot.id).map_or(0, |param| param.values.len());
-        for moment in [&slot.m, &slot.v] {
-            write_parts(writer.as_deref_mut(), &decoder.backend, moment, len, group)?;
-        }
+    let backend = &moments.decoder.backend;
+    write_weights(draft, moments.decoder, changed)?;
+    moments.write(draft)?;
+
+    // At the start of a phase they are the weights.
+    let moving = moments.moving().filter(|_| run.phase_step > 0);
+    let anchors: Vec<_> = moving.filter_map(|slot| Some((slot.id, slot.anchor.as_ref()?))).collect();
+    if !anchors.is_empty() {
+        let specs: Vec<TensorSpec> =
+            anchors.iter().map(|(id, anchor)| spec::<B::Float>(id.to_string(), &[anchor.len()])).collect();
+        draft.tensors("anchors", &specs, |writer| {
+            anchors.iter().try_for_each(|(_, anchor)| write_buffer(writer, backend, anchor))
+        })?;
+    }
+
+    let means = &ema.means;
+    if !means.is_empty() {
+        let specs: Vec<TensorSpec> =
+            means.iter().map(|(id, mean)| spec::<f32>(id.to_string(), &[mean.len()])).collect();
+        draft.tensors("means", &specs, |writer| {
+            means.values().try_for_each(|mean| write_buffer(writer, backend, mean))
+        })?;
     }
     Ok(())
 }
@@ -227,6 +246,12 @@ impl RunFiles {
         Ok(Self { dir: run_dir.dir.clone(), store, best, identity, keep_last: 1, keep_start: false })
     }
 
+    /// Removes what an earlier run began to write and did not finish.
+    pub(super) fn remove_unfinished(&self) -> Result<()> {
+        self.store.remove_unfinished()?;
+        self.best.remove_unfinished()
+    }
+
     /// Removes the files of an earlier run.
     pub(super) fn clear(&self) -> Result<()> {
         self.store.clear()?;
@@ -238,16 +263,15 @@ impl RunFiles {
         self.dir.join("updates.json")
     }
 
-    pub(super) fn newest<B: Backend>(&self, callbacks: &mut dyn Callbacks<B>) -> Result<Option<Checkpoint>> {
-        self.store.newest(|note| callbacks.note(&note))
-    }
-
     /// The state of a checkpoint, which must be of the same run.
     pub(super) fn state(&self, saved: &Checkpoint, phases: usize, batches_per_epoch: u64) -> Result<RunState> {
         let state: SavedState = saved.state()?;
         identity::check(&state.identity, &self.identity, &saved.dir)?;
+        let place = saved.dir.join("state.json").display().to_string();
+        if state.moments_parts == 0 {
+            return Err(Error::input(place + ": moments_parts", "0", "at least 1"));
+        }
         if !state.run.is_consistent(phases, batches_per_epoch) {
-            let place = saved.dir.join("state.json").display().to_string();
             return Err(Error::input(place, "a position outside the run", "an intact checkpoint"));
         }
         Ok(state.run)
@@ -264,45 +288,22 @@ impl RunFiles {
     pub(super) fn save<B: Backend>(
         &self,
         run: &RunState,
-        decoder: &Decoder<B>,
-        (optimizer, group): (Option<&Optimizer<B>>, &dyn Group<B>),
+        moments: &Moments<'_, B>,
         ema: &Ema<B>,
         changed: &BTreeSet<ParamId>,
     ) -> Result<()> {
-        let backend = &decoder.backend;
         let mut draft = self.store.begin(run.step)?;
-        write_weights(&mut draft, decoder, changed)?;
+        moments.announce()?;
+        let written = write_tensors(&mut draft, run, moments, ema, changed);
+        moments.collect(&mut draft, written)?;
 
-        let moving = || moving(optimizer);
-        let moments = |slot: &Slot<B>| {
-            let len = decoder.param(slot.id).map_or(0, |param| param.values.len());
-            ["m", "v"].map(|moment| spec::<B::Moment>(format!("{moment}.{}", slot.id), &[len]))
-        };
-        let specs: Vec<TensorSpec> = moving().flat_map(moments).collect();
-        draft.tensors("moments", &specs, |writer| write_moments(Some(writer), decoder, optimizer, group))?;
-
-        // At the start of a phase they are the weights.
-        let anchors =
-            || moving().filter(|_| run.phase_step > 0).filter_map(|slot| Some((slot.id, slot.anchor.as_ref()?)));
-        if anchors().next().is_some() {
-            let specs: Vec<TensorSpec> =
-                anchors().map(|(id, anchor)| spec::<B::Float>(id.to_string(), &[anchor.len()])).collect();
-            draft.tensors("anchors", &specs, |writer| {
-                anchors().try_for_each(|(_, anchor)| write_buffer(writer, backend, anchor))
-            })?;
+        let adam_steps: BTreeMap<String, u32> =
+            moments.moving().map(|slot| (slot.id.to_string(), slot.steps)).collect();
+        let mut state = serde_json::json!({ "identity": self.identity, "adam_steps": adam_steps, "run": run });
+        if moments.parts() > 1 {
+            state["moments_parts"] = moments.parts().into();
         }
-
-        let means = &ema.means;
-        if !means.is_empty() {
-            let specs: Vec<TensorSpec> =
-                means.iter().map(|(id, mean)| spec::<f32>(id.to_string(), &[mean.len()])).collect();
-            draft.tensors("means", &specs, |writer| {
-                means.values().try_for_each(|mean| write_buffer(writer, backend, mean))
-            })?;
-        }
-
-        let adam_steps: BTreeMap<String, u32> = moving().map(|slot| (slot.id.to_string(), slot.steps)).collect();
-        draft.commit(&serde_json::json!({ "identity": self.identity, "adam_steps": adam_steps, "run": run }))?;
+        draft.commit(&state)?;
         let start = (self.keep_start && run.phase > 0).then_some(run.phase_start_step);
         self.store.prune(run.step, self.keep_last, start)?;
         // Only now, as a run that is resumed from an older checkpoint needs the best weights of that time.

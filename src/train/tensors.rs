@@ -1,6 +1,8 @@
 //! Device buffers to and from safetensors files, bit for bit and in chunks, as memory is scarce between steps. Of several
-//! ranks, rank 0 has the files; the others send it their parts, and get them from it.
+//! ranks, each reads and writes its part of the files itself, or rank 0 has them: the others send it their parts, and get
+//! them from it.
 
+use super::parts::Source;
 use crate::backend::{Backend, Buffer, Element, ViewMut};
 use crate::error::{Error, Result};
 use crate::group::{Group, Share};
@@ -49,9 +51,6 @@ impl Holds {
     /// The elements of each rank that are on their way in each round; those of all parts are in their order.
     fn rounds<T: Element>(self, share: Share, len: usize, most_bytes: usize) -> Vec<Vec<Range<usize>>> {
         let most = most_bytes / size_of::<T>();
-        let pieces = |range: Range<usize>, most: usize| {
-            range.clone().step_by(most.max(1)).map(move |first| first..(first + most.max(1)).min(range.end))
-        };
         match self {
             Self::Whole => pieces(0..len, most / share.size).map(|piece| vec![piece; share.size]).collect(),
             Self::Part if share.size > 1 && len <= most => vec![share.all().map(|of| of.of(len)).collect()],
@@ -65,6 +64,11 @@ impl Holds {
             }
         }
     }
+}
+
+/// A range in pieces of at most so many elements.
+fn pieces(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(most.max(1)).map(move |first| first..(first + most.max(1)).min(range.end))
 }
 
 /// Writes a tensor of `len` elements, of which each rank has its part, as the next one; ranks without the file send
@@ -97,9 +101,9 @@ pub(super) fn write_parts<B: Backend, T: Element>(
     Ok(())
 }
 
-/// Reads what this rank holds of the tensor `name` of `len` elements into `to`; ranks without the file get it from rank 0.
+/// Reads what this rank holds of the tensor `name` of `len` elements into `to`.
 pub(super) fn read_parts<B: Backend, T: Element>(
-    file: Option<&Safetensors>,
+    source: &Source,
     name: &str,
     backend: &B,
     (mut to, len): (ViewMut<'_, B, T>, usize),
@@ -107,22 +111,31 @@ pub(super) fn read_parts<B: Backend, T: Element>(
     group: &dyn Group<B>,
 ) -> Result<()> {
     let share = group.share();
-    let first = holds.of(share, len).start;
-    let bytes = file.map(|file| file.typed_bytes(name, T::DTYPE, len)).transpose()?;
-    for ranges in holds.rounds::<T>(share, len, ON_THE_WAY_BYTES) {
-        let message = |range: &Range<usize>| {
-            bytes.map_or(Vec::new(), |bytes| bytes[range.start * size_of::<T>()..range.end * size_of::<T>()].to_vec())
-        };
-        let received = group.exchange(ranges.iter().map(message).collect())?;
-        let (message, own) = (&received[0], &ranges[share.rank]);
-        check_length::<T>(message, own.len())?;
-        let mut values = vec![T::zeroed(); own.len()];
-        bytemuck::cast_slice_mut(&mut values).copy_from_slice(message);
-        if !own.is_empty() {
-            backend.write(&values, to.part(own.start - first..own.end - first))?;
+    let held = holds.of(share, len);
+    let mut put = |bytes: &[u8], range: &Range<usize>| {
+        check_length::<T>(bytes, range.len())?;
+        let mut values = vec![T::zeroed(); range.len()];
+        bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes);
+        if range.is_empty() {
+            return Ok(());
+        }
+        backend.write(&values, to.part(range.start - held.start..range.end - held.start))
+    };
+    match source {
+        Source::Own(files) => {
+            pieces(held.clone(), PIECE).try_for_each(|range| put(&files.bytes::<T>(name, len, &range)?, &range))?;
+        }
+        Source::First(files) => {
+            for ranges in holds.rounds::<T>(share, len, ON_THE_WAY_BYTES) {
+                let message = |range: &Range<usize>| {
+                    files.as_ref().map_or(Ok(Vec::new()), |files| files.bytes::<T>(name, len, range))
+                };
+                let received = group.exchange(ranges.iter().map(message).collect::<Result<_>>()?)?;
+                put(&received[0], &ranges[share.rank])?;
+            }
         }
     }
-    file.map_or(Ok(()), |file| file.release(name))
+    source.release(name)
 }
 
 fn check_length<T: Element>(message: &[u8], elements: usize) -> Result<()> {
@@ -142,6 +155,7 @@ pub(super) fn read_values<T: Element>(file: &Safetensors, name: &str, len: usize
 
 #[cfg(test)]
 mod tests {
+    use super::super::access::Access;
     use super::*;
     use crate::backend::cpu::Cpu;
     use crate::group::{Alone, Threads};
@@ -166,7 +180,8 @@ mod tests {
         assert_eq!(read_values::<bf16>(&file, "b", 3).unwrap(), [bf16::from_f32(-2.0); 3]);
         let backend = Cpu::new();
         let mut buffer = backend.zeros::<f32>(2).unwrap();
-        read_parts(Some(&file), "a", &backend, (buffer.view_mut(), 2), Holds::Part, &Alone).unwrap();
+        let source = Source::First(Some(Safetensors::open(&path).unwrap().into()));
+        read_parts(&source, "a", &backend, (buffer.view_mut(), 2), Holds::Part, &Alone).unwrap();
         let mut values = [0f32; 2];
         backend.read(buffer.view(), &mut values).unwrap();
         assert_eq!(values.map(f32::to_bits), [1.5f32.to_bits(), 0x7fc0_1234]);
@@ -219,15 +234,19 @@ mod tests {
                     if let Some(writer) = writer {
                         writer.finish().unwrap();
                     }
-
-                    let file = first.then(|| Safetensors::open(path).unwrap());
-                    for (holds, expected) in [(Holds::Part, own), (Holds::Whole, &all[..])] {
-                        let mut buffer = backend.zeros::<f32>(expected.len()).unwrap();
-                        let to = (buffer.view_mut(), len);
-                        read_parts(file.as_ref(), "a", &backend, to, holds, group).unwrap();
-                        let mut values = vec![0f32; expected.len()];
-                        backend.read(buffer.view(), &mut values).unwrap();
-                        assert_eq!(values, expected, "rank {}", share.rank);
+                    group.exchange(vec![Vec::new(); share.size]).unwrap();
+                    let file = first.then(|| Safetensors::open(path).unwrap().into());
+                    let by_first = Source::new(Access::First, file);
+                    let by_each = Source::new(Access::Each, Some(Safetensors::open(path).unwrap().into()));
+                    for source in [by_first, by_each] {
+                        for (holds, expected) in [(Holds::Part, own), (Holds::Whole, &all[..])] {
+                            let mut buffer = backend.zeros::<f32>(expected.len()).unwrap();
+                            let to = (buffer.view_mut(), len);
+                            read_parts(&source, "a", &backend, to, holds, group).unwrap();
+                            let mut values = vec![0f32; expected.len()];
+                            backend.read(buffer.view(), &mut values).unwrap();
+                            assert_eq!(values, expected, "rank {}", share.rank);
+                        }
                     }
                 });
             }

@@ -1,9 +1,11 @@
 //! The training loop: phases, steps, checkpoints, resume.
 
+use super::checkpoint::{CHECKPOINTS, Checkpoints};
 use super::metrics::MetricsLog;
+use super::moments::Moments;
 use super::restore::Begun;
 use super::start::PhaseStart;
-use super::state::{RunFiles, RunState, write_moments};
+use super::state::{RunFiles, RunState};
 use super::step::{StepBatches, StepResult, take_step};
 use super::updates::PhaseUpdates;
 use super::{
@@ -80,7 +82,7 @@ impl<B: Backend> Tuner<'_, B> {
         Ok((largest > 0).then_some(i32::from(largest)))
     }
 
-    /// Saves a checkpoint, on rank 0, with the moments that the other ranks send it.
+    /// Saves a checkpoint: rank 0 writes it, with the moments that the other ranks write beside it or send.
     fn save(
         &self,
         run: &RunState,
@@ -88,13 +90,14 @@ impl<B: Backend> Tuner<'_, B> {
         last_phase: usize,
         files: Option<&mut (RunFiles, MetricsLog)>,
     ) -> Result<()> {
-        match files {
-            Some((store, log)) => {
+        let moments = Moments { decoder: self.decoder, optimizer, group: self.group, access: self.access };
+        match (files, &self.run_dir) {
+            (Some((store, log)), _) => {
                 log.sync()?;
-                store.save(run, self.decoder, (optimizer, self.group), &self.ema, &self.changed(last_phase))
+                store.save(run, &moments, &self.ema, &self.changed(last_phase))
             }
-            None if self.run_dir.is_some() => write_moments(None, self.decoder, optimizer, self.group),
-            None => Ok(()),
+            (None, Some(run_dir)) => moments.give(&Checkpoints::new(&run_dir.dir, CHECKPOINTS), run.step),
+            (None, None) => Ok(()),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Evaluations during a run, the best weights by them, and the early end of its last phase.
 
+use super::access::Access;
 use super::restore::load_weights;
 use super::state::RunFiles;
 use super::{Phase, RunPosition, Tuner};
@@ -121,7 +122,7 @@ impl<'a, B: Backend> Tuner<'a, B> {
         let Some((best, _)) = state.best.filter(|_| wanted && self.run_dir.is_some()) else { return Ok(None) };
         if best != step {
             let saved = files.map(|files| files.best(best)).transpose()?;
-            load_weights(saved.as_ref(), self.decoder, self.group)?;
+            load_weights(saved.as_ref(), self.decoder, (Access::First, self.group))?;
         }
         Ok(Some(best))
     }
