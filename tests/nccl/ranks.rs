@@ -1,7 +1,7 @@
 //! Ranks that are processes: this executable again, one test of it for each.
 
 use crate::common::standin;
-use crate::training::{Done, train};
+use crate::training::{Done, Kind, train};
 use crate::{WITHIN, meet, port};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,6 +16,8 @@ type Gpu = Cuda<F32State>;
 
 /// Where a rank writes what it ends with, by its number.
 const OUT: &str = "SWAT_TEST_OUT";
+/// The [`Kind`] of a run.
+const KIND: &str = "SWAT_TEST_KIND";
 /// In which sum a rank ends, as if it were killed: `RANK:SUM`, from 1.
 const DIES: &str = "SWAT_TEST_DIES";
 /// Time for a run.
@@ -75,6 +77,11 @@ impl Run {
     pub fn without_nccl(self, rank: usize) -> Self {
         let driver = standin::for_children().expect("there is a stand-in").folder;
         self.with_rank(rank, "LD_LIBRARY_PATH", driver.to_str().expect("UTF-8"))
+    }
+
+    /// Of this kind, in place of [`Kind::SHORT`].
+    pub fn of(self, kind: Kind) -> Self {
+        self.with(KIND, &serde_json::to_string(&kind).expect("JSON"))
     }
 
     /// With a rank that ends in a sum.
@@ -178,8 +185,9 @@ fn variable(name: &str) -> Option<String> {
 
 /// The rank that this process is, by its environment.
 fn run_rank() -> Result<Done> {
+    let kind = variable(KIND).map_or(Kind::SHORT, |text| serde_json::from_str(&text).expect("a kind"));
     let Some(place) = Place::from_launcher(variable)? else {
-        return train(&Gpu::open(0)?, &swat::group::Alone);
+        return train(&Gpu::open(0)?, &swat::group::Alone, kind);
     };
     let hosts = meet(&place)?;
     let tcp = hosts.transport().clone();
@@ -193,9 +201,9 @@ fn run_rank() -> Result<Done> {
         match dies {
             Some((rank, sum)) if place.share.rank == rank => {
                 let sums_left = AtomicUsize::new(sum);
-                train(&cuda, &Dying { group: &group, sums_left })
+                train(&cuda, &Dying { group: &group, sums_left }, kind)
             }
-            _ => train(&cuda, &group),
+            _ => train(&cuda, &group, kind),
         }
     };
     let done = run();

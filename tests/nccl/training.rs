@@ -9,7 +9,7 @@ use swat::backend::Backend;
 use swat::backend::cpu::Cpu;
 use swat::backend::cuda::{Cuda, F32State};
 use swat::data::{Example, Loader};
-use swat::engine::Decoder;
+use swat::engine::{Decoder, Lora};
 use swat::error::Result;
 use swat::group::{Alone, Group, Share, Traffic};
 use swat::model::ModelConfig;
@@ -18,8 +18,20 @@ use swat::train::{Callbacks, Phase, PhaseOptions, RunPosition, StepMetrics, Tune
 
 /// Some tensors of a layer, so that most gradients are sent while the backward pass goes on.
 const BUCKET_BYTES: usize = 4 << 10;
-/// Steps of each of the two phases.
-const STEPS: u64 = 3;
+
+/// What is trained, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kind {
+    /// Steps of each of the two phases.
+    steps: u64,
+    /// Adapters of the attention's projections in place of all weights.
+    lora: bool,
+}
+
+impl Kind {
+    /// All weights, in a few steps.
+    pub const SHORT: Self = Self { steps: 3, lora: false };
+}
 
 /// What a rank ends with.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -58,13 +70,13 @@ fn is_mod(cell: Cell) -> bool {
 }
 
 /// Some modules, then all.
-fn phases(config: &ModelConfig) -> Vec<Phase> {
+fn phases(config: &ModelConfig, steps: u64) -> Vec<Phase> {
     let all = config.cells();
     let mods: ModuleSet = all.iter().filter(|cell| is_mod(*cell)).collect();
     let phase = |name: &str, set: &ModuleSet| Phase {
         name: name.into(),
         rates: LearningRates::masked(set, &all, 0.0),
-        options: PhaseOptions { lr: 2e-3, weight_decay: 0.1, steps: Some(STEPS), ..PhaseOptions::default() },
+        options: PhaseOptions { lr: 2e-3, weight_decay: 0.1, steps: Some(steps), ..PhaseOptions::default() },
     };
     vec![phase("mods", &mods), phase("all", &all)]
 }
@@ -80,14 +92,20 @@ fn examples() -> Vec<Example> {
 }
 
 /// The run as one rank of a group.
-pub fn train<B: Backend>(backend: &B, group: &dyn Group<B>) -> Result<Done> {
+pub fn train<B: Backend>(backend: &B, group: &dyn Group<B>, kind: Kind) -> Result<Done> {
     let config = config();
     let mut decoder = common::decoder_on(backend, &config, 7);
+    if kind.lora {
+        let cells = config.cells();
+        let attention: ModuleSet =
+            cells.iter().filter(|cell| matches!(cell, Cell::Module(module) if module.kind.in_attention())).collect();
+        decoder.add_lora(&attention, Lora { rank: 4, ..Lora::default() }, 3)?;
+    }
     // Five documents a micro-batch, so that no two ranks have as many.
     let options = TuneOptions { batch_size: 5, grad_accum: 2, max_length: 32, seed: 5, ..TuneOptions::default() };
     let mut loader = Loader::new(examples(), options.loader())?;
     let mut done = Done::default();
-    let tuner = Tuner::new(&mut decoder, &mut loader, options, phases(&config))?.group(group);
+    let tuner = Tuner::new(&mut decoder, &mut loader, options, phases(&config, kind.steps))?.group(group);
     tuner.bucket_bytes(BUCKET_BYTES).run(&mut done)?;
     let Traffic { reduce_scatter_bytes, all_gather_bytes } = group.traffic();
     Ok(Done { reduce_scatter_bytes, all_gather_bytes, ..done })
@@ -103,13 +121,14 @@ pub fn of_four() -> Option<&'static [Done]> {
 fn planned(size: usize) -> Traffic {
     let config = config();
     let mut total = Traffic::default();
-    for phase in phases(&config) {
+    let steps = Kind::SHORT.steps;
+    for phase in phases(&config, steps) {
         let trained = config.params().into_iter().filter(|(id, _)| phase.rates.trains(id.cell()));
         let lengths: Vec<usize> = trained.map(|(_, shape)| shape.iter().product()).collect();
         for share in (Share { rank: 0, size }).all() {
             let step = Traffic::of_step::<Cuda<F32State>>(lengths.iter().copied(), share);
-            total.reduce_scatter_bytes += STEPS * step.reduce_scatter_bytes;
-            total.all_gather_bytes += STEPS * step.all_gather_bytes;
+            total.reduce_scatter_bytes += steps * step.reduce_scatter_bytes;
+            total.all_gather_bytes += steps * step.all_gather_bytes;
         }
     }
     total
@@ -120,11 +139,11 @@ fn several_ranks_train_as_one() {
     let Some(run) = Run::new(1) else { return };
     let one = run.done().remove(0);
     // The error of one rank in bf16, against f32, measures what several may differ by.
-    let exact = train(&Cpu::new(), &Alone).unwrap();
-    let off = |of: &Done| of.losses.iter().zip(&exact.losses).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max);
+    let exact = train(&Cpu::new(), &Alone, Kind::SHORT).unwrap();
+    let off = |of: &Done| farthest(of, &exact);
     let allowed = 2.0 * off(&one) + 1e-5;
     let before = bits(&common::decoder_on(&Cpu::new(), &config(), 7));
-    assert_eq!(one.losses.len(), 2 * STEPS as usize);
+    assert_eq!(one.losses.len(), 2 * Kind::SHORT.steps as usize);
     for size in [2, 4] {
         let two;
         let ranks = if size == 4 {
@@ -148,6 +167,35 @@ fn several_ranks_train_as_one() {
         let planned = planned(size);
         assert_eq!(sum(|done| done.reduce_scatter_bytes), planned.reduce_scatter_bytes);
         assert_eq!(sum(|done| done.all_gather_bytes), planned.all_gather_bytes);
+    }
+}
+
+/// How far a loss of any step is off that of another run.
+fn farthest(of: &Done, from: &Done) -> f64 {
+    of.losses.iter().zip(&from.losses).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max)
+}
+
+/// Ten steps on some modules and ten on all, full and with adapters, by one rank and by four. Both round to bf16, and
+/// differently: each may be off the run in f32 by as much as bf16 makes one rank be off, so that they are twice that apart.
+#[test]
+fn four_ranks_train_as_one_over_twenty_steps() {
+    for lora in [false, true] {
+        let kind = Kind { steps: 10, lora };
+        let Some(one) = Run::new(1) else { return };
+        let one = one.of(kind).done().remove(0);
+        let exact = train(&Cpu::new(), &Alone, kind).unwrap();
+        let off = farthest(&one, &exact);
+        let allowed = 2.0 * off + 1e-5;
+        let four = Run::new(4).expect("there is a stand-in").of(kind).done();
+        for (rank, done) in four.iter().enumerate() {
+            assert_eq!(done.losses.len(), 20);
+            assert!(done.losses == four[0].losses && done.weights == four[0].weights, "rank {rank}");
+            let found = farthest(done, &exact);
+            assert!(found <= allowed, "rank {rank}, adapters: {lora}: {found:e}, {allowed:e} allowed");
+        }
+        // They learn, which a run that stands still would not.
+        assert!(one.losses[19] < 0.9 * one.losses[0], "adapters: {lora}: {:?}", one.losses);
+        eprintln!("adapters: {lora}: one rank is off f32 by {off:.1e}, four are by {:.1e}", farthest(&four[0], &exact));
     }
 }
 

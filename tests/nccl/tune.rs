@@ -31,7 +31,7 @@ impl World {
         let mut command = Command::new(env!("CARGO_BIN_EXE_swat"));
         command.args(["tune", "--model", text(&model), "--data", text(&data), "--out", text(&out)]);
         command.args(["--gpus=2", "--device=cuda", "--mods=layers.*.o_proj", "--mods-steps=2", "--steps=0"]);
-        command.args(["--batch-size=3", "--max-length=48"]);
+        command.args(["--batch-size=3", "--max-length=48", "--save-every=1"]);
         let folders: Vec<&str> = folders.iter().map(|folder| text(folder)).collect();
         command.env("LD_LIBRARY_PATH", folders.join(":")).env("STANDIN_KERNELS", &self.driver.kernels);
         command.output().expect("the binary runs")
@@ -49,6 +49,7 @@ fn each_rank_has_a_gpu() {
         let output = world.tune(out, &[&world.driver.folder, &world.nccl]);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.contains("training with 2 ranks"), "{said}");
+        assert!(said.contains("checkpoints: each rank writes its own moments"), "{said}");
     }
     assert!(world.weights("first") == world.weights("second"), "the same bytes each time");
 

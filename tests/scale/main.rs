@@ -1,5 +1,6 @@
 //! Work that is split among processes and machines.
 
+mod checkpoints;
 mod gpus;
 mod lost_ranks;
 mod pods;

@@ -10,6 +10,7 @@ mod options;
 mod overlap;
 mod parallel;
 mod parallel_saved;
+mod parts;
 mod recipes;
 mod reference;
 mod resume;

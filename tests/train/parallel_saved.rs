@@ -12,17 +12,21 @@ use swat::io::safetensors::{Dtype, Safetensors};
 use swat::modules::ParamId;
 use swat::train::{RunDir, StepMetrics, TuneOptions, TuneSummary, Tuner};
 
-struct Done {
-    summary: Result<TuneSummary>,
-    steps: Vec<StepMetrics>,
-    bits: BTreeMap<ParamId, Vec<u32>>,
+/// What a rank ends with.
+pub struct Done {
+    pub summary: Result<TuneSummary>,
+    pub steps: Vec<StepMetrics>,
+    pub bits: BTreeMap<ParamId, Vec<u32>>,
+    pub notes: Vec<String>,
+    pub infos: Vec<String>,
 }
 
+/// Seven steps on some modules, eight on everything, with a checkpoint after every third and at the end of each phase.
 #[derive(Clone)]
-struct Case {
-    lora: bool,
-    options: TuneOptions,
-    stop_at: Option<u64>,
+pub struct Case {
+    pub lora: bool,
+    pub options: TuneOptions,
+    pub stop_at: Option<u64>,
 }
 
 impl Case {
@@ -35,7 +39,7 @@ impl Case {
         decoder
     }
 
-    fn rank(&self, group: &dyn Group<Cpu>, run_dir: RunDir) -> Done {
+    pub fn rank(&self, group: &dyn Group<Cpu>, run_dir: RunDir) -> Done {
         let mut phases = two_phases(7, 8);
         phases.iter_mut().for_each(|phase| phase.options.lr = 2e-4);
         let mut decoder = self.decoder();
@@ -43,23 +47,31 @@ impl Case {
         let mut recorded = Recorder { stop_at: self.stop_at, ..Recorder::default() };
         let tuner = Tuner::new(&mut decoder, &mut loader, self.options.clone(), phases).unwrap();
         let summary = tuner.measure_updates().at(run_dir).group(group).run(&mut recorded);
-        Done { summary, steps: recorded.steps, bits: bits(&decoder) }
+        let Recorder { steps, notes, infos, .. } = recorded;
+        Done { summary, steps, bits: bits(&decoder), notes, infos }
     }
 
-    fn ranks(&self, size: usize, dir: &Path) -> Vec<Done> {
-        if size == 1 {
+    pub fn ranks(&self, size: usize, dir: &Path) -> Vec<Done> {
+        self.ranks_in(&vec![dir; size])
+    }
+
+    /// As many ranks as directories, each with its own.
+    pub fn ranks_in(&self, dirs: &[&Path]) -> Vec<Done> {
+        if let [dir] = dirs {
             return vec![self.rank(&Alone, run_dir(dir, true))];
         }
-        let groups = Threads::groups(size);
         std::thread::scope(|scope| {
-            let ranks: Vec<_> =
-                groups.iter().map(|group| scope.spawn(|| self.rank(group, run_dir(dir, true)))).collect();
+            // Each has its group to itself, so that its end ends the others.
+            let groups = Threads::groups(dirs.len()).into_iter().zip(dirs);
+            let ranks = groups.map(|(group, dir)| scope.spawn(move || self.rank(&group, run_dir(dir, true))));
+            let ranks: Vec<_> = ranks.collect();
             ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
         })
     }
 }
 
-fn cases() -> [Case; 3] {
+/// Plain, with adapters, and with all that is saved beside weights and moments.
+pub fn cases() -> [Case; 3] {
     let plain = TuneOptions { batch_size: 5, ..options() };
     let beside = TuneOptions { ema_decay: Some(0.9), prox: Some(0.5), keep_optimizer: true, ..plain.clone() };
     [(false, plain.clone()), (true, plain), (false, beside)].map(|(lora, options)| Case {
@@ -113,19 +125,21 @@ fn a_checkpoint_of_several_ranks_is_one_of_a_single_one() {
         let open = |dir: &Path, name: &str| {
             Safetensors::open(&dir.join("checkpoints/step-00000012").join(format!("{name}.safetensors"))).unwrap()
         };
-        for name in ["weights", "moments"] {
-            let (expected, found) = (open(one.path(), name), open(three.path(), name));
-            let shapes = |file: &Safetensors| -> Vec<(String, Vec<usize>)> {
-                file.tensors().map(|(name, _, shape)| (name.to_owned(), shape.to_vec())).collect()
-            };
-            assert_eq!(shapes(&found), shapes(&expected));
-            assert!(shapes(&found).len() > 10);
-            for (tensor, shape) in shapes(&found) {
+        for (name, parts) in
+            [("weights", vec!["weights"]), ("moments", vec!["moments-0-of-3", "moments-1-of-3", "moments-2-of-3"])]
+        {
+            let expected = open(one.path(), name);
+            let parts: Vec<Safetensors> = parts.into_iter().map(|part| open(three.path(), part)).collect();
+            let names = |file: &Safetensors| -> Vec<String> { file.tensors().map(|(name, ..)| name.into()).collect() };
+            assert!(names(&expected).len() > 10 && parts.iter().all(|part| names(part) == names(&expected)));
+            for tensor in names(&expected) {
                 let values = |file: &Safetensors| -> Vec<f32> {
-                    let bytes = file.typed_bytes(&tensor, Dtype::F32, shape.iter().product()).unwrap();
+                    let bytes = file.bytes(&tensor).unwrap();
+                    assert_eq!(file.info(&tensor).unwrap().0, Dtype::F32);
                     bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect()
                 };
-                let (found, expected) = (values(&found), values(&expected));
+                let (found, expected): (Vec<f32>, _) = (parts.iter().flat_map(values).collect(), values(&expected));
+                assert_eq!(found.len(), expected.len(), "{tensor}");
                 let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
                 let size = norm(&mut expected.iter().map(|x| f64::from(*x)));
                 let apart = norm(&mut found.iter().zip(&expected).map(|(a, b)| f64::from(a - b)));

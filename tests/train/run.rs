@@ -57,6 +57,7 @@ pub fn run_dir(dir: &Path, resume: bool) -> RunDir {
 pub struct Recorder {
     pub stop_at: Option<u64>,
     pub notes: Vec<String>,
+    pub infos: Vec<String>,
     /// Planned bytes of each phase.
     pub plans: Vec<(String, u64)>,
     pub steps: Vec<StepMetrics>,
@@ -69,6 +70,9 @@ pub struct Recorder {
 impl Callbacks<Cpu> for Recorder {
     fn note(&mut self, text: &str) {
         self.notes.push(text.into());
+    }
+    fn info(&mut self, text: &str) {
+        self.infos.push(text.into());
     }
     fn run_begins(&mut self, plans: &[(String, Plan)]) {
         self.plans = plans.iter().map(|(phase, plan)| (phase.clone(), plan.total_bytes())).collect();
