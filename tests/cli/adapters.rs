@@ -280,8 +280,9 @@ fn maps_searches_and_plans_take_adapters() {
     let drops = |map: &Value| -> Vec<f64> {
         map["cells"].as_array().unwrap().iter().map(|cell| cell["drop"]["gap"]["mean"].as_f64().unwrap()).collect()
     };
+    // Merged they differ by rounding, 4e-8; a map of the weights without the adapter is 6e-5 away.
     for (a, b) in drops(&attached).iter().zip(drops(&merged)) {
-        assert!((a - b).abs() < 1e-3, "{a} and {b}");
+        assert!((a - b).abs() < 1e-5, "{a} and {b}");
     }
     // The search finds the adapter by the map, and a run on the same model takes its set.
     let (map, mods) = (file("attached.json"), file("mods.json"));

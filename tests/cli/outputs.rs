@@ -226,7 +226,7 @@ fn a_run_fits_where_its_roofline_does_not() {
     let (train, out) = (dir.path().join("train.jsonl"), dir.path().join("out"));
     std::fs::write(&train, ROW).unwrap();
     let args = format!(
-        "ulimit -v 500000; exec {} tune --model {}/assets/tiny --data {} --out {} --steps 1 --device cpu",
+        "ulimit -v 320000; exec {} tune --model {}/assets/tiny --data {} --out {} --steps 1 --device cpu",
         env!("CARGO_BIN_EXE_swat"),
         env!("CARGO_MANIFEST_DIR"),
         train.display(),
