@@ -359,7 +359,7 @@ fn the_first_rank_screens_for_all() {
     let steps = ["--mods-steps=2", "--steps=3", "--screen"];
     succeeds(world.tune("one", &steps));
     succeeds(world.tune("two", &[&steps[..], &["--gpus=2"]].concat()));
-    let listed = |out: &str| fs::read_to_string(world.at(out).join("screened.jsonl")).unwrap();
+    let listed = |out: &str| fs::read_to_string(world.at(&format!("{out}.screened.jsonl"))).unwrap();
     assert!(listed("one").lines().count() >= 4, "{}", listed("one"));
     assert_eq!(listed("one"), listed("two"));
     assert_near(&world.losses("two"), &world.losses("one"), "two ranks");
