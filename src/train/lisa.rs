@@ -14,8 +14,8 @@ use crate::options::serde_as_text;
 use std::fmt;
 use std::str::FromStr;
 
-/// Most steps of a state.
-const MAX_STEPS: usize = 1 << 20;
+/// Most steps of a state: an epoch is laid out with all its turns.
+const MAX_STEPS: usize = 10_000;
 
 /// Steps of both states, written `K1:K2`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +40,9 @@ impl FromStr for Lisa {
     fn from_str(text: &str) -> Result<Self, String> {
         let steps = |text: &str| text.trim().parse().ok().filter(|steps| (1..=MAX_STEPS).contains(steps));
         let both = text.split_once(':').and_then(|(alignment, task)| Some((steps(alignment)?, steps(task)?)));
-        let (alignment, task) = both.ok_or("K1:K2, steps on alignment data and on the task's, such as 10:90")?;
+        let (alignment, task) = both.ok_or_else(|| {
+            format!("K1:K2, steps on alignment data and on the task's, such as 10:90, each from 1 to {MAX_STEPS}")
+        })?;
         Ok(Self { alignment, task })
     }
 }
@@ -62,7 +64,7 @@ mod tests {
         let lisa: Lisa = "10:90".parse().unwrap();
         assert_eq!((lisa.alignment, lisa.task, lisa.to_string()), (10, 90, "10:90".to_owned()));
         assert_eq!(lisa.alternation(4), Alternation { alignment: 40, task: 360 });
-        for wrong in ["", "10", "0:1", "1:0", "-1:2", "1:2:3", "a:b", "99999999999:1"] {
+        for wrong in ["", "10", "0:1", "1:0", "-1:2", "1:2:3", "a:b", "99999999999:1", "10001:1"] {
             assert!(wrong.parse::<Lisa>().unwrap_err().contains("K1:K2"), "{wrong}");
         }
     }
