@@ -3,6 +3,8 @@
 mod checkpoints;
 mod gpus;
 mod lost_ranks;
+#[cfg(target_os = "linux")]
+mod machines;
 mod pods;
 mod ranks;
 mod shards;
