@@ -61,7 +61,7 @@ impl<B: Backend> Packed<'_, B> {
         self.dedup.as_ref().map_or(self.tokens, |dedup| dedup.distinct.index.len())
     }
 
-    /// Of values of all rows, those of the computed ones.
+    /// The values of the computed rows, from one per row of the batch.
     pub(super) fn select<'v>(&self, values: &'v [u32]) -> Cow<'v, [u32]> {
         match &self.dedup {
             Some(dedup) => dedup.distinct.select(values).into(),

@@ -101,8 +101,8 @@ struct Slot {
 impl<B: Backend> Decoder<B> {
     /// Answers to `prompts`; `on_token(prompt, token)` is called for each token, stop tokens included.
     ///
-    /// Several sequences are decoded at once (continuous batching): a prompt takes the slot of each one that ends. What
-    /// prompts that begin together have in common is computed once.
+    /// Several sequences are decoded at once (continuous batching): a prompt takes the slot of each one that ends. A
+    /// prefix that prompts of one prefill share is computed once.
     ///
     /// # Errors
     /// [`Error::Input`] where a prompt is empty or longer than the context; [`Error::Failed`] where no token can be

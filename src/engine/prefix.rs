@@ -57,7 +57,7 @@ impl DistinctRows {
         self.firsts.iter().map(|row| values[*row as usize]).collect()
     }
 
-    /// Rows that are not computed.
+    /// Number of rows that need not be computed.
     pub(super) fn saved(&self) -> usize {
         self.index.len() - self.firsts.len()
     }
@@ -80,7 +80,7 @@ impl<B: Backend> Deduplicated<'_, B> {
         Ok(y)
     }
 
-    /// All rows: the distinct ones where they are first, zeros elsewhere.
+    /// All rows \[tokens, width\]: each distinct row at its first occurrence, zeros elsewhere.
     pub(super) fn spread<'a>(&self, decoder: &'a Decoder<B>, x: In<'_, B>) -> Result<Floats<'a, B>> {
         let width = x.len() / self.distinct.firsts.len();
         let mut y = decoder.floats(self.distinct.index.len() * width)?;
@@ -89,7 +89,8 @@ impl<B: Backend> Deduplicated<'_, B> {
         Ok(y)
     }
 
-    /// The sums of the rows that share a distinct one.
+    /// The distinct rows, each the sum of its occurrences in all rows \[tokens, width\]: the gradient of
+    /// [`Deduplicated::expand`].
     pub(super) fn sum<'a>(&self, decoder: &'a Decoder<B>, x: In<'_, B>) -> Result<Floats<'a, B>> {
         let width = x.len() / self.distinct.index.len();
         let mut y = decoder.floats(self.distinct.firsts.len() * width)?;

@@ -1,4 +1,4 @@
-//! Rows that documents begin with alike are computed once in training: against each document by itself.
+//! Prefix deduplication in training, against each document by itself.
 
 use crate::common::{config, decoder, numbers, relative};
 use std::collections::BTreeMap;

@@ -112,8 +112,8 @@ impl MinimumCost {
         self.backward.cost(&self.config, starts, rows)
     }
 
-    /// A training step over micro-batches: passes that follow one another. Rows that documents begin with alike are
-    /// computed once, but for attention.
+    /// A training step over micro-batches: passes that follow one another. A prefix that documents share
+    /// counts once, except in attention.
     pub fn step(&self, batches: &[Batch]) -> Vec<Cost> {
         let passes = batches.iter().filter(|batch| batch.trained_tokens() > 0).flat_map(|batch| {
             let rows = batch.trained_tokens();
