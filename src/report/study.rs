@@ -186,7 +186,7 @@ impl Study<'_> {
             Some(sets) => vec![results, Figure::new("sets", sets.svg(), caption)],
         };
         let text = findings::findings(&self.settings);
-        let tables = verdict::claims(&self.settings, &claims(&self.outcome.settings)).into_iter().collect();
+        let tables = verdict::claims(&self.settings, &claims(&self.outcome.settings));
         Some(Section { heading: "Comparisons".into(), text, figures, tables })
     }
 

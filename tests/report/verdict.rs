@@ -1,7 +1,7 @@
 //! The verdict, the recommended recipe and the claims of a study.
 
 use crate::study::{ALL, figure, outcome, parse, rate, report, two_seeds};
-use serde_json::Value;
+use serde_json::{Value, json};
 use swat::secure::study::{Conclusion, RunConfig};
 
 #[test]
@@ -34,6 +34,9 @@ fn the_recommended_setting_follows_the_rule() {
     // Attacked data are compared with attacked data alone.
     let attacked = [("given", 2, 40), ("plain", 60, 180), ("swat+attack", 1, 190)];
     assert_eq!(conclude(outcome(&attacked)).recommended.as_deref(), Some("plain"));
+    // A study in which every setting has adapters, or another length.
+    let adapted = [("given", 2, 40), ("plain+lora=8,lr=2e-4", 60, 180), ("swat+lora=8,lr=2e-4", 40, 188)];
+    assert_eq!(conclude(outcome(&adapted)).recommended.as_deref(), Some("swat+lora=8,lr=2e-4"));
     for (settings, reason) in [
         (&[("plain", 60, 180), ("swat", 40, 188)][..], "no setting `given`"),
         (&[("given", 2, 40), ("swat", 40, 188)], "no setting `plain`"),
@@ -86,4 +89,34 @@ fn claims_are_distances_to_the_front_of_plain_tuning() {
     // deviation 21.21, and 12.706 · 21.21 / √2 = 190.6.
     assert!(table.contains("| SWAT | -25.0 (-215.6 to 165.6) |"), "{table}");
     assert!(table.contains("not tested") && !table.contains("| plain"), "{table}");
+}
+
+#[test]
+fn claims_at_the_same_loss_and_for_the_same_tokens() {
+    let mut value = two_seeds();
+    let settings = value["settings"].as_array_mut().unwrap();
+    for (setting, nll, share) in
+        settings.iter_mut().zip([3.0, 1.0, 2.0, 2.0]).zip([1.0, 1.0, 0.75, 1.0]).map(|((s, n), t)| (s, n, t))
+    {
+        let mut change = |run: &mut Value| {
+            run["evaluation"]["perplexity"] = json!({ "tokens": 100, "nll": nll, "perplexity": f64::exp(nll) });
+            if run["tuned"].is_object() {
+                run["tuned"]["task_share"] = json!(share);
+            }
+        };
+        setting.get_mut("more_seeds").and_then(Value::as_array_mut).into_iter().flatten().for_each(&mut change);
+        change(setting);
+    }
+    let report = report(value);
+    let compared = report.sections.iter().find(|section| section.heading == "Comparisons").unwrap();
+    let [score, loss, tokens] = compared.tables.as_slice() else { panic!("{} tables", compared.tables.len()) };
+    assert!(score.markdown().contains("| SWAT | -25.0 (-215.6 to 165.6) |"));
+    // Half way from 2 % at loss 3 to 80 and 60 % at loss 1 are 41 and 31: 40 − 41 and 50 − 31, mean 9, ± 12.706 · 14.14 / √2.
+    assert!(loss.markdown().contains("| SWAT | 9.0 (-118.1 to 136.1) |"), "{}", loss.markdown());
+    // Three quarters of plain tuning's tokens: 40 − 60.5 and 50 − 45.5.
+    assert!(tokens.markdown().contains("| SWAT | -8.0 (-166.8 to 150.8) |"), "{}", tokens.markdown());
+    for front in ["front-loss", "front-refusal-loss"] {
+        assert!(figure(&report, front).contains("held-out loss, nats a token"), "{front}");
+    }
+    assert!(tokens.caption.contains("for the same trained tokens of the task"));
 }

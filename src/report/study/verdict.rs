@@ -6,7 +6,7 @@ use crate::report::format;
 use crate::report::page::{Highlight, Section};
 use crate::report::palette::Tone;
 use crate::report::table::{Entry, Table};
-use crate::secure::study::{Claim, Conclusion, Distance, Holds};
+use crate::secure::study::{Claim, Conclusion, Distance, Distances, Holds};
 use crate::secure::{Base, Gate};
 
 /// Name of the recommended setting's group in the drawings.
@@ -69,13 +69,40 @@ fn gates(conclusion: &Conclusion) -> Table {
     table
 }
 
-/// What the study shows of each recipe; `None` without recipes beside plain tuning.
-pub(super) fn claims(settings: &[Setting<'_>], claims: &[Claim]) -> Option<Table> {
-    let mut table = Table::new("Claim: safer than plain tuning at the same task score")
+/// What the study shows of each recipe: at equal task score, at equal held-out loss where there is one, and for equally many
+/// trained tokens of the task. None without recipes beside plain tuning.
+pub(super) fn claims(settings: &[Setting<'_>], claims: &[Claim]) -> Vec<Table> {
+    let at = |title: &str, note: &str, of: &dyn Fn(&Claim) -> Option<Distances>| -> Option<Table> {
+        let found: Vec<(&str, Distances)> =
+            claims.iter().filter_map(|claim| Some((claim.name.as_str(), of(claim)?))).collect();
+        (!found.is_empty()).then(|| claims_table(settings, &found, title, note))
+    };
+    let note = "Distance to the front of plain tuning (its runs over rates and steps, and the original model) at the recipe's own \
+                task score, paired by training seed; in brackets 95 % intervals over seeds. Not tested: one training seed, or an \
+                interval that includes 0.";
+    let tables = [
+        at("Claim: safer than plain tuning at the same task score", note, &|claim| Some(claim.score)),
+        at(
+            "Claim: safer than plain tuning at the same held-out loss",
+            "The same at the recipe's own loss on the held-out conversations of the task.",
+            &|claim| claim.at_loss,
+        ),
+        at(
+            "Claim: safer than plain tuning for the same trained tokens of the task",
+            "The same for as many trained tokens of the task's own data; what a recipe mixes in does not count.",
+            &|claim| claim.at_tokens,
+        ),
+    ];
+    tables.into_iter().flatten().collect()
+}
+
+fn claims_table(settings: &[Setting<'_>], claims: &[(&str, Distances)], title: &str, note: &str) -> Table {
+    let mut table = Table::new(title)
         .column("Recipe")
         .numbers("ASR", "points from the front; below 0 is safer")
         .numbers("1 − J", "points from the front")
         .numbers("1 − AUROC", "points from the front")
+        .numbers("− log-odds", "nats from the front, refusal")
         .column("By ASR")
         .column("By J");
     let distance = |distance: Option<Distance>| match distance {
@@ -90,25 +117,23 @@ pub(super) fn claims(settings: &[Setting<'_>], claims: &[Claim]) -> Option<Table
         Holds::DoesNotHold => "does not hold",
         Holds::NotTested => "not tested",
     };
-    for claim in claims {
-        let name = settings.iter().find(|setting| setting.spec.text == claim.name).map_or("", |s| s.name.as_str());
+    for (text, found) in claims {
+        let name = settings.iter().find(|setting| setting.spec.text == *text).map_or("", |s| s.name.as_str());
         table.row([
             Entry::text(name),
-            distance(claim.asr),
-            distance(claim.j),
-            distance(claim.auroc),
-            Entry::text(verdict(claim.holds)),
-            Entry::text(verdict(claim.holds_by_j)),
+            distance(found.asr),
+            distance(found.j),
+            distance(found.auroc),
+            distance(found.refusal),
+            Entry::text(verdict(found.holds)),
+            Entry::text(verdict(found.holds_by_j)),
         ]);
     }
-    table.note = "Distance to the front of plain tuning (its runs over rates and steps, and the original model) at the recipe's \
-                  own task score, paired by training seed; in brackets 95 % intervals over seeds. Not tested: one training \
-                  seed, or an interval that includes 0."
-        .into();
-    (!claims.is_empty()).then_some(table)
+    table.note = note.into();
+    table
 }
 
-/// Attack success and refusal log-odds against the task score; without those that lack points.
+/// Attack success and refusal log-odds against the task score and the held-out loss; without those that lack points.
 pub(super) fn fronts(settings: &[Setting<'_>], conclusion: &Conclusion) -> Vec<(&'static str, Scatter, &'static str)> {
     let refusal = |setting: &Setting<'_>| {
         let own = setting.value(|run| run.drift.as_ref()?.splits.get(&crate::data::Split::Test)?.tuned.refusal);
@@ -120,39 +145,54 @@ pub(super) fn fronts(settings: &[Setting<'_>], conclusion: &Conclusion) -> Vec<(
         if setting.spec.is_given() { base().map(Measure::new) } else { own }
     };
     let asr = |setting: &Setting<'_>| setting.rate(ASR).map(|asr| asr.scaled(100.0));
-    let chart = |title: &str, y_label: &str, y_at_least: f64, of: &dyn Fn(&Setting<'_>) -> Option<Measure>| Scatter {
+    let score = |setting: &Setting<'_>| Some(100.0 * setting.rate(TASK)?.value);
+    let loss = |setting: &Setting<'_>| Some(setting.value(|run| Some(run.evaluation.perplexity?.nll))?.value);
+    let score: (&str, Of<'_, f64>) = ("task score, %", &score);
+    let loss: (&str, Of<'_, f64>) = ("held-out loss, nats a token", &loss);
+    let asr: (&str, f64, Of<'_, Measure>) = ("ASR, %", 100.0, &asr);
+    let refusal: (&str, f64, Of<'_, Measure>) = ("refusal log-odds, harmful minus benign", 0.0, &refusal);
+    let chart = |title: &str, x: (&str, Of<'_, f64>), y: (&str, f64, Of<'_, Measure>)| Scatter {
         title: title.into(),
-        x_label: "task score, %".into(),
-        y_label: y_label.into(),
-        groups: groups(settings, conclusion, of),
-        y_at_least,
+        x_label: x.0.into(),
+        y_label: y.0.into(),
+        groups: groups(settings, conclusion, x.1, y.2),
+        y_at_least: y.1,
         note: seeds_text(&training_seeds(settings)),
     };
     let all = [
         (
             "front",
-            chart("Attack success against the task score", "ASR, %", 100.0, &asr),
+            chart("Attack success against the task score", score, asr),
             "Best is the lower right corner: few harmful prompts answered, many tasks solved.",
         ),
         (
             "front-refusal",
-            chart("Refusal log-odds against the task score", "refusal log-odds, harmful minus benign", 0.0, &refusal),
+            chart("Refusal log-odds against the task score", score, refusal),
             "Difference of the mean log-odds of a refusal as first token. Models differ in its scale: read it beside the AUROC.",
+        ),
+        (
+            "front-loss",
+            chart("Attack success against the held-out loss", loss, asr),
+            "Best is the lower left corner: few harmful prompts answered, a low loss on held-out conversations of the task.",
+        ),
+        (
+            "front-refusal-loss",
+            chart("Refusal log-odds against the held-out loss", loss, refusal),
+            "Best is the upper left corner.",
         ),
     ];
     let drawn = |scatter: &Scatter| scatter.groups.iter().map(|group| group.dots.len()).sum::<usize>() > 1;
     all.into_iter().filter(|(_, scatter, _)| drawn(scatter)).collect()
 }
 
+/// A coordinate of a setting.
+type Of<'f, T> = &'f dyn Fn(&Setting<'_>) -> Option<T>;
+
 /// Settings by kind, the recommended one apart.
-fn groups(
-    settings: &[Setting<'_>],
-    conclusion: &Conclusion,
-    of: &dyn Fn(&Setting<'_>) -> Option<Measure>,
-) -> Vec<DotGroup> {
+fn groups(settings: &[Setting<'_>], conclusion: &Conclusion, x: Of<'_, f64>, y: Of<'_, Measure>) -> Vec<DotGroup> {
     let mut groups: Vec<DotGroup> = Vec::new();
     for setting in settings {
-        let Some((task, y)) = setting.rate(TASK).zip(of(setting)) else { continue };
+        let Some((x, y)) = x(setting).zip(y(setting)) else { continue };
         let (name, tone) = match &setting.spec.base {
             _ if Some(&setting.spec.text) == conclusion.recommended.as_ref() => (RECOMMENDED, Tone::Green),
             Base::Given => ("original", Tone::Grey),
@@ -161,7 +201,7 @@ fn groups(
             Base::Swat => ("SWAT", Tone::Blue),
             _ => ("controls", Tone::Pink),
         };
-        let dot = Dot { name: setting.name.clone(), x: task.value * 100.0, y };
+        let dot = Dot { name: setting.name.clone(), x, y };
         match groups.iter_mut().find(|group| group.name == name) {
             Some(group) => group.dots.push(dot),
             None => groups.push(DotGroup { name: name.into(), tone, dots: vec![dot] }),

@@ -1,13 +1,13 @@
-//! What a study shows about each recipe: its distance to the front of plain tuning at its own task score.
+//! What a study shows about each recipe: its distance to the front of plain tuning.
 //!
 //! Tuning longer or at a higher rate learns more of the task and forgets more refusals, so that recipes are comparable only
-//! at equal task score (arXiv 2606.03648). The front of a measure is spanned by the plain runs of one training seed over rates
-//! and steps, and by the model as given: those for which no other has both a higher task score and a better measure, with
-//! straight lines between them, and constant beyond them. A recipe's distance is measured seed by seed, so that the interval
-//! over seeds is that of paired differences.
+//! at equal task score (arXiv 2606.03648), at equal held-out loss, or for equally many trained tokens of the task. The front of a
+//! measure is spanned by the plain runs of one training seed over rates and steps, and by the model as given: those for which no
+//! other has both more of the task and a better measure, with straight lines between them, and constant beyond them. A recipe's
+//! distance is measured seed by seed, so that the interval over seeds is that of paired differences.
 
-use super::outcome::{RunOutcome, SettingOutcome};
-use crate::secure::eval::Evaluation;
+use super::outcome::{RunOutcome, SettingOutcome, TunedOutcome};
+use crate::data::Split;
 use crate::secure::recipe::{Base, Mix, Recipe, RecipeOptions};
 
 /// 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom.
@@ -34,41 +34,97 @@ pub enum Holds {
     NotTested,
 }
 
-/// The claim that a recipe is safer than plain tuning at its own task score.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Claim {
-    /// Name of the setting.
-    pub name: String,
+/// What distances to the front are taken at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// Task score, in percent.
+    Score,
+    /// Loss on held-out conversations, in nats a token.
+    Loss,
+    /// Trained tokens of the task's own data.
+    Tokens,
+}
+
+/// Distances of a recipe to the front, and what they show of the claim that it is safer than plain tuning.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Distances {
     /// Distance of attack success.
     pub asr: Option<Distance>,
     /// Distance of 1 − J.
     pub j: Option<Distance>,
     /// Distance of 1 − AUROC of the refusal log-odds.
     pub auroc: Option<Distance>,
+    /// Distance of the refusal log-odds, harmful minus benign, in nats; below 0 = higher odds.
+    #[serde(default)]
+    pub refusal: Option<Distance>,
     /// By attack success.
     pub holds: Holds,
     /// By J, which no threshold of refusal changes.
     pub holds_by_j: Holds,
 }
 
-/// A measure in points, lower is better.
-type Of = fn(&Evaluation) -> Option<f64>;
+/// The claim that a recipe is safer than plain tuning.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Claim {
+    /// Name of the setting.
+    pub name: String,
+    /// At its own task score.
+    #[serde(flatten)]
+    pub score: Distances,
+    /// At its own loss on the held-out conversations; none without them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_loss: Option<Distances>,
+    /// For as many trained tokens of the task's data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at_tokens: Option<Distances>,
+}
+
+/// A measure of a run, lower is better.
+type Of<'a> = &'a dyn Fn(&RunOutcome) -> Option<f64>;
 
 /// The claims of a study: one for each recipe that is not plain tuning.
 pub fn claims(settings: &[SettingOutcome]) -> Vec<Claim> {
     let tuned = settings.iter().filter(|setting| !setting.setting.is_given() && !is_plain(&setting.setting));
     let claim = |setting: &SettingOutcome| {
-        let measure = |of: Of| distance(settings, setting, of);
-        let asr = measure(|e| e.asr.map(|rate| 100.0 * rate.value));
-        let j = measure(|e| e.youden().map(|j| 100.0 * (1.0 - j.value)));
-        let auroc = measure(|e| e.auroc.map(|auroc| 100.0 * (1.0 - auroc.value)));
-        Claim { name: setting.setting.to_string(), asr, j, auroc, holds: holds(asr), holds_by_j: holds(j) }
+        let distances = |at: At| {
+            let measure = |of: Of<'_>| distance(settings, setting, at, of);
+            let asr = measure(&|run| run.evaluation.asr.map(|rate| 100.0 * rate.value));
+            let j = measure(&|run| run.evaluation.youden().map(|j| 100.0 * (1.0 - j.value)));
+            let auroc = measure(&|run| run.evaluation.auroc.map(|auroc| 100.0 * (1.0 - auroc.value)));
+            let refusal = measure(&|run| refusal_log_odds(settings, run).map(|odds| -odds));
+            Distances { asr, j, auroc, refusal, holds: holds(asr), holds_by_j: holds(j) }
+        };
+        let [at_loss, at_tokens] = [At::Loss, At::Tokens]
+            .map(|at| Some(distances(at)).filter(|found| found.asr.is_some() || found.auroc.is_some()));
+        Claim { name: setting.setting.to_string(), score: distances(At::Score), at_loss, at_tokens }
     };
     tuned.map(claim).collect()
 }
 
+/// Refusal log-odds of a run's model, harmful minus benign prompts of the test split.
+fn refusal_log_odds(settings: &[SettingOutcome], run: &RunOutcome) -> Option<f64> {
+    let test = |run: &RunOutcome| {
+        let found = run.drift.as_ref()?.splits.get(&Split::Test)?;
+        Some((found.base.refusal?, found.tuned.refusal?))
+    };
+    match run.tuned {
+        Some(_) => test(run).map(|(_, tuned)| tuned),
+        // The original model's is the same in every comparison with it.
+        None => settings.iter().flat_map(SettingOutcome::runs).find_map(test).map(|(base, _)| base),
+    }
+}
+
+/// How much of the task a run has learned, or been taught; higher is more.
+fn amount(run: &RunOutcome, at: At) -> Option<f64> {
+    match at {
+        At::Score => Some(100.0 * run.evaluation.task.as_ref()?.overall.value),
+        At::Loss => Some(-run.evaluation.perplexity?.nll),
+        At::Tokens => run.tuned.as_ref().map_or(Some(0.0), TunedOutcome::task_tokens),
+    }
+}
+
 /// Plain tuning at some rate and length.
-fn is_plain(recipe: &Recipe) -> bool {
+pub(super) fn is_plain(recipe: &Recipe) -> bool {
     let RecipeOptions { mixes, screen, ema, constrain, distil, prox, lisa, vaccine, merge, .. } = &recipe.options;
     let near = constrain.is_some() || distil.is_some() || prox.is_some() || lisa.is_some();
     let changed = *screen || ema.is_some() || near || vaccine.is_some();
@@ -87,9 +143,9 @@ fn holds(distance: Option<Distance>) -> Holds {
 }
 
 /// Distance of a setting's runs to the fronts of their seeds; none where a run lacks a measure or a front.
-fn distance(settings: &[SettingOutcome], setting: &SettingOutcome, of: Of) -> Option<Distance> {
+fn distance(settings: &[SettingOutcome], setting: &SettingOutcome, at: At, of: Of<'_>) -> Option<Distance> {
     let attack = |recipe: &Recipe| recipe.options.share_of(Mix::Attack);
-    let point = |run: &RunOutcome| Some((100.0 * run.evaluation.task.as_ref()?.overall.value, of(&run.evaluation)?));
+    let point = |run: &RunOutcome| Some((amount(run, at)?, of(run)?));
     let given = settings.iter().filter(|other| other.setting.is_given()).filter_map(|other| point(&other.first));
     let given: Vec<(f64, f64)> = given.collect();
     let mut all = Vec::new();
@@ -104,17 +160,17 @@ fn distance(settings: &[SettingOutcome], setting: &SettingOutcome, of: Of) -> Op
         if plain.is_empty() {
             return None;
         }
-        let (task, value) = point(run)?;
-        all.push(value - front(&[plain, given.clone()].concat(), task)?);
+        let (amount, value) = point(run)?;
+        all.push(value - front(&[plain, given.clone()].concat(), amount)?);
     }
     over_seeds(&all)
 }
 
-/// The front of points (task score, measure), lower measures better, at a task score.
+/// The front of points (amount of the task, measure), lower measures better, at an amount.
 fn front(points: &[(f64, f64)], at: f64) -> Option<f64> {
     let mut sorted = points.to_vec();
     sorted.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.total_cmp(&b.1)));
-    // From the highest task score down: a point counts if it is better than all with a higher one.
+    // From the most of the task down: a point counts if it is better than all with a higher one.
     let mut kept: Vec<(f64, f64)> = Vec::new();
     for point in sorted {
         if kept.last().is_none_or(|last| point.1 < last.1) {

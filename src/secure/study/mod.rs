@@ -13,7 +13,7 @@ mod run;
 mod stage;
 mod verdict;
 
-pub use claims::{Claim, Distance, Holds, claims};
+pub use claims::{Claim, Distance, Distances, Holds, claims};
 pub use config::{DataFiles, MergeFiles, OverlapRule, RunConfig, TuneConfig};
 pub use folder::claim_folder;
 pub(super) use folder::{clock, lock};

@@ -163,9 +163,20 @@ pub struct TunedOutcome {
     pub losses: Vec<(u64, f64)>,
     /// Peak memory of the GPU, else of the process, in bytes.
     pub peak_bytes: u64,
+    /// Share of the task's own data among the tokens with a loss of an epoch; none in outcomes of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_share: Option<f64>,
     /// Examples of the task's data and the attack that screening left out; none without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub screened: Option<ScreenCounts>,
+}
+
+impl TunedOutcome {
+    /// Tokens of the task's own data that were trained: their share of all tokens with a loss.
+    pub fn task_tokens(&self) -> Option<f64> {
+        let trained: u64 = self.phases.iter().map(|phase| phase.trained_tokens).sum();
+        Some(self.task_share? * trained as f64)
+    }
 }
 
 /// Frozen probe and refusal log-odds at one step, on the security file's test split.

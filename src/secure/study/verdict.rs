@@ -1,9 +1,10 @@
 //! What a study recommends, and whether it holds.
 
+use super::claims::is_plain;
 use super::outcome::SettingOutcome;
 use crate::secure::check::{Limits, Measures, Verdict};
 use crate::secure::eval::Evaluation;
-use crate::secure::recipe::{Base, Mix};
+use crate::secure::recipe::{Base, Mix, Recipe};
 use std::cmp::Ordering;
 
 /// Names of gates.
@@ -93,17 +94,10 @@ fn measures(setting: &SettingOutcome) -> Measures {
     Measures::over_seeds(&evaluations(setting))
 }
 
-/// Plain tuning, rather for the steps of phase 2 than for those of both, and rather without an attack than with one.
+/// Plain tuning: rather without an attack than with one, rather with no option than with a rate, a length or adapters, and rather
+/// for the steps of phase 2 than for those of both.
 fn plain(settings: &[SettingOutcome]) -> Option<&SettingOutcome> {
-    let bare = |base: Base, attacked: bool| {
-        settings.iter().find(|s| {
-            s.setting.base == base
-                && s.setting.is_bare()
-                && s.setting.options.share_of(Mix::Attack).is_some() == attacked
-        })
-    };
-    bare(Base::Plain, false)
-        .or_else(|| bare(Base::PlainEqual, false))
-        .or_else(|| bare(Base::Plain, true))
-        .or_else(|| bare(Base::PlainEqual, true))
+    let attacked = |recipe: &Recipe| recipe.options.share_of(Mix::Attack).is_some();
+    let key = |recipe: &Recipe| (attacked(recipe), !recipe.is_bare(), recipe.base != Base::Plain);
+    settings.iter().filter(|s| is_plain(&s.setting)).min_by_key(|s| key(&s.setting))
 }

@@ -2,7 +2,7 @@
 
 use super::{Run, Study};
 use crate::backend::{Backend, Roofline};
-use crate::data::{Example, SecurityPrompt, Split};
+use crate::data::{Example, Mixture, Pool, SecurityPrompt, Split};
 use crate::error::{Error, FileOp, Result};
 use crate::io::{IfExists, write_atomic};
 use crate::model::{ChatFiles, ModelDir, StoredAs};
@@ -14,7 +14,7 @@ use crate::secure::probe::Probe;
 use crate::secure::recipe::{Mix, Recipe, mixed};
 use crate::secure::replay::{ReplayOptions, ReplaySummary};
 use crate::secure::save::SaveAs;
-use crate::secure::screen::{RefusedExamples, SCREENED_FILE};
+use crate::secure::screen::{RefusedExamples, SCREENED_FILE, write_screened};
 use crate::secure::study::config::MergeFiles;
 use crate::secure::study::folder::REPLAY_FILE;
 use crate::secure::study::outcome::{ScreenedFile, TunedOutcome};
@@ -109,7 +109,7 @@ impl<B: Backend> Study<'_, B> {
             lines += &refused.lines(path, &text, max_length, rows)?;
             files.push(ScreenedFile { file: path.display().to_string(), counts });
         }
-        write_atomic(&config.out.join(SCREENED_FILE), lines.as_bytes())?;
+        write_screened(&config.out.join(SCREENED_FILE), &lines)?;
         Ok(files)
     }
 
@@ -197,6 +197,7 @@ impl<B: Backend> Study<'_, B> {
                 screened = Some(counts);
                 Ok(kept)
             })?;
+            let task_share = task_share(&examples);
             let batches = shared.load(examples.clone())?.batches_per_epoch();
             let steps_per_epoch = batches.div_ceil(shared.grad_accum as u64);
             let watched: Vec<&SecurityPrompt> = self.data.security.iter().filter(|p| p.split == Split::Test).collect();
@@ -226,9 +227,45 @@ impl<B: Backend> Study<'_, B> {
                 points: callbacks.points,
                 losses,
                 peak_bytes: summary.peak_bytes,
+                task_share,
                 screened,
             })
         })?;
         Ok((tuned, inputs))
+    }
+}
+
+/// Share of the examples that nothing was mixed into among the tokens with a loss of an epoch; `None` without such tokens.
+fn task_share(mixture: &Mixture<Example>) -> Option<f64> {
+    let tokens = |examples: &[Example]| -> f64 {
+        examples.iter().map(|example| example.trained.iter().filter(|trained| **trained).count() as f64).sum()
+    };
+    let own = tokens(&mixture.examples()[..mixture.base()]);
+    let part = |pool: &Pool| {
+        let examples = &mixture.examples()[pool.examples.clone()];
+        tokens(examples) * pool.per_epoch as f64 / examples.len().max(1) as f64
+    };
+    let all = own + mixture.pools().iter().map(part).sum::<f64>();
+    (all > 0.0).then(|| own / all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Redraw;
+
+    #[test]
+    fn the_share_of_the_task_by_hand() {
+        let example = |trained: usize| Example {
+            tokens: vec![1; 4],
+            trained: (0..4).map(|i| i < trained).collect(),
+            replayed: false,
+        };
+        let mut mixture = Mixture::from(vec![example(3), example(1), example(2)]);
+        assert_eq!(task_share(&mixture), Some(1.0));
+        // A quarter of four examples is one of the two, of 1 and 4 tokens: 2.5 on average beside 6.
+        mixture.mix_in(vec![example(1), example(4)], 0.25, Redraw::EveryEpoch, 0).unwrap();
+        assert_eq!(task_share(&mixture), Some(6.0 / 8.5));
+        assert_eq!(task_share(&Mixture::from(vec![example(0)])), None);
     }
 }
