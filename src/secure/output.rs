@@ -4,7 +4,7 @@ mod room;
 
 use self::room::Room;
 use super::save::SaveAs;
-use super::screen::{RefusedExamples, SCREEN_START, SCREENED_FILE, ScreenCounts, Screening};
+use super::screen::{RefusedExamples, SCREEN_START, SCREENED_FILE, ScreenCounts, Screening, write_screened};
 use super::text::ModelText;
 use super::tune::{Method, TuneJob, mixture_hash};
 use super::watch::Watch;
@@ -14,7 +14,7 @@ use crate::engine::Decoder;
 use crate::error::{Error, FileOp, Result};
 use crate::group::{Alone, Group, Place};
 use crate::io::file::begins_with;
-use crate::io::{IfExists, OutputDir, check_apart, check_file, json, unfinished, write_atomic};
+use crate::io::{IfExists, OutputDir, check_apart, check_file, json, unfinished};
 use crate::model::{ChatFiles, Clock, ModelDir, StoredAs};
 use crate::modules::{Cell, LearningRates, ParamId};
 use crate::options::mib;
@@ -133,25 +133,6 @@ impl TuneOutput {
     }
 }
 
-impl TuneOutput {
-    /// Writes the rows that were left out; where there are none, no list of an earlier run stays.
-    fn write_screened(&self, dir: &Path, lines: &str) -> Result<()> {
-        let path = unfinished::beside(&self.path, SCREENED_ENDING).unwrap_or_else(|_| dir.join(SCREENED_FILE));
-        if !lines.is_empty() {
-            return write_atomic(&path, lines.as_bytes());
-        }
-        if is_screened(&path) {
-            std::fs::remove_file(&path).map_err(Error::io(&path, FileOp::Remove))?;
-        }
-        Ok(())
-    }
-}
-
-/// Whether a file lists rows that a screening found.
-fn is_screened(path: &Path) -> bool {
-    begins_with(path, SCREEN_START)
-}
-
 /// A locked output, whose temporary directory exists.
 pub struct OpenOutput {
     /// The options that it was opened with.
@@ -200,7 +181,7 @@ impl OpenOutput {
         if self.dir.is_none() {
             return Ok(());
         }
-        check_file(&path, IfExists::from_force(options.force || options.resume), is_screened)
+        check_file(&path, IfExists::from_force(options.force || options.resume), |path| begins_with(path, SCREEN_START))
     }
 
     /// Checks a job on this model, whatever its examples, and returns its phases.
@@ -413,7 +394,8 @@ impl PreparedTune {
             "evaluations": summary.evaluations, "best_step": summary.best_step } });
         if let Some((Screening { lines, .. }, counts)) = &screening {
             record["screened"] = serde_json::json!(counts);
-            options.write_screened(out.dir(), lines)?;
+            let beside = unfinished::beside(&options.path, SCREENED_ENDING);
+            write_screened(&beside.unwrap_or_else(|_| out.dir().join(SCREENED_FILE)), lines)?;
         }
         json::write(&out.dir().join("tune.json"), &record)?;
         out.commit()?;

@@ -6,14 +6,14 @@ use super::stages::{Origin, Subject, Tuned};
 use super::{BaseModel, POINTS, SecureMeasures, SecureOutcome, SecureRun, SecureSetting, Tried, license_of};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::io::{IfExists, OutputDir, json, write_atomic};
+use crate::io::{IfExists, OutputDir, json};
 use crate::model::{ModelDir, StoredAs};
 use crate::progress::Observer;
 use crate::secure::check::{Check, Limits};
 use crate::secure::choice::{Candidate, choose, excess};
 use crate::secure::eval::Evaluation;
 use crate::secure::merge::{Alpha, MergeMethod, MergeModels, MergeOptions, merge, merge_into};
-use crate::secure::screen::SCREENED_FILE;
+use crate::secure::screen::{SCREENED_FILE, write_screened};
 use crate::secure::study::{Stages, claim_folder, clock, file_hash, lock};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -248,7 +248,7 @@ impl<B: Backend> SecureRun<'_, B> {
         };
         if let Some(refused) = &refused {
             // Not beside the model, which people share.
-            write_atomic(&self.job.work.join(SCREENED_FILE), self.screened_lines(refused)?.as_bytes())?;
+            write_screened(&self.job.work.join(SCREENED_FILE), &self.screened_lines(refused)?)?;
         }
         json::write(&output.dir().join("outcome.json"), &outcome)?;
         Ok(Secured { outcome, check, output, times: time.times() })

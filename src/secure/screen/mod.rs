@@ -7,6 +7,7 @@
 
 mod refused;
 
+pub(super) use refused::write_screened;
 pub use refused::{RefusedExamples, ScreenCounts, Screening};
 
 use super::eval::refusal::RefusalList;

@@ -7,11 +7,13 @@
 //! Harmful examples among the data are filtered by subspaces of hidden states in SAFT (arXiv 2410.10014), and by
 //! similarity to known harmful examples in arXiv 2404.01099; here no labelled example is needed.
 
-use super::{KEY, ScreenRow};
+use super::{KEY, SCREEN_START, ScreenRow};
 use crate::backend::Backend;
 use crate::data::{Example, Mixture, RowReader};
 use crate::engine::GenerateOptions;
-use crate::error::{Error, Result};
+use crate::error::{Error, FileOp, Result};
+use crate::io::file::begins_with;
+use crate::io::write_atomic;
 use crate::progress::{Observer, Progress};
 use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::{LoadedModel, REFUSAL_TOKENS};
@@ -104,6 +106,20 @@ impl RefusedExamples {
         }
         Ok(lines)
     }
+}
+
+/// Writes the list of rows that were left out; where there are none, no list of an earlier run stays.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(in crate::secure) fn write_screened(path: &Path, lines: &str) -> Result<()> {
+    if !lines.is_empty() {
+        return write_atomic(path, lines.as_bytes());
+    }
+    if begins_with(path, SCREEN_START) {
+        std::fs::remove_file(path).map_err(Error::io(path, FileOp::Remove))?;
+    }
+    Ok(())
 }
 
 /// A screening of a training run's data, as the unfinished run keeps it.
@@ -213,11 +229,28 @@ impl<B: Backend> LoadedModel<B> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::SCREENED_FILE;
     use super::*;
 
     fn example(tokens: &[u32], trained: &[usize]) -> Example {
         let trained = (0..tokens.len()).map(|at| trained.contains(&at)).collect();
         Example { tokens: tokens.to_vec(), trained, replayed: false }
+    }
+
+    #[test]
+    fn no_list_of_an_earlier_run_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(SCREENED_FILE);
+        write_screened(&path, "").unwrap();
+        assert!(!path.exists(), "nothing was left out");
+        let lines = format!("{SCREEN_START}{{}}}}\n");
+        write_screened(&path, &lines).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), lines);
+        write_screened(&path, "").unwrap();
+        assert!(!path.exists());
+        std::fs::write(&path, "notes").unwrap();
+        write_screened(&path, "").unwrap();
+        assert!(path.exists(), "a file of another program");
     }
 
     #[test]
