@@ -6,7 +6,7 @@ use super::open::{Float, ModelArgs, State, check_state};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Bf16State, Cuda, F32State};
 use crate::backend::{Backend, FreeMemory};
-use crate::engine::{Lora, Plan, RankStep, Speeds, Workload};
+use crate::engine::{Lora, Plan, RankStep, Speeds, Workload, lora_rank};
 use crate::error::{Error, Result};
 use crate::model::{Adapter, ModelConfig, ModelDir};
 use crate::modules::{ModuleSet, ParamId};
@@ -52,7 +52,7 @@ pub(super) struct PlanCommand {
     #[arg(long, value_enum, default_value_t = MethodName::Full)]
     method: MethodName,
     /// Rank of the adapters
-    #[arg(long, value_parser = count_of, default_value_t = Lora::default().rank)]
+    #[arg(long, value_parser = lora_rank, default_value_t = Lora::default().rank)]
     lora_rank: usize,
     /// Precision of gradients and moments beside bf16 weights: f32 (12 bytes per trained parameter) or bf16 (6)
     #[arg(long, value_enum, default_value_t = State::F32)]

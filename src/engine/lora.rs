@@ -6,7 +6,7 @@ use crate::backend::{Backend, Epilogue, In, Linear, LinearBackwardInput, LinearS
 use crate::error::{Error, Result};
 use crate::model::{AdapterShape, ModelConfig, ModelDir};
 use crate::modules::{Cell, ModuleId, ModuleSet, ParamId};
-use crate::options::{above_zero, count};
+use crate::options::above_zero;
 use crate::rng::Philox;
 
 /// Rank and scale of adapters.
@@ -14,7 +14,7 @@ use crate::rng::Philox;
 #[serde(deny_unknown_fields)]
 pub struct Lora {
     /// Rank of the adapters
-    #[arg(long = "lora-rank", id = "lora_rank", value_name = "LORA_RANK", value_parser = count, default_value_t = 8)]
+    #[arg(long = "lora-rank", id = "lora_rank", value_name = "LORA_RANK", value_parser = lora_rank, default_value_t = 8)]
     pub rank: usize,
     /// The adapters' output is scaled by alpha / rank
     #[arg(long = "lora-alpha", id = "lora_alpha", value_name = "LORA_ALPHA", value_parser = above_zero::<f32>, default_value_t = 16.0)]
@@ -26,6 +26,15 @@ pub struct Lora {
 }
 
 crate::options::default_from_args!(Lora);
+
+/// A rank that an adapter may have.
+///
+/// # Errors
+/// What was expected.
+pub fn lora_rank(text: &str) -> std::result::Result<usize, String> {
+    let parsed = text.trim().parse().ok().filter(|rank| (1..=AdapterShape::MAX_RANK).contains(rank));
+    parsed.ok_or_else(|| format!("expected a whole number from 1 to {}", AdapterShape::MAX_RANK))
+}
 
 impl Lora {
     /// alpha / rank, or alpha / √rank.
@@ -66,8 +75,8 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// [`Error::Input`] where the rank is 0; [`Error::Device`] or [`Error::Memory`] where the device fails.
     pub fn add_lora(&mut self, set: &ModuleSet, lora: Lora, seed: u64) -> Result<()> {
-        if lora.rank == 0 {
-            return Err(Error::input("lora.rank", "0", "at least 1"));
+        if !(1..=AdapterShape::MAX_RANK).contains(&lora.rank) {
+            return Err(Error::input("lora.rank", lora.rank.to_string(), format!("1 to {}", AdapterShape::MAX_RANK)));
         }
         let modules: Vec<ModuleId> = set
             .iter()

@@ -22,6 +22,6 @@ pub use cost::{Beside, MinimumCost, Plan, RankStep, Speeds, Workload, roofline_s
 pub use decoder::{Decoder, Parameter};
 pub use generate::{Finish, GenerateOptions, Generation};
 pub use gradients::{FinalGradients, GradientOptions, Gradients};
-pub use lora::Lora;
+pub use lora::{Lora, lora_rank};
 pub use losses::Losses;
 pub use sweep::{Member, NoiseKind, Readout, SweepOptions};

@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 
 /// What to do with an adapter that is not plain LoRA.
 pub(super) const MERGE: &str = "merge it into its model with peft (merge_and_unload, save_pretrained) and use that";
-const MAX_RANK: usize = 1 << 16;
 
 /// Rank and scale of a projection's adapter: y += scale · (x·Aᵀ)·Bᵀ.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,6 +19,11 @@ pub struct AdapterShape {
     pub alpha: f32,
     /// Whether the scale is alpha / √rank (rsLoRA) and not alpha / rank.
     pub rslora: bool,
+}
+
+impl AdapterShape {
+    /// Highest rank of an adapter.
+    pub const MAX_RANK: usize = 1 << 16;
 }
 
 /// Biases that an adapter trains.
@@ -58,7 +62,7 @@ impl Settings {
         let expected = "a list of names, a regular expression, or all-linear";
         let targets = names("target_modules")?.ok_or_else(|| fields.wrong("target_modules", expected))?;
         let positive = |x: f64| x > 0.0 && x <= f64::from(f32::MAX);
-        let rank = fields.required_size("r", MAX_RANK)?;
+        let rank = fields.required_size("r", AdapterShape::MAX_RANK)?;
         let alpha = fields.number("lora_alpha", positive, "a number above 0")?.unwrap_or(8.0) as f32;
         let layers = match fields.get("layers_to_transform") {
             None => None,
@@ -72,8 +76,9 @@ impl Settings {
         let place = fields.place("layers_pattern");
         let lists = strings(&fields, "layers_pattern")?.unwrap_or_default();
         let lists = lists.iter().filter(|list| !list.is_empty()).map(|list| Pattern::layers(list, &place));
-        let wrong_rank = format!("a whole number from 1 to {MAX_RANK}");
-        let rank_of = |value: &Value| value.as_u64().map(|n| n as usize).filter(|n| (1..=MAX_RANK).contains(n));
+        let wrong_rank = format!("a whole number from 1 to {}", AdapterShape::MAX_RANK);
+        let rank_of =
+            |value: &Value| value.as_u64().map(|n| n as usize).filter(|n| (1..=AdapterShape::MAX_RANK).contains(n));
         let alpha_of = |value: &Value| value.as_f64().filter(|x| positive(*x)).map(|x| x as f32);
         Ok(Self {
             default: AdapterShape { rank, alpha, rslora: fields.flag("use_rslora", false)? },

@@ -303,6 +303,7 @@ mod tests {
             ("plain+steps=0", "steps=0"),
             ("plain+steps=-1", "steps=-1"),
             ("plain+lora=1.5", "lora=1.5"),
+            ("plain+lora=65537", "from 1 to 65536"),
             ("plain+ema=1", "ema=1"),
             ("plain+replay", "replay without a value"),
             ("plain+replay=1", "replay=1"),

@@ -2,6 +2,7 @@
 
 use super::after::MergeStep;
 use super::mix::{Mix, MixIn};
+use crate::engine::lora_rank;
 use crate::error::{Error, Result};
 use crate::options::{above_zero, count, from_zero, inner_share, one_of};
 use crate::secure::robustness::By;
@@ -92,7 +93,7 @@ impl RecipeOptions {
         let twice = match key {
             "lr" => self.lr.replace(above_zero(valued).map_err(wrong)?).is_some(),
             "steps" => self.steps.replace(count(valued).map_err(wrong)? as u64).is_some(),
-            "lora" => self.lora.replace(count(valued).map_err(wrong)?).is_some(),
+            "lora" => self.lora.replace(lora_rank(valued).map_err(wrong)?).is_some(),
             "ema" => self.ema.replace(inner_share(valued).map_err(wrong)?).is_some(),
             "replay" => self.mix(Mix::Replay, value).map_err(wrong)?,
             "refusals" => self.mix(Mix::Refusals, value).map_err(wrong)?,
