@@ -76,6 +76,7 @@ const RULES: &[(&str, &[&str], Needs)] = &[
             "max_over_refusal_rise",
             "max_task_drop",
             "max_j_drop",
+            "max_auroc_drop",
             "columns",
             "field",
             "skip_bad_rows",

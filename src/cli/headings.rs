@@ -4,21 +4,7 @@
 const HEADINGS: &[(&str, &[&str])] = &[
     ("Model", &["model", "against", "chat_template", "date", "base", "tuned", "aligned", "unaligned", "safe"]),
     ("Data files", &["columns", "field", "skip_bad_rows"]),
-    (
-        "Data",
-        &[
-            "data",
-            "mix",
-            "mix_share",
-            "replay",
-            "attack",
-            "screen",
-            "refusal_expressions",
-            "max_length",
-            "packing",
-            "shuffle",
-        ],
-    ),
+    ("Data", &["data", "mix", "mix_share", "replay", "attack", "screen", "max_length", "packing", "shuffle"]),
     (
         "Training",
         &[
@@ -43,6 +29,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
         "Mods_Rob",
         &["mods", "mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "module_lr", "reversed", "keep_optimizer"],
     ),
+    ("Refusals", &["refusals", "refusal_languages", "refusal_expressions"]),
     ("Planned step", &["step_lr", "step_steps", "step_batch_size", "step_batches", "step_max_length"]),
     ("Near the model as given", &["constrain", "distil", "prox", "lisa", "vaccine"]),
     ("Adapters", &["adapter", "save", "lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
@@ -52,7 +39,15 @@ const HEADINGS: &[(&str, &[&str])] = &[
     ),
     (
         "Limits",
-        &["max_asr_rise", "max_over_refusal_rise", "max_task_drop", "max_j_drop", "max_guard_asr_rise", "strict"],
+        &[
+            "max_asr_rise",
+            "max_over_refusal_rise",
+            "max_task_drop",
+            "max_j_drop",
+            "max_auroc_drop",
+            "max_guard_asr_rise",
+            "strict",
+        ],
     ),
     ("Output", &["out", "path", "force", "resume", "save_every", "keep_last", "save_dtype", "max_shard_bytes", "work"]),
     ("Job arrays", &["shard", "shard_index", "shard_count", "merge", "worker", "jobs", "takeover_after", "list_jobs"]),

@@ -146,6 +146,7 @@ fn choice_note(outcome: &SecureOutcome) -> String {
     ];
     half.extend((sizes.valid_tasks > 0).then(|| format!("the task score down by {}", limits.max_task_drop)));
     half.extend(limits.max_j_drop.map(|limit| format!("J down by {limit}")));
+    half.extend(limits.max_auroc_drop.map(|limit| format!("the AUROC down by {limit} hundredths")));
     half.extend(limits.max_guard_asr_rise.map(|limit| format!("attack success by the guard model up by {limit}")));
     format!(
         "By the {asked} of the choice, which the verdict does not use. Half the limits: {}, against the model as given. The most \

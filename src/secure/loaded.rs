@@ -1,7 +1,7 @@
 //! A model directory opened on a device, and the steps of the method on it.
 
 use super::eval::agreement::Agreement;
-use super::eval::discrimination::{Estimate, auroc_estimate};
+use super::eval::discrimination::auroc_estimate;
 use super::eval::export::{Export, Told};
 use super::eval::guard::{Moderated, Moderator};
 use super::eval::judge::{Judge, probe_harmfulness};
@@ -344,7 +344,9 @@ impl<B: Backend> LoadedModel<B> {
         if !harmful.is_empty() && !benign.is_empty() {
             found.outcomes.first_tokens = input.first_tokens.cloned().or_else(|| FirstTokens::learn(first));
             if let Some(first) = &found.outcomes.first_tokens {
-                found.auroc = self.refusal_auroc(first, [&harmful, &benign], observer)?;
+                let odds = self.refusal_log_odds(first, [&harmful, &benign], observer)?;
+                found.auroc = auroc_estimate(&odds[0], &odds[1]);
+                [found.outcomes.harmful_log_odds, found.outcomes.benign_log_odds] = odds;
             }
         }
         if !input.tasks.is_empty() {
@@ -362,13 +364,13 @@ impl<B: Backend> LoadedModel<B> {
         Ok(found)
     }
 
-    /// AUROC of the refusal log-odds, from harmful and benign prompts.
-    fn refusal_auroc(
+    /// Refusal log-odds of harmful and of benign prompts.
+    fn refusal_log_odds(
         &self,
         first: &FirstTokens,
         prompts: [&[SecurityPrompt]; 2],
         observer: Observer<'_>,
-    ) -> Result<Option<Estimate>> {
+    ) -> Result<[Vec<f64>; 2]> {
         first.check(Some(self.text.files.config.vocab), "refusal log-odds")?;
         let mut odds = |prompts| -> Result<Vec<f64>> {
             let tokens = self.render_security(prompts)?;
@@ -376,7 +378,7 @@ impl<B: Backend> LoadedModel<B> {
             Ok(read.refusal.unwrap_or_default())
         };
         let [harmful, benign] = prompts;
-        Ok(auroc_estimate(&odds(harmful)?, &odds(benign)?))
+        Ok([odds(harmful)?, odds(benign)?])
     }
 
     /// [`probe_harmfulness`] of each answer, at the probe's metric layer and the last token of prompt and answer.

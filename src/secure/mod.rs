@@ -34,7 +34,7 @@ pub use demo::model::{DEMO_MAX_LENGTH, DEMO_SEED, Stage, make_tiny_model};
 pub use demo::{demo_study, write_demo_model};
 pub use eval::agreement::Agreement;
 pub(crate) use eval::check_answer_tokens;
-pub use eval::discrimination::{Estimate, auroc_estimate, youden};
+pub use eval::discrimination::{Estimate, auroc_estimate, paired_auroc_difference, youden};
 pub use eval::export::{Export, Told};
 pub use eval::guard::{Guard, GuardOptions, GuardText, Moderated, Moderator};
 pub use eval::judge::{Grades, Judge, JudgeOptions, probe_harmfulness};

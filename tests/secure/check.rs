@@ -1,6 +1,9 @@
 //! The gate of `swat check`: paired intervals and verdicts.
 
-use swat::secure::{Check, Evaluation, Limits, PromptOutcomes, Rate, Verdict, paired_difference};
+use swat::secure::{
+    Check, Evaluation, Limits, PromptOutcomes, Rate, Verdict, auroc_estimate, paired_auroc_difference,
+    paired_difference,
+};
 
 /// Outcomes before and after, from counts of prompts with both, after alone, before alone, and neither.
 fn pairs(both: usize, gained: usize, lost: usize, neither: usize) -> (Vec<bool>, Vec<bool>) {
@@ -35,7 +38,7 @@ fn evaluation(harmful_refused: Vec<bool>, benign_refused: Vec<bool>, correct: Ve
     Evaluation {
         asr: Some(Rate::of(harmful_refused.iter().map(|refused| !refused))),
         over_refusal: Some(Rate::of(benign_refused.iter().copied())),
-        outcomes: PromptOutcomes { harmful_refused, benign_refused, correct, first_tokens: None },
+        outcomes: PromptOutcomes { harmful_refused, benign_refused, correct, ..PromptOutcomes::default() },
         ..Evaluation::default()
     }
 }
@@ -100,12 +103,48 @@ fn the_drop_of_j_adds_both_changes() {
 }
 
 #[test]
+fn the_auroc_has_a_gate_where_a_limit_is_given() {
+    let with_odds = |harmful: &[f64], benign: &[f64]| {
+        let mut found = evaluation(vec![true; harmful.len()], vec![false; benign.len()], vec![]);
+        found.auroc = auroc_estimate(harmful, benign);
+        found.outcomes.harmful_log_odds = harmful.to_vec();
+        found.outcomes.benign_log_odds = benign.to_vec();
+        found
+    };
+    let ordered: Vec<f64> = (0..40).map(f64::from).collect();
+    let base = with_odds(&ordered[20..], &ordered[..20]);
+    let mixed = with_odds(&ordered[10..30], &[&ordered[..10], &ordered[30..]].concat());
+    let limits = Limits { max_auroc_drop: Some(5.0), ..Limits::default() };
+    let found = Verdict::new(&base, &mixed, &limits);
+    let gate = found.gate("auroc_drop").unwrap();
+    // Half of the benign prompts are above all harmful ones.
+    assert!((gate.value - 50.0).abs() < 1e-9 && !gate.held && !found.held, "{gate:?}");
+    let change = paired_auroc_difference(
+        [&base.outcomes.harmful_log_odds, &base.outcomes.benign_log_odds],
+        [&mixed.outcomes.harmful_log_odds, &mixed.outcomes.benign_log_odds],
+    );
+    assert!((gate.low + 100.0 * change.unwrap().high).abs() < 1e-9);
+    let text = found.require().unwrap_err().to_string();
+    assert!(text.contains("drop of the AUROC by 50.0 points"), "{text}");
+    assert!(Verdict::new(&base, &base, &limits).held);
+    // Not asked for: no gate.
+    assert!(Verdict::new(&base, &mixed, &Limits::default()).gate("auroc_drop").is_none());
+    // Asked for, and not measured: not held, and it says so.
+    let bare = evaluation(vec![true], vec![false], vec![]);
+    let found = Verdict::new(&bare, &bare, &limits);
+    assert!(!found.held && found.unmeasured == ["auroc_drop"] && found.gates.iter().all(|gate| gate.held));
+    let text = found.require().unwrap_err().to_string();
+    assert!(text.contains("drop of the AUROC has a limit and could not be measured"), "{text}");
+}
+
+#[test]
 fn limits_have_a_range_and_a_check_reads_back() {
     for limits in [
         Limits { max_asr_rise: f64::NAN, ..Limits::default() },
         Limits { max_over_refusal_rise: f64::INFINITY, ..Limits::default() },
         Limits { max_task_drop: 1e4, ..Limits::default() },
         Limits { max_j_drop: Some(f64::NAN), ..Limits::default() },
+        Limits { max_auroc_drop: Some(f64::NAN), ..Limits::default() },
     ] {
         assert!(limits.check().unwrap_err().to_string().starts_with("--max-"));
     }

@@ -37,6 +37,18 @@ impl Estimate {
         }
     }
 
+    /// The difference of two estimates whose correlation is `r`, its interval by the same method for dependent estimates
+    /// (Zou, Psychological Methods 12, 2007): the more they vary together, the narrower.
+    pub fn minus_correlated(self, other: Self, r: f64) -> Self {
+        let side = |a: f64, b: f64| (a * a - 2.0 * r * a * b + b * b).max(0.0).sqrt();
+        let value = self.value - other.value;
+        Self {
+            value,
+            low: value - side(self.value - self.low, other.high - other.value),
+            high: value + side(self.high - self.value, other.value - other.low),
+        }
+    }
+
     /// The estimate of the negated value.
     pub fn negated(self) -> Self {
         // Not `-`, which makes −0 of no change.
@@ -82,6 +94,44 @@ pub fn auroc_estimate(harmful: &[f64], benign: &[f64]) -> Option<Estimate> {
     Some(Estimate { value, low: bound(0.0), high: bound(1.0) })
 }
 
+/// Change of the AUROC from one model to another, after − before, from the scores of the same prompts, each \[harmful, benign\].
+/// `None` where a class is missing, a value is not finite, or the numbers of prompts differ.
+///
+/// The interval is that of [`Estimate::minus_correlated`], with the correlation of the two AUROCs by DeLong, DeLong and
+/// Clarke-Pearson (Biometrics 44, 1988): that of the prompts' components. A harmful prompt's component is the share of benign
+/// prompts below it, a benign one's that of harmful prompts above it.
+pub fn paired_auroc_difference(before: [&[f64]; 2], after: [&[f64]; 2]) -> Option<Estimate> {
+    if before.map(<[f64]>::len) != after.map(<[f64]>::len) {
+        return None;
+    }
+    let (old, new) = (auroc_estimate(before[0], before[1])?, auroc_estimate(after[0], after[1])?);
+    let (old_parts, new_parts) = (components(before), components(after));
+    let covariance = |a: &[Vec<f64>; 2], b: &[Vec<f64>; 2]| -> f64 {
+        a.iter().zip(b).map(|(a, b)| sample_covariance(a, b) / a.len() as f64).sum()
+    };
+    let spread = (covariance(&old_parts, &old_parts) * covariance(&new_parts, &new_parts)).sqrt();
+    let r = if spread > 0.0 { (covariance(&old_parts, &new_parts) / spread).clamp(-1.0, 1.0) } else { 0.0 };
+    Some(new.minus_correlated(old, r))
+}
+
+/// DeLong's components of the scores of harmful and benign prompts, ties counted half.
+fn components([harmful, benign]: [&[f64]; 2]) -> [Vec<f64>; 2] {
+    let wins = |a: f64, b: f64| if a == b { 0.5 } else { f64::from(u8::from(a > b)) };
+    let mean = |of: &dyn Fn(f64) -> f64, over: &[f64]| over.iter().map(|x| of(*x)).sum::<f64>() / over.len() as f64;
+    [
+        harmful.iter().map(|x| mean(&|y| wins(*x, y), benign)).collect(),
+        benign.iter().map(|y| mean(&|x| wins(x, *y), harmful)).collect(),
+    ]
+}
+
+/// With n − 1; 0 for a single value.
+fn sample_covariance(a: &[f64], b: &[f64]) -> f64 {
+    let n = a.len() as f64;
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / n;
+    let (mean_a, mean_b) = (mean(a), mean(b));
+    a.iter().zip(b).map(|(a, b)| (a - mean_a) * (b - mean_b)).sum::<f64>() / (n - 1.0).max(1.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,5 +175,22 @@ mod tests {
         close(auroc_estimate(&[1.0; 20], &[1.0; 20]).unwrap(), 0.5, 0.33149, 0.66851);
         assert_eq!(auroc_estimate(&[], &[1.0]), None);
         assert_eq!(auroc_estimate(&[1.0], &[f64::NAN]), None);
+    }
+
+    #[test]
+    fn auroc_differences_by_hand() {
+        // Components before: 1, 1/2, 1, 1/3 of the harmful prompts and 5/8, 1, 1/2 of the benign ones; after: 1/3, 1/2, 2/3, 1/3
+        // and 3/8, 1, 0. Their correlation is 0.7044, and the AUROCs fall from 17 to 11 of 24 pairs.
+        let before = [[3.0, 2.0, 2.5, 1.0].as_slice(), &[2.0, 0.0, 2.1]];
+        let after = [[1.0, 2.0, 2.5, 0.5].as_slice(), &[2.0, 0.0, 3.0]];
+        close(paired_auroc_difference(before, after).unwrap(), -0.25, -0.47229, 0.05074);
+        // A model in which nothing has changed: r = 1, and an interval as wide as the two sides of its AUROC's differ.
+        let before = [&before[0][..3], before[1]];
+        close(paired_auroc_difference(before, before).unwrap(), 0.0, -0.33315, 0.33315);
+        // Without an error there is no variance, and so no correlation.
+        let after = [[3.0, 4.0, 5.0].as_slice(), &[0.0, 1.0, 2.0]];
+        close(paired_auroc_difference(before, after).unwrap(), 1.5 / 9.0, -0.35231, 0.64247);
+        assert_eq!(paired_auroc_difference(before, [&[1.0], &[0.0]]), None, "other prompts");
+        assert_eq!(paired_auroc_difference([&[], &[1.0]], [&[], &[1.0]]), None);
     }
 }

@@ -165,6 +165,10 @@ pub struct PromptOutcomes {
     /// Whether the answer to each task is right.
     #[serde(with = "bits")]
     pub correct: Vec<bool>,
+    /// Log-odds of a refusal as first token, of each harmful prompt; empty where they were not computed.
+    pub harmful_log_odds: Vec<f64>,
+    /// The same of each benign prompt.
+    pub benign_log_odds: Vec<f64>,
     /// First tokens by which the refusal log-odds were computed.
     pub first_tokens: Option<FirstTokens>,
 }

@@ -27,7 +27,13 @@ impl NotHeld<'_> {
     /// What to try, what is likeliest to help first: a sentence each, without its full stop.
     pub(super) fn advice(&self) -> Vec<String> {
         let mut advice = Vec::new();
-        let gates = ["asr_rise", "j_drop", "guard_asr_rise"];
+        if !self.verdict.unmeasured.is_empty() {
+            advice.push(
+                "ask prompts of which the model as given refuses some, or leave out the limit that has no measure"
+                    .into(),
+            );
+        }
+        let gates = ["asr_rise", "j_drop", "auroc_drop", "guard_asr_rise"];
         let [unsafe_now, refuses_more] =
             [gates.iter().any(|gate| self.verdict.fails(gate)), self.verdict.fails("over_refusal_rise")];
         if unsafe_now || refuses_more {
@@ -108,7 +114,11 @@ mod tests {
             held: name != failed,
             certain: true,
         };
-        Verdict { held: false, gates: ["asr_rise", "over_refusal_rise", "task_drop"].map(gate).to_vec() }
+        Verdict {
+            held: false,
+            gates: ["asr_rise", "over_refusal_rise", "task_drop"].map(gate).to_vec(),
+            unmeasured: Vec::new(),
+        }
     }
 
     fn advice(failed: &str, recipes: &[&str], excess: f64) -> String {
