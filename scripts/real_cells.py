@@ -56,7 +56,7 @@ def secure(swat, work, name, kind, seeds):
         if not kept.exists():
             out.parent.mkdir(exist_ok=True)
             command = [swat, "secure", *OWN[name], "--data", train, "--security", work / "data/security.jsonl", "--task",
-                       work / "data/task-heldout.jsonl", "--out", out, "--seed", seed, "--force", "--json", "--quiet", *SECURE]
+                       work / "data/task.jsonl", "--out", out, "--seed", seed, "--force", "--json", "--quiet", *SECURE]
             found = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True, cwd=work)
             if found.returncode not in (0, 3):
                 raise SystemExit(f"{out}: swat secure ended with {found.returncode}")
