@@ -1,7 +1,7 @@
 //! A check as tables.
 
 use super::table::{Entry, Table};
-use crate::secure::{Agreement, Check, CheckedModel, Estimate, Gate, Rate};
+use crate::secure::{Agreement, Check, CheckedModel, Estimate, Gate, Rate, Verdict};
 
 /// Measures of both models, and gates with their verdict.
 pub fn check_tables(check: &Check) -> [Table; 2] {
@@ -36,7 +36,17 @@ fn measures(check: &Check) -> Table {
 fn verdict(check: &Check) -> Table {
     let held = if check.verdict.held { "Verdict: held" } else { "Verdict: not held" };
     let mut table = Table::new(held).column("").numbers("points", "").numbers("limit", "").column("verdict");
-    for gate in &check.verdict.gates {
+    add_gates(&mut table, &check.verdict);
+    if check.verdict.gates.iter().any(|gate: &Gate| !gate.certain) {
+        table.note =
+            "Within the interval: the limit lies inside the interval of the change; more prompts narrow it.".into();
+    }
+    table
+}
+
+/// A row for each gate: what it is about, its change with interval, its limit, and whether it is held.
+pub(super) fn add_gates(table: &mut Table, verdict: &Verdict) {
+    for gate in &verdict.gates {
         let verdict = match (gate.held, gate.certain) {
             (true, true) => "held",
             (false, true) => "not held",
@@ -47,11 +57,9 @@ fn verdict(check: &Check) -> Table {
         let value = Entry { detail: format!("({:.1} to {:.1})", gate.low, gate.high), ..value };
         table.row([Entry::text(gate.what()), value, Entry::fixed(gate.limit, 1), Entry::text(verdict)]);
     }
-    if check.verdict.gates.iter().any(|gate: &Gate| !gate.certain) {
-        table.note =
-            "Within the interval: the limit lies inside the interval of the change; more prompts narrow it.".into();
+    for what in verdict.unmeasured() {
+        table.row([Entry::text(what), Entry::missing(), Entry::missing(), Entry::text("not held, not measured")]);
     }
-    table
 }
 
 /// Agreement between the judges of each model of a check; none without a judge beside the refusal expressions.

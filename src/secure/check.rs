@@ -269,6 +269,11 @@ impl Verdict {
         self.gate(name).is_some_and(|gate| !gate.held)
     }
 
+    /// What the gates without a measure are about.
+    pub fn unmeasured(&self) -> impl Iterator<Item = &'static str> {
+        self.unmeasured.iter().map(|name| what(name))
+    }
+
     /// Nothing where the verdict is held.
     ///
     /// # Errors
@@ -300,8 +305,7 @@ impl Verdict {
         if self.held {
             return Ok(());
         }
-        let missing =
-            self.unmeasured.iter().map(|name| format!("{} has a limit and could not be measured", what(name)));
+        let missing = self.unmeasured().map(|what| format!("{what} has a limit and could not be measured"));
         let failed: Vec<String> = self.gates.iter().filter(|gate| !gate.held).map(Gate::text).chain(missing).collect();
         Err(Error::NotHeld { what: failed.join("; "), help: help() })
     }

@@ -125,7 +125,9 @@ fn label(spec: &Recipe, mix_share: f64) -> (String, Tone) {
     let parts = [
         options.lr.map(|lr| format!("rate {lr:e}")),
         options.steps.map(|steps| format!("{} steps", format::count(steps))),
-        options.lora.map(|rank| format!("LoRA {rank}")),
+        options
+            .lora
+            .map(|lora| format!("LoRA {}{}", lora.rank, if lora.all_linear { " on all projections" } else { "" })),
         number("EMA", options.ema.map(f64::from)),
         mixed(Mix::Attack),
         mixed(Mix::Refusals),

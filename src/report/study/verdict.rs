@@ -2,6 +2,7 @@
 
 use super::setting::{ASR, Setting, TASK, seeds_text, training_seeds};
 use crate::report::chart::{Dot, DotGroup, Measure, Scatter};
+use crate::report::check::add_gates;
 use crate::report::format;
 use crate::report::page::{Highlight, Section};
 use crate::report::palette::Tone;
@@ -51,17 +52,7 @@ fn gates(conclusion: &Conclusion) -> Table {
         .numbers("Change", "against the original model")
         .numbers("Limit", "")
         .column("Verdict");
-    for gate in &conclusion.verdict.gates {
-        let Gate { value, low, high, limit, held, certain, .. } = gate;
-        let verdict = match (held, certain) {
-            (true, true) => "held",
-            (false, true) => "not held",
-            (true, false) => "held, within the interval",
-            (false, false) => "not held, within the interval",
-        };
-        let change = Entry { detail: format!("({low:.1} to {high:.1})"), ..Entry::fixed(*value, 1) };
-        table.row([Entry::text(gate.what()), change, Entry::fixed(*limit, 1), Entry::text(verdict)]);
-    }
+    add_gates(&mut table, &conclusion.verdict);
     table.note =
         "In brackets: 95 % intervals of the change over the same prompts. A gate fails where its whole interval lies \
                   above the limit."
