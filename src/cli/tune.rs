@@ -23,7 +23,7 @@ use crate::report::EventFile;
 use crate::report::format::{bytes, count, percent};
 use crate::secure::{
     Base, Method, Mix, ModelText, Recipe, RefusalLanguage, Screening, SetSpec, TuneJob, TuneOutput, TuneRecipe,
-    WatchOptions, attention_projections, mixed, recipe_help,
+    WatchOptions, all_projections, attention_projections, mixed, recipe_help,
 };
 use crate::train::{Evaluation, PhaseOptions, Rounding, peak_bytes};
 use clap::Args;
@@ -395,7 +395,7 @@ impl Tune {
             mods.resolve(config, None, hash)
         };
         let mods = self.mods.as_ref().map(resolve).transpose()?;
-        let rank = self.named.as_ref().and_then(|named| named.options.lora);
+        let named = self.named.as_ref().and_then(|named| named.options.lora);
         let mut recipe = self.recipe.clone();
         recipe.shared.seed = common.seed;
         if let Some(adapter) = text.files.adapter() {
@@ -403,12 +403,13 @@ impl Tune {
                 say(&format!("{}: lora_dropout is left out: swat trains without dropout\n", adapter.dir().display()));
             }
             recipe.method = Method::Adapter { cells: adapter.cells() };
-        } else if self.method == MethodName::Lora || rank.is_some() {
+        } else if self.method == MethodName::Lora || named.is_some() {
             let modules = match &self.lora_modules {
                 Some(text) => ModuleSet::parse(text, &config.cells())?,
+                None if named.is_some_and(|named| named.all_linear) => all_projections(config.layers),
                 None => attention_projections(config.layers),
             };
-            let lora = Lora { rank: rank.unwrap_or(self.lora.rank), ..self.lora };
+            let lora = Lora { rank: named.map_or(self.lora.rank, |named| named.rank), ..self.lora };
             recipe.method = Method::Lora { lora, modules };
         }
         recipe.all_phase.lr = self.lr.unwrap_or_else(|| recipe.method.default_lr());

@@ -59,7 +59,7 @@ pub use probe::features::{Features, Snapshot, features, prompts_hash, snapshot};
 pub use probe::labels::check_labels;
 pub use probe::train::{ProbeInput, ProbeOptions, train_probe};
 pub use probe::{Head, HeadMetrics, LinearHead, Probe, ProbeLayer, ProbeMetadata};
-pub use recipe::{Base, MergeStep, Mix, MixIn, Recipe, RecipeOptions, mixed, recipe_help};
+pub use recipe::{Adapters, Base, MergeStep, Mix, MixIn, Recipe, RecipeOptions, mixed, recipe_help};
 pub use replay::{REPLAY_START, ReplayCounts, ReplayOptions, ReplaySummary};
 pub use robustness::conflict::conflict_map;
 pub use robustness::map::{CellRobustness, EpsilonPoint, MapInputs, RobustnessMap, Stat};
@@ -76,5 +76,5 @@ pub use screen::{
     RefusedExamples, SCREEN_START, ScreenCounts, ScreenOptions, ScreenRow, ScreenScore, Screened, Screening,
 };
 pub use text::ModelText;
-pub use tune::{ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneRecipe, attention_projections};
+pub use tune::{ALL_PHASE, MODS_PHASE, Method, TuneJob, TuneRecipe, all_projections, attention_projections};
 pub use watch::{Watch, WatchOptions};

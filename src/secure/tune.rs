@@ -185,7 +185,12 @@ pub(super) fn examples_hash(examples: &[Example]) -> String {
 
 /// The attention projections q, k, v, o of every layer: the default of LoRA.
 pub fn attention_projections(layers: usize) -> ModuleSet {
-    let kinds = ModuleKind::ALL.into_iter().filter(|kind| kind.in_attention());
+    all_projections(layers).iter().filter(|cell| matches!(cell, Cell::Module(id) if id.kind.in_attention())).collect()
+}
+
+/// The seven projections of each layer, `all-linear`.
+pub fn all_projections(layers: usize) -> ModuleSet {
+    let kinds = ModuleKind::ALL.into_iter();
     kinds.flat_map(|kind| (0..layers).map(move |layer| Cell::Module(ModuleId { layer, kind }))).collect()
 }
 

@@ -61,7 +61,8 @@ impl Tune {
             ("lisa", options.lisa.is_some() && self.recipe.shared.lisa.is_some(), "--lisa"),
             ("vaccine", options.vaccine.is_some() && self.recipe.shared.vaccine.is_some(), "--vaccine"),
             ("ema", options.ema.is_some() && self.recipe.shared.ema_decay.is_some(), "--ema-decay"),
-            ("lora", options.lora.is_some_and(|own| rank && own != self.lora.rank), "--lora-rank"),
+            ("lora", options.lora.is_some_and(|own| rank && own.rank != self.lora.rank), "--lora-rank"),
+            ("lora", options.lora.is_some_and(|own| own.all_linear) && self.lora_modules.is_some(), "--lora-modules"),
         ] {
             if both {
                 let value = if key == "screen" { "" } else { "=" };

@@ -13,7 +13,7 @@ mod phases;
 
 pub use after::MergeStep;
 pub use mix::{Mix, MixIn, mixed};
-pub use options::RecipeOptions;
+pub use options::{Adapters, RecipeOptions};
 pub use phases::Base;
 
 use super::tune::{TuneJob, TuneRecipe};
@@ -303,6 +303,7 @@ mod tests {
             ("plain+steps=0", "steps=0"),
             ("plain+steps=-1", "steps=-1"),
             ("plain+lora=1.5", "lora=1.5"),
+            ("plain+lora=8:q_proj", "RANK:all-linear"),
             ("plain+lora=65537", "from 1 to 65536"),
             ("plain+ema=1", "ema=1"),
             ("plain+replay", "replay without a value"),

@@ -12,7 +12,7 @@ use crate::train::Lisa;
 pub(super) const KEYS: [(&str, &str, &str); 16] = [
     ("lr", "=RATE", "learning rate of both phases"),
     ("steps", "=N", "optimizer steps of the phase on everything"),
-    ("lora", "=RANK", "adapters of this rank"),
+    ("lora", "=RANK[:all-linear]", "adapters of this rank"),
     ("ema", "=DECAY", "ends with an exponential moving average of the weights"),
     ("replay", "=SHARE", "share of the model's own answers in the data (swat replay)"),
     ("refusals", "[=SHARE]", "share of refusals in the data"),
@@ -38,8 +38,8 @@ pub struct RecipeOptions {
     pub lr: Option<f64>,
     /// `steps=`: optimizer steps of the phase on everything, or of the only phase; at least 1.
     pub steps: Option<u64>,
-    /// `lora=`: rank of adapters.
-    pub lora: Option<usize>,
+    /// `lora=`: adapters.
+    pub lora: Option<Adapters>,
     /// `ema=`: decay of the average of the weights, above 0 and below 1.
     pub ema: Option<f32>,
     /// `attack=`, `refusals=`, `replay=`: what is mixed into the data, in this order.
@@ -62,6 +62,29 @@ pub struct RecipeOptions {
     pub merge: Option<MergeStep>,
     /// `seeds=`: number of training seeds, 1 to 100.
     pub seeds: Option<u64>,
+}
+
+/// Adapters of a recipe: `8`, or `8:all-linear`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Adapters {
+    /// Their rank.
+    pub rank: usize,
+    /// Whether all seven projections of each layer have them, and not those that the study or the command line says.
+    pub all_linear: bool,
+}
+
+impl std::str::FromStr for Adapters {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (rank, modules) = text.split_once(':').map_or((text, None), |(rank, modules)| (rank, Some(modules)));
+        let all_linear = match modules {
+            None => false,
+            Some("all-linear") => true,
+            Some(_) => return Err("RANK or RANK:all-linear; other projections by `--lora-modules`".into()),
+        };
+        Ok(Self { rank: lora_rank(rank)?, all_linear })
+    }
 }
 
 /// The key of an option.
@@ -93,7 +116,7 @@ impl RecipeOptions {
         let twice = match key {
             "lr" => self.lr.replace(above_zero(valued).map_err(wrong)?).is_some(),
             "steps" => self.steps.replace(count(valued).map_err(wrong)? as u64).is_some(),
-            "lora" => self.lora.replace(lora_rank(valued).map_err(wrong)?).is_some(),
+            "lora" => self.lora.replace(valued.parse().map_err(wrong)?).is_some(),
             "ema" => self.ema.replace(inner_share(valued).map_err(wrong)?).is_some(),
             "replay" => self.mix(Mix::Replay, value).map_err(wrong)?,
             "refusals" => self.mix(Mix::Refusals, value).map_err(wrong)?,

@@ -4,13 +4,13 @@
 //! features least, then everything. Plain tuning is the second phase alone; of equal length where it has the steps of
 //! both.
 
-use super::Recipe;
+use super::{Adapters, Recipe};
 use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::modules::ModuleSet;
 use crate::options::one_of;
 use crate::secure::robustness::mods::SetSpec;
-use crate::secure::tune::{Method, TuneJob, TuneRecipe, attention_projections};
+use crate::secure::tune::{Method, TuneJob, TuneRecipe, all_projections, attention_projections};
 use crate::train::PhaseOptions;
 
 /// Bases and what they are.
@@ -132,16 +132,23 @@ pub(super) fn apply(recipe: &Recipe, tuned: &mut TuneRecipe, model: Option<&Mode
         let phase = if recipe.base == Base::ModsOnly { &mut tuned.mods_phase } else { &mut tuned.all_phase };
         (phase.epochs, phase.steps) = (None, Some(steps));
     }
-    let Some(rank) = options.lora else { return Ok(()) };
+    let Some(Adapters { rank, all_linear }) = options.lora else { return Ok(()) };
+    let all = || model.map(|model| all_projections(model.layers)).unwrap_or_default();
     match &mut tuned.method {
-        Method::Lora { lora, .. } => lora.rank = rank,
+        Method::Lora { lora, modules } => {
+            lora.rank = rank;
+            if all_linear {
+                *modules = all();
+            }
+        }
         Method::Full if options.lr.is_none() => {
             let found = "lora without lr, where the rate is that of training all parameters";
             return Err(Error::input(recipe.place(), found, "lr=RATE beside it, such as lr=2e-4"));
         }
         Method::Full => {
             let lora = crate::engine::Lora { rank, ..crate::engine::Lora::default() };
-            let modules = model.map(|model| attention_projections(model.layers)).unwrap_or_default();
+            let attention = || model.map(|model| attention_projections(model.layers)).unwrap_or_default();
+            let modules = if all_linear { all() } else { attention() };
             tuned.method = Method::Lora { lora, modules };
         }
         Method::Adapter { .. } => {
@@ -172,6 +179,7 @@ fn both(job: &TuneRecipe) -> Result<PhaseOptions> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ModelDir;
 
     #[test]
     fn equal_steps_are_the_sum_of_both_phases() {
@@ -205,5 +213,11 @@ mod tests {
         assert!(applied("plain+lora=4").unwrap_err().to_string().contains("lora without lr"));
         let Method::Lora { lora, .. } = applied("plain+lora=4,lr=2e-4").unwrap().method else { panic!("no adapters") };
         assert_eq!(lora.rank, 4);
+        let model = ModelDir::open("assets/tiny".as_ref()).unwrap().config;
+        for (text, count) in [("plain+lora=4,lr=2e-4", 4), ("plain+lora=4:all-linear,lr=2e-4", 7)] {
+            let applied = text.parse::<Recipe>().unwrap().apply(&study, Some(&model)).unwrap();
+            let Method::Lora { modules, .. } = applied.method else { panic!("no adapters") };
+            assert_eq!(modules.len(), count * model.layers, "{text}");
+        }
     }
 }
