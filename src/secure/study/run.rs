@@ -25,6 +25,7 @@ use crate::secure::eval::judge::Judge;
 use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::LoadedModel;
 use crate::secure::probe::Probe;
+use crate::secure::probe::features::Snapshot;
 use crate::secure::recipe::{Mix, Recipe};
 use crate::secure::robustness::By;
 use crate::secure::robustness::sets::{cell_parameters, share};
@@ -134,6 +135,8 @@ struct Study<'a, B: Backend> {
     overlapping_rows: usize,
     /// Measured by the first run that trains.
     roofline: OnceCell<Option<Roofline>>,
+    /// Of the original model, from the first run that is evaluated on.
+    base: OnceCell<Snapshot>,
     judge: Option<Judge>,
     guard: LazyGuard<B>,
 }
@@ -170,6 +173,7 @@ impl<'a, B: Backend> Study<'a, B> {
             model_hash,
             overlapping_rows,
             roofline: OnceCell::new(),
+            base: OnceCell::new(),
             judge: config.evaluate.judge.clone().map(Judge::new).transpose()?,
             guard,
         })

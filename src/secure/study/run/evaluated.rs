@@ -9,6 +9,7 @@ use crate::secure::eval::{Evaluation, PromptOutcomes};
 use crate::secure::loaded::EvaluationInput;
 use crate::secure::probe::Probe;
 use crate::secure::probe::drift::Drift;
+use crate::secure::probe::features::Snapshot;
 use crate::secure::study::stage::file_hash;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -77,8 +78,8 @@ impl<B: Backend> Study<'_, B> {
                 let drift = match run.spec.is_given() {
                     true => None,
                     false => {
-                        let base = self.model(&config.model)?.snapshot(probe, &self.data.security, &mut report)?;
-                        Some(model.drift(probe, &self.data.security, &base, &mut report)?)
+                        let base = self.base_snapshot(probe, &mut report)?;
+                        Some(model.drift(probe, &self.data.security, base, &mut report)?)
                     }
                 };
                 let outcomes = evaluation.outcomes.clone();
@@ -86,5 +87,14 @@ impl<B: Backend> Study<'_, B> {
             })?;
         evaluation.outcomes = outcomes;
         Ok((evaluation, drift))
+    }
+
+    /// What drift is measured from, the same for every run.
+    fn base_snapshot(&self, probe: &Probe, observer: Observer<'_>) -> Result<&Snapshot> {
+        if let Some(base) = self.base.get() {
+            return Ok(base);
+        }
+        let base = self.model(&self.config.model)?.snapshot(probe, &self.data.security, observer)?;
+        Ok(self.base.get_or_init(|| base))
     }
 }
