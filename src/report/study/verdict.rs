@@ -7,7 +7,7 @@ use crate::report::format;
 use crate::report::page::{Highlight, Section};
 use crate::report::palette::Tone;
 use crate::report::table::{Entry, Table};
-use crate::secure::study::{Claim, Conclusion, Distance, Distances, Holds};
+use crate::secure::study::{Claim, Conclusion, Distance, Distances, Holds, is_plain};
 use crate::secure::{Base, Gate};
 
 /// Name of the recommended setting's group in the drawings.
@@ -187,8 +187,9 @@ fn groups(settings: &[Setting<'_>], conclusion: &Conclusion, x: Of<'_, f64>, y: 
         let (name, tone) = match &setting.spec.base {
             _ if Some(&setting.spec.text) == conclusion.recommended.as_ref() => (RECOMMENDED, Tone::Green),
             Base::Given => ("original", Tone::Grey),
+            // At every rate and length: the front.
+            _ if is_plain(setting.spec) => ("plain", Tone::Vermilion),
             _ if !setting.spec.is_bare() => ("other recipes", Tone::Sky),
-            Base::Plain | Base::PlainEqual => ("plain", Tone::Vermilion),
             Base::Swat => ("SWAT", Tone::Blue),
             _ => ("controls", Tone::Pink),
         };

@@ -124,7 +124,7 @@ fn amount(run: &RunOutcome, at: At) -> Option<f64> {
 }
 
 /// Plain tuning at some rate and length.
-pub(super) fn is_plain(recipe: &Recipe) -> bool {
+pub(crate) fn is_plain(recipe: &Recipe) -> bool {
     let RecipeOptions { mixes, screen, ema, constrain, distil, prox, lisa, vaccine, merge, .. } = &recipe.options;
     let near = constrain.is_some() || distil.is_some() || prox.is_some() || lisa.is_some();
     let changed = *screen || ema.is_some() || near || vaccine.is_some();

@@ -13,6 +13,7 @@ mod run;
 mod stage;
 mod verdict;
 
+pub(crate) use claims::is_plain;
 pub use claims::{Claim, Distance, Distances, Holds, claims};
 pub use config::{DataFiles, MergeFiles, OverlapRule, RunConfig, TuneConfig};
 pub use folder::claim_folder;
