@@ -21,7 +21,8 @@ MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
 SECURE = ["--schedule", "cosine", "--lr-warmup-steps", "3", "--steps", "71", "--batch-size", "8", "--max-length", "256", "--answer-tokens", "32",
           "--task-tokens", "32", "--dtype", "bf16", "--device", "cpu"]
 OWN = {"smollm2": ["--model", "models/smollm2-135m-aligned", "--lr", "1e-4"],
-       "qwen": ["--model", "models/qwen2.5-coder-0.5b-instruct", "--lr", "2e-4", "--method", "lora"]}
+       "qwen": ["--model", "models/qwen2.5-coder-0.5b-instruct", *(word for recipe in ("replay=.15,screen", "replay=.15,distil=1,screen", "replay=.3,distil=2,screen")
+                                                                   for word in ("--recipe", f"plain+{recipe},lora=8,lr=2e-4"))]}
 
 
 def study(swat, work, name, seeds):
