@@ -15,6 +15,11 @@ const FORMAT: &str = "swat.output/1";
 /// Names that swat keeps in a directory that it writes in place, and what a file system puts into its root.
 const SERVICE: [&str; 5] =
     [RECORD, super::output::LOCK, super::output::PARTIAL, super::unfinished::INSIDE, "lost+found"];
+/// Whether a file is a record that a killed run had not finished writing.
+fn is_unfinished_record(name: &str) -> bool {
+    name.strip_prefix('.').and_then(|rest| rest.strip_prefix(RECORD)).is_some_and(|rest| rest.ends_with(".partial"))
+}
+
 /// Files up to this size are hashed as a whole, larger ones by pieces.
 const MAX_HASHED_BYTES: u64 = 1 << 20;
 /// Pieces of a larger file, evenly from its first byte to its last, and their length.
@@ -173,6 +178,13 @@ pub(super) fn remove_owned(dir: &Path, record: &Record) -> Result<()> {
             _ => {}
         }
     }
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if is_unfinished_record(&entry.file_name().to_string_lossy())
+            && entry.file_type().is_ok_and(|kind| kind.is_file())
+        {
+            fs::remove_file(entry.path()).map_err(Error::io(&entry.path(), FileOp::Remove))?;
+        }
+    }
     let mut folders: Vec<&str> = record.names().flat_map(ancestors).collect();
     folders.sort_by_key(|name| std::cmp::Reverse(name.len()));
     for folder in folders {
@@ -250,7 +262,7 @@ fn walk(dir: &Path) -> Result<Found> {
                     continue;
                 }
             };
-            if depth == 0 && SERVICE.contains(&name.as_str()) {
+            if depth == 0 && (SERVICE.contains(&name.as_str()) || kind.is_file() && is_unfinished_record(&name)) {
                 continue;
             }
             let path = at.join(&name);

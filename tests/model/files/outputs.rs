@@ -65,6 +65,26 @@ fn outputs_recover_from_a_kill() {
     assert!(!output.dir().join("junk").exists(), "cleared");
 }
 
+/// The record of an output is the first file in it: its temporary name may be all that there is.
+#[test]
+fn a_kill_within_the_record_leaves_nothing_in_the_way() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("out");
+    let partial = dir.path().join(".out.partial");
+    fs::create_dir(&partial).unwrap();
+    fs::write(partial.join("..swat.json.a1B2c3.partial"), "{").unwrap();
+    let output = OutputDir::create(&path, IfExists::Fail).unwrap();
+    fs::write(output.dir().join("a"), "1").unwrap();
+    output.commit().unwrap();
+    // Of a replacement in place it lies beside the files.
+    fs::write(path.join("..swat.json.d4E5f6.partial"), "{").unwrap();
+    OutputDir::create(&path, IfExists::Replace).unwrap().commit().unwrap();
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 1, "the record alone");
+    // Other hidden files are none of ours.
+    fs::write(path.join(".notes.partial"), "mine").unwrap();
+    assert!(OutputDir::create(&path, IfExists::Replace).unwrap_err().to_string().contains(".notes.partial"));
+}
+
 #[test]
 fn outputs_do_not_overwrite_what_appeared_meanwhile() {
     let dir = TempDir::new().unwrap();
