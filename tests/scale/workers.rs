@@ -83,6 +83,21 @@ fn remove_varying(value: &mut Value) {
     }
 }
 
+/// Where two values differ: the path of each part, and both values.
+fn differences(a: &Value, b: &Value, at: &str) -> Vec<String> {
+    match (a, b) {
+        (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {
+            a.iter().flat_map(|(key, value)| differences(value, &b[key], &format!("{at}.{key}"))).collect()
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            let pairs = a.iter().zip(b).enumerate();
+            pairs.flat_map(|(i, (a, b))| differences(a, b, &format!("{at}[{i}]"))).collect()
+        }
+        _ if a == b => Vec::new(),
+        _ => vec![format!("{at}: {a} and {b}")],
+    }
+}
+
 pub fn outcome(dir: &Path, out: &str) -> Value {
     let text = fs::read_to_string(dir.join(out).join("outcome.json")).unwrap();
     let mut value = serde_json::from_str(&text).unwrap();
@@ -151,7 +166,8 @@ fn shared_study(settings: &str, seeds: &str, workers: usize, kills: &[(usize, u6
         let status = child.wait().unwrap();
         assert!(status.success(), "{status}");
     }
-    assert!(outcome(dir.path(), "alone") == outcome(dir.path(), "shared"), "the outcomes differ");
+    let differences = differences(&outcome(dir.path(), "alone"), &outcome(dir.path(), "shared"), "");
+    assert!(differences.is_empty(), "the outcomes differ: {differences:#?}");
     assert!(weights(dir.path(), "alone") == weights(dir.path(), "shared"), "the weights differ");
     assert!(dir.path().join("shared/report.html").is_file());
     assert_eq!(files(&dir.path().join("shared"), ".lease"), [""; 0].map(PathBuf::from), "no lease is left");

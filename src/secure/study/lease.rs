@@ -15,6 +15,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Looks at a lease that is away before it counts as lost.
+const LOOKS: u32 = 10;
 /// Heartbeats in the time after which a lease is taken over.
 const BEATS: u32 = 6;
 /// Shortest and longest such time that is believed, in milliseconds.
@@ -161,6 +163,24 @@ pub(super) struct Lease {
     thread: Option<JoinHandle<()>>,
 }
 
+impl Lease {
+    /// Nothing while this process holds it.
+    ///
+    /// # Errors
+    /// [`Error::InUse`] where another process has taken it over.
+    pub(super) fn check(&self) -> Result<()> {
+        for _ in 0..LOOKS {
+            match holder(&self.path) {
+                Some(holder) if holder == self.id => return Ok(()),
+                Some(_) => break,
+                // Away for a moment while another process finds that it was not dead: see `is_dead`.
+                None => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+        Err(Error::InUse { path: self.path.clone() })
+    }
+}
+
 impl Drop for Lease {
     fn drop(&mut self) {
         let (stopped, signal) = &*self.end;
@@ -248,10 +268,12 @@ mod tests {
         // A holder whose lease was taken from it is told.
         let one = leases(300);
         let held = one.take(&path).unwrap().unwrap();
+        held.check().unwrap();
         LOST.store(false, Ordering::Relaxed);
         fs::rename(&path, dir.path().join("away")).unwrap();
         fs::write(&path, "{\"worker\":\"other\",\"timeout_ms\":300,\"beat\":0}\n").unwrap();
         wait(|| LOST.load(Ordering::Relaxed));
+        assert!(matches!(held.check(), Err(Error::InUse { .. })));
         drop(held);
         assert!(fs::read_to_string(&path).unwrap().contains("other"), "another's lease is not removed");
     }

@@ -84,7 +84,13 @@ pub fn work<B: Backend>(
         match study.outcome(runs, || start.elapsed().as_secs_f64(), observer) {
             // Of another worker; its result comes, or its lease runs out.
             Err(Error::InUse { .. }) => std::thread::sleep(pause),
-            done => return done,
+            done => {
+                // Each stage is finished: what is left is of a process that was killed after it had written its result.
+                if matches!(done, Ok(Some(_))) {
+                    study.stages.remove_leases();
+                }
+                return done;
+            }
         }
     }
 }

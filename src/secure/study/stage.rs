@@ -1,6 +1,6 @@
 //! Stage cache: a stage runs again only if its inputs change. Of the processes that share a study one alone runs it.
 
-use super::lease::Leases;
+use super::lease::{Lease, Leases};
 use crate::error::{Error, FileOp, Result};
 use crate::io::json;
 use crate::model::Clock;
@@ -38,6 +38,14 @@ impl Stages {
         self.leases.as_ref()
     }
 
+    /// Removes all leases, those that are being taken over too.
+    pub(super) fn remove_leases(&self) {
+        let is_lease = |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().contains(".lease"));
+        for dir in [self.dir.clone()].into_iter().chain(entries(&self.dir).filter(|path| path.is_dir())) {
+            entries(&dir).filter(|path| is_lease(path)).for_each(|path| drop(std::fs::remove_file(path)));
+        }
+    }
+
     /// The result in `NAME.json` if it is of the same `inputs`, else the result of `work`, which is saved there;
     /// [`Error::InUse`] while another process works on it.
     pub(in crate::secure) fn run<T: Serialize + DeserializeOwned>(
@@ -70,10 +78,10 @@ impl Stages {
         if let Some(kept) = read(&path, &hash).filter(&valid) {
             return Ok(kept);
         }
-        let mut _lease = None;
+        let mut held = None;
         if let Some(leases) = &self.leases {
             let lease = self.dir.join(format!("{name}.lease"));
-            _lease = Some(leases.take(&lease)?.ok_or(Error::InUse { path: lease })?);
+            held = Some(leases.take(&lease)?.ok_or(Error::InUse { path: lease })?);
             // Finished since it was looked at.
             if let Some(kept) = read(&path, &hash).filter(&valid) {
                 return Ok(kept);
@@ -81,6 +89,8 @@ impl Stages {
         }
         let start = Instant::now();
         let result = work()?;
+        // Of a process that stood still for so long that another has begun the stage, the other's result counts.
+        held.as_ref().map_or(Ok(()), Lease::check)?;
         let value = json!({ "stage": name, "inputs_hash": hash, "inputs": inputs,
             "seconds": start.elapsed().as_secs_f64(), "result": result });
         if let Some(parent) = path.parent() {
@@ -90,6 +100,10 @@ impl Stages {
         // As a later run reads it: a parser may round the last digit of a number, which must not change hashes.
         Ok(read(&path, &hash).unwrap_or(result))
     }
+}
+
+fn entries(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    std::fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()))
 }
 
 /// Hash of a stage's inputs.
@@ -120,6 +134,17 @@ fn read<T: DeserializeOwned>(path: &Path, hash: &str) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn leases_are_removed_and_results_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("tune")).unwrap();
+        let files = ["map.json", "map.lease", "tune/plain.json", "tune/plain.lease", "tune/swat.lease.0123abcd.dead"];
+        files.iter().for_each(|name| std::fs::write(dir.path().join(name), "{}").unwrap());
+        Stages::new(dir.path(), "f32", None, "").remove_leases();
+        let left: Vec<&str> = files.into_iter().filter(|name| dir.path().join(name).exists()).collect();
+        assert_eq!(left, ["map.json", "tune/plain.json"]);
+    }
 
     #[test]
     fn a_stage_runs_once_for_the_same_inputs() {
