@@ -93,8 +93,8 @@ def main():
                 lines.append(row(cell, "as given, for the verdict", None, base, None))
                 lines.append(row(cell, "swat secure", chosen, tuned, f"{holds(base, tuned, plain)} (its own verdict: {gates} of {len(args.secure)})"))
     head = ["| model, data | setting | recipe | ASR % | over-refusal % | J | task % | AUROC | |", "|---|---|---|---:|---:|---:|---:|---:|---|"]
-    seeds = ", ".join(map(str, args.seeds))
-    text = f"# Recipes on real models\n\nMeans over training seeds {seeds}; `scripts/real_cells.py` says what a cell is, `scripts/tiny_cells.py` when it holds.\n\n"
+    seeds = f"Training seed {args.seeds[0]}" if len(args.seeds) == 1 else f"Means over training seeds {', '.join(map(str, args.seeds))}"
+    text = f"# Recipes on real models\n\n{seeds}; `scripts/real_cells.py` says what a cell is, `scripts/tiny_cells.py` when it holds.\n\n"
     text += "\n".join(head + lines) + "\n"
     if args.out:
         args.out.write_text(text)
