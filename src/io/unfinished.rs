@@ -79,8 +79,19 @@ fn is_temporary(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(".partial")
 }
 
-/// Removes what a run wrote, and the directory unless something else is in it.
+/// Removes what a run wrote, and the directory unless something else is in it. Wherever it is killed, what is left is a run
+/// without a checkpoint, which begins anew: not one that continues without its metrics, nor one whose checkpoint is damaged.
 pub(crate) fn remove_run(dir: &Path) -> Result<()> {
+    for steps in STEPS.map(|name| dir.join(name)) {
+        for name in names(&steps)? {
+            if let Some(number) = name.strip_prefix("step-") {
+                let (from, to) = (steps.join(&name), steps.join(format!(".unfinished-{number}")));
+                remove(&to)?;
+                fs::rename(&from, &to).map_err(Error::io(&from, FileOp::Rename))?;
+            }
+        }
+        remove(&steps)?;
+    }
     for name in names(dir)? {
         if OURS.contains(&name.as_str()) || is_temporary(&name) {
             remove(&dir.join(name))?;
@@ -99,4 +110,31 @@ fn names(dir: &Path) -> Result<Vec<String>> {
         Ok(entry.map_err(Error::io(dir, FileOp::Read))?.file_name().to_string_lossy().into_owned())
     };
     entries.map(name).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn what_is_left_of_a_removal_has_no_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("out.unfinished");
+        let step = run.join("checkpoints/step-8");
+        fs::create_dir_all(&step).unwrap();
+        fs::write(run.join("metrics.jsonl"), "{}").unwrap();
+        fs::write(step.join("state.json"), "{}").unwrap();
+        // Nothing can be removed from a directory that may not be written, as if the process ended there.
+        fs::set_permissions(&step, fs::Permissions::from_mode(0o555)).unwrap();
+        let stopped = remove_run(&run).is_err();
+        let left = run.join("checkpoints/.unfinished-8");
+        if stopped {
+            assert!(!step.exists() && left.join("state.json").exists() && run.join("metrics.jsonl").exists());
+            fs::set_permissions(&left, fs::Permissions::from_mode(0o755)).unwrap();
+            check(&run).unwrap();
+            remove_run(&run).unwrap();
+        }
+        assert!(!run.exists());
+    }
 }
