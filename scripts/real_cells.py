@@ -14,7 +14,7 @@ import random
 import shutil
 import subprocess
 
-from tiny_cells import holds, mean, row, run
+from tiny_cells import holds, mean, row, run, secure_rows, write
 
 MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
 # The length of `steps=` is that of the task's own examples, whatever is mixed in: 60 steps of 8.
@@ -90,15 +90,10 @@ def main():
             lines += [row(cell, "plain" if s is plain else "", text, s, holds(given, s, plain)) for text, s in own.items()]
             if args.secure:
                 (base, tuned), chosen, gates = secure(swat, work, name, kind, args.secure)
-                lines.append(row(cell, "as given, for the verdict", None, base, None))
-                lines.append(row(cell, "swat secure", chosen, tuned, f"{holds(base, tuned, plain)} (its own verdict: {gates} of {len(args.secure)})"))
-    head = ["| model, data | setting | recipe | ASR % | over-refusal % | J | task % | AUROC | |", "|---|---|---|---:|---:|---:|---:|---:|---|"]
+                lines += secure_rows(cell, base, tuned, chosen, holds(base, tuned, plain), gates, args.secure)
     seeds = f"Training seed {args.seeds[0]}" if len(args.seeds) == 1 else f"Means over training seeds {', '.join(map(str, args.seeds))}"
     text = f"# Recipes on real models\n\n{seeds}; `scripts/real_cells.py` says what a cell is, `scripts/tiny_cells.py` when it holds.\n\n"
-    text += "\n".join(head + lines) + "\n"
-    if args.out:
-        args.out.write_text(text)
-    print(text)
+    write(text, "model, data", lines, args.out)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,21 @@ def row(cell, name, recipe, found, verdict):
         f"| {cell} | {name} | | {values} | {found['auroc']['value']:.3f} | |"
 
 
+def secure_rows(cell, base, tuned, chosen, verdict, gates, seeds):
+    """The model as given and what `swat secure` made of it, on the prompts of its verdict."""
+    return [row(cell, "as given, for the verdict", None, base, None),
+            row(cell, "swat secure", chosen, tuned, f"{verdict} (its own verdict: {gates} of {len(seeds)})")]
+
+
+def write(text, head, lines, out):
+    """A text with a table of cells behind it, printed and written."""
+    text += f"| {head} | setting | recipe | ASR % | over-refusal % | J | task % | AUROC | |\n|---|---|---|---:|---:|---:|---:|---:|---|\n"
+    text += "\n".join(lines) + "\n"
+    if out:
+        out.write_text(text)
+    print(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swat", type=pathlib.Path, required=True)
@@ -202,15 +217,10 @@ def main():
                 (base, tuned), chosen, gates = secure(swat, work, n, task, kind)
                 verdict = holds(base, tuned, plain)
                 held.setdefault("swat secure", []).append(verdict == "holds")
-                lines.append(row(cell, "as given, for the verdict", None, base, None))
-                lines.append(row(cell, "swat secure", chosen, tuned, f"{verdict} (its own verdict: {gates} of {len(SEEDS)})"))
-    head = ["| model, task, data | setting | recipe | ASR % | over-refusal % | J | task % | AUROC | |", "|---|---|---|---:|---:|---:|---:|---:|---|"]
+                lines += secure_rows(cell, base, tuned, chosen, verdict, gates, SEEDS)
     summary = "\n".join(f"- {name}: holds in {sum(found)} of {len(found)} cells" for name, found in held.items())
     text = f"# Recipes over {cells} cells of tiny models\n\nMeans over three training seeds; `scripts/tiny_cells.py` says what a cell is, when it holds, and on what it is measured.\n\n{summary}\n\n"
-    text += "\n".join(head + lines) + "\n"
-    if args.out:
-        args.out.write_text(text)
-    print(text)
+    write(text, "model, task, data", lines, args.out)
 
 
 if __name__ == "__main__":
