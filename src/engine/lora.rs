@@ -27,10 +27,10 @@ pub struct Lora {
 
 crate::options::default_from_args!(Lora);
 
-/// A rank that an adapter may have.
+/// Parses the rank of adapters, from 1 to [`AdapterShape::MAX_RANK`].
 ///
 /// # Errors
-/// What was expected.
+/// The range, where the text is outside of it.
 pub fn lora_rank(text: &str) -> std::result::Result<usize, String> {
     let parsed = text.trim().parse().ok().filter(|rank| (1..=AdapterShape::MAX_RANK).contains(rank));
     parsed.ok_or_else(|| format!("expected a whole number from 1 to {}", AdapterShape::MAX_RANK))

@@ -15,7 +15,7 @@ const FORMAT: &str = "swat.output/1";
 /// Names that swat keeps in a directory that it writes in place, and what a file system puts into its root.
 const SERVICE: [&str; 5] =
     [RECORD, super::output::LOCK, super::output::PARTIAL, super::unfinished::INSIDE, "lost+found"];
-/// Whether a file is a record that a killed run had not finished writing.
+/// Whether a file is the temporary file of a record, left by a run that was killed while it wrote it.
 fn is_unfinished_record(name: &str) -> bool {
     name.strip_prefix('.').and_then(|rest| rest.strip_prefix(RECORD)).is_some_and(|rest| rest.ends_with(".partial"))
 }
