@@ -25,8 +25,8 @@ use Needs::{Absent, Either, Given, Nothing, Other, Value};
 
 /// Command, options, and what they need.
 const RULES: &[(&str, &[&str], Needs)] = &[
+    ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Absent("adapter")),
     ("tune", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
-    ("tune", &["lora_rank", "lora_alpha", "lora_rslora"], Absent("adapter")),
     ("tune", &["adapter"], Other("method", "full")),
     ("tune", &["save_dtype", "max_shard_bytes"], Other("save", "adapter")),
     ("tune", &["reversed"], Given("mods")),
@@ -84,6 +84,7 @@ const RULES: &[(&str, &[&str], Needs)] = &[
         Value("alpha", "auto"),
     ),
     ("merge", &["strict", "max_guard_asr_rise"], Nothing),
+    ("secure", &["lora_rank", "lora_alpha", "lora_rslora", "lora_modules"], Value("method", "lora")),
     ("secure", &["task_tokens", "max_task_drop"], Given("task")),
     ("secure", &["max_guard_asr_rise", "judge_template", "judge_pattern"], Given("judge_model")),
     ("secure", &["decay_all"], Given("weight_decay")),

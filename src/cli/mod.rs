@@ -13,6 +13,7 @@ mod eval;
 mod generate;
 mod headings;
 mod merge;
+mod method;
 mod names;
 mod open;
 mod plan;

@@ -1,6 +1,7 @@
 //! `swat plan`: memory and compute of a run.
 
 use super::common::{Common, print_json, print_line};
+use super::method::MethodName;
 use super::names::Names;
 use super::open::{Float, ModelArgs, State, check_state};
 use crate::backend::cpu::Cpu;
@@ -14,7 +15,7 @@ use crate::options::{above_zero, count as count_of, inner_share, share};
 use crate::report::format::{bytes, count, percent};
 use crate::report::memory_table;
 use crate::train::TuneOptions;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
 
 /// Most tokens of a micro-batch that are planned.
@@ -81,15 +82,6 @@ pub(super) struct PlanCommand {
     /// TFLOP/s that one GPU reaches in training, an assumption
     #[arg(long, value_name = "TFLOP_S", value_parser = above_zero::<f64>, default_value_t = 400.0)]
     tflops: f64,
-}
-
-/// A [`crate::secure::Method`] by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum MethodName {
-    /// All parameters
-    Full,
-    /// LoRA adapters
-    Lora,
 }
 
 impl PlanCommand {

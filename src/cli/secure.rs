@@ -2,6 +2,7 @@
 
 use super::answers::AnswerLengths;
 use super::common::{Common, print_json, print_line, say};
+use super::method::MethodArgs;
 use super::names::Names;
 use super::open::{GuardArgs, ModelArgs, OnDevice, Refusals, State};
 use super::progress::Bars;
@@ -10,7 +11,7 @@ use crate::data::{RowOptions, RowReader};
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::io::write_atomic;
-use crate::model::StoredAs;
+use crate::model::{ModelDir, StoredAs};
 use crate::options::{above_zero, mib};
 use crate::report::format::bytes;
 use crate::report::{Entry, Table, check_tables, model_card, secure_report, times_table, tried_table};
@@ -24,7 +25,8 @@ use std::path::PathBuf;
 #[command(after_help = "Examples:
   swat secure --model DIR --data my.jsonl --security security.jsonl --task task.jsonl --out tuned
   swat secure --model org/name --data my.jsonl --security JailbreakBench/JBB-Behaviors --out tuned --epochs 3
-  swat secure --model DIR --data my.jsonl --security security.jsonl --out tuned --recipe plain+replay=.1,lora=8,lr=2e-4
+  swat secure --model DIR --data my.jsonl --security security.jsonl --out tuned --method lora --lora-modules all-linear
+  swat secure --model DIR --data my.jsonl --security security.jsonl --out tuned --recipe plain+replay=.1,screen
   swat secure ... --plan                                      stages, time, memory and disk, and nothing else
 
 The model as given is measured; conversations that answer what it refuses are left out of the data (screen in a recipe), and
@@ -64,9 +66,11 @@ pub(super) struct SecureCommand {
     limits: Limits,
     #[command(flatten)]
     guard: GuardArgs,
-    /// Learning rate, where a recipe has none
-    #[arg(long, value_parser = above_zero::<f64>, default_value = "2e-5")]
-    lr: f64,
+    #[command(flatten)]
+    method: MethodArgs,
+    /// Learning rate, where a recipe has none; 2e-5 for full, 2e-4 for lora if not given
+    #[arg(long, value_parser = above_zero::<f64>)]
+    lr: Option<f64>,
     #[command(flatten)]
     recipe: TuneRecipe,
     #[command(flatten)]
@@ -178,7 +182,8 @@ impl SecureCommand {
             given => given.to_vec(),
         };
         let mut tune = self.recipe.clone();
-        tune.all_phase.lr = self.lr;
+        tune.method = self.method.method(&ModelDir::read_config(&self.model.model)?, None)?;
+        tune.all_phase.lr = self.lr.unwrap_or_else(|| tune.method.default_lr());
         let command: Vec<String> = std::env::args().skip(1).collect();
         Ok(SecureJob {
             model: self.model.model.clone(),

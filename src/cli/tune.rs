@@ -4,26 +4,25 @@ mod recipe;
 mod screen;
 
 use super::common::{Common, print_json, print_line, say};
+use super::method::MethodArgs;
 use super::names::Names;
 use super::open::{ModelArgs, OnDevice, State};
-use super::plan::{MethodName, plan_json};
+use super::plan::plan_json;
 use super::preview::{LEFT_OUT, preview};
 use super::progress::StepBar;
 use super::ranks::{Rank, RankArgs, Role, refuse_pipes, start_processes};
 use crate::backend::{Backend, Roofline};
 use crate::data::{Example, RowOptions, RowReader};
-use crate::engine::Lora;
 use crate::error::{Error, Result};
 use crate::group::{Alone, Group, Together, from_first, over_hosts};
 use crate::interrupt;
 use crate::io::{check_not_in, lies_in};
-use crate::modules::ModuleSet;
 use crate::options::{above_zero, epochs, share, whole};
 use crate::report::EventFile;
 use crate::report::format::{bytes, count, percent};
 use crate::secure::{
     Base, Method, Mix, ModelText, Recipe, RefusalLanguage, Screening, SetSpec, TuneJob, TuneOutput, TuneRecipe,
-    WatchOptions, all_projections, attention_projections, mixed, recipe_help,
+    WatchOptions, mixed, recipe_help,
 };
 use crate::train::{Evaluation, PhaseOptions, Rounding, peak_bytes};
 use clap::Args;
@@ -63,14 +62,8 @@ pub(super) struct Tune {
     /// Learning rate of the phase on --mods; --lr if not given
     #[arg(long, value_parser = above_zero::<f64>)]
     mods_lr: Option<f64>,
-    /// full, or lora: adapters. With --adapter, that adapter is trained further
-    #[arg(long, value_enum, default_value_t = MethodName::Full)]
-    method: MethodName,
     #[command(flatten)]
-    lora: Lora,
-    /// Projections with adapters, such as q_proj,v_proj or all-linear; q, k, v, o of every layer if not given
-    #[arg(long, value_name = "SET", conflicts_with = "adapter")]
-    lora_modules: Option<String>,
+    method: MethodArgs,
     /// Learning rate; 2e-5 for full, 2e-4 for lora if not given
     #[arg(long, value_parser = above_zero::<f64>)]
     lr: Option<f64>,
@@ -403,14 +396,8 @@ impl Tune {
                 say(&format!("{}: lora_dropout is left out: swat trains without dropout\n", adapter.dir().display()));
             }
             recipe.method = Method::Adapter { cells: adapter.cells() };
-        } else if self.method == MethodName::Lora || named.is_some() {
-            let modules = match &self.lora_modules {
-                Some(text) => ModuleSet::parse(text, &config.cells())?,
-                None if named.is_some_and(|named| named.all_linear) => all_projections(config.layers),
-                None => attention_projections(config.layers),
-            };
-            let lora = Lora { rank: named.map_or(self.lora.rank, |named| named.rank), ..self.lora };
-            recipe.method = Method::Lora { lora, modules };
+        } else {
+            recipe.method = self.method.method(config, named)?;
         }
         recipe.all_phase.lr = self.lr.unwrap_or_else(|| recipe.method.default_lr());
         recipe.mods_phase = PhaseOptions {

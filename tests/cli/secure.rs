@@ -248,13 +248,24 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let before = files(dir.path());
-    let output = secure(dir.path(), &["--data", "train.jsonl", "--plan", "--json"]).output().unwrap();
-    message(&output, 0);
-    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let planned = |more: &[&str]| -> Value {
+        let output =
+            secure(dir.path(), &[&["--data", "train.jsonl", "--plan", "--json"], more].concat()).output().unwrap();
+        message(&output, 0);
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let plan = planned(&[]);
     let stages = plan["stages"].as_array().unwrap();
     assert_eq!(stages.len(), 13);
     assert!(stages.iter().all(|stage| stage["seconds"].as_f64().unwrap() >= 0.0), "{plan}");
-    assert!(plan["memory_bytes"].as_u64().unwrap() > 1 << 20 && plan["disk_bytes"].as_u64().unwrap() > 1 << 20);
+    let memory = |plan: &Value| plan["memory_bytes"].as_u64().unwrap();
+    assert!(memory(&plan) > 1 << 20 && plan["disk_bytes"].as_u64().unwrap() > 1 << 20);
+    // Adapters of the command line are those of all recipes; a recipe that has some of its own needs no rate beside --lr.
+    let (adapters, larger) = (planned(&["--method", "lora"]), planned(&["--method", "lora", "--lora-rank", "64"]));
+    assert!(memory(&adapters) < memory(&larger) && memory(&adapters) < memory(&plan), "{adapters} {larger}");
+    let alone = |more: &[&str], recipe| planned(&[&["--method", "lora", "--recipe", recipe], more].concat());
+    let own = alone(&[], "plain+replay=.15,screen,lora=64");
+    assert_eq!(memory(&own), memory(&alone(&["--lora-rank", "64"], "plain+replay=.15,screen")));
     let harmful: Vec<String> = std::fs::read_to_string(dir.path().join("security.jsonl"))
         .unwrap()
         .lines()
@@ -283,6 +294,7 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
         (["--recipe", "plane"], "plain"),
         (["--work", "model/work"], "--model"),
         (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--lora-rank", "4"], "--method lora"),
         (["--max-asr-rise", "nan"], "--max-asr-rise"),
         (["--max-task-drop", "3"], "--max-task-drop"),
     ] {

@@ -48,7 +48,7 @@ impl Tune {
     pub(super) fn check_recipe(&self, recipe: &Recipe) -> Result<()> {
         let wrong = |found: &str, expected: &str| Err(Error::input(recipe.place(), found, expected));
         let options = &recipe.options;
-        let rank = self.lora.rank != Lora::default().rank;
+        let rank = self.method.lora.rank != Lora::default().rank;
         for (key, both, option) in [
             ("lr", options.lr.is_some() && self.lr.is_some(), "--lr"),
             ("lr", options.lr.is_some() && self.mods_lr.is_some(), "--mods-lr"),
@@ -61,8 +61,12 @@ impl Tune {
             ("lisa", options.lisa.is_some() && self.recipe.shared.lisa.is_some(), "--lisa"),
             ("vaccine", options.vaccine.is_some() && self.recipe.shared.vaccine.is_some(), "--vaccine"),
             ("ema", options.ema.is_some() && self.recipe.shared.ema_decay.is_some(), "--ema-decay"),
-            ("lora", options.lora.is_some_and(|own| rank && own.rank != self.lora.rank), "--lora-rank"),
-            ("lora", options.lora.is_some_and(|own| own.all_linear) && self.lora_modules.is_some(), "--lora-modules"),
+            ("lora", options.lora.is_some_and(|own| rank && own.rank != self.method.lora.rank), "--lora-rank"),
+            (
+                "lora",
+                options.lora.is_some_and(|own| own.all_linear) && self.method.lora_modules.is_some(),
+                "--lora-modules",
+            ),
         ] {
             if both {
                 let value = if key == "screen" { "" } else { "=" };
