@@ -75,6 +75,12 @@ impl OnDevice for ReplayCommand {
         write_atomic(&self.out, lines.as_bytes())?;
         if summary.benign.kept == 0 {
             say("note: no benign answer was kept: mixed in, refusals alone make a model refuse more\n");
+        } else if summary.lacks_long_answers() {
+            say(&format!(
+                "note: {} benign answers are longer than {} tokens and were dropped: with too few beside the refusals, a \
+                 model refuses more; raise --answer-tokens\n",
+                summary.benign.cut_off, options.answer_tokens
+            ));
         }
         if common.json {
             return print_json(&summary);
