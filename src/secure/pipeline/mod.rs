@@ -230,7 +230,7 @@ fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> 
     }
     let alpha = match recipe.options.merge {
         None => 1.0,
-        Some(MergeStep { by: MergeMethod::Path, value }) => value,
+        Some(MergeStep { by: MergeMethod::Path, value, .. }) => value,
         Some(_) => return wrong("a merge that needs further models", "merge=path:ALPHA, or `swat merge` afterwards"),
     };
     let mut tune = job.tune.clone();

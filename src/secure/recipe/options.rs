@@ -24,7 +24,7 @@ pub(super) const KEYS: [(&str, &str, &str); 16] = [
     ("lisa", "=K1:K2", "K1 steps on replayed answers and K2 on the task in turns (Lisa)"),
     ("vaccine", "=RHO", "hidden states moved against the gradient (Vaccine)"),
     ("by", "=HOW", "how the map of Mods_Rob is made, in a study: noise, conflict or update"),
-    ("merge", "=METHOD:X", "after tuning: path:ALPHA, safelora:TAU, safemerge:LAMBDA, resta:GAMMA"),
+    ("merge", "=METHOD:X", "after tuning: path:ALPHA, safelora:TAU, safemerge:LAMBDA[:TAU], resta:GAMMA"),
     ("seeds", "=N", "number of training seeds, in a study"),
 ];
 
