@@ -1,39 +1,55 @@
 """Does a recipe hold on real models? SmolLM2-135M-Instruct, aligned as docs/results/README.md says, and Qwen2.5-Coder-0.5B-Instruct as it is,
 with harmless data and with a twentieth of answered harmful requests among them, with fixed recipes and with what `swat secure` chooses.
 
-usage: real_cells.py --swat target/release/swat --work DIR [--models smollm2 qwen] [--seeds 0 1 2] [--secure 0] [--out docs/results/real-cells.md]
+usage: real_cells.py --swat target/release/swat --work DIR [--models smollm2 qwen] [--seeds 0 1 2] [--only RECIPE ...] [--secure 0 1 2]
+                     [--record docs/results/real-cells.json] [--out docs/results/real-cells.md]
 
-DIR holds models/, data/ and align/ as docs/results/README.md makes them, and gets the configurations docs/results/*-recipes.toml. `--secure` names
-the seeds of `swat secure`, none without it. Every study and every run is kept in DIR: what was ended goes on. When a cell holds is that of
-scripts/tiny_cells.py. Weights of evaluated models are removed, since a study of SmolLM2 writes half a gigabyte for each run.
+DIR holds models/, data/ and align/ as docs/results/README.md makes them, and gets the configurations docs/results/*-recipes.toml. Each run
+enters the record once it is evaluated, and what the record has is not run again: a run of SmolLM2 takes two minutes on two idle cores, one of Qwen
+five. `--only` names the recipes to run, all of the configuration without it; `--secure` the seeds of `swat secure`. The table is of all that the
+record has. When a cell holds is that of scripts/cells.py. Weights of evaluated models are removed: half a gigabyte each.
 """
 import argparse
 import json
 import pathlib
 import random
 import shutil
-import subprocess
+import time
+import tomllib
 
-from tiny_cells import holds, mean, row, run, secure_rows, write
+from cells import RESULTS, Record, chosen, holds, row, run, run_secure, secure_rows, version, write
 
 MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
+# What the record has of a model that was aligned before the data were freed of near-duplicates.
+EARLIER = {"smollm2-first": "SmolLM2, first alignment"}
+KINDS = ("benign", "attack")
 # The length of `steps=` is that of the task's own examples, whatever is mixed in: 60 steps of 8.
 SECURE = ["--schedule", "cosine", "--lr-warmup-steps", "3", "--steps", "71", "--batch-size", "8", "--max-length", "256", "--answer-tokens", "32",
           "--task-tokens", "32", "--dtype", "bf16", "--device", "cpu"]
 OWN = {"smollm2": ["--model", "models/smollm2-135m-aligned", "--lr", "1e-4"],
-       "qwen": ["--model", "models/qwen2.5-coder-0.5b-instruct", *(word for recipe in ("replay=.15,screen", "replay=.15,distil=1,screen", "replay=.3,distil=2,screen")
-                                                                   for word in ("--recipe", f"plain+{recipe},lora=8,lr=2e-4"))]}
+       "qwen": ["--model", "models/qwen2.5-coder-0.5b-instruct", "--method", "lora"]}
 
 
-def study(swat, work, name, seeds):
-    config = f"{name}-recipes.toml"
-    shutil.copy(pathlib.Path(__file__).parent.parent / "docs/results" / config, work / config)
-    out = work / f"study-{name}-recipes"
-    for count in range(1, len(seeds) + 1):
-        run(swat, "run", config, "--dtype", "bf16", "--set", f"tune.seeds={seeds[:count]}", "--quiet", cwd=work)
+def config(name):
+    return tomllib.loads((RESULTS / f"{name.split('-')[0]}-recipes.toml").read_text())
+
+
+def runs(swat, work, record, name, seed, only):
+    """Runs and evaluates what the record lacks, one after the other."""
+    for recipe in config(name)["settings"]:
+        measured = record.find(model=name, recipe="given") if recipe == "given" else record.find(model=name, recipe=recipe, seed=seed)
+        if measured or (only and recipe not in only):
+            continue
+        shutil.copy(RESULTS / f"{name}-recipes.toml", work)
+        run(swat, "run", f"{name}-recipes.toml", "--dtype", "bf16", "--set", f"tune.seeds=[{seed}]", "--set",
+            f"settings={json.dumps([recipe])}", "--quiet", cwd=work)
+        out = work / f"study-{name}-recipes"
+        found = json.loads((out / "outcome.json").read_text())
+        setting = next(one for one in found["settings"] if one["name"] == recipe)
+        loss = setting["evaluation"]["perplexity"]["nll"]
+        record.add(setting, model=name, seed=seed, recipe=recipe, loss=loss, swat=version(swat), model_hash=found["model_hash"])
         for weights in (out / "tuned").glob("*/*.safetensors"):
             weights.unlink()
-    return {s["name"]: s for s in json.loads((out / "outcome.json").read_text())["settings"]}
 
 
 def attacked(work):
@@ -47,53 +63,58 @@ def attacked(work):
     return path
 
 
-def secure(swat, work, name, kind, seeds):
-    """What `swat secure` chooses and measures: base, tuned, the recipes, and how many of its own verdicts were held."""
+def secure(swat, work, record, name, kind, seed):
+    """What `swat secure` chooses and measures: the model as given, and as tuned."""
+    if record.find(model=name, seed=seed, kind=kind):
+        return
     train = work / "data/train500.jsonl" if kind == "benign" else attacked(work)
-    runs = []
-    for seed in seeds:
-        out = work / "secured" / f"{name}-{kind}-{seed}"
-        kept = out.with_suffix(".json")
-        if not kept.exists():
-            out.parent.mkdir(exist_ok=True)
-            command = [swat, "secure", *OWN[name], "--data", train, "--security", work / "data/security.jsonl", "--task",
-                       work / "data/task.jsonl", "--out", out, "--seed", seed, "--force", "--json", "--quiet", *SECURE]
-            found = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True, cwd=work)
-            if found.returncode not in (0, 3):
-                raise SystemExit(f"{out}: swat secure ended with {found.returncode}")
-            kept.write_text(found.stdout)
-            for made in (out, out.with_name(out.name + ".work")):
-                shutil.rmtree(made, ignore_errors=True)
-        runs.append(json.loads(kept.read_text()))
-    chosen = [next(f"{t['recipe']} @ {t['alpha']:g}" for t in one["tried"] if t["chosen"]) for one in runs]
-    return [mean([one["settings"][i] for one in runs]) for i in (0, 1)], "; ".join(chosen), sum(one["verdict"]["held"] for one in runs)
+    out = work / "secured" / f"{name}-{kind}-{seed}"
+    out.parent.mkdir(exist_ok=True)
+    started = None if out.with_name(out.name + ".work").exists() else time.monotonic()
+    found = run_secure(work, swat, "secure", *OWN[name], "--data", train, "--security", work / "data/security.jsonl", "--task",
+                       work / "data/task.jsonl", "--out", out, "--seed", seed, "--force", "--json", "--quiet", *SECURE)
+    seconds = round(time.monotonic() - started) if started else None    # of a run that was not ended
+    for what, setting in zip(("base", "tuned"), found["settings"]):
+        record.add(setting, model=name, seed=seed, kind=kind, what=what, chosen=chosen(found), held=found["verdict"]["held"], seconds=seconds,
+                   swat=version(swat))
+    for made in (out, out.with_name(out.name + ".work")):
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def rows(record, name, kind):
+    cell = f"{(MODELS | EARLIER)[name]}, {kind}"
+    mine = [recipe for recipe in config(name)["settings"] if recipe != "given" and ("attack=" in recipe) == (kind == "attack")]
+    if not all(record.find(model=name, recipe=recipe) for recipe in ("given", mine[0])):
+        return
+    given, plain = (record.mean(model=name, recipe=recipe) for recipe in ("given", mine[0]))
+    yield row(cell, "as given", None, given)
+    for recipe in mine:
+        if seeds := len(record.find(model=name, recipe=recipe)):
+            found = record.mean(model=name, recipe=recipe)
+            yield row(cell, ("plain, " if recipe == mine[0] else "") + f"{seeds} seed{'s' * (seeds > 1)}", recipe, found, holds(given, found, plain))
+    yield from secure_rows(cell, record, plain, model=name, kind=kind)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swat", type=pathlib.Path, required=True)
     parser.add_argument("--work", type=pathlib.Path, required=True)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--secure", nargs="*", type=int, default=[])
+    parser.add_argument("--record", type=pathlib.Path, default=RESULTS / "real-cells.json")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
-    swat, work = args.swat.resolve(), args.work.resolve()
-    lines = []
+    swat, work, record = args.swat.resolve(), args.work.resolve(), Record(args.record)
     for name in args.models:
-        found = study(swat, work, name, args.seeds)
-        for kind in ("benign", "attack"):
-            cell, given = f"{MODELS[name]}, {kind}", found["given"]
-            own = {text: s for text, s in found.items() if text != "given" and ("attack=" in text) == (kind == "attack")}
-            plain = next(s for text, s in own.items() if text.startswith("plain") and "merge=" not in text)
-            lines.append(row(cell, "as given", None, given, None))
-            lines += [row(cell, "plain" if s is plain else "", text, s, holds(given, s, plain)) for text, s in own.items()]
-            if args.secure:
-                (base, tuned), chosen, gates = secure(swat, work, name, kind, args.secure)
-                lines += secure_rows(cell, base, tuned, chosen, holds(base, tuned, plain), gates, args.secure)
-    seeds = f"Training seed {args.seeds[0]}" if len(args.seeds) == 1 else f"Means over training seeds {', '.join(map(str, args.seeds))}"
-    text = f"# Recipes on real models\n\n{seeds}; `scripts/real_cells.py` says what a cell is, `scripts/tiny_cells.py` when it holds.\n\n"
-    write(text, "model, data", lines, args.out)
+        for seed in args.seeds:
+            runs(swat, work, record, name, seed, args.only)
+        for kind in KINDS:
+            for seed in args.secure:
+                secure(swat, work, record, name, kind, seed)
+    text = "# Recipes on real models\n\nMeans over training seeds; `scripts/real_cells.py` says what a cell is, `scripts/cells.py` when it holds.\n\n"
+    write(text, "model, data", [line for name in MODELS | EARLIER for kind in KINDS for line in rows(record, name, kind)], args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import json
 import pathlib
 import statistics
 
-from tiny_cells import STUDY, TASKS, make, points, run
+from cells import points, run
+from tiny_cells import STUDY, TASKS, make
 
 MAPS = {"noise (SWAT)": "swat", "conflict": "swat+by=conflict", "update": "swat+by=update"}
 RANDOM = {f"random set {i}": f"warmup:random:{i}" for i in (1, 2, 3)}
