@@ -6,9 +6,12 @@
 //! read from its rows where these are contiguous in k, else it is packed as well. The depth is not blocked: a panel of B
 //! streams from L2. Subnormal operands and results count as 0; sums round to nearest even, in an order that depends on k
 //! alone.
+//!
+//! Strips of B are packed and multiplied as [`strips`] says: no step of a product waits for all threads.
 
 mod dots;
 mod pack;
+mod strips;
 #[cfg(target_os = "linux")]
 mod tiles;
 mod vectors;
@@ -17,18 +20,24 @@ pub(super) use dots::dots;
 
 use crate::backend::Epilogue;
 use crate::backend::cpu::matrix::{self, Matrix, Threads};
+use crate::backend::cpu::storage::Shared;
 use half::bf16;
-use rayon::prelude::*;
 use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::ops::Range;
+use strips::Strips;
 
 /// Columns of a tile of C.
 const COLUMNS: usize = 32;
-/// Tiles per task, down and across: about 100 µs of work at k = 1024.
+/// Tiles of a task, down and across, up to the depth [`TASK_DEPTH`]: about 100 µs of work. Deeper ones have fewer.
 const TASK: (usize, usize) = (8, 4);
-/// Bytes of a matrix packed at once: they stay in the last-level cache until they are read.
-const PACKED_BYTES: usize = 4 << 20;
+const TASK_DEPTH: usize = 1024;
+/// Most bytes of a strip of B, which is [`TASK`] panels across where these are not deeper.
+const STRIP_BYTES: usize = 4 << 20;
+/// Bytes of strips that are packed at the same time: of two strips at least.
+const PACKED_BYTES: usize = 64 << 20;
+/// Bytes of A packed at once: they stay in the last-level cache until they are read.
+const PACKED_A_BYTES: usize = 4 << 20;
 /// Rows, columns and depths from which the matrix unit pays.
 #[cfg(target_os = "linux")]
 const MATRIX_UNIT: usize = 16;
@@ -107,47 +116,55 @@ fn run<T: Output, K: Kernel>(product: matrix::Product<'_, bf16, T>) {
     let matrix::Product { c, stride, a, b, size: (m, n, k), epilogue, threads } = product;
     let product = Product { c: c.as_mut_ptr(), stride, columns: n, depth: k, epilogue };
     let pairs = k.div_ceil(2).next_multiple_of(K::PAIRS);
-    let packed_at_once = |panel: usize| (PACKED_BYTES / 4 / (panel * pairs.max(1))).max(1) * panel;
-    let by_rows = a.column_stride == 1;
-    let (rows_at_once, columns_at_once) = (if by_rows { m } else { packed_at_once(K::ROWS) }, packed_at_once(COLUMNS));
+    let panel = COLUMNS * pairs;
+    let across = (STRIP_BYTES / 4 / panel.max(1)).clamp(1, TASK.1);
+    let down = (TASK.0 * TASK_DEPTH / k.max(1)).clamp(1, TASK.0);
+    let strips = n.div_ceil(across * COLUMNS);
+    let most = (PACKED_BYTES / 4 / (across * panel).max(1)).max(2);
+    let spaces = strips::workers(threads).min(strips).min(most);
     let [mut packed_a, mut packed_b] = PACKED.take();
-    for column in (0..n).step_by(columns_at_once) {
-        let columns = columns_at_once.min(n - column);
-        pack::pack::<COLUMNS>(b.t(), column..column + columns, k, pairs, &mut packed_b, threads);
-        for row in (0..m).step_by(rows_at_once.max(1)) {
-            let rows = rows_at_once.min(m - row);
-            if !by_rows && (column == 0 || rows < m) {
-                K::pack_a(a, row..row + rows, k, &mut packed_a, threads);
-            }
-            let (down, across) = (rows.div_ceil(K::ROWS), columns.div_ceil(COLUMNS));
-            let blocks = down.div_ceil(TASK.0);
-            let (product, packed_a, packed_b) = (&product, &packed_a, &packed_b);
-            for_each(blocks * across.div_ceil(TASK.1), threads, |task| {
-                let (block, strip) = (task % blocks * TASK.0, task / blocks * TASK.1);
+    packed_b.resize(packed_b.len().max(spaces * across * panel), 0);
+    let packed = Shared::new(&mut packed_b);
+    let space = |i: usize| i * across * panel..(i + 1) * across * panel;
+
+    let by_rows = a.column_stride == 1;
+    let rows_at_once = if by_rows { m } else { (PACKED_A_BYTES / 4 / (K::ROWS * pairs.max(1))).max(1) * K::ROWS };
+    for row in (0..m).step_by(rows_at_once) {
+        let rows = rows_at_once.min(m - row);
+        if !by_rows {
+            K::pack_a(a, row..row + rows, k, &mut packed_a, threads);
+        }
+        let (tiles, packed_a) = (rows.div_ceil(K::ROWS), &packed_a);
+        let columns = |strip: usize| strip * across * COLUMNS..n.min((strip + 1) * across * COLUMNS);
+        Strips { strips, blocks: tiles.div_ceil(down), spaces }.run(
+            threads,
+            |i, strip| {
+                // SAFETY: no thread reads a space while it is packed.
+                pack::panels::<COLUMNS>(b.t(), columns(strip), k, pairs, unsafe { packed.range(space(i)) });
+            },
+            |i, strip, block| {
+                // SAFETY: no thread writes to a space while it is read.
+                let b = unsafe { std::slice::from_raw_parts(packed.pointer(space(i)), across * panel) };
                 // SAFETY: the machine has the instructions.
                 unsafe { K::begin() };
-                for j in strip..across.min(strip + TASK.1) {
-                    let b = &packed_b[j * COLUMNS * pairs..][..COLUMNS * pairs];
-                    for i in block..down.min(block + TASK.0) {
-                        let place = Place {
-                            row: row + i * K::ROWS,
-                            column: column + j * COLUMNS,
-                            rows: K::ROWS.min(rows - i * K::ROWS),
-                        };
+                for (column, b) in columns(strip).step_by(COLUMNS).zip(b.chunks_exact(panel)) {
+                    for tile in (block * down..tiles).take(down) {
+                        let place =
+                            Place { row: row + tile * K::ROWS, column, rows: K::ROWS.min(rows - tile * K::ROWS) };
                         let (first, layout) = if by_rows {
                             (a.data[place.row * a.row_stride..].as_ptr(), Layout::Matrix)
                         } else {
-                            (packed_a[i * K::ROWS * pairs..].as_ptr().cast(), Layout::Packed)
+                            (packed_a[tile * K::ROWS * pairs..].as_ptr().cast(), Layout::Packed)
                         };
                         // SAFETY: the machine has the instructions; the matrices hold the rows and columns of the
                         // tile, and no other task has this tile of C.
-                        unsafe { K::tile(product, Rows { first, stride: a.row_stride, layout }, b, place) };
+                        unsafe { K::tile(&product, Rows { first, stride: a.row_stride, layout }, b, place) };
                     }
                 }
                 // SAFETY: as above.
                 unsafe { K::end() };
-            });
-        }
+            },
+        );
     }
     PACKED.set([packed_a, packed_b]);
 }
@@ -156,14 +173,6 @@ thread_local! {
     /// Packed operands of the last product of this thread: memory that need not be asked for again. Taken while it is
     /// in use, for a thread that waits may begin another product.
     static PACKED: Cell<[Vec<u32>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
-}
-
-fn for_each(tasks: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
-    if threads == Threads::All && tasks > 1 {
-        (0..tasks).into_par_iter().for_each(task);
-    } else {
-        (0..tasks).for_each(task);
-    }
 }
 
 /// The lowest `count` lanes of 16.

@@ -1,6 +1,7 @@
 //! Panels of pairs.
 
-use super::{for_each, lanes};
+use super::lanes;
+use super::strips::for_each;
 use crate::backend::cpu::matrix::{Matrix, Threads};
 use crate::backend::cpu::storage::Shared;
 use half::bf16;
@@ -17,15 +18,29 @@ pub(super) fn pack<const N: usize>(
     packed: &mut Vec<u32>,
     threads: Threads,
 ) {
-    let len = range.len().div_ceil(N) * N * pairs;
-    if packed.len() < len {
-        packed.resize(len, 0);
-    }
-    let panels = Shared::new(&mut packed[..len]);
-    for_each(range.len().div_ceil(N), threads, |i| {
+    let count = range.len().div_ceil(N);
+    packed.resize(packed.len().max(count * N * pairs), 0);
+    let shared = Shared::new(packed);
+    for_each(count, threads, |i| {
+        let rows = range.start + i * N..range.end.min(range.start + (i + 1) * N);
         // SAFETY: each panel is packed once.
-        let panel = unsafe { panels.range(i * N * pairs..(i + 1) * N * pairs) };
-        let first = range.start + i * N;
+        panels::<N>(matrix, rows, k, pairs, unsafe { shared.range(i * N * pairs..(i + 1) * N * pairs) });
+    });
+}
+
+/// As [`pack`], on the calling thread.
+///
+/// # Panics
+/// Where `packed` is shorter than the panels.
+pub(super) fn panels<const N: usize>(
+    matrix: Matrix<'_, bf16>,
+    range: Range<usize>,
+    k: usize,
+    pairs: usize,
+    packed: &mut [u32],
+) {
+    for (i, first) in range.clone().step_by(N).enumerate() {
+        let panel = &mut packed[i * N * pairs..(i + 1) * N * pairs];
         let rows = N.min(range.end - first);
         let source = Matrix { data: &matrix.data[first * matrix.row_stride..], ..matrix };
         // SAFETY: the machine has the instructions, and `product` checked that the matrix has these rows.
@@ -36,7 +51,7 @@ pub(super) fn pack<const N: usize>(
                 pack_columns::<N>(source, rows, k, panel)
             }
         }
-    });
+    }
 }
 
 /// A pair of a row, element by element.

@@ -3,7 +3,8 @@
 //! A tile register of A is 16 rows of 16 pairs, read from the rows of the matrix where these are contiguous in k; one of
 //! B is 16 pairs of 16 columns, half of a panel's width.
 
-use super::{COLUMNS, Kernel, Layout, Output, Place, Product, Rows, for_each, pack};
+use super::strips::for_each;
+use super::{COLUMNS, Kernel, Layout, Output, Place, Product, Rows, pack};
 use crate::backend::cpu::gemm::amx;
 use crate::backend::cpu::matrix::{Matrix, Threads};
 use crate::backend::cpu::storage::Shared;
