@@ -31,7 +31,7 @@ pub const REPLAY_START: &str = "{\"replay\":";
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct ReplayOptions {
-    /// Most refusals, and most benign answers; 0 = all
+    /// Keep at most N refusals and N benign answers; 0 = all
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub per: usize,
     /// Longest answer, in tokens; answers that are not finished by then are dropped
@@ -237,6 +237,14 @@ fn candidates(prompts: &[SecurityPrompt], label: Label) -> (Vec<&SecurityPrompt>
     (found, counts)
 }
 
+/// Prompts without those of the train split that an evaluation asks as well, up to small changes: what is replayed is
+/// trained.
+pub(super) fn without_held_out(prompts: &[SecurityPrompt], held_out: &[String]) -> Vec<SecurityPrompt> {
+    let near = NearDuplicates::new(held_out);
+    let kept = |prompt: &&SecurityPrompt| prompt.split != Split::Train || near.find(&prompt.prompt).is_none();
+    prompts.iter().filter(kept).cloned().collect()
+}
+
 /// The words of a text in lower case, without punctuation.
 fn words(text: &str) -> Vec<String> {
     let words = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
@@ -358,5 +366,8 @@ mod tests {
         assert_eq!(found, [&all[2]]);
         assert_eq!((counts.prompts, counts.held_out, counts.repeated), (4, 2, 1));
         assert!(candidates(&all, Label::Benign).0.is_empty());
+        // Of the train split alone, for nothing else is replayed.
+        let left = without_held_out(&all, &["AND that".into(), "a b c d e f g h i j".into()]);
+        assert_eq!(left, [all[0].clone(), all[1].clone(), all[4].clone()]);
     }
 }

@@ -6,6 +6,7 @@ use crate::data::{Conversation, Example, Label, RowReader, SecurityPrompt, Split
 use crate::error::{Error, Result};
 use crate::rng::Philox;
 use crate::secure::overlap::NearDuplicates;
+use crate::secure::replay::without_held_out;
 use crate::secure::screen::RefusedExamples;
 use crate::secure::text::ModelText;
 use crate::secure::tune::examples_hash;
@@ -58,11 +59,13 @@ pub struct PartSizes {
     pub repeated_prompts: usize,
     /// Tasks that are left out for the same reason.
     pub repeated_tasks: usize,
+    /// Prompts of the train split that are not replayed, since a task repeats them.
+    pub not_replayed: usize,
 }
 
 pub(super) struct SecureData {
     pub(super) train: Vec<Example>,
-    /// All prompts, of which the train split gives the replayed answers.
+    /// Prompts, of whose train split the answers are replayed: none resembles a task.
     pub(super) security: Vec<SecurityPrompt>,
     pub(super) valid: Asked,
     pub(super) test: Asked,
@@ -102,7 +105,9 @@ impl SecureData {
         test.extend(verdict_ood);
         let prompts = valid.len() + test.len();
         let [valid_prompts, test_prompts] = apart([valid, test], &trained, |prompt| &prompt.prompt);
-        let task_count = tasks.len();
+        let task_prompts: Vec<String> = tasks.iter().map(|task| task.prompt.clone()).collect();
+        let all_prompts = security.len();
+        let security = without_held_out(&security, &task_prompts);
         let [valid_tasks, test_tasks] =
             apart(halves(tasks, job.seed, |task| task.prompt.clone()), &trained, |task| &task.prompt);
         let (valid_heldout, test_heldout) =
@@ -134,7 +139,8 @@ impl SecureData {
             test_tasks: test.tasks.len(),
             heldout: valid.heldout.len() + test.heldout.len(),
             repeated_prompts: prompts - valid.prompts.len() - test.prompts.len(),
-            repeated_tasks: task_count - valid.tasks.len() - test.tasks.len(),
+            repeated_tasks: task_prompts.len() - valid.tasks.len() - test.tasks.len(),
+            not_replayed: all_prompts - security.len(),
         };
         Ok(Self { train, security, valid, test, sizes })
     }

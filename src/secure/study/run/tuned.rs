@@ -9,10 +9,10 @@ use crate::model::{ChatFiles, ModelDir, StoredAs};
 use crate::progress::{Observer, Progress};
 use crate::secure::merge::{MergeModels, merge};
 use crate::secure::output::TuneOutput;
-use crate::secure::overlap::NearDuplicates;
+use crate::secure::overlap::Passage;
 use crate::secure::probe::Probe;
 use crate::secure::recipe::{Mix, Recipe, mixed};
-use crate::secure::replay::{ReplayOptions, ReplaySummary};
+use crate::secure::replay::{ReplayOptions, ReplaySummary, without_held_out};
 use crate::secure::save::SaveAs;
 use crate::secure::screen::{RefusedExamples, SCREENED_FILE, write_screened};
 use crate::secure::study::config::MergeFiles;
@@ -40,14 +40,17 @@ impl<B: Backend> Study<'_, B> {
     }
 
     /// The model's own answers to the train split of the security file, as `swat replay` makes them, without prompts that
-    /// resemble one of the evaluation.
+    /// resemble a prompt or task of the evaluation or a held-out conversation.
     fn replay(&self, observer: Observer<'_>) -> Result<PathBuf> {
         let config = self.config;
         let path = config.out.join(REPLAY_FILE);
-        let held_out: Vec<&str> = self.data.evaluation.iter().map(|prompt| prompt.prompt.as_str()).collect();
-        let near = NearDuplicates::new(&held_out);
-        let kept = |prompt: &&SecurityPrompt| prompt.split != Split::Train || near.find(&prompt.prompt).is_none();
-        let prompts: Vec<SecurityPrompt> = self.data.security.iter().filter(kept).cloned().collect();
+        let asked = self.data.evaluation.iter().map(|prompt| &prompt.prompt);
+        let mut held_out: Vec<String> = asked.chain(self.data.tasks.iter().map(|task| &task.prompt)).cloned().collect();
+        if let Some(path) = &config.data.heldout {
+            let passages = Passage::of_conversations(path, &mut self.rows.borrow_mut())?;
+            held_out.extend(passages.into_iter().map(|passage| passage.text));
+        }
+        let prompts = without_held_out(&self.data.security, &held_out);
         let texts: Vec<_> = prompts.iter().map(|prompt| (&prompt.prompt, prompt.label, prompt.split)).collect();
         let mut inputs = json!({ "model": self.model_hash, "prompts": hash(&json!(texts)), "seed": config.seed,
             "options": config.replay, "refusals": format!("{:?}", self.refusals) });
