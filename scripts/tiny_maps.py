@@ -14,7 +14,8 @@ import statistics
 from cells import points, run
 from tiny_cells import STUDY, TASKS, make
 
-MAPS = {"noise (SWAT)": "swat", "conflict": "swat+by=conflict", "update": "swat+by=update"}
+MAPS = {"noise (SWAT)": "swat", "conflict": "swat+by=conflict", "update": "swat+by=update",
+        "noise, rates": "rates", "conflict, rates": "rates+by=conflict", "update, rates": "rates+by=update"}
 RANDOM = {f"random set {i}": f"warmup:random:{i}" for i in (1, 2, 3)}
 FRONT = ["plain-equal", "plain+steps=25", "plain+steps=50", "plain+steps=100"]
 HELD_OUT = 30

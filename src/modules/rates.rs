@@ -93,6 +93,12 @@ impl RateTable {
     }
 }
 
+impl FromIterator<(Cell, f32)> for RateTable {
+    fn from_iter<I: IntoIterator<Item = (Cell, f32)>>(factors: I) -> Self {
+        Self { entries: factors.into_iter().map(|(cell, factor)| (cell.to_string(), factor)).collect() }
+    }
+}
+
 impl FromStr for RateTable {
     type Err = Error;
 

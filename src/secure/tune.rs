@@ -49,7 +49,7 @@ impl Method {
 #[derive(schemars::JsonSchema, Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct TuneRecipe {
-    /// Factor on the learning rate of the modules outside of --mods in their phase; 0 = frozen, bit for bit
+    /// Factor on the learning rate of the modules outside of Mods_Rob in its phase; 0 = frozen, bit for bit
     #[arg(long, value_parser = from_zero::<f32>, default_value_t = 0.0)]
     pub rest_lr_factor: f32,
     /// Factors on the learning rates of modules, such as layers.*.q_proj=0.1,layers.8-23.v_proj=0; 0 = frozen
@@ -82,6 +82,21 @@ pub struct TuneRecipe {
 }
 
 default_from_args!(TuneRecipe);
+
+impl TuneRecipe {
+    /// Sets the factors on the learning rates.
+    ///
+    /// # Errors
+    /// [`Error::Input`] names `place` where there are some already.
+    pub(super) fn set_rates(&mut self, rates: RateTable, place: &str) -> Result<()> {
+        if let Some(table) = &self.module_lr {
+            let found = format!("factors on learning rates (`{table}`) beside those of a map");
+            return Err(Error::input(place, found, "one of both"));
+        }
+        self.module_lr = Some(rates);
+        Ok(())
+    }
+}
 
 /// A two-phase run, or any of its ablations.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]

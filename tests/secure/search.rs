@@ -59,6 +59,21 @@ fn map(seeds: &[u64], drop: impl Fn(ModuleId, u64) -> f64) -> RobustnessMap {
     }
 }
 
+/// Rates by rank: the largest R is frozen, the smallest has twice the rate, the mean is 1.
+#[test]
+fn rates_go_by_rank() {
+    let map = map(&[1], |id, _| (id.layer * 7 + id.kind as usize) as f64);
+    let all: ModuleSet = map.cells.iter().map(|cell| cell.cell).collect();
+    let factors = map.rates(ScoreKind::Gap).unwrap().factors(&all).unwrap();
+    assert_eq!(factors.len(), 28);
+    for (i, cell) in map.cells.iter().enumerate() {
+        let expected = 2.0 * (27 - i) as f32 / 27.0;
+        assert!((factors[&cell.cell] - expected).abs() < 1e-6, "{}: {}", cell.cell, factors[&cell.cell]);
+    }
+    assert!((factors.values().sum::<f32>() / 28.0 - 1.0).abs() < 1e-6);
+    assert!(map.rates(ScoreKind::Margin).unwrap_err().to_string().contains("0 cells"));
+}
+
 fn modules(set: &ModuleSet) -> impl Iterator<Item = ModuleId> + '_ {
     set.iter().filter_map(|c| if let Cell::Module(m) = c { Some(m) } else { None })
 }

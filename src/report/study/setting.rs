@@ -110,6 +110,7 @@ fn label(spec: &Recipe, mix_share: f64) -> (String, Tone) {
         Base::Reversed => ("SWAT reversed".into(), Tone::Muted),
         Base::ModsOnly => ("Mods_Rob only".into(), Tone::Muted),
         Base::MlLr(beta) => (format!("ML-LR, the rest × {beta}"), Tone::Muted),
+        Base::Rates(_) => ("rates by the map".into(), Tone::Muted),
         Base::Warmup(SetSpec::Random(seed)) => (format!("random set {seed}"), Tone::Green),
         Base::Warmup(SetSpec::RandomWithoutLayer0(seed)) => (format!("random set {seed} without layer 0"), Tone::Green),
         Base::Warmup(SetSpec::Complement) => ("complement".into(), Tone::Pink),

@@ -219,7 +219,7 @@ fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> 
         return wrong("seeds", "one model is tuned, by --seed; `swat run` tunes with several");
     }
     if job.tune.reversed {
-        return wrong("--reversed beside it", "reversed as the base of the recipe");
+        return wrong("reversed phases", "a recipe without them; `swat tune --recipe reversed` has them");
     }
     if recipe.options.by.is_some() {
         return wrong("by, which `swat run` takes", "swat:mods=FILE, a file of `swat search` on such a map");
@@ -239,6 +239,7 @@ fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> 
     tune.mods_phase = tune.all_phase.clone();
     let hash = match &recipe.base {
         Base::Warmup(set) => set.file().map(|_| text.files.hash()).transpose()?,
+        Base::Rates(_) => Some(text.files.hash()?),
         _ => None,
     };
     let tuned = recipe.job(&tune, &text.files.config, None, hash)?;

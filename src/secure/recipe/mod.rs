@@ -37,6 +37,7 @@ use std::str::FromStr;
 /// | `reversed` | everything, then Mods_Rob |
 /// | `mods-only` | Mods_Rob alone |
 /// | `ml-lr:BETA` | one phase of the duration of both, other modules at BETA times the learning rate |
+/// | `rates`, `rates:MAP` | one phase of the duration of both, each module at 0 to 2 times the learning rate by its rank in the map |
 /// | `warmup:SET` | another set in place of Mods_Rob, see [`super::SetSpec`]: `warmup:random:1` |
 ///
 /// The options are those of [`RecipeOptions`]: `plain+replay=.1,ema=.99`. Options may be joined by `+` as well.
@@ -176,7 +177,7 @@ impl Recipe {
 
     /// Whether it needs Mods_Rob.
     pub fn needs_mods(&self) -> bool {
-        !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual)
+        !matches!(self.base, Base::Given | Base::Plain | Base::PlainEqual | Base::Rates(Some(_)))
     }
 
     /// Refuses options of phases that have no effect in this recipe. `given` are those that a command line has, by their
@@ -187,7 +188,7 @@ impl Recipe {
     pub fn check_phases(&self, given: &[&str]) -> Result<()> {
         let Some(key) = self.base.ignored().iter().find(|key| given.contains(key)) else { return Ok(()) };
         let found = format!("--{} beside it, which has no effect in this recipe", key.replace('_', "-"));
-        Err(Error::input(self.place(), found, "a recipe with such a phase, such as swat, or no such option"))
+        Err(Error::input(self.place(), found, "a recipe with such a phase, such as swat:mods=SET, or no such option"))
     }
 
     /// A tuning recipe with the options of this one.
@@ -225,13 +226,36 @@ fn seed_stem(stem: String, seed: u64, first: u64) -> String {
     if seed == first { stem } else { format!("{stem}-seed{seed}") }
 }
 
+/// Bases and keys that `swat secure` refuses.
+const NOT_IN_SECURE: [&str; 9] =
+    ["given", "swat", "reversed", "mods-only", "ml-lr:BETA", "refusals", "attack", "by", "seeds"];
+
 /// The grammar, for `--help`.
 pub fn recipe_help() -> String {
+    grammar("swat+replay=.1,ema=.99", &phases::BASES, &KEYS)
+}
+
+/// The part of the grammar that `swat secure` takes, for its `--help`.
+pub fn secure_recipe_help() -> String {
+    let bases = phases::BASES.into_iter().filter(|(name, _)| !NOT_IN_SECURE.contains(name)).map(|base| match base {
+        ("swat:mods=SET", _) => ("swat:mods=SET", "this set, then everything: layers.8-15.v_proj, mods.json"),
+        ("warmup:SET", _) => ("warmup:SET", "the same; also random:SEED, layer0"),
+        ("rates[:MAP]", what) => ("rates:MAP", what),
+        base => base,
+    });
+    let keys = KEYS.into_iter().filter(|(name, ..)| !NOT_IN_SECURE.contains(name)).map(|key| match key {
+        ("merge", ..) => ("merge", "=path:ALPHA", "after tuning: a point between the model as given and the tuned one"),
+        key => key,
+    });
+    grammar("plain+replay=.15,screen", &bases.collect::<Vec<_>>(), &keys.collect::<Vec<_>>())
+}
+
+fn grammar(example: &str, bases: &[(&str, &str)], keys: &[(&str, &str, &str)]) -> String {
+    let bases: Vec<String> = bases.iter().map(|(name, what)| format!("  {name:<23}{what}")).collect();
     let keys: Vec<String> =
-        KEYS.iter().map(|(name, value, what)| format!("  {:<22}{what}", format!("{name}{value}"))).collect();
-    let bases: Vec<String> = phases::BASES.iter().map(|(name, what)| format!("  {name:<22}{what}")).collect();
+        keys.iter().map(|(name, value, what)| format!("  {:<23}{what}", format!("{name}{value}"))).collect();
     format!(
-        "Recipes: BASE[+KEY=VALUE[,KEY=VALUE…]], such as swat+replay=.1,ema=.99\n{}\nkeys\n{}",
+        "Recipes: BASE[+KEY=VALUE[,KEY=VALUE…]], such as {example}\n{}\nkeys\n{}",
         bases.join("\n"),
         keys.join("\n")
     )
@@ -257,6 +281,8 @@ mod tests {
             "swat+attack",
             "ml-lr:0.0001",
             "ml-lr:.1",
+            "rates+by=update",
+            "rates:map.json",
             "warmup:random:3",
             "swat:mods=layers.0-1.{q_proj,v_proj}",
             "swat+replay=.1,ema=.99",
@@ -270,13 +296,39 @@ mod tests {
         ] {
             assert_eq!(recipe(text).to_string(), text);
         }
-        for text in ["", "given+refusals", "given+seeds=2", "swat+", "ml-lr:2", "ml-lr", "warmup:", "swat:1", "plain:1"]
-        {
+        for text in [
+            "",
+            "rates:",
+            "rates:map.json+by=update",
+            "given+refusals",
+            "given+seeds=2",
+            "swat+",
+            "ml-lr:2",
+            "ml-lr",
+            "warmup:",
+            "swat:1",
+            "plain:1",
+        ] {
             refused(text);
         }
         let both = recipe("plain+attack=.2,replay=.1,lr=3e-4").options;
         assert_eq!((both.share_of(Mix::Attack), both.share_of(Mix::Replay)), (Some(Some(0.2)), Some(Some(0.1))));
         assert_eq!((both.lr, both.share_of(Mix::Refusals)), (Some(3e-4), None));
+    }
+
+    #[test]
+    fn help_of_secure_has_what_it_takes() {
+        let (all, secure) = (recipe_help(), secure_recipe_help());
+        for name in NOT_IN_SECURE {
+            assert!(all.contains(&format!("\n  {name}")), "{name}");
+            assert!(!secure.contains(&format!("\n  {name} ")), "{name}: {secure}");
+        }
+        for row in ["plain-equal", "swat:mods=SET", "lora=RANK[:all-linear] adapters", "merge=path:ALPHA"] {
+            assert!(secure.contains(&format!("\n  {row}")), "{row}: {secure}");
+        }
+        for name in ["attack", "refusals", "seeds", "by=", "safelora"] {
+            assert!(!secure.contains(name), "{name}: {secure}");
+        }
     }
 
     #[test]

@@ -18,13 +18,13 @@ pub(super) const KEYS: [(&str, &str, &str); 16] = [
     ("refusals", "[=SHARE]", "share of refusals in the data"),
     ("attack", "[=SHARE]", "share of answered harmful requests in the data"),
     ("screen", "", "leaves out examples that answer what the model as given refuses"),
-    ("constrain", "[=BETA]", "token-wise constrained loss"),
+    ("constrain", "[=SCALE]", "token-wise constrained loss, β times SCALE; 1 if not given"),
     ("distil", "=WEIGHT", "replayed answers keep the distribution of the model as given"),
-    ("prox", "=RHO", "proximal term towards the weights as given (Lisa)"),
+    ("prox", "=RHO", "proximal term towards the weights at the start of the phase, with lisa= of the turn (Lisa)"),
     ("lisa", "=K1:K2", "K1 steps on replayed answers and K2 on the task in turns (Lisa)"),
-    ("vaccine", "=RHO", "hidden states moved against the gradient (Vaccine)"),
+    ("vaccine", "=RHO", "hidden states moved along the gradient, for aligning a model (Vaccine)"),
     ("by", "=HOW", "how the map of Mods_Rob is made, in a study: noise, conflict or update"),
-    ("merge", "=METHOD:X", "after tuning: path:ALPHA, safelora:TAU, safemerge:LAMBDA[:TAU], resta:GAMMA"),
+    ("merge", "=METHOD:X", "after tuning, in a study: path:ALPHA, safelora:TAU, safemerge:LAMBDA[:TAU], resta:GAMMA"),
     ("seeds", "=N", "number of training seeds, in a study"),
 ];
 

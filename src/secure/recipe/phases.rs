@@ -9,12 +9,15 @@ use crate::error::{Error, Result};
 use crate::model::ModelConfig;
 use crate::modules::ModuleSet;
 use crate::options::one_of;
+use crate::secure::eval::metrics::ScoreKind;
+use crate::secure::robustness::map::RobustnessMap;
 use crate::secure::robustness::mods::SetSpec;
 use crate::secure::tune::{Method, TuneJob, TuneRecipe, all_projections, attention_projections};
 use crate::train::PhaseOptions;
+use std::path::PathBuf;
 
 /// Bases and what they are.
-pub(super) const BASES: [(&str, &str); 9] = [
+pub(super) const BASES: [(&str, &str); 10] = [
     ("given", "the model as given, not tuned"),
     ("plain", "everything, for the steps of phase 2"),
     ("plain-equal", "everything, for the steps of both phases"),
@@ -23,6 +26,7 @@ pub(super) const BASES: [(&str, &str); 9] = [
     ("reversed", "everything, then Mods_Rob"),
     ("mods-only", "Mods_Rob alone"),
     ("ml-lr:BETA", "one phase, modules outside Mods_Rob at BETA times the rate"),
+    ("rates[:MAP]", "one phase, each module at 0 to 2 times the rate by its rank in the map"),
     ("warmup:SET", "this set, then everything: random:1, complement, layers.8-15.v_proj"),
 ];
 
@@ -43,6 +47,9 @@ pub enum Base {
     ModsOnly,
     /// One phase of the duration of both, modules outside Mods_Rob at this multiple (0 to 1) of the learning rate.
     MlLr(f32),
+    /// One phase of the duration of both, each cell at 0 to 2 times the learning rate by its rank in this robustness map, or
+    /// in that of the study ([`crate::secure::RobustnessMap::rates`]).
+    Rates(Option<PathBuf>),
     /// This set, then all parameters.
     Warmup(SetSpec),
 }
@@ -73,6 +80,8 @@ impl Base {
                 Some(mods) => set(mods)?,
                 None => return Err(Error::input(place, format!("`{text}`"), "swat, or swat:mods=SET")),
             },
+            ("rates", None) => Self::Rates(None),
+            ("rates", Some(map)) if !map.trim().is_empty() => Self::Rates(Some(map.trim().into())),
             ("warmup", arg) => set(arg.unwrap_or_default())?,
             _ => return Err(unknown()),
         })
@@ -82,7 +91,7 @@ impl Base {
     pub(super) fn ignored(&self) -> &'static [&'static str] {
         match self {
             Self::Given | Self::Plain => &["mods_epochs", "mods_steps", "mods_lr", "rest_lr_factor", "keep_optimizer"],
-            Self::PlainEqual | Self::MlLr(_) => &["mods_lr", "rest_lr_factor", "keep_optimizer"],
+            Self::PlainEqual | Self::MlLr(_) | Self::Rates(_) => &["mods_lr", "rest_lr_factor", "keep_optimizer"],
             Self::ModsOnly => &["epochs", "steps", "keep_optimizer"],
             Self::Swat | Self::Reversed | Self::Warmup(_) => &[],
         }
@@ -115,6 +124,14 @@ impl Base {
             Self::MlLr(beta) => {
                 (job.mods, job.recipe.rest_lr_factor) = (Some(own()?), *beta);
                 (job.recipe.mods_phase, job.recipe.all_phase) = (both()?, none);
+            }
+            Self::Rates(map) => {
+                let none =
+                    || Error::input(place, "no robustness map", "rates:MAP; `swat run` makes one for its studies");
+                let map = RobustnessMap::load(map.as_deref().ok_or_else(none)?)?;
+                model_hash.map_or(Ok(()), |hash| map.check_model(hash))?;
+                job.recipe.all_phase = both()?;
+                job.recipe.set_rates(map.rates(ScoreKind::Gap)?, place)?;
             }
             Self::Warmup(set) => job.mods = Some(set.resolve(model, mods, model_hash)?),
         }
@@ -191,6 +208,18 @@ mod tests {
         assert_eq!(both(&job).unwrap().epochs, Some(7));
         job.all_phase.steps = Some(1);
         assert!(both(&job).is_err());
+    }
+
+    #[test]
+    fn rates_need_a_map() {
+        let (mut study, model) = (TuneRecipe::default(), ModelDir::open("assets/tiny".as_ref()).unwrap().config);
+        let job = |text: &str, study: &TuneRecipe| text.parse::<Recipe>().unwrap().job(study, &model, None, None);
+        assert!(job("rates", &study).unwrap_err().to_string().contains("no robustness map"));
+        assert!(job("rates:/nowhere/map.json", &study).unwrap_err().to_string().contains("/nowhere/map.json"));
+        study.set_rates("layers.0.q_proj=0.5".parse().unwrap(), "x").unwrap();
+        assert!(
+            study.set_rates("all=1".parse().unwrap(), "recipe `rates`").unwrap_err().to_string().contains("rates`")
+        );
     }
 
     #[test]

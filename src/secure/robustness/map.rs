@@ -7,7 +7,7 @@ use crate::data::{RowOptions, Split};
 use crate::error::{Error, Result};
 use crate::io::file::has_format;
 use crate::io::json::{self, check_format};
-use crate::modules::{Cell, ModuleSet};
+use crate::modules::{Cell, ModuleSet, RateTable};
 use crate::secure::eval::metrics::{ScoreKind, Scores};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -226,6 +226,24 @@ impl RobustnessMap {
             self.cell(cell).and_then(|c| c.drop.get(&ScoreKind::Refusal)).map(|drop| drop.mean).ok_or_else(missing)
         };
         set.iter().map(drop).sum()
+    }
+
+    /// Factors on the learning rates of the cells by their rank in R, in even steps: 0 for the cell with the largest, 2 for
+    /// that with the smallest, so that their mean is 1.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where fewer than two cells have the score.
+    pub fn rates(&self, asked: ScoreKind) -> Result<RateTable> {
+        let score = self.score(asked);
+        let ranked = self.cells.iter().filter_map(|cell| Some((cell.cell, cell.drop.get(&score)?.mean)));
+        let mut ranked: Vec<(Cell, f64)> = ranked.collect();
+        ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
+        if ranked.len() < 2 {
+            let found = format!("{} cells with the score {score}", ranked.len());
+            return Err(Error::input("robustness map", found, "a map of at least two cells"));
+        }
+        let step = 2.0 / (ranked.len() - 1) as f32;
+        Ok(ranked.into_iter().enumerate().map(|(rank, (cell, _))| (cell, rank as f32 * step)).collect())
     }
 
     /// The entry of a cell.

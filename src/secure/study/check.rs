@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::model::ModelConfig;
 use crate::modules::{Cell, ModuleKind, ModuleSet};
 use crate::secure::overlap::{Passage, overlaps, refuse_overlaps};
-use crate::secure::recipe::{Base, Mix};
+use crate::secure::recipe::{Base, Mix, Recipe};
 use crate::secure::text::ModelText;
 use crate::secure::tune::TuneJob;
 use crate::secure::warmup::check_warmups;
@@ -52,6 +52,7 @@ fn check_lengths(
         let recipe = &config.tune.recipe;
         let mut job = match setting.base {
             Base::Warmup(_) => TuneJob { mods: Some(set.clone()), recipe: setting.apply(recipe, Some(model))? },
+            Base::Rates(None) => Recipe { base: Base::PlainEqual, ..setting.clone() }.job(recipe, model, None, None)?,
             _ => setting.job(recipe, model, Some(&set), None)?,
         };
         let share = |share: Option<f64>| share.unwrap_or(config.evaluate.mix_share);

@@ -291,7 +291,9 @@ impl RunConfig {
             Base::Given => false,
             Base::Plain => none(all),
             Base::ModsOnly => none(mods),
-            Base::PlainEqual | Base::Swat | Base::Reversed | Base::MlLr(_) | Base::Warmup(_) => none(all) && none(mods),
+            Base::PlainEqual | Base::Swat | Base::Reversed | Base::MlLr(_) | Base::Rates(_) | Base::Warmup(_) => {
+                none(all) && none(mods)
+            }
         };
         if idle {
             let key = if setting.base == Base::ModsOnly { "mods_phase" } else { "all_phase" };

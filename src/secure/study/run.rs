@@ -26,7 +26,7 @@ use crate::secure::eval::refusal::RefusalList;
 use crate::secure::loaded::LoadedModel;
 use crate::secure::probe::Probe;
 use crate::secure::probe::features::Snapshot;
-use crate::secure::recipe::{Mix, Recipe};
+use crate::secure::recipe::{Base, Mix, Recipe};
 use crate::secure::robustness::By;
 use crate::secure::robustness::sets::{cell_parameters, share};
 use crate::secure::text::ModelText;
@@ -290,7 +290,16 @@ impl<'a, B: Backend> Study<'a, B> {
     ) -> Result<Option<SettingOutcome>> {
         let config = self.config;
         let model = ModelDir::open(&config.model)?;
-        let job = spec.job(&config.tune.recipe, &model.config, mods.map(|mods| &mods.set), None)?;
+        let recipe = &config.tune.recipe;
+        let job = match (&spec.base, mods) {
+            (Base::Rates(None), Some(mods)) => {
+                let mut job =
+                    Recipe { base: Base::PlainEqual, ..spec.clone() }.job(recipe, &model.config, None, None)?;
+                job.recipe.set_rates(mods.map.rates(config.search.score)?, &spec.place())?;
+                job
+            }
+            _ => spec.job(recipe, &model.config, mods.map(|mods| &mods.set), None)?,
+        };
         let set = job.mods.clone();
         let parameters = cell_parameters(&model.config);
         let joint = set.as_ref().zip(mods).map(|(set, mods)| self.joint(set, probe, &mods.map, observer)).transpose();
