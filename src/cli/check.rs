@@ -240,8 +240,8 @@ impl OnDevice for CheckCommand {
         match common.json {
             true => print_json(&check)?,
             false => {
-                let [measures, verdict] = check_tables(&check);
-                print_line(format!("{}\n{}", measures.text(), verdict.text()).trim_end())?;
+                let [measures, verdict, answers] = check_tables(&check);
+                print_line(format!("{}\n{}\n{}", measures.text(), answers.text(), verdict.text()).trim_end())?;
                 for table in agreement_tables(&check) {
                     print_line(table.text().trim_end())?;
                 }

@@ -40,7 +40,8 @@ path and resta merge all tensors. safemerge and safelora leave norms, biases, em
 say how many of them tuning has changed. It is computed on the CPU, tensor by tensor. docs/recipes.md has the papers.
 
 --alpha auto measures the points 0, 0.25, 0.5, 0.75, 0.9 and 1 of the path on the valid split of --security, and takes, of
-those within the limits, the one with the highest task score, without --task the largest. Exit code 3 = none is within them.")]
+those within the limits, the one with the highest task score, without --task the largest. Limits are for values, without
+their intervals. Exit code 3 = none is within them.")]
 pub(super) struct MergeCommand {
     #[command(flatten)]
     models: MergeModels,
@@ -58,6 +59,7 @@ pub(super) struct MergeCommand {
 
 /// What `--alpha auto` measures.
 #[derive(Args)]
+#[command(mut_args(of_values))]
 struct AutoAlpha {
     /// Labelled prompts, harmful and benign: files, or a set on the hub such as JailbreakBench/JBB-Behaviors
     #[arg(long, value_name = "FILE_OR_NAME", required_if_eq("alpha", "auto"))]
@@ -76,6 +78,12 @@ struct AutoAlpha {
     limits: Limits,
     #[command(flatten)]
     answers: AnswerLengths,
+}
+
+/// A limit of a value: its help without the interval, which a verdict has.
+fn of_values(arg: clap::Arg) -> clap::Arg {
+    let help = arg.get_help().map(|help| help.to_string().replace(" beyond the interval", ""));
+    help.into_iter().fold(arg, clap::Arg::help)
 }
 
 impl OnDevice for MergeCommand {
@@ -182,13 +190,13 @@ impl MergeCommand {
 /// The measured points of the path.
 fn points_table(points: &[PathPoint], chosen: Option<f64>) -> Table {
     let mut table = Table::new("Points of the path, with 95 % intervals").numbers("alpha", "");
-    for what in ["attack success, %", "over-refusal, %", "J, points", "task, %"] {
+    for what in ["attack success, %", "over-refusal, %", "J, points", "AUROC", "task, %"] {
         table = table.numbers(what, "");
     }
     table = table.column("");
-    let entry = |found: Option<Estimate>| {
+    let entry = |found: Option<Estimate>, factor: f64, decimals: usize| {
         found.map_or(Entry::missing(), |found| {
-            Entry::interval(100.0 * found.value, Some((100.0 * found.low, 100.0 * found.high)), 1)
+            Entry::interval(factor * found.value, Some((factor * found.low, factor * found.high)), decimals)
         })
     };
     for point in points {
@@ -198,14 +206,15 @@ fn points_table(points: &[PathPoint], chosen: Option<f64>) -> Table {
             (_, 0.0) => "within the limits".into(),
             (_, excess) => format!("{excess:.1} points beyond the limits"),
         };
-        let found = [
-            point.asr.map(Rate::estimate),
-            point.over_refusal.map(Rate::estimate),
-            point.j,
-            point.task.map(Rate::estimate),
-        ]
-        .map(entry);
-        table.row([Entry::fixed(point.alpha, 2)].into_iter().chain(found).chain([Entry::text(verdict)]));
+        table.row([
+            Entry::fixed(point.alpha, 2),
+            entry(point.asr.map(Rate::estimate), 100.0, 1),
+            entry(point.over_refusal.map(Rate::estimate), 100.0, 1),
+            entry(point.j, 100.0, 1),
+            entry(point.auroc, 1.0, 3),
+            entry(point.task.map(Rate::estimate), 100.0, 1),
+            Entry::text(verdict),
+        ]);
     }
     table
 }

@@ -8,7 +8,7 @@ use crate::secure::pipeline::SecureOutcome;
 
 /// The card: metadata in YAML, the verdict, the safety table with its gates, what was tried, and how it can be repeated.
 pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
-    let [measures, gates] = check_tables(check);
+    let [measures, gates, answers] = check_tables(check);
     let mut text = metadata(outcome);
     let mut push = |part: String| {
         text.push('\n');
@@ -25,6 +25,7 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
     ));
     push(measures.markdown());
     push(gates.markdown());
+    push(answers.markdown());
     agreement_tables(check).iter().for_each(|table| push(table.markdown()));
     if !outcome.advice.is_empty() {
         push("## What to try".into());
@@ -51,12 +52,13 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
 fn metadata(outcome: &SecureOutcome) -> String {
     // JSON's strings are YAML's, in double quotes.
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
-    let mut text = format!("---\nbase_model: {}\n", quoted(&outcome.base.name));
-    if let Some(license) = &outcome.base.license {
-        text.push_str(&format!("license: {}\n", quoted(license)));
-    }
-    text.push_str("library_name: transformers\npipeline_tag: text-generation\ntags:\n- swat\n- safety\n---\n");
-    text
+    // The hub's name for a licence that is not stated.
+    let license = outcome.base.license.as_deref().map_or_else(|| "unknown".to_owned(), quoted);
+    format!(
+        "---\nbase_model: {}\nlicense: {license}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n\
+         - swat\n- safety\n---\n",
+        quoted(&outcome.base.name)
+    )
 }
 
 /// Text between backticks.

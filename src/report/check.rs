@@ -1,28 +1,51 @@
 //! A check as tables.
 
 use super::table::{Entry, Table};
-use crate::secure::{Agreement, Check, CheckedModel, Estimate, Gate, Rate, Verdict};
+use crate::secure::{Agreement, AnswerKinds, Check, CheckedModel, Estimate, Gate, Rate, Verdict};
 
-/// Measures of both models, and gates with their verdict.
-pub fn check_tables(check: &Check) -> [Table; 2] {
-    [measures(check), verdict(check)]
+/// Kinds of answers of one model.
+type KindsOf = fn(&CheckedModel) -> Option<AnswerKinds>;
+
+/// What was asked, with the kinds of the answers to it.
+const ASKED: [(&str, KindsOf); 3] = [
+    ("harmful prompts", |model| model.harmful_answers),
+    ("benign prompts", |model| model.benign_answers),
+    ("tasks", |model| model.task_answers),
+];
+
+/// Measures of both models, gates with their verdict, and what the answers are, which is not gated.
+pub fn check_tables(check: &Check) -> [Table; 3] {
+    [measures(check), verdict(check), answers(check)]
+}
+
+/// A table with a column for each model.
+fn of_models(check: &Check, caption: &str) -> Table {
+    check.settings.iter().fold(Table::new(caption).column(""), |table, model| table.numbers(&model.name, ""))
+}
+
+/// Adds a row, unless no model has the measure.
+fn add_row(
+    table: &mut Table,
+    check: &Check,
+    what: &str,
+    of: &dyn Fn(&CheckedModel) -> Option<Estimate>,
+    (factor, decimals): (f64, usize),
+) {
+    let entry = |model: &CheckedModel| {
+        of(model).map_or(Entry::missing(), |found| {
+            let interval = Some((factor * found.low, factor * found.high));
+            Entry::interval(factor * found.value, interval, decimals)
+        })
+    };
+    if check.settings.iter().any(|model| of(model).is_some()) {
+        table.row(std::iter::once(Entry::text(what)).chain(check.settings.iter().map(entry)));
+    }
 }
 
 fn measures(check: &Check) -> Table {
-    let mut table = Table::new("Measures, with 95 % intervals").column("");
-    for model in &check.settings {
-        table = table.numbers(&model.name, "");
-    }
-    let mut row = |what: &str, of: &dyn Fn(&CheckedModel) -> Option<Estimate>, (factor, decimals): (f64, usize)| {
-        let entry = |model: &CheckedModel| {
-            of(model).map_or(Entry::missing(), |found| {
-                let interval = Some((factor * found.low, factor * found.high));
-                Entry::interval(factor * found.value, interval, decimals)
-            })
-        };
-        if check.settings.iter().any(|model| of(model).is_some()) {
-            table.row(std::iter::once(Entry::text(what)).chain(check.settings.iter().map(entry)));
-        }
+    let mut table = of_models(check, "Measures, with 95 % intervals");
+    let mut row = |what: &str, of: &dyn Fn(&CheckedModel) -> Option<Estimate>, shown: (f64, usize)| {
+        add_row(&mut table, check, what, of, shown);
     };
     row("attack success, %", &|model| model.asr.map(Rate::estimate), (100.0, 1));
     row("over-refusal, %", &|model| model.over_refusal.map(Rate::estimate), (100.0, 1));
@@ -30,6 +53,22 @@ fn measures(check: &Check) -> Table {
     row("attack success by the guard model, %", &|model| model.asr_guard.map(Rate::estimate), (100.0, 1));
     row("AUROC of the refusal log-odds", &|model| model.auroc, (1.0, 3));
     row("task accuracy, %", &|model| model.task.map(Rate::estimate), (100.0, 1));
+    table
+}
+
+/// Coherent attack success, and the answers that are empty, incoherent or cut off.
+fn answers(check: &Check) -> Table {
+    let mut table = of_models(check, "Answers, with 95 % intervals; not gated");
+    let mut row = |what: &str, of: &dyn Fn(&CheckedModel) -> Option<Rate>| {
+        add_row(&mut table, check, what, &|model| of(model).map(Rate::estimate), (100.0, 1));
+    };
+    row("attack success by coherent answers, %", &|model| model.asr_coherent);
+    for (asked, kinds) in ASKED {
+        row(&format!("answers to {asked}: empty, %"), &|model| kinds(model).map(|kinds| kinds.empty));
+        row(&format!("answers to {asked}: incoherent, %"), &|model| kinds(model).map(|kinds| kinds.incoherent));
+        row(&format!("answers to {asked}: cut off, %"), &|model| kinds(model).map(|kinds| kinds.cut_off));
+    }
+    table.note = "Empty and incoherent answers hold no refusal expression, so that attack success counts them.".into();
     table
 }
 

@@ -1,29 +1,31 @@
 //! The page of a secure tuning run: verdict, measures, what was tried, data.
 
+use super::chart::{Dot, DotGroup, Measure, Scatter};
 use super::check::{agreement_tables, check_tables};
 use super::format;
-use super::page::{Footer, Highlight, Report, Section};
+use super::page::{Figure, Footer, Highlight, Report, Section};
 use super::palette::Tone;
 use super::table::{Entry, Table};
-use crate::secure::pipeline::{SecureOutcome, SecureSetting, StageTime};
+use crate::secure::pipeline::{SecureOutcome, SecureSetting, StageTime, Tried};
 use crate::secure::{Check, Estimate, Measures, Rate, ScreenCounts};
 use std::time::Duration;
 
 /// The page; the verdict comes first.
 pub fn secure_report(outcome: &SecureOutcome, check: &Check) -> Report {
-    let [measures, gates] = check_tables(check);
+    let [measures, gates, answers] = check_tables(check);
     let section = |heading: &str, text: &str, tables: Vec<Table>| Section {
         heading: heading.into(),
         text: text.into(),
         tables,
         ..Section::default()
     };
-    let mut sections = vec![section("Verdict", "", [vec![gates, measures], agreement_tables(check)].concat())];
+    let mut sections = vec![section("Verdict", "", [vec![gates, measures, answers], agreement_tables(check)].concat())];
     if !outcome.advice.is_empty() {
         let sentences: Vec<String> = outcome.advice.iter().map(|advice| sentence(advice)).collect();
         sections.push(section("What to try", &sentences.join(" "), Vec::new()));
     }
-    sections.push(section("What was tried", "", vec![tried_table(outcome)]));
+    let figures = front(outcome).into_iter().collect();
+    sections.push(Section { figures, ..section("What was tried", "", vec![tried_table(outcome)]) });
     let screened = screened_line(outcome).unwrap_or_default();
     sections.push(section("Data", &screened, vec![data_table(outcome), files_table(outcome)]));
     let base = [("base model", &outcome.base.name)].into_iter();
@@ -91,6 +93,63 @@ fn highlights(outcome: &SecureOutcome) -> Vec<Highlight> {
     std::iter::once(verdict).chain(tiles.into_iter().flatten()).collect()
 }
 
+/// Attack success of what was tried against its task score, without tasks its held-out loss, on the prompts of the choice;
+/// none where fewer than two have both.
+fn front(outcome: &SecureOutcome) -> Option<Figure> {
+    let (tasks, limits) = (outcome.data.valid_tasks > 0, outcome.limits.for_choice());
+    let dot = |tried: &Tried| -> Option<Dot> {
+        let (shares, heldout) = (&tried.measures.shares, tried.measures.heldout);
+        let (asr, x) = (shares.asr?, if tasks { 100.0 * shares.task?.value } else { heldout?.nll });
+        let name = match tried.recipe.as_str() {
+            "given" => "as given".to_owned(),
+            recipe if tried.alpha < 1.0 => format!("{recipe}, alpha {}", format::fixed(tried.alpha, 2)),
+            recipe => recipe.to_owned(),
+        };
+        Some(Dot { name, x, y: Measure { value: asr.value, interval: Some((asr.low, asr.high)) }.scaled(100.0) })
+    };
+    let group = |name: &str, tone: Tone, of: &dyn Fn(&Tried) -> bool| {
+        let dots = outcome.tried.iter().filter(|tried| of(tried)).filter_map(dot).collect();
+        DotGroup { name: name.into(), tone, dots }
+    };
+    let is_given = |tried: &Tried| tried.recipe == "given";
+    let given = group("as given", Tone::Grey, &is_given);
+    // Where attack success and the task score are both at half their limits.
+    let limit = given.dots.iter().map(|given| Dot {
+        name: "half the limits".into(),
+        x: if tasks { (given.x - limits.max_task_drop).clamp(0.0, 100.0) } else { given.x },
+        y: Measure::new((given.y.value + limits.max_asr_rise).clamp(0.0, 100.0)),
+    });
+    let limit = DotGroup { name: "limit".into(), tone: Tone::Vermilion, dots: limit.collect() };
+    let tried = group("tried", Tone::Sky, &|tried| !is_given(tried) && !tried.chosen);
+    let chosen = group("chosen", Tone::Green, &|tried| tried.chosen);
+    if given.dots.len() + tried.dots.len() + chosen.dots.len() < 2 {
+        return None;
+    }
+    let (title, x_label, caption) = match tasks {
+        true => (
+            "Attack success against the task score",
+            "task score, %",
+            "Best is the lower right corner: few attacks succeed, many tasks are solved. What lies above the mark of \
+             half the limits, or left of it, is beyond them.",
+        ),
+        false => (
+            "Attack success against the held-out loss",
+            "held-out loss, nats a token",
+            "Best is the lower left corner: few attacks succeed, a low loss on the conversations that were set aside. \
+             What lies above the mark of half the limits is beyond them.",
+        ),
+    };
+    let scatter = Scatter {
+        title: title.into(),
+        x_label: x_label.into(),
+        y_label: "attack success, %".into(),
+        groups: [given, limit, tried, chosen].into_iter().filter(|group| !group.dots.is_empty()).collect(),
+        y_at_least: 10.0,
+        note: "on the prompts of the choice, with 95 % intervals".into(),
+    };
+    Some(Figure::new("front", scatter.svg(), caption))
+}
+
 /// What was tried, on the prompts of the choice.
 pub fn tried_table(outcome: &SecureOutcome) -> Table {
     let mut table = Table::new("Tried, with 95 % intervals").column("recipe").numbers("alpha", "");
@@ -105,7 +164,7 @@ pub fn tried_table(outcome: &SecureOutcome) -> Table {
     let tasks = outcome.data.valid_tasks > 0;
     table = table.numbers(if tasks { "task, %" } else { "held-out loss" }, "").column("");
     for (i, tried) in outcome.tried.iter().enumerate() {
-        let Measures { asr, over_refusal, j, task, asr_guard, auroc } = tried.measures.shares;
+        let Measures { asr, over_refusal, j, task, asr_guard, auroc, .. } = tried.measures.shares;
         let heldout = tried.measures.heldout;
         let points = |found: Option<Estimate>| {
             found.map_or(Entry::missing(), |found| {
@@ -187,6 +246,7 @@ pub(super) fn data_table(outcome: &SecureOutcome) -> Table {
         ("own conversations set aside", Some(sizes.heldout)),
         ("prompts left out, as another part repeats them", Some(sizes.repeated_prompts)),
         ("tasks left out, as another part repeats them", Some(sizes.repeated_tasks)),
+        ("prompts of the train split that are not replayed, as a task repeats them", Some(sizes.not_replayed)),
     ];
     for (what, count) in rows.into_iter().filter_map(|(what, count)| Some((what, count?))) {
         table.row([Entry::text(what), Entry::count(count as u64)]);

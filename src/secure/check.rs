@@ -2,6 +2,7 @@
 
 use super::eval::agreement::Agreement;
 use super::eval::discrimination::{Estimate, paired_auroc_difference};
+use super::eval::kinds::AnswerKinds;
 use super::eval::{Evaluation, PromptOutcomes, Rate};
 use crate::error::{Error, Result};
 use crate::io::file::has_format;
@@ -328,6 +329,14 @@ pub struct Measures {
     /// Attack success rate by a guard model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub asr_guard: Option<Rate>,
+    /// ASR in which empty and incoherent answers are no success; like the kinds of answers, it is not gated.
+    pub asr_coherent: Option<Rate>,
+    /// Kinds of the answers to harmful prompts.
+    pub harmful_answers: Option<AnswerKinds>,
+    /// Kinds of the answers to benign prompts.
+    pub benign_answers: Option<AnswerKinds>,
+    /// Kinds of the answers to tasks.
+    pub task_answers: Option<AnswerKinds>,
 }
 
 impl Measures {
@@ -341,6 +350,10 @@ impl Measures {
             let all: Option<Vec<Estimate>> = runs.iter().map(|run| of(run)).collect();
             Estimate::mean(&all?)
         };
+        let kinds = |of: fn(&Evaluation) -> Option<AnswerKinds>| {
+            let all: Option<Vec<AnswerKinds>> = runs.iter().map(|run| of(run)).collect();
+            AnswerKinds::mean(&all?)
+        };
         Self {
             asr: rate(&|run| run.asr),
             over_refusal: rate(&|run| run.over_refusal),
@@ -348,6 +361,10 @@ impl Measures {
             auroc: estimate(&|run| run.auroc),
             task: rate(&|run| run.task.as_ref().map(|task| task.overall)),
             asr_guard: rate(&|run| run.guard.as_ref().map(|guard| guard.asr)),
+            asr_coherent: rate(&|run| run.asr_coherent),
+            harmful_answers: kinds(|run| run.harmful_answers),
+            benign_answers: kinds(|run| run.benign_answers),
+            task_answers: kinds(|run| run.task_answers),
         }
     }
 }
@@ -379,6 +396,14 @@ pub struct CheckedModel {
     /// Attack success rate by a guard model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asr_guard: Option<Rate>,
+    /// ASR in which empty and incoherent answers are no success; like the kinds of answers, it is not gated.
+    pub asr_coherent: Option<Rate>,
+    /// Kinds of the answers to harmful prompts.
+    pub harmful_answers: Option<AnswerKinds>,
+    /// Kinds of the answers to benign prompts.
+    pub benign_answers: Option<AnswerKinds>,
+    /// Kinds of the answers to tasks.
+    pub task_answers: Option<AnswerKinds>,
     /// Agreement between refusal expressions and guard model.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub agreement: Vec<Agreement>,
@@ -403,6 +428,10 @@ impl CheckedModel {
             auroc: found.auroc,
             task: found.task.as_ref().map(|task| task.overall),
             asr_guard: found.guard.as_ref().map(|guard| guard.asr),
+            asr_coherent: found.asr_coherent,
+            harmful_answers: found.harmful_answers,
+            benign_answers: found.benign_answers,
+            task_answers: found.task_answers,
             agreement: found.agreement.clone(),
             asr_by_category: found.asr_by_category.clone(),
             over_refusal_by_category: found.over_refusal_by_category.clone(),

@@ -5,6 +5,7 @@ mod common;
 mod drawings;
 mod format;
 mod memory;
+mod secure;
 mod study;
 mod verdict;
 mod xml;

@@ -238,24 +238,34 @@ fn findings_agree_with_the_numbers() {
     let found = |settings: &[(&str, usize, usize)]| findings(&report(outcome(settings))).to_owned();
     let all = found(&ALL);
     for text in [
-        "Attack success with SWAT is 50.0 points lower than with plain, equal steps",
-        "the intervals do not overlap",
-        "The task score with SWAT is 1.0 points lower than with plain, equal steps",
-        "SWAT is lower than 1 of these 2. It is no better than: complement.",
-        "Attack success with plain, equal steps + 10 % refusals is 39.0 points lower than with SWAT",
+        "SWAT against plain, equal steps: Attack success is 50.0 points lower; the intervals do not overlap.",
+        "Over-refusal is the same. The task score is 1.0 points lower; the intervals overlap.",
+        "Warm-ups on other sets, by attack success: SWAT is lower than 1 of these 2, and no better than: complement.",
+        "Variants of the schedule, by attack success: SWAT is lower than ML-LR, the rest × 0.001.",
+        "plain, equal steps + 10 % refusals against SWAT: Attack success is 39.0 points lower; the intervals do not",
         "Each setting was trained once (seed 7).",
     ] {
         assert!(all.contains(text), "{text} in {all}");
     }
-    assert!(!all.contains("no better than plain"));
+    // The values themselves are in the table.
+    assert!(!all.contains("no better than plain") && !all.contains("40.0 %"), "{all}");
     let worse = found(&[("given", 2, 40), ("plain", 50, 190), ("swat", 53, 190)]);
-    for text in ["3.0 points higher", "intervals overlap", "no better than plain.", "8 steps for SWAT, 4 for plain"] {
+    for text in [
+        "SWAT against plain: Attack success is 3.0 points higher; the intervals overlap.",
+        "The task score is the same.",
+        "SWAT is no better than plain.",
+        "The two differ in length: SWAT takes more steps.",
+    ] {
         assert!(worse.contains(text), "{text} in {worse}");
     }
-    assert!(worse.contains("The task score is the same with SWAT and plain"), "{worse}");
     // An attack is compared with an attack.
     let attack = found(&[("plain-equal", 10, 190), ("plain-equal+attack", 90, 190), ("swat+attack", 40, 190)]);
-    assert!(attack.contains("50.0 points lower than with plain, equal steps + 10 % attack"), "{attack}");
+    let pair = "SWAT + 10 % attack against plain, equal steps + 10 % attack: Attack success is 50.0 points lower";
+    assert!(attack.contains(pair), "{attack}");
+    // Without SWAT nothing is compared.
+    let none = found(&[("given", 2, 40), ("plain", 50, 190)]);
+    assert_eq!(none.split("\n\n").count(), 1, "{none}");
+    assert!(none.starts_with("Each setting was trained once"), "{none}");
 }
 
 #[test]
@@ -291,11 +301,9 @@ fn findings_of_several_seeds_compare_ranges() {
     let report_of_two = report(two_seeds());
     let found = findings(&report_of_two);
     for text in [
-        "mean and range over training seeds: original 2.0 %; plain, equal steps 70.0 % [60.0–80.0]; SWAT 45.0 % \
-         [40.0–50.0].",
-        "25.0 points lower than with plain, equal steps: 45.0 % [40.0–50.0] against 70.0 % [60.0–80.0]; the ranges \
-         over training seeds do not overlap.",
-        "]. SWAT is lower.",
+        "SWAT against plain, equal steps: Attack success is 25.0 points lower; the ranges over training seeds do not \
+         overlap.",
+        "SWAT is lower than random set 1.",
         "Each setting was trained with 2 seeds (7, 8).",
         "one comparison of 3",
     ] {
@@ -309,8 +317,7 @@ fn findings_of_several_seeds_compare_ranges() {
     another_seed(&mut value["settings"][1], 8, 10, 190, 2.0, 2.0);
     let report_of_equals = report(value);
     let found = findings(&report_of_equals);
-    let equal = "Attack success with SWAT is the same as with plain, equal steps: 45.0 % [40.0–50.0] against 45.0 % \
-                 [10.0–80.0]";
+    let equal = "SWAT against plain, equal steps: Attack success is the same.";
     assert!(found.contains(equal) && found.contains("SWAT is no better than plain, equal steps."), "{found}");
 }
 

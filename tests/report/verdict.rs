@@ -82,13 +82,26 @@ fn the_verdict_comes_first_and_names_are_whole() {
 
 #[test]
 fn claims_are_distances_to_the_front_of_plain_tuning() {
-    let report = report(two_seeds());
-    let compared = report.sections.iter().find(|section| section.heading == "Comparisons").unwrap();
-    let table = compared.tables[0].markdown();
+    let mut value = two_seeds();
+    // 10 and 4 % of the benign prompts refused, where the plain runs and the original model refuse 6 %.
+    value["settings"][2]["evaluation"]["over_refusal"] = rate(5, 50);
+    value["settings"][2]["more_seeds"][0]["evaluation"]["over_refusal"] = rate(2, 50);
+    let claims = |value: Value| {
+        let report = report(value);
+        let compared = report.sections.iter().find(|section| section.heading == "Comparisons").unwrap();
+        compared.tables[0].markdown()
+    };
+    let table = claims(value);
     // Above the task score of the plain runs their attack success counts: 40 − 80 and 50 − 60. Mean −25, standard
-    // deviation 21.21, and 12.706 · 21.21 / √2 = 190.6.
-    assert!(table.contains("| SWAT | -25.0 (-215.6 to 165.6) |"), "{table}");
-    assert!(table.contains("not tested") && !table.contains("| plain"), "{table}");
+    // deviation 21.21, and 12.706 · 21.21 / √2 = 190.6. Over-refusal: 10 − 6 and 4 − 6, mean 1, ± 12.706 · 4.243 / √2. J has
+    // both: 50 − 86 and 54 − 66, mean −24, ± 12.706 · 16.97 / √2.
+    let row = "| SWAT | -25.0 (-215.6 to 165.6) | 1.0 (-37.1 to 39.1) | -24.0 (-176.5 to 128.5) |";
+    assert!(table.contains(row), "{table}");
+    // An interval that includes 0 was tested; one training seed tests nothing.
+    assert!(table.contains("| not established | not established |") && !table.contains("| plain"), "{table}");
+    assert!(!table.contains("| not tested"), "{table}");
+    let table = claims(outcome(&ALL));
+    assert!(table.contains("| not tested | not tested |") && !table.contains("| not established"), "{table}");
 }
 
 #[test]

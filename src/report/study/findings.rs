@@ -29,117 +29,76 @@ pub(super) fn findings(settings: &[Setting<'_>]) -> String {
         let variants: Vec<&Setting<'_>> = settings.iter().filter(alike).filter(variant).collect();
         paragraphs.push(beside("Variants of the schedule", &variants, swat));
     }
-    match settings.iter().find(|setting| setting.is(&Base::Swat) && setting.spec.options.mixes.is_empty()) {
-        Some(swat) => paragraphs.extend(with_safety_data(settings, swat)),
-        None if paragraphs.is_empty() => paragraphs.push(rates(&settings.iter().collect::<Vec<_>>())),
-        None => {}
+    let bare = |setting: &&Setting<'_>| setting.is(&Base::Swat) && setting.spec.options.mixes.is_empty();
+    if let Some(swat) = settings.iter().find(bare) {
+        paragraphs.extend(with_safety_data(settings, swat));
     }
     paragraphs.push(seeds(settings));
     paragraphs.retain(|paragraph| !paragraph.is_empty());
     paragraphs.join("\n\n")
 }
 
-/// `53.8 % [48.1–59.4]`
-fn text(Measure { value, interval }: Measure) -> String {
-    let end = |share: f64| format::fixed(share * 100.0, 1);
-    let interval = interval.map(|(low, high)| format!(" [{}–{}]", end(low), end(high)));
-    format::percent(value, 1) + &interval.unwrap_or_default()
-}
-
-fn list(runs: &[&Setting<'_>]) -> String {
-    let item = |setting: &&Setting<'_>| Some(format!("{} {}", setting.name, text(setting.rate(ASR)?)));
-    runs.iter().filter_map(item).collect::<Vec<_>>().join("; ")
-}
-
 fn names(runs: &[&Setting<'_>]) -> String {
     runs.iter().map(|setting| setting.name.as_str()).collect::<Vec<_>>().join("; ")
 }
 
-fn rates(runs: &[&Setting<'_>]) -> String {
-    let list = list(runs);
-    let several = runs.iter().any(|setting| setting.several);
-    let what = if several { ", mean and range over training seeds" } else { " with 95 % intervals" };
-    if list.is_empty() { list } else { format!("Attack success{what}: {list}.") }
-}
-
-/// Original model, plain tuning and SWAT on the same data, and SWAT against the fairest plain run.
+/// SWAT against the fairest plain run on the same data; empty without one.
 fn against_plain(settings: &[Setting<'_>], swat: &Setting<'_>) -> String {
     let find =
         |base: Base| settings.iter().find(|other| other.spec.base == base && other.spec.has_options_of(swat.spec));
-    let (plain, equal) = (find(Base::Plain), find(Base::PlainEqual));
-    let given = settings.iter().find(|setting| setting.spec.is_given());
-    let shown: Vec<&Setting<'_>> = [given, plain, equal, Some(swat)].into_iter().flatten().collect();
-    let mut sentences = vec![rates(&shown)];
-    if let Some(reference) = equal.or(plain) {
-        sentences.extend(MEASURES.iter().filter_map(|(what, of)| compare(what, *of, swat, reference)));
-        if swat.rate(ASR).zip(reference.rate(ASR)).is_some_and(|(a, b)| a.value > b.value - ROUNDING) {
-            let (swat, reference) = (&swat.name, &reference.name);
-            sentences.push(format!("By attack success, {swat} is no better than {reference}."));
-        }
-        if swat.steps() != reference.steps() {
-            sentences.push(format!(
-                "The two differ in length: {} steps for {}, {} for {}.",
-                format::count(swat.steps()),
-                swat.name,
-                format::count(reference.steps()),
-                reference.name
-            ));
-        }
+    let Some(plain) = find(Base::PlainEqual).or_else(|| find(Base::Plain)) else { return String::new() };
+    let mut sentences = vec![compare(swat, plain)];
+    if swat.rate(ASR).zip(plain.rate(ASR)).is_some_and(|(a, b)| a.value > b.value - ROUNDING) {
+        sentences.push(format!("By attack success, {} is no better than {}.", swat.name, plain.name));
+    }
+    if swat.steps() != plain.steps() {
+        let longer = if swat.steps() > plain.steps() { swat } else { plain };
+        sentences.push(format!("The two differ in length: {} takes more steps.", longer.name));
     }
     sentences.retain(|sentence| !sentence.is_empty());
     sentences.join(" ")
 }
 
-/// Compares a measure of two settings; `None` where one of them lacks it.
-fn compare(what: &str, of: RateOf, a: &Setting<'_>, b: &Setting<'_>) -> Option<String> {
-    let (x, y) = (a.rate(of)?, b.rate(of)?);
-    let (own, other) = (&a.name, &b.name);
-    if x == y {
-        return Some(format!("{what} is the same with {own} and {other}: {}.", text(x)));
-    }
-    let points = format::fixed((x.value - y.value).abs() * 100.0, 1);
-    let side = if x.value < y.value { "lower" } else { "higher" };
-    let equal = (x.value - y.value).abs() < ROUNDING;
-    let side = if equal { "the same as".into() } else { format!("{points} points {side} than") };
-    let ends = |m: Measure| m.interval.unwrap_or((m.value, m.value));
-    let ((low, high), (from, to)) = (ends(x), ends(y));
-    let overlap = if low <= to && from <= high { "overlap" } else { "do not overlap" };
+/// Compares two settings, a sentence a measure; empty where they have none in common.
+fn compare(a: &Setting<'_>, b: &Setting<'_>) -> String {
     let intervals = if a.several { "ranges over training seeds" } else { "intervals" };
-    Some(format!(
-        "{what} with {own} is {side} with {other}: {} against {}; the {intervals} {overlap}.",
-        text(x),
-        text(y)
-    ))
+    let sentence = |(what, of): &(&str, RateOf)| {
+        let (x, y) = a.rate(*of).zip(b.rate(*of))?;
+        if (x.value - y.value).abs() < ROUNDING {
+            return Some(format!("{what} is the same."));
+        }
+        let points = format::fixed((x.value - y.value).abs() * 100.0, 1);
+        let side = if x.value < y.value { "lower" } else { "higher" };
+        let ends = |m: Measure| m.interval.unwrap_or((m.value, m.value));
+        let ((low, high), (from, to)) = (ends(x), ends(y));
+        let overlap = if low <= to && from <= high { "overlap" } else { "do not overlap" };
+        Some(format!("{what} is {points} points {side}; the {intervals} {overlap}."))
+    };
+    let sentences: Vec<String> = MEASURES.iter().filter_map(sentence).collect();
+    if sentences.is_empty() { String::new() } else { format!("{} against {}: {}", a.name, b.name, sentences.join(" ")) }
 }
 
-/// Attack success of other settings, and how many of them are above SWAT.
+/// Which of other settings SWAT is below in attack success.
 fn beside(what: &str, runs: &[&Setting<'_>], swat: &Setting<'_>) -> String {
-    if runs.is_empty() {
-        return String::new();
-    }
-    let mut sentences = vec![format!("{what}, attack success: {}.", list(runs))];
-    if let Some(own) = swat.rate(ASR) {
-        let at_most = |setting: &&&Setting<'_>| setting.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
-        let better: Vec<&Setting<'_>> = runs.iter().filter(at_most).copied().collect();
-        let (name, lower, all) = (&swat.name, runs.len() - better.len(), runs.len());
-        sentences.push(match (lower, all) {
-            (0, 1) => format!("{name} is no better."),
-            (0, _) => format!("{name} is no better than any of them."),
-            (1, 1) => format!("{name} is lower."),
-            _ if lower == all => format!("{name} is lower than all of them."),
-            _ => format!("{name} is lower than {lower} of these {all}. It is no better than: {}.", names(&better)),
-        });
-    }
-    sentences.join(" ")
+    let Some(own) = swat.rate(ASR).filter(|_| !runs.is_empty()) else { return String::new() };
+    let at_most = |setting: &&&Setting<'_>| setting.rate(ASR).is_some_and(|rate| rate.value < own.value + ROUNDING);
+    let better: Vec<&Setting<'_>> = runs.iter().filter(at_most).copied().collect();
+    let (name, lower, all) = (&swat.name, runs.len() - better.len(), runs.len());
+    let found = match (lower, all) {
+        (0, 1) => format!("no better than {}", names(runs)),
+        (0, _) => "no better than any of them".into(),
+        (1, 1) => format!("lower than {}", names(runs)),
+        _ if lower == all => "lower than all of them".into(),
+        _ => format!("lower than {lower} of these {all}, and no better than: {}", names(&better)),
+    };
+    format!("{what}, by attack success: {name} is {found}.")
 }
 
 /// Plain tuning and others with refusals or replay mixed in, against SWAT without.
 fn with_safety_data(settings: &[Setting<'_>], swat: &Setting<'_>) -> Vec<String> {
     let safe = |recipe: &Recipe| recipe.options.mixes.iter().any(|mix| mix.what != Mix::Attack);
     let mixed = settings.iter().filter(|setting| safe(setting.spec) && setting.spec.base != Base::Swat);
-    let sentences =
-        |run: &Setting<'_>| MEASURES.iter().filter_map(|(what, of)| compare(what, *of, run, swat)).collect::<Vec<_>>();
-    mixed.map(|run| sentences(run).join(" ")).collect()
+    mixed.map(|run| compare(run, swat)).collect()
 }
 
 fn seeds(settings: &[Setting<'_>]) -> String {

@@ -68,9 +68,9 @@ pub(super) fn claims(settings: &[Setting<'_>], claims: &[Claim]) -> Vec<Table> {
             claims.iter().filter_map(|claim| Some((claim.name.as_str(), of(claim)?))).collect();
         (!found.is_empty()).then(|| claims_table(settings, &found, title, note))
     };
-    let note = "Distance to the front of plain tuning (its runs over rates and steps, and the original model) at the recipe's own \
-                task score, paired by training seed; in brackets 95 % intervals over seeds. Not tested: one training seed, or an \
-                interval that includes 0.";
+    let note = "Distance to the front of plain tuning (its runs over rates and steps, and the original model) at the \
+                recipe's own task score, paired by training seed; in brackets 95 % intervals over seeds. Not established: \
+                the interval includes 0. Not tested: one training seed, or no front.";
     let tables = [
         at("Claim: safer than plain tuning at the same task score", note, &|claim| Some(claim.score)),
         at(
@@ -91,6 +91,7 @@ fn claims_table(settings: &[Setting<'_>], claims: &[(&str, Distances)], title: &
     let mut table = Table::new(title)
         .column("Recipe")
         .numbers("ASR", "points from the front; below 0 is safer")
+        .numbers("Over-refusal", "points from the front")
         .numbers("1 − J", "points from the front")
         .numbers("1 − AUROC", "points from the front")
         .numbers("− log-odds", "nats from the front, refusal")
@@ -106,6 +107,7 @@ fn claims_table(settings: &[Setting<'_>], claims: &[(&str, Distances)], title: &
     let verdict = |holds: Holds| match holds {
         Holds::Holds => "holds",
         Holds::DoesNotHold => "does not hold",
+        Holds::NotEstablished => "not established",
         Holds::NotTested => "not tested",
     };
     for (text, found) in claims {
@@ -113,6 +115,7 @@ fn claims_table(settings: &[Setting<'_>], claims: &[(&str, Distances)], title: &
         table.row([
             Entry::text(name),
             distance(found.asr),
+            distance(found.over_refusal),
             distance(found.j),
             distance(found.auroc),
             distance(found.refusal),

@@ -83,4 +83,14 @@ impl AnswerKinds {
             incoherent: Rate::of(answers.iter().map(AnswerView::is_incoherent)),
         }
     }
+
+    /// [`Rate::mean`] of each kind; `None` without any.
+    pub fn mean(all: &[Self]) -> Option<Self> {
+        let rate = |of: fn(&Self) -> Rate| Rate::mean(&all.iter().map(of).collect::<Vec<_>>());
+        Some(Self {
+            empty: rate(|kinds| kinds.empty)?,
+            cut_off: rate(|kinds| kinds.cut_off)?,
+            incoherent: rate(|kinds| kinds.incoherent)?,
+        })
+    }
 }

@@ -30,7 +30,9 @@ pub enum Holds {
     Holds,
     /// The interval lies on the other side.
     DoesNotHold,
-    /// One training seed, no front, or an interval that includes 0.
+    /// The interval includes 0.
+    NotEstablished,
+    /// One training seed, or no front.
     NotTested,
 }
 
@@ -50,6 +52,9 @@ enum At {
 pub struct Distances {
     /// Distance of attack success.
     pub asr: Option<Distance>,
+    /// Distance of over-refusal.
+    #[serde(default)]
+    pub over_refusal: Option<Distance>,
     /// Distance of 1 − J.
     pub j: Option<Distance>,
     /// Distance of 1 − AUROC of the refusal log-odds.
@@ -89,10 +94,11 @@ pub fn claims(settings: &[SettingOutcome]) -> Vec<Claim> {
         let distances = |at: At| {
             let measure = |of: Of<'_>| distance(settings, setting, at, of);
             let asr = measure(&|run| run.evaluation.asr.map(|rate| 100.0 * rate.value));
+            let over_refusal = measure(&|run| run.evaluation.over_refusal.map(|rate| 100.0 * rate.value));
             let j = measure(&|run| run.evaluation.youden().map(|j| 100.0 * (1.0 - j.value)));
             let auroc = measure(&|run| run.evaluation.auroc.map(|auroc| 100.0 * (1.0 - auroc.value)));
             let refusal = measure(&|run| refusal_log_odds(settings, run).map(|odds| -odds));
-            Distances { asr, j, auroc, refusal, holds: holds(asr), holds_by_j: holds(j) }
+            Distances { asr, over_refusal, j, auroc, refusal, holds: holds(asr), holds_by_j: holds(j) }
         };
         let [at_loss, at_tokens] = [At::Loss, At::Tokens]
             .map(|at| Some(distances(at)).filter(|found| found.asr.is_some() || found.auroc.is_some()));
@@ -138,7 +144,8 @@ fn holds(distance: Option<Distance>) -> Holds {
     match distance.and_then(|distance| distance.interval) {
         Some((_, high)) if high < 0.0 => Holds::Holds,
         Some((low, _)) if low > 0.0 => Holds::DoesNotHold,
-        _ => Holds::NotTested,
+        Some(_) => Holds::NotEstablished,
+        None => Holds::NotTested,
     }
 }
 
@@ -224,6 +231,7 @@ mod tests {
         assert_eq!(holds(Some(found)), Holds::Holds);
         assert_eq!(holds(over_seeds(&[10.0, 12.0, 14.0])), Holds::DoesNotHold);
         assert_eq!(holds(over_seeds(&[-10.0])), Holds::NotTested);
-        assert_eq!((over_seeds(&[]), holds(over_seeds(&[-10.0, 10.0]))), (None, Holds::NotTested));
+        assert_eq!(holds(over_seeds(&[-10.0, 10.0])), Holds::NotEstablished);
+        assert_eq!((over_seeds(&[]), holds(None)), (None, Holds::NotTested));
     }
 }
