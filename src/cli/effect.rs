@@ -88,6 +88,7 @@ const RULES: &[(&str, &[&str], Needs)] = &[
     ("secure", &["task_tokens", "max_task_drop"], Given("task")),
     ("secure", &["max_guard_asr_rise", "judge_template", "judge_pattern"], Given("judge_model")),
     ("secure", &["decay_all"], Given("weight_decay")),
+    ("secure", &["reversed"], Nothing),
     ("robustness", &["epsilon", "members"], Other("kind", "zero")),
     ("robustness", &["members"], Other("kind", "scale")),
     ("robustness", &["step_lr", "step_steps", "step_batch_size", "step_batches", "step_max_length"], Given("data")),
@@ -248,6 +249,7 @@ mod tests {
             "swat robustness --model m --probe p --security s --kind zero --members 4",
             "swat robustness --model m --probe p --security s --kind scale --members 4",
             "swat secure --model m --data d --security s --out o --decay-all",
+            "swat secure --model m --data d --security s --out o --reversed",
         ] {
             assert!(check(line).unwrap_err().contains("no effect"), "{line}");
         }

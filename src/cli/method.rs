@@ -18,7 +18,8 @@ pub(super) enum MethodName {
 
 #[derive(Args)]
 pub(super) struct MethodArgs {
-    /// full, or lora: adapters
+    /// full, or lora: new adapters. With --adapter, `swat tune` trains that adapter further; `swat secure` merges it before
+    /// anything else
     #[arg(long, value_enum, default_value_t = MethodName::Full)]
     pub method: MethodName,
     #[command(flatten)]

@@ -22,6 +22,7 @@ mod probe;
 mod profile;
 mod progress;
 mod ranks;
+mod recipe;
 mod replay;
 mod robustness;
 mod run;
@@ -45,7 +46,7 @@ use std::process::ExitCode;
     name = "swat",
     version = concat!(env!("CARGO_PKG_VERSION"), env!("SWAT_COMMIT")),
     about,
-    after_help = "Start with `swat demo`: the whole method in minutes, nothing to download."
+    after_help = "Start with `swat demo`: the whole method in a minute on two cores, nothing to download."
 )]
 struct Cli {
     #[command(flatten)]

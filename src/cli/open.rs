@@ -24,7 +24,7 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub(super) chat_template: Option<PathBuf>,
     /// Date for a chat template that writes it (strftime_now): 2025-07-01, 2025-07-01T12:30:00Z or seconds since 1970.
-    /// If not given, that of the unfinished run or of --probe, SOURCE_DATE_EPOCH, or now
+    /// If not given, the one that an unfinished run or a probe file recorded, else SOURCE_DATE_EPOCH, else now
     #[arg(long, value_name = "DATE")]
     pub(super) date: Option<Clock>,
     /// LoRA adapter of the model, as peft saves it (adapter_config.json, adapter_model.safetensors), or its name on the
@@ -226,7 +226,7 @@ impl Common {
 /// How refusals are recognised.
 #[derive(Args, Clone, Debug, Default)]
 pub(super) struct Refusals {
-    /// Refusal expressions, one per line, in place of the list of Zou et al.
+    /// File of refusal expressions (not of conversations), one per line, in place of the list of Zou et al.
     #[arg(long, value_name = "FILE", conflicts_with = "refusal_languages")]
     refusals: Option<PathBuf>,
     /// Languages of the built-in refusal expressions, such as en,de,fr, or all; en is the list of Zou et al., by which

@@ -25,9 +25,9 @@ pub(super) struct ProbeCommand {
     model: ModelArgs,
     #[command(flatten)]
     refusals: Refusals,
-    /// Labelled prompts
-    #[arg(long, value_name = "FILE")]
-    security: PathBuf,
+    /// Labelled prompts, harmful and benign: files, or a set on the hub such as JailbreakBench/JBB-Behaviors
+    #[arg(long, value_name = "FILE_OR_NAME", required = true)]
+    security: Vec<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,
     /// Output file of the probes
@@ -50,18 +50,19 @@ impl OnDevice for ProbeCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
-        names.file("--security", &mut self.security)
+        names.security(&mut self.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        let inputs = [self.model.inputs(), vec![("--security", self.security.as_path())], self.refusals.inputs()];
-        check_apart(&[("--out", &self.out)], &inputs.concat())?;
+        let mut inputs = [self.model.inputs(), self.refusals.inputs()].concat();
+        inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
+        check_apart(&[("--out", &self.out)], &inputs)?;
         check_file(&self.out, IfExists::from_force(self.force), Probe::is_file)?;
         check_answer_tokens("answer_tokens", self.answer_tokens)?;
         let mut rows = RowReader::new(&self.rows);
-        let prompts = SecurityPrompt::read(&self.security, common.seed, &mut rows)?;
+        let prompts = SecurityPrompt::read_all(&self.security, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
-        SecurityPrompt::require_both_labels(&prompts, &self.security)?;
+        self.security.first().map_or(Ok(()), |first| SecurityPrompt::require_both_labels(&prompts, first))?;
         let refusals = self.refusals.list()?;
         let (text, date) = self.model.open_dated(None)?;
         self.options.check(text.files.config.layers)?;

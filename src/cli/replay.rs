@@ -28,9 +28,10 @@ pub(super) struct ReplayCommand {
     model: ModelArgs,
     #[command(flatten)]
     refusals: Refusals,
-    /// Labelled prompts, as for `swat probe`
-    #[arg(long, value_name = "FILE")]
-    security: PathBuf,
+    /// Labelled prompts, harmful and benign, of which the train split is used: files, or a set on the hub such as
+    /// JailbreakBench/JBB-Behaviors
+    #[arg(long, value_name = "FILE_OR_NAME", required = true)]
+    security: Vec<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,
     /// Output file: training conversations in the layout messages, refusals first
@@ -50,19 +51,21 @@ impl OnDevice for ReplayCommand {
 
     fn resolve(&mut self, names: &mut Names<'_>) -> Result<()> {
         self.model.resolve(names)?;
-        names.file("--security", &mut self.security)
+        names.security(&mut self.security)
     }
 
     fn run<B: Backend>(self, common: &Common, backend: B) -> Result<()> {
-        let inputs = [self.model.inputs(), vec![("--security", self.security.as_path())], self.refusals.inputs()];
-        check_apart(&[("--out", &self.out)], &inputs.concat())?;
+        let mut inputs = [self.model.inputs(), self.refusals.inputs()].concat();
+        inputs.extend(self.security.iter().map(|path| ("--security", path.as_path())));
+        check_apart(&[("--out", &self.out)], &inputs)?;
         check_file(&self.out, IfExists::from_force(self.force), |path: &Path| begins_with(path, REPLAY_START))?;
         let mut rows = RowReader::new(&self.rows);
-        let prompts = SecurityPrompt::read(&self.security, common.seed, &mut rows)?;
+        let prompts = SecurityPrompt::read_all(&self.security, common.seed, &mut rows)?;
         common.end_reading(&rows)?;
         if !prompts.iter().any(|prompt| prompt.split == Split::Train && prompt.is_harmful()) {
-            let place = self.security.display().to_string();
-            return Err(Error::input(place, "no harmful prompt in the train split", "prompts to be refused"));
+            let files: Vec<String> = self.security.iter().map(|path| path.display().to_string()).collect();
+            let found = "no harmful prompt in the train split";
+            return Err(Error::input(files.join(", "), found, "prompts to be refused"));
         }
         let refusals = self.refusals.list()?;
         let (text, _) = self.model.open_dated(None)?;

@@ -6,6 +6,7 @@ use super::method::MethodArgs;
 use super::names::Names;
 use super::open::{GuardArgs, ModelArgs, OnDevice, Refusals, State};
 use super::progress::Bars;
+use super::recipe::Beside;
 use crate::backend::Backend;
 use crate::data::{RowOptions, RowReader};
 use crate::error::{Error, Result};
@@ -16,7 +17,7 @@ use crate::options::{above_zero, mib};
 use crate::report::format::bytes;
 use crate::report::{Entry, Table, check_tables, model_card, secure_report, times_table, tried_table};
 use crate::secure::pipeline::{DEFAULT_RECIPES, SecureJob, SecurePlan, SecureReport, SecureRun, Secured};
-use crate::secure::{Limits, Recipe, TuneRecipe, recipe_help};
+use crate::secure::{Base, Limits, Recipe, TuneRecipe, secure_recipe_help};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -48,17 +49,18 @@ pub(super) struct SecureCommand {
     data: Vec<PathBuf>,
     #[command(flatten)]
     rows: RowOptions,
-    /// Labelled prompts, harmful and benign, with the splits train (replayed), valid (choice), test (verdict) and ood (half and
-    /// half); assigned by --seed where the file has none. Files, or a set on the hub: JailbreakBench/JBB-Behaviors
+    /// Labelled prompts, harmful and benign, with the splits train (replayed), valid (choice), test (verdict) and ood
+    /// (half for the choice, half for the verdict); assigned by --seed where the file has none. Files, or a set on the
+    /// hub: JailbreakBench/JBB-Behaviors
     #[arg(long, value_name = "FILE_OR_NAME")]
     security: Vec<PathBuf>,
     /// Checkable tasks: half of them for the choice, half for the verdict. Without it a tenth of --data is set aside, and
-    /// its loss is measured; no gate is about it
+    /// its loss is measured; it is not gated
     #[arg(long, value_name = "FILE")]
     task: Option<PathBuf>,
-    /// How to tune; several are tried in order. If none is given: plain+replay=.15,screen, the
+    /// Recipe; repeat to try several in order. If none is given: plain+replay=.15,screen, the
     /// same with distil=1, and plain+replay=.3,distil=2,screen
-    #[arg(long = "recipe", value_name = "RECIPE", long_help = recipe_help())]
+    #[arg(long = "recipe", value_name = "RECIPE", long_help = recipes_help())]
     recipes: Vec<Recipe>,
     #[command(flatten)]
     refusals: Refusals,
@@ -68,7 +70,7 @@ pub(super) struct SecureCommand {
     guard: GuardArgs,
     #[command(flatten)]
     method: MethodArgs,
-    /// Learning rate, where a recipe has none; 2e-5 for full, 2e-4 for lora if not given
+    /// Learning rate, for recipes without lr=; 2e-5 for full, 2e-4 for lora if not given
     #[arg(long, value_parser = above_zero::<f64>)]
     lr: Option<f64>,
     #[command(flatten)]
@@ -113,6 +115,7 @@ impl OnDevice for SecureCommand {
                             --security JailbreakBench/JBB-Behaviors (100 harmful prompts and their benign twins)";
             return Err(Error::input("--security", "none", expected));
         }
+        self.check_recipes()?;
         self.model.resolve(names)?;
         self.model.name.iter().for_each(|name| names.card(name));
         self.guard.resolve(names)?;
@@ -151,14 +154,15 @@ impl OnDevice for SecureCommand {
         if common.json {
             print_json(&outcome)?;
         } else {
-            let [measures, verdict] = check_tables(&check);
+            let [measures, verdict, answers] = check_tables(&check);
             print_line(&tried_table(&outcome).text())?;
             print_line(&measures.text())?;
+            print_line(&answers.text())?;
             print_line(&verdict.text())?;
             print_line(&times_table(&times).text())?;
             if self.task.is_none() {
                 print_line(
-                    "no --task: no gate is about usefulness; the loss of set-aside conversations is in outcome.json",
+                    "no --task: usefulness is not gated; the loss of set-aside conversations is in outcome.json",
                 )?;
             }
             print_line(&format!("the tuned model, README.md and report.html are in {}", self.out.display()))?;
@@ -174,6 +178,20 @@ impl OnDevice for SecureCommand {
 impl SecureCommand {
     fn work(&self) -> PathBuf {
         self.work.clone().unwrap_or_else(|| SecureJob::default_work(&self.out))
+    }
+
+    /// Refuses recipes that contradict another option, or need a Mods_Rob beside them. The default recipes are tried with
+    /// any option.
+    fn check_recipes(&self) -> Result<()> {
+        let beside = Beside { lr: None, mods_lr: None, method: &self.method, tune: &self.recipe };
+        for recipe in &self.recipes {
+            if matches!(recipe.base, Base::Swat | Base::Reversed | Base::ModsOnly | Base::MlLr(_)) {
+                let expected = "swat:mods=SET_OR_FILE or plain as the base; `swat tune --mods` takes this one";
+                return Err(Error::input(recipe.place(), "no Mods_Rob", expected));
+            }
+            beside.check(recipe)?;
+        }
+        Ok(())
     }
 
     fn job(&self, common: &Common) -> Result<SecureJob> {
@@ -209,6 +227,15 @@ impl SecureCommand {
             command: format!("swat {}", command.join(" ")),
         })
     }
+}
+
+/// `--help` of `--recipe`.
+fn recipes_help() -> String {
+    let [first, second, third] = DEFAULT_RECIPES;
+    format!(
+        "Recipe; repeat to try several in order. If none is given: {first}, {second} and {third}\n\n{}",
+        secure_recipe_help()
+    )
 }
 
 fn print_plan(common: &Common, plan: &SecurePlan) -> Result<()> {

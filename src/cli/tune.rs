@@ -29,7 +29,7 @@ use clap::Args;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
-/// Two-phase secure tuning of a model: first Mods_Rob alone, then everything; plain tuning without --mods
+/// Fine-tunes a model: in two phases with --mods, first Mods_Rob alone, then everything; plainly without
 #[derive(Args)]
 #[command(after_help = "Examples:
   swat tune --model DIR --data train.jsonl --out tuned --epochs 3                        plain
@@ -75,7 +75,8 @@ pub(super) struct Tune {
     /// For replay= in --recipe: the model's own answers, a file of `swat replay`
     #[arg(long, value_name = "FILE", requires = "recipe")]
     replay: Option<PathBuf>,
-    /// For refusals= in --recipe: conversations in which harmful requests are refused
+    /// For refusals= in --recipe: training conversations in which harmful requests are refused (refusal expressions are
+    /// --refusal-expressions)
     #[arg(long, value_name = "FILE", requires = "recipe")]
     refusals: Option<PathBuf>,
     /// For attack= in --recipe: conversations in which harmful requests are answered
@@ -411,6 +412,7 @@ impl Tune {
         // A Mods_Rob file must be of this model.
         let hash = match &named.base {
             Base::Warmup(set) => set.file().map(|_| text.files.hash()).transpose()?,
+            Base::Rates(_) => Some(text.files.hash()?),
             _ => None,
         };
         named.job(&recipe, config, mods.as_ref(), hash)

@@ -41,7 +41,7 @@ pub enum Label {
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
-    /// Fits probes.
+    /// What training may see: probes are fitted to it, answers to it are replayed.
     Train,
     /// Selects hyperparameters, ε and module sets.
     Valid,

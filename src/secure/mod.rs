@@ -59,7 +59,9 @@ pub use probe::features::{Features, Snapshot, features, prompts_hash, snapshot};
 pub use probe::labels::check_labels;
 pub use probe::train::{ProbeInput, ProbeOptions, train_probe};
 pub use probe::{Head, HeadMetrics, LinearHead, Probe, ProbeLayer, ProbeMetadata};
-pub use recipe::{Adapters, Base, MergeStep, Mix, MixIn, Recipe, RecipeOptions, mixed, recipe_help};
+pub use recipe::{
+    Adapters, Base, MergeStep, Mix, MixIn, Recipe, RecipeOptions, mixed, recipe_help, secure_recipe_help,
+};
 pub use replay::{REPLAY_START, ReplayCounts, ReplayOptions, ReplaySummary};
 pub use robustness::conflict::conflict_map;
 pub use robustness::map::{CellRobustness, EpsilonPoint, MapInputs, RobustnessMap, Stat};

@@ -380,6 +380,12 @@ fn the_tables_of_jailbreakbench_are_a_security_set_by_name() {
     let found: Value = serde_json::from_str(&found).unwrap();
     let base = &found["settings"][0];
     assert_eq!((&base["asr"]["total"], &base["over_refusal"]["total"]), (&4.into(), &4.into()), "{base}");
+    // Of both tables the train split.
+    let security = ["--model", "org/tiny", "--security", "JailbreakBench/JBB-Behaviors", "--device", "cpu", "--json"];
+    let found = world.done(&[&["replay", "--out", "replay.jsonl"][..], &security].concat(), &[]);
+    let found: Value = serde_json::from_str(&found).unwrap();
+    assert_eq!((&found["harmful"]["prompts"], &found["benign"]["prompts"]), (&12.into(), &12.into()), "{found}");
+    world.done(&[&["probe", "--out", "probe.safetensors"][..], &security].concat(), &[]);
     let requests = world.hub.requests();
     assert!(!requests.iter().any(|r| r.path.contains("judge-comparison")), "{requests:?}");
 }

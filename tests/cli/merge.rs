@@ -305,6 +305,8 @@ fn alpha_is_chosen_on_the_validation_split() {
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{message}");
     assert!(message.contains("no point of the path") && !none.exists(), "{message}");
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(shown.contains("J, points") && shown.contains("AUROC"), "{shown}");
     // Other methods have no points.
     let output = swat(&[&args[..], &["--by", "resta", "--unaligned", &base], &auto[2..]].concat());
     assert_eq!(output.status.code(), Some(2));

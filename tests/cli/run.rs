@@ -325,7 +325,9 @@ fn a_study_is_extended_by_more_training_seeds() {
     // Without the second seed, what there was before.
     for outcome in [&mut one, &mut two] {
         let setting = outcome["settings"][1].as_object_mut().unwrap();
-        for of_all_seeds in ["more_seeds", "seeds", "asr", "over_refusal", "j", "auroc", "task"] {
+        let rates = ["asr", "over_refusal", "j", "auroc", "task", "asr_coherent"];
+        let kinds = ["harmful_answers", "benign_answers", "task_answers"];
+        for of_all_seeds in ["more_seeds", "seeds"].into_iter().chain(rates).chain(kinds) {
             setting.remove(of_all_seeds);
         }
     }
@@ -336,7 +338,8 @@ fn a_study_is_extended_by_more_training_seeds() {
 fn settings_may_have_maps_of_their_own() {
     let dir = tempfile::tempdir().unwrap();
     let config = study(dir.path(), "maps");
-    let settings = "settings=[\"given\", \"swat\", \"swat+by=conflict\", \"plain+replay=.2,lisa=1:2,prox=.1\"]";
+    let settings = "settings=[\"given\", \"swat\", \"swat+by=conflict\", \"plain+replay=.2,lisa=1:2,prox=.1\", \
+                    \"rates+by=conflict\"]";
     let wide = ["search.tau=9.0", "search.floor=0.0", "perturb.members=1", "evaluate.tasks=2"];
     let found = outcome_with(&config, &[&[settings][..], &wide].concat());
     assert_eq!(found["map"]["kind"], "gaussian");
@@ -346,17 +349,28 @@ fn settings_may_have_maps_of_their_own() {
     // The step of the first phase: rate times steps.
     let step = &more["map"]["step"]["options"];
     assert_eq!((&step["lr"], &step["steps"], &step["batch_size"]), (&1e-3.into(), &6.into(), &4.into()));
-    let [_, noise, conflict, turns] = found["settings"].as_array().unwrap().as_slice() else { panic!("{found}") };
+    let [_, noise, conflict, turns, rates] = found["settings"].as_array().unwrap().as_slice() else {
+        panic!("{found}")
+    };
     assert_eq!((&noise["mods"], &conflict["mods"]), (&found["mods"], &more["mods"]));
     assert_eq!(conflict["joint"], more["search"]["joint"]);
     assert_eq!((&conflict["recipe"], &turns["tuned"]["steps_per_epoch"]), (&"swat+by=conflict".into(), &15.into()));
+    // Rates by the map take the place of a set; what the map does not have keeps its rate.
     let out = dir.path().join("maps");
+    let tuned = Path::new(rates["tuned"]["dir"].as_str().unwrap());
+    let tuned: Value =
+        serde_json::from_slice(&std::fs::read(out.join("..").join(tuned).join("tune.json")).unwrap()).unwrap();
+    let table = tuned["job"]["module_lr"].as_str().unwrap_or_else(|| panic!("no rates: {tuned}"));
+    assert!(
+        rates["mods"].is_null() && table.ends_with("=2") && table.split(',').next().unwrap().ends_with("=0"),
+        "{table}"
+    );
     for name in ["map.json", "map-conflict.json", "mods-conflict.json", "stages/robustness-conflict.json"] {
         assert!(out.join(name).is_file(), "{name}");
     }
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(
-        page.contains("from gradients") && page.contains("by conflict"),
+        page.contains("from gradients") && page.contains("by conflict") && page.contains("rates by the map"),
         "a page that does not say how the map was made"
     );
 }

@@ -62,7 +62,21 @@ fn a_model_is_tuned_and_held_to_limits() {
     // A split ood would be halved; without one the verdict is on the split test, which `swat check` can ask as well.
     let security = dir.path().join("security.jsonl");
     let rows = std::fs::read_to_string(&security).unwrap().replace("\"split\":\"ood\"", "\"split\":\"test\"");
-    std::fs::write(&security, rows).unwrap();
+    std::fs::write(&security, &rows).unwrap();
+    // Tasks that are prompts of the train split as well: they are not replayed.
+    let both: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let both: Vec<&str> = both
+        .iter()
+        .filter(|row| row["split"] == "train" && row["label"] == "benign")
+        .map(|row| row["prompt"].as_str().unwrap())
+        .take(3)
+        .collect();
+    let task = dir.path().join("task.jsonl");
+    let mut tasks = std::fs::read_to_string(&task).unwrap();
+    for prompt in &both {
+        tasks += &format!("{}\n", serde_json::json!({ "prompt": prompt, "answer": "1", "match": "exact" }));
+    }
+    std::fs::write(&task, tasks).unwrap();
     let args = ["--data", "train.jsonl", "--task", "task.jsonl", "--steps", "60", "--json"];
     let output = secure(dir.path(), &[&args[..], &WIDE].concat()).output().unwrap();
     let stderr = message(&output, 0);
@@ -80,6 +94,7 @@ fn a_model_is_tuned_and_held_to_limits() {
         let [low, value, high] = ["low", "value", "high"].map(|key| tuned[measure][key].as_f64().expect(measure));
         assert!(low <= value + 1e-9 && value <= high + 1e-9, "{measure}");
     }
+    assert!(tuned["asr_coherent"]["value"].is_number() && tuned["harmful_answers"]["empty"]["total"].is_number());
     // The aligned model refuses; the tuned one is another.
     assert!(given["j"]["value"].as_f64().unwrap() > 0.8, "{given}");
     let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
@@ -88,7 +103,10 @@ fn a_model_is_tuned_and_held_to_limits() {
     let data = &found["data"];
     assert_eq!((&data["valid_prompts"], &data["test_prompts"]), (&32.into(), &128.into()), "{data}");
     let counts = ["valid_tasks", "test_tasks", "repeated_tasks"].map(|key| data[key].as_u64().unwrap());
-    assert_eq!(counts.iter().sum::<u64>(), 24);
+    assert_eq!(counts.iter().sum::<u64>(), 24 + 3);
+    assert_eq!(data["not_replayed"], both.len());
+    let replayed = std::fs::read_to_string(dir.path().join("tuned.work/replay.jsonl")).unwrap();
+    assert!(!replayed.is_empty() && both.iter().all(|prompt| !replayed.contains(prompt)), "{both:?}");
     let tried = found["tried"].as_array().unwrap();
     assert_eq!(tried.iter().map(|tried| &tried["recipe"]).collect::<Vec<_>>(), ["given", "plain+replay=.15,screen"]);
     assert_eq!((&tried[1]["chosen"], &tried[1]["excess"]), (&true.into(), &0.0.into()));
@@ -99,6 +117,7 @@ fn a_model_is_tuned_and_held_to_limits() {
     for part in [
         "**Held:",
         "| attack success, % |",
+        "| answers to harmful prompts: incoherent, % |",
         "rise of attack success",
         "By the 32 prompts and ",
         "attack success up by 50 points, over-refusal up by 50, the task score down by 50, against",
@@ -110,6 +129,7 @@ fn a_model_is_tuned_and_held_to_limits() {
     }
     let report = std::fs::read_to_string(out.join("report.html")).unwrap();
     assert!(report.contains("plain+replay=.15,screen") && report.contains("Verdict"), "no verdict in the report");
+    assert!(report.contains("Attack success against the task score"), "no front in the report");
     assert!(!report.contains("What to try") && !card.contains("What to try"));
     // The gate agrees with `swat check` on the same prompts: the tuned model is a model like any other.
     let check = ["check", "--model", "tuned", "--against", "model", "--security", "security.jsonl", "--json"];
@@ -286,7 +306,7 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
     let security = ["--security", "security.jsonl"];
     refused(&["--security", "harmful.jsonl"], "0 benign prompts in the valid split");
     for (more, named) in [
-        (["--recipe", "swat"], "no Mods_Rob"),
+        (["--recipe", "swat"], "no Mods_Rob; expected swat:mods=SET_OR_FILE"),
         (["--recipe", "given"], "a model that is not tuned"),
         (["--recipe", "plain+attack=.1"], "refusals or attack"),
         (["--recipe", "plain+seeds=3"], "seeds"),
@@ -300,6 +320,23 @@ fn a_plan_writes_nothing_and_wrong_inputs_are_told_first() {
     ] {
         refused(&[&security[..], &more].concat(), named);
     }
+    // A recipe beside an option that says the same, or that does nothing in it.
+    for (recipe, option, named) in [
+        ("plain+ema=.9", "--ema-decay=.5", "ema=, and --ema-decay beside it"),
+        ("plain+prox=.1", "--prox=.5", "prox=, and --prox beside it"),
+        ("plain+steps=5", "--steps=9", "steps=, and --steps beside it"),
+        ("plain+steps=5", "--epochs=9", "steps=, and --epochs beside it"),
+        ("plain+screen", "--screen", "screen, and --screen beside it"),
+        ("plain", "--lisa=1:9", "--lisa beside it, where nothing is replayed"),
+        ("plain+screen", "--distil=1", "--distil beside it, where nothing is replayed"),
+        ("plain", "--reversed", "--reversed: found an option that has no effect in swat secure"),
+    ] {
+        refused(&[&security[..], &["--recipe", recipe, option]].concat(), named);
+    }
+    let several = ["--recipe", "plain+replay=.1", "--recipe", "plain", "--distil", "1"];
+    refused(&[&security[..], &several].concat(), "recipe `plain`: found --distil beside it");
+    // The default recipes are tried with any option.
+    planned(&["--steps", "4", "--screen", "--distil", "1"]);
     // A tenth of 96 rows is set aside: 87 and 10 answers, in batches of 8, are 13 steps.
     let warmup = ["--epochs", "1", "--recipe", "plain+replay=.1", "--lr-warmup-steps", "13"];
     refused(

@@ -255,6 +255,7 @@ fn a_recipe_that_cannot_be_run_is_refused_before_anything_is_written() {
         (&["--recipe", "plain", "--mods", "layers.0.q_proj"], "--mods beside it"),
         (&["--recipe", "plain+lr=1e-4", "--lr", "1e-3"], "lr=, and --lr beside it"),
         (&["--recipe", "plain+steps=4", "--epochs", "3"], "steps=, and --epochs beside it"),
+        (&["--recipe", "plain", "--distil", "1"], "--distil beside it, where nothing is replayed"),
         (&["--recipe", "plain+merge=path:.5"], "`swat merge --by path`"),
         (&["--recipe", "plain+seeds=2"], "--seed N"),
         (&["--recipe", "given"], "trains nothing"),

@@ -83,7 +83,7 @@ fn a_cell_holds_within_its_limits_alone() {
         ]
     );
     assert!(
-        table.contains("| SmolLM2, benign | plain, 2 seeds | `plain-equal` | 90.0 | 0.0 | 10.0 | 80.0 | 0.900 |"),
+        table.contains("| SmolLM2, benign | plain, 2 seeds | `plain-equal` | 90.0 (0 to 100) | 0.0 (0 to 100) | 10.0 (0 to 100) | 80.0 (70 to 100) | 0.900 (0.80 to 1.00) |"),
         "{table}"
     );
 }

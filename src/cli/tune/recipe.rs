@@ -1,7 +1,7 @@
 //! `--recipe` beside the other options of `swat tune`.
 
 use super::Tune;
-use crate::engine::Lora;
+use crate::cli::recipe::Beside;
 use crate::error::{Error, Result};
 use crate::secure::{Base, EvaluateOptions, Mix, Recipe, TuneRecipe};
 use std::path::Path;
@@ -48,34 +48,10 @@ impl Tune {
     pub(super) fn check_recipe(&self, recipe: &Recipe) -> Result<()> {
         let wrong = |found: &str, expected: &str| Err(Error::input(recipe.place(), found, expected));
         let options = &recipe.options;
-        let rank = self.method.lora.rank != Lora::default().rank;
-        for (key, both, option) in [
-            ("lr", options.lr.is_some() && self.lr.is_some(), "--lr"),
-            ("lr", options.lr.is_some() && self.mods_lr.is_some(), "--mods-lr"),
-            ("steps", options.steps.is_some() && self.recipe.all_phase.steps.is_some(), "--steps"),
-            ("steps", options.steps.is_some() && self.recipe.all_phase.epochs.is_some(), "--epochs"),
-            ("screen", options.screen && self.recipe.screen, "--screen"),
-            ("constrain", options.constrain.is_some() && self.recipe.shared.constrain.is_some(), "--constrain"),
-            ("distil", options.distil.is_some() && self.recipe.shared.distil.is_some(), "--distil"),
-            ("prox", options.prox.is_some() && self.recipe.shared.prox.is_some(), "--prox"),
-            ("lisa", options.lisa.is_some() && self.recipe.shared.lisa.is_some(), "--lisa"),
-            ("vaccine", options.vaccine.is_some() && self.recipe.shared.vaccine.is_some(), "--vaccine"),
-            ("ema", options.ema.is_some() && self.recipe.shared.ema_decay.is_some(), "--ema-decay"),
-            ("lora", options.lora.is_some_and(|own| rank && own.rank != self.method.lora.rank), "--lora-rank"),
-            (
-                "lora",
-                options.lora.is_some_and(|own| own.all_linear) && self.method.lora_modules.is_some(),
-                "--lora-modules",
-            ),
-        ] {
-            if both {
-                let value = if key == "screen" { "" } else { "=" };
-                return wrong(&format!("{key}{value}, and {option} beside it"), "one of them");
-            }
-        }
         if recipe.is_given() {
             return wrong("a recipe that trains nothing", "plain, swat or another base");
         }
+        Beside { lr: self.lr, mods_lr: self.mods_lr, method: &self.method, tune: &self.recipe }.check(recipe)?;
         if options.seeds.is_some() {
             return wrong("seeds=, which belongs to studies (swat run)", "--seed N, once for each run");
         }

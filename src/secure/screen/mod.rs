@@ -37,8 +37,8 @@ pub struct ScreenOptions {
     /// Lines of the output, those with the highest scores; 0 = all
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub top: usize,
-    /// Tokens of each answer that are compared, from its beginning
-    #[arg(long, value_parser = count, default_value_t = 64)]
+    /// Compare only the first N tokens of each answer
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 64)]
     pub answer_tokens: usize,
     /// Longest conversation, in tokens; what is beyond is not scored
     #[arg(long, value_parser = count, default_value_t = 1024)]
