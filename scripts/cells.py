@@ -84,10 +84,18 @@ def verdict(record, given, plain, **keys):
     return rows[0].get("verdict") or holds(given, record.mean(**keys), plain)
 
 
+def value(setting, key):
+    """A mean, and the mean of its 95 % intervals where they are known."""
+    scale, digits = (1, 3) if key == "auroc" else (100, 1)
+    of = lambda bound: scale * setting[key][bound]
+    interval = f" ({of('low'):.{digits - 1}f} to {of('high'):.{digits - 1}f})" if "low" in setting[key] else ""
+    return f"{of('value'):.{digits}f}{interval}"
+
+
 def row(cell, name, recipe, found, verdict=""):
-    values = " | ".join(f"{points(found, key):.1f}" for key in ("asr", "over_refusal", "j", "task"))
+    values = " | ".join(value(found, key) for key in ("asr", "over_refusal", "j", "task", "auroc"))
     recipe = f"`{recipe}`" if recipe else ""
-    return f"| {cell} | {name} | {recipe} | {values} | {found['auroc']['value']:.3f} | {verdict} |"
+    return f"| {cell} | {name} | {recipe} | {values} | {verdict} |"
 
 
 def secure_rows(cell, record, plain, **keys):
@@ -102,7 +110,7 @@ def secure_rows(cell, record, plain, **keys):
 
 
 def write(text, head, lines, out):
-    """A text with a table of cells behind it, printed and written."""
+    """A text with a table of cells behind it, printed and written; in brackets 95 % intervals over the prompts, means over seeds."""
     text += f"| {head} | setting | recipe | ASR % | over-refusal % | J | task % | AUROC | |\n|---|---|---|---:|---:|---:|---:|---:|---|\n"
     text += "\n".join(lines) + "\n"
     if out:

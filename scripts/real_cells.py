@@ -113,7 +113,7 @@ def main():
         for kind in KINDS:
             for seed in args.secure:
                 secure(swat, work, record, name, kind, seed)
-    text = "# Recipes on real models\n\nMeans over training seeds; `scripts/real_cells.py` says what a cell is, `scripts/cells.py` when it holds.\n\n"
+    text = "# Recipes on real models\n\nMeans over training seeds, in brackets the means of the 95 % intervals; `scripts/real_cells.py` says what a cell is, `scripts/cells.py` when it holds.\n\n"
     write(text, "model, data", [line for name in MODELS | EARLIER for kind in KINDS for line in rows(record, name, kind)], args.out)
 
 

@@ -230,7 +230,7 @@ def table(record):
     summary = "\n".join(f"| {name} | {count(kinds.get('benign'))} | {count(kinds.get('attack'))} |" for name, kinds in order)
     text = f"""# Recipes over {len(cells)} cells of tiny models
 
-Means over three training seeds; `scripts/tiny_cells.py` says what a cell is and on what it is measured, `scripts/cells.py` when it holds.
+Means over three training seeds, in brackets the means of the 95 % intervals where they are recorded; `scripts/tiny_cells.py` says what a cell is and on what it is measured, `scripts/cells.py` when it holds.
 In how many cells each setting holds, of those that it was measured in:
 
 | setting | benign | attack |
