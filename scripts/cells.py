@@ -10,6 +10,8 @@ import subprocess
 RESULTS = pathlib.Path(__file__).parent.parent / "docs/results"
 MEASURES = ("asr", "over_refusal", "j", "task", "auroc")
 BOUNDS = ("value", "low", "high")
+# What a row says beside what it is of.
+BESIDE = ("swat", "loss", "model_hash", "chosen", "held", "seconds", "screened", "replay")
 
 
 class Record:
@@ -25,7 +27,7 @@ class Record:
     def add(self, setting, **keys):
         """The measures of a setting in an outcome of swat, in place of what there was."""
         measures = {key: {bound: round(setting[key][bound], 6) for bound in BOUNDS} for key in MEASURES}
-        same = {key: value for key, value in keys.items() if key not in ("swat", "loss", "model_hash", "chosen", "held", "seconds")}
+        same = {key: value for key, value in keys.items() if key not in BESIDE}
         replaced = self.find(**same)
         self.rows = [row for row in self.rows if row not in replaced] + [keys | measures]
         self.rows.sort(key=lambda row: [str(row.get(key)) for key in ("model", "dataset", "seed")])

@@ -47,7 +47,8 @@ def runs(swat, work, record, name, seed, only):
         found = json.loads((out / "outcome.json").read_text())
         setting = next(one for one in found["settings"] if one["name"] == recipe)
         loss = setting["evaluation"]["perplexity"]["nll"]
-        record.add(setting, model=name, seed=seed, recipe=recipe, loss=loss, swat=version(swat), model_hash=found["model_hash"])
+        record.add(setting, model=name, seed=seed, recipe=recipe, loss=loss, swat=version(swat), model_hash=found["model_hash"],
+                   screened=found.get("screened"))
         for weights in (out / "tuned").glob("*/*.safetensors"):
             weights.unlink()
 
@@ -76,7 +77,7 @@ def secure(swat, work, record, name, kind, seed):
     seconds = round(time.monotonic() - started) if started else None    # of a run that was not ended
     for what, setting in zip(("base", "tuned"), found["settings"]):
         record.add(setting, model=name, seed=seed, kind=kind, what=what, chosen=chosen(found), held=found["verdict"]["held"], seconds=seconds,
-                   swat=version(swat))
+                   swat=version(swat), screened=found.get("screened"), replay=found.get("replay"))
     for made in (out, out.with_name(out.name + ".work")):
         shutil.rmtree(made, ignore_errors=True)
 

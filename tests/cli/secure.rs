@@ -221,7 +221,7 @@ fn a_run_that_is_killed_goes_on_to_the_same_bytes() {
     }
     message(&secure(straight.path(), &args).output().unwrap(), 0);
     let expected = files(&straight.path().join("tuned"));
-    // At the first measure, among the steps of tuning, when the candidate is measured, and at the verdict.
+    // After each stage, and among the steps of tuning.
     let stages = killed.path().join("tuned.work/stages");
     let unfinished = || {
         let entries = std::fs::read_dir(killed.path().join("tuned.work/tuned")).ok()?;
@@ -231,11 +231,15 @@ fn a_run_that_is_killed_goes_on_to_the_same_bytes() {
         let metrics = unfinished().map(|dir| dir.join("metrics.jsonl"));
         metrics.and_then(|path| std::fs::read_to_string(path).ok()).is_some_and(|text| text.lines().count() >= 6)
     };
-    let points: [(&str, &dyn Fn() -> bool); 4] = [
+    let points: [(&str, &dyn Fn() -> bool); 8] = [
+        ("screening", &|| stages.join("screen.json").exists()),
         ("as given", &|| stages.join("measure/choice/given.json").exists()),
+        ("as given, for the verdict", &|| stages.join("measure/verdict/given.json").exists()),
+        ("replay", &|| stages.join("replay.json").exists()),
         ("tuning", &stepped),
         ("tuned", &|| stages.join("tune/plain_replay_.15_screen.json").exists()),
         ("the choice", &|| stages.join("measure/choice/plain_replay_.15_screen.json").exists()),
+        ("the verdict", &|| stages.join("measure/verdict/tuned.json").exists()),
     ];
     let mut kills = 0;
     for (name, reached) in points {
@@ -251,7 +255,7 @@ fn a_run_that_is_killed_goes_on_to_the_same_bytes() {
         child.wait().unwrap();
         assert!(reached(), "{name} was not reached");
     }
-    assert!(kills >= 3, "only {kills} runs were killed");
+    assert!(kills >= 5, "only {kills} runs were killed");
     if !killed.path().join("tuned").exists() {
         message(&secure(killed.path(), &args).output().unwrap(), 0);
     }
