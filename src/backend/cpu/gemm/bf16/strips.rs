@@ -1,19 +1,20 @@
-//! How threads share a product: strips of B, each packed by one thread and multiplied by all that are free.
+//! Dynamic scheduling of a product over strips of B (columns) and blocks of A (rows).
 //!
-//! A thread packs a strip into a space of its own, so that it is in its L2, and takes the strip's blocks of rows one by
-//! one. One that finds no strip left takes blocks of the others'. Nothing waits for all threads but the end: a thread
-//! that wakes late, or that other programs hold up, delays no more than the block it has taken.
+//! A thread packs a strip of B into its own buffer, so that it stays in its L2, and multiplies it with one block of A
+//! after another. When no strip is left, it takes blocks of strips that other threads have packed. There is no barrier
+//! between packing and multiplying, only the join at the end: a thread that wakes late or is preempted delays the
+//! product by one block at most.
 
 use crate::backend::cpu::matrix::Threads;
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-/// A strip that is being packed.
+/// State of a buffer whose strip is being packed.
 const PACKING: u64 = u64::MAX;
-/// A space without a strip: no block is left of it.
+/// State of a buffer without a strip, with no block left.
 const EMPTY: u64 = PACKING >> 32;
 
-/// Runs tasks on the threads that are free, each of which takes one at a time.
+/// Parallel loop with dynamic scheduling: free threads take one task at a time.
 pub(super) fn for_each(tasks: usize, threads: Threads, task: impl Fn(usize) + Sync + Send) {
     let next = AtomicUsize::new(0);
     on(workers(threads).min(tasks), |_| {
@@ -23,7 +24,7 @@ pub(super) fn for_each(tasks: usize, threads: Threads, task: impl Fn(usize) + Sy
     });
 }
 
-/// Threads that can take part.
+/// Number of threads that may work on a product.
 pub(super) fn workers(threads: Threads) -> usize {
     match threads {
         Threads::All => rayon::current_num_threads(),
@@ -31,7 +32,7 @@ pub(super) fn workers(threads: Threads) -> usize {
     }
 }
 
-/// Runs `work` `workers` times, at the same time where threads are free.
+/// Calls `work` `workers` times, in parallel on free threads.
 fn on(workers: usize, work: impl Fn(usize) + Sync + Send) {
     if workers > 1 {
         (0..workers).into_par_iter().with_max_len(1).for_each(work);
@@ -50,11 +51,11 @@ fn take(next: &AtomicUsize, end: usize) -> Option<usize> {
 pub(super) struct Strips {
     pub strips: usize,
     pub blocks: usize,
-    /// Strips that are packed at the same time.
+    /// Buffers for packed strips: the number of strips that are packed at the same time.
     pub spaces: usize,
 }
 
-/// A place for a packed strip.
+/// A buffer for a packed strip.
 struct Space {
     /// The strip in the upper half, the next of its blocks in the lower one; or [`PACKING`], or [`EMPTY`].
     state: AtomicU64,
