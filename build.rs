@@ -64,11 +64,16 @@ fn main() {
         names(&CODE),
         names(&HOPPER_CODE)
     );
+    if compiled {
+        table += "/// Fatbins hold 64-bit fields, which `include_bytes` alone does not align.\n";
+        table += "#[repr(C, align(16))]\nstruct Aligned<T>(T);\n";
+    }
     table += "/// File stem and fatbin; empty where the library was built without nvcc.\n";
     table += "pub static IMAGES: &[(&str, &[u8])] = &[\n";
     let mut constants = String::new();
     for source in &sources {
-        let image = if compiled { format!("include_bytes!({:?})", image(source, &out)) } else { "&[]".into() };
+        let image =
+            if compiled { format!("&Aligned(*include_bytes!({:?})).0", image(source, &out)) } else { "&[]".into() };
         table += &format!("    ({:?}, {image}),\n", stem(source));
         if compiled {
             constants += &exported(&files(&kept(source, &out), "ptx"));

@@ -220,7 +220,7 @@ EXPORT(attention_backward_key_baseline_bf16)
 
 // A chunk of a span's keys a block, four heads. One chunk in all: O itself; more: the undivided sums [spans, heads,
 // chunks, head_dim] and (row_max, row_sum) [spans, heads, chunks].
-// grid: chunks × ceil(heads / 4) × spans, block: 128, no dynamic shared memory
+// grid: spans × ceil(heads / 4) × chunks, block: 128, no dynamic shared memory
 extern "C" __global__ void __launch_bounds__(128)
     attention_decode_baseline_bf16(const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v,
                                    bf16* __restrict__ o, float* __restrict__ partial, float2* __restrict__ stats,
@@ -229,20 +229,20 @@ extern "C" __global__ void __launch_bounds__(128)
   __shared__ float queries[WARPS][MAX_HEAD_DIM], weights[WARPS][32];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, head = blockIdx.y * WARPS + warp;
   if (head >= heads) return;
-  const Chunk chunk(spans + 2 * blockIdx.z, window, blockIdx.x);
-  if (chunk.count <= 0 && gridDim.x > 1) return;
-  const size_t row = (size_t)blockIdx.z * heads + head, stride = (size_t)kv_heads * head_dim;
+  const Chunk chunk(spans + 2 * blockIdx.x, window, blockIdx.z);
+  if (chunk.count <= 0 && gridDim.z > 1) return;
+  const size_t row = (size_t)blockIdx.x * heads + head, stride = (size_t)kv_heads * head_dim;
   const size_t kv_offset = chunk.first * stride + head / (heads / kv_heads) * head_dim;
   load_row(queries[warp], q + row * head_dim, head_dim, lane);
   __syncwarp();
   float sums[PARTS], row_max, row_sum;
   attend(queries[warp], weights[warp], k + kv_offset, v + kv_offset, stride, chunk.count, head_dim, scale * LOG2E,
          lane, sums, row_max, row_sum);
-  if (gridDim.x == 1) {
+  if (gridDim.z == 1) {
     store_parts(o + row * head_dim, sums, row_sum > 0.f ? 1.f / row_sum : 0.f, head_dim, lane);
     return;
   }
-  const size_t part = row * gridDim.x + blockIdx.x;
+  const size_t part = row * gridDim.z + blockIdx.z;
   for (int i = 0; i < PARTS; i++) {
     if (i * 32 + lane < head_dim) partial[part * head_dim + i * 32 + lane] = sums[i];
   }
@@ -251,13 +251,13 @@ extern "C" __global__ void __launch_bounds__(128)
 EXPORT(attention_decode_baseline_bf16)
 
 // O of all chunks of a span, added in their order: Σ 2^(row_maxᵢ − row_max)·sumsᵢ / Σ 2^(row_maxᵢ − row_max)·row_sumᵢ.
-// grid: heads × spans, block: 128, no dynamic shared memory
+// grid: spans × heads, block: 128, no dynamic shared memory
 extern "C" __global__ void __launch_bounds__(128)
     attention_decode_combine_bf16(const float* __restrict__ partial, const float2* __restrict__ stats,
                                   const uint32_t* __restrict__ spans, bf16* __restrict__ o, int chunks, int head_dim,
                                   uint32_t window) {
-  const int used = Chunk(spans + 2 * blockIdx.y, window, 0).chunks();
-  const size_t row = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
+  const int used = Chunk(spans + 2 * blockIdx.x, window, 0).chunks();
+  const size_t row = (size_t)blockIdx.x * gridDim.y + blockIdx.y;
   stats += row * chunks;
   partial += row * chunks * head_dim;
   float row_max = -INFINITY;

@@ -123,10 +123,10 @@ __device__ __forceinline__ void combine_warps(const WarpSoftmax& warps, bf16* o,
       sum = fmaf(weight, *SmemLayout<HeadDim>::o(w, r, d), sum);
       total = fmaf(weight, warps.row_sum[w][r], total);
     }
-    if (gridDim.x == 1) {
+    if (gridDim.z == 1) {
       o[row * HeadDim + i] = __float2bfloat16(sum * (total > 0.f ? 1.f / total : 0.f));
     } else {
-      const size_t part = (row + r) * gridDim.x + blockIdx.x;
+      const size_t part = (row + r) * gridDim.z + blockIdx.z;
       partial[part * HeadDim + d] = sum;
       if (d == 0) stats[part] = make_float2(top, total);
     }
@@ -140,11 +140,11 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
                                              const uint32_t* __restrict__ spans, int heads, int kv_heads, float scale,
                                              uint32_t window) {
   __shared__ WarpSoftmax warps;
-  const Chunk chunk(spans + 2 * blockIdx.z, window, blockIdx.x);
-  if (chunk.count <= 0 && gridDim.x > 1) return;
+  const Chunk chunk(spans + 2 * blockIdx.x, window, blockIdx.z);
+  if (chunk.count <= 0 && gridDim.z > 1) return;
   const int group = heads / kv_heads, parts = (group + 15) / 16, kv_head = blockIdx.y / parts;
   const int first_head = blockIdx.y % parts * 16, rows = group - first_head < 16 ? group - first_head : 16;
-  const size_t row = (size_t)blockIdx.z * heads + kv_head * group + first_head;
+  const size_t row = (size_t)blockIdx.x * heads + kv_head * group + first_head;
   const uint32_t stride = kv_heads * HeadDim;
   const size_t kv_offset = chunk.first * stride + kv_head * HeadDim;
 
@@ -171,7 +171,7 @@ __device__ __forceinline__ void flash_decode(const bf16* __restrict__ q, const b
   SHARED_BYTES(name, SmemLayout<head_dim>::BYTES)
 
 // One chunk in all: O itself; more: the undivided sums [spans, heads, chunks, head_dim] and (row_max, row_sum)
-// [spans, heads, chunks]. grid: chunks × kv_heads · ceil(group / 16) × spans, block: 128, shared: 272 · 2 · head_dim
+// [spans, heads, chunks]. grid: spans × kv_heads · ceil(group / 16) × chunks, block: 128, shared: 272 · 2 · head_dim
 // bytes
 FLASH_DECODE(attention_decode_flash_hd64_bf16, 64)
 FLASH_DECODE(attention_decode_flash_hd128_bf16, 128)

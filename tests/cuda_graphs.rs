@@ -301,3 +301,16 @@ fn graphs_are_dropped_when_memory_is_short() {
     cuda.set_launch_mode(LaunchMode::Eager);
     assert_eq!(losses, run(&cuda));
 }
+
+/// What the arena keeps for the next buffer is given back where memory is short.
+#[test]
+fn cached_memory_counts_as_free() {
+    let _alone = alone();
+    let Some(cuda) = standin::open::<F32State>(0).filter(|_| !standin::real()) else { return };
+    let free = || cuda.free_memory().unwrap().bytes;
+    let before = free();
+    let buffer = cuda.zeros::<f32>(1 << 20).unwrap();
+    assert_eq!(before - free(), 4 << 20);
+    drop(buffer);
+    assert_eq!(free(), before);
+}

@@ -238,6 +238,31 @@ fn attention_of_many_documents() {
     });
 }
 
+/// More queries than a grid has blocks in y or z, as the members of a sweep have, each over the same keys.
+#[test]
+fn attention_of_many_queries() {
+    on_both(|b| {
+        // One chunk of keys, which a block finishes; two, whose sums are combined.
+        for (head_dim, len) in [(64, 20), (80, 20), (64, 300)] {
+            let queries = 70_000;
+            let v = put(b, &vec![half::bf16::ONE; len * head_dim]);
+            let k = b.zeros::<half::bf16>(len * head_dim).unwrap();
+            let q = b.zeros::<half::bf16>(queries * head_dim).unwrap();
+            let span = [0, len as u32].repeat(queries);
+            let on_device = put(b, &span);
+            let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim, scale: 0.125, window: None };
+            each_version(&["baseline"], |version| {
+                let mut o = b.zeros::<half::bf16>(queries * head_dim).unwrap();
+                let spans = DecodeSpans { host: &span, device: on_device.view() };
+                let (q, k, v) = (q.view(), k.view(), v.view());
+                AttentionDecode { q, k, v, o: o.view_mut(), spans, shape }.run(b).unwrap();
+                let what = format!("{version}, {len} keys of {head_dim}, {}", b.name());
+                assert_all(&last(b, &o, head_dim), 1.0, &what);
+            });
+        }
+    });
+}
+
 /// The only span is the end of the cache.
 #[test]
 fn attention_of_a_large_cache() {

@@ -2,6 +2,7 @@
 //! where a block needs 48 KiB or slightly less. Every version of a kernel is launched on both compute capabilities.
 
 use crate::common::{batch, decoder_on, standin, wide};
+use crate::devices;
 use swat::backend::cuda::{
     Bf16State, Cuda, F32State, GemmLayout, GemmPlan, GemmShape, GemmSupport, GemmVersion, Precision, with_plan,
     with_version,
@@ -9,9 +10,6 @@ use swat::backend::cuda::{
 use swat::backend::*;
 use swat::engine::{GradientOptions, Gradients};
 use swat::model::ModelConfig;
-
-/// Devices of compute capability 9.0 and 8.0, with asynchronous operations late and early.
-const DEVICES: [u32; 4] = [0, 1, 2, 3];
 
 fn put<B: Backend, T: Element>(b: &B, values: &[T]) -> Buffer<B, T> {
     let mut buffer = b.zeros(values.len()).unwrap();
@@ -181,14 +179,14 @@ fn model<P: Precision>(ordinal: u32) {
 
 #[test]
 fn every_version_of_a_kernel_is_launched() {
-    for ordinal in DEVICES {
+    for ordinal in devices().iter().copied() {
         if ordinal % 2 == 0 { operations::<F32State>(ordinal) } else { operations::<Bf16State>(ordinal) }
     }
 }
 
 #[test]
 fn a_model_of_such_sizes_runs() {
-    for ordinal in DEVICES {
+    for ordinal in devices().iter().copied() {
         if ordinal % 2 == 0 { model::<F32State>(ordinal) } else { model::<Bf16State>(ordinal) }
     }
 }

@@ -24,6 +24,11 @@ impl Arena {
         }
     }
 
+    /// Bytes of cached blocks, which are freed where the driver has no other memory.
+    pub(super) fn cached_bytes(&self) -> usize {
+        self.free.iter().map(|(bytes, pointers)| bytes * pointers.len()).sum()
+    }
+
     /// Most bytes in use at once.
     pub(super) fn peak_bytes(&self) -> usize {
         self.peak_bytes

@@ -168,7 +168,7 @@ pub(super) fn attention_backward<P: Precision>(device: &Arc<Device>, op: Attenti
     let (kv_heads, starts) = (shape.kv_heads as u32, slice(&op.documents.device.view()));
     let (documents, scale, window) = (starts.len() as u32 - 1, shape.scale, shape.window());
 
-    let mut delta: Memory<f32> = Memory::new(device, lse.len())?;
+    let mut delta: Memory<f32> = Memory::workspace(device, lse.len())?;
     let delta = delta.all(lse.len());
     let cost = Cost { bytes: (q.len() * 4 + lse.len() * 4) as u64, flops: 2 * q.len() as u64 };
     let (kernel, grid, block) = match flash {
@@ -222,7 +222,7 @@ pub(super) fn attention_backward<P: Precision>(device: &Arc<Device>, op: Attenti
     let (tile, resident) = if wgmma { (2 * TILE, 1) } else { (TILE, BLOCKS_MULTIPROCESSOR) };
     let parts = parts(device, &shape, blocks(rows, tile) as usize * shape.kv_heads, resident);
     let partial_len = if parts == 1 { 0 } else { 2 * parts * k.len() };
-    let mut partial = Memory::new(device, partial_len)?;
+    let mut partial = Memory::workspace(device, partial_len)?;
     let partial: SliceMut<f32> = partial.all(partial_len);
     let (count, parts) = (kv_heads * parts as u32, parts as u32);
     let rest = args![lse, *delta, &dk, &dv, &partial, starts, documents, tokens, heads, kv_heads, parts, scale, window];
@@ -270,11 +270,13 @@ pub(super) fn attention_decode<P: Precision>(device: &Arc<Device>, op: Attention
         ("attention", "attention_decode_baseline_bf16", shape.heads.div_ceil(BASELINE_ROWS))
     };
     let rows = (count * shape.heads * shape.head_dim) as u64;
-    let grid = [chunks as u32, grid_y as u32, count as u32];
+    // Spans in x, the only dimension that may exceed 65535: a sweep has members × prompts of them.
+    let grid = [count as u32, grid_y as u32, chunks as u32];
     let launch = Launch::new(image, kernel, grid, BLOCK, cost);
 
     let parts = if chunks == 1 { 0 } else { count * shape.heads * chunks };
-    let (mut partial, mut stats) = (Memory::new(device, parts * shape.head_dim)?, Memory::new(device, 2 * parts)?);
+    let mut partial = Memory::workspace(device, parts * shape.head_dim)?;
+    let mut stats = Memory::workspace(device, 2 * parts)?;
     let partial: SliceMut<f32> = partial.all(parts * shape.head_dim);
     let stats: SliceMut<f32> = stats.all(2 * parts);
     let (heads, kv_heads, head_dim) = (shape.heads as u32, shape.kv_heads as u32, shape.head_dim as u32);
@@ -290,7 +292,7 @@ pub(super) fn attention_decode<P: Precision>(device: &Arc<Device>, op: Attention
         return Ok(());
     }
     let cost = Cost { bytes: (parts * (shape.head_dim + 2) * 4) as u64 + 2 * rows, flops: 2 * chunks as u64 * rows };
-    let launch = Launch::new("attention", "attention_decode_combine_bf16", [heads, count as u32], BLOCK, cost);
+    let launch = Launch::new("attention", "attention_decode_combine_bf16", [count as u32, heads], BLOCK, cost);
     // SAFETY: the sums that were just written; spans and o as above.
     unsafe { device.launch(launch, args![&partial, &stats, spans, &o, chunks as u32, head_dim, window]) }
 }

@@ -51,6 +51,8 @@ pub(super) struct Device {
     pub(super) capability: (i32, i32),
     /// Streaming multiprocessors.
     pub(super) multiprocessors: u32,
+    /// Whether copies read the host's pageable memory where it lies (GH200), at a time of their own.
+    pub(super) reads_host_pages: bool,
     /// Most shared memory of a block, static and dynamic.
     shared_bytes_block: u32,
     /// Shared memory of a multiprocessor, and the driver's share of it for each block.
@@ -146,6 +148,7 @@ impl Device {
             return Err(refuse(format!("a GPU of compute capability {}.{}", capability.0, capability.1)));
         }
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
+        let host_pages = attribute(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES)?;
         let bytes = |which| attribute(which).map(|bytes| bytes.max(0) as u32);
         let shared_bytes_block = bytes(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let shared_bytes_multiprocessor = bytes(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
@@ -160,6 +163,7 @@ impl Device {
             replays: AtomicBool::new(std::env::var_os(GRAPHS).is_none_or(|value| value != "off")),
             capability,
             multiprocessors,
+            reads_host_pages: host_pages != 0,
             shared_bytes_block,
             shared_bytes_multiprocessor,
             reserved_bytes_block,
@@ -325,6 +329,7 @@ impl Device {
             unsafe { result::function::get_function_attribute(raw, which) }.map_err(refused)
         };
         let function = Function {
+            kernel,
             raw,
             parameters: parameters(raw),
             needed_bytes: exported(&format!("{kernel}_shared_bytes")).unwrap_or(0),

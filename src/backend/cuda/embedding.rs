@@ -109,7 +109,7 @@ unsafe fn add<T: Element>(
         // kernel skips rows outside.
         return unsafe { device.launch(launch, args![dy, rows, &dtable, count32, table_rows32, width32]) };
     }
-    let list = |len| Memory::<u32>::new(device, len);
+    let list = |len| Memory::<u32>::workspace(device, len);
     let mut lists = [list(TOTALS)?, list(table_rows)?, list(table_rows)?, list(count)?, list(count)?, list(count)?];
     let [totals, counts, starts, places, unsorted, sorted] = &mut lists;
     let mut runs = list(RUN * count)?;

@@ -24,7 +24,7 @@
 
 use super::context::Context;
 use super::launch::{Arg, Function, Launch};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 use std::ffi::c_void;
 use std::ops::Range;
@@ -96,6 +96,22 @@ impl Work {
 struct Known {
     sequence: Sequence,
     graph: Graph,
+}
+
+/// What the driver did not launch, and why.
+struct Refusal {
+    what: &'static str,
+    error: DriverError,
+}
+
+impl Refusal {
+    fn of(what: &'static str) -> impl FnOnce(DriverError) -> Self {
+        move |error| Self { what, error }
+    }
+
+    fn into_error(self, context: &Context) -> Error {
+        context.failed(&format!("cannot launch {} in a recorded part of a step", self.what), self.error)
+    }
 }
 
 /// The driver's form of a sequence.
@@ -189,7 +205,7 @@ impl Sequence {
     ///
     /// # Safety
     /// The context is current, and all of it was recorded by [`GraphCache::record_launch`].
-    unsafe fn queue(&self, stream: sys::CUstream) -> Result<(), DriverError> {
+    unsafe fn queue(&self, stream: sys::CUstream) -> Result<(), Refusal> {
         for (i, node) in self.nodes.iter().enumerate() {
             let words = self.words(i);
             match &node.work {
@@ -200,10 +216,14 @@ impl Sequence {
                             let (grid, block) = ((*x, *y, *z), (*block, 1, 1));
                             result::launch_kernel(function.raw, grid, block, *shared_bytes, stream, arguments)
                         }
-                    })?;
+                    })
+                    .map_err(Refusal::of(function.kernel))?;
                 }
-                // SAFETY: memory that was borrowed mutably when this was recorded.
-                Work::Clear => unsafe { result::memset_d8_async(words[0], 0, words[1] as usize, stream) }?,
+                Work::Clear => {
+                    // SAFETY: memory that was borrowed mutably when this was recorded.
+                    let cleared = unsafe { result::memset_d8_async(words[0], 0, words[1] as usize, stream) };
+                    cleared.map_err(Refusal::of("a memset"))?;
+                }
             }
         }
         Ok(())
@@ -276,7 +296,7 @@ impl Known {
     ///
     /// # Safety
     /// As [`Sequence::queue`].
-    unsafe fn queue(&mut self, context: &Context, sequence: Sequence, changed: &[usize]) -> Result<(), DriverError> {
+    unsafe fn queue(&mut self, context: &Context, sequence: Sequence, changed: &[usize]) -> Result<(), Refusal> {
         self.sequence = sequence;
         let sequence = &self.sequence;
         // SAFETY: the caller's promise; a node belongs to the graph that this one was made of.
@@ -298,7 +318,7 @@ impl Known {
                 Ok(true) => Ok(()),
                 Ok(false) => sequence.queue(context.stream()),
                 Err(error) => {
-                    context.wait().map_err(|_| error)?;
+                    context.wait().map_err(|_| Refusal { what: "a graph", error })?;
                     self.graph.destroy();
                     self.graph = Graph::Refused;
                     sequence.queue(context.stream())
@@ -386,7 +406,7 @@ impl GraphCache {
                 }
             }
         };
-        queued.map_err(|error| context.failed("cannot launch a recorded part of a step", error))
+        queued.map_err(|refusal| refusal.into_error(context))
     }
 
     /// Ends the recording and launches it eagerly, as the rest of the part will be. Comes before anything that is not
@@ -396,7 +416,7 @@ impl GraphCache {
         context.bind()?;
         // SAFETY: the context is current, and the sequence was recorded above.
         let queued = unsafe { sequence.queue(context.stream()) };
-        queued.map_err(|error| context.failed("cannot launch a recorded part of a step", error))
+        queued.map_err(|refusal| refusal.into_error(context))
     }
 
     /// Frees all graphs.

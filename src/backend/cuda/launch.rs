@@ -8,6 +8,8 @@ use std::sync::Arc;
 /// A kernel of a loaded module.
 #[derive(Clone)]
 pub(super) struct Function {
+    /// Its symbol.
+    pub(super) kernel: &'static str,
     pub(super) raw: sys::CUfunction,
     /// Bytes of each parameter, as compiled.
     pub(super) parameters: Arc<[usize]>,

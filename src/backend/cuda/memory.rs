@@ -15,6 +15,8 @@ use std::sync::Arc;
 
 /// Every allocation is a multiple of this; the driver aligns each to 256 bytes.
 const GRANULE_BYTES: usize = 16;
+/// More than any device has, and far from an overflow of sizes that are rounded up.
+const MOST_BYTES: usize = 1 << 56;
 
 /// Memory of a device for a fixed number of elements.
 pub struct Memory<T> {
@@ -30,9 +32,22 @@ impl<T: Element> Memory<T> {
     /// # Errors
     /// [`Error::Memory`] with the planned and the free bytes.
     pub(super) fn new(device: &Arc<Device>, len: usize) -> Result<Self> {
+        Self::in_multiples(device, len, |_| GRANULE_BYTES)
+    }
+
+    /// The same for an operator's intermediate values, in one of eight sizes between two powers of two: batches of different
+    /// lengths share blocks of the arena, at the price of an eighth at most.
+    ///
+    /// # Errors
+    /// As [`Memory::new`].
+    pub(super) fn workspace(device: &Arc<Device>, len: usize) -> Result<Self> {
+        Self::in_multiples(device, len, |bytes| (bytes.next_power_of_two() / 16).max(GRANULE_BYTES))
+    }
+
+    fn in_multiples(device: &Arc<Device>, len: usize, granule: impl FnOnce(usize) -> usize) -> Result<Self> {
         let too_much = || Error::failed(format!("{len} elements of {} exceed any memory", T::NAME), "use less");
-        let bytes = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_next_multiple_of(GRANULE_BYTES));
-        let bytes = bytes.ok_or_else(too_much)?;
+        let bytes = len.checked_mul(size_of::<T>()).filter(|bytes| *bytes < MOST_BYTES).ok_or_else(too_much)?;
+        let bytes = bytes.next_multiple_of(granule(bytes));
         let memory = |pointer| Self { device: device.clone(), pointer, bytes, element: PhantomData };
         if bytes == 0 {
             return Ok(memory(0));
@@ -193,7 +208,8 @@ pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result
         .map_err(|error| device.context.failed("cannot clear memory", error))
 }
 
-/// Host to device. The host's bytes may change once this returns: the driver stages pageable memory before.
+/// Host to device. The host's bytes may change once this returns: the driver stages pageable memory before, and where the
+/// device reads the host's pages itself, the copy is waited for.
 pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T>) -> Result<()> {
     assert_eq!(from.len(), to.len);
     if from.is_empty() {
@@ -201,11 +217,12 @@ pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T
     }
     device.flush()?;
     device.context.bind()?;
-    // SAFETY: both sides have `len` elements; pageable memory is staged before the call returns.
+    // SAFETY: both sides have `len` elements, and the host's are read before this function returns.
     let copy = || unsafe { result::memcpy_htod_async(to.pointer, from, device.context.stream()) };
     device
         .timed("memcpy_host_to_device", Cost::moved(size_of_val(from)), copy)
-        .map_err(|error| device.context.failed("cannot copy from the host", error))
+        .map_err(|error| device.context.failed("cannot copy from the host", error))?;
+    if device.reads_host_pages { device.synchronize() } else { Ok(()) }
 }
 
 /// Device to host; synchronizes.

@@ -137,6 +137,11 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.context.label()
     }
 
+    /// Products of so many rows have tiles for every multiprocessor many times over, and offsets of 32 bits suffice.
+    fn saturating_rows(&self) -> usize {
+        1 << 16
+    }
+
     fn product_scratch_bytes(m: usize, n: usize, k: usize) -> u64 {
         gemm::split_bytes(GemmShape { layout: GemmLayout::Nn, m, n, k })
     }
@@ -191,7 +196,8 @@ impl<P: Precision> Backend for Cuda<P> {
     }
 
     fn free_memory(&self) -> Option<super::FreeMemory> {
-        self.memory().ok().map(|(bytes, _)| super::FreeMemory { bytes, bound: "the GPU".into() })
+        let cached = lock(&self.device.arena).cached_bytes() as u64;
+        self.memory().ok().map(|(bytes, _)| super::FreeMemory { bytes: bytes + cached, bound: "the GPU".into() })
     }
 
     fn device_peak_bytes(&self) -> Option<u64> {

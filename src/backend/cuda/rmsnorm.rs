@@ -112,7 +112,7 @@ pub(super) fn rmsnorm_backward<P: Precision>(device: &Arc<Device>, op: RmsNormBa
     }
     let version = Version::choose(BACKWARD, width, &[dy, x, weight, dx.as_ref().map_or(x, |dx| **dx)]);
     let (rows_a_part, parts) = parts(version.as_ref(), rows, width);
-    let mut workspace = Memory::<f32>::new(device, if dweight.is_some() { parts * width } else { 0 })?;
+    let mut workspace = Memory::<f32>::workspace(device, if dweight.is_some() { parts * width } else { 0 })?;
     let partial = dweight.as_ref().map(|_| workspace.all(parts * width));
     let (rows_a_part, parts, width32) = (rows_a_part as u32, parts as u32, width as u32);
     let alone = |wanted| cost::rmsnorm_backward(x.len(), width, wanted, FLOAT);

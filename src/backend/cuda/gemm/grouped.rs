@@ -70,7 +70,7 @@ fn sizes(values: impl Iterator<Item = usize>) -> [Arg; MOST] {
 
 /// Memory for the sums of the parts of a product.
 fn partials(device: &Arc<Device>, splits: u32, shape: GemmShape) -> Result<Memory<f32>> {
-    Memory::new(device, splits as usize * shape.m * shape.n)
+    Memory::workspace(device, splits as usize * shape.m * shape.n)
 }
 
 /// Products of one layout and depth, whose addends are biases and, for all or none, C: in one launch where there is a
