@@ -162,13 +162,20 @@ impl Rank {
 
 /// The options of a process of this number on this machine; only the `first` of all prints anything.
 fn of_process(common: &Common, number: usize, first: bool) -> Result<Common> {
-    let device = match (common.device, common.gpu()) {
-        (Device::Cuda(ordinal @ 1..), _) => {
+    let gpus = || match cuda::survey() {
+        found if found.images.is_empty() => 0,
+        found => found.devices.unwrap_or(0) as usize,
+    };
+    let device = match common.device {
+        Device::Cuda(ordinal @ 1..) => {
             let expected = "cuda, of which each process takes its own; CUDA_VISIBLE_DEVICES says which there are";
             return Err(Error::input("--device", format!("cuda:{ordinal} for all processes"), expected));
         }
-        (_, None) => Device::Cpu,
-        (_, Some(_)) => Device::Cuda(gpu_of(number, cuda::survey().devices.unwrap_or(0) as usize)?),
+        Device::Cpu => Device::Cpu,
+        Device::Auto if gpus() == 0 => Device::Cpu,
+        // Not opened here: no process but its own may open a GPU in exclusive mode. One that cannot be used is an error, as
+        // all processes must be alike.
+        Device::Auto | Device::Cuda(0) => Device::Cuda(gpu_of(number, gpus())?),
     };
     Ok(Common { device, quiet: common.quiet || !first, ..common.clone() })
 }
