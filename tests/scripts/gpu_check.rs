@@ -81,6 +81,8 @@ struct Host<'a> {
     missing: &'a [&'a str],
     /// Missing executables of the pack.
     lost: &'a [&'a str],
+    /// Whether NVIDIA's tools say that they cannot work on this machine.
+    refusing: bool,
 }
 
 /// A folder as scripts/gpu_pack.sh makes it, and tools beside it.
@@ -102,7 +104,14 @@ impl Pack {
             "vocab": 256, "layers": 28, "tied": false });
         fs::write(pack.path("pack/shapes.json"), json!({ "models": [model] }).to_string()).unwrap();
         fs::write(pack.path("pack/commit"), "0123\n").unwrap();
-        let ops = ["gemm::gpu_0::a", "gemm::gpu_0::b", "attention::cuda_0::a", "gemm::cpu::a", "gemm::gpu_2::a"];
+        let ops = [
+            "gemm::gpu_0::a",
+            "gemm::gpu_0::b",
+            "attention::cuda_0::a",
+            "gemm::cpu::a",
+            "gemm::cpu_bf16::a",
+            "gemm::gpu_2::a",
+        ];
         let test_names = |names: &[&str]| names.iter().map(|name| format!("{name}: test\\n")).collect::<String>();
         let tests =
             |names: &[&str]| format!("case \"$1\" in --list) printf '{}'; exit;; esac{TESTS}", test_names(names));
@@ -123,7 +132,14 @@ impl Pack {
         for (name, text) in executables.iter().filter(|(name, _)| !host.lost.contains(name)) {
             pack.script(&format!("pack/{name}"), text);
         }
-        for (name, text) in [("ncu", NCU), ("compute-sanitizer", "shift 6; exec \"$@\""), ("torch", PYTHON)] {
+        let refuses = |text: &'static str, said: &str| match host.refusing {
+            true => format!("echo '{said}'; exit 1"),
+            false => text.to_owned(),
+        };
+        let sanitizer = "while [ \"${1#--}\" != \"$1\" ]; do shift 2; done; exec \"$@\"";
+        let sanitizer = refuses(sanitizer, "========= Error: Target application failed: Device not supported");
+        let ncu = refuses(NCU, "==ERROR== ERR_NVGPUCTRPERM - no permission to read the counters of this GPU");
+        for (name, text) in [("ncu", ncu.as_str()), ("compute-sanitizer", &sanitizer), ("torch", PYTHON)] {
             if !host.missing.contains(&name) {
                 pack.script(&format!("bin/{name}"), text);
             }
@@ -227,7 +243,7 @@ fn a_host_without_problems() {
         assert!(items.contains_key(name), "{name} is not in {items:?}");
     }
     // Neither the CPU's tests, nor those of a device that the GPU stands for already, nor the build's.
-    for name in ["ops/gemm::cpu", "ops/gemm::gpu_2", "known/known::nvcc_compiles_them"] {
+    for name in ["ops/gemm::cpu", "ops/gemm::cpu_bf16", "ops/gemm::gpu_2", "known/known::nvcc_compiles_them"] {
         assert!(!items.contains_key(name), "{name} is in {items:?}");
     }
     assert_eq!(record["device"]["name"], "made up");
@@ -303,6 +319,18 @@ fn missing_tools_are_reported() {
     assert!(said.contains("**cublaslt is missing for gemm: not installed**"), "{said}");
     assert!(items["products/torch attention"][1].contains("no PyTorch in"), "{items:?}");
     assert_eq!(items["products/gemm forward"][0], "passed");
+}
+
+#[test]
+fn tools_that_a_machine_refuses_are_left_out() {
+    let pack = Pack::new(&Host { refusing: true, ..Host::default() });
+    let (output, _, items) = pack.check(&["--budget", "120"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    for (name, why) in [("ncu/gemm forward", "ERR_NVGPUCTRPERM"), ("memcheck/gemm::gpu_0", "Device not supported")] {
+        let [status, reason] = &items[name];
+        assert!(status == "left out" && reason.contains(why), "{name}: {items:?}");
+    }
+    assert!(items.values().all(|[status, _]| status != "failed"), "{items:?}");
 }
 
 #[test]
