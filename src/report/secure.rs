@@ -53,17 +53,11 @@ pub(super) fn sentence(text: &str) -> String {
 
 /// One sentence.
 pub(super) fn verdict_line(outcome: &SecureOutcome) -> String {
-    let gates = outcome.verdict.gates.iter().filter(|gate| !gate.held);
-    let missing = outcome.verdict.unmeasured().map(|what| format!("{what} not measured"));
-    let failed: Vec<String> = gates
-        .map(|gate| format!("{} by {} points, limit {}", gate.what(), format::fixed(gate.value, 1), gate.limit))
-        .chain(missing)
-        .collect();
     let task = if outcome.data.test_tasks == 0 { " No task was given, so that no gate is about one." } else { "" };
     let limits = "as safe as the model as given, within the limits";
     match outcome.verdict.held {
         true => format!("Held: {limits}.{task}"),
-        false => format!("Not held: {}.{task}", failed.join("; ")),
+        false => format!("Not held: {}.{task}", outcome.verdict.failures().join("; ")),
     }
 }
 

@@ -143,10 +143,13 @@ impl Gate {
         what(&self.name)
     }
 
-    /// `rise of attack success by 31.2 points (22.0 to 40.1), limit 2`
-    fn text(&self) -> String {
-        let Self { value, low, high, limit, .. } = self;
-        format!("{} by {value:.1} points ({low:.1} to {high:.1}), limit {limit}", self.what())
+    /// `rise of attack success by 31.2 points (22.0 to 40.1), limit 2`, and whether the limit lies in that interval.
+    pub fn text(&self) -> String {
+        // Without the sign of a value that is rounded to 0.
+        let [value, low, high] = [self.value, self.low, self.high].map(|x| (10.0 * x).round() / 10.0 + 0.0);
+        let limit = self.limit;
+        let within = if self.certain { "" } else { ", within the interval" };
+        format!("{} by {value:.1} points ({low:.1} to {high:.1}), limit {limit}{within}", self.what())
     }
 }
 
@@ -270,6 +273,12 @@ impl Verdict {
         self.gate(name).is_some_and(|gate| !gate.held)
     }
 
+    /// The gates that are not held, and those that could not be measured.
+    pub fn failures(&self) -> Vec<String> {
+        let missing = self.unmeasured().map(|what| format!("{what} has a limit and could not be measured"));
+        self.gates.iter().filter(|gate| !gate.held).map(Gate::text).chain(missing).collect()
+    }
+
     /// What the gates without a measure are about.
     pub fn unmeasured(&self) -> impl Iterator<Item = &'static str> {
         self.unmeasured.iter().map(|name| what(name))
@@ -306,9 +315,7 @@ impl Verdict {
         if self.held {
             return Ok(());
         }
-        let missing = self.unmeasured().map(|what| format!("{what} has a limit and could not be measured"));
-        let failed: Vec<String> = self.gates.iter().filter(|gate| !gate.held).map(Gate::text).chain(missing).collect();
-        Err(Error::NotHeld { what: failed.join("; "), help: help() })
+        Err(Error::NotHeld { what: self.failures().join("; "), help: help() })
     }
 }
 

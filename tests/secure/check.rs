@@ -126,7 +126,10 @@ fn the_auroc_has_a_gate_where_a_limit_is_given() {
     assert!((gate.low + 100.0 * change.unwrap().high).abs() < 1e-9);
     let text = found.require().unwrap_err().to_string();
     assert!(text.contains("drop of the AUROC by 50.0 points"), "{text}");
-    assert!(Verdict::new(&base, &base, &limits).held);
+    let same = Verdict::new(&base, &base, &limits);
+    let text = same.gate("asr_rise").unwrap().text();
+    assert!(text.starts_with("rise of attack success by 0.0 points (-") && same.held, "{text}");
+    assert!(text.ends_with("), limit 2, within the interval"), "{text}");
     // Not asked for: no gate.
     assert!(Verdict::new(&base, &mixed, &Limits::default()).gate("auroc_drop").is_none());
     // Asked for, and not measured: not held, and it says so.

@@ -3,7 +3,6 @@
 use super::setting::{ASR, Setting, TASK, seeds_text, training_seeds};
 use crate::report::chart::{Dot, DotGroup, Measure, Scatter};
 use crate::report::check::add_gates;
-use crate::report::format;
 use crate::report::page::{Highlight, Section};
 use crate::report::palette::Tone;
 use crate::report::table::{Entry, Table};
@@ -210,13 +209,9 @@ pub(super) fn line(settings: &[Setting<'_>], conclusion: &Conclusion) -> String 
     match recommended(settings, conclusion) {
         Some(setting) => {
             let held = if conclusion.verdict.held { "held" } else { "not held" };
-            let gates: Vec<String> = conclusion.verdict.gates.iter().map(gate_text).collect();
-            format!("Recommended: {}. Verdict: {held} ({}).", setting.name, gates.join(", "))
+            let gates: Vec<String> = conclusion.verdict.gates.iter().map(Gate::text).collect();
+            format!("Recommended: {}. Verdict: {held} ({}).", setting.name, gates.join("; "))
         }
         None => format!("No recipe is recommended: {}.", conclusion.reason),
     }
-}
-
-fn gate_text(gate: &Gate) -> String {
-    format!("{} {} points, limit {}", gate.what(), format::fixed(gate.value, 1), format::significant(gate.limit, 3))
 }
