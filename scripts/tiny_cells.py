@@ -152,8 +152,9 @@ def study(swat, work, record, n, task, recipes):
     text = text.replace("\n\n[perturb]", f'\nrefusals = "d{n}/data/refusals.jsonl"\n\n[perturb]')
     config.write_text(text + MERGE.format(n=n))
     run(swat, "run", config.name, "--quiet", cwd=work)
-    for setting in json.loads((work / "cells" / name / "outcome.json").read_text())["settings"]:
-        record.add(setting, model=n, dataset=task, recipe=setting["name"], seeds=SEEDS, swat=version(swat))
+    found = json.loads((work / "cells" / name / "outcome.json").read_text())
+    for setting in found["settings"]:
+        record.add(setting, model=n, dataset=task, recipe=setting["name"], seeds=SEEDS, swat=version(swat), model_hash=found["model_hash"])
 
 
 def attacked(work, n, task):
