@@ -1,10 +1,10 @@
 //! Secure tuning from end to end: measured as given, tuned by a recipe that keeps refusals, chosen on one split, and held to
 //! limits on another.
 //!
-//! Recipes are tried in order until one is within half of each limit on the split of the choice. Where none is within the
-//! limits themselves, points of the path towards the model as given are tried ([`POINTS`]), from the recipe that exceeds
-//! the halves least, until one is within the limits. What is chosen ([`crate::secure::choose`]) is written and measured on
-//! the split of the verdict. Stages are kept in a working folder: a run that ends early is continued by the same command,
+//! Recipes are tried in order until one is within half of each limit on the selection split. Where none is within the
+//! limits themselves, nor passes the gates by its interval, points of the path towards the original model are tried
+//! ([`POINTS`]), from the recipe that exceeds the halves least, until one is within the limits. What is chosen
+//! ([`crate::secure::choose`]) is written and measured on the split of the verdict. Stages are kept in a working folder: a run that ends early is continued by the same command,
 //! to the same bytes.
 
 mod advice;
@@ -43,7 +43,7 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// Points of the path that are tried where no recipe is within the limits, until one is within them.
+/// Points of the path that are tried where no recipe passes the limits, until one is within them.
 pub const POINTS: [f64; 4] = [0.9, 0.75, 0.5, 0.25];
 /// The recipes that are tried if none is given.
 pub const DEFAULT_RECIPES: [&str; 3] =
@@ -139,7 +139,7 @@ pub struct SecureRun<'a, B: Backend> {
     data: SecureData,
     tunings: Vec<Tuning>,
     guard: LazyGuard<B>,
-    /// The model as given, while stages ask it.
+    /// The original model, while stages ask it.
     given: RefCell<Option<Rc<LoadedModel<B>>>>,
 }
 
@@ -213,7 +213,7 @@ fn given_phases(tune: &TuneRecipe) -> Vec<&'static str> {
 fn tuning(job: &SecureJob, recipe: &Recipe, text: &ModelText) -> Result<Tuning> {
     let wrong = |found: &str, expected: &str| Err(Error::input(recipe.place(), found, expected));
     if recipe.is_given() {
-        return wrong("a model that is not tuned", "a recipe that trains; the model as given is measured in any case");
+        return wrong("a model that is not tuned", "a recipe that trains; the original model is measured in any case");
     }
     if recipe.options.seeds.is_some() {
         return wrong("seeds", "one model is tuned, by --seed; `swat run` tunes with several");

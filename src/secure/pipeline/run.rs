@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::io::{IfExists, OutputDir, json};
 use crate::model::{ModelDir, StoredAs};
 use crate::progress::Observer;
-use crate::secure::check::{Check, Limits};
+use crate::secure::check::{Check, Limits, Verdict};
 use crate::secure::choice::{Candidate, choose, excess};
 use crate::secure::eval::Evaluation;
 use crate::secure::merge::{Alpha, MergeMethod, MergeModels, MergeOptions, merge, merge_into};
@@ -107,8 +107,9 @@ impl<B: Backend> SecureRun<'_, B> {
         }
         let given = json!({ "model": model_hash });
         let mut base = Vec::new();
-        for (part, asked) in [("choice", &self.data.valid), ("verdict", &self.data.test)] {
-            begin(&mut time, report, &format!("measure as given, for the {part}"));
+        let parts = [("choice", "selection", &self.data.valid), ("verdict", "verdict", &self.data.test)];
+        for (part, prompts, asked) in parts {
+            begin(&mut time, report, &format!("measure the original model, {prompts} prompts"));
             let first_tokens = base.first().and_then(|found: &Evaluation| found.outcomes.first_tokens.as_ref());
             let subject = Subject { name: format!("{part}/given"), model: given.clone(), asked, first_tokens };
             let (found, origin) = self.measure(&stages, &subject, report.observer, || self.given())?;
@@ -144,11 +145,11 @@ impl<B: Backend> SecureRun<'_, B> {
             tries.push(found);
         }
         time.skip(2 * (self.tunings.len() - tuned.len()));
-        // A point of the path gives up some of the task: not for the half of a limit.
-        if tries.iter().any(|tried| within(tried, limits)) {
+        // A point of the path gives up some of the task: neither for the half of a limit, nor for what may be chance.
+        if tries.iter().any(|tried| within(tried, limits) || passes(&base, tried, limits)) {
             time.skip(1);
         } else {
-            begin(&mut time, report, "measure points of the path towards the model as given");
+            begin(&mut time, report, "measure points of the path towards the original model");
             let best = pick(&base, &tries, limits).ok_or_else(missing)?;
             let (index, whole) = (tries[best].tuned, tries[best].alpha);
             let tuning = &self.tunings[index];
@@ -180,7 +181,7 @@ impl<B: Backend> SecureRun<'_, B> {
         merge_into(&self.path(&tuned[*index].dir), &options, output.dir(), report.observer)?;
         let hash = ModelDir::open(output.dir())?.hash()?.to_owned();
         time.end(Origin::Made);
-        begin(&mut time, report, "measure the tuned model, for the verdict");
+        begin(&mut time, report, "measure the tuned model, verdict prompts");
         let subject = Subject {
             name: "verdict/tuned".into(),
             model: json!({ "model": hash }),
@@ -281,7 +282,7 @@ impl<B: Backend> SecureRun<'_, B> {
         Ok(origin)
     }
 
-    /// Measures a tuned model, or a point before it, on the prompts of the choice.
+    /// Measures a tuned model, or a point before it, on the selection prompts.
     fn attempt(
         &self,
         stages: &Stages,
@@ -312,12 +313,20 @@ impl<B: Backend> SecureRun<'_, B> {
     }
 }
 
-/// Index of the chosen try: by half of each limit, among those within the limits if there are any.
+/// Whether a try would pass the gates of the verdict, which allow for the interval.
+fn passes(base: &Evaluation, tried: &Try, limits: &Limits) -> bool {
+    Verdict::new(base, &tried.found, limits).held
+}
+
+/// Index of the chosen try: by half of each limit, among those within the limits, else those that pass the gates, else all.
 fn pick(base: &Evaluation, tries: &[Try], limits: &Limits) -> Option<usize> {
-    let mut among: Vec<usize> =
-        (0..tries.len()).filter(|index| excess(base, &tries[*index].found, limits) <= 0.0).collect();
+    let all = || 0..tries.len();
+    let mut among: Vec<usize> = all().filter(|index| excess(base, &tries[*index].found, limits) <= 0.0).collect();
     if among.is_empty() {
-        among = (0..tries.len()).collect();
+        among = all().filter(|index| passes(base, &tries[*index], limits)).collect();
+    }
+    if among.is_empty() {
+        among = all().collect();
     }
     let candidate = |index: &usize| Candidate { alpha: tries[*index].alpha, evaluation: &tries[*index].found };
     let candidates: Vec<Candidate<'_>> = among.iter().map(candidate).collect();
@@ -357,8 +366,10 @@ mod tests {
         // beyond 2, and 1.5 points beyond its half.
         assert_eq!(chosen(&[(19, 49), (25, 0)]), Some(0));
         assert_eq!(chosen(&[(25, 0), (19, 49), (19, 30)]), Some(2), "1.4 points beyond the halves");
-        // Within none of the limits: 2 + 0 points beyond the halves before 1.5 + 3.
-        assert_eq!(chosen(&[(25, 55), (30, 0)]), Some(1));
+        // Beyond the limits: 2.5 points may be chance, 3.5 are not, although they are nearer to the halves.
+        assert_eq!(chosen(&[(25, 60), (35, 0)]), Some(0));
+        // Neither is chance: 4 + 0 points beyond the halves before 3 + 6.
+        assert_eq!(chosen(&[(40, 85), (50, 0)]), Some(1));
         assert_eq!(chosen(&[]), None);
     }
 }
