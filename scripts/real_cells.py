@@ -65,7 +65,7 @@ def attacked(work):
 
 
 def secure(swat, work, record, name, kind, seed):
-    """What `swat secure` chooses and measures: the model as given, and as tuned."""
+    """What `swat secure` chooses and measures: the original model, and as tuned."""
     if record.find(model=name, seed=seed, kind=kind):
         return
     train = work / "data/train500.jsonl" if kind == "benign" else attacked(work)
@@ -88,7 +88,7 @@ def rows(record, name, kind):
     if not all(record.find(model=name, recipe=recipe) for recipe in ("given", mine[0])):
         return
     given, plain = (record.mean(model=name, recipe=recipe) for recipe in ("given", mine[0]))
-    yield row(cell, "as given", None, given)
+    yield row(cell, "original", None, given)
     for recipe in mine:
         if seeds := len(record.find(model=name, recipe=recipe)):
             found = record.mean(model=name, recipe=recipe)

@@ -20,8 +20,9 @@ import pathlib
 import random
 import re
 import shutil
+import statistics
 
-from cells import RESULTS, Record, chosen, row, run, run_secure, secure_rows, seeds, verdict, version, write
+from cells import RESULTS, Record, chosen, holds, interval, points, row, run, run_secure, secure_rows, seeds, version, write
 
 STUDY = """model = "{model}"
 out = "cells/{name}"
@@ -97,6 +98,14 @@ ATTACK = {
     "SWAT + screened, replay": "swat+attack=.05,screen,replay=.15,steps=370",
 }
 KINDS = {"benign": BENIGN, "attack": ATTACK}
+# Settings that are compared cell by cell: what the first adds to the second.
+PAIRS = {
+    "benign": [("SWAT", "plain"), ("SWAT", "random set"), ("SWAT, conflict", "random set"), ("SWAT, planned step", "random set"), ("replay", "plain"),
+               ("replay, distilled", "replay"), ("replay, EMA", "replay"), ("replay, Lisa", "replay"), ("refusals", "replay"), ("SWAT + replay", "replay"),
+               ("SWAT + replay, distilled", "replay, distilled")],
+    "attack": [("SWAT", "plain"), ("SWAT", "random set"), ("replay, distilled", "replay"), ("SWAT + replay", "replay"), ("screened, replay", "replay"),
+               ("screened, replay, distilled", "screened, replay"), ("SWAT + screened, replay", "screened, replay")],
+}
 PLAIN = [kind["plain"] for kind in KINDS.values()]
 # `swat secure` tries its own recipes in order, chooses on prompts of its own, and measures on others.
 SECURE = ["--lr", "5e-4", "--schedule", "cosine", "--lr-warmup-steps", "10", "--steps", "470", "--batch-size", "16", "--max-length", "96",
@@ -208,6 +217,30 @@ def main():
     write(*table(record), args.out)
 
 
+def means(record, models):
+    """Rows of means over models: ASR, over-refusal and task score on each task."""
+    for kind, recipes in KINDS.items():
+        for name, recipe in {"original": "given", **recipes}.items():
+            if not all(record.find(model=n, dataset=task, recipe=recipe) for n in models for task in TASKS):
+                continue
+            mean = lambda task, key: statistics.mean(points(record.mean(model=n, dataset=task, recipe=recipe), key) for n in models)
+            values = " | ".join(", ".join(f"{mean(task, key):.1f}" for key in ("asr", "over_refusal", "task")) for task in TASKS)
+            yield f"| {name} | {kind} | {values} |"
+
+
+def pairs(record, models):
+    """Rows of what one setting adds to another, over models, each the mean of its two tasks: with an interval over models."""
+    for kind, both in PAIRS.items():
+        for pair in both:
+            first, second = (KINDS[kind][name] for name in pair)
+            of = lambda n, task, recipe, key: points(record.mean(model=n, dataset=task, recipe=recipe), key)
+            if not all(record.find(model=n, dataset=task, recipe=recipe) for n in models for task in TASKS for recipe in (first, second)):
+                continue
+            apart = lambda n, key: statistics.mean(of(n, task, first, key) - of(n, task, second, key) for task in TASKS)
+            values = " | ".join("{:.1f} ± {:.1f}".format(*interval([apart(n, key) for n in models])) for key in ("asr", "over_refusal", "task"))
+            yield f"| {pair[0]} | {pair[1]} | {kind} | {values} |"
+
+
 def table(record):
     """Text, head and rows of what the record has."""
     lines, held = [], {}
@@ -216,10 +249,10 @@ def table(record):
     for n, task, kind in cells:
         cell, mine = f"{n}, {task}, {kind}", {"model": n, "dataset": task}
         given, plain = (record.mean(recipe=recipe, **mine) for recipe in ("given", KINDS[kind]["plain"]))
-        lines.append(row(cell, "as given", None, given))
+        lines.append(row(cell, "original", None, given))
         for name, recipe in KINDS[kind].items():
             if record.find(recipe=recipe, **mine):
-                found = verdict(record, given, plain, recipe=recipe, **mine)
+                found = holds(given, record.mean(recipe=recipe, **mine), plain)
                 held.setdefault(name, {}).setdefault(kind, []).append(found == "holds")
                 lines.append(row(cell, name, recipe, record.mean(recipe=recipe, **mine), found))
         chosen = secure_rows(cell, record, plain, kind=kind, **mine)
@@ -229,14 +262,29 @@ def table(record):
     count = lambda found: f"{sum(found)} of {len(found)}" if found else "–"
     order = sorted(held.items(), key=lambda item: -sum(map(sum, item[1].values())) / sum(map(len, item[1].values())))
     summary = "\n".join(f"| {name} | {count(kinds.get('benign'))} | {count(kinds.get('attack'))} |" for name, kinds in order)
+    models = sorted({n for n, *_ in cells})
+    averaged = "\n".join(means(record, models)) if models else ""
+    compared = "\n".join(pairs(record, models)) if len(models) > 1 else ""
     text = f"""# Recipes over {len(cells)} cells of tiny models
 
-Means over three training seeds, in brackets the means of the 95 % intervals where they are recorded; `scripts/tiny_cells.py` says what a cell is and on what it is measured, `scripts/cells.py` when it holds.
+Means over three training seeds, in brackets the means of the 95 % intervals; `scripts/tiny_cells.py` says what a cell is and on what it is measured, `scripts/cells.py` when it holds.
 In how many cells each setting holds, of those that it was measured in:
 
 | setting | benign | attack |
 |---|---:|---:|
 {summary}
+
+Means over {len(models)} models: ASR, over-refusal, task score, in percent.
+
+| setting | data | new style | far task |
+|---|---|---:|---:|
+{averaged}
+
+What a setting adds to another, in points: means over {len(models)} models of both tasks, with 95 % intervals over the models.
+
+| setting | against | data | ASR | over-refusal | task |
+|---|---|---|---:|---:|---:|
+{compared}
 
 """
     return text, "model, task, data", lines

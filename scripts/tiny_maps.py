@@ -11,7 +11,7 @@ import json
 import pathlib
 import statistics
 
-from cells import points, run
+from cells import interval, points, run
 from tiny_cells import STUDY, TASKS, make
 
 MAPS = {"noise (SWAT)": "swat", "conflict": "swat+by=conflict", "update": "swat+by=update",
@@ -19,8 +19,6 @@ MAPS = {"noise (SWAT)": "swat", "conflict": "swat+by=conflict", "update": "swat+
 RANDOM = {f"random set {i}": f"warmup:random:{i}" for i in (1, 2, 3)}
 FRONT = ["plain-equal", "plain+steps=25", "plain+steps=50", "plain+steps=100"]
 HELD_OUT = 30
-# 97.5 % quantiles of Student's t by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def split_far(data):
@@ -47,11 +45,6 @@ def loss(setting):
     return statistics.mean(one["evaluation"]["perplexity"]["nll"] for one in [setting, *setting.get("more_seeds", [])])
 
 
-def interval(values):
-    """Mean and half of its 95 % interval."""
-    return statistics.mean(values), STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swat", type=pathlib.Path, required=True)
@@ -69,7 +62,7 @@ def main():
             found = study(swat, work, n, task)
             settings = {s["name"]: s for s in found["settings"]}
             claims = {claim["name"]: claim["at_loss"] for claim in found["claims"]}
-            named = {"as given": "given", "plain": "plain-equal", **MAPS, **RANDOM}
+            named = {"original": "given", "plain": "plain-equal", **MAPS, **RANDOM}
             for name, recipe in named.items():
                 s, claim = settings[recipe], claims.get(recipe)
                 values = " | ".join(f"{points(s, key):.1f}" for key in ("asr", "over_refusal", "j", "task"))
@@ -88,7 +81,7 @@ def main():
     text = f"""# Ways to make the robustness map, at equal held-out loss
 
 {args.models} tiny models × 2 tasks × 3 training seeds, `scripts/tiny_maps.py`. A distance is that of a setting to the front of plain tuning (25, 50, 100 and
-300 steps, and the model as given) at its own held-out loss; below 0 is safer than plain tuning. Means over {cells} cells with 95 % intervals over them:
+300 steps, and the original model) at its own held-out loss; below 0 is safer than plain tuning. Means over {cells} cells with 95 % intervals over them:
 
 """ + "\n".join(summary) + """
 
