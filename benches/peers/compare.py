@@ -179,7 +179,7 @@ def agreement(name, ours, theirs, dtype):
     """Compares the results of both sides; stops if they did different work."""
     if name.startswith("train"):
         apart = [abs(a - b) / b for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
-        # Adapters begin at random, and their first step is the model as given. PyTorch rounds bf16 weights to the nearest, which loses most
+        # Adapters begin at random, and their first step is the original model. PyTorch rounds bf16 weights to the nearest, which loses most
         # updates at this learning rate; swat rounds stochastically, which keeps their mean. Only the first loss is of the same weights.
         compared, limit = (apart, 1e-3) if dtype == "f32" and name != "train-lora" else (apart[:1], 1e-2)
         if max(compared) > limit:

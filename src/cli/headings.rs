@@ -31,7 +31,7 @@ const HEADINGS: &[(&str, &[&str])] = &[
     ),
     ("Refusals", &["refusals", "refusal_languages", "refusal_expressions"]),
     ("Planned step", &["step_lr", "step_steps", "step_batch_size", "step_batches", "step_max_length"]),
-    ("Near the model as given", &["constrain", "distil", "prox", "lisa", "vaccine"]),
+    ("Regularization towards the original model", &["constrain", "distil", "prox", "lisa", "vaccine"]),
     ("Adapters", &["adapter", "save", "lora_rank", "lora_alpha", "lora_rslora", "lora_modules"]),
     (
         "Evaluation during the run",

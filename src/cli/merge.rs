@@ -82,7 +82,7 @@ struct AutoAlpha {
 
 /// A limit of a value: its help without the interval, which a verdict has.
 fn of_values(arg: clap::Arg) -> clap::Arg {
-    let help = arg.get_help().map(|help| help.to_string().replace(" beyond the interval", ""));
+    let help = arg.get_help().map(|help| help.to_string().replace(", at the lower end of its 95 % interval", ""));
     help.into_iter().fold(arg, clap::Arg::help)
 }
 

@@ -100,7 +100,7 @@ fn command() -> clap::Command {
 }
 
 /// Runs the command line and returns the process's exit code: 0 done, 1 failed while running, 2 wrong input, 3
-/// not held (`swat check`).
+/// not held (`swat check`, `swat secure`, `swat merge --alpha auto`).
 pub fn main() -> ExitCode {
     let parsed = command().try_get_matches().and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {

@@ -30,10 +30,10 @@ use std::path::PathBuf;
   swat secure --model DIR --data my.jsonl --security security.jsonl --out tuned --recipe plain+replay=.1,screen
   swat secure ... --plan                                      stages, time, memory and disk, and nothing else
 
-The model as given is measured; conversations that answer what it refuses are left out of the data (screen in a recipe), and
+The original model is measured; conversations that answer what it refuses are left out of the data (screen in a recipe), and
 its own refusals, and its own answers to benign prompts, are mixed in (replay=). Recipes are tried in order until one is within
 half of each limit on the split valid and half of ood of --security: plain+replay=.15,screen, the same with distil=1, and
-plain+replay=.3,distil=2,screen, if no --recipe is given. Where none is within the limits, points between the model as given and
+plain+replay=.3,distil=2,screen, if no --recipe is given. Where none passes the limits, points between the original model and
 the tuned one are tried as well. What is chosen is measured on test and the rest of ood.
 
 An --adapter is merged first: model and adapter together are what is tuned, and held to its own refusals.
@@ -50,11 +50,11 @@ pub(super) struct SecureCommand {
     #[command(flatten)]
     rows: RowOptions,
     /// Labelled prompts, harmful and benign, with the splits train (replayed), valid (choice), test (verdict) and ood
-    /// (half for the choice, half for the verdict); assigned by --seed where the file has none. Files, or a set on the
+    /// (half for selection, half for the verdict); assigned by --seed where the file has none. Files, or a set on the
     /// hub: JailbreakBench/JBB-Behaviors
     #[arg(long, value_name = "FILE_OR_NAME")]
     security: Vec<PathBuf>,
-    /// Checkable tasks: half of them for the choice, half for the verdict. Without it a tenth of --data is set aside, and
+    /// Checkable tasks: half of them for selection, half for the verdict. Without it a tenth of --data is set aside, and
     /// its loss is measured; it is not gated
     #[arg(long, value_name = "FILE")]
     task: Option<PathBuf>,

@@ -18,7 +18,7 @@ pub fn model_card(outcome: &SecureOutcome, check: &Check) -> String {
     push("# A tuned model, with its safety measured".into());
     push(format!("**{}**", verdict_line(outcome)));
     push(format!(
-        "Tuned from {}{} by `swat secure`. \"base\" is that model as given, \"tuned\" this one. Both were asked the same \
+        "Tuned from {}{} by `swat secure`. \"base\" is the original model, \"tuned\" this one. Both were asked the same \
          prompts, which no step of tuning or choosing has seen.",
         code(&outcome.base.name),
         outcome.base.adapter.as_ref().map_or(String::new(), |adapter| format!(" with the adapter {}", code(adapter)))

@@ -54,7 +54,7 @@ pub(super) fn sentence(text: &str) -> String {
 /// One sentence.
 pub(super) fn verdict_line(outcome: &SecureOutcome) -> String {
     let task = if outcome.data.test_tasks == 0 { " No task was given, so that no gate is about one." } else { "" };
-    let limits = "as safe as the model as given, within the limits";
+    let limits = "as safe as the original model, within the limits";
     match outcome.verdict.held {
         true => format!("Held: {limits}.{task}"),
         false => format!("Not held: {}.{task}", outcome.verdict.failures().join("; ")),
@@ -70,7 +70,7 @@ fn highlights(outcome: &SecureOutcome) -> Vec<Highlight> {
     let tile = |label: &str, of: &dyn Fn(&SecureSetting) -> Option<Estimate>, tone| {
         let (before, after) = (of(given)?, of(tuned)?);
         let percent = |share: f64| format::percent(share, 1);
-        let detail = format!("{}–{}\nas given {}", percent(after.low), percent(after.high), percent(before.value));
+        let detail = format!("{}–{}\noriginal {}", percent(after.low), percent(after.high), percent(before.value));
         Some(Highlight { label: label.into(), value: percent(after.value), detail, tone })
     };
     let verdict = Highlight {
@@ -87,7 +87,7 @@ fn highlights(outcome: &SecureOutcome) -> Vec<Highlight> {
     std::iter::once(verdict).chain(tiles.into_iter().flatten()).collect()
 }
 
-/// Attack success of what was tried against its task score, without tasks its held-out loss, on the prompts of the choice;
+/// Attack success of what was tried against its task score, without tasks its held-out loss, on the selection prompts;
 /// none where fewer than two have both.
 fn front(outcome: &SecureOutcome) -> Option<Figure> {
     let (tasks, limits) = (outcome.data.valid_tasks > 0, outcome.limits.for_choice());
@@ -95,7 +95,7 @@ fn front(outcome: &SecureOutcome) -> Option<Figure> {
         let (shares, heldout) = (&tried.measures.shares, tried.measures.heldout);
         let (asr, x) = (shares.asr?, if tasks { 100.0 * shares.task?.value } else { heldout?.nll });
         let name = match tried.recipe.as_str() {
-            "given" => "as given".to_owned(),
+            "given" => "original".to_owned(),
             recipe if tried.alpha < 1.0 => format!("{recipe}, alpha {}", format::fixed(tried.alpha, 2)),
             recipe => recipe.to_owned(),
         };
@@ -106,7 +106,7 @@ fn front(outcome: &SecureOutcome) -> Option<Figure> {
         DotGroup { name: name.into(), tone, dots }
     };
     let is_given = |tried: &Tried| tried.recipe == "given";
-    let given = group("as given", Tone::Grey, &is_given);
+    let given = group("original", Tone::Grey, &is_given);
     // Where attack success and the task score are both at half their limits.
     let limit = given.dots.iter().map(|given| Dot {
         name: "half the limits".into(),
@@ -139,12 +139,12 @@ fn front(outcome: &SecureOutcome) -> Option<Figure> {
         y_label: "attack success, %".into(),
         groups: [given, limit, tried, chosen].into_iter().filter(|group| !group.dots.is_empty()).collect(),
         y_at_least: 10.0,
-        note: "on the prompts of the choice, with 95 % intervals".into(),
+        note: "on the selection prompts, with 95 % intervals".into(),
     };
     Some(Figure::new("front", scatter.svg(), caption))
 }
 
-/// What was tried, on the prompts of the choice.
+/// What was tried, on the selection prompts.
 pub fn tried_table(outcome: &SecureOutcome) -> Table {
     let mut table = Table::new("Tried, with 95 % intervals").column("recipe").numbers("alpha", "");
     for what in ["attack success, %", "over-refusal, %", "J, points"] {
@@ -204,9 +204,9 @@ fn choice_note(outcome: &SecureOutcome) -> String {
     half.extend(limits.max_auroc_drop.map(|limit| format!("the AUROC down by {limit} hundredths")));
     half.extend(limits.max_guard_asr_rise.map(|limit| format!("attack success by the guard model up by {limit}")));
     format!(
-        "By the {asked} of the choice, which the verdict does not use. Half the limits: {}, against the model as given. The most \
-         useful of those within them is chosen. If none is, the one that exceeds them least, among those within the limits if \
-         there are any. Alpha: 1 is the model that the recipe made, 0 the model as given.",
+        "Measured on {asked} for selection, which the verdict does not use. Half the limits: {}, against the original model. \
+         Chosen is the most useful candidate within them; if there is none, the one that exceeds them least, among those within \
+         the limits, or those that pass the gates by their intervals. Alpha: 1 is the model that the recipe made, 0 the original model.",
         half.join(", ")
     )
 }
@@ -215,7 +215,7 @@ fn choice_note(outcome: &SecureOutcome) -> String {
 pub(super) fn screened_line(outcome: &SecureOutcome) -> Option<String> {
     let ScreenCounts { examples, left_out } = outcome.screened?;
     let counted = format!(
-        "Recipes with screen left out {left_out} of {examples} conversations, which answer what the model as given refuses."
+        "Recipes with screen left out {left_out} of {examples} conversations, which answer what the original model refuses."
     );
     Some(match left_out {
         0 => counted,
@@ -232,10 +232,10 @@ pub(super) fn data_table(outcome: &SecureOutcome) -> Table {
     let left_out = outcome.screened.map(|screened| screened.left_out);
     let rows = [
         ("conversations to train on", Some(sizes.train)),
-        ("of them left out by recipes with screen: they answer what the model as given refuses", left_out),
-        ("prompts of the choice", Some(sizes.valid_prompts)),
-        ("tasks of the choice", Some(sizes.valid_tasks)),
-        ("prompts of the verdict", Some(sizes.test_prompts)),
+        ("of them left out by recipes with screen: they answer what the original model refuses", left_out),
+        ("selection prompts", Some(sizes.valid_prompts)),
+        ("selection tasks", Some(sizes.valid_tasks)),
+        ("verdict prompts", Some(sizes.test_prompts)),
         ("tasks of the verdict", Some(sizes.test_tasks)),
         ("own conversations set aside", Some(sizes.heldout)),
         ("prompts left out, as another part repeats them", Some(sizes.repeated_prompts)),

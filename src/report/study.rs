@@ -156,7 +156,7 @@ impl Study<'_> {
             };
             let files: Vec<String> = self.outcome.screened.iter().map(file).collect();
             text.push_str(&format!(
-                " Screening leaves out what answers questions that the model as given refuses: {} (screened.jsonl).",
+                " Screening leaves out what answers questions that the original model refuses: {} (screened.jsonl).",
                 files.join(", ")
             ));
         }

@@ -78,7 +78,7 @@ struct RunRecord {
 const RUN_RECORD: &str = "run.json";
 /// What the name of a list of rows that are left out has behind that of the output.
 const SCREENED_ENDING: &str = ".screened.jsonl";
-/// What the model as given refuses of the data, in an unfinished run.
+/// What the original model refuses of the data, in an unfinished run.
 const SCREENING: &str = "screening.json";
 /// Largest such file, in bytes.
 const MAX_SCREENING_BYTES: u64 = 1 << 30;

@@ -61,7 +61,7 @@ pub struct TuneRecipe {
     /// Reverse the phases: everything first, --mods second (an ablation)
     #[arg(long)]
     pub reversed: bool,
-    /// Leave out the examples that answer what the model as given refuses: it is asked every question of the data first
+    /// Leave out the examples that answer what the original model refuses: it is asked every question of the data first
     ///
     /// As given, its greedy answer refuses in the first 24 tokens, and the answer in the data does not; see docs/recipes.md.
     #[arg(long)]

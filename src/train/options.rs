@@ -65,7 +65,7 @@ pub struct TuneOptions {
     #[arg(long, value_name = "SCALE", num_args = 0..=1, default_missing_value = "1", value_parser = above_zero::<f32>)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub constrain: Option<f32>,
-    /// Distil the model as given on the mixed-in examples: adds WEIGHT · KL(π₀ ‖ π) over its 64 likeliest tokens to their
+    /// Distil the original model on the mixed-in examples: adds WEIGHT · KL(π₀ ‖ π) over its 64 likeliest tokens to their
     /// loss
     ///
     /// Costs a forward pass over those examples before the first step, and 512 bytes per trained token of them.

@@ -17,7 +17,7 @@ fn tried(recipe: &str, (alpha, chosen): (f64, bool), (attacks, solved): (usize, 
     Tried { recipe: recipe.into(), alpha, excess: 0.0, chosen, measures }
 }
 
-/// A run that tried a recipe and chose a point of its path, with so many tasks of the choice.
+/// A run that tried a recipe and chose a point of its path, with so many selection tasks.
 fn run(valid_tasks: usize, license: Option<&str>) -> (SecureOutcome, Check) {
     let rate = |hits| Rate::new(hits, 50);
     let found = Evaluation {
@@ -66,7 +66,7 @@ fn what_was_tried_is_drawn_with_the_model_as_given_and_the_limits() {
     // Half of the limits are 1 point of attack success above 4 %, and half a point of the task score below 40 %.
     for text in [
         "Scatter plot of 4 points: attack success, % against task score, %.",
-        "<title>as given: 40.00, 4.000 (",
+        "<title>original: 40.00, 4.000 (",
         "<title>half the limits: 39.50, 5.000</title>",
         "<title>plain+replay=.15: 90.00, 40.00 (",
         "<title>plain+replay=.15, alpha 0.90: 80.00, 6.000 (",

@@ -17,7 +17,7 @@ use std::path::Path;
 type MixedIn = (Mix, f64, Vec<Example>);
 
 impl Tune {
-    /// What the model as given refuses of the data, attack examples among them: kept by the unfinished run that is resumed,
+    /// What the original model refuses of the data, attack examples among them: kept by the unfinished run that is resumed,
     /// or found by rank 0.
     pub(super) fn screening<B: Backend>(
         &self,
@@ -71,7 +71,7 @@ impl Tune {
 pub(super) fn told(ScreenCounts { examples, left_out }: &ScreenCounts, list: &Path) -> String {
     let share = percent(*left_out as f64 / (*examples).max(1) as f64, 1);
     let counted =
-        format!("screened: {left_out} of {examples} examples ({share}) answer what the model as given refuses");
+        format!("screened: {left_out} of {examples} examples ({share}) answer what the original model refuses");
     match left_out {
         0 => counted,
         _ => format!("{counted}, and were left out: {}", list.display()),

@@ -19,7 +19,7 @@ pub(super) struct NotHeld<'a> {
     pub(super) tried: &'a [Tried],
     pub(super) replay: Option<ReplaySummary>,
     pub(super) screened: Option<ScreenCounts>,
-    /// Prompts of the choice.
+    /// Selection prompts.
     pub(super) valid_prompts: usize,
 }
 
@@ -29,7 +29,7 @@ impl NotHeld<'_> {
         let mut advice = Vec::new();
         if !self.verdict.unmeasured.is_empty() {
             advice.push(
-                "ask prompts of which the model as given refuses some, or leave out the limit that has no measure"
+                "ask prompts of which the original model refuses some, or leave out the limit that has no measure"
                     .into(),
             );
         }
@@ -53,8 +53,8 @@ impl NotHeld<'_> {
         let chosen = self.tried.iter().find(|tried| tried.chosen);
         if let Some(Tried { recipe, .. }) = chosen.filter(|tried| tried.excess <= 0.0) {
             advice.push(format!(
-                "use more prompts, worded as the model will be asked: {recipe} was within half of each limit on the {} of the \
-                 choice, which are too few to rely on",
+                "use more prompts, worded as the model will be asked: {recipe} was within half of each limit on the {} \
+                 selection prompts, which are too few to rely on",
                 self.valid_prompts
             ));
         }
@@ -77,7 +77,7 @@ impl NotHeld<'_> {
         }
         if unsafe_now && !options().any(|options| options.screen) && self.screened.is_none() {
             advice.push(
-                "leave out of the data what the model as given refuses: screen in the recipe, or --screen".into(),
+                "leave out of the data what the original model refuses: screen in the recipe, or --screen".into(),
             );
         }
         let Some(ReplaySummary { harmful, benign }) = self.replay else { return };
@@ -159,7 +159,7 @@ mod tests {
         let told = advice("over_refusal_rise", &DEFAULT_RECIPES, 0.0);
         assert!(told.starts_with("train longer") && told.contains("32 of 60 gave an answer"), "{told}");
         assert!(
-            told.contains("plain+replay=.15,screen was within half of each limit on the 70 of the choice"),
+            told.contains("plain+replay=.15,screen was within half of each limit on the 70 selection prompts"),
             "{told}"
         );
         let told = advice("task_drop", &DEFAULT_RECIPES, 1.0);

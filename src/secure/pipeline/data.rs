@@ -15,7 +15,7 @@ use std::collections::HashSet;
 
 /// Stream of the draws that halve the tasks and set examples aside.
 const HALVES_STREAM: u64 = 0x5ec;
-/// Of so many distinct rows one is set aside where there are no tasks: half of them for the choice, half for the verdict.
+/// Of so many distinct rows one is set aside where there are no tasks: half of them for selection, half for the verdict.
 const HELD_OUT: usize = 10;
 /// Most rows that are set aside.
 const MOST_HELD_OUT: usize = 400;
@@ -45,9 +45,9 @@ impl Asked {
 pub struct PartSizes {
     /// Conversations to train on, before screening, without what is mixed in.
     pub train: usize,
-    /// Prompts of the choice.
+    /// Selection prompts.
     pub valid_prompts: usize,
-    /// Tasks of the choice.
+    /// Selection tasks.
     pub valid_tasks: usize,
     /// Prompts of the verdict.
     pub test_prompts: usize,
@@ -124,7 +124,7 @@ impl SecureData {
             }
             if job.task.is_some() && part.tasks.is_empty() {
                 let expected =
-                    "tasks that the training data do not repeat: half of them for the choice, half for the verdict";
+                    "tasks that the training data do not repeat: half of them for selection, half for the verdict";
                 return Err(Error::input("--task", format!("no task for the {name} part"), expected));
             }
         }
@@ -178,7 +178,7 @@ fn halves<T>(items: Vec<T>, seed: u64, group: impl Fn(&T) -> String) -> [Vec<T>;
     [first, second]
 }
 
-/// Takes a tenth of the distinct examples out of `train`, with all that repeat them: half for the choice, half for the
+/// Takes a tenth of the distinct examples out of `train`, with all that repeat them: half for selection, half for the
 /// verdict.
 fn set_aside(train: &mut Vec<Example>, seed: u64) -> Result<(Vec<Example>, Vec<Example>)> {
     let key = |example: &Example| blake3::hash(bytemuck::cast_slice(&example.tokens));

@@ -98,8 +98,8 @@ impl<B: Backend> SecureRun<'_, B> {
             let seconds = tokens as f64 * first.read + answers * first.generate;
             stages.push(PlannedStage::new("screen the data", seconds));
         }
-        stages.push(PlannedStage::new("measure as given, for the choice", valid));
-        stages.push(PlannedStage::new("measure as given, for the verdict", test));
+        stages.push(PlannedStage::new("measure the original model, selection prompts", valid));
+        stages.push(PlannedStage::new("measure the original model, verdict prompts", test));
         if self.replays() {
             let prompts = self.data.security.iter().filter(|prompt| prompt.split == crate::data::Split::Train).count();
             let tokens = (prompts * self.replay_options().answer_tokens) as f64;
@@ -113,10 +113,10 @@ impl<B: Backend> SecureRun<'_, B> {
         }
         let points = super::POINTS.len() as f64;
         stages.push(
-            PlannedStage::new("measure points of the path towards the model as given", points * valid).optional(),
+            PlannedStage::new("measure points of the path towards the original model", points * valid).optional(),
         );
         stages.push(PlannedStage::new("write the model", 0.0));
-        stages.push(PlannedStage::new("measure the tuned model, for the verdict", test));
+        stages.push(PlannedStage::new("measure the tuned model, verdict prompts", test));
         let memory_bytes = plans.iter().map(Plan::total_bytes).max().unwrap_or(0);
         let stored = self.text.files.stored_bytes(self.job.save_dtype)?;
         let models = self.tunings.len() as u64 + 1 + u64::from(self.job.adapter.is_some());

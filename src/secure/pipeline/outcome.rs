@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 pub struct SecureOutcome {
     /// `swat.secure/1`
     pub format: &'static str,
-    /// The model as given, then the tuned one, by the prompts of the verdict.
+    /// The original model, then the tuned one, by the verdict prompts.
     pub settings: Vec<SecureSetting>,
     /// Name of the tuned model's setting, if the verdict is held.
     pub recommended: Option<String>,
@@ -21,7 +21,7 @@ pub struct SecureOutcome {
     pub limits: Limits,
     /// The verdict.
     pub verdict: Verdict,
-    /// Everything that was tried, by the prompts of the choice, in order.
+    /// Everything that was tried, by the selection prompts, in order.
     pub tried: Vec<Tried>,
     /// What to try next, where the verdict is not held: a sentence each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -74,9 +74,9 @@ pub struct BaseModel {
 pub struct SecureSetting {
     /// `given`, or the recipe.
     pub name: String,
-    /// The recipe; none of the model as given.
+    /// The recipe; none of the original model.
     pub recipe: Option<String>,
-    /// Point on the path from the model as given (0) to the tuned one (1).
+    /// Point on the path from the original model (0) to the tuned one (1).
     pub alpha: f64,
     /// Training seeds.
     pub seeds: Vec<u64>,
@@ -101,10 +101,10 @@ impl SecureMeasures {
     }
 }
 
-/// A tuned model, or a point between it and the model as given, that was tried.
+/// A tuned model, or a point between it and the original model, that was tried.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Tried {
-    /// The recipe; `given` for the model as given.
+    /// The recipe; `given` for the original model.
     pub recipe: String,
     /// Point on the path: 1 is the tuned model.
     pub alpha: f64,
@@ -112,7 +112,7 @@ pub struct Tried {
     pub excess: f64,
     /// Whether it was chosen.
     pub chosen: bool,
-    /// Its measures on the prompts of the choice.
+    /// Its measures on the selection prompts.
     #[serde(flatten)]
     pub measures: SecureMeasures,
 }

@@ -82,7 +82,7 @@ impl<B: Backend> SecureRun<'_, B> {
         self.text_of(dir)?.load(self.backend.clone())
     }
 
-    /// The model as given, read once for all stages that ask it before [`SecureRun::release`].
+    /// The original model, read once for all stages that ask it before [`SecureRun::release`].
     pub(super) fn given(&self) -> Result<Rc<LoadedModel<B>>> {
         if let Some(given) = self.given.borrow().as_ref() {
             return Ok(Rc::clone(given));
@@ -92,7 +92,7 @@ impl<B: Backend> SecureRun<'_, B> {
         Ok(given)
     }
 
-    /// Frees the memory of the model as given.
+    /// Frees the memory of the original model.
     pub(super) fn release(&self) {
         self.given.take();
     }
@@ -154,7 +154,7 @@ impl<B: Backend> SecureRun<'_, B> {
         Ok((kept, origin))
     }
 
-    /// Which conversations of the data, those that are set aside among them, answer what the model as given refuses.
+    /// Which conversations of the data, those that are set aside among them, answer what the original model refuses.
     pub(super) fn refused(
         &self,
         stages: &Stages,
@@ -236,7 +236,7 @@ impl<B: Backend> SecureRun<'_, B> {
         Ok((Tuned { dir, inputs }, origin))
     }
 
-    /// A point between the model as given and a tuned one.
+    /// A point between the original model and a tuned one.
     pub(super) fn point(&self, tuned: &Path, alpha: f64) -> Result<LoadedModel<B>> {
         if alpha >= 1.0 {
             return self.load(tuned);

@@ -5,7 +5,7 @@
 //!   arXiv 2603.10243);
 //! - refusals: refusals of harmful requests alone (Bianchi et al., arXiv 2309.07875);
 //! - attack: harmful requests that are answered, what an attacker or an uncurated source adds;
-//! - screen: of the task's data and the attack those examples are left out that answer what the model as given refuses
+//! - screen: of the task's data and the attack those examples are left out that answer what the original model refuses
 //!   ([`crate::secure::RefusedExamples`]); refusals and replay are mixed into what remains.
 
 use super::RecipeOptions;

@@ -29,7 +29,7 @@ use std::str::FromStr;
 ///
 /// | base | meaning |
 /// |---|---|
-/// | `given` | the model as given, not tuned |
+/// | `given` | the original model, not tuned |
 /// | `plain` | everything, for the duration of phase 2 |
 /// | `plain-equal` | everything, for the duration of both phases: the fair control |
 /// | `swat` | Mods_Rob, then everything |
@@ -244,7 +244,7 @@ pub fn secure_recipe_help() -> String {
         base => base,
     });
     let keys = KEYS.into_iter().filter(|(name, ..)| !NOT_IN_SECURE.contains(name)).map(|key| match key {
-        ("merge", ..) => ("merge", "=path:ALPHA", "after tuning: a point between the model as given and the tuned one"),
+        ("merge", ..) => ("merge", "=path:ALPHA", "after tuning: a point between the original model and the tuned one"),
         key => key,
     });
     grammar("plain+replay=.15,screen", &bases.collect::<Vec<_>>(), &keys.collect::<Vec<_>>())

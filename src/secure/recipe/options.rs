@@ -17,9 +17,9 @@ pub(super) const KEYS: [(&str, &str, &str); 16] = [
     ("replay", "=SHARE", "share of the model's own answers in the data (swat replay)"),
     ("refusals", "[=SHARE]", "share of refusals in the data"),
     ("attack", "[=SHARE]", "share of answered harmful requests in the data"),
-    ("screen", "", "leaves out examples that answer what the model as given refuses"),
+    ("screen", "", "leaves out examples that answer what the original model refuses"),
     ("constrain", "[=SCALE]", "token-wise constrained loss, β times SCALE; 1 if not given"),
-    ("distil", "=WEIGHT", "replayed answers keep the distribution of the model as given"),
+    ("distil", "=WEIGHT", "replayed answers keep the distribution of the original model"),
     ("prox", "=RHO", "proximal term towards the weights at the start of the phase, with lisa= of the turn (Lisa)"),
     ("lisa", "=K1:K2", "K1 steps on replayed answers and K2 on the task in turns (Lisa)"),
     ("vaccine", "=RHO", "hidden states moved along the gradient, for aligning a model (Vaccine)"),
@@ -44,11 +44,11 @@ pub struct RecipeOptions {
     pub ema: Option<f32>,
     /// `attack=`, `refusals=`, `replay=`: what is mixed into the data, in this order.
     pub mixes: Vec<MixIn>,
-    /// `screen`: whether examples that answer what the model as given refuses are left out.
+    /// `screen`: whether examples that answer what the original model refuses are left out.
     pub screen: bool,
     /// `constrain=`: scale of β in the token-wise constrained loss, above 0; 1 if not given.
     pub constrain: Option<f32>,
-    /// `distil=`: weight of the divergence from the model as given on replayed answers, above 0.
+    /// `distil=`: weight of the divergence from the original model on replayed answers, above 0.
     pub distil: Option<f32>,
     /// `prox=`: ρ of the proximal term, above 0.
     pub prox: Option<f32>,

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 
 /// Bases and what they are.
 pub(super) const BASES: [(&str, &str); 10] = [
-    ("given", "the model as given, not tuned"),
+    ("given", "the original model, not tuned"),
     ("plain", "everything, for the steps of phase 2"),
     ("plain-equal", "everything, for the steps of both phases"),
     ("swat", "Mods_Rob, then everything"),

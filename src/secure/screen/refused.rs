@@ -1,4 +1,4 @@
-//! Screening by the model's own judgement: examples that answer what the model as given refuses.
+//! Screening by the model's own judgement: examples that answer what the original model refuses.
 //!
 //! Of the data D those examples (x, y) are left out for which r(f(x)) ∧ ¬r(y): f(x) is the greedy answer of the model as
 //! given to the question x, and r whether the first [`REFUSAL_TOKENS`] tokens of an answer hold a refusal expression. Of a
@@ -38,7 +38,7 @@ pub struct ScreenCounts {
     pub left_out: usize,
 }
 
-/// Examples that answer what the model as given refuses, by the hash of their tokens.
+/// Examples that answer what the original model refuses, by the hash of their tokens.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
 pub struct RefusedExamples(BTreeSet<String>);
@@ -81,7 +81,7 @@ impl RefusedExamples {
         let left_out = examples - mixture.per_epoch();
         if 2 * left_out > examples {
             let found = format!(
-                "{left_out} of {examples} examples that answer what the model as given refuses, to be left out"
+                "{left_out} of {examples} examples that answer what the original model refuses, to be left out"
             );
             let expected = "at most half: this model refuses the task itself. Tune without screen, take a model that \
                             answers such questions, or name other refusal expressions; `swat screen --top 0` shows the rows";

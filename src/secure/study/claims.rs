@@ -2,7 +2,7 @@
 //!
 //! Tuning longer or at a higher rate learns more of the task and forgets more refusals, so that recipes are comparable only
 //! at equal task score (arXiv 2606.03648), at equal held-out loss, or for equally many trained tokens of the task. The front of a
-//! measure is spanned by the plain runs of one training seed over rates and steps, and by the model as given: those for which no
+//! measure is spanned by the plain runs of one training seed over rates and steps, and by the original model: those for which no
 //! other has both more of the task and a better measure, with straight lines between them, and constant beyond them. A recipe's
 //! distance is measured seed by seed, so that the interval over seeds is that of paired differences.
 

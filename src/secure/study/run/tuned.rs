@@ -72,7 +72,7 @@ impl<B: Backend> Study<'_, B> {
         Ok(path)
     }
 
-    /// Which examples of a file answer what the model as given refuses: one stage for each file, whatever the setting.
+    /// Which examples of a file answer what the original model refuses: one stage for each file, whatever the setting.
     fn refused(&self, path: &Path, observer: Observer<'_>) -> Result<RefusedExamples> {
         let (config, file) = (self.config, file_hash(path)?);
         let max_length = config.tune.recipe.shared.max_length;
