@@ -13,7 +13,7 @@ RESULTS = pathlib.Path(__file__).parent.parent / "docs/results"
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 MEASURES = ("asr", "over_refusal", "j", "task", "auroc")
 BOUNDS = ("value", "low", "high")
-# What a row says beside what it is of.
+# Keys that describe a row, but do not identify it.
 BESIDE = ("swat", "loss", "model_hash", "chosen", "held", "seconds", "screened", "replay")
 
 

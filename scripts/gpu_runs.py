@@ -18,7 +18,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 # The line that libtest prints when a test has ended.
-# What tools of NVIDIA say where the machine does not let them work, such as in a container without performance counters.
+# What NVIDIA's tools print where they are not permitted, such as in a container without access to performance counters.
 CANNOT = re.compile(r"ERR_NVGPUCTRPERM|Failed to initialize the profiler[^\n]*|Device not supported")
 TEST_LINE = re.compile(r"^test (\S+) \.\.\. (ok|FAILED|ignored)", re.M)
 

@@ -173,8 +173,8 @@ fn of_process(common: &Common, number: usize, first: bool) -> Result<Common> {
         }
         Device::Cpu => Device::Cpu,
         Device::Auto if gpus() == 0 => Device::Cpu,
-        // Not opened here: no process but its own may open a GPU in exclusive mode. One that cannot be used is an error, as
-        // all processes must be alike.
+        // The GPU is not opened here: in exclusive mode only one process can. If it turns out to be unusable, that is an error
+        // rather than a fallback to the CPU, since all ranks must use the same kind of device.
         Device::Auto | Device::Cuda(0) => Device::Cuda(gpu_of(number, gpus())?),
     };
     Ok(Common { device, quiet: common.quiet || !first, ..common.clone() })

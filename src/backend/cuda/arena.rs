@@ -24,7 +24,7 @@ impl Arena {
         }
     }
 
-    /// Bytes of cached blocks, which are freed where the driver has no other memory.
+    /// Bytes of cached blocks. They are freed when an allocation would fail otherwise.
     pub(super) fn cached_bytes(&self) -> usize {
         self.free.iter().map(|(bytes, pointers)| bytes * pointers.len()).sum()
     }

@@ -51,7 +51,7 @@ pub(super) struct Device {
     pub(super) capability: (i32, i32),
     /// Streaming multiprocessors.
     pub(super) multiprocessors: u32,
-    /// Whether copies read the host's pageable memory where it lies (GH200), at a time of their own.
+    /// Whether the device accesses pageable host memory directly (GH200), so that copies from it may be asynchronous.
     pub(super) reads_host_pages: bool,
     /// Most shared memory of a block, static and dynamic.
     shared_bytes_block: u32,

@@ -98,7 +98,7 @@ struct Known {
     graph: Graph,
 }
 
-/// What the driver did not launch, and why.
+/// A launch that the driver refused.
 struct Refusal {
     what: &'static str,
     error: DriverError,

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 /// Every allocation is a multiple of this; the driver aligns each to 256 bytes.
 const GRANULE_BYTES: usize = 16;
-/// More than any device has, and far from an overflow of sizes that are rounded up.
+/// More than any device has, so that rounding up cannot overflow.
 const MOST_BYTES: usize = 1 << 56;
 
 /// Memory of a device for a fixed number of elements.
@@ -35,8 +35,8 @@ impl<T: Element> Memory<T> {
         Self::in_multiples(device, len, |_| GRANULE_BYTES)
     }
 
-    /// The same for an operator's intermediate values, in one of eight sizes between two powers of two: batches of different
-    /// lengths share blocks of the arena, at the price of an eighth at most.
+    /// Uninitialised memory for an operator's intermediate values, rounded up to one of eight sizes between powers of two, so
+    /// that batches of different lengths share blocks of the arena. At most an eighth is unused.
     ///
     /// # Errors
     /// As [`Memory::new`].
@@ -208,8 +208,8 @@ pub(super) fn clear<T: Element>(device: &Device, to: &SliceMut<'_, T>) -> Result
         .map_err(|error| device.context.failed("cannot clear memory", error))
 }
 
-/// Host to device. The host's bytes may change once this returns: the driver stages pageable memory before, and where the
-/// device reads the host's pages itself, the copy is waited for.
+/// Host to device. The host's bytes may change once this returns: the driver stages pageable memory first; where the device
+/// accesses it directly instead, this waits for the copy.
 pub(super) fn write<T: Element>(device: &Device, from: &[T], to: &SliceMut<'_, T>) -> Result<()> {
     assert_eq!(from.len(), to.len);
     if from.is_empty() {

@@ -137,7 +137,7 @@ impl<P: Precision> Backend for Cuda<P> {
         self.device.context.label()
     }
 
-    /// Products of so many rows have tiles for every multiprocessor many times over, and offsets of 32 bits suffice.
+    /// Enough rows for many tiles per multiprocessor, and few enough for 32-bit offsets.
     fn saturating_rows(&self) -> usize {
         1 << 16
     }

@@ -4,8 +4,8 @@
 //! Recipes are tried in order until one is within half of each limit on the selection split. Where none is within the
 //! limits themselves, nor passes the gates by its interval, points of the path towards the original model are tried
 //! ([`POINTS`]), from the recipe that exceeds the halves least, until one is within the limits. What is chosen
-//! ([`crate::secure::choose`]) is written and measured on the split of the verdict. Stages are kept in a working folder: a run that ends early is continued by the same command,
-//! to the same bytes.
+//! ([`crate::secure::choose`]) is written and measured on the verdict prompts. Stages are kept in a working folder: a run
+//! that ends early is continued by the same command, to the same bytes.
 
 mod advice;
 mod card;

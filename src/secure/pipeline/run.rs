@@ -145,7 +145,7 @@ impl<B: Backend> SecureRun<'_, B> {
             tries.push(found);
         }
         time.skip(2 * (self.tunings.len() - tuned.len()));
-        // A point of the path gives up some of the task: neither for the half of a limit, nor for what may be chance.
+        // Interpolation gives up some of the task: no remedy for exceeding half of a limit, or for what may be chance.
         if tries.iter().any(|tried| within(tried, limits) || passes(&base, tried, limits)) {
             time.skip(1);
         } else {
@@ -313,7 +313,7 @@ impl<B: Backend> SecureRun<'_, B> {
     }
 }
 
-/// Whether a try would pass the gates of the verdict, which allow for the interval.
+/// Whether a candidate would pass the gates of the verdict, which account for the interval.
 fn passes(base: &Evaluation, tried: &Try, limits: &Limits) -> bool {
     Verdict::new(base, &tried.found, limits).held
 }
